@@ -1,0 +1,89 @@
+"""Files that are written whole or not at all, and locks that die with their process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from topkbench.analysis.row import RecordError
+
+
+@contextlib.contextmanager
+def one_sentence(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(
+            f"the results folder must be writable, but {path} is not "
+            f"({error.strerror or error}); choose another with results_dir=PATH."
+        ) from error
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a crash.
+
+    Raises:
+        RecordError: If the folder cannot be written.
+    """
+    with one_sentence(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        # The rename itself is durable only once the folder is.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def locked(path: Path, timeout_s: float) -> Iterator[None]:
+    """Hold a file lock; the system releases it when the process dies, however it dies.
+
+    Raises:
+        RecordError: If the folder cannot be written, or the lock is not had in time.
+    """
+    lock = filelock.FileLock(path)
+    with one_sentence(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=timeout_s)
+        except filelock.Timeout:
+            raise RecordError(
+                f"the lock {path} must come free within {timeout_s:g} s, but another process "
+                "holds it; wait for that one to end."
+            ) from None
+        except NotImplementedError:
+            raise RecordError(
+                f"the results folder must allow file locks, but {path.parent} does not; "
+                "choose a local disk with results_dir=PATH."
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return a value as indented JSON that ends with a newline."""
+    return (json.dumps(value, indent=1, sort_keys=False, allow_nan=False) + "\n").encode()
+
+
+def read_json(path: Path) -> Any:
+    """Return a JSON file's value, or None where it is missing, cut short or not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,336 @@
+"""What a sweep leaves on disk: cells that are written once and whole, and lists of them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from topkbench.analysis.files import json_bytes, locked, one_sentence, read_json, write_atomic
+from topkbench.analysis.row import (
+    COLUMNS,
+    PAIRED_COLUMNS,
+    PARAMETER_PREFIX,
+    SPEED_COLUMNS,
+    RecordError,
+    Row,
+    Scalar,
+    Status,
+)
+
+__all__ = [
+    "COLUMNS",
+    "PAIRED_COLUMNS",
+    "SPEED_COLUMNS",
+    "Cell",
+    "CellStore",
+    "RecordError",
+    "Row",
+    "Scalar",
+    "Status",
+    "Sweep",
+    "frame",
+    "identity",
+]
+
+_IDENTITY = re.compile(r"[0-9a-f]{16}")
+
+
+def identity(payload: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits that name a payload, the same in every process.
+
+    Args:
+        payload: Mappings with string keys, sequences, strings, numbers, booleans and None. The
+            order of keys does not matter; ``1`` and ``1.0`` are different.
+
+    Raises:
+        RecordError: If a value has no canonical form (NaN, a path, an object).
+    """
+    text = json.dumps(
+        _canonical(payload, "payload"), sort_keys=True, separators=(",", ":"), ensure_ascii=True
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _canonical(value: Any, where: str) -> Any:
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise RecordError(f"keys of {where} must be strings, got {key!r}.")
+        return {key: _canonical(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    raise RecordError(f"{where} must be plain and finite to be digested, got {value!r}.")
+
+
+def frame(rows: Sequence[Row]) -> pd.DataFrame:
+    """Return rows as a frame: the columns of the row in order, then ``p_*`` sorted by name."""
+    flat = [row.flat() for row in rows]
+    extra = sorted({name for row in flat for name in row if name.startswith(PARAMETER_PREFIX)})
+    # object: numpy would turn whole numbers to floats where one row lacks a value
+    return typed(pd.DataFrame(flat, columns=[*COLUMNS, *extra], dtype=object))
+
+
+def typed(data: pd.DataFrame) -> pd.DataFrame:
+    """Give the columns of rows the same types whatever is missing: Int64, float64 or object."""
+    data = data.copy()
+    for name in data.columns:
+        kind = Row.__annotations__.get(name, "")
+        if name.startswith(PARAMETER_PREFIX):
+            present = {type(value) for value in data[name].dropna()}
+            kind = {frozenset({int}): "int", frozenset({int, float}): "float"}.get(
+                frozenset(present), "float" if present == {float} else "mixed"
+            )
+            if len(present) > 1 and kind == "mixed":
+                data[name] = [None if pd.isna(one) else str(one) for one in data[name]]
+        if kind.startswith("int"):
+            data[name] = pd.to_numeric(data[name]).astype("Int64")
+        elif kind.startswith("float"):
+            data[name] = pd.to_numeric(data[name]).astype("float64")
+        else:
+            values = data[name].astype(object)
+            data[name] = values.where(values.notna(), None)
+    return data
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One folder ``results/cells/<identity>/``; ``rows.json`` exists only once all else does."""
+
+    folder: Path
+
+    @property
+    def identity(self) -> str:
+        """The identity that names the folder."""
+        return self.folder.name
+
+    def lock(self, timeout_s: float = -1) -> contextlib.AbstractContextManager[None]:
+        """Return a context that holds the cell alone; waits forever by default (-1)."""
+        return locked(self.folder / "lock", timeout_s)
+
+    def begin(self, row: Row) -> int:
+        """Note that an attempt begins, so that a killed one leaves a row. Call it locked.
+
+        Args:
+            row: What is known already: names and parameters. Its status and reason are replaced.
+
+        Returns:
+            The number of this attempt, from 1.
+        """
+        attempt = self.attempt + 1
+        placeholder = row.replace(
+            status=Status.INTERRUPTED,
+            reason="the attempt had not ended when the report was made.",
+            **dict.fromkeys(SPEED_COLUMNS),
+        )
+        content = {"attempt": attempt, "row": placeholder.flat()}
+        write_atomic(self.folder / "begun.json", json_bytes(content))
+        # A new attempt unmakes the old result: otherwise a kill would leave a stale one.
+        with one_sentence(self.folder):
+            (self.folder / "rows.json").unlink(missing_ok=True)
+        return attempt
+
+    @property
+    def attempt(self) -> int:
+        """How many attempts have begun, 0 for none."""
+        begun = read_json(self.folder / "begun.json")
+        return int(begun["attempt"]) if isinstance(begun, dict) and "attempt" in begun else 0
+
+    def read(self) -> list[Row]:
+        """Return the rows of the last attempt, one ``interrupted`` row, or an empty list."""
+        rows = self._ended()
+        if rows is not None:
+            return rows
+        begun = read_json(self.folder / "begun.json")
+        try:
+            return [Row.from_flat(begun["row"])]
+        except (TypeError, KeyError, RecordError):
+            return []
+
+    def _ended(self) -> list[Row] | None:
+        """Return the rows of a wholly written attempt, else None."""
+        content = read_json(self.folder / "rows.json")
+        try:
+            for name, size in content["files"].items():
+                if (self.folder / name).stat().st_size != size:
+                    return None
+            return [Row.from_flat(row) for row in content["rows"]] or None
+        except (TypeError, KeyError, AttributeError, OSError, RecordError):
+            return None
+
+    @property
+    def status(self) -> Status | None:
+        """The worst status of the cell's rows; None where no attempt began."""
+        found = {row.status for row in self.read()}
+        order = [s for s in reversed(Status) if not s.settled] + [Status.OK, Status.SKIPPED]
+        return next((status for status in order if status in found), None)
+
+    def finished(self) -> bool:
+        """Return whether the cell need not run again: written whole, and ok or skipped."""
+        status = self.status
+        return status is not None and status.settled
+
+    def samples(self) -> pd.DataFrame:
+        """Return what `write` was given, one line per sample; empty where there is none."""
+        if self._ended() is None:
+            return pd.DataFrame()
+        return pd.read_parquet(self.folder / "samples.parquet")
+
+    def config(self) -> dict[str, Any]:
+        """Return the resolved configuration, empty where there is none."""
+        found = read_json(self.folder / "config.json")
+        return found if isinstance(found, dict) else {}
+
+    def write(
+        self,
+        rows: Sequence[Row],
+        samples: Sequence[Mapping[str, Any]],
+        config: Mapping[str, Any],
+        log: str,
+    ) -> None:
+        """Write how the cell ended, all or nothing. Call it locked.
+
+        Args:
+            rows: One per sub-task and one for the mean; at least one.
+            samples: One mapping per sample: sample_id, subtask, length, score (0 to 100),
+                prediction, references (a list, kept as JSON), num_generated and whatever else.
+            config: The resolved configuration, plain values only.
+            log: Text of the cell's log.
+
+        Raises:
+            RecordError: If the folder cannot be written, or there is no row.
+        """
+        if not rows:
+            raise RecordError(f"a cell must leave at least one row, got none for {self.identity}.")
+        with one_sentence(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "rows.json").unlink(missing_ok=True)
+        content = {
+            "samples.parquet": _samples_bytes(samples),
+            "config.json": json_bytes(_canonical(config, "config")),
+            "log.txt": log.encode(errors="replace"),
+        }
+        for name, data in content.items():
+            write_atomic(self.folder / name, data)
+        ended = {
+            "files": {name: len(data) for name, data in content.items()},
+            "rows": [row.flat() for row in rows],
+        }
+        write_atomic(self.folder / "rows.json", json_bytes(ended))
+
+
+def _samples_bytes(samples: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return the samples as parquet; lists and mappings become JSON text."""
+    plain = [
+        {
+            name: json.dumps(value) if isinstance(value, list | tuple | Mapping) else value
+            for name, value in sample.items()
+        }
+        for sample in samples
+    ]
+    columns = ["sample_id", "subtask", "length", "score", "prediction", "references"]
+    data = pd.DataFrame(plain) if plain else pd.DataFrame(columns=columns)
+    content: bytes = data.to_parquet(None, index=False)
+    return content
+
+
+class CellStore:
+    """The folder ``results/cells/``, shared by every sweep."""
+
+    def __init__(self, results_dir: str | Path) -> None:
+        self.folder = Path(results_dir) / "cells"
+
+    def cell(self, identity: str) -> Cell:
+        """Return the cell of an identity, whether or not it exists yet.
+
+        Raises:
+            RecordError: If the identity is not 16 hexadecimal digits.
+        """
+        if not _IDENTITY.fullmatch(identity):
+            raise RecordError(f"identity must be 16 hexadecimal digits, got {identity!r}.")
+        return Cell(self.folder / identity)
+
+    def cells(self) -> list[Cell]:
+        """Return every cell there is, by identity."""
+        if not self.folder.is_dir():
+            return []
+        return [
+            Cell(path) for path in sorted(self.folder.iterdir()) if _IDENTITY.fullmatch(path.name)
+        ]
+
+
+class Sweep:
+    """A sweep's folder ``results/<experiment>/<name>/``: a list of cells, and the report."""
+
+    def __init__(self, results_dir: str | Path, experiment: str, name: str) -> None:
+        self.folder = Path(results_dir) / experiment / name
+        self.store = CellStore(results_dir)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Sweep:
+        """Return the sweep of a folder two levels below the results folder."""
+        path = Path(folder).absolute()
+        return cls(path.parent.parent, path.parent.name, path.name)
+
+    @property
+    def _list(self) -> Path:
+        return self.folder / "cells.json"
+
+    def identities(self) -> list[str]:
+        """Return the identities of the sweep's cells in the order they were first asked for.
+
+        Raises:
+            RecordError: If the list is there but cannot be read.
+        """
+        if not self._list.exists():
+            return []
+        found = read_json(self._list)
+        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+            raise RecordError(
+                f"{self._list} must be a list of identities, but is damaged; delete it and run "
+                "the sweep again (finished cells are not run again)."
+            )
+        return found
+
+    def append(self, identity: str) -> None:
+        """Add a cell to the sweep; adding it twice is adding it once. Safe between processes."""
+        self.store.cell(identity)
+        with locked(self.folder / ".cells.lock", timeout_s=60):
+            known = self.identities()
+            if identity not in known:
+                write_atomic(self._list, json_bytes([*known, identity]))
+
+    def cells(self) -> list[Cell]:
+        """Return the sweep's cells in order."""
+        return [self.store.cell(one) for one in self.identities()]
+
+    def rows(self) -> pd.DataFrame:
+        """Return every row of the sweep; an interrupted cell has one, a cell never begun none."""
+        return frame([row for cell in self.cells() for row in cell.read()])
+
+    def samples(self) -> pd.DataFrame:
+        """Return every sample of the sweep, with its cell as ``run_id`` in the first column."""
+        return samples_of(self.cells())
+
+
+def samples_of(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return the samples of some cells, with the cell as ``run_id`` in the first column."""
+    parts: list[pd.DataFrame] = []
+    for cell in cells:
+        data = cell.samples()
+        if len(data):
+            data.insert(0, "run_id", cell.identity)
+            parts.append(data)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"run_id": []})

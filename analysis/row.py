@@ -1,0 +1,280 @@
+"""The row: everything that is said about one cell and one sub-task, with units."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Scalar = str | int | float | bool | None
+
+PARAMETER_PREFIX = "p_"
+
+
+class RecordError(Exception):
+    """What must hold for a record, what was found, and the way out, in one sentence."""
+
+
+class Status(enum.StrEnum):
+    """How a cell ended."""
+
+    OK = "ok"
+    SKIPPED = "skipped"
+    WRONG = "wrong"
+    FAILED = "failed"
+    OUT_OF_MEMORY = "out_of_memory"
+    INTERRUPTED = "interrupted"
+
+    @property
+    def settled(self) -> bool:
+        """Whether running the cell again would only repeat what is known."""
+        return self in (Status.OK, Status.SKIPPED)
+
+
+SPEED_COLUMNS = (
+    "prefill_ms",
+    "build_ms",
+    "decode_ms_p50",
+    "decode_ms_p20",
+    "decode_ms_p80",
+    "encode_ms",
+    "append_ms",
+    "score_ms",
+    "select_ms",
+    "attend_ms",
+    "tokens_per_s",
+    "speedup_vs_full",
+    "bandwidth_fraction",
+)
+"""Columns that stay empty unless the status is ok: a wrong result has no speed."""
+
+PAIRED_COLUMNS = (
+    "score_ci_low",
+    "score_ci_high",
+    "delta_full",
+    "delta_ci_low",
+    "delta_ci_high",
+)
+"""Columns that `stats.paired_columns` computes from the samples."""
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One cell and one sub-task; a task with sub-tasks also has a row for their mean.
+
+    Every column but the first nine may be None: not asked for, not measured, or not meaningful.
+    """
+
+    run_id: str
+    """Identity of the cell: 16 hexadecimal digits, the same in every process."""
+    status: Status
+    """How the cell ended."""
+    reason: str = ""
+    """One sentence for every status but ok; empty for ok."""
+    model: str
+    """Name of the model's configuration."""
+    task: str
+    """Name of the task's configuration."""
+    subtask: str
+    """Name of the sub-task, or ``mean`` for the mean over a cell's sub-tasks."""
+    length: int | None = None
+    """Prompt length asked for, in tokens of the model."""
+    method: str
+    """Name of the method's configuration."""
+    impl: str | None = None
+    """Kernel implementation that ran: reference, cpu, triton, or one per operator."""
+    full_backend: str | None = None
+    """Kernel of full attention: sdpa, flash_attn or flashinfer."""
+    protocol: str | None = None
+    """Name of the policy every method shares; None where the method selects nothing."""
+    question: str | None = None
+    """``dense``: the question is prefilled; ``sparse``: it is decoded with the method."""
+    k: int | None = None
+    """Kept tokens per KV head and decode step, sinks and recent ones included."""
+    kv_len: int | None = None
+    """Cached tokens at the measured decode step."""
+    batch_size: int | None = None
+    """Prompts decoded together in the timed pass."""
+    rbit: int | None = None
+    """Hash bits per key and KV head."""
+    seed: int | None = None
+    """Seed of the data and of whatever the method draws."""
+    num_samples: int | None = None
+    """Samples behind the score; for the mean, over all sub-tasks."""
+    parameters: dict[str, Scalar] = field(default_factory=dict)
+    """Other parameters of the method, flattened to columns ``p_<name>``."""
+
+    score: float | None = None
+    """Mean score of the samples, 0 to 100, higher is better."""
+    score_ci_low: float | None = None
+    """Lower end of the score's 95% interval, 0 to 100."""
+    score_ci_high: float | None = None
+    """Upper end of the score's 95% interval, 0 to 100."""
+    delta_full: float | None = None
+    """Score minus full attention's on the same samples, points."""
+    delta_ci_low: float | None = None
+    """Lower end of the paired difference's 95% interval, points."""
+    delta_ci_high: float | None = None
+    """Upper end of the paired difference's 95% interval, points."""
+    recall_at_k: float | None = None
+    """Share of the exact top-k that was chosen, 0 to 1; mean over layers, KV heads and steps."""
+    attention_mass: float | None = None
+    """Softmax mass of full attention on the chosen tokens, 0 to 1."""
+    output_rel_error: float | None = None
+    """Norm of the output's error over the norm of full attention's output, a ratio."""
+    density: float | None = None
+    """Fraction of the cached tokens that was read, 0 to 1, measured."""
+
+    prefill_ms: float | None = None
+    """Prefill of one prompt, milliseconds."""
+    build_ms: float | None = None
+    """Building the method's index over one prompt, all layers, milliseconds."""
+    decode_ms_p50: float | None = None
+    """One decode step, median, milliseconds."""
+    decode_ms_p20: float | None = None
+    """One decode step, 20th percentile, milliseconds."""
+    decode_ms_p80: float | None = None
+    """One decode step, 80th percentile, milliseconds."""
+    encode_ms: float | None = None
+    """Encoding the query within one decode step, milliseconds."""
+    append_ms: float | None = None
+    """Adding the new token to the index within one decode step, milliseconds."""
+    score_ms: float | None = None
+    """Scoring the cached units within one decode step, milliseconds."""
+    select_ms: float | None = None
+    """Choosing the units within one decode step, milliseconds."""
+    attend_ms: float | None = None
+    """Attention over the chosen tokens within one decode step, milliseconds."""
+    tokens_per_s: float | None = None
+    """Decoded tokens a second over the whole batch."""
+    speedup_vs_full: float | None = None
+    """Full attention's median decode step over this one's, timed in the same cell, a ratio."""
+    bytes_read_per_step: float | None = None
+    """Bytes of cache and side information read by one decode step, all layers, one prompt."""
+    index_bytes_per_token: float | None = None
+    """Bytes of side information per cached token, all layers and KV heads."""
+    peak_memory_mib: float | None = None
+    """Peak memory of the cell, MiB (2**20 bytes)."""
+    bandwidth_fraction: float | None = None
+    """Achieved over measured memory bandwidth, 0 to 1."""
+
+    device: str | None = None
+    """The machine: name of the processor or accelerator."""
+    torch: str | None = None
+    """Version of torch."""
+    triton: str | None = None
+    """Version of triton; None where it is not installed."""
+    transformers: str | None = None
+    """Version of transformers."""
+    git_commit: str | None = None
+    """Commit of the code that ran."""
+    git_dirty: bool | None = None
+    """Whether the working tree differed from that commit."""
+    started_at: str | None = None
+    """When the cell began, ISO 8601 in UTC."""
+    artifact_digest: str | None = None
+    """Digest of what the method learned, None for a method that learns nothing."""
+    config_digest: str | None = None
+    """Digest of the resolved configuration."""
+
+    def __post_init__(self) -> None:
+        """Check types, the status's rules and the parameters' names.
+
+        Raises:
+            RecordError: If a value has the wrong type, a speed stands in a row that is not ok, a
+                reason is missing, or a parameter hides a column.
+        """
+        try:
+            self.status = Status(self.status)
+        except ValueError:
+            names = ", ".join(status.value for status in Status)
+            raise RecordError(f"status must be one of {names}, got {self.status!r}.") from None
+        for name, (accepted, text) in _FIELD_TYPES.items():
+            value = getattr(self, name)
+            if isinstance(value, float) and math.isnan(value):
+                setattr(self, name, None)
+            elif (
+                not isinstance(value, accepted)
+                or (isinstance(value, bool) and bool not in accepted)
+                or (isinstance(value, float) and math.isinf(value))
+            ):
+                raise RecordError(f"{name} must be {text}, got {value!r}.")
+        if self.status is not Status.OK:
+            timed = [name for name in SPEED_COLUMNS if getattr(self, name) is not None]
+            if timed:
+                raise RecordError(
+                    f"speed columns must be empty unless status is ok, "
+                    f"got {', '.join(timed)} with status {self.status.value}."
+                )
+            if not self.reason:
+                raise RecordError(
+                    f"reason must say why the status is {self.status.value}, got nothing."
+                )
+        for name, value in self.parameters.items():
+            if not isinstance(name, str) or not name.isidentifier():
+                raise RecordError(f"a method parameter must be an identifier, got {name!r}.")
+            if value is not None and not isinstance(value, str | int | float | bool):
+                raise RecordError(
+                    f"method parameter {name} must be a number, a word or None, got {value!r}."
+                )
+
+    def flat(self) -> dict[str, Scalar]:
+        """Return the row as one flat mapping, parameters as ``p_<name>`` at the end."""
+        values: dict[str, Scalar] = {name: getattr(self, name) for name in COLUMNS}
+        values["status"] = self.status.value
+        for name in sorted(self.parameters):
+            values[PARAMETER_PREFIX + name] = self.parameters[name]
+        return values
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, typing.Any]) -> Row:
+        """Build a row from what `flat` returned.
+
+        Raises:
+            RecordError: If a column is unknown or missing, or a value does not fit.
+        """
+        parameters = {
+            name.removeprefix(PARAMETER_PREFIX): value
+            for name, value in values.items()
+            if name.startswith(PARAMETER_PREFIX)
+        }
+        columns = {
+            name: value for name, value in values.items() if not name.startswith(PARAMETER_PREFIX)
+        }
+        unknown = sorted(set(columns) - set(COLUMNS))
+        if unknown:
+            raise RecordError(f"a row has no column {unknown[0]!r}; see analysis/row.py.")
+        try:
+            return cls(**columns, parameters=parameters)
+        except TypeError as error:
+            raise RecordError(f"a row must have every required column: {error}.") from None
+
+    def replace(self, **changes: typing.Any) -> Row:
+        """Return a checked copy with some columns changed."""
+        return dataclasses.replace(self, **changes)
+
+
+COLUMNS: tuple[str, ...] = tuple(
+    item.name for item in dataclasses.fields(Row) if item.name != "parameters"
+)
+"""Every column of a row in its order, but the method's own parameters."""
+
+
+def _field_types() -> dict[str, tuple[tuple[type, ...], str]]:
+    """Return, for each column, the accepted classes and how they are called in a message."""
+    accepted: dict[str, tuple[tuple[type, ...], str]] = {}
+    for name, hint in typing.get_type_hints(Row).items():
+        if name == "parameters":
+            continue
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        words = " or ".join("None" if one is type(None) else one.__name__ for one in options)
+        # An int is a legal float everywhere in Python; a bool is checked apart.
+        accepted[name] = ((*options, int) if float in options else tuple(options), words)
+    return accepted
+
+
+_FIELD_TYPES = _field_types()
