@@ -1,0 +1,83 @@
+"""Which implementation of an operator runs, and numba's one-time set-up."""
+
+from functools import cache
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+Impl = Literal["auto", "reference", "cpu", "triton"]
+
+# The file that holds each implementation, inside the operator's folder.
+_FILES = {"reference": "reference.py", "cpu": "cpu.py", "triton": "fused.py"}
+
+# How many threads numba was last told to use; 0 until the first CPU call.
+_numba_threads = 0
+
+
+def resolve(op: str, impl: Impl, device: torch.device) -> str:
+    """Say which implementation of an operator runs on a device.
+
+    ``auto`` takes the fastest one that is there: ``cpu`` on a CPU, ``triton`` on a CUDA device,
+    else ``reference``. A word that names one is obeyed or refused, never replaced.
+
+    Args:
+        op: The operator's folder name, such as ``"hamming_score"``.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        device: Where the operator's tensors are.
+
+    Returns:
+        ``"reference"``, ``"cpu"`` or ``"triton"``.
+
+    Raises:
+        ValueError: If the word is unknown, the operator has no such implementation, or the device
+            cannot run it.
+    """
+    chosen = _choose(op, impl, device.type)
+    if chosen == "cpu" and torch.get_num_threads() != _numba_threads:
+        _prepare_numba()
+    return chosen
+
+
+@cache
+def _choose(op: str, impl: str, device_type: str) -> str:
+    """Return the implementation for a device type; the answer never changes in one process."""
+    words = get_args(Impl)
+    if impl not in words:
+        raise ValueError(f"impl must be one of {', '.join(words)}, got {impl!r} for {op}.")
+    if impl == "auto":
+        wanted = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
+        return wanted if _exists(op, wanted) else "reference"
+    if not _exists(op, impl):
+        raise ValueError(
+            f"impl={impl!r} needs {_FILES[impl]}, which is not there for {op}; use impl='auto'."
+        )
+    needed = {"cpu": "cpu", "triton": "cuda"}.get(impl, device_type)
+    if device_type != needed:
+        raise ValueError(
+            f"impl={impl!r} of {op} needs tensors on a {needed} device, got {device_type}; "
+            "use impl='auto'."
+        )
+    return impl
+
+
+def _exists(op: str, impl: str) -> bool:
+    return (Path(__file__).parent / op / _FILES[impl]).is_file()
+
+
+def _prepare_numba() -> None:
+    """Set numba's threading layer and match torch's number of threads.
+
+    OpenMP's layer starts a parallel region in a few microseconds and may be entered from several
+    Python threads; the others are taken where numba was built without it. A process that has made
+    a CPU call must not fork: spawn instead.
+    """
+    global _numba_threads
+    import numba
+
+    if _numba_threads == 0:
+        # Numba tries these in order at its first parallel call and takes the first that loads.
+        numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+    _numba_threads = torch.get_num_threads()
+    most: int = vars(numba.config)["NUMBA_NUM_THREADS"]
+    numba.set_num_threads(min(_numba_threads, most))

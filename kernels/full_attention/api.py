@@ -1,0 +1,77 @@
+"""One decode step of attention over the whole cache: what every method is compared with."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from topkbench.kernels.shapes import check_device, check_floating, check_range, check_shape
+
+Backend = Literal["sdpa", "flash_attn", "flashinfer"]
+
+
+def full_attention(
+    query_states: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
+    scale: float,
+    kv_start: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    softcap: float | None = None,
+    backend: Backend = "sdpa",
+) -> Tensor:
+    """Attend from one query per head to every valid slot of the cache.
+
+    Args:
+        query_states: ``[B, Hq, d]``.
+        key_states: ``[B, Hkv, n, d]``; may be a strided view of a larger cache.
+        value_states: ``[B, Hkv, n, d]``.
+        scale: Factor on the dot products.
+        kv_start: ``[B]`` int32 first valid slot of each row, or None for 0.
+        kv_len: ``[B]`` int32 end of each row's valid slots, or None for ``n``.
+        softcap: Logits become ``softcap * tanh(logits / softcap)``; None leaves them.
+        backend: ``"sdpa"`` (torch, any device), ``"flash_attn"`` or ``"flashinfer"`` (CUDA);
+            never falls back.
+
+    Returns:
+        ``[B, Hq, d]`` in the query's dtype; a row without a valid slot gives zeros.
+
+    Raises:
+        ValueError: If a shape or device does not fit, or the backend is unknown, not installed or
+            asked to run on another device than CUDA.
+        TypeError: If the states are not floating point.
+    """
+    check_shape("query_states", query_states, "[B, Hq, d]", None, None, None)
+    batch_size, num_heads, head_dim = query_states.shape
+    notation = "[B, Hkv, n, d]"
+    check_shape("key_states", key_states, notation, batch_size, None, None, head_dim)
+    check_shape("value_states", value_states, notation, *key_states.shape)
+    num_kv_heads = key_states.shape[1]
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"query_states must have Hq, a multiple of Hkv = {num_kv_heads}, got {num_heads}."
+        )
+    check_floating("query_states", query_states)
+    device = query_states.device
+    check_device("key_states", key_states, device)
+    check_device("value_states", value_states, device)
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}.")
+    check_range(kv_start, kv_len, batch_size, device)
+    if backend not in ("sdpa", "flash_attn", "flashinfer"):
+        raise ValueError(f"backend must be one of sdpa, flash_attn, flashinfer, got {backend!r}.")
+
+    arguments = (query_states, key_states, value_states, scale, kv_start, kv_len, softcap)
+    if backend == "sdpa":
+        from topkbench.kernels.full_attention import reference
+
+        return reference.full_attention(*arguments)
+    if device.type != "cuda":
+        raise ValueError(
+            f"backend={backend!r} needs tensors on a cuda device, got {device.type}; "
+            "use backend='sdpa'."
+        )
+    from topkbench.kernels.full_attention import libraries
+
+    if backend == "flash_attn":
+        return libraries.flash_attn(*arguments)
+    return libraries.flashinfer(*arguments)

@@ -1,0 +1,44 @@
+"""Full attention by torch alone."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from topkbench.kernels.shapes import valid_slots
+
+
+def full_attention(
+    query_states: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
+    scale: float,
+    kv_start: Tensor | None,
+    kv_len: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """Return ``[B, Hq, d]``; see the api for the arguments.
+
+    The queries of a KV head stand where a sequence of queries would: each key is then read once
+    for the whole group, which ``enable_gqa`` does not do on a CPU (measured 3 to 10 times slower).
+    """
+    num_kv_heads, num_slots = key_states.shape[1:3]
+    grouped = query_states.unflatten(1, (num_kv_heads, -1))
+    mask = None
+    if kv_start is not None or kv_len is not None:
+        valid = valid_slots(kv_start, kv_len, num_slots, key_states.device)
+        mask = valid.expand(len(query_states), num_slots)[:, None, None]
+    if softcap is None:
+        out = scaled_dot_product_attention(
+            grouped, key_states, value_states, attn_mask=mask, scale=scale
+        )
+    else:
+        wide = torch.promote_types(query_states.dtype, torch.float32)
+        logits = (grouped.to(wide) @ key_states.to(wide).transpose(-1, -2)) * scale
+        logits = softcap * torch.tanh(logits / softcap)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf)
+        out = (logits.softmax(-1) @ value_states.to(wide)).to(query_states.dtype)
+    if mask is not None:
+        # A softmax over nothing is undefined, and torch's backends answer it differently.
+        out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return out.flatten(1, 2)

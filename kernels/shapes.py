@@ -1,0 +1,93 @@
+"""Checks of the operators' arguments: cheap when they pass, one sentence when they do not."""
+
+import torch
+from torch import Tensor
+
+
+def check_shape(argument: str, tensor: Tensor, notation: str, *sizes: int | None) -> None:
+    """Refuse a tensor of another shape.
+
+    Args:
+        argument: The argument's name, for the message.
+        tensor: What was passed.
+        notation: The shape in letters, such as ``"[B, Hkv, n, d]"``.
+        sizes: The wanted size of each axis; ``None`` accepts any.
+
+    Raises:
+        ValueError: If the number of axes or a size differs.
+    """
+    shape = tensor.shape
+    if len(shape) == len(sizes):
+        for size, wanted in zip(shape, sizes, strict=True):
+            if wanted is not None and size != wanted:
+                break
+        else:
+            return
+    stars = ", ".join("*" if size is None else str(size) for size in sizes)
+    raise ValueError(f"{argument} must be {notation} = [{stars}], got {list(shape)}.")
+
+
+def check_dtype(argument: str, tensor: Tensor, *wanted: torch.dtype) -> None:
+    """Refuse a tensor of another dtype.
+
+    Raises:
+        TypeError: If the dtype is none of ``wanted``.
+    """
+    if tensor.dtype not in wanted:
+        words = " or ".join(str(dtype).removeprefix("torch.") for dtype in wanted)
+        found = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{argument} must be {words}, got {found}.")
+
+
+def check_floating(argument: str, tensor: Tensor) -> None:
+    """Refuse a tensor of whole numbers.
+
+    Raises:
+        TypeError: If the dtype is not a floating one.
+    """
+    if not tensor.is_floating_point():
+        found = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{argument} must be floating point, got {found}.")
+
+
+def check_range(
+    kv_start: Tensor | None, kv_len: Tensor | None, batch_size: int, device: torch.device
+) -> None:
+    """Refuse a valid range that is not int32 ``[B]`` on the operator's device.
+
+    Raises:
+        ValueError: If a shape or device is wrong.
+        TypeError: If a dtype is wrong.
+    """
+    for argument, tensor in (("kv_start", kv_start), ("kv_len", kv_len)):
+        if tensor is not None:
+            check_shape(argument, tensor, "[B]", batch_size)
+            check_dtype(argument, tensor, torch.int32)
+            check_device(argument, tensor, device)
+
+
+def check_device(argument: str, tensor: Tensor, device: torch.device) -> None:
+    """Refuse a tensor on another device than the operator's first argument.
+
+    Raises:
+        ValueError: If the devices differ.
+    """
+    if tensor.device != device:
+        raise ValueError(f"{argument} must be on {device}, got {tensor.device}.")
+
+
+def valid_slots(
+    kv_start: Tensor | None, kv_len: Tensor | None, num_slots: int, device: torch.device
+) -> Tensor:
+    """Mark the slots of each row that hold a token: ``kv_start <= slot < kv_len``.
+
+    Returns:
+        ``[B, n]`` bool, or ``[1, n]`` when neither bound is given.
+    """
+    slots = torch.arange(num_slots, device=device)
+    valid = torch.ones(1, num_slots, dtype=torch.bool, device=device)
+    if kv_start is not None:
+        valid = valid & (slots >= kv_start[:, None])
+    if kv_len is not None:
+        valid = valid & (slots < kv_len[:, None])
+    return valid

@@ -1,0 +1,58 @@
+"""The k best units of each head, ties to the lower index, sinks and recent ones forced in."""
+
+import torch
+from torch import Tensor
+
+from topkbench.kernels.dispatch import Impl, resolve
+from topkbench.kernels.shapes import check_dtype, check_range, check_shape
+
+
+def topk_select(
+    scores: Tensor,
+    k: int,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    kv_start: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Select the ``k`` highest scores of each head; among equal scores the lower index wins.
+
+    The first ``num_sink`` and last ``num_recent`` units of a row's valid range are kept whatever
+    they score, inside ``k``. A score of -inf (or -2**31 for int32) marks a unit that is not there:
+    it is never chosen, unless it is forced.
+
+    Args:
+        scores: ``[B, H, U]`` float32, bfloat16, float16, float64 or int32, without NaN.
+        k: How many units to keep per head, at least 1.
+        num_sink: Units kept from ``kv_start`` on.
+        num_recent: Units kept back from ``kv_len``.
+        kv_start: ``[B]`` int32 first valid unit of each row, or None for 0.
+        kv_len: ``[B]`` int32 end of each row's valid units, or None for ``U``.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; never falls back.
+
+    Returns:
+        ``[B, H, min(k, U)]`` int32, ascending; short rows are padded with -1 at the end.
+
+    Raises:
+        ValueError: If a shape does not fit, ``k < 1``, or more units are forced than ``k``.
+        TypeError: If the scores have another dtype.
+    """
+    check_shape("scores", scores, "[B, H, U]", None, None, None)
+    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    check_dtype("scores", scores, torch.int32, *floats)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}.")
+    if num_sink < 0 or num_recent < 0 or num_sink + num_recent > k:
+        raise ValueError(
+            f"num_sink + num_recent must lie between 0 and k={k}, got {num_sink} + {num_recent}."
+        )
+    check_range(kv_start, kv_len, scores.shape[0], scores.device)
+    chosen = resolve("topk_select", impl, scores.device)
+    if chosen == "cpu":
+        from topkbench.kernels.topk_select import cpu
+
+        return cpu.topk_select(scores, k, num_sink, num_recent, kv_start, kv_len)
+    from topkbench.kernels.topk_select import reference
+
+    return reference.topk_select(scores, k, num_sink, num_recent, kv_start, kv_len)
