@@ -1,0 +1,280 @@
+"""Intervals for scores and for paired differences to full attention.
+
+Scores are 0 to 100. The mean over sub-tasks weighs each sub-task the same, and is resampled within
+each. Source: Miller 2024 (arXiv:2411.00640) for pairing and resampling over questions; Newcombe
+1998 for Wilson's interval and for adding intervals of independent parts. We differ where a bootstrap
+cannot see any spread (all samples alike): there a width of zero would claim certainty from a few
+samples, so the width is Wilson's for an outcome that was never seen in n samples.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+RESAMPLES = 10_000
+SCALE = 100.0
+Z_95 = 1.959963984540054
+MEAN = "mean"
+"""Name of the sub-task that stands for the mean over sub-tasks."""
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95% interval, and the number of samples behind it."""
+
+    estimate: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether zero lies outside the interval."""
+        return self.low > 0 or self.high < 0
+
+
+def wilson(successes: float, n: int, z: float = Z_95) -> tuple[float, float]:
+    """Return Wilson's interval for a proportion, both ends in 0 to 1.
+
+    Raises:
+        ValueError: If n is not positive or successes do not lie in 0 to n.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"successes must lie in 0 to n with n >= 1, got {successes} of {n}.")
+    share = successes / n
+    centre = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max(0.0, low), min(1.0, high)
+
+
+@functools.lru_cache(maxsize=32)
+def _weights(n: int, stratum: int, resamples: int, seed: int) -> NDArray[np.float32]:
+    """Return how often each of n samples is drawn in each resample, over n: [resamples, n]."""
+    generator = np.random.default_rng([seed, stratum, n])
+    counts = generator.multinomial(n, np.full(n, 1.0 / n), size=resamples)
+    return (counts / n).astype(np.float32)
+
+
+def _resampled_means(values: Array, stratum: int, resamples: int, seed: int) -> Array:
+    """Return the mean of each resample of one stratum: [resamples]."""
+    if len(values) <= 512:
+        return _weights(len(values), stratum, resamples, seed) @ values
+    # Many samples: the table of draws would not fit, so draw in parts and keep nothing.
+    generator = np.random.default_rng([seed, stratum, len(values)])
+    parts = [
+        values[generator.integers(len(values), size=(250, len(values)))].mean(axis=1)
+        for _ in range(-(-resamples // 250))
+    ]
+    return np.concatenate(parts)[:resamples]
+
+
+def _split(values: Array, strata: ArrayLike | None) -> list[Array]:
+    if strata is None:
+        return [values]
+    labels = np.asarray(strata).astype(str)
+    return [values[labels == label] for label in np.unique(labels)]
+
+
+def _unseen_half_width(parts: Sequence[Array]) -> float:
+    """Return the half width where no part shows any spread: an outcome never seen in n."""
+    flat = np.concatenate(parts)
+    if np.ptp(flat) == 0:
+        parts = [flat]
+    weight = 1.0 / len(parts)
+    return SCALE * math.sqrt(sum((weight * wilson(0, len(part))[1]) ** 2 for part in parts))
+
+
+def bootstrap(
+    values: ArrayLike,
+    strata: ArrayLike | None = None,
+    *,
+    bounds: tuple[float, float],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Return the mean with its percentile bootstrap interval, resampled within each stratum.
+
+    Args:
+        values: ``[n]`` one value per sample.
+        strata: ``[n]`` labels; every stratum weighs the same in the mean. None: one stratum.
+        bounds: Lowest and highest value that is possible, to which the interval is cut.
+        resamples: Number of resamples.
+        seed: Seed of the resampling.
+
+    Raises:
+        ValueError: If there is no value, or one is not finite.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if data.ndim != 1 or not data.size or not np.isfinite(data).all():
+        raise ValueError(f"values must be one or more finite numbers, got shape {data.shape}.")
+    parts = _split(data, strata)
+    estimate = float(np.mean([part.mean() for part in parts]))
+    if all(np.ptp(part) == 0 for part in parts):
+        half = _unseen_half_width(parts)
+        low, high = estimate - half, estimate + half
+    else:
+        means = np.mean(
+            [_resampled_means(part, i, resamples, seed) for i, part in enumerate(parts)], axis=0
+        )
+        low, high = (float(end) for end in np.percentile(means, [2.5, 97.5]))
+    # Rounding in the resampled means must not put the estimate outside its own interval.
+    low, high = min(low, estimate), max(high, estimate)
+    return Interval(estimate, max(low, bounds[0]), min(high, bounds[1]), data.size)
+
+
+def score_interval(
+    scores: ArrayLike, strata: ArrayLike | None = None, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Return the mean score with its interval: Wilson's for right or wrong, else a bootstrap.
+
+    Args:
+        scores: ``[n]`` 0 to 100.
+        strata: ``[n]`` sub-tasks; None for one sub-task.
+        resamples: Number of resamples.
+        seed: Seed of the resampling.
+    """
+    data = np.asarray(scores, dtype=np.float64)
+    one_stratum = strata is None or len(np.unique(np.asarray(strata).astype(str))) == 1
+    if one_stratum and data.size and np.isin(data, (0.0, SCALE)).all():
+        low, high = wilson(float(data.sum() / SCALE), data.size)
+        return Interval(float(data.mean()), SCALE * low, SCALE * high, data.size)
+    return bootstrap(data, strata, bounds=(0.0, SCALE), resamples=resamples, seed=seed)
+
+
+def paired_interval(
+    scores: ArrayLike,
+    others: ArrayLike,
+    strata: ArrayLike | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Return the mean of ``scores - others`` on the same samples with its bootstrap interval.
+
+    Args:
+        scores: ``[n]`` 0 to 100.
+        others: ``[n]`` 0 to 100, the same samples in the same order.
+        strata: ``[n]`` sub-tasks; None for one.
+        resamples: Number of resamples.
+        seed: Seed of the resampling.
+
+    Raises:
+        ValueError: If the two do not have the same length.
+    """
+    first, second = np.asarray(scores, np.float64), np.asarray(others, np.float64)
+    if first.shape != second.shape:
+        raise ValueError(
+            f"paired scores must have one shape, got {first.shape} and {second.shape}."
+        )
+    return bootstrap(first - second, strata, bounds=(-SCALE, SCALE), resamples=resamples, seed=seed)
+
+
+def non_inferior(difference: Interval, margin: float = 1.0) -> bool:
+    """Return whether a loss of `margin` points or more is ruled out at the interval's level."""
+    if margin <= 0:
+        raise ValueError(f"margin must be positive points, got {margin}.")
+    return difference.low > -margin
+
+
+def pair(samples: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """Join two sets of samples on what names one: seed where present, sub-task and sample_id.
+
+    Returns:
+        Columns subtask, score, other; one line per sample that both have.
+
+    Raises:
+        ValueError: If one name stands for two samples, or the references of a sample differ.
+    """
+    keys = [name for name in ("seed", "subtask", "sample_id") if name in samples and name in others]
+    keep = [*keys, "score", *(["references"] if "references" in samples else [])]
+    others = others[[name for name in keep if name in others]]
+    for part in (samples, others):
+        if part.duplicated(keys).any():
+            raise ValueError("a sample_id must stand for one sample of its sub-task, got two.")
+    joined = samples[keep].merge(others, on=keys, suffixes=("", "_other"), how="inner")
+    joined = joined.dropna(subset=["score", "score_other"]).sort_values(keys, kind="stable")
+    if "references_other" in joined:
+        differ = joined["references"].astype(str) != joined["references_other"].astype(str)
+        if differ.any():
+            raise ValueError(
+                "paired samples must have the same references, but "
+                f"{joined.loc[differ, 'sample_id'].iloc[0]} differs; run full attention again."
+            )
+    return joined.rename(columns={"score_other": "other"})[["subtask", "score", "other"]]
+
+
+def paired_columns(
+    samples: pd.DataFrame | Sequence[Mapping[str, Any]],
+    full_samples: pd.DataFrame | Sequence[Mapping[str, Any]] | None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, dict[str, float | None]]:
+    """Return the interval and difference columns of a row, for each sub-task and their mean.
+
+    Args:
+        samples: The cell's samples: sample_id, subtask, score (0 to 100), references.
+        full_samples: Full attention's on the same prompts; None or empty where there are none.
+        resamples: Number of resamples.
+        seed: Seed of the resampling.
+
+    Returns:
+        ``{subtask: {score, score_ci_low, score_ci_high, delta_full, delta_ci_low,
+        delta_ci_high}}``, with ``mean`` among the sub-tasks; the differences are None without a
+        common sample.
+    """
+    data = _with_text(samples)
+    if "score" in data:
+        data = data[data["score"].notna()]
+    if not len(data):
+        return {}
+    full = _with_text(full_samples)
+    pairs = pair(data, full) if len(full) else pd.DataFrame()
+    columns: dict[str, dict[str, float | None]] = {}
+    for subtask in [*dict.fromkeys(data["subtask"]), MEAN]:
+        part = data if subtask == MEAN else data[data["subtask"] == subtask]
+        score = score_interval(part["score"], part["subtask"], resamples=resamples, seed=seed)
+        values: dict[str, float | None] = {
+            "score": score.estimate,
+            "score_ci_low": score.low,
+            "score_ci_high": score.high,
+            "delta_full": None,
+            "delta_ci_low": None,
+            "delta_ci_high": None,
+        }
+        both = pairs if subtask == MEAN or not len(pairs) else pairs[pairs["subtask"] == subtask]
+        if len(both) and set(both["subtask"]) == set(part["subtask"]):
+            delta = paired_interval(
+                both["score"], both["other"], both["subtask"], resamples=resamples, seed=seed
+            )
+            values["delta_full"] = delta.estimate
+            values["delta_ci_low"], values["delta_ci_high"] = delta.low, delta.high
+        columns[subtask] = values
+    return columns
+
+
+def _with_text(samples: pd.DataFrame | Sequence[Mapping[str, Any]] | None) -> pd.DataFrame:
+    """Return samples as a frame in which references compare, whether lists or JSON text."""
+    if samples is None:
+        return pd.DataFrame()
+    data = samples.copy() if isinstance(samples, pd.DataFrame) else pd.DataFrame(list(samples))
+    if "references" in data:
+        data["references"] = [
+            one if isinstance(one, str) else _json_text(one) for one in data["references"]
+        ]
+    return data
+
+
+def _json_text(value: Any) -> str:
+
+    return json.dumps(value.tolist() if isinstance(value, np.ndarray) else value)

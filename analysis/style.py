@@ -1,0 +1,131 @@
+"""The one style table: a method looks the same in every figure of every report.
+
+Colours are Okabe and Ito's (Color Universal Design, 2008), told apart by all common kinds of
+colour vision; methods that share a colour differ in marker and line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, RED, PINK, GREY = "#0072B2", "#D55E00", "#CC79A7", "#6E6E6E"
+
+SOLID = "-"
+DASHED = (0, (5, 2))
+DOTTED = (0, (1.2, 1.4))
+DASH_DOT = (0, (5, 1.5, 1.2, 1.5))
+
+Line = str | tuple[int, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a method is drawn."""
+
+    label: str
+    colour: str
+    marker: str
+    line: Line
+
+
+STYLES: dict[str, Style] = {
+    "full": Style("Full attention", GREY, "D", SOLID),
+    "exact": Style("Exact top-k", BLACK, "s", SOLID),
+    "hata": Style("HATA", RED, "o", SOLID),
+    "quest": Style("Quest", BLUE, "^", SOLID),
+    "loki": Style("Loki", GREEN, "v", SOLID),
+    "streaming_llm": Style("StreamingLLM", ORANGE, "X", SOLID),
+    "simhash": Style("SimHash", RED, "h", DASHED),
+    "sparq": Style("SparQ", PINK, "P", SOLID),
+    "magicpig": Style("MagicPIG", PINK, "p", DASHED),
+    "infinigen": Style("InfiniGen", SKY, "<", SOLID),
+    "double_sparsity": Style("Double Sparsity", SKY, ">", DASHED),
+    "h2o": Style("H2O", ORANGE, "h", DASHED),
+    "snapkv": Style("SnapKV", ORANGE, "d", DOTTED),
+    "spatten": Style("SpAtten", ORANGE, "*", DASH_DOT),
+    "hash_attention": Style("HashAttention", RED, "p", DOTTED),
+    "shadowkv": Style("ShadowKV", BLUE, "P", DASHED),
+    "seer_attention": Style("SeerAttention", BLUE, "d", DOTTED),
+    "lightning_indexer": Style("Lightning indexer", GREEN, "*", DASHED),
+    "rocketkv": Style("RocketKV", PINK, "X", DOTTED),
+    "twilight": Style("Twilight", PINK, "*", DASH_DOT),
+    "infllm": Style("InfLLM", SKY, "s", DOTTED),
+    "pqcache": Style("PQCache", GREEN, "h", DOTTED),
+    "retroinfer": Style("RetroInfer", GREEN, "p", DASH_DOT),
+    "random": Style("Random", GREY, "x", DOTTED),
+}
+"""Methods by the name of their configuration; the order is the order of every legend."""
+
+STAGE_COLOURS: dict[str, str] = {
+    "encode_ms": "#88CCEE",
+    "append_ms": "#DDCC77",
+    "score_ms": "#CC6677",
+    "select_ms": "#117733",
+    "attend_ms": "#332288",
+}
+"""Colours of the stages of a decode step (Tol's muted scheme), apart from the methods'."""
+
+_COLOURS = (RED, BLUE, GREEN, ORANGE, PINK, SKY)
+_MARKERS = ("o", "^", "v", "s", "P", "X", "<", ">", "h", "p", "d", "*")
+_LINES: tuple[Line, ...] = (DASHED, DOTTED, DASH_DOT)
+
+RC_PARAMS: dict[str, Any] = {
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "figure.constrained_layout.use": True,
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#555555",
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.7,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "lines.linewidth": 1.7,
+    "lines.markersize": 5.5,
+    "svg.fonttype": "path",
+    # Fixed: a figure drawn again from the same rows is the same file.
+    "svg.hashsalt": "topkbench",
+}
+"""Settings of every figure."""
+
+
+def style(method: str) -> Style:
+    """Return a method's style; an unknown name always gets the same one, from its digest."""
+    if method in STYLES:
+        return STYLES[method]
+    digest = hashlib.sha256(method.encode()).digest()
+    return Style(
+        method,
+        _COLOURS[digest[0] % len(_COLOURS)],
+        _MARKERS[digest[1] % len(_MARKERS)],
+        _LINES[digest[2] % len(_LINES)],
+    )
+
+
+def order(method: str) -> tuple[int, str]:
+    """Return a key that sorts methods as the table does, unknown ones last by name."""
+    known = list(STYLES)
+    return (known.index(method) if method in STYLES else len(known), method)
+
+
+def shade(colour: str, position: float) -> str:
+    """Return a colour made lighter; 0 keeps it, 1 is the lightest that still reads on white."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    share = 0.62 * min(max(position, 0.0), 1.0)
+    mixed = (round(part + (255 - part) * share) for part in (red, green, blue))
+    return "#" + "".join(f"{part:02X}" for part in mixed)
