@@ -1,0 +1,400 @@
+"""The contract between a top-k attention method and everything that runs one."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from topkbench.kernels.dispatch import Impl
+from topkbench.kernels.sparse_attention.api import sparse_attention
+from topkbench.kernels.topk_select.api import topk_select
+from topkbench.methods.policy import Policy
+from topkbench.methods.states import CacheView, Index, PrefillInputs, Selection, StepResult
+
+__all__ = [
+    "CacheView",
+    "CalibrationStates",
+    "Geometry",
+    "Index",
+    "Observer",
+    "Policy",
+    "PrefillInputs",
+    "Selection",
+    "StepResult",
+    "TopKMethod",
+    "Watch",
+    "aggregate",
+]
+
+Watch = Callable[[str], AbstractContextManager[Any]]
+"""Given a stage's name, returns the context manager that times it."""
+
+Progress = Callable[[int, int], None]
+"""Called with how many units of work are done and how many there are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """The shape of a model's attention, read from the model and never retyped.
+
+    Attributes:
+        num_layers: Decoder layers.
+        num_heads: Query heads of a layer.
+        num_kv_heads: KV heads of a layer.
+        head_dim: Channels of a head.
+        dtype_bytes: Bytes of one cached value.
+        device: Where the model runs.
+        model_digest: What identifies the weights, empty if unknown; artifacts are tied to it.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype_bytes: int = 2
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    model_digest: str = ""
+
+
+class CalibrationStates(Protocol):
+    """Queries and keys of the texts that a method is fitted on; disjoint from every test's."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+
+    @property
+    def sequences(self) -> int:
+        """Calibration sequences."""
+
+    def states(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        """Return (``[Hq, n, d]``, ``[Hkv, n, d]``) post-RoPE float32 states of each sequence."""
+
+
+class Observer:
+    """What a caller may watch; both parts do nothing unless overridden."""
+
+    def stage(self, name: str, layer: int) -> AbstractContextManager[Any]:
+        """Return a context manager around one stage of one layer.
+
+        Args:
+            name: ``build``, ``append``, ``encode``, ``score``, ``select``, ``attend``, or ``full``
+                for a whole dense decode step.
+            layer: Index of the layer.
+        """
+        return nullcontext()
+
+    def on_step(
+        self, layer: int, query_states: Tensor, cache: CacheView, result: StepResult, scale: float
+    ) -> None:
+        """See one finished sparse decode step; ``query_states`` is ``[B, Hkv, G, d]``."""
+
+
+def aggregate(
+    scores: Tensor, rule: str, score_kind: str, scale: float, softcap: float | None = None
+) -> Tensor:
+    """Reduce the scores of a group's queries to one score per KV head.
+
+    Args:
+        scores: ``[B, Hkv, G, U]`` float32.
+        rule: A value of ``Policy.aggregation``; ``"native"`` sums the softmax of logits and sums
+            anything else.
+        score_kind: ``"logit"`` or ``"count"``.
+        scale: The attention's factor on dot products; a softmax is taken of scaled logits.
+        softcap: As in attention, or None.
+
+    Returns:
+        ``[B, Hkv, U]`` float32. An empty row gives zeros under a softmax.
+    """
+    if rule == "native":
+        rule = "sum_softmax" if score_kind == "logit" else "sum_logit"
+    if rule == "sum_logit":
+        return scores.sum(2)
+    logits = scores.float() * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    weights = logits.softmax(-1).nan_to_num(0.0)
+    return weights.sum(2) if rule == "sum_softmax" else weights.amax(2)
+
+
+@dataclass(kw_only=True)
+class TopKMethod(ABC):
+    """A method that chooses, at every decode step, which cached tokens each head attends to.
+
+    A method keeps no state of a prompt: that is the index, one per layer, which ``build_index``
+    returns and ``append`` updates in place. A scoring method writes ``score`` and, if it keeps
+    side information, ``build_index`` and ``append``; the rest has defaults.
+
+    Attributes:
+        name: What rows, files and figures call the method.
+        selects: False for a method that reads the whole cache, and so has no budget.
+        score_kind: ``"logit"`` if scores are dot products up to the attention's scale (a softmax
+            over them means something), else ``"count"``.
+        needs: What must be captured at prefill beyond keys and values.
+        impl: Implementation of every operator, or a mapping from operator to implementation.
+        native: The policy the method was published with: overrides of ``Policy`` fields.
+        artifact: What ``fit`` returned, once loaded.
+        artifact_digest: Identifies the artifact, empty without one.
+    """
+
+    name: ClassVar[str]
+    selects: ClassVar[bool] = True
+    score_kind: ClassVar[Literal["logit", "count"]] = "count"
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    impl: Impl | Mapping[str, Impl] = "auto"
+    native: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    artifact: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    artifact_digest: str = field(default="", init=False, repr=False)
+
+    def impl_for(self, op: str) -> Impl:
+        """Return the implementation that one operator is asked for."""
+        return self.impl if isinstance(self.impl, str) else self.impl.get(op, "auto")
+
+    def policy_in_force(self, policy: Policy) -> Policy:
+        """Return the policy itself, or with the method's own values under the native protocol."""
+        return replace(policy, **self.native) if policy.protocol == "native" else policy
+
+    # What a method learns beforehand ------------------------------------------------------------
+
+    def unsupported(self, geometry: Geometry) -> str | None:
+        """Return one sentence saying why a model cannot be served, or None."""
+        return None
+
+    def artifact_spec(self, geometry: Geometry) -> dict[str, Any] | None:
+        """Return the settings that identify the artifact, or None if the method learns nothing."""
+        return None
+
+    def fit(
+        self, calibration: CalibrationStates, progress: Progress | None = None
+    ) -> dict[str, Tensor]:
+        """Learn from calibration states; the tensors are saved as the artifact."""
+        raise ValueError(f"{self.name} learns nothing, so it has no fit.")
+
+    def load_artifact(self, tensors: dict[str, Tensor], digest: str = "") -> None:
+        """Take what ``fit`` returned, in this process or another.
+
+        Args:
+            tensors: The artifact.
+            digest: Its digest, for the record.
+        """
+        self.artifact = dict(tensors)
+        self.artifact_digest = digest
+
+    def check_ready(self, geometry: Geometry) -> None:
+        """Refuse a model that the method cannot serve, or a missing artifact.
+
+        Raises:
+            ValueError: With the method's reason, or saying that ``fit`` comes first.
+        """
+        reason = self.unsupported(geometry)
+        if reason is not None:
+            raise ValueError(reason)
+        if self.artifact_spec(geometry) is not None and not self.artifact:
+            raise ValueError(
+                f"{self.name} needs its artifact, and none is loaded; "
+                "call load_artifact with a shipped one or with what fit returns."
+            )
+
+    # The index ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def build_index(self, prefill: PrefillInputs) -> Any:
+        """Return one layer's side information, with room for ``prefill.capacity`` slots."""
+
+    @abstractmethod
+    def append(self, index: Any, key_states: Tensor, value_states: Tensor) -> None:
+        """Take one decoded token, in place; equals ``build_index`` on one token more.
+
+        Args:
+            index: What ``build_index`` returned.
+            key_states: ``[B, Hkv, 1, d]``.
+            value_states: ``[B, Hkv, 1, d]``.
+        """
+
+    def bind(self, index: Any, cache: CacheView) -> None:
+        """Give the index this step's view of the cache; for methods that score cached keys."""
+        return
+
+    # One decode step ----------------------------------------------------------------------------
+
+    def encode(self, query_states: Tensor, index: Any) -> Any:
+        """Return what ``score`` compares with the index; by default the queries themselves.
+
+        Args:
+            query_states: ``[B, Hkv, G, d]``.
+            index: The layer's index.
+        """
+        return query_states
+
+    @abstractmethod
+    def score(self, encoded: Any, index: Any) -> Tensor | None:
+        """Score every unit; higher is kept, always.
+
+        Returns:
+            ``[B, Hkv, G, U]``, or ``[B, Hkv, U]`` where the method sums over the group itself, or
+            None if the query plays no part.
+        """
+
+    def select(self, scores: Tensor | None, encoded: Any, index: Any, policy: Policy) -> Selection:
+        """Choose the units to attend to; by default sinks, recents and the best of the others.
+
+        Args:
+            scores: ``[B, H, U]``, ``H`` being the KV heads, or the query heads under
+                ``head_scope="query_head"``; or None where ``score`` returned None.
+            encoded: What ``encode`` returned.
+            index: The layer's index.
+            policy: Budget and forced tokens.
+        """
+        if scores is None:
+            raise ValueError(f"{self.name} must override select, since it has no scores.")
+        indices = topk_select(
+            scores,
+            policy.k,
+            policy.num_sink,
+            policy.num_recent,
+            index.kv_start,
+            index.kv_len,
+            impl=self.impl_for("topk_select"),
+        )
+        return Selection(indices)
+
+    def attend(
+        self,
+        query_states: Tensor,
+        cache: CacheView,
+        selection: Selection,
+        scale: float,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend to the selection; return ``out [B, Hq, d]`` and ``lse [B, Hq]``."""
+        return sparse_attention(
+            query_states.flatten(1, 2),
+            cache.key_states,
+            cache.value_states,
+            selection.indices,
+            scale,
+            count=selection.count,
+            log_weight=selection.log_weight,
+            unit_size=selection.unit_size,
+            kv_start=cache.kv_start,
+            kv_len=cache.kv_len,
+            softcap=softcap,
+            impl=self.impl_for("sparse_attention"),
+        )
+
+    def scoped(
+        self, scores: Tensor | None, policy: Policy, scale: float, softcap: float | None = None
+    ) -> Tensor | None:
+        """Bring scores to the heads that get a selection of their own: ``[B, H, U]``.
+
+        Raises:
+            ValueError: If each query head shall select, but the method scores per KV head.
+        """
+        if scores is None:
+            return None
+        if scores.ndim == 4:
+            if policy.head_scope == "query_head":
+                return scores.flatten(1, 2)
+            return aggregate(scores, policy.aggregation, self.score_kind, scale, softcap)
+        if policy.head_scope == "query_head":
+            raise ValueError(
+                f"head_scope must be kv_head for {self.name}, whose scores are per KV head, "
+                "got query_head."
+            )
+        return scores
+
+    def step(
+        self,
+        query_states: Tensor,
+        index: Any,
+        cache: CacheView,
+        policy: Policy,
+        scale: float,
+        softcap: float | None = None,
+        watch: Watch | None = None,
+    ) -> StepResult:
+        """Run one decode step of one layer, the current token being cached and appended.
+
+        With ``k`` at or above the number of tokens every token is selected, before the method is
+        asked: every method then equals full attention. In a batch this holds for each row.
+
+        Args:
+            query_states: ``[B, Hkv, G, d]``.
+            index: The layer's index.
+            cache: The layer's cached states.
+            policy: Budget and forced tokens.
+            scale: The attention's factor on dot products.
+            softcap: Logits become ``softcap * tanh(logits / softcap)``; None leaves them.
+            watch: Times the stages ``encode``, ``score``, ``select`` and ``attend``.
+        """
+        watch = _unwatched if watch is None else watch
+        scores: Tensor | None = None
+        if policy.k >= cache.n:
+            with watch("select"):
+                selection = Selection.everything(cache)
+        else:
+            self.bind(index, cache)
+            with watch("encode"):
+                encoded = self.encode(query_states, index)
+            with watch("score"):
+                scores = self.scoped(self.score(encoded, index), policy, scale, softcap)
+            with watch("select"):
+                selection = self.select(scores, encoded, index, policy)
+                if type(self).select is not TopKMethod.select:  # the default keeps short rows
+                    selection = selection.with_short_rows_whole(cache, policy.k)
+        with watch("attend"):
+            out, lse = self.attend(query_states, cache, selection, scale, softcap)
+        return StepResult(out, lse, selection, scores)
+
+    # Accounting ---------------------------------------------------------------------------------
+
+    def index_bytes_per_token(self, geometry: Geometry) -> float:
+        """Return the bytes of side information per token, of one layer with all its KV heads."""
+        return 0.0
+
+    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+        """Return the bytes one decode step of one layer reads, for one batch row.
+
+        That is the side information, whatever else scoring reads, and the keys and values of the
+        selected tokens, once per KV head. A selection per query head reads more than this model.
+
+        Args:
+            geometry: The model's.
+            n: Cached tokens.
+            k: Budget.
+        """
+        return round(n * self.index_bytes_per_token(geometry)) + kv_bytes(geometry, min(k, n))
+
+    def tokens_read(
+        self,
+        selection: Selection | None,
+        n: int,
+        kv_start: Tensor | None = None,
+        kv_len: Tensor | None = None,
+    ) -> float:
+        """Count the tokens a step attended to: the mean over batch rows and selecting heads.
+
+        Args:
+            selection: What the step selected; None stands for every token.
+            n: Slots of the cache's view.
+            kv_start: As in ``CacheView``.
+            kv_len: As in ``CacheView``.
+        """
+        if selection is None:
+            zero = torch.zeros(1) if kv_start is None else kv_start
+            return ((zero + n if kv_len is None else kv_len) - zero).double().mean().item()
+        return selection.tokens(n, kv_start, kv_len).double().mean().item()
+
+
+def kv_bytes(geometry: Geometry, tokens: int) -> int:
+    """Return the bytes of so many tokens' keys and values, of one layer with all its KV heads."""
+    return 2 * tokens * geometry.num_kv_heads * geometry.head_dim * geometry.dtype_bytes
+
+
+def _unwatched(stage: str) -> AbstractContextManager[None]:
+    return nullcontext()

@@ -1,0 +1,77 @@
+"""How much a method may keep, and what every method keeps: the same rules for all of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+HeadScope = Literal["kv_head", "query_head"]
+Aggregation = Literal["native", "sum_softmax", "sum_logit", "max_softmax"]
+Protocol = Literal["unified", "native"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The budget of a decode step and the rules around it.
+
+    Attributes:
+        k: Tokens kept per selecting head, sinks and recent ones included.
+        num_sink: First tokens of the sequence that are always kept.
+        num_recent: Last tokens that are always kept, the current one among them.
+        dense_layers: Layers that attend to everything: how many first ones, or which. None takes
+            the first 2 of a model with 16 layers or more, and none of a smaller one.
+        head_scope: One selection per KV head, shared by its queries, or one per query head.
+        aggregation: How the scores of a KV head's queries become one; ``"native"`` sums the
+            float32 softmax of logits, and sums scores that are not logits.
+        protocol: ``"unified"`` is these values; ``"native"`` puts the method's own in their place.
+    """
+
+    k: int
+    num_sink: int = 4
+    num_recent: int = 8
+    dense_layers: int | tuple[int, ...] | None = None
+    head_scope: HeadScope = "kv_head"
+    aggregation: Aggregation = "native"
+    protocol: Protocol = "unified"
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}.")
+        if self.num_sink < 0 or self.num_recent < 0:
+            raise ValueError(
+                "num_sink and num_recent must not be negative, "
+                f"got {self.num_sink} and {self.num_recent}."
+            )
+        if self.num_sink + self.num_recent > self.k:
+            raise ValueError(
+                f"num_sink + num_recent must be at most k={self.k}, got {self.num_sink} + "
+                f"{self.num_recent}; raise k or lower them."
+            )
+        _check_word("head_scope", self.head_scope, get_args(HeadScope))
+        _check_word("aggregation", self.aggregation, get_args(Aggregation))
+        _check_word("protocol", self.protocol, get_args(Protocol))
+        if isinstance(self.dense_layers, Sequence):  # a list from YAML
+            object.__setattr__(self, "dense_layers", tuple(int(x) for x in self.dense_layers))
+        elif self.dense_layers is not None and self.dense_layers < 0:
+            raise ValueError(f"dense_layers must not be negative, got {self.dense_layers}.")
+
+    def resolve_dense_layers(self, num_layers: int) -> frozenset[int]:
+        """Return the indices of the layers that attend to everything.
+
+        Raises:
+            ValueError: If a layer is named that the model does not have.
+        """
+        if self.dense_layers is None:
+            return frozenset(range(2 if num_layers >= 16 else 0))
+        if isinstance(self.dense_layers, int):
+            return frozenset(range(min(self.dense_layers, num_layers)))
+        for layer in self.dense_layers:
+            if not 0 <= layer < num_layers:
+                raise ValueError(
+                    f"dense_layers must lie between 0 and {num_layers - 1}, got {layer}."
+                )
+        return frozenset(self.dense_layers)
+
+
+def _check_word(argument: str, word: str, words: tuple[str, ...]) -> None:
+    if word not in words:
+        raise ValueError(f"{argument} must be one of {', '.join(words)}, got {word!r}.")

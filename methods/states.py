@@ -1,0 +1,238 @@
+"""What passes between a method and its caller: cached states, side information, selections."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+@dataclass(kw_only=True)
+class PrefillInputs:
+    """One layer's prefilled states, from which an index is built.
+
+    Attributes:
+        key_states: ``[B, Hkv, n, d]`` post-RoPE keys, a view of the cache's used part.
+        value_states: ``[B, Hkv, n, d]``.
+        capacity: Slots that the side information must have room for, at least ``n``.
+        layer: Index of the layer.
+        num_layers: Layers of the model.
+        kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
+        kv_len: int32 ``[B]`` end of each row's valid slots; None for ``n``.
+        query_tail: ``[B, Hq, w, d]`` last queries of the prompt; None unless declared as needed.
+        column_sums: ``[B, Hq, n]`` attention each token received; None unless declared.
+        layer_input: ``[B, n, hidden]`` the layer's input; None unless declared.
+    """
+
+    key_states: Tensor
+    value_states: Tensor
+    capacity: int
+    layer: int
+    num_layers: int
+    kv_start: Tensor | None = None
+    kv_len: Tensor | None = None
+    query_tail: Tensor | None = None
+    column_sums: Tensor | None = None
+    layer_input: Tensor | None = None
+
+    @property
+    def n(self) -> int:
+        """Slots in use in the longest row."""
+        return self.key_states.shape[2]
+
+
+@dataclass
+class CacheView:
+    """One layer's cache at one decode step, the current token included.
+
+    Attributes:
+        key_states: ``[B, Hkv, n, d]``, a view of the cache's used part.
+        value_states: ``[B, Hkv, n, d]``.
+        kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
+        kv_len: int32 ``[B]`` end of each row's valid slots; None for ``n``.
+    """
+
+    key_states: Tensor
+    value_states: Tensor
+    kv_start: Tensor | None = None
+    kv_len: Tensor | None = None
+
+    @property
+    def n(self) -> int:
+        """Slots in the view; no row has more valid tokens."""
+        return self.key_states.shape[2]
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Return int32 ``[B]`` first slot and end of each row."""
+        return row_bounds(self.n, len(self.key_states), self.device, self.kv_start, self.kv_len)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the states are."""
+        return self.key_states.device
+
+
+def row_bounds(
+    n: int, batch_size: int, device: torch.device, kv_start: Tensor | None, kv_len: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return int32 ``[B]`` first slot and end of each row, given or not."""
+    zero = torch.zeros(batch_size, dtype=torch.int32, device=device)
+    return (zero if kv_start is None else kv_start), (zero + n if kv_len is None else kv_len)
+
+
+@dataclass(kw_only=True)
+class Index:
+    """What every method's index counts: which slots each row has filled.
+
+    Attributes:
+        capacity: Slots there is room for.
+        length: Slots in use in the longest row (an upper bound where rows differ).
+        kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
+        kv_len: int32 ``[B]`` end of each row's valid slots; None for ``length``.
+    """
+
+    capacity: int
+    length: int
+    kv_start: Tensor | None
+    kv_len: Tensor | None
+
+    @classmethod
+    def of(cls, prefill: PrefillInputs) -> Self:
+        """Count the slots of a prefilled cache.
+
+        Raises:
+            ValueError: If the capacity is below the slots in use.
+        """
+        return cls(**cls.counts(prefill))
+
+    @staticmethod
+    def counts(prefill: PrefillInputs) -> dict[str, Any]:
+        """Return the attributes of ``Index``, for a subclass to add its own."""
+        if prefill.capacity < prefill.n:
+            raise ValueError(
+                f"capacity must be at least the {prefill.n} slots in use, got {prefill.capacity}."
+            )
+        # The counter is the index's own: the cache moves its counter by itself.
+        kv_len = None if prefill.kv_len is None else prefill.kv_len.clone()
+        return {
+            "capacity": prefill.capacity,
+            "length": prefill.n,
+            "kv_start": prefill.kv_start,
+            "kv_len": kv_len,
+        }
+
+    def advance(self) -> int | Tensor:
+        """Count one token more in every row, and return the slot it goes to: one, or ``[B]``.
+
+        Raises:
+            ValueError: If there is no room.
+        """
+        if self.kv_len is not None:
+            slot = self.kv_len.clone()
+            self.kv_len += 1
+            self.length = min(self.length + 1, self.capacity)
+            return slot
+        if self.length >= self.capacity:
+            raise ValueError(
+                f"the index must have room for one slot more, got capacity={self.capacity} with "
+                "all in use; build it with a larger capacity."
+            )
+        self.length += 1
+        return self.length - 1
+
+    @staticmethod
+    def put(buffer: Tensor, slot: int | Tensor, entry: Tensor) -> None:
+        """Write ``entry [B, H, ...]`` at a slot of each row of ``buffer [B, H, capacity, ...]``."""
+        if isinstance(slot, int):
+            buffer[:, :, slot] = entry
+        else:
+            rows = torch.arange(len(buffer), device=buffer.device)
+            buffer[rows, :, slot.long()] = entry.to(buffer.dtype)
+
+
+@dataclass
+class Selection:
+    """Which units each head attends to.
+
+    Attributes:
+        indices: int32 ``[B, H, m]``, ``H`` KV heads or query heads; -1 marks no unit. With
+            ``unit_size == 1`` a cache slot, else a page counted from the row's first slot.
+        count: int32 ``[B, H]`` how many leading entries count; None for all that are not -1.
+        log_weight: float32 ``[B, Hq, m]`` added to the logits of a unit's tokens; None for zeros.
+        unit_size: Tokens in a unit.
+    """
+
+    indices: Tensor
+    count: Tensor | None = None
+    log_weight: Tensor | None = None
+    unit_size: int = 1
+
+    @classmethod
+    def everything(cls, cache: CacheView) -> Self:
+        """Select every valid token of every row, for every KV head."""
+        start, end = cache.bounds()
+        slots = torch.arange(cache.n, dtype=torch.int32, device=cache.device)
+        slots = slots.expand(len(start), -1)
+        if cache.kv_start is not None or cache.kv_len is not None:
+            slots = slots + start[:, None]
+            slots = slots.masked_fill(slots >= end[:, None], -1)
+        return cls(slots[:, None].expand(-1, cache.key_states.shape[1], -1).contiguous())
+
+    def with_short_rows_whole(self, cache: CacheView, k: int) -> "Selection":
+        """Select every token in the rows that have at most ``k``, and leave the others alone.
+
+        Rows of a batch may differ in length; a row must not lose a token to its neighbours.
+        """
+        if cache.kv_start is None and cache.kv_len is None:
+            return self
+        start, end = cache.bounds()
+        valid = (end - start)[:, None, None]
+        short = valid <= k
+        wanted = max(self.indices.shape[2], -(-k // self.unit_size))
+        missing = wanted - self.indices.shape[2]
+        kept = pad(self.indices, (0, missing), value=-1)
+        if self.count is not None:
+            entries = torch.arange(wanted, device=kept.device)
+            kept = kept.masked_fill(entries >= self.count[..., None], -1)
+        units = torch.arange(wanted, dtype=torch.int32, device=kept.device)
+        everything = (units * self.unit_size < valid).where(short, False)
+        offset = start[:, None, None] if self.unit_size == 1 else 0
+        whole = (units + offset).where(everything, -1).to(torch.int32)
+        weight = self.log_weight
+        if weight is not None:
+            weight = pad(weight, (0, missing)).masked_fill(short, 0.0)
+        return Selection(torch.where(short, whole, kept), None, weight, self.unit_size)
+
+    def tokens(
+        self, n: int, kv_start: Tensor | None = None, kv_len: Tensor | None = None
+    ) -> Tensor:
+        """Return int64 ``[B, H]``: how many valid tokens each head's selection holds."""
+        device = self.indices.device
+        start, end = row_bounds(n, len(self.indices), device, kv_start, kv_len)
+        valid = (end - start)[:, None, None]
+        first = self.indices * self.unit_size
+        if self.unit_size == 1:
+            first = first - start[:, None, None]
+        held = (valid - first).clamp(0, self.unit_size)
+        kept = self.indices >= 0
+        if self.count is not None:
+            kept &= torch.arange(self.indices.shape[2], device=device) < self.count[..., None]
+        return held.where(kept, 0).sum(-1)
+
+
+@dataclass
+class StepResult:
+    """What one decode step of one layer gave.
+
+    Attributes:
+        out: ``[B, Hq, d]`` in the query's dtype.
+        lse: float32 ``[B, Hq]`` log of the softmax's denominator; None where it is not computed.
+        selection: What was attended to; None stands for every token.
+        scores: ``[B, H, U]`` what the selection was made from; None where nothing was scored.
+    """
+
+    out: Tensor
+    lse: Tensor | None
+    selection: Selection | None
+    scores: Tensor | None
