@@ -2,9 +2,9 @@
 
 Scores are 0 to 100. The mean over sub-tasks weighs each sub-task the same, and is resampled within
 each. Source: Miller 2024 (arXiv:2411.00640) for pairing and resampling over questions; Newcombe
-1998 for Wilson's interval and for adding intervals of independent parts. We differ where a bootstrap
-cannot see any spread (all samples alike): there a width of zero would claim certainty from a few
-samples, so the width is Wilson's for an outcome that was never seen in n samples.
+1998 for Wilson's interval and for adding intervals of independent parts. We differ where a
+bootstrap cannot see any spread (all samples alike): there a width of zero would claim certainty
+from a few samples, so the width is Wilson's for an outcome that was never seen in n samples.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ def wilson(successes: float, n: int, z: float = Z_95) -> tuple[float, float]:
     centre = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-    return max(0.0, low), min(1.0, high)
+    return (0.0 if successes == 0 else low), (1.0 if successes == n else high)
 
 
-@functools.lru_cache(maxsize=32)
-def _weights(n: int, stratum: int, resamples: int, seed: int) -> NDArray[np.float32]:
-    """Return how often each of n samples is drawn in each resample, over n: [resamples, n]."""
+@functools.lru_cache(maxsize=16)
+def _counts(n: int, stratum: int, resamples: int, seed: int) -> Array:
+    """Return how often each of n samples is drawn in each resample: [resamples, n]."""
     generator = np.random.default_rng([seed, stratum, n])
-    counts = generator.multinomial(n, np.full(n, 1.0 / n), size=resamples)
-    return (counts / n).astype(np.float32)
+    return generator.multinomial(n, np.full(n, 1.0 / n), size=resamples).astype(np.float64)
 
 
 def _resampled_means(values: Array, stratum: int, resamples: int, seed: int) -> Array:
     """Return the mean of each resample of one stratum: [resamples]."""
-    if len(values) <= 512:
-        return _weights(len(values), stratum, resamples, seed) @ values
+    if len(values) <= 256:
+        means: Array = _counts(len(values), stratum, resamples, seed) @ values / len(values)
+        return means
     # Many samples: the table of draws would not fit, so draw in parts and keep nothing.
     generator = np.random.default_rng([seed, stratum, len(values)])
     parts = [
@@ -126,8 +126,8 @@ def bootstrap(
         means = np.mean(
             [_resampled_means(part, i, resamples, seed) for i, part in enumerate(parts)], axis=0
         )
-        low, high = (float(end) for end in np.percentile(means, [2.5, 97.5]))
-    # Rounding in the resampled means must not put the estimate outside its own interval.
+        # Rounding must not turn an end that is zero into one that excludes zero.
+        low, high = (round(float(end), 9) for end in np.percentile(means, [2.5, 97.5]))
     low, high = min(low, estimate), max(high, estimate)
     return Interval(estimate, max(low, bounds[0]), min(high, bounds[1]), data.size)
 

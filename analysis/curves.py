@@ -1,0 +1,278 @@
+"""Figures with a metric on each axis: curves over a knob, and score against cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from topkbench.analysis import style
+from topkbench.analysis.metrics import METRICS
+from topkbench.analysis.stats import MEAN
+
+_BIT_LINES = (style.SOLID, style.DASHED, style.DASH_DOT, style.DOTTED)
+
+
+def new_figure(width: float = 7.2, height: float = 4.1) -> tuple[Figure, Axes]:
+    """Return an empty figure and its axes; sizes in inches."""
+    figure = Figure(figsize=(width, height))
+    return figure, figure.add_subplot()
+
+
+def _log2_axis(axis: Any, values: Sequence[float]) -> None:
+    """Put plain numbers at the values themselves; thin them out where they would touch."""
+    ticks = sorted(set(values))
+    while len(ticks) > 9:
+        ticks = ticks[::2]
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _series(lines: pd.DataFrame, x: str) -> list[tuple[str, str, pd.DataFrame, float, Any]]:
+    """Split lines into curves over `x`: (method, label, points, lightness, line style)."""
+    other = "rbit" if x == "k" else "k"
+    found: list[tuple[str, str, pd.DataFrame, float, Any]] = []
+    for method in sorted(lines["method"].unique(), key=style.order):
+        own = lines[lines["method"] == method]
+        kept = sorted((int(v) for v in own[other].dropna().unique()), reverse=True)
+        fixed = ("k", "rbit") if x == "kv_len" else (other,)
+        texts = own.apply(
+            lambda line, fixed=fixed: _curve_label(line, fixed, "subtask" in line), axis=1
+        )
+        for position, text in enumerate(dict.fromkeys(texts)):
+            points = own[texts == text].sort_values(x, kind="stable")
+            value = points[other].iloc[0]
+            rank = 0 if pd.isna(value) else kept.index(int(value))
+            lightness = rank / max(len(kept) - 1, 1) if len(kept) > 1 else 0.0
+            line = style.style(method).line
+            if len(kept) > 1 or len(set(texts)) > 1:
+                line = _BIT_LINES[max(rank, position if len(kept) <= 1 else 0) % len(_BIT_LINES)]
+            found.append((method, text, points, lightness, line))
+    return found
+
+
+def _curve_label(line: pd.Series, fixed: Sequence[str], with_subtask: bool) -> str:
+    words = [str(line["label"])]
+    if with_subtask and line["subtask"] not in (MEAN, "", line["task"]):
+        words.append(str(line["subtask"]))
+    if "rbit" in fixed and not pd.isna(line["rbit"]):
+        words.append(f"{line['rbit']} bits")
+    if "k" in fixed and not pd.isna(line["k"]):
+        words.append(f"k = {line['k']}")
+    return ", ".join(words)
+
+
+def _spread(points: pd.DataFrame, y: str) -> np.ndarray | None:
+    """Return the distances from each point to the ends of its interval, [2, points]."""
+    ends = {"score": ("score_ci_low", "score_ci_high")}.get(
+        y, ("decode_ms_p20", "decode_ms_p80") if y == "decode_ms_p50" else None
+    )
+    if ends is None or points[list(ends)].isna().any(axis=None):
+        return None
+    low, high = points[y] - points[ends[0]], points[ends[1]] - points[y]
+    return np.clip(np.array([low, high], dtype=float), 0, None)
+
+
+def legend(figure: Figure, axes: Axes) -> None:
+    """Put the legend beside the axes, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
+
+
+def curve(lines: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw a metric over the budget or the hash bits, one curve per method and other knob.
+
+    Args:
+        lines: The headline lines of one setting.
+        y: ``score``, ``recall_at_k`` or ``decode_ms_p50``.
+        x: ``k`` or ``rbit``.
+
+    Returns:
+        The figure and its data, or None where no curve has two points.
+    """
+    data = lines[lines[y].notna() & lines[x].notna()]
+    if data.groupby("method")[x].nunique().max() in (0, 1) or not len(data):
+        return None
+    figure, axes = new_figure()
+    full = lines[(lines["method"] == "full") & lines[y].notna()] if y != "recall_at_k" else data[:0]
+    for _, line in full.head(1).iterrows():
+        look = style.style("full")
+        spread = _spread(full.head(1), y)
+        if spread is not None:
+            axes.axhspan(
+                line[y] - spread[0, 0], line[y] + spread[1, 0], color=look.colour, alpha=0.14, lw=0
+            )
+        axes.axhline(line[y], color=look.colour, lw=1.4, label=look.label)
+    curves = _series(data, x)
+    for place, (method, label, points, lightness, line_style) in enumerate(curves):
+        look = style.style(method)
+        colour = style.shade(look.colour, lightness)
+        # A small shift, the same for each figure, keeps intervals from hiding one another.
+        shift = 2.0 ** (0.035 * (place - (len(curves) - 1) / 2) / max(len(curves) / 6, 1))
+        axes.errorbar(
+            points[x].astype(float) * shift,
+            points[y],
+            yerr=_spread(points, y),
+            color=colour,
+            marker=look.marker,
+            linestyle=line_style,
+            elinewidth=0.9,
+            capsize=1.8,
+            markeredgecolor="white",
+            markeredgewidth=0.5,
+            label=label,
+        )
+    axes.set_xscale("log", base=2)
+    _log2_axis(axes.xaxis, [float(v) for v in data[x]])
+    axes.set_xlabel(METRICS[x].axis)
+    axes.set_ylabel(METRICS[y].axis)
+    shown = pd.concat([data[y], full[y]])
+    if y == "decode_ms_p50":
+        axes.set_ylim(bottom=0, top=1.12 * float(shown.max()))
+    else:
+        whole = 100.0 if y == "score" else 1.0
+        bottom = math.floor(10 * (float(shown.min()) / whole - 0.08)) / 10 * whole
+        axes.set_ylim(max(bottom, -0.02 * whole), 1.02 * whole)
+    legend(figure, axes)
+    return figure, table(pd.concat([full.head(1), data]), x, y)
+
+
+def table(lines: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """Return the columns that a figure shows, with what names a line."""
+    extra = {
+        "score": ("score_ci_low", "score_ci_high"),
+        "decode_ms_p50": ("decode_ms_p20", "decode_ms_p80"),
+    }
+    names = ["method", "variant", "subtask", "k", "rbit"]
+    names += [name for one in columns for name in (one, *extra.get(one, ())) if name not in names]
+    return lines[names].reset_index(drop=True)
+
+
+def on_front(cost: Sequence[float], gain: Sequence[float]) -> list[bool]:
+    """Return for each point whether no other costs at most as much and gains at least as much.
+
+    Equal points are all on the front.
+    """
+    return [
+        not any(
+            (c <= cost[i] and g >= gain[i]) and (c < cost[i] or g > gain[i])
+            for c, g in zip(cost, gain, strict=True)
+        )
+        for i in range(len(cost))
+    ]
+
+
+def pareto(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw score against bytes read by a decode step, the front marked."""
+    x, y = "bytes_read_per_step", "score"
+    data = lines[lines[x].notna() & lines[y].notna() & (lines[x] > 0)]
+    if len(data) < 3:
+        return None
+    mib = data[x] / METRICS[x].divisor
+    # The oracle reads every key to choose; it is a bound, not a candidate.
+    rivals = data[data["method"] != "exact"]
+    marks = on_front(list(mib[rivals.index]), list(rivals["score"]))
+    front = pd.Series(marks, index=rivals.index).reindex(data.index, fill_value=False)
+    figure, axes = new_figure()
+    ordered = data[front].assign(mib=mib[front]).sort_values("mib")
+    axes.plot(ordered["mib"], ordered[y], color="#333333", lw=1.1, zorder=1, label="Pareto front")
+    for method in sorted(data["method"].unique(), key=style.order):
+        look = style.style(method)
+        for on, size, alpha in ((False, 30, 0.35), (True, 58, 1.0)):
+            mine = (data["method"] == method) & (front == on)
+            axes.scatter(
+                mib[mine],
+                data.loc[mine, y],
+                s=size,
+                marker=look.marker,
+                color=look.colour,
+                alpha=alpha,
+                edgecolors="white" if on else "none",
+                linewidths=0.6,
+                zorder=3 if on else 2,
+            )
+        axes.scatter([], [], s=45, marker=look.marker, color=look.colour, label=look.label)
+    axes.set_xscale("log", base=2)
+    low, high = math.floor(math.log2(mib.min())), math.ceil(math.log2(mib.max()))
+    step = max(1, (high - low) // 7)
+    ticks = [2.0**power for power in range(low, high + 1, step)]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.set_xlim(2.0 ** (math.log2(mib.min()) - 0.3), 2.0 ** (math.log2(mib.max()) + 0.3))
+    axes.set_ylim(min(-2.0, float(data[y].min()) - 3), 103)
+    axes.set_xlabel(METRICS[x].axis)
+    axes.set_ylabel(METRICS[y].axis)
+    _label_front(axes, ordered)
+    legend(figure, axes)
+    return figure, table(data.assign(on_front=front), x, y, "on_front")
+
+
+def _label_front(axes: Axes, front: pd.DataFrame) -> None:
+    """Write the setting beside points of the front, leaving out those that would overlap."""
+    last = -math.inf
+    for _, line in front.iterrows():
+        words = [f"{name}={line[name]}" for name in ("k", "rbit") if not pd.isna(line[name])]
+        place = math.log2(line["mib"])
+        if words and place - last > 0.45:
+            axes.annotate(
+                "\n".join(words),
+                (line["mib"], line["score"]),
+                xytext=(0, -9),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                fontsize=6.5,
+                color="#333333",
+                linespacing=1.0,
+            )
+            last = place
+
+
+def context_curve(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw the decode step over the context's length, one curve per line.
+
+    Where the fraction of the memory bandwidth is known, a thin dashed line shows the time that
+    the same bytes would take at all of it.
+    """
+    x, y = "kv_len", "decode_ms_p50"
+    data = lines[lines[x].notna() & lines[y].notna()]
+    if not len(data) or data.groupby("method")[x].nunique().max() < 2:
+        return None
+    figure, axes = new_figure()
+    bounded = False
+    for method, label, points, lightness, line_style in _series(data, x):
+        look = style.style(method)
+        colour = style.shade(look.colour, lightness)
+        axes.errorbar(
+            points[x].astype(float),
+            points[y],
+            yerr=_spread(points, y),
+            color=colour,
+            marker=look.marker,
+            linestyle=line_style,
+            elinewidth=0.9,
+            capsize=1.8,
+            label=label,
+        )
+        bound = points[y] * points["bandwidth_fraction"]
+        if bound.notna().sum() > 1:
+            axes.plot(points[x].astype(float), bound, color=colour, lw=0.9, ls=(0, (3, 2)))
+            bounded = True
+    if bounded:
+        axes.plot([], [], color="#444444", lw=0.9, ls=(0, (3, 2)), label="bandwidth bound")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    _log2_axis(axes.xaxis, [float(v) for v in data[x]])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.set_xlabel(METRICS[x].axis)
+    axes.set_ylabel(METRICS[y].axis)
+    legend(figure, axes)
+    return figure, table(data, x, y, "bandwidth_fraction")

@@ -1,0 +1,303 @@
+"""Rows and samples made comparable: one line per configuration, paired with full attention.
+
+Cells that differ only in their seed are one line; cells of different machines never are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from topkbench.analysis import stats, style
+from topkbench.analysis.record import typed
+from topkbench.analysis.row import PARAMETER_PREFIX, Status
+
+YARDSTICKS = ("full", "exact")
+"""Methods that others are measured against; they do not compete for the best line."""
+
+SETTING = ("model", "task", "question", "device", "length")
+"""What must agree before two lines are compared."""
+
+_CONFIGURATION = ("method", "k", "rbit", "protocol", "impl", "full_backend", "batch_size")
+_MEANS = (
+    *("recall_at_k", "attention_mass", "output_rel_error", "density", "bytes_read_per_step"),
+    *("index_bytes_per_token", "peak_memory_mib", "bandwidth_fraction"),
+)
+_MEDIANS = (
+    *("prefill_ms", "build_ms", "decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "encode_ms"),
+    *("append_ms", "score_ms", "select_ms", "attend_ms", "tokens_per_s", "speedup_vs_full"),
+)
+_SCORES = (
+    *("score", "score_ci_low", "score_ci_high"),
+    *("delta_full", "delta_ci_low", "delta_ci_high"),
+)
+
+
+@dataclass
+class Comparison:
+    """Lines that can be shown side by side.
+
+    Attributes:
+        rows: The rows behind the lines, each cell of a machine once.
+        lines: One line per setting, configuration and sub-task: the setting, the configuration,
+            ``label``, ``variant``, scores with intervals, metrics, ``n`` samples, ``cells`` and
+            ``best``.
+        notes: Sentences about what could not be compared or is mixed.
+    """
+
+    rows: pd.DataFrame
+    lines: pd.DataFrame
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def headline(self) -> pd.DataFrame:
+        """The mean of each cell, or every sub-task of a cell without a mean."""
+        if not len(self.lines):
+            return self.lines
+        is_mean = self.lines["subtask"] == stats.MEAN
+        with_mean = set(self.lines.loc[is_mean, "line"])
+        return self.lines[is_mean | ~self.lines["line"].isin(with_mean)]
+
+    def panels(self) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+        """Yield each setting with its lines; lengths stand together where nothing is scored."""
+        for key, part in _groups(self.lines, SETTING[:-1]):
+            if part["score"].notna().any():
+                for length, one in _groups(part, ("length",)):
+                    yield {**key, **length}, one
+            elif len(part):
+                yield {**key, "length": None}, part
+
+
+def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparison:
+    """Gather rows into lines and pair them with full attention on the same samples.
+
+    Args:
+        rows: What `record.Sweep.rows` returns, of one sweep or of several.
+        samples: What `record.Sweep.samples` returns; without them the rows' own intervals stand.
+    """
+    data = _once(typed(rows))
+    notes = _mixed(data)
+    good = data[data["status"] == Status.OK.value] if len(data) else data
+    if not len(good):
+        return Comparison(data, pd.DataFrame(columns=["line", "subtask", "score"]), notes)
+    parameters = [name for name in good.columns if name.startswith(PARAMETER_PREFIX)]
+    outcomes = _with_seed(samples, good)
+    records: list[dict[str, Any]] = []
+    pools: dict[str, pd.DataFrame] = {}
+    # A task without a length has its context as an axis instead.
+    good = good.assign(context=good["length"].where(good["length"].notna(), good["kv_len"]))
+    for index, (key, cells) in enumerate(
+        _groups(good, (*SETTING, *_CONFIGURATION, *parameters, "context"))
+    ):
+        name = f"line{index:04d}"
+        pool = outcomes[outcomes["run_id"].isin(cells["run_id"])]
+        full = _full_samples(cells, good, outcomes) if key["method"] != "full" else None
+        scores: dict[str, dict[str, float | None]] = {}
+        if len(pool):
+            try:
+                scores = stats.paired_columns(pool, full)
+                pools[name] = pool
+            except ValueError as error:
+                notes.append(f"{key['method']} (k={key['k']}) is not paired: {error}")
+        for subtask, part in _groups(cells, ("subtask",)):
+            own = scores.get(subtask["subtask"]) or _own_scores(part)
+            records.append({"line": name, **key, **subtask, **own, **_metrics(part)})
+    lines = _labelled(pd.DataFrame.from_records(records), parameters)
+    lines["n"] = _count(lines, pools)
+    lines["best"] = _best(lines, pools)
+    return Comparison(data, _sorted(lines), notes)
+
+
+def _groups(
+    data: pd.DataFrame, columns: tuple[str, ...]
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """Yield the parts of a frame that agree in some columns; a missing value is a value."""
+    if not len(data):
+        return
+    plain = pd.DataFrame(
+        {name: [None if pd.isna(value) else value for value in data[name]] for name in columns},
+        dtype=object,
+    )
+    keys = [json.dumps(record, default=str) for record in plain.to_dict("records")]
+    first: dict[str, int] = {}
+    for position, key in enumerate(keys):
+        first.setdefault(key, position)
+    positions = pd.Series(keys)
+    for key, position in first.items():
+        values = {str(name): plain.iloc[position][name] for name in columns}
+        yield values, data[(positions == key).to_numpy()]
+
+
+def _once(rows: pd.DataFrame) -> pd.DataFrame:
+    """Keep the latest of rows that say the same cell on the same machine."""
+    if not len(rows):
+        return rows
+    ordered = rows.sort_values("started_at", kind="stable", na_position="first")
+    kept = ordered.drop_duplicates(["run_id", "subtask", "device"], keep="last")
+    return rows.loc[sorted(kept.index)] if rows.index.is_unique else kept
+
+
+def _mixed(rows: pd.DataFrame) -> list[str]:
+    """Return a sentence for each thing that should be one in a report and is several."""
+    notes = []
+    for column, word in (
+        ("git_commit", "commits"),
+        ("device", "machines"),
+        ("model", "models"),
+        ("question", "question settings"),
+    ):
+        found = sorted(str(one) for one in rows[column].dropna().unique()) if len(rows) else []
+        if len(found) > 1:
+            shown = ", ".join(one[:12] if column == "git_commit" else one for one in found)
+            notes.append(f"These rows mix {word}: {shown}.")
+    if len(rows) and rows["git_dirty"].eq(True).any():
+        notes.append("Some rows were made with uncommitted changes in the working tree.")
+    return notes
+
+
+def _with_seed(samples: pd.DataFrame | None, rows: pd.DataFrame) -> pd.DataFrame:
+    if samples is None or not len(samples) or "score" not in samples:
+        return pd.DataFrame({"run_id": []})
+    seeds = rows.drop_duplicates("run_id").set_index("run_id")["seed"]
+    known = samples[samples["run_id"].isin(seeds.index)].drop_duplicates(
+        ["run_id", "subtask", "sample_id"], keep="last"
+    )
+    return known.assign(seed=known["run_id"].map(seeds).astype("Int64"))
+
+
+def _full_samples(
+    cells: pd.DataFrame, rows: pd.DataFrame, outcomes: pd.DataFrame
+) -> pd.DataFrame | None:
+    """Return full attention's samples for each seed of a line, of the same machine if it can be."""
+    chosen: list[str] = []
+    full = rows[rows["method"] == "full"]
+    for seed in cells["seed"].unique():
+        first = cells[cells["seed"].eq(seed) | (cells["seed"].isna() & pd.isna(seed))].iloc[0]
+        candidates = full[full["run_id"].isin(outcomes["run_id"])]
+        for name in ("model", "task", "length", "question", "seed"):
+            same = candidates[name].eq(first[name]).fillna(False).astype(bool)
+            candidates = candidates[candidates[name].isna() if pd.isna(first[name]) else same]
+        if len(candidates):
+            rank = candidates.assign(near=candidates["device"] == first["device"])
+            rank = rank.sort_values(["near", "num_samples", "started_at"], kind="stable")
+            chosen.append(str(rank.iloc[-1]["run_id"]))
+    return outcomes[outcomes["run_id"].isin(chosen)] if chosen else None
+
+
+def _own_scores(part: pd.DataFrame) -> dict[str, float | None]:
+    """Return the rows' own score columns; over several seeds only the mean score can stand."""
+    if len(part) == 1:
+        return {name: _number(part.iloc[0][name]) for name in _SCORES}
+    return {
+        name: _number(part[name].mean()) if name in ("score", "delta_full") else None
+        for name in _SCORES
+    }
+
+
+def _number(value: Any) -> float | None:
+    return None if pd.isna(value) else float(value)
+
+
+def _metrics(part: pd.DataFrame) -> dict[str, Any]:
+    values: dict[str, Any] = {name: _number(part[name].mean()) for name in _MEANS}
+    values |= {name: _number(part[name].median()) for name in _MEDIANS}
+    kv_len, samples = part["kv_len"].mean(), part["num_samples"].sum()
+    values["kv_len"] = None if pd.isna(kv_len) else round(float(kv_len))
+    values["num_samples"] = int(samples)
+    values["cells"] = len(part)
+    values["git_commit"] = ", ".join(sorted({str(c)[:12] for c in part["git_commit"].dropna()}))
+    return values
+
+
+def _labelled(lines: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
+    """Name each line by its method and by those parameters that vary within the method."""
+    lines = lines.drop(columns="context")
+    for name in ("k", "rbit", "length", "kv_len", "batch_size", *parameters):
+        if pd.api.types.is_float_dtype(lines[name]) and name not in parameters:
+            lines[name] = lines[name].astype("Int64")
+    for name in ("k", "rbit", "length", "kv_len", "batch_size"):
+        lines[name] = pd.to_numeric(lines[name]).astype("Int64")
+    for name in (*_SCORES, *_MEANS, *_MEDIANS):
+        lines[name] = pd.to_numeric(lines[name]).astype("float64")
+    variants: dict[Hashable, str] = {}
+    for _, part in _groups(lines, ("model", "task", "method")):
+        options = [*parameters, "protocol", "impl", "full_backend", "batch_size"]
+        varying = [name for name in options if part[name].astype(str).nunique() > 1]
+        for index, line in part[varying].iterrows():
+            variants[index] = ", ".join(
+                _word(name, value) for name, value in line.items() if not pd.isna(value)
+            )
+    lines["variant"] = pd.Series(variants)
+    lines["label"] = [
+        style.style(method).label + (f" ({variant})" if variant else "")
+        for method, variant in zip(lines["method"], lines["variant"], strict=True)
+    ]
+    return lines
+
+
+def _word(name: Hashable, value: Any) -> str:
+    plain = str(name).removeprefix(PARAMETER_PREFIX)
+    return str(value) if isinstance(value, str) else f"{plain}={value}"
+
+
+def _count(lines: pd.DataFrame, pools: Mapping[str, pd.DataFrame]) -> pd.Series:
+    counts = []
+    for name, subtask, stated in zip(
+        lines["line"], lines["subtask"], lines["num_samples"], strict=True
+    ):
+        pool = pools.get(name)
+        if pool is None:
+            counts.append(stated)
+        else:
+            counts.append(
+                len(pool) if subtask == stats.MEAN else int((pool["subtask"] == subtask).sum())
+            )
+    return pd.Series(counts, index=lines.index, dtype="Int64")
+
+
+def _best(lines: pd.DataFrame, pools: Mapping[str, pd.DataFrame]) -> pd.Series:
+    """Mark, at each setting and budget, the best line and those no worse beyond doubt.
+
+    Where nothing separates any line from the best one, none is marked.
+    """
+    marks = pd.Series(False, index=lines.index)
+    rivals = lines[~lines["method"].isin(YARDSTICKS) & lines["line"].isin(list(pools))]
+    known: dict[tuple[str, str], pd.DataFrame] = {}
+
+    def both(first: str, other: str, subtask: str) -> pd.DataFrame:
+        if (first, other) not in known:
+            known[first, other] = stats.pair(pools[first], pools[other])
+        pairs = known[first, other]
+        return pairs if subtask == stats.MEAN else pairs[pairs["subtask"] == subtask]
+
+    for key, part in _groups(rivals, (*SETTING, "subtask", "k")):
+        if len(part) < 2 or not part["score"].notna().all():
+            continue
+        ranked = part.sort_values("score", ascending=False, kind="stable")
+        top = str(ranked.iloc[0]["line"])
+        tied = [ranked.index[0]]
+        for index, line in ranked.iloc[1:].iterrows():
+            pairs = both(top, str(line["line"]), key["subtask"])
+            gap = (
+                stats.paired_interval(pairs["score"], pairs["other"], pairs["subtask"])
+                if len(pairs)
+                else None
+            )
+            if gap is None or not gap.excludes_zero:
+                tied.append(index)
+        if len(tied) < len(part):
+            marks[tied] = True
+    return marks
+
+
+def _sorted(lines: pd.DataFrame) -> pd.DataFrame:
+    methods = sorted(lines["method"].unique(), key=style.order)
+    rank = lines["method"].map({name: place for place, name in enumerate(methods)})
+    ordered = lines.assign(rank=rank).sort_values(
+        [*SETTING, "rank", "variant", "k", "rbit"], kind="stable", na_position="first"
+    )
+    return ordered.drop(columns="rank").reset_index(drop=True)
