@@ -137,11 +137,15 @@ def curve(lines: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.DataFrame] | 
     if y == "decode_ms_p50":
         axes.set_ylim(bottom=0, top=1.12 * float(shown.max()))
     else:
-        whole = 100.0 if y == "score" else 1.0
-        bottom = math.floor(10 * (float(shown.min()) / whole - 0.08)) / 10 * whole
-        axes.set_ylim(max(bottom, -0.02 * whole), 1.02 * whole)
+        _whole_axis(axes, float(shown.min()), 100.0 if y == "score" else 1.0)
     legend(figure, axes)
     return figure, table(pd.concat([full.head(1), data]), x, y)
+
+
+def _whole_axis(axes: Axes, lowest: float, whole: float, room: float = 0.02) -> None:
+    """Let the vertical axis end just above the whole and begin at a tenth below all points."""
+    bottom = math.floor(10 * (lowest / whole - 0.08)) / 10 * whole
+    axes.set_ylim(max(bottom, -0.02 * whole), (1.0 + room) * whole)
 
 
 def table(lines: pd.DataFrame, *columns: str) -> pd.DataFrame:
@@ -207,7 +211,7 @@ def pareto(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axes.set_xlim(2.0 ** (math.log2(mib.min()) - 0.3), 2.0 ** (math.log2(mib.max()) + 0.3))
-    axes.set_ylim(min(-2.0, float(data[y].min()) - 3), 103)
+    _whole_axis(axes, float(data[y].min()), 100.0, room=0.06)
     axes.set_xlabel(METRICS[x].axis)
     axes.set_ylabel(METRICS[y].axis)
     _label_front(axes, ordered)
@@ -225,10 +229,10 @@ def _label_front(axes: Axes, front: pd.DataFrame) -> None:
             axes.annotate(
                 "\n".join(words),
                 (line["mib"], line["score"]),
-                xytext=(0, -9),
+                xytext=(0, 6),
                 textcoords="offset points",
                 ha="center",
-                va="top",
+                va="bottom",
                 fontsize=6.5,
                 color="#333333",
                 linespacing=1.0,

@@ -34,7 +34,9 @@ class Metric:
         """Return the shown value as text, a dash where there is none."""
         if value is None or pd.isna(value):
             return "–"
-        return format(value / self.divisor, self.format).replace("-", "−")
+        text = format(value / self.divisor, self.format)
+        # What rounds to zero has no sign: "-0.0" would read as a loss.
+        return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
 MIB = 2.0**20

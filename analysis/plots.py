@@ -144,6 +144,9 @@ def _save(figure: Figure, data: pd.DataFrame, drawn: Drawn) -> None:
     drawn.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(drawn.csv, data.to_csv(index=False, lineterminator="\n").encode())
     FigureCanvasAgg(figure)
+    # Lay out once: constrained layout is most of the cost of a file, and there are two.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     # No date and no version: the same rows give the same bytes.
     figure.savefig(drawn.png, metadata={"Software": None})
     figure.savefig(drawn.svg, metadata={"Date": None, "Creator": None})

@@ -126,6 +126,6 @@ def order(method: str) -> tuple[int, str]:
 def shade(colour: str, position: float) -> str:
     """Return a colour made lighter; 0 keeps it, 1 is the lightest that still reads on white."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    share = 0.62 * min(max(position, 0.0), 1.0)
+    share = 0.5 * min(max(position, 0.0), 1.0)
     mixed = (round(part + (255 - part) * share) for part in (red, green, blue))
     return "#" + "".join(f"{part:02X}" for part in mixed)

@@ -1,0 +1,252 @@
+"""Build a sweep's report: ``python -m topkbench.analysis.report RESULTS... [--out DIR]``.
+
+Needs neither torch nor the model: it reads the rows and samples that the cells left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from topkbench.analysis import tables
+from topkbench.analysis.files import one_sentence, write_atomic
+from topkbench.analysis.lines import Comparison, compare
+from topkbench.analysis.plots import Drawn, draw_all
+from topkbench.analysis.record import CellStore, RecordError, Sweep, frame, samples_of, typed
+from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX
+from topkbench.analysis.stats import paired_columns
+
+__all__ = ["build", "load", "main", "paired_columns", "summary_table"]
+
+summary_table = tables.summary_table
+
+_HOW_TO_READ = (
+    "Brackets are 95% intervals: Wilson's for right-or-wrong scores of one sub-task, else a "
+    "bootstrap of 10,000 resamples drawn within each sub-task. Δ full is paired with full "
+    "attention on the same samples. Bold: the best score at each budget and those whose paired "
+    "difference to it does not exclude 0; nothing is bold where nothing can be told apart, and "
+    "full attention and exact top-k are yardsticks that do not compete. k counts all kept tokens "
+    "per KV head, sinks and recent ones included."
+)
+
+
+def load(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return rows and samples of a sweep's folder, a results folder, or a file of rows.
+
+    Args:
+        path: A folder with ``cells.json`` (a sweep), with ``cells/`` (all results), with
+            ``rows.parquet`` or ``rows.csv``, or such a file itself.
+
+    Raises:
+        RecordError: If there are no results.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise RecordError(f"results must be a folder or a file of rows, but {path} does not exist.")
+    if (folder / "cells.json").is_file():
+        sweep = Sweep.open(folder)
+        # A copied report has no store beside it: then its own tables are what there is.
+        if sweep.store.folder.is_dir() or not (folder / "rows.parquet").is_file():
+            return sweep.rows(), sweep.samples()
+    if (folder / "cells").is_dir():
+        cells = CellStore(folder).cells()
+        return frame([row for cell in cells for row in cell.read()]), samples_of(cells)
+    names = ("rows.parquet", "rows.csv")
+    files = [folder] if folder.is_file() else [folder / name for name in names]
+    for file in files:
+        if file.is_file() and file.suffix in (".parquet", ".csv"):
+            return _read_rows(file), _read_samples(file.with_name("samples.parquet"))
+    raise RecordError(
+        f"{path} must hold cells.json, cells/, rows.parquet or rows.csv, but holds none of them; "
+        "name a sweep's folder under results/."
+    )
+
+
+def _read_rows(file: Path) -> pd.DataFrame:
+    try:
+        data = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{file} must be a table of rows, but cannot be read: {error}.") from None
+    missing = [name for name in COLUMNS if name not in data.columns]
+    if missing:
+        raise RecordError(f"{file} must have every column of a row, but lacks {missing[0]}.")
+    return typed(data)
+
+
+def _read_samples(file: Path) -> pd.DataFrame:
+    return pd.read_parquet(file) if file.is_file() else pd.DataFrame({"run_id": []})
+
+
+def _merge(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    full = [part.astype(object) for part in parts if len(part)]
+    return pd.concat(full, ignore_index=True) if full else parts[0]
+
+
+def build(sources: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write tables, figures and the report of one sweep, or of several merged.
+
+    Args:
+        sources: One or more of what `load` reads.
+        out: Where to write; by default into the sweep's folder, or ``merged`` beside the
+            first of several.
+
+    Returns:
+        The absolute path of ``report.html``.
+
+    Raises:
+        RecordError: If a source is missing, holds no row, or the folder cannot be written.
+    """
+    paths = [Path(sources)] if isinstance(sources, str | Path) else [Path(one) for one in sources]
+    if not paths:
+        raise RecordError("a report needs at least one folder of results, got none.")
+    loaded = [load(path) for path in paths]
+    rows = typed(_merge([rows for rows, _ in loaded]))
+    samples = _merge([samples for _, samples in loaded]).infer_objects()
+    if not len(rows):
+        raise RecordError(f"{paths[0]} must hold at least one row, but no cell has begun.")
+    first = paths[0] if paths[0].is_dir() else paths[0].parent
+    place = Path(out) if out is not None else first if len(paths) == 1 else first.parent / "merged"
+    folder = place.absolute()
+    with one_sentence(folder):
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+    compared = compare(rows, samples)
+    ordered = [name for name in rows.columns if not name.startswith(PARAMETER_PREFIX)]
+    parameters = sorted(set(rows.columns) - set(ordered))
+    rows = compared.rows[[*ordered, *parameters]]
+    write_atomic(folder / "rows.parquet", rows.to_parquet(None, index=False))
+    write_atomic(folder / "rows.csv", rows.to_csv(index=False, lineterminator="\n").encode())
+    write_atomic(folder / "samples.parquet", _plain(samples).to_parquet(None, index=False))
+    content = _content(compared, folder)
+    write_atomic(folder / "report.md", _markdown(content).encode())
+    path = folder / "report.html"
+    write_atomic(path, _html(content).encode())
+    return path
+
+
+def _plain(samples: pd.DataFrame) -> pd.DataFrame:
+    """Make columns of several types text: tasks may give one name to different things."""
+    data = samples.copy()
+    for name in data.columns:
+        if data[name].dtype == object:
+            kinds = {type(one) for one in data[name].dropna()}
+            if len(kinds) > 1:
+                data[name] = [None if pd.isna(one) else str(one) for one in data[name]]
+    return data
+
+
+def _content(compared: Comparison, folder: Path) -> dict[str, Any]:
+    """Return what a report says, in the order it says it."""
+    panels: list[dict[str, Any]] = []
+    settings = list(compared.panels())
+    for place, (key, lines) in enumerate(settings):
+        words = tables.setting(key)
+        top = lines[lines.index.isin(compared.headline.index)]
+        suffix = f"-{place + 1}" if len(settings) > 1 else ""
+        drawn = draw_all(lines, folder / "figures", _context(words, top), suffix)
+        panels.append(
+            {
+                "title": words,
+                "slug": f"setting-{place + 1}",
+                "table": tables.main_table(top),
+                "subtasks": tables.subtask_table(lines),
+                "figures": drawn,
+            }
+        )
+    rows = compared.rows
+    cells = rows.drop_duplicates("run_id")
+    counts = cells["status"].value_counts()
+    return {
+        "title": f"topkbench: {folder.parent.name}/{folder.name}",
+        "ran": [
+            f"{len(cells)} cells: " + ", ".join(f"{n} {name}" for name, n in counts.items()) + ".",
+            f"Methods: {', '.join(dict.fromkeys(cells['method'].astype(str)))}.",
+            *(
+                f"{label}: {', '.join(str(int(v)) for v in sorted(cells[name].dropna().unique()))}."
+                for name, label in (("k", "Budgets k"), ("rbit", "Hash bits rbit"))
+                if cells[name].notna().any()
+            ),
+        ],
+        "notes": compared.notes,
+        "how_to_read": _HOW_TO_READ,
+        "panels": panels,
+        "failures": tables.failure_table(rows),
+        "environment": tables.environment_table(rows),
+    }
+
+
+def _context(words: str, lines: pd.DataFrame) -> str:
+    counts = sorted({int(one) for one in lines["n"].dropna()})
+    samples = (
+        f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "0"
+    )
+    commits = sorted({part for one in lines["git_commit"] for part in one.split(", ") if part})
+    return f"{words}; n = {samples} samples; commit {', '.join(commits) or 'unknown'}."
+
+
+def _markdown(content: dict[str, Any]) -> str:
+    parts = [f"# {content['title']}", "## What ran", *(f"- {one}" for one in content["ran"])]
+    parts += [f"- **Note:** {one}" for one in content["notes"]]
+    for panel in content["panels"]:
+        parts += [f"## {panel['title']}", panel["table"].markdown()]
+        if panel["subtasks"] is not None:
+            parts += ["### Score by sub-task", panel["subtasks"].markdown()]
+        for one in panel["figures"]:
+            link = f"figures/{one.name}"
+            parts += [
+                f"![{one.title}]({link}.png)",
+                f"**{one.title}.** {one.caption} [svg]({link}.svg), [data]({link}.csv)",
+            ]
+    if content["failures"] is not None:
+        parts += ["## Failures and skips", content["failures"].markdown()]
+    parts += ["## Environment", content["environment"].markdown()]
+    parts += ["## How to read this", content["how_to_read"]]
+    text = "\n\n".join(parts) + "\n"
+    return re.sub(r"(\n- [^\n]*)\n(?=\n- )", r"\1", text)
+
+
+def _html(content: dict[str, Any]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["picture"] = _picture
+    return environment.get_template("report.html").render(content)
+
+
+def _picture(drawn: Drawn) -> str:
+    """Return a figure as a data address: the file needs nothing beside it."""
+    data = base64.b64encode(drawn.svg.read_bytes()).decode()
+    return html.escape(f"data:image/svg+xml;base64,{data}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rebuild or merge reports; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m topkbench.analysis.report",
+        description="Rebuild the report of a sweep, or merge several into one.",
+    )
+    parser.add_argument("results", nargs="+", metavar="RESULTS", help="sweep folder or rows file")
+    parser.add_argument("--out", metavar="DIR", help="where to write the report")
+    options = parser.parse_args(arguments)
+    try:
+        print(build(options.results, options.out))
+    except RecordError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""The tables of a report: the same cells as text, as Markdown and as HTML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+from tabulate import tabulate
+
+from topkbench.analysis.lines import compare
+from topkbench.analysis.metrics import METRICS
+from topkbench.analysis.row import Status
+from topkbench.analysis.stats import MEAN
+
+_METRICS = (
+    ("recall_at_k", "Recall@k"),
+    ("attention_mass", "Mass"),
+    ("output_rel_error", "Output error"),
+    ("density", "Density"),
+    ("bytes_read_per_step", "Read/step"),
+    ("index_bytes_per_token", "Side info"),
+    ("decode_ms_p50", "Decode step"),
+    ("tokens_per_s", "Throughput"),
+    ("speedup_vs_full", "Speed-up"),
+    ("bandwidth_fraction", "Bandwidth"),
+)
+
+
+@dataclass
+class Table:
+    """Text in rows; ``strong`` holds the (row, column) places that are set bold.
+
+    Attributes:
+        head: Column headings, units included.
+        rows: Cells as text.
+        strong: Places of bold cells.
+        words: Columns of words, aligned to the left; the others are numbers.
+    """
+
+    head: list[str]
+    rows: list[list[str]]
+    strong: set[tuple[int, int]] = field(default_factory=set)
+    words: set[int] = field(default_factory=lambda: {0})
+
+    def text(self) -> str:
+        """Return the table for a terminal."""
+        return tabulate(self.rows, self.head, "simple", disable_numparse=True, colalign=self._side)
+
+    def markdown(self) -> str:
+        """Return the table in Markdown, bold where it is strong."""
+        rows = [
+            [
+                f"**{text}**" if (i, j) in self.strong else text.replace("|", "\\|")
+                for j, text in enumerate(row)
+            ]
+            for i, row in enumerate(self.rows)
+        ]
+        return tabulate(rows, self.head, "pipe", disable_numparse=True, colalign=self._side)
+
+    @property
+    def _side(self) -> list[str] | None:
+        # tabulate rejects alignments where there are no rows
+        sides = ["left" if j in self.words else "right" for j in range(len(self.head))]
+        return sides if self.rows else None
+
+
+def main_table(lines: pd.DataFrame) -> Table:
+    """Return one row per configuration: score and difference with intervals, quality, cost.
+
+    Args:
+        lines: Headline lines of one setting.
+    """
+    columns: list[tuple[str, list[str]]] = [("Method", [str(one) for one in lines["label"]])]
+    words = {0}
+    if (lines["subtask"] != MEAN).any() and lines["subtask"].nunique() > 1:
+        words.add(len(columns))
+        columns.append(("Sub-task", [str(one) for one in lines["subtask"]]))
+    for name, head in (("length", "Length"), ("kv_len", "Context")):
+        if lines[name].nunique() > 1 and (name == "length" or not lines["length"].nunique() > 1):
+            columns.append((f"{head} (tokens)", [_whole(one) for one in lines[name]]))
+    for name in ("k", "rbit"):
+        if lines[name].notna().any():
+            columns.append((name, [_whole(one) for one in lines[name]]))
+    place = len(columns)
+    if lines["score"].notna().any():
+        columns.append(("Score (0–100)", _with_interval(lines, "score", "score_ci")))
+    if lines["delta_full"].notna().any():
+        columns.append(("Δ full (points)", _with_interval(lines, "delta_full", "delta_ci")))
+    if lines["score"].notna().any():
+        columns.append(("n", [_whole(one) for one in lines["n"]]))
+    for name, head in _METRICS:
+        if lines[name].notna().any():
+            unit = METRICS[name].unit
+            label = f"{head} ({unit})" if unit else head
+            columns.append((label, [METRICS[name].text(one) for one in lines[name]]))
+    heads = [head for head, _ in columns]
+    rows = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
+    strong = {(i, place) for i, best in enumerate(lines["best"]) if best}
+    return Table(heads, rows, strong, words)
+
+
+def subtask_table(lines: pd.DataFrame) -> Table | None:
+    """Return scores by sub-task, one row per configuration; None for fewer than two sub-tasks."""
+    data = lines[(lines["subtask"] != MEAN) & lines["score"].notna()]
+    if data["subtask"].nunique() < 2:
+        return None
+    subtasks = list(dict.fromkeys(data["subtask"]))
+    heads = ["Method", "k", "rbit", *subtasks]
+    rows: list[list[str]] = []
+    strong: set[tuple[int, int]] = set()
+    for _, part in data.groupby("line", sort=False):
+        first = part.iloc[0]
+        cells = [str(first["label"]), _whole(first["k"]), _whole(first["rbit"])]
+        found = part.set_index("subtask")
+        for subtask in subtasks:
+            if subtask not in found.index:
+                cells.append("–")
+                continue
+            if bool(found.loc[subtask, "best"]):
+                strong.add((len(rows), len(cells)))
+            cells.append(METRICS["score"].text(found.loc[subtask, "score"]))
+        rows.append(cells)
+    return Table(heads, rows, strong)
+
+
+def failure_table(rows: pd.DataFrame) -> Table | None:
+    """Return the cells that did not end well, with the reason; None where all did."""
+    bad = rows[rows["status"] != Status.OK.value] if len(rows) else rows
+    if not len(bad):
+        return None
+    heads = ["Status", "Method", "k", "rbit", "Task", "Sub-task", "Length", "Reason", "Cell"]
+    names = ["status", "method", "k", "rbit", "task", "subtask", "length", "reason", "run_id"]
+    bad = bad.drop_duplicates(["run_id", "status", "reason"])
+    cells = [
+        [
+            _whole(value) if name in ("k", "rbit", "length") else str(value)
+            for name, value in zip(names, row, strict=True)
+        ]
+        for row in bad[names].itertuples(index=False, name=None)
+    ]
+    return Table(heads, cells, words={0, 1, 4, 5, 7, 8})
+
+
+def environment_table(rows: pd.DataFrame) -> Table:
+    """Return what the rows were made with, each value that occurs."""
+    names = {
+        "device": "Machine",
+        "git_commit": "Commit",
+        "torch": "torch",
+        "triton": "triton",
+        "transformers": "transformers",
+        "impl": "Kernels",
+        "full_backend": "Full attention's kernel",
+        "seed": "Seeds",
+        "started_at": "Started",
+    }
+    cells = []
+    for name, label in names.items():
+        found = sorted({str(one) for one in rows[name].dropna()}) if len(rows) else []
+        if name == "started_at" and len(found) > 1:
+            found = [f"{found[0]} to {found[-1]}"]
+        if found:
+            cells.append([label, ", ".join(found)])
+    return Table(["", ""], cells, words={0, 1})
+
+
+def summary_table(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> str:
+    """Return the tables for the terminal at the end of a sweep.
+
+    Args:
+        rows: The sweep's rows.
+        samples: Its samples, for intervals over several seeds and for the best lines.
+    """
+    compared = compare(rows, samples)
+    parts: list[str] = []
+    for key, lines in compared.panels():
+        top = lines[lines.index.isin(compared.headline.index)]
+        parts.append(f"{setting(key)}\n\n{_narrow(main_table(top)).text()}")
+    failures = failure_table(compared.rows)
+    if failures is not None:
+        parts.append(f"Not ok:\n\n{failures.text()}")
+    return "\n\n".join([*parts, *compared.notes]) or "No cell has a row yet."
+
+
+def setting(key: dict[str, Any]) -> str:
+    """Return a setting in words."""
+    words = [f"{key['model']}, {key['task']}"]
+    if key.get("length") is not None and not pd.isna(key["length"]):
+        words.append(f"{int(key['length']):,} tokens")
+    if key.get("question"):
+        words.append(f"question={key['question']}")
+    if key.get("device"):
+        words.append(str(key["device"]))
+    return ", ".join(words)
+
+
+def _narrow(table: Table) -> Table:
+    """Leave out what a terminal of usual width has no room for."""
+    dropped = ("Mass", "Output error", "Side info", "Throughput", "Bandwidth", "Density", "n")
+    keep = [j for j, head in enumerate(table.head) if head.split(" (")[0] not in dropped]
+    rows = [[row[j] for j in keep] for row in table.rows]
+    words = {place for place, j in enumerate(keep) if j in table.words}
+    return Table([table.head[j] for j in keep], rows, words=words)
+
+
+def _whole(value: Any) -> str:
+    return "–" if pd.isna(value) else f"{int(value)}"
+
+
+def _with_interval(lines: pd.DataFrame, name: str, interval: str) -> list[str]:
+    metric = METRICS[name]
+    return [
+        metric.text(value) + ("" if pd.isna(low) else f" [{metric.text(low)}, {metric.text(high)}]")
+        for value, low, high in zip(
+            lines[name], lines[f"{interval}_low"], lines[f"{interval}_high"], strict=True
+        )
+    ]
