@@ -12,7 +12,7 @@ from torch import Tensor
 from topkbench.kernels.dispatch import Impl
 from topkbench.kernels.sparse_attention.api import sparse_attention
 from topkbench.kernels.topk_select.api import topk_select
-from topkbench.methods.policy import Policy
+from topkbench.methods.policy import Policy, aggregate
 from topkbench.methods.states import CacheView, Index, PrefillInputs, Selection, StepResult
 
 __all__ = [
@@ -92,33 +92,6 @@ class Observer:
         self, layer: int, query_states: Tensor, cache: CacheView, result: StepResult, scale: float
     ) -> None:
         """See one finished sparse decode step; ``query_states`` is ``[B, Hkv, G, d]``."""
-
-
-def aggregate(
-    scores: Tensor, rule: str, score_kind: str, scale: float, softcap: float | None = None
-) -> Tensor:
-    """Reduce the scores of a group's queries to one score per KV head.
-
-    Args:
-        scores: ``[B, Hkv, G, U]`` float32.
-        rule: A value of ``Policy.aggregation``; ``"native"`` sums the softmax of logits and sums
-            anything else.
-        score_kind: ``"logit"`` or ``"count"``.
-        scale: The attention's factor on dot products; a softmax is taken of scaled logits.
-        softcap: As in attention, or None.
-
-    Returns:
-        ``[B, Hkv, U]`` float32. An empty row gives zeros under a softmax.
-    """
-    if rule == "native":
-        rule = "sum_softmax" if score_kind == "logit" else "sum_logit"
-    if rule == "sum_logit":
-        return scores.sum(2)
-    logits = scores.float() * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    weights = logits.softmax(-1).nan_to_num(0.0)
-    return weights.sum(2) if rule == "sum_softmax" else weights.amax(2)
 
 
 @dataclass(kw_only=True)

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+from torch import Tensor
+
 HeadScope = Literal["kv_head", "query_head"]
 Aggregation = Literal["native", "sum_softmax", "sum_logit", "max_softmax"]
 Protocol = Literal["unified", "native"]
@@ -70,6 +73,33 @@ class Policy:
                     f"dense_layers must lie between 0 and {num_layers - 1}, got {layer}."
                 )
         return frozenset(self.dense_layers)
+
+
+def aggregate(
+    scores: Tensor, rule: str, score_kind: str, scale: float, softcap: float | None = None
+) -> Tensor:
+    """Reduce the scores of a group's queries to one score per KV head.
+
+    Args:
+        scores: ``[B, Hkv, G, U]`` float32.
+        rule: A value of ``Policy.aggregation``; ``"native"`` sums the softmax of logits and sums
+            anything else.
+        score_kind: ``"logit"`` or ``"count"``.
+        scale: The attention's factor on dot products; a softmax is taken of scaled logits.
+        softcap: As in attention, or None.
+
+    Returns:
+        ``[B, Hkv, U]`` float32. An empty row gives zeros under a softmax.
+    """
+    if rule == "native":
+        rule = "sum_softmax" if score_kind == "logit" else "sum_logit"
+    if rule == "sum_logit":
+        return scores.sum(2)
+    logits = scores.float() * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    weights = logits.softmax(-1).nan_to_num(0.0)
+    return weights.sum(2) if rule == "sum_softmax" else weights.amax(2)
 
 
 def _check_word(argument: str, word: str, words: tuple[str, ...]) -> None:

@@ -1,0 +1,356 @@
+"""Put a method into a Hugging Face model for the length of a ``with`` block."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from topkbench.kernels.full_attention.api import full_attention
+from topkbench.methods.base import (
+    CacheView,
+    Geometry,
+    Observer,
+    Policy,
+    PrefillInputs,
+    TopKMethod,
+)
+from topkbench.methods.cache_watch import IndexStore, LengthReader, Lengths, cache_layer, is_own
+from topkbench.methods.softcap import softcap_attention
+
+IMPLEMENTATION = "topkbench"
+"""The name under which transformers knows our attention."""
+
+# Which session serves an attention module; transformers gives the attention function no more.
+_SESSIONS: "WeakKeyDictionary[nn.Module, Session]" = WeakKeyDictionary()
+
+
+def geometry_of(model: PreTrainedModel, model_digest: str = "") -> Geometry:
+    """Read the shape of a model's attention.
+
+    Args:
+        model: A decoder-only model.
+        model_digest: What identifies its weights; artifacts are tied to it.
+    """
+    config = model.config.get_text_config(decoder=True)
+    num_heads = int(config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return Geometry(
+        num_layers=int(config.num_hidden_layers),
+        num_heads=num_heads,
+        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
+        head_dim=int(head_dim),
+        dtype_bytes=torch.empty(0, dtype=model.dtype).element_size(),
+        device=model.device,
+        model_digest=model_digest,
+    )
+
+
+@contextmanager
+def attach(
+    model: PreTrainedModel,
+    method: TopKMethod,
+    policy: Policy,
+    observer: Observer | None = None,
+) -> Iterator["Session"]:
+    """Let a method choose what a model's decode steps attend to, inside a ``with`` block.
+
+    A forward of one token over a longer cache is a decode step; everything else is dense, by
+    torch's SDPA. No gradient flows through a decode step. Each layer's index is built at its first
+    decode step, lives with the cache object, and is built anew where the cache changed in between
+    (crop, reset, beam search). Layers with a sliding window stay dense, see ``Session.dense``.
+
+    Args:
+        model: A decoder-only model of transformers 5, such as Llama, Mistral, Qwen2, Qwen3, Phi-3,
+            Gemma-2 or Gemma-3.
+        method: The method, its artifact loaded.
+        policy: Budget and rules; under the native protocol the method's own take their place.
+        observer: Watches stages and steps.
+
+    Yields:
+        The session.
+
+    Raises:
+        ValueError: If the model, or the method on it, cannot be served; one sentence says why.
+
+    On leaving the block, also by an exception, the model is what it was.
+    """
+    session = Session(model, method, policy, observer or Observer())
+    # A graph compiler would trace through the bookkeeping; decode steps stay eager.
+    eager = torch.compiler.disable
+    AttentionInterface.register(IMPLEMENTATION, eager(_attention))
+    # Without a mask function of that name transformers makes no mask, also for padded batches.
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    configs = _configs(model)
+    before = [config._attn_implementation_internal for config in configs]
+    hooks = []
+    try:
+        for module in session.modules:
+            hook = eager(partial(_see_cache, session))
+            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            _SESSIONS[module] = session
+        model.set_attn_implementation(IMPLEMENTATION)
+        yield session
+    finally:
+        for module in session.modules:
+            _SESSIONS.pop(module, None)
+        for registered in hooks:
+            registered.remove()
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
+
+
+class Session:
+    """One method attached to one model.
+
+    Attributes:
+        geometry: The model's.
+        method: The method.
+        policy: The policy in force.
+        dense: Why a layer is always dense, for each such layer.
+        modules: The model's attention modules.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, method: TopKMethod, policy: Policy, observer: Observer
+    ) -> None:
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                f"attach serves decoder-only models, got the encoder-decoder "
+                f"{type(model).__name__}."
+            )
+        if method.needs:
+            raise ValueError(
+                f"attach gives a method keys and values, and {method.name} needs "
+                f"{', '.join(sorted(method.needs))} at prefill."
+            )
+        self.geometry = geometry_of(model)
+        self.method = method
+        self.policy = method.policy_in_force(policy)
+        self.observer = observer
+        self.modules = [m for m in model.modules() if _is_attention(m)]
+        if len(self.modules) != self.geometry.num_layers:
+            raise ValueError(
+                f"attach needs one attention module with layer_idx and num_key_value_groups in "
+                f"each of the {self.geometry.num_layers} layers, found {len(self.modules)} in "
+                f"{type(model).__name__}."
+            )
+        if any(module in _SESSIONS for module in self.modules):
+            raise ValueError("a model can have one method attached, and this one has; leave it.")
+        method.check_ready(self.geometry)
+        self.dense = self._dense_layers()
+        if method.selects and len(self.dense) == self.geometry.num_layers:
+            raise ValueError(
+                f"at least one layer must be left to {method.name}, but all "
+                f"{self.geometry.num_layers} are dense ({self.dense[0]})."
+            )
+        self.indices = IndexStore()
+        self._reader = LengthReader()
+        self._cache: dict[int, Any] = {}
+
+    def forget(self, cache: object) -> None:
+        """Drop the indices of a cache, for a caller that rewrote it unseen."""
+        self.indices.forget(cache)
+
+    def _dense_layers(self) -> dict[int, str]:
+        dense = {}
+        for layer in sorted(self.policy.resolve_dense_layers(self.geometry.num_layers)):
+            dense[layer] = "dense by the policy"
+        for module in self.modules:
+            kind = _partial_attention(module)
+            if kind is not None:
+                dense[_layer(module)] = kind
+        return dense
+
+    def see(self, layer: int, cache: Any) -> None:
+        """Note which cache a layer is about to write to, before it does."""
+        self._cache[layer] = cache
+        if cache is not None:
+            self.indices.check(cache, layer)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Attend from ``query [B, Hq, q, d]``; return ``[B, q, Hq, d]``."""
+        layer, q_len = _layer(module), query.shape[2]
+        cache = self._cache.pop(layer, None)
+        lengths = None
+        if cache is not None and (q_len == 1 or is_own(cache)):
+            lengths = self._reader.lengths(cache, cache_layer(cache, layer), key, mask)
+        is_step = q_len == 1 and lengths is not None and lengths.n > 1
+        if not is_step or lengths is None or _partial_attention(module) is not None:
+            self.indices.drop(cache, layer)
+            if lengths is not None and lengths.is_own:
+                # Rows may end at different slots, which no mask of transformers knows.
+                mask = lengths.causal_mask(q_len, key.shape[2])
+                mask = None if mask is None else mask.to(key.device)
+            return _dense(module, query, key, value, mask, scale, options)
+        with torch.no_grad():
+            out = self._step(layer, cache, query, key, value, lengths, scale, options)
+        return out[:, None].to(query.dtype)
+
+    def _step(
+        self,
+        layer: int,
+        cache: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: Lengths,
+        scale: float,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Run one decode step; return ``[B, Hq, d]``."""
+        n, kv_start, kv_len = lengths.n, lengths.kv_start, lengths.kv_len
+        view = CacheView(key[:, :, :n].detach(), value[:, :, :n].detach(), kv_start, kv_len)
+        softcap, method, policy = options.get("softcap"), self.method, self.policy
+        query = query.detach()[:, :, 0]
+        if layer in self.dense:
+            with self.observer.stage("full", layer):
+                states = (query, view.key_states, view.value_states)
+                return full_attention(*states, scale, kv_start, kv_len, softcap)
+        grouped = query.unflatten(1, (key.shape[1], -1))
+        if method.selects:
+            index = self._index(layer, cache, key, view, lengths)
+            watch = partial(self._stage, layer)
+            result = method.step(grouped, index, view, policy, scale, softcap, watch)
+        else:
+            with self.observer.stage("full", layer):
+                result = method.step(grouped, None, view, policy, scale, softcap)
+        self.observer.on_step(layer, grouped, view, result, scale)
+        return result.out
+
+    def _index(self, layer: int, cache: Any, key: Tensor, view: CacheView, lengths: Lengths) -> Any:
+        """Return the layer's index with the current token in it."""
+        index = self.indices.get(cache, layer, lengths)
+        if index is not None:
+            capacity = self.indices.capacity(cache, layer)
+        else:
+            # The slots before the current token; a bound on them is the bound on all.
+            used = lengths.n - 1 if lengths.is_exact else lengths.n
+            capacity = key.shape[2]
+            if not lengths.is_own and lengths.n == capacity:
+                # A cache that grows does not tell its final length.
+                capacity += max(256, capacity // 4)
+            prefill = PrefillInputs(
+                key_states=view.key_states[:, :, :used],
+                value_states=view.value_states[:, :, :used],
+                capacity=capacity,
+                layer=layer,
+                num_layers=self.geometry.num_layers,
+                kv_start=view.kv_start,
+                kv_len=None if view.kv_len is None else view.kv_len - 1,
+            )
+            with self.observer.stage("build", layer):
+                index = self.method.build_index(prefill)
+        with self.observer.stage("append", layer):
+            self.method.append(index, *_newest(view))
+        self.indices.keep(cache, layer, index, capacity, key, lengths)
+        return index
+
+    def _stage(self, layer: int, stage: str) -> AbstractContextManager[Any]:
+        return self.observer.stage(stage, layer)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The function transformers calls; ``query`` is ``[B, Hq, q, d]``, keys are not repeated."""
+    for name in ("s_aux", "position_bias", "cache"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"attach serves attention of queries, keys and values alone, and "
+                f"{type(module).__name__} also passes {name}."
+            )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    session = _SESSIONS.get(module)
+    if session is None:  # another model that shares the config object
+        return _dense(module, query, key, value, attention_mask, scale, options), None
+    return session.attend(module, query, key, value, attention_mask, scale, options), None
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    options: dict[str, Any],
+) -> Tensor:
+    """Attend to everything the mask shows; return ``[B, q, Hq, d]``."""
+    softcap = options.get("softcap")
+    if softcap is not None:
+        return softcap_attention(query, key, value, mask, scale, softcap).transpose(1, 2)
+    out, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scale, **options)
+    return out
+
+
+def _see_cache(
+    session: Session, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    session.see(_layer(module), kwargs.get("past_key_values"))
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Return every config object that carries the model's attention implementation."""
+    found = {id(model.config): model.config}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            found[id(config)] = config
+    for config in list(found.values()):
+        for name in getattr(config, "sub_configs", ()):
+            part = getattr(config, name, None)
+            if part is not None:
+                found[id(part)] = part
+    return [c for c in found.values() if hasattr(c, "_attn_implementation_internal")]
+
+
+def _layer(module: nn.Module) -> int:
+    layer: Any = module.layer_idx
+    return int(layer)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    index = getattr(module, "layer_idx", None)
+    return isinstance(index, int) and hasattr(module, "num_key_value_groups")
+
+
+def _partial_attention(module: nn.Module) -> str | None:
+    """Say why a layer does not see the whole past, None if it does."""
+    config: Any = module.config
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        kind = kinds[_layer(module)]
+        return None if kind == "full_attention" else f"its kind is {kind}"
+    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+    return None if window is None else f"its attention slides over {window} tokens"
+
+
+def _newest(view: CacheView) -> tuple[Tensor, Tensor]:
+    """Return the current token's ``[B, Hkv, 1, d]`` key and value."""
+    if view.kv_len is None:
+        return view.key_states[:, :, -1:].detach(), view.value_states[:, :, -1:].detach()
+    rows = torch.arange(len(view.kv_len), device=view.kv_len.device)
+    slots = view.kv_len.long() - 1
+    return view.key_states[rows, :, slots, None], view.value_states[rows, :, slots, None]

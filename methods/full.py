@@ -1,0 +1,74 @@
+"""Full attention: every cached token is read. What the methods are compared with."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from topkbench.kernels.full_attention.api import Backend, full_attention
+from topkbench.methods.base import (
+    CacheView,
+    Geometry,
+    Index,
+    Policy,
+    PrefillInputs,
+    StepResult,
+    TopKMethod,
+    Watch,
+    kv_bytes,
+)
+
+
+@dataclass(kw_only=True)
+class FullAttention(TopKMethod):
+    """Attend to everything.
+
+    Attributes:
+        backend: ``"sdpa"``, ``"flash_attn"`` or ``"flashinfer"``; the last two need CUDA.
+    """
+
+    name: ClassVar[str] = "full"
+    selects: ClassVar[bool] = False
+
+    backend: Backend = "sdpa"
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("sdpa", "flash_attn", "flashinfer"):
+            raise ValueError(
+                f"backend must be one of sdpa, flash_attn, flashinfer, got {self.backend!r}."
+            )
+
+    def build_index(self, prefill: PrefillInputs) -> Index:
+        return Index.of(prefill)
+
+    def append(self, index: Index, key_states: Tensor, value_states: Tensor) -> None:
+        index.advance()
+
+    def score(self, encoded: Tensor, index: Index) -> None:
+        return None
+
+    def step(
+        self,
+        query_states: Tensor,
+        index: Index | None,
+        cache: CacheView,
+        policy: Policy,
+        scale: float,
+        softcap: float | None = None,
+        watch: Watch | None = None,
+    ) -> StepResult:
+        """Attend to the whole cache; ``index`` and ``policy`` play no part."""
+        out = full_attention(
+            query_states.flatten(1, 2),
+            cache.key_states,
+            cache.value_states,
+            scale,
+            kv_start=cache.kv_start,
+            kv_len=cache.kv_len,
+            softcap=softcap,
+            backend=self.backend,
+        )
+        return StepResult(out, None, None, None)
+
+    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+        return kv_bytes(geometry, n)

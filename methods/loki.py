@@ -1,0 +1,151 @@
+"""Loki: keys rotated by their principal components, ranked by the first few channels."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from topkbench.kernels.lowrank_score.api import lowrank_score
+from topkbench.methods.base import (
+    CalibrationStates,
+    Geometry,
+    Index,
+    PrefillInputs,
+    Progress,
+    TopKMethod,
+    kv_bytes,
+)
+
+
+@dataclass(kw_only=True)
+class LokiIndex(Index):
+    """The keys' leading principal channels.
+
+    Attributes:
+        low_keys: ``[B, Hkv, capacity, rank]`` in the keys' dtype.
+        rotation: float32 ``[Hkv, d, rank]`` leading components of the layer.
+    """
+
+    low_keys: Tensor
+    rotation: Tensor
+
+
+@dataclass(kw_only=True)
+class Loki(TopKMethod):
+    """Rank keys by the dot product of ``rank`` principal channels, then attend exactly.
+
+    Attributes:
+        rank: Channels scored; None for a quarter of ``head_dim``.
+
+    Source:
+        Loki (arXiv:2406.02542), algorithm 1. The components are those of post-RoPE keys, centred,
+        per layer and KV head. The mean is not subtracted when scoring: it shifts all scores of a
+        query alike. Attention reads the original keys, so the rotated channels are side
+        information; the paper stores only rotated keys.
+    """
+
+    name: ClassVar[str] = "loki"
+    score_kind: ClassVar[Literal["logit", "count"]] = "logit"
+
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank must be at least 1 or null, got {self.rank}.")
+
+    def channels(self, head_dim: int) -> int:
+        """Return the number of channels scored for a head of ``head_dim``."""
+        return max(1, head_dim // 4) if self.rank is None else self.rank
+
+    def unsupported(self, geometry: Geometry) -> str | None:
+        if self.channels(geometry.head_dim) > geometry.head_dim:
+            return f"rank must be at most head_dim={geometry.head_dim}, got {self.rank}."
+        return None
+
+    def artifact_spec(self, geometry: Geometry) -> dict[str, Any]:
+        # All components are kept, so one artifact serves every rank.
+        return {
+            "method": self.name,
+            "model_digest": geometry.model_digest,
+            "num_layers": geometry.num_layers,
+            "num_kv_heads": geometry.num_kv_heads,
+            "head_dim": geometry.head_dim,
+            "keys": "post_rope_centred",
+        }
+
+    def fit(
+        self, calibration: CalibrationStates, progress: Progress | None = None
+    ) -> dict[str, Tensor]:
+        """Return ``components [L, Hkv, d, d]``, a column each, with ``mean`` and ``variance``."""
+        fitted: dict[str, list[Tensor]] = {"components": [], "mean": [], "variance": []}
+        for layer in range(calibration.num_layers):
+            sequences = [keys.double() for _, keys in calibration.states(layer)]
+            tokens = sum(keys.shape[1] for keys in sequences)
+            # Sequence by sequence, so that no copy of all keys is made: [Hkv, 1, d], [Hkv, d, d].
+            mean = torch.stack([keys.sum(1, keepdim=True) for keys in sequences]).sum(0) / tokens
+            covariance = torch.zeros_like(mean) * mean.mT
+            for keys in sequences:
+                centred = keys - mean
+                covariance += centred.mT @ centred / tokens
+            variance, components = torch.linalg.eigh(covariance)
+            components = components.flip(-1)
+            # An eigenvector's sign is free; the largest entry is made positive.
+            largest = components.abs().argmax(1, keepdim=True)
+            components = components * components.gather(1, largest).sign()
+            fitted["components"].append(components.float().cpu())
+            fitted["mean"].append(mean[:, 0].float().cpu())
+            fitted["variance"].append(variance.flip(-1).clamp(min=0).float().cpu())
+            if progress is not None:
+                progress(layer + 1, calibration.num_layers)
+        return {name: torch.stack(layers) for name, layers in fitted.items()}
+
+    def load_artifact(self, tensors: dict[str, Tensor], digest: str = "") -> None:
+        components = tensors.get("components")
+        if components is None or components.ndim != 4 or components.shape[2] != components.shape[3]:
+            found = "none" if components is None else list(components.shape)
+            raise ValueError(f"Loki's artifact must hold components [L, Hkv, d, d], got {found}.")
+        super().load_artifact(tensors, digest)
+
+    def build_index(self, prefill: PrefillInputs) -> LokiIndex:
+        keys = prefill.key_states
+        _, num_kv_heads, _, head_dim = keys.shape
+        components = self.artifact.get("components")
+        if components is None:
+            raise ValueError(
+                "Loki needs its components, got no artifact; call load_artifact first."
+            )
+        wanted = (prefill.num_layers, num_kv_heads, head_dim, head_dim)
+        if tuple(components.shape) != wanted:
+            raise ValueError(
+                f"Loki's components must be [L, Hkv, d, d] = {list(wanted)}, "
+                f"got {list(components.shape)}; fit them on this model."
+            )
+        rank = self.channels(head_dim)
+        rotation = components[prefill.layer, :, :, :rank].to(keys.device, torch.float32)
+        rotation = rotation.contiguous()
+        low_keys = keys.new_zeros(*keys.shape[:2], prefill.capacity, rank)
+        low_keys[:, :, : prefill.n] = keys.float() @ rotation
+        return LokiIndex(low_keys=low_keys, rotation=rotation, **Index.counts(prefill))
+
+    def append(self, index: LokiIndex, key_states: Tensor, value_states: Tensor) -> None:
+        slot = index.advance()
+        index.put(index.low_keys, slot, (key_states.float() @ index.rotation)[:, :, 0])
+
+    def encode(self, query_states: Tensor, index: LokiIndex) -> Tensor:
+        return (query_states.float() @ index.rotation).to(query_states.dtype)
+
+    def score(self, encoded: Tensor, index: LokiIndex) -> Tensor:
+        impl = self.impl_for("lowrank_score")
+        keys = index.low_keys[:, :, : index.length]
+        return lowrank_score(encoded, keys, index.kv_start, index.kv_len, impl=impl)
+
+    def index_bytes_per_token(self, geometry: Geometry) -> float:
+        rank = self.channels(geometry.head_dim)
+        return float(geometry.num_kv_heads * rank * geometry.dtype_bytes)
+
+    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+        rank = self.channels(geometry.head_dim)
+        rotation = 4 * geometry.num_kv_heads * geometry.head_dim * rank
+        side = round(n * self.index_bytes_per_token(geometry))
+        return side + rotation + kv_bytes(geometry, min(k, n))

@@ -1,0 +1,161 @@
+"""Quest: pages of keys, ranked by an upper bound on the logits inside."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from topkbench.kernels.page_score.api import page_score
+from topkbench.kernels.topk_select.api import topk_select
+from topkbench.methods.base import (
+    Geometry,
+    Index,
+    Policy,
+    PrefillInputs,
+    Selection,
+    TopKMethod,
+    kv_bytes,
+)
+
+
+@dataclass(kw_only=True)
+class QuestIndex(Index):
+    """Channel-wise extremes of each page's keys; page ``p`` starts at ``kv_start + p * page_size``.
+
+    Attributes:
+        page_min: ``[B, Hkv, pages, d]`` in the keys' dtype; zeros where a page has no key yet.
+        page_max: The same, largest.
+        page_size: Tokens of a page.
+    """
+
+    page_min: Tensor
+    page_max: Tensor
+    page_size: int
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in use in the longest row, the open one included."""
+        return -(-self.length // self.page_size)
+
+    def page_count(self) -> Tensor | None:
+        """Return int32 ``[B]`` pages in use in each row; None if all rows have ``num_pages``."""
+        if self.kv_start is None and self.kv_len is None:
+            return None
+        end = self.length if self.kv_len is None else self.kv_len
+        tokens = end - self.kv_start if self.kv_start is not None else self.kv_len
+        assert isinstance(tokens, Tensor)
+        count = torch.div(tokens + self.page_size - 1, self.page_size, rounding_mode="floor")
+        return count.to(torch.int32)
+
+
+@dataclass(kw_only=True)
+class Quest(TopKMethod):
+    """Keep the ``k // page_size`` pages, at least one, that may hold the largest logits.
+
+    With sinks in the policy the first page is kept, with recents the page being filled; where the
+    budget is one page, the one being filled. Older recents compete like every other token.
+
+    Attributes:
+        page_size: Tokens of a page.
+
+    Source:
+        Quest (arXiv:2406.10774), section 3.3. There the bound ranks pages for each query head,
+        which ``head_scope="query_head"`` does; the unified policy sums it over the group.
+    """
+
+    name: ClassVar[str] = "quest"
+
+    page_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.page_size < 1:
+            raise ValueError(f"page_size must be at least 1, got {self.page_size}.")
+
+    def build_index(self, prefill: PrefillInputs) -> QuestIndex:
+        keys = prefill.key_states
+        batch_size, num_kv_heads, n, head_dim = keys.shape
+        size = self.page_size
+        num_pages = -(-n // size)
+        place = torch.arange(num_pages * size, device=keys.device)
+        slots = place.expand(batch_size, -1)
+        if prefill.kv_start is not None:
+            slots = slots + prefill.kv_start[:, None]
+        end = n if prefill.kv_len is None else prefill.kv_len[:, None]
+        held = slots < end
+        rows = torch.arange(batch_size, device=keys.device)[:, None]
+        # [B, pages * size, Hkv, d], each row shifted to begin at its first token.
+        shifted = keys.transpose(1, 2)[rows, slots.clamp(max=max(n - 1, 0))]
+        held = held[..., None, None]
+
+        def extreme(fill: float) -> Tensor:
+            pages = shifted.masked_fill(~held, fill).unflatten(1, (num_pages, size))
+            found = pages.amin(2) if fill > 0 else pages.amax(2)
+            # A page without a key keeps zeros: infinity times a zero query would be NaN.
+            found = found.masked_fill(~held.unflatten(1, (num_pages, size)).any(2), 0.0)
+            pages_held = -(-prefill.capacity // size)
+            buffer = keys.new_zeros(batch_size, num_kv_heads, pages_held, head_dim)
+            buffer[:, :, :num_pages] = found.transpose(1, 2)
+            return buffer
+
+        counts = Index.counts(prefill)
+        low, high = extreme(torch.inf), extreme(-torch.inf)
+        return QuestIndex(page_min=low, page_max=high, page_size=size, **counts)
+
+    def append(self, index: QuestIndex, key_states: Tensor, value_states: Tensor) -> None:
+        slot = index.advance()
+        place = slot if index.kv_start is None else slot - index.kv_start
+        key = key_states[:, :, 0]
+        if isinstance(place, int):
+            page, offset = divmod(place, self.page_size)
+            if offset == 0:
+                index.page_min[:, :, page] = key
+                index.page_max[:, :, page] = key
+            else:
+                low, high = index.page_min[:, :, page], index.page_max[:, :, page]
+                torch.minimum(low, key, out=low)
+                torch.maximum(high, key, out=high)
+            return
+        pages = torch.div(place, self.page_size, rounding_mode="floor").long()
+        opens = (place % self.page_size == 0)[:, None, None]
+        rows = torch.arange(len(key), device=key.device)
+        low, high = index.page_min[rows, :, pages], index.page_max[rows, :, pages]
+        index.page_min[rows, :, pages] = torch.where(opens, key, torch.minimum(low, key))
+        index.page_max[rows, :, pages] = torch.where(opens, key, torch.maximum(high, key))
+
+    def score(self, encoded: Tensor, index: QuestIndex) -> Tensor:
+        used = index.num_pages
+        return page_score(
+            encoded,
+            index.page_min[:, :, :used],
+            index.page_max[:, :, :used],
+            kv_len=index.page_count(),
+            impl=self.impl_for("page_score"),
+        )
+
+    def select(
+        self, scores: Tensor | None, encoded: Tensor, index: QuestIndex, policy: Policy
+    ) -> Selection:
+        assert scores is not None  # page_score always scores
+        budget = max(1, policy.k // self.page_size)
+        num_recent = min(policy.num_recent, 1)
+        num_sink = min(policy.num_sink, 1, budget - num_recent)
+        indices = topk_select(
+            scores,
+            budget,
+            num_sink,
+            num_recent,
+            kv_len=index.page_count(),
+            impl=self.impl_for("topk_select"),
+        )
+        return Selection(indices, unit_size=self.page_size)
+
+    def index_bytes_per_token(self, geometry: Geometry) -> float:
+        channels = geometry.num_kv_heads * geometry.head_dim
+        return 2 * channels * geometry.dtype_bytes / self.page_size
+
+    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+        pages = -(-n // self.page_size)
+        extremes = round(pages * self.page_size * self.index_bytes_per_token(geometry))
+        chosen = max(1, k // self.page_size) * self.page_size
+        return extremes + kv_bytes(geometry, n if k >= n else min(chosen, n))

@@ -1,0 +1,64 @@
+"""StreamingLLM: the first tokens and the last ones, whatever the query asks for."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from topkbench.methods.base import Index, Policy, PrefillInputs, Selection, TopKMethod
+from topkbench.methods.states import row_bounds
+
+
+@dataclass(kw_only=True)
+class StreamingIndex(Index):
+    """Where each row begins and ends, and how many selections to hand out.
+
+    Attributes:
+        num_kv_heads: KV heads of the layer.
+    """
+
+    num_kv_heads: int
+    device: torch.device
+
+
+@dataclass(kw_only=True)
+class StreamingLLM(TopKMethod):
+    """Keep ``num_sink`` first tokens and the ``k - num_sink`` last ones.
+
+    Source:
+        StreamingLLM (arXiv:2309.17453), section 3. Masked, not evicted: tokens keep their original
+        positions, where the paper re-rotates keys by their place in the rolling cache.
+    """
+
+    name: ClassVar[str] = "streaming_llm"
+
+    def build_index(self, prefill: PrefillInputs) -> StreamingIndex:
+        keys = prefill.key_states
+        counts = Index.counts(prefill)
+        return StreamingIndex(num_kv_heads=keys.shape[1], device=keys.device, **counts)
+
+    def append(self, index: StreamingIndex, key_states: Tensor, value_states: Tensor) -> None:
+        index.advance()
+
+    def encode(self, query_states: Tensor, index: StreamingIndex) -> int:
+        """Return the batch size: all that the selection needs to know of the queries."""
+        return len(query_states)
+
+    def score(self, encoded: int, index: StreamingIndex) -> None:
+        return None
+
+    def select(
+        self, scores: Tensor | None, encoded: int, index: StreamingIndex, policy: Policy
+    ) -> Selection:
+        kept = min(policy.k, index.length)
+        num_sink = min(policy.num_sink, kept)
+        start, end = row_bounds(index.length, encoded, index.device, index.kv_start, index.kv_len)
+        valid = (end - start)[:, None]
+        places = torch.arange(kept, dtype=torch.int32, device=index.device)
+        # Counted from the row's first token: 0, 1, ... num_sink - 1, then the last ones.
+        recent = valid - kept + places
+        place = torch.where((places < num_sink) | (valid <= kept), places, recent)
+        slots = torch.where(place < valid, place + start[:, None], -1).to(torch.int32)
+        heads = slots[:, None].expand(-1, index.num_kv_heads, -1)
+        return Selection(heads.contiguous())
