@@ -285,6 +285,11 @@ class Sweep:
         return cls(path.parent.parent, path.parent.name, path.name)
 
     @property
+    def title(self) -> str:
+        """The sweep's name for a tracker: ``<experiment>/<name>``."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+    @property
     def _list(self) -> Path:
         return self.folder / "cells.json"
 
