@@ -205,3 +205,17 @@ def prefetch(typing_context: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
+
+
+@intrinsic
+def maximum_of_block(typing_context: Any, address: Any, index: Any) -> Any:
+    """Return the largest of sixteen int32 from element ``index`` on."""
+    words = ir.VectorType(_I32, LANES)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vector = builder.load(_element(builder, *arguments, _I32, words), align=4)
+        name = f"llvm.vector.reduce.smax.v{LANES}i32"
+        function = builder.module.declare_intrinsic(name, (), ir.FunctionType(_I32, [words]))
+        return builder.call(function, [vector])
+
+    return types.int32(types.int64, types.int64), generate

@@ -1,8 +1,8 @@
 """page_score on a CPU.
 
-``max(q * low, q * high)`` is ``q * high`` for a positive ``q`` and ``q * low`` for a negative one, so
-the bound is two dot products: the positive part of the query with the maxima and the negative part
-with the minima.
+``max(q * low, q * high)`` is ``q * high`` for a positive ``q`` and ``q * low`` for a negative one,
+so the bound is two dot products: the positive part of the query with the maxima and the negative
+part with the minima.
 """
 
 import numpy as np
