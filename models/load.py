@@ -1,0 +1,154 @@
+"""The one loader: a hub id, a local folder, or the model that ships with the project."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+SHIPPED = {"tiny": Path(__file__).resolve().parent / "tiny"}
+WHOLE_FILE_BYTES = 64 * 2**20
+
+
+class ModelNotAvailable(ValueError):
+    """The model cannot be loaded; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to decode, with what identifies it.
+
+    Attributes:
+        name: What rows and figures call it.
+        model: In evaluation mode.
+        tokenizer: Its tokenizer.
+        digest: Identifies the weights: 16 hex digits.
+        window: Longest sequence in tokens.
+        chat: Prompts are wrapped in the tokenizer's chat template.
+        short_answers: The model ends its answers itself, so that a reference answer's length and
+            a few tokens more are enough to generate.
+        artifact_folders: Where fitted artifacts ship beside the model.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    digest: str
+    window: int
+    chat: bool = False
+    short_answers: bool = False
+    artifact_folders: tuple[Path, ...] = field(default=())
+
+
+def load_model(
+    name: str,
+    path: str,
+    dtype: str = "auto",
+    device: str = "cpu",
+    device_map: str | None = None,
+    revision: str | None = None,
+    chat: bool = False,
+    short_answers: bool = False,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Only safetensors are read and no code that comes with a model is run.
+
+    Args:
+        name: What rows and figures call the model.
+        path: A hub id, a local folder, or the name of a shipped model.
+        dtype: ``"auto"`` (as saved), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        device: Where the model runs, such as ``"cpu"`` or ``"cuda:0"``.
+        device_map: Passed to transformers to spread a model over several GPUs; needs accelerate.
+        revision: Of a hub id.
+        chat: Wrap prompts in the chat template.
+        short_answers: See ``LoadedModel``.
+
+    Raises:
+        ModelNotAvailable: If it cannot be reached, is damaged, or does not fit the device.
+    """
+    folder = SHIPPED.get(path)
+    source = str(folder or Path(path).expanduser()) if folder or _is_local(path) else path
+    if _is_local(source) and not Path(source).is_dir():
+        raise ModelNotAvailable(
+            f"model.path must be a hub id, a folder or one of {', '.join(SHIPPED)}, found no folder "
+            f"{source}; check the path."
+        )
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelNotAvailable(f"device={device} needs a CUDA device, found none; use device=cpu.")
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ModelNotAvailable(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+    transformers_logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            device_map=device_map,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+        )
+        digest = weights_digest(source, getattr(model.config, "_commit_hash", None))
+    except (OSError, SafetensorError, ValueError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelNotAvailable(
+            f"the model {path} must be a reachable, whole safetensors model without code of its own,"
+            f" got {type(error).__name__}: {reason}"
+        ) from error
+    if device_map is None:
+        model = model.to(device)
+    return LoadedModel(
+        name=name,
+        model=model.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        digest=digest,
+        window=int(config.get_text_config(decoder=True).max_position_embeddings),
+        chat=chat,
+        short_answers=short_answers,
+        artifact_folders=(folder / "artifacts",) if folder else (),
+    )
+
+
+def weights_digest(source: str, commit: str | None = None) -> str:
+    """Return 16 hex digits that identify a model's weights.
+
+    A hub snapshot is identified by its commit. A local file counts whole up to 64 MiB; of a larger
+    one, its header and its size count, since reading it again would cost what loading it does.
+
+    Args:
+        source: Hub id or folder.
+        commit: The hub snapshot's commit, where there is one.
+    """
+    digest = hashlib.sha256()
+    if commit:
+        digest.update(f"{source}@{commit}".encode())
+        return digest.hexdigest()[:16]
+    for path in sorted(Path(source).glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        if path.stat().st_size <= WHOLE_FILE_BYTES:
+            digest.update(path.read_bytes())
+        else:
+            with safe_open(path, framework="pt") as file:
+                for name in sorted(file.keys()):
+                    part = file.get_slice(name)
+                    digest.update(f"{name} {part.get_shape()} {part.get_dtype()} ".encode())
+    return digest.hexdigest()[:16]
+
+
+def _is_local(path: str) -> bool:
+    """Whether a path names a folder rather than a hub id: ``owner/name`` that is no folder here."""
+    return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).is_dir()

@@ -1,0 +1,156 @@
+"""What one prompt's prefill leaves, computed once and shared by every cell that needs it."""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from filelock import FileLock
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """The states of one prompt.
+
+    Attributes:
+        key_states: For each layer ``[Hkv, n, d]`` post-RoPE keys.
+        value_states: For each layer ``[Hkv, n, d]``.
+        logits: ``[vocabulary]`` of the last token.
+        milliseconds: What the forward took.
+    """
+
+    key_states: tuple[Tensor, ...]
+    value_states: tuple[Tensor, ...]
+    logits: Tensor
+    milliseconds: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return int(self.key_states[0].shape[1])
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.key_states)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all states."""
+        return sum(states.nbytes for states in (*self.key_states, *self.value_states))
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, token_ids: Sequence[int]) -> Prefill:
+    """Run the model densely over one prompt.
+
+    Args:
+        model: A decoder-only model with an ordinary attention implementation.
+        token_ids: The prompt, special tokens included.
+    """
+    cache = DynamicCache()
+    ids = torch.tensor([list(token_ids)], device=model.device)
+    began = time.perf_counter()
+    logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+    if logits.is_cuda:
+        torch.cuda.synchronize(logits.device)
+    milliseconds = (time.perf_counter() - began) * 1e3
+    return Prefill(
+        tuple(layer.keys[0] for layer in cache.layers),
+        tuple(layer.values[0] for layer in cache.layers),
+        logits.float(),
+        milliseconds,
+    )
+
+
+class PrefillStore:
+    """Prefills by prompt: in memory up to a limit, beyond it in files that workers share.
+
+    Every cell scans the prompts in the same order, so evicting would always drop what is needed
+    next. Past the limit later prompts therefore go to disk and stay there, memory-mapped.
+
+    Args:
+        model: The model; one store serves one model.
+        folder: Where spilled prompts live; stores that share it share them.
+        memory_limit: Bytes to hold in memory; None for half of what is free. 0 shares everything.
+        compute: Stands in for ``prefill`` in tests.
+
+    Attributes:
+        forwards: Prompts computed by this store: the cost of a sweep that the cells share.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        folder: Path,
+        memory_limit: int | None = None,
+        compute: Callable[[PreTrainedModel, Sequence[int]], Prefill] = prefill,
+    ) -> None:
+        self.model = model
+        self.folder = folder
+        self.forwards = 0
+        self._compute = compute
+        self._kept: dict[str, Prefill] = {}
+        self._room = (
+            psutil.virtual_memory().available // 2 if memory_limit is None else memory_limit
+        )
+
+    def get(self, token_ids: Sequence[int]) -> Prefill:
+        """Return the prompt's states, computing them if nobody has."""
+        key = hashlib.sha256(" ".join(map(str, token_ids)).encode()).hexdigest()[:32]
+        if key in self._kept:
+            return self._kept[key]
+        path = self.folder / f"{key}.safetensors"
+        if path.exists():
+            return _load(path, self.model.device)
+        if self._room > 0:
+            states = self._run(token_ids)
+            if states.num_bytes <= self._room:
+                self._room -= states.num_bytes
+                self._kept[key] = states
+                return states
+            self._room = 0  # from here on everything spills, so that files are found by all workers
+            _save(states, path)
+            return states
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if path.exists():
+                return _load(path, self.model.device)
+            states = self._run(token_ids)
+            _save(states, path)
+            return states
+
+    def _run(self, token_ids: Sequence[int]) -> Prefill:
+        self.forwards += 1
+        return self._compute(self.model, token_ids)
+
+
+def _save(states: Prefill, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"logits": states.logits, "milliseconds": torch.tensor(states.milliseconds)}
+    for layer in range(states.num_layers):
+        tensors[f"keys.{layer}"] = states.key_states[layer]
+        tensors[f"values.{layer}"] = states.value_states[layer]
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, unfinished)
+    unfinished.replace(path)
+
+
+def _load(path: Path, device: torch.device) -> Prefill:
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        names = set(file.keys())
+        num_layers = sum(name.startswith("keys.") for name in names)
+        return Prefill(
+            tuple(file.get_tensor(f"keys.{layer}") for layer in range(num_layers)),
+            tuple(file.get_tensor(f"values.{layer}") for layer in range(num_layers)),
+            file.get_tensor("logits"),
+            float(file.get_tensor("milliseconds")),
+        )

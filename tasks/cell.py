@@ -1,0 +1,112 @@
+"""Runs one cell: a model, a task and a method, the artifact fitted first where one is missing."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from topkbench.kernels.timing import machine_name
+from topkbench.methods import artifact
+from topkbench.methods.attach import geometry_of
+from topkbench.methods.base import TopKMethod
+from topkbench.models.load import LoadedModel
+from topkbench.tasks.calibration import SEED, capture
+from topkbench.tasks.evaluation import Context, Outcome, Task, TaskRow
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+
+def prepare_method(
+    loaded: LoadedModel,
+    method: TopKMethod,
+    cache_dir: str | Path,
+    progress: Progress | None = None,
+) -> None:
+    """Load the artifact that a method needs; fit it under a lock where nobody has.
+
+    Args:
+        loaded: The model it serves.
+        method: Gets its artifact loaded.
+        cache_dir: Where fitted artifacts are kept; shipped ones are looked up first.
+        progress: Called with units of work done and in all while fitting.
+
+    Raises:
+        ValueError: If the method cannot serve the model, or an artifact is damaged.
+    """
+    geometry = geometry_of(loaded.model, loaded.digest)
+    spec = method.artifact_spec(geometry)
+    if spec is None:
+        return
+    own = Path(cache_dir).expanduser() / "artifacts"
+    path = artifact.find(spec, (*loaded.artifact_folders, own))
+    if path is None:
+        path = own / artifact.file_name(spec)
+        own.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.is_file():
+                fit_method(loaded, method, path, progress)
+    found = artifact.load(path, expect=spec)
+    method.load_artifact(found.tensors, found.digest)
+
+
+def fit_method(
+    loaded: LoadedModel, method: TopKMethod, path: Path, progress: Progress | None = None
+) -> None:
+    """Fit a method on calibration prompts and save the artifact at ``path``."""
+    began = time.perf_counter()
+    calibration = capture(loaded)
+    tensors = method.fit(calibration, progress)
+    spec = method.artifact_spec(geometry_of(loaded.model, loaded.digest))
+    artifact.save(path, tensors, artifact.provenance(spec or {}, calibration.description, SEED))
+    log.info("fitted %s in %.0f s", path.name, time.perf_counter() - began)
+
+
+def run_cell(context: Context, task: Task) -> Outcome:
+    """Run one cell and turn what is no error of the program into rows.
+
+    A model that a method cannot serve is ``skipped``; running out of memory is a status of its own.
+    Anything else is raised.
+    """
+    reason = context.method.unsupported(context.geometry)
+    if reason is not None:
+        return Outcome([TaskRow("mean", status="skipped", reason=reason)], [])
+    try:
+        return task.run(context)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return Outcome([TaskRow("mean", status="out_of_memory", reason=_sentence(error))], [])
+
+
+def environment(loaded: LoadedModel) -> dict[str, Any]:
+    """Return the columns of a row that describe machine and libraries."""
+    import transformers
+
+    try:
+        from triton import __version__ as triton_version
+    except ImportError:
+        triton_version = None
+    return {
+        "device": machine_name(loaded.model.device),
+        "torch": str(torch.__version__),
+        "triton": triton_version,
+        "transformers": transformers.__version__,
+        "peak_memory_mib": peak_memory_mib(loaded.model.device),
+    }
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the peak memory in MiB: of the accelerator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,359 @@
+"""What every task is handed and returns, and how a task of questions and answers is run.
+
+A cell of such a task makes three passes over its prompts: answers and their scores (batched),
+speed (alone, full attention and the method in turn), and the quality of the selections (untimed).
+"""
+
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from topkbench.kernels.timing import Stages, percentiles
+from topkbench.methods.attach import attach, geometry_of
+from topkbench.methods.base import (
+    CacheView,
+    Geometry,
+    Observer,
+    Policy,
+    StepResult,
+    TopKMethod,
+    kv_bytes,
+)
+from topkbench.models.load import LoadedModel
+from topkbench.models.prefill import PrefillStore
+from topkbench.tasks.base import Sample, string_match_all, string_match_part
+from topkbench.tasks.decoding import Decoder, Prompt, Question, batches, tokenise
+from topkbench.tasks.quality import SelectionMeter
+
+T = TypeVar("T")
+Track = Callable[[Sequence[Any], str], Iterable[Any]]
+
+TIMED_PROMPTS = 3
+TIMED_ROUNDS = 3
+TIMED_STEPS = 8
+WARM_UP_STEPS = 2
+JUDGED_PROMPTS = 8
+STAGES = ("encode", "append", "score", "select", "attend")
+
+
+def untracked(items: Sequence[Any], label: str) -> Iterable[Any]:
+    """Show no progress."""
+    return items
+
+
+@dataclass
+class Context:
+    """What a task needs to run one cell.
+
+    Attributes:
+        loaded: The model.
+        store: The model's prefills.
+        method: The method, its artifact loaded.
+        policy: Budget and rules.
+        full: Full attention, to compare and to time against.
+        full_answers: Full attention's tokens by sample id; None where this cell is full attention.
+        bandwidth: Measured read bandwidth of the machine in bytes a second; None where unknown.
+        track: Shows progress over a sequence.
+    """
+
+    loaded: LoadedModel
+    store: PrefillStore
+    method: TopKMethod
+    policy: Policy
+    full: TopKMethod
+    full_answers: Mapping[str, Sequence[int]] | None = None
+    bandwidth: float | None = None
+    track: Track = untracked
+
+    @property
+    def geometry(self) -> Geometry:
+        """The model's shape."""
+        return geometry_of(self.loaded.model, self.loaded.digest)
+
+    def full_answer(self, prompt: Prompt) -> list[int]:
+        """Return full attention's tokens for a prompt, decoding them if no cell has."""
+        known = (self.full_answers or {}).get(prompt.sample.sample_id)
+        if known is not None:
+            return list(known)
+        decoder = Decoder(self.loaded, self.store, [prompt], prompt.sample.max_new_tokens + 1)
+        with attach(self.loaded.model, self.full, self.policy):
+            return decoder.generate()[0]
+
+
+@dataclass
+class TaskRow:
+    """The columns of a row that the task knows; the others come from the configuration."""
+
+    subtask: str
+    values: dict[str, Any] = field(default_factory=dict)
+    status: str = "ok"
+    reason: str = ""
+
+
+@dataclass
+class Outcome:
+    """What a task returns.
+
+    Attributes:
+        rows: One a sub-task, and the mean.
+        samples: One mapping a sample, for paired statistics and re-scoring.
+    """
+
+    rows: list[TaskRow]
+    samples: list[dict[str, Any]]
+
+
+class Task(ABC):
+    """What a cell runs.
+
+    Attributes:
+        name: What rows call the task.
+        all_budgets: One cell covers every budget, so ``k`` is no axis of the task.
+        needs_full: Full attention's answers are compared with, or forced.
+        uses_model: The model's weights matter to the result.
+    """
+
+    name: str
+    all_budgets: ClassVar[bool] = False
+    needs_full: ClassVar[bool] = True
+
+    def inputs_digest(self, loaded: LoadedModel) -> str:
+        """Return a digest of everything that is read beyond the configuration."""
+        return ""
+
+    @abstractmethod
+    def run(self, context: Context) -> Outcome:
+        """Run one cell."""
+
+
+class Counter(Observer):
+    """Counts what the sparse layers of a decode step read, as a share of what is cached."""
+
+    def __init__(self, method: TopKMethod) -> None:
+        self.method = method
+        self.read = 0.0
+        self.cached = 0.0
+
+    def on_step(
+        self,
+        layer: int,
+        query_states: torch.Tensor,
+        cache: CacheView,
+        result: StepResult,
+        scale: float,
+    ) -> None:
+        bounds = (cache.n, cache.kv_start, cache.kv_len)
+        self.read += self.method.tokens_read(result.selection, *bounds)
+        self.cached += self.method.tokens_read(None, *bounds)
+
+    @property
+    def density(self) -> float | None:
+        """Share of the cached tokens that was read, 0 to 1; None before the first step."""
+        return self.read / self.cached if self.cached else None
+
+
+class StageWatch(Observer):
+    """Times the stages of decode steps with the common stopwatch."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stages = Stages(device)
+
+    def stage(self, name: str, layer: int) -> Any:
+        return self.stages(name)
+
+
+def tokenised(loaded: LoadedModel, samples: Sequence[Sample], question: Question) -> list[Prompt]:
+    """Encode samples for a model."""
+    return [tokenise(loaded, sample, question) for sample in samples]
+
+
+def spread(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
+    """Return at most ``most`` prompts, of as many sub-tasks as there are, the same every time."""
+    waiting: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        waiting.setdefault(prompt.sample.subtask, []).append(prompt)
+    chosen: list[Prompt] = []
+    while waiting and len(chosen) < most:
+        for subtask in list(waiting):
+            chosen.append(waiting[subtask].pop(0))
+            if not waiting[subtask]:
+                del waiting[subtask]
+    return chosen[:most]
+
+
+@dataclass(kw_only=True)
+class GenerationTask(Task):
+    """A task whose samples are questions with known answers, scored by string match.
+
+    Attributes:
+        question: ``"sparse"`` decodes the question with the method, ``"dense"`` prefills it.
+        batch_size: Most prompts that decode together.
+    """
+
+    name: str = "generation"
+    question: Question = "sparse"
+    batch_size: int = 25
+
+    def __post_init__(self) -> None:
+        if self.question not in ("sparse", "dense"):
+            raise ValueError(f"question must be sparse or dense, got {self.question!r}.")
+        if self.batch_size < 1:
+            raise ValueError(f"task.batch_size must be at least 1, got {self.batch_size}.")
+
+    @abstractmethod
+    def samples(self, loaded: LoadedModel) -> list[Sample]:
+        """Return the samples for a model; the same for every method."""
+
+    def run(self, context: Context) -> Outcome:
+        prompts = tokenised(context.loaded, self.samples(context.loaded), self.question)
+        samples, densities = self._answer(context, prompts)
+        if context.full_answers is None and not context.method.selects:
+            context.full_answers = {one["sample_id"]: one["tokens"] for one in samples}
+        shared: dict[str, Any] = {"batch_size": 1, **accounting(context, prompts)}
+        shared |= speed(context, prompts)
+        if context.method.selects:
+            shared |= judge(context, prompts)
+        rows = []
+        for subtask in dict.fromkeys(one["subtask"] for one in samples):
+            scores = [one["score"] for one in samples if one["subtask"] == subtask]
+            values = {"score": statistics.fmean(scores), "num_samples": len(scores)}
+            rows.append(TaskRow(subtask, {**values, "density": densities[subtask]}))
+        mean = statistics.fmean(row.values["score"] for row in rows)
+        density = [row.values["density"] for row in rows if row.values["density"] is not None]
+        shared["density"] = statistics.fmean(density) if density else None
+        rows.append(TaskRow("mean", {"score": mean, "num_samples": len(samples), **shared}))
+        return Outcome(rows, samples)
+
+    def _answer(
+        self, context: Context, prompts: Sequence[Prompt]
+    ) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
+        """Decode all prompts; return scored samples and the density of each sub-task."""
+        tokenizer = context.loaded.tokenizer
+        counters: dict[str, Counter] = {}
+        samples = []
+        label = context.method.name
+        for batch in context.track(batches(prompts, self.batch_size), label):
+            most = max(prompt.sample.max_new_tokens for prompt in batch)
+            decoder = Decoder(context.loaded, context.store, batch, most + 1)
+            counter = counters.setdefault(batch[0].sample.subtask, Counter(context.method))
+            with attach(context.loaded.model, context.method, context.policy, counter):
+                answers = decoder.generate()
+            for prompt, tokens, milliseconds in zip(
+                batch, answers, decoder.prefill_ms, strict=True
+            ):
+                sample = prompt.sample
+                prediction = str(tokenizer.decode(tokens, skip_special_tokens=True))
+                match = string_match_part if sample.subtask.startswith("qa") else string_match_all
+                samples.append(
+                    {
+                        "sample_id": sample.sample_id,
+                        "subtask": sample.subtask,
+                        "length": len(prompt.prefill_ids) + len(prompt.decode_ids),
+                        "score": match(prediction, sample.answers),
+                        "prediction": prediction,
+                        "references": list(sample.answers),
+                        "num_generated": len(tokens),
+                        "tokens": tokens,
+                        "prefill_ms": milliseconds,
+                    }
+                )
+        order = {prompt.sample.sample_id: place for place, prompt in enumerate(prompts)}
+        samples.sort(key=lambda one: order[one["sample_id"]])
+        return samples, {subtask: counter.density for subtask, counter in counters.items()}
+
+
+def accounting(context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Return the bytes that a decode step reads, from each method's own model."""
+    geometry, method = context.geometry, context.method
+    n = round(statistics.fmean(len(p.prefill_ids) + len(p.decode_ids) for p in prompts))
+    policy = method.policy_in_force(context.policy)
+    dense = policy.resolve_dense_layers(geometry.num_layers) if method.selects else ()
+    sparse = geometry.num_layers - len(dense)
+    k = policy.k if method.selects else n
+    read = sparse * method.bytes_read_per_step(geometry, n, k) + len(dense) * kv_bytes(geometry, n)
+    return {
+        "kv_len": n,
+        "bytes_read_per_step": float(read),
+        "index_bytes_per_token": float(sparse * method.index_bytes_per_token(geometry)),
+    }
+
+
+def speed(context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Time decode steps of single prompts, full attention and the method in turn.
+
+    Medians over steps; the first steps of each turn, which build the index, warm up. The stages
+    are timed in turns of their own, since a stopwatch in a step also costs time.
+    """
+    loaded, device = context.loaded, context.loaded.model.device
+    per_round = 3 * (WARM_UP_STEPS + TIMED_STEPS)
+    took: dict[str, list[float]] = {"full": [], "method": []}
+    stages: dict[str, list[float]] = {}
+    prefill_ms = []
+    for prompt in spread(prompts, TIMED_PROMPTS):
+        decoder = Decoder(loaded, context.store, [prompt], TIMED_ROUNDS * per_round + 1)
+        prefill_ms += decoder.prefill_ms
+        token = decoder.read_question().argmax(-1)
+        turns = (("full", context.full, None), ("method", context.method, None))
+        for _ in range(TIMED_ROUNDS):
+            for name, method, _ in turns:
+                took[name] += _timed_steps(context, decoder, method, token, Observer())
+            watch = StageWatch(device)
+            _timed_steps(context, decoder, context.method, token, watch)
+            steps = WARM_UP_STEPS + TIMED_STEPS
+            for stage, milliseconds in watch.stages.milliseconds.items():
+                if stage == "build":
+                    stages.setdefault(stage, []).append(sum(milliseconds))
+                    continue
+                layers = len(milliseconds) // steps  # the layers that go through this stage
+                per_step = [
+                    sum(milliseconds[step * layers : (step + 1) * layers])
+                    for step in range(WARM_UP_STEPS, steps)
+                ]
+                stages.setdefault(stage, []).extend(per_step)
+    p20, p50, p80 = percentiles(took["method"])
+    _, full_p50, _ = percentiles(took["full"])
+    columns: dict[str, Any] = {
+        "prefill_ms": statistics.median(prefill_ms),
+        "decode_ms_p20": p20,
+        "decode_ms_p50": p50,
+        "decode_ms_p80": p80,
+        "tokens_per_s": 1e3 / p50,
+        "speedup_vs_full": full_p50 / p50 if context.method.selects else None,
+        "full_backend": getattr(context.full, "backend", None),
+    }
+    for stage in ("build", *STAGES):
+        columns[f"{stage}_ms"] = statistics.median(stages[stage]) if stage in stages else None
+    if not context.method.selects and "full" in stages:
+        columns["attend_ms"] = statistics.median(stages["full"])
+    attention = sum(columns[f"{stage}_ms"] or 0.0 for stage in STAGES)
+    if context.bandwidth and attention:
+        read = accounting(context, prompts)["bytes_read_per_step"]
+        columns["bandwidth_fraction"] = read / (attention * 1e-3) / context.bandwidth
+    return columns
+
+
+def _timed_steps(
+    context: Context, decoder: Decoder, method: TopKMethod, token: torch.Tensor, watch: Observer
+) -> list[float]:
+    """Run one turn; return the milliseconds of its steps after the warm-up."""
+    stages = Stages(decoder.device)
+    with attach(context.loaded.model, method, context.policy, watch):
+        for _ in range(WARM_UP_STEPS + TIMED_STEPS):
+            with stages("step"):
+                decoder.step(token)
+    return stages.milliseconds["step"][WARM_UP_STEPS:]
+
+
+def judge(context: Context, prompts: Sequence[Prompt]) -> dict[str, float | None]:
+    """Judge the method's selections over some prompts, full attention's answers forced."""
+    meter = SelectionMeter(context.method.policy_in_force(context.policy).k)
+    for prompt in spread(prompts, JUDGED_PROMPTS):
+        answer = context.full_answer(prompt)
+        decoder = Decoder(context.loaded, context.store, [prompt], len(answer) + 1)
+        with attach(context.loaded.model, context.method, context.policy, meter):
+            decoder.follow([answer])
+    return meter.means()

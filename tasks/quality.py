@@ -1,0 +1,190 @@
+"""How good a selection is: recall of the exact top-k, attention kept, error of the output."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topkbench.kernels.topk_select.api import topk_select
+from topkbench.methods.base import (
+    CacheView,
+    Observer,
+    Policy,
+    PrefillInputs,
+    Selection,
+    StepResult,
+    TopKMethod,
+)
+
+
+@dataclass
+class Truth:
+    """Full attention at one decode step of one layer, in float32.
+
+    Attributes:
+        weights: ``[B, Hkv, G, n]`` softmax of full attention; 0 outside a row's valid slots.
+        group_weights: ``[B, Hkv, n]``, summed over the group; -1 outside, so never among the top.
+        out: ``[B, Hkv, G, d]``.
+    """
+
+    weights: Tensor
+    group_weights: Tensor
+    out: Tensor
+
+    @classmethod
+    def of(cls, query_states: Tensor, cache: CacheView, scale: float) -> "Truth":
+        """Compute full attention from ``query_states [B, Hkv, G, d]``."""
+        valid = valid_slots(cache)[:, None, None]
+        logits = torch.matmul(query_states.float(), cache.key_states.float().mT) * scale
+        weights = logits.masked_fill(~valid, -torch.inf).softmax(-1)
+        grouped = weights.sum(2).masked_fill(~valid[:, :, 0], -1.0)
+        return cls(weights, grouped, torch.matmul(weights, cache.value_states.float()))
+
+    def exact(self, k: int) -> Tensor:
+        """Return bool ``[B, Hkv, n]``: the top ``k`` of the group's summed weights."""
+        indices = topk_select(self.group_weights, k, impl="auto")
+        chosen = torch.zeros_like(self.group_weights, dtype=torch.bool)
+        chosen.scatter_(-1, indices.long(), True)
+        return chosen & (self.group_weights >= 0)
+
+
+def valid_slots(cache: CacheView) -> Tensor:
+    """Return bool ``[B, n]``: the slots that hold a token."""
+    slots = torch.arange(cache.n, device=cache.device)
+    start, end = cache.bounds()
+    return (slots >= start[:, None]) & (slots < end[:, None])
+
+
+def chosen_slots(selection: Selection, cache: CacheView) -> Tensor:
+    """Return bool ``[B, H, n]``: the tokens a selection stands for, pages expanded."""
+    indices = selection.indices.long()
+    used = indices >= 0
+    if selection.count is not None:
+        places = torch.arange(indices.shape[-1], device=indices.device)
+        used &= places < selection.count[..., None]
+    start, end = cache.bounds()
+    base = (
+        indices
+        if selection.unit_size == 1
+        else (start[:, None, None] + indices * selection.unit_size)
+    )
+    slots = base[..., None] + torch.arange(selection.unit_size, device=indices.device)
+    used = used[..., None] & (slots < end[:, None, None, None])
+    chosen = torch.zeros(*indices.shape[:2], cache.n + 1, dtype=torch.bool, device=indices.device)
+    chosen.scatter_(-1, torch.where(used, slots, cache.n).flatten(2), True)
+    return chosen[..., :-1]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What one decode step of one layer kept, ``[B, Hkv]`` each.
+
+    Attributes:
+        recall_at_k: Share of the exact top-k that was chosen.
+        attention_mass: Softmax mass of full attention on what was chosen.
+        output_rel_error: Norm of the output's error over the norm of full attention's output.
+        tokens: Tokens chosen.
+    """
+
+    recall_at_k: Tensor
+    attention_mass: Tensor
+    output_rel_error: Tensor
+    tokens: Tensor
+
+
+def quality(truth: Truth, cache: CacheView, result: StepResult, k: int) -> Quality:
+    """Compare one step with full attention on the same states.
+
+    A selection per query head is judged for each head, against the group's exact top-k, and the
+    mean over the group is returned.
+    """
+    batch, kv_heads, group = truth.out.shape[:3]
+    chosen = chosen_slots(result.selection, cache)
+    per_query = chosen.view(batch, kv_heads, -1, cache.n).expand(-1, -1, group, -1)
+    exact = truth.exact(k)[:, :, None]
+    hits = (per_query & exact).sum(-1).float() / exact.sum(-1).clamp_min(1)
+    mass = (truth.weights * per_query).sum(-1)
+    out = result.out.float().view_as(truth.out)
+    error = (out - truth.out).norm(dim=-1) / truth.out.norm(dim=-1).clamp_min(1e-12)
+    return Quality(hits.mean(-1), mass.mean(-1), error.mean(-1), per_query.sum(-1).float().mean(-1))
+
+
+@dataclass
+class SelectionMeter(Observer):
+    """Judges every sparse step of an attached method, on the states that it runs on itself."""
+
+    k: int
+    seen: list[tuple[int, Quality]] = field(default_factory=list)
+
+    def on_step(
+        self, layer: int, query_states: Tensor, cache: CacheView, result: StepResult, scale: float
+    ) -> None:
+        truth = Truth.of(query_states, cache, scale)
+        self.seen.append((layer, quality(truth, cache, result, self.k)))
+
+    def means(self) -> dict[str, float | None]:
+        """Return the mean over steps, layers and heads of each measure."""
+        names = ("recall_at_k", "attention_mass", "output_rel_error")
+        if not self.seen:
+            return dict.fromkeys(names)
+        return {
+            name: torch.stack([getattr(one, name).mean() for _, one in self.seen]).mean().item()
+            for name in names
+        }
+
+
+class Shadow(Observer):
+    """Runs a method beside full attention, on full attention's states, at every budget at once.
+
+    One index and one scoring a step serve all budgets: only the selection depends on ``k``.
+    """
+
+    def __init__(
+        self, method: TopKMethod, policies: Sequence[Policy], num_layers: int, capacity: int
+    ) -> None:
+        self.method = method
+        self.policies = policies
+        self.num_layers = num_layers
+        self.capacity = capacity
+        self.indices: dict[int, Any] = {}
+        self.seen: list[tuple[int, int, int, Quality]] = []
+        self.steps: dict[int, int] = {}
+
+    def on_step(
+        self, layer: int, query_states: Tensor, cache: CacheView, result: StepResult, scale: float
+    ) -> None:
+        method = self.method
+        _, end = cache.bounds()
+        rows = torch.arange(len(end), device=cache.device)
+        newest = end.long() - 1
+        if layer not in self.indices:
+            before = PrefillInputs(
+                key_states=cache.key_states,
+                value_states=cache.value_states,
+                capacity=self.capacity,
+                layer=layer,
+                num_layers=self.num_layers,
+                kv_len=end - 1,
+            )
+            self.indices[layer] = method.build_index(before)
+        index = self.indices[layer]
+        method.append(
+            index,
+            cache.key_states[rows, :, newest, None],
+            cache.value_states[rows, :, newest, None],
+        )
+        method.bind(index, cache)
+        truth = Truth.of(query_states, cache, scale)
+        encoded = method.encode(query_states, index)
+        raw = method.score(encoded, index)
+        step = self.steps[layer] = self.steps.get(layer, -1) + 1
+        for policy in self.policies:
+            if policy.k >= cache.n:
+                continue
+            scores = method.scoped(raw, policy, scale)
+            chosen = method.select(scores, encoded, index, policy)
+            out, lse = method.attend(query_states, cache, chosen, scale)
+            outcome = quality(truth, cache, StepResult(out, lse, chosen, scores), policy.k)
+            self.seen.append((policy.k, layer, step, outcome))

@@ -1,0 +1,313 @@
+"""The prompts of the seven synthetic RULER sub-tasks, in our own words.
+
+Source: RULER (arXiv:2404.06654), section 3, with the parameters of its released configuration:
+4 keys, values or queries in the multi-* tasks, 1 chain of 4 hops, 10 common words 30 times and the
+others 3 times, coded words with zeta-distributed frequencies (alpha 2.0). The haystack is random
+words; niah_multikey's is other needles, the hard variant (multikey_2). Keys are single words while
+the pool lasts, values two words.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from topkbench.tasks.base import TaskDoesNotFit
+from topkbench.tasks.words import random_names
+
+SUBTASKS = (
+    "niah_single",
+    "niah_multikey",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "cwe",
+    "fwe",
+)
+NUM_NEEDLES = 4
+VT_HOPS = 4
+CWE_COMMON, CWE_FREQUENT, CWE_RARE = 10, 30, 3
+FWE_ALPHA = 2.0
+SENTENCE_WORDS = 12
+
+FACTS = "Read the text below and remember the secrets hidden in it.\n"
+VARIABLES = "Read the text below and remember what is assigned to each variable.\n"
+NUMBERED = "Read the numbered list of words below and remember the most common ones.\n"
+CODED = "Read the coded text below and remember the most frequent coded words.\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt before it is given an identity: see :class:`topkbench.tasks.base.Sample`.
+
+    ``reference`` is the whole answer as the shipped model is trained to write it.
+    """
+
+    context: str
+    question: str
+    answer_prefix: str
+    answers: tuple[str, ...]
+    reference: str
+
+
+CountTokens = Callable[[str], int]
+
+
+def needle(key: str, value: str) -> str:
+    """Return the sentence that hides ``value`` under ``key``."""
+    return f" The secret of {key} is {value}."
+
+
+def filler(rng: random.Random, words: Sequence[str]) -> str:
+    """Return one sentence of random words."""
+    return " " + " ".join(rng.choices(words, k=SENTENCE_WORDS)) + "."
+
+
+def ask_one(key: str, value: str) -> tuple[str, str, str]:
+    """Return (question, answer prefix, reference) for one key with one value."""
+    return f"\nWhat is the secret of {key}?", f" The secret of {key} is", f" {value}."
+
+
+def ask_all_values(key: str, values: Sequence[str]) -> tuple[str, str, str]:
+    """Return (question, answer prefix, reference) for all values of one key."""
+    answer = f", {key} is ".join(values)
+    return (
+        f"\nWhat are all the secrets of {key}?",
+        f" All the secrets: {key} is",
+        f" {answer}.",
+    )
+
+
+def ask_many(keys: Sequence[str], values: Sequence[str]) -> tuple[str, str, str]:
+    """Return (question, answer prefix, reference) for several keys at once."""
+    items = [f"{key} is {value}" for key, value in zip(keys, values, strict=True)]
+    return (
+        f"\nWhat are the secrets of {', '.join(keys[:-1])} and {keys[-1]}?",
+        f" The secrets: {keys[0]} is",
+        ", ".join(items)[len(f"{keys[0]} is") :] + ".",
+    )
+
+
+def ask_variables(value: str, names: Sequence[str]) -> tuple[str, str, str]:
+    """Return (question, answer prefix, reference) for the variables that hold ``value``."""
+    return (
+        f"\nWhich variables hold the value {value}?",
+        f" The variables that hold {value}:",
+        f" {', '.join(names)}.",
+    )
+
+
+def ask_common(words: Sequence[str]) -> tuple[str, str, str]:
+    """Return (question, answer prefix, reference) for the most common words of a list."""
+    return (
+        "\nWhat are the ten most common words in the list?",
+        " The ten most common words:",
+        f" {', '.join(words)}.",
+    )
+
+
+def ask_frequent(words: Sequence[str]) -> tuple[str, str, str]:
+    """Return (question, answer prefix, reference) for the most frequent coded words."""
+    return (
+        "\nWhat are the three most frequent coded words in the text?",
+        " The three most frequent coded words:",
+        f" {', '.join(words)}.",
+    )
+
+
+def two_words(rng: random.Random, words: Sequence[str]) -> str:
+    """Return a value: two different words."""
+    return " ".join(rng.sample(words, 2))
+
+
+def distinct_keys(rng: random.Random, words: Sequence[str], count: int) -> list[str]:
+    """Return ``count`` distinct keys: single words while the pool lasts, then pairs."""
+    if count <= len(words):
+        return rng.sample(words, count)
+    keys: dict[str, None] = {}
+    while len(keys) < count:
+        keys["-".join(rng.sample(words, 2))] = None
+    return list(keys)
+
+
+def assignment_chain(rng: random.Random, names: Sequence[str], value: str) -> list[str]:
+    """Return the statements of one chain, in order: the first assigns the value."""
+    statements = [f" VAR {names[0]} = {value}."]
+    statements += [f" VAR {new} = VAR {old}." for old, new in zip(names, names[1:], strict=False)]
+    return statements
+
+
+def scatter(rng: random.Random, haystack: list[str], needles: Sequence[str], ordered: bool) -> str:
+    """Put the needles at random places between the haystack's sentences."""
+    places = sorted(rng.choices(range(len(haystack) + 1), k=len(needles)))
+    order = list(needles) if ordered else rng.sample(list(needles), len(needles))
+    for place, sentence in zip(reversed(places), reversed(order), strict=True):
+        haystack.insert(place, sentence)
+    return "".join(haystack)
+
+
+def fill(
+    budget: int, count: CountTokens, sentences: Callable[[], str], least: int = 1
+) -> list[str]:
+    """Draw sentences while they fit into ``budget`` tokens.
+
+    Raises:
+        TaskDoesNotFit: If fewer than ``least`` sentences fit.
+    """
+    drawn: list[str] = []
+    used = 0
+    while True:
+        sentence = sentences()
+        used += count(sentence)
+        if used > budget:
+            break
+        drawn.append(sentence)
+    if len(drawn) < least:
+        raise TaskDoesNotFit(
+            f"the haystack must hold at least {least} sentences, found room for {budget} tokens;"
+            " use a larger task.length."
+        )
+    return drawn
+
+
+def _niah(
+    rng: random.Random, words: Sequence[str], budget: int, count: CountTokens, subtask: str
+) -> Prompt:
+    num_keys = NUM_NEEDLES if subtask == "niah_multiquery" else 1
+    num_values = NUM_NEEDLES if subtask == "niah_multivalue" else 1
+    keys = distinct_keys(rng, words, num_keys)
+    values = [two_words(rng, words) for _ in range(num_keys * num_values)]
+    if len({value.split()[0] for value in values}) < len(values):
+        return _niah(rng, words, budget, count, subtask)  # a shared first word would be ambiguous
+    if subtask == "niah_multivalue":
+        question, prefix, reference = ask_all_values(keys[0], values)
+        needles = [needle(keys[0], value) for value in values]
+    else:
+        needles = [needle(key, value) for key, value in zip(keys, values, strict=True)]
+        ask = ask_one(keys[0], values[0]) if num_keys == 1 else ask_many(keys, values)
+        question, prefix, reference = ask
+    others = [word for word in words if word not in keys]
+    room = budget - sum(map(count, (FACTS, question, prefix, reference, *needles)))
+    if subtask == "niah_multikey":
+        most = max(1, room // max(1, count(needle(others[0], values[0]))))
+        spare = iter(distinct_keys(rng, others, 2 * most + 8))
+        haystack = fill(room, count, lambda: needle(next(spare), two_words(rng, words)))
+    else:
+        haystack = fill(room, count, lambda: filler(rng, others))
+    context = FACTS + scatter(rng, haystack, needles, ordered=False)
+    return Prompt(
+        context=context,
+        question=question,
+        answer_prefix=prefix,
+        answers=tuple(values),
+        reference=reference,
+    )
+
+
+def _vt(rng: random.Random, words: Sequence[str], budget: int, count: CountTokens) -> Prompt:
+    names = rng.sample(random_names(5, upper=True), VT_HOPS + 1)
+    value = str(rng.randint(10000, 99999))
+    statements = assignment_chain(rng, names, value)
+    question, prefix, reference = ask_variables(value, names)
+    room = budget - sum(map(count, (VARIABLES, question, prefix, reference, *statements)))
+    haystack = fill(room, count, lambda: filler(rng, words))
+    return Prompt(
+        context=VARIABLES + scatter(rng, haystack, statements, ordered=True),
+        question=question,
+        answer_prefix=prefix,
+        answers=tuple(names),
+        reference=reference,
+    )
+
+
+def numbered_list(
+    rng: random.Random, common: Sequence[str], rare: Sequence[str], frequent: int, seldom: int
+) -> list[str]:
+    """Return the shuffled, numbered entries: ``common`` each ``frequent`` times, and so on."""
+    entries = list(common) * frequent + list(rare) * seldom
+    rng.shuffle(entries)
+    return [f" {number}. {word}" for number, word in enumerate(entries, start=1)]
+
+
+def _cwe(rng: random.Random, words: Sequence[str], budget: int, count: CountTokens) -> Prompt:
+    order = rng.sample(words, len(words))
+    common, others = order[:CWE_COMMON], order[CWE_COMMON:]
+    question, prefix, reference = ask_common(common)
+    room = budget - sum(map(count, (NUMBERED, question, prefix, reference)))
+    # Entries cost nearly the same, so the count follows from one measured entry, then shrinks to fit.
+    frequent = CWE_FREQUENT if budget >= 2048 else max(4, CWE_FREQUENT * budget // 2048)
+    per_entry = max(1, count(f" 1000. {common[0]}"))
+    num_entries = room // per_entry
+    # Past what the pool of words can fill, every word is repeated more often, in proportion.
+    repeat = 1 + num_entries // (CWE_COMMON * frequent + CWE_RARE * len(others))
+    num_rare = min(len(others), max(1, (num_entries // repeat - CWE_COMMON * frequent) // CWE_RARE))
+    while num_rare > 0:
+        entries = numbered_list(
+            rng, common, others[:num_rare], frequent * repeat, CWE_RARE * repeat
+        )
+        if count("".join(entries)) <= room:
+            return Prompt(
+                context=NUMBERED + "".join(entries),
+                question=question,
+                answer_prefix=prefix,
+                answers=tuple(common),
+                reference=reference,
+            )
+        num_rare -= 1 + num_rare // 50
+    raise TaskDoesNotFit(
+        f"cwe must hold {CWE_COMMON} common words {frequent} times and at least one other,"
+        f" found room for {room} tokens; use a larger task.length."
+    )
+
+
+def _fwe(rng: random.Random, words: Sequence[str], budget: int, count: CountTokens) -> Prompt:
+    vocabulary = rng.sample(
+        random_names(6, upper=False, count=max(256, budget // 50)), max(8, budget // 50)
+    )
+    answers = vocabulary[1:4]
+    question, prefix, reference = ask_frequent(answers)
+    room = budget - sum(map(count, (CODED, question, prefix, reference)))
+    ranks = range(1, len(vocabulary) + 1)
+    zeta = sum(rank**-FWE_ALPHA for rank in range(1, 100_000))
+    num_words = room // max(1, count(f" {vocabulary[0]}"))
+    while num_words > 16:
+        text = [
+            "..." if rank == 1 else word  # the most frequent one is noise, as in RULER
+            for rank, word in zip(ranks, vocabulary, strict=True)
+            for _ in range(int(num_words * rank**-FWE_ALPHA / zeta))
+        ]
+        rng.shuffle(text)
+        body = "".join(f" {word}" for word in text)
+        if count(body) <= room:
+            return Prompt(
+                context=CODED + body + ".",
+                question=question,
+                answer_prefix=prefix,
+                answers=tuple(answers),
+                reference=reference,
+            )
+        num_words -= 1 + num_words // 50
+    raise TaskDoesNotFit(
+        f"fwe must hold at least 16 coded words, found room for {room} tokens;"
+        " use a larger task.length."
+    )
+
+
+def make_prompt(
+    subtask: str, rng: random.Random, words: Sequence[str], budget: int, count: CountTokens
+) -> Prompt:
+    """Return one prompt of ``subtask`` that fills ``budget`` tokens and does not exceed them.
+
+    Args:
+        subtask: One of ``SUBTASKS``.
+        rng: The sample's private randomness.
+        words: The pool that keys, values and fillers are drawn from.
+        budget: Tokens for the context, the question, the prefix and the reference answer.
+        count: Tokens of a piece of text, without special tokens.
+
+    Raises:
+        TaskDoesNotFit: If the smallest prompt of the sub-task needs more than ``budget``.
+    """
+    builders = {"vt": _vt, "cwe": _cwe, "fwe": _fwe}
+    if subtask in builders:
+        return builders[subtask](rng, words, budget, count)
+    return _niah(rng, words, budget, count, subtask)

@@ -1,0 +1,79 @@
+"""The quality of a method's selections, apart from any score: for all budgets from one pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from topkbench.methods.attach import attach
+from topkbench.methods.base import Policy
+from topkbench.tasks.decoding import Decoder, Prompt
+from topkbench.tasks.evaluation import Context, Outcome, TaskRow, tokenised
+from topkbench.tasks.quality import Shadow
+from topkbench.tasks.ruler import Ruler
+
+
+@dataclass(kw_only=True)
+class SelectionTask(Ruler):
+    """Recall, mass and output error of a method, per layer, KV head and step, for all budgets.
+
+    Full attention decodes RULER prompts with its own answers; the method is asked beside it, on
+    the same states. No score: the quality of a selection is the result.
+
+    Attributes:
+        budgets: The values of ``k``; the cell's own ``k`` plays no part.
+    """
+
+    name: str = "selection"
+    num_samples: int = 2
+    budgets: Sequence[int] = (32, 64, 128, 256, 512)
+    all_budgets = True
+
+    def run(self, context: Context) -> Outcome:
+        if not context.method.selects:
+            raise ValueError("task=selection needs a method that selects, got full attention.")
+        policies = [
+            context.method.policy_in_force(replace(context.policy, k=k)) for k in self.budgets
+        ]
+        samples = self.samples(context.loaded)
+        outcome = Outcome(samples=[], rows=[])
+        for prompt in context.track(tokenised(context.loaded, samples, self.question), "selection"):
+            outcome.samples += self._measure(context, prompt, policies)
+        for k in self.budgets:
+            mine = [one for one in outcome.samples if one["k"] == k]
+            if not mine:
+                continue
+            means = {
+                name: sum(one[name] for one in mine) / len(mine)
+                for name in ("recall_at_k", "attention_mass", "output_rel_error", "density")
+            }
+            outcome.rows.append(
+                TaskRow(subtask="mean", values={"k": k, "num_samples": len(samples), **means})
+            )
+        return outcome
+
+    def _measure(
+        self, context: Context, prompt: Prompt, policies: Sequence[Policy]
+    ) -> list[dict[str, Any]]:
+        answer = context.full_answer(prompt)
+        decoder = Decoder(context.loaded, context.store, [prompt], len(answer) + 1)
+        cache = decoder.cache
+        shadow = Shadow(context.method, policies, len(cache.layers), cache.capacity)
+        with attach(context.loaded.model, context.full, context.policy, shadow):
+            decoder.follow([answer])
+        return [
+            {
+                "sample_id": prompt.sample.sample_id,
+                "subtask": prompt.sample.subtask,
+                "length": prompt.sample.length,
+                "k": k,
+                "layer": layer,
+                "kv_head": head,
+                "step": step,
+                "recall_at_k": found.recall_at_k[0, head].item(),
+                "attention_mass": found.attention_mass[0, head].item(),
+                "output_rel_error": found.output_rel_error[0, head].item(),
+                "density": found.tokens[0, head].item() / cache.n,
+            }
+            for k, layer, step, found in shadow.seen
+            for head in range(found.recall_at_k.shape[1])
+        ]
