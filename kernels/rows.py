@@ -15,6 +15,8 @@ from topkbench.kernels.intrinsics import (
     load_vector_bfloat16,
     multiply_add,
     splat,
+    store_float32,
+    store_vector,
 )
 
 
@@ -102,3 +104,132 @@ def clipped(address: int, row: int, size: int, missing: int) -> int:
     if address == 0:
         return missing
     return min(max(int(load_int32(address, row)), 0), size)
+
+
+@njit(nogil=True)
+def accumulate_4(
+    sums: int,
+    weights: int,
+    weight_stride: int,
+    values: int,
+    value_bytes: int,
+    slots: int,
+    count: int,
+    size: int,
+    narrow: bool,
+) -> None:
+    """Add weighted rows to four queries' sums, sixteen channels at a time over all rows.
+
+    Args:
+        sums: ``[4, size]`` float32.
+        weights: Four rows of ``count`` float32, ``weight_stride`` elements apart.
+        weight_stride: See ``weights``.
+        values: Slot 0 of the cache, its rows ``value_bytes`` apart.
+        value_bytes: See ``values``.
+        slots: ``count`` int32.
+        count: Number of rows to add.
+        size: Channels.
+        narrow: The cache is bfloat16, not float32.
+    """
+    s1, s2, s3 = sums + 4 * size, sums + 8 * size, sums + 12 * size
+    w1, w2, w3 = weight_stride, 2 * weight_stride, 3 * weight_stride
+    whole = size - size % LANES
+    for i in range(0, whole, LANES):
+        sum0, sum1 = load_vector(sums, i), load_vector(s1, i)
+        sum2, sum3 = load_vector(s2, i), load_vector(s3, i)
+        for place in range(count):
+            row = values + value_bytes * int(load_int32(slots, place))
+            value = load_vector_bfloat16(row, i) if narrow else load_vector(row, i)
+            sum0 = multiply_add(splat(load_float32(weights, place)), value, sum0)
+            sum1 = multiply_add(splat(load_float32(weights, w1 + place)), value, sum1)
+            sum2 = multiply_add(splat(load_float32(weights, w2 + place)), value, sum2)
+            sum3 = multiply_add(splat(load_float32(weights, w3 + place)), value, sum3)
+        store_vector(sums, i, sum0)
+        store_vector(s1, i, sum1)
+        store_vector(s2, i, sum2)
+        store_vector(s3, i, sum3)
+    if whole < size:
+        for query in range(4):
+            row_weights = weights + 4 * query * weight_stride
+            _accumulate_tail(
+                sums + 4 * query * size, row_weights, values, value_bytes, slots, count, whole,
+                size, narrow,
+            )  # fmt: skip
+
+
+@njit(nogil=True)
+def accumulate_2(
+    sums: int,
+    weights: int,
+    weight_stride: int,
+    values: int,
+    value_bytes: int,
+    slots: int,
+    count: int,
+    size: int,
+    narrow: bool,
+) -> None:
+    """Add weighted rows to two queries' sums; arguments as in ``accumulate_4``."""
+    s1 = sums + 4 * size
+    whole = size - size % LANES
+    for i in range(0, whole, LANES):
+        sum0, sum1 = load_vector(sums, i), load_vector(s1, i)
+        for place in range(count):
+            row = values + value_bytes * int(load_int32(slots, place))
+            value = load_vector_bfloat16(row, i) if narrow else load_vector(row, i)
+            sum0 = multiply_add(splat(load_float32(weights, place)), value, sum0)
+            sum1 = multiply_add(splat(load_float32(weights, weight_stride + place)), value, sum1)
+        store_vector(sums, i, sum0)
+        store_vector(s1, i, sum1)
+    if whole < size:
+        for query in range(2):
+            row_weights = weights + 4 * query * weight_stride
+            _accumulate_tail(
+                sums + 4 * query * size, row_weights, values, value_bytes, slots, count, whole,
+                size, narrow,
+            )  # fmt: skip
+
+
+@njit(nogil=True)
+def accumulate_1(
+    sums: int,
+    weights: int,
+    values: int,
+    value_bytes: int,
+    slots: int,
+    count: int,
+    size: int,
+    narrow: bool,
+) -> None:
+    """Add weighted rows to one query's sums; arguments as in ``accumulate_4``."""
+    whole = size - size % LANES
+    for i in range(0, whole, LANES):
+        total = load_vector(sums, i)
+        for place in range(count):
+            row = values + value_bytes * int(load_int32(slots, place))
+            value = load_vector_bfloat16(row, i) if narrow else load_vector(row, i)
+            total = multiply_add(splat(load_float32(weights, place)), value, total)
+        store_vector(sums, i, total)
+    if whole < size:
+        _accumulate_tail(sums, weights, values, value_bytes, slots, count, whole, size, narrow)
+
+
+@njit(nogil=True)
+def _accumulate_tail(
+    sums: int,
+    weights: int,
+    values: int,
+    value_bytes: int,
+    slots: int,
+    count: int,
+    whole: int,
+    size: int,
+    narrow: bool,
+) -> None:
+    """Add the channels after the last whole vector."""
+    for place in range(count):
+        row = values + value_bytes * int(load_int32(slots, place))
+        weight = load_float32(weights, place)
+        for i in range(whole, size):
+            value = load_bfloat16(row, i) if narrow else load_float32(row, i)
+            store_float32(sums, i, load_float32(sums, i) + weight * value)

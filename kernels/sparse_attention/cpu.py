@@ -1,0 +1,396 @@
+"""sparse_attention on a CPU: one fused pass over the selected rows of the cache.
+
+Work is split over index heads and, where these do not occupy all cores, over parts of a head's
+selection. Each part keeps a running maximum, denominator and weighted sum (online softmax); parts
+are merged by their log-sum-exp. Rows are read where they lie, once for all queries that share them,
+with the next ones prefetched: the selection jumps through memory, so no hardware prefetcher helps.
+"""
+
+import math
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from topkbench.kernels.addresses import bound_address, check_cache
+from topkbench.kernels.intrinsics import (
+    bits_float,
+    load_float32,
+    load_int32,
+    prefetch,
+    store_float32,
+    store_int32,
+)
+from topkbench.kernels.rows import (
+    accumulate_1,
+    accumulate_2,
+    accumulate_4,
+    clipped,
+    dot_1,
+    dot_2,
+    dot_4,
+)
+
+# Tokens whose logits are held before they enter the sum: their values stay in the first cache.
+_TILE = 32
+# Fewer tokens than this are not worth a part of their own.
+_PART = 128
+# How many rows ahead to prefetch.
+_AHEAD = 4
+
+
+def sparse_attention(
+    query_states: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
+    indices: Tensor,
+    scale: float,
+    count: Tensor | None,
+    log_weight: Tensor | None,
+    unit_size: int,
+    kv_start: Tensor | None,
+    kv_len: Tensor | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the output ``[B, Hq, d]`` and the log-sum-exp ``[B, Hq]``; see the api."""
+    narrow = check_cache("key_states", key_states)
+    check_cache("value_states", value_states)
+    query = query_states.float().contiguous()
+    indices = indices.contiguous()
+    batch_size, num_heads, head_dim = query.shape
+    _, num_kv_heads, num_slots, _ = key_states.shape
+    _, num_index_heads, num_units = indices.shape
+    group = num_heads // num_index_heads
+    parts = _num_parts(batch_size * num_index_heads, num_units * unit_size)
+
+    out = torch.empty(batch_size, num_heads, head_dim)
+    lse = torch.empty(batch_size, num_heads)
+    # For each part: sums, maxima, denominators, then a tile's logits, entries and slots.
+    part_size = group * (head_dim + 2 + _TILE) + 2 * _TILE
+    work = torch.empty(batch_size * num_index_heads * parts, part_size)
+    start, _start = bound_address(kv_start)
+    end, _end = bound_address(kv_len)
+    counts, _counts = bound_address(count)
+    weights, _weights = bound_address(log_weight)
+    sizes = (batch_size, num_heads, num_kv_heads, num_index_heads, num_slots, head_dim)
+    _attend(
+        query.data_ptr(), key_states.data_ptr(), key_states.stride()[:3],
+        value_states.data_ptr(), value_states.stride()[:3], indices.data_ptr(), counts, weights,
+        out.data_ptr(), lse.data_ptr(), work.data_ptr(), part_size, sizes, num_units, unit_size,
+        parts, scale, softcap or 0.0, start, end, narrow,
+    )  # fmt: skip
+    return out.to(query_states.dtype), lse
+
+
+def _num_parts(num_tasks: int, num_tokens: int) -> int:
+    """Say into how many parts to cut each head's selection, so that all cores have work."""
+    threads = torch.get_num_threads()
+    if num_tasks == 0 or num_tasks % threads == 0 or num_tasks >= 4 * threads:
+        return 1
+    wanted = -(-4 * threads // num_tasks)
+    return max(1, min(wanted, num_tokens // _PART))
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _attend(
+    query: int,
+    keys: int,
+    key_strides: tuple[int, int, int],
+    values: int,
+    value_strides: tuple[int, int, int],
+    indices: int,
+    counts: int,
+    weights: int,
+    out: int,
+    lse: int,
+    work: int,
+    part_size: int,
+    sizes: tuple[int, int, int, int, int, int],
+    num_units: int,
+    unit_size: int,
+    parts: int,
+    scale: float,
+    softcap: float,
+    start: int,
+    end: int,
+    narrow: bool,
+) -> None:
+    batch_size, num_heads, num_kv_heads, num_index_heads, num_slots, head_dim = sizes
+    item = 2 if narrow else 4
+    group = num_heads // num_index_heads
+    num_tasks = batch_size * num_index_heads
+    for task in prange(num_tasks * parts):
+        row, part = task // parts, task % parts
+        batch, index_head = row // num_index_heads, row % num_index_heads
+        kv_head = index_head * num_kv_heads // num_index_heads
+        used = clipped(counts, row, num_units, num_units)
+        weight_rows = 0 if weights == 0 else weights + 4 * row * group * num_units
+        _attend_part(
+            query + 4 * row * group * head_dim,
+            keys + item * (batch * key_strides[0] + kv_head * key_strides[1]),
+            item * key_strides[2],
+            values + item * (batch * value_strides[0] + kv_head * value_strides[1]),
+            item * value_strides[2],
+            indices + 4 * row * num_units,
+            weight_rows,
+            work + 4 * task * part_size,
+            part * used // parts,
+            (part + 1) * used // parts,
+            num_units,
+            unit_size,
+            clipped(start, batch, num_slots, 0),
+            clipped(end, batch, num_slots, num_slots),
+            group,
+            head_dim,
+            np.float32(scale),
+            np.float32(softcap),
+            narrow,
+        )
+        if parts == 1:
+            _merge(
+                work + 4 * task * part_size, part_size, 1, out + 4 * row * group * head_dim,
+                lse + 4 * row * group, group, head_dim,
+            )  # fmt: skip
+    if parts > 1:
+        for row in range(num_tasks):
+            _merge(
+                work + 4 * row * parts * part_size, part_size, parts,
+                out + 4 * row * group * head_dim, lse + 4 * row * group, group, head_dim,
+            )  # fmt: skip
+
+
+@njit(nogil=True)
+def _attend_part(
+    query: int,
+    keys: int,
+    key_bytes: int,
+    values: int,
+    value_bytes: int,
+    indices: int,
+    weights: int,
+    work: int,
+    first_unit: int,
+    last_unit: int,
+    num_units: int,
+    unit_size: int,
+    start: int,
+    end: int,
+    group: int,
+    head_dim: int,
+    scale: float,
+    softcap: float,
+    narrow: bool,
+) -> None:
+    """Sum up some units of one index head into ``work``."""
+    maxima = work + 4 * group * head_dim
+    denominators = maxima + 4 * group
+    logits = denominators + 4 * group
+    entries = logits + 4 * group * _TILE
+    slots = entries + 4 * _TILE
+    for i in range(group * head_dim):
+        store_float32(work, i, np.float32(0.0))
+    for g in range(group):
+        store_float32(maxima, g, np.float32(-np.inf))
+        store_float32(denominators, g, np.float32(0.0))
+    origin = start if unit_size > 1 else 0
+    filled = 0
+    for entry in range(first_unit, last_unit):
+        unit = np.int64(load_int32(indices, entry))
+        if unit < 0:
+            continue
+        first = unit * unit_size + origin
+        for slot in range(max(first, start), min(first + unit_size, end)):
+            store_int32(slots, filled, np.int32(slot))
+            store_int32(entries, filled, np.int32(entry))
+            filled += 1
+            if filled == _TILE:
+                _add_tile(
+                    query, keys, key_bytes, values, value_bytes, weights, work, filled, num_units,
+                    group, head_dim, scale, softcap, narrow,
+                )  # fmt: skip
+                filled = 0
+    if filled > 0:
+        _add_tile(
+            query, keys, key_bytes, values, value_bytes, weights, work, filled, num_units, group,
+            head_dim, scale, softcap, narrow,
+        )  # fmt: skip
+
+
+@njit(nogil=True)
+def _add_tile(
+    query: int,
+    keys: int,
+    key_bytes: int,
+    values: int,
+    value_bytes: int,
+    weights: int,
+    work: int,
+    filled: int,
+    num_units: int,
+    group: int,
+    head_dim: int,
+    scale: float,
+    softcap: float,
+    narrow: bool,
+) -> None:
+    """Add the tile's tokens to the running sums of all queries."""
+    maxima = work + 4 * group * head_dim
+    denominators = maxima + 4 * group
+    logits = denominators + 4 * group
+    entries = logits + 4 * group * _TILE
+    slots = entries + 4 * _TILE
+    row_bytes = head_dim * (2 if narrow else 4)
+    for place in range(min(_AHEAD, filled)):
+        _prefetch_row(keys + key_bytes * load_int32(slots, place), row_bytes)
+    for place in range(filled):
+        slot = np.int64(load_int32(slots, place))
+        if place + _AHEAD < filled:
+            ahead = np.int64(load_int32(slots, place + _AHEAD))
+            _prefetch_row(keys + key_bytes * ahead, row_bytes)
+        _prefetch_row(values + value_bytes * slot, row_bytes)
+        row = keys + key_bytes * slot
+        g = 0
+        while g + 4 <= group:
+            dots = dot_4(query + 4 * g * head_dim, head_dim, row, head_dim, narrow)
+            store_float32(logits, g * _TILE + place, dots[0] * scale)
+            store_float32(logits, (g + 1) * _TILE + place, dots[1] * scale)
+            store_float32(logits, (g + 2) * _TILE + place, dots[2] * scale)
+            store_float32(logits, (g + 3) * _TILE + place, dots[3] * scale)
+            g += 4
+        if g + 2 <= group:
+            pair = dot_2(query + 4 * g * head_dim, head_dim, row, head_dim, narrow)
+            store_float32(logits, g * _TILE + place, pair[0] * scale)
+            store_float32(logits, (g + 1) * _TILE + place, pair[1] * scale)
+            g += 2
+        if g < group:
+            dot = dot_1(query + 4 * g * head_dim, row, head_dim, narrow)
+            store_float32(logits, g * _TILE + place, dot * scale)
+    for g in range(group):
+        _soften(
+            logits + 4 * g * _TILE, filled, maxima + 4 * g, denominators + 4 * g,
+            work + 4 * g * head_dim, head_dim, softcap,
+            0 if weights == 0 else weights + 4 * g * num_units, entries,
+        )  # fmt: skip
+    g = 0
+    while g + 4 <= group:
+        accumulate_4(
+            work + 4 * g * head_dim, logits + 4 * g * _TILE, _TILE, values, value_bytes, slots,
+            filled, head_dim, narrow,
+        )  # fmt: skip
+        g += 4
+    if g + 2 <= group:
+        accumulate_2(
+            work + 4 * g * head_dim, logits + 4 * g * _TILE, _TILE, values, value_bytes, slots,
+            filled, head_dim, narrow,
+        )  # fmt: skip
+        g += 2
+    if g < group:
+        accumulate_1(
+            work + 4 * g * head_dim, logits + 4 * g * _TILE, values, value_bytes, slots, filled,
+            head_dim, narrow,
+        )  # fmt: skip
+
+
+@njit(nogil=True)
+def _prefetch_row(row: int, row_bytes: int) -> None:
+    for line in range(0, row_bytes, 64):
+        prefetch(row + line)
+
+
+@njit(nogil=True)
+def _soften(
+    logits: int,
+    filled: int,
+    maximum: int,
+    denominator: int,
+    sums: int,
+    head_dim: int,
+    softcap: float,
+    weights: int,
+    entries: int,
+) -> None:
+    """Turn one query's logits into unnormalised weights, rescaling its sums to a new maximum."""
+    zero = np.float32(0.0)
+    if softcap > zero:
+        for place in range(filled):
+            capped = math.tanh(load_float32(logits, place) / softcap)
+            store_float32(logits, place, softcap * np.float32(capped))
+    if weights != 0:
+        for place in range(filled):
+            weight = load_float32(weights, np.int64(load_int32(entries, place)))
+            store_float32(logits, place, load_float32(logits, place) + weight)
+    old = load_float32(maximum, 0)
+    new = old
+    for place in range(filled):
+        new = max(new, load_float32(logits, place))
+    if new == np.float32(-np.inf):  # log weights of -inf: nothing counts yet
+        for place in range(filled):
+            store_float32(logits, place, zero)
+        return
+    if new > old:
+        shrink = _exp(old - new)
+        store_float32(maximum, 0, new)
+        store_float32(denominator, 0, load_float32(denominator, 0) * shrink)
+        for i in range(head_dim):
+            store_float32(sums, i, load_float32(sums, i) * shrink)
+    total = zero
+    for place in range(filled):
+        weight = _exp(load_float32(logits, place) - new)
+        store_float32(logits, place, weight)
+        total += weight
+    store_float32(denominator, 0, load_float32(denominator, 0) + total)
+
+
+@njit(nogil=True)
+def _exp(x: float) -> float:
+    """Return e to a power of at most 0, within 2 units in the last place; below e^-87, 0.
+
+    Written out because LLVM turns it into vector code, which it cannot do with a library's. The
+    power is split as ``2^whole * e^rest`` with ``|rest| <= ln(2) / 2``, and the series of
+    ``e^rest`` is cut where its next term, ``rest^8 / 8!``, is below float32's precision.
+    """
+    floor = np.float32(-87.0)
+    bounded = max(x, floor)
+    whole = np.int32(bounded * np.float32(1.4426950408889634) - np.float32(0.5))
+    steps = np.float32(whole)
+    # ln(2) in two parts, the first exact in few bits, so that the difference loses nothing.
+    rest = (bounded - steps * np.float32(0.693359375)) - steps * np.float32(-2.12194440054690583e-4)
+    series = np.float32(1.0 / 5040.0)
+    series = series * rest + np.float32(1.0 / 720.0)
+    series = series * rest + np.float32(1.0 / 120.0)
+    series = series * rest + np.float32(1.0 / 24.0)
+    series = series * rest + np.float32(1.0 / 6.0)
+    series = series * rest + np.float32(0.5)
+    series = series * rest + np.float32(1.0)
+    series = series * rest + np.float32(1.0)
+    power = series * bits_float(np.int32((whole + np.int32(127)) << np.int32(23)))
+    return power if x >= floor else np.float32(0.0)
+
+
+@njit(nogil=True)
+def _merge(
+    work: int, part_size: int, parts: int, out: int, lse: int, group: int, head_dim: int
+) -> None:
+    """Merge the parts of one index head into its output rows and log-sum-exps."""
+    for g in range(group):
+        maximum = np.float32(-np.inf)
+        for part in range(parts):
+            base = work + 4 * part * part_size
+            maximum = max(maximum, load_float32(base, group * head_dim + g))
+        for i in range(head_dim):
+            store_float32(out, g * head_dim + i, np.float32(0.0))
+        if maximum == np.float32(-np.inf):
+            store_float32(lse, g, maximum)
+            continue
+        total = np.float32(0.0)
+        for part in range(parts):
+            base = work + 4 * part * part_size
+            share = _exp(load_float32(base, group * head_dim + g) - maximum)
+            total += share * load_float32(base, group * (head_dim + 1) + g)
+        for part in range(parts):
+            base = work + 4 * part * part_size
+            share = _exp(load_float32(base, group * head_dim + g) - maximum) / total
+            for i in range(g * head_dim, (g + 1) * head_dim):
+                store_float32(out, i, load_float32(out, i) + share * load_float32(base, i))
+        store_float32(lse, g, maximum + np.float32(math.log(total)))
