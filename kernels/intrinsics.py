@@ -21,7 +21,7 @@ _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.Floa
 _VECTOR = ir.VectorType(_F32, LANES)
 
 
-class _Float32x16(types.Type):
+class _Float32x16(types.Type):  # type: ignore[misc]  # numba is untyped
     """Sixteen float32 values in registers."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ float32x16 = _Float32x16()
 
 
 @register_model(_Float32x16)
-class _Float32x16Model(models.PrimitiveModel):
+class _Float32x16Model(models.PrimitiveModel):  # type: ignore[misc]  # numba is untyped
     """The LLVM type behind ``float32x16``."""
 
     def __init__(self, manager: Any, frontend_type: Any) -> None:
@@ -50,7 +50,7 @@ def _loader(element: Any, returned: Any, read_as: Any = None) -> Callable[..., A
 
     def load(typing_context: Any, address: Any, index: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            pointer = _element(builder, *arguments, element, read_as or element)
+            pointer = _element(builder, arguments[0], arguments[1], element, read_as or element)
             # A row of a view starts wherever it starts: promise the element's alignment only.
             return builder.load(pointer, align=element.width // 8 if element != _F32 else 4)
 
@@ -64,7 +64,7 @@ def _storer(element: Any, stored: Any, write_as: Any = None) -> Callable[..., An
 
     def store(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            pointer = _element(builder, *arguments[:2], element, write_as or element)
+            pointer = _element(builder, arguments[0], arguments[1], element, write_as or element)
             builder.store(arguments[2], pointer, align=element.width // 8 if element != _F32 else 4)
             return context.get_dummy_value()
 
@@ -87,7 +87,7 @@ def load_bfloat16(typing_context: Any, address: Any, index: Any) -> Any:
     """Load a bfloat16 as float32: its bits are the upper half."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        half = builder.load(_element(builder, *arguments, _I16, _I16), align=2)
+        half = builder.load(_element(builder, arguments[0], arguments[1], _I16, _I16), align=2)
         bits = builder.shl(builder.zext(half, _I32), ir.Constant(_I32, 16))
         return builder.bitcast(bits, _F32)
 
@@ -100,7 +100,7 @@ def load_vector_bfloat16(typing_context: Any, address: Any, index: Any) -> Any:
     narrow, words = ir.VectorType(_I16, LANES), ir.VectorType(_I32, LANES)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        halves = builder.load(_element(builder, *arguments, _I16, narrow), align=2)
+        halves = builder.load(_element(builder, arguments[0], arguments[1], _I16, narrow), align=2)
         bits = builder.shl(builder.zext(halves, words), ir.Constant(words, [16] * LANES))
         return builder.bitcast(bits, _VECTOR)
 
@@ -213,7 +213,7 @@ def maximum_of_block(typing_context: Any, address: Any, index: Any) -> Any:
     words = ir.VectorType(_I32, LANES)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vector = builder.load(_element(builder, *arguments, _I32, words), align=4)
+        vector = builder.load(_element(builder, arguments[0], arguments[1], _I32, words), align=4)
         name = f"llvm.vector.reduce.smax.v{LANES}i32"
         function = builder.module.declare_intrinsic(name, (), ir.FunctionType(_I32, [words]))
         return builder.call(function, [vector])

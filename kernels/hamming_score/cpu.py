@@ -49,7 +49,7 @@ def hamming_score(
     out = torch.empty(batch_size, num_heads, num_slots, dtype=torch.int32)
     start, _start = bound_address(kv_start)
     end, _end = bound_address(kv_len)
-    norms, norm_strides = 0, (0, 0, 0)
+    norms, norm_strides = 0, key_codes.stride()[:3]
     if key_norms is not None:
         norms, norm_strides = key_norms.data_ptr(), key_norms.stride()
     num_planes = (group if group % 2 else group // 2).bit_length()

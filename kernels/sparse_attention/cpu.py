@@ -7,6 +7,7 @@ with the next ones prefetched: the selection jumps through memory, so no hardwar
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -199,8 +200,9 @@ def _attend_part(
         unit = np.int64(load_int32(indices, entry))
         if unit < 0:
             continue
-        first = unit * unit_size + origin
-        for slot in range(max(first, start), min(first + unit_size, end)):
+        first: Any = unit * unit_size + origin
+        last: Any = min(first + unit_size, end)
+        for slot in range(max(first, start), last):
             store_int32(slots, filled, np.int32(slot))
             store_int32(entries, filled, np.int32(entry))
             filled += 1
@@ -343,7 +345,7 @@ def _soften(
 
 
 @njit(nogil=True)
-def _exp(x: float) -> float:
+def _exp(x: Any) -> Any:
     """Return e to a power of at most 0, within 2 units in the last place; below e^-87, 0.
 
     Written out because LLVM turns it into vector code, which it cannot do with a library's. The
@@ -351,7 +353,7 @@ def _exp(x: float) -> float:
     ``e^rest`` is cut where its next term, ``rest^8 / 8!``, is below float32's precision.
     """
     floor = np.float32(-87.0)
-    bounded = max(x, floor)
+    bounded: Any = max(x, floor)
     whole = np.int32(bounded * np.float32(1.4426950408889634) - np.float32(0.5))
     steps = np.float32(whole)
     # ln(2) in two parts, the first exact in few bits, so that the difference loses nothing.

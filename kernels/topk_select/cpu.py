@@ -7,6 +7,8 @@ against the number of units, only blocks of units whose maximum reaches the k-th
 looked at: at least k units are as large as that, so the threshold is no lower.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numba import njit, prange
@@ -177,7 +179,7 @@ def _choose(
 
 
 @njit(nogil=True)
-def _threshold(keys: int, first: int, last: int, wanted: int, bins: int) -> tuple[int, int]:
+def _threshold(keys: int, first: int, last: int, wanted: int, bins: int) -> tuple[Any, int]:
     """Return the ``wanted``-th largest key that is not absent, and how many of it to take.
 
     When there are fewer keys, return the smallest one and take all of it.
@@ -187,7 +189,8 @@ def _threshold(keys: int, first: int, last: int, wanted: int, bins: int) -> tupl
         key = load_int32(keys, place)
         high32 = max(high32, key)
         low32 = min(low32, key if key != _ABSENT else _HIGHEST)
-    low, high = np.int64(low32), np.int64(high32)
+    low: Any = np.int64(low32)
+    high: Any = np.int64(high32)
     if high32 == _ABSENT:
         return low, 0
     while low < high:

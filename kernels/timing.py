@@ -1,0 +1,217 @@
+"""The only stopwatch: interleaved medians, stages, and the machine's memory bandwidth."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+
+# Large enough that no cache holds it: 256 MiB.
+_PROBE_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one function took, in milliseconds, over all trials."""
+
+    p50_ms: float
+    p20_ms: float
+    p80_ms: float
+    trials: int
+
+    @staticmethod
+    def of(milliseconds: Sequence[float]) -> "Timing":
+        """Summarise measured times.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if not milliseconds:
+            raise ValueError("milliseconds must hold at least one measured time, got none.")
+        return Timing(
+            p50_ms=quantile(milliseconds, 0.5),
+            p20_ms=quantile(milliseconds, 0.2),
+            p80_ms=quantile(milliseconds, 0.8),
+            trials=len(milliseconds),
+        )
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Return the value below which a share of the values lies, interpolated linearly."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def measure(
+    functions: Mapping[str, Callable[[], object] | Sequence[Callable[[], object]]],
+    trials: int = 30,
+    warmup: int = 5,
+    device: torch.device | str = "cpu",
+    cuda_graph: bool = False,
+) -> dict[str, Timing]:
+    """Time functions in turn: every trial runs each of them once, so drift hits all alike.
+
+    Args:
+        functions: What to time, by name. A sequence of functions is a rotation: copies that do the
+            same on different memory, taken in turn, so that a trial finds its data out of cache.
+            There must be enough copies to exceed the cache together.
+        trials: How often each is timed.
+        warmup: How often each is run untimed before: compilation, first touch of memory.
+        device: Where the functions work. On CUDA the time is the device's, between two events.
+        cuda_graph: Capture each function once and time the replay, without launch overhead; its
+            inputs and outputs must stay where they are. CUDA only.
+
+    Returns:
+        A ``Timing`` for each name.
+
+    Raises:
+        ValueError: If nothing is to be measured, or a graph is wanted on another device than CUDA.
+    """
+    device = torch.device(device)
+    if trials < 1 or warmup < 0:
+        raise ValueError(f"trials must be at least 1 and warmup 0, got {trials} and {warmup}.")
+    if cuda_graph and device.type != "cuda":
+        raise ValueError(f"cuda_graph needs a cuda device, got {device.type}.")
+    rotations: dict[str, list[Callable[[], object]]] = {}
+    for name, given in functions.items():
+        rotations[name] = [given] if callable(given) else list(given)
+        if not rotations[name]:
+            raise ValueError(f"functions[{name!r}] must hold at least one function, got none.")
+    for turn in range(warmup):
+        for rotation in rotations.values():
+            rotation[turn % len(rotation)]()
+    if cuda_graph:
+        rotations = {
+            name: [_captured(function, device) for function in rotation]
+            for name, rotation in rotations.items()
+        }
+    clock = _time_cuda if device.type == "cuda" else _time_cpu
+    taken: dict[str, list[float]] = {name: [] for name in rotations}
+    for turn in range(trials):
+        for name, rotation in rotations.items():
+            taken[name].append(clock(rotation[turn % len(rotation)], device))
+    return {name: Timing.of(milliseconds) for name, milliseconds in taken.items()}
+
+
+def _time_cpu(function: Callable[[], object], device: torch.device) -> float:
+    """Return the milliseconds of one call."""
+    began = time.perf_counter()
+    function()
+    return (time.perf_counter() - began) * 1e3
+
+
+def _time_cuda(function: Callable[[], object], device: torch.device) -> float:
+    """Return the device's milliseconds of one call."""
+    with torch.cuda.device(device):
+        before = torch.cuda.Event(enable_timing=True)
+        after = torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        before.record()
+        function()
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after)
+
+
+def _captured(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Capture a function into a CUDA graph and return its replay."""
+    with torch.cuda.device(device):
+        # Capture wants its warm-up on a side stream.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            function()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+    return graph.replay
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """A machine's measured memory bandwidth, in 1e9 bytes a second."""
+
+    read_gb_s: float
+    copy_gb_s: float
+
+
+def read_bandwidth(
+    device: torch.device | str = "cpu", num_bytes: int = _PROBE_BYTES, trials: int = 5
+) -> Bandwidth:
+    """Measure how fast torch reads (sums) and copies memory that no cache holds.
+
+    Args:
+        device: Whose memory.
+        num_bytes: Size of the buffer; a copy needs two.
+        trials: How often each is timed; the median counts.
+
+    Returns:
+        Bytes read a second, and bytes read and written a second by a copy.
+    """
+    source = torch.ones(num_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    timings = measure({"read": source.sum, "copy": lambda: target.copy_(source)}, trials, 2, device)
+    size = source.numel() * 4
+    return Bandwidth(
+        read_gb_s=size / timings["read"].p50_ms / 1e6,
+        copy_gb_s=2 * size / timings["copy"].p50_ms / 1e6,
+    )
+
+
+@dataclass
+class Stages:
+    """Collects the milliseconds of named stages: ``with stages("score"): ...``.
+
+    On CUDA each stage is enclosed in events, which are read when a summary is asked for, so that
+    timing a stage does not wait for the device.
+
+    Attributes:
+        device: Where the stages work.
+        taken_ms: Times of each stage in the order they ended, as far as they were read.
+    """
+
+    device: torch.device | str = "cpu"
+    taken_ms: dict[str, list[float]] = field(default_factory=dict)
+    _pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time the body as one run of a stage; a body that raises is not counted."""
+        if torch.device(self.device).type == "cuda":
+            before = torch.cuda.Event(enable_timing=True)
+            after = torch.cuda.Event(enable_timing=True)
+            before.record(torch.cuda.current_stream(self.device))
+            yield
+            after.record(torch.cuda.current_stream(self.device))
+            self._pending.append((name, before, after))
+        else:
+            began = time.perf_counter()
+            yield
+            self.taken_ms.setdefault(name, []).append((time.perf_counter() - began) * 1e3)
+
+    def times(self) -> dict[str, list[float]]:
+        """Return every stage's milliseconds, in order."""
+        for name, before, after in self._pending:
+            after.synchronize()
+            self.taken_ms.setdefault(name, []).append(before.elapsed_time(after))
+        self._pending.clear()
+        return self.taken_ms
+
+    def medians(self) -> dict[str, float]:
+        """Return every stage's median milliseconds."""
+        return {name: median(taken) for name, taken in self.times().items()}
+
+    def totals(self) -> dict[str, float]:
+        """Return every stage's milliseconds added up."""
+        return {name: sum(taken) for name, taken in self.times().items()}
+
+    def clear(self) -> None:
+        """Forget what was measured."""
+        self._pending.clear()
+        self.taken_ms.clear()
