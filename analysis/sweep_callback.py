@@ -1,4 +1,4 @@
-"""What happens when a sweep ends: the report, the tracker's sweep run, the table, the exit status."""
+"""When a sweep ends: the report, the tracker's sweep run, the table, the exit status."""
 
 from __future__ import annotations
 

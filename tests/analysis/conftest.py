@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
 from topkbench.analysis.record import CellStore, Row, Status, Sweep, identity
 from topkbench.analysis.stats import MEAN, paired_columns
 
 SUBTASKS = ("niah_single", "niah_multikey", "niah_multivalue", "vt", "cwe")
-HARDNESS = {"niah_single": 0.0, "niah_multikey": 0.02, "niah_multivalue": 0.08, "vt": 0.3, "cwe": 0.5}
+HARDNESS = {
+    "niah_single": 0.0,
+    "niah_multikey": 0.02,
+    "niah_multivalue": 0.08,
+    "vt": 0.3,
+    "cwe": 0.5,
+}
 N = 25
 
 
@@ -115,7 +122,9 @@ def make_cell(
     return samples
 
 
-def fill(sweep: Sweep, methods: tuple[str, ...], ks: tuple[int, ...], rbits: tuple[int, ...]) -> None:
+def fill(
+    sweep: Sweep, methods: tuple[str, ...], ks: tuple[int, ...], rbits: tuple[int, ...]
+) -> None:
     full = make_cell(sweep, "full", None, None, None)
     for method, k in itertools.product(methods, ks):
         for rbit in rbits if method == "hata" else (None,):
@@ -161,5 +170,5 @@ def row() -> Callable[..., Row]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[CellStore]:
-    yield CellStore(tmp_path / "results")
+def store(tmp_path: Path) -> CellStore:
+    return CellStore(tmp_path / "results")

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from topkbench.analysis.lines import compare
+from topkbench.analysis.record import Row, Sweep, frame
+from topkbench.analysis.tables import failure_table, main_table, subtask_table, summary_table
+
+RowMaker = Callable[..., Row]
+
+
+def samples(run_id: str, scores: list[float], subtask: str = "vt") -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "run_id": run_id,
+            "sample_id": [f"s{i}" for i in range(len(scores))],
+            "subtask": subtask,
+            "score": scores,
+            "references": '["r"]',
+        }
+    )
+
+
+@pytest.fixture
+def trio(row: RowMaker) -> tuple[pd.DataFrame, pd.DataFrame]:
+    rows = frame(
+        [
+            row(run_id="f" * 16, bytes_read_per_step=16 * 2**20, decode_ms_p50=2.0),
+            row(run_id="a" * 16, method="quest", k=64, decode_ms_p50=1.0, recall_at_k=0.5),
+            row(run_id="b" * 16, method="hata", k=64, rbit=128, recall_at_k=0.875),
+        ]
+    )
+    outcomes = pd.concat(
+        [
+            samples("f" * 16, [100.0] * 20),
+            samples("a" * 16, [100.0] * 5 + [0.0] * 15),
+            samples("b" * 16, [100.0] * 18 + [0.0] * 2),
+        ]
+    )
+    return rows, outcomes
+
+
+def test_a_small_frame_becomes_this_table(trio: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    table = main_table(compare(*trio).headline)
+    assert table.head == [
+        "Method",
+        "k",
+        "rbit",
+        "Score (0–100)",
+        "Δ full (points)",
+        "n",
+        "Recall@k",
+        "Read/step (MiB)",
+        "Decode step (ms)",
+    ]
+    assert [row[:3] + row[5:] for row in table.rows] == [
+        ["Full attention", "–", "–", "20", "–", "16", "2"],
+        ["HATA", "64", "128", "20", "0.875", "–", "–"],
+        ["Quest", "64", "–", "20", "0.500", "–", "1"],
+    ]
+    assert table.rows[0][3:5] == ["100.0 [83.9, 100.0]", "–"]
+    assert table.rows[1][3] == "90.0 [69.9, 97.2]"
+    assert table.rows[1][4].startswith("−10.0 [−25.0")
+    assert table.strong == {(1, 3)}
+    assert "**90.0 [69.9, 97.2]**" in table.markdown()
+
+
+def test_a_tie_is_bold_together_and_nothing_is_where_nothing_differs(
+    trio: tuple[pd.DataFrame, pd.DataFrame], row: RowMaker
+) -> None:
+    rows, outcomes = trio
+    rows = pd.concat([rows, frame([row(run_id="c" * 16, method="loki", k=64)])])
+    outcomes = pd.concat([outcomes, samples("c" * 16, [100.0] * 17 + [0.0] * 3)])
+    lines = compare(rows.reset_index(drop=True), outcomes).headline
+    assert lines.loc[lines["best"], "method"].tolist() == ["hata", "loki"]
+    without = rows["method"] != "quest"
+    lines = compare(rows[without].reset_index(drop=True), outcomes).headline
+    assert not lines["best"].any()
+
+
+def test_yardsticks_do_not_compete(trio: tuple[pd.DataFrame, pd.DataFrame], row: RowMaker) -> None:
+    rows, outcomes = trio
+    rows = pd.concat([rows, frame([row(run_id="c" * 16, method="exact", k=64)])])
+    outcomes = pd.concat([outcomes, samples("c" * 16, [100.0] * 20)])
+    lines = compare(rows.reset_index(drop=True), outcomes).headline
+    assert lines.loc[lines["best"], "method"].tolist() == ["hata"]
+
+
+def test_seeds_are_pooled_and_paired_each_with_its_own(row: RowMaker) -> None:
+    rows = frame(
+        [
+            row(run_id=name * 16, method=method, k=k, seed=seed, decode_ms_p50=ms)
+            for name, method, k, seed, ms in (
+                ("1", "full", None, 1, 2.0),
+                ("2", "full", None, 2, 2.0),
+                ("3", "hata", 64, 1, 1.0),
+                ("4", "hata", 64, 2, 3.0),
+            )
+        ]
+    )
+    outcomes = pd.concat(
+        [
+            samples("1" * 16, [100.0] * 4),
+            samples("2" * 16, [0.0] * 4),
+            samples("3" * 16, [100.0] * 4),
+            samples("4" * 16, [0.0] * 3 + [100.0]),
+        ]
+    )
+    lines = compare(rows, outcomes).headline
+    hata = lines[lines["method"] == "hata"].iloc[0]
+    assert (hata["cells"], hata["n"], hata["score"], hata["decode_ms_p50"]) == (2, 8, 62.5, 2.0)
+    assert hata["delta_full"] == 12.5
+
+
+def test_machines_are_never_averaged_and_a_mix_is_said(row: RowMaker) -> None:
+    rows = frame(
+        [
+            row(method="quest", k=64, device="A", decode_ms_p50=1.0),
+            row(method="quest", k=64, device="B", decode_ms_p50=9.0, git_commit="0" * 40),
+        ]
+    )
+    found = compare(rows)
+    assert found.lines["decode_ms_p50"].tolist() == [1.0, 9.0]
+    assert found.notes == [
+        "These rows mix commits: 000000000000, fb6212e9d0c1.",
+        "These rows mix machines: A, B.",
+    ]
+    assert [key["device"] for key, _ in found.panels()] == ["A", "B"]
+
+
+def test_the_latest_of_the_same_cell_counts(row: RowMaker) -> None:
+    rows = frame(
+        [row(score=10.0, started_at="2026-01-02"), row(score=20.0, started_at="2026-01-01")]
+    )
+    assert compare(rows).lines["score"].tolist() == [10.0]
+
+
+def test_other_parameters_that_vary_stand_in_the_label(row: RowMaker) -> None:
+    rows = frame(
+        [
+            row(
+                run_id=name * 16,
+                method="hata",
+                k=64,
+                parameters={"weights": word, "use_norm": True},
+            )
+            for name, word in (("1", "trained"), ("2", "random"))
+        ]
+    )
+    assert compare(rows).lines["label"].tolist() == ["HATA (random)", "HATA (trained)"]
+
+
+def test_failures_are_listed_with_their_reason_and_leave_the_lines(row: RowMaker) -> None:
+    rows = frame([row(), row(run_id="b" * 16, method="quest", status="failed", reason="It broke.")])
+    found = compare(rows)
+    assert found.lines["method"].tolist() == ["full"]
+    table = failure_table(found.rows)
+    assert table is not None
+    assert table.rows[0][:2] == ["failed", "quest"]
+    assert table.rows[0][7] == "It broke."
+    assert failure_table(frame([row()])) is None
+    assert "It broke." in summary_table(rows)
+
+
+def test_nothing_ran_is_said() -> None:
+    assert summary_table(frame([])) == "No cell has a row yet."
+    assert compare(frame([])).headline.empty
+
+
+def test_samples_that_cannot_be_paired_are_a_note(
+    trio: tuple[pd.DataFrame, pd.DataFrame],
+) -> None:
+    rows, outcomes = trio
+    outcomes = outcomes.assign(
+        references=["[]" if name == "a" * 16 else '["r"]' for name in outcomes["run_id"]]
+    )
+    notes = compare(rows, outcomes).notes
+    assert len(notes) == 1
+    assert notes[0].startswith("quest (k=64) is not paired: paired samples must have the same")
+
+
+def test_the_rows_own_intervals_stand_without_samples(row: RowMaker) -> None:
+    rows = frame([row(score=50.0, score_ci_low=40.0, score_ci_high=60.0)])
+    assert main_table(compare(rows).headline).rows[0][1] == "50.0 [40.0, 60.0]"
+
+
+def test_sub_tasks_of_a_sweep(big_sweep: Sweep) -> None:
+    found = compare(big_sweep.rows(), big_sweep.samples())
+    assert len(found.headline) == 33
+    assert set(found.headline["subtask"]) == {"mean"}
+    table = subtask_table(found.lines)
+    assert table is not None
+    assert table.head[3:] == ["niah_single", "niah_multikey", "niah_multivalue", "vt", "cwe"]
+    assert table.rows[0] == ["Full attention", "–", "–", "100.0", "92.0", "92.0", "60.0", "56.0"]
+
+
+def test_what_a_cell_computed_itself_is_what_the_report_computes(small_sweep: Sweep) -> None:
+    rows = small_sweep.rows()
+    lines = compare(rows, small_sweep.samples()).headline
+    means = rows[rows["subtask"] == "mean"]
+    for name in ("score_ci_low", "score_ci_high", "delta_full", "delta_ci_low", "delta_ci_high"):
+        expected = means.set_index("rbit")[name].dropna()
+        assert lines.set_index("rbit")[name].dropna().to_dict() == pytest.approx(expected.to_dict())
+
+
+def test_a_missing_folder_of_samples_is_no_error(tmp_path: Path, row: RowMaker) -> None:
+    sweep = Sweep(tmp_path, "a", "b")
+    assert sweep.samples().columns.tolist() == ["run_id"]
+    assert compare(frame([row()]), sweep.samples()).lines["method"].tolist() == ["full"]

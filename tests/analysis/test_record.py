@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from topkbench.analysis.record import (
+    COLUMNS,
+    CellStore,
+    RecordError,
+    Row,
+    Status,
+    Sweep,
+    frame,
+    identity,
+)
+
+SAMPLES = [
+    {
+        "sample_id": "a",
+        "subtask": "vt",
+        "length": 64,
+        "score": 100.0,
+        "prediction": "x",
+        "references": ["x", "y"],
+        "num_generated": 2,
+    }
+]
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def test_identity_is_written_out_and_does_not_depend_on_the_order_of_keys() -> None:
+    assert identity({"k": 512, "method": "hata"}) == "58c565b0c26a178b"
+    assert identity({"method": "hata", "k": 512}) == identity({"k": 512, "method": "hata"})
+    assert identity({"k": 1}) != identity({"k": 1.0})
+    assert identity({"k": (1, 2)}) == identity({"k": [1, 2]})
+
+
+@given(st.dictionaries(st.text(), PLAIN, max_size=4))
+def test_identity_survives_json(payload: dict[str, object]) -> None:
+    assert identity(payload) == identity(json.loads(json.dumps(payload)))
+
+
+def test_identity_is_the_same_in_another_process() -> None:
+    code = "from topkbench.analysis.record import identity; print(identity({'a': [1, 'é', None]}))"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == identity({"a": [1, "é", None]})
+
+
+@pytest.mark.parametrize("value", [float("nan"), Path("x"), {1: 2}, object()])
+def test_identity_refuses_what_has_no_canonical_form(value: object) -> None:
+    with pytest.raises(RecordError, match=r"payload\.a"):
+        identity({"a": value})
+
+
+DESIGN = """
+run_id status reason model task subtask length method impl full_backend protocol question
+k kv_len batch_size rbit seed num_samples
+score score_ci_low score_ci_high delta_full delta_ci_low delta_ci_high
+recall_at_k attention_mass output_rel_error density
+prefill_ms build_ms decode_ms_p50 decode_ms_p20 decode_ms_p80
+encode_ms append_ms score_ms select_ms attend_ms tokens_per_s speedup_vs_full
+bytes_read_per_step index_bytes_per_token peak_memory_mib bandwidth_fraction
+device torch triton transformers git_commit git_dirty started_at artifact_digest config_digest
+"""
+
+
+def test_a_row_has_exactly_the_columns_of_the_design() -> None:
+    assert list(COLUMNS) == DESIGN.split()
+
+
+def test_every_column_says_what_it_is() -> None:
+    source = (Path(__file__).parents[2] / "analysis" / "row.py").read_text()
+    lines = source.split("class Row:")[1].split("def __post_init__")[0].splitlines()
+    for name in COLUMNS:
+        (place,) = [i for i, line in enumerate(lines) if line.startswith(f"    {name}: ")]
+        assert lines[place + 1].startswith('    """'), name
+
+
+def test_a_wrong_result_has_no_speed(row: Callable[..., Row]) -> None:
+    with pytest.raises(RecordError, match="empty unless status is ok, got decode_ms_p50"):
+        row(status="wrong", reason="it differs.", decode_ms_p50=1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"status": "fine"}, "status must be one of ok, skipped"),
+        ({"status": "failed"}, "reason must say why"),
+        ({"k": "512"}, "k must be int or None, got '512'"),
+        ({"k": True}, "k must be int or None, got True"),
+        ({"score": float("inf")}, "score must be float or None"),
+        ({"parameters": {"a.b": 1}}, "identifier, got 'a.b'"),
+        ({"parameters": {"a": [1]}}, "parameter a must be a number"),
+    ],
+)
+def test_a_row_refuses_what_does_not_fit(
+    row: Callable[..., Row], changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RecordError, match=message):
+        row(**changes)
+
+
+def test_a_row_survives_being_flat(row: Callable[..., Row]) -> None:
+    one = row(method="hata", k=64, score=float("nan"), parameters={"use_norm": True, "alpha": 2})
+    flat = one.flat()
+    assert list(flat)[-2:] == ["p_alpha", "p_use_norm"]
+    assert flat["score"] is None
+    assert Row.from_flat(flat) == one
+    with pytest.raises(RecordError, match="no column 'budget'"):
+        Row.from_flat({**flat, "budget": 1})
+
+
+def test_a_frame_keeps_types_where_values_are_missing(row: Callable[..., Row]) -> None:
+    data = frame([row(k=None), row(k=64, parameters={"rank": 16, "mix": 1}), row()])
+    data.loc[0, "p_mix"] = 5
+    assert list(data.columns[:-2]) == list(COLUMNS)
+    assert str(data["k"].dtype) == str(data["p_rank"].dtype) == "Int64"
+    assert str(data["score"].dtype) == "float64"
+    assert frame([]).columns.tolist() == list(COLUMNS)
+
+
+def test_a_written_cell_is_read_back(store: CellStore, row: Callable[..., Row]) -> None:
+    cell = store.cell("0123456789abcdef")
+    assert (cell.status, cell.finished(), cell.read(), cell.attempt) == (None, False, [], 0)
+    with cell.lock():
+        assert cell.begin(row()) == 1
+        cell.write([row(score=50.0)], SAMPLES, {"k": 1}, "what happened\n")
+    assert cell.finished()
+    assert cell.read() == [row(score=50.0)]
+    assert cell.samples()["references"].tolist() == ['["x", "y"]']
+    assert cell.config() == {"k": 1}
+    assert (cell.folder / "log.txt").read_text() == "what happened\n"
+
+
+def test_a_killed_attempt_leaves_an_interrupted_row(
+    store: CellStore, row: Callable[..., Row]
+) -> None:
+    cell = store.cell("0123456789abcdef")
+    cell.begin(row(method="hata", k=64, decode_ms_p50=3.0))
+    (found,) = cell.read()
+    assert (found.status, found.method, found.k) == (Status.INTERRUPTED, "hata", 64)
+    assert found.decode_ms_p50 is None
+    assert cell.status is Status.INTERRUPTED
+    assert not cell.finished()
+    assert cell.begin(row()) == 2
+
+
+@pytest.mark.parametrize("status", ["wrong", "failed", "out_of_memory", "interrupted"])
+def test_a_cell_that_failed_runs_again(
+    store: CellStore, row: Callable[..., Row], status: str
+) -> None:
+    cell = store.cell("0123456789abcdef")
+    cell.write([row(), row(subtask="vt", status=status, reason="why.")], [], {}, "")
+    assert cell.status == status
+    assert not cell.finished()
+    cell.write([row(status="skipped", reason="why.")], [], {}, "")
+    assert cell.finished()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 40, -3])
+def test_a_truncated_cell_is_not_finished(
+    store: CellStore, row: Callable[..., Row], keep: int
+) -> None:
+    cell = store.cell("0123456789abcdef")
+    cell.write([row()], SAMPLES, {}, "log")
+    content = (cell.folder / "rows.json").read_bytes()
+    (cell.folder / "rows.json").write_bytes(content[:keep])
+    assert not cell.finished()
+    (cell.folder / "rows.json").write_bytes(content)
+    assert cell.finished()
+    (cell.folder / "samples.parquet").write_bytes(b"PAR1")
+    assert not cell.finished()
+    assert cell.samples().empty
+
+
+def test_a_new_attempt_unmakes_the_old_result(store: CellStore, row: Callable[..., Row]) -> None:
+    cell = store.cell("0123456789abcdef")
+    cell.write([row()], SAMPLES, {}, "")
+    cell.begin(row())
+    assert not cell.finished()
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(
+    tmp_path: Path, row: Callable[..., Row]
+) -> None:
+    (tmp_path / "results").write_text("in the way")
+    cell = CellStore(tmp_path / "results").cell("0123456789abcdef")
+    for action in (
+        lambda: cell.write([row()], [], {}, ""),
+        lambda: cell.begin(row()),
+        lambda: cell.lock().__enter__(),
+        lambda: Sweep(tmp_path / "results", "a", "b").append("0123456789abcdef"),
+    ):
+        with pytest.raises(RecordError, match="results folder must be writable") as caught:
+            action()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_one_sentence(tmp_path: Path, row: Callable[..., Row]) -> None:
+    tmp_path.chmod(0o500)
+    cell = CellStore(tmp_path).cell("0123456789abcdef")
+    with pytest.raises(RecordError, match="results folder must be writable"):
+        cell.begin(row())
+
+
+def test_a_name_that_is_no_identity_is_refused(store: CellStore) -> None:
+    with pytest.raises(RecordError, match="must be 16 hexadecimal digits"):
+        store.cell("../x")
+
+
+def spawn(code: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
+    code = """
+import sys, time
+from topkbench.analysis.record import CellStore
+with CellStore(sys.argv[1]).cell("0123456789abcdef").lock():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    with spawn(code, str(tmp_path)) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        cell = CellStore(tmp_path).cell("0123456789abcdef")
+        with pytest.raises(RecordError, match="another process holds it"):
+            cell.lock(timeout_s=0.05).__enter__()
+        other.kill()
+        other.wait()
+        with cell.lock(timeout_s=5):
+            pass
+
+
+def test_parallel_writers_lose_no_cell_and_add_none_twice(tmp_path: Path) -> None:
+    code = """
+import sys
+from topkbench.analysis.record import Sweep
+for i in range(int(sys.argv[2]), int(sys.argv[2]) + 10):
+    Sweep(sys.argv[1], "default", "one").append(f"{i:016x}")
+"""
+    writers = [spawn(code, str(tmp_path), str(start)) for start in (0, 5, 10)]
+    for writer in writers:
+        writer.communicate(timeout=60)
+        assert writer.returncode == 0
+    found = Sweep(tmp_path, "default", "one").identities()
+    assert sorted(found) == [f"{i:016x}" for i in range(20)]
+
+
+def test_a_cell_killed_while_it_is_written_is_whole_or_not_there(tmp_path: Path) -> None:
+    code = """
+import sys
+from topkbench.analysis.record import CellStore, Row
+row = Row(run_id="0123456789abcdef", status="ok", model="m", task="t", subtask="s", method="x")
+cell = CellStore(sys.argv[1]).cell(row.run_id)
+sample = {"sample_id": "a", "subtask": "s", "score": 1.0, "references": []}
+print("go", flush=True)
+while True:
+    cell.begin(row)
+    cell.write([row], [sample] * 50, {}, "log")
+"""
+    cell = CellStore(tmp_path).cell("0123456789abcdef")
+    for delay_s in (0.0, 0.013, 0.029, 0.051):
+        with spawn(code, str(tmp_path)) as writer:
+            assert writer.stdout is not None
+            writer.stdout.readline()
+            time.sleep(delay_s)
+            writer.kill()
+        assert cell.status in (None, Status.OK, Status.INTERRUPTED)
+        assert len(cell.samples()) == (50 if cell.finished() else 0)
+
+
+def test_a_sweep_gathers_its_cells_in_order(tmp_path: Path, row: Callable[..., Row]) -> None:
+    sweep = Sweep(tmp_path, "default", "one")
+    for i in (2, 1, 2):
+        name = f"{i:016x}"
+        sweep.store.cell(name).write([row(run_id=name, k=i * 64)], SAMPLES, {}, "")
+        sweep.append(name)
+    again = Sweep.open(tmp_path / "default" / "one")
+    assert again.title == "default/one"
+    assert again.rows()["k"].tolist() == [128, 64]
+    samples = again.samples()
+    assert samples["run_id"].tolist() == [f"{2:016x}", f"{1:016x}"]
+    assert isinstance(samples, pd.DataFrame)
+
+
+def test_a_damaged_list_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "cells.json").write_text('["012')
+    with pytest.raises(RecordError, match="must be a list of identities, but is damaged"):
+        Sweep(tmp_path, "a", "b").rows()

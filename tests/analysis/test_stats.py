@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from topkbench.analysis import stats
+from topkbench.analysis.stats import Interval
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(100, 100, 0.9630, 1.0), (0, 100, 0.0, 0.0370), (5, 10, 0.2366, 0.7634), (1, 1, 0.2065, 1.0)],
+)
+def test_wilson_as_published(successes: int, n: int, low: float, high: float) -> None:
+    assert stats.wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_refuses_nothing_and_more_than_all() -> None:
+    for successes, n in ((0, 0), (3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match="successes must lie in 0 to n"):
+            stats.wilson(successes, n)
+
+
+def test_right_or_wrong_gets_wilson_and_partial_credit_a_bootstrap() -> None:
+    assert stats.score_interval([100.0] * 5 + [0.0] * 5)[:3] == pytest.approx(
+        (50.0, 23.66, 76.34), abs=0.01
+    )
+    found = stats.score_interval([0.0, 50.0, 50.0, 100.0] * 25)
+    # standard error of the mean: sd 35.36 over 10
+    assert found.low == pytest.approx(50 - 1.96 * 3.536, abs=0.6)
+    assert found.high == pytest.approx(50 + 1.96 * 3.536, abs=0.6)
+
+
+def test_the_mean_weighs_sub_tasks_the_same() -> None:
+    found = stats.score_interval([100.0] * 30 + [0.0, 100.0] * 5, ["a"] * 30 + ["b"] * 10)
+    assert found.estimate == 75.0
+    assert found.n == 40
+
+
+def test_resampling_stays_within_sub_tasks() -> None:
+    scores = [100.0] * 50 + [0.0] * 49 + [100.0]
+    strata = ["easy"] * 50 + ["hard"] * 50
+    within = stats.score_interval(scores, strata)
+    across = stats.score_interval([*scores[:-1], 50.0])
+    assert within.high - within.low < 5 < across.high - across.low
+
+
+def test_samples_that_all_agree_do_not_give_certainty() -> None:
+    same = stats.paired_interval([100.0] * 25, [100.0] * 25)
+    assert same.estimate == 0.0
+    assert (same.low, same.high) == pytest.approx((-13.32, 13.32), abs=0.01)
+    assert not stats.non_inferior(same)
+    perfect = stats.score_interval([100.0] * 20, ["a"] * 10 + ["b"] * 10)
+    assert perfect.high == 100.0
+    assert perfect.low == pytest.approx(83.89, abs=0.01)
+
+
+def test_pairing_narrows_the_interval() -> None:
+    full = np.array([100.0, 0.0] * 50)
+    method = full.copy()
+    method[:7:2] = 0.0
+    paired = stats.paired_interval(method, full)
+    assert paired.estimate == -4.0
+    assert paired.excludes_zero
+    assert -9 < paired.low < paired.high < 0
+
+
+def test_an_end_that_is_zero_does_not_exclude_zero() -> None:
+    full = np.array([100.0] * 124 + [0.0])
+    method = np.array([100.0] * 123 + [0.0, 0.0])
+    found = stats.paired_interval(method, full, np.repeat(list("abcde"), 25))
+    assert found.high == 0.0
+    assert not found.excludes_zero
+
+
+@given(st.lists(st.sampled_from([0.0, 25.0, 50.0, 100.0]), min_size=1, max_size=40))
+def test_an_interval_holds_its_estimate_and_stays_in_range(scores: list[float]) -> None:
+    found = stats.score_interval(scores, resamples=200)
+    assert 0 <= found.low <= found.estimate <= found.high <= 100
+    assert found == stats.score_interval(scores, resamples=200)
+
+
+def test_many_samples_are_resampled_in_parts() -> None:
+    scores = np.arange(600) % 5 * 25.0
+    found = stats.score_interval(scores, resamples=1000)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 35.36 / np.sqrt(600), rel=0.15)
+
+
+def test_bad_values_are_one_sentence() -> None:
+    for values in ([], [np.nan], [[1.0]]):
+        with pytest.raises(ValueError, match="one or more finite numbers"):
+            stats.bootstrap(values, bounds=(0, 100))
+    with pytest.raises(ValueError, match="one shape"):
+        stats.paired_interval([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="margin must be positive"):
+        stats.non_inferior(Interval(0, -1, 1, 3), margin=0)
+
+
+def test_non_inferior_needs_the_whole_interval() -> None:
+    assert stats.non_inferior(Interval(-0.2, -0.9, 0.5, 700))
+    assert not stats.non_inferior(Interval(0.0, -1.0, 1.0, 700))
+
+
+def sample(name: str, subtask: str, score: float, **more: object) -> dict[str, object]:
+    return {"sample_id": name, "subtask": subtask, "score": score, "references": ["r"], **more}
+
+
+def test_paired_columns_by_sub_task_and_mean() -> None:
+    full = [sample(str(i), t, 100.0) for t in ("a", "b") for i in range(4)]
+    mine = [sample(str(i), "a", 100.0) for i in range(4)]
+    mine += [sample(str(i), "b", 100.0 if i else 0.0) for i in reversed(range(4))]
+    found = stats.paired_columns(mine, full)
+    assert list(found) == ["a", "b", "mean"]
+    assert found["a"]["delta_full"] == 0.0
+    assert found["b"]["delta_full"] == -25.0
+    assert found["mean"]["delta_full"] == -12.5
+    assert found["mean"]["score"] == 87.5
+    assert set(found["mean"]) == {
+        "score",
+        "score_ci_low",
+        "score_ci_high",
+        "delta_full",
+        "delta_ci_low",
+        "delta_ci_high",
+    }
+
+
+def test_without_full_attention_only_the_score_stands() -> None:
+    mine = [sample("0", "a", 100.0), sample("1", "a", 0.0)]
+    assert stats.paired_columns(mine, None)["a"]["delta_full"] is None
+    missing = stats.paired_columns([*mine, sample("2", "b", 0.0)], mine)
+    assert missing["a"]["delta_full"] == 0.0
+    assert missing["mean"]["delta_full"] is None
+    assert stats.paired_columns([], mine) == {}
+
+
+def test_samples_that_are_not_the_same_are_not_paired() -> None:
+    with pytest.raises(ValueError, match="same references, but 0 differs"):
+        stats.paired_columns([sample("0", "a", 1.0)], [sample("0", "a", 1.0, references=["q"])])
+    with pytest.raises(ValueError, match="stand for one sample"):
+        stats.paired_columns([sample("0", "a", 1.0)] * 2, [sample("0", "a", 1.0)])
