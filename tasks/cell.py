@@ -1,6 +1,8 @@
 """Runs one cell: a model, a task and a method, the artifact fitted first where one is missing."""
 
 import logging
+import platform
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,6 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from topkbench.kernels.timing import machine_name
 from topkbench.methods import artifact
 from topkbench.methods.attach import geometry_of
 from topkbench.methods.base import TopKMethod
@@ -97,6 +98,16 @@ def environment(loaded: LoadedModel) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "peak_memory_mib": peak_memory_mib(loaded.model.device),
     }
+
+
+def machine_name(device: torch.device) -> str:
+    """Return what the machine calls itself: the accelerator, or the processor and its cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import psutil
 import torch
@@ -101,7 +101,8 @@ class DecodeLatency(Task):
     dtype: str = "float32"
     seed: int = 0
     trials: int = 15
-    needs_full = False
+    needs_full: ClassVar[bool] = False
+    uses_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.states not in ("planted", "captured"):
@@ -178,9 +179,12 @@ class DecodeLatency(Task):
             trials=self.trials,
             device=states.key_states.device,
         )
-        values["decode_ms_p20"], values["decode_ms_p50"], values["decode_ms_p80"] = timed["method"]
+        step = timed["method"]
+        values["decode_ms_p20"] = step.p20_ms
+        values["decode_ms_p50"] = step.p50_ms
+        values["decode_ms_p80"] = step.p80_ms
         if method.selects:
-            values["speedup_vs_full"] = timed["full"][1] / timed["method"][1]
+            values["speedup_vs_full"] = timed["full"].p50_ms / step.p50_ms
             values["build_ms"] = layer.build_ms
             for stage, milliseconds in layer.stage_medians(self.trials).items():
                 values[f"{stage}_ms"] = milliseconds
@@ -241,7 +245,7 @@ class _Layer:
             stages = Stages(states.key_states.device)
             with stages("build"):
                 self.index = self._build()
-            self.build_ms = stages.milliseconds["build"][0]
+            self.build_ms = stages.times()["build"][0]
 
     def _build(self) -> Any:
         n = self.cache.n
@@ -273,7 +277,7 @@ class _Layer:
         stages = Stages(self.states.key_states.device)
         for _ in range(trials):
             self.step(stages)
-        return {name: stages.median(name) for name in STAGES if name in stages.milliseconds}
+        return {name: taken for name, taken in stages.medians().items() if name in STAGES}
 
     def disagreement(self) -> str | None:
         """Return one sentence if the output differs from the reference implementation's."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from topkbench.kernels.timing import Stages, percentiles
+from topkbench.kernels.timing import Stages, Timing
 from topkbench.methods.attach import attach, geometry_of
 from topkbench.methods.base import (
     CacheView,
@@ -120,6 +120,7 @@ class Task(ABC):
     name: str
     all_budgets: ClassVar[bool] = False
     needs_full: ClassVar[bool] = True
+    uses_model: ClassVar[bool] = True
 
     def inputs_digest(self, loaded: LoadedModel) -> str:
         """Return a digest of everything that is read beyond the configuration."""
@@ -297,14 +298,14 @@ def speed(context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
         decoder = Decoder(loaded, context.store, [prompt], TIMED_ROUNDS * per_round + 1)
         prefill_ms += decoder.prefill_ms
         token = decoder.read_question().argmax(-1)
-        turns = (("full", context.full, None), ("method", context.method, None))
+        turns = {"full": context.full, "method": context.method}
         for _ in range(TIMED_ROUNDS):
-            for name, method, _ in turns:
+            for name, method in turns.items():
                 took[name] += _timed_steps(context, decoder, method, token, Observer())
             watch = StageWatch(device)
             _timed_steps(context, decoder, context.method, token, watch)
             steps = WARM_UP_STEPS + TIMED_STEPS
-            for stage, milliseconds in watch.stages.milliseconds.items():
+            for stage, milliseconds in watch.stages.times().items():
                 if stage == "build":
                     stages.setdefault(stage, []).append(sum(milliseconds))
                     continue
@@ -314,15 +315,14 @@ def speed(context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
                     for step in range(WARM_UP_STEPS, steps)
                 ]
                 stages.setdefault(stage, []).extend(per_step)
-    p20, p50, p80 = percentiles(took["method"])
-    _, full_p50, _ = percentiles(took["full"])
+    step, full_step = Timing.of(took["method"]), Timing.of(took["full"])
     columns: dict[str, Any] = {
         "prefill_ms": statistics.median(prefill_ms),
-        "decode_ms_p20": p20,
-        "decode_ms_p50": p50,
-        "decode_ms_p80": p80,
-        "tokens_per_s": 1e3 / p50,
-        "speedup_vs_full": full_p50 / p50 if context.method.selects else None,
+        "decode_ms_p20": step.p20_ms,
+        "decode_ms_p50": step.p50_ms,
+        "decode_ms_p80": step.p80_ms,
+        "tokens_per_s": 1e3 / step.p50_ms,
+        "speedup_vs_full": full_step.p50_ms / step.p50_ms if context.method.selects else None,
         "full_backend": getattr(context.full, "backend", None),
     }
     for stage in ("build", *STAGES):
@@ -345,7 +345,7 @@ def _timed_steps(
         for _ in range(WARM_UP_STEPS + TIMED_STEPS):
             with stages("step"):
                 decoder.step(token)
-    return stages.milliseconds["step"][WARM_UP_STEPS:]
+    return stages.times()["step"][WARM_UP_STEPS:]
 
 
 def judge(context: Context, prompts: Sequence[Prompt]) -> dict[str, float | None]:

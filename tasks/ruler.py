@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from topkbench.models.load import LoadedModel
-from topkbench.tasks.base import Sample, TaskDoesNotFit
+from topkbench.tasks.base import Sample, TaskDoesNotFit, samples_digest
 from topkbench.tasks.decoding import Question
 from topkbench.tasks.evaluation import GenerationTask
 from topkbench.tasks.ruler_prompts import SUBTASKS, make_prompt
@@ -59,6 +59,9 @@ class Ruler(GenerationTask):
         for knob in ("length", "num_samples"):
             if getattr(self, knob) < 1:
                 raise ValueError(f"{knob} must be at least 1, got {getattr(self, knob)}.")
+
+    def inputs_digest(self, loaded: LoadedModel) -> str:
+        return samples_digest(self.samples(loaded))
 
     def samples(self, loaded: LoadedModel) -> list[Sample]:
         """Return the samples for a model, from the cache if they were made before."""
@@ -131,13 +134,21 @@ class Ruler(GenerationTask):
         )
 
 
+# What this process has read, since every cell of a sweep asks for the same samples.
+_READ: dict[Path, list[Sample]] = {}
+
+
 def _read_cache(path: Path) -> list[Sample] | None:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        found = [json.loads(line) for line in lines]
-        return [Sample(**{**entry, "answers": tuple(entry["answers"])}) for entry in found]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+    if path not in _READ:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            found = [json.loads(line) for line in lines]
+            _READ[path] = [
+                Sample(**{**entry, "answers": tuple(entry["answers"])}) for entry in found
+            ]
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+    return _READ[path]
 
 
 def read_official(

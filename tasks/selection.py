@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from topkbench.methods.attach import attach
 from topkbench.methods.base import Policy
@@ -26,7 +26,7 @@ class SelectionTask(Ruler):
     name: str = "selection"
     num_samples: int = 2
     budgets: Sequence[int] = (32, 64, 128, 256, 512)
-    all_budgets = True
+    all_budgets: ClassVar[bool] = True
 
     def run(self, context: Context) -> Outcome:
         if not context.method.selects:

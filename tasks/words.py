@@ -12,7 +12,11 @@ from wonderwords import RandomWord
 
 # The prompts' own wording. A key or a value that is one of these would make a prompt ambiguous.
 TEMPLATE_WORDS = frozenset(
-    ["which", "what", "the", "secret", "secrets", "every", "hidden", "text", "facts", "are", "below", "read", "them", "and", "remember", "variable", "variables", "hold", "value", "list", "words", "most", "common", "frequent", "coded", "ten", "three", "answer", "assigned", "numbered", "following", "these", "its", "var", "word", "each", "other", "hold"]
+    {"and", "answer", "are", "assigned", "below", "coded", "common", "each", "every"}
+    | {"facts", "following", "frequent", "hidden", "hold", "its", "list", "most", "numbered"}
+    | {"other", "read", "remember", "secret", "secrets", "ten", "text", "the", "them"}
+    | {"these", "three", "value", "var", "variable", "variables", "what", "which", "word"}
+    | {"words"}
 )
 NUM_TEST_WORDS = 2048
 NUM_CALIBRATION_WORDS = 512

@@ -1,0 +1,347 @@
+"""Compose a model, a task and a method, run them, and record what came out.
+
+    python run.py method=hata k=512 -m
+"""
+
+import contextlib
+import copy
+import difflib
+import functools
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+# A bare checkout works too, and the rooms stay reachable under their import root alone.
+sys.path[0] = str(ROOT / ".types")
+
+import hydra  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from hydra.errors import HydraException  # noqa: E402
+from hydra.types import RunMode  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from topkbench.analysis.provenance import git_state  # noqa: E402
+from topkbench.analysis.record import Cell, RecordError, Row, Sweep, identity  # noqa: E402
+from topkbench.analysis.stats import paired_columns  # noqa: E402
+
+PREFILL_FOLDER = "TOPKBENCH_PREFILL"
+# Settings of a method that have a column of their own, or are no parameter of it.
+NOT_PARAMETERS = {"_target_", "rbit", "seed", "impl", "native", "backend"}
+# Settings that say where things are kept, not what is computed.
+NOT_CONTENT = {"cache_dir"}
+
+
+def progress(items: Sequence[Any], label: str) -> Iterable[Any]:
+    """Show a bar over a sequence, on a terminal alone."""
+    return tqdm(items, desc=label, disable=None, leave=False)
+
+
+@functools.cache
+def model_and_store(model_config: str, memory_gib: float | None) -> tuple[Any, Any]:
+    """Load a model once a process, with the store of its prefills."""
+    from topkbench.models.prefill import PrefillStore
+
+    loaded = hydra.utils.instantiate(json.loads(model_config))
+    folder = Path(os.environ[PREFILL_FOLDER]) / identity(json.loads(model_config))
+    limit = None if memory_gib is None else int(memory_gib * 2**30)
+    return loaded, PrefillStore(loaded.model, folder, limit)
+
+
+@functools.cache
+def bandwidth(device: str) -> float:
+    """Measure the machine's read bandwidth once a process, in bytes a second."""
+    from topkbench.kernels.timing import read_bandwidth
+
+    return read_bandwidth(device).read_gb_s * 1e9
+
+
+class Run:
+    """One composed configuration made into objects: what runs, and what identifies it."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config = config
+        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        assert isinstance(resolved, dict)
+        self.settings: dict[str, Any] = {str(name): value for name, value in resolved.items()}
+        # What is cheap to refuse is refused first, before a model is loaded.
+        self.method = hydra.utils.instantiate(config.method)
+        self.policy = hydra.utils.instantiate(config.protocol)
+        self.task = hydra.utils.instantiate(config.task)
+        self.loaded, self.store = model_and_store(
+            json.dumps(self.settings["model"]), self.settings["prefill_memory_gib"]
+        )
+        self._prepare(self.method)
+
+    def _prepare(self, method: Any) -> None:
+        from topkbench.tasks.cell import prepare_method
+
+        with tqdm(desc=f"fit {method.name}", disable=None, leave=False) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            if self.task.uses_model:
+                prepare_method(self.loaded, method, self.settings["artifact_dir"], show)
+
+    @functools.cached_property
+    def payload(self) -> dict[str, Any]:
+        """Everything that the result depends on, and nothing else."""
+        from topkbench.kernels.dispatch import OPERATORS, resolve
+
+        device = self.loaded.model.device
+        method = {**self.settings["method"]}
+        method["impl"] = {op: resolve(op, self.method.impl_for(op), device) for op in OPERATORS}
+        method["artifact"] = self.method.artifact_digest
+        protocol = {**self.settings["protocol"]} if self.method.selects else {}
+        if protocol.get("protocol") != "native":
+            method.pop("native", None)
+        if self.task.all_budgets:
+            protocol.pop("k", None)
+        task = {name: value for name, value in self.settings["task"].items()}
+        task["inputs"] = self.task.inputs_digest(self.loaded)
+        return {
+            "model": {**self.settings["model"], "digest": self.loaded.digest},
+            "task": {name: value for name, value in task.items() if name not in NOT_CONTENT},
+            "method": method,
+            "protocol": protocol,
+        }
+
+    @property
+    def identity(self) -> str:
+        """The cell's name, the same in every process."""
+        return identity(self.payload)
+
+    def row(self) -> Row:
+        """Return the columns that are known before anything has run."""
+        method, task = self.settings["method"], self.settings["task"]
+        selects = self.method.selects
+        kinds = sorted(set(self.payload["method"]["impl"].values()))
+        return Row(
+            run_id=self.identity,
+            status="interrupted",
+            reason="not ended.",
+            model=self.loaded.name,
+            task=self.task.name,
+            subtask="mean",
+            length=task.get("length"),
+            method=self.method.name,
+            impl="+".join(kinds),
+            full_backend=method.get("backend"),
+            protocol=self.policy.protocol if selects else None,
+            question=task.get("question"),
+            k=self.policy.k if selects and not self.task.all_budgets else None,
+            rbit=method.get("rbit"),
+            seed=self.settings["seed"],
+            parameters={
+                name: value
+                for name, value in method.items()
+                if name not in NOT_PARAMETERS and not isinstance(value, dict | list)
+            },
+            artifact_digest=self.method.artifact_digest or None,
+            config_digest=identity(self.payload),
+            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            **git_state(ROOT),
+        )
+
+    def execute(self, full: "Run", full_cell: Cell | None) -> tuple[list[Row], list[dict[str, Any]]]:
+        """Run the cell; return its rows and samples."""
+        from topkbench.tasks.cell import environment, run_cell
+        from topkbench.tasks.evaluation import Context
+
+        known = self.row()
+        compared = full_cell.samples() if full_cell is not None else None
+        answers = None
+        if compared is not None and "tokens" in compared:
+            tokens = (json.loads(text) for text in compared["tokens"])
+            answers = dict(zip(compared["sample_id"], tokens, strict=True))
+        context = Context(
+            loaded=self.loaded,
+            store=self.store,
+            method=self.method,
+            policy=self.policy,
+            full=full.method,
+            full_answers=answers,
+            bandwidth=bandwidth(str(self.loaded.model.device)),
+            track=progress,
+        )
+        outcome = run_cell(context, self.task)
+        paired = paired_columns(outcome.samples, compared)
+        shared = environment(self.loaded)
+        rows = [
+            known.replace(
+                status=part.status,
+                reason=part.reason,
+                subtask=part.subtask,
+                **{**shared, **part.values, **paired.get(part.subtask, {})},
+            )
+            for part in outcome.rows
+        ]
+        return rows, outcome.samples
+
+
+def compared_with(run: Run) -> Run:
+    """Return the run that everything is compared with, of the same model and task."""
+    if not run.method.selects:
+        return run
+    config = copy.deepcopy(run.config)
+    name = run.settings["comparison"]
+    config.method = OmegaConf.load(ROOT / "conf" / "method" / f"{name}.yaml")
+    return Run(config)
+
+
+def settle(run: Run, sweep: Sweep, done: set[str]) -> Cell:
+    """Make sure that a cell has ended: run it, unless it has or another process does."""
+    cell = sweep.store.cell(run.identity)
+    sweep.append(cell.identity)
+    full = compared_with(run)
+    full_cell = None
+    if run.task.needs_full and full is not run:
+        full_cell = settle(full, sweep, done)
+    with cell.lock():
+        if cell.finished() and (cell.identity in done or not run.settings["force"]):
+            return cell
+        done.add(cell.identity)
+        attempt = cell.begin(run.row())
+        began = time.perf_counter()
+        log: list[str] = []
+        try:
+            rows, samples = run.execute(full, full_cell)
+        except KeyboardInterrupt:
+            raise
+        except Exception as error:  # a sweep goes on, and the row says why this cell has no result
+            log.append(traceback.format_exc())
+            failed = run.row().replace(status="failed", reason=sentence(error))
+            rows, samples = [failed], []
+        seconds = time.perf_counter() - began
+        log.append(f"{describe(rows)}, {seconds:.1f} s")
+        cell.write(rows, samples, run.settings, "\n".join(log))
+        print(log[-1], flush=True)
+        for row in rows:
+            if not row.status.settled:
+                print(f"error: {row.reason}", file=sys.stderr, flush=True)
+        tracker = hydra.utils.instantiate(run.config.tracker)
+        tracker.log_cell(sweep.folder, sweep.title, rows, samples, run.settings, attempt)
+    return cell
+
+
+def describe(rows: Sequence[Row]) -> str:
+    """Return one line on how a cell ended."""
+    top = next((row for row in rows if row.subtask == "mean"), rows[0])
+    knobs = [f"{name}={getattr(top, name)}" for name in ("k", "rbit") if getattr(top, name)]
+    score = "" if top.score is None else f": score {top.score:.1f}"
+    status = "" if top.status.value == "ok" else f": {top.status.value}"
+    return " ".join((top.model, top.task, top.method, *knobs)) + score + status
+
+
+def sentence(error: BaseException) -> str:
+    """Return what an error says in one line: of the cause, where a library wrapped it."""
+    while isinstance(error, HydraException) and error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+_DONE: set[str] = set()
+_SAID: set[str] = set()
+
+
+def job(config: DictConfig) -> None:
+    """Run one cell of a sweep, or the only one."""
+    state = HydraConfig.get()
+    folder = state.sweep.dir if state.mode == RunMode.MULTIRUN else state.run.dir
+    sweep = Sweep.open(folder)
+    try:
+        settle(Run(config), sweep, _DONE)
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, OSError, RecordError) as (
+        error
+    ):
+        # A configuration that cannot become a cell: nothing has run, and the other jobs go on.
+        refuse(sentence(error), config, sweep)
+
+
+def refuse(reason: str, config: DictConfig, sweep: Sweep) -> None:
+    """Say once why a configuration cannot be run, and leave a row that says it too."""
+    if reason not in _SAID:
+        _SAID.add(reason)
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+    settings = OmegaConf.to_container(config, resolve=True)
+    run_id = identity({"refused": json.dumps(settings, sort_keys=True, default=str)})
+    choices = HydraConfig.get().runtime.choices
+    row = Row(
+        run_id=run_id,
+        status="failed",
+        reason=reason,
+        model=str(choices["model"]),
+        task=str(choices["task"]),
+        subtask="mean",
+        method=str(choices["method"]),
+        k=config.k if isinstance(config.k, int) else None,
+        rbit=config.rbit if isinstance(config.rbit, int) else None,
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        **git_state(ROOT),
+    )
+    cell = sweep.store.cell(run_id)
+    with cell.lock():
+        cell.begin(row)
+        cell.write([row], [], {}, reason)
+    sweep.append(run_id)
+
+
+def unknown_option(text: str) -> str:
+    """Shorten Hydra's words on an option that is not there, and name the nearest one."""
+    found = re.search(r"Could not find '(\w+)/([^']+)'", text)
+    if found is None:
+        return " ".join(text.split())
+    group, name = found.groups()
+    options = sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+    near = difflib.get_close_matches(name, options, n=1)
+    guess = f"; did you mean {near[0]}" if near else ""
+    return f"{group} must be one of {', '.join(options)}, got {name!r}{guess}."
+
+
+@contextlib.contextmanager
+def prefill_folder() -> Iterator[None]:
+    """Give all workers of a sweep one folder for prefills that do not fit into memory."""
+    if PREFILL_FOLDER in os.environ:  # a worker, or a user's choice
+        yield
+        return
+    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"topkbench-prefill-{os.getpid()}"
+    os.environ[PREFILL_FOLDER] = str(folder)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> None:
+    """Run Hydra, and turn what a user did wrong into one sentence."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us whole, and are said in one line
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module="hydra")
+    wrapped = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
+    try:
+        with prefill_folder():
+            wrapped(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {unknown_option(sentence(error))}")
+    except (OSError, RecordError) as error:
+        sys.exit(f"error: {sentence(error)}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; what has ended is kept, and the same command goes on.")
+
+
+if __name__ == "__main__":
+    main()
