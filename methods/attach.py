@@ -239,15 +239,10 @@ class Session:
         if index is not None:
             capacity = self.indices.capacity(cache, layer)
         else:
-            # The slots before the current token; a bound on them is the bound on all.
-            used = lengths.n - 1 if lengths.is_exact else lengths.n
-            capacity = key.shape[2]
-            if not lengths.is_own and lengths.n == capacity:
-                # A cache that grows does not tell its final length.
-                capacity += max(256, capacity // 4)
+            capacity = _capacity(cache_layer(cache, layer), lengths.n)
             prefill = PrefillInputs(
-                key_states=view.key_states[:, :, :used],
-                value_states=view.value_states[:, :, :used],
+                key_states=view.key_states[:, :, :-1],
+                value_states=view.value_states[:, :, :-1],
                 capacity=capacity,
                 layer=layer,
                 num_layers=self.geometry.num_layers,
@@ -345,6 +340,12 @@ def _partial_attention(module: nn.Module) -> str | None:
         return None if kind == "full_attention" else f"its kind is {kind}"
     window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
     return None if window is None else f"its attention slides over {window} tokens"
+
+
+def _capacity(stored: Any, n: int) -> int:
+    """Return the slots an index needs: the layer's, or some spare ones where the layer grows."""
+    told = stored.get_max_length() if hasattr(stored, "get_max_length") else -1
+    return max(int(told), n) if told > 0 else n + max(256, n // 4)
 
 
 def _newest(view: CacheView) -> tuple[Tensor, Tensor]:

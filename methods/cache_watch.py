@@ -13,10 +13,9 @@ class Lengths:
     """The valid slots of a cache's rows, the current token included.
 
     Attributes:
-        n: Slots in use in the longest row, or an upper bound if not ``is_exact``.
+        n: Slots in use in the longest row.
         kv_start: int32 ``[B]`` first valid slot; None for 0.
         kv_len: int32 ``[B]`` end of the valid slots; None for ``n``.
-        is_exact: False where reading the lengths would make a GPU wait.
         is_own: True for topkbench's cache, whose rows may end at different slots.
         starts: ``kv_start`` as numbers, where a mask told it; None elsewhere.
     """
@@ -24,7 +23,6 @@ class Lengths:
     n: int
     kv_start: Tensor | None = None
     kv_len: Tensor | None = None
-    is_exact: bool = True
     is_own: bool = False
     starts: tuple[int, ...] | None = None
 
@@ -92,12 +90,13 @@ def _own_lengths(cache: Any, stored: Any, key: Tensor) -> Lengths:
     kv_start, kv_len = told() if callable(told) else told
     # While the layers are being written one after the other, each knows its own length best.
     kv_len = getattr(stored, "kv_len", kv_len)
-    if key.device.type != "cpu":
-        return Lengths(key.shape[2], kv_start, kv_len, is_exact=False, is_own=True)
+    n = stored.get_seq_length()
+    if key.device.type != "cpu":  # reading the lengths would make the GPU wait
+        return Lengths(int(n), kv_start, kv_len, is_own=True)
     ends = kv_len.tolist()
     if min(ends) == max(ends):
         return Lengths(ends[0], kv_start, None, is_own=True)
-    # The cache moves its counters in place, and a view must not move with them.
+    # The cache moves its counters in place, and what is kept must not move with them.
     return Lengths(max(ends), kv_start, kv_len.clone(), is_own=True)
 
 
@@ -160,12 +159,13 @@ class IndexStore:
         if kept is None or kept.lengths.starts != lengths.starts:
             return None
         before = kept.lengths
-        if before.is_exact and (before.n + 1 != lengths.n or before.n >= kept.capacity):
+        if before.n + 1 != lengths.n or before.n >= kept.capacity:
             return None
-        if (before.kv_len is None) != (lengths.kv_len is None):
+        if before.kv_len is None or lengths.kv_len is None:
+            return kept.index if before.kv_len is lengths.kv_len else None
+        # A GPU would have to be waited for; there a caller moves every row by one token a step.
+        if before.kv_len.is_cpu and not torch.equal(before.kv_len + 1, lengths.kv_len):
             return None
-        if before.is_exact and before.kv_len is not None and lengths.kv_len is not None:
-            return kept.index if torch.equal(before.kv_len + 1, lengths.kv_len) else None
         return kept.index
 
     def keep(
@@ -173,11 +173,11 @@ class IndexStore:
     ) -> None:
         """Keep an index that now describes the whole cache.
 
-        A cache that returns other keys than it stores (quantised, offloaded) cannot be watched; its
-        indices are not kept, and are built at every step.
+        A cache that returns other keys than it stores, or than a first part of them (quantised,
+        offloaded), cannot be watched; its indices are not kept, and are built at every step.
         """
         keys = getattr(cache_layer(cache, layer), "keys", None)
-        if keys is None or keys.data_ptr() != key.data_ptr() or keys.shape != key.shape:
+        if keys is None or keys.data_ptr() != key.data_ptr() or keys.stride() != key.stride():
             self.drop(cache, layer)
             return
         kept = _Kept(index, capacity, ref(keys), _version(keys), lengths)

@@ -1,0 +1,118 @@
+"""What the tests of methods share: every method as its YAML makes it, fitted on small states."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from topkbench.methods.base import CacheView, Geometry, PrefillInputs, TopKMethod
+
+CONF = Path(__file__).parents[2] / "conf" / "method"
+NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
+
+HEAD_DIM, GROUP, KV_HEADS, LAYERS = 32, 3, 2, 2
+GEOMETRY = Geometry(
+    num_layers=LAYERS,
+    num_heads=GROUP * KV_HEADS,
+    num_kv_heads=KV_HEADS,
+    head_dim=HEAD_DIM,
+    dtype_bytes=4,
+)
+
+
+class Calibration:
+    """Random states of short sequences."""
+
+    num_layers = LAYERS
+    sequences = 3
+
+    def states(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(layer)
+        return [
+            (
+                torch.randn(GROUP * KV_HEADS, n, HEAD_DIM, generator=generator),
+                torch.randn(KV_HEADS, n, HEAD_DIM, generator=generator),
+            )
+            for n in (40, 51, 64)
+        ]
+
+
+def make(name: str, **overrides: Any) -> TopKMethod:
+    """Make a method from its YAML, with its artifact where it needs one."""
+    root = OmegaConf.create({"rbit": 64, "seed": 0, "impl": "auto", "k": 16})
+    root["method"] = OmegaConf.load(CONF / f"{name}.yaml")
+    node = OmegaConf.merge(root["method"], overrides)
+    root["method"] = node
+    method: TopKMethod = instantiate(root["method"])
+    if method.artifact_spec(GEOMETRY) is not None:
+        method.load_artifact(method.fit(Calibration()))
+    return method
+
+
+@pytest.fixture(scope="session")
+def make_method() -> Callable[..., TopKMethod]:
+    return make
+
+
+@pytest.fixture(scope="session")
+def methods() -> dict[str, TopKMethod]:
+    """Every method of conf/method, made once."""
+    return {name: make(name) for name in NAMES}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes ``name`` over every method of conf/method."""
+    if "name" in metafunc.fixturenames:
+        metafunc.parametrize("name", NAMES)
+
+
+@pytest.fixture
+def states() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    def draw(batch_size: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries ``[B, Hkv, G, d]``, keys and values ``[B, Hkv, n, d]``."""
+        generator = torch.Generator().manual_seed(seed)
+        queries = torch.randn(batch_size, KV_HEADS, GROUP, HEAD_DIM, generator=generator)
+        keys = torch.randn(batch_size, KV_HEADS, n, HEAD_DIM, generator=generator)
+        values = torch.randn(batch_size, KV_HEADS, n, HEAD_DIM, generator=generator)
+        return queries, keys, values
+
+    return draw
+
+
+@pytest.fixture
+def build() -> Callable[..., Any]:
+    def build_index(
+        method: TopKMethod,
+        keys: Tensor,
+        values: Tensor,
+        kv_start: Tensor | None = None,
+        kv_len: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> Any:
+        """Build layer 1's index and bind it to the same states."""
+        room = keys.shape[2] + 8 if capacity is None else capacity
+        index = method.build_index(
+            PrefillInputs(
+                key_states=keys,
+                value_states=values,
+                capacity=room,
+                layer=1,
+                num_layers=LAYERS,
+                kv_start=kv_start,
+                kv_len=kv_len,
+            )
+        )
+        method.bind(index, CacheView(keys, values, kv_start, kv_len))
+        return index
+
+    return build_index
+
+
+@pytest.fixture(scope="session")
+def geometry() -> Geometry:
+    return GEOMETRY

@@ -1,0 +1,332 @@
+"""What every method of conf/method must do, whatever it is."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from topkbench.methods.base import CacheView, Geometry, Policy, Selection, TopKMethod
+
+SCALE = 32**-0.5
+States = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Build = Callable[..., Any]
+
+
+@pytest.fixture
+def method(name: str, methods: dict[str, TopKMethod]) -> TopKMethod:
+    return methods[name]
+
+
+@pytest.fixture
+def selecting(method: TopKMethod) -> TopKMethod:
+    if not method.selects:
+        pytest.skip(f"{method.name} reads everything")
+    return method
+
+
+def full(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Return full attention in float64, ``[B, Hq, d]``."""
+    logits = queries.double() @ keys.double().mT * SCALE
+    return (logits.softmax(-1) @ values.double()).flatten(1, 2)
+
+
+def kept(selection: Selection, row: int, head: int, start: int, end: int) -> list[int]:
+    """Return a head's selected slots, pages expanded."""
+    size = selection.unit_size
+    units = [u for u in selection.indices[row, head].tolist() if u >= 0]
+    offset = start if size > 1 else 0
+    slots = [offset + u * size + i for u in units for i in range(size)]
+    return [slot for slot in slots if slot < end]
+
+
+def int32(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("k", [12, 17, 32, 44])
+@pytest.mark.parametrize("n", [45, 64])
+def test_selects_at_most_k_distinct_slots_in_range(
+    selecting: TopKMethod, states: States, build: Build, n: int, k: int
+) -> None:
+    queries, keys, values = states(2, n)
+    index = build(selecting, keys, values)
+    step = selecting.step(queries, index, CacheView(keys, values), Policy(k=k), SCALE)
+    assert step.selection is not None
+    size = step.selection.unit_size
+    for row in range(2):
+        for head in range(2):
+            slots = kept(step.selection, row, head, 0, n)
+            assert slots == sorted(set(slots))
+            assert slots[0] >= 0
+            assert slots[-1] < n
+            assert len(slots) == k if size == 1 else len(slots) <= max(k, size)
+    assert step.out.shape == (2, 6, 32)
+    read = selecting.tokens_read(step.selection, n)
+    assert read == pytest.approx(k) if size == 1 else 0 < read <= max(k, size)
+
+
+@pytest.mark.parametrize("k", [29, 30, 1000])
+def test_with_k_at_or_above_n_equals_full_attention(
+    method: TopKMethod, states: States, build: Build, k: int
+) -> None:
+    queries, keys, values = states(2, 29)
+    index = build(method, keys, values)
+    step = method.step(queries, index, CacheView(keys, values), Policy(k=k), SCALE)
+    torch.testing.assert_close(step.out.double(), full(queries, keys, values), atol=2e-6, rtol=1e-5)
+    assert method.tokens_read(step.selection, 29) == 29
+
+
+def test_attends_to_its_selection_and_nothing_else(
+    selecting: TopKMethod, states: States, build: Build
+) -> None:
+    queries, keys, values = states(1, 45)
+    index = build(selecting, keys, values)
+    step = selecting.step(queries, index, CacheView(keys, values), Policy(k=16), SCALE)
+    assert step.selection is not None
+    for head in range(2):
+        slots = kept(step.selection, 0, head, 0, 45)
+        part = full(
+            queries[:, head, None], keys[:, head, None, slots], values[:, head, None, slots]
+        )
+        found = step.out.unflatten(1, (2, 3))[:, head].double()
+        torch.testing.assert_close(found, part, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", [None, int32(0, 5, 18)])
+@pytest.mark.parametrize("end", [None, int32(40, 38, 33)])
+def test_appending_equals_rebuilding(
+    selecting: TopKMethod, states: States, build: Build, start: Tensor | None, end: Tensor | None
+) -> None:
+    queries, keys, values = states(3, 48)
+    steps = 8
+    n = 40
+    index = build(selecting, keys[:, :, :n], values[:, :, :n], start, end, capacity=48)
+    ends = torch.full((3,), n) if end is None else end.long()
+    rows = torch.arange(3)
+    for step in range(steps):
+        slot = ends + step
+        selecting.append(index, keys[rows, :, slot, None], values[rows, :, slot, None])
+    longer = None if end is None else end + steps
+    view = CacheView(keys, values, start, longer)
+    selecting.bind(index, view)
+    rebuilt = build(selecting, keys, values, start, longer, capacity=48)
+    policy = Policy(k=20)
+    once = selecting.step(queries, index, view, policy, SCALE)
+    again = selecting.step(queries, rebuilt, view, policy, SCALE)
+    assert once.selection is not None
+    assert again.selection is not None
+    assert torch.equal(once.selection.indices, again.selection.indices)
+    if once.scores is not None and again.scores is not None:
+        torch.testing.assert_close(once.scores, again.scores)
+
+
+def test_appending_beyond_capacity_is_refused(
+    selecting: TopKMethod, states: States, build: Build
+) -> None:
+    _, keys, values = states(1, 20)
+    index = build(selecting, keys, values, capacity=20)
+    with pytest.raises(ValueError, match="room for one slot more, got capacity=20"):
+        selecting.append(index, keys[:, :, :1], values[:, :, :1])
+
+
+def test_finds_a_planted_needle(selecting: TopKMethod, states: States, build: Build) -> None:
+    queries, keys, values = states(1, 300)
+    # One direction that all queries of a group share, and one key along it.
+    direction = torch.nn.functional.normalize(queries[:, :, :1], dim=-1)
+    queries = 3 * direction + 0.3 * queries
+    keys[:, :, 137] = 8 * direction[:, :, 0]
+    index = build(selecting, keys, values)
+    step = selecting.step(queries, index, CacheView(keys, values), Policy(k=48), SCALE)
+    assert step.selection is not None
+    if step.scores is None:
+        pytest.skip(f"{selecting.name} does not look at the query")
+    for head in range(2):
+        assert 137 in kept(step.selection, 0, head, 0, 300)
+
+
+def test_keeps_sinks_and_the_current_token(
+    selecting: TopKMethod, states: States, build: Build
+) -> None:
+    queries, keys, values = states(2, 300)
+    index = build(selecting, keys, values)
+    step = selecting.step(queries, index, CacheView(keys, values), Policy(k=64), SCALE)
+    assert step.selection is not None
+    for row in range(2):
+        for head in range(2):
+            slots = kept(step.selection, row, head, 0, 300)
+            assert {0, 1, 2, 3, 299} <= set(slots)
+            if step.selection.unit_size == 1:
+                assert set(range(292, 300)) <= set(slots)
+
+
+@pytest.mark.parametrize("k", [16, 22, 40])
+def test_neighbours_and_padding_do_not_matter(
+    method: TopKMethod, states: States, build: Build, k: int
+) -> None:
+    """Rows of 17, 50 and 33 tokens, left-aligned, left-padded and alone, give the same."""
+    policy = Policy(k=k)
+    queries, keys, values = states(3, 50)
+    lengths = (17, 50, 33)
+    ends = int32(*lengths)
+    aligned = build(method, keys, values, None, ends)
+    in_batch = method.step(queries, aligned, CacheView(keys, values, None, ends), policy, SCALE)
+
+    starts = int32(*(50 - length for length in lengths))
+    moved_keys, moved_values = torch.full_like(keys, 9.0), torch.full_like(values, 9.0)
+    for row, length in enumerate(lengths):
+        moved_keys[row, :, 50 - length :] = keys[row, :, :length]
+        moved_values[row, :, 50 - length :] = values[row, :, :length]
+    padded = build(method, moved_keys, moved_values, starts, None)
+    view = CacheView(moved_keys, moved_values, starts, None)
+    left_padded = method.step(queries, padded, view, policy, SCALE)
+
+    for row, length in enumerate(lengths):
+        own = slice(row, row + 1)
+        cut = (keys[own, :, :length], values[own, :, :length])
+        alone = method.step(queries[own], build(method, *cut), CacheView(*cut), policy, SCALE)
+        torch.testing.assert_close(in_batch.out[own], alone.out, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(left_padded.out[own], alone.out, atol=2e-6, rtol=1e-5)
+        if alone.selection is None or in_batch.selection is None or left_padded.selection is None:
+            continue
+        for head in range(2):
+            slots = kept(alone.selection, 0, head, 0, length)
+            assert kept(in_batch.selection, row, head, 0, length) == slots
+            first = 50 - length
+            moved = [slot - first for slot in kept(left_padded.selection, row, head, first, 50)]
+            assert moved == slots
+
+
+def test_same_seed_same_answer(
+    name: str, make_method: Callable[..., TopKMethod], states: States, build: Build
+) -> None:
+    queries, keys, values = states(1, 45)
+    outputs = []
+    for _ in range(2):
+        method = make_method(name)
+        index = build(method, keys, values)
+        view = CacheView(keys, values)
+        outputs.append(method.step(queries, index, view, Policy(k=16), SCALE).out)
+    assert torch.equal(*outputs)
+
+
+def test_inputs_are_not_modified(method: TopKMethod, states: States, build: Build) -> None:
+    queries, keys, values = states(2, 45)
+    before = [tensor.clone() for tensor in (queries, keys, values)]
+    kv_len = int32(45, 30)
+    index = build(method, keys, values, None, kv_len)
+    method.step(queries, index, CacheView(keys, values, None, kv_len), Policy(k=16), SCALE)
+    method.append(index, keys[:, :, :1], values[:, :, :1])
+    for tensor, copy in zip((queries, keys, values), before, strict=True):
+        assert torch.equal(tensor, copy)
+    assert kv_len.tolist() == [45, 30]
+
+
+def test_permuting_keys_permutes_scores(
+    name: str, make_method: Callable[..., TopKMethod], states: States, build: Build
+) -> None:
+    method = make_method(name, **({"page_size": 1} if name == "quest" else {}))
+    queries, keys, values = states(2, 45)
+    order = torch.randperm(45, generator=torch.Generator().manual_seed(1))
+    first, second = build(method, keys, values), build(method, keys[:, :, order], values)
+    plain = method.score(method.encode(queries, first), first)
+    moved = method.score(method.encode(queries, second), second)
+    if plain is None or moved is None:
+        pytest.skip(f"{name} has no scores")
+    torch.testing.assert_close(moved, plain[..., order])
+
+
+def test_score_and_select_at_k_one_below_n(
+    selecting: TopKMethod, states: States, build: Build
+) -> None:
+    """The one token, or page, that is dropped is the worst of those that are not forced."""
+    queries, keys, values = states(2, 64)
+    policy = Policy(k=63)
+    index = build(selecting, keys, values)
+    encoded = selecting.encode(queries, index)
+    scores = selecting.scoped(selecting.score(encoded, index), policy, SCALE)
+    selection = selecting.select(scores, encoded, index, policy)
+    for row in range(2):
+        for head in range(2):
+            units = 64 // selection.unit_size
+            missing = set(range(units)) - set(selection.indices[row, head].tolist())
+            assert len(missing) == 1
+            if scores is None:
+                assert missing == {4}  # the oldest that is no sink
+                continue
+            free = range(4, 56) if units == 64 else range(1, units - 1)
+            # Of equal scores the lower index wins, so the highest is dropped.
+            worst = min(free, key=lambda u: (scores[row, head, u].item(), -u))
+            assert missing == {worst}
+
+
+def test_index_bytes_are_the_analytic_ones(
+    selecting: TopKMethod, geometry: Geometry, states: States, build: Build
+) -> None:
+    _, keys, values = states(1, 45)
+    index = build(selecting, keys, values, capacity=64)
+    held = 0
+    for field in fields(index):
+        tensor = getattr(index, field.name)
+        is_side = isinstance(tensor, Tensor) and tensor.ndim >= 3 and tensor.shape[0] == 1
+        if is_side and field.name != "key_states":
+            held += tensor.nbytes
+    assert held == 64 * selecting.index_bytes_per_token(geometry)
+
+
+def test_reads_more_with_more_tokens_and_less_than_full(
+    selecting: TopKMethod, methods: dict[str, TopKMethod], geometry: Geometry
+) -> None:
+    everything = methods["full"].bytes_read_per_step(geometry, 4096, 256)
+    if selecting.name == "exact":
+        assert everything // 2 < selecting.bytes_read_per_step(geometry, 4096, 256) < everything
+    else:
+        assert selecting.bytes_read_per_step(geometry, 4096, 256) < everything // 2
+    fewer = selecting.bytes_read_per_step(geometry, 4096, 64)
+    assert fewer < selecting.bytes_read_per_step(geometry, 4096, 256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reference_and_auto_agree(
+    name: str,
+    make_method: Callable[..., TopKMethod],
+    states: States,
+    build: Build,
+    dtype: torch.dtype,
+) -> None:
+    queries, keys, values = (tensor.to(dtype) for tensor in states(2, 45))
+    outputs = []
+    for impl in ("auto", "reference"):
+        method = make_method(name)
+        method.impl = impl  # type: ignore[assignment]
+        index = build(method, keys, values)
+        view = CacheView(keys, values)
+        outputs.append(method.step(queries, index, view, Policy(k=16), SCALE).out.float())
+    tolerance = 2e-6 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(*outputs, atol=tolerance, rtol=tolerance)
+
+
+def test_the_native_policy_is_valid(method: TopKMethod) -> None:
+    unified = Policy(k=64)
+    native = method.policy_in_force(replace(unified, protocol="native"))
+    assert method.policy_in_force(unified) == unified
+    assert native.k == 64
+    assert native.protocol == "native"
+
+
+def test_native_policy_selects(selecting: TopKMethod, states: States, build: Build) -> None:
+    queries, keys, values = states(2, 64)
+    policy = selecting.policy_in_force(Policy(k=32, protocol="native"))
+    index = build(selecting, keys, values)
+    step = selecting.step(queries, index, CacheView(keys, values), policy, SCALE)
+    assert step.selection is not None
+    heads = 6 if policy.head_scope == "query_head" else 2
+    assert step.selection.indices.shape[1] == heads
+    assert selecting.tokens_read(step.selection, 64) == 32
+
+
+def test_serves_an_ordinary_model(method: TopKMethod, geometry: Geometry) -> None:
+    assert method.unsupported(geometry) is None
+    method.check_ready(geometry)
