@@ -101,7 +101,7 @@ def typed(data: pd.DataFrame) -> pd.DataFrame:
             data[name] = pd.to_numeric(data[name]).astype("float64")
         else:
             values = data[name].astype(object)
-            data[name] = values.where(values.notna(), None)
+            data[name] = values.where(values.notna(), "" if name == "reason" else None)
     return data
 
 

@@ -22,7 +22,7 @@ from topkbench.analysis.files import one_sentence, write_atomic
 from topkbench.analysis.lines import Comparison, compare
 from topkbench.analysis.plots import Drawn, draw_all
 from topkbench.analysis.record import CellStore, RecordError, Sweep, frame, samples_of, typed
-from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX
+from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX, Row
 from topkbench.analysis.stats import paired_columns
 
 __all__ = ["build", "load", "main", "paired_columns", "summary_table"]
@@ -73,7 +73,11 @@ def load(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def _read_rows(file: Path) -> pd.DataFrame:
     try:
-        data = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
+        # Named: an identity of digits only would be read as a number.
+        words = {name: str for name in COLUMNS if Row.__annotations__[name].startswith("str")}
+        data = (
+            pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file, dtype=words)
+        )
     except (OSError, ValueError) as error:
         raise RecordError(f"{file} must be a table of rows, but cannot be read: {error}.") from None
     missing = [name for name in COLUMNS if name not in data.columns]

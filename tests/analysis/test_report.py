@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from topkbench.analysis import report, style
+from topkbench.analysis.curves import curve, on_front, pareto
+from topkbench.analysis.lines import compare
+from topkbench.analysis.metrics import METRICS
+from topkbench.analysis.plots import draw_all
+from topkbench.analysis.record import RecordError, Row, Sweep, frame
+
+FIGURES = {
+    "score_vs_rbit",
+    "recall_vs_rbit",
+    "decode_vs_rbit",
+    "score_vs_bytes",
+    "stages",
+    "subtasks",
+}
+
+
+@pytest.fixture(scope="module")
+def built(big_sweep: Sweep) -> Path:
+    return report.build(big_sweep.folder)
+
+
+def test_a_sweep_leaves_everything(built: Path) -> None:
+    folder = built.parent
+    names = FIGURES | {"score_vs_k", "recall_vs_k", "decode_vs_k"}
+    for name in ("rows.parquet", "rows.csv", "samples.parquet", "report.md", "report.html"):
+        assert (folder / name).stat().st_size > 1000, name
+    for ending in ("png", "svg", "csv"):
+        assert {one.stem for one in (folder / "figures").glob(f"*.{ending}")} == names
+    assert len(pd.read_parquet(folder / "rows.parquet")) == 33 * 6 + 2
+    assert len(pd.read_parquet(folder / "samples.parquet")) == 33 * 125
+
+
+def test_the_page_needs_nothing_beside_it(built: Path) -> None:
+    page = built.read_text()
+    sources = re.findall(r'src="([^"]{5})', page)
+    assert sources == ["data:"] * 9
+    assert "<script" not in page
+    assert "page_size must divide the capacity, got 17." in page
+    assert "1 failed, 1 skipped" in page
+    for text in ("tiny, ruler, 4,096 tokens, question=sparse", "n = 125 samples", "fb6212e9d0c1"):
+        assert text in page
+
+
+def test_markdown_has_the_same_table(built: Path) -> None:
+    text = built.with_name("report.md").read_text()
+    assert "| Full attention |   – |      – |" in text
+    assert "## Failures and skips" in text
+    assert "![Score against budget](figures/score_vs_k.png)" in text
+
+
+def test_only_what_varies_is_drawn(small_sweep: Sweep) -> None:
+    folder = report.build(small_sweep.folder).parent / "figures"
+    assert {one.stem for one in folder.glob("*.png")} == FIGURES
+
+
+def test_a_report_built_again_is_the_same_to_the_byte(small_sweep: Sweep, tmp_path: Path) -> None:
+    folders = [tmp_path / "1", tmp_path / "2"]
+    for folder in folders:
+        report.build(small_sweep.folder, folder)
+    for one in sorted(folders[0].rglob("*.*")):
+        other = folders[1] / one.relative_to(folders[0])
+        if one.suffix in (".csv", ".svg", ".png", ".parquet"):
+            assert one.read_bytes() == other.read_bytes(), one.name
+
+
+def test_reports_are_merged_and_rebuilt_from_their_own_tables(
+    small_sweep: Sweep, tmp_path: Path
+) -> None:
+    report.build(small_sweep.folder, tmp_path / "copy")
+    rows, samples = report.load(tmp_path / "copy" / "rows.csv")
+    pd.testing.assert_frame_equal(rows, report.load(small_sweep.folder)[0])
+    assert len(samples) == 5 * 125
+    merged = report.build([small_sweep.folder, tmp_path / "copy"], tmp_path / "merged")
+    assert len(pd.read_parquet(merged.with_name("rows.parquet"))) == 5 * 6
+    assert len(report.load(small_sweep.store.folder.parent)[0]) == 5 * 6
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nowhere", "does not exist"), (".", "must hold cells.json"), ("bad.csv", "lacks")],
+)
+def test_what_is_no_result_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
+) -> None:
+    (tmp_path / "bad.csv").write_text("run_id,score\na,1\n")
+    assert report.main([str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_empty_sweep_is_one_sentence(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, "a", "b")
+    sweep.append("0" * 16)
+    with pytest.raises(RecordError, match="at least one row"):
+        report.build(sweep.folder)
+
+
+def test_the_command_works_without_torch(small_sweep: Sweep) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'hydra', 'wandb'): sys.modules[name] = None\n"
+        "from topkbench.analysis.report import main\n"
+        "sys.exit(main([sys.argv[1]]))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(small_sweep.folder)], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() == str(small_sweep.folder / "report.html")
+
+
+def test_rows_of_several_settings_get_a_section_each(
+    tmp_path: Path, row: Callable[..., Row]
+) -> None:
+    rows = frame(
+        [
+            row(run_id=f"{i:016x}", method="quest", k=k, question=question, score=50.0)
+            for i, (k, question) in enumerate(
+                (k, question) for k in (64, 128) for question in ("sparse", "dense")
+            )
+        ]
+    )
+    rows.to_parquet(tmp_path / "rows.parquet")
+    page = report.build(tmp_path, tmp_path / "out").read_text()
+    assert page.count("<section") == 2
+    assert "These rows mix question settings: dense, sparse." in page
+    assert {one.stem for one in (tmp_path / "out" / "figures").glob("*.png")} == {
+        "score_vs_k-1",
+        "score_vs_k-2",
+    }
+
+
+def latency_rows(row: Callable[..., Row]) -> pd.DataFrame:
+    return frame(
+        [
+            row(
+                run_id=f"{place:08x}{n:08x}",
+                task="decode_latency",
+                subtask="mean",
+                method=method,
+                k=None if method == "full" else 512,
+                rbit=128 if method == "hata" else None,
+                length=n,
+                kv_len=n,
+                decode_ms_p50=cost * n / 4096 + 0.05,
+                decode_ms_p20=cost * n / 4096 + 0.045,
+                decode_ms_p80=cost * n / 4096 + 0.06,
+                bandwidth_fraction=0.7,
+                attend_ms=cost * n / 8192,
+                score_ms=None if method == "full" else cost * n / 8192,
+                bytes_read_per_step=float(n),
+            )
+            for place, (method, cost) in enumerate((("full", 2.0), ("hata", 0.2), ("quest", 0.3)))
+            for n in (4096, 16384, 65536, 131072)
+        ]
+    )
+
+
+def test_latency_over_context_is_one_setting_with_one_figure(
+    tmp_path: Path, row: Callable[..., Row]
+) -> None:
+    found = compare(latency_rows(row))
+    ((key, lines),) = found.panels()
+    assert key["length"] is None
+    drawn = {one.name: one for one in draw_all(lines, tmp_path, "words")}
+    assert set(drawn) == {"latency_vs_context", "stages"}
+    data = pd.read_csv(drawn["latency_vs_context"].csv)
+    assert data["kv_len"].tolist() == [4096, 16384, 65536, 131072] * 3
+    assert data["method"].unique().tolist() == ["full", "hata", "quest"]
+
+
+def test_axes_and_legend_of_a_curve(big_sweep: Sweep) -> None:
+    made = curve(compare(big_sweep.rows(), big_sweep.samples()).headline, "score", "k")
+    assert made is not None
+    figure, data = made
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "Budget k (tokens kept per KV head)"
+    assert axes.get_ylabel() == "Score (0–100)"
+    assert axes.get_xscale() == "log"
+    ticks = [axes.xaxis.get_major_formatter()(tick, 0) for tick in axes.get_xticks()]
+    assert ticks == ["64", "128", "256", "512"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "Full attention",
+        "Exact top-k",
+        "HATA, 32 bits",
+        "HATA, 64 bits",
+        "HATA, 128 bits",
+        "HATA, 256 bits",
+        "Quest",
+        "Loki",
+        "StreamingLLM",
+    ]
+    assert len(data) == 33
+
+
+def test_a_curve_needs_two_points(row: Callable[..., Row]) -> None:
+    lines = compare(frame([row(method="quest", k=64, score=1.0)])).headline
+    assert curve(lines, "score", "k") is None
+    assert curve(lines, "recall_at_k", "k") is None
+    assert pareto(lines) is None
+
+
+def test_the_pareto_front_by_hand() -> None:
+    cost, gain = [1, 2, 2, 3, 4, 1], [10, 30, 20, 30, 40, 10]
+    assert on_front(cost, gain) == [True, True, False, False, True, True]
+
+
+def test_a_method_looks_the_same_everywhere() -> None:
+    looks = [(one.colour, one.marker, one.line) for one in style.STYLES.values()]
+    assert len(set(looks)) == len(looks)
+    assert style.style("my_method") == style.style("my_method")
+    assert style.style("my_method").label == "my_method"
+    assert style.shade("#000000", 0) == "#000000"
+    assert style.shade("#000000", 1) == "#808080"
+
+
+def test_numbers_are_shown_with_their_metric() -> None:
+    assert METRICS["delta_full"].text(-0.04) == "0.0"
+    assert METRICS["delta_full"].text(-3.25) == "−3.2"
+    assert METRICS["delta_full"].text(3.0) == "+3.0"
+    assert METRICS["bytes_read_per_step"].text(2.5 * 2**20) == "2.5"
+    assert METRICS["score"].text(float("nan")) == "–"
