@@ -76,7 +76,9 @@ METRICS: dict[str, Metric] = {
         label="Side information", unit="bytes/token", better="lower", format=".4g", scale="log"
     ),
     "peak_memory_mib": Metric(label="Peak memory", unit="MiB", better="lower", scale="log"),
-    "bandwidth_fraction": Metric(label="Fraction of memory bandwidth", better="higher"),
+    "bandwidth_fraction": Metric(
+        label="Fraction of memory bandwidth", better="higher", format=".2f"
+    ),
     "k": Metric(label="Budget k", unit="tokens kept per KV head", format=".0f", scale="log"),
     "rbit": Metric(label="Hash bits, rbit", unit="bits per key", format=".0f", scale="log"),
     "kv_len": Metric(label="Context length", unit="cached tokens", format=".0f", scale="log"),

@@ -21,6 +21,9 @@ from topkbench.analysis.curves import context_curve, curve, pareto
 from topkbench.analysis.files import write_atomic
 from topkbench.analysis.stats import MEAN
 
+CONTEXT = "latency_vs_context"
+"""The figure whose axis is the length."""
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -64,6 +67,11 @@ def draw_all(lines: pd.DataFrame, folder: Path, context: str, suffix: str = "") 
     """
     with_mean = set(lines.loc[lines["subtask"] == MEAN, "line"])
     top = lines[(lines["subtask"] == MEAN) | ~lines["line"].isin(with_mean)]
+    # Lengths stand together only where they are an axis; the other figures show the longest.
+    every, lengths = top, sorted(int(one) for one in top["length"].dropna().unique())
+    if len(lengths) > 1:
+        top = top[top["length"] == lengths[-1]]
+    at = f" At {lengths[-1]:,} tokens." if len(lengths) > 1 else ""
     plans: list[tuple[str, str, str, Callable[[], tuple[Figure, pd.DataFrame] | None]]] = [
         (
             "score_vs_k",
@@ -114,10 +122,10 @@ def draw_all(lines: pd.DataFrame, folder: Path, context: str, suffix: str = "") 
             lambda: stages(top),
         ),
         (
-            "latency_vs_context",
+            CONTEXT,
             "Decode latency against context length",
             "Median; thin dashes: the same bytes at the machine's full memory bandwidth.",
-            lambda: context_curve(top),
+            lambda: context_curve(every),
         ),
         (
             "subtasks",
@@ -134,7 +142,12 @@ def draw_all(lines: pd.DataFrame, folder: Path, context: str, suffix: str = "") 
             if made is not None:
                 figure, data = made
                 figure.axes[0].set_title(title)
-                one = Drawn(name + suffix, title, f"{reading} {context}", folder)
+                one = Drawn(
+                    name + suffix,
+                    title,
+                    f"{reading}{at if name != CONTEXT else ''} {context}",
+                    folder,
+                )
                 _save(figure, data, one)
                 drawn.append(one)
     return drawn

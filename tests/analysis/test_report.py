@@ -177,6 +177,8 @@ def test_latency_over_context_is_one_setting_with_one_figure(
     assert key["length"] is None
     drawn = {one.name: one for one in draw_all(lines, tmp_path, "words")}
     assert set(drawn) == {"latency_vs_context", "stages"}
+    assert "At 131,072 tokens." in drawn["stages"].caption
+    assert len(pd.read_csv(drawn["stages"].csv)) == 3
     data = pd.read_csv(drawn["latency_vs_context"].csv)
     assert data["kv_len"].tolist() == [4096, 16384, 65536, 131072] * 3
     assert data["method"].unique().tolist() == ["full", "hata", "quest"]
