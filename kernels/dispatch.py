@@ -8,6 +8,16 @@ import torch
 
 Impl = Literal["auto", "reference", "cpu", "triton"]
 
+OPERATORS = (
+    "hash_encode",
+    "hamming_score",
+    "page_score",
+    "lowrank_score",
+    "topk_select",
+    "sparse_attention",
+)
+"""The operators that have implementations to choose from; full attention's choice is a backend."""
+
 # The file that holds each implementation, inside the operator's folder.
 _FILES = {"reference": "reference.py", "cpu": "cpu.py", "triton": "fused.py"}
 
@@ -81,3 +91,5 @@ def _prepare_numba() -> None:
     _numba_threads = torch.get_num_threads()
     most: int = vars(numba.config)["NUMBA_NUM_THREADS"]
     numba.set_num_threads(min(_numba_threads, most))
+    # Starting numba's OpenMP threads sets the process's default, which is torch's count as well.
+    torch.set_num_threads(_numba_threads)
