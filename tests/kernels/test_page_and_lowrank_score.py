@@ -1,0 +1,83 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from topkbench.kernels.lowrank_score.api import lowrank_score
+from topkbench.kernels.page_score.api import page_score
+from topkbench.kernels.testing import assert_as_accurate
+
+shapes = st.tuples(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 8),
+    st.sampled_from([1, 2, 31, 101, 600]),
+    st.sampled_from([16, 20, 64, 80, 128]),
+)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+def test_page_score_written_out() -> None:
+    query = torch.tensor([[[[1.0, -2.0]]]])
+    page_min = torch.tensor([[[[-1.0, 3.0], [0.0, -4.0]]]])
+    page_max = torch.tensor([[[[2.0, 5.0], [0.5, -1.0]]]])
+    # page 0: max(-1, 2) + max(-6, -10); page 1: max(0, 0.5) + max(8, 2)
+    for impl in ("reference", "cpu"):
+        assert page_score(query, page_min, page_max, impl=impl).tolist() == [[[[-4.0, 8.5]]]]
+
+
+def test_page_score_bounds_every_logit_of_its_page() -> None:
+    torch.manual_seed(0)
+    query, keys = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 5, 4, 16)
+    bound = page_score(query, keys.amin(3), keys.amax(3))
+    logits = torch.einsum("bhgd,bhpsd->bhgps", query, keys)
+    assert bool((bound >= logits.amax(-1) - 1e-5).all())
+
+
+def test_lowrank_score_written_out() -> None:
+    query = torch.tensor([[[[1.0, 2.0], [0.0, -1.0]]]])
+    keys = torch.tensor([[[[3.0, 4.0], [5.0, 6.0], [0.0, 1.0]]]])
+    for impl in ("reference", "cpu"):
+        score = lowrank_score(query, keys, impl=impl)
+        assert score.tolist() == [[[[11.0, 17.0, 2.0], [-4.0, -6.0, -1.0]]]]
+
+
+@given(shapes, dtypes, st.integers(0, 999))
+def test_page_score_is_as_accurate_as_the_reference(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    batch, heads, group, pages, dim = shape
+    query = torch.randn(batch, heads, group, dim).to(dtype)
+    low = torch.randn(batch, heads, pages + 3, dim).to(dtype)[:, :, :pages]
+    high = low + torch.rand(batch, heads, pages, dim).to(dtype)
+    kv_len = torch.randint(0, pages + 1, (batch,)).int()
+    exact = page_score(query.double(), low.double(), high.double(), None, kv_len, "reference")
+    expected = page_score(query, low, high, None, kv_len, "reference")
+    assert_as_accurate(page_score(query, low, high, None, kv_len, "cpu"), expected, exact)
+
+
+@given(shapes, dtypes, st.integers(0, 999))
+def test_lowrank_score_is_as_accurate_as_the_reference(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    batch, heads, group, size, rank = shape
+    query = torch.randn(batch, heads, group, rank).to(dtype)
+    keys = torch.randn(batch, heads, size + 3, rank + 7).to(dtype)[:, :, :size, :rank]
+    start = torch.randint(0, size + 1, (batch,)).int()
+    exact = lowrank_score(query.double(), keys.double(), start, None, "reference")
+    expected = lowrank_score(query, keys, start, None, "reference")
+    assert_as_accurate(lowrank_score(query, keys, start, None, "cpu"), expected, exact)
+
+
+def test_bad_input_is_refused() -> None:
+    query, keys = torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 9, 16)
+    with pytest.raises(ValueError, match=r"keys must be .* = \[1, 2, \*, 16\], got \[1, 2, 9, 8\]"):
+        lowrank_score(query, keys[..., :8])
+    with pytest.raises(ValueError, match=r"page_max must be .* = \[1, 2, 9, 16\]"):
+        page_score(query, keys, keys[:, :, :8])
+    with pytest.raises(TypeError, match="must be float32 or bfloat16 for impl='cpu', got float16"):
+        lowrank_score(query, keys.half(), impl="cpu")
+    with pytest.raises(TypeError, match="page_max must have page_min's dtype"):
+        page_score(query, keys, keys.bfloat16(), impl="cpu")
