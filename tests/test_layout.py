@@ -1,0 +1,212 @@
+"""The layout is a rule: who imports whom, what is packaged, and what the README says of it."""
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("kernels", "methods", "models", "tasks", "analysis")
+METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
+TASKS = sorted(path.stem for path in (ROOT / "conf" / "task").glob("*.yaml"))
+KERNEL_APIS = tuple(
+    f"topkbench.kernels.{path.parent.name}.api" for path in (ROOT / "kernels").glob("*/api.py")
+)
+
+# What a room may import of others, and of the world; its own modules are checked apart.
+ALLOWED = {
+    "kernels": ("torch", "triton", "numba", "llvmlite", "numpy"),
+    "methods": ("torch", "safetensors", *KERNEL_APIS, "topkbench.kernels.dispatch"),
+    "models": (
+        *("torch", "transformers", "tokenizers", "safetensors", "filelock", "psutil"),
+        *(*KERNEL_APIS, "topkbench.methods.base"),
+    ),
+    "tasks": (
+        *("torch", "transformers", "tokenizers", "triton", "filelock", "psutil", "wonderwords"),
+        *("topkbench.methods.base", "topkbench.methods.attach", "topkbench.methods.artifact"),
+        *("topkbench.models", *KERNEL_APIS, "topkbench.kernels.timing"),
+    ),
+    "analysis": ("numpy", "pandas", "matplotlib", "jinja2", "pyarrow", "filelock", "tabulate"),
+}
+# What one file of a room may import on top.
+ALLOWED_TO_ONE = {
+    "kernels/full_attention/libraries.py": ("flash_attn", "flashinfer"),
+    "methods/attach.py": ("transformers",),
+    "analysis/tracking.py": ("wandb", "wandb_workspaces"),
+    "analysis/sweep_callback.py": ("hydra", "omegaconf"),
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield every dotted name that a file imports, wherever in it; ``from a import b`` is a.b."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def code_of(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def is_under(name: str, parents: tuple[str, ...]) -> bool:
+    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
+
+
+def own_code() -> list[Path]:
+    return [path for room in ROOMS for path in code_of(room)] + [ROOT / "run.py"]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_the_table_allows(room: str) -> None:
+    strangers = []
+    for path in code_of(room):
+        place = path.relative_to(ROOT).as_posix()
+        allowed = (
+            *(*ALLOWED[room], *ALLOWED_TO_ONE.get(place, ())),
+            f"topkbench.{room}",
+            *sys.stdlib_module_names,
+        )
+        strangers += [f"{place}: {name}" for name in imports(path) if not is_under(name, allowed)]
+    assert strangers == []
+
+
+def test_implementations_of_a_kernel_do_not_import_each_other() -> None:
+    found = []
+    for path in code_of("kernels"):
+        if path.stem in ("reference", "cpu", "fused"):
+            found += [
+                f"{path.relative_to(ROOT)}: {name}"
+                for name in imports(path)
+                if {"reference", "cpu", "fused", "api"} & set(name.split("."))
+            ]
+    assert found == []
+
+
+def test_an_api_imports_its_implementations_inside_a_branch_alone() -> None:
+    found = []
+    for path in (ROOT / "kernels").glob("*/api.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            text = ast.unparse(node) if isinstance(node, ast.Import | ast.ImportFrom) else ""
+            if re.search(r"\.(cpu|fused)\b|import (cpu|fused)\b|\btriton\b|\bnumba\b", text):
+                found.append(f"{path.relative_to(ROOT)}: {text}")
+    assert found == []
+
+
+def test_a_method_imports_no_other_method() -> None:
+    found = []
+    for path in code_of("methods"):
+        others = tuple(f"topkbench.methods.{name}" for name in METHODS if name != path.stem)
+        found += [f"{path.name}: {name}" for name in imports(path) if is_under(name, others)]
+    assert found == []
+
+
+@pytest.mark.parametrize("path", own_code(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_nothing_imports_a_room_by_its_flat_name(path: Path) -> None:
+    assert [name for name in imports(path) if is_under(name, (*ROOMS, "conf"))] == []
+
+
+def test_tests_import_no_room_by_its_flat_name() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for name in imports(path)
+        if is_under(name, ROOMS)
+    ]
+    assert found == []
+
+
+def words_of_code(path: Path) -> set[str]:
+    """Return the identifiers and the words of the strings of a file, without its docstrings."""
+    words: set[str] = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in docstrings:
+                words |= set(re.findall(r"\w+", node.value))
+        elif isinstance(node, ast.Name):
+            words.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            words.add(node.attr)
+    return words
+
+
+def test_the_entry_point_names_no_method_and_no_task() -> None:
+    text = (ROOT / "run.py").read_text(encoding="utf-8")
+    # `full` and `exact` are also English words; as a value they would be a string of their own.
+    strings = {
+        node.value
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert strings & {*METHODS, *TASKS} == set()
+    assert words_of_code(ROOT / "run.py") & ({*METHODS, *TASKS} - {"full", "exact"}) == set()
+
+
+def test_tasks_and_analysis_import_and_name_no_selecting_method() -> None:
+    distinctive = set(METHODS) - {"full", "exact"}
+    files = [path for room in ("tasks",) for path in code_of(room)]
+    found = {path.name: sorted(words_of_code(path) & distinctive) for path in files}
+    assert {name: words for name, words in found.items() if words} == {}
+
+
+def test_the_rooms_are_namespaces() -> None:
+    found = [
+        path.relative_to(ROOT).as_posix()
+        for room in (*ROOMS, "conf", "tests")
+        for path in (ROOT / room).rglob("__init__.py")
+    ]
+    assert found == []
+
+
+def test_every_folder_with_code_is_packaged() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        setuptools = tomllib.load(file)["tool"]["setuptools"]
+    with_code = {
+        ".".join(("topkbench", *path.parent.relative_to(ROOT).parts))
+        for room in ROOMS
+        for path in code_of(room)
+    }
+    packages = set(setuptools["packages"])
+    assert with_code <= packages
+    assert {"topkbench.conf", "topkbench.models.tiny"} <= packages
+    # Each package is under a room that is mapped to the folder of that name.
+    assert setuptools["package-dir"] == {f"topkbench.{room}": room for room in (*ROOMS, "conf")}
+    folders = [ROOT.joinpath(*name.split(".")[1:]) for name in packages]
+    assert [folder for folder in folders if not folder.is_dir()] == []
+
+
+def test_the_type_checkers_root_is_the_checkout() -> None:
+    assert (ROOT / ".types" / "topkbench").resolve() == ROOT
+
+
+def test_the_readme_lists_every_method() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"^## Methods$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert section is not None, "README.md must have a section ## Methods"
+    rows: list[str] = []
+    for line in section.group(1).splitlines():
+        if line.startswith("|"):
+            rows.append(line.split("|")[1])
+        elif rows:
+            break  # the first table of the section
+    listed = [match.group(1) for row in rows if (match := re.match(r"\s*`(\w+)`\s*$", row))]
+    assert sorted(listed) == METHODS
+
+
+def test_a_yaml_file_stands_for_a_file_of_code() -> None:
+    assert [name for name in METHODS if not (ROOT / "methods" / f"{name}.py").is_file()] == []
+    assert [name for name in TASKS if not (ROOT / "tasks" / f"{name}.py").is_file()] == []
