@@ -188,12 +188,13 @@ def _content(compared: Comparison, folder: Path) -> dict[str, Any]:
 
 
 def _context(words: str, lines: pd.DataFrame) -> str:
+    parts = [words]
     counts = sorted({int(one) for one in lines["n"].dropna()})
-    samples = (
-        f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "0"
-    )
+    if counts and lines["score"].notna().any():
+        shown = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        parts.append(f"n = {shown} samples")
     commits = sorted({part for one in lines["git_commit"] for part in one.split(", ") if part})
-    return f"{words}; n = {samples} samples; commit {', '.join(commits) or 'unknown'}."
+    return "; ".join([*parts, f"commit {', '.join(commits) or 'unknown'}"]) + "."
 
 
 def _markdown(content: dict[str, Any]) -> str:
