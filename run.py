@@ -254,6 +254,8 @@ def sentence(error: BaseException) -> str:
     return text or type(error).__name__
 
 
+REFUSALS = (HydraException, OmegaConfBaseException, ValueError, TypeError, OSError)
+
 _DONE: set[str] = set()
 _SAID: set[str] = set()
 
@@ -265,9 +267,7 @@ def job(config: DictConfig) -> None:
     sweep = Sweep.open(folder)
     try:
         settle(Run(config), sweep, _DONE)
-    except (HydraException, OmegaConfBaseException, ValueError, TypeError, OSError, RecordError) as (
-        error
-    ):
+    except REFUSALS as error:
         # A configuration that cannot become a cell: nothing has run, and the other jobs go on.
         refuse(sentence(error), config, sweep)
 

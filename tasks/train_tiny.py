@@ -48,12 +48,12 @@ class Phase:
 CURRICULUM = (
     Phase("copy", 64, 64, 1500, 1e-3, 0.95),
     Phase("copy", 128, 32, 600, 1e-3, 0.98),
-    Phase("recall", 160, 32, 4000, 2e-3, 0.95),
-    Phase("recall", 320, 16, 2000, 2e-3, 0.96),
-    Phase("mixed", 640, 8, 1500, 1.5e-3, 0.97),
-    Phase("mixed", 1280, 4, 800, 1e-3, 0.98),
-    Phase("mixed", 2560, 2, 500, 1e-3, 0.985),
-    Phase("mixed", 4096, 2, 600, 1e-3, 1.01),
+    Phase("recall", 160, 32, 1000, 2e-3, 0.95),
+    Phase("recall", 320, 16, 800, 1.5e-3, 0.96),
+    Phase("mixed", 640, 8, 600, 1e-3, 0.98),
+    Phase("mixed", 1280, 4, 600, 8e-4, 0.985),
+    Phase("mixed", 2560, 2, 500, 7e-4, 0.99),
+    Phase("mixed", 4096, 1, 900, 6e-4, 1.01),
 )
 
 
