@@ -1,0 +1,199 @@
+"""Every option of every group composes, and becomes the object that it stands for."""
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import InstantiationException, MissingConfigException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from topkbench.methods.base import Policy, TopKMethod
+from topkbench.models.load import LoadedModel
+from topkbench.tasks.evaluation import Task
+
+CONF = Path(__file__).parents[2] / "conf"
+SHIPPED_MODELS = {"tiny"}
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def hydra() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def resolved(*overrides: str) -> DictConfig:
+    config = compose("config", overrides=list(overrides))
+    OmegaConf.resolve(config)
+    assert OmegaConf.missing_keys(config) == set()
+    return config
+
+
+def test_every_folder_is_a_group_that_is_tested() -> None:
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    assert groups == {"model", "task", "method", "protocol", "tracker", "experiment"}
+    assert all(options(group) for group in groups)
+
+
+def test_the_defaults_are_the_main_job() -> None:
+    config = resolved()
+    assert config.model.path == "tiny"
+    assert (config.task.name, config.task.length, config.task.num_samples) == ("ruler", 4096, 25)
+    assert list(config.task.subtasks) == [
+        *("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery"),
+        *("vt", "cwe", "fwe"),
+    ]
+    assert (config.task.question, config.protocol.protocol) == ("sparse", "unified")
+    assert (config.protocol.num_sink, config.protocol.num_recent) == (4, 8)
+    assert (config.k, config.protocol.k, config.method.rbit) == (512, 512, 128)
+
+
+def test_the_default_axes_of_a_sweep_are_k_and_rbit() -> None:
+    config = compose("config", return_hydra_config=True)
+    axes = OmegaConf.to_container(config.hydra.sweeper.params)
+    assert axes == {"k": "32,64,128,256,512", "rbit": "32,64,128,256"}
+
+
+@pytest.mark.parametrize("name", options("method"))
+@pytest.mark.parametrize("protocol", options("protocol"))
+def test_a_method_becomes_an_object(name: str, protocol: str) -> None:
+    config = resolved(f"method={name}", f"protocol={protocol}", "k=96", "rbit=64", "seed=3")
+    method, policy = instantiate(config.method), instantiate(config.protocol)
+    assert isinstance(method, TopKMethod)
+    assert method.name == name
+    assert method.impl_for("topk_select") == "auto"
+    assert getattr(method, "rbit", 64) == 64
+    assert getattr(method, "seed", 3) == 3
+    assert isinstance(policy, Policy)
+    assert (policy.k, policy.protocol) == (96, protocol)
+    in_force = method.policy_in_force(policy)
+    assert in_force.k == 96
+    if protocol == "unified":
+        assert in_force == policy
+
+
+def test_native_values_are_the_papers() -> None:
+    config = resolved("method=hata", "protocol=native", "k=64")
+    policy = instantiate(config.method).policy_in_force(instantiate(config.protocol))
+    assert (policy.num_sink, policy.num_recent, policy.dense_layers) == (0, 0, 2)
+    assert (policy.head_scope, policy.aggregation) == ("kv_head", "native")
+    config = resolved("method=loki", "protocol=native", "k=64")
+    policy = instantiate(config.method).policy_in_force(instantiate(config.protocol))
+    assert (policy.dense_layers, policy.head_scope) == (0, "query_head")
+
+
+def test_impl_may_differ_between_operators() -> None:
+    config = resolved("method=hata", "impl={hamming_score:reference}")
+    method = instantiate(config.method)
+    assert method.impl_for("hamming_score") == "reference"
+    assert method.impl_for("topk_select") == "auto"
+
+
+@pytest.mark.parametrize("name", options("task"))
+def test_a_task_becomes_an_object(name: str) -> None:
+    config = resolved(f"task={name}", "seed=5", "dtype=float32")
+    task = instantiate(config.task)
+    assert isinstance(task, Task)
+    assert task.name == name
+    assert task.seed == 5  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_a_model_composes(name: str) -> None:
+    config = resolved(f"model={name}", "device=cpu")
+    assert config.model._target_ == "topkbench.models.load.load_model"
+    assert config.model.name == name
+    assert config.model.device == "cpu"
+    if name in SHIPPED_MODELS:
+        assert isinstance(instantiate(config.model), LoadedModel)
+    else:
+        owner, _, repository = config.model.path.partition("/")
+        assert owner
+        assert repository
+        assert "/" not in repository
+
+
+@pytest.mark.parametrize("name", options("tracker"))
+def test_a_tracker_becomes_an_object(name: str) -> None:
+    tracker = instantiate(resolved(f"tracker={name}").tracker)
+    assert callable(tracker.log_cell)
+    assert callable(tracker.log_sweep)
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_cell_of_an_experiment_becomes_objects(name: str) -> None:
+    whole = compose("config", overrides=[f"experiment={name}"], return_hydra_config=True)
+    assert whole.experiment_name == name
+    assert whole.hydra.mode.name == "MULTIRUN"
+    parser = OverridesParser.create()
+    texts = [f"{key}={values}" for key, values in whole.hydra.sweeper.params.items()]
+    axes: list[list[str]] = []
+    for override in parser.parse_overrides(texts):
+        if override.is_sweep_override():
+            values = list(override.sweep_string_iterator())
+        else:
+            values = [override.get_value_element_as_str()]
+        axes.append([f"{override.get_key_element()}={value}" for value in values])
+    # First and last value of each axis: the product of all says nothing more.
+    for overrides in product(*({axis[0], axis[-1]} for axis in axes)):
+        config = resolved(f"experiment={name}", *overrides)
+        assert isinstance(instantiate(config.method), TopKMethod)
+        assert isinstance(instantiate(config.task), Task)
+        assert isinstance(instantiate(config.protocol), Policy)
+
+
+@pytest.mark.parametrize("group", ["method", "task", "model", "protocol", "tracker", "experiment"])
+def test_an_option_that_is_not_there_is_refused(group: str) -> None:
+    with pytest.raises(MissingConfigException, match=f"{group}/hatta"):
+        compose("config", overrides=[f"{group}=hatta"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("k=0", "k must be at least 1, got 0"),
+        ("k=-5", "k must be at least 1, got -5"),
+        ("k=11", r"num_sink \+ num_recent must be at most k=11, got 4 \+ 8"),
+    ],
+)
+def test_a_bad_budget_is_refused(override: str, message: str) -> None:
+    with pytest.raises(InstantiationException, match=message):
+        instantiate(resolved(override).protocol)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "group", "message"),
+    [
+        (["rbit=100"], "method", "rbit must be a positive multiple of 32, got 100"),
+        (["rbit=0"], "method", "rbit must be"),
+        (["method=quest", "method.page_size=0"], "method", "page_size must be"),
+        (["method.weights=learned"], "method", "weights must be"),
+        (["question=open"], "task", "question must be sparse or dense"),
+        (["num_samples=0"], "task", "num_samples must be at least 1"),
+        (["task.length=-1"], "task", "length must be at least 1"),
+        (["task.subtasks=[niah]"], "task", "task.subtasks must be among"),
+        (["task.batch_size=0"], "task", "batch_size must be at least 1"),
+        (["task=decode_latency", "task.budget=2"], "task", "task.budget must be a share"),
+        (["task=decode_latency", "task.num_kv_heads=5"], "task", "must be a multiple of"),
+        (["task=decode_latency", "dtype=int8"], "task", "task.dtype must be one of"),
+        (["task=decode_latency", "task.states=real"], "task", "task.states must be planted"),
+        (["task=decode_latency", "task.lengths=[0]"], "task", "task.lengths must"),
+        (["task=decode_latency", "task.trials=0"], "task", "task.trials must"),
+        (["task=decode_latency", "task.num_kv_heads=0"], "task", "num_kv_heads must"),
+        (["task=selection", "task.budgets=[]"], "task", "task.budgets must"),
+    ],
+)
+def test_a_bad_knob_is_refused(overrides: list[str], group: str, message: str) -> None:
+    node: Any = resolved(*overrides)[group]
+    with pytest.raises(InstantiationException, match=message):
+        instantiate(node)
