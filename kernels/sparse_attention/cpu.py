@@ -79,7 +79,7 @@ def sparse_attention(
         query.data_ptr(), key_states.data_ptr(), key_states.stride()[:3],
         value_states.data_ptr(), value_states.stride()[:3], indices.data_ptr(), counts, weights,
         out.data_ptr(), lse.data_ptr(), work.data_ptr(), part_size, sizes, num_units, unit_size,
-        parts, scale, softcap or 0.0, start, end, narrow,
+        parts, float(scale), float(softcap or 0.0), start, end, narrow,
     )  # fmt: skip
     return out.to(query_states.dtype), lse
 

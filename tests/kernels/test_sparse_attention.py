@@ -145,8 +145,11 @@ def test_cpu_is_as_accurate_as_the_reference(
 
 def test_parts_of_one_head_merge_to_the_whole() -> None:
     torch.manual_seed(0)
-    query, keys, values = torch.randn(1, 3, 16), torch.randn(1, 1, 3000, 16), None
-    values = torch.randn(1, 1, 3000, 16)
+    query, keys, values = (
+        torch.randn(1, 3, 16),
+        torch.randn(1, 1, 3000, 16),
+        torch.randn(1, 1, 3000, 16),
+    )
     # The largest logit lies in the last part, and one part holds nothing.
     keys[0, 0, 2990] = 5 * query[0, 0]
     indices = torch.arange(3000, dtype=torch.int32)[None, None].clone()

@@ -122,5 +122,5 @@ def test_bad_input_is_refused() -> None:
         topk_select(scores, 4, 3, 2)
     with pytest.raises(ValueError, match=r"scores must be \[B, H, U\] .* got \[2, 9\]"):
         topk_select(scores[0], 4)
-    with pytest.raises(TypeError, match="scores must be int32 or float32 .* got int64"):
+    with pytest.raises(TypeError, match=r"scores must be int32 or float32 .* got int64"):
         topk_select(scores.long(), 4)
