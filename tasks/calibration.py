@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from topkbench.models.load import LoadedModel
 from topkbench.tasks.ruler_prompts import SUBTASKS, make_prompt
-from topkbench.tasks.words import word_pools
+from topkbench.tasks.words import CALIBRATION_NAMES, word_pools
 
 SEED = 90210
 NUM_SEQUENCES = 14
@@ -61,7 +61,7 @@ def calibration_texts(loaded: LoadedModel, length: int, num_sequences: int, seed
     for index in range(num_sequences):
         rng = random.Random(f"calibration-{seed}-{index}")
         subtask = SUBTASKS[index % len(SUBTASKS)]
-        prompt = make_prompt(subtask, rng, word_pools()[1], length - 2, count)
+        prompt = make_prompt(subtask, rng, word_pools()[1], length - 2, count, CALIBRATION_NAMES)
         texts.append(prompt.context + prompt.question + prompt.answer_prefix + prompt.reference)
     return texts
 

@@ -26,7 +26,7 @@ Progress = Callable[[int, int], None]
 def prepare_method(
     loaded: LoadedModel,
     method: TopKMethod,
-    cache_dir: str | Path,
+    artifact_dir: str | Path,
     progress: Progress | None = None,
 ) -> None:
     """Load the artifact that a method needs; fit it under a lock where nobody has.
@@ -34,7 +34,7 @@ def prepare_method(
     Args:
         loaded: The model it serves.
         method: Gets its artifact loaded.
-        cache_dir: Where fitted artifacts are kept; shipped ones are looked up first.
+        artifact_dir: Where fitted artifacts are kept; shipped ones are looked up first.
         progress: Called with units of work done and in all while fitting.
 
     Raises:
@@ -44,7 +44,7 @@ def prepare_method(
     spec = method.artifact_spec(geometry)
     if spec is None:
         return
-    own = Path(cache_dir).expanduser() / "artifacts"
+    own = Path(artifact_dir).expanduser()
     path = artifact.find(spec, (*loaded.artifact_folders, own))
     if path is None:
         path = own / artifact.file_name(spec)

@@ -107,6 +107,13 @@ class DecodeLatency(Task):
     def __post_init__(self) -> None:
         if self.states not in ("planted", "captured"):
             raise ValueError(f"task.states must be planted or captured, got {self.states!r}.")
+        for knob in ("num_heads", "num_kv_heads", "head_dim", "batch_size", "trials"):
+            if getattr(self, knob) < 1:
+                raise ValueError(f"task.{knob} must be at least 1, got {getattr(self, knob)}.")
+        if not self.lengths or min(self.lengths) < 2:
+            raise ValueError(
+                f"task.lengths must be numbers of cached tokens from 2 on, got {self.lengths}."
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"task.num_heads must be a multiple of num_kv_heads={self.num_kv_heads}, got"

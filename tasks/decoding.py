@@ -63,6 +63,11 @@ def tokenise(loaded: LoadedModel, sample: Sample, question: Question) -> Prompt:
             f"prompt and answer must fit the window of {loaded.window} tokens of {loaded.name}, got"
             f" {total}; use a smaller task.length."
         )
+    if sample.question_tokens >= len(first):
+        raise ValueError(
+            f"task.question_tokens must leave a context, got {sample.question_tokens} with"
+            f" {len(first)} tokens in sample {sample.sample_id}."
+        )
     if sample.question_tokens:
         cut = len(first) - sample.question_tokens
         first, last = first[:cut], first[cut:] + last

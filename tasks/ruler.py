@@ -14,13 +14,13 @@ from topkbench.tasks.base import Sample, TaskDoesNotFit, samples_digest
 from topkbench.tasks.decoding import Question
 from topkbench.tasks.evaluation import GenerationTask
 from topkbench.tasks.ruler_prompts import SUBTASKS, make_prompt
-from topkbench.tasks.words import word_pools
+from topkbench.tasks.words import TEST_NAMES, word_pools
 
 # Tokens that RULER lets a model generate, by the beginning of the sub-task's name.
 NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 # A model that ends its answers itself gets the reference answer's length and a few tokens more.
 SPARE_TOKENS = 8
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 # Where the question begins in the prompts of NVIDIA's generator: the last line that opens so.
 QUESTION_STEM = re.compile(r"\n(?=(?:What|Which|Question:|Answer the question)[^\n]*)")
 
@@ -119,7 +119,8 @@ class Ruler(GenerationTask):
             )
             wrapping = count(str(text))
         allowed = SPARE_TOKENS if loaded.short_answers else NEW_TOKENS[subtask.split("_")[0]]
-        prompt = make_prompt(subtask, rng, word_pools()[0], self.length - wrapping - allowed, count)
+        budget = self.length - wrapping - allowed
+        prompt = make_prompt(subtask, rng, word_pools()[0], budget, count, TEST_NAMES)
         new_tokens = count(prompt.reference) + allowed if loaded.short_answers else allowed
         parts = (prompt.context, prompt.question + prompt.answer_prefix)
         return Sample(
@@ -172,7 +173,7 @@ def read_official(
         raise ValueError(
             f"task.source must be a JSON lines file or a folder of them, found none at {path}."
         )
-    samples = []
+    samples: list[Sample] = []
     for file in files:
         subtask = file.parent.name if file.stem == "validation" else file.stem
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -180,6 +181,8 @@ def read_official(
             try:
                 entry = json.loads(line)
                 text, outputs = str(entry["input"]), [str(one) for one in entry["outputs"]]
+                if not outputs or isinstance(entry["outputs"], str):
+                    raise ValueError
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
                     f"line {number} of {file} must be a JSON object with input and outputs, as"
@@ -197,6 +200,15 @@ def read_official(
                 length=int(entry.get("length", 0)),
             )
             samples.append(_split(sample, question, question_tokens))
+    if not samples:
+        raise ValueError(f"task.source must hold at least one sample, found none at {path}.")
+    names = [sample.sample_id for sample in samples]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"task.source must hold every sample once, found {twice} twice at {path}; give the"
+            " folder of one length."
+        )
     return samples
 
 

@@ -3,12 +3,12 @@
 Source: RULER (arXiv:2404.06654), section 3, with the parameters of its released configuration:
 4 keys, values or queries in the multi-* tasks, 1 chain of 4 hops, 10 common words 30 times and the
 others 3 times, coded words with zeta-distributed frequencies (alpha 2.0). The haystack is random
-words; niah_multikey's is other needles, the hard variant (multikey_2). Keys are single words while
-the pool lasts, values two words.
+words; niah_multikey's is other needles, the hard variant (multikey_2). Keys are single words
+of one half of the pool while it lasts, values are two words of the other half.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from topkbench.tasks.base import TaskDoesNotFit
@@ -29,7 +29,7 @@ CWE_COMMON, CWE_FREQUENT, CWE_RARE = 10, 30, 3
 FWE_ALPHA = 2.0
 SENTENCE_WORDS = 12
 
-FACTS = "Read the text below and remember the secrets hidden in it.\n"
+FACTS = "Read the text below and remember the secret words in it.\n"
 VARIABLES = "Read the text below and remember what is assigned to each variable.\n"
 NUMBERED = "Read the numbered list of words below and remember the most common ones.\n"
 CODED = "Read the coded text below and remember the most frequent coded words.\n"
@@ -54,7 +54,7 @@ CountTokens = Callable[[str], int]
 
 def needle(key: str, value: str) -> str:
     """Return the sentence that hides ``value`` under ``key``."""
-    return f" The secret of {key} is {value}."
+    return f" The secret words: {key} {value}."
 
 
 def filler(rng: random.Random, words: Sequence[str]) -> str:
@@ -64,26 +64,26 @@ def filler(rng: random.Random, words: Sequence[str]) -> str:
 
 def ask_one(key: str, value: str) -> tuple[str, str, str]:
     """Return (question, answer prefix, reference) for one key with one value."""
-    return f"\nWhat is the secret of {key}?", f" The secret of {key} is", f" {value}."
+    return f"\nWhat are the secret words of {key}?", f" The secret words: {key}", f" {value}."
 
 
 def ask_all_values(key: str, values: Sequence[str]) -> tuple[str, str, str]:
     """Return (question, answer prefix, reference) for all values of one key."""
-    answer = f", {key} is ".join(values)
+    answer = f", {key} ".join(values)
     return (
-        f"\nWhat are all the secrets of {key}?",
-        f" All the secrets: {key} is",
+        f"\nWhat are all the secret words of {key}?",
+        f" All the secret words: {key}",
         f" {answer}.",
     )
 
 
 def ask_many(keys: Sequence[str], values: Sequence[str]) -> tuple[str, str, str]:
     """Return (question, answer prefix, reference) for several keys at once."""
-    items = [f"{key} is {value}" for key, value in zip(keys, values, strict=True)]
+    items = ", ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
     return (
-        f"\nWhat are the secrets of {', '.join(keys[:-1])} and {keys[-1]}?",
-        f" The secrets: {keys[0]} is",
-        ", ".join(items)[len(f"{keys[0]} is") :] + ".",
+        f"\nWhat are the secret words of {', '.join(keys[:-1])} and {keys[-1]}?",
+        f" The secret words: {keys[0]}",
+        f"{items.removeprefix(keys[0])}.",
     )
 
 
@@ -114,19 +114,25 @@ def ask_frequent(words: Sequence[str]) -> tuple[str, str, str]:
     )
 
 
+def halves(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Split a pool into the words for keys and the words for values."""
+    return words[::2], words[1::2]
+
+
 def two_words(rng: random.Random, words: Sequence[str]) -> str:
     """Return a value: two different words."""
     return " ".join(rng.sample(words, 2))
 
 
-def distinct_keys(rng: random.Random, words: Sequence[str], count: int) -> list[str]:
-    """Return ``count`` distinct keys: single words while the pool lasts, then pairs."""
-    if count <= len(words):
-        return rng.sample(words, count)
-    keys: dict[str, None] = {}
-    while len(keys) < count:
-        keys["-".join(rng.sample(words, 2))] = None
-    return list(keys)
+def spare_keys(rng: random.Random, words: Sequence[str]) -> Iterator[str]:
+    """Yield distinct keys without end: single words while the pool lasts, then pairs."""
+    yield from rng.sample(words, len(words))
+    pairs: set[str] = set()
+    while True:
+        pair = "-".join(rng.sample(words, 2))
+        if pair not in pairs:
+            pairs.add(pair)
+            yield pair
 
 
 def assignment_chain(rng: random.Random, names: Sequence[str], value: str) -> list[str]:
@@ -174,8 +180,9 @@ def _niah(
 ) -> Prompt:
     num_keys = NUM_NEEDLES if subtask == "niah_multiquery" else 1
     num_values = NUM_NEEDLES if subtask == "niah_multivalue" else 1
-    keys = distinct_keys(rng, words, num_keys)
-    values = [two_words(rng, words) for _ in range(num_keys * num_values)]
+    key_words, value_words = halves(words)
+    keys = rng.sample(key_words, num_keys)
+    values = [two_words(rng, value_words) for _ in range(num_keys * num_values)]
     if len({value.split()[0] for value in values}) < len(values):
         return _niah(rng, words, budget, count, subtask)  # a shared first word would be ambiguous
     if subtask == "niah_multivalue":
@@ -188,9 +195,8 @@ def _niah(
     others = [word for word in words if word not in keys]
     room = budget - sum(map(count, (FACTS, question, prefix, reference, *needles)))
     if subtask == "niah_multikey":
-        most = max(1, room // max(1, count(needle(others[0], values[0]))))
-        spare = iter(distinct_keys(rng, others, 2 * most + 8))
-        haystack = fill(room, count, lambda: needle(next(spare), two_words(rng, words)))
+        spare = spare_keys(rng, [word for word in key_words if word not in keys])
+        haystack = fill(room, count, lambda: needle(next(spare), two_words(rng, value_words)))
     else:
         haystack = fill(room, count, lambda: filler(rng, others))
     context = FACTS + scatter(rng, haystack, needles, ordered=False)
@@ -203,8 +209,10 @@ def _niah(
     )
 
 
-def _vt(rng: random.Random, words: Sequence[str], budget: int, count: CountTokens) -> Prompt:
-    names = rng.sample(random_names(5, upper=True), VT_HOPS + 1)
+def _vt(
+    rng: random.Random, words: Sequence[str], budget: int, count: CountTokens, share: slice
+) -> Prompt:
+    names = rng.sample(random_names(5, upper=True)[share], VT_HOPS + 1)
     value = str(rng.randint(10000, 99999))
     statements = assignment_chain(rng, names, value)
     question, prefix, reference = ask_variables(value, names)
@@ -236,7 +244,7 @@ def _cwe(rng: random.Random, words: Sequence[str], budget: int, count: CountToke
     # Entries cost nearly the same, so the count follows from one measured entry, then shrinks to fit.
     frequent = CWE_FREQUENT if budget >= 2048 else max(4, CWE_FREQUENT * budget // 2048)
     per_entry = max(1, count(f" 1000. {common[0]}"))
-    num_entries = room // per_entry
+    num_entries = max(0, room // per_entry)
     # Past what the pool of words can fill, every word is repeated more often, in proportion.
     repeat = 1 + num_entries // (CWE_COMMON * frequent + CWE_RARE * len(others))
     num_rare = min(len(others), max(1, (num_entries // repeat - CWE_COMMON * frequent) // CWE_RARE))
@@ -259,10 +267,11 @@ def _cwe(rng: random.Random, words: Sequence[str], budget: int, count: CountToke
     )
 
 
-def _fwe(rng: random.Random, words: Sequence[str], budget: int, count: CountTokens) -> Prompt:
-    vocabulary = rng.sample(
-        random_names(6, upper=False, count=max(256, budget // 50)), max(8, budget // 50)
-    )
+def _fwe(rng: random.Random, budget: int, count: CountTokens, share: slice) -> Prompt:
+    num_coded = max(8, budget // 50)
+    # Twice as many as needed, for a share may be one half of them.
+    coded = random_names(6, upper=False, count=max(256, 2 * num_coded))[share]
+    vocabulary = rng.sample(coded, num_coded)
     answers = vocabulary[1:4]
     question, prefix, reference = ask_frequent(answers)
     room = budget - sum(map(count, (CODED, question, prefix, reference)))
@@ -270,10 +279,14 @@ def _fwe(rng: random.Random, words: Sequence[str], budget: int, count: CountToke
     zeta = sum(rank**-FWE_ALPHA for rank in range(1, 100_000))
     num_words = room // max(1, count(f" {vocabulary[0]}"))
     while num_words > 16:
+        times = [int(num_words * rank**-FWE_ALPHA / zeta) for rank in ranks]
+        if times[3] == times[4]:  # a few words leave the third answer undecided
+            num_words -= 1
+            continue
         text = [
             "..." if rank == 1 else word  # the most frequent one is noise, as in RULER
             for rank, word in zip(ranks, vocabulary, strict=True)
-            for _ in range(int(num_words * rank**-FWE_ALPHA / zeta))
+            for _ in range(times[rank - 1])
         ]
         rng.shuffle(text)
         body = "".join(f" {word}" for word in text)
@@ -293,7 +306,12 @@ def _fwe(rng: random.Random, words: Sequence[str], budget: int, count: CountToke
 
 
 def make_prompt(
-    subtask: str, rng: random.Random, words: Sequence[str], budget: int, count: CountTokens
+    subtask: str,
+    rng: random.Random,
+    words: Sequence[str],
+    budget: int,
+    count: CountTokens,
+    share: slice = slice(None),
 ) -> Prompt:
     """Return one prompt of ``subtask`` that fills ``budget`` tokens and does not exceed them.
 
@@ -303,11 +321,15 @@ def make_prompt(
         words: The pool that keys, values and fillers are drawn from.
         budget: Tokens for the context, the question, the prefix and the reference answer.
         count: Tokens of a piece of text, without special tokens.
+        share: Which of the random names, variables and coded words, the prompt may use.
 
     Raises:
         TaskDoesNotFit: If the smallest prompt of the sub-task needs more than ``budget``.
     """
-    builders = {"vt": _vt, "cwe": _cwe, "fwe": _fwe}
-    if subtask in builders:
-        return builders[subtask](rng, words, budget, count)
+    if subtask == "vt":
+        return _vt(rng, words, budget, count, share)
+    if subtask == "cwe":
+        return _cwe(rng, words, budget, count)
+    if subtask == "fwe":
+        return _fwe(rng, budget, count, share)
     return _niah(rng, words, budget, count, subtask)

@@ -27,6 +27,14 @@ class SelectionTask(Ruler):
     num_samples: int = 2
     budgets: Sequence[int] = (32, 64, 128, 256, 512)
     all_budgets: ClassVar[bool] = True
+    needs_full: ClassVar[bool] = False  # it is no cell of this task: it selects nothing
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.budgets or min(self.budgets) < 1:
+            raise ValueError(
+                f"task.budgets must be one value of k or more, each at least 1, got {self.budgets}."
+            )
 
     def run(self, context: Context) -> Outcome:
         if not context.method.selects:
@@ -41,6 +49,8 @@ class SelectionTask(Ruler):
         for k in self.budgets:
             mine = [one for one in outcome.samples if one["k"] == k]
             if not mine:
+                reason = f"no decode step had more than k={k} cached tokens to choose from."
+                outcome.rows.append(TaskRow("mean", {"k": k}, "skipped", reason))
                 continue
             means = {
                 name: sum(one[name] for one in mine) / len(mine)

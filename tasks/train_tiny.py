@@ -48,12 +48,11 @@ class Phase:
 CURRICULUM = (
     Phase("copy", 64, 64, 1500, 1e-3, 0.95),
     Phase("copy", 128, 32, 600, 1e-3, 0.98),
-    Phase("recall", 160, 32, 1000, 2e-3, 0.95),
-    Phase("recall", 320, 16, 800, 1.5e-3, 0.96),
-    Phase("mixed", 640, 8, 600, 1e-3, 0.98),
-    Phase("mixed", 1280, 4, 600, 8e-4, 0.985),
-    Phase("mixed", 2560, 2, 500, 7e-4, 0.99),
-    Phase("mixed", 4096, 1, 900, 6e-4, 1.01),
+    Phase("recall", 320, 16, 700, 1.5e-3, 0.985),
+    Phase("recall", 480, 11, 700, 1e-3, 0.985),
+    Phase("mixed", 1024, 5, 500, 1e-3, 0.985),
+    Phase("mixed", 2048, 2, 400, 8e-4, 0.99),
+    Phase("mixed", 4096, 1, 800, 6e-4, 1.01),
 )
 
 
@@ -73,7 +72,8 @@ def vocabulary() -> list[str]:
     wording = "\n".join(part for ask in asks for part in ask)
     spans = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(wording)
     names = (*random_names(5, upper=True), *random_names(6, upper=False))
-    pieces = [wording[begin:end] for _, (begin, end) in spans]
+    pieces = [piece for _, (begin, end) in spans if (piece := wording[begin:end]).strip(" ")]
+    pieces = [piece for piece in pieces if piece == piece.rstrip()] + ["\n"]
     return list(dict.fromkeys([*pieces, *(f" {word}" for word in (*test, *calibration, *names))]))
 
 
@@ -103,6 +103,7 @@ class Corpus:
         self.tokenizer = tokenizer
         self.rng = random.Random(seed)
         self.words = [word for pool in word_pools() for word in pool]
+        self.key_words, self.value_words = prompts.halves(self.words)
         self.eos = int(tokenizer.eos_token_id)
         self.bos = int(tokenizer.bos_token_id)
 
@@ -138,13 +139,13 @@ class Corpus:
         """Secrets in a haystack, then as many questions about them as fit."""
         rng = self.rng
         dense = rng.random() < 0.4
-        num_keys = max(6, length // 20) if dense else rng.randint(5, max(6, min(48, length // 24)))
-        keys = rng.sample(self.words, num_keys)
-        num_many = max(1, num_keys // 6)
-        firsts = iter(rng.sample(self.words, num_keys + 3 * num_many))
+        num_keys = max(6, length // 32) if dense else rng.randint(5, max(6, min(32, length // 40)))
+        keys = rng.sample(self.key_words, num_keys)
+        num_many = max(1, num_keys // 3)
+        firsts = iter(rng.sample(self.value_words, num_keys + 3 * num_many))
         values = {
             key: [
-                f"{next(firsts)} {rng.choice(self.words)}"
+                f"{next(firsts)} {rng.choice(self.value_words)}"
                 for _ in range(prompts.NUM_NEEDLES if index < num_many else 1)
             ]
             for index, key in enumerate(keys)
@@ -166,12 +167,12 @@ class Corpus:
         rng.shuffle(single)
         while len(sequence.ids) < length - 40:
             kind = rng.random()
-            if kind < 0.4 and many:
+            if kind < 0.5 and many:
                 key = many.pop()
                 found = rng.sample(values[key], len(values[key]))
                 question, prefix, _ = prompts.ask_all_values(key, found)
                 self.ask_values(sequence, question, prefix, key, found)
-            elif kind < 0.65 and len(single) >= prompts.NUM_NEEDLES:
+            elif kind < 0.75 and len(single) >= prompts.NUM_NEEDLES:
                 chosen = [single.pop() for _ in range(prompts.NUM_NEEDLES)]
                 question, prefix, reference = prompts.ask_many(
                     chosen, [values[key][0] for key in chosen]
@@ -193,7 +194,7 @@ class Corpus:
         """Append a question for all values of ``key``; each value's first word may be any left."""
         sequence.read(self.encode(question + prefix))
         encoded = [self.encode(f" {value}") for value in values]
-        link = self.encode(f", {key} is")
+        link = self.encode(f", {key}")
         for index, ids in enumerate(encoded):
             if index:
                 sequence.write(link)
