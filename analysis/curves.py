@@ -252,7 +252,8 @@ def context_curve(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
         return None
     figure, axes = new_figure()
     bounded = False
-    for method, label, points, lightness, line_style in _series(data, x):
+    series = _series(data, x)
+    for method, label, points, lightness, line_style in series:
         look = style.style(method)
         colour = style.shade(look.colour, lightness)
         axes.errorbar(
@@ -279,4 +280,5 @@ def context_curve(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     axes.set_xlabel(METRICS[x].axis)
     axes.set_ylabel(METRICS[y].axis)
     legend(figure, axes)
+    data = pd.concat([points for _, _, points, _, _ in series])
     return figure, table(data, x, y, "bandwidth_fraction")

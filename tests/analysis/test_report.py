@@ -108,7 +108,10 @@ def test_an_empty_sweep_is_one_sentence(tmp_path: Path) -> None:
         report.build(sweep.folder)
 
 
-def test_the_command_works_without_torch(small_sweep: Sweep) -> None:
+def test_the_command_works_without_torch(tmp_path: Path, row: Callable[..., Row]) -> None:
+    sweep = Sweep(tmp_path, "default", "one")
+    sweep.store.cell("0" * 16).write([row(run_id="0" * 16, score=1.0)], [], {}, "")
+    sweep.append("0" * 16)
     code = (
         "import sys\n"
         "for name in ('torch', 'transformers', 'hydra', 'wandb'): sys.modules[name] = None\n"
@@ -116,10 +119,10 @@ def test_the_command_works_without_torch(small_sweep: Sweep) -> None:
         "sys.exit(main([sys.argv[1]]))"
     )
     found = subprocess.run(
-        [sys.executable, "-c", code, str(small_sweep.folder)], capture_output=True, text=True
+        [sys.executable, "-c", code, str(sweep.folder)], capture_output=True, text=True
     )
     assert found.returncode == 0, found.stderr
-    assert found.stdout.strip() == str(small_sweep.folder / "report.html")
+    assert found.stdout.strip() == str(sweep.folder / "report.html")
 
 
 def test_rows_of_several_settings_get_a_section_each(

@@ -123,6 +123,7 @@ def test_curves_over_k_and_rbit(row: Callable[..., Row]) -> None:
     ]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces")
 def test_the_workspace_is_specified_offline() -> None:
     spec = dashboard("team", "topkbench")._to_model().model_dump(by_alias=True)["spec"]
     sections = spec["section"]["panelBankConfig"]["sections"]
@@ -151,12 +152,15 @@ def hydra_config(folder: Path, **more: object) -> Any:
 
 
 def test_the_last_line_is_the_path_of_the_report(
-    small_sweep: Sweep, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, row: Callable[..., Row], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    sweep = Sweep(tmp_path, "default", "one")
+    sweep.store.cell("0" * 16).write([row(method="hata", k=64, score=1.0)], [], {}, "")
+    sweep.append("0" * 16)
     tracker = {"_target_": "topkbench.analysis.tracking.NoTracker"}
-    ReportCallback().on_multirun_end(hydra_config(small_sweep.folder, tracker=tracker))
+    ReportCallback().on_multirun_end(hydra_config(sweep.folder, tracker=tracker))
     lines = capsys.readouterr().out.rstrip().splitlines()
-    assert lines[-1] == str(small_sweep.folder / "report.html")
+    assert lines[-1] == str(sweep.folder / "report.html")
     assert any(line.startswith("HATA") for line in lines)
 
 
