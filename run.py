@@ -1,6 +1,6 @@
 """Compose a model, a task and a method, run them, and record what came out.
 
-    python run.py method=hata k=512 -m
+python run.py method=hata k=512 -m
 """
 
 import contextlib
@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path[0] = str(ROOT / ".types")
 
 import hydra  # noqa: E402
+import psutil  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
@@ -110,7 +111,7 @@ class Run:
             method.pop("native", None)
         if self.task.all_budgets:
             protocol.pop("k", None)
-        task = {name: value for name, value in self.settings["task"].items()}
+        task = dict(self.settings["task"])
         task["inputs"] = self.task.inputs_digest(self.loaded)
         return {
             "model": {**self.settings["model"], "digest": self.loaded.digest},
@@ -156,7 +157,9 @@ class Run:
             **git_state(ROOT),
         )
 
-    def execute(self, full: "Run", full_cell: Cell | None) -> tuple[list[Row], list[dict[str, Any]]]:
+    def execute(
+        self, full: "Run", full_cell: Cell | None
+    ) -> tuple[list[Row], list[dict[str, Any]]]:
         """Run the cell; return its rows and samples."""
         from topkbench.tasks.cell import environment, run_cell
         from topkbench.tasks.evaluation import Context
@@ -178,7 +181,8 @@ class Run:
             track=progress,
         )
         outcome = run_cell(context, self.task)
-        paired = paired_columns(outcome.samples, compared)
+        scored = [one for one in outcome.samples if "score" in one]
+        paired = paired_columns(scored, compared)
         shared = environment(self.loaded)
         rows = [
             known.replace(
@@ -318,7 +322,12 @@ def prefill_folder() -> Iterator[None]:
     if PREFILL_FOLDER in os.environ:  # a worker, or a user's choice
         yield
         return
-    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"topkbench-prefill-{os.getpid()}"
+    temporary = Path(os.environ.get("TMPDIR", "/tmp"))
+    for left in temporary.glob("topkbench-prefill-*"):  # by a process that was killed
+        process = left.name.rpartition("-")[2]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = temporary / f"topkbench-prefill-{os.getpid()}"
     os.environ[PREFILL_FOLDER] = str(folder)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The cache that decoding writes to: allocated once, rows of different lengths, no concatenation."""
+"""The cache that decoding writes to: allocated once, rows of different lengths, never joined."""
 
 from collections.abc import Sequence
 from typing import Any

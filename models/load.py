@@ -80,8 +80,8 @@ def load_model(
     source = str(folder or Path(path).expanduser()) if folder or _is_local(path) else path
     if _is_local(source) and not Path(source).is_dir():
         raise ModelNotAvailable(
-            f"model.path must be a hub id, a folder or one of {', '.join(SHIPPED)}, found no folder "
-            f"{source}; check the path."
+            f"model.path must be a hub id, a folder or one of {', '.join(SHIPPED)}, found no"
+            f" folder {source}; check the path."
         )
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelNotAvailable(f"device={device} needs a CUDA device, found none; use device=cpu.")
@@ -93,7 +93,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=False
         )
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -101,13 +101,16 @@ def load_model(
             trust_remote_code=False,
             use_safetensors=True,
             attn_implementation="sdpa",
+            output_loading_info=True,
         )
+        if found["missing_keys"]:  # transformers would draw them at random, with a warning
+            raise ValueError(f"no weights for {', '.join(sorted(found['missing_keys'])[:3])}.")
         digest = weights_digest(source, getattr(model.config, "_commit_hash", None))
     except (OSError, SafetensorError, ValueError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelNotAvailable(
-            f"the model {path} must be a reachable, whole safetensors model without code of its own,"
-            f" got {type(error).__name__}: {reason}"
+            f"the model {path} must be a reachable, whole safetensors model without code of its"
+            f" own, got {type(error).__name__}: {reason}"
         ) from error
     if device_map is None:
         model = model.to(device)

@@ -155,7 +155,7 @@ class Decoder:
     def follow(
         self, answers: Sequence[Sequence[int]], seen: Callable[[], None] = lambda: None
     ) -> None:
-        """Read the question and then given answers, ``[B]`` of equal length, whatever is predicted."""
+        """Read the question, then given answers of equal length, whatever is predicted."""
         self.read_question()
         forced = torch.tensor([list(answer) for answer in answers], device=self.device)
         for column in range(forced.shape[1]):

@@ -7,6 +7,7 @@ words; niah_multikey's is other needles, the hard variant (multikey_2). Keys are
 of one half of the pool while it lasts, values are two words of the other half.
 """
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def spare_keys(rng: random.Random, words: Sequence[str]) -> Iterator[str]:
 def assignment_chain(rng: random.Random, names: Sequence[str], value: str) -> list[str]:
     """Return the statements of one chain, in order: the first assigns the value."""
     statements = [f" VAR {names[0]} = {value}."]
-    statements += [f" VAR {new} = VAR {old}." for old, new in zip(names, names[1:], strict=False)]
+    statements += [f" VAR {new} = VAR {old}." for old, new in itertools.pairwise(names)]
     return statements
 
 
@@ -241,7 +242,7 @@ def _cwe(rng: random.Random, words: Sequence[str], budget: int, count: CountToke
     common, others = order[:CWE_COMMON], order[CWE_COMMON:]
     question, prefix, reference = ask_common(common)
     room = budget - sum(map(count, (NUMBERED, question, prefix, reference)))
-    # Entries cost nearly the same, so the count follows from one measured entry, then shrinks to fit.
+    # Entries cost nearly the same: the count follows from one of them, then shrinks to fit.
     frequent = CWE_FREQUENT if budget >= 2048 else max(4, CWE_FREQUENT * budget // 2048)
     per_entry = max(1, count(f" 1000. {common[0]}"))
     num_entries = max(0, room // per_entry)

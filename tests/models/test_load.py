@@ -1,0 +1,152 @@
+"""Loading a model: what goes wrong is one sentence."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from topkbench.models.load import ModelNotAvailable, load_model, weights_digest
+from topkbench.models.tiny_tokenizer import build_tokenizer
+
+Damage = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = build_tokenizer([" word"], 64)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def test_a_folder_is_loaded_as_it_was_saved(folder: Path) -> None:
+    loaded = load_model("mine", str(folder))
+    assert (loaded.name, loaded.window, loaded.chat, loaded.short_answers) == (
+        *("mine", 64),
+        *(False, False),
+    )
+    assert loaded.artifact_folders == ()
+    assert not loaded.model.training
+    assert not any(weight.requires_grad for weight in loaded.model.parameters())
+    assert loaded.model.dtype == torch.float32
+    assert loaded.tokenizer.encode(" word", add_special_tokens=False) != []
+    assert load_model("mine", str(folder), dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+def test_the_shipped_model_is_known_by_name() -> None:
+    loaded = load_model("tiny", "tiny", short_answers=True)
+    assert (loaded.window, loaded.short_answers) == (16384, True)
+    assert [path.name for path in loaded.artifact_folders] == ["artifacts"]
+    assert loaded.model.config.num_key_value_heads < loaded.model.config.num_attention_heads
+    assert len(loaded.tokenizer) <= 4096
+
+
+def test_the_digest_is_of_the_weights(folder: Path, copy: Path) -> None:
+    digest = weights_digest(str(folder))
+    assert len(digest) == 16
+    assert weights_digest(str(copy)) == digest  # wherever they lie
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert weights_digest(str(copy)) != digest
+    assert weights_digest("owner/name", "a") != weights_digest("owner/name", "b")
+
+
+def one_sentence(error: BaseException, *words: str) -> None:
+    text = str(error)
+    assert "\n" not in text
+    assert len(text) < 400
+    assert all(word in text for word in words), text
+
+
+def test_a_folder_that_is_not_there() -> None:
+    with pytest.raises(ModelNotAvailable) as caught:
+        load_model("mine", "/no/such/folder")
+    one_sentence(caught.value, "model.path must be", "found no folder /no/such/folder", "tiny")
+
+
+def test_a_hub_model_that_cannot_be_reached() -> None:
+    with pytest.raises(ModelNotAvailable) as caught:
+        load_model("mine", "nobody/no-such-model")
+    one_sentence(caught.value, "nobody/no-such-model must be a reachable")
+
+
+def truncate(path: Path) -> None:
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+
+
+def overwrite_header(path: Path) -> None:
+    (path / "model.safetensors").write_bytes(b"\xff" * 256)
+
+
+def lose_a_tensor(path: Path) -> None:
+    weights = load_file(path / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_a_shape(path: Path) -> None:
+    weights = load_file(path / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(17)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def pickle_instead(path: Path) -> None:
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+
+
+DAMAGES: dict[str, Damage] = {
+    "truncated": truncate,
+    "header": overwrite_header,
+    "missing tensor": lose_a_tensor,
+    "other shape": change_a_shape,
+    "no weights": lambda path: (path / "model.safetensors").unlink(),
+    "empty weights": lambda path: (path / "model.safetensors").write_bytes(b""),
+    "pickle": pickle_instead,
+    "no config": lambda path: (path / "config.json").unlink(),
+    "bad config": lambda path: (path / "config.json").write_text("{"),
+    "no tokenizer": lambda path: [file.unlink() for file in path.glob("tokenizer*")],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_model(copy: Path, damage: Damage) -> None:
+    damage(copy)
+    with pytest.raises(ModelNotAvailable) as caught:
+        load_model("mine", str(copy))
+    one_sentence(caught.value, f"the model {copy} must be a reachable, whole safetensors model")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(folder: Path) -> None:
+    with pytest.raises(ModelNotAvailable, match="device=cuda:0 needs a CUDA device, found none"):
+        load_model("mine", str(folder), device="cuda:0")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "float", "nn"])
+def test_an_unknown_dtype(folder: Path, dtype: str) -> None:
+    with pytest.raises(ModelNotAvailable, match=f"dtype must be auto, float32.*got '{dtype}'"):
+        load_model("mine", str(folder), dtype=dtype)

@@ -1,0 +1,119 @@
+"""A cell of questions and answers: its rows, its samples, and what each pass costs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from topkbench.methods.base import Policy, TopKMethod
+from topkbench.methods.exact import ExactTopK
+from topkbench.methods.full import FullAttention
+from topkbench.models.load import LoadedModel
+from topkbench.models.prefill import PrefillStore
+from topkbench.tasks.base import Sample
+from topkbench.tasks.cell import run_cell
+from topkbench.tasks.decoding import Prompt
+from topkbench.tasks.evaluation import Context, Outcome, TaskRow, spread
+from topkbench.tasks.ruler import Ruler
+
+QUALITY = ("recall_at_k", "attention_mass", "output_rel_error")
+
+
+def run(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, method: TopKMethod, **knobs: Any
+) -> Outcome:
+    settings = {"length": 200, "num_samples": 2, "subtasks": ("niah_single", "vt")}
+    task = Ruler(**{**settings, "cache_dir": str(tmp_path), **knobs})  # type: ignore[arg-type]
+    policy = Policy(k=24, num_sink=0, num_recent=0)
+    return run_cell(Context(loaded, store, method, policy, FullAttention(), None, 1e9), task)
+
+
+def test_a_cell_leaves_a_row_a_subtask_and_their_mean(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    outcome = run(loaded, store, tmp_path, ExactTopK())
+    names = [(row.subtask, row.values["num_samples"], row.status) for row in outcome.rows]
+    assert names == [("niah_single", 2, "ok"), ("vt", 2, "ok"), ("mean", 4, "ok")]
+    mean = outcome.rows[-1].values
+    scores = [one["score"] for one in outcome.samples]
+    assert mean["score"] == pytest.approx(sum(scores) / 4)
+    assert mean["recall_at_k"] == pytest.approx(1.0)
+    assert 0 < mean["attention_mass"] < 1
+    # About 190 tokens are cached, of which 24 are read.
+    assert mean["density"] == pytest.approx(24 / 190, abs=0.02)
+    for column in ("prefill_ms", "build_ms", "decode_ms_p50", "score_ms", "select_ms", "attend_ms"):
+        assert mean[column] > 0
+    assert mean["decode_ms_p20"] <= mean["decode_ms_p50"] <= mean["decode_ms_p80"]
+    assert mean["tokens_per_s"] == pytest.approx(1e3 / mean["decode_ms_p50"])
+    assert mean["speedup_vs_full"] > 0
+    # 2 layers; each reads every key to score (2 heads of 16 channels of 4 bytes), then 24 tokens.
+    n = mean["kv_len"]
+    assert mean["bytes_read_per_step"] == 2 * (n * 2 * 16 * 4 + 24 * 2 * 2 * 16 * 4)
+    # No layer of the kernels reads faster than it took.
+    assert store.forwards == 4
+
+
+def test_samples_carry_what_re_scoring_needs(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    outcome = run(loaded, store, tmp_path, FullAttention())
+    ids = [one["sample_id"] for one in outcome.samples]
+    assert ids == ["niah_single-200-0-0", "niah_single-200-0-1", "vt-200-0-0", "vt-200-0-1"]
+    for one in outcome.samples:
+        assert one["num_generated"] == len(one["tokens"])
+        decoded = loaded.tokenizer.decode(one["tokens"], skip_special_tokens=True)
+        assert one["prediction"] == decoded
+        assert one["references"]
+
+
+def test_full_attention_has_no_selection_to_judge(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    mean = run(loaded, store, tmp_path, FullAttention(), num_samples=1).rows[-1].values
+    assert [mean.get(name) for name in QUALITY] == [None, None, None]
+    assert mean["density"] == 1.0
+    assert mean["speedup_vs_full"] is None
+    assert mean["full_backend"] == "sdpa"
+    assert mean["attend_ms"] > 0
+    assert mean["bytes_read_per_step"] == 2 * mean["kv_len"] * 2 * 2 * 16 * 4
+
+
+def test_what_cannot_be_served_is_skipped_with_a_reason(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = ExactTopK()
+    monkeypatch.setattr(method, "unsupported", lambda geometry: "exact must have ears.")
+    outcome = run(loaded, store, tmp_path, method)
+    assert outcome == Outcome([TaskRow("mean", {}, "skipped", "exact must have ears.")], [])
+
+
+def test_running_out_of_memory_is_a_status(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = ExactTopK()
+
+    def build(prefill: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(method, "build_index", build)
+    (row,) = run(loaded, store, tmp_path, method).rows
+    assert (row.status, row.reason) == ("out_of_memory", "no room")
+
+
+def test_few_prompts_are_spread_over_the_subtasks() -> None:
+    def prompt(name: str, subtask: str) -> Prompt:
+        sample = Sample(
+            sample_id=name,
+            subtask=subtask,
+            context="",
+            question="",
+            answer_prefix="",
+            answers=(),
+            max_new_tokens=1,
+            length=1,
+        )
+        return Prompt(sample, (), ())
+
+    given = [prompt("a", "vt"), prompt("b", "vt"), prompt("c", "cwe"), prompt("d", "fwe")]
+    assert [one.sample.sample_id for one in spread(given, 3)] == ["a", "c", "d"]
+    assert [one.sample.sample_id for one in spread(given, 9)] == ["a", "c", "d", "b"]

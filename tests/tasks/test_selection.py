@@ -1,0 +1,73 @@
+"""The selection task: all budgets from one pass, judged on full attention's own states."""
+
+from pathlib import Path
+
+import pytest
+
+from topkbench.methods.base import Policy, TopKMethod
+from topkbench.methods.exact import ExactTopK
+from topkbench.methods.full import FullAttention
+from topkbench.methods.streaming_llm import StreamingLLM
+from topkbench.models.load import LoadedModel
+from topkbench.models.prefill import PrefillStore
+from topkbench.tasks.evaluation import Context
+from topkbench.tasks.selection import SelectionTask
+
+BARE = Policy(k=16, num_sink=0, num_recent=0)
+
+
+def context(
+    loaded: LoadedModel, store: PrefillStore, method: TopKMethod, policy: Policy
+) -> Context:
+    return Context(loaded, store, method, policy, FullAttention())
+
+
+def task(tmp_path: Path, **knobs: object) -> SelectionTask:
+    settings = {"length": 200, "num_samples": 1, "subtasks": ("niah_single", "vt")}
+    return SelectionTask(**{**settings, "cache_dir": str(tmp_path), "budgets": (16, 64), **knobs})  # type: ignore[arg-type]
+
+
+def test_exact_top_k_recalls_everything(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    outcome = task(tmp_path).run(context(loaded, store, ExactTopK(), BARE))
+    assert [(row.subtask, row.values["k"], row.status) for row in outcome.rows] == [
+        ("mean", 16, "ok"),
+        ("mean", 64, "ok"),
+    ]
+    for row in outcome.rows:
+        assert row.values["recall_at_k"] == pytest.approx(1.0)
+        assert row.values["num_samples"] == 2
+    few, many = (row.values for row in outcome.rows)
+    assert few["attention_mass"] < many["attention_mass"] < 1
+    assert few["output_rel_error"] > many["output_rel_error"] > 0
+    assert store.forwards == 2  # one a prompt, for all budgets
+    first = outcome.samples[0]
+    assert {one["layer"] for one in outcome.samples} == {0, 1}
+    assert {one["kv_head"] for one in outcome.samples} == {0, 1}
+    assert first["density"] == pytest.approx(16 / 190, abs=0.02)
+
+
+def test_sinks_and_recents_recall_less(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    given = context(loaded, store, StreamingLLM(), Policy(k=16))
+    for row in task(tmp_path).run(given).rows:
+        assert 0 < row.values["recall_at_k"] < 0.9
+
+
+def test_a_budget_of_everything_is_a_skipped_row(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    given = context(loaded, store, ExactTopK(), BARE)
+    rows = task(tmp_path, budgets=(16, 500)).run(given).rows
+    assert [row.status for row in rows] == ["ok", "skipped"]
+    assert rows[1].values == {"k": 500}
+    assert rows[1].reason == "no decode step had more than k=500 cached tokens to choose from."
+
+
+def test_full_attention_selects_nothing(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="needs a method that selects, got full attention"):
+        task(tmp_path).run(context(loaded, store, FullAttention(), BARE))

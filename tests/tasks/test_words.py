@@ -1,0 +1,52 @@
+"""Words of tests and of calibration: always the same, never shared."""
+
+import os
+import subprocess
+import sys
+
+from topkbench.tasks.words import (
+    CALIBRATION_NAMES,
+    TEMPLATE_WORDS,
+    TEST_NAMES,
+    random_names,
+    word_pools,
+)
+
+
+def test_the_pools_are_disjoint_and_of_plain_words() -> None:
+    test, calibration = word_pools()
+    assert (len(set(test)), len(set(calibration))) == (2048, 512)
+    assert set(test) & set(calibration) == set()
+    assert (set(test) | set(calibration)) & TEMPLATE_WORDS == set()
+    assert all(word.isalpha() and word.islower() and 3 <= len(word) <= 9 for word in test)
+
+
+def test_the_shares_of_the_names_are_disjoint_and_together_all() -> None:
+    names = random_names(5, upper=True)
+    test, calibration = names[TEST_NAMES], names[CALIBRATION_NAMES]
+    assert len(set(names)) == 256
+    assert set(test) & set(calibration) == set()
+    assert set(test) | set(calibration) == set(names)
+    assert all(len(name) == 5 and name.isupper() for name in names)
+    assert all(len(name) == 6 and name.islower() for name in random_names(6, upper=False))
+
+
+def test_more_names_begin_with_the_same() -> None:
+    few, many = random_names(6, upper=False, count=20), random_names(6, upper=False, count=300)
+    assert many[:20] == few
+
+
+def test_the_pools_are_the_same_in_every_process() -> None:
+    code = (
+        "from topkbench.tasks.words import *;"
+        "print([pool[:3] for pool in word_pools()], random_names(5, upper=True)[:3])"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    expected = [pool[:3] for pool in word_pools()]
+    assert printed == f"{expected} {random_names(5, upper=True)[:3]}\n"
