@@ -85,7 +85,7 @@ def load_model(
         )
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelNotAvailable(f"device={device} needs a CUDA device, found none; use device=cpu.")
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ModelNotAvailable(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
     transformers_logging.disable_progress_bar()
     try:

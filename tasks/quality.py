@@ -161,8 +161,8 @@ class Shadow(Observer):
         newest = end.long() - 1
         if layer not in self.indices:
             before = PrefillInputs(
-                key_states=cache.key_states,
-                value_states=cache.value_states,
+                key_states=cache.key_states[:, :, :-1],
+                value_states=cache.value_states[:, :, :-1],
                 capacity=self.capacity,
                 layer=layer,
                 num_layers=self.num_layers,

@@ -290,10 +290,10 @@ def _fwe(rng: random.Random, budget: int, count: CountTokens, share: slice) -> P
             for _ in range(times[rank - 1])
         ]
         rng.shuffle(text)
-        body = "".join(f" {word}" for word in text)
+        body = "".join(f" {word}" for word in text) + "."
         if count(body) <= room:
             return Prompt(
-                context=CODED + body + ".",
+                context=CODED + body,
                 question=question,
                 answer_prefix=prefix,
                 answers=tuple(answers),

@@ -8,7 +8,6 @@ import torch
 from topkbench.methods.attach import geometry_of
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import prefill
-from topkbench.tasks import ruler_prompts
 from topkbench.tasks.calibration import CapturedStates, calibration_texts, capture
 from topkbench.tasks.ruler import Ruler
 from topkbench.tasks.words import TEMPLATE_WORDS
@@ -22,7 +21,7 @@ def captured(loaded: LoadedModel) -> CapturedStates:
 
 
 def words(text: str) -> set[str]:
-    return set(re.findall(r"[a-z]{3,}|[A-Z]{5}", text)) - TEMPLATE_WORDS
+    return set(re.findall(r"\b(?:[a-z]{3,}|[A-Z]{5})\b", text)) - TEMPLATE_WORDS
 
 
 def test_no_word_of_calibration_is_in_a_test(
@@ -33,12 +32,9 @@ def test_no_word_of_calibration_is_in_a_test(
     tested: set[str] = set()
     for sample in Ruler(length=500, num_samples=6, cache_dir=str(folder)).samples(loaded):
         tested |= words(sample.context + sample.question + " ".join(sample.answers))
-    wording = (ruler_prompts.FACTS, ruler_prompts.CODED, ruler_prompts.NUMBERED)
-    wording = (*wording, ruler_prompts.VARIABLES)
-    shared = set().union(*map(words, wording))
     assert len(fitted) > 200
     assert len(tested) > 500
-    assert fitted & tested <= shared | {"The", "What", "Which", "hat", "hich", "All", "VAR", "ead"}
+    assert fitted & tested <= {"all", "ones", "that"}  # wording beyond TEMPLATE_WORDS
 
 
 def test_texts_depend_on_the_seed_alone(loaded: LoadedModel) -> None:

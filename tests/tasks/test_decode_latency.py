@@ -48,7 +48,8 @@ def test_a_right_step_has_every_time(
     values = found[0].values
     assert all(values[column] > 0 for column in (*SPEED, "score_ms", "select_ms", "append_ms"))
     assert (values["kv_len"], values["length"], values["batch_size"]) == (300, 300, 1)
-    assert values["density"] == pytest.approx(75 / 300, abs=0.02)
+    # Whole pages of 8, of which the last is half full: 9 pages at most, one of 4 tokens.
+    assert 68 / 300 <= values["density"] <= 75 / 300
 
 
 def test_full_attention_is_timed_by_the_same_task(loaded: LoadedModel, store: PrefillStore) -> None:
