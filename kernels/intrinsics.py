@@ -17,6 +17,9 @@ from numba.extending import intrinsic, models, register_model
 
 LANES = 16
 
+# Of every 32-bit tensor; words of 64 bits and vectors lie in these too.
+_ALIGNMENT = 4
+
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _VECTOR = ir.VectorType(_F32, LANES)
 
@@ -51,8 +54,8 @@ def _loader(element: Any, returned: Any, read_as: Any = None) -> Callable[..., A
     def load(typing_context: Any, address: Any, index: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             pointer = _element(builder, arguments[0], arguments[1], element, read_as or element)
-            # A row of a view starts wherever it starts: promise the element's alignment only.
-            return builder.load(pointer, align=element.width // 8 if element != _F32 else 4)
+            # A row of a view starts wherever it starts: promise the tensor's alignment only.
+            return builder.load(pointer, align=_ALIGNMENT)
 
         return returned(types.int64, types.int64), generate
 
@@ -65,7 +68,7 @@ def _storer(element: Any, stored: Any, write_as: Any = None) -> Callable[..., An
     def store(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             pointer = _element(builder, arguments[0], arguments[1], element, write_as or element)
-            builder.store(arguments[2], pointer, align=element.width // 8 if element != _F32 else 4)
+            builder.store(arguments[2], pointer, align=_ALIGNMENT)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, stored), generate
