@@ -34,7 +34,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from topkbench.analysis.provenance import git_state  # noqa: E402
-from topkbench.analysis.record import Cell, RecordError, Row, Sweep, identity  # noqa: E402
+from topkbench.analysis.record import Cell, RecordError, Row, Status, Sweep, identity  # noqa: E402
 from topkbench.analysis.stats import paired_columns  # noqa: E402
 
 PREFILL_FOLDER = "TOPKBENCH_PREFILL"
@@ -132,7 +132,7 @@ class Run:
         kinds = sorted(set(self.payload["method"]["impl"].values()))
         return Row(
             run_id=self.identity,
-            status="interrupted",
+            status=Status.INTERRUPTED,
             reason="not ended.",
             model=self.loaded.name,
             task=self.task.name,
@@ -227,7 +227,7 @@ def settle(run: Run, sweep: Sweep, done: set[str]) -> Cell:
             raise
         except Exception as error:  # a sweep goes on, and the row says why this cell has no result
             log.append(traceback.format_exc())
-            failed = run.row().replace(status="failed", reason=sentence(error))
+            failed = run.row().replace(status=Status.FAILED, reason=sentence(error))
             rows, samples = [failed], []
         seconds = time.perf_counter() - began
         log.append(f"{describe(rows)}, {seconds:.1f} s")
@@ -286,7 +286,7 @@ def refuse(reason: str, config: DictConfig, sweep: Sweep) -> None:
     choices = HydraConfig.get().runtime.choices
     row = Row(
         run_id=run_id,
-        status="failed",
+        status=Status.FAILED,
         reason=reason,
         model=str(choices["model"]),
         task=str(choices["task"]),

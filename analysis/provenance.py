@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 
-def git_state(folder: Path) -> dict[str, str | bool | None]:
+def git_state(folder: Path) -> dict[str, Any]:
     """Return ``git_commit`` and ``git_dirty`` of a checkout; both None where there is none.
 
     Args:

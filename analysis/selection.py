@@ -49,10 +49,10 @@ def selection_table(rows: pd.DataFrame, samples: pd.DataFrame, k: int) -> Table:
     A prompt is the unit that is resampled: its layers, heads and steps are not independent.
     """
     prompts = by_prompt(rows, samples, k)
-    keys = [name for name in prompts if name not in ("run_id", "sample_id", "seed", *MEASURES)]
+    keys = [str(name) for name in prompts if name not in ("run_id", "sample_id", "seed", *MEASURES)]
     lines = []
     for values, part in prompts.groupby(keys, dropna=False, sort=True):
-        cells = ["–" if pd.isna(one) else str(one) for one in values]
+        cells = ["–" if one is None or one != one else str(one) for one in values]
         for measure in MEASURES:
             interval = bootstrap(part[measure].to_numpy(), bounds=(0.0, math.inf))
             text = METRICS[measure].text

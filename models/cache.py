@@ -14,6 +14,9 @@ from topkbench.models.prefill import Prefill
 class DecodeLayer(CacheLayerMixin):
     """One layer's keys and values, ``[B, Hkv, capacity, d]``, written in place."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, owner: "DecodeCache", keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.owner = owner
@@ -77,7 +80,7 @@ class DecodeCache(Cache):
         self.kv_len = torch.tensor(lengths, dtype=torch.int32, device=device)
         self.rows = torch.arange(len(prefills), device=device)
         self.slots = self.kv_len.long() - 1
-        layers = []
+        layers: list[Any] = []
         for layer in range(prefills[0].num_layers):
             keys = self._stack([prefill.key_states[layer] for prefill in prefills], device)
             values = self._stack([prefill.value_states[layer] for prefill in prefills], device)

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -93,7 +94,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=False
         )
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -103,6 +104,7 @@ def load_model(
             attn_implementation="sdpa",
             output_loading_info=True,
         )
+        model, found = loaded
         if found["missing_keys"]:  # transformers would draw them at random, with a warning
             raise ValueError(f"no weights for {', '.join(sorted(found['missing_keys'])[:3])}.")
         digest = weights_digest(source, getattr(model.config, "_commit_hash", None))

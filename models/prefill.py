@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -63,9 +64,10 @@ def prefill(model: PreTrainedModel, token_ids: Sequence[int]) -> Prefill:
     if logits.is_cuda:
         torch.cuda.synchronize(logits.device)
     milliseconds = (time.perf_counter() - began) * 1e3
+    layers: list[Any] = cache.layers
     return Prefill(
-        tuple(layer.keys[0] for layer in cache.layers),
-        tuple(layer.values[0] for layer in cache.layers),
+        tuple(layer.keys[0] for layer in layers),
+        tuple(layer.values[0] for layer in layers),
         logits.float(),
         milliseconds,
     )

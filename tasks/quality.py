@@ -101,7 +101,7 @@ def quality(truth: Truth, cache: CacheView, result: StepResult, k: int) -> Quali
     mean over the group is returned.
     """
     batch, kv_heads, group = truth.out.shape[:3]
-    chosen = chosen_slots(result.selection, cache)
+    chosen = chosen_slots(result.selection or Selection.everything(cache), cache)
     per_query = chosen.view(batch, kv_heads, -1, cache.n).expand(-1, -1, group, -1)
     exact = truth.exact(k)[:, :, None]
     hits = (per_query & exact).sum(-1).float() / exact.sum(-1).clamp_min(1)

@@ -49,10 +49,10 @@ CURRICULUM = (
     Phase("copy", 64, 64, 1500, 1e-3, 0.95),
     Phase("copy", 128, 32, 600, 1e-3, 0.98),
     Phase("recall", 320, 16, 700, 1.5e-3, 0.985),
-    Phase("recall", 480, 11, 700, 1e-3, 0.985),
-    Phase("mixed", 1024, 5, 500, 1e-3, 0.985),
-    Phase("mixed", 2048, 2, 400, 8e-4, 0.99),
-    Phase("mixed", 4096, 1, 800, 6e-4, 1.01),
+    Phase("recall", 480, 11, 250, 1e-3, 0.985),
+    Phase("mixed", 1024, 5, 350, 1e-3, 0.985),
+    Phase("mixed", 2048, 2, 200, 1e-3, 0.99),
+    Phase("mixed", 4096, 1, 600, 8e-4, 1.01),
 )
 
 
@@ -114,7 +114,7 @@ class Corpus:
         return len(self.encode(text))
 
     def copy(self, length: int) -> Sequence:
-        """A random segment, again and again; its length varies, so that no offset can be learned."""
+        """A random segment, repeated; its length varies, so that no fixed offset can be learned."""
         sequence = Sequence()
         size = self.rng.randint(length // 8, length // 2)
         segment = [self.rng.randrange(3, len(self.tokenizer)) for _ in range(size)]
@@ -238,7 +238,7 @@ class Corpus:
 
     def draw(self, kind: str, length: int) -> Sequence:
         if kind == "mixed":
-            kind = self.rng.choices(("recall", "variables", "counting"), (0.7, 0.15, 0.15))[0]
+            kind = self.rng.choices(("recall", "variables", "counting"), (0.85, 0.08, 0.07))[0]
         make = {
             "copy": self.copy,
             "recall": self.recall,
