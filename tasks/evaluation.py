@@ -211,6 +211,8 @@ class GenerationTask(Task):
 
     def run(self, context: Context) -> Outcome:
         prompts = tokenised(context.loaded, self.samples(context.loaded), self.question)
+        for prompt in context.track(prompts, "prefill"):
+            context.store.get(prompt.prefill_ids)
         samples, densities = self._answer(context, prompts)
         if context.full_answers is None and not context.method.selects:
             context.full_answers = {one["sample_id"]: one["tokens"] for one in samples}

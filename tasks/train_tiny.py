@@ -53,6 +53,7 @@ CURRICULUM = (
     Phase("mixed", 1024, 5, 350, 1e-3, 0.985),
     Phase("mixed", 2048, 2, 200, 1e-3, 0.99),
     Phase("mixed", 4096, 1, 600, 8e-4, 1.01),
+    Phase("mixed", 4096, 1, 500, 6e-4, 1.01),
 )
 
 
@@ -138,10 +139,13 @@ class Corpus:
     def recall(self, length: int) -> Sequence:
         """Secrets in a haystack, then as many questions about them as fit."""
         rng = self.rng
-        dense = rng.random() < 0.4
-        num_keys = max(6, length // 32) if dense else rng.randint(5, max(6, min(32, length // 40)))
+        questions = min(length * 9 // 20, 640)
+        most = (length - questions - 16) // 8  # needles that fill the context
+        dense = rng.random() < 0.5
+        total = int(most * rng.uniform(0.6, 1.0)) if dense else rng.randint(8, max(8, most // 6))
+        num_many = min(max(1, total // 10), 12)
+        num_keys = max(num_many + prompts.NUM_NEEDLES, total - 3 * num_many)
         keys = rng.sample(self.key_words, num_keys)
-        num_many = max(1, num_keys // 3)
         firsts = iter(rng.sample(self.value_words, num_keys + 3 * num_many))
         values = {
             key: [
@@ -153,7 +157,6 @@ class Corpus:
         needles = [prompts.needle(key, value) for key, found in values.items() for value in found]
         taken = set(keys)
         others = [word for word in rng.sample(self.words, 600) if word not in taken]
-        questions = min(length * 9 // 20, 640)
         room = length - questions - 8 * len(needles) - 16
         haystack = []
         while room > 0:
