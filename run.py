@@ -215,7 +215,8 @@ def settle(run: Run, sweep: Sweep, done: set[str]) -> Cell:
     if run.task.needs_full and full is not run:
         full_cell = settle(full, sweep, done)
     with cell.lock():
-        if cell.finished() and (cell.identity in done or not run.settings["force"]):
+        # Also one that failed is not run again by this process: other axes lead to the same cell.
+        if cell.identity in done or (cell.finished() and not run.settings["force"]):
             return cell
         done.add(cell.identity)
         attempt = cell.begin(run.row())
