@@ -137,7 +137,8 @@ def _once(rows: pd.DataFrame) -> pd.DataFrame:
     if not len(rows):
         return rows
     ordered = rows.sort_values("started_at", kind="stable", na_position="first")
-    kept = ordered.drop_duplicates(["run_id", "subtask", "device"], keep="last")
+    # One cell of a task that covers all budgets has a mean for each.
+    kept = ordered.drop_duplicates(["run_id", "subtask", "k", "device"], keep="last")
     return rows.loc[sorted(kept.index)] if rows.index.is_unique else kept
 
 

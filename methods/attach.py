@@ -159,9 +159,11 @@ class Session:
         self.indices.forget(cache)
 
     def _dense_layers(self) -> dict[int, str]:
-        dense = {}
-        for layer in sorted(self.policy.resolve_dense_layers(self.geometry.num_layers)):
-            dense[layer] = "dense by the policy"
+        dense: dict[int, str] = {}
+        # A method that reads everything has no policy, and so none that could be wrong.
+        if self.method.selects:
+            for layer in sorted(self.policy.resolve_dense_layers(self.geometry.num_layers)):
+                dense[layer] = "dense by the policy"
         for module in self.modules:
             kind = _partial_attention(module)
             if kind is not None:

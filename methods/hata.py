@@ -1,10 +1,12 @@
 """HATA: keys ranked by hash codes, whose projection is learnt from the model's own attention."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from topkbench.kernels.hamming_score.api import hamming_score
 from topkbench.kernels.hash_encode.api import hash_encode
@@ -51,6 +53,30 @@ class HashPairs:
     keys: Tensor
     labels: Tensor
     query_of: Tensor
+
+    # What the loss needs at every step and no step changes.
+
+    @cached_property
+    def spread(self) -> Tensor:
+        """Labels at the pairs of each query, zero elsewhere: ``[Hkv, G * Q, N]``."""
+        paired = one_hot(self.query_of, self.queries.shape[2]).to(self.keys.dtype)
+        return (self.labels[:, :, None] * paired.T).flatten(1, 2)
+
+    @cached_property
+    def query_labels(self) -> Tensor:
+        """Sum of each query's labels: ``[Hkv, G, Q]``."""
+        return self.spread.sum(2).view(self.queries.shape[:3])
+
+    @cached_property
+    def key_labels(self) -> Tensor:
+        """Sum of each key's labels over the group: ``[Hkv, N]``."""
+        return self.labels.sum(1)
+
+    @cached_property
+    def query_pairs(self) -> Tensor:
+        """Pairs of each query: ``[Q]``."""
+        counts = torch.bincount(self.query_of, minlength=self.queries.shape[2])
+        return counts.to(self.keys.dtype)
 
 
 @dataclass(kw_only=True)
@@ -275,22 +301,18 @@ class HATA(TopKMethod):
         is shared by all keys of its prefix, so the square is multiplied out and summed per query.
         """
         num_pairs, rbit = pairs.keys.shape[1], weight.shape[2]
-        num_queries = pairs.queries.shape[2]
         # h(x) = 2 * sigmoid(sigma * xW) - 1 = tanh(sigma / 2 * xW).
         key_hash = torch.tanh(0.5 * self.sigma * (pairs.keys @ weight))
         query_hash = torch.tanh(0.5 * self.sigma * (pairs.queries @ weight[:, None]))
 
-        paired = torch.nn.functional.one_hot(pairs.query_of, num_queries).to(key_hash.dtype)
-        # [Hkv, G, Q, N] labels at the pairs of each query, zero elsewhere.
-        spread = pairs.labels[:, :, None] * paired.T
-        query_part = (spread.sum(3) * query_hash.square().sum(3)).sum()
-        key_part = (pairs.labels.sum(1) * key_hash.square().sum(2)).sum()
-        cross_part = (query_hash * (spread.flatten(1, 2) @ key_hash).view_as(query_hash)).sum()
+        query_part = (pairs.query_labels * query_hash.square().sum(3)).sum()
+        key_part = (pairs.key_labels * key_hash.square().sum(2)).sum()
+        cross_part = (query_hash * (pairs.spread @ key_hash).view_as(query_hash)).sum()
         similarity = (query_part + key_part - 2 * cross_part) / num_pairs
 
         bits = key_hash.sum(1)[:, None].expand(-1, query_hash.shape[1], -1)
         if self.balance_queries:
-            bits = bits + (query_hash * paired.sum(0)[:, None]).sum(2)
+            bits = bits + (query_hash * pairs.query_pairs[:, None]).sum(2)
         balance = (bits / (num_pairs * rbit)).square().sum()
 
         identity = torch.eye(rbit, device=weight.device)

@@ -37,6 +37,8 @@ class Policy:
     protocol: Protocol = "unified"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.k, int) or isinstance(self.k, bool):
+            raise ValueError(f"k must be a whole number of tokens, got {self.k!r}.")
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}.")
         if self.num_sink < 0 or self.num_recent < 0:
