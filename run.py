@@ -40,6 +40,8 @@ from topkbench.analysis.stats import paired_columns  # noqa: E402
 PREFILL_FOLDER = "TOPKBENCH_PREFILL"
 # Settings of a method that have a column of their own, or are no parameter of it.
 NOT_PARAMETERS = {"_target_", "rbit", "seed", "impl", "native", "backend"}
+# Settings of the policy that tell two cells apart beside its budget.
+POLICY_PARAMETERS = ("num_sink", "num_recent", "dense_layers", "head_scope", "aggregation")
 # Settings that say where things are kept, not what is computed.
 NOT_CONTENT = {"cache_dir"}
 
@@ -129,6 +131,7 @@ class Run:
         """Return the columns that are known before anything has run."""
         method, task = self.settings["method"], self.settings["task"]
         selects = self.method.selects
+        rules = {name: self.payload["protocol"].get(name) for name in POLICY_PARAMETERS}
         kinds = sorted(set(self.payload["method"]["impl"].values()))
         return Row(
             run_id=self.identity,
@@ -137,7 +140,8 @@ class Run:
             model=self.loaded.name,
             task=self.task.name,
             subtask="mean",
-            length=task.get("length"),
+            # Official files have the length they were made at, whatever ours would be.
+            length=None if task.get("source") else task.get("length"),
             method=self.method.name,
             impl="+".join(kinds),
             full_backend=method.get("backend"),
@@ -147,9 +151,9 @@ class Run:
             rbit=method.get("rbit"),
             seed=self.settings["seed"],
             parameters={
-                name: value
-                for name, value in method.items()
-                if name not in NOT_PARAMETERS and not isinstance(value, dict | list)
+                name: value if isinstance(value, str | int | float | None) else str(value)
+                for name, value in {**rules, "dtype": self.settings["dtype"], **method}.items()
+                if name not in NOT_PARAMETERS and not isinstance(value, dict)
             },
             artifact_digest=self.method.artifact_digest or None,
             config_digest=identity(self.payload),

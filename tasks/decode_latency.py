@@ -105,6 +105,7 @@ class DecodeLatency(Task):
     uses_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        self.all_budgets = self.budget is not None  # k follows from the length then
         if self.states not in ("planted", "captured"):
             raise ValueError(f"task.states must be planted or captured, got {self.states!r}.")
         for knob in ("num_heads", "num_kv_heads", "head_dim", "batch_size", "trials"):

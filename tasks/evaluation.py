@@ -118,7 +118,7 @@ class Task(ABC):
     """
 
     name: str
-    all_budgets: ClassVar[bool] = False
+    all_budgets: bool = False
     needs_full: ClassVar[bool] = True
     uses_model: ClassVar[bool] = True
 
@@ -277,7 +277,9 @@ def accounting(context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
     dense = policy.resolve_dense_layers(geometry.num_layers) if method.selects else ()
     sparse = geometry.num_layers - len(dense)
     k = policy.k if method.selects else n
-    read = sparse * method.bytes_read_per_step(geometry, n, k) + len(dense) * kv_bytes(geometry, n)
+    # With room for everything a step reads everything and asks no index.
+    chosen = kv_bytes(geometry, n) if k >= n else method.bytes_read_per_step(geometry, n, k)
+    read = sparse * chosen + len(dense) * kv_bytes(geometry, n)
     return {
         "kv_len": n,
         "bytes_read_per_step": float(read),
@@ -332,6 +334,8 @@ def speed(context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
     if not context.method.selects and "full" in stages:
         columns["attend_ms"] = statistics.median(stages["full"])
     attention = sum(columns[f"{stage}_ms"] or 0.0 for stage in STAGES)
+    if context.method.selects and "full" in stages:  # the layers that the policy leaves dense
+        attention += statistics.median(stages["full"])
     if context.bandwidth and attention:
         read = accounting(context, prompts)["bytes_read_per_step"]
         columns["bandwidth_fraction"] = read / (attention * 1e-3) / context.bandwidth

@@ -26,11 +26,11 @@ class SelectionTask(Ruler):
     name: str = "selection"
     num_samples: int = 2
     budgets: Sequence[int] = (32, 64, 128, 256, 512)
-    all_budgets: ClassVar[bool] = True
     needs_full: ClassVar[bool] = False  # it is no cell of this task: it selects nothing
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.all_budgets = True
         if not self.budgets or min(self.budgets) < 1:
             raise ValueError(
                 f"task.budgets must be one value of k or more, each at least 1, got {self.budgets}."

@@ -151,9 +151,16 @@ def _choose(
         return done
 
     maxima, found_keys, found_units = spare, spare + 4 * num_units, spare + 8 * num_units
+    present = 0
     for block in range(num_blocks):
-        store_int32(maxima, block, maximum_of_block(keys, first + block * _BLOCK))
-    least, _ = _threshold(maxima, 0, num_blocks, wanted, bins)
+        maximum = maximum_of_block(keys, first + block * _BLOCK)
+        store_int32(maxima, block, maximum)
+        if maximum != _ABSENT:
+            present += 1
+    # The wanted-th largest maximum bounds the answer from below only where there are so many.
+    least = np.int32(_ABSENT + 1)
+    if present >= wanted:
+        least, _ = _threshold(maxima, 0, num_blocks, wanted, bins)
     found = 0
     # The units after the last whole block are candidates like those of a block that reaches it.
     for block in range(num_blocks + 1):

@@ -110,7 +110,8 @@ def test_a_task_becomes_an_object(name: str) -> None:
 
 @pytest.mark.parametrize("name", options("model"))
 def test_a_model_composes(name: str) -> None:
-    config = resolved(f"model={name}", "device=cpu")
+    given = ["model.name=local", "model.path=owner/repository"] if name == "local" else []
+    config = resolved(f"model={name}", "device=cpu", *given)
     assert config.model._target_ == "topkbench.models.load.load_model"
     assert config.model.name == name
     assert config.model.device == "cpu"

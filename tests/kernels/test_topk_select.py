@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -124,3 +126,21 @@ def test_bad_input_is_refused() -> None:
         topk_select(scores[0], 4)
     with pytest.raises(TypeError, match=r"scores must be int32 or float32 .* got int64"):
         topk_select(scores.long(), 4)
+
+
+@pytest.mark.parametrize(
+    ("num_units", "finite", "expected"),
+    [
+        (1024, [0, 1, 2, 3], [1, 2, 3]),
+        (1030, [1026, 1027, 1028, 1029], [1027, 1028, 1029]),
+        (2048, [5, 700, 1900], [5, 700, 1900]),
+        (2048, [900], [900, -1, -1]),
+    ],
+)
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_few_units_among_many_absent_ones_are_found(
+    num_units: int, finite: list[int], expected: list[int], impl: Any
+) -> None:
+    scores = torch.full((1, 1, num_units), -torch.inf)
+    scores[0, 0, finite] = torch.arange(1.0, len(finite) + 1)
+    assert topk_select(scores, 3, impl=impl)[0, 0].tolist() == expected
