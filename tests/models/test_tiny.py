@@ -1,0 +1,65 @@
+"""The shipped model: its artifacts are the ones the shipped settings ask for, and k >= n is full."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from topkbench.methods import artifact
+from topkbench.methods.attach import attach, geometry_of
+from topkbench.methods.base import Policy, TopKMethod
+from topkbench.models.load import LoadedModel, load_model
+from topkbench.models.prefill import PrefillStore
+from topkbench.tasks.cell import prepare_method
+from topkbench.tasks.decoding import Decoder, Question, tokenise
+from topkbench.tasks.ruler import Ruler
+
+CONF = Path(__file__).parents[2] / "conf"
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LoadedModel:
+    return load_model("tiny", "tiny", "float32", short_answers=True)
+
+
+def method_of(name: str, *overrides: str) -> TopKMethod:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = compose("config", overrides=[f"method={name}", *overrides])
+        method = instantiate(config.method)
+    assert isinstance(method, TopKMethod)
+    return method
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [("loki", ()), *(("hata", (f"rbit={rbit}",)) for rbit in (32, 64, 128, 256))],
+)
+def test_a_fresh_checkout_has_every_artifact_that_the_defaults_ask_for(
+    tiny: LoadedModel, name: str, overrides: tuple[str, ...]
+) -> None:
+    spec = method_of(name, *overrides).artifact_spec(geometry_of(tiny.model, tiny.digest))
+    assert spec is not None
+    path = artifact.find(spec, tiny.artifact_folders)
+    assert path is not None, f"models/tiny/artifacts must hold {artifact.file_name(spec)}"
+    assert artifact.load(path, expect=spec).tensors
+
+
+@pytest.mark.parametrize("question", ["sparse", "dense"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_budget_for_everything_answers_as_full_attention_does(
+    tiny: LoadedModel, name: str, question: Question, tmp_path: Path
+) -> None:
+    task = Ruler(length=400, num_samples=1, cache_dir=str(tmp_path), question=question)
+    store = PrefillStore(tiny.model, tmp_path)
+    full, method = method_of("full"), method_of(name, "rbit=32")
+    prepare_method(tiny, method, tmp_path)
+    for sample in task.samples(tiny)[:4]:
+        answers = []
+        for one in (full, method):
+            prompt = tokenise(tiny, sample, question)
+            decoder = Decoder(tiny, store, [prompt], sample.max_new_tokens + 1)
+            with attach(tiny.model, one, Policy(k=9999)):
+                answers.append(decoder.generate())
+        assert answers[0] == answers[1]
