@@ -1,4 +1,4 @@
-"""The shipped model: its artifacts are the ones the shipped settings ask for, and k >= n is full."""
+"""The shipped model: it has the artifacts that the defaults ask for, and k >= n is full."""
 
 from pathlib import Path
 
