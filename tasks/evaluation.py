@@ -224,6 +224,8 @@ class GenerationTask(Task):
         for subtask in dict.fromkeys(one["subtask"] for one in samples):
             scores = [one["score"] for one in samples if one["subtask"] == subtask]
             values = {"score": statistics.fmean(scores), "num_samples": len(scores)}
+            # What tells configurations apart stands in all rows of a cell.
+            values |= {name: shared[name] for name in ("batch_size", "full_backend")}
             rows.append(TaskRow(subtask, {**values, "density": densities[subtask]}))
         mean = statistics.fmean(row.values["score"] for row in rows)
         density = [row.values["density"] for row in rows if row.values["density"] is not None]
