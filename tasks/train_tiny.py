@@ -125,14 +125,18 @@ class Corpus:
             sequence.write(segment)
         return sequence
 
-    def ask(self, sequence: Sequence, question: str, prefix: str, answers: list[str]) -> None:
-        """Append a question whose ``answers`` are right in any order, a separator before each."""
+    def ask(
+        self, sequence: Sequence, question: str, prefix: str, answers: list[str], link: str = ","
+    ) -> None:
+        """Append a question whose ``answers`` are right in any order, ``link`` before each.
+
+        The first token of an answer may be that of any answer not given yet.
+        """
         sequence.read(self.encode(question + prefix))
         encoded = [self.encode(f" {answer}") for answer in answers]
-        separator = self.encode(",")
         for index, ids in enumerate(encoded):
             if index:
-                sequence.write(separator)
+                sequence.write(self.encode(link))
             sequence.write(ids, [rest[0] for rest in encoded[index:]])
         sequence.write([*self.encode("."), self.eos])
 
@@ -174,7 +178,7 @@ class Corpus:
                 key = many.pop()
                 found = rng.sample(values[key], len(values[key]))
                 question, prefix, _ = prompts.ask_all_values(key, found)
-                self.ask_values(sequence, question, prefix, key, found)
+                self.ask(sequence, question, prefix, found, link=f", {key}")
             elif kind < 0.75 and len(single) >= prompts.NUM_NEEDLES:
                 chosen = [single.pop() for _ in range(prompts.NUM_NEEDLES)]
                 question, prefix, reference = prompts.ask_many(
@@ -190,19 +194,6 @@ class Corpus:
             elif not many:
                 break
         return sequence
-
-    def ask_values(
-        self, sequence: Sequence, question: str, prefix: str, key: str, values: list[str]
-    ) -> None:
-        """Append a question for all values of ``key``; each value's first word may be any left."""
-        sequence.read(self.encode(question + prefix))
-        encoded = [self.encode(f" {value}") for value in values]
-        link = self.encode(f", {key}")
-        for index, ids in enumerate(encoded):
-            if index:
-                sequence.write(link)
-            sequence.write(ids, [rest[0] for rest in encoded[index:]])
-        sequence.write([*self.encode("."), self.eos])
 
     def variables(self, length: int) -> Sequence:
         """Chains of assignments in noise, then a question for each."""
