@@ -1,12 +1,11 @@
 """HATA: keys ranked by hash codes, whose projection is learnt from the model's own attention."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from topkbench.kernels.hamming_score.api import hamming_score
 from topkbench.kernels.hash_encode.api import hash_encode
@@ -21,6 +20,7 @@ from topkbench.methods.base import (
 )
 
 HashWeights = Literal["trained", "random", "orthonormal"]
+BLOCK = 1024  # pairs whose hashes stay in a core's cache between the passes of a training step
 
 
 @dataclass(kw_only=True)
@@ -54,29 +54,14 @@ class HashPairs:
     labels: Tensor
     query_of: Tensor
 
-    # What the loss needs at every step and no step changes.
-
-    @cached_property
-    def spread(self) -> Tensor:
-        """Labels at the pairs of each query, zero elsewhere: ``[Hkv, G * Q, N]``."""
-        paired = one_hot(self.query_of, self.queries.shape[2]).to(self.keys.dtype)
-        return (self.labels[:, :, None] * paired.T).flatten(1, 2)
-
-    @cached_property
-    def query_labels(self) -> Tensor:
-        """Sum of each query's labels: ``[Hkv, G, Q]``."""
-        return self.spread.sum(2).view(self.queries.shape[:3])
-
-    @cached_property
-    def key_labels(self) -> Tensor:
-        """Sum of each key's labels over the group: ``[Hkv, N]``."""
-        return self.labels.sum(1)
-
-    @cached_property
-    def query_pairs(self) -> Tensor:
-        """Pairs of each query: ``[Q]``."""
-        counts = torch.bincount(self.query_of, minlength=self.queries.shape[2])
-        return counts.to(self.keys.dtype)
+    def blocks(self) -> Iterator[tuple[int, slice]]:
+        """Yield (query, pairs) in runs of at most ``BLOCK`` neighbouring pairs of one query."""
+        begin = 0
+        owners, lengths = self.query_of.unique_consecutive(return_counts=True)
+        for owner, length in zip(owners.tolist(), lengths.tolist(), strict=True):
+            for start in range(begin, begin + length, BLOCK):
+                yield owner, slice(start, min(start + BLOCK, begin + length))
+            begin += length
 
 
 @dataclass(kw_only=True)
@@ -240,9 +225,7 @@ class HATA(TopKMethod):
             for epoch in range(self.epochs):
                 batch = self._batch(pairs, generator)
                 for _ in range(self.steps_per_epoch):
-                    optimiser.zero_grad()
-                    with torch.enable_grad():
-                        self.loss(weight, batch).backward()
+                    _, weight.grad = self.loss_and_gradient(weight.detach(), batch)
                     optimiser.step()
                 if progress is not None:
                     done = layer * self.epochs + epoch + 1
@@ -294,34 +277,67 @@ class HATA(TopKMethod):
         keys, labels = pairs.keys[:, drawn], pairs.labels[:, :, drawn]
         return HashPairs(pairs.queries, keys, labels, pairs.query_of[drawn])
 
-    def loss(self, weight: Tensor, pairs: HashPairs) -> Tensor:
-        """Return the training loss of a projection ``[Hkv, d, rbit]`` over labelled pairs.
+    def loss_and_gradient(self, weight: Tensor, pairs: HashPairs) -> tuple[Tensor, Tensor]:
+        """Return the training loss of a projection ``[Hkv, d, rbit]`` and its gradient by it.
 
-        The similarity term sums ``label * ||h(q) - h(k)||^2`` over query heads and pairs. A query
-        is shared by all keys of its prefix, so the square is multiplied out and summed per query.
+        With ``h(x) = 2 sigmoid(sigma x W) - 1`` and N pairs, the loss is the sum of::
+
+            epsilon              * sum over heads and pairs of label ||h(q) - h(k)||^2 / N
+            balance_weight       * sum over heads of || sum over pairs of (h(q) + h(k)) / (N r) ||^2
+            decorrelation_weight * ||W'W - I||, one norm over all heads of the layer
+
+        The gradient is written out, as a block of pairs is then read once and not kept; autograd
+        would keep every pair's hash.
         """
         num_pairs, rbit = pairs.keys.shape[1], weight.shape[2]
-        # h(x) = 2 * sigmoid(sigma * xW) - 1 = tanh(sigma / 2 * xW).
-        key_hash = torch.tanh(0.5 * self.sigma * (pairs.keys @ weight))
+        similarity = weight.new_zeros(())
+        by_similarity, by_bits = torch.zeros_like(weight), torch.zeros_like(weight)
+        # h(x) = 2 * sigmoid(sigma * xW) - 1 = tanh(sigma / 2 * xW), of slope 1 - h(x)^2.
         query_hash = torch.tanh(0.5 * self.sigma * (pairs.queries @ weight[:, None]))
+        by_query = torch.zeros_like(query_hash)
+        counts = torch.bincount(pairs.query_of, minlength=query_hash.shape[2]).to(weight.dtype)
+        key_bits = weight.new_zeros(weight.shape[0], rbit)
+        for query, block in pairs.blocks():
+            keys, labels = pairs.keys[:, block], pairs.labels[:, :, block]
+            own_hash, key_hash = (
+                query_hash[:, :, query],
+                torch.tanh(0.5 * self.sigma * (keys @ weight)),
+            )
+            squared = key_hash.square()
+            query_labels, key_labels = labels.sum(2)[..., None], labels.sum(1)[..., None]
+            labelled = labels @ key_hash
+            similarity += (query_labels * own_hash.square() - 2 * own_hash * labelled).sum()
+            similarity += (key_labels * squared).sum()
+            by_query[:, :, query] += query_labels * own_hash - labelled
+            slope = 1 - squared
+            by_key = (key_labels * key_hash).baddbmm_(labels.mT, own_hash, alpha=-1)
+            by_similarity += keys.mT @ by_key.mul_(slope)
+            by_bits += keys.mT @ slope
+            key_bits += key_hash.sum(1)
 
-        query_part = (pairs.query_labels * query_hash.square().sum(3)).sum()
-        key_part = (pairs.key_labels * key_hash.square().sum(2)).sum()
-        cross_part = (query_hash * (pairs.spread @ key_hash).view_as(query_hash)).sum()
-        similarity = (query_part + key_part - 2 * cross_part) / num_pairs
-
-        bits = key_hash.sum(1)[:, None].expand(-1, query_hash.shape[1], -1)
+        bits = key_bits[:, None].expand(-1, query_hash.shape[1], -1)
         if self.balance_queries:
-            bits = bits + (query_hash * pairs.query_pairs[:, None]).sum(2)
-        balance = (bits / (num_pairs * rbit)).square().sum()
-
-        identity = torch.eye(rbit, device=weight.device)
-        decorrelation = torch.linalg.vector_norm(weight.mT @ weight - identity)
-        return (
-            self.epsilon * similarity
-            + self.balance_weight * balance
-            + self.decorrelation_weight * decorrelation
+            bits = bits + (query_hash * counts[:, None]).sum(2)
+        bits = bits / (num_pairs * rbit)
+        excess = weight.mT @ weight - torch.eye(rbit, dtype=weight.dtype, device=weight.device)
+        distance = torch.linalg.vector_norm(excess)
+        loss = (
+            self.epsilon * similarity / num_pairs
+            + self.balance_weight * bits.square().sum()
+            + self.decorrelation_weight * distance
         )
+
+        pull = 2 * self.epsilon / num_pairs
+        push = 2 * self.balance_weight / (num_pairs * rbit)
+        by_query *= pull
+        if self.balance_queries:
+            by_query += push * bits[:, :, None] * counts[:, None]
+        by_query *= 1 - query_hash.square()
+        hashed = pull * by_similarity + push * bits.sum(1)[:, None] * by_bits
+        hashed += pairs.queries.flatten(1, 2).mT @ by_query.flatten(1, 2)
+        # The norm has no slope at zero; zero is in its subgradient.
+        turn = 2 * self.decorrelation_weight / distance.clamp_min(torch.finfo(weight.dtype).tiny)
+        return loss, 0.5 * self.sigma * hashed + turn * (weight @ excess)
 
     # Decode -------------------------------------------------------------------------------------
 

@@ -53,7 +53,10 @@ CURRICULUM = (
     Phase("mixed", 1024, 5, 350, 1e-3, 0.985),
     Phase("mixed", 2048, 2, 200, 1e-3, 0.99),
     Phase("mixed", 4096, 1, 600, 8e-4, 1.01),
-    Phase("mixed", 4096, 1, 500, 6e-4, 1.01),
+    Phase("mixed", 4096, 1, 400, 6e-4, 1.01),
+    Phase("lists", 512, 10, 3000, 1e-3, 0.985),
+    Phase("mixed", 1024, 5, 300, 8e-4, 0.99),
+    Phase("mixed", 4096, 1, 1000, 8e-4, 1.01),
 )
 
 
@@ -140,23 +143,25 @@ class Corpus:
             sequence.write(ids, [rest[0] for rest in encoded[index:]])
         sequence.write([*self.encode("."), self.eos])
 
-    def recall(self, length: int) -> Sequence:
-        """Secrets in a haystack, then as many questions about them as fit."""
+    def recall(self, length: int, listed: float = 0.3) -> Sequence:
+        """Secrets in a haystack, then as many questions about them as fit.
+
+        ``listed`` is the share of the secrets whose key has several: two to four.
+        """
         rng = self.rng
         questions = min(length * 9 // 20, 640)
         most = (length - questions - 16) // 8  # needles that fill the context
         dense = rng.random() < 0.5
         total = int(most * rng.uniform(0.6, 1.0)) if dense else rng.randint(8, max(8, most // 6))
-        num_many = min(max(1, total // 10), 12)
-        num_keys = max(num_many + prompts.NUM_NEEDLES, total - 3 * num_many)
-        keys = rng.sample(self.key_words, num_keys)
-        firsts = iter(rng.sample(self.value_words, num_keys + 3 * num_many))
+        num_values = [rng.randint(2, prompts.NUM_NEEDLES) for _ in range(total)]
+        num_many = max(1, round(listed * total / 3))
+        num_single = max(prompts.NUM_NEEDLES, total - sum(num_values[:num_many]))
+        counts = num_values[:num_many] + [1] * num_single
+        keys = rng.sample(self.key_words, len(counts))
+        firsts = iter(rng.sample(self.value_words, sum(counts)))
         values = {
-            key: [
-                f"{next(firsts)} {rng.choice(self.value_words)}"
-                for _ in range(prompts.NUM_NEEDLES if index < num_many else 1)
-            ]
-            for index, key in enumerate(keys)
+            key: [f"{next(firsts)} {rng.choice(self.value_words)}" for _ in range(count)]
+            for key, count in zip(keys, counts, strict=True)
         }
         needles = [prompts.needle(key, value) for key, found in values.items() for value in found]
         taken = set(keys)
@@ -174,7 +179,7 @@ class Corpus:
         rng.shuffle(single)
         while len(sequence.ids) < length - 40:
             kind = rng.random()
-            if kind < 0.5 and many:
+            if kind < max(0.5, listed) and many:
                 key = many.pop()
                 found = rng.sample(values[key], len(values[key]))
                 question, prefix, _ = prompts.ask_all_values(key, found)
@@ -236,6 +241,7 @@ class Corpus:
         make = {
             "copy": self.copy,
             "recall": self.recall,
+            "lists": lambda length: self.recall(length, listed=0.85),
             "variables": self.variables,
             "counting": self.counting,
         }[kind]

@@ -131,8 +131,13 @@ def test_pairs_are_a_prefix_and_its_last_query() -> None:
     assert drawn == set(range(10, 20))
 
 
-def test_loss_equals_its_definition() -> None:
-    """The published sums written as loops, in float64."""
+@pytest.mark.parametrize("balance_queries", [True, False])
+@pytest.mark.parametrize("block", [1, 2, 1024])
+def test_loss_and_gradient_equal_the_definition(
+    balance_queries: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published sums written as loops, in float64, with their derivative by autograd."""
+    monkeypatch.setattr("topkbench.methods.hata.BLOCK", block)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -140,8 +145,16 @@ def test_loss_equals_its_definition() -> None:
 
     weight, queries, keys = draw(2, 4, 32), draw(2, 3, 2, 4), draw(2, 5, 4)
     labels, query_of = draw(2, 3, 5), torch.tensor([0, 0, 1, 1, 1])
-    method = HATA(rbit=32, sigma=0.7, epsilon=0.3, balance_weight=5.0, decorrelation_weight=0.2)
-    found = method.loss(weight, HashPairs(queries, keys, labels, query_of))
+    method = HATA(
+        rbit=32,
+        sigma=0.7,
+        epsilon=0.3,
+        balance_weight=5.0,
+        decorrelation_weight=0.2,
+        balance_queries=balance_queries,
+    )
+    loss, gradient = method.loss_and_gradient(weight, HashPairs(queries, keys, labels, query_of))
+    weight.requires_grad_()
 
     def hashed(states: Tensor, head: int) -> Tensor:
         return 2 * torch.sigmoid(0.7 * states @ weight[head]) - 1
@@ -155,11 +168,12 @@ def test_loss_equals_its_definition() -> None:
                 key = hashed(keys[head, pair], head)
                 label = labels[head, member, pair]
                 similarity = similarity + label * (query - key).square().sum() / 5
-                bits = bits + (query + key) / (5 * 32)
+                bits = bits + (query + key if balance_queries else key) / (5 * 32)
             balance = balance + bits.square().sum()
         squares = squares + (weight[head].T @ weight[head] - torch.eye(32)).square().sum()
     wanted = 0.3 * similarity + 5.0 * balance + 0.2 * squares.sqrt()
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(loss, wanted.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted, weight)[0])
 
 
 def test_chunks_are_drawn_without_repetition() -> None:
