@@ -156,7 +156,7 @@ class Run:
                 if name not in NOT_PARAMETERS and not isinstance(value, dict)
             },
             artifact_digest=self.method.artifact_digest or None,
-            config_digest=identity(self.payload),
+            config_digest=identity(without_seeds(self.payload)),
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
             **git_state(ROOT),
         )
@@ -198,6 +198,15 @@ class Run:
             for part in outcome.rows
         ]
         return rows, outcome.samples
+
+
+def without_seeds(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return what a result depends on, less its seeds and what was drawn or fitted with them."""
+    drawn = {"seed", "inputs", "artifact"}
+    return {
+        part: {name: value for name, value in settings.items() if name not in drawn}
+        for part, settings in payload.items()
+    }
 
 
 def compared_with(run: Run) -> Run:

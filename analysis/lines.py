@@ -1,6 +1,7 @@
 """Rows and samples made comparable: one line per configuration, paired with full attention.
 
-Cells that differ only in their seed are one line; cells of different machines never are.
+Cells that differ only in their seed are one line; cells of different machines never are, nor two
+of one seed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ YARDSTICKS = ("full", "exact")
 SETTING = ("model", "task", "question", "device", "length")
 """What must agree before two lines are compared."""
 
-_CONFIGURATION = ("method", "k", "rbit", "protocol", "impl", "full_backend", "batch_size")
+_CONFIGURATION = (
+    *("method", "k", "rbit", "protocol", "impl", "full_backend", "batch_size", "config_digest"),
+    "artifact",
+)
+_NAMED_APART = ("artifact", "config_digest")
+"""What tells two lines apart only where nothing a reader knows by name does."""
 _MEANS = (
     *("recall_at_k", "attention_mass", "output_rel_error", "density", "bytes_read_per_step"),
     *("index_bytes_per_token", "peak_memory_mib", "bandwidth_fraction"),
@@ -90,6 +96,7 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
     pools: dict[str, pd.DataFrame] = {}
     # A task without a length has its context as an axis instead.
     good = good.assign(context=good["length"].where(good["length"].notna(), good["kv_len"]))
+    good = good.assign(artifact=_refitted(good, parameters))
     for index, (key, cells) in enumerate(
         _groups(good, (*SETTING, *_CONFIGURATION, *parameters, "context"))
     ):
@@ -160,6 +167,17 @@ def _mixed(rows: pd.DataFrame) -> list[str]:
     return notes
 
 
+def _refitted(rows: pd.DataFrame, parameters: list[str]) -> pd.Series:
+    """Name the artifact of each row whose configuration has several for one seed, else None."""
+    names = pd.Series(None, index=rows.index, dtype=object)
+    known = [name for name in _CONFIGURATION if name != "artifact"]
+    for _, part in _groups(rows, (*SETTING, *known, *parameters, "seed", "subtask", "context")):
+        if part["run_id"].nunique() > 1:
+            digests = part["artifact_digest"].fillna("").astype(str).str[:8]
+            names[part.index] = digests if digests.is_unique else part["run_id"].str[:8]
+    return names
+
+
 def _with_seed(samples: pd.DataFrame | None, rows: pd.DataFrame) -> pd.DataFrame:
     if samples is None or not len(samples) or "score" not in samples:
         return pd.DataFrame({"run_id": []})
@@ -179,14 +197,24 @@ def _full_samples(
     for seed in cells["seed"].unique():
         first = cells[cells["seed"].eq(seed) | (cells["seed"].isna() & pd.isna(seed))].iloc[0]
         candidates = full[full["run_id"].isin(outcomes["run_id"])]
+        asked = _named(outcomes, first["run_id"])
         for name in ("model", "task", "length", "question", "seed"):
             same = candidates[name].eq(first[name]).fillna(False).astype(bool)
             candidates = candidates[candidates[name].isna() if pd.isna(first[name]) else same]
         if len(candidates):
-            rank = candidates.assign(near=candidates["device"] == first["device"])
-            rank = rank.sort_values(["near", "num_samples", "started_at"], kind="stable")
+            rank = candidates.assign(
+                near=candidates["device"] == first["device"],
+                common=[len(asked & _named(outcomes, one)) for one in candidates["run_id"]],
+            )
+            rank = rank.sort_values(["common", "near", "num_samples", "started_at"], kind="stable")
             chosen.append(str(rank.iloc[-1]["run_id"]))
     return outcomes[outcomes["run_id"].isin(chosen)] if chosen else None
+
+
+def _named(outcomes: pd.DataFrame, run_id: str) -> set[tuple[str, str]]:
+    """Return what names the samples of a cell."""
+    own = outcomes[outcomes["run_id"] == run_id]
+    return set(zip(own["subtask"], own["sample_id"], strict=True)) if len(own) else set()
 
 
 def _own_scores(part: pd.DataFrame) -> dict[str, float | None]:
@@ -233,6 +261,15 @@ def _labelled(lines: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
                 _word(name, value) for name, value in line.items() if not pd.isna(value)
             )
     lines["variant"] = pd.Series(variants)
+    for name in _NAMED_APART:
+        same = lines.duplicated(
+            [*SETTING, "method", "k", "rbit", "kv_len", "subtask", "variant"], keep=False
+        )
+        for index in lines.index[same & lines[name].notna()]:
+            apart = f"{name.partition('_')[0]} {lines.at[index, name][:8]}"
+            lines.at[index, "variant"] = ", ".join(
+                filter(None, (lines.at[index, "variant"], apart))
+            )
     lines["label"] = [
         style.style(method).label + (f" ({variant})" if variant else "")
         for method, variant in zip(lines["method"], lines["variant"], strict=True)

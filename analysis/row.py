@@ -179,7 +179,7 @@ class Row:
     artifact_digest: str | None = None
     """Digest of what the method learned, None for a method that learns nothing."""
     config_digest: str | None = None
-    """Digest of the resolved configuration."""
+    """Digest of the configuration without its seeds: cells that agree in it differ by seed."""
 
     def __post_init__(self) -> None:
         """Check types, the status's rules and the parameters' names.

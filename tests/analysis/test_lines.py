@@ -116,6 +116,56 @@ def test_seeds_are_pooled_and_paired_each_with_its_own(row: RowMaker) -> None:
     assert hata["delta_full"] == 12.5
 
 
+def test_two_cells_of_one_seed_are_never_pooled(row: RowMaker) -> None:
+    """Another configuration, or another artifact of the same one: what else the row says agrees."""
+    rows = frame(
+        [
+            row(run_id="f" * 16),
+            row(run_id="1" * 16, method="loki", k=64, artifact_digest="a" * 64, config_digest="c"),
+            row(run_id="2" * 16, method="loki", k=64, artifact_digest="b" * 64, config_digest="c"),
+            row(run_id="3" * 16, method="quest", k=64, config_digest="d" * 16),
+            row(run_id="4" * 16, method="quest", k=64, config_digest="e" * 16),
+        ]
+    )
+    outcomes = pd.concat(
+        [
+            samples("f" * 16, [100.0] * 4),
+            samples("1" * 16, [100.0] * 4),
+            samples("2" * 16, [0.0] * 4),
+            samples("3" * 16, [100.0] * 4),
+            samples("4" * 16, [0.0] * 4),
+        ]
+    )
+    lines = compare(rows, outcomes).headline
+    assert lines[["label", "cells", "score"]].values.tolist() == [
+        ["Full attention", 1, 100.0],
+        ["Quest (config dddddddd)", 1, 100.0],
+        ["Quest (config eeeeeeee)", 1, 0.0],
+        ["Loki (artifact aaaaaaaa)", 1, 100.0],
+        ["Loki (artifact bbbbbbbb)", 1, 0.0],
+    ]
+
+
+def test_a_cell_is_paired_with_the_full_attention_that_answered_its_prompts(row: RowMaker) -> None:
+    """Full attention may have run twice, once over other sub-tasks and more samples."""
+    rows = frame(
+        [
+            row(run_id="1" * 16, num_samples=9, config_digest="a"),
+            row(run_id="2" * 16, num_samples=4, config_digest="b"),
+            row(run_id="3" * 16, method="quest", k=64),
+        ]
+    )
+    outcomes = pd.concat(
+        [
+            samples("1" * 16, [0.0] * 9, subtask="cwe"),
+            samples("2" * 16, [100.0] * 4),
+            samples("3" * 16, [50.0] * 4),
+        ]
+    )
+    lines = compare(rows, outcomes).headline
+    assert lines.loc[lines["method"] == "quest", "delta_full"].tolist() == [-50.0]
+
+
 def test_machines_are_never_averaged_and_a_mix_is_said(row: RowMaker) -> None:
     rows = frame(
         [
