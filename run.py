@@ -51,7 +51,7 @@ def progress(items: Sequence[Any], label: str) -> Iterable[Any]:
     return tqdm(items, desc=label, disable=None, leave=False)
 
 
-@functools.cache
+@functools.lru_cache(1)
 def model_and_store(model_config: str, memory_gib: float | None) -> tuple[Any, Any]:
     """Load a model once a process, with the store of its prefills."""
     from topkbench.models.prefill import PrefillStore
@@ -82,8 +82,12 @@ class Run:
         self.method = hydra.utils.instantiate(config.method)
         self.policy = hydra.utils.instantiate(config.protocol)
         self.task = hydra.utils.instantiate(config.task)
+        launcher = HydraConfig.get().launcher._target_
+        alone = launcher.endswith("BasicLauncher")
         self.loaded, self.store = model_and_store(
-            json.dumps(self.settings["model"]), self.settings["prefill_memory_gib"]
+            json.dumps(self.settings["model"]),
+            # Workers beside this one find prefills only where all of them look: in the folder.
+            self.settings["prefill_memory_gib"] if alone else 0.0,
         )
         self._prepare(self.method)
 
@@ -123,6 +127,12 @@ class Run:
         }
 
     @property
+    def dtype(self) -> str:
+        """What the states of the run are kept in: the task's choice, or the model's."""
+        chosen = str(self.settings["task"].get("dtype", "auto"))
+        return str(self.loaded.model.dtype).removeprefix("torch.") if chosen == "auto" else chosen
+
+    @property
     def identity(self) -> str:
         """The cell's name, the same in every process."""
         return identity(self.payload)
@@ -152,7 +162,7 @@ class Run:
             seed=self.settings["seed"],
             parameters={
                 name: value if isinstance(value, str | int | float | None) else str(value)
-                for name, value in {**rules, "dtype": self.settings["dtype"], **method}.items()
+                for name, value in {**rules, "dtype": self.dtype, **method}.items()
                 if name not in NOT_PARAMETERS and not isinstance(value, dict)
             },
             artifact_digest=self.method.artifact_digest or None,
@@ -229,10 +239,12 @@ def settle(run: Run, sweep: Sweep, done: set[str]) -> Cell:
         full_cell = settle(full, sweep, done)
     with cell.lock():
         # Also one that failed is not run again by this process: other axes lead to the same cell.
-        if cell.identity in done or (cell.finished() and not run.settings["force"]):
+        ended = cell.identity in done or (cell.finished() and not run.settings["force"])
+        if ended:
+            track(cell, run, sweep)
             return cell
         done.add(cell.identity)
-        attempt = cell.begin(run.row())
+        cell.begin(run.row())
         began = time.perf_counter()
         log: list[str] = []
         try:
@@ -250,9 +262,19 @@ def settle(run: Run, sweep: Sweep, done: set[str]) -> Cell:
         for row in rows:
             if not row.status.settled:
                 print(f"error: {row.reason}", file=sys.stderr, flush=True)
-        tracker = hydra.utils.instantiate(run.config.tracker)
-        tracker.log_cell(sweep.folder, sweep.title, rows, samples, run.settings, attempt)
+        track(cell, run, sweep)
     return cell
+
+
+def track(cell: Cell, run: Run, sweep: Sweep) -> None:
+    """Tell the tracker how a cell ended, once; also what a killed process could not tell it."""
+    if cell.tracked:
+        return
+    tracker = hydra.utils.instantiate(run.config.tracker)
+    tracker.log_cell(
+        sweep.folder, sweep.title, cell.read(), cell.samples(), cell.config(), cell.attempt
+    )
+    cell.mark_tracked()
 
 
 def describe(rows: Sequence[Row]) -> str:

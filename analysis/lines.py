@@ -266,10 +266,9 @@ def _labelled(lines: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
             [*SETTING, "method", "k", "rbit", "kv_len", "subtask", "variant"], keep=False
         )
         for index in lines.index[same & lines[name].notna()]:
-            apart = f"{name.partition('_')[0]} {lines.at[index, name][:8]}"
-            lines.at[index, "variant"] = ", ".join(
-                filter(None, (lines.at[index, "variant"], apart))
-            )
+            apart = f"{name.partition('_')[0]} {str(lines.at[index, name])[:8]}"
+            before = str(lines.at[index, "variant"])
+            lines.at[index, "variant"] = f"{before}, {apart}" if before else apart
     lines["label"] = [
         style.style(method).label + (f" ({variant})" if variant else "")
         for method, variant in zip(lines["method"], lines["variant"], strict=True)

@@ -140,7 +140,17 @@ class Cell:
         # A new attempt unmakes the old result: otherwise a kill would leave a stale one.
         with one_sentence(self.folder):
             (self.folder / "rows.json").unlink(missing_ok=True)
+            (self.folder / "tracked").unlink(missing_ok=True)
         return attempt
+
+    @property
+    def tracked(self) -> bool:
+        """Whether the tracker was told how the cell ended; false if a kill came in between."""
+        return (self.folder / "tracked").exists()
+
+    def mark_tracked(self) -> None:
+        """Note that the tracker was told."""
+        write_atomic(self.folder / "tracked", b"")
 
     @property
     def attempt(self) -> int:

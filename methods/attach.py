@@ -232,7 +232,7 @@ class Session:
         else:
             with self.observer.stage("full", layer):
                 result = method.step(grouped, None, view, policy, scale, softcap)
-        self.observer.on_step(layer, grouped, view, result, scale)
+        self.observer.on_step(layer, grouped, view, result, scale, softcap)
         return result.out
 
     def _index(self, layer: int, cache: Any, key: Tensor, view: CacheView, lengths: Lengths) -> Any:

@@ -89,7 +89,13 @@ class Observer:
         return nullcontext()
 
     def on_step(
-        self, layer: int, query_states: Tensor, cache: CacheView, result: StepResult, scale: float
+        self,
+        layer: int,
+        query_states: Tensor,
+        cache: CacheView,
+        result: StepResult,
+        scale: float,
+        softcap: float | None,
     ) -> None:
         """See one finished sparse decode step; ``query_states`` is ``[B, Hkv, G, d]``."""
 

@@ -92,7 +92,7 @@ def _own_lengths(cache: Any, stored: Any, key: Tensor) -> Lengths:
     kv_len = getattr(stored, "kv_len", kv_len)
     n = stored.get_seq_length()
     if key.device.type != "cpu":  # reading the lengths would make the GPU wait
-        return Lengths(int(n), kv_start, kv_len, is_own=True)
+        return Lengths(int(n), kv_start, kv_len.to(key.device), is_own=True)
     ends = kv_len.tolist()
     if min(ends) == max(ends):
         return Lengths(ends[0], kv_start, None, is_own=True)

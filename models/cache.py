@@ -5,10 +5,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from topkbench.models.prefill import Prefill
+
+
+def layer_devices(model: PreTrainedModel) -> list[torch.device]:
+    """Return where each layer's attention runs: several devices, where a model is spread."""
+    found: dict[int, torch.device] = {}
+    for module in model.modules():
+        layer: Any = getattr(module, "layer_idx", None)
+        if isinstance(layer, int):
+            found[layer] = next(module.parameters()).device
+    return [found[layer] for layer in sorted(found)]
 
 
 class DecodeLayer(CacheLayerMixin):
@@ -42,8 +52,9 @@ class DecodeLayer(CacheLayerMixin):
             The used part of the buffers, ``[B, Hkv, n, d]``, as views.
         """
         owner = self.owner
-        self.keys[owner.rows, :, owner.slots] = key_states[:, :, 0]
-        self.values[owner.rows, :, owner.slots] = value_states[:, :, 0]
+        rows, slots = owner.rows.to(self.keys.device), owner.slots.to(self.keys.device)
+        self.keys[rows, :, slots] = key_states[:, :, 0]
+        self.values[rows, :, slots] = value_states[:, :, 0]
         return self.keys[:, :, : owner.n], self.values[:, :, : owner.n]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -68,26 +79,31 @@ class DecodeCache(Cache):
     Args:
         prefills: One a row.
         new_tokens: Tokens that will be decoded, the longest row counts.
-        device: Where the buffers live.
+        devices: Where each layer's buffers live, the counters with the first; None for the CPU.
     """
 
     def __init__(
-        self, prefills: Sequence[Prefill], new_tokens: int, device: torch.device | str = "cpu"
+        self,
+        prefills: Sequence[Prefill],
+        new_tokens: int,
+        devices: Sequence[torch.device] | None = None,
     ) -> None:
+        if devices is None:
+            devices = [torch.device("cpu")] * prefills[0].num_layers
         lengths = [prefill.num_tokens for prefill in prefills]
         self.n = max(lengths)
         self.capacity = self.n + new_tokens
-        self.kv_len = torch.tensor(lengths, dtype=torch.int32, device=device)
-        self.rows = torch.arange(len(prefills), device=device)
+        self.kv_len = torch.tensor(lengths, dtype=torch.int32, device=devices[0])
+        self.rows = torch.arange(len(prefills), device=devices[0])
         self.slots = self.kv_len.long() - 1
         layers: list[Any] = []
-        for layer in range(prefills[0].num_layers):
+        for layer, device in enumerate(devices):
             keys = self._stack([prefill.key_states[layer] for prefill in prefills], device)
             values = self._stack([prefill.value_states[layer] for prefill in prefills], device)
             layers.append(DecodeLayer(self, keys, values))
         super().__init__(layers=layers)
 
-    def _stack(self, rows: Sequence[Tensor], device: torch.device | str) -> Tensor:
+    def _stack(self, rows: Sequence[Tensor], device: torch.device) -> Tensor:
         num_heads, _, head_dim = rows[0].shape
         shape = (len(rows), num_heads, self.capacity, head_dim)
         buffer = torch.empty(shape, dtype=rows[0].dtype, device=device)

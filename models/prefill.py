@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 @dataclass(frozen=True)
 class Prefill:
-    """The states of one prompt.
+    """The states of one prompt, in the machine's memory: many prompts exceed an accelerator's.
 
     Attributes:
         key_states: For each layer ``[Hkv, n, d]`` post-RoPE keys.
@@ -66,9 +66,9 @@ def prefill(model: PreTrainedModel, token_ids: Sequence[int]) -> Prefill:
     milliseconds = (time.perf_counter() - began) * 1e3
     layers: list[Any] = cache.layers
     return Prefill(
-        tuple(layer.keys[0] for layer in layers),
-        tuple(layer.values[0] for layer in layers),
-        logits.float(),
+        tuple(layer.keys[0].cpu() for layer in layers),
+        tuple(layer.values[0].cpu() for layer in layers),
+        logits.float().cpu(),
         milliseconds,
     )
 
@@ -112,7 +112,7 @@ class PrefillStore:
             return self._kept[key]
         path = self.folder / f"{key}.safetensors"
         if path.exists():
-            return _load(path, self.model.device)
+            return _load(path)
         if self._room > 0:
             states = self._run(token_ids)
             if states.num_bytes <= self._room:
@@ -125,7 +125,7 @@ class PrefillStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if path.exists():
-                return _load(path, self.model.device)
+                return _load(path)
             states = self._run(token_ids)
             _save(states, path)
             return states
@@ -146,8 +146,8 @@ def _save(states: Prefill, path: Path) -> None:
     unfinished.replace(path)
 
 
-def _load(path: Path, device: torch.device) -> Prefill:
-    with safe_open(path, framework="pt", device=str(device)) as file:
+def _load(path: Path) -> Prefill:
+    with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         num_layers = sum(name.startswith("keys.") for name in names)
         return Prefill(

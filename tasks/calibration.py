@@ -90,8 +90,8 @@ def capture(
     def keep(
         module: torch.nn.Module, query: Tensor, key: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor | None]:
-        states = (query[0].float().clone(), key[0].float().clone())
-        layers[int(module.layer_idx)].append(states)  # type: ignore[arg-type]
+        queries, keys = (one[0].to("cpu", torch.float32, copy=True) for one in (query, key))
+        layers[int(module.layer_idx)].append((queries, keys))  # type: ignore[arg-type]
         return sdpa_attention_forward(module, query, key, *args, **kwargs)  # type: ignore[arg-type]
 
     before = model.config._attn_implementation

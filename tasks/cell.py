@@ -1,5 +1,6 @@
 """Runs one cell: a model, a task and a method, the artifact fitted first where one is missing."""
 
+import contextlib
 import logging
 import platform
 import re
@@ -74,6 +75,7 @@ def run_cell(context: Context, task: Task) -> Outcome:
     A model that a method cannot serve is ``skipped``; running out of memory is a status of its own.
     Anything else is raised.
     """
+    reset_peak_memory(context.loaded.model.device)
     reason = context.method.unsupported(context.geometry)
     if reason is not None:
         return Outcome([TaskRow("mean", status="skipped", reason=reason)], [])
@@ -104,19 +106,37 @@ def machine_name(device: torch.device) -> str:
     """Return what the machine calls itself: the accelerator, or the processor and its cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    names = re.findall(r"model name\s*:\s*(.+)", _read(Path("/proc/cpuinfo")))
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Return the peak memory in MiB: of the accelerator, or of the process on a CPU."""
+    """Return the peak memory in MiB since `reset_peak_memory`: of the accelerator or process."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device)) / 2**20
+    found = re.search(r"VmHWM:\s*(\d+) kB", _read(Path("/proc/self/status")))
+    if found is not None:
+        return int(found[1]) / 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the peak begin anew, so that it is a cell's own and not its process's.
+
+    On a CPU this is Linux's; elsewhere the peak stays the process's.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets the peak
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 def _sentence(error: BaseException) -> str:

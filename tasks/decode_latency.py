@@ -84,7 +84,7 @@ class DecodeLatency(Task):
         num_kv_heads: KV heads.
         head_dim: Channels of a head.
         batch_size: Rows.
-        dtype: Of the states.
+        dtype: Of the states; ``"auto"`` is the model's.
         seed: Of the states.
         trials: Timed steps of each length.
     """
@@ -98,7 +98,7 @@ class DecodeLatency(Task):
     num_kv_heads: int = 8
     head_dim: int = 128
     batch_size: int = 1
-    dtype: str = "float32"
+    dtype: str = "auto"
     seed: int = 0
     trials: int = 15
     needs_full: ClassVar[bool] = False
@@ -120,8 +120,10 @@ class DecodeLatency(Task):
                 f"task.num_heads must be a multiple of num_kv_heads={self.num_kv_heads}, got"
                 f" {self.num_heads}."
             )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"task.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.dtype not in ("auto", *DTYPES):
+            raise ValueError(
+                f"task.dtype must be auto or one of {', '.join(DTYPES)}, got {self.dtype!r}."
+            )
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ValueError(f"task.budget must be a share above 0 and up to 1, got {self.budget}.")
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from topkbench.models.cache import DecodeCache
+from topkbench.models.cache import DecodeCache, layer_devices
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 from topkbench.tasks.base import Sample, TaskDoesNotFit
@@ -111,8 +111,9 @@ class Decoder:
         self.device = loaded.model.device
         self.prompts = prompts
         self.prefill_ms = [states.milliseconds for states in prefills]
-        self.cache = DecodeCache(prefills, len(prompts[0].decode_ids) + new_tokens, self.device)
-        self.first_logits = torch.stack([states.logits for states in prefills])
+        room = len(prompts[0].decode_ids) + new_tokens
+        self.cache = DecodeCache(prefills, room, layer_devices(loaded.model))
+        self.first_logits = torch.stack([states.logits for states in prefills]).to(self.device)
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:

@@ -146,6 +146,7 @@ class Counter(Observer):
         cache: CacheView,
         result: StepResult,
         scale: float,
+        softcap: float | None,
     ) -> None:
         bounds = (cache.n, cache.kv_start, cache.kv_len)
         self.read += self.method.tokens_read(result.selection, *bounds)

@@ -34,10 +34,14 @@ class Truth:
     out: Tensor
 
     @classmethod
-    def of(cls, query_states: Tensor, cache: CacheView, scale: float) -> "Truth":
+    def of(
+        cls, query_states: Tensor, cache: CacheView, scale: float, softcap: float | None = None
+    ) -> "Truth":
         """Compute full attention from ``query_states [B, Hkv, G, d]``."""
         valid = valid_slots(cache)[:, None, None]
         logits = torch.matmul(query_states.float(), cache.key_states.float().mT) * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         weights = logits.masked_fill(~valid, -torch.inf).softmax(-1)
         grouped = weights.sum(2).masked_fill(~valid[:, :, 0], -1.0)
         return cls(weights, grouped, torch.matmul(weights, cache.value_states.float()))
@@ -119,9 +123,15 @@ class SelectionMeter(Observer):
     seen: list[tuple[int, Quality]] = field(default_factory=list)
 
     def on_step(
-        self, layer: int, query_states: Tensor, cache: CacheView, result: StepResult, scale: float
+        self,
+        layer: int,
+        query_states: Tensor,
+        cache: CacheView,
+        result: StepResult,
+        scale: float,
+        softcap: float | None,
     ) -> None:
-        truth = Truth.of(query_states, cache, scale)
+        truth = Truth.of(query_states, cache, scale, softcap)
         self.seen.append((layer, quality(truth, cache, result, self.k)))
 
     def means(self) -> dict[str, float | None]:
@@ -138,7 +148,8 @@ class SelectionMeter(Observer):
 class Shadow(Observer):
     """Runs a method beside full attention, on full attention's states, at every budget at once.
 
-    One index and one scoring a step serve all budgets: only the selection depends on ``k``.
+    One index and one scoring a step serve all budgets: only the selection depends on ``k``. Layers
+    that the policies leave dense select nothing, and are not judged.
     """
 
     def __init__(
@@ -148,13 +159,22 @@ class Shadow(Observer):
         self.policies = policies
         self.num_layers = num_layers
         self.capacity = capacity
+        self.dense = policies[0].resolve_dense_layers(num_layers)
         self.indices: dict[int, Any] = {}
         self.seen: list[tuple[int, int, int, Quality]] = []
         self.steps: dict[int, int] = {}
 
     def on_step(
-        self, layer: int, query_states: Tensor, cache: CacheView, result: StepResult, scale: float
+        self,
+        layer: int,
+        query_states: Tensor,
+        cache: CacheView,
+        result: StepResult,
+        scale: float,
+        softcap: float | None,
     ) -> None:
+        if layer in self.dense:
+            return
         method = self.method
         _, end = cache.bounds()
         rows = torch.arange(len(end), device=cache.device)
@@ -176,15 +196,15 @@ class Shadow(Observer):
             cache.value_states[rows, :, newest, None],
         )
         method.bind(index, cache)
-        truth = Truth.of(query_states, cache, scale)
+        truth = Truth.of(query_states, cache, scale, softcap)
         encoded = method.encode(query_states, index)
         raw = method.score(encoded, index)
         step = self.steps[layer] = self.steps.get(layer, -1) + 1
         for policy in self.policies:
             if policy.k >= cache.n:
                 continue
-            scores = method.scoped(raw, policy, scale)
+            scores = method.scoped(raw, policy, scale, softcap)
             chosen = method.select(scores, encoded, index, policy)
-            out, lse = method.attend(query_states, cache, chosen, scale)
+            out, lse = method.attend(query_states, cache, chosen, scale, softcap)
             outcome = quality(truth, cache, StepResult(out, lse, chosen, scores), policy.k)
             self.seen.append((policy.k, layer, step, outcome))

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers
@@ -54,9 +55,11 @@ CURRICULUM = (
     Phase("mixed", 2048, 2, 200, 1e-3, 0.99),
     Phase("mixed", 4096, 1, 600, 8e-4, 1.01),
     Phase("mixed", 4096, 1, 400, 6e-4, 1.01),
-    Phase("lists", 512, 10, 3000, 1e-3, 0.985),
-    Phase("mixed", 1024, 5, 300, 8e-4, 0.99),
-    Phase("mixed", 4096, 1, 1000, 8e-4, 1.01),
+    Phase("lists", 512, 10, 1000, 1e-3, 0.985),
+    Phase("mixed", 1024, 5, 300, 8e-4, 0.985),
+    Phase("mixed", 2048, 2, 250, 8e-4, 0.985),
+    Phase("mixed", 4096, 1, 400, 8e-4, 1.01),
+    Phase("mixed", 4096, 1, 400, 6e-4, 1.01),
 )
 
 
@@ -330,6 +333,8 @@ def train(out: Path, seed: int, first_phase: int, steps_scale: float) -> None:
     corpus, held_out = Corpus(tokenizer, seed), Corpus(tokenizer, seed + 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.01)
     began = time.perf_counter()
+    known = out / "recipe.json"
+    history = json.loads(known.read_text()).get("history", []) if first_phase else []
     for number, phase in enumerate(CURRICULUM[first_phase:], start=first_phase):
         batches = corpus.batches(phase.kind, phase.length, phase.batch_size)
         steps = max(1, round(phase.steps * steps_scale))
@@ -351,19 +356,25 @@ def train(out: Path, seed: int, first_phase: int, steps_scale: float) -> None:
                     *(seconds, number, phase.kind, phase.length, step + 1),
                     *(loss.item(), share, many),
                 )
+                done = {**vars(phase), "seed": seed, "steps": step + 1, "right": round(share, 4)}
                 if (step + 1) % 200 == 0:
-                    save(model, tokenizer, out)
+                    save(model, tokenizer, out, [*history, done])
                 if share >= phase.target and not (many < phase.target - 0.1):
                     break
-        save(model, tokenizer, out)
+        history.append(done)
+        save(model, tokenizer, out, history)
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write the model and tokenizer in Hugging Face's layout."""
+def save(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    out: Path,
+    history: list[dict[str, Any]],
+) -> None:
+    """Write the model and tokenizer in Hugging Face's layout, with the phases run so far."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    recipe = {"curriculum": [vars(phase) for phase in CURRICULUM]}
-    (out / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    (out / "recipe.json").write_text(json.dumps({"history": history}, indent=2) + "\n")
 
 
 def main() -> None:

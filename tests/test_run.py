@@ -76,6 +76,7 @@ class Commands:
         self.model = model
         self.results = folder / "results"
         self.number = 0
+        self.mode = "disabled"
         for name in ("tmp", "cwd"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -84,7 +85,7 @@ class Commands:
         return {
             "TOPKBENCH_CACHE": str(self.folder / "cache"),
             "TMPDIR": str(self.folder / "tmp"),
-            "WANDB_MODE": "disabled",
+            "WANDB_MODE": self.mode,
         }
 
     def arguments(self, *given: str) -> list[str]:
@@ -433,6 +434,27 @@ def test_a_sweep_killed_again_and_again_ends_the_same(
         assert path.stat().st_mtime_ns == written
     # What the killed ones had spilled is gone too.
     assert list((commands.folder / "tmp").glob("topkbench*")) == []
+
+
+def test_a_run_that_a_kill_kept_from_the_tracker_is_told_later(
+    server: "subprocess.Popen[str]", tmp_path: Path, model: Path
+) -> None:
+    commands = Commands(server, tmp_path, model)
+    given = ("method=full", "tracker=wandb", "tracker.mode=offline")
+    commands.mode = "offline"
+
+    def told() -> list[str]:
+        return [path.name for path in commands.results.glob("sweep/*/wandb/offline-run-*")]
+
+    assert commands.run(*given) == 0, commands.text("err")
+    (cell,) = commands.cells
+    before = sum(cell in name for name in told())
+    assert commands.run(*given) == 0
+    assert sum(cell in name for name in told()) == before == 1
+    (commands.results / "cells" / cell / "tracked").unlink()  # what a kill before it would leave
+    assert commands.run(*given) == 0
+    assert sum(cell in name for name in told()) == 2
+    assert commands.forwards == []
 
 
 # Beside Hugging Face's package of the name `kernels` ------------------------------------------

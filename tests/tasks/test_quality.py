@@ -35,6 +35,12 @@ def test_full_attention_is_the_truth() -> None:
     torch.testing.assert_close(truth.out[:, 0], FULL_OUT)
 
 
+def test_capped_logits_are_the_truth_of_a_model_that_caps_them() -> None:
+    truth = Truth.of(QUERIES, CACHE, 1.0, softcap=1.0)
+    capped = [math.exp(math.tanh(math.log(part))) for part in (4, 3, 2, 1)]
+    torch.testing.assert_close(truth.weights[0, 0, 0], torch.tensor(capped) / sum(capped))
+
+
 @pytest.mark.parametrize(
     ("k", "expected"), [(1, [3]), (2, [0, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3])]
 )
@@ -102,7 +108,7 @@ def test_the_meter_takes_the_mean_over_steps_and_layers() -> None:
         "output_rel_error": None,
     }
     for layer, selection in enumerate((pick(0, 3), pick(0, 1), pick(1, 2))):
-        meter.on_step(layer, QUERIES, CACHE, StepResult(FULL_OUT, None, selection, None), 1.0)
+        meter.on_step(layer, QUERIES, CACHE, StepResult(FULL_OUT, None, selection, None), 1.0, None)
     found = meter.means()
     assert found["recall_at_k"] == pytest.approx(0.5)
     assert found["attention_mass"] == pytest.approx((0.65 + 0.45 + 0.35) / 3)

@@ -48,6 +48,14 @@ def test_exact_top_k_recalls_everything(
     assert first["density"] == pytest.approx(16 / 190, abs=0.02)
 
 
+def test_a_layer_that_stays_dense_is_not_judged(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    policy = Policy(k=16, dense_layers=1)
+    outcome = task(tmp_path).run(context(loaded, store, StreamingLLM(), policy))
+    assert {one["layer"] for one in outcome.samples} == {1}
+
+
 def test_sinks_and_recents_recall_less(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:

@@ -174,7 +174,13 @@ class Counter(Observer):
         yield
 
     def on_step(
-        self, layer: int, query_states: Tensor, cache: CacheView, result: StepResult, scale: float
+        self,
+        layer: int,
+        query_states: Tensor,
+        cache: CacheView,
+        result: StepResult,
+        scale: float,
+        softcap: float | None,
     ) -> None:
         self.steps.append((layer, cache.n, result))
 
