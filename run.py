@@ -119,8 +119,11 @@ class Run:
             protocol.pop("k", None)
         task = dict(self.settings["task"])
         task["inputs"] = self.task.inputs_digest(self.loaded)
+        model = {**self.settings["model"], "digest": self.loaded.digest}
+        if not self.task.uses_model:
+            model = {"device": model["device"], "dtype": self.dtype}
         return {
-            "model": {**self.settings["model"], "digest": self.loaded.digest},
+            "model": model,
             "task": {name: value for name, value in task.items() if name not in NOT_CONTENT},
             "method": method,
             "protocol": protocol,

@@ -5,12 +5,13 @@ come from the benchmark it is evaluated on; ours share no key, value or filler w
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -66,6 +67,39 @@ def calibration_texts(loaded: LoadedModel, length: int, num_sequences: int, seed
     return texts
 
 
+@contextmanager
+def watched_attention(
+    model: PreTrainedModel, see: Callable[[int, Tensor, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Let ``see`` have each layer's index and post-RoPE states in every forward of the block.
+
+    Args:
+        model: A decoder-only model; it is what it was once the block is left.
+        see: Called with the layer, ``[B, Hq, n, d]`` queries, and ``[B, Hkv, n, d]`` keys and
+            values.
+    """
+
+    def attend(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        see(int(module.layer_idx), query, key, value)  # type: ignore[arg-type]
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)  # type: ignore[arg-type]
+
+    before = model.config._attn_implementation
+    AttentionInterface.register(CAPTURE, attend)
+    AttentionMaskInterface.register(CAPTURE, sdpa_mask)
+    model.set_attn_implementation(CAPTURE)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 @torch.no_grad()
 def capture(
     loaded: LoadedModel,
@@ -87,23 +121,14 @@ def capture(
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     layers: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(num_layers)]
 
-    def keep(
-        module: torch.nn.Module, query: Tensor, key: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor | None]:
+    def keep(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         queries, keys = (one[0].to("cpu", torch.float32, copy=True) for one in (query, key))
-        layers[int(module.layer_idx)].append((queries, keys))  # type: ignore[arg-type]
-        return sdpa_attention_forward(module, query, key, *args, **kwargs)  # type: ignore[arg-type]
+        layers[layer].append((queries, keys))
 
-    before = model.config._attn_implementation
-    AttentionInterface.register(CAPTURE, keep)
-    AttentionMaskInterface.register(CAPTURE, sdpa_mask)
-    model.set_attn_implementation(CAPTURE)
-    try:
+    with watched_attention(model, keep):
         for text in texts:
             ids: Sequence[int] = loaded.tokenizer.encode(text)
             model.model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-    finally:
-        model.set_attn_implementation(before)
     description = (
         f"{num_sequences} prompts of {length} tokens, {', '.join(SUBTASKS)} in turn, seed {seed},"
         f" {len(word_pools()[1])} words that no test uses"

@@ -1,8 +1,8 @@
 """What one decode step of one layer costs, at any geometry and length, stages timed apart."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import psutil
 import torch
@@ -14,15 +14,17 @@ from topkbench.methods.base import (
     Geometry,
     Policy,
     PrefillInputs,
+    Selection,
     TopKMethod,
     kv_bytes,
 )
-from topkbench.models.load import LoadedModel
+from topkbench.tasks.calibration import watched_attention
 from topkbench.tasks.evaluation import STAGES, Context, Outcome, Task, TaskRow, tokenised
 from topkbench.tasks.ruler import Ruler
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEMORY_SHARE = 0.5
+T = TypeVar("T")
 
 
 @dataclass
@@ -40,7 +42,9 @@ class PlantedStates:
     value_states: Tensor
 
     @classmethod
-    def draw(cls, task: "DecodeLatency", n: int, device: torch.device) -> "PlantedStates":
+    def draw(
+        cls, task: "DecodeLatency", n: int, dtype: torch.dtype, device: torch.device
+    ) -> "PlantedStates":
         """Plant 8 needles in every head: keys near one of the group's queries."""
         generator = torch.Generator().manual_seed(task.seed)
         group = task.num_heads // task.num_kv_heads
@@ -51,7 +55,6 @@ class PlantedStates:
         needles = torch.randperm(n, generator=generator)[: min(8, n)]
         for place, slot in enumerate(needles.tolist()):
             keys[:, :, slot] += 2 * queries[:, :, place % group]
-        dtype = DTYPES[task.dtype]
         return cls(*(states.to(device=device, dtype=dtype) for states in (queries, keys, values)))
 
 
@@ -87,6 +90,7 @@ class DecodeLatency(Task):
         dtype: Of the states; ``"auto"`` is the model's.
         seed: Of the states.
         trials: Timed steps of each length.
+        cache_dir: Where generated samples are kept.
     """
 
     name: str = "decode_latency"
@@ -101,11 +105,12 @@ class DecodeLatency(Task):
     dtype: str = "auto"
     seed: int = 0
     trials: int = 15
+    cache_dir: str = "~/.cache/topkbench"
     needs_full: ClassVar[bool] = False
-    uses_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.all_budgets = self.budget is not None  # k follows from the length then
+        self.uses_model = self.states == "captured"
         if self.states not in ("planted", "captured"):
             raise ValueError(f"task.states must be planted or captured, got {self.states!r}.")
         for knob in ("num_heads", "num_kv_heads", "head_dim", "batch_size", "trials"):
@@ -128,58 +133,56 @@ class DecodeLatency(Task):
             raise ValueError(f"task.budget must be a share above 0 and up to 1, got {self.budget}.")
 
     def run(self, context: Context) -> Outcome:
-        rows = [
-            self._row(context, n, states)
-            for n, states in context.track(list(self._sources(context)), "decode_latency")
-        ]
+        rows = [self._row(context, n) for n in context.track(self.lengths, "decode_latency")]
         return Outcome(rows, [])
 
-    def _sources(self, context: Context) -> Iterator[tuple[int, PlantedStates | None]]:
-        if self.states == "planted":
-            yield from ((n, None) for n in self.lengths)
-            return
-        for n in self.lengths:
-            yield n, self._captured(context, n)
-
-    def _row(self, context: Context, n: int, states: PlantedStates | None) -> TaskRow:
+    def _row(self, context: Context, length: int) -> TaskRow:
         device = context.loaded.model.device
-        if states is None:
-            need = 2 * kv_bytes(self._geometry(context.loaded), n) * self.batch_size
+        if self.states == "captured":
+            states = self._captured(context, length)
+        else:
+            need = 2 * kv_bytes(self._planted_geometry(context), length) * self.batch_size
             if need > MEMORY_SHARE * _free_bytes(device):
                 reason = f"{need / 2**30:.1f} GiB of states exceed half of the free memory."
-                return TaskRow(str(n), {"kv_len": n}, "skipped", reason)
-            states = PlantedStates.draw(self, n, device)
+                return TaskRow(str(length), {"kv_len": length, "length": length}, "skipped", reason)
+            states = PlantedStates.draw(self, length, self._dtype(context), device)
         policy = context.policy
+        n = states.key_states.shape[2]
         if self.budget is not None and context.method.selects:
             policy = replace(policy, k=max(64, round(n * self.budget)))
-        method = context.method
-        policy = method.policy_in_force(policy)
-        return self._time(context, method, policy, states, n)
+        policy = context.method.policy_in_force(policy)
+        return TaskRow(str(length), *self._time(context, policy, states, length))
 
     def _time(
-        self, context: Context, method: TopKMethod, policy: Policy, states: PlantedStates, n: int
-    ) -> TaskRow:
-        geometry = self._geometry(context.loaded, states)
-        if method.selects and method.artifact_spec(geometry) is not None and not method.artifact:
-            method.load_artifact(method.fit(_calibration(self, states)))
+        self, context: Context, policy: Policy, states: PlantedStates, length: int
+    ) -> tuple[dict[str, Any], str, str]:
+        """Return the row's values, status and reason."""
+        method, n = context.method, states.key_states.shape[2]
+        if self.states == "captured":
+            geometry = replace(context.geometry, num_layers=1)
+            place = (self.layer, context.geometry.num_layers)
+        else:
+            geometry, place = self._planted_geometry(context), (0, 1)
+            if method.artifact_spec(geometry) is not None and not method.artifact:
+                method.load_artifact(method.fit(_calibration(states)))
         scale = states.key_states.shape[-1] ** -0.5
         cache = CacheView(states.key_states, states.value_states)
         full = context.full
         values: dict[str, Any] = {
             "kv_len": n,
-            "length": n,
+            "length": length,
             "batch_size": len(states.query_states),
             "full_backend": getattr(full, "backend", None),
             "index_bytes_per_token": float(method.index_bytes_per_token(geometry)),
         }
-        layer = _Layer(method, policy, states, scale)
+        layer = _Layer(method, policy, states, scale, place)
         read = method.bytes_read_per_step(geometry, n, policy.k if method.selects else n)
         values["bytes_read_per_step"] = float(read) * len(states.query_states)
         if method.selects:
             values["k"] = policy.k
             wrong = layer.disagreement()
             if wrong is not None:
-                return TaskRow(str(n), values, "wrong", wrong)
+                return values, "wrong", wrong
             values["density"] = method.tokens_read(layer.step().selection, n) / n
         timed = measure(
             {
@@ -205,47 +208,71 @@ class DecodeLatency(Task):
             values["bandwidth_fraction"] = (
                 values["bytes_read_per_step"] / seconds / context.bandwidth
             )
-        return TaskRow(str(n), values)
+        return values, "ok", ""
 
-    def _geometry(self, loaded: LoadedModel, states: PlantedStates | None = None) -> Geometry:
-        kv_heads, group, head_dim = (
-            self.num_kv_heads,
-            self.num_heads // self.num_kv_heads,
-            (self.head_dim),
-        )
-        if states is not None:
-            _, kv_heads, group, head_dim = states.query_states.shape
+    def _dtype(self, context: Context) -> torch.dtype:
+        model: torch.dtype = context.loaded.model.dtype
+        return model if self.dtype == "auto" else DTYPES[self.dtype]
+
+    def _planted_geometry(self, context: Context) -> Geometry:
         return Geometry(
             num_layers=1,
-            num_heads=kv_heads * group,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            dtype_bytes=torch.empty(0, dtype=DTYPES[self.dtype]).element_size(),
-            device=loaded.model.device,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype_bytes=torch.empty(0, dtype=self._dtype(context)).element_size(),
+            device=context.loaded.model.device,
             model_digest=f"planted-{self.seed}",
         )
 
-    def _captured(self, context: Context, n: int) -> PlantedStates:
-        """Take keys and values from a RULER prompt's prefill; the last keys stand in as queries."""
+    @torch.no_grad()
+    def _captured(self, context: Context, length: int) -> PlantedStates:
+        """Take one layer's states of a RULER prompt, its last token being the one decoded.
+
+        Raises:
+            ValueError: If the model has no such layer.
+        """
         loaded = context.loaded
-        task = Ruler(length=n, num_samples=1, subtasks=("niah_multikey",), seed=self.seed)
+        if not 0 <= self.layer < context.geometry.num_layers:
+            raise ValueError(
+                f"task.layer must lie between 0 and {context.geometry.num_layers - 1}, got"
+                f" {self.layer}."
+            )
+        task = Ruler(
+            length=length,
+            num_samples=1,
+            subtasks=("niah_multikey",),
+            seed=self.seed,
+            cache_dir=self.cache_dir,
+        )
         prompt = tokenised(loaded, task.samples(loaded), "dense")[0]
-        states = context.store.get(prompt.prefill_ids)
-        dtype = DTYPES[self.dtype]
-        keys = states.key_states[self.layer][None].to(dtype)
-        values = states.value_states[self.layer][None].to(dtype)
-        geometry = context.geometry
-        group = geometry.num_heads // geometry.num_kv_heads
-        queries = keys[:, :, -1:].expand(-1, -1, group, -1).contiguous()
-        return PlantedStates(queries, keys, values)
+        found: list[PlantedStates] = []
+
+        def keep(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+            if layer == self.layer:
+                grouped = query[:, :, -1].unflatten(1, (key.shape[1], -1))
+                found.append(PlantedStates(grouped, key, value))
+
+        with watched_attention(loaded.model, keep):
+            ids = torch.tensor([prompt.prefill_ids], device=loaded.model.device)
+            loaded.model.model(input_ids=ids, use_cache=False)
+        dtype, device = self._dtype(context), loaded.model.device
+        states = (found[0].query_states, found[0].key_states, found[0].value_states)
+        return PlantedStates(*(one.to(device, dtype).contiguous() for one in states))
 
 
 class _Layer:
     """A method's index over some states, and one decode step that leaves it as it was."""
 
     def __init__(
-        self, method: TopKMethod, policy: Policy, states: PlantedStates, scale: float
+        self,
+        method: TopKMethod,
+        policy: Policy,
+        states: PlantedStates,
+        scale: float,
+        place: tuple[int, int],
     ) -> None:
+        self.place = place
         self.method, self.policy, self.states, self.scale = method, policy, states, scale
         self.cache = CacheView(states.key_states, states.value_states)
         self.newest = (states.key_states[:, :, -1:], states.value_states[:, :, -1:])
@@ -264,8 +291,8 @@ class _Layer:
                 key_states=self.states.key_states[:, :, : n - 1],
                 value_states=self.states.value_states[:, :, : n - 1],
                 capacity=n,
-                layer=0,
-                num_layers=1,
+                layer=self.place[0],
+                num_layers=self.place[1],
             )
         )
 
@@ -290,20 +317,73 @@ class _Layer:
         return {name: taken for name, taken in stages.medians().items() if name in STAGES}
 
     def disagreement(self) -> str | None:
-        """Return one sentence if the output differs from the reference implementation's."""
-        fast = self.step().out.float()
+        """Return one sentence if a stage's result differs from the reference implementation's.
+
+        Each stage gets the same input in both, since a near tie may be decided either way by scores
+        that differ in their last bit, and two outputs of two selections then say nothing.
+        """
+        method, index = self.method, self.index
+        method.append(index, *self.newest)
+        try:
+            if self.policy.k < self.cache.n:
+                method.bind(index, self.cache)
+                scores, expected = self._both(self._scores)
+                if scores is not None and expected is not None:
+                    error = _distance(scores, expected)
+                    if not error <= self._tolerance:
+                        return self._sentence("scores", error)
+                mine, theirs = self._both(lambda: self._select(expected))
+                if not torch.equal(_kept(mine), _kept(theirs)):
+                    return "the selection must be the reference's for the same scores, got another."
+            else:
+                theirs = Selection.everything(self.cache)
+            states = self.states.query_states
+            out, expected_out = self._both(
+                lambda: method.attend(states, self.cache, theirs, self.scale)[0]
+            )
+            error = _distance(out, expected_out)
+            return None if error <= self._tolerance else self._sentence("output", error)
+        finally:
+            index.length -= 1
+
+    def _scores(self) -> Tensor | None:
+        encoded = self.method.encode(self.states.query_states, self.index)
+        return self.method.scoped(self.method.score(encoded, self.index), self.policy, self.scale)
+
+    def _select(self, scores: Tensor | None) -> Selection:
+        encoded = self.method.encode(self.states.query_states, self.index)
+        return self.method.select(scores, encoded, self.index, self.policy)
+
+    def _both(self, stage: Callable[[], T]) -> tuple[T, T]:
+        """Return what a stage gives as configured, and by the reference implementation."""
+        fast = stage()
         chosen, self.method.impl = self.method.impl, "reference"
         try:
-            slow = self.step().out.float()
+            return fast, stage()
         finally:
             self.method.impl = chosen
-        tolerance = 4e-2 if self.states.key_states.dtype == torch.bfloat16 else 1e-3
-        error = (fast - slow).norm() / slow.norm()
-        if error <= tolerance:
-            return None
+
+    @property
+    def _tolerance(self) -> float:
+        return 1e-3 if self.states.key_states.dtype == torch.float32 else 4e-2
+
+    def _sentence(self, what: str, error: float) -> str:
         return (
-            f"the output must be the reference's within {tolerance}, got a difference of {error}."
+            f"the {what} must be the reference's within {self._tolerance}, got a difference of "
+            f"{error:.3g}."
         )
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference over the norm; slots without a score, -inf, do not count."""
+    usable = ~expected.isinf()
+    found, expected = found.float()[usable], expected.float()[usable]
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+
+
+def _kept(selection: Selection) -> Tensor:
+    """Return the units of a selection in order of their slots."""
+    return selection.indices.sort(-1).values
 
 
 def _nothing() -> Any:
@@ -312,8 +392,11 @@ def _nothing() -> Any:
     return nullcontext()
 
 
-def _calibration(task: DecodeLatency, states: PlantedStates) -> PlantedCalibration:
-    """Cut short sequences out of the states, so that a fit takes seconds."""
+def _calibration(states: PlantedStates) -> PlantedCalibration:
+    """Cut short sequences out of planted states, so that a fit takes seconds.
+
+    What is learnt is no better than chance and costs what a good one costs: the time is the same.
+    """
     keys, group = states.key_states[0], states.query_states.shape[2]
     size = min(512, keys.shape[1])
     pieces = [keys[:, begin : begin + size].float() for begin in (0, keys.shape[1] - size)]

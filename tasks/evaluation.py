@@ -120,7 +120,7 @@ class Task(ABC):
     name: str
     all_budgets: bool = False
     needs_full: ClassVar[bool] = True
-    uses_model: ClassVar[bool] = True
+    uses_model: bool = True
 
     def inputs_digest(self, loaded: LoadedModel) -> str:
         """Return a digest of everything that is read beyond the configuration."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import Policy, TopKMethod
+from topkbench.methods.base import Policy, Selection, TopKMethod
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.hata import HATA
@@ -109,17 +109,69 @@ def test_what_does_not_fit_into_memory_is_skipped(loaded: LoadedModel, store: Pr
 
 
 def test_captured_states_are_the_models_own(
-    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (row,) = rows(loaded, store, ExactTopK(), task(lengths=(200,), states="captured", layer=1))
-    assert row.status == "ok"
-    assert store.forwards == 1
+    made = task(lengths=(200,), states="captured", layer=1, cache_dir=str(tmp_path))
+    context = Context(loaded, store, ExactTopK(), Policy(k=16), FullAttention())
+    states = made._captured(context, 200)
+    (sample,) = (tmp_path / "samples").iterdir()
+    n = states.key_states.shape[2]
+    assert 180 < n <= 200
+    assert sample.exists()
+    # The last token's keys and values are what full attention of the model itself would see.
+    weights = (states.query_states @ states.key_states.mT * 16**-0.5).softmax(-1)
+    found: list[Tensor] = []
+    attention = loaded.model.model.layers[1].self_attn.o_proj
+    hook = attention.register_forward_pre_hook(lambda _, given: found.append(given[0][0, -1]))
+    made._captured(context, 200)
+    hook.remove()
+    own = (weights @ states.value_states).flatten()
+    torch.testing.assert_close(own, found[0], rtol=1e-4, atol=1e-5)
+    (row,) = made.run(context).rows
+    assert (row.status, row.subtask) == ("ok", "200")
+    assert (row.values["kv_len"], row.values["length"]) == (n, 200)
     assert row.values["index_bytes_per_token"] == 0
 
 
+def test_a_layer_that_the_model_has_not(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    made = task(lengths=(200,), states="captured", layer=2, cache_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"task\.layer must lie between 0 and 1, got 2"):
+        rows(loaded, store, ExactTopK(), made)
+
+
+class Rounded(ExactTopK):
+    """Scores that differ from the reference's in their last bits, so that ties fall otherwise."""
+
+    def score(self, *args: Any, **kwargs: Any) -> Tensor:
+        scores = super().score(*args, **kwargs)
+        return scores if self.impl == "reference" else scores.bfloat16().float() * (1 + 1e-6)
+
+
+def test_a_near_tie_is_not_wrong(loaded: LoadedModel, store: PrefillStore) -> None:
+    (row,) = rows(loaded, store, Rounded(), task(dtype="bfloat16"))
+    assert row.status == "ok"
+
+
+class Shifted(ExactTopK):
+    """Chooses the neighbour of each token that it should choose."""
+
+    def select(self, *args: Any, **kwargs: Any) -> Selection:
+        chosen = super().select(*args, **kwargs)
+        if self.impl != "reference":
+            chosen.indices = (chosen.indices - 1).clamp_min(0)
+        return chosen
+
+
+def test_a_wrong_selection_has_no_time(loaded: LoadedModel, store: PrefillStore) -> None:
+    (row,) = rows(loaded, store, Shifted(), task())
+    assert row.status == "wrong"
+    assert row.reason.startswith("the selection must be the reference's")
+
+
 def test_planted_states_are_the_same_every_time_and_hold_needles() -> None:
-    drawn = [PlantedStates.draw(task(), 100, torch.device("cpu")) for _ in range(2)]
+    drawn = [PlantedStates.draw(task(), 100, torch.float32, torch.device("cpu")) for _ in range(2)]
     assert torch.equal(drawn[0].key_states, drawn[1].key_states)
     assert drawn[0].query_states.shape == (1, 2, 3, 32)
     logits = drawn[0].query_states @ drawn[0].key_states.mT * 32**-0.5
