@@ -340,34 +340,15 @@ class TopKMethod(ABC):
         """Return the bytes one decode step of one layer reads, for one batch row.
 
         That is the side information, whatever else scoring reads, and the keys and values of the
-        selected tokens, once per KV head. A selection per query head reads more than this model.
+        selected tokens, once per KV head.
 
         Args:
             geometry: The model's.
             n: Cached tokens.
-            k: Budget.
+            k: Tokens that a KV head's queries attend to: the budget, or where each query head
+                selects its own, as many as they select together.
         """
         return round(n * self.index_bytes_per_token(geometry)) + kv_bytes(geometry, min(k, n))
-
-    def tokens_read(
-        self,
-        selection: Selection | None,
-        n: int,
-        kv_start: Tensor | None = None,
-        kv_len: Tensor | None = None,
-    ) -> float:
-        """Count the tokens a step attended to: the mean over batch rows and selecting heads.
-
-        Args:
-            selection: What the step selected; None stands for every token.
-            n: Slots of the cache's view.
-            kv_start: As in ``CacheView``.
-            kv_len: As in ``CacheView``.
-        """
-        if selection is None:
-            zero = torch.zeros(1) if kv_start is None else kv_start
-            return ((zero + n if kv_len is None else kv_len) - zero).double().mean().item()
-        return selection.tokens(n, kv_start, kv_len).double().mean().item()
 
 
 def kv_bytes(geometry: Geometry, tokens: int) -> int:

@@ -204,21 +204,27 @@ class Selection:
             weight = pad(weight, (0, missing)).masked_fill(short, 0.0)
         return Selection(torch.where(short, whole, kept), None, weight, self.unit_size)
 
-    def tokens(
-        self, n: int, kv_start: Tensor | None = None, kv_len: Tensor | None = None
-    ) -> Tensor:
-        """Return int64 ``[B, H]``: how many valid tokens each head's selection holds."""
-        device = self.indices.device
-        start, end = row_bounds(n, len(self.indices), device, kv_start, kv_len)
-        valid = (end - start)[:, None, None]
-        first = self.indices * self.unit_size
-        if self.unit_size == 1:
-            first = first - start[:, None, None]
-        held = (valid - first).clamp(0, self.unit_size)
-        kept = self.indices >= 0
+    def slots(self, cache: CacheView) -> Tensor:
+        """Return bool ``[B, H, n]``: the tokens that each head attends to, pages expanded."""
+        indices = self.indices.long()
+        used = indices >= 0
         if self.count is not None:
-            kept &= torch.arange(self.indices.shape[2], device=device) < self.count[..., None]
-        return held.where(kept, 0).sum(-1)
+            used &= torch.arange(indices.shape[-1], device=indices.device) < self.count[..., None]
+        start, end = cache.bounds()
+        # A token is named by its slot, a page by its place in the row.
+        first = indices if self.unit_size == 1 else start[:, None, None] + indices * self.unit_size
+        slots = first[..., None] + torch.arange(self.unit_size, device=indices.device)
+        used = used[..., None] & (slots < end[:, None, None, None])
+        chosen = torch.zeros(
+            *indices.shape[:2], cache.n + 1, dtype=torch.bool, device=indices.device
+        )
+        chosen.scatter_(-1, torch.where(used, slots, cache.n).flatten(2), True)
+        return chosen[..., :-1]
+
+    def tokens_read(self, cache: CacheView) -> Tensor:
+        """Return int64 ``[B, Hkv]``: the different tokens that each KV head's queries read."""
+        heads = cache.key_states.shape[1]
+        return self.slots(cache).unflatten(1, (heads, -1)).any(2).sum(-1)
 
 
 @dataclass

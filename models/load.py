@@ -1,6 +1,7 @@
 """The one loader: a hub id, a local folder, or the model that ships with the project."""
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def load_model(
 
 
 def weights_digest(source: str, commit: str | None = None) -> str:
-    """Return 16 hex digits that identify a model's weights.
+    """Return 16 hex digits that identify a model: its weights and the configuration they run by.
 
     A hub snapshot is identified by its commit. A local file counts whole up to 64 MiB; of a larger
     one, its size and 16 MiB spread over it, since reading it all would cost what loading it does.
@@ -151,7 +152,7 @@ def weights_digest(source: str, commit: str | None = None) -> str:
     if commit:
         digest.update(f"{source}@{commit}".encode())
         return digest.hexdigest()[:16]
-    for path in sorted(Path(source).glob("*.safetensors")):
+    for path in (Path(source) / "config.json", *sorted(Path(source).glob("*.safetensors"))):
         digest.update(f"{path.name} {path.stat().st_size} ".encode())
         if path.stat().st_size <= WHOLE_FILE_BYTES:
             digest.update(path.read_bytes())
@@ -161,6 +162,14 @@ def weights_digest(source: str, commit: str | None = None) -> str:
                     file.seek(place * path.stat().st_size // SAMPLED_BLOCKS)
                     digest.update(file.read(SAMPLED_BYTES))
     return digest.hexdigest()[:16]
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return 16 hex digits that identify how a tokenizer cuts and wraps a text."""
+    fast: Any = getattr(tokenizer, "backend_tokenizer", None)
+    rules = fast.to_str() if fast is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    text = f"{rules} {tokenizer.chat_template}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _is_local(path: str) -> bool:

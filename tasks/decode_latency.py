@@ -183,7 +183,7 @@ class DecodeLatency(Task):
             wrong = layer.disagreement()
             if wrong is not None:
                 return values, "wrong", wrong
-            values["density"] = method.tokens_read(layer.step().selection, n) / n
+            values["density"] = _density(layer.step().selection, cache)
         timed = measure(
             {
                 "full": lambda: full.step(states.query_states, None, cache, policy, scale),
@@ -375,7 +375,7 @@ class _Layer:
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference over the norm; slots without a score, -inf, do not count."""
+    """Return the norm of the difference over the norm; slots scored -inf do not count."""
     usable = ~expected.isinf()
     found, expected = found.float()[usable], expected.float()[usable]
     return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
@@ -384,6 +384,12 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 def _kept(selection: Selection) -> Tensor:
     """Return the units of a selection in order of their slots."""
     return selection.indices.sort(-1).values
+
+
+def _density(selection: Selection | None, cache: CacheView) -> float:
+    """Return the share of the cached tokens that a step reads, 0 to 1."""
+    chosen = selection or Selection.everything(cache)
+    return chosen.tokens_read(cache).double().mean().item() / cache.n
 
 
 def _nothing() -> Any:

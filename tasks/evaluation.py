@@ -19,6 +19,7 @@ from topkbench.methods.base import (
     Geometry,
     Observer,
     Policy,
+    Selection,
     StepResult,
     TopKMethod,
     kv_bytes,
@@ -134,8 +135,7 @@ class Task(ABC):
 class Counter(Observer):
     """Counts what the sparse layers of a decode step read, as a share of what is cached."""
 
-    def __init__(self, method: TopKMethod) -> None:
-        self.method = method
+    def __init__(self) -> None:
         self.read = 0.0
         self.cached = 0.0
 
@@ -148,9 +148,10 @@ class Counter(Observer):
         scale: float,
         softcap: float | None,
     ) -> None:
-        bounds = (cache.n, cache.kv_start, cache.kv_len)
-        self.read += self.method.tokens_read(result.selection, *bounds)
-        self.cached += self.method.tokens_read(None, *bounds)
+        start, end = cache.bounds()
+        selection = result.selection or Selection.everything(cache)
+        self.read += selection.tokens_read(cache).double().mean().item()
+        self.cached += (end - start).double().mean().item()
 
     @property
     def density(self) -> float | None:
@@ -217,8 +218,11 @@ class GenerationTask(Task):
         samples, densities = self._answer(context, prompts)
         if context.full_answers is None and not context.method.selects:
             context.full_answers = {one["sample_id"]: one["tokens"] for one in samples}
-        shared: dict[str, Any] = {"batch_size": 1, **accounting(context, prompts)}
-        shared |= speed(context, prompts)
+        read = [density for density in densities.values() if density is not None]
+        density = statistics.fmean(read) if read else None
+        shared: dict[str, Any] = {"batch_size": 1, "density": density}
+        shared |= accounting(context, prompts, density)
+        shared |= speed(context, prompts, shared["bytes_read_per_step"])
         if context.method.selects:
             shared |= judge(context, prompts)
         rows = []
@@ -229,8 +233,6 @@ class GenerationTask(Task):
             values |= {name: shared[name] for name in ("batch_size", "full_backend")}
             rows.append(TaskRow(subtask, {**values, "density": densities[subtask]}))
         mean = statistics.fmean(row.values["score"] for row in rows)
-        density = [row.values["density"] for row in rows if row.values["density"] is not None]
-        shared["density"] = statistics.fmean(density) if density else None
         rows.append(TaskRow("mean", {"score": mean, "num_samples": len(samples), **shared}))
         return Outcome(rows, samples)
 
@@ -245,7 +247,7 @@ class GenerationTask(Task):
         for batch in context.track(batches(prompts, self.batch_size), label):
             most = max(prompt.sample.max_new_tokens for prompt in batch)
             decoder = Decoder(context.loaded, context.store, batch, most + 1)
-            counter = counters.setdefault(batch[0].sample.subtask, Counter(context.method))
+            counter = counters.setdefault(batch[0].sample.subtask, Counter())
             with attach(context.loaded.model, context.method, context.policy, counter):
                 answers = decoder.generate()
             for prompt, tokens, milliseconds in zip(
@@ -272,14 +274,22 @@ class GenerationTask(Task):
         return samples, {subtask: counter.density for subtask, counter in counters.items()}
 
 
-def accounting(context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Return the bytes that a decode step reads, from each method's own model."""
+def accounting(
+    context: Context, prompts: Sequence[Prompt], density: float | None
+) -> dict[str, Any]:
+    """Return the bytes that a decode step reads, from each method's own model.
+
+    Where each query head selects its own tokens, a step reads what they select together: as many
+    as the measured density says.
+    """
     geometry, method = context.geometry, context.method
     n = round(statistics.fmean(len(p.prefill_ids) + len(p.decode_ids) for p in prompts))
     policy = method.policy_in_force(context.policy)
     dense = policy.resolve_dense_layers(geometry.num_layers) if method.selects else ()
     sparse = geometry.num_layers - len(dense)
     k = policy.k if method.selects else n
+    if policy.head_scope == "query_head" and density is not None:
+        k = round(density * n)
     # With room for everything a step reads everything and asks no index.
     chosen = kv_bytes(geometry, n) if k >= n else method.bytes_read_per_step(geometry, n, k)
     read = sparse * chosen + len(dense) * kv_bytes(geometry, n)
@@ -290,7 +300,7 @@ def accounting(context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
     }
 
 
-def speed(context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dict[str, Any]:
     """Time decode steps of single prompts, full attention and the method in turn.
 
     Medians over steps; the first steps of each turn, which build the index, warm up. The stages
@@ -340,8 +350,7 @@ def speed(context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
     if context.method.selects and "full" in stages:  # the layers that the policy leaves dense
         attention += statistics.median(stages["full"])
     if context.bandwidth and attention:
-        read = accounting(context, prompts)["bytes_read_per_step"]
-        columns["bandwidth_fraction"] = read / (attention * 1e-3) / context.bandwidth
+        columns["bandwidth_fraction"] = bytes_read / (attention * 1e-3) / context.bandwidth
     return columns
 
 

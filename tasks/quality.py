@@ -61,26 +61,6 @@ def valid_slots(cache: CacheView) -> Tensor:
     return (slots >= start[:, None]) & (slots < end[:, None])
 
 
-def chosen_slots(selection: Selection, cache: CacheView) -> Tensor:
-    """Return bool ``[B, H, n]``: the tokens a selection stands for, pages expanded."""
-    indices = selection.indices.long()
-    used = indices >= 0
-    if selection.count is not None:
-        places = torch.arange(indices.shape[-1], device=indices.device)
-        used &= places < selection.count[..., None]
-    start, end = cache.bounds()
-    base = (
-        indices
-        if selection.unit_size == 1
-        else (start[:, None, None] + indices * selection.unit_size)
-    )
-    slots = base[..., None] + torch.arange(selection.unit_size, device=indices.device)
-    used = used[..., None] & (slots < end[:, None, None, None])
-    chosen = torch.zeros(*indices.shape[:2], cache.n + 1, dtype=torch.bool, device=indices.device)
-    chosen.scatter_(-1, torch.where(used, slots, cache.n).flatten(2), True)
-    return chosen[..., :-1]
-
-
 @dataclass(frozen=True)
 class Quality:
     """What one decode step of one layer kept, ``[B, Hkv]`` each.
@@ -105,7 +85,7 @@ def quality(truth: Truth, cache: CacheView, result: StepResult, k: int) -> Quali
     mean over the group is returned.
     """
     batch, kv_heads, group = truth.out.shape[:3]
-    chosen = chosen_slots(result.selection or Selection.everything(cache), cache)
+    chosen = (result.selection or Selection.everything(cache)).slots(cache)
     per_query = chosen.view(batch, kv_heads, -1, cache.n).expand(-1, -1, group, -1)
     exact = truth.exact(k)[:, :, None]
     hits = (per_query & exact).sum(-1).float() / exact.sum(-1).clamp_min(1)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from topkbench.models.load import LoadedModel
+from topkbench.models.load import LoadedModel, tokenizer_digest
 from topkbench.tasks.base import Sample, TaskDoesNotFit, samples_digest
 from topkbench.tasks.decoding import Question
 from topkbench.tasks.evaluation import GenerationTask
@@ -91,7 +91,6 @@ class Ruler(GenerationTask):
         return found
 
     def _cache_file(self, loaded: LoadedModel) -> Path:
-        probe = "The 10 secrets of zebra, VAR QXZKV = 90517: naïve ... déjà-vu.\n"
         settings = {
             "version": GENERATOR_VERSION,
             "subtasks": list(self.subtasks),
@@ -100,7 +99,7 @@ class Ruler(GenerationTask):
             "seed": self.seed,
             "chat": loaded.chat,
             "short_answers": loaded.short_answers,
-            "tokenizer": loaded.tokenizer.encode(probe),
+            "tokenizer": tokenizer_digest(loaded.tokenizer),
             "words": hashlib.sha256(" ".join(word_pools()[0]).encode()).hexdigest(),
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

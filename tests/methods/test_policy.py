@@ -82,10 +82,10 @@ def cache(kv_start: list[int], kv_len: list[int], n: int) -> CacheView:
 
 
 def test_everything_of_ragged_rows() -> None:
-    selection = Selection.everything(cache([0, 2], [3, 4], 4))
+    view = cache([0, 2], [3, 4], 4)
+    selection = Selection.everything(view)
     assert selection.indices.tolist() == [[[0, 1, 2, -1]], [[2, 3, -1, -1]]]
-    starts, ends = (torch.tensor(x, dtype=torch.int32) for x in ([0, 2], [3, 4]))
-    assert selection.tokens(4, starts, ends).tolist() == [[3], [2]]
+    assert selection.tokens_read(view).tolist() == [[3], [2]]
 
 
 def test_short_rows_keep_every_page() -> None:
@@ -94,11 +94,18 @@ def test_short_rows_keep_every_page() -> None:
     whole = chosen.with_short_rows_whole(view, 7)
     # The second row has five tokens: pages 0 and 1, of which one token is in page 1.
     assert whole.indices.tolist() == [[[2, -1]], [[0, 1]]]
-    assert whole.tokens(12, view.kv_start, view.kv_len).tolist() == [[4], [5]]
+    assert whole.tokens_read(view).tolist() == [[4], [5]]
 
 
 def test_tokens_of_an_open_page_and_a_count() -> None:
     indices = torch.tensor([[[0, 2, 1]]], dtype=torch.int32)
-    assert Selection(indices, unit_size=4).tokens(10).tolist() == [[10]]
+    view = cache([0], [10], 10)
+    assert Selection(indices, unit_size=4).tokens_read(view).tolist() == [[10]]
     count = torch.tensor([[2]], dtype=torch.int32)
-    assert Selection(indices, count, unit_size=4).tokens(10).tolist() == [[6]]
+    assert Selection(indices, count, unit_size=4).tokens_read(view).tolist() == [[6]]
+
+
+def test_query_heads_that_choose_apart_read_what_they_choose_together() -> None:
+    states = torch.zeros(1, 2, 8, 4)  # two KV heads of two queries each
+    indices = torch.tensor([[[0, 1], [1, 2], [5, 6], [5, 6]]], dtype=torch.int32)
+    assert Selection(indices).tokens_read(CacheView(states, states)).tolist() == [[3, 2]]

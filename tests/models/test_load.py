@@ -1,5 +1,6 @@
 """Loading a model: what goes wrong is one sentence."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from topkbench.models.load import ModelNotAvailable, load_model, weights_digest
+from topkbench.models.load import ModelNotAvailable, load_model, tokenizer_digest, weights_digest
 from topkbench.models.tiny_tokenizer import build_tokenizer
 
 Damage = Callable[[Path], object]
@@ -69,8 +70,24 @@ def test_the_digest_is_of_the_weights(folder: Path, copy: Path) -> None:
     weights = load_file(copy / "model.safetensors")
     weights["model.norm.weight"][0] += 1
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    assert weights_digest(str(copy)) != digest
+    changed = weights_digest(str(copy))
+    assert changed != digest
+    # The same weights under another configuration are another model.
+    config = json.loads((copy / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 777.0}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert weights_digest(str(copy)) not in (digest, changed)
     assert weights_digest("owner/name", "a") != weights_digest("owner/name", "b")
+
+
+def test_tokenizers_are_told_apart_by_rules_and_template() -> None:
+    plain = build_tokenizer([" one", " two"], 64)
+    assert tokenizer_digest(plain) == tokenizer_digest(build_tokenizer([" one", " two"], 64))
+    other = build_tokenizer([" one", " three"], 64)
+    assert tokenizer_digest(plain) != tokenizer_digest(other)
+    other = build_tokenizer([" one", " two"], 64)
+    other.chat_template = "{{ messages }}"
+    assert tokenizer_digest(plain) != tokenizer_digest(other)
 
 
 def one_sentence(error: BaseException, *words: str) -> None:

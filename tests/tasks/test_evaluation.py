@@ -49,8 +49,26 @@ def test_a_cell_leaves_a_row_a_subtask_and_their_mean(
     # 2 layers; each reads every key to score (2 heads of 16 channels of 4 bytes), then 24 tokens.
     n = mean["kv_len"]
     assert mean["bytes_read_per_step"] == 2 * (n * 2 * 16 * 4 + 24 * 2 * 2 * 16 * 4)
-    # No layer of the kernels reads faster than it took.
+    stages = ("encode_ms", "append_ms", "score_ms", "select_ms", "attend_ms")
+    attention = sum(mean[stage] or 0.0 for stage in stages) * 1e-3
+    assert mean["bandwidth_fraction"] == pytest.approx(
+        mean["bytes_read_per_step"] / attention / 1e9  # of the bandwidth that the context states
+    )
     assert store.forwards == 4
+
+
+def test_query_heads_that_choose_apart_are_charged_for_all_they_read(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    native = {"head_scope": "query_head"}
+    policy = Policy(k=24, num_sink=0, num_recent=0, protocol="native")
+    settings = {"length": 200, "num_samples": 1, "subtasks": ("vt",), "cache_dir": str(tmp_path)}
+    task = Ruler(**settings)  # type: ignore[arg-type]
+    context = Context(loaded, store, ExactTopK(native=native), policy, FullAttention(), None, 1e9)
+    mean = run_cell(context, task).rows[-1].values
+    n, together = mean["kv_len"], round(mean["density"] * mean["kv_len"])
+    assert 24 < together <= 48  # two queries of each KV head
+    assert mean["bytes_read_per_step"] == 2 * (n * 2 * 16 * 4 + together * 2 * 2 * 16 * 4)
 
 
 def test_samples_carry_what_re_scoring_needs(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from topkbench.methods.base import CacheView, Selection, StepResult
-from topkbench.tasks.quality import SelectionMeter, Truth, chosen_slots, quality
+from topkbench.tasks.quality import SelectionMeter, Truth, quality
 
 # Two queries of one KV head. Each looks at one channel, in which the keys hold logarithms, so that
 # the softmax is 0.4 0.3 0.2 0.1 for the first query and 0.1 0.1 0.1 0.7 for the second.
@@ -94,7 +94,7 @@ def test_slots_outside_a_row_are_neither_exact_nor_chosen() -> None:
     torch.testing.assert_close(truth.weights[1, 0, 0], torch.tensor([4 / 9, 3 / 9, 2 / 9, 0.0]))
     assert truth.exact(4)[:, 0].tolist() == [[True] * 4, [True, True, True, False]]
     both = Selection(torch.tensor([[[2, 3]], [[2, 3]]], dtype=torch.int32))
-    assert chosen_slots(both, cache)[:, 0].tolist() == [
+    assert both.slots(cache)[:, 0].tolist() == [
         [False, False, True, True],
         [False, False, True, False],
     ]
