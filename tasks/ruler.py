@@ -20,7 +20,7 @@ from topkbench.tasks.words import TEST_NAMES, word_pools
 NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 # A model that ends its answers itself gets the reference answer's length and a few tokens more.
 SPARE_TOKENS = 8
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 # Where the question begins in the prompts of NVIDIA's generator: the last line that opens so.
 QUESTION_STEM = re.compile(r"\n(?=(?:What|Which|Question:|Answer the question)[^\n]*)")
 
@@ -37,6 +37,8 @@ class Ruler(GenerationTask):
         source: A file or folder of JSON lines from RULER's own generator, instead of ours.
         question_tokens: With ``source``: how many last tokens of a prompt are the question, where
             its beginning cannot be found.
+        example: Show a solved example first where RULER does (vt, cwe); None shows it to every
+            model but one that was trained on the prompts without, the shipped one.
         cache_dir: Where generated samples are kept.
     """
 
@@ -47,6 +49,7 @@ class Ruler(GenerationTask):
     subtasks: Sequence[str] = SUBTASKS
     source: str | None = None
     question_tokens: int = 0
+    example: bool | None = None
     cache_dir: str = "~/.cache/topkbench"
 
     def __post_init__(self) -> None:
@@ -99,11 +102,15 @@ class Ruler(GenerationTask):
             "seed": self.seed,
             "chat": loaded.chat,
             "short_answers": loaded.short_answers,
+            "example": self._example(loaded),
             "tokenizer": tokenizer_digest(loaded.tokenizer),
             "words": hashlib.sha256(" ".join(word_pools()[0]).encode()).hexdigest(),
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         return Path(self.cache_dir).expanduser() / "samples" / f"ruler-{digest}.jsonl"
+
+    def _example(self, loaded: LoadedModel) -> bool:
+        return not loaded.short_answers if self.example is None else self.example
 
     def _make(self, loaded: LoadedModel, subtask: str, index: int) -> Sample:
         rng = random.Random(f"{self.seed}-{subtask}-{self.length}-{index}")
@@ -119,7 +126,8 @@ class Ruler(GenerationTask):
             wrapping = count(str(text))
         allowed = SPARE_TOKENS if loaded.short_answers else NEW_TOKENS[subtask.split("_")[0]]
         budget = self.length - wrapping - allowed
-        prompt = make_prompt(subtask, rng, word_pools()[0], budget, count, TEST_NAMES)
+        example = self._example(loaded)
+        prompt = make_prompt(subtask, rng, word_pools()[0], budget, count, TEST_NAMES, example)
         new_tokens = count(prompt.reference) + allowed if loaded.short_answers else allowed
         parts = (prompt.context, prompt.question + prompt.answer_prefix)
         return Sample(

@@ -10,7 +10,7 @@ of one half of the pool while it lasts, values are two words of the other half.
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from topkbench.tasks.base import TaskDoesNotFit
 from topkbench.tasks.words import random_names
@@ -29,6 +29,8 @@ VT_HOPS = 4
 CWE_COMMON, CWE_FREQUENT, CWE_RARE = 10, 30, 3
 FWE_ALPHA = 2.0
 SENTENCE_WORDS = 12
+WITH_EXAMPLE = ("vt", "cwe")
+EXAMPLE_TOKENS = 500
 
 FACTS = "Read the text below and remember the secret words in it.\n"
 VARIABLES = "Read the text below and remember what is assigned to each variable.\n"
@@ -313,6 +315,7 @@ def make_prompt(
     budget: int,
     count: CountTokens,
     share: slice = slice(None),
+    example: bool = False,
 ) -> Prompt:
     """Return one prompt of ``subtask`` that fills ``budget`` tokens and does not exceed them.
 
@@ -323,10 +326,29 @@ def make_prompt(
         budget: Tokens for the context, the question, the prefix and the reference answer.
         count: Tokens of a piece of text, without special tokens.
         share: Which of the random names, variables and coded words, the prompt may use.
+        example: Where RULER does, vt and cwe, put a short solved prompt of the same kind first.
 
     Raises:
         TaskDoesNotFit: If the smallest prompt of the sub-task needs more than ``budget``.
     """
+    if not example or subtask not in WITH_EXAMPLE:
+        return _make(subtask, rng, words, budget, count, share)
+    shown = _make(subtask, rng, words, min(EXAMPLE_TOKENS, budget // 4), count, share)
+    text = shown.context + shown.question + shown.answer_prefix + shown.reference + "\n\n"
+    while True:
+        asked = _make(subtask, rng, words, budget - count(text), count, share)
+        if not set(asked.answers) & set(shown.answers):
+            return replace(asked, context=text + asked.context)
+
+
+def _make(
+    subtask: str,
+    rng: random.Random,
+    words: Sequence[str],
+    budget: int,
+    count: CountTokens,
+    share: slice,
+) -> Prompt:
     if subtask == "vt":
         return _vt(rng, words, budget, count, share)
     if subtask == "cwe":

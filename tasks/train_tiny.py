@@ -60,6 +60,8 @@ CURRICULUM = (
     Phase("mixed", 2048, 2, 250, 8e-4, 0.985),
     Phase("mixed", 4096, 1, 400, 8e-4, 1.01),
     Phase("mixed", 4096, 1, 400, 6e-4, 1.01),
+    Phase("mixed", 1024, 5, 200, 8e-4, 0.995),
+    Phase("mixed", 4096, 1, 600, 8e-4, 1.01),
 )
 
 
@@ -146,17 +148,19 @@ class Corpus:
             sequence.write(ids, [rest[0] for rest in encoded[index:]])
         sequence.write([*self.encode("."), self.eos])
 
-    def recall(self, length: int, listed: float = 0.3) -> Sequence:
+    def recall(
+        self, length: int, listed: float = 0.3, fewest: int = prompts.NUM_NEEDLES
+    ) -> Sequence:
         """Secrets in a haystack, then as many questions about them as fit.
 
-        ``listed`` is the share of the secrets whose key has several: two to four.
+        ``listed`` is the share of the secrets whose key has several: from ``fewest`` to four.
         """
         rng = self.rng
         questions = min(length * 9 // 20, 640)
         most = (length - questions - 16) // 8  # needles that fill the context
         dense = rng.random() < 0.5
         total = int(most * rng.uniform(0.6, 1.0)) if dense else rng.randint(8, max(8, most // 6))
-        num_values = [rng.randint(2, prompts.NUM_NEEDLES) for _ in range(total)]
+        num_values = [rng.randint(fewest, prompts.NUM_NEEDLES) for _ in range(total)]
         num_many = max(1, round(listed * total / 3))
         num_single = max(prompts.NUM_NEEDLES, total - sum(num_values[:num_many]))
         counts = num_values[:num_many] + [1] * num_single
@@ -244,7 +248,7 @@ class Corpus:
         make = {
             "copy": self.copy,
             "recall": self.recall,
-            "lists": lambda length: self.recall(length, listed=0.85),
+            "lists": lambda length: self.recall(length, listed=0.85, fewest=2),
             "variables": self.variables,
             "counting": self.counting,
         }[kind]

@@ -186,7 +186,7 @@ def test_a_bad_budget_is_refused(override: str, message: str) -> None:
         (["task.batch_size=0"], "task", "batch_size must be at least 1"),
         (["task=decode_latency", "task.budget=2"], "task", "task.budget must be a share"),
         (["task=decode_latency", "task.num_kv_heads=5"], "task", "must be a multiple of"),
-        (["task=decode_latency", "dtype=int8"], "task", "task.dtype must be one of"),
+        (["task=decode_latency", "dtype=int8"], "task", "task.dtype must be auto or one of"),
         (["task=decode_latency", "task.states=real"], "task", "task.states must be planted"),
         (["task=decode_latency", "task.lengths=[0]"], "task", "task.lengths must"),
         (["task=decode_latency", "task.trials=0"], "task", "task.trials must"),

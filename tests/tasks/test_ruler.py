@@ -67,8 +67,11 @@ def test_a_model_that_ends_its_answers_gets_8_tokens_more(
     assert sample.max_new_tokens == 3 + 8  # two words, a full stop
     other = replace(loaded, short_answers=False)
     expected = {"niah_single": 128, "vt": 30, "cwe": 120, "fwe": 50}
-    samples = make(length=500, subtasks=tuple(expected)).samples(other)
+    samples = make(length=1000, subtasks=tuple(expected)).samples(other)
     assert {one.subtask: one.max_new_tokens for one in samples} == expected
+    # It was not trained on these prompts, so it is shown an example where RULER shows one.
+    shown = {one.subtask for one in samples if one.context.count("\n\n")}
+    assert shown == {"vt", "cwe"}
 
 
 def test_values_are_two_tokens_so_that_one_is_decoded(loaded: LoadedModel, make: MakeTask) -> None:

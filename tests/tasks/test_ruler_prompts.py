@@ -57,6 +57,27 @@ def test_the_reference_holds_every_answer(subtask: str, count: Count) -> None:
 
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
+def test_a_solved_example_comes_first_where_ruler_has_one(subtask: str, count: Count) -> None:
+    words, rngs = word_pools()[0], [random.Random("test-0") for _ in range(2)]
+    plain, shown = (
+        make_prompt(subtask, rng, words, 4000, count, TEST_NAMES, example)
+        for rng, example in zip(rngs, (False, True), strict=True)
+    )
+    if subtask not in ("vt", "cwe"):
+        assert shown == plain
+        return
+    assert 0.8 * 4000 < size(shown, count) <= 4000
+    example, asked = shown.context.split("\n\n")
+    assert 150 < count(example) <= 500
+    begins = plain.context.splitlines()[0]
+    assert (example.splitlines()[0], asked.splitlines()[0]) == (begins, begins)
+    solved = example.rpartition(":")[2]
+    assert string_match_all(solved, shown.answers) == 0.0  # another question's answers
+    assert solved.endswith(".")
+    assert solved.count(",") == len(shown.answers) - 1
+
+
+@pytest.mark.parametrize("subtask", SUBTASKS)
 def test_randomness_is_the_samples_own(subtask: str, count: Count) -> None:
     random.seed(1)
     first = draw(subtask, 500, count)
