@@ -312,11 +312,12 @@ def job(config: DictConfig) -> None:
         settle(Run(config), sweep, _DONE)
     except REFUSALS as error:
         # A configuration that cannot become a cell: nothing has run, and the other jobs go on.
-        refuse(sentence(error), config, sweep)
+        refuse(error, config, sweep)
 
 
-def refuse(reason: str, config: DictConfig, sweep: Sweep) -> None:
+def refuse(error: Exception, config: DictConfig, sweep: Sweep) -> None:
     """Say once why a configuration cannot be run, and leave a row that says it too."""
+    reason = sentence(error)
     if reason not in _SAID:
         _SAID.add(reason)
         print(f"error: {reason}", file=sys.stderr, flush=True)
@@ -339,7 +340,7 @@ def refuse(reason: str, config: DictConfig, sweep: Sweep) -> None:
     cell = sweep.store.cell(run_id)
     with cell.lock():
         cell.begin(row)
-        cell.write([row], [], {}, reason)
+        cell.write([row], [], {}, "".join(traceback.format_exception(error)))
     sweep.append(run_id)
 
 

@@ -16,6 +16,12 @@ from topkbench.analysis.stats import MEAN
 NAMES = ("model", "task", "length", "method", "impl", "protocol", "question", "k", "rbit", "seed")
 """Columns of the row by which a run is found, at the top of its configuration."""
 
+PER_ROW = (
+    *("score", "recall_at_k", "attention_mass", "output_rel_error"),
+    *("decode_ms_p50", "speedup_vs_full", "bandwidth_fraction"),
+)
+"""Metrics that the summary has for each row of a cell."""
+
 CURVES = ("score", "recall_at_k", "decode_ms_p50")
 """Metrics that a sweep's run draws over k and rbit."""
 
@@ -63,7 +69,11 @@ def cell_config(row: Row, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return a cell's metrics: those of its mean by name, scores of sub-tasks as ``score/NAME``."""
+    """Return a cell's metrics: those of its mean by name, those of its other rows by ``NAME/ROW``.
+
+    A row is called by its sub-task (a length, where one is timed), or by its budget where a cell
+    covers several.
+    """
     top = next((row for row in rows if row.subtask == MEAN), rows[0])
     skipped = {*NAMES, "run_id", "task", "subtask", "git_commit", "device"}
     values = {
@@ -72,8 +82,11 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         if name not in skipped and not name.startswith(PARAMETER_PREFIX) and value is not None
     }
     for row in rows:
-        if row is not top and row.score is not None:
-            values[f"score/{row.subtask}"] = row.score
+        called = f"k{row.k}" if row.subtask == MEAN else row.subtask
+        for name in PER_ROW:
+            value = getattr(row, name)
+            if row is not top and value is not None:
+                values[f"{name}/{called}"] = value
     return values
 
 

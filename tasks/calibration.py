@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from topkbench.methods.base import Progress
 from topkbench.models.load import LoadedModel
 from topkbench.tasks.ruler_prompts import SUBTASKS, make_prompt
 from topkbench.tasks.words import CALIBRATION_NAMES, word_pools
@@ -106,6 +107,7 @@ def capture(
     num_sequences: int = NUM_SEQUENCES,
     max_length: int = MAX_LENGTH,
     seed: int = SEED,
+    progress: Progress | None = None,
 ) -> CapturedStates:
     """Run the model over calibration prompts and keep each layer's queries and keys.
 
@@ -114,6 +116,7 @@ def capture(
         num_sequences: Prompts.
         max_length: Tokens of a prompt at most; less where the model's window is smaller.
         seed: Of the prompts.
+        progress: Called with the prompts read and how many there are.
     """
     length = min(max_length, loaded.window)
     texts = calibration_texts(loaded, length, num_sequences, seed)
@@ -126,9 +129,11 @@ def capture(
         layers[layer].append((queries, keys))
 
     with watched_attention(model, keep):
-        for text in texts:
+        for done, text in enumerate(texts, start=1):
             ids: Sequence[int] = loaded.tokenizer.encode(text)
             model.model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+            if progress is not None:
+                progress(done, len(texts))
     description = (
         f"{num_sequences} prompts of {length} tokens, {', '.join(SUBTASKS)} in turn, seed {seed},"
         f" {len(word_pools()[1])} words that no test uses"

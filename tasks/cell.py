@@ -62,7 +62,7 @@ def fit_method(
 ) -> None:
     """Fit a method on calibration prompts and save the artifact at ``path``."""
     began = time.perf_counter()
-    calibration = capture(loaded)
+    calibration = capture(loaded, progress=progress)
     tensors = method.fit(calibration, progress)
     spec = method.artifact_spec(geometry_of(loaded.model, loaded.digest))
     artifact.save(path, tensors, artifact.provenance(spec or {}, calibration.description, SEED))

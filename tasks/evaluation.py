@@ -311,7 +311,7 @@ def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dic
     took: dict[str, list[float]] = {"full": [], "method": []}
     stages: dict[str, list[float]] = {}
     prefill_ms = []
-    for prompt in spread(prompts, TIMED_PROMPTS):
+    for prompt in context.track(spread(prompts, TIMED_PROMPTS), "speed"):
         decoder = Decoder(loaded, context.store, [prompt], TIMED_ROUNDS * per_round + 1)
         prefill_ms += decoder.prefill_ms
         token = decoder.read_question().argmax(-1)
@@ -369,7 +369,7 @@ def _timed_steps(
 def judge(context: Context, prompts: Sequence[Prompt]) -> dict[str, float | None]:
     """Judge the method's selections over some prompts, full attention's answers forced."""
     meter = SelectionMeter(context.method.policy_in_force(context.policy).k)
-    for prompt in spread(prompts, JUDGED_PROMPTS):
+    for prompt in context.track(spread(prompts, JUDGED_PROMPTS), "selections"):
         answer = context.full_answer(prompt)
         decoder = Decoder(context.loaded, context.store, [prompt], len(answer) + 1)
         with attach(context.loaded.model, context.method, context.policy, meter):

@@ -156,10 +156,9 @@ def test_the_entry_point_names_no_method_and_no_task() -> None:
     assert words_of_code(ROOT / "run.py") & ({*METHODS, *TASKS} - {"full", "exact"}) == set()
 
 
-def test_tasks_and_analysis_import_and_name_no_selecting_method() -> None:
+def test_tasks_name_no_selecting_method() -> None:
     distinctive = set(METHODS) - {"full", "exact"}
-    files = [path for room in ("tasks",) for path in code_of(room)]
-    found = {path.name: sorted(words_of_code(path) & distinctive) for path in files}
+    found = {path.name: sorted(words_of_code(path) & distinctive) for path in code_of("tasks")}
     assert {name: words for name, words in found.items() if words} == {}
 
 

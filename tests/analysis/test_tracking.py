@@ -110,6 +110,15 @@ def test_names_configuration_and_summary(row: Callable[..., Row]) -> None:
     assert plain_config({"x": [1, (2, None)]}) == {"x": [1, [2, None]]}
 
 
+def test_the_summary_has_every_budget_and_every_length_of_a_cell(row: Callable[..., Row]) -> None:
+    budgets = [row(method="hata", k=k, recall_at_k=share) for k, share in ((32, 0.25), (64, 0.5))]
+    values = summary(budgets)
+    assert (values["recall_at_k"], values["recall_at_k/k64"]) == (0.25, 0.5)
+    lengths = [row(subtask=str(n), decode_ms_p50=n / 1e3) for n in (4096, 8192)]
+    values = summary(lengths)
+    assert (values["decode_ms_p50"], values["decode_ms_p50/8192"]) == (4.096, 8.192)
+
+
 def test_curves_over_k_and_rbit(row: Callable[..., Row]) -> None:
     rows = frame(
         [
