@@ -62,6 +62,8 @@ CURRICULUM = (
     Phase("mixed", 4096, 1, 400, 6e-4, 1.01),
     Phase("mixed", 1024, 5, 200, 8e-4, 0.995),
     Phase("mixed", 4096, 1, 600, 8e-4, 1.01),
+    Phase("full_lists", 4096, 1, 300, 8e-4, 1.01),
+    Phase("mixed", 4096, 1, 500, 8e-4, 1.01),
 )
 
 
@@ -249,6 +251,7 @@ class Corpus:
             "copy": self.copy,
             "recall": self.recall,
             "lists": lambda length: self.recall(length, listed=0.85, fewest=2),
+            "full_lists": lambda length: self.recall(length, listed=0.85),
             "variables": self.variables,
             "counting": self.counting,
         }[kind]
