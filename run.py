@@ -150,7 +150,7 @@ class Run:
             run_id=self.identity,
             status=Status.INTERRUPTED,
             reason="not ended.",
-            model=self.loaded.name,
+            model=self.loaded.name if self.task.uses_model else self.task.subject,
             task=self.task.name,
             subtask="mean",
             # Official files have the length they were made at, whatever ours would be.

@@ -76,7 +76,7 @@ class Row:
     reason: str = ""
     """One sentence for every status but ok; empty for ok."""
     model: str
-    """Name of the model's configuration."""
+    """Name of the model's configuration; a layer's shape where the model plays no part."""
     task: str
     """Name of the task's configuration."""
     subtask: str

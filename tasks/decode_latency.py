@@ -111,6 +111,7 @@ class DecodeLatency(Task):
     def __post_init__(self) -> None:
         self.all_budgets = self.budget is not None  # k follows from the length then
         self.uses_model = self.states == "captured"
+        self.subject = f"{self.num_heads}/{self.num_kv_heads} heads of {self.head_dim}"
         if self.states not in ("planted", "captured"):
             raise ValueError(f"task.states must be planted or captured, got {self.states!r}.")
         for knob in ("num_heads", "num_kv_heads", "head_dim", "batch_size", "trials"):

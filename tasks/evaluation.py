@@ -116,12 +116,14 @@ class Task(ABC):
         all_budgets: One cell covers every budget, so ``k`` is no axis of the task.
         needs_full: Full attention's answers are compared with, or forced.
         uses_model: The model's weights matter to the result.
+        subject: What rows name in the model's place where they do not.
     """
 
     name: str
     all_budgets: bool = False
     needs_full: ClassVar[bool] = True
     uses_model: bool = True
+    subject: str = ""
 
     def inputs_digest(self, loaded: LoadedModel) -> str:
         """Return a digest of everything that is read beyond the configuration."""

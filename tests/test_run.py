@@ -336,6 +336,7 @@ def test_the_decode_latency_task_runs(commands: Commands) -> None:
     assert status == 0, commands.text("err")
     rows = commands.rows.sort_values("kv_len")
     assert list(rows["kv_len"]) == [128, 256]
+    assert set(rows["model"]) == {"4/2 heads of 32"}  # planted states are of no model
     assert set(rows["status"]) == {"ok"}
 
 
