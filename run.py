@@ -145,7 +145,6 @@ class Run:
         method, task = self.settings["method"], self.settings["task"]
         selects = self.method.selects
         rules = {name: self.payload["protocol"].get(name) for name in POLICY_PARAMETERS}
-        kinds = sorted(set(self.payload["method"]["impl"].values()))
         return Row(
             run_id=self.identity,
             status=Status.INTERRUPTED,
@@ -156,7 +155,7 @@ class Run:
             # Official files have the length they were made at, whatever ours would be.
             length=None if task.get("source") else task.get("length"),
             method=self.method.name,
-            impl="+".join(kinds),
+            impl=implementations(self.payload["method"]["impl"]),
             full_backend=method.get("backend"),
             protocol=self.policy.protocol if selects else None,
             question=task.get("question"),
@@ -211,6 +210,15 @@ class Run:
             for part in outcome.rows
         ]
         return rows, outcome.samples
+
+
+def implementations(chosen: dict[str, str]) -> str:
+    """Name the implementation that most operators run, and what the others run."""
+    kinds = list(chosen.values())
+    common = max(sorted(set(kinds)), key=kinds.count)
+    others = [op for op, kind in chosen.items() if kind != common]
+    # There is one other at most beside a GPU's or a CPU's own: the reference in torch.
+    return common + (f", {chosen[others[0]]}: {' '.join(others)}" if others else "")
 
 
 def without_seeds(payload: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import pandas as pd
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -11,6 +13,7 @@ from topkbench.analysis.curves import legend, new_figure, table
 from topkbench.analysis.metrics import METRICS, STAGES
 
 _MOST_LINES = 24
+_WIDEST_NAME = 48  # characters; a wider one leaves no room for the bars
 _BLUES = LinearSegmentedColormap.from_list("scores", ["#FFFFFF", "#BBD7EC", "#3F8FC4", "#08457E"])
 
 
@@ -23,7 +26,7 @@ def _names(lines: pd.DataFrame) -> list[str]:
         words += [f"{line['rbit']} bits"] if not pd.isna(line["rbit"]) else []
         if not pd.isna(line["length"]) and lines["length"].nunique() > 1:
             words.append(f"{line['length']:,} tokens")
-        names.append(", ".join(words))
+        names.append(textwrap.fill(", ".join(words), _WIDEST_NAME))
     return names
 
 
@@ -43,7 +46,9 @@ def stages(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
         return None
     parts = data[columns].fillna(0.0)
     rest = (data["decode_ms_p50"] - parts.sum(axis=1)).clip(lower=0).fillna(0.0)
-    figure, axes = new_figure(7.2, 1.3 + 0.25 * len(data))
+    names = _names(data)
+    rows_of_text = sum(name.count("\n") + 1 for name in names)
+    figure, axes = new_figure(7.2, 1.3 + 0.25 * len(data) + 0.1 * (rows_of_text - len(data)))
     places = range(len(data))
     left = pd.Series(0.0, index=data.index)
     for name in columns:
@@ -59,7 +64,7 @@ def stages(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
             left += parts[name]
     if rest.sum() > 0:
         axes.barh(places, rest, left=left, height=0.72, color="#DDDDDD", label="Rest of the step")
-    axes.set_yticks(list(places), _names(data))
+    axes.set_yticks(list(places), names)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)

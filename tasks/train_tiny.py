@@ -64,6 +64,7 @@ CURRICULUM = (
     Phase("mixed", 4096, 1, 600, 8e-4, 1.01),
     Phase("full_lists", 4096, 1, 300, 8e-4, 1.01),
     Phase("mixed", 4096, 1, 500, 8e-4, 1.01),
+    Phase("mixed", 4096, 1, 400, 8e-4, 1.01),
 )
 
 
@@ -167,9 +168,12 @@ class Corpus:
         num_single = max(prompts.NUM_NEEDLES, total - sum(num_values[:num_many]))
         counts = num_values[:num_many] + [1] * num_single
         keys = rng.sample(self.key_words, len(counts))
-        firsts = iter(rng.sample(self.value_words, sum(counts)))
+        # Only the values of one key begin differently: those of others must be told apart by key.
         values = {
-            key: [f"{next(firsts)} {rng.choice(self.value_words)}" for _ in range(count)]
+            key: [
+                f"{first} {rng.choice(self.value_words)}"
+                for first in rng.sample(self.value_words, count)
+            ]
             for key, count in zip(keys, counts, strict=True)
         }
         needles = [prompts.needle(key, value) for key, found in values.items() for value in found]
