@@ -35,17 +35,20 @@ def _log2_axis(axis: Any, values: Sequence[float]) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _series(lines: pd.DataFrame, x: str) -> list[tuple[str, str, pd.DataFrame, float, Any]]:
-    """Split lines into curves over `x`: (method, label, points, lightness, line style)."""
-    other = "rbit" if x == "k" else "k"
+def _series(
+    lines: pd.DataFrame, x: str, fixed: Sequence[str]
+) -> list[tuple[str, str, pd.DataFrame, float, Any]]:
+    """Split lines into curves over `x`, one for each value of the ``fixed`` knobs.
+
+    Returns:
+        (method, label, points, lightness, line style) of each.
+    """
+    other = fixed[0]
     found: list[tuple[str, str, pd.DataFrame, float, Any]] = []
     for method in sorted(lines["method"].unique(), key=style.order):
         own = lines[lines["method"] == method]
         kept = sorted((int(v) for v in own[other].dropna().unique()), reverse=True)
-        fixed = ("k", "rbit") if x == "kv_len" else (other,)
-        texts = own.apply(
-            lambda line, fixed=fixed: _curve_label(line, fixed, "subtask" in line), axis=1
-        )
+        texts = own.apply(lambda line: _curve_label(line, fixed, "subtask" in line), axis=1)
         for position, text in enumerate(dict.fromkeys(texts)):
             points = own[texts == text].sort_values(x, kind="stable")
             value = points[other].iloc[0]
@@ -110,7 +113,7 @@ def curve(lines: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.DataFrame] | 
                 line[y] - spread[0, 0], line[y] + spread[1, 0], color=look.colour, alpha=0.14, lw=0
             )
         axes.axhline(line[y], color=look.colour, lw=1.4, label=look.label)
-    curves = _series(data, x)
+    curves = _series(data, x, ("rbit",) if x == "k" else ("k",))
     for place, (method, label, points, lightness, line_style) in enumerate(curves):
         look = style.style(method)
         colour = style.shade(look.colour, lightness)
@@ -252,7 +255,12 @@ def context_curve(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
         return None
     figure, axes = new_figure()
     bounded = False
-    series = _series(data, x)
+    # A row of each length is called by it, and a budget may grow with the length.
+    data = data.assign(
+        subtask=data["subtask"].where(data["subtask"] != data["length"].astype(str), "")
+    )
+    budgets = data.groupby(["label", "rbit", x], dropna=False)["k"].nunique()
+    series = _series(data, x, ("k", "rbit") if budgets.max() > 1 else ("rbit",))
     for method, label, points, lightness, line_style in series:
         look = style.style(method)
         colour = style.shade(look.colour, lightness)

@@ -73,7 +73,8 @@ def main_table(lines: pd.DataFrame) -> Table:
     """
     columns: list[tuple[str, list[str]]] = [("Method", [str(one) for one in lines["label"]])]
     words = {0}
-    if (lines["subtask"] != MEAN).any() and lines["subtask"].nunique() > 1:
+    named = (lines["subtask"] != MEAN) & (lines["subtask"] != lines["length"].astype(str))
+    if named.any() and lines["subtask"].nunique() > 1:
         words.add(len(columns))
         columns.append(("Sub-task", [str(one) for one in lines["subtask"]]))
     for name, head in (("length", "Length"), ("kv_len", "Context")):

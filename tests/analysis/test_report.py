@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 
 from topkbench.analysis import report, style
-from topkbench.analysis.curves import curve, on_front, pareto
+from topkbench.analysis.curves import context_curve, curve, on_front, pareto
 from topkbench.analysis.lines import compare
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.plots import draw_all
 from topkbench.analysis.record import RecordError, Row, Sweep, frame
+from topkbench.analysis.tables import main_table
 
 FIGURES = {
     "score_vs_rbit",
@@ -152,9 +153,9 @@ def latency_rows(row: Callable[..., Row]) -> pd.DataFrame:
             row(
                 run_id=f"{place:08x}{n:08x}",
                 task="decode_latency",
-                subtask="mean",
+                subtask=str(n),  # as the task leaves them: named by the length, k a share of it
                 method=method,
-                k=None if method == "full" else 512,
+                k=None if method == "full" else n // 64,
                 rbit=128 if method == "hata" else None,
                 length=n,
                 kv_len=n,
@@ -185,6 +186,11 @@ def test_latency_over_context_is_one_setting_with_one_figure(
     data = pd.read_csv(drawn["latency_vs_context"].csv)
     assert data["kv_len"].tolist() == [4096, 16384, 65536, 131072] * 3
     assert data["method"].unique().tolist() == ["full", "hata", "quest"]
+    made = context_curve(lines)
+    assert made is not None
+    legend = [text.get_text() for text in made[0].legends[0].get_texts()]
+    assert legend == ["bandwidth bound", "Full attention", "HATA, 128 bits", "Quest"]
+    assert "Sub-task" not in main_table(lines).head
 
 
 def test_axes_and_legend_of_a_curve(big_sweep: Sweep) -> None:

@@ -1,0 +1,89 @@
+"""What README and the model's card say was measured is what the committed rows say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from topkbench.analysis.lines import compare
+from topkbench.analysis.metrics import METRICS
+from topkbench.analysis.record import typed
+from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX
+from topkbench.analysis.stats import MEAN
+from topkbench.analysis.tables import main_table
+
+ROOT = Path(__file__).parents[2]
+MEASURED = ROOT / "analysis" / "measured"
+FILES = sorted(MEASURED.glob("*/*.csv"))
+CPU = MEASURED / "xeon_2_threads"
+
+
+def rows(path: Path) -> pd.DataFrame:
+    return typed(pd.read_csv(path, dtype_backend="numpy_nullable").astype(object))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_measured_rows_say_what_made_them(path: Path) -> None:
+    data = rows(path)
+    assert set(COLUMNS) <= set(data.columns)
+    extra = set(data.columns) - set(COLUMNS)
+    assert all(name.startswith(PARAMETER_PREFIX) for name in extra)
+    assert data["git_commit"].nunique() == 1
+    assert data["device"].nunique() == 1
+    assert not data["git_dirty"].astype(bool).any()
+    assert set(data["status"]) <= {"ok", "skipped"}
+    note = (path.parent / "README.md").read_text()
+    assert path.name in note
+    assert data["git_commit"].iloc[0][:7] in note
+    assert data["device"].iloc[0].partition(",")[0] in note
+
+
+def numbers(line: str) -> list[str]:
+    return [cell.strip(" *`") for cell in line.strip().strip("|").split("|")]
+
+
+def test_the_readmes_table_is_the_main_jobs() -> None:
+    table = main_table(compare(rows(CPU / "main_job.csv")).headline)
+    wanted = ("Method", "k", "rbit", "Score (0–100)", "Δ full (points)", "Recall@k")
+    columns = [*(table.head.index(name) for name in wanted), table.head.index("Read/step (MiB)")]
+    expected = [[row[place] for place in columns] for row in table.rows]
+    text = (ROOT / "README.md").read_text()
+    block = text[text.index("| Method | `k` | `rbit` |") :].splitlines()
+    found = [numbers(line) for line in block[2 : 2 + len(expected)]]
+    assert found == expected
+
+
+def test_the_cards_scores_are_the_measured_ones() -> None:
+    data = rows(CPU / "tiny_accuracy.csv")
+    text = (ROOT / "models" / "tiny" / "README.md").read_text()
+    block = text[text.index("| Sub-task |") :].splitlines()
+    found = {numbers(line)[0]: numbers(line)[1:] for line in block[2:10]}
+    columns = (("full", None, None), ("exact", 512, None), ("hata", 512, 128))
+    columns = (*columns, ("streaming_llm", 512, None))
+    for subtask, cells in found.items():
+        for cell, (method, k, rbit) in zip(cells, columns, strict=True):
+            name = MEAN if subtask == "mean" else subtask
+            own = data[(data["method"] == method) & (data["subtask"] == name)]
+            own = own[own["k"].isna() if k is None else own["k"].eq(k)]
+            own = own[own["rbit"].isna() if rbit is None else own["rbit"].eq(rbit)]
+            (row,) = own.to_dict("records")
+            score = METRICS["score"].text
+            low, high = (score(row[f"score_ci_{end}"]) for end in ("low", "high"))
+            assert cell == f"{score(row['score'])} [{low}, {high}]"
+    assert len(found) == 8
+
+
+def test_the_cards_recall_is_the_measured_one() -> None:
+    data = rows(CPU / "hash_selection.csv")
+    data = data[data["k"] == 256]
+    text = (ROOT / "models" / "tiny" / "README.md").read_text()
+    block = text[text.index("| weights |") :].splitlines()
+    found = [numbers(line) for line in block[2:26]]
+    assert len(data) == len(found) == 24
+    for weights, use_norm, rbit, recall in (line[:4] for line in found):
+        own = data[data["p_weights"].eq(weights) & data["rbit"].eq(int(rbit))]
+        (row,) = own[own["p_use_norm"].astype(str) == use_norm].to_dict("records")
+        assert re.match(r"[\d.]+", recall)[0] == f"{row['recall_at_k']:.3f}"  # type: ignore[index]
