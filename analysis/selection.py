@@ -54,7 +54,8 @@ def selection_table(rows: pd.DataFrame, samples: pd.DataFrame, k: int) -> Table:
     for values, part in prompts.groupby(keys, dropna=False, sort=True):
         cells = ["–" if one is None or one != one else str(one) for one in values]
         for measure in MEASURES:
-            interval = bootstrap(part[measure].to_numpy(), bounds=(0.0, math.inf))
+            most = math.inf if measure == "output_rel_error" else 1.0
+            interval = bootstrap(part[measure].to_numpy(), bounds=(0.0, most), scale=1.0)
             text = METRICS[measure].text
             cells.append(f"{text(interval.estimate)} [{text(interval.low)}, {text(interval.high)}]")
         lines.append([*cells, str(len(part))])

@@ -85,13 +85,12 @@ def _split(values: Array, strata: ArrayLike | None) -> list[Array]:
     return [values[labels == label] for label in np.unique(labels)]
 
 
-def _unseen_half_width(parts: Sequence[Array]) -> float:
-    """Return the half width where no part shows any spread: an outcome never seen in n."""
-    flat = np.concatenate(parts)
-    if np.ptp(flat) == 0:
-        parts = [flat]
-    weight = 1.0 / len(parts)
-    return SCALE * math.sqrt(sum((weight * wilson(0, len(part))[1]) ** 2 for part in parts))
+def _unseen_half_width(parts: Sequence[Array], weight: float) -> float:
+    """Return the half width of parts that show no spread, on a scale of 0 to 1.
+
+    It is that of an outcome never seen in so many samples; ``weight`` is each part's in the mean.
+    """
+    return math.sqrt(sum((weight * wilson(0, len(part))[1]) ** 2 for part in parts))
 
 
 def bootstrap(
@@ -99,6 +98,7 @@ def bootstrap(
     strata: ArrayLike | None = None,
     *,
     bounds: tuple[float, float],
+    scale: float = SCALE,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
@@ -108,6 +108,7 @@ def bootstrap(
         values: ``[n]`` one value per sample.
         strata: ``[n]`` labels; every stratum weighs the same in the mean. None: one stratum.
         bounds: Lowest and highest value that is possible, to which the interval is cut.
+        scale: What a whole is: the width of the interval where all values are alike rests on it.
         resamples: Number of resamples.
         seed: Seed of the resampling.
 
@@ -120,7 +121,8 @@ def bootstrap(
     parts = _split(data, strata)
     estimate = float(np.mean([part.mean() for part in parts]))
     if all(np.ptp(part) == 0 for part in parts):
-        half = _unseen_half_width(parts)
+        flat = [data] if np.ptp(data) == 0 else parts
+        half = scale * _unseen_half_width(flat, 1.0 / len(flat))
         low, high = estimate - half, estimate + half
     else:
         means = np.mean(
@@ -137,6 +139,8 @@ def score_interval(
 ) -> Interval:
     """Return the mean score with its interval: Wilson's for right or wrong, else a bootstrap.
 
+    Sub-tasks without spread add their width to the mean's by Newcombe's rule, each on its side.
+
     Args:
         scores: ``[n]`` 0 to 100.
         strata: ``[n]`` sub-tasks; None for one sub-task.
@@ -148,7 +152,18 @@ def score_interval(
     if one_stratum and data.size and np.isin(data, (0.0, SCALE)).all():
         low, high = wilson(float(data.sum() / SCALE), data.size)
         return Interval(float(data.mean()), SCALE * low, SCALE * high, data.size)
-    return bootstrap(data, strata, bounds=(0.0, SCALE), resamples=resamples, seed=seed)
+    seen = bootstrap(data, strata, bounds=(0.0, SCALE), resamples=resamples, seed=seed)
+    parts = _split(data, strata)
+    flat = [part for part in parts if np.ptp(part) == 0]
+    if len(flat) == len(parts):
+        return seen
+    # A sub-task whose samples are all right may still fail on others, and one all wrong succeed.
+    below = [part for part in flat if part[0] > 0]
+    above = [part for part in flat if part[0] < SCALE]
+    down, up = (SCALE * _unseen_half_width(side, 1.0 / len(parts)) for side in (below, above))
+    low = seen.estimate - math.hypot(seen.estimate - seen.low, down)
+    high = seen.estimate + math.hypot(seen.high - seen.estimate, up)
+    return Interval(seen.estimate, max(low, 0.0), min(high, SCALE), seen.n)
 
 
 def paired_interval(
@@ -177,13 +192,6 @@ def paired_interval(
             f"paired scores must have one shape, got {first.shape} and {second.shape}."
         )
     return bootstrap(first - second, strata, bounds=(-SCALE, SCALE), resamples=resamples, seed=seed)
-
-
-def non_inferior(difference: Interval, margin: float = 1.0) -> bool:
-    """Return whether a loss of `margin` points or more is ruled out at the interval's level."""
-    if margin <= 0:
-        raise ValueError(f"margin must be positive points, got {margin}.")
-    return difference.low > -margin
 
 
 def pair(samples: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
