@@ -51,9 +51,24 @@ def progress(items: Sequence[Any], label: str) -> Iterable[Any]:
     return tqdm(items, desc=label, disable=None, leave=False)
 
 
-@functools.lru_cache(1)
+_MODELS: dict[str, tuple[Any, Any]] = {}
+
+
 def model_and_store(model_config: str, memory_gib: float | None) -> tuple[Any, Any]:
-    """Load a model once a process, with the store of its prefills."""
+    """Load a model once a process, with the store of its prefills.
+
+    A sweep over models comes back to each of them, so they are kept while there is room for one
+    more; else all are dropped before the next is loaded.
+    """
+    if model_config not in _MODELS:
+        sizes = [loaded.model.get_memory_footprint() for loaded, _ in _MODELS.values()]
+        if sizes and 4 * max(sizes) > psutil.virtual_memory().available:
+            _MODELS.clear()
+        _MODELS[model_config] = _load(model_config, memory_gib)
+    return _MODELS[model_config]
+
+
+def _load(model_config: str, memory_gib: float | None) -> tuple[Any, Any]:
     from topkbench.models.prefill import PrefillStore
 
     loaded = hydra.utils.instantiate(json.loads(model_config))
@@ -82,6 +97,7 @@ class Run:
         self.method = hydra.utils.instantiate(config.method)
         self.policy = hydra.utils.instantiate(config.protocol)
         self.task = hydra.utils.instantiate(config.task)
+        self.tracker = hydra.utils.instantiate(config.tracker)
         launcher = HydraConfig.get().launcher._target_
         alone = launcher.endswith("BasicLauncher")
         self.loaded, self.store = model_and_store(
@@ -127,6 +143,7 @@ class Run:
             "task": {name: value for name, value in task.items() if name not in NOT_CONTENT},
             "method": method,
             "protocol": protocol,
+            "full_backend": self.settings["full_backend"],
         }
 
     @property
@@ -140,8 +157,10 @@ class Run:
         """The cell's name, the same in every process."""
         return identity(self.payload)
 
-    def row(self) -> Row:
+    def row(self, full_run_id: str | None = None) -> Row:
         """Return the columns that are known before anything has run."""
+        from topkbench.tasks.cell import environment
+
         method, task = self.settings["method"], self.settings["task"]
         selects = self.method.selects
         rules = {name: self.payload["protocol"].get(name) for name in POLICY_PARAMETERS}
@@ -156,7 +175,7 @@ class Run:
             length=None if task.get("source") else task.get("length"),
             method=self.method.name,
             impl=implementations(self.payload["method"]["impl"]),
-            full_backend=method.get("backend"),
+            full_backend=self.settings["full_backend"],
             protocol=self.policy.protocol if selects else None,
             question=task.get("question"),
             k=self.policy.k if selects and not self.task.all_budgets else None,
@@ -169,7 +188,9 @@ class Run:
             },
             artifact_digest=self.method.artifact_digest or None,
             config_digest=identity(without_seeds(self.payload)),
+            full_run_id=full_run_id,
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            **environment(self.loaded),
             **git_state(ROOT),
         )
 
@@ -177,10 +198,10 @@ class Run:
         self, full: "Run", full_cell: Cell | None
     ) -> tuple[list[Row], list[dict[str, Any]]]:
         """Run the cell; return its rows and samples."""
-        from topkbench.tasks.cell import environment, run_cell
+        from topkbench.tasks.cell import peak_memory_mib, run_cell
         from topkbench.tasks.evaluation import Context
 
-        known = self.row()
+        known = self.row(full_cell.identity if full_cell is not None else None)
         compared = full_cell.samples() if full_cell is not None else None
         answers = None
         if compared is not None and "tokens" in compared:
@@ -199,13 +220,13 @@ class Run:
         outcome = run_cell(context, self.task)
         scored = [one for one in outcome.samples if "score" in one]
         paired = paired_columns(scored, compared)
-        shared = environment(self.loaded)
+        peak = peak_memory_mib(self.loaded.model.device)
         rows = [
             known.replace(
                 status=part.status,
                 reason=part.reason,
                 subtask=part.subtask,
-                **{**shared, **part.values, **paired.get(part.subtask, {})},
+                **{"peak_memory_mib": peak, **part.values, **paired.get(part.subtask, {})},
             )
             for part in outcome.rows
         ]
@@ -226,6 +247,8 @@ def without_seeds(payload: dict[str, Any]) -> dict[str, Any]:
     drawn = {"seed", "inputs", "artifact"}
     return {
         part: {name: value for name, value in settings.items() if name not in drawn}
+        if isinstance(settings, dict)
+        else settings
         for part, settings in payload.items()
     }
 
@@ -235,8 +258,7 @@ def compared_with(run: Run) -> Run:
     if not run.method.selects:
         return run
     config = copy.deepcopy(run.config)
-    name = run.settings["comparison"]
-    config.method = OmegaConf.load(ROOT / "conf" / "method" / f"{name}.yaml")
+    config.method = OmegaConf.load(ROOT / "conf" / "method" / "full.yaml")
     return Run(config)
 
 
@@ -281,11 +303,10 @@ def track(cell: Cell, run: Run, sweep: Sweep) -> None:
     """Tell the tracker how a cell ended, once; also what a killed process could not tell it."""
     if cell.tracked:
         return
-    tracker = hydra.utils.instantiate(run.config.tracker)
-    tracker.log_cell(
+    if run.tracker.log_cell(
         sweep.folder, sweep.title, cell.read(), cell.samples(), cell.config(), cell.attempt
-    )
-    cell.mark_tracked()
+    ):
+        cell.mark_tracked()
 
 
 def describe(rows: Sequence[Row]) -> str:
@@ -305,8 +326,6 @@ def sentence(error: BaseException) -> str:
     return text or type(error).__name__
 
 
-REFUSALS = (HydraException, OmegaConfBaseException, ValueError, TypeError, OSError)
-
 _DONE: set[str] = set()
 _SAID: set[str] = set()
 
@@ -318,8 +337,9 @@ def job(config: DictConfig) -> None:
     sweep = Sweep.open(folder)
     try:
         settle(Run(config), sweep, _DONE)
-    except REFUSALS as error:
-        # A configuration that cannot become a cell: nothing has run, and the other jobs go on.
+    except Exception as error:
+        # A configuration that cannot become a cell, or whose method cannot be fitted: it leaves a
+        # row, its log has the traceback, and the other jobs go on.
         refuse(error, config, sweep)
 
 

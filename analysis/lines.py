@@ -191,12 +191,20 @@ def _with_seed(samples: pd.DataFrame | None, rows: pd.DataFrame) -> pd.DataFrame
 def _full_samples(
     cells: pd.DataFrame, rows: pd.DataFrame, outcomes: pd.DataFrame
 ) -> pd.DataFrame | None:
-    """Return full attention's samples for each seed of a line, of the same machine if it can be."""
+    """Return full attention's samples for each seed of a line.
+
+    The row says which cell it was compared with. Where that one is not among the rows, as after a
+    merge, it is the one that answered most of the same prompts, of the same machine if it can be.
+    """
     chosen: list[str] = []
     full = rows[rows["method"] == "full"]
     for seed in cells["seed"].unique():
         first = cells[cells["seed"].eq(seed) | (cells["seed"].isna() & pd.isna(seed))].iloc[0]
         candidates = full[full["run_id"].isin(outcomes["run_id"])]
+        told = candidates["run_id"] == first["full_run_id"]
+        if told.any():
+            chosen.append(str(first["full_run_id"]))
+            continue
         asked = _named(outcomes, first["run_id"])
         for name in ("model", "task", "length", "question", "seed"):
             same = candidates[name].eq(first[name]).fillna(False).astype(bool)

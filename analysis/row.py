@@ -160,7 +160,7 @@ class Row:
     peak_memory_mib: float | None = None
     """Peak memory of the cell, MiB (2**20 bytes)."""
     bandwidth_fraction: float | None = None
-    """Achieved over measured memory bandwidth, 0 to 1."""
+    """Achieved over measured memory bandwidth; above 1 only where the states fit into a cache."""
 
     device: str | None = None
     """The machine: name of the processor or accelerator."""
@@ -180,6 +180,8 @@ class Row:
     """Digest of what the method learned, None for a method that learns nothing."""
     config_digest: str | None = None
     """Digest of the configuration without its seeds: cells that agree in it differ by seed."""
+    full_run_id: str | None = None
+    """Identity of the full attention that the differences are to; None where there is none."""
 
     def __post_init__(self) -> None:
         """Check types, the status's rules and the parameters' names.

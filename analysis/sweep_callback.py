@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -49,7 +51,8 @@ class ReportCallback(Callback):
         except RecordError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
-        self._tracker(config).log_sweep(folder, sweep.title, rows, samples)
+        with contextlib.suppress(InstantiationException):  # every cell has said it already
+            self._tracker(config).log_sweep(folder, sweep.title, rows, samples)
         print(f"\n{summary_table(rows, samples)}\n")
         print(path, flush=True)
         good = [status.value for status in Status if status.settled]

@@ -16,7 +16,7 @@ import urllib.parse
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, get_args
 
 import pandas as pd
 
@@ -49,8 +49,8 @@ class Tracker(Protocol):
         samples: pd.DataFrame | Sequence[Mapping[str, Any]],
         config: Mapping[str, Any],
         attempt: int = 1,
-    ) -> None:
-        """Copy a cell that ended.
+    ) -> bool:
+        """Copy a cell that ended; return whether it was copied.
 
         Args:
             folder: The sweep's folder.
@@ -77,8 +77,9 @@ class Tracker(Protocol):
 class NoTracker:
     """Copies nothing."""
 
-    def log_cell(self, *arguments: Any, **keywords: Any) -> None:
+    def log_cell(self, *arguments: Any, **keywords: Any) -> bool:
         """Do nothing."""
+        return False
 
     def log_sweep(self, *arguments: Any, **keywords: Any) -> None:
         """Do nothing."""
@@ -118,6 +119,9 @@ class WandbTracker:
     ) -> None:
         self.project = project
         self.entity = entity
+        if mode not in get_args(Mode):
+            words = ", ".join(get_args(Mode))
+            raise ValueError(f"tracker.mode must be one of {words}, got {mode!r}.")
         self.mode = mode
         self._broken = False
 
@@ -171,10 +175,10 @@ class WandbTracker:
         samples: pd.DataFrame | Sequence[Mapping[str, Any]],
         config: Mapping[str, Any],
         attempt: int = 1,
-    ) -> None:
+    ) -> bool:
         """Copy a cell that ended: configuration, summary and samples."""
         if self._broken or not rows:
-            return
+            return False
         with self._guarded():
             import wandb
 
@@ -197,6 +201,7 @@ class WandbTracker:
                 run.summary.update(summary(rows))
             finally:
                 run.finish(exit_code=0 if settled else 1)
+        return not self._broken
 
     def log_sweep(
         self, folder: str | Path, sweep: str, rows: pd.DataFrame, samples: pd.DataFrame

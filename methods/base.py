@@ -12,7 +12,7 @@ from torch import Tensor
 from topkbench.kernels.dispatch import Impl
 from topkbench.kernels.sparse_attention.api import sparse_attention
 from topkbench.kernels.topk_select.api import topk_select
-from topkbench.methods.policy import Policy, aggregate
+from topkbench.methods.policy import Policy, aggregate, check_whole
 from topkbench.methods.states import CacheView, Index, PrefillInputs, Selection, StepResult
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "TopKMethod",
     "Watch",
     "aggregate",
+    "check_whole",
 ]
 
 Watch = Callable[[str], AbstractContextManager[Any]]

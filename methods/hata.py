@@ -16,6 +16,7 @@ from topkbench.methods.base import (
     PrefillInputs,
     Progress,
     TopKMethod,
+    check_whole,
     kv_bytes,
 )
 
@@ -124,8 +125,15 @@ class HATA(TopKMethod):
     )
 
     def __post_init__(self) -> None:
-        if self.rbit < 32 or self.rbit % 32:
-            raise ValueError(f"rbit must be a positive multiple of 32, got {self.rbit}.")
+        for name in ("epochs", "steps_per_epoch", "chunks_per_epoch", "chunk_size"):
+            check_whole(name, getattr(self, name))
+        check_whole("queries_per_sequence", self.queries_per_sequence)
+        if not 0 < self.positive_ratio <= 1:
+            raise ValueError(
+                f"positive_ratio must be a share above 0 and up to 1, got {self.positive_ratio}."
+            )
+        if not isinstance(self.rbit, int) or self.rbit < 32 or self.rbit % 32:
+            raise ValueError(f"rbit must be a positive multiple of 32, got {self.rbit!r}.")
         if self.weights not in get_args(HashWeights):
             words = ", ".join(get_args(HashWeights))
             raise ValueError(f"weights must be one of {words}, got {self.weights!r}.")

@@ -14,6 +14,7 @@ from topkbench.methods.base import (
     PrefillInputs,
     Progress,
     TopKMethod,
+    check_whole,
     kv_bytes,
 )
 
@@ -51,8 +52,8 @@ class Loki(TopKMethod):
     rank: int | None = None
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank must be at least 1 or null, got {self.rank}.")
+        if self.rank is not None:
+            check_whole("rank", self.rank)
 
     def channels(self, head_dim: int) -> int:
         """Return the number of channels scored for a head of ``head_dim``."""

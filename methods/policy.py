@@ -12,6 +12,18 @@ Aggregation = Literal["native", "sum_softmax", "sum_logit", "max_softmax"]
 Protocol = Literal["unified", "native"]
 
 
+def check_whole(name: str, value: object, least: int = 1) -> None:
+    """Refuse a setting that is no whole number, or too small a one.
+
+    Raises:
+        ValueError: In one sentence, with the setting's name.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """The budget of a decode step and the rules around it.
@@ -37,10 +49,7 @@ class Policy:
     protocol: Protocol = "unified"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.k, int) or isinstance(self.k, bool):
-            raise ValueError(f"k must be a whole number of tokens, got {self.k!r}.")
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k}.")
+        check_whole("k", self.k)
         if self.num_sink < 0 or self.num_recent < 0:
             raise ValueError(
                 "num_sink and num_recent must not be negative, "

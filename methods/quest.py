@@ -15,6 +15,7 @@ from topkbench.methods.base import (
     PrefillInputs,
     Selection,
     TopKMethod,
+    check_whole,
     kv_bytes,
 )
 
@@ -69,8 +70,7 @@ class Quest(TopKMethod):
     page_size: int = 16
 
     def __post_init__(self) -> None:
-        if self.page_size < 1:
-            raise ValueError(f"page_size must be at least 1, got {self.page_size}.")
+        check_whole("page_size", self.page_size)
 
     def build_index(self, prefill: PrefillInputs) -> QuestIndex:
         keys = prefill.key_states

@@ -131,7 +131,7 @@ def capture(
     with watched_attention(model, keep):
         for done, text in enumerate(texts, start=1):
             ids: Sequence[int] = loaded.tokenizer.encode(text)
-            model.model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+            model.base_model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
             if progress is not None:
                 progress(done, len(texts))
     description = (

@@ -22,6 +22,7 @@ from topkbench.methods.base import (
     Selection,
     StepResult,
     TopKMethod,
+    check_whole,
     kv_bytes,
 )
 from topkbench.models.load import LoadedModel
@@ -206,8 +207,7 @@ class GenerationTask(Task):
     def __post_init__(self) -> None:
         if self.question not in ("sparse", "dense"):
             raise ValueError(f"question must be sparse or dense, got {self.question!r}.")
-        if self.batch_size < 1:
-            raise ValueError(f"task.batch_size must be at least 1, got {self.batch_size}.")
+        check_whole("task.batch_size", self.batch_size)
 
     @abstractmethod
     def samples(self, loaded: LoadedModel) -> list[Sample]:
@@ -292,14 +292,20 @@ def accounting(
     k = policy.k if method.selects else n
     if policy.head_scope == "query_head" and density is not None:
         k = round(density * n)
-    # With room for everything a step reads everything and asks no index.
-    chosen = kv_bytes(geometry, n) if k >= n else method.bytes_read_per_step(geometry, n, k)
-    read = sparse * chosen + len(dense) * kv_bytes(geometry, n)
+    read = sparse * bytes_read(method, geometry, n, k) + len(dense) * kv_bytes(geometry, n)
     return {
         "kv_len": n,
         "bytes_read_per_step": float(read),
         "index_bytes_per_token": float(sparse * method.index_bytes_per_token(geometry)),
     }
+
+
+def bytes_read(method: TopKMethod, geometry: Geometry, n: int, k: int) -> int:
+    """Return the bytes of one decode step of one layer that attends to ``k`` of ``n`` tokens.
+
+    With room for everything a step reads everything and asks no index.
+    """
+    return kv_bytes(geometry, n) if k >= n else method.bytes_read_per_step(geometry, n, k)
 
 
 def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dict[str, Any]:

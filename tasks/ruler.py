@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from topkbench.methods.base import check_whole
 from topkbench.models.load import LoadedModel, tokenizer_digest
 from topkbench.tasks.base import Sample, TaskDoesNotFit, samples_digest
 from topkbench.tasks.decoding import Question
@@ -60,8 +61,7 @@ class Ruler(GenerationTask):
                 f"task.subtasks must be among {', '.join(SUBTASKS)}, got {unknown[0]!r}."
             )
         for knob in ("length", "num_samples"):
-            if getattr(self, knob) < 1:
-                raise ValueError(f"{knob} must be at least 1, got {getattr(self, knob)}.")
+            check_whole(knob, getattr(self, knob))
 
     def inputs_digest(self, loaded: LoadedModel) -> str:
         return samples_digest(self.samples(loaded))

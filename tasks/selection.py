@@ -38,7 +38,8 @@ class SelectionTask(Ruler):
 
     def run(self, context: Context) -> Outcome:
         if not context.method.selects:
-            raise ValueError("task=selection needs a method that selects, got full attention.")
+            reason = "task=selection needs a method that selects, and full attention reads all."
+            return Outcome([TaskRow("mean", {}, "skipped", reason)], [])
         policies = [
             context.method.policy_in_force(replace(context.policy, k=k)) for k in self.budgets
         ]

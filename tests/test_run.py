@@ -269,6 +269,18 @@ def test_the_same_command_again_runs_no_cell(swept: Commands) -> None:
     assert set(expected) < set(again.cells)
 
 
+def test_a_sweep_over_dtypes_prefills_each_prompt_once_for_each(commands: Commands) -> None:
+    """Hydra lets the axes of the command line vary fastest, so the models alternate."""
+    given = ("method=streaming_llm", "k=16,32,64", "rbit=32", "dtype=float32,bfloat16", "-m")
+    assert commands.run(*given) == 0, commands.text("err")
+    assert len(commands.forwards) == 2
+    rows = commands.rows[commands.rows["subtask"] == "mean"]
+    assert len(rows) == 2 * (1 + 3)
+    full = rows[rows["method"] == "full"].set_index("p_dtype")["run_id"]
+    sparse = rows[rows["method"] == "streaming_llm"]
+    assert (sparse["full_run_id"] == sparse["p_dtype"].map(full)).all()
+
+
 def test_axes_that_a_method_ignores_make_no_cells(commands: Commands) -> None:
     assert commands.run("method=streaming_llm,full", "k=16", "rbit=32,64", "-m") == 0
     assert (
@@ -356,6 +368,14 @@ def one_sentence(commands: Commands, *words: str) -> None:
         (["k=-5"], ["k must be at least 1, got -5."]),
         (["k=0,-5", "rbit=32", "-m"], None),
         (["rbit=100"], ["rbit must be a positive multiple of 32, got 100."]),
+        (["rbit=abc"], ["rbit must be a positive multiple of 32, got 'abc'."]),
+        (["num_samples=two"], ["num_samples must be a whole number, got 'two'."]),
+        (
+            ["method=quest", "method.page_size=16.5"],
+            ["page_size must be a whole number, got 16.5."],
+        ),
+        (["tracker=wandb", "tracker.mode=foo"], ["tracker.mode must be one of auto", "got 'foo'."]),
+        (["full_backend=cuda"], ["backend must be one of sdpa, flash_attn, flashinfer"]),
         (["method=hatta"], ["method must be one of", "did you mean hata"]),
         (["experiment=hatta"], ["experiment must be one of", "tiny_accuracy"]),
         (["impl=gpu"], ["impl must be one of auto, reference, cpu, triton, got 'gpu'"]),

@@ -166,6 +166,28 @@ def test_a_cell_is_paired_with_the_full_attention_that_answered_its_prompts(row:
     assert lines.loc[lines["method"] == "quest", "delta_full"].tolist() == [-50.0]
 
 
+def test_a_cell_is_paired_with_the_full_attention_that_it_names(row: RowMaker) -> None:
+    """Two dtypes, or a model before and after retraining: the same prompts, other answers."""
+    rows = frame(
+        [
+            row(run_id="1" * 16, parameters={"dtype": "float32"}),
+            row(run_id="2" * 16, parameters={"dtype": "bfloat16"}),
+            row(run_id="3" * 16, method="quest", k=64, full_run_id="1" * 16),
+            row(run_id="4" * 16, method="quest", k=128, full_run_id="2" * 16),
+        ]
+    )
+    outcomes = pd.concat(
+        [
+            samples("1" * 16, [100.0] * 4),
+            samples("2" * 16, [50.0] * 4),
+            samples("3" * 16, [100.0] * 4),
+            samples("4" * 16, [50.0] * 4),
+        ]
+    )
+    lines = compare(rows, outcomes).headline
+    assert lines.loc[lines["method"] == "quest", "delta_full"].tolist() == [0.0, 0.0]
+
+
 def test_machines_are_never_averaged_and_a_mix_is_said(row: RowMaker) -> None:
     rows = frame(
         [

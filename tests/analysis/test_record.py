@@ -81,6 +81,7 @@ prefill_ms build_ms decode_ms_p50 decode_ms_p20 decode_ms_p80
 encode_ms append_ms score_ms select_ms attend_ms tokens_per_s speedup_vs_full
 bytes_read_per_step index_bytes_per_token peak_memory_mib bandwidth_fraction
 device torch triton transformers git_commit git_dirty started_at artifact_digest config_digest
+full_run_id
 """
 
 
