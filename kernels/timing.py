@@ -206,12 +206,3 @@ class Stages:
     def medians(self) -> dict[str, float]:
         """Return every stage's median milliseconds."""
         return {name: median(taken) for name, taken in self.times().items()}
-
-    def totals(self) -> dict[str, float]:
-        """Return every stage's milliseconds added up."""
-        return {name: sum(taken) for name, taken in self.times().items()}
-
-    def clear(self) -> None:
-        """Forget what was measured."""
-        self._pending.clear()
-        self.taken_ms.clear()

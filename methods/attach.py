@@ -1,5 +1,6 @@
 """Put a method into a Hugging Face model for the length of a ``with`` block."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -153,6 +154,7 @@ class Session:
         self.indices = IndexStore()
         self._reader = LengthReader()
         self._cache: dict[int, Any] = {}
+        self._said = False
 
     def forget(self, cache: object) -> None:
         """Drop the indices of a cache, for a caller that rewrote it unseen."""
@@ -192,6 +194,13 @@ class Session:
         lengths = None
         if cache is not None and (q_len == 1 or is_own(cache)):
             lengths = self._reader.lengths(cache, cache_layer(cache, layer), key, mask)
+        if cache is not None and q_len == 1 and lengths is None and not self._said:
+            self._said = True
+            warnings.warn(
+                f"{self.method.name} needs each row's valid slots to be one range, and this mask "
+                "has holes or is no boolean one: such steps attend to everything.",
+                stacklevel=2,
+            )
         is_step = q_len == 1 and lengths is not None and lengths.n > 1
         if not is_step or lengths is None or _partial_attention(module) is not None:
             self.indices.drop(cache, layer)

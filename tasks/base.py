@@ -25,6 +25,7 @@ class Sample:
         length: Tokens of the whole, generated ones included.
         question_tokens: Where a flat prompt is split by count: tokens of ``context`` that belong
             to the question. 0 where question and context are already apart.
+        as_is: The text has all the wrapping that its maker wanted; no chat template is put around.
     """
 
     sample_id: str
@@ -36,6 +37,7 @@ class Sample:
     max_new_tokens: int
     length: int
     question_tokens: int = 0
+    as_is: bool = False
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from topkbench.methods.attach import geometry_of
 from topkbench.methods.base import Progress
 from topkbench.models.load import LoadedModel
 from topkbench.tasks.ruler_prompts import SUBTASKS, make_prompt
@@ -117,8 +119,20 @@ def capture(
         max_length: Tokens of a prompt at most; less where the model's window is smaller.
         seed: Of the prompts.
         progress: Called with the prompts read and how many there are.
+
+    Raises:
+        ValueError: If the states of all layers would not fit into memory.
     """
     length = min(max_length, loaded.window)
+    shape = geometry_of(loaded.model)
+    channels = shape.num_layers * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+    need, free = 4 * num_sequences * length * channels, psutil.virtual_memory().available
+    if need > free:
+        raise ValueError(
+            f"fitting must hold {need / 2**30:.0f} GiB of queries and keys, found"
+            f" {free / 2**30:.0f} GiB of free memory; fit where there is more, and point"
+            " artifact_dir at what it wrote."
+        )
     texts = calibration_texts(loaded, length, num_sequences, seed)
     model = loaded.model
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers

@@ -1,6 +1,6 @@
 """The one loop: prefill once, decode many."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,15 +47,17 @@ def tokenise(loaded: LoadedModel, sample: Sample, question: Question) -> Prompt:
     if question not in ("sparse", "dense"):
         raise ValueError(f"question must be sparse or dense, got {question!r}.")
     context, rest = sample.context, sample.question + sample.answer_prefix
-    if loaded.chat:
+    chat = loaded.chat and not sample.as_is
+    if chat:
         message = [{"role": "user", "content": f"{context}{_SPLIT}{sample.question}"}]
         text = loaded.tokenizer.apply_chat_template(
             message, tokenize=False, add_generation_prompt=True
         )
         context, rest = str(text).split(_SPLIT)
         rest += sample.answer_prefix
-    # A rendered chat template holds its special tokens as text already.
-    first = loaded.tokenizer.encode(context, add_special_tokens=not loaded.chat)
+    # A rendered chat template holds its special tokens as text already, ours or a file's.
+    begun = bool(loaded.tokenizer.bos_token) and context.startswith(loaded.tokenizer.bos_token)
+    first = loaded.tokenizer.encode(context, add_special_tokens=not chat and not begun)
     last = loaded.tokenizer.encode(rest, add_special_tokens=False) if rest else []
     total = len(first) + len(last) + sample.max_new_tokens
     if total > loaded.window:
@@ -153,15 +155,12 @@ class Decoder:
                 return answers
             tokens = self.step(tokens).argmax(-1)
 
-    def follow(
-        self, answers: Sequence[Sequence[int]], seen: Callable[[], None] = lambda: None
-    ) -> None:
+    def follow(self, answers: Sequence[Sequence[int]]) -> None:
         """Read the question, then given answers of equal length, whatever is predicted."""
         self.read_question()
         forced = torch.tensor([list(answer) for answer in answers], device=self.device)
         for column in range(forced.shape[1]):
             self.step(forced[:, column].long())
-            seen()
 
 
 def eos_ids(loaded: LoadedModel) -> frozenset[int]:

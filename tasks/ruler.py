@@ -162,7 +162,7 @@ def _read_cache(path: Path) -> list[Sample] | None:
 def read_official(
     path: Path, num_samples: int, question: Question, question_tokens: int
 ) -> list[Sample]:
-    """Read prompts that NVIDIA's generator wrote.
+    """Read prompts that NVIDIA's generator wrote, with the template it was told to write.
 
     Args:
         path: A ``.jsonl`` file, or a folder of them; a sub-task is named after the file, or after
@@ -205,6 +205,7 @@ def read_official(
                 answers=tuple(outputs),
                 max_new_tokens=NEW_TOKENS.get(family, NEW_TOKENS["niah"]),
                 length=int(entry.get("length", 0)),
+                as_is=True,
             )
             samples.append(_split(sample, question, question_tokens))
     if not samples:

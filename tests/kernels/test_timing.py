@@ -44,7 +44,7 @@ def test_bad_settings_are_refused() -> None:
         measure({"a": []})
 
 
-def test_stages_collect_medians_and_totals() -> None:
+def test_stages_collect_medians() -> None:
     stages = Stages()
     for _ in range(3):
         with stages("score"):
@@ -53,10 +53,7 @@ def test_stages_collect_medians_and_totals() -> None:
         raise RuntimeError
     assert len(stages.times()["score"]) == 3
     assert stages.medians()["score"] >= 2
-    assert stages.totals()["score"] >= 6
     assert "select" not in stages.times()
-    stages.clear()
-    assert stages.medians() == {}
 
 
 def test_bandwidth_is_positive() -> None:

@@ -1,6 +1,7 @@
 """What methods are fitted on: prompts of their own words, states of the model itself."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,15 @@ def test_no_word_of_calibration_is_in_a_test(
     assert len(fitted) > 200
     assert len(tested) > 500
     assert fitted & tested <= {"all", "ones", "that"}  # wording beyond TEMPLATE_WORDS
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_read(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = SimpleNamespace(available=2**20)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    with pytest.raises(ValueError, match=r"fitting must hold .* GiB .* point artifact_dir at"):
+        capture(loaded)
 
 
 def test_texts_depend_on_the_seed_alone(loaded: LoadedModel) -> None:

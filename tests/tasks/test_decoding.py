@@ -1,5 +1,6 @@
 """The loop: prefill and decode give what the model's own generate gives."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,20 @@ def answer(
     decoder = Decoder(loaded, store, batch, NEW_TOKENS + 1)
     with attach(loaded.model, method, Policy(k=k)):
         return decoder.generate()
+
+
+def test_a_file_that_was_wrapped_by_its_maker_is_not_wrapped_again(loaded: LoadedModel) -> None:
+    chat = replace(loaded, chat=True)  # of a tokenizer that has no template to wrap with
+    with pytest.raises(ValueError, match="chat_template"):
+        tokenise(chat, sample(CONTEXTS[0]), "sparse")
+    plain = tokenise(loaded, sample(CONTEXTS[0]), "sparse")
+    as_is = replace(sample(CONTEXTS[0]), as_is=True)
+    assert tokenise(chat, as_is, "sparse").prefill_ids == plain.prefill_ids
+    # Nor does it get a second token for the beginning.
+    bos = loaded.tokenizer.bos_token
+    assert isinstance(bos, str)
+    begun = replace(as_is, context=bos + as_is.context)
+    assert tokenise(chat, begun, "sparse").prefill_ids.count(1) == 1
 
 
 def test_full_attention_generates_what_the_model_does(
@@ -113,11 +128,9 @@ def test_following_shows_the_given_tokens(loaded: LoadedModel, store: PrefillSto
     (_, prompt, _) = prompts(loaded, "sparse")
     forced = [5, 9, 300]
     decoder = Decoder(loaded, store, [prompt], len(forced))
-    seen: list[int] = []
     with attach(loaded.model, FullAttention(), Policy(k=24)):
-        decoder.follow([forced], lambda: seen.append(decoder.cache.n))
-    first = len(prompt.prefill_ids) + len(prompt.decode_ids)
-    assert seen == [first + 1, first + 2, first + 3]
+        decoder.follow([forced])
+    assert decoder.cache.n == len(prompt.prefill_ids) + len(prompt.decode_ids) + 3
     ids = torch.tensor([[*prompt.prefill_ids, *prompt.decode_ids, *forced]])
     whole = loaded.model(ids, use_cache=True).past_key_values
     torch.testing.assert_close(

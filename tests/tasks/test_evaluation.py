@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from topkbench.methods.base import Policy, TopKMethod
 from topkbench.methods.exact import ExactTopK
@@ -116,6 +117,23 @@ def test_running_out_of_memory_is_a_status(
     monkeypatch.setattr(method, "build_index", build)
     (row,) = run(loaded, store, tmp_path, method).rows
     assert (row.status, row.reason) == ("out_of_memory", "no room")
+
+
+def test_a_cpu_without_room_is_out_of_memory_too(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch raises a plain RuntimeError there, and other plain ones are errors of the program."""
+    method = ExactTopK()
+    monkeypatch.setattr(method, "build_index", lambda prefill: torch.empty(2**50))
+    (row,) = run(loaded, store, tmp_path, method).rows
+    assert row.status == "out_of_memory"
+
+    def broken(prefill: object) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(method, "build_index", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run(loaded, store, tmp_path, method)
 
 
 def test_few_prompts_are_spread_over_the_subtasks() -> None:
