@@ -19,7 +19,6 @@ from topkbench.methods.base import (
     Geometry,
     Observer,
     Policy,
-    Selection,
     StepResult,
     TopKMethod,
     check_whole,
@@ -152,9 +151,12 @@ class Counter(Observer):
         softcap: float | None,
     ) -> None:
         start, end = cache.bounds()
-        selection = result.selection or Selection.everything(cache)
-        self.read += selection.tokens_read(cache).double().mean().item()
-        self.cached += (end - start).double().mean().item()
+        cached = (end - start).double().mean().item()
+        self.cached += cached
+        if result.selection is None:
+            self.read += cached
+        else:
+            self.read += result.selection.tokens_read(cache).double().mean().item()
 
     @property
     def density(self) -> float | None:
