@@ -72,7 +72,7 @@ def sparse_attention(
             GROUP=group, HEAD_DIM=head_dim, UNIT=unit_size, SOFTCAP=softcap is not None,
             PADDED_GROUP=padded(group), PADDED_DIM=padded_dim,
             TILE=_tile(padded_dim, query_states.dtype), PRODUCT=product_dtype(query_states),
-            num_warps=4, num_stages=2,
+            num_warps=4, num_stages=3,
         )  # fmt: skip
         _merge[(batch_size * num_heads,)](
             means, part_lse, out, lse, parts, batch_size * num_heads,
@@ -176,11 +176,12 @@ def _attend_part(
     for first in range(first_token, last_token, TILE):
         tokens = first + tl.arange(0, TILE)
         entries = tokens // UNIT
-        unit = tl.load(indices + row * num_units + entries, mask=tokens < last_token, other=-1)
+        is_token = tokens < last_token
+        unit = tl.load(indices + row * num_units + entries, mask=is_token, other=0)
         slots = unit.to(tl.int64)
         if UNIT > 1:
             slots = slots * UNIT + start + tokens % UNIT
-        kept = (unit >= 0) & (slots >= start) & (slots < end)
+        kept = is_token & (unit >= 0) & (slots >= start) & (slots < end)
         is_read = kept[:, None] & is_dim[None, :]
         key_tile = tl.load(
             head_keys + slots[:, None] * key_slot_stride + dims[None, :] * key_dim_stride,

@@ -50,6 +50,7 @@ def main() -> None:
     for scores in (norms, norms.bfloat16(), norms.int()):
         topk.topk_select(scores, 8, 1, 1, bound, bound)
     for dtype, dim in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 256)):
+        weight = torch.zeros(2, dim, 128)
         query, cache = torch.zeros(1, 8, dim).to(dtype), torch.zeros(1, 2, 64, dim).to(dtype)
         grouped, indices = query.unflatten(1, (2, 4)), torch.zeros(1, 2, 9, dtype=torch.int32)
         rest = (torch.zeros(1, 2).int(), torch.zeros(1, 8, 9), 16, bound, bound, 30.0)
@@ -58,9 +59,8 @@ def main() -> None:
         attention.sparse_attention(query, cache, cache, indices, 1.0, *rest)
         page.page_score(grouped, cache, cache, bound, bound)
         lowrank.lowrank_score(grouped[..., :32], cache[..., :32], bound, bound)
-        for weight in (torch.zeros(2, dim, 128), torch.zeros(2, dim, 128).to(dtype)):
-            encode.hash_encode(cache, weight)
-            encode.encode_step(grouped, cache[:, :, :1], weight, codes, norms, bound)
+        encode.hash_encode(cache, weight.to(dtype))
+        encode.encode_step(grouped, cache[:, :, :1], weight, codes, norms, bound)
     print(*sorted(compiled))
 
 

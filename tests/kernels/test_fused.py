@@ -134,7 +134,7 @@ def test_a_strided_view_of_scores_is_selected_from_in_place(triton_device: torch
     assert torch.equal(topk_select(scores, 9, impl="triton"), expected)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     st.integers(1, 2),
     st.sampled_from([1, 3, 4, 16]),
@@ -293,7 +293,7 @@ def test_a_step_writes_its_keys_code_and_norm_into_the_cache(
 @settings(max_examples=12)
 @given(
     st.sampled_from([1, 3, 16]),
-    st.sampled_from([1, 31, 300]),
+    st.sampled_from([7, 31, 300]),
     st.sampled_from([16, 20, 80, 256]),
     DTYPES,
     SEEDS,
@@ -314,7 +314,7 @@ def test_page_scores_are_as_accurate_as_the_reference(
 @settings(max_examples=12)
 @given(
     st.sampled_from([1, 3, 16]),
-    st.sampled_from([1, 31, 300]),
+    st.sampled_from([7, 31, 300]),
     st.sampled_from([1, 16, 20, 80, 256]),
     DTYPES,
     SEEDS,
