@@ -1,6 +1,8 @@
 """Which implementation of an operator runs, and numba's one-time set-up."""
 
+import os
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -28,8 +30,9 @@ _numba_threads = 0
 def resolve(op: str, impl: Impl, device: torch.device) -> str:
     """Say which implementation of an operator runs on a device.
 
-    ``auto`` takes the fastest one that is there: ``cpu`` on a CPU, ``triton`` on a CUDA device,
-    else ``reference``. A word that names one is obeyed or refused, never replaced.
+    ``auto`` takes the fastest one that is there: ``cpu`` on a CPU, ``triton`` on a CUDA device
+    where Triton is installed, else ``reference``. A word that names one is obeyed or refused, never
+    replaced. On a CPU ``triton`` is obeyed in Triton's interpreter alone, which serves to test.
 
     Args:
         op: The operator's folder name, such as ``"hamming_score"``.
@@ -40,39 +43,51 @@ def resolve(op: str, impl: Impl, device: torch.device) -> str:
         ``"reference"``, ``"cpu"`` or ``"triton"``.
 
     Raises:
-        ValueError: If the word is unknown, the operator has no such implementation, or the device
-            cannot run it.
+        ValueError: If the word is unknown, the operator has no such implementation, what it is
+            written in is not installed, or the device cannot run it.
     """
-    chosen = _choose(op, impl, device.type)
+    chosen = _choose(op, impl, device.type, os.environ.get("TRITON_INTERPRET") == "1")
     if chosen == "cpu" and torch.get_num_threads() != _numba_threads:
         _prepare_numba()
     return chosen
 
 
 @cache
-def _choose(op: str, impl: str, device_type: str) -> str:
+def _choose(op: str, impl: str, device_type: str, interpreted: bool) -> str:
     """Return the implementation for a device type; the answer never changes in one process."""
     words = get_args(Impl)
     if impl not in words:
         raise ValueError(f"impl must be one of {', '.join(words)}, got {impl!r} for {op}.")
     if impl == "auto":
         wanted = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
-        return wanted if _exists(op, wanted) else "reference"
+        there = _exists(op, wanted) and (wanted != "triton" or _has_triton())
+        return wanted if there else "reference"
     if not _exists(op, impl):
         raise ValueError(
             f"impl={impl!r} needs {_FILES[impl]}, which is not there for {op}; use impl='auto'."
         )
     needed = {"cpu": "cpu", "triton": "cuda"}.get(impl, device_type)
+    if impl == "triton" and interpreted and device_type == "cpu":
+        needed = "cpu"
     if device_type != needed:
         raise ValueError(
             f"impl={impl!r} of {op} needs tensors on a {needed} device, got {device_type}; "
             "use impl='auto'."
+        )
+    if impl == "triton" and not _has_triton():
+        raise ValueError(
+            f"impl='triton' of {op} needs the package triton, which is not installed; "
+            "install topkbench[gpu] or use impl='auto'."
         )
     return impl
 
 
 def _exists(op: str, impl: str) -> bool:
     return (Path(__file__).parent / op / _FILES[impl]).is_file()
+
+
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _prepare_numba() -> None:

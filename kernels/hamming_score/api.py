@@ -57,6 +57,10 @@ def hamming_score(
         from topkbench.kernels.hamming_score import cpu
 
         return cpu.hamming_score(query_codes, key_codes, key_norms, kv_start, kv_len)
+    if chosen == "triton":
+        from topkbench.kernels.hamming_score import fused
+
+        return fused.hamming_score(query_codes, key_codes, key_norms, kv_start, kv_len)
     from topkbench.kernels.hamming_score import reference
 
     return reference.hamming_score(query_codes, key_codes, key_norms, kv_start, kv_len)

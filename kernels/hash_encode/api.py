@@ -1,9 +1,10 @@
 """Hash codes of keys and queries: the sign bits of a projection, 32 to a word."""
 
+import torch
 from torch import Tensor
 
 from topkbench.kernels.dispatch import Impl, resolve
-from topkbench.kernels.shapes import check_device, check_floating, check_shape
+from topkbench.kernels.shapes import check_device, check_dtype, check_floating, check_shape
 
 
 def hash_encode(states: Tensor, hash_weight: Tensor, impl: Impl = "auto") -> Tensor:
@@ -29,10 +30,7 @@ def hash_encode(states: Tensor, hash_weight: Tensor, impl: Impl = "auto") -> Ten
     """
     check_shape("states", states, "[B, Hkv, n, d]", None, None, None, None)
     _, num_heads, _, head_dim = states.shape
-    check_shape("hash_weight", hash_weight, "[Hkv, d, rbit]", num_heads, head_dim, None)
-    rbit = hash_weight.shape[2]
-    if rbit == 0 or rbit % 32:
-        raise ValueError(f"hash_weight must have rbit, a positive multiple of 32, got {rbit}.")
+    _check_weight(hash_weight, num_heads, head_dim)
     check_floating("states", states)
     check_floating("hash_weight", hash_weight)
     check_device("hash_weight", hash_weight, states.device)
@@ -41,6 +39,93 @@ def hash_encode(states: Tensor, hash_weight: Tensor, impl: Impl = "auto") -> Ten
         from topkbench.kernels.hash_encode import cpu
 
         return cpu.hash_encode(states, hash_weight)
+    if chosen == "triton":
+        from topkbench.kernels.hash_encode import fused
+
+        return fused.hash_encode(states, hash_weight)
     from topkbench.kernels.hash_encode import reference
 
     return reference.hash_encode(states, hash_weight)
+
+
+def encode_step(
+    query_states: Tensor,
+    key_states: Tensor,
+    hash_weight: Tensor,
+    key_codes: Tensor,
+    kv_len: Tensor,
+    key_norms: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Encode a decode step's queries and write its new key's code, and norm, into the cache.
+
+    The key is the last one that ``kv_len`` counts: it belongs to slot ``kv_len[b] - 1`` of row
+    ``b``. ``triton`` does all of it in one kernel; nothing is read back to the host.
+
+    Args:
+        query_states: ``[B, Hkv, G, d]``.
+        key_states: ``[B, Hkv, 1, d]``.
+        hash_weight: ``[Hkv, d, rbit]``, ``rbit`` a multiple of 32.
+        key_codes: ``[B, Hkv, N, rbit // 32]`` int32, written in place; may be a strided view.
+        kv_len: ``[B]`` int32, from 1 to ``N``.
+        key_norms: ``[B, Hkv, N]`` float32, written in place, or None.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; never falls back.
+
+    Returns:
+        The queries' codes, ``[B, Hkv, G, rbit // 32]`` int32.
+
+    Raises:
+        ValueError: If a shape or device does not fit, or ``rbit`` is not a multiple of 32.
+        TypeError: If a dtype is wrong.
+
+    Source:
+        HATA (arXiv:2506.02572), section 4 and algorithm 3.
+    """
+    check_shape("query_states", query_states, "[B, Hkv, G, d]", None, None, None, None)
+    batch_size, num_heads, _, head_dim = query_states.shape
+    check_shape("key_states", key_states, "[B, Hkv, 1, d]", batch_size, num_heads, 1, head_dim)
+    _check_weight(hash_weight, num_heads, head_dim)
+    words = hash_weight.shape[2] // 32
+    check_shape("key_codes", key_codes, "[B, Hkv, N, W]", batch_size, num_heads, None, words)
+    check_dtype("key_codes", key_codes, torch.int32)
+    check_shape("kv_len", kv_len, "[B]", batch_size)
+    check_dtype("kv_len", kv_len, torch.int32)
+    for argument, tensor in (
+        ("query_states", query_states),
+        ("key_states", key_states),
+        ("hash_weight", hash_weight),
+    ):
+        check_floating(argument, tensor)
+    device = query_states.device
+    for argument, tensor in (
+        ("key_states", key_states),
+        ("hash_weight", hash_weight),
+        ("key_codes", key_codes),
+        ("kv_len", kv_len),
+    ):
+        check_device(argument, tensor, device)
+    if key_norms is not None:
+        capacity = key_codes.shape[2]
+        check_shape("key_norms", key_norms, "[B, Hkv, N]", batch_size, num_heads, capacity)
+        check_dtype("key_norms", key_norms, torch.float32)
+        check_device("key_norms", key_norms, device)
+    chosen = resolve("hash_encode", impl, device)
+    if chosen == "triton":
+        from topkbench.kernels.hash_encode import fused
+
+        return fused.encode_step(
+            query_states, key_states, hash_weight, key_codes, key_norms, kv_len
+        )
+    rows, slots = torch.arange(batch_size, device=device), kv_len.long() - 1
+    key_codes[rows, :, slots] = hash_encode(key_states, hash_weight, impl)[:, :, 0]
+    if key_norms is not None:
+        norm = torch.linalg.vector_norm(key_states[:, :, 0], dim=-1, dtype=torch.float32)
+        key_norms[rows, :, slots] = norm
+    return hash_encode(query_states, hash_weight, impl)
+
+
+def _check_weight(hash_weight: Tensor, num_heads: int, head_dim: int) -> None:
+    check_shape("hash_weight", hash_weight, "[Hkv, d, rbit]", num_heads, head_dim, None)
+    rbit = hash_weight.shape[2]
+    if rbit == 0 or rbit % 32:
+        raise ValueError(f"hash_weight must have rbit, a positive multiple of 32, got {rbit}.")

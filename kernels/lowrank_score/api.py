@@ -45,6 +45,10 @@ def lowrank_score(
         from topkbench.kernels.lowrank_score import cpu
 
         return cpu.lowrank_score(query, keys, kv_start, kv_len)
+    if chosen == "triton":
+        from topkbench.kernels.lowrank_score import fused
+
+        return fused.lowrank_score(query, keys, kv_start, kv_len)
     from topkbench.kernels.lowrank_score import reference
 
     return reference.lowrank_score(query, keys, kv_start, kv_len)

@@ -51,6 +51,10 @@ def page_score(
         from topkbench.kernels.page_score import cpu
 
         return cpu.page_score(query_states, page_min, page_max, kv_start, kv_len)
+    if chosen == "triton":
+        from topkbench.kernels.page_score import fused
+
+        return fused.page_score(query_states, page_min, page_max, kv_start, kv_len)
     from topkbench.kernels.page_score import reference
 
     return reference.page_score(query_states, page_min, page_max, kv_start, kv_len)

@@ -104,6 +104,12 @@ def sparse_attention(
         return cpu.sparse_attention(
             *from_cache, indices, scale, count, log_weight, unit_size, *bounds
         )
+    if chosen == "triton":
+        from topkbench.kernels.sparse_attention import fused
+
+        return fused.sparse_attention(
+            *from_cache, indices, scale, count, log_weight, unit_size, *bounds
+        )
     from topkbench.kernels.sparse_attention import reference
 
     return reference.sparse_attention(

@@ -53,6 +53,10 @@ def topk_select(
         from topkbench.kernels.topk_select import cpu
 
         return cpu.topk_select(scores, k, num_sink, num_recent, kv_start, kv_len)
+    if chosen == "triton":
+        from topkbench.kernels.topk_select import fused
+
+        return fused.topk_select(scores, k, num_sink, num_recent, kv_start, kv_len)
     from topkbench.kernels.topk_select import reference
 
     return reference.topk_select(scores, k, num_sink, num_recent, kv_start, kv_len)

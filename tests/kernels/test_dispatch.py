@@ -34,9 +34,31 @@ def test_an_explicit_choice_is_obeyed_or_refused() -> None:
         resolve("topk_select", "numba", CPU)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'cpu' of topk_select needs tensors on a cpu device"):
         resolve("topk_select", "cpu", CUDA)
-    for op in OPS:
-        with pytest.raises(ValueError, match=r"needs fused.py|needs tensors on a cuda device"):
-            resolve(op, "triton", CPU)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_triton_runs_on_a_cpu_in_its_interpreter_alone(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve(op, "triton", CPU) == "triton"
+    assert resolve(op, "auto", CPU) == "cpu"
+    with pytest.raises(ValueError, match="needs tensors on a cuda device, got meta"):
+        resolve(op, "triton", META)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="needs tensors on a cuda device, got cpu"):
+        resolve(op, "triton", CPU)
+
+
+def test_without_triton_a_gpu_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    dispatch._choose.cache_clear()
+    try:
+        assert resolve("topk_select", "auto", CUDA) == "reference"
+        with pytest.raises(ValueError, match="needs the package triton, which is not installed"):
+            resolve("topk_select", "triton", CUDA)
+    finally:
+        dispatch._choose.cache_clear()
 
 
 def test_the_number_of_threads_follows_torch() -> None:

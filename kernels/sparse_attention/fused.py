@@ -1,0 +1,277 @@
+"""sparse_attention in Triton: the gather inside split-K attention.
+
+One program takes a part of an index head's selection. It reads keys and values where they lie, once
+for all the queries that share them, which stand in one tile of at least 16 rows; it keeps a running
+maximum, denominator and weighted sum (online softmax). A second kernel merges the parts by their
+log-sum-exp. The parts are cut out of what ``count`` says is there, on the device: nothing about the
+lengths is known on the host.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from topkbench.kernels.tiles import (
+    check_readable,
+    on_device_of,
+    padded,
+    product_dtype,
+    valid_range,
+)
+
+# Programs that occupy a large GPU: about four on each of its multiprocessors.
+_PROGRAMS = 512
+# Fewer tokens than this are not worth a part of their own.
+_PART = 128
+# Parts that the merging kernel reads at a time, and the most there are.
+_MERGED, _MOST_PARTS = 8, 128
+
+
+def sparse_attention(
+    query_states: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
+    indices: Tensor,
+    scale: float,
+    count: Tensor | None,
+    log_weight: Tensor | None,
+    unit_size: int,
+    kv_start: Tensor | None,
+    kv_len: Tensor | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the output ``[B, Hq, d]`` and the log-sum-exp ``[B, Hq]``; see the api."""
+    check_readable("query_states", query_states)
+    batch_size, num_heads, head_dim = query_states.shape
+    if head_dim > 256:
+        raise ValueError(
+            f"head_dim must be at most 256 for impl='triton', got {head_dim}; use impl='reference'."
+        )
+    _, num_kv_heads, num_slots, _ = key_states.shape
+    _, num_index_heads, num_units = indices.shape
+    device, rows = query_states.device, batch_size * num_index_heads
+    out = torch.empty_like(query_states, memory_format=torch.contiguous_format)
+    lse = torch.empty(batch_size, num_heads, device=device)
+    if out.numel() == 0:
+        return out, lse
+    group = num_heads // num_index_heads
+    parts = _num_parts(rows, num_units * unit_size)
+    # For each part: every query's weighted mean of the values, then their log-sum-exps.
+    means = torch.empty(parts, batch_size, num_heads, head_dim, device=device)
+    part_lse = torch.empty(parts, batch_size, num_heads, device=device)
+    padded_dim = padded(head_dim)
+    weight_strides = (0, 0, 0) if log_weight is None else log_weight.stride()
+    with on_device_of(out):
+        _attend_part[(parts, rows)](
+            query_states.contiguous(), key_states, value_states, indices.contiguous(),
+            None if count is None else count.contiguous(), log_weight, means, part_lse, kv_start,
+            kv_len, float(scale), float(softcap or 0.0), *key_states.stride(),
+            *value_states.stride(), *weight_strides, num_index_heads,
+            num_index_heads // num_kv_heads, num_slots, num_units, rows * group,
+            GROUP=group, HEAD_DIM=head_dim, UNIT=unit_size, SOFTCAP=softcap is not None,
+            PADDED_GROUP=padded(group), PADDED_DIM=padded_dim,
+            TILE=_tile(padded_dim, query_states.dtype), PRODUCT=product_dtype(query_states),
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
+        _merge[(batch_size * num_heads,)](
+            means, part_lse, out, lse, parts, batch_size * num_heads,
+            HEAD_DIM=head_dim, PADDED_DIM=padded_dim, MERGED=_MERGED, num_warps=4,
+        )  # fmt: skip
+    return out, lse
+
+
+def _num_parts(num_rows: int, num_tokens: int) -> int:
+    """Say into how many parts to cut each selection, so that the GPU is occupied."""
+    wanted = -(-_PROGRAMS // num_rows)
+    return max(1, min(wanted, -(-num_tokens // _PART), _MOST_PARTS))
+
+
+def _tile(padded_dim: int, dtype: torch.dtype) -> int:
+    """Return how many tokens to read at a time: 16 KiB of keys and as much of values."""
+    return max(16, min(128, 2**14 // (padded_dim * dtype.itemsize)))
+
+
+@triton.jit
+def _tanh(x: tl.tensor) -> tl.tensor:
+    """Return the hyperbolic tangent to float32's precision, of small numbers too.
+
+    Near zero by the continued fraction ``x / (1 + x^2 / (3 + x^2 / (5 + x^2 / (7 + x^2 / 9))))``,
+    multiplied out; elsewhere by the exponential, which would cancel there.
+    """
+    square = x * x
+    above = 945.0 + square * (105.0 + square)
+    below = 945.0 + square * (420.0 + square * 15.0)
+    decay = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - decay) / (1.0 + decay)
+    return tl.where(tl.abs(x) < 0.5, x * above / below, tl.where(x < 0, -large, large))
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_units", "num_queries"])
+def _attend_part(
+    queries: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    indices: tl.tensor,
+    counts: tl.tensor,
+    log_weights: tl.tensor,
+    means: tl.tensor,
+    lse: tl.tensor,
+    kv_start: tl.tensor,
+    kv_len: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    key_batch_stride: tl.tensor,
+    key_head_stride: tl.tensor,
+    key_slot_stride: tl.tensor,
+    key_dim_stride: tl.tensor,
+    value_batch_stride: tl.tensor,
+    value_head_stride: tl.tensor,
+    value_slot_stride: tl.tensor,
+    value_dim_stride: tl.tensor,
+    weight_batch_stride: tl.tensor,
+    weight_head_stride: tl.tensor,
+    weight_unit_stride: tl.tensor,
+    num_index_heads: tl.tensor,
+    index_heads_per_kv_head: tl.tensor,
+    num_slots: tl.tensor,
+    num_units: tl.tensor,
+    num_queries: tl.tensor,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    UNIT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    PRODUCT: tl.constexpr,
+) -> None:
+    """Attend from the queries of one index head to one part of its selection."""
+    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    batch, index_head = row // num_index_heads, row % num_index_heads
+    kv_head = index_head // index_heads_per_kv_head
+    start, end = valid_range(kv_start, kv_len, batch, num_slots)
+    num_tokens = num_units * UNIT
+    if counts is not None:
+        num_tokens = tl.minimum(tl.maximum(tl.load(counts + row), 0), num_units) * UNIT
+    # Whole tiles for every part.
+    length = tl.cdiv(tl.cdiv(num_tokens, tl.num_programs(0)), TILE) * TILE
+    first_token = part * length
+    last_token = tl.minimum(first_token + length, num_tokens)
+
+    query = tl.arange(0, PADDED_GROUP)
+    dims = tl.arange(0, PADDED_DIM)
+    is_query, is_dim = query < GROUP, dims < HEAD_DIM
+    query_tile = tl.load(
+        queries + (row * GROUP + query[:, None]) * HEAD_DIM + dims[None, :],
+        mask=is_query[:, None] & is_dim[None, :],
+        other=0.0,
+    ).to(PRODUCT)
+    head_keys = keys + batch * key_batch_stride + kv_head * key_head_stride
+    head_values = values + batch * value_batch_stride + kv_head * value_head_stride
+
+    maximum = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
+    denominator = tl.zeros([PADDED_GROUP], tl.float32)
+    sums = tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
+    for first in range(first_token, last_token, TILE):
+        tokens = first + tl.arange(0, TILE)
+        entries = tokens // UNIT
+        is_token = tokens < last_token
+        unit = tl.load(indices + row * num_units + entries, mask=is_token, other=0)
+        slots = unit.to(tl.int64)
+        if UNIT > 1:
+            slots = slots * UNIT + start + tokens % UNIT
+        kept = is_token & (unit >= 0) & (slots >= start) & (slots < end)
+        is_read = kept[:, None] & is_dim[None, :]
+        key_tile = tl.load(
+            head_keys + slots[:, None] * key_slot_stride + dims[None, :] * key_dim_stride,
+            mask=is_read,
+            other=0.0,
+        ).to(PRODUCT)
+        value_tile = tl.load(
+            head_values + slots[:, None] * value_slot_stride + dims[None, :] * value_dim_stride,
+            mask=is_read,
+            other=0.0,
+        ).to(PRODUCT)
+
+        logits = tl.dot(query_tile, tl.trans(key_tile), input_precision="ieee") * scale
+        if SOFTCAP:
+            logits = softcap * _tanh(logits / softcap)
+        if log_weights is not None:
+            heads = index_head * GROUP + query
+            logits += tl.load(
+                log_weights
+                + batch * weight_batch_stride
+                + heads[:, None] * weight_head_stride
+                + entries[None, :].to(tl.int64) * weight_unit_stride,
+                mask=is_query[:, None] & kept[None, :],
+                other=0.0,
+            )
+        logits = tl.where(kept[None, :], logits, float("-inf"))
+
+        raised = tl.maximum(maximum, tl.max(logits, axis=1))
+        # While nothing counts the maximum is -inf, and subtracting it would give NaN.
+        shift = tl.where(raised == float("-inf"), 0.0, raised)
+        weights = tl.exp(logits - shift[:, None])
+        shrink = tl.exp(maximum - shift)
+        denominator = denominator * shrink + tl.sum(weights, axis=1)
+        sums = sums * shrink[:, None]
+        sums = tl.dot(weights.to(PRODUCT), value_tile, sums, input_precision="ieee")
+        maximum = raised
+
+    # Parts are ordered [part, B, Hq], which is [part, row, GROUP].
+    counted = denominator > 0
+    divisor = tl.where(counted, denominator, 1.0)
+    place = part.to(tl.int64) * num_queries + row * GROUP + query
+    part_lse = tl.where(counted, maximum + tl.log(divisor), float("-inf"))
+    tl.store(lse + place, part_lse, mask=is_query)
+    tl.store(
+        means + place[:, None] * HEAD_DIM + dims[None, :],
+        sums / divisor[:, None],
+        mask=is_query[:, None] & is_dim[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["parts", "num_queries"])
+def _merge(
+    means: tl.tensor,
+    part_lse: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    parts: tl.tensor,
+    num_queries: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    MERGED: tl.constexpr,
+) -> None:
+    """Merge the parts of one query, weighted by their shares of the softmax's denominator."""
+    query = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, PADDED_DIM)
+    maximum = float("-inf")
+    for first in range(0, parts, MERGED):
+        part = first + tl.arange(0, MERGED)
+        logs = tl.load(
+            part_lse + part.to(tl.int64) * num_queries + query,
+            mask=part < parts,
+            other=float("-inf"),
+        )
+        maximum = tl.maximum(maximum, tl.max(logs, axis=0))
+    shift = tl.where(maximum == float("-inf"), 0.0, maximum)
+    total = 0.0
+    merged = tl.zeros([PADDED_DIM], tl.float32)
+    for first in range(0, parts, MERGED):
+        part = first + tl.arange(0, MERGED)
+        place = part.to(tl.int64) * num_queries + query
+        logs = tl.load(part_lse + place, mask=part < parts, other=float("-inf"))
+        shares = tl.exp(logs - shift)
+        part_means = tl.load(
+            means + place[:, None] * HEAD_DIM + dims[None, :],
+            mask=(part < parts)[:, None] & (dims < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        total += tl.sum(shares, axis=0)
+        merged += tl.sum(shares[:, None] * part_means, axis=0)
+    counted = total > 0
+    divisor = tl.where(counted, total, 1.0)
+    tl.store(out + query * HEAD_DIM + dims, merged / divisor, mask=dims < HEAD_DIM)
+    tl.store(lse + query, tl.where(counted, shift + tl.log(divisor), float("-inf")))

@@ -1,0 +1,84 @@
+"""What the Triton kernels share: the valid range of a row, bit counts, and their launches' choices.
+
+A kernel is decorated when its file is imported. With ``TRITON_INTERPRET=1`` in the environment by
+then, Triton runs it in Python on a CPU, which is how it is tested where there is no GPU.
+
+Parameters of a kernel in lower case are its arguments: pointers, strides and sizes, of which those
+that change from step to step are not specialised on, so that no step compiles anew. Those in upper
+case are compiled in.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+}
+
+
+@triton.jit
+def valid_range(
+    kv_start: tl.tensor, kv_len: tl.tensor, batch: tl.tensor, size: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return a row's first valid unit and their end, inside 0 to ``size``; bounds may be None."""
+    start = 0
+    end = size
+    if kv_start is not None:
+        start = tl.minimum(tl.maximum(tl.load(kv_start + batch), 0), size)
+    if kv_len is not None:
+        end = tl.minimum(tl.maximum(tl.load(kv_len + batch), 0), size)
+    return start, tl.maximum(start, end)
+
+
+@triton.jit
+def popcount(words: tl.tensor) -> tl.tensor:
+    """Count the set bits of int32 words; LLVM turns this very form into the GPU's instruction."""
+    count = words.to(tl.uint32, bitcast=True)
+    count = count - ((count >> 1) & 0x55555555)
+    count = (count & 0x33333333) + ((count >> 2) & 0x33333333)
+    count = (count + (count >> 4)) & 0x0F0F0F0F
+    return ((count * 0x01010101) >> 24).to(tl.int32)
+
+
+_INTERPRETED = not isinstance(valid_range, triton.JITFunction)
+
+
+def check_readable(argument: str, tensor: Tensor) -> None:
+    """Refuse a floating dtype that the kernels do not read.
+
+    Raises:
+        TypeError: If the tensor is float64, say.
+    """
+    if tensor.dtype not in _DTYPES:
+        found = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(
+            f"{argument} must be float32, bfloat16 or float16 for impl='triton', got {found}; "
+            "use impl='reference'."
+        )
+
+
+def product_dtype(*tensors: Tensor) -> Any:
+    """Return the dtype in which tensors are multiplied: their own if it is one, else float32.
+
+    Products of 16-bit numbers are exact in the matrix units, which add them up in float32.
+    The interpreter, which keeps bfloat16 as its bits, multiplies in float32.
+    """
+    dtypes = {tensor.dtype for tensor in tensors}
+    return tl.float32 if _INTERPRETED or len(dtypes) > 1 else _DTYPES[dtypes.pop()]
+
+
+def padded(size: int) -> int:
+    """Return the tile size that holds an axis: a power of two, at least a matrix unit's 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make a CUDA tensor's device the current one: Triton launches there."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,68 @@
+"""Compile every Triton kernel for a Hopper GPU, as it is launched, on a machine that has none.
+
+Run as a program, since the interpreter of the other tests must be off. Triton's compiler needs no
+GPU: only its driver is replaced, and every launch by its compilation. Prints the kernels' names.
+"""
+
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+from topkbench.kernels.hamming_score import fused as hamming
+from topkbench.kernels.hash_encode import fused as encode
+from topkbench.kernels.lowrank_score import fused as lowrank
+from topkbench.kernels.page_score import fused as page
+from topkbench.kernels.sparse_attention import fused as attention
+from topkbench.kernels.topk_select import fused as topk
+
+
+class Hopper:
+    """What the compiler asks of a driver."""
+
+    def get_current_target(self) -> Any:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def main() -> None:
+    """Launch each operator with the options that change what is compiled."""
+    compiled = set()
+    launch = JITFunction.run
+
+    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launch(kernel, *arguments, grid=grid, warmup=True, **options)
+        compiled.add(f"{kernel.__module__.split('.')[-2]}.{kernel.__name__}")
+
+    driver.set_active(Hopper())
+    JITFunction.run = compile_only
+    bound = torch.zeros(1, dtype=torch.int32)
+    codes, norms = torch.zeros(1, 2, 64, 4, dtype=torch.int32), torch.zeros(1, 2, 64)
+    for words in (3, 4):
+        for given in (None, norms):
+            hamming.hamming_score(codes[:, :, :4, :words], codes[..., :words], given, bound, bound)
+    for scores in (norms, norms.bfloat16(), norms.int()):
+        topk.topk_select(scores, 8, 1, 1, bound, bound)
+    for dtype, dim in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 256)):
+        weight = torch.zeros(2, dim, 128)
+        query, cache = torch.zeros(1, 8, dim).to(dtype), torch.zeros(1, 2, 64, dim).to(dtype)
+        grouped, indices = query.unflatten(1, (2, 4)), torch.zeros(1, 2, 9, dtype=torch.int32)
+        rest = (torch.zeros(1, 2).int(), torch.zeros(1, 8, 9), 16, bound, bound, 30.0)
+        attention.sparse_attention(query, cache, cache, indices, 1.0, *rest)
+        rest = (None, None, 1, None, bound, None)
+        attention.sparse_attention(query, cache, cache, indices, 1.0, *rest)
+        page.page_score(grouped, cache, cache, bound, bound)
+        lowrank.lowrank_score(grouped[..., :32], cache[..., :32], bound, bound)
+        encode.hash_encode(cache, weight.to(dtype))
+        encode.encode_step(grouped, cache[:, :, :1], weight, codes, norms, bound)
+    print(*sorted(compiled))
+
+
+if __name__ == "__main__":
+    main()
