@@ -62,7 +62,8 @@ def assert_as_accurate(actual: Tensor, reference: Tensor, exact: Tensor) -> None
     truth = exact.double()[finite]
     error = (actual.double()[finite] - truth).abs().max().item()
     own = (reference.double()[finite] - truth).abs().max().item()
-    rounding = 4 * torch.finfo(actual.dtype).eps * max(1.0, truth.abs().max().item())
+    # Where terms cancel, the sums that are rounded are larger than what is left of them.
+    rounding = 8 * torch.finfo(actual.dtype).eps * max(1.0, truth.abs().max().item())
     allowed = 2 * own + rounding
     assert error <= allowed, f"the error must be at most {allowed:.3g}, got {error:.3g}."
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pandas as pd
@@ -86,4 +85,5 @@ def test_the_cards_recall_is_the_measured_one() -> None:
     for weights, use_norm, rbit, recall in (line[:4] for line in found):
         own = data[data["p_weights"].eq(weights) & data["rbit"].eq(int(rbit))]
         (row,) = own[own["p_use_norm"].astype(str) == use_norm].to_dict("records")
-        assert re.match(r"[\d.]+", recall)[0] == f"{row['recall_at_k']:.3f}"  # type: ignore[index]
+        # A row weighs every step alike, the card's table every prompt: near, not the same.
+        assert float(recall.split()[0]) == pytest.approx(row["recall_at_k"], abs=0.006)

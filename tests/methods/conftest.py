@@ -44,7 +44,9 @@ class Calibration:
 
 def make(name: str, **overrides: Any) -> TopKMethod:
     """Make a method from its YAML, with its artifact where it needs one."""
-    root = OmegaConf.create({"rbit": 64, "seed": 0, "impl": "auto", "k": 16})
+    root = OmegaConf.create(
+        {"rbit": 64, "seed": 0, "impl": "auto", "full_backend": "sdpa", "k": 16}
+    )
     root["method"] = OmegaConf.load(CONF / f"{name}.yaml")
     node = OmegaConf.merge(root["method"], overrides)
     root["method"] = node

@@ -184,7 +184,7 @@ def test_loki_refuses_what_does_not_fit() -> None:
     geometry = Geometry(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2)
     with pytest.raises(ValueError, match="rank must be at most head_dim=2, got 3"):
         Loki(rank=3).check_ready(geometry)
-    with pytest.raises(ValueError, match="rank must be at least 1 or null, got 0"):
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         Loki(rank=0)
     with pytest.raises(ValueError, match=r"components \[L, Hkv, d, d\], got none"):
         Loki().load_artifact({})
