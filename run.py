@@ -374,6 +374,15 @@ def refuse(error: Exception, config: DictConfig, sweep: Sweep) -> None:
 
 def unknown_option(text: str) -> str:
     """Shorten Hydra's words on an option that is not there, and name the nearest one."""
+    strange = re.search(r"Key '(\w+)' is not in struct full_key: ([\w.]+)", text)
+    if strange is not None:
+        key, place = strange.groups()
+        group = place.partition(".")[0]
+        known = {
+            name for file in (ROOT / "conf" / group).glob("*.yaml") for name in OmegaConf.load(file)
+        }
+        near = difflib.get_close_matches(key, sorted(str(name) for name in known), n=1)
+        return f"there is no setting {place}{f'; did you mean {near[0]}' if near else ''}."
     found = re.search(r"Could not find '(\w+)/([^']+)'", text)
     if found is None:
         return " ".join(text.split())
