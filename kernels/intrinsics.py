@@ -9,19 +9,20 @@ Every ``index`` counts elements of the type that is read or written; every ``add
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
 
-# Of every 32-bit tensor; words of 64 bits and vectors lie in these too.
+# Of every tensor of at least 32 bits; words of 64 bits and vectors lie in these too.
 _ALIGNMENT = 4
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _VECTOR = ir.VectorType(_F32, LANES)
+_BLOCK = ir.ArrayType(_VECTOR, LANES)
 
 
 class _Float32x16(types.Type):  # type: ignore[misc]  # numba is untyped
@@ -42,10 +43,58 @@ class _Float32x16Model(models.PrimitiveModel):  # type: ignore[misc]  # numba is
         super().__init__(manager, frontend_type, _VECTOR)
 
 
+class _Block(types.Type):  # type: ignore[misc]  # numba is untyped
+    """Sixteen vectors of sixteen float32: the sums of a tile of rows and queries."""
+
+    def __init__(self) -> None:
+        super().__init__(name="float32x16x16")
+
+
+float32x16x16 = _Block()
+
+
+@register_model(_Block)
+class _BlockModel(models.PrimitiveModel):  # type: ignore[misc]  # numba is untyped
+    """The LLVM type behind ``float32x16x16``; LLVM takes it apart into registers."""
+
+    def __init__(self, manager: Any, frontend_type: Any) -> None:
+        super().__init__(manager, frontend_type, _BLOCK)
+
+
 def _element(builder: Any, address: Any, index: Any, element: Any, read_as: Any) -> Any:
     """Return a typed pointer to element ``index``."""
     pointer = builder.inttoptr(address, element.as_pointer())
     return builder.bitcast(builder.gep(pointer, [index]), read_as.as_pointer())
+
+
+def _bytes(element: Any) -> int:
+    """Return the size of an LLVM scalar."""
+    return 4 if element == _F32 else element.width // 8
+
+
+def _load_lanes(builder: Any, address: Any, index: Any, narrow: bool) -> Any:
+    """Load sixteen float32, or sixteen bfloat16 as float32: their bits are the upper half."""
+    if not narrow:
+        return builder.load(_element(builder, address, index, _F32, _VECTOR), align=_ALIGNMENT)
+    halves, words = ir.VectorType(_I16, LANES), ir.VectorType(_I32, LANES)
+    loaded = builder.load(_element(builder, address, index, _I16, halves), align=2)
+    bits = builder.shl(builder.zext(loaded, words), ir.Constant(words, [16] * LANES))
+    return builder.bitcast(bits, _VECTOR)
+
+
+def _repeat(builder: Any, value: Any) -> Any:
+    """Repeat a float32 in all lanes."""
+    undefined = ir.Constant(_VECTOR, ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
+    order = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
+    return builder.shuffle_vector(first, undefined, order)
+
+
+def _multiply_add(builder: Any, left: Any, right: Any, addend: Any) -> Any:
+    """Return ``left * right + addend`` for each lane, fused where the machine can."""
+    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+    function = builder.module.declare_intrinsic(f"llvm.fmuladd.v{LANES}f32", (), kind)
+    return builder.call(function, [left, right, addend])
 
 
 def _loader(element: Any, returned: Any, read_as: Any = None) -> Callable[..., Any]:
@@ -55,7 +104,7 @@ def _loader(element: Any, returned: Any, read_as: Any = None) -> Callable[..., A
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             pointer = _element(builder, arguments[0], arguments[1], element, read_as or element)
             # A row of a view starts wherever it starts: promise the tensor's alignment only.
-            return builder.load(pointer, align=_ALIGNMENT)
+            return builder.load(pointer, align=min(_ALIGNMENT, _bytes(element)))
 
         return returned(types.int64, types.int64), generate
 
@@ -68,7 +117,7 @@ def _storer(element: Any, stored: Any, write_as: Any = None) -> Callable[..., An
     def store(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             pointer = _element(builder, arguments[0], arguments[1], element, write_as or element)
-            builder.store(arguments[2], pointer, align=_ALIGNMENT)
+            builder.store(arguments[2], pointer, align=min(_ALIGNMENT, _bytes(element)))
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, stored), generate
@@ -76,11 +125,14 @@ def _storer(element: Any, stored: Any, write_as: Any = None) -> Callable[..., An
     return store
 
 
+load_int16 = intrinsic(_loader(_I16, types.int16))
 load_int32 = intrinsic(_loader(_I32, types.int32))
 load_int64 = intrinsic(_loader(_I64, types.int64))
 load_float32 = intrinsic(_loader(_F32, types.float32))
 load_vector = intrinsic(_loader(_F32, float32x16, _VECTOR))
+store_int16 = intrinsic(_storer(_I16, types.int16))
 store_int32 = intrinsic(_storer(_I32, types.int32))
+store_int64 = intrinsic(_storer(_I64, types.int64))
 store_float32 = intrinsic(_storer(_F32, types.float32))
 store_vector = intrinsic(_storer(_F32, float32x16, _VECTOR))
 
@@ -98,27 +150,11 @@ def load_bfloat16(typing_context: Any, address: Any, index: Any) -> Any:
 
 
 @intrinsic
-def load_vector_bfloat16(typing_context: Any, address: Any, index: Any) -> Any:
-    """Load sixteen bfloat16 as float32."""
-    narrow, words = ir.VectorType(_I16, LANES), ir.VectorType(_I32, LANES)
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        halves = builder.load(_element(builder, arguments[0], arguments[1], _I16, narrow), align=2)
-        bits = builder.shl(builder.zext(halves, words), ir.Constant(words, [16] * LANES))
-        return builder.bitcast(bits, _VECTOR)
-
-    return float32x16(types.int64, types.int64), generate
-
-
-@intrinsic
 def splat(typing_context: Any, value: Any) -> Any:
     """Repeat a float32 in all lanes."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        undefined = ir.Constant(_VECTOR, ir.Undefined)
-        first = builder.insert_element(undefined, arguments[0], ir.Constant(_I32, 0))
-        order = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
-        return builder.shuffle_vector(first, undefined, order)
+        return _repeat(builder, arguments[0])
 
     return float32x16(types.float32), generate
 
@@ -128,28 +164,9 @@ def multiply_add(typing_context: Any, left: Any, right: Any, addend: Any) -> Any
     """Return ``left * right + addend`` for each lane, fused where the machine can."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        name = f"llvm.fmuladd.v{LANES}f32"
-        function = builder.module.declare_intrinsic(
-            name, (), ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-        )
-        return builder.call(function, arguments)
+        return _multiply_add(builder, *arguments)
 
     return float32x16(float32x16, float32x16, float32x16), generate
-
-
-@intrinsic
-def lane_sum(typing_context: Any, vector: Any) -> Any:
-    """Add up the lanes, in whichever order is fastest."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        name = f"llvm.vector.reduce.fadd.v{LANES}f32"
-        function = builder.module.declare_intrinsic(
-            name, (), ir.FunctionType(_F32, [_F32, _VECTOR])
-        )
-        zero = ir.Constant(_F32, -0.0)
-        return builder.call(function, [zero, arguments[0]], fastmath=("reassoc",))
-
-    return types.float32(float32x16), generate
 
 
 @intrinsic
@@ -175,16 +192,6 @@ def popcount(typing_context: Any, word: Any) -> Any:
 
 
 @intrinsic
-def float_bits(typing_context: Any, value: Any) -> Any:
-    """Return the bits of a float32 as an int32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], _I32)
-
-    return types.int32(types.float32), generate
-
-
-@intrinsic
 def bits_float(typing_context: Any, bits: Any) -> Any:
     """Return the float32 that an int32's bits spell."""
 
@@ -196,29 +203,275 @@ def bits_float(typing_context: Any, bits: Any) -> Any:
 
 @intrinsic
 def prefetch(typing_context: Any, address: Any) -> Any:
-    """Ask for a cache line that will be read soon; any address is allowed."""
+    """Ask for a cache line that will be read soon; any address is allowed.
+
+    It comes into the second-level cache: the first holds too few lines on their way at a time (for
+    rows of a large cache at random, half the time of asking for the first was measured).
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
         function = builder.module.declare_intrinsic("llvm.prefetch.p0", (), kind)
-        # for reading, keep in all cache levels, data
-        flags = [ir.Constant(_I32, flag) for flag in (0, 3, 1)]
+        # for reading, into the second level, data
+        flags = [ir.Constant(_I32, flag) for flag in (0, 2, 1)]
         builder.call(function, [builder.inttoptr(arguments[0], byte), *flags])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
 
 
+Kind = Literal["int16", "int32", "float32"]
+"""What sixteen scores are read as."""
+
+_KINDS = {
+    "int16": (_I16, types.int16),
+    "int32": (_I32, types.int32),
+    "float32": (_F32, types.float32),
+}
+
+
+def _load_kind(builder: Any, kind: Kind, address: Any, index: Any) -> Any:
+    element, _ = _KINDS[kind]
+    pointer = _element(builder, address, index, element, ir.VectorType(element, LANES))
+    return builder.load(pointer, align=_bytes(element))
+
+
+def _compare(builder: Any, kind: Kind, predicate: str, left: Any, right: Any) -> Any:
+    if kind == "float32":
+        return builder.fcmp_ordered(predicate, left, right)
+    return builder.icmp_signed(predicate, left, right)
+
+
+def marks(kind: Kind, predicate: Literal[">", ">="]) -> Any:
+    """Make an intrinsic ``(address, index, bound)``: which of sixteen scores pass, a bit for each.
+
+    ``bound`` is of the scores' kind; bit ``i`` of the int32 belongs to element ``index + i``.
+    """
+    element, numba_type = _KINDS[kind]
+    pair = (types.int64, types.int64)
+
+    def mark(typing_context: Any, address: Any, index: Any, bound: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            scores = _load_kind(builder, kind, arguments[0], arguments[1])
+            lanes = ir.VectorType(element, LANES)
+            undefined = ir.Constant(lanes, ir.Undefined)
+            first = builder.insert_element(undefined, arguments[2], ir.Constant(_I32, 0))
+            order = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
+            bounds = builder.shuffle_vector(first, undefined, order)
+            passed = _compare(builder, kind, predicate, scores, bounds)
+            return builder.zext(builder.bitcast(passed, ir.IntType(LANES)), _I32)
+
+        return types.int32(*pair, numba_type), generate
+
+    return intrinsic(mark)
+
+
+def column_maxima(kind: Kind) -> Any:
+    """Make an intrinsic ``(address, index, out)``: the maxima of sixteen columns of 256 scores.
+
+    Column ``i`` is every sixteenth score from element ``index + i`` on; written in the same kind.
+    """
+    element, _ = _KINDS[kind]
+
+    def maxima(typing_context: Any, address: Any, index: Any, out: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            address, index, out = arguments
+            best = _load_kind(builder, kind, address, index)
+            for row in range(1, LANES):
+                place = builder.add(index, ir.Constant(_I64, LANES * row))
+                scores = _load_kind(builder, kind, address, place)
+                best = builder.select(_compare(builder, kind, ">", scores, best), scores, best)
+            pointer = builder.inttoptr(out, ir.VectorType(element, LANES).as_pointer())
+            builder.store(best, pointer, align=_bytes(element))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), generate
+
+    return intrinsic(maxima)
+
+
 @intrinsic
-def maximum_of_block(typing_context: Any, address: Any, index: Any) -> Any:
-    """Return the largest of sixteen int32 from element ``index`` on."""
-    words = ir.VectorType(_I32, LANES)
+def lowest_bit(typing_context: Any, word: Any) -> Any:
+    """Return the place of the lowest bit that is set in an int32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vector = builder.load(_element(builder, arguments[0], arguments[1], _I32, words), align=4)
-        name = f"llvm.vector.reduce.smax.v{LANES}i32"
-        function = builder.module.declare_intrinsic(name, (), ir.FunctionType(_I32, [words]))
-        return builder.call(function, [vector])
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
 
-    return types.int32(types.int64, types.int64), generate
+    return types.int32(types.int32), generate
+
+
+@intrinsic
+def empty_sums(typing_context: Any) -> Any:
+    """Return a block of sums, all zero."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(_BLOCK, [ir.Constant(_VECTOR, [0.0] * LANES)] * LANES)
+
+    return float32x16x16(), generate
+
+
+def sums_of_rows(num_queries: int, narrow: bool) -> Any:
+    """Make an intrinsic that adds the products of some queries with some rows to a block.
+
+    ``(block, query, query_stride, rows, whole)`` takes the first ``whole`` channels, a multiple of
+    sixteen, of ``num_queries`` float32 queries, ``query_stride`` elements apart, and of
+    ``16 // num_queries`` rows, whose addresses stand at ``rows``; they are bfloat16 where
+    ``narrow``. Vector ``q * height + r`` of the block belongs to query ``q`` and row ``r``.
+    Four sums are under way at a time, which hides how long an addition takes: few rows side by side
+    keep the memory's own prefetching going.
+    """
+    height = LANES // num_queries
+    together = 4 // num_queries
+
+    def step(
+        typing_context: Any, block: Any, query: Any, query_stride: Any, rows: Any, whole: Any
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            block, query, query_stride, rows, whole = arguments
+            zero, width = ir.Constant(_I64, 0), ir.Constant(_I64, LANES)
+            for first in range(0, height, together):
+                places = [
+                    (q, r) for q in range(num_queries) for r in range(first, first + together)
+                ]
+                sums = {}
+                for q, r in places:
+                    sums[q, r] = cgutils.alloca_once(builder, _VECTOR)
+                    builder.store(builder.extract_value(block, q * height + r), sums[q, r])
+                addresses = {
+                    r: builder.load(_element(builder, rows, ir.Constant(_I64, r), _I64, _I64))
+                    for r in range(first, first + together)
+                }
+                with cgutils.for_range_slice(builder, zero, whole, width, _I64) as (i, _):
+                    values = {r: _load_lanes(builder, a, i, narrow) for r, a in addresses.items()}
+                    for q, r in places:
+                        place = builder.mul(query_stride, ir.Constant(_I64, q))
+                        state = _load_lanes(builder, query, builder.add(place, i), narrow=False)
+                        old = builder.load(sums[q, r])
+                        builder.store(_multiply_add(builder, state, values[r], old), sums[q, r])
+                for q, r in places:
+                    block = builder.insert_value(block, builder.load(sums[q, r]), q * height + r)
+            return block
+
+        return float32x16x16(float32x16x16, *[types.int64] * 4), generate
+
+    return intrinsic(step)
+
+
+def store_row_sums(num_queries: int) -> Any:
+    """Make an intrinsic that adds up the lanes of each vector of ``sums_of_rows``.
+
+    ``(block, out, stride)`` writes ``16 // num_queries`` float32 for each query, ``stride``
+    elements apart. Sixteen vectors are added up together, in four rounds that halve their number,
+    which takes a third of the work of adding up the lanes of each.
+    """
+    rounds = (
+        # the lanes of two vectors that are added: within pairs, within fours, then across fours
+        ([0, 16, 1, 17], [2, 18, 3, 19]),
+        ([0, 1, 16, 17], [2, 3, 18, 19]),
+    )
+    quarters = ([0, 2, 4, 6], [1, 3, 5, 7])
+
+    def lanes(round_number: int, side: int) -> list[int]:
+        if round_number < 2:
+            return [4 * four + lane for four in range(4) for lane in rounds[round_number][side]]
+        return [4 * four + lane for four in quarters[side] for lane in range(4)]
+
+    def store(typing_context: Any, block: Any, out: Any, stride: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            block, out, stride = arguments
+            vectors = [builder.extract_value(block, item) for item in range(LANES)]
+            for number in range(4):
+                masks = [
+                    ir.Constant(ir.VectorType(_I32, LANES), lanes(number, side)) for side in (0, 1)
+                ]
+                vectors = [
+                    builder.fadd(*(builder.shuffle_vector(left, right, mask) for mask in masks))
+                    for left, right in zip(vectors[::2], vectors[1::2], strict=True)
+                ]
+            height = LANES // num_queries
+            piece = ir.VectorType(_F32, height)
+            for q in range(num_queries):
+                order = ir.Constant(
+                    ir.VectorType(_I32, height), list(range(q * height, (q + 1) * height))
+                )
+                sums = builder.shuffle_vector(vectors[0], vectors[0], order)
+                place = builder.mul(stride, ir.Constant(_I64, q))
+                builder.store(sums, _element(builder, out, place, _F32, piece), align=_ALIGNMENT)
+            return context.get_dummy_value()
+
+        return types.void(float32x16x16, types.int64, types.int64), generate
+
+    return intrinsic(store)
+
+
+def weighted_sums(num_queries: int, num_vectors: int, narrow: bool) -> Any:
+    """Make an intrinsic that adds one row, weighted for each query, to the queries' sums.
+
+    ``(block, weights, weight_stride, row, i)`` adds the ``16 * num_vectors`` channels from ``i`` on
+    of the row at that address, times each query's weight; vector ``q * num_vectors + v`` of the
+    block belongs to query ``q``.
+    """
+
+    def step(
+        typing_context: Any, block: Any, weights: Any, weight_stride: Any, row: Any, i: Any
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            block, weights, weight_stride, row, i = arguments
+            values = [
+                _load_lanes(builder, row, builder.add(i, ir.Constant(_I64, LANES * v)), narrow)
+                for v in range(num_vectors)
+            ]
+            for q in range(num_queries):
+                place = builder.mul(weight_stride, ir.Constant(_I64, q))
+                pointer = _element(builder, weights, place, _F32, _F32)
+                weight = _repeat(builder, builder.load(pointer, align=_ALIGNMENT))
+                for v in range(num_vectors):
+                    item = q * num_vectors + v
+                    sums = builder.extract_value(block, item)
+                    sums = _multiply_add(builder, weight, values[v], sums)
+                    block = builder.insert_value(block, sums, item)
+            return block
+
+        return float32x16x16(float32x16x16, *[types.int64] * 4), generate
+
+    return intrinsic(step)
+
+
+def load_sums(num_queries: int, num_vectors: int) -> Any:
+    """Make an intrinsic ``(sums, stride)`` that loads a block as ``weighted_sums`` orders it."""
+
+    def load(typing_context: Any, sums: Any, stride: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            block = ir.Constant(_BLOCK, ir.Undefined)
+            for item, place in _sum_places(builder, arguments[1], num_queries, num_vectors):
+                vector = _load_lanes(builder, arguments[0], place, narrow=False)
+                block = builder.insert_value(block, vector, item)
+            return block
+
+        return float32x16x16(types.int64, types.int64), generate
+
+    return intrinsic(load)
+
+
+def store_sums(num_queries: int, num_vectors: int) -> Any:
+    """Make an intrinsic ``(block, sums, stride)`` that writes what ``load_sums`` reads."""
+
+    def store(typing_context: Any, block: Any, sums: Any, stride: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            for item, place in _sum_places(builder, arguments[2], num_queries, num_vectors):
+                pointer = _element(builder, arguments[1], place, _F32, _VECTOR)
+                builder.store(builder.extract_value(arguments[0], item), pointer, align=_ALIGNMENT)
+            return context.get_dummy_value()
+
+        return types.void(float32x16x16, types.int64, types.int64), generate
+
+    return intrinsic(store)
+
+
+def _sum_places(builder: Any, stride: Any, num_queries: int, num_vectors: int) -> Any:
+    """Yield each vector of a block and the element of its first lane."""
+    for q in range(num_queries):
+        for v in range(num_vectors):
+            place = builder.mul(stride, ir.Constant(_I64, q))
+            yield q * num_vectors + v, builder.add(place, ir.Constant(_I64, LANES * v))

@@ -1,101 +1,32 @@
-"""Dot products of one cached row with the queries of its group, shared by the CPU operators.
+"""Products of cached rows with the queries of their group, shared by the CPU operators.
 
-Compiled by numba; addresses and counts as in ``intrinsics``.
+Compiled by numba; addresses and counts as in ``intrinsics``. Work is done in blocks of sixteen sums
+that stay in registers: what is read of a row serves several queries, and what is read of a query
+several rows. A group of any size is taken by fours, then twos, then ones.
 """
+
+from collections.abc import Callable
 
 from numba import njit
 
 from topkbench.kernels.intrinsics import (
     LANES,
-    lane_sum,
+    empty_sums,
     load_bfloat16,
     load_float32,
     load_int32,
-    load_vector,
-    load_vector_bfloat16,
-    multiply_add,
-    splat,
+    load_int64,
+    load_sums,
+    prefetch,
     store_float32,
-    store_vector,
+    store_int64,
+    store_row_sums,
+    store_sums,
+    sums_of_rows,
+    weighted_sums,
 )
 
-
-@njit(nogil=True)
-def dot_4(
-    query: int, query_stride: int, row: int, size: int, narrow: bool
-) -> tuple[float, float, float, float]:
-    """Return the dot products of a row with four queries ``query_stride`` elements apart."""
-    q0 = query
-    q1 = q0 + 4 * query_stride
-    q2 = q1 + 4 * query_stride
-    q3 = q2 + 4 * query_stride
-    sum0 = sum1 = sum2 = sum3 = splat(0.0)
-    whole = size - size % LANES
-    if narrow:
-        for i in range(0, whole, LANES):
-            values = load_vector_bfloat16(row, i)
-            sum0 = multiply_add(load_vector(q0, i), values, sum0)
-            sum1 = multiply_add(load_vector(q1, i), values, sum1)
-            sum2 = multiply_add(load_vector(q2, i), values, sum2)
-            sum3 = multiply_add(load_vector(q3, i), values, sum3)
-    else:
-        for i in range(0, whole, LANES):
-            values = load_vector(row, i)
-            sum0 = multiply_add(load_vector(q0, i), values, sum0)
-            sum1 = multiply_add(load_vector(q1, i), values, sum1)
-            sum2 = multiply_add(load_vector(q2, i), values, sum2)
-            sum3 = multiply_add(load_vector(q3, i), values, sum3)
-    dot0, dot1, dot2, dot3 = lane_sum(sum0), lane_sum(sum1), lane_sum(sum2), lane_sum(sum3)
-    for i in range(whole, size):
-        value = load_bfloat16(row, i) if narrow else load_float32(row, i)
-        dot0 += load_float32(q0, i) * value
-        dot1 += load_float32(q1, i) * value
-        dot2 += load_float32(q2, i) * value
-        dot3 += load_float32(q3, i) * value
-    return dot0, dot1, dot2, dot3
-
-
-@njit(nogil=True)
-def dot_2(query: int, query_stride: int, row: int, size: int, narrow: bool) -> tuple[float, float]:
-    """Return the dot products of a row with two queries."""
-    q0 = query
-    q1 = q0 + 4 * query_stride
-    sum0 = sum1 = splat(0.0)
-    whole = size - size % LANES
-    if narrow:
-        for i in range(0, whole, LANES):
-            values = load_vector_bfloat16(row, i)
-            sum0 = multiply_add(load_vector(q0, i), values, sum0)
-            sum1 = multiply_add(load_vector(q1, i), values, sum1)
-    else:
-        for i in range(0, whole, LANES):
-            values = load_vector(row, i)
-            sum0 = multiply_add(load_vector(q0, i), values, sum0)
-            sum1 = multiply_add(load_vector(q1, i), values, sum1)
-    dot0, dot1 = lane_sum(sum0), lane_sum(sum1)
-    for i in range(whole, size):
-        value = load_bfloat16(row, i) if narrow else load_float32(row, i)
-        dot0 += load_float32(q0, i) * value
-        dot1 += load_float32(q1, i) * value
-    return dot0, dot1
-
-
-@njit(nogil=True)
-def dot_1(query: int, row: int, size: int, narrow: bool) -> float:
-    """Return the dot product of a row with one query."""
-    total = splat(0.0)
-    whole = size - size % LANES
-    if narrow:
-        for i in range(0, whole, LANES):
-            total = multiply_add(load_vector(query, i), load_vector_bfloat16(row, i), total)
-    else:
-        for i in range(0, whole, LANES):
-            total = multiply_add(load_vector(query, i), load_vector(row, i), total)
-    dot = lane_sum(total)
-    for i in range(whole, size):
-        value = load_bfloat16(row, i) if narrow else load_float32(row, i)
-        dot += load_float32(query, i) * value
-    return dot
+_VECTORS = 4  # of channels that are added up in one pass over the rows
 
 
 @njit(nogil=True)
@@ -107,129 +38,262 @@ def clipped(address: int, row: int, size: int, missing: int) -> int:
 
 
 @njit(nogil=True)
-def accumulate_4(
-    sums: int,
-    weights: int,
-    weight_stride: int,
-    values: int,
-    value_bytes: int,
-    slots: int,
-    count: int,
+def prefetch_rows(rows: int, count: int, row_bytes: int) -> None:
+    """Ask for whole rows, whose ``count`` addresses stand at ``rows``."""
+    for place in range(count):
+        row = load_int64(rows, place)
+        for line in range(0, row_bytes, 64):
+            prefetch(row + line)
+
+
+def _scorer(num_queries: int, narrow: bool) -> Callable[..., None]:
+    """Compile the dot products of sixteen rows with so many queries."""
+    step, store = sums_of_rows(num_queries, narrow), store_row_sums(num_queries)
+    load = load_bfloat16 if narrow else load_float32
+    height = LANES // num_queries
+    row_item = 2 if narrow else 4
+
+    @njit(nogil=True)
+    def score(
+        query: int, rows: int, size: int, out: int, stride: int, low_query: int, low_rows: int,
+        soon: int, later: int,
+    ) -> None:  # fmt: skip
+        whole = size - size % LANES
+        for first in range(0, LANES, height):
+            if soon != 0:
+                prefetch_rows(soon + 8 * first, height, row_item * size)
+            if later != 0:
+                prefetch_rows(later + 8 * first, height, row_item * size)
+            block = empty_sums()
+            block = step(block, query, size, rows + 8 * first, whole)
+            if low_rows != 0:
+                block = step(block, low_query, size, low_rows + 8 * first, whole)
+            store(block, out + 4 * first, stride)
+        if whole < size:
+            for place in range(LANES):
+                row = load_int64(rows, place)
+                for q in range(num_queries):
+                    total = load_float32(out, q * stride + place)
+                    for i in range(whole, size):
+                        total += load_float32(query, q * size + i) * load(row, i)
+                    if low_rows != 0:
+                        low_row = load_int64(low_rows, place)
+                        for i in range(whole, size):
+                            total += load_float32(low_query, q * size + i) * load(low_row, i)
+                    store_float32(out, q * stride + place, total)
+
+    return score
+
+
+_score_4, _score_2, _score_1 = (_scorer(queries, False) for queries in (4, 2, 1))
+_score_4_narrow, _score_2_narrow, _score_1_narrow = (_scorer(q, True) for q in (4, 2, 1))
+
+
+@njit(nogil=True)
+def score_rows(
+    query: int,
+    rows: int,
     size: int,
+    group: int,
     narrow: bool,
+    out: int,
+    stride: int,
+    low_query: int = 0,
+    low_rows: int = 0,
+    soon: int = 0,
+    later: int = 0,
 ) -> None:
-    """Add weighted rows to four queries' sums, sixteen channels at a time over all rows.
+    """Write the dot products of sixteen rows with all queries of a group.
 
     Args:
-        sums: ``[4, size]`` float32.
-        weights: Four rows of ``count`` float32, ``weight_stride`` elements apart.
-        weight_stride: See ``weights``.
-        values: Slot 0 of the cache, its rows ``value_bytes`` apart.
-        value_bytes: See ``values``.
-        slots: ``count`` int32.
+        query: ``[group, size]`` float32.
+        rows: Sixteen int64 addresses of rows of ``size`` channels; any may be the same.
+        size: Channels.
+        group: Queries.
+        narrow: The rows are bfloat16, not float32.
+        out: A row of sixteen float32 for each query, ``stride`` elements apart.
+        stride: See ``out``.
+        low_query: Queries whose products with ``low_rows`` are added, or 0.
+        low_rows: See ``low_query``.
+        soon: Sixteen addresses of rows to prefetch meanwhile, or 0.
+        later: The same.
+    """
+    g = 0
+    while g < group:
+        queries, sums = query + 4 * g * size, out + 4 * g * stride
+        lows = low_query + 4 * g * size
+        if group - g >= 4:
+            if narrow:
+                _score_4_narrow(
+                    queries, rows, size, sums, stride, lows, low_rows, soon, later
+                )  # fmt: skip
+            else:
+                _score_4(queries, rows, size, sums, stride, lows, low_rows, soon, later)
+            g += 4
+        elif group - g >= 2:
+            if narrow:
+                _score_2_narrow(queries, rows, size, sums, stride, lows, low_rows, soon, later)
+            else:
+                _score_2(queries, rows, size, sums, stride, lows, low_rows, soon, later)
+            g += 2
+        else:
+            if narrow:
+                _score_1_narrow(queries, rows, size, sums, stride, lows, low_rows, soon, later)
+            else:
+                _score_1(queries, rows, size, sums, stride, lows, low_rows, soon, later)
+            g += 1
+        soon = later = 0
+
+
+@njit(nogil=True)
+def score_span(
+    query: int,
+    rows: int,
+    row_bytes: int,
+    first: int,
+    last: int,
+    size: int,
+    group: int,
+    narrow: bool,
+    out: int,
+    stride: int,
+    work: int,
+    low_query: int = 0,
+    low_rows: int = 0,
+    low_bytes: int = 0,
+) -> None:
+    """Write the dot products of neighbouring rows with all queries of a group.
+
+    Args:
+        query: As in ``score_rows``, as are ``size``, ``group``, ``narrow`` and ``low_query``.
+        rows: Address of row 0; the next is ``row_bytes`` behind.
+        row_bytes: See ``rows``.
+        first: The first row to score.
+        last: Behind the last row to score.
+        size: Channels.
+        group: Queries.
+        narrow: The rows are bfloat16, not float32.
+        out: The first query's score of row 0; the next query's is ``stride`` elements behind.
+        stride: See ``out``.
+        work: Room for ``span_work(group)`` bytes.
+        low_query: See ``score_rows``.
+        low_rows: Address of the other row 0, whose next is ``low_bytes`` behind, or 0.
+        low_bytes: See ``low_rows``.
+    """
+    lows = work + 8 * LANES
+    spare = lows + 8 * LANES
+    for begin in range(first, last, LANES):
+        # The last sixteen overlap those before them, or are filled up by repetition.
+        place = max(min(begin, last - LANES), first)
+        for lane in range(LANES):
+            row = min(place + lane, last - 1)
+            store_int64(work, lane, rows + row_bytes * row)
+            store_int64(lows, lane, low_rows + low_bytes * row)
+            ahead = min(row + LANES, last - 1)
+            for line in range(0, (2 if narrow else 4) * size, 64):
+                prefetch(rows + row_bytes * ahead + line)
+                if low_rows != 0:
+                    prefetch(low_rows + low_bytes * ahead + line)
+        other = lows if low_rows != 0 else 0
+        if last - first >= LANES:
+            score_rows(
+                query, work, size, group, narrow, out + 4 * place, stride, low_query, other
+            )  # fmt: skip
+        else:
+            score_rows(query, work, size, group, narrow, spare, LANES, low_query, other)
+            for g in range(group):
+                for lane in range(last - first):
+                    score = load_float32(spare, g * LANES + lane)
+                    store_float32(out, g * stride + place + lane, score)
+
+
+@njit(nogil=True)
+def span_work(group: int) -> int:
+    """Return the bytes that ``score_span`` works in."""
+    return 2 * 8 * LANES + 4 * group * LANES
+
+
+def _adder(num_queries: int, narrow: bool) -> Callable[..., None]:
+    """Compile the weighted sum of some rows for so many queries."""
+    wide_step = weighted_sums(num_queries, _VECTORS, narrow)
+    wide_load = load_sums(num_queries, _VECTORS)
+    wide_store = store_sums(num_queries, _VECTORS)
+    step = weighted_sums(num_queries, 1, narrow)
+    one_load, one_store = load_sums(num_queries, 1), store_sums(num_queries, 1)
+    load = load_bfloat16 if narrow else load_float32
+
+    @njit(nogil=True)
+    def add(sums: int, weights: int, stride: int, rows: int, count: int, size: int) -> None:
+        i = 0
+        while i + LANES * _VECTORS <= size:
+            block = wide_load(sums + 4 * i, size)
+            for place in range(count):
+                row = load_int64(rows, place)
+                block = wide_step(block, weights + 4 * place, stride, row, i)
+            wide_store(block, sums + 4 * i, size)
+            i += LANES * _VECTORS
+        while i + LANES <= size:
+            block = one_load(sums + 4 * i, size)
+            for place in range(count):
+                block = step(block, weights + 4 * place, stride, load_int64(rows, place), i)
+            one_store(block, sums + 4 * i, size)
+            i += LANES
+        if i < size:
+            for q in range(num_queries):
+                for place in range(count):
+                    row, weight = load_int64(rows, place), load_float32(weights, q * stride + place)
+                    for channel in range(i, size):
+                        total = load_float32(sums, q * size + channel)
+                        store_float32(sums, q * size + channel, total + weight * load(row, channel))
+
+    return add
+
+
+_add_4, _add_2, _add_1 = (_adder(queries, False) for queries in (4, 2, 1))
+_add_4_narrow, _add_2_narrow, _add_1_narrow = (_adder(queries, True) for queries in (4, 2, 1))
+
+
+@njit(nogil=True)
+def add_rows(
+    sums: int,
+    weights: int,
+    stride: int,
+    rows: int,
+    count: int,
+    size: int,
+    group: int,
+    narrow: bool,
+) -> None:
+    """Add weighted rows to the sums of all queries of a group.
+
+    Args:
+        sums: ``[group, size]`` float32.
+        weights: ``count`` float32 for each query, ``stride`` elements apart.
+        stride: See ``weights``.
+        rows: ``count`` int64 addresses of rows of ``size`` channels.
         count: Number of rows to add.
         size: Channels.
-        narrow: The cache is bfloat16, not float32.
+        group: Queries.
+        narrow: The rows are bfloat16, not float32.
     """
-    s1, s2, s3 = sums + 4 * size, sums + 8 * size, sums + 12 * size
-    w1, w2, w3 = weight_stride, 2 * weight_stride, 3 * weight_stride
-    whole = size - size % LANES
-    for i in range(0, whole, LANES):
-        sum0, sum1 = load_vector(sums, i), load_vector(s1, i)
-        sum2, sum3 = load_vector(s2, i), load_vector(s3, i)
-        for place in range(count):
-            row = values + value_bytes * int(load_int32(slots, place))
-            value = load_vector_bfloat16(row, i) if narrow else load_vector(row, i)
-            sum0 = multiply_add(splat(load_float32(weights, place)), value, sum0)
-            sum1 = multiply_add(splat(load_float32(weights, w1 + place)), value, sum1)
-            sum2 = multiply_add(splat(load_float32(weights, w2 + place)), value, sum2)
-            sum3 = multiply_add(splat(load_float32(weights, w3 + place)), value, sum3)
-        store_vector(sums, i, sum0)
-        store_vector(s1, i, sum1)
-        store_vector(s2, i, sum2)
-        store_vector(s3, i, sum3)
-    if whole < size:
-        for query in range(4):
-            row_weights = weights + 4 * query * weight_stride
-            _accumulate_tail(
-                sums + 4 * query * size, row_weights, values, value_bytes, slots, count, whole,
-                size, narrow,
-            )  # fmt: skip
-
-
-@njit(nogil=True)
-def accumulate_2(
-    sums: int,
-    weights: int,
-    weight_stride: int,
-    values: int,
-    value_bytes: int,
-    slots: int,
-    count: int,
-    size: int,
-    narrow: bool,
-) -> None:
-    """Add weighted rows to two queries' sums; arguments as in ``accumulate_4``."""
-    s1 = sums + 4 * size
-    whole = size - size % LANES
-    for i in range(0, whole, LANES):
-        sum0, sum1 = load_vector(sums, i), load_vector(s1, i)
-        for place in range(count):
-            row = values + value_bytes * int(load_int32(slots, place))
-            value = load_vector_bfloat16(row, i) if narrow else load_vector(row, i)
-            sum0 = multiply_add(splat(load_float32(weights, place)), value, sum0)
-            sum1 = multiply_add(splat(load_float32(weights, weight_stride + place)), value, sum1)
-        store_vector(sums, i, sum0)
-        store_vector(s1, i, sum1)
-    if whole < size:
-        for query in range(2):
-            row_weights = weights + 4 * query * weight_stride
-            _accumulate_tail(
-                sums + 4 * query * size, row_weights, values, value_bytes, slots, count, whole,
-                size, narrow,
-            )  # fmt: skip
-
-
-@njit(nogil=True)
-def accumulate_1(
-    sums: int,
-    weights: int,
-    values: int,
-    value_bytes: int,
-    slots: int,
-    count: int,
-    size: int,
-    narrow: bool,
-) -> None:
-    """Add weighted rows to one query's sums; arguments as in ``accumulate_4``."""
-    whole = size - size % LANES
-    for i in range(0, whole, LANES):
-        total = load_vector(sums, i)
-        for place in range(count):
-            row = values + value_bytes * int(load_int32(slots, place))
-            value = load_vector_bfloat16(row, i) if narrow else load_vector(row, i)
-            total = multiply_add(splat(load_float32(weights, place)), value, total)
-        store_vector(sums, i, total)
-    if whole < size:
-        _accumulate_tail(sums, weights, values, value_bytes, slots, count, whole, size, narrow)
-
-
-@njit(nogil=True)
-def _accumulate_tail(
-    sums: int,
-    weights: int,
-    values: int,
-    value_bytes: int,
-    slots: int,
-    count: int,
-    whole: int,
-    size: int,
-    narrow: bool,
-) -> None:
-    """Add the channels after the last whole vector."""
-    for place in range(count):
-        row = values + value_bytes * int(load_int32(slots, place))
-        weight = load_float32(weights, place)
-        for i in range(whole, size):
-            value = load_bfloat16(row, i) if narrow else load_float32(row, i)
-            store_float32(sums, i, load_float32(sums, i) + weight * value)
+    g = 0
+    while g < group:
+        own, own_weights = sums + 4 * g * size, weights + 4 * g * stride
+        if group - g >= 4:
+            if narrow:
+                _add_4_narrow(own, own_weights, stride, rows, count, size)
+            else:
+                _add_4(own, own_weights, stride, rows, count, size)
+            g += 4
+        elif group - g >= 2:
+            if narrow:
+                _add_2_narrow(own, own_weights, stride, rows, count, size)
+            else:
+                _add_2(own, own_weights, stride, rows, count, size)
+            g += 2
+        else:
+            if narrow:
+                _add_1_narrow(own, own_weights, stride, rows, count, size)
+            else:
+                _add_1(own, own_weights, stride, rows, count, size)
+            g += 1

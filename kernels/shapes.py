@@ -76,6 +76,14 @@ def check_device(argument: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{argument} must be on {device}, got {tensor.device}.")
 
 
+def count_dtype(group: int, words: int) -> torch.dtype:
+    """Return the narrowest dtype of a sum over ``group`` queries of ``32 * words`` bits each.
+
+    int16 halves what a selection reads; its lowest value stays free to mark what is not there.
+    """
+    return torch.int16 if group * 32 * words < 2**15 else torch.int32
+
+
 def valid_slots(
     kv_start: Tensor | None, kv_len: Tensor | None, num_slots: int, device: torch.device
 ) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from topkbench.kernels.hamming_score.api import hamming_score
-from topkbench.kernels.hash_encode.api import hash_encode
+from topkbench.kernels.hash_encode.api import encode_step, hash_encode
 from topkbench.methods.base import (
     CalibrationStates,
     Geometry,
@@ -366,11 +366,19 @@ class HATA(TopKMethod):
         return HATAIndex(key_codes=codes, key_norms=norms, hash_weight=weight, **counts)
 
     def append(self, index: HATAIndex, key_states: Tensor, value_states: Tensor) -> None:
-        slot = index.advance()
-        codes = hash_encode(key_states, index.hash_weight, impl=self.impl_for("hash_encode"))
-        index.put(index.key_codes, slot, codes[:, :, 0])
-        if index.key_norms is not None:
-            index.put(index.key_norms, slot, _norm(key_states)[:, :, 0])
+        index.advance()
+        filled = index.kv_len
+        if filled is None:
+            filled = key_states.new_full((len(key_states),), index.length, dtype=torch.int32)
+        encode_step(
+            key_states[:, :, :0],
+            key_states,
+            index.hash_weight,
+            index.key_codes,
+            filled,
+            index.key_norms,
+            impl=self.impl_for("hash_encode"),
+        )
 
     def encode(self, query_states: Tensor, index: HATAIndex) -> Tensor:
         return hash_encode(query_states, index.hash_weight, impl=self.impl_for("hash_encode"))

@@ -17,9 +17,9 @@ def hamming_score(
 ) -> Tensor:
     """Score keys by the hash bits they share with the group's queries, summed over the group.
 
-    Without norms: int32 ``sum_g (rbit - 2 * ham_g)``. With norms: float32
-    ``sum_g (rbit - 2 * ham_g) / rbit * norm``, rounded in that order by every implementation, so
-    that all of them rank alike.
+    Without norms: ``sum_g (rbit - 2 * ham_g)``, in int16, or in int32 where ``G * rbit`` reaches
+    2**15. With norms: float32 ``sum_g (rbit - 2 * ham_g) / rbit * norm``, rounded in that order by
+    every implementation, so that all of them rank alike.
 
     Args:
         query_codes: ``[B, Hkv, G, W]`` int32, ``W = rbit // 32``.
@@ -30,7 +30,7 @@ def hamming_score(
         impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; never falls back.
 
     Returns:
-        ``[B, Hkv, n]``, higher is nearer; -2**31 (int32) or -inf outside the valid range.
+        ``[B, Hkv, n]``, higher is nearer; outside the valid range the dtype's lowest value.
 
     Raises:
         ValueError: If a shape or device does not fit.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import config, get_thread_id, njit, prange
 from torch import Tensor
 
 from topkbench.kernels.addresses import bound_address, check_rows
@@ -24,14 +24,15 @@ from topkbench.kernels.intrinsics import (
     load_int64,
     popcount,
     store_float32,
+    store_int16,
     store_int32,
 )
 from topkbench.kernels.rows import clipped
+from topkbench.kernels.shapes import count_dtype
 
-# Tokens in one piece of work: the scores of a block stay in the first-level cache for the norms.
+# Tokens in one piece of work: the scores of a block stay in the first-level cache until they are
+# narrowed, or weighed by the norms.
 _BLOCK = 4096
-
-_ABSENT = -(2**31)
 
 
 def hamming_score(
@@ -41,12 +42,15 @@ def hamming_score(
     kv_start: Tensor | None,
     kv_len: Tensor | None,
 ) -> Tensor:
-    """Return ``[B, Hkv, n]`` int32, or float32 with norms; see the api."""
+    """Return ``[B, Hkv, n]`` int16 or int32, or float32 with norms; see the api."""
     check_rows("key_codes", key_codes)
     query_codes = query_codes.contiguous()
     batch_size, num_heads, num_slots, words = key_codes.shape
     group = query_codes.shape[2]
-    out = torch.empty(batch_size, num_heads, num_slots, dtype=torch.int32)
+    dtype = count_dtype(group, words) if key_norms is None else torch.float32
+    out = torch.empty(batch_size, num_heads, num_slots, dtype=dtype)
+    threads: int = vars(config)["NUMBA_NUM_THREADS"]
+    blocks = torch.empty(threads, _BLOCK, dtype=torch.int32)
     start, _start = bound_address(kv_start)
     end, _end = bound_address(kv_len)
     norms, norm_strides = 0, key_codes.stride()[:3]
@@ -58,9 +62,9 @@ def hamming_score(
     sizes = (batch_size, num_heads, group, num_slots, words, num_planes)
     _score(
         query_codes.data_ptr(), key_codes.data_ptr(), key_codes.stride()[:3], norms, norm_strides,
-        tables.data_ptr(), out.data_ptr(), sizes, start, end,
+        tables.data_ptr(), blocks.data_ptr(), out.data_ptr(), dtype.itemsize, sizes, start, end,
     )  # fmt: skip
-    return out if key_norms is None else out.view(torch.float32)
+    return out
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -71,7 +75,9 @@ def _score(
     norms: int,
     norm_strides: tuple[int, int, int],
     tables: int,
+    blocks: int,
     out: int,
+    item: int,
     sizes: tuple[int, int, int, int, int, int],
     start: int,
     end: int,
@@ -87,37 +93,44 @@ def _score(
         batch, head = head_index // num_heads, head_index % num_heads
         first = task % num_blocks * _BLOCK
         last = min(first + _BLOCK, num_slots)
-        scores = out + 4 * head_index * num_slots
-        first_valid = max(first, clipped(start, batch, num_slots, 0))
-        end_valid = max(first_valid, min(last, clipped(end, batch, num_slots, num_slots)))
-        first_valid = min(first_valid, last)
-        end_valid = min(end_valid, last)
+        begin = min(max(first, clipped(start, batch, num_slots, 0)), last)
+        finish = max(min(last, clipped(end, batch, num_slots, num_slots)), begin)
+        counts = blocks + 4 * _BLOCK * get_thread_id()
         _score_block(
-            keys + 4 * (batch * strides[0] + head * strides[1]),
+            keys + 4 * (batch * strides[0] + head * strides[1] + begin * strides[2]),
             strides[2],
             tables + head_index * table_bytes,
-            scores,
-            first_valid,
-            end_valid,
+            counts,
+            finish - begin,
             group,
             words,
             num_planes,
         )
+        scores = out + item * head_index * num_slots
         if norms != 0:
             rbit = np.float32(32 * words)
             row = norms + 4 * (batch * norm_strides[0] + head * norm_strides[1])
-            for slot in range(first_valid, end_valid):
-                share = np.float32(load_int32(scores, slot)) / rbit
+            for slot in range(begin, finish):
+                share = np.float32(load_int32(counts, slot - begin)) / rbit
                 store_float32(scores, slot, share * load_float32(row, slot * norm_strides[2]))
-            for slot in range(first, first_valid):
+            for slot in range(first, begin):
                 store_float32(scores, slot, -np.inf)
-            for slot in range(end_valid, last):
+            for slot in range(finish, last):
                 store_float32(scores, slot, -np.inf)
+        elif item == 2:
+            for slot in range(begin, finish):
+                store_int16(scores, slot, np.int16(load_int32(counts, slot - begin)))
+            for slot in range(first, begin):
+                store_int16(scores, slot, np.int16(-(2**15)))
+            for slot in range(finish, last):
+                store_int16(scores, slot, np.int16(-(2**15)))
         else:
-            for slot in range(first, first_valid):
-                store_int32(scores, slot, _ABSENT)
-            for slot in range(end_valid, last):
-                store_int32(scores, slot, _ABSENT)
+            for slot in range(begin, finish):
+                store_int32(scores, slot, load_int32(counts, slot - begin))
+            for slot in range(first, begin):
+                store_int32(scores, slot, np.int32(-(2**31)))
+            for slot in range(finish, last):
+                store_int32(scores, slot, np.int32(-(2**31)))
 
 
 @njit(nogil=True)
@@ -153,9 +166,9 @@ def _specialised(pairs: int, num_planes: int) -> Callable[..., None]:
 
     @njit(nogil=True)
     def score(
-        keys: int, stride: int, table: int, out: int, first: int, last: int, best: int, double: int
+        keys: int, stride: int, table: int, out: int, count: int, best: int, double: int
     ) -> None:
-        for slot in range(first, last):
+        for slot in range(count):
             distance = 0
             for pair in range(pairs):
                 key = load_int64(keys + 4 * slot * stride, pair) ^ load_int64(table, 1 + pair)
@@ -178,15 +191,14 @@ def _score_any(
     stride: int,
     table: int,
     out: int,
-    first: int,
-    last: int,
+    count: int,
     best: int,
     double: int,
     words: int,
     num_planes: int,
 ) -> None:
     """Score with any number of 32-bit words and planes."""
-    for slot in range(first, last):
+    for slot in range(count):
         distance = 0
         for word in range(words):
             key = load_int32(keys, slot * stride + word) ^ load_int32(table, 2 + word)
@@ -202,34 +214,33 @@ def _score_block(
     stride: int,
     table: int,
     out: int,
-    first: int,
-    last: int,
+    count: int,
     group: int,
     words: int,
     num_planes: int,
 ) -> None:
-    """Score the slots ``first`` to ``last`` of one head."""
+    """Write the int32 scores of ``count`` keys from the address ``keys`` on."""
     best = group * 32 * words - 2 * load_int32(table, 0)
     # The distance counts twice in the score, and weights were halved when the group is even.
     double = 2 - group % 2
     case = 10 * words + num_planes
     if case == 21:
-        _score_1_1(keys, stride, table, out, first, last, best, double)
+        _score_1_1(keys, stride, table, out, count, best, double)
     elif case == 22:
-        _score_1_2(keys, stride, table, out, first, last, best, double)
+        _score_1_2(keys, stride, table, out, count, best, double)
     elif case == 23:
-        _score_1_3(keys, stride, table, out, first, last, best, double)
+        _score_1_3(keys, stride, table, out, count, best, double)
     elif case == 41:
-        _score_2_1(keys, stride, table, out, first, last, best, double)
+        _score_2_1(keys, stride, table, out, count, best, double)
     elif case == 42:
-        _score_2_2(keys, stride, table, out, first, last, best, double)
+        _score_2_2(keys, stride, table, out, count, best, double)
     elif case == 43:
-        _score_2_3(keys, stride, table, out, first, last, best, double)
+        _score_2_3(keys, stride, table, out, count, best, double)
     elif case == 81:
-        _score_4_1(keys, stride, table, out, first, last, best, double)
+        _score_4_1(keys, stride, table, out, count, best, double)
     elif case == 82:
-        _score_4_2(keys, stride, table, out, first, last, best, double)
+        _score_4_2(keys, stride, table, out, count, best, double)
     elif case == 83:
-        _score_4_3(keys, stride, table, out, first, last, best, double)
+        _score_4_3(keys, stride, table, out, count, best, double)
     else:
-        _score_any(keys, stride, table, out, first, last, best, double, words, num_planes)
+        _score_any(keys, stride, table, out, count, best, double, words, num_planes)

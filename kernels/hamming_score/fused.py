@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topkbench.kernels.shapes import count_dtype
 from topkbench.kernels.tiles import on_device_of, popcount, valid_range
 
 # Words of keys in one program: 16 KiB, 128 bytes to each of 128 threads.
@@ -31,10 +32,10 @@ def hamming_score(
     kv_start: Tensor | None,
     kv_len: Tensor | None,
 ) -> Tensor:
-    """Return ``[B, Hkv, n]`` int32, or float32 with norms; see the api."""
+    """Return ``[B, Hkv, n]`` int16 or int32, or float32 with norms; see the api."""
     batch_size, num_heads, num_slots, words = key_codes.shape
     group = query_codes.shape[2]
-    dtype = torch.int32 if key_norms is None else torch.float32
+    dtype = count_dtype(group, words) if key_norms is None else torch.float32
     out = torch.empty(batch_size, num_heads, num_slots, dtype=dtype, device=key_codes.device)
     if out.numel() == 0:
         return out
@@ -116,7 +117,9 @@ def _score(
 
     place = out + row * num_slots + offsets
     if key_norms is None:
-        tl.store(place, tl.where(valid, scores, -(2**31)), mask=slots < num_slots)
+        absent: tl.constexpr = -(2 ** (out.dtype.element_ty.primitive_bitwidth - 1))
+        counted = tl.where(valid, scores, absent).to(out.dtype.element_ty)
+        tl.store(place, counted, mask=slots < num_slots)
     else:
         norms = tl.load(
             key_norms

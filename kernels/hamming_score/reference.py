@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from topkbench.kernels.shapes import valid_slots
+from topkbench.kernels.shapes import count_dtype, valid_slots
 
 
 def hamming_score(
@@ -13,7 +13,7 @@ def hamming_score(
     kv_start: Tensor | None,
     kv_len: Tensor | None,
 ) -> Tensor:
-    """Return ``[B, Hkv, n]`` int32 agreement, or float32 agreement times norm."""
+    """Return ``[B, Hkv, n]`` int16 or int32 agreement, or float32 agreement times norm."""
     _, _, group, words = query_codes.shape
     num_slots = key_codes.shape[2]
     rbit = 32 * words
@@ -24,7 +24,8 @@ def hamming_score(
     score = group * rbit - 2 * distance
     invalid = ~valid_slots(kv_start, kv_len, num_slots, key_codes.device)[:, None]
     if key_norms is None:
-        return score.masked_fill(invalid, torch.iinfo(torch.int32).min)
+        dtype = count_dtype(group, words)
+        return score.to(dtype).masked_fill(invalid, torch.iinfo(dtype).min)
     return (score.float() / rbit * key_norms).masked_fill(invalid, -torch.inf)
 
 

@@ -60,7 +60,8 @@ def encode_step(
     """Encode a decode step's queries and write its new key's code, and norm, into the cache.
 
     The key is the last one that ``kv_len`` counts: it belongs to slot ``kv_len[b] - 1`` of row
-    ``b``. ``triton`` does all of it in one kernel; nothing is read back to the host.
+    ``b``. ``cpu`` and ``triton`` do all of it in one kernel; nothing is read back to the host.
+    Without a query, ``G = 0``, it is the append alone.
 
     Args:
         query_states: ``[B, Hkv, G, d]``.
@@ -110,12 +111,15 @@ def encode_step(
         check_dtype("key_norms", key_norms, torch.float32)
         check_device("key_norms", key_norms, device)
     chosen = resolve("hash_encode", impl, device)
+    arguments = (query_states, key_states, hash_weight, key_codes, key_norms, kv_len)
+    if chosen == "cpu":
+        from topkbench.kernels.hash_encode import cpu
+
+        return cpu.encode_step(*arguments)
     if chosen == "triton":
         from topkbench.kernels.hash_encode import fused
 
-        return fused.encode_step(
-            query_states, key_states, hash_weight, key_codes, key_norms, kv_len
-        )
+        return fused.encode_step(*arguments)
     rows, slots = torch.arange(batch_size, device=device), kv_len.long() - 1
     key_codes[rows, :, slots] = hash_encode(key_states, hash_weight, impl)[:, :, 0]
     if key_norms is not None:

@@ -1,16 +1,20 @@
 """hash_encode on a CPU: a prompt by torch's matrix product, a decode step in one fused kernel."""
 
+import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
 
+from topkbench.kernels.addresses import bound_address, check_rows
 from topkbench.kernels.intrinsics import (
     LANES,
     load_float32,
+    load_int32,
     load_vector,
     multiply_add,
     positive_bits,
     splat,
+    store_float32,
     store_int32,
 )
 
@@ -42,6 +46,33 @@ def hash_encode(states: Tensor, hash_weight: Tensor) -> Tensor:
     return codes
 
 
+def encode_step(
+    query_states: Tensor,
+    key_states: Tensor,
+    hash_weight: Tensor,
+    key_codes: Tensor,
+    key_norms: Tensor | None,
+    kv_len: Tensor,
+) -> Tensor:
+    """Return the queries' codes and write the new key's code and norm; see the api."""
+    check_rows("key_codes", key_codes)
+    batch_size, num_heads, group, head_dim = query_states.shape
+    rbit = hash_weight.shape[2]
+    queries, keys = query_states.float().contiguous(), key_states.float().contiguous()
+    weight = hash_weight.float().contiguous()
+    codes = torch.empty(batch_size, num_heads, group, rbit // 32, dtype=torch.int32)
+    norms, norm_strides = 0, key_codes.stride()[:3]
+    if key_norms is not None:
+        norms, norm_strides = key_norms.data_ptr(), key_norms.stride()
+    ends, _ends = bound_address(kv_len)
+    _encode_step(
+        queries.data_ptr(), keys.data_ptr(), weight.data_ptr(), codes.data_ptr(),
+        key_codes.data_ptr(), key_codes.stride()[:3], norms, norm_strides, ends,
+        (batch_size, num_heads, group, head_dim, rbit),
+    )  # fmt: skip
+    return codes
+
+
 @njit(parallel=True, cache=True, nogil=True)
 def _pack(
     projected: int, codes: int, strides: tuple[int, int], sizes: tuple[int, int, int]
@@ -65,31 +96,71 @@ def _encode_few(
 ) -> None:
     """Project and pack a few states of each head."""
     batch_size, num_heads, num_states, head_dim, rbit = sizes
-    words = rbit // 32
     for task in prange(batch_size * num_heads):
         head_weight = weight + 4 * (task % num_heads) * head_dim * rbit
         for state in range(num_states):
-            row = states + 4 * (task * num_states + state) * head_dim
-            code = codes + 4 * (task * num_states + state) * words
-            word = 0
-            # Two words at a time: four independent sums hide the latency of an addition.
-            while word + 2 <= words:
-                sum0 = sum1 = sum2 = sum3 = splat(0.0)
-                for i in range(head_dim):
-                    value = splat(load_float32(row, i))
-                    base = i * rbit + 32 * word
-                    sum0 = multiply_add(value, load_vector(head_weight, base), sum0)
-                    sum1 = multiply_add(value, load_vector(head_weight, base + LANES), sum1)
-                    sum2 = multiply_add(value, load_vector(head_weight, base + 2 * LANES), sum2)
-                    sum3 = multiply_add(value, load_vector(head_weight, base + 3 * LANES), sum3)
-                store_int32(code, word, positive_bits(sum0) | positive_bits(sum1) << LANES)
-                store_int32(code, word + 1, positive_bits(sum2) | positive_bits(sum3) << LANES)
-                word += 2
-            if word < words:
-                sum0 = sum1 = splat(0.0)
-                for i in range(head_dim):
-                    value = splat(load_float32(row, i))
-                    base = i * rbit + 32 * word
-                    sum0 = multiply_add(value, load_vector(head_weight, base), sum0)
-                    sum1 = multiply_add(value, load_vector(head_weight, base + LANES), sum1)
-                store_int32(code, word, positive_bits(sum0) | positive_bits(sum1) << LANES)
+            place = task * num_states + state
+            row, code = states + 4 * place * head_dim, codes + place * rbit // 8
+            _encode_row(row, head_weight, code, head_dim, rbit)
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _encode_step(
+    queries: int,
+    keys: int,
+    weight: int,
+    codes: int,
+    key_codes: int,
+    code_strides: tuple[int, int, int],
+    key_norms: int,
+    norm_strides: tuple[int, int, int],
+    kv_len: int,
+    sizes: tuple[int, int, int, int, int],
+) -> None:
+    """Project and pack the queries and the new key of each head, and measure the key."""
+    batch_size, num_heads, group, head_dim, rbit = sizes
+    for task in prange(batch_size * num_heads):
+        batch, head = task // num_heads, task % num_heads
+        head_weight = weight + 4 * head * head_dim * rbit
+        for query in range(group):
+            place = task * group + query
+            row, code = queries + 4 * place * head_dim, codes + place * rbit // 8
+            _encode_row(row, head_weight, code, head_dim, rbit)
+        slot = np.int64(load_int32(kv_len, batch)) - 1
+        key = keys + 4 * task * head_dim
+        place = batch * code_strides[0] + head * code_strides[1] + slot * code_strides[2]
+        _encode_row(key, head_weight, key_codes + 4 * place, head_dim, rbit)
+        if key_norms != 0:
+            total = 0.0
+            for i in range(head_dim):
+                total += np.float64(load_float32(key, i)) ** 2
+            place = batch * norm_strides[0] + head * norm_strides[1] + slot * norm_strides[2]
+            store_float32(key_norms, place, np.float32(np.sqrt(total)))
+
+
+@njit(nogil=True)
+def _encode_row(row: int, weight: int, code: int, head_dim: int, rbit: int) -> None:
+    """Project one state and write its signs."""
+    words = rbit // 32
+    word = 0
+    # Two words at a time: four independent sums hide the latency of an addition.
+    while word + 2 <= words:
+        sum0 = sum1 = sum2 = sum3 = splat(0.0)
+        for i in range(head_dim):
+            value = splat(load_float32(row, i))
+            base = i * rbit + 32 * word
+            sum0 = multiply_add(value, load_vector(weight, base), sum0)
+            sum1 = multiply_add(value, load_vector(weight, base + LANES), sum1)
+            sum2 = multiply_add(value, load_vector(weight, base + 2 * LANES), sum2)
+            sum3 = multiply_add(value, load_vector(weight, base + 3 * LANES), sum3)
+        store_int32(code, word, positive_bits(sum0) | positive_bits(sum1) << LANES)
+        store_int32(code, word + 1, positive_bits(sum2) | positive_bits(sum3) << LANES)
+        word += 2
+    if word < words:
+        sum0 = sum1 = splat(0.0)
+        for i in range(head_dim):
+            value = splat(load_float32(row, i))
+            base = i * rbit + 32 * word
+            sum0 = multiply_add(value, load_vector(weight, base), sum0)
+            sum1 = multiply_add(value, load_vector(weight, base + LANES), sum1)
+        store_int32(code, word, positive_bits(sum0) | positive_bits(sum1) << LANES)

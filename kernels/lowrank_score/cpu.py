@@ -7,7 +7,7 @@ from torch import Tensor
 
 from topkbench.kernels.addresses import bound_address, check_cache
 from topkbench.kernels.intrinsics import store_float32
-from topkbench.kernels.rows import clipped, dot_1, dot_2, dot_4
+from topkbench.kernels.rows import clipped, score_span, span_work
 
 # Tokens in one piece of work: small enough to occupy all cores at batch 1, large enough that
 # handing it out costs nothing.
@@ -26,9 +26,11 @@ def lowrank_score(
     start, _start = bound_address(kv_start)
     end, _end = bound_address(kv_len)
     sizes = (batch_size, num_heads, group, num_slots, rank)
+    tasks = batch_size * num_heads * -(-num_slots // _BLOCK)
+    work = torch.empty(tasks * span_work(group), dtype=torch.uint8)
     _score(
-        query.data_ptr(), keys.data_ptr(), keys.stride()[:3], out.data_ptr(), sizes,
-        start, end, narrow,
+        query.data_ptr(), keys.data_ptr(), keys.stride()[:3], out.data_ptr(),
+        work.data_ptr(), sizes, start, end, narrow,
     )  # fmt: skip
     return out
 
@@ -39,6 +41,7 @@ def _score(
     keys: int,
     strides: tuple[int, int, int],
     out: int,
+    work: int,
     sizes: tuple[int, int, int, int, int],
     start: int,
     end: int,
@@ -51,57 +54,25 @@ def _score(
         head_index = task // num_blocks
         batch, head = head_index // num_heads, head_index % num_heads
         first = task % num_blocks * _BLOCK
-        base = keys + item * (batch * strides[0] + head * strides[1])
-        _score_block(
+        last = min(first + _BLOCK, num_slots)
+        scores = out + 4 * head_index * group * num_slots
+        begin = min(max(first, clipped(start, batch, num_slots, 0)), last)
+        finish = max(min(last, clipped(end, batch, num_slots, num_slots)), begin)
+        for g in range(group):
+            for slot in range(first, begin):
+                store_float32(scores, g * num_slots + slot, -np.inf)
+            for slot in range(finish, last):
+                store_float32(scores, g * num_slots + slot, -np.inf)
+        score_span(
             query + 4 * head_index * group * rank,
-            base,
+            keys + item * (batch * strides[0] + head * strides[1]),
             item * strides[2],
-            out + 4 * head_index * group * num_slots,
-            group,
-            num_slots,
+            begin,
+            finish,
             rank,
-            first,
-            min(first + _BLOCK, num_slots),
-            clipped(start, batch, num_slots, 0),
-            clipped(end, batch, num_slots, num_slots),
+            group,
             narrow,
+            scores,
+            num_slots,
+            work + task * span_work(group),
         )
-
-
-@njit(nogil=True)
-def _score_block(
-    query: int,
-    keys: int,
-    key_bytes: int,
-    out: int,
-    group: int,
-    num_slots: int,
-    rank: int,
-    first: int,
-    last: int,
-    start: int,
-    end: int,
-    narrow: bool,
-) -> None:
-    """Score the slots ``first`` to ``last`` of one head."""
-    for slot in range(first, last):
-        if slot < start or slot >= end:
-            for g in range(group):
-                store_float32(out, g * num_slots + slot, -np.inf)
-            continue
-        row = keys + slot * key_bytes
-        g = 0
-        while g + 4 <= group:
-            dot0, dot1, dot2, dot3 = dot_4(query + 4 * g * rank, rank, row, rank, narrow)
-            store_float32(out, g * num_slots + slot, dot0)
-            store_float32(out, (g + 1) * num_slots + slot, dot1)
-            store_float32(out, (g + 2) * num_slots + slot, dot2)
-            store_float32(out, (g + 3) * num_slots + slot, dot3)
-            g += 4
-        if g + 2 <= group:
-            dot0, dot1 = dot_2(query + 4 * g * rank, rank, row, rank, narrow)
-            store_float32(out, g * num_slots + slot, dot0)
-            store_float32(out, (g + 1) * num_slots + slot, dot1)
-            g += 2
-        if g < group:
-            store_float32(out, g * num_slots + slot, dot_1(query + 4 * g * rank, row, rank, narrow))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from topkbench.kernels.addresses import bound_address, check_cache
 from topkbench.kernels.intrinsics import store_float32
-from topkbench.kernels.rows import clipped, dot_1, dot_2, dot_4
+from topkbench.kernels.rows import clipped, score_span, span_work
 
 # Pages in one piece of work.
 _BLOCK = 256
@@ -39,9 +39,12 @@ def page_score(
     start, _start = bound_address(kv_start)
     end, _end = bound_address(kv_len)
     sizes = (batch_size, num_heads, group, num_pages, head_dim)
+    tasks = batch_size * num_heads * -(-num_pages // _BLOCK)
+    work = torch.empty(tasks * span_work(group), dtype=torch.uint8)
     _score(
         above.data_ptr(), below.data_ptr(), page_min.data_ptr(), page_min.stride()[:3],
-        page_max.data_ptr(), page_max.stride()[:3], out.data_ptr(), sizes, start, end, narrow,
+        page_max.data_ptr(), page_max.stride()[:3], out.data_ptr(), work.data_ptr(), sizes, start,
+        end, narrow,
     )  # fmt: skip
     return out
 
@@ -55,6 +58,7 @@ def _score(
     page_max: int,
     max_strides: tuple[int, int, int],
     out: int,
+    work: int,
     sizes: tuple[int, int, int, int, int],
     start: int,
     end: int,
@@ -71,57 +75,27 @@ def _score(
         low = page_min + item * (batch * min_strides[0] + head * min_strides[1])
         high = page_max + item * (batch * max_strides[0] + head * max_strides[1])
         scores = out + 4 * head_index * group * num_pages
-        first_valid = clipped(start, batch, num_pages, 0)
-        end_valid = clipped(end, batch, num_pages, num_pages)
-        for page in range(first, min(first + _BLOCK, num_pages)):
-            if page < first_valid or page >= end_valid:
-                for g in range(group):
-                    store_float32(scores, g * num_pages + page, -np.inf)
-            else:
-                _score_page(
-                    above + queries,
-                    below + queries,
-                    low + item * page * min_strides[2],
-                    high + item * page * max_strides[2],
-                    scores + 4 * page,
-                    group,
-                    num_pages,
-                    head_dim,
-                    narrow,
-                )
-
-
-@njit(nogil=True)
-def _score_page(
-    above: int,
-    below: int,
-    low: int,
-    high: int,
-    out: int,
-    group: int,
-    out_stride: int,
-    size: int,
-    narrow: bool,
-) -> None:
-    """Bound one page for all queries of its group."""
-    g = 0
-    while g + 4 <= group:
-        skip = 4 * g * size
-        high0, high1, high2, high3 = dot_4(above + skip, size, high, size, narrow)
-        low0, low1, low2, low3 = dot_4(below + skip, size, low, size, narrow)
-        store_float32(out, g * out_stride, high0 + low0)
-        store_float32(out, (g + 1) * out_stride, high1 + low1)
-        store_float32(out, (g + 2) * out_stride, high2 + low2)
-        store_float32(out, (g + 3) * out_stride, high3 + low3)
-        g += 4
-    if g + 2 <= group:
-        skip = 4 * g * size
-        high0, high1 = dot_2(above + skip, size, high, size, narrow)
-        low0, low1 = dot_2(below + skip, size, low, size, narrow)
-        store_float32(out, g * out_stride, high0 + low0)
-        store_float32(out, (g + 1) * out_stride, high1 + low1)
-        g += 2
-    if g < group:
-        skip = 4 * g * size
-        bound = dot_1(above + skip, high, size, narrow) + dot_1(below + skip, low, size, narrow)
-        store_float32(out, g * out_stride, bound)
+        last = min(first + _BLOCK, num_pages)
+        begin = min(max(first, clipped(start, batch, num_pages, 0)), last)
+        finish = max(min(last, clipped(end, batch, num_pages, num_pages)), begin)
+        for g in range(group):
+            for page in range(first, begin):
+                store_float32(scores, g * num_pages + page, -np.inf)
+            for page in range(finish, last):
+                store_float32(scores, g * num_pages + page, -np.inf)
+        score_span(
+            above + queries,
+            high,
+            item * max_strides[2],
+            begin,
+            finish,
+            head_dim,
+            group,
+            narrow,
+            scores,
+            num_pages,
+            work + task * span_work(group),
+            below + queries,
+            low,
+            item * min_strides[2],
+        )

@@ -16,29 +16,20 @@ from torch import Tensor
 
 from topkbench.kernels.addresses import bound_address, check_cache
 from topkbench.kernels.intrinsics import (
+    LANES,
     bits_float,
     load_float32,
     load_int32,
-    prefetch,
     store_float32,
     store_int32,
+    store_int64,
 )
-from topkbench.kernels.rows import (
-    accumulate_1,
-    accumulate_2,
-    accumulate_4,
-    clipped,
-    dot_1,
-    dot_2,
-    dot_4,
-)
+from topkbench.kernels.rows import add_rows, clipped, score_rows
 
 # Tokens whose logits are held before they enter the sum: their values stay in the first cache.
 _TILE = 32
 # Fewer tokens than this are not worth a part of their own.
 _PART = 128
-# How many rows ahead to prefetch.
-_AHEAD = 4
 
 
 def sparse_attention(
@@ -67,8 +58,11 @@ def sparse_attention(
 
     out = torch.empty(batch_size, num_heads, head_dim)
     lse = torch.empty(batch_size, num_heads)
-    # For each part: sums, maxima, denominators, then a tile's logits, entries and slots.
-    part_size = group * (head_dim + 2 + _TILE) + 2 * _TILE
+    # For each part: sums, maxima, denominators, a tile's logits and the addresses of its rows (two
+    # tiles' of keys), then the tokens' slots and entries.
+    tokens = -(-num_units // parts) * unit_size
+    part_size = group * (head_dim + 2 + _TILE) + 2 * 3 * _TILE + 2 * tokens
+    part_size += part_size % 2
     work = torch.empty(batch_size * num_index_heads * parts, part_size)
     start, _start = bound_address(kv_start)
     end, _end = bound_address(kv_len)
@@ -187,15 +181,17 @@ def _attend_part(
     maxima = work + 4 * group * head_dim
     denominators = maxima + 4 * group
     logits = denominators + 4 * group
-    entries = logits + 4 * group * _TILE
-    slots = entries + 4 * _TILE
+    key_rows = logits + 4 * group * _TILE
+    value_rows = key_rows + 2 * 8 * _TILE
+    slots = value_rows + 8 * _TILE
+    entries = slots + 4 * (last_unit - first_unit) * unit_size
     for i in range(group * head_dim):
         store_float32(work, i, np.float32(0.0))
     for g in range(group):
         store_float32(maxima, g, np.float32(-np.inf))
         store_float32(denominators, g, np.float32(0.0))
     origin = start if unit_size > 1 else 0
-    filled = 0
+    tokens = 0
     for entry in range(first_unit, last_unit):
         unit = np.int64(load_int32(indices, entry))
         if unit < 0:
@@ -203,101 +199,41 @@ def _attend_part(
         first: Any = unit * unit_size + origin
         last: Any = min(first + unit_size, end)
         for slot in range(max(first, start), last):
-            store_int32(slots, filled, np.int32(slot))
-            store_int32(entries, filled, np.int32(entry))
-            filled += 1
-            if filled == _TILE:
-                _add_tile(
-                    query, keys, key_bytes, values, value_bytes, weights, work, filled, num_units,
-                    group, head_dim, scale, softcap, narrow,
-                )  # fmt: skip
-                filled = 0
-    if filled > 0:
-        _add_tile(
-            query, keys, key_bytes, values, value_bytes, weights, work, filled, num_units, group,
-            head_dim, scale, softcap, narrow,
-        )  # fmt: skip
+            store_int32(slots, tokens, np.int32(slot))
+            if weights != 0:
+                store_int32(entries, tokens, np.int32(entry))
+            tokens += 1
+    _fill_rows(key_rows, keys, key_bytes, slots, 0, tokens)
+    for place in range(0, tokens, _TILE):
+        filled = min(_TILE, tokens - place)
+        half = place // _TILE % 2 * 8 * _TILE
+        now, later = key_rows + half, 0
+        _fill_rows(value_rows, values, value_bytes, slots, place, tokens)
+        if place + _TILE < tokens:
+            later = key_rows + (8 * _TILE - half)
+            _fill_rows(later, keys, key_bytes, slots, place + _TILE, tokens)
+        # The selection jumps through memory, so no hardware prefetcher helps: a tile's values are
+        # asked for while its keys are scored, and so are the next tile's keys.
+        for first in range(0, filled, LANES):
+            score_rows(
+                query, now + 8 * first, head_dim, group, narrow, logits + 4 * first, _TILE, 0, 0,
+                value_rows + 8 * first, 0 if later == 0 else later + 8 * first,
+            )  # fmt: skip
+        for g in range(group):
+            _soften(
+                logits + 4 * g * _TILE, filled, maxima + 4 * g, denominators + 4 * g,
+                work + 4 * g * head_dim, head_dim, scale, softcap,
+                0 if weights == 0 else weights + 4 * g * num_units, entries + 4 * place,
+            )  # fmt: skip
+        add_rows(work, logits, _TILE, value_rows, filled, head_dim, group, narrow)
 
 
 @njit(nogil=True)
-def _add_tile(
-    query: int,
-    keys: int,
-    key_bytes: int,
-    values: int,
-    value_bytes: int,
-    weights: int,
-    work: int,
-    filled: int,
-    num_units: int,
-    group: int,
-    head_dim: int,
-    scale: float,
-    softcap: float,
-    narrow: bool,
-) -> None:
-    """Add the tile's tokens to the running sums of all queries."""
-    maxima = work + 4 * group * head_dim
-    denominators = maxima + 4 * group
-    logits = denominators + 4 * group
-    entries = logits + 4 * group * _TILE
-    slots = entries + 4 * _TILE
-    row_bytes = head_dim * (2 if narrow else 4)
-    for place in range(min(_AHEAD, filled)):
-        _prefetch_row(keys + key_bytes * load_int32(slots, place), row_bytes)
-    for place in range(filled):
-        slot = np.int64(load_int32(slots, place))
-        if place + _AHEAD < filled:
-            ahead = np.int64(load_int32(slots, place + _AHEAD))
-            _prefetch_row(keys + key_bytes * ahead, row_bytes)
-        _prefetch_row(values + value_bytes * slot, row_bytes)
-        row = keys + key_bytes * slot
-        g = 0
-        while g + 4 <= group:
-            dots = dot_4(query + 4 * g * head_dim, head_dim, row, head_dim, narrow)
-            store_float32(logits, g * _TILE + place, dots[0] * scale)
-            store_float32(logits, (g + 1) * _TILE + place, dots[1] * scale)
-            store_float32(logits, (g + 2) * _TILE + place, dots[2] * scale)
-            store_float32(logits, (g + 3) * _TILE + place, dots[3] * scale)
-            g += 4
-        if g + 2 <= group:
-            pair = dot_2(query + 4 * g * head_dim, head_dim, row, head_dim, narrow)
-            store_float32(logits, g * _TILE + place, pair[0] * scale)
-            store_float32(logits, (g + 1) * _TILE + place, pair[1] * scale)
-            g += 2
-        if g < group:
-            dot = dot_1(query + 4 * g * head_dim, row, head_dim, narrow)
-            store_float32(logits, g * _TILE + place, dot * scale)
-    for g in range(group):
-        _soften(
-            logits + 4 * g * _TILE, filled, maxima + 4 * g, denominators + 4 * g,
-            work + 4 * g * head_dim, head_dim, softcap,
-            0 if weights == 0 else weights + 4 * g * num_units, entries,
-        )  # fmt: skip
-    g = 0
-    while g + 4 <= group:
-        accumulate_4(
-            work + 4 * g * head_dim, logits + 4 * g * _TILE, _TILE, values, value_bytes, slots,
-            filled, head_dim, narrow,
-        )  # fmt: skip
-        g += 4
-    if g + 2 <= group:
-        accumulate_2(
-            work + 4 * g * head_dim, logits + 4 * g * _TILE, _TILE, values, value_bytes, slots,
-            filled, head_dim, narrow,
-        )  # fmt: skip
-        g += 2
-    if g < group:
-        accumulate_1(
-            work + 4 * g * head_dim, logits + 4 * g * _TILE, values, value_bytes, slots, filled,
-            head_dim, narrow,
-        )  # fmt: skip
-
-
-@njit(nogil=True)
-def _prefetch_row(row: int, row_bytes: int) -> None:
-    for line in range(0, row_bytes, 64):
-        prefetch(row + line)
+def _fill_rows(rows: int, states: int, row_bytes: int, slots: int, place: int, tokens: int) -> None:
+    """Write the addresses of a tile's rows; the last one is repeated behind the last token."""
+    for lane in range(_TILE):
+        slot = np.int64(load_int32(slots, min(place + lane, tokens - 1)))
+        store_int64(rows, lane, states + row_bytes * slot)
 
 
 @njit(nogil=True)
@@ -308,12 +244,15 @@ def _soften(
     denominator: int,
     sums: int,
     head_dim: int,
+    scale: float,
     softcap: float,
     weights: int,
     entries: int,
 ) -> None:
-    """Turn one query's logits into unnormalised weights, rescaling its sums to a new maximum."""
+    """Turn one query's dot products into softmax weights, rescaling its sums to a new maximum."""
     zero = np.float32(0.0)
+    for place in range(filled):
+        store_float32(logits, place, load_float32(logits, place) * scale)
     if softcap > zero:
         for place in range(filled):
             capped = math.tanh(load_float32(logits, place) / softcap)
@@ -323,9 +262,7 @@ def _soften(
             weight = load_float32(weights, np.int64(load_int32(entries, place)))
             store_float32(logits, place, load_float32(logits, place) + weight)
     old = load_float32(maximum, 0)
-    new = old
-    for place in range(filled):
-        new = max(new, load_float32(logits, place))
+    new = max(old, _largest(logits, filled))
     if new == np.float32(-np.inf):  # log weights of -inf: nothing counts yet
         for place in range(filled):
             store_float32(logits, place, zero)
@@ -336,12 +273,29 @@ def _soften(
         store_float32(denominator, 0, load_float32(denominator, 0) * shrink)
         for i in range(head_dim):
             store_float32(sums, i, load_float32(sums, i) * shrink)
-    total = zero
     for place in range(filled):
-        weight = _exp(load_float32(logits, place) - new)
-        store_float32(logits, place, weight)
-        total += weight
-    store_float32(denominator, 0, load_float32(denominator, 0) + total)
+        store_float32(logits, place, _exp(load_float32(logits, place) - new))
+    store_float32(denominator, 0, load_float32(denominator, 0) + _total(logits, filled))
+
+
+# Any order of additions and comparisons will do, which lets LLVM use vectors.
+_ANY_ORDER = {"reassoc", "nnan", "nsz"}
+
+
+@njit(nogil=True, fastmath=_ANY_ORDER)
+def _largest(values: int, count: int) -> Any:
+    largest = np.float32(-np.inf)
+    for place in range(count):
+        largest = max(largest, load_float32(values, place))
+    return largest
+
+
+@njit(nogil=True, fastmath=_ANY_ORDER)
+def _total(values: int, count: int) -> Any:
+    total = np.float32(0.0)
+    for place in range(count):
+        total += load_float32(values, place)
+    return total
 
 
 @njit(nogil=True)

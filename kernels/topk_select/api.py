@@ -19,11 +19,11 @@ def topk_select(
     """Select the ``k`` highest scores of each head; among equal scores the lower index wins.
 
     The first ``num_sink`` and last ``num_recent`` units of a row's valid range are kept whatever
-    they score, inside ``k``. A score of -inf (or -2**31 for int32) marks a unit that is not there:
-    it is never chosen, unless it is forced.
+    they score, inside ``k``. A score of -inf, or of an integer dtype's lowest value, marks a unit
+    that is not there: it is never chosen, unless it is forced.
 
     Args:
-        scores: ``[B, H, U]`` float32, bfloat16, float16, float64 or int32, without NaN.
+        scores: ``[B, H, U]`` float32, bfloat16, float16, float64, int16 or int32, without NaN.
         k: How many units to keep per head, at least 1.
         num_sink: Units kept from ``kv_start`` on.
         num_recent: Units kept back from ``kv_len``.
@@ -40,7 +40,7 @@ def topk_select(
     """
     check_shape("scores", scores, "[B, H, U]", None, None, None)
     floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    check_dtype("scores", scores, torch.int32, *floats)
+    check_dtype("scores", scores, torch.int16, torch.int32, *floats)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")
     if num_sink < 0 or num_recent < 0 or num_sink + num_recent > k:

@@ -1,12 +1,13 @@
-"""topk_select on a CPU, without sorting.
+"""topk_select on a CPU, without sorting, sixteen units at a time.
 
-Float scores become int32 keys of the same order; int32 scores are their own keys. The threshold,
-the k-th largest key, is found by histograms over ever narrower ranges; a pass in ascending order
-then emits everything above it and, lowest first, as many equal to it as are left. Where k is small
-against the number of units, only blocks of units whose maximum reaches the k-th largest maximum are
-looked at: at least k units are as large as that, so the threshold is no lower.
+The threshold, the k-th largest score, is found by halving the range of scores and counting how many
+reach its middle. Counting all units so often would be slow, so candidates are found first: of every
+sixteen units one is the largest, and the k-th largest of these maxima is no higher than the
+threshold. What reaches it is collected, a few times k, and the threshold is sought among that. A
+last pass emits, in ascending order, everything above it and as many equal to it as are left.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,21 +18,21 @@ from torch import Tensor
 from topkbench.kernels.addresses import bound_address, check_rows
 from topkbench.kernels.intrinsics import (
     LANES,
-    float_bits,
+    Kind,
+    bits_float,
+    column_maxima,
     load_float32,
+    load_int16,
     load_int32,
-    maximum_of_block,
+    lowest_bit,
+    marks,
+    popcount,
+    store_float32,
     store_int32,
 )
 from topkbench.kernels.rows import clipped
 
-_BLOCK = LANES  # units that share a maximum
-_BIN_BITS = 11
-_BINS = 2**_BIN_BITS
-
-# The key of a unit that is not there.
-_ABSENT = np.int32(-(2**31))
-_HIGHEST = np.int32(2**31 - 1)
+_COLUMNS = LANES * LANES  # units whose sixteen maxima are found at a time
 
 
 def topk_select(
@@ -45,11 +46,10 @@ def topk_select(
     """Return ``[B, H, min(k, U)]`` int32; see the api."""
     if scores.dtype == torch.float64:
         raise TypeError(
-            "scores must be int32, float32, bfloat16 or float16 for impl='cpu', got float64; "
-            "use impl='reference'."
+            "scores must be int16, int32, float32, bfloat16 or float16 for impl='cpu', got float64;"
+            " use impl='reference'."
         )
-    floating = scores.dtype != torch.int32
-    if floating:
+    if scores.is_floating_point():
         scores = scores.float()
     check_rows("scores", scores)
     batch_size, num_heads, num_units = scores.shape
@@ -57,23 +57,153 @@ def topk_select(
     out = torch.empty(batch_size, num_heads, kept, dtype=torch.int32)
     start, _start = bound_address(kv_start)
     end, _end = bound_address(kv_len)
-    # For each head: a histogram, keys, block maxima (fewer than units), candidate keys and units.
-    work = torch.empty(batch_size * num_heads, _BINS + 4 * num_units, dtype=torch.int32)
+    # For each head: maxima, candidates and their units, both up to a whole vector.
+    room = num_units + LANES
+    work = torch.empty(batch_size * num_heads, 3 * room, dtype=torch.int32)
+    kind = {torch.int16: 0, torch.int32: 1, torch.float32: 2}[scores.dtype]
     sizes = (batch_size, num_heads, num_units, kept)
     _select(
-        scores.data_ptr(), scores.stride()[:2], floating, out.data_ptr(), work.data_ptr(), sizes,
+        scores.data_ptr(), scores.stride()[:2], kind, out.data_ptr(), work.data_ptr(), room, sizes,
         num_sink, num_recent, start, end,
     )  # fmt: skip
     return out
+
+
+@njit(nogil=True)
+def _as_int16(key: int) -> Any:
+    return np.int16(key)
+
+
+@njit(nogil=True)
+def _as_int32(key: int) -> Any:
+    return np.int32(key)
+
+
+@njit(nogil=True)
+def _as_float32(key: int) -> Any:
+    """Return the float32 that stands at a place in the order of all of them; 0 is 0.0."""
+    bits = np.int32(key)
+    return bits_float(bits if bits >= 0 else np.int32(bits ^ np.int32(2**31 - 1)))
+
+
+_FLOAT_KEYS = 0x7F800000  # infinity's place in that order
+
+# Of each kind: what makes a score of a key, the keys of the lowest score that is there and of the
+# highest, how one score is loaded and stored, the kind of a candidate, and the mark of no score.
+_KINDS: dict[Kind, tuple[Any, ...]] = {
+    "int16": (_as_int16, 1 - 2**15, 2**15 - 1, load_int16, store_int32, "int32"),
+    "int32": (_as_int32, 1 - 2**31, 2**31 - 1, load_int32, store_int32, "int32"),
+    "float32": (_as_float32, -_FLOAT_KEYS, _FLOAT_KEYS, load_float32, store_float32, "float32"),
+}
+
+
+def _seeker(kind: Kind) -> Callable[..., int]:
+    """Compile the search for a threshold."""
+    as_kind, lowest, highest, load = _KINDS[kind][:4]
+    at_least = marks(kind, ">=")
+
+    @njit(nogil=True)
+    def threshold(scores: int, first: int, last: int, wanted: int) -> int:
+        """Return the key of the ``wanted``-th largest score; the lowest if there are fewer."""
+        low, high = lowest, highest
+        whole = last - (last - first) % LANES
+        while low < high:
+            middle = low + (high - low + 1) // 2
+            bound = as_kind(middle)
+            count = 0
+            for place in range(first, whole, LANES):
+                count += popcount(at_least(scores, place, bound))
+            for place in range(whole, last):
+                if load(scores, place) >= bound:
+                    count += 1
+            if count >= wanted:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    return threshold
+
+
+_threshold = {kind: _seeker(kind) for kind in _KINDS}
+
+
+def _chooser(kind: Kind) -> Callable[..., int]:
+    """Compile the choice among scores of one kind."""
+    as_kind, lowest, _, load, store, found_kind = _KINDS[kind]
+    as_found, lowest_found, *_ = _KINDS[found_kind]
+    item = 2 if kind == "int16" else 4
+    at_least, maxima_of = marks(kind, ">="), column_maxima(kind)
+    reaches, exceeds = marks(found_kind, ">="), marks(found_kind, ">")
+    seek, seek_found = _threshold[kind], _threshold[found_kind]
+
+    @njit(nogil=True)
+    def choose(
+        scores: int, first: int, last: int, wanted: int, work: int, room: int, out: int
+    ) -> int:
+        """Write the ``wanted`` largest units of a range in ascending order; return how many."""
+        candidates = work + 4 * room
+        units = candidates + 4 * room
+        columns = (last - first) // _COLUMNS
+        for column in range(columns):
+            maxima_of(scores, first + _COLUMNS * column, work + item * LANES * column)
+        least = as_kind(lowest)
+        if LANES * columns >= wanted:
+            least = as_kind(seek(work, 0, LANES * columns, wanted))
+
+        found = 0
+        whole = last - (last - first) % LANES
+        for place in range(first, whole, LANES):
+            marked = at_least(scores, place, least)
+            while marked != 0:
+                unit = place + lowest_bit(marked)
+                store(candidates, found, as_found(0) + load(scores, unit))
+                store_int32(units, found, np.int32(unit))
+                found += 1
+                marked = marked & (marked - np.int32(1))
+        for place in range(whole, last):
+            score = load(scores, place)
+            if score >= least:
+                store(candidates, found, as_found(0) + score)
+                store_int32(units, found, np.int32(place))
+                found += 1
+        # Up to a whole vector, lower than any threshold.
+        for place in range(found, found + LANES):
+            store(candidates, place, as_found(lowest_found - 1))
+
+        bound = as_found(seek_found(candidates, 0, found, wanted))
+        above = 0
+        for place in range(0, found, LANES):
+            above += popcount(exceeds(candidates, place, bound))
+        equal = wanted - above
+        done = 0
+        for place in range(0, found, LANES):
+            marked = reaches(candidates, place, bound)
+            ties = marked ^ exceeds(candidates, place, bound)
+            while marked != 0:
+                bit = marked & -marked
+                if ties & bit != 0:  # the lower index wins
+                    equal -= 1
+                if ties & bit == 0 or equal >= 0:
+                    store_int32(out, done, load_int32(units, place + lowest_bit(marked)))
+                    done += 1
+                marked = marked ^ bit
+        return done
+
+    return choose
+
+
+_choose_int16, _choose_int32, _choose_float32 = (_chooser(kind) for kind in _KINDS)
 
 
 @njit(parallel=True, cache=True, nogil=True)
 def _select(
     scores: int,
     strides: tuple[int, int],
-    floating: bool,
+    kind: int,
     out: int,
     work: int,
+    room: int,
     sizes: tuple[int, int, int, int],
     num_sink: int,
     num_recent: int,
@@ -86,8 +216,8 @@ def _select(
         first = clipped(start, batch, num_units, 0)
         last = max(first, clipped(end, batch, num_units, num_units))
         chosen = out + 4 * task * kept
-        bins = work + 4 * task * (_BINS + 4 * num_units)
-        keys = scores + 4 * (batch * strides[0] + head * strides[1])
+        own_work = work + 4 * task * 3 * room
+        row = scores + (2 if kind == 0 else 4) * (batch * strides[0] + head * strides[1])
         # Units before `middle` and from `late` on are forced; api allows k at most.
         middle = min(first + num_sink, last)
         late = max(middle, last - num_recent)
@@ -97,125 +227,15 @@ def _select(
             done += 1
         wanted = kept - done - (last - late)
         if wanted > 0:
-            if floating:
-                ordered = bins + 4 * _BINS
-                _order(keys, ordered, middle, late)
-                keys = ordered
-            done = _choose(
-                keys, middle, late, wanted, bins, bins + 4 * (_BINS + num_units), num_units,
-                chosen, done,
-            )  # fmt: skip
+            rest = chosen + 4 * done
+            if kind == 0:
+                done += _choose_int16(row, middle, late, wanted, own_work, room, rest)
+            elif kind == 1:
+                done += _choose_int32(row, middle, late, wanted, own_work, room, rest)
+            else:
+                done += _choose_float32(row, middle, late, wanted, own_work, room, rest)
         for unit in range(late, last):
             store_int32(chosen, done, unit)
             done += 1
         for place in range(done, kept):
             store_int32(chosen, place, -1)
-
-
-@njit(nogil=True)
-def _order(scores: int, keys: int, first: int, last: int) -> None:
-    """Write float scores as int32 keys of the same order; -inf and NaN become absent."""
-    for unit in range(first, last):
-        # Adding zero turns -0.0 into 0.0, which is equal to it.
-        value = load_float32(scores, unit) + np.float32(0.0)
-        bits = float_bits(value)
-        key = bits if bits >= 0 else np.int32(bits ^ _HIGHEST)
-        store_int32(keys, unit, key if value > np.float32(-np.inf) else _ABSENT)
-
-
-@njit(nogil=True)
-def _choose(
-    keys: int,
-    first: int,
-    last: int,
-    wanted: int,
-    bins: int,
-    spare: int,
-    num_units: int,
-    chosen: int,
-    done: int,
-) -> int:
-    """Emit the ``wanted`` largest units of a range in ascending order; return the new count."""
-    num_blocks = (last - first) // _BLOCK
-    if num_blocks < 4 * wanted:
-        threshold, equal = _threshold(keys, first, last, wanted, bins)
-        for unit in range(first, last):
-            key = load_int32(keys, unit)
-            if key >= threshold and key != _ABSENT:
-                if key == threshold:
-                    if equal == 0:
-                        continue
-                    equal -= 1
-                store_int32(chosen, done, unit)
-                done += 1
-        return done
-
-    maxima, found_keys, found_units = spare, spare + 4 * num_units, spare + 8 * num_units
-    present = 0
-    for block in range(num_blocks):
-        maximum = maximum_of_block(keys, first + block * _BLOCK)
-        store_int32(maxima, block, maximum)
-        if maximum != _ABSENT:
-            present += 1
-    # The wanted-th largest maximum bounds the answer from below only where there are so many.
-    least = np.int32(_ABSENT + 1)
-    if present >= wanted:
-        least, _ = _threshold(maxima, 0, num_blocks, wanted, bins)
-    found = 0
-    # The units after the last whole block are candidates like those of a block that reaches it.
-    for block in range(num_blocks + 1):
-        if block == num_blocks or load_int32(maxima, block) >= least:
-            base = first + block * _BLOCK
-            for unit in range(base, min(base + _BLOCK, last)):
-                key = load_int32(keys, unit)
-                if key >= least and key != _ABSENT:
-                    store_int32(found_keys, found, key)
-                    store_int32(found_units, found, unit)
-                    found += 1
-    threshold, equal = _threshold(found_keys, 0, found, wanted, bins)
-    for place in range(found):
-        key = load_int32(found_keys, place)
-        if key >= threshold:
-            if key == threshold:
-                if equal == 0:
-                    continue
-                equal -= 1
-            store_int32(chosen, done, load_int32(found_units, place))
-            done += 1
-    return done
-
-
-@njit(nogil=True)
-def _threshold(keys: int, first: int, last: int, wanted: int, bins: int) -> tuple[Any, int]:
-    """Return the ``wanted``-th largest key that is not absent, and how many of it to take.
-
-    When there are fewer keys, return the smallest one and take all of it.
-    """
-    low32, high32 = _HIGHEST, _ABSENT
-    for place in range(first, last):
-        key = load_int32(keys, place)
-        high32 = max(high32, key)
-        low32 = min(low32, key if key != _ABSENT else _HIGHEST)
-    low: Any = np.int64(low32)
-    high: Any = np.int64(high32)
-    if high32 == _ABSENT:
-        return low, 0
-    while low < high:
-        shift = 0
-        while (high - low) >> shift >= _BINS:
-            shift += 1
-        num_bins = ((high - low) >> shift) + 1
-        for item in range(num_bins):
-            store_int32(bins, item, 0)
-        for place in range(first, last):
-            key64 = np.int64(load_int32(keys, place))
-            if low <= key64 <= high:
-                item = (key64 - low) >> shift
-                store_int32(bins, item, np.int32(load_int32(bins, item) + 1))
-        item = num_bins - 1
-        while item > 0 and load_int32(bins, item) < wanted:
-            wanted -= load_int32(bins, item)
-            item -= 1
-        low += item << shift
-        high = min(high, low + (1 << shift) - 1)
-    return low, wanted

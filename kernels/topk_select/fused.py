@@ -31,7 +31,7 @@ def topk_select(
     kv_len: Tensor | None,
 ) -> Tensor:
     """Return ``[B, H, min(k, U)]`` int32; see the api."""
-    if scores.dtype != torch.int32:
+    if scores.is_floating_point():
         check_readable("scores", scores)
     batch_size, num_heads, num_units = scores.shape
     kept, rows, device = min(k, num_units), batch_size * num_heads, scores.device
@@ -76,6 +76,8 @@ def _ordered_keys(pointers: tl.tensor, mask: tl.tensor) -> tl.tensor:
     values = tl.load(pointers, mask=mask, other=0)
     if values.dtype == tl.int32:
         keys = values.to(tl.uint32, bitcast=True) ^ 0x80000000
+    elif values.dtype == tl.int16:
+        keys = (values.to(tl.int32) + 2**15).to(tl.uint32)
     else:
         wide = values.to(tl.float32)
         bits = wide.to(tl.uint32, bitcast=True)

@@ -33,10 +33,14 @@ def cases(draw: st.DrawFn) -> tuple[torch.Tensor, int, int, int, list[int], list
     sink = draw(st.integers(0, min(4, k)))
     recent = draw(st.integers(0, min(5, k - sink)))
     torch.manual_seed(draw(st.integers(0, 9999)))
-    kind = draw(st.sampled_from(["ties", "all int32", "float", "absent", "zeros", "bfloat16"]))
+    kind = draw(
+        st.sampled_from(["ties", "all int32", "int16", "float", "absent", "zeros", "bfloat16"])
+    )
     shape = (batch, heads, size)
     if kind == "ties":
         scores = torch.randint(-3, 4, shape, dtype=torch.int32)
+    elif kind == "int16":
+        scores = torch.randint(-(2**15), 2**15, shape).to(torch.int16)
     elif kind == "all int32":
         scores = torch.randint(-(2**31), 2**31, shape).to(torch.int32)
     elif kind == "zeros":  # negative zero equals zero
@@ -124,7 +128,7 @@ def test_bad_input_is_refused() -> None:
         topk_select(scores, 4, 3, 2)
     with pytest.raises(ValueError, match=r"scores must be \[B, H, U\] .* got \[2, 9\]"):
         topk_select(scores[0], 4)
-    with pytest.raises(TypeError, match=r"scores must be int32 or float32 .* got int64"):
+    with pytest.raises(TypeError, match=r"scores must be int16 or int32 or float32 .* got int64"):
         topk_select(scores.long(), 4)
 
 
