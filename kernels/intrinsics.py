@@ -221,6 +221,67 @@ def prefetch(typing_context: Any, address: Any) -> Any:
     return types.void(types.int64), generate
 
 
+KEYS = 8
+
+
+def weighed_distances(pairs: int, num_planes: int) -> Any:
+    """Make an intrinsic ``(keys, table, out, best, double)``: the scores of eight keys in a row.
+
+    A key is ``pairs`` 64-bit words; its score, int32, is ``best`` less the weighed distance shifted
+    by ``double``. ``table`` holds the majority's words, then each plane's (``hamming_score``). It
+    is written in vectors because LLVM, left to itself, counts bits word by word.
+    """
+    lanes = ir.VectorType(_I64, KEYS * pairs)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        keys, table, out, best, double = arguments
+
+        def repeated(item: int) -> Any:
+            words = ir.VectorType(_I64, pairs)
+            pointer = _element(builder, table, ir.Constant(_I64, item * pairs), _I64, words)
+            loaded = builder.load(pointer, align=_ALIGNMENT)
+            order = ir.Constant(ir.VectorType(_I32, KEYS * pairs), list(range(pairs)) * KEYS)
+            return builder.shuffle_vector(loaded, loaded, order)
+
+        pointer = builder.inttoptr(keys, lanes.as_pointer())
+        differing = builder.xor(builder.load(pointer, align=_ALIGNMENT), repeated(0))
+        distance = ir.Constant(lanes, [0] * (KEYS * pairs))
+        count_bits = builder.module.declare_intrinsic(
+            f"llvm.ctpop.v{KEYS * pairs}i64", (), ir.FunctionType(lanes, [lanes])
+        )
+        for plane in range(num_planes):
+            counts = builder.call(count_bits, [builder.and_(differing, repeated(1 + plane))])
+            shift = ir.Constant(lanes, [plane] * (KEYS * pairs))
+            distance = builder.add(distance, builder.shl(counts, shift))
+        width = KEYS * pairs
+        while width > KEYS:  # add up each key's words, neighbours first
+            width //= 2
+            halves = [
+                ir.Constant(ir.VectorType(_I32, width), list(range(side, 2 * width, 2)))
+                for side in (0, 1)
+            ]
+            even, odd = (builder.shuffle_vector(distance, distance, half) for half in halves)
+            distance = builder.add(even, odd)
+        words = ir.VectorType(_I32, KEYS)
+        order = ir.Constant(words, [0] * KEYS)
+
+        def splat_int(value: Any) -> Any:
+            undefined = ir.Constant(words, ir.Undefined)
+            narrow = builder.trunc(value, _I32)
+            first = builder.insert_element(undefined, narrow, ir.Constant(_I32, 0))
+            return builder.shuffle_vector(first, undefined, order)
+
+        counted = builder.shl(builder.trunc(distance, words), splat_int(double))
+        pointer = builder.inttoptr(out, words.as_pointer())
+        builder.store(builder.sub(splat_int(best), counted), pointer, align=_ALIGNMENT)
+        return context.get_dummy_value()
+
+    def score(typing_context: Any, keys: Any, table: Any, out: Any, best: Any, double: Any) -> Any:
+        return types.void(*[types.int64] * 5), generate
+
+    return intrinsic(score)
+
+
 Kind = Literal["int16", "int32", "float32"]
 """What sixteen scores are read as."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from topkbench.kernels.addresses import bound_address, check_rows
 from topkbench.kernels.intrinsics import (
+    KEYS,
     load_float32,
     load_int32,
     load_int64,
@@ -26,6 +27,7 @@ from topkbench.kernels.intrinsics import (
     store_float32,
     store_int16,
     store_int32,
+    weighed_distances,
 )
 from topkbench.kernels.rows import clipped
 from topkbench.kernels.shapes import count_dtype
@@ -163,12 +165,16 @@ def _set_bit(table: int, index: int, bit: int) -> None:
 
 def _specialised(pairs: int, num_planes: int) -> Callable[..., None]:
     """Compile the scoring loop for so many 64-bit words and planes, both unrolled by LLVM."""
+    score_keys = weighed_distances(pairs, num_planes)
 
     @njit(nogil=True)
     def score(
         keys: int, stride: int, table: int, out: int, count: int, best: int, double: int
     ) -> None:
-        for slot in range(count):
+        whole = count - count % KEYS if stride == 2 * pairs else 0
+        for slot in range(0, whole, KEYS):
+            score_keys(keys + 8 * pairs * slot, table + 8, out + 4 * slot, best, double)
+        for slot in range(whole, count):
             distance = 0
             for pair in range(pairs):
                 key = load_int64(keys + 4 * slot * stride, pair) ^ load_int64(table, 1 + pair)
