@@ -142,14 +142,14 @@ def assert_attended(
     head_dim, num_tokens = query_states.shape[-1], indices.shape[-1] * unit_size
     query, keys, values = (states.double() for states in (query_states, key_states, value_states))
     where = (unit_size, kv_start, kv_len)
-    given = (indices, scale, count, log_weight, *where, softcap, "reference")
-    exact, exact_lse = sparse_attention(query, keys, values, *given)
-    magnitude, _ = sparse_attention(query, keys, values.abs(), *given)
+    given = (indices, scale, count, log_weight, *where, softcap)
+    exact, exact_lse = sparse_attention(query, keys, values, *given, impl="reference")
+    magnitude, _ = sparse_attention(query, keys, values.abs(), *given, impl="reference")
     if log_weight is not None:  # one of -inf leaves its unit out
         log_weight = torch.where(log_weight == -torch.inf, log_weight, log_weight.abs())
-    sizes = (indices, abs(scale), count, log_weight, *where, None, "reference")
+    sizes = (indices, abs(scale), count, log_weight, *where)
     # The log-sum-exp of the absolute logits is no smaller than the largest of them.
-    _, largest = sparse_attention(query.abs(), keys.abs(), values, *sizes)
+    _, largest = sparse_attention(query.abs(), keys.abs(), values, *sizes, impl="reference")
     relative = gamma(head_dim + num_tokens + 16) * (1 + largest.clamp(min=0.0))
     rounding = torch.finfo(query_states.dtype).eps / 2
     assert_within_bound(out, exact, (2 * relative[..., None] + rounding) * magnitude)
