@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -29,8 +29,10 @@ from topkbench.kernels.testing import (
 )
 from topkbench.kernels.topk_select.api import topk_select
 
-few = settings(max_examples=10, derandomize=True)
-many = settings(max_examples=20, derandomize=True)
+# A failing example is reported as drawn: making it smaller would take minutes in the interpreter.
+PHASES = (Phase.explicit, Phase.generate)
+few = settings(max_examples=10, derandomize=True, phases=PHASES)
+many = settings(max_examples=20, derandomize=True, phases=PHASES)
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SIZES = st.sampled_from([1, 2, 15, 33, 64, 101, 257, 300])
@@ -111,18 +113,20 @@ def cases(draw: st.DrawFn) -> Case:
     batch, size = draw(st.integers(1, 3)), draw(SIZES)
     torch.manual_seed(draw(st.integers(0, 9999)))
 
-    # Rows may be empty, and may end beyond the cache that was passed.
-    def bound(first: int, last: int) -> list[int] | None:
-        numbers = st.lists(st.integers(first, last), min_size=batch, max_size=batch)
-        return draw(st.one_of(st.none(), numbers))
+    def bounds(numbers: st.SearchStrategy[int]) -> list[int] | None:
+        if draw(st.integers(0, 3)) == 0:
+            return None
+        return draw(st.lists(numbers, min_size=batch, max_size=batch))
 
+    # Rows may be empty, and may end beyond the cache that was passed.
+    ends = st.one_of(st.just(0), *[st.integers(size // 2, size + 2)] * 3)
     return Case(
         batch=batch,
         heads=draw(st.integers(1, 3)),
         group=draw(st.integers(1, 16)),
         size=size,
-        starts=bound(0, size // 2),
-        ends=bound(0, size + 2),
+        starts=bounds(st.integers(0, size // 2)),
+        ends=bounds(ends),
         by_slots=draw(st.booleans()),
     )
 
