@@ -118,15 +118,14 @@ def cases(draw: st.DrawFn) -> Case:
             return None
         return draw(st.lists(numbers, min_size=batch, max_size=batch))
 
-    # Rows may be empty, and may end beyond the cache that was passed.
-    ends = st.one_of(st.just(0), *[st.integers(size // 2, size + 2)] * 3)
     return Case(
         batch=batch,
         heads=draw(st.integers(1, 3)),
         group=draw(st.integers(1, 16)),
         size=size,
+        # Rows may be empty, and may end beyond the cache that was passed.
         starts=bounds(st.integers(0, size // 2)),
-        ends=bounds(ends),
+        ends=bounds(st.integers(size // 4, size + 2)),
         by_slots=draw(st.booleans()),
     )
 
@@ -310,13 +309,13 @@ def test_selections_are_the_same_ties_included(
         assert torch.equal(topk_select(scores, *rest, impl=impl), expected), impl
 
 
-@many
+@settings(many, max_examples=35)
 @given(
     cases(),
     DIMS,
     DTYPES,
-    st.sampled_from([1, 1, 3, 16]),
-    st.sampled_from([1, 9, 40, 300]),
+    st.sampled_from([1, 3, 16]),
+    st.sampled_from([300, 40, 9, 1]),
     st.booleans(),
     st.booleans(),
     st.booleans(),
