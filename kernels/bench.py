@@ -20,7 +20,13 @@ from topkbench.kernels.hash_encode.api import hash_encode
 from topkbench.kernels.lowrank_score.api import lowrank_score
 from topkbench.kernels.page_score.api import page_score
 from topkbench.kernels.sparse_attention.api import sparse_attention
-from topkbench.kernels.testing import assert_as_accurate, assert_same_bits, assert_same_selection
+from topkbench.kernels.testing import (
+    assert_attended,
+    assert_same_bits,
+    assert_same_selection,
+    assert_within_bound,
+    gamma,
+)
 from topkbench.kernels.timing import Timing, measure, read_bandwidth
 from topkbench.kernels.topk_select.api import topk_select
 
@@ -132,15 +138,18 @@ class Step:
         assert torch.equal(self.hamming(), self.hamming("reference")), "hamming_score is wrong."
         assert_same_selection(self.select(), self.select("reference"), self.scores)
         assert torch.equal(self.select(), self.select("reference")), "topk_select breaks ties."
-        query, pages = self.query.double(), (self.page_min.double(), self.page_max.double())
-        exact = page_score(query, *pages, impl="reference")
-        assert_as_accurate(self.pages(), self.pages("reference"), exact)
-        exact = lowrank_score(query[..., :_RANK], self.reduced.double(), impl="reference")
-        assert_as_accurate(self.lowrank(), self.lowrank("reference"), exact)
-        states = (query.flatten(1, 2), self.keys.double(), self.values.double())
-        exact, _ = sparse_attention(*states, self.indices, self.scale, impl="reference")
-        assert_as_accurate(self.attend(), self.attend("reference"), exact)
-        assert_as_accurate(self.decode(), self.attend("reference"), exact)
+        query, low, high = self.query.double(), self.page_min.double(), self.page_max.double()
+        exact = page_score(query, low, high, impl="reference")
+        extreme = torch.maximum(low.abs(), high.abs())
+        terms = page_score(query.abs(), extreme, extreme, impl="reference")
+        assert_within_bound(self.pages(), exact, gamma(self.shape.head_dim) * terms)
+        query, keys = query[..., :_RANK], self.reduced.double()
+        exact = lowrank_score(query, keys, impl="reference")
+        terms = lowrank_score(query.abs(), keys.abs(), impl="reference")
+        assert_within_bound(self.lowrank(), exact, gamma(_RANK) * terms)
+        states = (self.query.flatten(1, 2), self.keys, self.values, self.indices, self.scale)
+        assert_attended(self.attend(), None, *states)
+        assert_attended(self.decode(), None, *states)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from topkbench.kernels.sparse_attention.api import sparse_attention
+
 
 def assert_same_selection(
     indices: Tensor, expected: Tensor, scores: Tensor, tolerance: float = 0.0
@@ -41,31 +43,118 @@ def assert_same_selection(
     )
 
 
-def assert_as_accurate(actual: Tensor, reference: Tensor, exact: Tensor) -> None:
-    """Check that a result errs no more than the reference of its precision does, plus rounding.
+def gamma(num_roundings: int) -> float:
+    """Bound the relative error that so many float32 operations in a row leave in a product or sum.
+
+    A sum of ``n`` terms, added in any order, errs by at most ``gamma(n)`` times the sum of the
+    terms' absolute values, however much of it cancels.
+
+    Source:
+        Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, lemma 3.1 and section
+        3.1. There the unit is half of ours: an operation here may cut off instead of rounding to
+        nearest, as matrix units do.
+    """
+    relative = num_roundings * torch.finfo(torch.float32).eps
+    return relative / (1 - relative)
+
+
+def assert_within_bound(result: Tensor, exact: Tensor, bound: Tensor | float) -> None:
+    """Check that a result errs by no more than its computation's bound and its own rounding.
+
+    ``|result - exact| <= bound + u * |exact|`` for every element, ``u`` being half the distance of
+    1 to the next number in the result's dtype. A bound is ``gamma(n)`` times the sum of the terms'
+    absolute values, which the specification gives for absolute inputs: not times the result, from
+    which terms may have cancelled.
 
     Args:
-        actual: What is checked.
-        reference: The specification's result from the same inputs in the same precision.
-        exact: The specification's result in float64. Where it is infinite, so must be ``actual``.
+        result: What is checked, of any shape.
+        exact: The specification's result in float64. Where it is infinite, so must be ``result``.
+        bound: Of the error before the result is rounded to its dtype; read where ``exact`` is
+            finite.
 
     Raises:
-        AssertionError: If an infinite element differs, or the largest error exceeds twice the
-            reference's (the same operations in another order) plus the result's own rounding.
+        AssertionError: If an infinite element differs, or an element errs by more than its bound.
     """
     finite = torch.isfinite(exact)
-    assert torch.equal(actual.double()[~finite], exact.double()[~finite]), (
+    assert torch.equal(result.double()[~finite], exact.double()[~finite]), (
         "infinite elements must stand where the exact result has them."
     )
-    if not bool(finite.any()):
-        return
-    truth = exact.double()[finite]
-    error = (actual.double()[finite] - truth).abs().max().item()
-    own = (reference.double()[finite] - truth).abs().max().item()
-    # Where terms cancel, the sums that are rounded are larger than what is left of them.
-    rounding = 8 * torch.finfo(actual.dtype).eps * max(1.0, truth.abs().max().item())
-    allowed = 2 * own + rounding
-    assert error <= allowed, f"the error must be at most {allowed:.3g}, got {error:.3g}."
+    limits = torch.finfo(result.dtype)
+    smallest = limits.smallest_normal * limits.eps
+    allowed = bound + limits.eps / 2 * exact.double().abs() + smallest / 2
+    error = (result.double() - exact).abs()
+    # As a negation, so that NaN is wrong.
+    wrong = finite & ~(error <= allowed)
+    if bool(wrong.any()):
+        worst = torch.where(wrong, error / allowed, 0.0).nan_to_num(torch.inf).argmax()
+        raise AssertionError(
+            f"the error must be at most {allowed.flatten()[worst]:.3g}, got "
+            f"{error.flatten()[worst]:.3g} in element {int(worst)} of {list(result.shape)}; "
+            f"{int(wrong.sum())} elements are wrong."
+        )
+
+
+def assert_attended(
+    out: Tensor,
+    lse: Tensor | None,
+    query_states: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
+    indices: Tensor,
+    scale: float,
+    count: Tensor | None = None,
+    log_weight: Tensor | None = None,
+    unit_size: int = 1,
+    kv_start: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    softcap: float | None = None,
+) -> None:
+    """Check a decode step's output, and its log-sum-exp if given, against float64.
+
+    A logit is a sum of ``d`` products; let ``A`` be the largest sum of their absolute values, with
+    the log weight's. The logit errs by ``gamma(d) * A``, the exponential of its distance to the
+    maximum, which is at most ``2 * A``, by as much again relatively, and the sums over ``t`` tokens
+    by ``gamma(t)``. With ``n = d + t + 16``, 16 being the single operations on the way (scale,
+    cap, exponential, logarithm, merging), the log-sum-exp errs by at most ``gamma(n) * (1 + A)``
+    and the output by twice that times ``sum_t w_t |v_t|``, since its weights and their denominator
+    err alike. The weights may be rounded to the states' dtype before they multiply the values, as
+    matrix units need them: another ``u`` times that sum. (Those that are subnormal in float16 are
+    rounded more coarsely; they are too small to count unless thousands make up the sum.)
+
+    Args:
+        out: ``[B, Hq, d]`` what is checked.
+        lse: ``[B, Hq]`` likewise, or None.
+        query_states: This and all that follow: the operator's arguments.
+        key_states: See the api.
+        value_states: See the api.
+        indices: See the api.
+        scale: See the api.
+        count: See the api.
+        log_weight: See the api.
+        unit_size: See the api.
+        kv_start: See the api.
+        kv_len: See the api.
+        softcap: See the api.
+
+    Raises:
+        AssertionError: If an element errs by more than its bound.
+    """
+    head_dim, num_tokens = query_states.shape[-1], indices.shape[-1] * unit_size
+    query, keys, values = (states.double() for states in (query_states, key_states, value_states))
+    where = (unit_size, kv_start, kv_len)
+    given = (indices, scale, count, log_weight, *where, softcap)
+    exact, exact_lse = sparse_attention(query, keys, values, *given, impl="reference")
+    magnitude, _ = sparse_attention(query, keys, values.abs(), *given, impl="reference")
+    if log_weight is not None:  # one of -inf leaves its unit out
+        log_weight = torch.where(log_weight == -torch.inf, log_weight, log_weight.abs())
+    sizes = (indices, abs(scale), count, log_weight, *where)
+    # The log-sum-exp of the absolute logits is no smaller than the largest of them.
+    _, largest = sparse_attention(query.abs(), keys.abs(), values, *sizes, impl="reference")
+    relative = gamma(head_dim + num_tokens + 16) * (1 + largest.clamp(min=0.0))
+    rounding = torch.finfo(query_states.dtype).eps / 2
+    assert_within_bound(out, exact, (2 * relative[..., None] + rounding) * magnitude)
+    if lse is not None:
+        assert_within_bound(lse, exact_lse, relative)
 
 
 def assert_same_bits(codes: Tensor, states: Tensor, hash_weight: Tensor) -> None:
@@ -83,7 +172,7 @@ def assert_same_bits(codes: Tensor, states: Tensor, hash_weight: Tensor) -> None
     exact_states, exact_weight = states.double(), hash_weight.double()
     projected = exact_states @ exact_weight
     terms = exact_states.abs() @ exact_weight.abs()
-    noise = states.shape[-1] * torch.finfo(torch.float32).eps * terms
+    noise = gamma(states.shape[-1]) * terms
     shifts = torch.arange(32, device=codes.device)
     bits = (codes.long()[..., None] >> shifts & 1).flatten(-2).bool()
     wrong = (bits != (projected > 0)) & (projected.abs() > noise)

@@ -55,7 +55,16 @@ def hamming_score(
     return out
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(
+    do_not_specialize=(
+        "num_slots",
+        # These grow with a cache's room; what they promise of alignment, ALIGNED says.
+        "key_batch_stride",
+        "key_head_stride",
+        "norm_batch_stride",
+        "norm_head_stride",
+    )
+)
 def _score(
     query_codes: tl.tensor,
     key_codes: tl.tensor,

@@ -90,7 +90,17 @@ def _launch(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_states"])
+@triton.jit(
+    do_not_specialize=(
+        "num_states",
+        "capacity",
+        # These grow with a cache's room.
+        "code_batch_stride",
+        "code_head_stride",
+        "norm_batch_stride",
+        "norm_head_stride",
+    )
+)
 def _encode(
     states: tl.tensor,
     weights: tl.tensor,

@@ -13,8 +13,9 @@ from topkbench.kernels.tiles import (
     valid_range,
 )
 
-# Keys and channels in one product.
-_KEYS, _CHANNELS = 128, 64
+# Keys and channels in one product: of 16-bit numbers, for the matrix units; of float32 ones, which
+# stand in registers and would not all fit there.
+_NARROW, _FLOAT32 = (128, 64), (64, 32)
 
 
 def lowrank_score(
@@ -28,11 +29,13 @@ def lowrank_score(
     out = torch.empty(batch_size, num_heads, group, num_slots, device=keys.device)
     if out.numel() == 0:
         return out
+    product = product_dtype(query, keys)
+    tile, channels = _FLOAT32 if product == tl.float32 else _NARROW
     with on_device_of(out):
-        _score[(triton.cdiv(num_slots, _KEYS), batch_size * num_heads)](
+        _score[(triton.cdiv(num_slots, tile), batch_size * num_heads)](
             query.contiguous(), keys, out, kv_start, kv_len, *keys.stride(), num_heads, num_slots,
-            GROUP=group, RANK=rank, PADDED_GROUP=padded(group), KEYS=_KEYS,
-            CHANNELS=min(_CHANNELS, padded(rank)), PRODUCT=product_dtype(query, keys),
+            GROUP=group, RANK=rank, PADDED_GROUP=padded(group), KEYS=tile,
+            CHANNELS=min(channels, padded(rank)), PRODUCT=product,
         )  # fmt: skip
     return out
 

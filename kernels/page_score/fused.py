@@ -18,8 +18,9 @@ from topkbench.kernels.tiles import (
     valid_range,
 )
 
-# Pages and channels in one product.
-_PAGES, _CHANNELS = 64, 128
+# Pages in one product, and channels: of 16-bit numbers, for the matrix units; of float32 ones,
+# which stand in registers and would not all fit there.
+_PAGES, _CHANNELS, _FLOAT32_CHANNELS = 64, 128, 32
 
 
 def page_score(
@@ -41,13 +42,14 @@ def page_score(
     out = torch.empty(batch_size, num_heads, group, num_pages, device=page_min.device)
     if out.numel() == 0:
         return out
+    product = product_dtype(query_states, page_min, page_max)
+    channels = _FLOAT32_CHANNELS if product == tl.float32 else _CHANNELS
     with on_device_of(out):
         _score[(triton.cdiv(num_pages, _PAGES), batch_size * num_heads)](
             query_states.contiguous(), page_min, page_max, out, kv_start, kv_len,
             *page_min.stride(), *page_max.stride(), num_heads, num_pages,
             GROUP=group, HEAD_DIM=head_dim, PADDED_GROUP=padded(group), PAGES=_PAGES,
-            CHANNELS=min(_CHANNELS, padded(head_dim)),
-            PRODUCT=product_dtype(query_states, page_min, page_max),
+            CHANNELS=min(channels, padded(head_dim)), PRODUCT=product,
         )  # fmt: skip
     return out
 

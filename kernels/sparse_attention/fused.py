@@ -107,7 +107,15 @@ def _tanh(x: tl.tensor) -> tl.tensor:
     return tl.where(tl.abs(x) < 0.5, x * above / below, tl.where(x < 0, -large, large))
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_units", "num_queries"])
+@triton.jit(
+    do_not_specialize=(
+        "num_slots",
+        "num_units",
+        "num_queries",
+        "weight_batch_stride",
+        "weight_head_stride",
+    )
+)
 def _attend_part(
     queries: tl.tensor,
     keys: tl.tensor,

@@ -20,6 +20,8 @@ from topkbench.kernels.tiles import check_readable, on_device_of, valid_range
 # Units in one program: few enough to occupy the GPU with one sequence's heads, many enough that
 # adding up its 256 counts is little beside reading them.
 _TILE = 2048
+# What changes from step to step: the strides too, of scores that have no room to spare.
+_GROWING = ("batch_stride", "head_stride", "num_units", "kept", "num_sink", "num_recent")
 
 
 def topk_select(
@@ -106,7 +108,7 @@ def _after(
     return (prefix << 8) | digit.to(tl.uint32), remaining
 
 
-@triton.jit(do_not_specialize=["num_units", "kept", "num_sink", "num_recent"])
+@triton.jit(do_not_specialize=_GROWING)
 def _count_digits(
     scores: tl.tensor,
     histograms: tl.tensor,
@@ -174,7 +176,7 @@ def _chosen(
     return forced | (keys > threshold), (keys == threshold) & (keys != 0)
 
 
-@triton.jit(do_not_specialize=["num_units", "kept", "num_sink", "num_recent"])
+@triton.jit(do_not_specialize=_GROWING)
 def _count_chosen(
     scores: tl.tensor,
     histograms: tl.tensor,
@@ -205,7 +207,7 @@ def _count_chosen(
     tl.store(counts + (row * 2 + 1) * tiles + tile, tl.sum(equal.to(tl.int32), axis=0))
 
 
-@triton.jit(do_not_specialize=["num_units", "kept", "num_sink", "num_recent"])
+@triton.jit(do_not_specialize=_GROWING)
 def _write_chosen(
     scores: tl.tensor,
     histograms: tl.tensor,

@@ -31,29 +31,20 @@ class Hopper:
         return 0
 
 
-def main() -> None:
-    """Launch each operator with the options that change what is compiled."""
-    compiled = set()
-    launch = JITFunction.run
-
-    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        launch(kernel, *arguments, grid=grid, warmup=True, **options)
-        compiled.add(f"{kernel.__module__.split('.')[-2]}.{kernel.__name__}")
-
-    driver.set_active(Hopper())
-    JITFunction.run = compile_only
+def launch_all(size: int) -> None:
+    """Launch each operator over so many slots with the options that change what is compiled."""
     bound = torch.zeros(1, dtype=torch.int32)
-    codes, norms = torch.zeros(1, 2, 64, 4, dtype=torch.int32), torch.zeros(1, 2, 64)
+    codes, norms = torch.zeros(1, 2, size, 4, dtype=torch.int32), torch.zeros(1, 2, size)
     for words in (3, 4):
         for given in (None, norms):
             hamming.hamming_score(codes[:, :, :4, :words], codes[..., :words], given, bound, bound)
     for scores in (norms, norms.bfloat16(), norms.int()):
         topk.topk_select(scores, 8, 1, 1, bound, bound)
     for dtype, dim in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 256)):
-        weight = torch.zeros(2, dim, 128)
-        query, cache = torch.zeros(1, 8, dim).to(dtype), torch.zeros(1, 2, 64, dim).to(dtype)
-        grouped, indices = query.unflatten(1, (2, 4)), torch.zeros(1, 2, 9, dtype=torch.int32)
-        rest = (torch.zeros(1, 2).int(), torch.zeros(1, 8, 9), 16, bound, bound, 30.0)
+        weight, entries = torch.zeros(2, dim, 128), size // 8
+        query, cache = torch.zeros(1, 8, dim).to(dtype), torch.zeros(1, 2, size, dim).to(dtype)
+        grouped, indices = query.unflatten(1, (2, 4)), torch.zeros(1, 2, entries).int()
+        rest = (torch.zeros(1, 2).int(), torch.zeros(1, 8, entries), 16, bound, bound, 30.0)
         attention.sparse_attention(query, cache, cache, indices, 1.0, *rest)
         rest = (None, None, 1, None, bound, None)
         attention.sparse_attention(query, cache, cache, indices, 1.0, *rest)
@@ -61,6 +52,26 @@ def main() -> None:
         lowrank.lowrank_score(grouped[..., :32], cache[..., :32], bound, bound)
         encode.hash_encode(cache, weight.to(dtype))
         encode.encode_step(grouped, cache[:, :, :1], weight, codes, norms, bound)
+
+
+def main() -> None:
+    """Compile what a cache of 77 slots launches, then see that longer ones launch the same."""
+    compiled: dict[str, set[str]] = {}
+    launch = JITFunction.run
+
+    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found = launch(kernel, *arguments, grid=grid, warmup=True, **options)
+        name = f"{kernel.__module__.split('.')[-2]}.{kernel.__name__}"
+        compiled.setdefault(name, set()).add(found.hash)
+
+    driver.set_active(Hopper())
+    JITFunction.run = compile_only
+    launch_all(77)
+    counts = {name: len(hashes) for name, hashes in compiled.items()}
+    for size in (96, 1000):  # a multiple of 16 and none
+        launch_all(size)
+        for name, hashes in compiled.items():
+            assert len(hashes) == counts[name], f"{name} compiles anew at {size} slots."
     print(*sorted(compiled))
 
 
