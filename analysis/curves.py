@@ -164,6 +164,7 @@ def table(lines: pd.DataFrame, *columns: str) -> pd.DataFrame:
     extra = {
         "score": ("score_ci_low", "score_ci_high"),
         "decode_ms_p50": ("decode_ms_p20", "decode_ms_p80"),
+        "tokens_per_s": ("decode_ms_p50", "decode_ms_p20", "decode_ms_p80"),
     }
     names = ["method", "variant", "subtask", "k", "rbit"]
     names += [name for one in columns for name in (one, *extra.get(one, ())) if name not in names]
@@ -294,9 +295,12 @@ def context_curve(lines: pd.DataFrame, y: str) -> tuple[Figure, pd.DataFrame] | 
     if bounded:
         axes.plot([], [], color="#444444", lw=0.9, ls=(0, (3, 2)), label="bandwidth bound")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     _log2_axis(axes.xaxis, [float(v) for v in data[x]])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    if data[y].max() >= 10 * data[y].min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    else:  # a logarithmic axis would make little of it look like much
+        axes.set_ylim(bottom=0)
     axes.set_xlabel(METRICS[x].axis)
     axes.set_ylabel(METRICS[y].axis)
     legend(figure, axes)

@@ -213,6 +213,11 @@ def test_throughput_over_context_where_it_was_measured(
     assert made is not None
     (axes,) = made[0].axes
     assert axes.get_ylabel() == "Throughput (tokens/s)"
+    assert axes.get_yscale() == "log"
+    near = context_curve(lines[lines["kv_len"].astype(int) < 30000], "tokens_per_s")
+    assert near is not None
+    assert near[0].axes[0].get_yscale() == "linear"
+    assert near[0].axes[0].get_ylim()[0] == 0
     # From a quarter of the median, where a step took four times as long, to its double.
     (bars,) = axes.containers[0].lines[2]
     ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
