@@ -116,7 +116,7 @@ class Run:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            if self.task.uses_model:
+            if self.task.uses_model and self.task.fits_methods:
                 prepare_method(self.loaded, method, self.settings["artifact_dir"], show)
 
     @functools.cached_property

@@ -74,9 +74,17 @@ def _curve_label(line: pd.Series, fixed: Sequence[str], with_subtask: bool) -> s
 
 def _spread(points: pd.DataFrame, y: str) -> np.ndarray | None:
     """Return the distances from each point to the ends of its interval, [2, points]."""
-    ends = {"score": ("score_ci_low", "score_ci_high")}.get(
-        y, ("decode_ms_p20", "decode_ms_p80") if y == "decode_ms_p50" else None
-    )
+    if y == "tokens_per_s":  # as many tokens a step, whatever it took
+        slow, fast = (
+            points["decode_ms_p50"] / points[f"decode_ms_{end}"] for end in ("p80", "p20")
+        )
+        if points[["decode_ms_p20", "decode_ms_p80"]].isna().any(axis=None):
+            return None
+        return np.array([points[y] * (1 - slow), points[y] * (fast - 1)], dtype=float)
+    ends = {
+        "score": ("score_ci_low", "score_ci_high"),
+        "decode_ms_p50": ("decode_ms_p20", "decode_ms_p80"),
+    }.get(y)
     if ends is None or points[list(ends)].isna().any(axis=None):
         return None
     low, high = points[y] - points[ends[0]], points[ends[1]] - points[y]
@@ -156,6 +164,7 @@ def table(lines: pd.DataFrame, *columns: str) -> pd.DataFrame:
     extra = {
         "score": ("score_ci_low", "score_ci_high"),
         "decode_ms_p50": ("decode_ms_p20", "decode_ms_p80"),
+        "tokens_per_s": ("decode_ms_p50", "decode_ms_p20", "decode_ms_p80"),
     }
     names = ["method", "variant", "subtask", "k", "rbit"]
     names += [name for one in columns for name in (one, *extra.get(one, ())) if name not in names]
@@ -243,13 +252,17 @@ def _label_front(axes: Axes, front: pd.DataFrame) -> None:
             last = place
 
 
-def context_curve(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
-    """Draw the decode step over the context's length, one curve per line.
+def context_curve(lines: pd.DataFrame, y: str) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw the decode step, or its throughput, over the context's length, one curve per line.
 
     Where the fraction of the memory bandwidth is known, a thin dashed line shows the time that
     the same bytes would take at all of it.
+
+    Args:
+        lines: The headline lines of one setting, of all lengths.
+        y: ``decode_ms_p50`` or ``tokens_per_s``.
     """
-    x, y = "kv_len", "decode_ms_p50"
+    x = "kv_len"
     data = lines[lines[x].notna() & lines[y].notna()]
     if not len(data) or data.groupby("method")[x].nunique().max() < 2:
         return None
@@ -276,17 +289,21 @@ def context_curve(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
             label=label,
         )
         bound = points[y] * points["bandwidth_fraction"]
-        if bound.notna().sum() > 1:
+        if y == "decode_ms_p50" and bound.notna().sum() > 1:
             axes.plot(points[x].astype(float), bound, color=colour, lw=0.9, ls=(0, (3, 2)))
             bounded = True
     if bounded:
         axes.plot([], [], color="#444444", lw=0.9, ls=(0, (3, 2)), label="bandwidth bound")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     _log2_axis(axes.xaxis, [float(v) for v in data[x]])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    if data[y].max() >= 10 * data[y].min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    else:  # a logarithmic axis would make little of it look like much
+        axes.set_ylim(bottom=0)
     axes.set_xlabel(METRICS[x].axis)
     axes.set_ylabel(METRICS[y].axis)
     legend(figure, axes)
     data = pd.concat([points for _, _, points, _, _ in series])
-    return figure, table(data, x, y, "bandwidth_fraction")
+    bound_by = ("bandwidth_fraction",) if y == "decode_ms_p50" else ()
+    return figure, table(data, x, y, *bound_by)

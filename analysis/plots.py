@@ -21,8 +21,8 @@ from topkbench.analysis.curves import context_curve, curve, pareto
 from topkbench.analysis.files import write_atomic
 from topkbench.analysis.stats import MEAN
 
-CONTEXT = "latency_vs_context"
-"""The figure whose axis is the length."""
+CONTEXT = ("latency_vs_context", "throughput_vs_context")
+"""The figures whose axis is the length."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,16 @@ def draw_all(lines: pd.DataFrame, folder: Path, context: str, suffix: str = "") 
             lambda: stages(top),
         ),
         (
-            CONTEXT,
+            CONTEXT[0],
             "Decode latency against context length",
             "Median; thin dashes: the same bytes at the machine's full memory bandwidth.",
-            lambda: context_curve(every),
+            lambda: context_curve(every, "decode_ms_p50"),
+        ),
+        (
+            CONTEXT[1],
+            "Decode throughput against context length",
+            "Median of the whole model's step; bars: 20th to 80th percentile. Higher is better.",
+            lambda: context_curve(every, "tokens_per_s"),
         ),
         (
             "subtasks",
@@ -145,7 +151,7 @@ def draw_all(lines: pd.DataFrame, folder: Path, context: str, suffix: str = "") 
                 one = Drawn(
                     name + suffix,
                     title,
-                    f"{reading}{at if name != CONTEXT else ''} {context}",
+                    f"{reading}{at if name not in CONTEXT else ''} {context}",
                     folder,
                 )
                 _save(figure, data, one)

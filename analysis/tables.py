@@ -198,8 +198,11 @@ def setting(key: dict[str, Any]) -> str:
 
 def _narrow(table: Table) -> Table:
     """Leave out what a terminal of usual width has no room for."""
-    dropped = ("Mass", "Output error", "Side info", "Throughput", "Bandwidth", "Density", "n")
-    keep = [j for j, head in enumerate(table.head) if head.split(" (")[0] not in dropped]
+    names = [head.split(" (")[0] for head in table.head]
+    dropped = {"Mass", "Output error", "Side info", "Bandwidth", "Density", "n"}
+    if "Score" in names:  # else speed is all that the table is about
+        dropped.add("Throughput")
+    keep = [j for j, name in enumerate(names) if name not in dropped]
     rows = [[row[j] for j in keep] for row in table.rows]
     words = {place for place, j in enumerate(keep) if j in table.words}
     return Table([table.head[j] for j in keep], rows, words=words)

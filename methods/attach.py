@@ -160,6 +160,14 @@ class Session:
         """Drop the indices of a cache, for a caller that rewrote it unseen."""
         self.indices.forget(cache)
 
+    def take_back(self, cache: object) -> None:
+        """Take the newest token back from the indices, for a caller that decodes it once more.
+
+        The token must be the same again: an index may have folded it into what it keeps. Only
+        where writes are not watched, in inference mode, are the indices then kept.
+        """
+        self.indices.take_back(cache)
+
     def _dense_layers(self) -> dict[int, str]:
         dense: dict[int, str] = {}
         # A method that reads everything has no policy, and so none that could be wrong.

@@ -184,7 +184,7 @@ class TopKMethod(ABC):
 
     @abstractmethod
     def build_index(self, prefill: PrefillInputs) -> Any:
-        """Return one layer's side information, with room for ``prefill.capacity`` slots."""
+        """Return one layer's side information, an ``Index`` of ``prefill.capacity`` slots."""
 
     @abstractmethod
     def append(self, index: Any, key_states: Tensor, value_states: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Which slots of a cache are valid, and whether an index still describes the cache beside it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -91,6 +91,8 @@ def _own_lengths(cache: Any, stored: Any, key: Tensor) -> Lengths:
     # While the layers are being written one after the other, each knows its own length best.
     kv_len = getattr(stored, "kv_len", kv_len)
     n = stored.get_seq_length()
+    if kv_len is None:  # every row fills every slot, and no kernel needs a mask
+        return Lengths(int(n), kv_start, None, is_own=True)
     if key.device.type != "cpu":  # reading the lengths would make the GPU wait
         return Lengths(int(n), kv_start, kv_len.to(key.device), is_own=True)
     ends = kv_len.tolist()
@@ -186,6 +188,14 @@ class IndexStore:
     def capacity(self, cache: Any, layer: int) -> int:
         """Return the slots that a layer's kept index has room for."""
         return self._kept[cache][layer].capacity
+
+    def take_back(self, cache: Any) -> None:
+        """Take the newest token back from a cache's indices; what it wrote is written over."""
+        for kept in self._kept.get(cache, {}).values():
+            kept.index.take_back()
+            kv_len = kept.lengths.kv_len
+            kv_len = None if kv_len is None else kv_len - 1
+            kept.lengths = replace(kept.lengths, n=kept.lengths.n - 1, kv_len=kv_len)
 
     def drop(self, cache: Any, layer: int) -> None:
         """Drop a layer's index."""

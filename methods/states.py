@@ -141,6 +141,12 @@ class Index:
         self.length += 1
         return self.length - 1
 
+    def take_back(self) -> None:
+        """Count one token less in every row; its slot is written again by the next ``append``."""
+        self.length -= 1
+        if self.kv_len is not None:
+            self.kv_len -= 1
+
     @staticmethod
     def put(buffer: Tensor, slot: int | Tensor, entry: Tensor) -> None:
         """Write ``entry [B, H, ...]`` at a slot of each row of ``buffer [B, H, capacity, ...]``."""

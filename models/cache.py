@@ -1,5 +1,6 @@
 """The cache that decoding writes to: allocated once, rows of different lengths, never joined."""
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,8 @@ class DecodeLayer(CacheLayerMixin):
 
     def __init__(self, owner: "DecodeCache", keys: Tensor, values: Tensor) -> None:
         super().__init__()
-        self.owner = owner
+        # Else the two would hold each other, and gigabytes wait for the garbage collector.
+        self.owner = weakref.proxy(owner)
         self.keys = keys
         self.values = values
         self.is_initialized = True
@@ -92,6 +94,7 @@ class DecodeCache(Cache):
             devices = [torch.device("cpu")] * prefills[0].num_layers
         lengths = [prefill.num_tokens for prefill in prefills]
         self.n = max(lengths)
+        self._level = min(lengths) == self.n
         self.capacity = self.n + new_tokens
         self.kv_len = torch.tensor(lengths, dtype=torch.int32, device=devices[0])
         self.rows = torch.arange(len(prefills), device=devices[0])
@@ -133,6 +136,6 @@ class DecodeCache(Cache):
         return self.slots[:, None]
 
     @property
-    def topkbench_lengths(self) -> tuple[None, Tensor]:
-        """The valid slots of each row: from 0 to ``kv_len``, int32 ``[B]``."""
-        return None, self.kv_len
+    def topkbench_lengths(self) -> tuple[None, Tensor | None]:
+        """The valid slots of each row: from 0 to ``kv_len``, int32 ``[B]``; None if all are."""
+        return None, None if self._level else self.kv_len

@@ -1,11 +1,13 @@
-"""The one loader: a hub id, a local folder, or the model that ships with the project."""
+"""The one loader: a hub id, a local folder, the model that ships, or random weights."""
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import (
@@ -18,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 SHIPPED = {"tiny": Path(__file__).resolve().parent / "tiny"}
+RANDOM = "random"
 WHOLE_FILE_BYTES = 64 * 2**20
 SAMPLED_BLOCKS, SAMPLED_BYTES = 256, 2**16
 
@@ -33,7 +36,7 @@ class LoadedModel:
     Attributes:
         name: What rows and figures call it.
         model: In evaluation mode.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer; that of random weights refuses whatever is asked of it.
         digest: Identifies the weights: 16 hex digits.
         window: Longest sequence in tokens.
         chat: Prompts are wrapped in the tokenizer's chat template.
@@ -61,6 +64,7 @@ def load_model(
     revision: str | None = None,
     chat: bool = False,
     short_answers: bool = False,
+    architecture: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -68,20 +72,28 @@ def load_model(
 
     Args:
         name: What rows and figures call the model.
-        path: A hub id, a local folder, or the name of a shipped model.
-        dtype: ``"auto"`` (as saved), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        path: A hub id, a local folder, the name of a shipped model, or ``"random"``.
+        dtype: ``"auto"`` (as saved; bfloat16 for random weights), ``"float32"``, ``"bfloat16"`` or
+            ``"float16"``.
         device: Where the model runs, such as ``"cpu"`` or ``"cuda:0"``.
         device_map: Passed to transformers to spread a model over several GPUs; needs accelerate.
         revision: Of a hub id.
         chat: Wrap prompts in the chat template.
         short_answers: See ``LoadedModel``.
+        architecture: With ``path="random"``: the fields of a transformers configuration,
+            ``model_type`` among them. The weights are drawn on the device, the same every time.
 
     Raises:
         ModelNotAvailable: If it cannot be reached, is damaged, or does not fit the device.
     """
+    if (path == RANDOM) != (architecture is not None):
+        raise ModelNotAvailable(
+            f"model.architecture must be given with model.path={RANDOM} and with no other, got"
+            f" {'none' if architecture is None else 'one'} with model.path={path}."
+        )
     folder = SHIPPED.get(path)
     source = str(folder or Path(path).expanduser()) if folder or _is_local(path) else path
-    if _is_local(source) and not Path(source).is_dir():
+    if architecture is None and _is_local(source) and not Path(source).is_dir():
         raise ModelNotAvailable(
             f"model.path must be a hub id, a folder or one of {', '.join(SHIPPED)}, found no"
             f" folder {source}; check the path."
@@ -90,6 +102,8 @@ def load_model(
         raise ModelNotAvailable(f"device={device} needs a CUDA device, found none; use device=cpu.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ModelNotAvailable(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+    if architecture is not None:
+        return _draw(name, architecture, "bfloat16" if dtype == "auto" else dtype, device)
     transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
@@ -136,6 +150,70 @@ def load_model(
         short_answers=short_answers,
         artifact_folders=(folder / "artifacts",) if folder else (),
     )
+
+
+class NoTokenizer:
+    """The tokenizer of a model that has none: one sentence, whatever is asked of it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, asked: str) -> NoReturn:
+        raise ModelNotAvailable(
+            f"this task needs text, and {self._name} has random weights and no tokenizer; use"
+            " task=decode_throughput, or a trained model."
+        )
+
+
+def _draw(name: str, architecture: Mapping[str, Any], dtype: str, device: str) -> LoadedModel:
+    """Make a model of random weights; no copy in another place or precision is made.
+
+    Raises:
+        ModelNotAvailable: If transformers knows no such architecture, or there is no room.
+    """
+
+    def make(place: torch.device) -> PreTrainedModel:
+        with place:
+            made: PreTrainedModel = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(**architecture),
+                dtype=getattr(torch, dtype),
+                attn_implementation="sdpa",
+            )
+        return made
+
+    place = torch.device(device)
+    try:
+        need = make(torch.device("meta")).get_memory_footprint()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelNotAvailable(
+            f"model.architecture must be the fields of a transformers configuration, model_type"
+            f" among them, got {type(error).__name__}: {reason}"
+        ) from error
+    free = free_bytes(place)
+    if need > free:
+        raise ModelNotAvailable(
+            f"the weights of {name} must fit the free memory of {free / 2**30:.1f} GiB, got"
+            f" {need / 2**30:.1f} GiB; use a smaller model or dtype=bfloat16."
+        )
+    with torch.random.fork_rng([place] if place.type == "cuda" else []):
+        torch.manual_seed(0)
+        model = make(place)
+    text = json.dumps({**architecture, "dtype": dtype}, sort_keys=True)
+    return LoadedModel(
+        name=name,
+        model=model.eval().requires_grad_(False),
+        tokenizer=cast(PreTrainedTokenizerBase, NoTokenizer(name)),
+        digest=hashlib.sha256(text.encode()).hexdigest()[:16],
+        window=int(model.config.get_text_config(decoder=True).max_position_embeddings),
+    )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that nobody uses: the accelerator's, or the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def weights_digest(source: str, commit: str | None = None) -> str:

@@ -116,6 +116,7 @@ class Task(ABC):
         all_budgets: One cell covers every budget, so ``k`` is no axis of the task.
         needs_full: Full attention's answers are compared with, or forced.
         uses_model: The model's weights matter to the result.
+        fits_methods: A method that learns comes fitted on the model; else the task fits it.
         subject: What rows name in the model's place where they do not.
     """
 
@@ -123,6 +124,7 @@ class Task(ABC):
     all_budgets: bool = False
     needs_full: ClassVar[bool] = True
     uses_model: bool = True
+    fits_methods: ClassVar[bool] = True
     subject: str = ""
 
     def inputs_digest(self, loaded: LoadedModel) -> str:
@@ -225,7 +227,8 @@ class GenerationTask(Task):
         read = [density for density in densities.values() if density is not None]
         density = statistics.fmean(read) if read else None
         shared: dict[str, Any] = {"batch_size": 1, "density": density}
-        shared |= accounting(context, prompts, density)
+        lengths = (len(prompt.prefill_ids) + len(prompt.decode_ids) for prompt in prompts)
+        shared |= accounting(context, round(statistics.fmean(lengths)), density)
         shared |= speed(context, prompts, shared["bytes_read_per_step"])
         if context.method.selects:
             shared |= judge(context, prompts)
@@ -278,16 +281,13 @@ class GenerationTask(Task):
         return samples, {subtask: counter.density for subtask, counter in counters.items()}
 
 
-def accounting(
-    context: Context, prompts: Sequence[Prompt], density: float | None
-) -> dict[str, Any]:
-    """Return the bytes that a decode step reads, from each method's own model.
+def accounting(context: Context, n: int, density: float | None) -> dict[str, Any]:
+    """Return the bytes that a decode step over ``n`` tokens reads, from each method's own model.
 
     Where each query head selects its own tokens, a step reads what they select together: as many
     as the measured density says.
     """
     geometry, method = context.geometry, context.method
-    n = round(statistics.fmean(len(p.prefill_ids) + len(p.decode_ids) for p in prompts))
     policy = method.policy_in_force(context.policy)
     dense = policy.resolve_dense_layers(geometry.num_layers) if method.selects else ()
     sparse = geometry.num_layers - len(dense)

@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
+SMALL = ("num_hidden_layers=1", "hidden_size=64", "intermediate_size=64", "vocab_size=99")
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "run.py"
 
@@ -353,6 +354,20 @@ def test_the_decode_latency_task_runs(commands: Commands) -> None:
     assert set(rows["status"]) == {"ok"}
 
 
+def test_the_decode_throughput_task_fits_and_prefills_nothing(commands: Commands) -> None:
+    status = commands.run(
+        *("task=decode_throughput", "task.lengths=[128,256,20000]", "task.trials=2"),
+        *("method=loki", "task.budget=null", "k=32"),
+    )
+    assert status == 0, commands.text("err")
+    rows = commands.rows.sort_values("kv_len")
+    assert list(rows["status"]) == ["ok", "ok", "skipped"]
+    assert set(rows["model"]) == {"tiny"}
+    tokens = rows["tokens_per_s"][:2] * rows["decode_ms_p50"][:2]
+    assert tokens.tolist() == pytest.approx([1000, 1000])
+    assert commands.forwards == []
+
+
 def one_sentence(commands: Commands, *words: str) -> None:
     err = commands.text("err")
     lines = [line for line in err.splitlines() if line.strip()]
@@ -390,6 +405,14 @@ def one_sentence(commands: Commands, *words: str) -> None:
         (["task.length=30"], ["use a larger task.length."]),
         (["task.source=/no/such/file"], ["task.source must be", "/no/such/file"]),
         (["device=cuda:99"], ["cuda:99"]),
+        (
+            [
+                "model=random_1b",
+                "model.path=random",
+                *(f"model.architecture.{one}" for one in SMALL),
+            ],
+            ["random_1b has random weights and no tokenizer; use task=decode_throughput"],
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

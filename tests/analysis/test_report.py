@@ -15,7 +15,7 @@ from topkbench.analysis.lines import compare
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.plots import draw_all
 from topkbench.analysis.record import RecordError, Row, Sweep, frame
-from topkbench.analysis.tables import main_table
+from topkbench.analysis.tables import main_table, summary_table
 
 FIGURES = {
     "score_vs_rbit",
@@ -186,11 +186,48 @@ def test_latency_over_context_is_one_setting_with_one_figure(
     data = pd.read_csv(drawn["latency_vs_context"].csv)
     assert data["kv_len"].tolist() == [4096, 16384, 65536, 131072] * 3
     assert data["method"].unique().tolist() == ["full", "hata", "quest"]
-    made = context_curve(lines)
+    made = context_curve(lines, "decode_ms_p50")
     assert made is not None
     legend = [text.get_text() for text in made[0].legends[0].get_texts()]
     assert legend == ["bandwidth bound", "Full attention", "HATA, 128 bits", "Quest"]
     assert "Sub-task" not in main_table(lines).head
+
+
+def test_throughput_over_context_where_it_was_measured(
+    tmp_path: Path, row: Callable[..., Row]
+) -> None:
+    rows = latency_rows(row).assign(task="decode_throughput", bandwidth_fraction=None)
+    rows["decode_ms_p50"] = rows["kv_len"].astype(float) / 4096
+    rows["tokens_per_s"] = 1000 / rows["decode_ms_p50"]
+    rows["decode_ms_p20"], rows["decode_ms_p80"] = (
+        rows["decode_ms_p50"] / 2,
+        rows["decode_ms_p50"] * 4,
+    )
+    ((_, lines),) = compare(rows).panels()
+    drawn = {one.name: one for one in draw_all(lines, tmp_path, "words")}
+    assert set(drawn) == {"latency_vs_context", "throughput_vs_context", "stages"}
+    assert "At 131,072" not in drawn["throughput_vs_context"].caption
+    data = pd.read_csv(drawn["throughput_vs_context"].csv)
+    assert data["tokens_per_s"].tolist()[:4] == [1000.0, 250.0, 62.5, 31.25]
+    made = context_curve(lines, "tokens_per_s")
+    assert made is not None
+    (axes,) = made[0].axes
+    assert axes.get_ylabel() == "Throughput (tokens/s)"
+    assert axes.get_yscale() == "log"
+    near = context_curve(lines[lines["kv_len"].astype(int) < 30000], "tokens_per_s")
+    assert near is not None
+    assert near[0].axes[0].get_yscale() == "linear"
+    assert near[0].axes[0].get_ylim()[0] == 0
+    # From a quarter of the median, where a step took four times as long, to its double.
+    (bars,) = axes.containers[0].lines[2]
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert ends == [[250.0, 2000.0], [62.5, 500.0], [15.625, 125.0], [7.8125, 62.5]]
+
+
+def test_the_terminal_shows_throughput_where_nothing_is_scored(row: Callable[..., Row]) -> None:
+    timed = row(tokens_per_s=12.5, length=None)
+    assert "Throughput (tokens/s)" in summary_table(frame([timed]))
+    assert "Throughput" not in summary_table(frame([timed.replace(score=50.0)]))
 
 
 def test_axes_and_legend_of_a_curve(big_sweep: Sweep) -> None:

@@ -117,6 +117,9 @@ def test_a_model_composes(name: str) -> None:
     assert config.model.device == "cpu"
     if name in SHIPPED_MODELS:
         assert isinstance(instantiate(config.model), LoadedModel)
+    elif name.startswith("random"):
+        assert config.model.path == "random"
+        assert config.model.architecture.model_type == "llama"
     else:
         owner, _, repository = config.model.path.partition("/")
         assert owner
@@ -191,6 +194,7 @@ def test_a_bad_budget_is_refused(override: str, message: str) -> None:
         (["task=decode_latency", "task.lengths=[0]"], "task", "task.lengths must"),
         (["task=decode_latency", "task.trials=0"], "task", "task.trials must"),
         (["task=decode_latency", "task.num_kv_heads=0"], "task", "num_kv_heads must"),
+        (["task=decode_throughput", "task.batch_size=0"], "task", "task.batch_size must"),
         (["task=selection", "task.budgets=[]"], "task", "task.budgets must"),
     ],
 )

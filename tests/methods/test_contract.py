@@ -124,6 +124,26 @@ def test_appending_equals_rebuilding(
         torch.testing.assert_close(once.scores, again.scores)
 
 
+@pytest.mark.parametrize("ends", [None, int32(40, 33, 38)])
+def test_a_token_taken_back_can_be_appended_again(
+    selecting: TopKMethod, states: States, build: Build, ends: Tensor | None
+) -> None:
+    queries, keys, values = states(3, 41)
+    before = None if ends is None else ends - 1
+    index = build(selecting, keys[:, :, :40], values[:, :, :40], None, before, capacity=41)
+    slots = torch.full((3,), 40) if ends is None else ends.long() - 1
+    newest = (keys[torch.arange(3), :, slots, None], values[torch.arange(3), :, slots, None])
+    view = CacheView(keys, values, None, ends)
+    steps = []
+    for _ in range(3):
+        selecting.append(index, *newest)
+        steps.append(selecting.step(queries, index, view, Policy(k=20), SCALE))
+        index.take_back()
+    assert torch.equal(steps[0].out, steps[2].out)
+    assert steps[0].selection is not None
+    assert torch.equal(steps[0].selection.indices, steps[2].selection.indices)
+
+
 def test_appending_beyond_capacity_is_refused(
     selecting: TopKMethod, states: States, build: Build
 ) -> None:

@@ -1,5 +1,7 @@
 """The decode cache and the prefill store: written in place, computed once."""
 
+import gc
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,24 @@ def test_rows_are_written_in_place_where_each_ends() -> None:
     assert cache.kv_len.tolist() == [5, 7]
     assert cache.topkbench_lengths[0] is None
     assert cache.topkbench_lengths[1].dtype == torch.int32
+
+
+def test_rows_of_one_length_need_no_mask() -> None:
+    cache = DecodeCache([states(3, 1.0), states(3, 2.0)], new_tokens=1)
+    cache.extend()
+    assert cache.topkbench_lengths == (None, None)
+    assert cache.kv_len.tolist() == [4, 4]
+
+
+def test_a_dropped_cache_is_freed_at_once() -> None:
+    cache = DecodeCache([states(3, 1.0)], new_tokens=1)
+    buffer = weakref.ref(cache.layers[0].keys)
+    gc.disable()  # nothing may wait for the collector
+    try:
+        del cache
+        assert buffer() is None
+    finally:
+        gc.enable()
 
 
 def test_a_full_cache_is_one_sentence() -> None:

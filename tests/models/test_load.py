@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from topkbench.models.load import ModelNotAvailable, load_model, tokenizer_digest, weights_digest
 from topkbench.models.tiny_tokenizer import build_tokenizer
 
+CONF = Path(__file__).parents[2] / "conf"
 Damage = Callable[[Path], object]
 
 
@@ -167,3 +169,80 @@ def test_a_device_that_is_not_there(folder: Path) -> None:
 def test_an_unknown_dtype(folder: Path, dtype: str) -> None:
     with pytest.raises(ModelNotAvailable, match=f"dtype must be auto, float32.*got '{dtype}'"):
         load_model("mine", str(folder), dtype=dtype)
+
+
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 1000,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+
+
+def test_random_weights_are_drawn_the_same_every_time() -> None:
+    state = torch.get_rng_state()
+    loaded = load_model("mine", "random", architecture=SMALL)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (loaded.name, loaded.window, loaded.model.dtype) == ("mine", 512, torch.bfloat16)
+    assert not any(weight.requires_grad for weight in loaded.model.parameters())
+    projection = loaded.model.model.layers[1].mlp.up_proj.weight
+    assert float(projection.float().std()) == pytest.approx(0.02, rel=0.05)
+    again = load_model("mine", "random", architecture=SMALL)
+    pairs = zip(loaded.model.parameters(), again.model.parameters(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    assert again.digest == loaded.digest
+    wide = load_model("mine", "random", dtype="float32", architecture=SMALL)
+    assert wide.model.dtype == torch.float32
+    assert wide.digest != loaded.digest
+    assert load_model("mine", "random", architecture={**SMALL, "vocab_size": 999}).digest not in (
+        *(loaded.digest, wide.digest),
+    )
+
+
+def test_random_weights_answer_no_question() -> None:
+    loaded = load_model("mine", "random", architecture=SMALL)
+    with pytest.raises(ModelNotAvailable) as caught:
+        loaded.tokenizer.encode("word")
+    one_sentence(caught.value, "needs text, and mine has random weights and no tokenizer", "task=")
+
+
+@pytest.mark.parametrize(
+    ("path", "architecture", "words"),
+    [
+        ("random", None, ("model.architecture must be given with model.path=random", "got none")),
+        ("tiny", SMALL, ("with no other, got one with model.path=tiny",)),
+        ("random", {"model_type": "lama"}, ("fields of a transformers configuration", "lama")),
+        ("random", {"hidden_size": 8}, ("model_type among them",)),
+        ("random", {**SMALL, "vocab_size": 10**12}, ("must fit the free memory of", "GiB")),
+    ],
+)
+def test_bad_architectures(
+    path: str, architecture: dict[str, object] | None, words: tuple[str, ...]
+) -> None:
+    with pytest.raises(ModelNotAvailable) as caught:
+        load_model("mine", path, architecture=architecture)
+    one_sentence(caught.value, *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "tied"),
+    [("random_1b", 1.2358, True), ("random_3b", 3.2128, True), ("random_8b", 8.0303, False)],
+)
+def test_a_random_model_has_the_size_it_is_named_for(
+    name: str, billions: float, tied: bool
+) -> None:
+    """Parameters as the published models' cards give them, without drawing any."""
+    config = OmegaConf.load(CONF / "model" / f"{name}.yaml")
+    architecture = OmegaConf.to_container(config.architecture)
+    assert isinstance(architecture, dict)
+    with torch.device("meta"):
+        made = LlamaForCausalLM(AutoConfig.for_model(**architecture))
+    assert sum(weight.numel() for weight in made.parameters()) / 1e9 == pytest.approx(
+        billions, abs=1e-4
+    )
+    assert made.config.tie_word_embeddings == tied

@@ -1,0 +1,238 @@
+"""How many tokens a second a whole model decodes, at any context length."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from topkbench.kernels.timing import Stages, measure
+from topkbench.methods.attach import Session, attach
+from topkbench.methods.base import Geometry, Observer, TopKMethod, check_whole, kv_bytes
+from topkbench.models.cache import DecodeCache, layer_devices
+from topkbench.models.load import free_bytes
+from topkbench.models.prefill import Prefill
+from topkbench.tasks.cell import peak_memory_mib, reset_peak_memory
+from topkbench.tasks.decode_latency import MEMORY_SHARE, PlantedCalibration
+from topkbench.tasks.evaluation import Context, Counter, Outcome, Task, TaskRow, accounting
+
+CALIBRATION_TOKENS = 128
+
+
+@dataclass(kw_only=True)
+class DecodeThroughput(Task):
+    """Decode steps of the cell's whole model, over a planted cache of any length.
+
+    Full attention and the method decode in turn, in one process, over one cache that is allocated
+    once. Each step decodes the same token at the same position and is then taken back, so that all
+    cost the same. The cache holds random keys and values, the same in every layer, since reading
+    such contexts takes hours on a CPU; the method builds its index from them, and one that learns
+    is fitted on random keys too: what it picks is no better than chance, and costs as much.
+
+    Before a time is reported, the logits must be finite, and with ``k`` at the whole cache they
+    must be full attention's.
+
+    Attributes:
+        lengths: Cached tokens, the decoded one included, one row each.
+        budget: Share of the tokens that ``k`` is, at least 64 tokens; None takes the cell's ``k``.
+        batch_size: Rows that decode together.
+        seed: Of the planted states.
+        trials: Timed steps of each length.
+        cuda_graph: On a GPU, time the replay of a CUDA graph; a step that cannot be captured is
+            skipped, never timed otherwise.
+    """
+
+    name: str = "decode_throughput"
+    lengths: Sequence[int] = (4096, 8192, 16384, 32768, 65536)
+    budget: float | None = 0.015625
+    batch_size: int = 1
+    seed: int = 0
+    trials: int = 15
+    cuda_graph: bool = True
+    needs_full: ClassVar[bool] = False
+    fits_methods: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self.all_budgets = self.budget is not None  # k follows from the length then
+        for knob in ("batch_size", "trials"):
+            check_whole(f"task.{knob}", getattr(self, knob))
+        if not self.lengths or min(self.lengths) < 2:
+            raise ValueError(
+                f"task.lengths must be numbers of cached tokens from 2 on, got {self.lengths}."
+            )
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise ValueError(f"task.budget must be a share above 0 and up to 1, got {self.budget}.")
+
+    def run(self, context: Context) -> Outcome:
+        rows = [self._row(context, n) for n in context.track(self.lengths, self.name)]
+        return Outcome(rows, [])
+
+    def _row(self, context: Context, length: int) -> TaskRow:
+        values: dict[str, Any] = {"kv_len": length, "length": length, "batch_size": self.batch_size}
+        reason = self._too_long(context, length)
+        if reason is not None:
+            return TaskRow(str(length), values, "skipped", reason)
+        policy = context.policy
+        if self.budget is not None and context.method.selects:
+            policy = replace(policy, k=max(64, round(length * self.budget)))
+        device = context.loaded.model.device
+        reset_peak_memory(device)
+        fit_on_random_keys(context.method, context.geometry)
+        context = replace(context, policy=context.method.policy_in_force(policy))
+        timed, status, reason = self._time(context, length)
+        values |= {**timed, "peak_memory_mib": peak_memory_mib(device)}
+        return TaskRow(str(length), values, status, reason)
+
+    def _too_long(self, context: Context, length: int) -> str | None:
+        """Return one sentence if the model has no such window, or the machine no such memory."""
+        loaded, geometry = context.loaded, context.geometry
+        if length > loaded.window:
+            return f"{length} tokens exceed the window of {loaded.window} tokens of {loaded.name}."
+        device = loaded.model.device
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what earlier lengths gave back is free
+        per_token = kv_bytes(geometry, 1) + context.method.index_bytes_per_token(geometry)
+        weights = loaded.model.get_memory_footprint()
+        need = weights + self.batch_size * length * geometry.num_layers * per_token
+        if need > MEMORY_SHARE * (free_bytes(device) + weights):
+            return f"{need / 2**30:.1f} GiB of weights and caches exceed half of the free memory."
+        return None
+
+    @torch.inference_mode()
+    def _time(self, context: Context, length: int) -> tuple[dict[str, Any], str, str]:
+        """Return what one length's row says beside its length, its status and reason."""
+        model, method, policy = context.loaded.model, context.method, context.policy
+        cache = self._planted(context, length)
+        values: dict[str, Any] = {"full_backend": getattr(context.full, "backend", None)}
+        if method.selects:
+            values["k"] = policy.k
+        twin = sharing_weights(model)
+        with (
+            attach(model, method, policy) as session,
+            attach(twin, context.full, policy) as full_session,
+        ):
+            turns: dict[str, Callable[[], Tensor]] = {"step": partial(step, model, session, cache)}
+            if method.selects:
+                turns = {"full": partial(step, twin, full_session, cache), **turns}
+            read, build_ms = self._watched(context, session, cache, turns["step"])
+            values |= read
+            wrong = disagreement(turns, session, length)
+            if wrong is not None:
+                return values, "wrong", wrong
+            graph = self._graph(model.device)
+            try:
+                timed = measure(turns, self.trials, 2, model.device, cuda_graph=graph)
+            except RuntimeError as error:
+                if not graph or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                said = " ".join(str(error).split())[:200]
+                reason = (
+                    f"the step must record into a CUDA graph, got {said};"
+                    " task.cuda_graph=false times it kernel by kernel."
+                )
+                return values, "skipped", reason
+        took = timed["step"]
+        values["decode_ms_p20"] = took.p20_ms
+        values["decode_ms_p50"] = took.p50_ms
+        values["decode_ms_p80"] = took.p80_ms
+        values["tokens_per_s"] = 1e3 * self.batch_size / took.p50_ms
+        if method.selects:
+            values["build_ms"] = build_ms
+            values["speedup_vs_full"] = timed["full"].p50_ms / took.p50_ms
+        return values, "ok", ""
+
+    def _graph(self, device: torch.device) -> bool:
+        """Whether steps are replayed from a CUDA graph."""
+        return self.cuda_graph and device.type == "cuda"
+
+    def _planted(self, context: Context, length: int) -> DecodeCache:
+        """Return a cache of random states with the last slot open for the token to decode."""
+        geometry, model = context.geometry, context.loaded.model
+        generator = torch.Generator(model.device).manual_seed(self.seed)
+        shape = (2, geometry.num_kv_heads, length - 1, geometry.head_dim)
+        keys, values = torch.randn(
+            shape, generator=generator, dtype=model.dtype, device=model.device
+        )
+        layers = geometry.num_layers
+        prefill = Prefill((keys,) * layers, (values,) * layers, torch.empty(0), 0.0)
+        cache = DecodeCache([prefill] * self.batch_size, 1, layer_devices(model))
+        cache.extend()
+        return cache
+
+    def _watched(
+        self, context: Context, session: Session, cache: DecodeCache, run: Callable[[], Tensor]
+    ) -> tuple[dict[str, Any], float]:
+        """Return what an untimed step reads, and the milliseconds of building its index."""
+        run()  # compiles
+        session.forget(cache)
+        session.observer = watch = BuildWatch(context.loaded.model.device)
+        run()
+        session.observer = Observer()
+        read = accounting(context, cache.n, watch.density)
+        return {**read, "density": watch.density}, sum(watch.stages.times().get("build", ()))
+
+
+class BuildWatch(Counter):
+    """Counts what a step reads, and times its stages."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.stages = Stages(device)
+
+    def stage(self, name: str, layer: int) -> Any:
+        return self.stages(name)
+
+
+def step(model: PreTrainedModel, session: Session, cache: DecodeCache) -> Tensor:
+    """Decode the first token of the vocabulary in each row and take it back; return the logits."""
+    tokens = torch.zeros_like(cache.positions)
+    logits: Tensor = model(
+        input_ids=tokens, position_ids=cache.positions, past_key_values=cache, use_cache=True
+    ).logits
+    session.take_back(cache)
+    return logits[:, -1]
+
+
+def disagreement(
+    turns: dict[str, Callable[[], Tensor]], session: Session, length: int
+) -> str | None:
+    """Return one sentence if the logits are not finite, or not full attention's with all tokens."""
+    logits = turns["step"]()
+    if not logits.isfinite().all():
+        return "the logits must be finite, got infinity or NaN."
+    if "full" not in turns:
+        return None
+    chosen, session.policy = session.policy, replace(session.policy, k=length)
+    whole, expected = turns["step"]().float(), turns["full"]().float()
+    session.policy = chosen
+    error = float((whole - expected).norm() / expected.norm())
+    tolerance = 1e-3 if logits.dtype == torch.float32 else 5e-2
+    if error <= tolerance:
+        return None
+    return (
+        f"with k at all {length} tokens the logits must be full attention's within {tolerance}, got"
+        f" a difference of {error:.3g}."
+    )
+
+
+def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a second model on the same weights, so that two methods are attached at once."""
+    shared = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def fit_on_random_keys(method: TopKMethod, geometry: Geometry) -> None:
+    """Fit a method that must be, on a few random keys, the same in every layer."""
+    if method.artifact_spec(geometry) is None or method.artifact:
+        return
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, geometry.num_kv_heads, CALIBRATION_TOKENS, geometry.head_dim)
+    group = geometry.num_heads // geometry.num_kv_heads
+    drawn = [
+        (keys.repeat_interleave(group, 0), keys) for keys in torch.randn(shape, generator=generator)
+    ]
+    method.load_artifact(method.fit(PlantedCalibration(len(drawn), drawn, geometry.num_layers)))
