@@ -32,10 +32,12 @@ _NAMED_APART = ("artifact", "config_digest")
 _MEANS = (
     *("recall_at_k", "attention_mass", "output_rel_error", "density", "bytes_read_per_step"),
     *("index_bytes_per_token", "peak_memory_mib", "bandwidth_fraction"),
+    *("bandwidth_gb_s",),
 )
 _MEDIANS = (
     *("prefill_ms", "build_ms", "decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "encode_ms"),
     *("append_ms", "score_ms", "select_ms", "attend_ms", "tokens_per_s", "speedup_vs_full"),
+    *("decode_ms_warm_p50",),
 )
 _SCORES = (
     *("score", "score_ci_low", "score_ci_high"),

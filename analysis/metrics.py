@@ -57,6 +57,9 @@ METRICS: dict[str, Metric] = {
     "decode_ms_p50": Metric(
         label="Decode step, median", unit="ms", better="lower", format=".3g", scale="log"
     ),
+    "decode_ms_warm_p50": Metric(
+        label="Decode step, warm", unit="ms", better="lower", format=".3g", scale="log"
+    ),
     "encode_ms": Metric(label="Encode", unit="ms", better="lower", format=".3g"),
     "append_ms": Metric(label="Append", unit="ms", better="lower", format=".3g"),
     "score_ms": Metric(label="Score", unit="ms", better="lower", format=".3g"),

@@ -21,6 +21,7 @@ _METRICS = (
     ("bytes_read_per_step", "Read/step"),
     ("index_bytes_per_token", "Side info"),
     ("decode_ms_p50", "Decode step"),
+    ("decode_ms_warm_p50", "Warm step"),
     ("tokens_per_s", "Throughput"),
     ("speedup_vs_full", "Speed-up"),
     ("bandwidth_fraction", "Bandwidth"),
@@ -147,8 +148,11 @@ def environment_table(rows: pd.DataFrame) -> Table:
     """Return what the rows were made with, each value that occurs."""
     names = {
         "device": "Machine",
+        "driver": "Driver",
+        "clock_mhz": "Clock (MHz)",
         "git_commit": "Commit",
         "torch": "torch",
+        "numba": "numba",
         "triton": "triton",
         "transformers": "transformers",
         "impl": "Kernels",
@@ -158,8 +162,11 @@ def environment_table(rows: pd.DataFrame) -> Table:
     }
     cells = []
     for name, label in names.items():
-        found = sorted({str(one) for one in rows[name].dropna()}) if len(rows) else []
-        if name == "started_at" and len(found) > 1:
+        values = list(rows[name].dropna()) if len(rows) else []
+        if name == "clock_mhz":
+            values = [round(one) for one in values]
+        found = [str(one) for one in sorted(set(values))]
+        if name in ("started_at", "clock_mhz") and len(found) > 1:
             found = [f"{found[0]} to {found[-1]}"]
         if found:
             cells.append([label, ", ".join(found)])

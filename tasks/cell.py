@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from topkbench.kernels.timing import versions
 from topkbench.methods import artifact
 from topkbench.methods.attach import geometry_of
 from topkbench.methods.base import TopKMethod
@@ -91,14 +92,10 @@ def environment(loaded: LoadedModel) -> dict[str, Any]:
     """Return the columns of a row that describe machine and libraries."""
     import transformers
 
-    try:
-        from triton import __version__ as triton_version
-    except ImportError:
-        triton_version = None
+    found = versions()
     return {
         "device": machine_name(loaded.model.device),
-        "torch": str(torch.__version__),
-        "triton": triton_version,
+        **{name: found[name] for name in ("driver", "torch", "numba", "triton")},
         "transformers": transformers.__version__,
     }
 
