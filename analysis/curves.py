@@ -25,14 +25,25 @@ def new_figure(width: float = 7.2, height: float = 4.1) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _log2_axis(axis: Any, values: Sequence[float]) -> None:
-    """Put plain numbers at the values themselves; thin them out where they would touch."""
+def log2_axis(axis: Any, values: Sequence[float], number: str = ",.0f", most: int = 9) -> None:
+    """Put plain numbers at the values themselves; thin them out where they would touch.
+
+    Args:
+        axis: The axis.
+        values: Where a tick may stand.
+        number: Format of the numbers; ``"k"`` counts in units of 1,024.
+        most: How many ticks have room.
+    """
     ticks = sorted(set(values))
-    while len(ticks) > 9:
+    while len(ticks) > most:
         ticks = ticks[::2]
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+    def text(value: float, _: Any) -> str:
+        return f"{value / 1024:g}K" if number == "k" else format(value, number)
+
+    axis.set_major_formatter(FuncFormatter(text))
 
 
 def _series(
@@ -133,7 +144,7 @@ def curve(lines: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.DataFrame] | 
             label=label,
         )
     axes.set_xscale("log", base=2)
-    _log2_axis(axes.xaxis, [float(v) for v in data[x]])
+    log2_axis(axes.xaxis, [float(v) for v in data[x]])
     axes.set_xlabel(METRICS[x].axis)
     axes.set_ylabel(METRICS[y].axis)
     shown = pd.concat([data[y], full[y]])
@@ -149,6 +160,11 @@ def _whole_axis(axes: Axes, lowest: float, whole: float, room: float = 0.02) -> 
     """Let the vertical axis end just above the whole and begin at a tenth below all points."""
     bottom = math.floor(10 * (lowest / whole - 0.08)) / 10 * whole
     axes.set_ylim(max(bottom, -0.02 * whole), (1.0 + room) * whole)
+
+
+def called_by_shape(lines: pd.DataFrame) -> pd.Series:
+    """Return for each line whether its sub-task is only its length, or length and batch size."""
+    return lines["subtask"].str.partition(" x ")[0] == lines["length"].astype(str)
 
 
 def table(lines: pd.DataFrame, *columns: str) -> pd.DataFrame:
@@ -243,22 +259,24 @@ def _label_front(axes: Axes, front: pd.DataFrame) -> None:
             last = place
 
 
-def context_curve(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
-    """Draw the decode step over the context's length, one curve per line.
+def context_curve(lines: pd.DataFrame, x: str = "kv_len") -> tuple[Figure, pd.DataFrame] | None:
+    """Draw the decode step over the context's length, or the batch's size, one curve per line.
 
     Where the fraction of the memory bandwidth is known, a thin dashed line shows the time that
     the same bytes would take at all of it.
+
+    Args:
+        lines: Lines of one setting, and of one batch size or length.
+        x: ``kv_len`` or ``batch_size``.
     """
-    x, y = "kv_len", "decode_ms_p50"
+    y = "decode_ms_p50"
     data = lines[lines[x].notna() & lines[y].notna()]
     if not len(data) or data.groupby("method")[x].nunique().max() < 2:
         return None
     figure, axes = new_figure()
     bounded = False
-    # A row of each length is called by it, and a budget may grow with the length.
-    data = data.assign(
-        subtask=data["subtask"].where(data["subtask"] != data["length"].astype(str), "")
-    )
+    # A row of each shape is called by it, and a budget may grow with the length.
+    data = data.assign(subtask=data["subtask"].mask(called_by_shape(data), ""))
     budgets = data.groupby(["label", "rbit", x], dropna=False)["k"].nunique()
     series = _series(data, x, ("k", "rbit") if budgets.max() > 1 else ("rbit",))
     for method, label, points, lightness, line_style in series:
@@ -280,13 +298,15 @@ def context_curve(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
             axes.plot(points[x].astype(float), bound, color=colour, lw=0.9, ls=(0, (3, 2)))
             bounded = True
     if bounded:
-        axes.plot([], [], color="#444444", lw=0.9, ls=(0, (3, 2)), label="bandwidth bound")
+        speed = data["bandwidth_gb_s"].median()
+        told = "" if pd.isna(speed) else f" ({speed:.0f} GB/s)"
+        axes.plot([], [], color="#444444", lw=0.9, ls=(0, (3, 2)), label=f"bandwidth bound{told}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    _log2_axis(axes.xaxis, [float(v) for v in data[x]])
+    log2_axis(axes.xaxis, [float(v) for v in data[x]])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axes.set_xlabel(METRICS[x].axis)
     axes.set_ylabel(METRICS[y].axis)
     legend(figure, axes)
     data = pd.concat([points for _, _, points, _, _ in series])
-    return figure, table(data, x, y, "bandwidth_fraction")
+    return figure, table(data, x, y, "bandwidth_fraction", "bandwidth_gb_s")

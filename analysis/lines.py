@@ -264,7 +264,7 @@ def _labelled(lines: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
         lines[name] = pd.to_numeric(lines[name]).astype("float64")
     variants: dict[Hashable, str] = {}
     for _, part in _groups(lines, ("model", "task", "method")):
-        options = [*parameters, "protocol", "impl", "full_backend", "batch_size"]
+        options = [*parameters, "protocol", "impl", "full_backend"]
         varying = [name for name in options if part[name].astype(str).nunique() > 1]
         for index, line in part[varying].iterrows():
             variants[index] = ", ".join(
@@ -273,7 +273,8 @@ def _labelled(lines: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
     lines["variant"] = pd.Series(variants)
     for name in _NAMED_APART:
         same = lines.duplicated(
-            [*SETTING, "method", "k", "rbit", "kv_len", "subtask", "variant"], keep=False
+            [*SETTING, "method", "k", "rbit", "kv_len", "batch_size", "subtask", "variant"],
+            keep=False,
         )
         for index in lines.index[same & lines[name].notna()]:
             apart = f"{name.partition('_')[0]} {str(lines.at[index, name])[:8]}"
@@ -345,6 +346,6 @@ def _sorted(lines: pd.DataFrame) -> pd.DataFrame:
     methods = sorted(lines["method"].unique(), key=style.order)
     rank = lines["method"].map({name: place for place, name in enumerate(methods)})
     ordered = lines.assign(rank=rank).sort_values(
-        [*SETTING, "rank", "variant", "k", "rbit"], kind="stable", na_position="first"
+        [*SETTING, "rank", "variant", "k", "rbit", "batch_size"], kind="stable", na_position="first"
     )
     return ordered.drop(columns="rank").reset_index(drop=True)

@@ -84,6 +84,7 @@ METRICS: dict[str, Metric] = {
     ),
     "k": Metric(label="Budget k", unit="tokens kept per KV head", format=".0f", scale="log"),
     "rbit": Metric(label="Hash bits, rbit", unit="bits per key", format=".0f", scale="log"),
+    "batch_size": Metric(label="Batch size", format=".0f", scale="log"),
     "kv_len": Metric(label="Context length", unit="cached tokens", format=".0f", scale="log"),
 }
 """Every column that a table or a figure shows."""

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
+from topkbench.analysis.curves import called_by_shape
 from topkbench.analysis.lines import compare
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.row import Status
@@ -74,13 +75,15 @@ def main_table(lines: pd.DataFrame) -> Table:
     """
     columns: list[tuple[str, list[str]]] = [("Method", [str(one) for one in lines["label"]])]
     words = {0}
-    named = (lines["subtask"] != MEAN) & (lines["subtask"] != lines["length"].astype(str))
+    named = (lines["subtask"] != MEAN) & ~called_by_shape(lines)
     if named.any() and lines["subtask"].nunique() > 1:
         words.add(len(columns))
         columns.append(("Sub-task", [str(one) for one in lines["subtask"]]))
     for name, head in (("length", "Length"), ("kv_len", "Context")):
         if lines[name].nunique() > 1 and (name == "length" or not lines["length"].nunique() > 1):
             columns.append((f"{head} (tokens)", [_whole(one) for one in lines[name]]))
+    if lines["batch_size"].nunique() > 1:
+        columns.append(("Batch", [_whole(one) for one in lines["batch_size"]]))
     for name in ("k", "rbit"):
         if lines[name].notna().any():
             columns.append((name, [_whole(one) for one in lines[name]]))
