@@ -224,6 +224,15 @@ def clock_mhz(device: torch.device | str = "cpu") -> float | None:
     return max(float(clock) for clock in clocks) if clocks else None
 
 
+def machine_name(device: torch.device) -> str:
+    """Return what the machine calls itself: the accelerator, or the processor and its cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = re.findall(r"model name\s*:\s*(.+)", _read(Path("/proc/cpuinfo")))
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
 def versions() -> dict[str, str | None]:
     """Return the versions that a time depends on, None for what is not there.
 
