@@ -1,4 +1,4 @@
-"""The named experiments on the operators alone: ``python -m topkbench.kernels.bench --experiment X``.
+"""The named experiments on the operators alone: what ``kernels.bench --experiment NAME`` runs.
 
 They run where there is no Hydra and no W&B, on a bare GPU machine. The rules are those of
 ``task=decode_latency``: all methods are timed in turn, cold; the result of each stage is compared

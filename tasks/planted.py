@@ -9,7 +9,7 @@ from topkbench.methods.base import Geometry
 
 NEEDLES = 8
 BLOCK = 4096  # tokens that are drawn; more are made of them
-CALIBRATION_TOKENS = 512
+CALIBRATION_TOKENS = 256
 
 
 @dataclass

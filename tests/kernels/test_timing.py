@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from topkbench.kernels import bench, timing
+from topkbench.kernels import timing
 from topkbench.kernels.timing import (
     Bandwidth,
     Stages,
@@ -137,22 +137,3 @@ def test_clock_and_versions_are_the_systems(
     assert found["driver"] == "570.86.15"
     assert found["torch"] == torch.__version__
     assert found["cuda"] == torch.version.cuda
-
-
-def test_the_bench_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    shape = "--kv-len 700 --kv-heads 2 --group 2 --head-dim 64 --k 32 --trials 2"
-    for dtype in ("float32", "bfloat16"):
-        assert bench.main([*shape.split(), "--dtype", dtype]) == 0
-        printed = capsys.readouterr().out
-        for name in ("hash_encode", "sparse_attention", "full (sdpa)", "speedup"):
-            assert name in printed
-
-
-def test_the_bench_gives_no_time_for_a_wrong_result(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(bench, "topk_select", lambda scores, k, impl: torch.zeros(1, 8, k).int())
-    assert bench.main(["--kv-len", "300", "--k", "8", "--trials", "1"]) == 1
-    captured = capsys.readouterr()
-    assert "wrong result, no times" in captured.err
-    assert "speedup" not in captured.out
