@@ -79,10 +79,10 @@ def _load(model_config: str, memory_gib: float | None) -> tuple[Any, Any]:
 
 @functools.cache
 def bandwidth(device: str) -> float:
-    """Measure the machine's read bandwidth once a process, in bytes a second."""
+    """Measure the machine's memory bandwidth once a process, in bytes a second."""
     from topkbench.kernels.timing import read_bandwidth
 
-    return read_bandwidth(device).read_gb_s * 1e9
+    return read_bandwidth(device).ceiling_gb_s * 1e9
 
 
 class Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
@@ -14,6 +15,14 @@ from topkbench.analysis.metrics import METRICS, STAGES
 
 _MOST_LINES = 24
 _WIDEST_NAME = 48  # characters; a wider one leaves no room for the bars
+_OPERATORS = {
+    "hash_encode": "encode",
+    "hamming_score": "score",
+    "page_score": "score",
+    "lowrank_score": "score",
+    "topk_select": "select",
+    "sparse_attention": "fused attention",
+}
 _BLUES = LinearSegmentedColormap.from_list("scores", ["#FFFFFF", "#BBD7EC", "#3F8FC4", "#08457E"])
 
 
@@ -26,6 +35,8 @@ def _names(lines: pd.DataFrame) -> list[str]:
         words += [f"{line['rbit']} bits"] if not pd.isna(line["rbit"]) else []
         if not pd.isna(line["length"]) and lines["length"].nunique() > 1:
             words.append(f"{line['length']:,} tokens")
+        if not pd.isna(line["batch_size"]) and lines["batch_size"].nunique() > 1:
+            words.append(f"batch {line['batch_size']}")
         names.append(textwrap.fill(", ".join(words), _WIDEST_NAME))
     return names
 
@@ -40,13 +51,62 @@ def _fewer(lines: pd.DataFrame) -> pd.DataFrame:
 
 def stages(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     """Draw one stacked bar per line: the stages of a decode step and what is left of it."""
-    columns = list(STAGES)
-    data = _fewer(lines[lines[columns].notna().any(axis=1)])
-    if len(data) < 2:
+    data = _fewer(lines[lines[list(STAGES)].notna().any(axis=1)])
+    if len(data) < 2 or ablation(lines) is not None:
         return None
+    figure, _, shown = _stacked(data, _names(data))
+    return figure, shown
+
+
+def ablation(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw what each fast operator adds, from torch alone, as one stacked bar a step.
+
+    That is for lines of one method that differ in their kernels alone, each step with those of the
+    step before and more.
+    """
+    data = lines[lines[list(STAGES)].notna().any(axis=1) & lines["impl"].notna()]
+    data = data.assign(slow=data["impl"].map(_slow))
+    data = data.sort_values("slow", key=lambda sets: -sets.map(len), kind="stable")
+    steps = list(zip(data["slow"], data["slow"].iloc[1:], strict=False))
+    if len(data) < 3 or data["method"].nunique() > 1 or not all(one > two for one, two in steps):
+        return None
+    rest = _words(frozenset(_OPERATORS) - data["slow"].iloc[0])
+    names = [f"simple: all but {' and '.join(rest)} in torch" if rest else "simple: all in torch"]
+    names += ["+ " + " and ".join(_words(one - two)) for one, two in steps]
+    figure, axes, shown = _stacked(data, names)
+    first = data["decode_ms_p50"].iloc[0]
+    # Stages are timed apart, so together they may be longer than the step.
+    ends = data[list(STAGES)].sum(axis=1).clip(lower=data["decode_ms_p50"])
+    for place, (taken, end) in enumerate(zip(data["decode_ms_p50"], ends, strict=True)):
+        text = f" {METRICS['decode_ms_p50'].text(taken)} ms, {first / taken:.1f}×"
+        axes.text(end, place, text, va="center", fontsize=8)
+    axes.set_xlim(right=1.3 * ends.max())
+    return figure, shown.assign(step=names, impl=list(data["impl"]))
+
+
+def _slow(impl: str) -> frozenset[str]:
+    """Return the operators that ran in torch: of ``reference`` all of them.
+
+    ``cpu, reference: hash_encode topk_select`` names those that differ from most.
+    """
+    most, _, rest = impl.partition(", ")
+    other, _, named = rest.partition(": ")
+    others = frozenset(named.split())
+    if most == "reference":
+        return frozenset(_OPERATORS) - others
+    return others if other == "reference" else frozenset()
+
+
+def _words(operators: frozenset[str]) -> list[str]:
+    """Return what operators do, in the order of a step, each word once."""
+    return list(dict.fromkeys(_OPERATORS[name] for name in _OPERATORS if name in operators))
+
+
+def _stacked(data: pd.DataFrame, names: list[str]) -> tuple[Figure, Axes, pd.DataFrame]:
+    """Draw the stages of each line as a stacked bar, and what is left of the step."""
+    columns = list(STAGES)
     parts = data[columns].fillna(0.0)
     rest = (data["decode_ms_p50"] - parts.sum(axis=1)).clip(lower=0).fillna(0.0)
-    names = _names(data)
     rows_of_text = sum(name.count("\n") + 1 for name in names)
     figure, axes = new_figure(7.2, 1.3 + 0.25 * len(data) + 0.1 * (rows_of_text - len(data)))
     places = range(len(data))
@@ -70,7 +130,7 @@ def stages(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("Time within one decode step (ms)")
     legend(figure, axes)
-    return figure, table(data.assign(rest_ms=rest), *columns, "rest_ms", "decode_ms_p50")
+    return figure, axes, table(data.assign(rest_ms=rest), *columns, "rest_ms", "decode_ms_p50")
 
 
 def heat_table(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:

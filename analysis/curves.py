@@ -25,14 +25,25 @@ def new_figure(width: float = 7.2, height: float = 4.1) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _log2_axis(axis: Any, values: Sequence[float]) -> None:
-    """Put plain numbers at the values themselves; thin them out where they would touch."""
+def log2_axis(axis: Any, values: Sequence[float], number: str = ",.0f", most: int = 9) -> None:
+    """Put plain numbers at the values themselves; thin them out where they would touch.
+
+    Args:
+        axis: The axis.
+        values: Where a tick may stand.
+        number: Format of the numbers; ``"k"`` counts in units of 1,024.
+        most: How many ticks have room.
+    """
     ticks = sorted(set(values))
-    while len(ticks) > 9:
+    while len(ticks) > most:
         ticks = ticks[::2]
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+    def text(value: float, _: Any) -> str:
+        return f"{value / 1024:g}K" if number == "k" else format(value, number)
+
+    axis.set_major_formatter(FuncFormatter(text))
 
 
 def _series(
@@ -141,7 +152,7 @@ def curve(lines: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.DataFrame] | 
             label=label,
         )
     axes.set_xscale("log", base=2)
-    _log2_axis(axes.xaxis, [float(v) for v in data[x]])
+    log2_axis(axes.xaxis, [float(v) for v in data[x]])
     axes.set_xlabel(METRICS[x].axis)
     axes.set_ylabel(METRICS[y].axis)
     shown = pd.concat([data[y], full[y]])
@@ -157,6 +168,11 @@ def _whole_axis(axes: Axes, lowest: float, whole: float, room: float = 0.02) -> 
     """Let the vertical axis end just above the whole and begin at a tenth below all points."""
     bottom = math.floor(10 * (lowest / whole - 0.08)) / 10 * whole
     axes.set_ylim(max(bottom, -0.02 * whole), (1.0 + room) * whole)
+
+
+def called_by_shape(lines: pd.DataFrame) -> pd.Series:
+    """Return for each line whether its sub-task is only its length, or length and batch size."""
+    return lines["subtask"].str.partition(" x ")[0] == lines["length"].astype(str)
 
 
 def table(lines: pd.DataFrame, *columns: str) -> pd.DataFrame:
@@ -252,26 +268,26 @@ def _label_front(axes: Axes, front: pd.DataFrame) -> None:
             last = place
 
 
-def context_curve(lines: pd.DataFrame, y: str) -> tuple[Figure, pd.DataFrame] | None:
-    """Draw the decode step, or its throughput, over the context's length, one curve per line.
+def context_curve(
+    lines: pd.DataFrame, y: str, x: str = "kv_len"
+) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw the decode step, or its throughput, over the context's length or the batch's size.
 
     Where the fraction of the memory bandwidth is known, a thin dashed line shows the time that
     the same bytes would take at all of it.
 
     Args:
-        lines: The headline lines of one setting, of all lengths.
+        lines: Lines of one setting, and of one batch size or length.
         y: ``decode_ms_p50`` or ``tokens_per_s``.
+        x: ``kv_len`` or ``batch_size``.
     """
-    x = "kv_len"
     data = lines[lines[x].notna() & lines[y].notna()]
     if not len(data) or data.groupby("method")[x].nunique().max() < 2:
         return None
     figure, axes = new_figure()
     bounded = False
-    # A row of each length is called by it, and a budget may grow with the length.
-    data = data.assign(
-        subtask=data["subtask"].where(data["subtask"] != data["length"].astype(str), "")
-    )
+    # A row of each shape is called by it, and a budget may grow with the length.
+    data = data.assign(subtask=data["subtask"].mask(called_by_shape(data), ""))
     budgets = data.groupby(["label", "rbit", x], dropna=False)["k"].nunique()
     series = _series(data, x, ("k", "rbit") if budgets.max() > 1 else ("rbit",))
     for method, label, points, lightness, line_style in series:
@@ -293,9 +309,11 @@ def context_curve(lines: pd.DataFrame, y: str) -> tuple[Figure, pd.DataFrame] | 
             axes.plot(points[x].astype(float), bound, color=colour, lw=0.9, ls=(0, (3, 2)))
             bounded = True
     if bounded:
-        axes.plot([], [], color="#444444", lw=0.9, ls=(0, (3, 2)), label="bandwidth bound")
+        speed = data["bandwidth_gb_s"].median()
+        told = "" if pd.isna(speed) else f" ({speed:.0f} GB/s)"
+        axes.plot([], [], color="#444444", lw=0.9, ls=(0, (3, 2)), label=f"bandwidth bound{told}")
     axes.set_xscale("log", base=2)
-    _log2_axis(axes.xaxis, [float(v) for v in data[x]])
+    log2_axis(axes.xaxis, [float(v) for v in data[x]])
     if data[y].max() >= 10 * data[y].min():
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
@@ -305,5 +323,5 @@ def context_curve(lines: pd.DataFrame, y: str) -> tuple[Figure, pd.DataFrame] | 
     axes.set_ylabel(METRICS[y].axis)
     legend(figure, axes)
     data = pd.concat([points for _, _, points, _, _ in series])
-    bound_by = ("bandwidth_fraction",) if y == "decode_ms_p50" else ()
+    bound_by = ("bandwidth_fraction", "bandwidth_gb_s") if y == "decode_ms_p50" else ()
     return figure, table(data, x, y, *bound_by)

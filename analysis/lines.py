@@ -32,10 +32,12 @@ _NAMED_APART = ("artifact", "config_digest")
 _MEANS = (
     *("recall_at_k", "attention_mass", "output_rel_error", "density", "bytes_read_per_step"),
     *("index_bytes_per_token", "peak_memory_mib", "bandwidth_fraction"),
+    *("bandwidth_gb_s",),
 )
 _MEDIANS = (
     *("prefill_ms", "build_ms", "decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "encode_ms"),
     *("append_ms", "score_ms", "select_ms", "attend_ms", "tokens_per_s", "speedup_vs_full"),
+    *("decode_ms_warm_p50",),
 )
 _SCORES = (
     *("score", "score_ci_low", "score_ci_high"),
@@ -262,7 +264,7 @@ def _labelled(lines: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
         lines[name] = pd.to_numeric(lines[name]).astype("float64")
     variants: dict[Hashable, str] = {}
     for _, part in _groups(lines, ("model", "task", "method")):
-        options = [*parameters, "protocol", "impl", "full_backend", "batch_size"]
+        options = [*parameters, "protocol", "impl", "full_backend"]
         varying = [name for name in options if part[name].astype(str).nunique() > 1]
         for index, line in part[varying].iterrows():
             variants[index] = ", ".join(
@@ -271,7 +273,8 @@ def _labelled(lines: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
     lines["variant"] = pd.Series(variants)
     for name in _NAMED_APART:
         same = lines.duplicated(
-            [*SETTING, "method", "k", "rbit", "kv_len", "subtask", "variant"], keep=False
+            [*SETTING, "method", "k", "rbit", "kv_len", "batch_size", "subtask", "variant"],
+            keep=False,
         )
         for index in lines.index[same & lines[name].notna()]:
             apart = f"{name.partition('_')[0]} {str(lines.at[index, name])[:8]}"
@@ -343,6 +346,6 @@ def _sorted(lines: pd.DataFrame) -> pd.DataFrame:
     methods = sorted(lines["method"].unique(), key=style.order)
     rank = lines["method"].map({name: place for place, name in enumerate(methods)})
     ordered = lines.assign(rank=rank).sort_values(
-        [*SETTING, "rank", "variant", "k", "rbit"], kind="stable", na_position="first"
+        [*SETTING, "rank", "variant", "k", "rbit", "batch_size"], kind="stable", na_position="first"
     )
     return ordered.drop(columns="rank").reset_index(drop=True)

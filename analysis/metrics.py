@@ -57,6 +57,9 @@ METRICS: dict[str, Metric] = {
     "decode_ms_p50": Metric(
         label="Decode step, median", unit="ms", better="lower", format=".3g", scale="log"
     ),
+    "decode_ms_warm_p50": Metric(
+        label="Decode step, warm", unit="ms", better="lower", format=".3g", scale="log"
+    ),
     "encode_ms": Metric(label="Encode", unit="ms", better="lower", format=".3g"),
     "append_ms": Metric(label="Append", unit="ms", better="lower", format=".3g"),
     "score_ms": Metric(label="Score", unit="ms", better="lower", format=".3g"),
@@ -81,6 +84,7 @@ METRICS: dict[str, Metric] = {
     ),
     "k": Metric(label="Budget k", unit="tokens kept per KV head", format=".0f", scale="log"),
     "rbit": Metric(label="Hash bits, rbit", unit="bits per key", format=".0f", scale="log"),
+    "batch_size": Metric(label="Batch size", format=".0f", scale="log"),
     "kv_len": Metric(label="Context length", unit="cached tokens", format=".0f", scale="log"),
 }
 """Every column that a table or a figure shows."""

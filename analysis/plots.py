@@ -5,7 +5,7 @@ A figure is drawn only where its data vary: a curve needs two points, a comparis
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,13 +16,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from topkbench.analysis import style
-from topkbench.analysis.bars import heat_table, stages
+from topkbench.analysis.bars import ablation, heat_table, stages
+from topkbench.analysis.break_even import MODELS, ModelSize, break_even, step_bound
 from topkbench.analysis.curves import context_curve, curve, pareto
 from topkbench.analysis.files import write_atomic
 from topkbench.analysis.stats import MEAN
 
-CONTEXT = ("latency_vs_context", "throughput_vs_context")
-"""The figures whose axis is the length."""
+OVER_LENGTHS = (
+    "latency_vs_context",
+    "throughput_vs_context",
+    "latency_vs_batch",
+    "break_even",
+    "step_bound",
+)
+"""The figures that show more than the longest length of the smallest batch."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,13 @@ class Drawn:
         return self.folder / f"{self.name}.csv"
 
 
-def draw_all(lines: pd.DataFrame, folder: Path, context: str, suffix: str = "") -> list[Drawn]:
+def draw_all(
+    lines: pd.DataFrame,
+    folder: Path,
+    context: str,
+    suffix: str = "",
+    models: Mapping[str, ModelSize] = MODELS,
+) -> list[Drawn]:
     """Draw every figure that the lines of one setting allow.
 
     Args:
@@ -61,12 +74,15 @@ def draw_all(lines: pd.DataFrame, folder: Path, context: str, suffix: str = "") 
         folder: Where the files go.
         context: What was measured: model, task, length, question, samples, machine, commit.
         suffix: End of the files' names, where a report has several settings.
+        models: Whole models that the bound on a step is drawn for.
 
     Returns:
         The figures drawn, in the order they are shown.
     """
     with_mean = set(lines.loc[lines["subtask"] == MEAN, "line"])
     top = lines[(lines["subtask"] == MEAN) | ~lines["line"].isin(with_mean)]
+    batched = at_one_length(top)
+    top = smallest_batch(top)
     # Lengths stand together only where they are an axis; the other figures show the longest.
     every, lengths = top, sorted(int(one) for one in top["length"].dropna().unique())
     if len(lengths) > 1:
@@ -122,16 +138,43 @@ def draw_all(lines: pd.DataFrame, folder: Path, context: str, suffix: str = "") 
             lambda: stages(top),
         ),
         (
-            CONTEXT[0],
+            "ablation",
+            "What each fast operator adds",
+            "Medians within one decode step, each bar with the operators of those above; "
+            f"{', '.join(dict.fromkeys(top['impl'].dropna().astype(str)))}.",
+            lambda: ablation(top),
+        ),
+        (
+            "latency_vs_context",
             "Decode latency against context length",
-            "Median; thin dashes: the same bytes at the machine's full memory bandwidth.",
+            "Median; thin dashes: the same bytes at the machine's measured memory bandwidth.",
             lambda: context_curve(every, "decode_ms_p50"),
         ),
         (
-            CONTEXT[1],
+            "throughput_vs_context",
             "Decode throughput against context length",
             "Median of the whole model's step; bars: 20th to 80th percentile. Higher is better.",
             lambda: context_curve(every, "tokens_per_s"),
+        ),
+        (
+            "latency_vs_batch",
+            "Decode latency against batch size",
+            "Median; thin dashes: the same bytes at the machine's measured memory bandwidth."
+            + (f" At {int(batched['length'].iloc[0]):,} tokens." if len(batched) else ""),
+            lambda: context_curve(batched, "decode_ms_p50", "batch_size"),
+        ),
+        (
+            "break_even",
+            "Speed-up of one layer's decode step",
+            "Over full attention timed in turn; a bar on the line of 1: where it breaks even.",
+            lambda: break_even(every),
+        ),
+        (
+            "step_bound",
+            "Whole decode step: a bound",
+            "Weights read once at the measured bandwidth, and every layer's attention as timed; "
+            "nothing else is counted, so no method can speed up a step by more.",
+            lambda: step_bound(every, models),
         ),
         (
             "subtasks",
@@ -151,12 +194,26 @@ def draw_all(lines: pd.DataFrame, folder: Path, context: str, suffix: str = "") 
                 one = Drawn(
                     name + suffix,
                     title,
-                    f"{reading}{at if name not in CONTEXT else ''} {context}",
+                    f"{reading}{at if name not in OVER_LENGTHS else ''} {context}",
                     folder,
                 )
                 _save(figure, data, one)
                 drawn.append(one)
     return drawn
+
+
+def smallest_batch(lines: pd.DataFrame) -> pd.DataFrame:
+    """Return the lines of the smallest batch size, and those that have none."""
+    sizes = lines["batch_size"]
+    return lines[sizes.isna() | (sizes == sizes.min()).fillna(False)]
+
+
+def at_one_length(lines: pd.DataFrame) -> pd.DataFrame:
+    """Return the lines of the length at which most batch sizes were timed; none of one size."""
+    sizes = lines.groupby("length")["batch_size"].nunique()
+    if not len(sizes) or sizes.max() < 2:
+        return lines[:0]
+    return lines[lines["length"] == sizes.idxmax()]
 
 
 def _save(figure: Figure, data: pd.DataFrame, drawn: Drawn) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import base64
+import dataclasses
 import html
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import jinja2
 import pandas as pd
 
 from topkbench.analysis import tables
+from topkbench.analysis.break_even import MODELS, ModelSize, break_even_table, model_sizes
 from topkbench.analysis.files import one_sentence, write_atomic
 from topkbench.analysis.lines import Comparison, compare
-from topkbench.analysis.plots import Drawn, draw_all
+from topkbench.analysis.plots import Drawn, draw_all, smallest_batch
 from topkbench.analysis.record import CellStore, RecordError, Sweep, frame, samples_of, typed
 from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX, Row
 from topkbench.analysis.stats import paired_columns
@@ -80,10 +82,14 @@ def _read_rows(file: Path) -> pd.DataFrame:
         )
     except (OSError, ValueError) as error:
         raise RecordError(f"{file} must be a table of rows, but cannot be read: {error}.") from None
-    missing = [name for name in COLUMNS if name not in data.columns]
+    known = [one for one in dataclasses.fields(Row) if one.name in COLUMNS]
+    required = [one.name for one in known if one.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in data.columns]
     if missing:
-        raise RecordError(f"{file} must have every column of a row, but lacks {missing[0]}.")
-    return typed(data)
+        raise RecordError(f"{file} must have {', '.join(required)}, but lacks {missing[0]}.")
+    # What was not recorded when the file was written, or where, is empty.
+    extra = [name for name in data.columns if name not in COLUMNS]
+    return typed(data.reindex(columns=[*COLUMNS, *extra]))
 
 
 def _read_samples(file: Path) -> pd.DataFrame:
@@ -95,13 +101,18 @@ def _merge(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(full, ignore_index=True) if full else parts[0]
 
 
-def build(sources: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
+def build(
+    sources: str | Path | Sequence[str | Path],
+    out: str | Path | None = None,
+    models: Mapping[str, ModelSize] = MODELS,
+) -> Path:
     """Write tables, figures and the report of one sweep, or of several merged.
 
     Args:
         sources: One or more of what `load` reads.
         out: Where to write; by default into the sweep's folder, or ``merged`` beside the
             first of several.
+        models: Whole models that the bound on a decode step is told for.
 
     Returns:
         The absolute path of ``report.html``.
@@ -129,7 +140,7 @@ def build(sources: str | Path | Sequence[str | Path], out: str | Path | None = N
     write_atomic(folder / "rows.parquet", rows.to_parquet(None, index=False))
     write_atomic(folder / "rows.csv", rows.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "samples.parquet", _plain(samples).to_parquet(None, index=False))
-    content = _content(compared, folder)
+    content = _content(compared, folder, models)
     write_atomic(folder / "report.md", _markdown(content).encode())
     path = folder / "report.html"
     write_atomic(path, _html(content).encode())
@@ -147,7 +158,7 @@ def _plain(samples: pd.DataFrame) -> pd.DataFrame:
     return data
 
 
-def _content(compared: Comparison, folder: Path) -> dict[str, Any]:
+def _content(compared: Comparison, folder: Path, models: Mapping[str, ModelSize]) -> dict[str, Any]:
     """Return what a report says, in the order it says it."""
     panels: list[dict[str, Any]] = []
     settings = list(compared.panels())
@@ -155,13 +166,14 @@ def _content(compared: Comparison, folder: Path) -> dict[str, Any]:
         words = tables.setting(key)
         top = lines[lines.index.isin(compared.headline.index)]
         suffix = f"-{place + 1}" if len(settings) > 1 else ""
-        drawn = draw_all(lines, folder / "figures", _context(words, top), suffix)
+        drawn = draw_all(lines, folder / "figures", _context(words, top), suffix, models)
         panels.append(
             {
                 "title": words,
                 "slug": f"setting-{place + 1}",
                 "table": tables.main_table(top),
                 "subtasks": tables.subtask_table(lines),
+                "break_even": break_even_table(smallest_batch(top), models),
                 "figures": drawn,
             }
         )
@@ -204,6 +216,8 @@ def _markdown(content: dict[str, Any]) -> str:
         parts += [f"## {panel['title']}", panel["table"].markdown()]
         if panel["subtasks"] is not None:
             parts += ["### Score by sub-task", panel["subtasks"].markdown()]
+        if panel["break_even"] is not None:
+            parts += ["### Break-even", panel["break_even"].markdown()]
         for one in panel["figures"]:
             link = f"figures/{one.name}"
             parts += [
@@ -244,9 +258,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="sweep folder or rows file")
     parser.add_argument("--out", metavar="DIR", help="where to write the report")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="NAME=PARAMETERS/LAYERS",
+        default=[f"{name}={one.parameters:g}/{one.layers}" for name, one in MODELS.items()],
+        help="whole models that the bound on a decode step is told for (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     try:
-        print(build(options.results, options.out))
+        print(build(options.results, options.out, model_sizes(options.models)))
     except RecordError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

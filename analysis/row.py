@@ -41,6 +41,7 @@ SPEED_COLUMNS = (
     "decode_ms_p50",
     "decode_ms_p20",
     "decode_ms_p80",
+    "decode_ms_warm_p50",
     "encode_ms",
     "append_ms",
     "score_ms",
@@ -139,6 +140,8 @@ class Row:
     """One decode step, 20th percentile, milliseconds."""
     decode_ms_p80: float | None = None
     """One decode step, 80th percentile, milliseconds."""
+    decode_ms_warm_p50: float | None = None
+    """One decode step repeated alone on the same data, median, milliseconds."""
     encode_ms: float | None = None
     """Encoding the query within one decode step, milliseconds."""
     append_ms: float | None = None
@@ -161,11 +164,19 @@ class Row:
     """Peak memory of the cell, MiB (2**20 bytes)."""
     bandwidth_fraction: float | None = None
     """Achieved over measured memory bandwidth; above 1 only where the states fit into a cache."""
+    bandwidth_gb_s: float | None = None
+    """Measured memory bandwidth that the fraction is of, 1e9 bytes a second."""
 
     device: str | None = None
     """The machine: name of the processor or accelerator."""
+    clock_mhz: float | None = None
+    """Clock of the processor or accelerator just after timing, MHz; None where it is not told."""
+    driver: str | None = None
+    """Version of the accelerator's driver; None without one."""
     torch: str | None = None
     """Version of torch."""
+    numba: str | None = None
+    """Version of numba."""
     triton: str | None = None
     """Version of triton; None where it is not installed."""
     transformers: str | None = None

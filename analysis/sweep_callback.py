@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from topkbench.analysis.break_even import MODELS, model_sizes
 from topkbench.analysis.record import RecordError, Sweep
 from topkbench.analysis.report import build, summary_table
 from topkbench.analysis.row import Status
@@ -27,7 +29,14 @@ class ReportCallback(Callback):
 
     Hydra turns an exception of a callback into a warning; SystemExit passes, so that is how a
     failed cell reaches the shell.
+
+    Args:
+        models: ``NAME=PARAMETERS/LAYERS`` of the whole models that the bound on a decode step is
+            told for; None for the usual ones.
     """
+
+    def __init__(self, models: Sequence[str] | None = None) -> None:
+        self.models = models
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Report on a sweep."""
@@ -46,7 +55,8 @@ class ReportCallback(Callback):
         try:
             if not sweep.identities():
                 return
-            path = build(folder)
+            models = MODELS if self.models is None else model_sizes(self.models)
+            path = build(folder, models=models)
             rows, samples = sweep.rows(), sweep.samples()
         except RecordError as error:
             print(f"error: {error}", file=sys.stderr)

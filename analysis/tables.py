@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
+from topkbench.analysis.curves import called_by_shape
 from topkbench.analysis.lines import compare
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.row import Status
@@ -21,6 +22,7 @@ _METRICS = (
     ("bytes_read_per_step", "Read/step"),
     ("index_bytes_per_token", "Side info"),
     ("decode_ms_p50", "Decode step"),
+    ("decode_ms_warm_p50", "Warm step"),
     ("tokens_per_s", "Throughput"),
     ("speedup_vs_full", "Speed-up"),
     ("bandwidth_fraction", "Bandwidth"),
@@ -73,13 +75,15 @@ def main_table(lines: pd.DataFrame) -> Table:
     """
     columns: list[tuple[str, list[str]]] = [("Method", [str(one) for one in lines["label"]])]
     words = {0}
-    named = (lines["subtask"] != MEAN) & (lines["subtask"] != lines["length"].astype(str))
+    named = (lines["subtask"] != MEAN) & ~called_by_shape(lines)
     if named.any() and lines["subtask"].nunique() > 1:
         words.add(len(columns))
         columns.append(("Sub-task", [str(one) for one in lines["subtask"]]))
     for name, head in (("length", "Length"), ("kv_len", "Context")):
         if lines[name].nunique() > 1 and (name == "length" or not lines["length"].nunique() > 1):
             columns.append((f"{head} (tokens)", [_whole(one) for one in lines[name]]))
+    if lines["batch_size"].nunique() > 1:
+        columns.append(("Batch", [_whole(one) for one in lines["batch_size"]]))
     for name in ("k", "rbit"):
         if lines[name].notna().any():
             columns.append((name, [_whole(one) for one in lines[name]]))
@@ -147,8 +151,11 @@ def environment_table(rows: pd.DataFrame) -> Table:
     """Return what the rows were made with, each value that occurs."""
     names = {
         "device": "Machine",
+        "driver": "Driver",
+        "clock_mhz": "Clock (MHz)",
         "git_commit": "Commit",
         "torch": "torch",
+        "numba": "numba",
         "triton": "triton",
         "transformers": "transformers",
         "impl": "Kernels",
@@ -158,8 +165,11 @@ def environment_table(rows: pd.DataFrame) -> Table:
     }
     cells = []
     for name, label in names.items():
-        found = sorted({str(one) for one in rows[name].dropna()}) if len(rows) else []
-        if name == "started_at" and len(found) > 1:
+        values = list(rows[name].dropna()) if len(rows) else []
+        if name == "clock_mhz":
+            values = [round(one) for one in values]
+        found = [str(one) for one in sorted(set(values))]
+        if name in ("started_at", "clock_mhz") and len(found) > 1:
             found = [f"{found[0]} to {found[-1]}"]
         if found:
             cells.append([label, ", ".join(found)])

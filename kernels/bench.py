@@ -2,7 +2,8 @@
 
 Two tables: each operator's latency, and one decode step (encode, score, select, attend) against
 full attention by SDPA, timed in turn in one process. A result is checked against the reference
-before its time is printed; a wrong one stops the program.
+before its time is printed; a wrong one stops the program. ``--experiment NAME`` runs a named
+experiment over all methods instead: see `topkbench.kernels.experiments`.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from topkbench.kernels import experiments
 from topkbench.kernels.dispatch import Impl, resolve
 from topkbench.kernels.full_attention.api import full_attention
 from topkbench.kernels.hamming_score.api import hamming_score
@@ -20,6 +22,7 @@ from topkbench.kernels.hash_encode.api import hash_encode
 from topkbench.kernels.lowrank_score.api import lowrank_score
 from topkbench.kernels.page_score.api import page_score
 from topkbench.kernels.sparse_attention.api import sparse_attention
+from topkbench.kernels.steps import METHODS
 from topkbench.kernels.testing import (
     assert_attended,
     assert_same_bits,
@@ -30,6 +33,11 @@ from topkbench.kernels.testing import (
 from topkbench.kernels.timing import Timing, measure, read_bandwidth
 from topkbench.kernels.topk_select.api import topk_select
 
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 _PAGE = 16
 _RANK = 32
 
@@ -156,9 +164,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, print the tables and return the exit status."""
     options = _parser().parse_args(arguments)
     device = torch.device(options.device)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[options.dtype]
+    dtype = _DTYPES[options.dtype]
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.experiment:
+        return _experiment(options, device, dtype)
     chosen = {op: resolve(op, options.impl, device) for op in ("hamming_score", "topk_select")}
     print(f"device {device}, {options.dtype}, {torch.get_num_threads()} threads, {chosen}")
     if options.bandwidth:
@@ -193,14 +203,50 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--rbit", type=int, default=128)
     parser.add_argument("--k", type=int, help="default: kv_len / 64")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--impl", choices=("auto", "reference", "cpu", "triton"), default="auto")
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--threads", type=int, help="default: torch's own")
     parser.add_argument("--cuda-graph", action="store_true", help="time graph replays")
     parser.add_argument("--bandwidth", action="store_true", help="measure the memory first")
+    named = parser.add_argument_group("named experiments", "their settings, where not the own ones")
+    named.add_argument("--experiment", choices=tuple(experiments.EXPERIMENTS))
+    named.add_argument("--methods", nargs="+", choices=tuple(METHODS))
+    named.add_argument("--geometry", nargs="+", choices=tuple(experiments.GEOMETRIES))
+    named.add_argument("--lengths", type=int, nargs="+", help="cached tokens at batch 1")
+    named.add_argument("--batch-sizes", type=int, nargs="+", help="at 32,768 tokens")
+    named.add_argument("--out", metavar="FILE.csv", help="where the rows go")
     return parser
+
+
+def _experiment(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> int:
+    """Run a named experiment, write its rows and return the exit status."""
+    try:
+        experiment = experiments.chosen(
+            options.experiment,
+            geometries=options.geometry,
+            lengths=options.lengths,
+            batch_sizes=options.batch_sizes,
+            methods=options.methods,
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    conditions = experiments.Conditions(
+        device=device,
+        dtype=dtype,
+        impl=options.impl,
+        rbit=options.rbit,
+        trials=options.trials,
+        cuda_graph=options.cuda_graph,
+    )
+    rows = experiments.run(experiment, conditions)
+    if options.experiment == "break_even":
+        print("\n" + "\n".join(experiments.faster_from(rows)))
+    if options.out:
+        experiments.write(rows, options.out)
+    return 1 if any(row["status"] == "wrong" for row in rows) else 0
 
 
 def _report(step: Step, options: argparse.Namespace, device: torch.device) -> None:

@@ -285,7 +285,7 @@ def weighed_distances(pairs: int, num_planes: int) -> Any:
 Kind = Literal["int16", "int32", "float32"]
 """What sixteen scores are read as."""
 
-_KINDS = {
+_KINDS: dict[Kind, tuple[Any, Any]] = {
     "int16": (_I16, types.int16),
     "int32": (_I32, types.int32),
     "float32": (_F32, types.float32),
@@ -310,7 +310,6 @@ def marks(kind: Kind, predicate: Literal[">", ">="]) -> Any:
     ``bound`` is of the scores' kind; bit ``i`` of the int32 belongs to element ``index + i``.
     """
     element, numba_type = _KINDS[kind]
-    pair = (types.int64, types.int64)
 
     def mark(typing_context: Any, address: Any, index: Any, bound: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -323,7 +322,7 @@ def marks(kind: Kind, predicate: Literal[">", ">="]) -> Any:
             passed = _compare(builder, kind, predicate, scores, bounds)
             return builder.zext(builder.bitcast(passed, ir.IntType(LANES)), _I32)
 
-        return types.int32(*pair, numba_type), generate
+        return types.int32(types.int64, types.int64, numba_type), generate
 
     return intrinsic(mark)
 

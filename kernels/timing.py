@@ -1,15 +1,22 @@
-"""The only stopwatch: interleaved medians, stages, and the machine's memory bandwidth."""
+"""The only stopwatch: interleaved medians, stages, and what the machine was while it was timed."""
 
+import math
+import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from statistics import median
 
 import torch
 
 # Large enough that no cache holds it: 256 MiB.
 _PROBE_BYTES = 2**28
+# Taken for the last-level cache's size where the machine does not tell it: 64 MiB, more than most.
+_ASSUMED_CACHE_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,8 @@ def measure(
 
     Args:
         functions: What to time, by name. A sequence of functions is a rotation: copies that do the
-            same on different memory, taken in turn, so that a trial finds its data out of cache.
-            There must be enough copies to exceed the cache together.
+            same on different memory, taken in turn, so that a trial finds its data out of cache;
+            `copies_needed` says how many. A function alone is timed warm.
         trials: How often each is timed.
         warmup: How often each is run untimed before: compilation, first touch of memory.
         device: Where the functions work. On CUDA the time is the device's, between two events.
@@ -87,12 +94,13 @@ def measure(
             rotation[turn % len(rotation)]()
     if cuda_graph:
         rotations = {
-            name: [_captured(function, device) for function in rotation]
+            name: [_captured(function, device) for function in rotation[: warmup + trials]]
             for name, rotation in rotations.items()
         }
     clock = _time_cuda if device.type == "cuda" else _time_cpu
     taken: dict[str, list[float]] = {name: [] for name in rotations}
-    for turn in range(trials):
+    # Where the warm-up ended: from the start again would find what it has just read.
+    for turn in range(warmup, warmup + trials):
         for name, rotation in rotations.items():
             taken[name].append(clock(rotation[turn % len(rotation)], device))
     return {name: Timing.of(milliseconds) for name, milliseconds in taken.items()}
@@ -140,6 +148,11 @@ class Bandwidth:
     read_gb_s: float
     copy_gb_s: float
 
+    @property
+    def ceiling_gb_s(self) -> float:
+        """The faster of both, which no kernel is expected to exceed."""
+        return max(self.read_gb_s, self.copy_gb_s)
+
 
 def read_bandwidth(
     device: torch.device | str = "cpu", num_bytes: int = _PROBE_BYTES, trials: int = 5
@@ -162,6 +175,89 @@ def read_bandwidth(
         read_gb_s=size / timings["read"].p50_ms / 1e6,
         copy_gb_s=2 * size / timings["copy"].p50_ms / 1e6,
     )
+
+
+def cache_bytes(device: torch.device | str = "cpu") -> int | None:
+    """Return the size of the device's last-level cache in bytes; None where it does not tell it.
+
+    A CPU's is read from Linux's ``/sys``, a CUDA device's L2 from its properties.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", None)
+        return int(size) if size else None
+    sizes: dict[int, int] = {}
+    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        text = re.fullmatch(r"(\d+)([KMG]?)", _read(folder / "size"))
+        level = _read(folder / "level")
+        if text is not None and level.isdigit():
+            sizes[int(level)] = int(text[1]) * 1024 ** " KMG".find(text[2] or " ")
+    return sizes[max(sizes)] if sizes else None
+
+
+def copies_needed(num_bytes: int, device: torch.device | str = "cpu") -> int:
+    """Return how many distinct copies of some data make a rotation that finds them out of cache.
+
+    Together they are at least twice the last-level cache; one that exceeds it is enough alone.
+
+    Raises:
+        ValueError: If there is no data.
+    """
+    if num_bytes < 1:
+        raise ValueError(f"num_bytes must be at least 1, got {num_bytes}.")
+    cache = cache_bytes(device) or _ASSUMED_CACHE_BYTES
+    return 1 if num_bytes > cache else math.ceil(2 * cache / num_bytes)
+
+
+def clock_mhz(device: torch.device | str = "cpu") -> float | None:
+    """Return the clock at this moment in MHz: of the fastest core, or of a GPU's SMs; or None.
+
+    A CPU's is Linux's; a virtual machine may state its nominal clock. A GPU's needs nvidia-ml-py.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        try:
+            return float(torch.cuda.clock_rate(device))
+        except (RuntimeError, ImportError, AttributeError):  # no library, or no permission
+            return None
+    clocks = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _read(Path("/proc/cpuinfo")), re.MULTILINE)
+    return max(float(clock) for clock in clocks) if clocks else None
+
+
+def machine_name(device: torch.device) -> str:
+    """Return what the machine calls itself: the accelerator, or the processor and its cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = re.findall(r"model name\s*:\s*(.+)", _read(Path("/proc/cpuinfo")))
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions that a time depends on, None for what is not there.
+
+    Returns:
+        ``python``, ``torch``, ``numba``, ``triton``, ``cuda`` (torch's own) and ``driver``.
+    """
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("torch", "numba", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    # "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build ..."
+    driver = re.search(
+        r"Kernel Module.*?\s(\d+(?:\.\d+)+)", _read(Path("/proc/driver/nvidia/version"))
+    )
+    return found | {"cuda": torch.version.cuda, "driver": driver[1] if driver else None}
+
+
+def _read(path: Path) -> str:
+    """Return a system file's text without its last newline, or nothing."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import platform
 import re
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from topkbench.kernels.timing import machine_name, versions
 from topkbench.methods import artifact
 from topkbench.methods.attach import geometry_of
 from topkbench.methods.base import TopKMethod
@@ -91,25 +91,12 @@ def environment(loaded: LoadedModel) -> dict[str, Any]:
     """Return the columns of a row that describe machine and libraries."""
     import transformers
 
-    try:
-        from triton import __version__ as triton_version
-    except ImportError:
-        triton_version = None
+    found = versions()
     return {
         "device": machine_name(loaded.model.device),
-        "torch": str(torch.__version__),
-        "triton": triton_version,
+        **{name: found[name] for name in ("driver", "torch", "numba", "triton")},
         "transformers": transformers.__version__,
     }
-
-
-def machine_name(device: torch.device) -> str:
-    """Return what the machine calls itself: the accelerator, or the processor and its cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = re.findall(r"model name\s*:\s*(.+)", _read(Path("/proc/cpuinfo")))
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -1,14 +1,14 @@
 """What one decode step of one layer costs, at any geometry and length, stages timed apart."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
-import psutil
 import torch
 from torch import Tensor
 
-from topkbench.kernels.timing import Stages, measure
+from topkbench.kernels.timing import Stages, clock_mhz, copies_needed, measure
 from topkbench.methods.base import (
     CacheView,
     Geometry,
@@ -16,9 +16,11 @@ from topkbench.methods.base import (
     PrefillInputs,
     Selection,
     TopKMethod,
+    Watch,
     check_whole,
     kv_bytes,
 )
+from topkbench.models.load import free_bytes
 from topkbench.tasks.calibration import watched_attention
 from topkbench.tasks.evaluation import (
     STAGES,
@@ -29,88 +31,50 @@ from topkbench.tasks.evaluation import (
     bytes_read,
     tokenised,
 )
+from topkbench.tasks.planted import MEMORY_SHARE, PlantedCalibration, PlantedStates
 from topkbench.tasks.ruler import Ruler
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MEMORY_SHARE = 0.5
+BUILDS = 3  # timed builds of an index
 T = TypeVar("T")
-
-
-@dataclass
-class PlantedStates:
-    """Random keys, and queries that look for a few of them: attention with something to find.
-
-    Attributes:
-        query_states: ``[B, Hkv, G, d]``.
-        key_states: ``[B, Hkv, n, d]``, the newest token included.
-        value_states: ``[B, Hkv, n, d]``.
-    """
-
-    query_states: Tensor
-    key_states: Tensor
-    value_states: Tensor
-
-    @classmethod
-    def draw(
-        cls, task: "DecodeLatency", n: int, dtype: torch.dtype, device: torch.device
-    ) -> "PlantedStates":
-        """Plant 8 needles in every head: keys near one of the group's queries."""
-        generator = torch.Generator().manual_seed(task.seed)
-        group = task.num_heads // task.num_kv_heads
-        shape = (task.batch_size, task.num_kv_heads)
-        queries = torch.randn(*shape, group, task.head_dim, generator=generator)
-        keys = torch.randn(*shape, n, task.head_dim, generator=generator)
-        values = torch.randn(*shape, n, task.head_dim, generator=generator)
-        needles = torch.randperm(n, generator=generator)[: min(8, n)]
-        for place, slot in enumerate(needles.tolist()):
-            keys[:, :, slot] += 2 * queries[:, :, place % group]
-        return cls(*(states.to(device=device, dtype=dtype) for states in (queries, keys, values)))
-
-
-@dataclass
-class PlantedCalibration:
-    """Short planted sequences for methods that must be fitted to run at all."""
-
-    sequences: int
-    drawn: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    num_layers: int = 1
-
-    def states(self, layer: int) -> list[tuple[Tensor, Tensor]]:
-        """Return each sequence's ``[Hq, n, d]`` queries and ``[Hkv, n, d]`` keys."""
-        return self.drawn
 
 
 @dataclass(kw_only=True)
 class DecodeLatency(Task):
     """One decode step of one attention layer: encode, append, score, select, attend.
 
-    Full attention and the method are timed in turn, in one process. Before a time is reported,
-    the method's output is compared with its reference implementation; a wrong one has no time.
+    Full attention and the method are timed in turn, in one process, on as many copies of states and
+    index as it takes to find them out of cache, where a model's other layers would leave them; the
+    method's warm time, its step repeated alone on one copy, stands beside. Before a time is
+    reported, the method's output is compared with its reference implementation; a wrong one has no
+    time.
 
     Attributes:
-        lengths: Cached tokens, one row each.
+        lengths: Cached tokens, one row each, of one batch row.
+        batch_sizes: Batch rows, one row of the report each, at ``batch_length``.
+        batch_length: Cached tokens where the batch varies.
         budget: Share of the tokens that ``k`` is, at least 64 tokens; None takes the cell's ``k``.
         states: ``"planted"`` at the geometry below, or ``"captured"`` from the cell's model.
         layer: With ``"captured"``: which layer.
         num_heads: Query heads.
         num_kv_heads: KV heads.
         head_dim: Channels of a head.
-        batch_size: Rows.
         dtype: Of the states; ``"auto"`` is the model's.
         seed: Of the states.
-        trials: Timed steps of each length.
+        trials: Timed steps of each row.
         cache_dir: Where generated samples are kept.
     """
 
     name: str = "decode_latency"
     lengths: Sequence[int] = (4096, 8192, 16384, 32768, 65536, 131072)
+    batch_sizes: Sequence[int] = ()
+    batch_length: int = 32768
     budget: float | None = 0.015625
     states: Literal["planted", "captured"] = "planted"
     layer: int = 0
     num_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
-    batch_size: int = 1
     dtype: str = "auto"
     seed: int = 0
     trials: int = 15
@@ -123,12 +87,20 @@ class DecodeLatency(Task):
         self.subject = f"{self.num_heads}/{self.num_kv_heads} heads of {self.head_dim}"
         if self.states not in ("planted", "captured"):
             raise ValueError(f"task.states must be planted or captured, got {self.states!r}.")
-        for knob in ("num_heads", "num_kv_heads", "head_dim", "batch_size", "trials"):
+        for knob in ("num_heads", "num_kv_heads", "head_dim", "trials"):
             check_whole(f"task.{knob}", getattr(self, knob))
-        if not self.lengths or min(self.lengths) < 2:
+        if not self.shapes or min(length for length, _ in self.shapes) < 2:
             raise ValueError(
-                f"task.lengths must be numbers of cached tokens from 2 on, got {self.lengths}."
+                f"task.lengths must be numbers of cached tokens from 2 on, got {self.lengths}"
+                f"{f' and batch_length={self.batch_length}' if self.batch_sizes else ''}."
             )
+        for size in self.batch_sizes:
+            check_whole("task.batch_sizes", size)
+            if size > 1 and self.states == "captured":
+                raise ValueError(
+                    f"task.batch_sizes must be [] or [1] with captured states, got {size}; a"
+                    " prompt is one row."
+                )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"task.num_heads must be a multiple of num_kv_heads={self.num_kv_heads}, got"
@@ -141,86 +113,92 @@ class DecodeLatency(Task):
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ValueError(f"task.budget must be a share above 0 and up to 1, got {self.budget}.")
 
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Cached tokens and batch rows of each row of the report, none twice."""
+        lengths = [(int(length), 1) for length in self.lengths]
+        batches = [(int(self.batch_length), int(size)) for size in self.batch_sizes]
+        return list(dict.fromkeys([*lengths, *batches]))
+
     def run(self, context: Context) -> Outcome:
-        rows = [self._row(context, n) for n in context.track(self.lengths, "decode_latency")]
-        return Outcome(rows, [])
+        return Outcome([self._row(context, *s) for s in context.track(self.shapes, self.name)], [])
 
-    def _row(self, context: Context, length: int) -> TaskRow:
-        device = context.loaded.model.device
-        if self.states == "captured":
-            states = self._captured(context, length)
-        else:
-            need = 2 * kv_bytes(self._planted_geometry(context), length) * self.batch_size
-            if need > MEMORY_SHARE * _free_bytes(device):
-                reason = f"{need / 2**30:.1f} GiB of states exceed half of the free memory."
-                return TaskRow(str(length), {"kv_len": length, "length": length}, "skipped", reason)
-            states = PlantedStates.draw(self, length, self._dtype(context), device)
-        policy = context.policy
-        n = states.key_states.shape[2]
-        if self.budget is not None and context.method.selects:
-            policy = replace(policy, k=max(64, round(n * self.budget)))
-        policy = context.method.policy_in_force(policy)
-        return TaskRow(str(length), *self._time(context, policy, states, length))
-
-    def _time(
-        self, context: Context, policy: Policy, states: PlantedStates, length: int
-    ) -> tuple[dict[str, Any], str, str]:
-        """Return the row's values, status and reason."""
-        method, n = context.method, states.key_states.shape[2]
+    def _row(self, context: Context, length: int, batch_size: int) -> TaskRow:
+        name = str(length) if batch_size == 1 else f"{length} x {batch_size}"
+        known = {"kv_len": length, "length": length, "batch_size": batch_size}
         if self.states == "captured":
             geometry = replace(context.geometry, num_layers=1)
             place = (self.layer, context.geometry.num_layers)
         else:
             geometry, place = self._planted_geometry(context), (0, 1)
+        cached = batch_size * kv_bytes(geometry, length)
+        index = round(batch_size * length * context.method.index_bytes_per_token(geometry))
+        copies = copies_needed(cached, geometry.device)
+        # Building an index, and checking it, take temporary copies of the keys.
+        need = copies * (cached + index) + cached
+        if need > MEMORY_SHARE * free_bytes(geometry.device):
+            reason = f"{need / 2**30:.1f} GiB of states exceed half of the free memory."
+            return TaskRow(name, known, "skipped", reason)
+        if self.states == "captured":
+            states = self._captured(context, length)
+        else:
+            dtype = self._dtype(context)
+            states = PlantedStates.draw(geometry, batch_size, length, dtype, self.seed)
+            method = context.method
             if method.artifact_spec(geometry) is not None and not method.artifact:
-                method.load_artifact(method.fit(_calibration(states)))
-        scale = states.key_states.shape[-1] ** -0.5
-        cache = CacheView(states.key_states, states.value_states)
-        full = context.full
+                method.load_artifact(method.fit(PlantedCalibration.of(states)))
+        policy, n = context.policy, states.key_states.shape[2]
+        if self.budget is not None and context.method.selects:
+            policy = replace(policy, k=max(64, round(n * self.budget)))
+        policy = context.method.policy_in_force(policy)
+        layer = _Layer(context.method, context.full, policy, states, place)
+        values, status, reason = self._time(context, layer, geometry, copies)
+        return TaskRow(name, {**known, **values, "kv_len": n}, status, reason)
+
+    def _time(
+        self, context: Context, layer: "_Layer", geometry: Geometry, copies: int
+    ) -> tuple[dict[str, Any], str, str]:
+        """Return the row's values, status and reason."""
+        method, n, device = context.method, layer.cache.n, layer.cache.key_states.device
         values: dict[str, Any] = {
-            "kv_len": n,
-            "length": length,
-            "batch_size": len(states.query_states),
-            "full_backend": getattr(full, "backend", None),
+            "full_backend": getattr(context.full, "backend", None),
             "index_bytes_per_token": float(method.index_bytes_per_token(geometry)),
         }
-        layer = _Layer(method, policy, states, scale, place)
-        tokens = policy.k if method.selects else n
+        tokens = n
         if method.selects:
-            values["k"] = policy.k
+            tokens = values["k"] = layer.policy.k
             wrong = layer.disagreement()
             if wrong is not None:
                 return values, "wrong", wrong
-            values["density"] = _density(layer.step().selection, cache)
-            if policy.head_scope == "query_head":
+            values["density"] = _density(layer.step().selection, layer.cache)
+            if layer.policy.head_scope == "query_head":
                 tokens = round(values["density"] * n)
+            values["build_ms"] = layer.build_ms(BUILDS)
         read = bytes_read(method, geometry, n, tokens)
         values["bytes_read_per_step"] = float(read)
-
-        def attend_fully() -> Any:
-            return full.step(states.query_states, None, cache, policy, scale)
-
+        layers = [layer, *(layer.copy() for _ in range(copies - 1))]
         timed = measure(
-            {"full": attend_fully, "method": layer.step},
+            {"full": [one.full for one in layers], "method": [one.step for one in layers]},
             trials=self.trials,
-            device=states.key_states.device,
+            device=device,
         )
         step = timed["method"]
         values["decode_ms_p20"] = step.p20_ms
         values["decode_ms_p50"] = step.p50_ms
         values["decode_ms_p80"] = step.p80_ms
+        warm = measure({"warm": layer.step}, trials=self.trials, device=device)["warm"]
+        values["decode_ms_warm_p50"] = warm.p50_ms
+        values["clock_mhz"] = clock_mhz(device)
+        values["attend_ms"] = step.p50_ms  # full attention does nothing else
         if method.selects:
             values["speedup_vs_full"] = timed["full"].p50_ms / step.p50_ms
-            values["build_ms"] = layer.build_ms
-            for stage, milliseconds in layer.stage_medians(self.trials, attend_fully).items():
-                values[f"{stage}_ms"] = milliseconds
-        else:
-            values["attend_ms"] = values["decode_ms_p50"]
+            medians = _stage_medians(layers, self.trials)
+            values |= {f"{stage}_ms": taken for stage, taken in medians.items()}
         if context.bandwidth:
-            seconds = values["decode_ms_p50"] * 1e-3
-            values["bandwidth_fraction"] = (
-                read * len(states.query_states) / seconds / context.bandwidth
-            )
+            values["bandwidth_gb_s"] = context.bandwidth / 1e9
+            seconds = step.p50_ms * 1e-3
+            moved = read * len(layer.states.query_states)
+            values["bandwidth_fraction"] = moved / seconds / context.bandwidth
         return values, "ok", ""
 
     def _dtype(self, context: Context) -> torch.dtype:
@@ -280,24 +258,17 @@ class _Layer:
     def __init__(
         self,
         method: TopKMethod,
+        full_method: TopKMethod,
         policy: Policy,
         states: PlantedStates,
-        scale: float,
         place: tuple[int, int],
     ) -> None:
-        self.place = place
-        self.method, self.policy, self.states, self.scale = method, policy, states, scale
+        self.method, self.full_method = method, full_method
+        self.policy, self.states, self.place = policy, states, place
+        self.scale = states.key_states.shape[-1] ** -0.5
         self.cache = CacheView(states.key_states, states.value_states)
         self.newest = (states.key_states[:, :, -1:], states.value_states[:, :, -1:])
-        self.build_ms = 0.0
-        self.index: Any = None
-        if method.selects:
-            stages = Stages(states.key_states.device)
-            self._build()  # compiles, and touches the memory first
-            for _ in range(3):
-                with stages("build"):
-                    self.index = self._build()
-            self.build_ms = stages.medians()["build"]
+        self.index: Any = self._build() if self.method.selects else None
 
     def _build(self) -> Any:
         n = self.cache.n
@@ -311,11 +282,24 @@ class _Layer:
             )
         )
 
-    def step(self, watch: Any = None) -> Any:
+    def copy(self) -> "_Layer":
+        """Return the same in other memory."""
+        states = self.states.copy()
+        return _Layer(self.method, self.full_method, self.policy, states, self.place)
+
+    def build_ms(self, trials: int) -> float:
+        """Return the median milliseconds of building the index, which has been built before."""
+        stages = Stages(self.cache.key_states.device)
+        for _ in range(trials):
+            with stages("build"):
+                self._build()
+        return stages.medians()["build"]
+
+    def step(self, watch: Watch | None = None) -> Any:
         """Append the newest token and decode; the index is set back, so each step is the same."""
         method, index = self.method, self.index
         if index is not None:
-            with watch("append") if watch else _nothing():
+            with watch("append") if watch else nullcontext():
                 method.append(index, *self.newest)
         result = method.step(
             self.states.query_states, index, self.cache, self.policy, self.scale, watch=watch
@@ -324,17 +308,10 @@ class _Layer:
             index.length -= 1
         return result
 
-    def stage_medians(self, trials: int, between: Callable[[], Any]) -> dict[str, float]:
-        """Return the median milliseconds of each stage over some steps.
-
-        ``between`` runs before each step, as it does where whole steps are timed: what it leaves in
-        the caches is part of a step's cost.
-        """
-        stages = Stages(self.states.key_states.device)
-        for _ in range(trials):
-            between()
-            self.step(stages)
-        return {name: taken for name, taken in stages.medians().items() if name in STAGES}
+    def full(self) -> Any:
+        """Decode with full attention."""
+        query = self.states.query_states
+        return self.full_method.step(query, None, self.cache, self.policy, self.scale)
 
     def disagreement(self) -> str | None:
         """Return one sentence if a stage's result differs from the reference implementation's.
@@ -412,25 +389,15 @@ def _density(selection: Selection | None, cache: CacheView) -> float:
     return chosen.tokens_read(cache).double().mean().item() / cache.n
 
 
-def _nothing() -> Any:
-    from contextlib import nullcontext
+def _stage_medians(layers: Sequence[_Layer], trials: int) -> dict[str, float]:
+    """Return the median milliseconds of each stage over some steps, cold as whole steps are timed.
 
-    return nullcontext()
-
-
-def _calibration(states: PlantedStates) -> PlantedCalibration:
-    """Cut short sequences out of planted states, so that a fit takes seconds.
-
-    What is learnt is no better than chance and costs what a good one costs: the time is the same.
+    Full attention runs before each step, as it does there: what it leaves in the caches is part of
+    a step's cost.
     """
-    keys, group = states.key_states[0], states.query_states.shape[2]
-    size = min(512, keys.shape[1])
-    pieces = [keys[:, begin : begin + size].float() for begin in (0, keys.shape[1] - size)]
-    drawn = [(piece.repeat_interleave(group, 0), piece) for piece in pieces]
-    return PlantedCalibration(len(drawn), drawn)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    stages = Stages(layers[0].cache.key_states.device)
+    for trial in range(trials):
+        layer = layers[trial % len(layers)]
+        layer.full()
+        layer.step(stages)
+    return {name: taken for name, taken in stages.medians().items() if name in STAGES}

@@ -17,8 +17,8 @@ from topkbench.models.cache import DecodeCache, layer_devices
 from topkbench.models.load import free_bytes
 from topkbench.models.prefill import Prefill
 from topkbench.tasks.cell import peak_memory_mib, reset_peak_memory
-from topkbench.tasks.decode_latency import MEMORY_SHARE, PlantedCalibration
 from topkbench.tasks.evaluation import Context, Counter, Outcome, Task, TaskRow, accounting
+from topkbench.tasks.planted import MEMORY_SHARE, PlantedCalibration
 
 CALIBRATION_TOKENS = 128
 

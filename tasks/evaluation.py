@@ -57,7 +57,7 @@ class Context:
         policy: Budget and rules.
         full: Full attention, to compare and to time against.
         full_answers: Full attention's tokens by sample id; None where this cell is full attention.
-        bandwidth: Measured read bandwidth of the machine in bytes a second; None where unknown.
+        bandwidth: Measured memory bandwidth of the machine in bytes a second; None where unknown.
         track: Shows progress over a sequence.
     """
 

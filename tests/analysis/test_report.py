@@ -5,11 +5,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from topkbench.analysis import report, style
+from topkbench.analysis.bars import ablation
 from topkbench.analysis.curves import context_curve, curve, on_front, pareto
 from topkbench.analysis.lines import compare
 from topkbench.analysis.metrics import METRICS
@@ -90,7 +92,11 @@ def test_reports_are_merged_and_rebuilt_from_their_own_tables(
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nowhere", "does not exist"), (".", "must hold cells.json"), ("bad.csv", "lacks")],
+    [
+        ("nowhere", "does not exist"),
+        (".", "must hold cells.json"),
+        ("bad.csv", "must have run_id, status, model, task, subtask, method, but lacks"),
+    ],
 )
 def test_what_is_no_result_is_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
@@ -147,13 +153,17 @@ def test_rows_of_several_settings_get_a_section_each(
     }
 
 
-def latency_rows(row: Callable[..., Row]) -> pd.DataFrame:
+def latency_rows(
+    row: Callable[..., Row], batches: tuple[int, ...] = (), **columns: Any
+) -> pd.DataFrame:
+    shapes = [(n, 1) for n in (4096, 16384, 65536, 131072)] + [(16384, size) for size in batches]
     return frame(
         [
             row(
-                run_id=f"{place:08x}{n:08x}",
+                run_id=f"{place:016x}",
                 task="decode_latency",
-                subtask=str(n),  # as the task leaves them: named by the length, k a share of it
+                # As the task leaves them: named by the shape, k a share of the length.
+                subtask=str(n) if batch == 1 else f"{n} x {batch}",
                 method=method,
                 k=None if method == "full" else n // 64,
                 rbit=128 if method == "hata" else None,
@@ -163,12 +173,17 @@ def latency_rows(row: Callable[..., Row]) -> pd.DataFrame:
                 decode_ms_p20=cost * n / 4096 + 0.045,
                 decode_ms_p80=cost * n / 4096 + 0.06,
                 bandwidth_fraction=0.7,
+                speedup_vs_full=None
+                if method == "full"
+                else (2 * n / 4096 + 0.05) / (cost * n / 4096 + 0.05),
+                batch_size=batch,
                 attend_ms=cost * n / 8192,
                 score_ms=None if method == "full" else cost * n / 8192,
                 bytes_read_per_step=float(n),
+                **columns,
             )
             for place, (method, cost) in enumerate((("full", 2.0), ("hata", 0.2), ("quest", 0.3)))
-            for n in (4096, 16384, 65536, 131072)
+            for n, batch in shapes
         ]
     )
 
@@ -180,7 +195,7 @@ def test_latency_over_context_is_one_setting_with_one_figure(
     ((key, lines),) = found.panels()
     assert key["length"] is None
     drawn = {one.name: one for one in draw_all(lines, tmp_path, "words")}
-    assert set(drawn) == {"latency_vs_context", "stages"}
+    assert set(drawn) == {"latency_vs_context", "stages", "break_even"}
     assert "At 131,072 tokens." in drawn["stages"].caption
     assert len(pd.read_csv(drawn["stages"].csv)) == 3
     data = pd.read_csv(drawn["latency_vs_context"].csv)
@@ -190,7 +205,83 @@ def test_latency_over_context_is_one_setting_with_one_figure(
     assert made is not None
     legend = [text.get_text() for text in made[0].legends[0].get_texts()]
     assert legend == ["bandwidth bound", "Full attention", "HATA, 128 bits", "Quest"]
-    assert "Sub-task" not in main_table(lines).head
+    assert {"Sub-task", "Batch"} & set(main_table(lines).head) == set()
+
+
+def test_the_bound_is_told_with_the_bandwidth(row: Callable[..., Row]) -> None:
+    made = context_curve(compare(latency_rows(row, bandwidth_gb_s=19.7)).lines)
+    assert made is not None
+    assert made[0].legends[0].get_texts()[0].get_text() == "bandwidth bound (20 GB/s)"
+
+
+def test_batch_sizes_are_an_axis_of_their_own(tmp_path: Path, row: Callable[..., Row]) -> None:
+    ((_, lines),) = compare(latency_rows(row, batches=(2, 8))).panels()
+    assert set(lines["label"]) == {"Full attention", "HATA", "Quest"}
+    table = main_table(lines)
+    assert "Sub-task" not in table.head
+    place = table.head.index("Batch")
+    assert [cells[place] for cells in table.rows if cells[0] == "Quest"] == list("112811")
+    drawn = {one.name: one for one in draw_all(lines, tmp_path, "words")}
+    batches = pd.read_csv(drawn["latency_vs_batch"].csv)
+    assert batches["batch_size"].tolist() == [1, 2, 8] * 3
+    assert "At 16,384 tokens." in drawn["latency_vs_batch"].caption
+    # The other figures are of one row.
+    context = pd.read_csv(drawn["latency_vs_context"].csv)
+    assert context["kv_len"].tolist() == [4096, 16384, 65536, 131072] * 3
+    assert len(pd.read_csv(drawn["stages"].csv)) == 3
+
+
+def ablation_rows(row: Callable[..., Row], impls: tuple[str, ...]) -> pd.DataFrame:
+    return frame(
+        [
+            row(
+                run_id=f"{place:016x}",
+                method="hata",
+                impl=impl,
+                k=512,
+                rbit=128,
+                decode_ms_p50=8.0 / 2**place,
+                score_ms=5.0 / 2**place,
+                attend_ms=2.0 / 2**place,
+            )
+            for place, impl in enumerate(impls)
+        ]
+    )
+
+
+IMPLS = (
+    "reference",
+    "cpu, reference: hash_encode topk_select sparse_attention",
+    "cpu, reference: hash_encode topk_select",
+    "cpu, reference: topk_select",
+    "cpu",
+)
+
+
+def test_an_ablation_names_what_each_step_adds(tmp_path: Path, row: Callable[..., Row]) -> None:
+    lines = compare(ablation_rows(row, IMPLS)).headline
+    made = ablation(lines)
+    assert made is not None
+    figure, data = made
+    assert data["step"].tolist() == [
+        "simple: all in torch",
+        *("+ score", "+ fused attention", "+ encode", "+ select"),
+    ]
+    assert data["impl"].tolist() == list(IMPLS)
+    assert [text.get_text() for text in figure.axes[0].texts] == [
+        *(" 8 ms, 1.0×", " 4 ms, 2.0×", " 2 ms, 4.0×", " 1 ms, 8.0×", " 0.5 ms, 16.0×"),
+    ]
+    drawn = {one.name: one for one in draw_all(lines, tmp_path, "words")}
+    assert "stages" not in drawn
+    assert "cpu, reference: topk_select" in drawn["ablation"].caption
+
+
+def test_what_is_no_chain_of_steps_is_no_ablation(row: Callable[..., Row]) -> None:
+    for impls in (
+        IMPLS[:2],
+        ("reference", "cpu, reference: topk_select", "cpu, reference: hash_encode"),
+    ):
+        assert ablation(compare(ablation_rows(row, impls)).headline) is None
 
 
 def test_throughput_over_context_where_it_was_measured(

@@ -7,17 +7,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import Policy, Selection, TopKMethod
+from topkbench.methods.base import Geometry, Policy, Selection, TopKMethod
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.hata import HATA
 from topkbench.methods.quest import Quest
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
-from topkbench.tasks.decode_latency import DecodeLatency, PlantedStates
+from topkbench.tasks import decode_latency
+from topkbench.tasks.decode_latency import DecodeLatency
 from topkbench.tasks.evaluation import Context, TaskRow
+from topkbench.tasks.planted import BLOCK, PlantedStates
 
-SPEED = ("decode_ms_p50", "speedup_vs_full", "build_ms", "attend_ms", "bandwidth_fraction")
+SPEED = (
+    "decode_ms_p50",
+    "decode_ms_warm_p50",
+    "speedup_vs_full",
+    "build_ms",
+    "attend_ms",
+    "bandwidth_fraction",
+)
+
+
+@pytest.fixture(autouse=True)
+def two_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotate over two copies: those that a real cache asks for at such lengths take seconds."""
+    monkeypatch.setattr(decode_latency, "copies_needed", lambda num_bytes, device: 2)
 
 
 def task(**knobs: Any) -> DecodeLatency:
@@ -170,9 +185,101 @@ def test_a_wrong_selection_has_no_time(loaded: LoadedModel, store: PrefillStore)
     assert row.reason.startswith("the selection must be the reference's")
 
 
+class Places(ExactTopK):
+    """Notes where the keys of each step lie."""
+
+    def step(self, query_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.seen.append(query_states.data_ptr())
+        return super().step(query_states, *args, **kwargs)
+
+
+def test_cold_steps_take_copies_in_turn_and_warm_ones_stay(
+    loaded: LoadedModel, store: PrefillStore
+) -> None:
+    method = Places()
+    method.seen = []
+    (row,) = rows(loaded, store, method, task(trials=4))
+    assert row.status == "ok"
+    first, *others = method.seen  # one step for the density
+    cold, warm, stages = others[:9], others[9:18], others[18:]  # 5 of them warm up
+    second = cold[1]
+    assert second != first
+    assert cold == [first, second] * 4 + [first]
+    assert warm == [first] * 9
+    assert stages == [first, second] * 2
+
+
+def test_each_length_is_a_row_and_each_batch_at_one_length(
+    loaded: LoadedModel, store: PrefillStore
+) -> None:
+    made = task(lengths=(300, 128), batch_sizes=(1, 3), batch_length=128)
+    found = rows(loaded, store, HATA(weights="random", rbit=32), made)
+    known = [(row.values["length"], row.values["batch_size"]) for row in found]
+    assert known == [(300, 1), (128, 1), (128, 3)]
+    assert [row.subtask for row in found] == ["300", "128", "128 x 3"]
+    assert {row.status for row in found} == {"ok"}
+    # Bytes are those of one prompt; the share of the bandwidth is the batch's.
+    reads = [row.values["bytes_read_per_step"] for row in found]
+    assert reads[1] == reads[2]
+    seconds = found[2].values["decode_ms_p50"] * 1e-3
+    assert found[2].values["bandwidth_fraction"] == pytest.approx(3 * reads[2] / seconds / 1e9)
+    assert found[2].values["bandwidth_gb_s"] == 1.0
+
+
+def test_copies_count_towards_the_memory(
+    monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, store: PrefillStore
+) -> None:
+    cached = 2 * 300 * 2 * 32 * 4  # keys and values of 2 heads of 32 in float32
+    monkeypatch.setattr(decode_latency, "_free_bytes", lambda device: 2 * 3 * cached)
+    (row,) = rows(loaded, store, ExactTopK(), task())  # two copies and one to work with
+    assert row.status == "ok"
+    monkeypatch.setattr(decode_latency, "_free_bytes", lambda device: 2 * 3 * cached - 2)
+    (row,) = rows(loaded, store, ExactTopK(), task())
+    assert (row.status, row.values) == (
+        "skipped",
+        {"kv_len": 300, "length": 300, "batch_size": 1},
+    )
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"lengths": (1,)}, r"task\.lengths must be numbers of cached tokens from 2 on, got"),
+        ({"lengths": ()}, r"task\.lengths must be"),
+        ({"batch_sizes": (2,), "batch_length": 1}, r"and batch_length=1\."),
+        ({"batch_sizes": (0,)}, r"task\.batch_sizes must be"),
+        ({"batch_sizes": (2,), "states": "captured"}, r"must be \[\] or \[1\] with captured"),
+    ],
+)
+def test_shapes_that_make_no_sense_are_refused(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        task(**knobs)
+
+
+def planted(batch_size: int, n: int, seed: int = 0) -> PlantedStates:
+    shape = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32)
+    return PlantedStates.draw(shape, batch_size, n, torch.bfloat16, seed)
+
+
 def test_planted_states_are_the_same_every_time_and_hold_needles() -> None:
-    drawn = [PlantedStates.draw(task(), 100, torch.float32, torch.device("cpu")) for _ in range(2)]
-    assert torch.equal(drawn[0].key_states, drawn[1].key_states)
-    assert drawn[0].query_states.shape == (1, 2, 3, 32)
-    logits = drawn[0].query_states @ drawn[0].key_states.mT * 32**-0.5
-    assert logits.amax() > 8  # two times a query's squared norm, scaled: far above noise
+    drawn = planted(3, 100)
+    assert torch.equal(drawn.key_states, planted(3, 100).key_states)
+    assert not torch.equal(drawn.key_states, planted(3, 100, seed=1).key_states)
+    assert drawn.query_states.shape == (3, 2, 3, 32)
+    assert drawn.key_states.shape == drawn.value_states.shape == (3, 2, 100, 32)
+    assert drawn.key_states.dtype == torch.bfloat16
+    logits = drawn.query_states.float() @ drawn.key_states.float().mT * 32**-0.5
+    # Two times a query's squared norm, scaled, is far above noise: in each head of each row.
+    assert ((logits > 8).sum(-1) <= 8).all()
+    assert (logits.amax((-1, -2)) > 8).all()
+
+
+def test_repeated_blocks_are_keys_of_their_own() -> None:
+    keys = planted(2, 2 * BLOCK + 100).key_states.float()
+    blocks = [keys[0, 0, :BLOCK], keys[0, 0, BLOCK : 2 * BLOCK], keys[1, 0, :BLOCK]]
+    assert len(torch.unique(keys.flatten(0, 2), dim=0)) == keys.flatten(0, 2).shape[0]
+    query = planted(1, 2).query_states[0, 0, 0].float()
+    logits = torch.stack([block @ query for block in blocks])
+    away = torch.corrcoef(logits) - torch.eye(3)
+    assert away.abs().max() < 0.6  # 1 / sqrt(32) is one deviation; the same keys would give 1
+    assert keys.std().item() == pytest.approx(1.0, abs=0.02)

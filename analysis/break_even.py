@@ -1,0 +1,288 @@
+"""Where a method begins to pay: its break-even length, and what a whole decode step can gain.
+
+All of it follows from rows of one layer's decode step (``task=decode_latency``) at several lengths.
+A step of a whole model is bounded from below by reading its weights once, at the memory bandwidth
+that was measured, and by its layers' attention steps as they were timed; the speed-up of that sum
+is the most that a method can give the step, since whatever else a step does only dilutes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from topkbench.analysis import style
+from topkbench.analysis.curves import legend, log2_axis
+from topkbench.analysis.metrics import METRICS
+from topkbench.analysis.row import RecordError
+from topkbench.analysis.tables import Table
+
+_DTYPE_BYTES = {"float32": 4}  # every other dtype of a model is of 16 bits
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A model as the bound sees it.
+
+    Attributes:
+        parameters: Weights, all read once a step.
+        layers: Decoder layers, each with an attention step as it was timed.
+    """
+
+    parameters: float
+    layers: int
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            RecordError: If there is no weight or no layer.
+        """
+        if self.parameters <= 0 or self.layers < 1:
+            raise RecordError(
+                f"a model must have parameters and layers, got {self.parameters:g} and "
+                f"{self.layers}."
+            )
+
+
+MODELS: Mapping[str, ModelSize] = {
+    "1B": ModelSize(1.24e9, 16),
+    "8B": ModelSize(8.03e9, 32),
+    "70B": ModelSize(70.6e9, 80),
+}
+"""Sizes of Llama 3.1 and 3.2. The layer is the one that was timed, whatever the model's own."""
+
+
+def model_sizes(texts: Sequence[str]) -> dict[str, ModelSize]:
+    """Read models from a command line: ``8B=8.03e9/32`` is a name, its parameters and layers.
+
+    Raises:
+        RecordError: If a text does not read so.
+    """
+    sizes = {}
+    for text in texts:
+        name, _, numbers = text.partition("=")
+        parameters, _, layers = numbers.partition("/")
+        try:
+            sizes[name] = ModelSize(float(parameters), int(layers))
+        except ValueError:
+            raise RecordError(
+                "a model must be given as NAME=PARAMETERS/LAYERS, such as 8B=8.03e9/32, got "
+                f"{text!r}."
+            ) from None
+    return sizes
+
+
+def crossing(lengths: Sequence[float], speedups: Sequence[float]) -> float:
+    """Return the length from which on the speed-up is never below 1.
+
+    Between two measured lengths it is interpolated, both axes logarithmic.
+
+    Args:
+        lengths: Measured lengths, ascending.
+        speedups: The speed-up at each, above 0.
+
+    Returns:
+        0 where it is at least 1 at every length; infinity where it is below 1 at the longest.
+    """
+    below = [place for place, value in enumerate(speedups) if value < 1]
+    if not below:
+        return 0.0
+    last = below[-1]
+    if last == len(lengths) - 1:
+        return math.inf
+    low, high = math.log(speedups[last]), math.log(speedups[last + 1])
+    ends = math.log(lengths[last]), math.log(lengths[last + 1])
+    return math.exp(ends[0] - low / (high - low) * (ends[1] - ends[0]))
+
+
+def curves(lines: pd.DataFrame) -> list[tuple[pd.Series, pd.DataFrame]]:
+    """Return each method's points over the length, for those that have two or more.
+
+    Args:
+        lines: Lines of one setting and of one batch size.
+
+    Returns:
+        The first line, which names the method, and its points with ``full_ms`` beside the columns
+        of a line: full attention's step, timed in turn with the method's.
+    """
+    data = lines[lines["speedup_vs_full"].notna() & lines["length"].notna()]
+    data = data.assign(full_ms=data["decode_ms_p50"] * data["speedup_vs_full"])
+    groups = data.groupby(["label", "rbit"], dropna=False, sort=False)
+    found = [(part.iloc[0], part.sort_values("length")) for _, part in groups]
+    return [one for one in found if one[1]["length"].is_unique and len(one[1]) > 1]
+
+
+def step_ms(points: pd.DataFrame, attention: str, size: ModelSize) -> pd.Series:
+    """Return the least milliseconds of a whole step: weights read once, and all layers' attention.
+
+    Args:
+        points: What `curves` returns.
+        attention: The column of one layer's step, ``full_ms`` or ``decode_ms_p50``.
+        size: The model.
+    """
+    width = points["p_dtype"].map(lambda dtype: _DTYPE_BYTES.get(str(dtype), 2))
+    weights = size.parameters * width / (points["bandwidth_gb_s"] * 1e6)
+    return weights + size.layers * points[attention]
+
+
+def _bounded(lines: pd.DataFrame) -> list[tuple[pd.Series, pd.DataFrame]]:
+    """Return the curves whose rows say the machine's bandwidth."""
+    return [
+        one
+        for one in curves(lines)
+        if one[1]["bandwidth_gb_s"].notna().all() and "p_dtype" in lines
+    ]
+
+
+def break_even_table(lines: pd.DataFrame, models: Mapping[str, ModelSize] = MODELS) -> Table | None:
+    """Return from which length each method is faster, and the bound at the longest.
+
+    Args:
+        lines: Lines of one setting and of one batch size.
+        models: Whole models that the bound is told for.
+    """
+    found = curves(lines)
+    if not found:
+        return None
+    bounded = {line["line"] for line, _ in _bounded(lines)}
+    longest = max(int(points["length"].iloc[-1]) for _, points in found)
+    heads = ["Method", "Faster than full from (tokens)", f"Speed-up at {longest:,} (×)"]
+    for name, size in models.items() if bounded else ():
+        shares = [
+            size.layers * points["full_ms"].iloc[-1] / step_ms(points, "full_ms", size).iloc[-1]
+            for line, points in found
+            if line["line"] in bounded and points["length"].iloc[-1] == longest
+        ]
+        share = f", of which attention {np.median(shares):.0%}" if shares else ""
+        heads.append(f"At most, {name} step{share} (×)")
+    rows = []
+    for line, points in found:
+        lengths, speedups = list(points["length"]), list(points["speedup_vs_full"])
+        place = crossing(lengths, speedups)
+        where = f"{place:,.0f}"
+        if place == 0:
+            where = f"always, {lengths[0]:,} and more"
+        elif math.isinf(place):
+            where = f"never, up to {lengths[-1]:,}"
+        at_end = lengths[-1] == longest
+        text = METRICS["speedup_vs_full"].text
+        cells = [_named(line), where, text(speedups[-1] if at_end else None)]
+        for size in models.values() if bounded else ():
+            known = at_end and line["line"] in bounded
+            cells.append(text(_step_speedup(points, size).iloc[-1] if known else None))
+        rows.append(cells)
+    return Table(heads, rows, words={0, 1})
+
+
+def _named(line: pd.Series) -> str:
+    bits = "" if pd.isna(line["rbit"]) else f", {line['rbit']} bits"
+    return f"{line['label']}{bits}"
+
+
+def _step_speedup(points: pd.DataFrame, size: ModelSize) -> pd.Series:
+    return step_ms(points, "full_ms", size) / step_ms(points, "decode_ms_p50", size)
+
+
+def break_even(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw each method's speed-up over full attention against the length, crossings marked."""
+    found = curves(lines)
+    if not found:
+        return None
+    figure = Figure(figsize=(7.2, 4.1))
+    axes = figure.add_subplot()
+    axes.axhline(1, color=style.style("full").colour, lw=1.4, label=style.style("full").label)
+    parts = []
+    for line, points in found:
+        look = style.style(line["method"])
+        lengths = points["length"].astype(float)
+        axes.plot(
+            lengths,
+            points["speedup_vs_full"],
+            color=look.colour,
+            marker=look.marker,
+            linestyle=look.line,
+            label=_named(line),
+        )
+        place = crossing(list(lengths), list(points["speedup_vs_full"]))
+        if 0 < place < math.inf:
+            axes.plot(place, 1, marker="|", ms=15, mew=2, color=look.colour, ls="none")
+        parts.append(points.assign(faster_from=place))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    data = pd.concat(parts)
+    log2_axis(axes.xaxis, [float(one) for one in data["length"]])
+    top = math.ceil(math.log2(max(2.0, data["speedup_vs_full"].max())))
+    bottom = math.floor(math.log2(min(0.5, data["speedup_vs_full"].min())))
+    log2_axis(axes.yaxis, [2.0**power for power in range(bottom, top + 1)], "g")
+    axes.set_xlabel(METRICS["kv_len"].axis)
+    axes.set_ylabel(METRICS["speedup_vs_full"].axis)
+    legend(figure, axes)
+    names = ["method", "variant", "rbit", "length", "decode_ms_p50", "full_ms", "speedup_vs_full"]
+    return figure, data[[*names, "faster_from"]].reset_index(drop=True)
+
+
+def step_bound(
+    lines: pd.DataFrame, models: Mapping[str, ModelSize] = MODELS
+) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw attention's share of a whole step, and the most that a method can speed it up.
+
+    Args:
+        lines: Lines of one setting and of one batch size.
+        models: Whole models, one panel each.
+    """
+    found = _bounded(lines)
+    if not found or not models:
+        return None
+    figure = Figure(figsize=(2.3 * (len(models) + 1) + 1.4, 3.5))
+    share_axes, *others = figure.subplots(1, len(models) + 1)
+    _, longest = max(found, key=lambda one: len(one[1]))
+    parts = []
+    for place, ((name, size), axes) in enumerate(zip(models.items(), others, strict=True)):
+        share = size.layers * longest["full_ms"] / step_ms(longest, "full_ms", size)
+        colour = style.shade("#222222", place / max(len(models) - 1, 1))
+        share_axes.plot(longest["length"].astype(float), 100 * share, color=colour, marker="o")
+        share_axes.annotate(
+            name,
+            (float(longest["length"].iloc[-1]), 100 * share.iloc[-1]),
+            xytext=(3, -3),
+            textcoords="offset points",
+            color=colour,
+            fontsize=8,
+        )
+        axes.axhline(1, color=style.style("full").colour, lw=1.4)
+        for line, points in found:
+            look = style.style(line["method"])
+            gain = _step_speedup(points, size)
+            axes.plot(
+                points["length"].astype(float),
+                gain,
+                color=look.colour,
+                marker=look.marker,
+                linestyle=look.line,
+                label=_named(line),
+            )
+            part = points[["method", "variant", "rbit", "length", "decode_ms_p50", "full_ms"]]
+            own = size.layers * points["full_ms"] / step_ms(points, "full_ms", size)
+            parts.append(part.assign(model=name, attention_share=own, step_speedup=gain))
+        axes.set_title(f"{name}, {size.layers} layers", fontsize=9, fontweight="normal")
+        axes.set_ylim(bottom=0)
+    # One scale for all models: a small one's gain must not look like a large one's.
+    highest = max(axes.get_ylim()[1] for axes in others)
+    for axes in others:
+        axes.set_ylim(0, highest)
+    share_axes.set_ylim(0, 100)
+    share_axes.set_ylabel("Attention's share of a step (%)")
+    others[0].set_ylabel("Speed-up of the step, at most (×)")
+    data = pd.concat(parts)
+    for axes in (share_axes, *others):
+        axes.set_xscale("log", base=2)
+        log2_axis(axes.xaxis, [float(one) for one in data["length"]], "k", most=4)
+        axes.set_xlabel(METRICS["kv_len"].label)
+    legend(figure, others[0])
+    return figure, data.reset_index(drop=True)

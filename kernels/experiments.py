@@ -1,0 +1,297 @@
+"""The named experiments on the operators alone: what ``kernels.bench --experiment NAME`` runs.
+
+They run where there is no Hydra and no W&B, on a bare GPU machine. The rules are those of
+``task=decode_latency``: all methods are timed in turn, cold; the result of each stage is compared
+with the reference first, and a wrong one has no speed; what exceeds half of the free memory is
+skipped. The rows have that task's columns, so that ``python -m topkbench.analysis.report FILE.csv``
+draws its figures from them. Stages are timed launch by launch, also where steps are graph replays.
+"""
+
+import csv
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from topkbench.kernels.dispatch import OPERATORS, Impl, resolve
+from topkbench.kernels.steps import LEAST_K, METHODS, Geometry, Layer, Step
+from topkbench.kernels.timing import (
+    Stages,
+    clock_mhz,
+    copies_needed,
+    machine_name,
+    measure,
+    read_bandwidth,
+    versions,
+)
+
+MEMORY_SHARE = 0.5
+INDEX_SHARE = 0.3  # of the cache: more than the indices of all methods take together
+STAGES = ("encode", "score", "select", "attend")
+
+GEOMETRIES = {"llama2": Geometry(32, 32, 128), "llama31": Geometry(32, 8, 128)}
+"""Attention of Llama-2-7B and of Llama-3.1-8B."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What is timed.
+
+    Attributes:
+        geometries: Names out of ``GEOMETRIES``.
+        lengths: Cached tokens, at batch 1.
+        batch_sizes: Batch rows, at ``batch_length``.
+        batch_length: Cached tokens where the batch varies.
+        methods: Names out of ``METHODS``; full attention is timed with them in any case.
+        slow: For each variant of the methods, the operators that run in torch.
+    """
+
+    geometries: Sequence[str] = ("llama31", "llama2")
+    lengths: Sequence[int] = ()
+    batch_sizes: Sequence[int] = ()
+    batch_length: int = 32768
+    methods: Sequence[str] = tuple(METHODS)
+    slow: Sequence[Sequence[str]] = ((),)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Cached tokens and batch rows, none twice."""
+        batches = [(self.batch_length, size) for size in self.batch_sizes]
+        return list(dict.fromkeys([*((length, 1) for length in self.lengths), *batches]))
+
+    @property
+    def variants(self) -> list[tuple[str, Sequence[str]]]:
+        """Each method with the operators that run in torch; full attention first and once."""
+        selecting = [method for method in self.methods if method != "full"]
+        return [("full", ()), *((method, slow) for method in selecting for slow in self.slow)]
+
+
+EXPERIMENTS = {
+    "layer_latency": Experiment(
+        lengths=[2**power for power in range(12, 19)], batch_sizes=(1, 2, 4, 8)
+    ),
+    "stage_breakdown": Experiment(geometries=("llama31",), lengths=[131072]),
+    "break_even": Experiment(lengths=[2**power for power in range(8, 17)]),
+    "optimisation_ablation": Experiment(
+        geometries=("llama2",),
+        lengths=[32768],
+        methods=("hata",),
+        slow=(
+            OPERATORS,
+            ("hash_encode", "topk_select", "sparse_attention"),
+            ("hash_encode", "topk_select"),
+            ("topk_select",),
+            (),
+        ),
+    ),
+}
+"""The named experiments, as ``conf/experiment/`` has them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """How it is timed."""
+
+    device: torch.device
+    dtype: torch.dtype
+    impl: Impl = "auto"
+    rbit: int = 128
+    trials: int = 15
+    cuda_graph: bool = False
+
+
+def run(experiment: Experiment, conditions: Conditions) -> list[dict[str, Any]]:
+    """Time an experiment, printing each shape as it ends; return its rows, one a step."""
+    device = conditions.device
+    bandwidth = read_bandwidth(device).ceiling_gb_s
+    known = {
+        "device": machine_name(device),
+        **{name: found for name, found in versions().items() if name not in ("python", "cuda")},
+        "p_dtype": str(conditions.dtype).removeprefix("torch."),
+        "bandwidth_gb_s": bandwidth,
+    }
+    print(", ".join(f"{name} {value}" for name, value in known.items() if value is not None))
+    rows = []
+    for name in experiment.geometries:
+        shape = GEOMETRIES[name]
+        for length, batch_size in experiment.shapes:
+            print(f"\n{name} ({shape}), {length:,} tokens, batch {batch_size}", flush=True)
+            called = str(length) if batch_size == 1 else f"{length} x {batch_size}"
+            place = {
+                **{"model": str(shape), "task": "decode_latency", "subtask": called},
+                **{"length": length, "kv_len": length, "batch_size": batch_size},
+            }
+            for row in _shape(experiment, conditions, shape, length, batch_size, bandwidth):
+                key = repr([known["device"], place["model"], called, row, conditions])
+                run_id = sha256(key.encode()).hexdigest()[:16]
+                rows.append({"run_id": run_id, **known, **place, **row})
+    return rows
+
+
+def _shape(
+    experiment: Experiment,
+    conditions: Conditions,
+    shape: Geometry,
+    length: int,
+    batch_size: int,
+    bandwidth: float,
+) -> list[dict[str, Any]]:
+    """Check and time all methods at one shape; print their table."""
+    device, dtype = conditions.device, conditions.dtype
+    width = torch.empty(0, dtype=dtype).element_size()
+    cached = 2 * batch_size * length * shape.num_kv_heads * shape.head_dim * width
+    copies = copies_needed(cached, device)
+    # Building indices and checking them take temporary copies of the keys.
+    need, free = (copies * (1 + INDEX_SHARE) + 1) * cached, free_bytes(device)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    if free is not None and need > MEMORY_SHARE * free:
+        reason = f"{need / 2**30:.1f} GiB of states exceed half of the free memory."
+        print(f"skipped: {reason}")
+        return [
+            {"method": name, "status": "skipped", "reason": reason, "started_at": started}
+            for name in experiment.methods
+        ]
+    layer = Layer.draw(shape, batch_size, length, conditions.rbit, dtype, device)
+    layers = [layer, *(layer.copy() for _ in range(copies - 1))]
+    steps: dict[str, list[Step]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for method, slow in experiment.variants:
+        impl: dict[str, Impl] = dict.fromkeys(OPERATORS, conditions.impl)
+        impl |= dict.fromkeys(slow, "reference")
+        ran = _implementations(impl, device)
+        name = ran if len(experiment.slow) > 1 and method != "full" else method
+        steps[name] = [METHODS[method](one, impl) for one in layers]
+        rows[name] = {
+            **{"method": method, "impl": ran, "full_backend": "sdpa", "started_at": started},
+            **{"k": None if method == "full" else layer.k, "seed": 0},
+            **{"rbit": layer.rbit if method == "hata" else None, "status": "ok", "reason": ""},
+        }
+        try:
+            steps[name][0].check()
+        except AssertionError as error:
+            del steps[name]
+            rows[name] |= {"status": "wrong", "reason": str(error)}
+            print(f"{name}: wrong result, no times: {error}", file=sys.stderr)
+    _time(steps, rows, conditions)
+    for name, made in steps.items():
+        read, row = made[0].bytes_read(), rows[name]
+        seconds = row["decode_ms_p50"] * 1e-3
+        row["bytes_read_per_step"] = float(read)
+        row["bandwidth_fraction"] = read * batch_size / seconds / 1e9 / bandwidth
+    _print(rows)
+    return [row for row in rows.values() if row["method"] in experiment.methods]
+
+
+def _time(
+    steps: Mapping[str, Sequence[Step]],
+    rows: Mapping[str, dict[str, Any]],
+    conditions: Conditions,
+) -> None:
+    """Write the times of every step into its row: cold and in turn, warm, and by stage."""
+    device, trials = conditions.device, conditions.trials
+    graph = conditions.cuda_graph
+    cold = measure(steps, trials, device=device, cuda_graph=graph)
+    for name, made in steps.items():
+        row, step = rows[name], cold[name]
+        row["decode_ms_p50"], row["decode_ms_p20"] = step.p50_ms, step.p20_ms
+        row["decode_ms_p80"] = step.p80_ms
+        warm = measure({"warm": made[0]}, trials, device=device, cuda_graph=graph)["warm"]
+        row["decode_ms_warm_p50"] = warm.p50_ms
+        row["clock_mhz"] = clock_mhz(device)
+        if name == "full":
+            row["attend_ms"] = step.p50_ms
+            continue
+        row["speedup_vs_full"] = cold["full"].p50_ms / step.p50_ms
+        stages = Stages(device)
+        for trial in range(trials):
+            steps["full"][trial % len(made)]()  # leaves the caches as it does between whole steps
+            made[trial % len(made)](stages)
+        row |= {f"{stage}_ms": taken for stage, taken in stages.medians().items()}
+
+
+def _implementations(impl: Mapping[str, Impl], device: torch.device) -> str:
+    """Name the implementation of most operators, and those that run in torch instead."""
+    ran = {op: resolve(op, one, device) for op, one in impl.items()}
+    fast = sorted(set(ran.values()) - {"reference"})
+    slow = [op for op in OPERATORS if ran[op] == "reference"]
+    if not fast:
+        return "reference"
+    return fast[0] + (f", reference: {' '.join(slow)}" if slow else "")
+
+
+def _print(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    width = max(len(name) for name in rows) + 2
+    heads = ["p50 ms", "p20", "p80", "warm", "speed-up", *STAGES]
+    print(f"{'':<{width}}" + "".join(f"{head:>10}" for head in heads))
+    columns = [
+        *("decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "decode_ms_warm_p50"),
+        *("speedup_vs_full", *(f"{stage}_ms" for stage in STAGES)),
+    ]
+    for name, row in rows.items():
+        if row["status"] == "ok":
+            cells = [f"{row[one]:.3f}" if row.get(one) is not None else "-" for one in columns]
+            print(f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
+
+
+def faster_from(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each geometry and method: the measured length from which it is faster.
+
+    Args:
+        rows: What `run` returned; only those of batch 1 count.
+    """
+    found: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["batch_size"] == 1 and row.get("speedup_vs_full") is not None:
+            key = (row["model"], row["method"])
+            found.setdefault(key, []).append((row["length"], row["speedup_vs_full"]))
+    sentences = []
+    for (model, method), points in found.items():
+        points.sort()
+        slower = [length for length, speedup in points if speedup < 1]
+        faster = [length for length, _ in points if not slower or length > slower[-1]]
+        where = f"from {faster[0]:,} tokens on" if faster else f"nowhere up to {points[-1][0]:,}"
+        sentences.append(f"{model}, {method}: faster than full attention {where}")
+    return sentences
+
+
+def write(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Write rows as CSV, columns as in a sweep's ``rows.csv``, those without any value left out."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    with Path(path).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(names), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the free memory of a CUDA device, or of a Linux machine; None elsewhere."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def chosen(name: str, **changes: Sequence[Any] | None) -> Experiment:
+    """Return a named experiment, with what was asked for instead of its own settings.
+
+    Raises:
+        ValueError: If a length is too short for the least budget, or a batch size is not positive.
+    """
+    given: dict[str, Any] = {key: value for key, value in changes.items() if value}
+    experiment = replace(EXPERIMENTS[name], **given)
+    for length, batch_size in experiment.shapes:
+        if length <= LEAST_K or batch_size < 1:
+            raise ValueError(
+                f"lengths must be more than {LEAST_K} tokens and batch sizes at least 1, got "
+                f"{length} and {batch_size}."
+            )
+    return experiment

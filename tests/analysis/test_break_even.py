@@ -1,0 +1,168 @@
+"""Where a method begins to pay, and the most that a whole step can gain: by hand."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from topkbench.analysis import report
+from topkbench.analysis.break_even import (
+    ModelSize,
+    break_even,
+    break_even_table,
+    crossing,
+    curves,
+    model_sizes,
+    step_bound,
+    step_ms,
+)
+from topkbench.analysis.lines import compare
+from topkbench.analysis.record import RecordError, Row, frame
+
+RowMaker = Callable[..., Row]
+
+
+@pytest.mark.parametrize(
+    ("speedups", "expected"),
+    [
+        ([1.0, 2.0, 4.0], 0.0),
+        ([0.5, 0.7, 0.99], math.inf),
+        ([0.5, 2.0, 4.0], 2048.0),  # halfway between 1,024 and 4,096, both axes logarithmic
+        ([0.25, 0.5, 2.0], 8192.0),
+        ([2.0, 0.5, 2.0], 8192.0),  # an early win that is lost again does not count
+        ([0.5, 1.0, 2.0], 4096.0),
+    ],
+)
+def test_the_crossing_is_interpolated_on_logarithmic_axes(
+    speedups: list[float], expected: float
+) -> None:
+    assert crossing([1024, 4096, 16384], speedups) == pytest.approx(expected)
+
+
+def latency_lines(row: RowMaker, dtype: str = "float32", **columns: Any) -> pd.DataFrame:
+    """Full attention takes 1 ms at 1,024 tokens; the speed-ups are given."""
+    speedups = {"hata": (0.5, 2.0, 4.0), "loki": (0.2, 0.4, 0.8), "quest": (1.5, 2.0, 3.0)}
+    rows = [
+        row(
+            run_id=f"{place:016x}",
+            task="decode_latency",
+            subtask=str(length),
+            method=method,
+            rbit=128 if method == "hata" else None,
+            length=length,
+            kv_len=length,
+            decode_ms_p50=length / 1024 / (speedup or 1.0),
+            speedup_vs_full=speedup,
+            bandwidth_gb_s=10.0,
+            parameters={"dtype": dtype},
+            **columns,
+        )
+        for place, (method, values) in enumerate([("full", (None,) * 3), *speedups.items()])
+        for length, speedup in zip((1024, 4096, 16384), values, strict=True)
+    ]
+    return compare(frame(rows)).headline
+
+
+def test_a_step_is_its_weights_and_its_layers(row: RowMaker) -> None:
+    (_, hata), *_ = curves(latency_lines(row))
+    size = ModelSize(parameters=1e7, layers=4)
+    # 40 MB at 10 GB/s are 4 ms; four layers of 1, 4 and 16 ms, or a speed-up's share of them.
+    assert step_ms(hata, "full_ms", size).tolist() == pytest.approx([8.0, 20.0, 68.0])
+    assert step_ms(hata, "decode_ms_p50", size).tolist() == pytest.approx([12.0, 12.0, 20.0])
+    (_, half), *_ = curves(latency_lines(row, dtype="bfloat16"))
+    assert step_ms(half, "full_ms", size).tolist() == pytest.approx([6.0, 18.0, 66.0])
+
+
+def test_the_table_says_where_and_how_much(row: RowMaker) -> None:
+    table = break_even_table(latency_lines(row), {"10M": ModelSize(1e7, 4)})
+    assert table is not None
+    assert table.head == [
+        *("Method", "Faster than full from (tokens)", "Speed-up at 16,384 (×)"),
+        "At most, 10M step, of which attention 94% (×)",
+    ]
+    assert table.rows == [
+        ["HATA, 128 bits", "2,048", "4.00", "3.40"],  # 68 / 20
+        ["Quest", "always, 1,024 and more", "3.00", "2.68"],  # 68 / (4 + 64 / 3)
+        ["Loki", "never, up to 16,384", "0.80", "0.81"],  # 68 / 84
+    ]
+
+
+def test_the_figures_show_what_the_table_says(row: RowMaker) -> None:
+    lines = latency_lines(row)
+    made = break_even(lines)
+    assert made is not None
+    figure, data = made
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        *("Full attention", "HATA, 128 bits", "Quest", "Loki"),
+    ]
+    marks = [line for line in figure.axes[0].lines if line.get_marker() == "|"]
+    assert [float(mark.get_xdata()[0]) for mark in marks] == pytest.approx([2048.0])
+    assert data.groupby("method")["faster_from"].first().to_dict() == pytest.approx(
+        {"hata": 2048.0, "loki": math.inf, "quest": 0.0}
+    )
+    bound = step_bound(lines, {"10M": ModelSize(1e7, 4), "10G": ModelSize(1e10, 4)})
+    assert bound is not None
+    figure, data = bound
+    assert [axes.get_title() for axes in figure.axes] == ["", "10M, 4 layers", "10G, 4 layers"]
+    small = data[(data["model"] == "10M") & (data["method"] == "hata")]
+    assert small["attention_share"].tolist() == pytest.approx([4 / 8, 16 / 20, 64 / 68])
+    assert small["step_speedup"].tolist() == pytest.approx([8 / 12, 20 / 12, 68 / 20])
+    large = data[data["model"] == "10G"]
+    assert large["step_speedup"].between(0.98, 1.02).all()  # 4 s of weights hide it
+
+
+def test_rows_without_a_bandwidth_have_no_bound(row: RowMaker) -> None:
+    lines = latency_lines(row).assign(bandwidth_gb_s=math.nan)
+    table = break_even_table(lines)
+    assert table is not None
+    assert table.head[-1] == "Speed-up at 16,384 (×)"
+    assert step_bound(lines) is None
+
+
+def test_one_length_has_no_break_even(row: RowMaker) -> None:
+    lines = latency_lines(row)
+    lines = lines[lines["length"] == 4096]
+    assert break_even_table(lines) is None
+    assert break_even(lines) is None
+    assert step_bound(lines) is None
+
+
+@pytest.mark.parametrize("text", ["8B", "8B=8e9", "8B=8e9/", "8B=many/32", "8B=8e9/1.5"])
+def test_a_model_that_does_not_read_is_refused(text: str) -> None:
+    with pytest.raises(RecordError, match=r"NAME=PARAMETERS/LAYERS, such as 8B=8.03e9/32, got"):
+        model_sizes([text])
+
+
+def test_a_model_has_weights_and_layers() -> None:
+    assert model_sizes(["8B=8.03e9/32"]) == {"8B": ModelSize(8.03e9, 32)}
+    with pytest.raises(RecordError, match="must have parameters and layers, got 0 and 32"):
+        model_sizes(["8B=0/32"])
+
+
+def test_a_report_of_few_columns_has_the_section(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = ("run_id", "status", "model", "task", "subtask", "length", "kv_len", "method")
+    timed = ("decode_ms_p50", "speedup_vs_full", "bandwidth_gb_s", "p_dtype")
+    file = tmp_path / "rows.csv"
+    with file.open("w", newline="") as opened:
+        writer = csv.writer(opened)
+        writer.writerow([*columns, *timed])
+        for length, speedup in ((1024, 0.5), (4096, 2.0)):
+            known = ["a" * 16, "ok", "32/8 heads of 128", "decode_latency", length, length, length]
+            writer.writerow([*known, "hata", length / 1024 / speedup, speedup, 10, "float32"])
+    out = tmp_path / "out"
+    given = [str(file), "--out", str(out), "--models", "10M=1e7/4"]
+    assert report.main(given) == 0, capsys.readouterr().err
+    text = (out / "report.md").read_text()
+    assert "### Break-even" in text
+    assert "| HATA     | 2,048" in text
+    assert "At most, 10M step, of which attention 80% (×)" in text
+    assert (out / "figures" / "step_bound.png").is_file()
+    assert "Break-even" in (out / "report.html").read_text()
