@@ -15,6 +15,7 @@ OPERATORS = (
     "hamming_score",
     "page_score",
     "lowrank_score",
+    "group_softmax",
     "topk_select",
     "sparse_attention",
 )

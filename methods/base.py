@@ -280,7 +280,8 @@ class TopKMethod(ABC):
         if scores.ndim == 4:
             if policy.head_scope == "query_head":
                 return scores.flatten(1, 2)
-            return aggregate(scores, policy.aggregation, self.score_kind, scale, softcap)
+            impl = self.impl_for("group_softmax")
+            return aggregate(scores, policy.aggregation, self.score_kind, scale, softcap, impl)
         if policy.head_scope == "query_head":
             raise ValueError(
                 f"head_scope must be kv_head for {self.name}, whose scores are per KV head, "

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
+
+from topkbench.kernels.dispatch import Impl
+from topkbench.kernels.group_softmax.api import group_softmax
 
 HeadScope = Literal["kv_head", "query_head"]
 Aggregation = Literal["native", "sum_softmax", "sum_logit", "max_softmax"]
@@ -87,7 +89,12 @@ class Policy:
 
 
 def aggregate(
-    scores: Tensor, rule: str, score_kind: str, scale: float, softcap: float | None = None
+    scores: Tensor,
+    rule: str,
+    score_kind: str,
+    scale: float,
+    softcap: float | None = None,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Reduce the scores of a group's queries to one score per KV head.
 
@@ -98,6 +105,7 @@ def aggregate(
         score_kind: ``"logit"`` or ``"count"``.
         scale: The attention's factor on dot products; a softmax is taken of scaled logits.
         softcap: As in attention, or None.
+        impl: Of ``group_softmax``.
 
     Returns:
         ``[B, Hkv, U]`` float32. An empty row gives zeros under a softmax.
@@ -106,11 +114,7 @@ def aggregate(
         rule = "sum_softmax" if score_kind == "logit" else "sum_logit"
     if rule == "sum_logit":
         return scores.sum(2)
-    logits = scores.float() * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    weights = logits.softmax(-1).nan_to_num(0.0)
-    return weights.sum(2) if rule == "sum_softmax" else weights.amax(2)
+    return group_softmax(scores, scale, "sum" if rule == "sum_softmax" else "max", softcap, impl)
 
 
 def _check_word(argument: str, word: str, words: tuple[str, ...]) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from topkbench.kernels.addresses import bound_address, check_cache
 from topkbench.kernels.intrinsics import (
     LANES,
-    bits_float,
     load_float32,
     load_int32,
     store_float32,
@@ -25,6 +24,7 @@ from topkbench.kernels.intrinsics import (
     store_int64,
 )
 from topkbench.kernels.rows import add_rows, clipped, score_rows
+from topkbench.kernels.softmax import exp, largest, scale_and_cap, total
 
 # Tokens whose logits are held before they enter the sum: their values stay in the first cache.
 _TILE = 32
@@ -251,77 +251,26 @@ def _soften(
 ) -> None:
     """Turn one query's dot products into softmax weights, rescaling its sums to a new maximum."""
     zero = np.float32(0.0)
-    for place in range(filled):
-        store_float32(logits, place, load_float32(logits, place) * scale)
-    if softcap > zero:
-        for place in range(filled):
-            capped = math.tanh(load_float32(logits, place) / softcap)
-            store_float32(logits, place, softcap * np.float32(capped))
+    scale_and_cap(logits, logits, filled, scale, softcap)
     if weights != 0:
         for place in range(filled):
             weight = load_float32(weights, np.int64(load_int32(entries, place)))
             store_float32(logits, place, load_float32(logits, place) + weight)
     old = load_float32(maximum, 0)
-    new = max(old, _largest(logits, filled))
+    new = max(old, largest(logits, filled))
     if new == np.float32(-np.inf):  # log weights of -inf: nothing counts yet
         for place in range(filled):
             store_float32(logits, place, zero)
         return
     if new > old:
-        shrink = _exp(old - new)
+        shrink = exp(old - new)
         store_float32(maximum, 0, new)
         store_float32(denominator, 0, load_float32(denominator, 0) * shrink)
         for i in range(head_dim):
             store_float32(sums, i, load_float32(sums, i) * shrink)
     for place in range(filled):
-        store_float32(logits, place, _exp(load_float32(logits, place) - new))
-    store_float32(denominator, 0, load_float32(denominator, 0) + _total(logits, filled))
-
-
-# Any order of additions and comparisons will do, which lets LLVM use vectors.
-_ANY_ORDER = {"reassoc", "nnan", "nsz"}
-
-
-@njit(nogil=True, fastmath=_ANY_ORDER)
-def _largest(values: int, count: int) -> Any:
-    largest = np.float32(-np.inf)
-    for place in range(count):
-        largest = max(largest, load_float32(values, place))
-    return largest
-
-
-@njit(nogil=True, fastmath=_ANY_ORDER)
-def _total(values: int, count: int) -> Any:
-    total = np.float32(0.0)
-    for place in range(count):
-        total += load_float32(values, place)
-    return total
-
-
-@njit(nogil=True)
-def _exp(x: Any) -> Any:
-    """Return e to a power of at most 0, within 2 units in the last place; below e^-87, 0.
-
-    Written out because LLVM turns it into vector code, which it cannot do with a library's. The
-    power is split as ``2^whole * e^rest`` with ``|rest| <= ln(2) / 2``, and the series of
-    ``e^rest`` is cut where its next term, ``rest^8 / 8!``, is below float32's precision.
-    """
-    floor = np.float32(-87.0)
-    bounded: Any = max(x, floor)
-    whole = np.int32(bounded * np.float32(1.4426950408889634) - np.float32(0.5))
-    steps = np.float32(whole)
-    # ln(2) in two parts, the first exact in few bits, so that the difference loses nothing.
-    rest = (bounded - steps * np.float32(0.693359375)) - steps * np.float32(-2.12194440054690583e-4)
-    series = np.float32(1.0 / 5040.0)
-    series = series * rest + np.float32(1.0 / 720.0)
-    series = series * rest + np.float32(1.0 / 120.0)
-    series = series * rest + np.float32(1.0 / 24.0)
-    series = series * rest + np.float32(1.0 / 6.0)
-    series = series * rest + np.float32(0.5)
-    series = series * rest + np.float32(1.0)
-    series = series * rest + np.float32(1.0)
-    power = series * bits_float(np.int32((whole + np.int32(127)) << np.int32(23)))
-    return power if x >= floor else np.float32(0.0)
+        store_float32(logits, place, exp(load_float32(logits, place) - new))
+    store_float32(denominator, 0, load_float32(denominator, 0) + total(logits, filled))
 
 
 @njit(nogil=True)
@@ -339,14 +288,14 @@ def _merge(
         if maximum == np.float32(-np.inf):
             store_float32(lse, g, maximum)
             continue
-        total = np.float32(0.0)
+        denominator = np.float32(0.0)
         for part in range(parts):
             base = work + 4 * part * part_size
-            share = _exp(load_float32(base, group * head_dim + g) - maximum)
-            total += share * load_float32(base, group * (head_dim + 1) + g)
+            share = exp(load_float32(base, group * head_dim + g) - maximum)
+            denominator += share * load_float32(base, group * (head_dim + 1) + g)
         for part in range(parts):
             base = work + 4 * part * part_size
-            share = _exp(load_float32(base, group * head_dim + g) - maximum) / total
+            share = exp(load_float32(base, group * head_dim + g) - maximum) / denominator
             for i in range(g * head_dim, (g + 1) * head_dim):
                 store_float32(out, i, load_float32(out, i) + share * load_float32(base, i))
-        store_float32(lse, g, maximum + np.float32(math.log(total)))
+        store_float32(lse, g, maximum + np.float32(math.log(denominator)))

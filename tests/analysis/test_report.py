@@ -209,7 +209,7 @@ def test_latency_over_context_is_one_setting_with_one_figure(
 
 
 def test_the_bound_is_told_with_the_bandwidth(row: Callable[..., Row]) -> None:
-    made = context_curve(compare(latency_rows(row, bandwidth_gb_s=19.7)).lines)
+    made = context_curve(compare(latency_rows(row, bandwidth_gb_s=19.7)).lines, "decode_ms_p50")
     assert made is not None
     assert made[0].legends[0].get_texts()[0].get_text() == "bandwidth bound (20 GB/s)"
 
@@ -296,7 +296,7 @@ def test_throughput_over_context_where_it_was_measured(
     )
     ((_, lines),) = compare(rows).panels()
     drawn = {one.name: one for one in draw_all(lines, tmp_path, "words")}
-    assert set(drawn) == {"latency_vs_context", "throughput_vs_context", "stages"}
+    assert set(drawn) == {"latency_vs_context", "throughput_vs_context", "break_even", "stages"}
     assert "At 131,072" not in drawn["throughput_vs_context"].caption
     data = pd.read_csv(drawn["throughput_vs_context"].csv)
     assert data["tokens_per_s"].tolist()[:4] == [1000.0, 250.0, 62.5, 31.25]

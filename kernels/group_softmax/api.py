@@ -1,0 +1,57 @@
+"""One score for a group's queries: the attention weight that their logits would give."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from topkbench.kernels.dispatch import Impl, resolve
+from topkbench.kernels.shapes import check_floating, check_shape
+
+Rule = Literal["sum", "max"]
+
+
+def group_softmax(
+    scores: Tensor,
+    scale: float,
+    rule: Rule = "sum",
+    softcap: float | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Reduce the logits of a group's queries to one score per KV head.
+
+    Each query's logits become its softmax over the units; the softmaxes are added up, or the
+    largest is taken, so that no query outweighs the others by the length of its vector.
+
+    Args:
+        scores: ``[B, Hkv, G, U]`` dot products; -inf marks a unit that is not there.
+        scale: Factor on the dot products.
+        rule: ``"sum"`` or ``"max"`` over the group.
+        softcap: Logits become ``softcap * tanh(logits / softcap)``; None leaves them.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; never falls back.
+
+    Returns:
+        ``[B, Hkv, U]`` float32 (float64 from the reference, given it); 0 for a unit that is not
+        there.
+
+    Raises:
+        ValueError: If a shape does not fit, or ``rule`` or ``softcap`` is out of range.
+        TypeError: If the scores are not floating point.
+    """
+    check_shape("scores", scores, "[B, Hkv, G, U]", None, None, None, None)
+    check_floating("scores", scores)
+    if rule not in ("sum", "max"):
+        raise ValueError(f"rule must be sum or max, got {rule!r}.")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}.")
+    chosen = resolve("group_softmax", impl, scores.device)
+    if chosen == "cpu":
+        from topkbench.kernels.group_softmax import cpu
+
+        return cpu.group_softmax(scores, scale, rule, softcap)
+    if chosen == "triton":
+        from topkbench.kernels.group_softmax import fused
+
+        return fused.group_softmax(scores, scale, rule, softcap)
+    from topkbench.kernels.group_softmax import reference
+
+    return reference.group_softmax(scores, scale, rule, softcap)

@@ -1,0 +1,78 @@
+"""Pieces of a softmax that LLVM turns into vectors, shared by the CPU operators."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from topkbench.kernels.intrinsics import bits_float, load_float32, load_int32, store_float32
+
+# Any order of additions will do, which lets LLVM use vectors.
+_ANY_ORDER = {"reassoc", "nsz"}
+
+
+@njit(nogil=True)
+def exp(x: Any) -> Any:
+    """Return e to a power of at most 0, within 2 units in the last place; below e^-87, 0.
+
+    Written out because LLVM turns it into vector code, which it cannot do with a library's. The
+    power is split as ``2^whole * e^rest`` with ``|rest| <= ln(2) / 2``, and the series of
+    ``e^rest`` is cut where its next term, ``rest^8 / 8!``, is below float32's precision.
+    """
+    floor = np.float32(-87.0)
+    bounded: Any = max(x, floor)
+    whole = np.int32(bounded * np.float32(1.4426950408889634) - np.float32(0.5))
+    steps = np.float32(whole)
+    # ln(2) in two parts, the first exact in few bits, so that the difference loses nothing.
+    rest = (bounded - steps * np.float32(0.693359375)) - steps * np.float32(-2.12194440054690583e-4)
+    series = np.float32(1.0 / 5040.0)
+    series = series * rest + np.float32(1.0 / 720.0)
+    series = series * rest + np.float32(1.0 / 120.0)
+    series = series * rest + np.float32(1.0 / 24.0)
+    series = series * rest + np.float32(1.0 / 6.0)
+    series = series * rest + np.float32(0.5)
+    series = series * rest + np.float32(1.0)
+    series = series * rest + np.float32(1.0)
+    power = series * bits_float(np.int32((whole + np.int32(127)) << np.int32(23)))
+    return power if x >= floor else np.float32(0.0)
+
+
+@njit(nogil=True)
+def scale_and_cap(products: int, logits: int, count: int, scale: float, softcap: float) -> None:
+    """Write ``count`` logits of as many dot products: scaled, and capped unless the cap is 0."""
+    for place in range(count):
+        store_float32(logits, place, load_float32(products, place) * scale)
+    if softcap > np.float32(0.0):
+        for place in range(count):
+            logit = load_float32(logits, place)
+            if logit > np.float32(-np.inf):  # what is not there stays out
+                store_float32(logits, place, softcap * np.float32(math.tanh(logit / softcap)))
+
+
+@njit(nogil=True)
+def largest(values: int, count: int) -> Any:
+    """Return the largest of ``count`` float32, -inf if there is none.
+
+    Bits are compared as integers of the floats' order, because LLVM turns that into vectors (0.03
+    ns instead of 0.53 a value were measured); it leaves a maximum of floats alone.
+    """
+    found = _ordered(np.int32(-8388608))  # the bits of -inf
+    for place in range(count):
+        found = max(found, _ordered(load_int32(values, place)))
+    return bits_float(_ordered(found))
+
+
+@njit(nogil=True)
+def _ordered(bits: Any) -> Any:
+    """Turn a float32's bits into an int32 of the floats' order, or back: its own inverse."""
+    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@njit(nogil=True, fastmath=_ANY_ORDER)
+def total(values: int, count: int) -> Any:
+    """Add up ``count`` float32."""
+    found = np.float32(0.0)
+    for place in range(count):
+        found += load_float32(values, place)
+    return found
