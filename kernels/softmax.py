@@ -12,7 +12,7 @@ from topkbench.kernels.intrinsics import bits_float, load_float32, load_int32, s
 _ANY_ORDER = {"reassoc", "nsz"}
 
 
-@njit(nogil=True)
+@njit(nogil=True, fastmath={"contract"})  # a product and its addition round once
 def exp(x: Any) -> Any:
     """Return e to a power of at most 0, within 2 units in the last place; below e^-87, 0.
 

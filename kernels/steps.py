@@ -14,6 +14,7 @@ from torch import Tensor
 
 from topkbench.kernels.dispatch import OPERATORS, Impl
 from topkbench.kernels.full_attention.api import full_attention
+from topkbench.kernels.group_softmax.api import group_softmax
 from topkbench.kernels.hamming_score.api import hamming_score
 from topkbench.kernels.hash_encode.api import encode_step, hash_encode
 from topkbench.kernels.lowrank_score.api import lowrank_score
@@ -182,9 +183,9 @@ class Step:
         error = ((found.float() - expected.float()).norm() / expected.float().norm()).item()
         assert error <= tolerance, f"the {what} differ by {error:.3g}, more than {tolerance}."
 
-    def _softmaxed(self, logits: Tensor) -> Tensor:
-        """Sum the softmax of ``[B, Hkv, G, n]`` logits over the group."""
-        return (logits * self.scale).softmax(-1).sum(2)
+    def _softmaxed(self, products: Tensor) -> Tensor:
+        """Sum the softmax of ``[B, Hkv, G, n]`` dot products over the group."""
+        return group_softmax(products, self.scale, impl=self.impl["group_softmax"])
 
 
 class Full(Step):

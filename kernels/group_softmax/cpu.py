@@ -5,6 +5,7 @@ taking every power twice costs less than keeping them.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ def _reduce(
 
 
 @njit(nogil=True)
-def _log_sum_exp(row: int, count: int, scale: float, softcap: float, logits: int) -> float:
+def _log_sum_exp(row: int, count: int, scale: float, softcap: float, logits: int) -> Any:
     """Return the log-sum-exp of a row's logits, -inf if no unit is there."""
     maximum, denominator = np.float32(-np.inf), np.float32(0.0)
     for first in range(0, count, _BLOCK):
