@@ -81,7 +81,7 @@ EXPERIMENTS = {
     "optimisation_ablation": Experiment(
         geometries=("llama2",),
         lengths=[32768],
-        methods=("hata",),
+        methods=("hata_integer",),
         slow=(
             OPERATORS,
             ("hash_encode", "topk_select", "sparse_attention"),
@@ -154,7 +154,10 @@ def _shape(
         reason = f"{need / 2**30:.1f} GiB of states exceed half of the free memory."
         print(f"skipped: {reason}")
         return [
-            {"method": name, "status": "skipped", "reason": reason, "started_at": started}
+            {
+                **{"method": METHODS[name].name, "status": "skipped", "reason": reason},
+                "started_at": started,
+            }
             for name in experiment.methods
         ]
     layer = Layer.draw(shape, batch_size, length, conditions.rbit, dtype, device)
@@ -168,9 +171,9 @@ def _shape(
         name = ran if len(experiment.slow) > 1 and method != "full" else method
         steps[name] = [METHODS[method](one, impl) for one in layers]
         rows[name] = {
-            **{"method": method, "impl": ran, "full_backend": "sdpa", "started_at": started},
-            **{"k": None if method == "full" else layer.k, "seed": 0},
-            **{"rbit": layer.rbit if method == "hata" else None, "status": "ok", "reason": ""},
+            **{"method": METHODS[method].name, "impl": ran, "full_backend": "sdpa"},
+            **{"k": None if method == "full" else layer.k, "seed": 0, "started_at": started},
+            **{**steps[name][0].knobs(), "status": "ok", "reason": ""},
         }
         try:
             steps[name][0].check()
@@ -185,7 +188,8 @@ def _shape(
         row["bytes_read_per_step"] = float(read)
         row["bandwidth_fraction"] = read * batch_size / seconds / 1e9 / bandwidth
     _print(rows)
-    return [row for row in rows.values() if row["method"] in experiment.methods]
+    unasked = {"full"} - set(experiment.methods)
+    return [row for name, row in rows.items() if name not in unasked]
 
 
 def _time(
@@ -248,7 +252,8 @@ def faster_from(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     found: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for row in rows:
         if row["batch_size"] == 1 and row.get("speedup_vs_full") is not None:
-            key = (row["model"], row["method"])
+            norm = "" if row.get("p_use_norm", True) else " by integer scores"
+            key = (row["model"], row["method"] + norm)
             found.setdefault(key, []).append((row["length"], row["speedup_vs_full"]))
     sentences = []
     for (model, method), points in found.items():

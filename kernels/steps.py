@@ -106,6 +106,7 @@ class Step:
         impl: Implementation of each operator.
     """
 
+    name: ClassVar[str]
     unit_size: ClassVar[int] = 1
 
     def __init__(self, layer: Layer, impl: Mapping[str, Impl]) -> None:
@@ -116,6 +117,10 @@ class Step:
 
     def build(self) -> None:
         """Compute the side information of all keys."""
+
+    def knobs(self) -> dict[str, Any]:
+        """Return what tells this step from another of the method, by the name of its column."""
+        return {}
 
     def encode(self) -> Tensor:
         """Write the newest key's side information, and return the queries as they are scored."""
@@ -191,6 +196,8 @@ class Step:
 class Full(Step):
     """Attention to everything, by SDPA."""
 
+    name = "full"
+
     def __call__(self, watch: Watch = nullcontext) -> Tensor:
         with watch("attend"):
             states = (self.layer.query.flatten(1, 2), self.layer.keys, self.layer.values)
@@ -206,6 +213,8 @@ class Full(Step):
 class Exact(Step):
     """The true top-k: every key is read to choose."""
 
+    name = "exact"
+
     def build(self) -> None:
         self.read = [self.layer.keys]
 
@@ -217,6 +226,9 @@ class Exact(Step):
 class Hata(Step):
     """Hash codes, their agreement weighted by the keys' norms."""
 
+    name = "hata"
+    use_norm: ClassVar[bool] = True
+
     def build(self) -> None:
         keys = self.layer.keys
         batch_size, num_heads, n, head_dim = keys.shape
@@ -224,9 +236,14 @@ class Hata(Step):
         shape = (num_heads, head_dim, self.layer.rbit)
         self.weight = torch.randn(shape, generator=generator, device=keys.device)
         self.codes = hash_encode(keys, self.weight, impl=self.impl["hash_encode"])
-        self.norms = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
+        self.norms = None
+        if self.use_norm:
+            self.norms = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
         self.kv_len = torch.full((batch_size,), n, dtype=torch.int32, device=keys.device)
-        self.read = [self.codes, self.norms]
+        self.read = [self.codes] if self.norms is None else [self.codes, self.norms]
+
+    def knobs(self) -> dict[str, Any]:
+        return {"rbit": self.layer.rbit, "p_use_norm": self.use_norm}
 
     def encode(self) -> Tensor:
         newest = self.layer.keys[:, :, -1:]
@@ -242,9 +259,16 @@ class Hata(Step):
         super().check()
 
 
+class HataInteger(Hata):
+    """Hash codes, ranked by Hamming distance alone."""
+
+    use_norm = False
+
+
 class Quest(Step):
     """Pages of 16 tokens, by an upper bound on their logits."""
 
+    name = "quest"
     unit_size = PAGE_SIZE
 
     def build(self) -> None:
@@ -275,6 +299,8 @@ class Quest(Step):
 class Loki(Step):
     """A quarter of the keys' channels, rotated."""
 
+    name = "loki"
+
     def build(self) -> None:
         keys = self.layer.keys
         head_dim = keys.shape[-1]
@@ -298,6 +324,8 @@ class Loki(Step):
 class Streaming(Step):
     """The first tokens and the last ones."""
 
+    name = "streaming_llm"
+
     def build(self) -> None:
         layer = self.layer
         first = torch.arange(NUM_SINK, dtype=torch.int32, device=layer.keys.device)
@@ -313,6 +341,7 @@ METHODS: dict[str, type[Step]] = {
     "full": Full,
     "exact": Exact,
     "hata": Hata,
+    "hata_integer": HataInteger,
     "quest": Quest,
     "loki": Loki,
     "streaming_llm": Streaming,

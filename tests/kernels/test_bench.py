@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from topkbench.kernels import bench, experiments
+from topkbench.kernels.dispatch import OPERATORS
 from topkbench.kernels.experiments import EXPERIMENTS, GEOMETRIES, chosen, faster_from
 from topkbench.kernels.full_attention.api import full_attention
 from topkbench.kernels.steps import METHODS, Geometry, Layer, Step
@@ -20,8 +21,7 @@ from topkbench.methods.quest import Quest
 from topkbench.methods.streaming_llm import StreamingLLM
 
 SMALL = Geometry(6, 2, 32)
-AUTO = dict.fromkeys(("hash_encode", "hamming_score", "page_score"), "auto")
-AUTO |= dict.fromkeys(("lowrank_score", "topk_select", "sparse_attention"), "auto")
+AUTO = dict.fromkeys(OPERATORS, "auto")
 
 
 @pytest.fixture
@@ -107,6 +107,7 @@ def test_bytes_read_by_hand() -> None:
         "full": 512 * 2 * row,
         "exact": 512 * row + kept,
         "hata": 512 * 2 * (8 + 4) + kept,
+        "hata_integer": 512 * 2 * 8 + kept,
         "quest": 512 // 16 * 2 * row + kept,
         "loki": 512 * row // 4 + kept,
         "streaming_llm": kept,
