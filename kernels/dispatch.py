@@ -1,6 +1,7 @@
 """Which implementation of an operator runs, and numba's one-time set-up."""
 
 import os
+import threading
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,8 +25,8 @@ OPERATORS = (
 # The file that holds each implementation, inside the operator's folder.
 _FILES = {"reference": "reference.py", "cpu": "cpu.py", "triton": "fused.py"}
 
-# How many threads numba was last told to use; 0 until the first CPU call.
-_numba_threads = 0
+# How many threads numba was last told to use, for each Python thread, as numba keeps it.
+_told = threading.local()
 
 
 def resolve(op: str, impl: Impl, device: torch.device) -> str:
@@ -48,7 +49,7 @@ def resolve(op: str, impl: Impl, device: torch.device) -> str:
             written in is not installed, or the device cannot run it.
     """
     chosen = _choose(op, impl, device.type, os.environ.get("TRITON_INTERPRET") == "1")
-    if chosen == "cpu" and torch.get_num_threads() != _numba_threads:
+    if chosen == "cpu" and torch.get_num_threads() != getattr(_told, "threads", 0):
         _prepare_numba()
     return chosen
 
@@ -98,14 +99,12 @@ def _prepare_numba() -> None:
     Python threads; the others are taken where numba was built without it. A process that has made
     a CPU call must not fork: spawn instead.
     """
-    global _numba_threads
     import numba
 
-    if _numba_threads == 0:
-        # Numba tries these in order at its first parallel call and takes the first that loads.
-        numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-    _numba_threads = torch.get_num_threads()
+    # Numba tries these in order at its first parallel call and takes the first that loads.
+    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+    _told.threads = torch.get_num_threads()
     most: int = vars(numba.config)["NUMBA_NUM_THREADS"]
-    numba.set_num_threads(min(_numba_threads, most))
+    numba.set_num_threads(min(_told.threads, most))
     # Starting numba's OpenMP threads sets the process's default, which is torch's count as well.
-    torch.set_num_threads(_numba_threads)
+    torch.set_num_threads(_told.threads)

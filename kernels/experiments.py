@@ -1,7 +1,8 @@
 """The named experiments on the operators alone: what ``kernels.bench --experiment NAME`` runs.
 
 They run where there is no Hydra and no W&B, on a bare GPU machine. The rules are those of
-``task=decode_latency``: all methods are timed in turn, cold; the result of each stage is compared
+``task=decode_latency``: each method is timed in turn with full
+attention, cold; the result of each stage is compared
 with the reference first, and a wrong one has no speed; what exceeds half of the free memory is
 skipped. The rows have that task's columns, so that ``python -m topkbench.analysis.report FILE.csv``
 draws its figures from them. Stages are timed launch by launch, also where steps are graph replays.
@@ -197,11 +198,16 @@ def _time(
     rows: Mapping[str, dict[str, Any]],
     conditions: Conditions,
 ) -> None:
-    """Write the times of every step into its row: cold and in turn, warm, and by stage."""
+    """Write the times of every step into its row: cold, warm, and by stage.
+
+    Each is timed in turn with full attention, which leaves nothing of it in the caches; after
+    another method's step it would find that one's tokens there.
+    """
     device, trials = conditions.device, conditions.trials
     graph = conditions.cuda_graph
-    cold = measure(steps, trials, device=device, cuda_graph=graph)
     for name, made in steps.items():
+        pair = {"full": steps["full"], name: made}
+        cold = measure(pair, trials, device=device, cuda_graph=graph)
         row, step = rows[name], cold[name]
         row["decode_ms_p50"], row["decode_ms_p20"] = step.p50_ms, step.p20_ms
         row["decode_ms_p80"] = step.p80_ms
@@ -288,10 +294,14 @@ def free_bytes(device: torch.device) -> int | None:
 def chosen(name: str, **changes: Sequence[Any] | None) -> Experiment:
     """Return a named experiment, with what was asked for instead of its own settings.
 
+    Lengths that are asked for without batch sizes are all that runs.
+
     Raises:
         ValueError: If a length is too short for the least budget, or a batch size is not positive.
     """
     given: dict[str, Any] = {key: value for key, value in changes.items() if value}
+    if "lengths" in given:
+        given.setdefault("batch_sizes", ())
     experiment = replace(EXPERIMENTS[name], **given)
     for length, batch_size in experiment.shapes:
         if length <= LEAST_K or batch_size < 1:

@@ -16,12 +16,14 @@ _ANY_ORDER = {"reassoc", "nsz"}
 def exp(x: Any) -> Any:
     """Return e to a power of at most 0, within 2 units in the last place; below e^-87, 0.
 
+    NaN stays NaN: every comparison is written so that it fails.
+
     Written out because LLVM turns it into vector code, which it cannot do with a library's. The
     power is split as ``2^whole * e^rest`` with ``|rest| <= ln(2) / 2``, and the series of
     ``e^rest`` is cut where its next term, ``rest^8 / 8!``, is below float32's precision.
     """
     floor = np.float32(-87.0)
-    bounded: Any = max(x, floor)
+    bounded: Any = floor if x < floor else x
     whole = np.int32(bounded * np.float32(1.4426950408889634) - np.float32(0.5))
     steps = np.float32(whole)
     # ln(2) in two parts, the first exact in few bits, so that the difference loses nothing.
@@ -35,7 +37,7 @@ def exp(x: Any) -> Any:
     series = series * rest + np.float32(1.0)
     series = series * rest + np.float32(1.0)
     power = series * bits_float(np.int32((whole + np.int32(127)) << np.int32(23)))
-    return power if x >= floor else np.float32(0.0)
+    return np.float32(0.0) if x < floor else power
 
 
 @njit(nogil=True)
@@ -65,8 +67,19 @@ def largest(values: int, count: int) -> Any:
 
 @njit(nogil=True)
 def _ordered(bits: Any) -> Any:
-    """Turn a float32's bits into an int32 of the floats' order, or back: its own inverse."""
-    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+    """Turn a float32's bits into an int32 of the floats' order, or back: its own inverse.
+
+    Any NaN becomes a positive one, above all numbers.
+    """
+    turned = np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+    is_nan = (bits & np.int32(0x7FFFFFFF)) > np.int32(0x7F800000)
+    return np.int32(0x7FC00000) if is_nan else turned
+
+
+@njit(nogil=True)
+def larger(one: Any, other: Any) -> Any:
+    """Return the larger of two float32, ``other`` where it is NaN."""
+    return one if one >= other else other
 
 
 @njit(nogil=True, fastmath=_ANY_ORDER)

@@ -31,6 +31,8 @@ def hash_encode(states: Tensor, hash_weight: Tensor) -> Tensor:
     rbit = hash_weight.shape[2]
     weight = hash_weight.float().contiguous()
     codes = torch.empty(batch_size, num_heads, num_states, rbit // 32, dtype=torch.int32)
+    if codes.numel() == 0:
+        return codes
     if num_states <= _FEW:
         few, rows = _readable(states), torch.empty(batch_size * num_heads, head_dim)
         sizes = (batch_size, num_heads, num_states, head_dim, rbit)
@@ -74,7 +76,7 @@ def encode_step(
         queries.data_ptr(), queries.dtype == torch.bfloat16, keys.data_ptr(),
         keys.dtype == torch.bfloat16, rows.data_ptr(), weight.data_ptr(), codes.data_ptr(),
         key_codes.data_ptr(), key_codes.stride()[:3], norms, norm_strides, ends,
-        (batch_size, num_heads, group, head_dim, rbit),
+        (batch_size, num_heads, group, head_dim, rbit), key_codes.shape[2],
     )  # fmt: skip
     return codes
 
@@ -136,6 +138,7 @@ def _encode_step(
     norm_strides: tuple[int, int, int],
     kv_len: int,
     sizes: tuple[int, int, int, int, int],
+    capacity: int,
 ) -> None:
     """Project and pack the queries and the new key of each head, and measure the key."""
     batch_size, num_heads, group, head_dim, rbit = sizes
@@ -148,6 +151,8 @@ def _encode_step(
             code = codes + place * rbit // 8
             _encode_row(row, head_weight, code, head_dim, rbit)
         slot = np.int64(load_int32(kv_len, batch)) - 1
+        if slot < 0 or slot >= capacity:  # no place of this row: nothing is written
+            continue
         key = _row(keys, task, head_dim, narrow_keys, rows + 4 * task * head_dim)
         place = batch * code_strides[0] + head * code_strides[1] + slot * code_strides[2]
         _encode_row(key, head_weight, key_codes + 4 * place, head_dim, rbit)

@@ -25,7 +25,7 @@ from topkbench.kernels.intrinsics import (
     store_int64,
 )
 from topkbench.kernels.rows import add_rows, clipped, score_rows, widen
-from topkbench.kernels.softmax import exp, largest, scale_and_cap, total
+from topkbench.kernels.softmax import exp, larger, largest, scale_and_cap, total
 
 # Tokens whose logits are held before they enter the sum: their values stay in the first cache.
 _TILE = 32
@@ -262,7 +262,7 @@ def _soften(
             weight = load_float32(weights, np.int64(load_int32(entries, place)))
             store_float32(logits, place, load_float32(logits, place) + weight)
     old = load_float32(maximum, 0)
-    new = max(old, largest(logits, filled))
+    new = larger(old, largest(logits, filled))
     if new == np.float32(-np.inf):  # log weights of -inf: nothing counts yet
         for place in range(filled):
             store_float32(logits, place, zero)
@@ -301,10 +301,11 @@ def _merge(
             base = work + 4 * part * part_size
             share = exp(load_float32(base, group * head_dim + g) - level)
             denominator += share * load_float32(base, group * (head_dim + 1) + g)
+        if denominator < _TINY:  # and NaN stays NaN
+            denominator = _TINY
         for part in range(parts):
             base = work + 4 * part * part_size
-            share = exp(load_float32(base, group * head_dim + g) - level)
-            share = share / max(denominator, _TINY)
+            share = exp(load_float32(base, group * head_dim + g) - level) / denominator
             for i in range(g * head_dim, (g + 1) * head_dim):
                 before = load_float32(work, i) if part > 0 else np.float32(0.0)
                 store_float32(work, i, before + share * load_float32(base, i))
@@ -313,4 +314,4 @@ def _merge(
                 store_bfloat16(out, i, load_float32(work, i))
             else:
                 store_float32(out, i, load_float32(work, i))
-        store_float32(lse, g, maximum + np.float32(math.log(max(denominator, _TINY))))
+        store_float32(lse, g, maximum + np.float32(math.log(denominator)))

@@ -258,6 +258,7 @@ def test_the_named_experiments_are_those_of_the_configuration() -> None:
 
 def test_settings_that_make_no_sense_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert chosen("break_even", lengths=[100], methods=None).shapes == [(100, 1)]
+    assert chosen("layer_latency", lengths=[100]).shapes == [(100, 1)]
     for wrong in (["--lengths", "64"], ["--batch-sizes", "0"]):
         assert bench.main(["--experiment", "layer_latency", *wrong]) == 2
         assert "lengths must be more than 64 tokens and batch" in capsys.readouterr().err

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topkbench.kernels.hash_encode.api import hash_encode
+from topkbench.kernels.hash_encode.api import encode_step, hash_encode
 from topkbench.kernels.testing import assert_same_bits
 
 HEAD_DIMS = st.sampled_from([16, 20, 64, 80, 128])
@@ -61,3 +61,20 @@ def test_bad_input_is_refused() -> None:
         hash_encode(states, torch.zeros(2, 16, 32))
     with pytest.raises(TypeError, match="states must be floating point, got int32"):
         hash_encode(states.int(), torch.zeros(4, 16, 32))
+
+
+def test_a_key_without_a_place_is_not_written() -> None:
+    weight = torch.randn(2, 32, 64)
+    codes = torch.full((2, 2, 5, 2), 7, dtype=torch.int32)
+    norms = torch.full((2, 2, 5), 7.0)
+    ends = torch.tensor([0, 6], dtype=torch.int32)
+    queries, keys = torch.randn(2, 2, 3, 32), torch.randn(2, 2, 1, 32)
+    found = encode_step(queries, keys, weight, codes, ends, norms, impl="cpu")
+    assert (codes == 7).all()
+    assert (norms == 7).all()
+    assert torch.equal(found, hash_encode(queries, weight, impl="reference"))
+
+
+def test_no_batch_has_no_codes() -> None:
+    states, weight = torch.empty(0, 2, 40, 32), torch.randn(2, 32, 64)
+    assert hash_encode(states, weight, impl="cpu").shape == (0, 2, 40, 2)

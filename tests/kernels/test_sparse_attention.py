@@ -162,3 +162,18 @@ def test_bad_input_is_refused() -> None:
         sparse_attention(query, cache, cache, indices, 1.0, unit_size=0)
     with pytest.raises(ValueError, match="softcap must be positive or None"):
         sparse_attention(query, cache, cache, indices, 1.0, softcap=-1.0)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_what_is_not_a_number_is_not_hidden(impl: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    query, keys = torch.randn(1, 2, 16, generator=draw), torch.randn(1, 1, 50, 16, generator=draw)
+    indices = torch.arange(40, dtype=torch.int32)[None, None]
+    for sign in (1.0, -1.0):
+        for spoilt in (query, keys):
+            kept = spoilt[0, 0, 0].clone()
+            spoilt[0, 0, 0] = torch.copysign(torch.tensor(torch.nan), torch.tensor(sign))
+            out, lse = sparse_attention(query, keys, keys, indices, 0.25, impl=impl)
+            assert out[0, 0].isnan().all()
+            assert lse[0, 0].isnan()
+            spoilt[0, 0, 0] = kept
