@@ -1,6 +1,6 @@
 """HATA: keys ranked by hash codes, whose projection is learnt from the model's own attention."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from topkbench.kernels.hamming_score.api import hamming_score
 from topkbench.kernels.hash_encode.api import encode_step, hash_encode
 from topkbench.methods.base import (
-    CalibrationStates,
     Geometry,
     Index,
+    LayerStates,
+    LossReport,
     PrefillInputs,
-    Progress,
     TopKMethod,
     check_whole,
     kv_bytes,
@@ -158,6 +158,10 @@ class HATA(TopKMethod):
             **{name: getattr(self, name) for name in settings.split()},
         }
 
+    def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, self.rbit)
+        return {"hash_weight": shape}
+
     def load_artifact(self, tensors: dict[str, Tensor], digest: str = "") -> None:
         weight = tensors.get("hash_weight")
         if weight is None or weight.ndim != 4 or weight.shape[3] != self.rbit:
@@ -216,51 +220,59 @@ class HATA(TopKMethod):
 
     # Training -----------------------------------------------------------------------------------
 
-    def fit(
-        self, calibration: CalibrationStates, progress: Progress | None = None
-    ) -> dict[str, Tensor]:
-        """Return ``hash_weight [L, Hkv, d, rbit]``; layers are independent of each other."""
-        weights = []
-        for layer in range(calibration.num_layers):
-            generator = self._generator(layer)
-            pairs = self.draw_pairs(calibration.states(layer), generator)
-            num_kv_heads, _, head_dim = pairs.keys.shape
-            start = torch.randn(num_kv_heads, head_dim, self.rbit, generator=generator)
-            weight = start.to(pairs.keys.device).requires_grad_()
-            optimiser = torch.optim.SGD(
-                [weight], self.learning_rate, self.momentum, weight_decay=self.weight_decay
-            )
-            for epoch in range(self.epochs):
-                batch = self._batch(pairs, generator)
-                for _ in range(self.steps_per_epoch):
-                    _, weight.grad = self.loss_and_gradient(weight.detach(), batch)
-                    optimiser.step()
-                if progress is not None:
-                    done = layer * self.epochs + epoch + 1
-                    progress(done, calibration.num_layers * self.epochs)
-            weights.append(weight.detach().cpu())
-        return {"hash_weight": torch.stack(weights)}
+    def query_positions(self, layer: int, lengths: Sequence[int]) -> list[list[int]]:
+        return self._draw_positions(lengths, self._generator(layer))
 
-    def draw_pairs(
-        self, states: list[tuple[Tensor, Tensor]], generator: torch.Generator
-    ) -> HashPairs:
-        """Draw queries from each sequence's second half and label the keys before them.
+    def fit_layer(
+        self, layer: int, states: LayerStates, report: LossReport | None = None
+    ) -> dict[str, Tensor]:
+        """Return ``hash_weight [Hkv, d, rbit]``."""
+        generator = self._generator(layer)
+        pairs = self.draw_pairs(states, generator)
+        num_kv_heads, _, head_dim = pairs.keys.shape
+        start = torch.randn(num_kv_heads, head_dim, self.rbit, generator=generator)
+        weight = start.to(pairs.keys.device).requires_grad_()
+        optimiser = torch.optim.SGD(
+            [weight], self.learning_rate, self.momentum, weight_decay=self.weight_decay
+        )
+        steps = self.epochs * self.steps_per_epoch
+        for step in range(steps):
+            if step % self.steps_per_epoch == 0:
+                batch = self._batch(pairs, generator)
+            loss, weight.grad = self.loss_and_gradient(weight.detach(), batch)
+            optimiser.step()
+            if report is not None:
+                report(step + 1, steps, loss.item())
+        return {"hash_weight": weight.detach().cpu()}
+
+    def _draw_positions(
+        self, lengths: Sequence[int], generator: torch.Generator
+    ) -> list[list[int]]:
+        """Draw positions in the second half of each sequence."""
+        return [
+            [
+                int(torch.randint(length // 2, length, (1,), generator=generator).item())
+                for _ in range(self.queries_per_sequence)
+            ]
+            for length in lengths
+        ]
+
+    def draw_pairs(self, states: LayerStates, generator: torch.Generator) -> HashPairs:
+        """Label the keys before each query, the queries' positions being drawn anew.
 
         Args:
-            states: One layer's ``[Hq, n, d]`` queries and ``[Hkv, n, d]`` keys of each sequence.
-            generator: Draws the queries' positions.
+            states: Each sequence's queries at its drawn positions, and all its keys.
+            generator: Draws the positions; in the state in which they were drawn before.
         """
         queries: list[Tensor] = []
         keys: list[Tensor] = []
         labels: list[Tensor] = []
         query_of: list[Tensor] = []
-        for query_states, key_states in states:
-            num_kv_heads, length, _ = key_states.shape
-            grouped = query_states.float().unflatten(0, (num_kv_heads, -1))
-            for _ in range(self.queries_per_sequence):
-                drawn = torch.randint(length // 2, length, (1,), generator=generator)
-                last = int(drawn.item())
-                query, prefix = grouped[:, :, last], key_states[:, : last + 1].float()
+        positions = self._draw_positions([held.shape[1] for _, held in states], generator)
+        for (query_states, key_states), drawn in zip(states, positions, strict=True):
+            grouped = query_states.float().unflatten(0, (len(key_states), -1))
+            for place, last in enumerate(drawn):
+                query, prefix = grouped[:, :, place], key_states[:, : last + 1].float()
                 labels.append(self._labels(query @ prefix.mT))
                 query_of.append(torch.full((last + 1,), len(queries), device=query.device))
                 queries.append(query)
