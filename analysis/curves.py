@@ -16,8 +16,6 @@ from topkbench.analysis import style
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.stats import MEAN
 
-_BIT_LINES = (style.SOLID, style.DASHED, style.DASH_DOT, style.DOTTED)
-
 
 def new_figure(width: float = 7.2, height: float = 4.1) -> tuple[Figure, Axes]:
     """Return an empty figure and its axes; sizes in inches."""
@@ -59,7 +57,7 @@ def _series(
     for method in sorted(lines["method"].unique(), key=style.order):
         own = lines[lines["method"] == method]
         kept = sorted((int(v) for v in own[other].dropna().unique()), reverse=True)
-        texts = own.apply(lambda line: _curve_label(line, fixed, "subtask" in line), axis=1)
+        texts = own.apply(lambda line: curve_label(line, fixed, "subtask" in line), axis=1)
         for position, text in enumerate(dict.fromkeys(texts)):
             points = own[texts == text].sort_values(x, kind="stable")
             value = points[other].iloc[0]
@@ -67,12 +65,13 @@ def _series(
             lightness = rank / max(len(kept) - 1, 1) if len(kept) > 1 else 0.0
             line = style.style(method).line
             if len(kept) > 1 or len(set(texts)) > 1:
-                line = _BIT_LINES[max(rank, position if len(kept) <= 1 else 0) % len(_BIT_LINES)]
+                line = style.turn(max(rank, position if len(kept) <= 1 else 0))
             found.append((method, text, points, lightness, line))
     return found
 
 
-def _curve_label(line: pd.Series, fixed: Sequence[str], with_subtask: bool) -> str:
+def curve_label(line: pd.Series, fixed: Sequence[str], with_subtask: bool) -> str:
+    """Name a line by its label and by the knobs that are fixed along its curve."""
     words = [str(line["label"])]
     if with_subtask and line["subtask"] not in (MEAN, "", line["task"]):
         words.append(str(line["subtask"]))

@@ -32,12 +32,12 @@ _NAMED_APART = ("artifact", "config_digest")
 _MEANS = (
     *("recall_at_k", "attention_mass", "output_rel_error", "density", "bytes_read_per_step"),
     *("index_bytes_per_token", "peak_memory_mib", "bandwidth_fraction"),
-    *("bandwidth_gb_s",),
+    *("bandwidth_gb_s", "loss_first", "loss_last"),
 )
 _MEDIANS = (
     *("prefill_ms", "build_ms", "decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "encode_ms"),
     *("append_ms", "score_ms", "select_ms", "attend_ms", "tokens_per_s", "speedup_vs_full"),
-    *("decode_ms_warm_p50",),
+    *("decode_ms_warm_p50", "fit_s"),
 )
 _SCORES = (
     *("score", "score_ci_low", "score_ci_high"),
@@ -52,8 +52,8 @@ class Comparison:
     Attributes:
         rows: The rows behind the lines, each cell of a machine once.
         lines: One line per setting, configuration and sub-task: the setting, the configuration,
-            ``label``, ``variant``, scores with intervals, metrics, ``n`` samples, ``cells`` and
-            ``best``.
+            ``label``, ``variant``, scores with intervals, metrics, ``n`` samples, ``cells``, their
+            ``run_ids``, and ``best``.
         notes: Sentences about what could not be compared or is mixed.
     """
 
@@ -114,7 +114,8 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
                 notes.append(f"{key['method']} (k={key['k']}) is not paired: {error}")
         for subtask, part in _groups(cells, ("subtask",)):
             own = scores.get(subtask["subtask"]) or _own_scores(part)
-            records.append({"line": name, **key, **subtask, **own, **_metrics(part)})
+            known = {"line": name, "run_ids": tuple(cells["run_id"].unique())}
+            records.append({**known, **key, **subtask, **own, **_metrics(part)})
     lines = _labelled(pd.DataFrame.from_records(records), parameters)
     lines["n"] = _count(lines, pools)
     lines["best"] = _best(lines, pools)

@@ -21,6 +21,7 @@ from topkbench.analysis.break_even import MODELS, ModelSize, break_even, step_bo
 from topkbench.analysis.curves import context_curve, curve, pareto
 from topkbench.analysis.files import write_atomic
 from topkbench.analysis.stats import MEAN
+from topkbench.analysis.training import loss_curve
 
 OVER_LENGTHS = (
     "latency_vs_context",
@@ -66,6 +67,7 @@ def draw_all(
     context: str,
     suffix: str = "",
     models: Mapping[str, ModelSize] = MODELS,
+    samples: pd.DataFrame | None = None,
 ) -> list[Drawn]:
     """Draw every figure that the lines of one setting allow.
 
@@ -75,6 +77,7 @@ def draw_all(
         context: What was measured: model, task, length, question, samples, machine, commit.
         suffix: End of the files' names, where a report has several settings.
         models: Whole models that the bound on a step is drawn for.
+        samples: The samples behind the lines, for what is drawn from them.
 
     Returns:
         The figures drawn, in the order they are shown.
@@ -181,6 +184,12 @@ def draw_all(
             "Score by sub-task",
             "Mean score; darker is better.",
             lambda: heat_table(lines[lines["subtask"] != MEAN]),
+        ),
+        (
+            "fit_loss",
+            "Training loss",
+            "Mean over layers; thin: each layer.",
+            lambda: None if samples is None else loss_curve(top, samples),
         ),
     ]
     drawn: list[Drawn] = []

@@ -140,7 +140,7 @@ def build(
     write_atomic(folder / "rows.parquet", rows.to_parquet(None, index=False))
     write_atomic(folder / "rows.csv", rows.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "samples.parquet", _plain(samples).to_parquet(None, index=False))
-    content = _content(compared, folder, models)
+    content = _content(compared, samples, folder, models)
     write_atomic(folder / "report.md", _markdown(content).encode())
     path = folder / "report.html"
     write_atomic(path, _html(content).encode())
@@ -158,7 +158,9 @@ def _plain(samples: pd.DataFrame) -> pd.DataFrame:
     return data
 
 
-def _content(compared: Comparison, folder: Path, models: Mapping[str, ModelSize]) -> dict[str, Any]:
+def _content(
+    compared: Comparison, samples: pd.DataFrame, folder: Path, models: Mapping[str, ModelSize]
+) -> dict[str, Any]:
     """Return what a report says, in the order it says it."""
     panels: list[dict[str, Any]] = []
     settings = list(compared.panels())
@@ -166,7 +168,8 @@ def _content(compared: Comparison, folder: Path, models: Mapping[str, ModelSize]
         words = tables.setting(key)
         top = lines[lines.index.isin(compared.headline.index)]
         suffix = f"-{place + 1}" if len(settings) > 1 else ""
-        drawn = draw_all(lines, folder / "figures", _context(words, top), suffix, models)
+        context = _context(words, top)
+        drawn = draw_all(lines, folder / "figures", context, suffix, models, samples)
         panels.append(
             {
                 "title": words,

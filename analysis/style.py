@@ -117,6 +117,11 @@ def style(method: str) -> Style:
     )
 
 
+def turn(place: int) -> Line:
+    """Return the line of the ``place``-th curve of one method, from 0."""
+    return (SOLID, DASHED, DASH_DOT, DOTTED)[place % 4]
+
+
 def order(method: str) -> tuple[int, str]:
     """Return a key that sorts methods as the table does, unknown ones last by name."""
     known = list(STYLES)

@@ -26,6 +26,9 @@ _METRICS = (
     ("tokens_per_s", "Throughput"),
     ("speedup_vs_full", "Speed-up"),
     ("bandwidth_fraction", "Bandwidth"),
+    ("fit_s", "Fit"),
+    ("loss_first", "First loss"),
+    ("loss_last", "Last loss"),
 )
 
 

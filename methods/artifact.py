@@ -35,9 +35,7 @@ class Artifact:
     path: Path
 
 
-def provenance(
-    spec: Mapping[str, Any], data: str, seed: int | None, **fit: Any
-) -> dict[str, Any]:
+def provenance(spec: Mapping[str, Any], data: str, seed: int | None, **fit: Any) -> dict[str, Any]:
     """Describe how an artifact came about.
 
     Args:

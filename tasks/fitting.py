@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import Progress, TopKMethod, stack_layers
+from topkbench.methods.base import LayerStates, Progress, TopKMethod, stack_layers
 from topkbench.tasks.calibration import Calibration
 
 
@@ -54,31 +54,32 @@ def fit_layers(
             with turn:
                 progress(read + prompts + round(100 * sum(shares)), total)
 
+    def learn(held: dict[int, LayerStates], layer: int, device: torch.device) -> None:
+        def report(step: int, steps: int, loss: float) -> None:
+            losses[layer].append(loss)
+            shares[layer] = step / steps
+            tell()
+
+        states = [(queries.to(device), keys.to(device)) for queries, keys in held.pop(layer)]
+        fitted[layer] = method.fit_layer(layer, states, report)
+        shares[layer] = 1.0
+        tell()
+
+    def learn_all(
+        held: dict[int, LayerStates], layers: Sequence[int], device: torch.device
+    ) -> None:
+        for layer in layers:
+            learn(held, layer, device)
+
     for group in groups:
         held = calibration.capture(group, lambda done, _: tell(done))
         read += len(calibration.prompts)
-
-        def learn(layer: int, device: torch.device) -> None:
-            def report(step: int, steps: int, loss: float) -> None:
-                losses[layer].append(loss)
-                shares[layer] = step / steps
-                tell()
-
-            states = [(queries.to(device), keys.to(device)) for queries, keys in held.pop(layer)]
-            fitted[layer] = method.fit_layer(layer, states, report)
-            shares[layer] = 1.0
-            tell()
-
-        def learn_all(layers: Sequence[int], device: torch.device) -> None:
-            for layer in layers:
-                learn(layer, device)
-
         if len(devices) == 1:
-            learn_all(group, devices[0])
+            learn_all(held, group, devices[0])
         else:
             dealt = [group[place :: len(devices)] for place in range(len(devices))]
             with ThreadPoolExecutor(len(devices)) as pool:
-                list(pool.map(learn_all, dealt, devices))
+                list(pool.map(learn_all, [held] * len(devices), dealt, devices))
 
     tensors = stack_layers([fitted[layer] for layer in range(num_layers)])
     for name, tensor in tensors.items():
