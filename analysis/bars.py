@@ -65,10 +65,12 @@ def ablation(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     step before and more.
     """
     data = lines[lines[list(STAGES)].notna().any(axis=1) & lines["impl"].notna()]
+    if len(data) < 3 or data["method"].nunique() > 1:
+        return None
     data = data.assign(slow=data["impl"].map(_slow))
     data = data.sort_values("slow", key=lambda sets: -sets.map(len), kind="stable")
     steps = list(zip(data["slow"], data["slow"].iloc[1:], strict=False))
-    if len(data) < 3 or data["method"].nunique() > 1 or not all(one > two for one, two in steps):
+    if not all(one > two for one, two in steps):
         return None
     rest = _words(frozenset(_OPERATORS) - data["slow"].iloc[0])
     names = [f"simple: all but {' and '.join(rest)} in torch" if rest else "simple: all in torch"]

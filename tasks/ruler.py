@@ -15,7 +15,7 @@ from topkbench.tasks.base import Sample, TaskDoesNotFit, samples_digest
 from topkbench.tasks.decoding import Question
 from topkbench.tasks.evaluation import GenerationTask
 from topkbench.tasks.ruler_prompts import SUBTASKS, make_prompt
-from topkbench.tasks.words import CALIBRATION_NUMBERS, TEST_NAMES, word_pools
+from topkbench.tasks.words import TEST_NAMES, word_pools
 
 # Tokens that RULER lets a model generate, by the beginning of the sub-task's name.
 NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
@@ -127,11 +127,7 @@ class Ruler(GenerationTask):
         allowed = SPARE_TOKENS if loaded.short_answers else NEW_TOKENS[subtask.split("_")[0]]
         budget = self.length - wrapping - allowed
         example = self._example(loaded)
-        prompt = make_prompt(
-            *(subtask, rng, word_pools()[0], budget, count, TEST_NAMES),
-            example=example,
-            taken=CALIBRATION_NUMBERS,
-        )
+        prompt = make_prompt(subtask, rng, word_pools()[0], budget, count, TEST_NAMES, example)
         new_tokens = count(prompt.reference) + allowed if loaded.short_answers else allowed
         parts = (prompt.context, prompt.question + prompt.answer_prefix)
         return Sample(

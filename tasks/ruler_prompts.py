@@ -9,11 +9,11 @@ of one half of the pool while it lasts, values are two words of the other half.
 
 import itertools
 import random
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from topkbench.tasks.base import TaskDoesNotFit
-from topkbench.tasks.words import random_names
+from topkbench.tasks.words import CALIBRATION_NAMES, CALIBRATION_NUMBERS, random_names
 
 SUBTASKS = (
     "niah_single",
@@ -213,16 +213,12 @@ def _niah(
 
 
 def _vt(
-    rng: random.Random,
-    words: Sequence[str],
-    budget: int,
-    count: CountTokens,
-    share: slice,
-    taken: Container[str],
+    rng: random.Random, words: Sequence[str], budget: int, count: CountTokens, share: slice
 ) -> Prompt:
     names = rng.sample(random_names(5, upper=True)[share], VT_HOPS + 1)
+    reserved = () if share == CALIBRATION_NAMES else CALIBRATION_NUMBERS
     numbers = (str(rng.randint(10000, 99999)) for _ in itertools.count())
-    value = next(number for number in numbers if number not in taken)
+    value = next(number for number in numbers if number not in reserved)
     statements = assignment_chain(rng, names, value)
     question, prefix, reference = ask_variables(value, names)
     room = budget - sum(map(count, (VARIABLES, question, prefix, reference, *statements)))
@@ -322,7 +318,6 @@ def make_prompt(
     count: CountTokens,
     share: slice = slice(None),
     example: bool = False,
-    taken: Container[str] = (),
 ) -> Prompt:
     """Return one prompt of ``subtask`` that fills ``budget`` tokens and does not exceed them.
 
@@ -334,17 +329,16 @@ def make_prompt(
         count: Tokens of a piece of text, without special tokens.
         share: Which of the random names, variables and coded words, the prompt may use.
         example: Where RULER does, vt and cwe, put a short solved prompt of the same kind first.
-        taken: Numbers that no variable may be assigned.
 
     Raises:
         TaskDoesNotFit: If the smallest prompt of the sub-task needs more than ``budget``.
     """
     if not example or subtask not in WITH_EXAMPLE:
-        return _make(subtask, rng, words, budget, count, share, taken)
-    shown = _make(subtask, rng, words, min(EXAMPLE_TOKENS, budget // 4), count, share, taken)
+        return _make(subtask, rng, words, budget, count, share)
+    shown = _make(subtask, rng, words, min(EXAMPLE_TOKENS, budget // 4), count, share)
     text = shown.context + shown.question + shown.answer_prefix + shown.reference + "\n\n"
     while True:
-        asked = _make(subtask, rng, words, budget - count(text), count, share, taken)
+        asked = _make(subtask, rng, words, budget - count(text), count, share)
         if not set(asked.answers) & set(shown.answers):
             return replace(asked, context=text + asked.context)
 
@@ -356,10 +350,9 @@ def _make(
     budget: int,
     count: CountTokens,
     share: slice,
-    taken: Container[str],
 ) -> Prompt:
     if subtask == "vt":
-        return _vt(rng, words, budget, count, share, taken)
+        return _vt(rng, words, budget, count, share)
     if subtask == "cwe":
         return _cwe(rng, words, budget, count)
     if subtask == "fwe":

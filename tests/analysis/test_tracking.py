@@ -74,6 +74,23 @@ def test_cells_and_sweep_are_read_back_with_wandbs_own_tool(small_sweep: Sweep) 
     assert "figures/score_vs_rbit" in sweep["summary"]
 
 
+@pytest.mark.usefixtures("offline")
+def test_a_trainings_losses_are_read_back_step_by_step(
+    small_sweep: Sweep, row: Callable[..., Row]
+) -> None:
+    losses = [
+        {"layer": layer, "step": step, "loss": 4.0 / step + layer}
+        for layer in (0, 1)
+        for step in (1, 2, 4)
+    ]
+    fitted = row(run_id="f" * 16, task="fit", method="hata", loss_last=1.5)
+    assert WandbTracker().log_cell(small_sweep.folder, "fit", [fitted], losses, {})
+    (run,) = (small_sweep.folder / "wandb").glob("offline-run-*")
+    told = inspect(run)["summary"]
+    assert (told["step"], told["loss/layer_00"], told["loss/layer_01"]) == (4, 1.0, 2.0)
+    assert (told["loss/mean"], told["loss_last"]) == (1.5, 1.5)
+
+
 def test_a_tracker_that_fails_is_one_warning(
     small_sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -353,3 +353,61 @@ def test_native_policy_selects(selecting: TopKMethod, states: States, build: Bui
 def test_serves_an_ordinary_model(method: TopKMethod, geometry: Geometry) -> None:
     assert method.unsupported(geometry) is None
     method.check_ready(geometry)
+
+
+def test_an_artifact_is_what_its_layout_says(
+    name: str, make_method: Callable[..., TopKMethod], geometry: Geometry
+) -> None:
+    fitted = make_method(name)
+    layout = fitted.artifact_layout(geometry)
+    assert bool(layout) == (fitted.artifact_spec(geometry) is not None)
+    whole = fitted.artifact
+    for tensor, shape in layout.items():
+        assert tuple(whole[tensor].shape) == shape
+        others = {key: value for key, value in whole.items() if key != tensor}
+        for wrong, found in ((whole[tensor][:1], "float32"), (whole[tensor].double(), "float64")):
+            fitted.artifact = {**others, tensor: wrong}
+            with pytest.raises(ValueError, match=rf"must hold {tensor} as .* got torch\.{found}"):
+                fitted.check_ready(geometry)
+        fitted.artifact = {**others, "something": torch.zeros(1)}
+        with pytest.raises(ValueError, match=f"must hold {tensor} as .* got none; fit it on this"):
+            fitted.check_ready(geometry)
+
+
+def test_only_the_named_queries_are_learnt_from(
+    name: str, make_method: Callable[..., TopKMethod], geometry: Geometry
+) -> None:
+    """The queries at other positions may be anything."""
+    fitted = make_method(name)
+    if fitted.artifact_spec(geometry) is None:
+        with pytest.raises(ValueError, match=f"{name} learns nothing, so it has no fit"):
+            fitted.fit_layer(0, [])
+        return
+    generator = torch.Generator().manual_seed(5)
+    lengths = [33, 48]
+    positions = fitted.query_positions(1, lengths)
+    assert [len(at) for at in positions] == [len(at) for at in fitted.query_positions(0, lengths)]
+    assert all(0 <= place < n for at, n in zip(positions, lengths, strict=True) for place in at)
+    keys = [torch.randn(2, n, 32, generator=generator) for n in lengths]
+    queries = [torch.randn(6, n, 32, generator=generator) for n in lengths]
+
+    class States:
+        num_layers = 2
+        sequences = 2
+
+        def __init__(self, noise: float) -> None:
+            self.noise = noise
+
+        def states(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+            held = []
+            for query, key, at in zip(
+                queries, keys, fitted.query_positions(layer, lengths), strict=True
+            ):
+                noisy = torch.full_like(query, self.noise)
+                noisy[:, at] = query[:, at]
+                held.append((noisy, key))
+            return held
+
+    for one, other in zip(*(fitted.fit(States(noise)).items() for noise in (0, 1)), strict=True):
+        assert one[0] == other[0]
+        assert torch.equal(one[1], other[1])

@@ -1,5 +1,6 @@
 """The shipped model: it has the artifacts that the defaults ask for, and k >= n is full."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,22 @@ def test_a_fresh_checkout_has_every_artifact_that_the_defaults_ask_for(
     path = artifact.find(spec, tiny.artifact_folders)
     assert path is not None, f"models/tiny/artifacts must hold {artifact.file_name(spec)}"
     assert artifact.load(path, expect=spec).tensors
+
+
+@pytest.mark.slow
+def test_all_layers_are_fitted_within_five_minutes_and_twice_the_same(
+    tiny: LoadedModel, tmp_path: Path
+) -> None:
+    """The second fit holds one layer at a time, so it also reads the prompts four times."""
+    seconds, digests = [], []
+    for limit in (None, 2**25):
+        method = method_of("hata", "rbit=128")
+        began = time.process_time()
+        prepare_method(tiny, method, tmp_path, memory_limit=limit, anew=True)
+        seconds.append(time.process_time() - began)
+        digests.append(method.artifact_digest)
+    assert digests[0] == digests[1]
+    assert seconds[0] < 2 * 300  # of processor time: five minutes on two cores
 
 
 @pytest.mark.parametrize("question", ["sparse", "dense"])
