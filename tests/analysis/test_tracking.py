@@ -153,11 +153,15 @@ def test_curves_over_k_and_rbit(row: Callable[..., Row]) -> None:
 def test_the_workspace_is_specified_offline() -> None:
     spec = dashboard("team", "topkbench")._to_model().model_dump(by_alias=True)["spec"]
     sections = spec["section"]["panelBankConfig"]["sections"]
-    assert [one["name"] for one in sections] == ["Quality", "Why", "Cost", "Sweeps"]
+    names = [one["name"] for one in sections]
+    assert names == ["Quality", "Why", "Cost", "Training", "Sweeps"]
     assert sections[0]["panels"][0]["config"]["xAxis"] == "config:k.value"
     assert sections[0]["panels"][1]["config"]["yAxis"] == "summary:score"
-    curve = sections[3]["panels"][0]["config"]
-    assert (curve["xAxis"], curve["metricRegex"]) == ("k", "by_k/score/.*")
+    drawn = [one["panels"][0]["config"] for one in sections[3:]]
+    assert [(curve["xAxis"], curve["metricRegex"]) for curve in drawn] == [
+        ("step", "loss/.*"),
+        ("k", "by_k/score/.*"),
+    ]
     grouping = spec["section"]["runSets"][0]["grouping"]
     assert [one["name"] for one in grouping] == ["group", "jobType"]
 

@@ -14,9 +14,13 @@ from topkbench.analysis.training import loss_curve, loss_points, losses
 LOSSES = {"a": [[8.0, 4.0, 2.0], [6.0, 2.0, 1.0]], "b": [[9.0, 5.0, 3.0], [7.0, 5.0, 1.0]]}
 
 
+def identity_of(cell: str) -> str:
+    return cell.rjust(16, "0")
+
+
 def samples_of(cell: str) -> list[dict[str, float | str]]:
     return [
-        {"run_id": cell, "layer": layer, "step": step, "loss": loss}
+        {"run_id": identity_of(cell), "layer": layer, "step": step, "loss": loss}
         for layer, steps in enumerate(LOSSES[cell])
         for step, loss in enumerate(steps, start=1)
     ]
@@ -26,7 +30,7 @@ def samples_of(cell: str) -> list[dict[str, float | str]]:
 def rows(row: Callable[..., Row]) -> list[Row]:
     return [
         row(
-            run_id=cell,
+            run_id=identity_of(cell),
             task="fit",
             method="hata",
             rbit=rbit,
@@ -82,10 +86,9 @@ def test_the_curve_has_each_configurations_losses(rows: list[Row]) -> None:
 
 
 def test_seeds_of_one_configuration_are_one_curve(rows: list[Row]) -> None:
-    seeds = [one.replace(rbit=32, seed=one.run_id == "b") for one in rows]
+    seeds = [one.replace(rbit=32, seed=("a", "b").index(one.run_id[-1])) for one in rows]
     samples = pd.DataFrame(samples_of("a") + samples_of("b"))
-    lines = compare(frame([one.replace(seed=int(one.seed or 0)) for one in seeds]), samples)
-    made = loss_curve(lines.headline, samples)
+    made = loss_curve(compare(frame(seeds), samples).headline, samples)
     assert made is not None
     assert made[1]["loss"].tolist() == [8.5, 4.5, 2.5, 6.5, 3.5, 1.0]
 
@@ -107,12 +110,14 @@ def test_the_report_of_a_fit_has_its_figure_and_its_seconds(
 ) -> None:
     sweep = Sweep(tmp_path / "results", "fit", "first")
     for cell in ("a", "b"):
-        own = [one for one in rows if one.run_id == cell]
-        held = sweep.store.cell(cell)
+        own = [one for one in rows if one.run_id == identity_of(cell)]
+        held = sweep.store.cell(identity_of(cell))
         with held.lock():
             held.begin(own[0])
-            held.write(own, samples_of(cell), {}, "")
-        sweep.append(cell)
+            # The store knows whose samples they are.
+            told = pd.DataFrame(samples_of(cell)).drop(columns="run_id").to_dict("records")
+            held.write(own, told, {}, "")
+        sweep.append(identity_of(cell))
     text = report.build(sweep.folder).with_suffix(".md").read_text()
     assert "![Training loss](figures/fit_loss.png)" in text
     assert "Fit (s)" in text
