@@ -43,7 +43,7 @@ def provenance(spec: Mapping[str, Any], data: str, seed: int | None, **fit: Any)
         data: What it was fitted on, in words.
         seed: The seed of the data, None if nothing was drawn.
         fit: What else is known of the fit: ``model``, ``machine``, ``seconds``, and ``losses`` at
-            each step of each layer. No part of the digest: another machine learns the same.
+            each step of each layer. The digest is of what was learnt, and not of this.
     """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:

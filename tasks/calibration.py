@@ -80,7 +80,7 @@ def watched_attention(
 class Calibration:
     """Calibration prompts, and the states that a method learns from, a few layers at a time.
 
-    All keys of a real model exceed a machine's memory, so the model reads the prompts once for
+    The states of all layers may exceed a machine's memory, so the model reads the prompts once for
     each group of layers. Of queries and keys never more than ``memory_limit`` bytes are held: a
     group is as many layers as fit, their keys whole, their queries at the positions that the method
     asks for, all in the model's dtype. Beside them stand what one forward of the model needs, and
