@@ -280,7 +280,8 @@ def _labelled(lines: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
         options = [*parameters, "protocol", "impl", "full_backend"]
         varying = [name for name in options if part[name].astype(str).nunique() > 1]
         usual = {name: part[name].astype(str).mode()[0] for name in varying}
-        for index, line in part[varying].iterrows():
+        # object: a row of numbers alone would turn whole ones to floats
+        for index, line in part[varying].astype(object).iterrows():
             variants[index] = ", ".join(
                 _word(name, value)
                 for name, value in line.items()

@@ -24,7 +24,7 @@ from topkbench.analysis.tables import Table
 MEASURES = ("recall_at_k", "attention_mass")
 UNTRAINED = ("random", "orthonormal")
 _PUBLISHED = "published"
-_WIDEST_ARM = 34  # characters; a wider name leaves no room for the dots
+_WIDEST_ARM = 46  # characters; a wider name leaves no room for the dots
 
 
 def _text(line: pd.Series, name: str) -> str:
@@ -126,7 +126,7 @@ def arms(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
         return None
     labels = sorted(set(data["variant"]), key=_by_number)
     widths = sorted(int(one) for one in data["rbit"].unique())
-    figure, axes = _two_axes(9.0, 1.3 + 0.25 * len(labels), sharey=True)
+    figure, axes = _two_axes(9.6, 1.3 + 0.31 * len(labels), sharey=True)
     for axis, measure in zip(axes, MEASURES, strict=True):
         for place, width in enumerate(widths):
             part = data[data["rbit"] == width].drop_duplicates("variant").set_index("variant")
