@@ -71,7 +71,7 @@ def ablation(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
         return None
     data = data.assign(slow=data["impl"].map(_slow))
     data = data.sort_values("slow", key=lambda sets: -sets.map(len), kind="stable")
-    steps = zip(data["slow"], data["slow"].iloc[1:], strict=False)
+    steps = list(zip(data["slow"], data["slow"].iloc[1:], strict=False))
     if not all(one > two for one, two in steps):
         return None
     rest = _words(frozenset(_OPERATORS) - data["slow"].iloc[0])

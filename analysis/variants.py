@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator
 from typing import Any, cast
 
 import pandas as pd
@@ -188,19 +187,13 @@ def _called(line: pd.Series) -> str:
     return look.label if look is not None and on_ladder else str(line["label"])
 
 
-def _settings(lines: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    data = lines[lines["recall_at_k"].notna() & lines["rbit"].notna() & lines["k"].notna()]
-    for _, part in data.groupby(["method", "k", "rbit"], sort=True):
-        yield part
-
-
 def difference_table(lines: pd.DataFrame) -> Table | None:
-    """Return each variant's difference to the one it is measured against, paired by seed.
+    """Return each variant's difference to the one it is measured against, at the middle budget.
 
-    None where a method has no variants, or no two seeds.
+    Differences are paired by seed. None where a method has no variants, or no two seeds.
     """
     rows: list[list[str]] = []
-    for part in _settings(lines):
+    for _, part in _at_one_budget(lines).groupby(["method", "rbit"], sort=True):
         reference = _reference(part)
         if reference is None:
             continue
