@@ -22,8 +22,8 @@ from topkbench.analysis import tables
 from topkbench.analysis.break_even import MODELS, ModelSize, break_even_table, model_sizes
 from topkbench.analysis.files import one_sentence, write_atomic
 from topkbench.analysis.lines import Comparison, compare
+from topkbench.analysis.paper import beside, left_out, published_table
 from topkbench.analysis.plots import Drawn, draw_all, smallest_batch
-from topkbench.analysis.published import beside, left_out, published_table
 from topkbench.analysis.record import CellStore, RecordError, Sweep, frame, samples_of, typed
 from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX, Row
 from topkbench.analysis.stats import paired_columns

@@ -144,7 +144,8 @@ def arms(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
                 label=f"{width} bits",
             )
             if "" in part.index:
-                axis.axvline(part.loc["", measure], color=colour, lw=0.8, ls=(0, (3, 2)), zorder=0)
+                usual = part[measure].loc[""]
+                axis.axvline(float(usual), color=colour, lw=0.8, ls=(0, (3, 2)), zorder=0)
         axis.set_xlabel(_name(measure, data))
         axis.grid(axis="y", visible=False)
     axes[0].set_yticks(
@@ -174,7 +175,7 @@ def _reference(part: pd.DataFrame) -> pd.Series | None:
     """
     if "p_weights" in part and part["p_weights"].nunique() > 1:
         untrained = part[part["p_weights"].isin(UNTRAINED)]
-        return untrained.loc[untrained["recall_at_k"].idxmax()]
+        return untrained.sort_values("recall_at_k", kind="stable").iloc[-1]
     usual = part[part["variant"] == ""]
     return usual.iloc[0] if len(usual) and part["variant"].nunique() > 1 else None
 

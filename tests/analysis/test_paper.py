@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from topkbench.analysis.lines import compare
-from topkbench.analysis.published import FOLDER, beside, left_out, published, published_table
+from topkbench.analysis.paper import FOLDER, beside, left_out, published, published_table
 from topkbench.analysis.record import frame
 from topkbench.analysis.report import main
 from topkbench.analysis.row import Row

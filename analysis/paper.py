@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ _METRICS = {
 }
 
 
-@functools.cache
+@cache
 def _read() -> pd.DataFrame:
     parts = [
         pd.read_csv(path, dtype={"source": str}, keep_default_na=False, na_values={"value": [""]})
@@ -104,7 +104,7 @@ def _beside(number: pd.Series, lines: pd.DataFrame, numbers: pd.DataFrame) -> di
                 reasons = [reason]
                 break
         else:
-            nearest = found.loc[min(found.index, key=lambda one: _distance(number, found.loc[one]))]
+            nearest = min((line for _, line in found.iterrows()), key=partial(_distance, number))
             known |= {"ours": float(nearest[metric]), "ours_is": _setting(nearest)}
             reasons = _differences(number, nearest, lines, numbers)
             reasons += [benchmark.difference] if benchmark.difference else []
