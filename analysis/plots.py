@@ -16,12 +16,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from topkbench.analysis import style
-from topkbench.analysis.bars import ablation, heat_table, stages
+from topkbench.analysis.bars import ablation, heat_table, needle_heatmap, stages
 from topkbench.analysis.break_even import MODELS, ModelSize, break_even, step_bound
 from topkbench.analysis.curves import context_curve, curve, pareto
 from topkbench.analysis.files import write_atomic
 from topkbench.analysis.stats import MEAN
 from topkbench.analysis.training import loss_curve
+from topkbench.analysis.variants import arms, ladder
 
 OVER_LENGTHS = (
     "latency_vs_context",
@@ -102,19 +103,33 @@ def draw_all(
             "score_vs_rbit",
             "Score against hash bits",
             "Bars and band: 95% intervals.",
-            lambda: curve(top, "score", "rbit"),
+            lambda: None if ladder(top) else curve(top, "score", "rbit"),
         ),
         (
             "recall_vs_k",
             "Recall of the exact top-k against budget",
             "Higher is better.",
-            lambda: curve(top, "recall_at_k", "k"),
+            lambda: None if ladder(top) else curve(top, "recall_at_k", "k"),
         ),
         (
             "recall_vs_rbit",
             "Recall of the exact top-k against hash bits",
             "Higher is better.",
-            lambda: curve(top, "recall_at_k", "rbit"),
+            lambda: None if ladder(top) or arms(top) else curve(top, "recall_at_k", "rbit"),
+        ),
+        (
+            "hash_ladder",
+            "Selections against hash bits, rung by rung",
+            "Recall and attention mass are means over layers, KV heads and steps; bars: 95% "
+            "intervals, over seeds or, of scores, over samples.",
+            lambda: ladder(top),
+        ),
+        (
+            "arms",
+            "Selections of each arm",
+            "An arm departs from the configuration in what its name says (dashed: as configured); "
+            "bars: 95% intervals over seeds.",
+            lambda: arms(top),
         ),
         (
             "decode_vs_k",
@@ -180,10 +195,16 @@ def draw_all(
             lambda: step_bound(every, models),
         ),
         (
+            "needle_heatmap",
+            "Needle found, by context length and depth",
+            "Mean score of each length and depth; darker is better.",
+            lambda: needle_heatmap(lines),
+        ),
+        (
             "subtasks",
             "Score by sub-task",
             "Mean score; darker is better.",
-            lambda: heat_table(lines[lines["subtask"] != MEAN]),
+            lambda: None if needle_heatmap(lines) else heat_table(lines[lines["subtask"] != MEAN]),
         ),
         (
             "fit_loss",

@@ -242,7 +242,7 @@ class GenerationTask(Task):
             scores = [one["score"] for one in samples if one["subtask"] == subtask]
             values = {"score": statistics.fmean(scores), "num_samples": len(scores)}
             # What tells configurations apart stands in all rows of a cell.
-            values |= {name: shared[name] for name in ("batch_size", "full_backend")}
+            values |= {name: shared[name] for name in ("batch_size", "kv_len", "full_backend")}
             rows.append(TaskRow(subtask, {**values, "density": densities[subtask]}))
         mean = statistics.fmean(row.values["score"] for row in rows)
         rows.append(TaskRow("mean", {"score": mean, "num_samples": len(samples), **shared}))

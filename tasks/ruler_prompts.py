@@ -310,6 +310,38 @@ def _fwe(rng: random.Random, budget: int, count: CountTokens, share: slice) -> P
     )
 
 
+def needle_prompt(
+    rng: random.Random, words: Sequence[str], budget: int, count: CountTokens, depth: float
+) -> Prompt:
+    """Return a prompt of one needle at a known depth of its haystack.
+
+    Args:
+        rng: The sample's private randomness.
+        words: The pool that key, value and fillers are drawn from.
+        budget: Tokens for the context, the question, the prefix and the reference answer.
+        count: Tokens of a piece of text, without special tokens.
+        depth: Share of the haystack's sentences before the needle, 0 to 1.
+
+    Raises:
+        TaskDoesNotFit: If no sentence fits beside the needle.
+    """
+    key_words, value_words = halves(words)
+    key, value = rng.choice(key_words), two_words(rng, value_words)
+    question, prefix, reference = ask_one(key, value)
+    hidden = needle(key, value)
+    others = [word for word in words if word != key]
+    room = budget - sum(map(count, (FACTS, question, prefix, reference, hidden)))
+    haystack = fill(room, count, lambda: filler(rng, others))
+    haystack.insert(round(depth * len(haystack)), hidden)
+    return Prompt(
+        context=FACTS + "".join(haystack),
+        question=question,
+        answer_prefix=prefix,
+        answers=(value,),
+        reference=reference,
+    )
+
+
 def make_prompt(
     subtask: str,
     rng: random.Random,
