@@ -1,7 +1,7 @@
 """The ranking recipe: hash projections learnt from the order that attention gives to keys."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ class RankingRecipe:
 
         s(k) = sum over the group's queries q, and i = 1 .. c, of  sign(q V_i) . sign(k W)
 
-    A step draws a sequence, ``queries`` of its queries and ``keys`` of its keys. With T the keys
+    Of each sequence ``pool`` queries of its second half and its last 48 are kept. A step draws a
+    sequence, ``queries`` of those and ``keys`` of its keys. With T the keys
     among them that attention ranks highest, by its softmax summed over the group, the loss is the
     cross-entropy between the uniform distribution on T and a softmax of the scores::
 
@@ -45,10 +46,11 @@ class RankingRecipe:
         steps: Of Adam.
         learning_rate: For projections whose entries are about 1; it rises for 20 steps, then falls
             along half a cosine.
+        pool: Queries drawn once from each sequence's second half.
         queries: Drawn at a step.
         keys: Drawn at a step; all where a sequence has fewer.
-        late_share: Share of the queries that are from a sequence's last 48 tokens, as those that
-            decoding has to serve; the others are from its second half.
+        late_share: Share of a step's queries that are from a sequence's last 48 tokens, question
+            and answer, as those that decoding has to serve; the others are from the pool.
 
     Source:
         Ours. HATA's own loss (arXiv:2506.02572, equation 9) weighs pairs, each by itself. Separate
@@ -62,26 +64,44 @@ class RankingRecipe:
     centre_keys: bool
     steps: int
     learning_rate: float
+    pool: int
     queries: int
     keys: int
     late_share: float
+
+    def positions(self, lengths: Sequence[int], generator: torch.Generator) -> list[list[int]]:
+        """Return the positions of the queries kept of each sequence: the pool, then the late."""
+        return [
+            [
+                *torch.randint(length // 2, length, (self.pool,), generator=generator).tolist(),
+                *range(max(length - LATE_TOKENS, length // 2), length),
+            ]
+            for length in lengths
+        ]
 
     def fit_layer(
         self,
         states: list[tuple[Tensor, Tensor]],
         generator: torch.Generator,
-        stepped: Callable[[int], None],
+        report: Callable[[int, int, float], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return projections of keys, ``[Hkv, d, rbit]``, and queries, ``[Hkv, d, c * rbit]``.
 
         Args:
-            states: One layer's ``[Hq, n, d]`` queries and ``[Hkv, n, d]`` keys of each sequence.
-            generator: Draws the start, the sequences, queries, keys and shares.
-            stepped: Called with the steps done.
+            states: One layer's ``[Hq, m, d]`` queries at the ``m`` positions of each sequence, and
+                its ``[Hkv, n, d]`` keys.
+            generator: Draws the rest, and the positions again: in the state in which they were
+                drawn before.
+            report: Told steps done, steps in all and the loss after each step.
         """
         num_kv_heads, _, head_dim = states[0][1].shape
+        positions = self.positions([keys.shape[1] for _, keys in states], generator)
+        sequences = [
+            (torch.tensor(at), queries, keys)
+            for at, (queries, keys) in zip(positions, states, strict=True)
+        ]
         # A factor changes no sign; these bring what is projected to where a tanh has its slope.
-        first = self.draw(states, generator)
+        first = self.draw(sequences, generator)
         shrink = (head_dim * first.keys.square().mean((1, 2), keepdim=True)).rsqrt()
         query_shrink = (head_dim * first.queries.square().mean((1, 2, 3))).rsqrt()[:, None, None]
         key_weight, query_weight = (
@@ -97,13 +117,14 @@ class RankingRecipe:
         optimiser = torch.optim.Adam(groups, self.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, self._rate)
         for step in range(self.steps):
-            batch = self.draw(states, generator)
+            batch = self.draw(sequences, generator)
             loss = self.loss(key_weight * shrink, query_weight * query_shrink, log_factor, batch)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
-            stepped(step + 1)
+            if report is not None:
+                report(step + 1, self.steps, loss.item())
         return key_weight.detach(), query_weight.detach()
 
     def _start(
@@ -121,26 +142,30 @@ class RankingRecipe:
         return min(1.0, (step + 1) / WARM_UP) * (LAST_RATE + (1 - LAST_RATE) * falling)
 
     def draw(
-        self, states: list[tuple[Tensor, Tensor]], generator: torch.Generator
+        self, sequences: list[tuple[Tensor, Tensor, Tensor]], generator: torch.Generator
     ) -> "RankingBatch":
-        """Draw a sequence, some of its queries and keys, and how many keys are a query's top."""
-        drawn = int(torch.randint(len(states), (1,), generator=generator).item())
-        query_states, key_states = states[drawn]
+        """Draw a sequence, some of its queries and keys, and how many keys are a query's top.
+
+        Args:
+            sequences: Of each: positions of its queries, as from ``positions``; its queries; keys.
+            generator: Draws.
+        """
+        drawn = int(torch.randint(len(sequences), (1,), generator=generator).item())
+        positions, query_states, key_states = sequences[drawn]
         num_kv_heads, length, head_dim = key_states.shape
         late = round(self.late_share * self.queries)
-        first = max(length - LATE_TOKENS, length // 2)
-        positions = torch.cat(
+        chosen = torch.cat(
             [
-                torch.randint(length // 2, length, (self.queries - late,), generator=generator),
-                torch.randint(first, length, (late,), generator=generator),
+                torch.randint(self.pool, (self.queries - late,), generator=generator),
+                torch.randint(self.pool, len(positions), (late,), generator=generator),
             ]
         )
         slots = torch.randperm(length, generator=generator)[: self.keys]
         low, high = TOP_SHARES
         share = low * (high / low) ** torch.rand((), generator=generator).item()
 
-        visible = (slots <= positions[:, None]).to(key_states.device)
-        queries = query_states[:, positions.to(query_states.device)].float()
+        visible = (slots <= positions[chosen][:, None]).to(key_states.device)
+        queries = query_states[:, chosen.to(query_states.device)].float()
         queries = queries.unflatten(0, (num_kv_heads, -1))
         keys = key_states[:, slots.to(key_states.device)].float()
         if self.centre_keys:  # attention ranks the same keys highest

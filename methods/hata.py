@@ -105,8 +105,9 @@ class HATA(TopKMethod):
         positive_ratio: Share of a prefix's keys that are positives.
         positive_label: Label of the best key; positives fall linearly to 1, the others are -1.
         queries_per_sequence: Queries drawn from the second half of each sequence.
-        ranking_steps: These five are `RankingRecipe`'s.
+        ranking_steps: These six are `RankingRecipe`'s.
         ranking_learning_rate: See there.
+        ranking_pool: See there.
         ranking_queries: See there.
         ranking_keys: See there.
         ranking_late_share: See there.
@@ -145,6 +146,7 @@ class HATA(TopKMethod):
     queries_per_sequence: int = 1
     ranking_steps: int = 1500
     ranking_learning_rate: float = 0.15
+    ranking_pool: int = 512
     ranking_queries: int = 32
     ranking_keys: int = 1024
     ranking_late_share: float = 0.5
@@ -156,7 +158,7 @@ class HATA(TopKMethod):
         for name in ("epochs", "steps_per_epoch", "chunks_per_epoch", "chunk_size"):
             check_whole(name, getattr(self, name))
         check_whole("queries_per_sequence", self.queries_per_sequence)
-        for name in ("query_codes", "ranking_steps", "ranking_queries"):
+        for name in ("query_codes", "ranking_steps", "ranking_pool", "ranking_queries"):
             check_whole(name, getattr(self, name))
         check_whole("ranking_keys", self.ranking_keys, least=128)
         if not 0 <= self.ranking_late_share <= 1:
@@ -194,7 +196,7 @@ class HATA(TopKMethod):
         if self.recipe == "ranking":
             settings = (
                 "recipe rbit seed use_norm centre_keys query_codes ranking_steps "
-                "ranking_learning_rate ranking_queries ranking_keys ranking_late_share"
+                "ranking_learning_rate ranking_pool ranking_queries ranking_keys ranking_late_share"
             )
         return {
             "method": self.name,
@@ -327,18 +329,24 @@ class HATA(TopKMethod):
             centre_keys=self.centre_keys,
             steps=self.ranking_steps,
             learning_rate=self.ranking_learning_rate,
+            pool=self.ranking_pool,
             queries=self.ranking_queries,
             keys=self.ranking_keys,
             late_share=self.ranking_late_share,
         )
+        total = calibration.num_layers * recipe.steps
         fitted: dict[str, list[Tensor]] = {"hash_weight": [], "query_weight": []}
         for layer in range(calibration.num_layers):
+            states = calibration.states(layer)
+            lengths = [keys.shape[1] for _, keys in states]
+            positions = recipe.positions(lengths, self._generator(layer))
+            kept = [(q[:, at], keys) for (q, keys), at in zip(states, positions, strict=True)]
 
-            def stepped(done: int, layer: int = layer) -> None:
+            def report(done: int, steps: int, loss: float, layer: int = layer) -> None:
                 if progress is not None:
-                    progress(layer * recipe.steps + done, calibration.num_layers * recipe.steps)
+                    progress(layer * steps + done, total)
 
-            pair = recipe.fit_layer(calibration.states(layer), self._generator(layer), stepped)
+            pair = recipe.fit_layer(kept, self._generator(layer), report)
             for layers, weight in zip(fitted.values(), pair, strict=True):
                 layers.append(weight.cpu())
         return {name: torch.stack(layers) for name, layers in fitted.items()}

@@ -23,6 +23,7 @@ def recipe(**settings: Any) -> RankingRecipe:
         "centre_keys": False,
         "steps": 20,
         "learning_rate": 0.15,
+        "pool": 300,
         "queries": 8,
         "keys": 128,
         "late_share": 0.5,
@@ -94,17 +95,39 @@ def test_shapes_and_progress() -> None:
     assert reports == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_a_batch_is_of_one_sequence_and_its_top_is_attentions() -> None:
+def kept(made: RankingRecipe, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return positions, queries at them, and keys of each sequence."""
     states = Skewed().states(0)
+    lengths = [keys.shape[1] for _, keys in states]
+    positions = made.positions(lengths, torch.Generator().manual_seed(seed))
+    return [
+        (torch.tensor(at), queries[:, at], keys)
+        for at, (queries, keys) in zip(positions, states, strict=True)
+    ]
+
+
+def test_queries_kept_are_of_the_second_half_and_the_last() -> None:
+    made = recipe(pool=300)
+    short, longer = made.positions([10, 200], torch.Generator().manual_seed(0))
+    assert set(short[:300]) == set(range(5, 10))
+    assert short[300:] == list(range(5, 10))
+    assert min(longer[:300]) >= 100
+    assert max(longer[:300]) < 200
+    assert len(set(longer[:300])) > 80
+    assert longer[300:] == list(range(152, 200))
+
+
+def test_a_batch_is_of_one_sequence_and_its_top_is_attentions() -> None:
+    made = recipe(keys=10_000)
     lengths, late, shares = set(), 0, set()
     for seed in range(30):
-        batch = recipe(keys=10_000).draw(states, torch.Generator().manual_seed(seed))
+        sequences = kept(made, seed)
+        batch = made.draw(sequences, torch.Generator().manual_seed(seed))
         length = batch.keys.shape[1]
-        (owner,) = [one for one in states if one[1].shape[1] == length]
-        slots = (batch.keys[0, :, None] == owner[1][0]).all(-1).int().argmax(1)
+        ((at, queries, keys),) = [one for one in sequences if one[2].shape[1] == length]
+        slots = (batch.keys[0, :, None] == keys[0]).all(-1).int().argmax(1)
         assert sorted(slots.tolist()) == list(range(length))
-        positions = (batch.queries[0, 0, :, None] == owner[0][0]).all(-1).int().argmax(1)
-        assert positions.min() >= length // 2
+        positions = at[(batch.queries[0, 0, :, None] == queries[0]).all(-1).int().argmax(1)]
         assert (positions[4:] >= length - 48).all()
         assert torch.equal(batch.visible, slots <= positions[:, None])
         logits = batch.queries @ batch.keys.mT / 4
@@ -112,7 +135,7 @@ def test_a_batch_is_of_one_sequence_and_its_top_is_attentions() -> None:
         count = batch.top.shape[2]
         assert torch.equal(batch.top, weights.topk(count).indices)
         assert 1 <= count <= length / 8
-        assert batch.visible[None].expand(1, -1, -1).gather(2, batch.top).all()
+        assert batch.visible[None].gather(2, batch.top).all()
         lengths.add(length)
         late += int((positions[:4] < length - 48).sum())
         shares.add(count)
@@ -172,10 +195,9 @@ def test_a_sign_has_the_slope_of_tanh() -> None:
 
 
 def test_a_step_against_the_gradient_lowers_the_loss() -> None:
-    states = Skewed().states(0)
     generator = torch.Generator().manual_seed(0)
     made = recipe(queries=64)
-    batch = made.draw(states, generator)
+    batch = made.draw(kept(made, 0), generator)
     weight = 0.25 * torch.randn(1, 16, 32, generator=generator).requires_grad_()
     query_weight, factor = weight.detach().clone(), torch.full((1, 1, 1), -1.0)
     before = made.loss(weight, query_weight, factor, batch)
@@ -315,18 +337,19 @@ def test_an_artifact_without_the_queries_projection_is_refused() -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 256])
-@pytest.mark.parametrize("length", [2, 3, 60])
+@pytest.mark.parametrize("length", [2, 3, 90])
 def test_short_sequences_and_other_heads_train(head_dim: int, length: int) -> None:
     generator = torch.Generator().manual_seed(0)
     states = [
         (
-            torch.randn(6, length, head_dim, generator=generator),
+            torch.randn(6, 300 + min(48, length - length // 2), head_dim, generator=generator),
             torch.randn(2, length, head_dim, generator=generator),
         )
     ]
-    weight, query_weight = recipe(rbit=96, steps=3, query_codes=2).fit_layer(
-        states, generator, lambda done: None
-    )
+    losses: list[tuple[int, int, float]] = []
+    made = recipe(rbit=96, steps=3, query_codes=2)
+    weight, query_weight = made.fit_layer(states, generator, lambda *told: losses.append(told))
+    assert [told[:2] for told in losses] == [(1, 3), (2, 3), (3, 3)]
     assert weight.shape == (2, head_dim, 96)
     assert query_weight.shape == (2, head_dim, 192)
     assert weight.isfinite().all()
