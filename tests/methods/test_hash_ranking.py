@@ -354,3 +354,35 @@ def test_short_sequences_and_other_heads_train(head_dim: int, length: int) -> No
     assert query_weight.shape == (2, head_dim, 192)
     assert weight.isfinite().all()
     assert query_weight.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_appending_equals_rebuilding_with_several_codes(impl: Any) -> None:
+    method = HATA(rbit=32, recipe="ranking", query_codes=3, ranking_steps=2, impl=impl)
+    method.load_artifact(method.fit(Skewed()))
+    queries, keys = Skewed.draw(40, seed=1)
+    keys = keys[None].bfloat16()
+    group = queries[None, :, 0][:, None].bfloat16()
+
+    def index(n: int) -> Any:
+        part = keys[:, :, :n]
+        return method.build_index(
+            PrefillInputs(key_states=part, value_states=part, capacity=40, layer=1, num_layers=2)
+        )
+
+    found, wanted = index(38), index(40)
+    for slot in (38, 39):
+        method.append(found, keys[:, :, slot, None], keys[:, :, slot, None])
+    assert torch.equal(found.key_codes, wanted.key_codes)
+    scores = method.score(method.encode(group, found), found)
+    assert scores.shape == (1, 1, 40)
+    torch.testing.assert_close(scores, method.score(method.encode(group, wanted), wanted))
+    # The sum over two queries of three codes each, every code by itself.
+    weight = method.query_weight(1, 2, 1, 16, CPU)
+    one_by_one = torch.zeros(40)
+    for code in range(3):
+        own = group.float() @ weight[:, :, 32 * code : 32 * code + 32] > 0
+        held = keys.float() @ method.hash_weight(1, 2, 1, 16, CPU) > 0
+        agree = (own[:, :, :, None] == held[:, :, None]).sum(-1)[0, 0]
+        one_by_one += ((2 * agree - 32) / 32).sum(0) * keys[0, 0].float().norm(dim=-1)
+    torch.testing.assert_close(scores[0, 0], one_by_one, rtol=1e-4, atol=1e-4)
