@@ -1,9 +1,10 @@
 """Time the operators and a whole decode step: ``python -m topkbench.kernels.bench``.
 
-Two tables: each operator's latency, and one decode step (encode, score, select, attend) against
-full attention by SDPA, timed in turn in one process. A result is checked against the reference
-before its time is printed; a wrong one stops the program. ``--experiment NAME`` runs a named
-experiment over all methods instead: see `topkbench.kernels.experiments`.
+Each operator's latency and its share of the memory's measured bandwidth, and one decode step
+(encode, score, select, attend) against full attention by SDPA, all timed in turn in one process. A
+result is checked against the reference before its time is printed; a wrong one stops the program.
+``--experiment NAME`` runs a named experiment over all methods instead: see
+`topkbench.kernels.experiments`.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from torch import Tensor
 from topkbench.kernels import experiments
 from topkbench.kernels.dispatch import Impl, resolve
 from topkbench.kernels.full_attention.api import full_attention
+from topkbench.kernels.group_softmax.api import group_softmax
 from topkbench.kernels.hamming_score.api import hamming_score
 from topkbench.kernels.hash_encode.api import hash_encode
 from topkbench.kernels.lowrank_score.api import lowrank_score
@@ -88,6 +90,25 @@ class Step:
         self.page_min, self.page_max = whole.amin(3), whole.amax(3)
         # As a reduced cache holds them: a tensor of its own, not a view of all channels.
         self.reduced = self.keys[..., :_RANK].contiguous()
+        self.products = self.lowrank()
+
+    def bytes_needed(self) -> dict[str, int]:
+        """Return the bytes that each operator cannot do without: what it reads and what it returns.
+
+        Where scores are read more than once, or indices and queries are small, only one reading of
+        the large inputs counts.
+        """
+        chosen = self.indices.numel() * self.shape.head_dim * self.keys.element_size()
+        return {
+            "hash_encode": self.hash_weight.nbytes,
+            "hamming_score": self.key_codes.nbytes + self.scores.nbytes,
+            "page_score": self.page_min.nbytes + self.page_max.nbytes + self.pages().nbytes,
+            "lowrank_score": self.reduced.nbytes + self.products.nbytes,
+            "group_softmax": self.products.nbytes + self.products[:, :, 0].nbytes,
+            "topk_select": self.scores.nbytes + self.indices.nbytes,
+            "sparse_attention": 2 * chosen,
+            "full (sdpa)": self.keys.nbytes + self.values.nbytes,
+        }
 
     def encode(self, impl: Impl | None = None) -> Tensor:
         """Encode the queries."""
@@ -104,6 +125,10 @@ class Step:
     def lowrank(self, impl: Impl | None = None) -> Tensor:
         """Score all keys by a few channels."""
         return lowrank_score(self.query[..., :_RANK], self.reduced, impl=impl or self.impl)
+
+    def softmaxed(self, impl: Impl | None = None) -> Tensor:
+        """Add up the softmax of a group's queries."""
+        return group_softmax(self.products, self.scale, impl=impl or self.impl)
 
     def select(self, impl: Impl | None = None) -> Tensor:
         """Select k keys of each head."""
@@ -155,6 +180,11 @@ class Step:
         exact = lowrank_score(query, keys, impl="reference")
         terms = lowrank_score(query.abs(), keys.abs(), impl="reference")
         assert_within_bound(self.lowrank(), exact, gamma(_RANK) * terms)
+        # exp's argument errs by a few roundings of the logit, its sum by those of its terms.
+        largest = 1 + self.products.abs().max().item() * self.scale
+        tolerance = 16 * largest * torch.finfo(torch.float32).eps
+        weights = self.softmaxed("reference")
+        torch.testing.assert_close(self.softmaxed(), weights, rtol=tolerance, atol=0)
         states = (self.query.flatten(1, 2), self.keys, self.values, self.indices, self.scale)
         assert_attended(self.attend(), None, *states)
         assert_attended(self.decode(), None, *states)
@@ -171,9 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _experiment(options, device, dtype)
     chosen = {op: resolve(op, options.impl, device) for op in ("hamming_score", "topk_select")}
     print(f"device {device}, {options.dtype}, {torch.get_num_threads()} threads, {chosen}")
-    if options.bandwidth:
-        bandwidth = read_bandwidth(device)
-        print(f"memory: read {bandwidth.read_gb_s:.1f}, copy {bandwidth.copy_gb_s:.1f} GB/s")
+    memory = read_bandwidth(device)
+    print(f"memory: read {memory.read_gb_s:.1f}, copy {memory.copy_gb_s:.1f} GB/s")
     for kv_len in options.kv_len:
         shape = Geometry(
             batch_size=options.batch_size,
@@ -185,7 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             k=options.k or max(1, kv_len // 64),
         )
         try:
-            _report(Step(shape, device, dtype, options.impl), options, device)
+            step = Step(shape, device, dtype, options.impl)
+            _report(step, options, device, memory.ceiling_gb_s)
         except AssertionError as error:
             print(f"wrong result, no times: {error}", file=sys.stderr)
             return 1
@@ -209,7 +239,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--threads", type=int, help="default: torch's own")
     parser.add_argument("--cuda-graph", action="store_true", help="time graph replays")
-    parser.add_argument("--bandwidth", action="store_true", help="measure the memory first")
     named = parser.add_argument_group("named experiments", "their settings, where not the own ones")
     named.add_argument("--experiment", choices=tuple(experiments.EXPERIMENTS))
     named.add_argument("--methods", nargs="+", choices=tuple(METHODS))
@@ -249,8 +278,10 @@ def _experiment(options: argparse.Namespace, device: torch.device, dtype: torch.
     return 1 if any(row["status"] == "wrong" for row in rows) else 0
 
 
-def _report(step: Step, options: argparse.Namespace, device: torch.device) -> None:
-    """Check one geometry, time it and print its table."""
+def _report(
+    step: Step, options: argparse.Namespace, device: torch.device, bandwidth: float
+) -> None:
+    """Check one geometry, time it and print its table; ``bandwidth`` is the memory's, in GB/s."""
     step.check()
     shape = step.shape
     ops: dict[str, Callable[[], object]] = {
@@ -258,19 +289,33 @@ def _report(step: Step, options: argparse.Namespace, device: torch.device) -> No
         "hamming_score": step.hamming,
         "page_score": step.pages,
         "lowrank_score": step.lowrank,
+        "group_softmax": step.softmaxed,
         "topk_select": step.select,
         "sparse_attention": step.attend,
     }
-    pair: dict[str, Callable[[], object]] = {"decode step": step.decode, "full (sdpa)": step.full}
-    timings = measure(ops, options.trials, device=device, cuda_graph=options.cuda_graph)
+    # Full attention first: what it reads leaves nothing of the operators' inputs in the caches.
+    timings = measure(
+        {"full (sdpa)": step.full, **ops},
+        options.trials,
+        device=device,
+        cuda_graph=options.cuda_graph,
+    )
+    pair: dict[str, Callable[[], object]] = {"full (sdpa)": step.full, "decode step": step.decode}
     against = measure(pair, options.trials, device=device, cuda_graph=options.cuda_graph)
     print(
         f"\nB={shape.batch_size} Hkv={shape.num_kv_heads} G={shape.group} d={shape.head_dim} "
         f"rbit={shape.rbit} n={shape.kv_len} k={shape.k}"
     )
-    print(f"{'':<18}{'p50 ms':>10}{'p20 ms':>10}{'p80 ms':>10}")
-    for name, timing in {**timings, **against}.items():
-        print(_line(name, timing))
+    heads = ("p50 ms", "p20 ms", "p80 ms", "MB", "GB/s", "of memory")
+    print(f"{'':<18}" + "".join(f"{head:>10}" for head in heads))
+    needed = step.bytes_needed()
+    for name, timing in timings.items():
+        speed = needed[name] / timing.p50_ms / 1e6
+        print(
+            _line(name, timing)
+            + f"{needed[name] / 1e6:>10.2f}{speed:>10.1f}{speed / bandwidth:>10.0%}"
+        )
+    print(_line("decode step", against["decode step"]))
     speedup = against["full (sdpa)"].p50_ms / against["decode step"].p50_ms
     print(f"speedup of the decode step over full attention: {speedup:.1f}")
 

@@ -150,6 +150,25 @@ def load_bfloat16(typing_context: Any, address: Any, index: Any) -> Any:
 
 
 @intrinsic
+def store_bfloat16(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
+    """Store a float32 as the nearest bfloat16, the even one of two."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, index, value = arguments
+        bits, sixteen = builder.bitcast(value, _I32), ir.Constant(_I32, 16)
+        odd = builder.and_(builder.lshr(bits, sixteen), ir.Constant(_I32, 1))
+        rounded = builder.add(bits, builder.add(odd, ir.Constant(_I32, 0x7FFF)))
+        # Rounding could turn a NaN into a number.
+        missing = builder.fcmp_unordered("uno", value, value)
+        kept = builder.select(missing, ir.Constant(_I32, 0x7FC00000), rounded)
+        half = builder.trunc(builder.lshr(kept, sixteen), _I16)
+        builder.store(half, _element(builder, address, index, _I16, _I16), align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
 def splat(typing_context: Any, value: Any) -> Any:
     """Repeat a float32 in all lanes."""
 

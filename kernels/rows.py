@@ -38,6 +38,17 @@ def clipped(address: int, row: int, size: int, missing: int) -> int:
 
 
 @njit(nogil=True)
+def widen(states: int, count: int, wide: int) -> int:
+    """Write ``count`` bfloat16 as float32 at ``wide``, and return that.
+
+    Within a kernel because a decode step's few states cost torch more to convert than to use.
+    """
+    for i in range(count):
+        store_float32(wide, i, load_bfloat16(states, i))
+    return wide
+
+
+@njit(nogil=True)
 def prefetch_rows(rows: int, count: int, row_bytes: int) -> None:
     """Ask for whole rows, whose ``count`` addresses stand at ``rows``."""
     for place in range(count):

@@ -17,6 +17,7 @@ from topkbench.kernels.intrinsics import (
     store_float32,
     store_int32,
 )
+from topkbench.kernels.rows import widen
 
 # Up to so many states a head, the fused kernel beats a matrix product and its reshaping.
 _FEW = 16
@@ -31,9 +32,12 @@ def hash_encode(states: Tensor, hash_weight: Tensor) -> Tensor:
     weight = hash_weight.float().contiguous()
     codes = torch.empty(batch_size, num_heads, num_states, rbit // 32, dtype=torch.int32)
     if num_states <= _FEW:
-        few = states.float().contiguous()
+        few, rows = _readable(states), torch.empty(batch_size * num_heads, head_dim)
         sizes = (batch_size, num_heads, num_states, head_dim, rbit)
-        _encode_few(few.data_ptr(), weight.data_ptr(), codes.data_ptr(), sizes)
+        _encode_few(
+            few.data_ptr(), few.dtype == torch.bfloat16, rows.data_ptr(), weight.data_ptr(),
+            codes.data_ptr(), sizes,
+        )  # fmt: skip
         return codes
     step = max(1, _CHUNK // (batch_size * num_heads * rbit))
     for first in range(0, num_states, step):
@@ -58,19 +62,26 @@ def encode_step(
     check_rows("key_codes", key_codes)
     batch_size, num_heads, group, head_dim = query_states.shape
     rbit = hash_weight.shape[2]
-    queries, keys = query_states.float().contiguous(), key_states.float().contiguous()
+    queries, keys = _readable(query_states), _readable(key_states)
     weight = hash_weight.float().contiguous()
     codes = torch.empty(batch_size, num_heads, group, rbit // 32, dtype=torch.int32)
+    rows = torch.empty(batch_size * num_heads, head_dim)
     norms, norm_strides = 0, key_codes.stride()[:3]
     if key_norms is not None:
         norms, norm_strides = key_norms.data_ptr(), key_norms.stride()
     ends, _ends = bound_address(kv_len)
     _encode_step(
-        queries.data_ptr(), keys.data_ptr(), weight.data_ptr(), codes.data_ptr(),
+        queries.data_ptr(), queries.dtype == torch.bfloat16, keys.data_ptr(),
+        keys.dtype == torch.bfloat16, rows.data_ptr(), weight.data_ptr(), codes.data_ptr(),
         key_codes.data_ptr(), key_codes.stride()[:3], norms, norm_strides, ends,
         (batch_size, num_heads, group, head_dim, rbit),
     )  # fmt: skip
     return codes
+
+
+def _readable(states: Tensor) -> Tensor:
+    """Return a decode step's states as the kernels read them: bfloat16 or float32, without gaps."""
+    return (states if states.dtype == torch.bfloat16 else states.float()).contiguous()
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -92,22 +103,31 @@ def _pack(
 
 @njit(parallel=True, cache=True, nogil=True)
 def _encode_few(
-    states: int, weight: int, codes: int, sizes: tuple[int, int, int, int, int]
+    states: int,
+    narrow: bool,
+    rows: int,
+    weight: int,
+    codes: int,
+    sizes: tuple[int, int, int, int, int],
 ) -> None:
-    """Project and pack a few states of each head."""
+    """Project and pack a few states of each head; ``rows`` has room for one of each in float32."""
     batch_size, num_heads, num_states, head_dim, rbit = sizes
     for task in prange(batch_size * num_heads):
         head_weight = weight + 4 * (task % num_heads) * head_dim * rbit
         for state in range(num_states):
             place = task * num_states + state
-            row, code = states + 4 * place * head_dim, codes + place * rbit // 8
+            row = _row(states, place, head_dim, narrow, rows + 4 * task * head_dim)
+            code = codes + place * rbit // 8
             _encode_row(row, head_weight, code, head_dim, rbit)
 
 
 @njit(parallel=True, cache=True, nogil=True)
 def _encode_step(
     queries: int,
+    narrow_queries: bool,
     keys: int,
+    narrow_keys: bool,
+    rows: int,
     weight: int,
     codes: int,
     key_codes: int,
@@ -124,10 +144,11 @@ def _encode_step(
         head_weight = weight + 4 * head * head_dim * rbit
         for query in range(group):
             place = task * group + query
-            row, code = queries + 4 * place * head_dim, codes + place * rbit // 8
+            row = _row(queries, place, head_dim, narrow_queries, rows + 4 * task * head_dim)
+            code = codes + place * rbit // 8
             _encode_row(row, head_weight, code, head_dim, rbit)
         slot = np.int64(load_int32(kv_len, batch)) - 1
-        key = keys + 4 * task * head_dim
+        key = _row(keys, task, head_dim, narrow_keys, rows + 4 * task * head_dim)
         place = batch * code_strides[0] + head * code_strides[1] + slot * code_strides[2]
         _encode_row(key, head_weight, key_codes + 4 * place, head_dim, rbit)
         if key_norms != 0:
@@ -136,6 +157,14 @@ def _encode_step(
                 total += np.float64(load_float32(key, i)) ** 2
             place = batch * norm_strides[0] + head * norm_strides[1] + slot * norm_strides[2]
             store_float32(key_norms, place, np.float32(np.sqrt(total)))
+
+
+@njit(nogil=True)
+def _row(states: int, place: int, head_dim: int, narrow: bool, wide: int) -> int:
+    """Return the address of one state as float32; ``wide`` has room for it."""
+    if narrow:
+        return widen(states + 2 * place * head_dim, head_dim, wide)
+    return states + 4 * place * head_dim
 
 
 @njit(nogil=True)

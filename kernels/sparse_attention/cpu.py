@@ -19,17 +19,19 @@ from topkbench.kernels.intrinsics import (
     LANES,
     load_float32,
     load_int32,
+    store_bfloat16,
     store_float32,
     store_int32,
     store_int64,
 )
-from topkbench.kernels.rows import add_rows, clipped, score_rows
+from topkbench.kernels.rows import add_rows, clipped, score_rows, widen
 from topkbench.kernels.softmax import exp, largest, scale_and_cap, total
 
 # Tokens whose logits are held before they enter the sum: their values stay in the first cache.
 _TILE = 32
 # Fewer tokens than this are not worth a part of their own.
 _PART = 128
+_LOWEST, _TINY = np.finfo(np.float32).min, np.finfo(np.float32).tiny
 
 
 def sparse_attention(
@@ -48,7 +50,7 @@ def sparse_attention(
     """Return the output ``[B, Hq, d]`` and the log-sum-exp ``[B, Hq]``; see the api."""
     narrow = check_cache("key_states", key_states)
     check_cache("value_states", value_states)
-    query = query_states.float().contiguous()
+    query = query_states.contiguous()
     indices = indices.contiguous()
     batch_size, num_heads, head_dim = query.shape
     _, num_kv_heads, num_slots, _ = key_states.shape
@@ -56,12 +58,12 @@ def sparse_attention(
     group = num_heads // num_index_heads
     parts = _num_parts(batch_size * num_index_heads, num_units * unit_size)
 
-    out = torch.empty(batch_size, num_heads, head_dim)
+    out = torch.empty(batch_size, num_heads, head_dim, dtype=query.dtype)
     lse = torch.empty(batch_size, num_heads)
     # For each part: sums, maxima, denominators, a tile's logits and the addresses of its rows (two
-    # tiles' of keys), then the tokens' slots and entries.
+    # tiles' of keys), the queries as float32, then the tokens' slots and entries.
     tokens = -(-num_units // parts) * unit_size
-    part_size = group * (head_dim + 2 + _TILE) + 2 * 3 * _TILE + 2 * tokens
+    part_size = group * (2 * head_dim + 2 + _TILE) + 2 * 3 * _TILE + 2 * tokens
     part_size += part_size % 2
     work = torch.empty(batch_size * num_index_heads * parts, part_size)
     start, _start = bound_address(kv_start)
@@ -75,7 +77,7 @@ def sparse_attention(
         out.data_ptr(), lse.data_ptr(), work.data_ptr(), part_size, sizes, num_units, unit_size,
         parts, float(scale), float(softcap or 0.0), start, end, narrow,
     )  # fmt: skip
-    return out.to(query_states.dtype), lse
+    return out, lse
 
 
 def _num_parts(num_tasks: int, num_tokens: int) -> int:
@@ -122,7 +124,7 @@ def _attend(
         used = clipped(counts, row, num_units, num_units)
         weight_rows = 0 if weights == 0 else weights + 4 * row * group * num_units
         _attend_part(
-            query + 4 * row * group * head_dim,
+            query + item * row * group * head_dim,
             keys + item * (batch * key_strides[0] + kv_head * key_strides[1]),
             item * key_strides[2],
             values + item * (batch * value_strides[0] + kv_head * value_strides[1]),
@@ -144,14 +146,14 @@ def _attend(
         )
         if parts == 1:
             _merge(
-                work + 4 * task * part_size, part_size, 1, out + 4 * row * group * head_dim,
-                lse + 4 * row * group, group, head_dim,
+                work + 4 * task * part_size, part_size, 1, out + item * row * group * head_dim,
+                lse + 4 * row * group, group, head_dim, narrow,
             )  # fmt: skip
     if parts > 1:
         for row in range(num_tasks):
             _merge(
                 work + 4 * row * parts * part_size, part_size, parts,
-                out + 4 * row * group * head_dim, lse + 4 * row * group, group, head_dim,
+                out + item * row * group * head_dim, lse + 4 * row * group, group, head_dim, narrow,
             )  # fmt: skip
 
 
@@ -183,7 +185,10 @@ def _attend_part(
     logits = denominators + 4 * group
     key_rows = logits + 4 * group * _TILE
     value_rows = key_rows + 2 * 8 * _TILE
-    slots = value_rows + 8 * _TILE
+    wide = value_rows + 8 * _TILE
+    if narrow:
+        query = widen(query, group * head_dim, wide)
+    slots = wide + 4 * group * head_dim
     entries = slots + 4 * (last_unit - first_unit) * unit_size
     for i in range(group * head_dim):
         store_float32(work, i, np.float32(0.0))
@@ -275,27 +280,37 @@ def _soften(
 
 @njit(nogil=True)
 def _merge(
-    work: int, part_size: int, parts: int, out: int, lse: int, group: int, head_dim: int
+    work: int,
+    part_size: int,
+    parts: int,
+    out: int,
+    lse: int,
+    group: int,
+    head_dim: int,
+    narrow: bool,
 ) -> None:
-    """Merge the parts of one index head into its output rows and log-sum-exps."""
+    """Merge the parts of one index head, into those of the first, and write its outputs."""
     for g in range(group):
         maximum = np.float32(-np.inf)
         for part in range(parts):
             base = work + 4 * part * part_size
             maximum = max(maximum, load_float32(base, group * head_dim + g))
-        for i in range(head_dim):
-            store_float32(out, g * head_dim + i, np.float32(0.0))
-        if maximum == np.float32(-np.inf):
-            store_float32(lse, g, maximum)
-            continue
+        level = max(maximum, _LOWEST)  # finite: where nothing counts, all shares are then 0
         denominator = np.float32(0.0)
         for part in range(parts):
             base = work + 4 * part * part_size
-            share = exp(load_float32(base, group * head_dim + g) - maximum)
+            share = exp(load_float32(base, group * head_dim + g) - level)
             denominator += share * load_float32(base, group * (head_dim + 1) + g)
         for part in range(parts):
             base = work + 4 * part * part_size
-            share = exp(load_float32(base, group * head_dim + g) - maximum) / denominator
+            share = exp(load_float32(base, group * head_dim + g) - level)
+            share = share / max(denominator, _TINY)
             for i in range(g * head_dim, (g + 1) * head_dim):
-                store_float32(out, i, load_float32(out, i) + share * load_float32(base, i))
-        store_float32(lse, g, maximum + np.float32(math.log(denominator)))
+                before = load_float32(work, i) if part > 0 else np.float32(0.0)
+                store_float32(work, i, before + share * load_float32(base, i))
+        for i in range(g * head_dim, (g + 1) * head_dim):
+            if narrow:
+                store_bfloat16(out, i, load_float32(work, i))
+            else:
+                store_float32(out, i, load_float32(work, i))
+        store_float32(lse, g, maximum + np.float32(math.log(max(denominator, _TINY))))

@@ -47,8 +47,25 @@ def test_the_bench_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> Non
     for dtype in ("float32", "bfloat16"):
         assert bench.main([*shape.split(), "--dtype", dtype]) == 0
         printed = capsys.readouterr().out
-        for name in ("hash_encode", "sparse_attention", "full (sdpa)", "speedup"):
+        for name in ("hash_encode", "sparse_attention", "full (sdpa)", "speedup", "of memory"):
             assert name in printed
+
+
+def test_bytes_needed_by_hand() -> None:
+    shape = bench.Geometry(
+        batch_size=1, num_kv_heads=2, group=3, head_dim=64, rbit=96, kv_len=160, k=20
+    )
+    step = bench.Step(shape, torch.device("cpu"), torch.bfloat16, "auto")
+    assert step.bytes_needed() == {
+        "hash_encode": 2 * 64 * 96 * 4,
+        "hamming_score": 2 * 160 * (12 + 2),  # three words, and an int16 score
+        "page_score": 2 * 10 * (2 * 64 * 2 + 3 * 4),
+        "lowrank_score": 2 * 160 * (32 * 2 + 3 * 4),
+        "group_softmax": 2 * 160 * (3 + 1) * 4,
+        "topk_select": 2 * (160 * 2 + 20 * 4),
+        "sparse_attention": 2 * 20 * 2 * 64 * 2,
+        "full (sdpa)": 2 * 160 * 2 * 64 * 2,
+    }
 
 
 def test_the_bench_gives_no_time_for_a_wrong_result(
