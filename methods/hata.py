@@ -210,7 +210,7 @@ class HATA(TopKMethod):
 
     def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
         shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
-        layout = {"hash_weight": (*shape, self.rbit)}
+        layout: dict[str, tuple[int, ...]] = {"hash_weight": (*shape, self.rbit)}
         if self._ranking:
             layout["query_weight"] = (*shape, self.query_codes * self.rbit)
         return layout
