@@ -52,6 +52,7 @@ def progress(items: Sequence[Any], label: str) -> Iterable[Any]:
 
 
 _MODELS: dict[str, tuple[Any, Any]] = {}
+_LEARNT: set[str] = set()
 
 
 def model_and_store(model_config: str, memory_gib: float | None) -> tuple[Any, Any]:
@@ -105,19 +106,33 @@ class Run:
             # Workers beside this one find prefills only where all of them look: in the folder.
             self.settings["prefill_memory_gib"] if alone else 0.0,
         )
-        self._prepare(self.method)
+        self.artifact = self._prepare(self.method)
 
-    def _prepare(self, method: Any) -> None:
+    def _prepare(self, method: Any) -> Any:
+        """Give a method its artifact, found or learnt now; return it, or None if it needs none."""
         from topkbench.tasks.cell import prepare_method
 
-        with tqdm(desc=f"fit {method.name}", disable=None, leave=False) as bar:
+        if not (self.task.uses_model and self.task.fits_methods):
+            return None
+        memory_gib = self.settings["calibration_memory_gib"]
+        # Other axes lead to the same artifact; a process learns it anew once.
+        name = identity({part: self.settings[part] for part in ("model", "method")})
+        anew = self.settings["force"] and self.task.fits_anew and name not in _LEARNT
+        _LEARNT.add(name)
+        with tqdm(desc=f"{method.name} learns", disable=None, leave=False) as bar:
 
             def show(done: int, total: int) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            if self.task.uses_model and self.task.fits_methods:
-                prepare_method(self.loaded, method, self.settings["artifact_dir"], show)
+            return prepare_method(
+                self.loaded,
+                method,
+                self.settings["artifact_dir"],
+                show,
+                None if memory_gib is None else int(memory_gib * 2**30),
+                anew,
+            )
 
     @functools.cached_property
     def payload(self) -> dict[str, Any]:
@@ -216,6 +231,7 @@ class Run:
             full_answers=answers,
             bandwidth=bandwidth(str(self.loaded.model.device)),
             track=progress,
+            artifact=self.artifact,
         )
         outcome = run_cell(context, self.task)
         scored = [one for one in outcome.samples if "score" in one]

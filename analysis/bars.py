@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -14,6 +15,7 @@ from topkbench.analysis.curves import legend, new_figure, table
 from topkbench.analysis.metrics import METRICS, STAGES
 
 _MOST_LINES = 24
+_MOST_GRIDS = 4
 _WIDEST_NAME = 48  # characters; a wider one leaves no room for the bars
 _OPERATORS = {
     "hash_encode": "encode",
@@ -65,10 +67,12 @@ def ablation(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     step before and more.
     """
     data = lines[lines[list(STAGES)].notna().any(axis=1) & lines["impl"].notna()]
+    if len(data) < 3 or data["method"].nunique() > 1:
+        return None
     data = data.assign(slow=data["impl"].map(_slow))
     data = data.sort_values("slow", key=lambda sets: -sets.map(len), kind="stable")
     steps = list(zip(data["slow"], data["slow"].iloc[1:], strict=False))
-    if len(data) < 3 or data["method"].nunique() > 1 or not all(one > two for one, two in steps):
+    if not all(one > two for one, two in steps):
         return None
     rest = _words(frozenset(_OPERATORS) - data["slow"].iloc[0])
     names = [f"simple: all but {' and '.join(rest)} in torch" if rest else "simple: all in torch"]
@@ -142,19 +146,55 @@ def heat_table(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     subtasks = list(dict.fromkeys(data["subtask"]))
     grid = data.pivot(index="line", columns="subtask", values="score").loc[first["line"], subtasks]
     figure, axes = new_figure(2.6 + 0.82 * len(subtasks), 1.1 + 0.27 * len(first))
-    image = axes.imshow(grid.to_numpy(float), cmap=_BLUES, vmin=0, vmax=100, aspect="auto")
+    image = _cells(axes, grid)
     axes.set_xticks(range(len(subtasks)), [name.replace("_", "\n", 1) for name in subtasks])
     axes.set_yticks(range(len(first)), _names(first))
+    _scale(figure, image, axes)
+    return figure, table(data, "score")
+
+
+def needle_heatmap(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw the score over context length and needle depth, one grid a line.
+
+    The sub-tasks of ``task=needle`` are called ``LENGTH x DEPTH%``.
+    """
+    place = lines["subtask"].str.extract(r"^(\d+) x (\d+)%$").astype("Float64")
+    data = lines.assign(tokens=place[0], depth=place[1])
+    data = _fewer(data[data["depth"].notna() & data["score"].notna()])
+    if data["depth"].nunique() < 2 or data["tokens"].nunique() < 2:
+        return None
+    first = data.drop_duplicates("line").head(_MOST_GRIDS)
+    figure = Figure(figsize=(1.4 + 2.5 * len(first), 3.2))
+    every = list(figure.subplots(1, len(first), sharey=True, squeeze=False)[0])
+    for axes, line, name in zip(every, first["line"], _names(first), strict=True):
+        own = data[data["line"] == line]
+        grid = own.pivot(index="depth", columns="tokens", values="score").sort_index()
+        image = _cells(axes, grid)
+        axes.set_xticks(range(len(grid.columns)), [f"{one / 1024:g}K" for one in grid.columns])
+        axes.set_yticks(range(len(grid.index)), [f"{one:.0f}%" for one in grid.index])
+        axes.set_xlabel(f"Context length (tokens)\n{name}")
+    every[0].set_ylabel("Depth of the needle")
+    _scale(figure, image, every[-1])
+    return figure, table(data[data["line"].isin(first["line"])], "tokens", "depth", "score")
+
+
+def _cells(axes: Axes, grid: pd.DataFrame) -> Any:
+    """Draw scores as coloured cells with their numbers; return the picture."""
+    image = axes.imshow(grid.to_numpy(float), cmap=_BLUES, vmin=0, vmax=100, aspect="auto")
     axes.tick_params(length=0)
     axes.grid(visible=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
     for i, values in enumerate(grid.to_numpy(float)):
         for j, value in enumerate(values):
-            if value == value:  # a sub-task that this line does not have stays white
+            if value == value:  # what this line does not have stays white
                 colour = "white" if value > 62 else "#222222"
                 axes.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour, size=8)
+    return image
+
+
+def _scale(figure: Figure, image: Any, axes: Axes) -> None:
+    """Put the scale of the cells' colours beside them."""
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
     bar.set_label(METRICS["score"].axis)
     bar.outline.set_visible(False)
-    return figure, table(data, "score")

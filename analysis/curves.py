@@ -13,10 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from topkbench.analysis import style
+from topkbench.analysis.lines import OVER_SEEDS
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.stats import MEAN
-
-_BIT_LINES = (style.SOLID, style.DASHED, style.DASH_DOT, style.DOTTED)
 
 
 def new_figure(width: float = 7.2, height: float = 4.1) -> tuple[Figure, Axes]:
@@ -59,7 +58,7 @@ def _series(
     for method in sorted(lines["method"].unique(), key=style.order):
         own = lines[lines["method"] == method]
         kept = sorted((int(v) for v in own[other].dropna().unique()), reverse=True)
-        texts = own.apply(lambda line: _curve_label(line, fixed, "subtask" in line), axis=1)
+        texts = own.apply(lambda line: curve_label(line, fixed, "subtask" in line), axis=1)
         for position, text in enumerate(dict.fromkeys(texts)):
             points = own[texts == text].sort_values(x, kind="stable")
             value = points[other].iloc[0]
@@ -67,12 +66,13 @@ def _series(
             lightness = rank / max(len(kept) - 1, 1) if len(kept) > 1 else 0.0
             line = style.style(method).line
             if len(kept) > 1 or len(set(texts)) > 1:
-                line = _BIT_LINES[max(rank, position if len(kept) <= 1 else 0) % len(_BIT_LINES)]
+                line = style.turn(max(rank, position if len(kept) <= 1 else 0))
             found.append((method, text, points, lightness, line))
     return found
 
 
-def _curve_label(line: pd.Series, fixed: Sequence[str], with_subtask: bool) -> str:
+def curve_label(line: pd.Series, fixed: Sequence[str], with_subtask: bool) -> str:
+    """Name a line by its label and by the knobs that are fixed along its curve."""
     words = [str(line["label"])]
     if with_subtask and line["subtask"] not in (MEAN, "", line["task"]):
         words.append(str(line["subtask"]))
@@ -83,7 +83,7 @@ def _curve_label(line: pd.Series, fixed: Sequence[str], with_subtask: bool) -> s
     return ", ".join(words)
 
 
-def _spread(points: pd.DataFrame, y: str) -> np.ndarray | None:
+def spread(points: pd.DataFrame, y: str) -> np.ndarray | None:
     """Return the distances from each point to the ends of its interval, [2, points]."""
     if y == "tokens_per_s":  # as many tokens a step, whatever it took
         slow, fast = (
@@ -95,6 +95,7 @@ def _spread(points: pd.DataFrame, y: str) -> np.ndarray | None:
     ends = {
         "score": ("score_ci_low", "score_ci_high"),
         "decode_ms_p50": ("decode_ms_p20", "decode_ms_p80"),
+        **{name: (f"{name}_ci_low", f"{name}_ci_high") for name in OVER_SEEDS},
     }.get(y)
     if ends is None or points[list(ends)].isna().any(axis=None):
         return None
@@ -126,10 +127,10 @@ def curve(lines: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.DataFrame] | 
     full = lines[(lines["method"] == "full") & lines[y].notna()] if y != "recall_at_k" else data[:0]
     for _, line in full.head(1).iterrows():
         look = style.style("full")
-        spread = _spread(full.head(1), y)
-        if spread is not None:
+        ends = spread(full.head(1), y)
+        if ends is not None:
             axes.axhspan(
-                line[y] - spread[0, 0], line[y] + spread[1, 0], color=look.colour, alpha=0.14, lw=0
+                line[y] - ends[0, 0], line[y] + ends[1, 0], color=look.colour, alpha=0.14, lw=0
             )
         axes.axhline(line[y], color=look.colour, lw=1.4, label=look.label)
     curves = _series(data, x, ("rbit",) if x == "k" else ("k",))
@@ -141,7 +142,7 @@ def curve(lines: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.DataFrame] | 
         axes.errorbar(
             points[x].astype(float) * shift,
             points[y],
-            yerr=_spread(points, y),
+            yerr=spread(points, y),
             color=colour,
             marker=look.marker,
             linestyle=line_style,
@@ -181,6 +182,7 @@ def table(lines: pd.DataFrame, *columns: str) -> pd.DataFrame:
         "score": ("score_ci_low", "score_ci_high"),
         "decode_ms_p50": ("decode_ms_p20", "decode_ms_p80"),
         "tokens_per_s": ("decode_ms_p50", "decode_ms_p20", "decode_ms_p80"),
+        **{name: (f"{name}_ci_low", f"{name}_ci_high") for name in OVER_SEEDS},
     }
     names = ["method", "variant", "subtask", "k", "rbit"]
     names += [name for one in columns for name in (one, *extra.get(one, ())) if name not in names]
@@ -296,7 +298,7 @@ def context_curve(
         axes.errorbar(
             points[x].astype(float),
             points[y],
-            yerr=_spread(points, y),
+            yerr=spread(points, y),
             color=colour,
             marker=look.marker,
             linestyle=line_style,

@@ -27,18 +27,23 @@ _CONFIGURATION = (
     *("method", "k", "rbit", "protocol", "impl", "full_backend", "batch_size", "config_digest"),
     "artifact",
 )
+_MOST_NAMED = 3
+"""Where more parameters than these vary, a line is named by what is unusual about it."""
 _NAMED_APART = ("artifact", "config_digest")
 """What tells two lines apart only where nothing a reader knows by name does."""
 _MEANS = (
     *("recall_at_k", "attention_mass", "output_rel_error", "density", "bytes_read_per_step"),
     *("index_bytes_per_token", "peak_memory_mib", "bandwidth_fraction"),
-    *("bandwidth_gb_s",),
+    *("bandwidth_gb_s", "loss_first", "loss_last"),
 )
 _MEDIANS = (
     *("prefill_ms", "build_ms", "decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "encode_ms"),
     *("append_ms", "score_ms", "select_ms", "attend_ms", "tokens_per_s", "speedup_vs_full"),
-    *("decode_ms_warm_p50",),
+    *("decode_ms_warm_p50", "fit_s"),
 )
+OVER_SEEDS = ("recall_at_k", "attention_mass", "output_rel_error")
+"""Metrics without samples of their own: their intervals are over the seeds of a line."""
+_ENDS = tuple(f"{name}_ci_{end}" for name in OVER_SEEDS for end in ("low", "high"))
 _SCORES = (
     *("score", "score_ci_low", "score_ci_high"),
     *("delta_full", "delta_ci_low", "delta_ci_high"),
@@ -52,7 +57,8 @@ class Comparison:
     Attributes:
         rows: The rows behind the lines, each cell of a machine once.
         lines: One line per setting, configuration and sub-task: the setting, the configuration,
-            ``label``, ``variant``, scores with intervals, metrics, ``n`` samples, ``cells`` and
+            ``label``, ``variant``, scores with intervals, metrics, the selection's quality
+            ``by_seed`` (metric to seed to value), ``n`` samples, ``cells``, their ``run_ids``, and
             ``best``.
         notes: Sentences about what could not be compared or is mixed.
     """
@@ -114,7 +120,8 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
                 notes.append(f"{key['method']} (k={key['k']}) is not paired: {error}")
         for subtask, part in _groups(cells, ("subtask",)):
             own = scores.get(subtask["subtask"]) or _own_scores(part)
-            records.append({"line": name, **key, **subtask, **own, **_metrics(part)})
+            known = {"line": name, "run_ids": tuple(cells["run_id"].unique())}
+            records.append({**known, **key, **subtask, **own, **_metrics(part)})
     lines = _labelled(pd.DataFrame.from_records(records), parameters)
     lines["n"] = _count(lines, pools)
     lines["best"] = _best(lines, pools)
@@ -244,6 +251,14 @@ def _number(value: Any) -> float | None:
 def _metrics(part: pd.DataFrame) -> dict[str, Any]:
     values: dict[str, Any] = {name: _number(part[name].mean()) for name in _MEANS}
     values |= {name: _number(part[name].median()) for name in _MEDIANS}
+    for name in OVER_SEEDS:
+        known = part[name].dropna()
+        found = stats.seed_interval(known) if len(known) else None
+        values[f"{name}_ci_low"] = None if found is None else _number(found.low)
+        values[f"{name}_ci_high"] = None if found is None else _number(found.high)
+    values["by_seed"] = {
+        name: dict(zip(part["seed"], part[name], strict=True)) for name in OVER_SEEDS
+    }
     kv_len, samples = part["kv_len"].mean(), part["num_samples"].sum()
     values["kv_len"] = None if pd.isna(kv_len) else round(float(kv_len))
     values["num_samples"] = int(samples)
@@ -260,15 +275,20 @@ def _labelled(lines: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
             lines[name] = lines[name].astype("Int64")
     for name in ("k", "rbit", "length", "kv_len", "batch_size"):
         lines[name] = pd.to_numeric(lines[name]).astype("Int64")
-    for name in (*_SCORES, *_MEANS, *_MEDIANS):
+    for name in (*_SCORES, *_MEANS, *_MEDIANS, *_ENDS):
         lines[name] = pd.to_numeric(lines[name]).astype("float64")
     variants: dict[Hashable, str] = {}
     for _, part in _groups(lines, ("model", "task", "method")):
         options = [*parameters, "protocol", "impl", "full_backend"]
         varying = [name for name in options if part[name].astype(str).nunique() > 1]
-        for index, line in part[varying].iterrows():
+        usual = {name: part[name].astype(str).mode()[0] for name in varying}
+        # object: a row of numbers alone would turn whole ones to floats
+        for index, line in part[varying].astype(object).iterrows():
             variants[index] = ", ".join(
-                _word(name, value) for name, value in line.items() if not pd.isna(value)
+                _word(name, value)
+                for name, value in line.items()
+                if not pd.isna(value)
+                and (len(varying) <= _MOST_NAMED or str(value) != usual[str(name)])
             )
     lines["variant"] = pd.Series(variants)
     for name in _NAMED_APART:

@@ -82,6 +82,11 @@ METRICS: dict[str, Metric] = {
     "bandwidth_fraction": Metric(
         label="Fraction of memory bandwidth", better="higher", format=".2f"
     ),
+    "fit_s": Metric(label="Fit", unit="s", better="lower", format=".3g", scale="log"),
+    "loss_first": Metric(label="First loss", better="lower", format=".4g"),
+    "loss_last": Metric(label="Last loss", better="lower", format=".4g"),
+    "step": Metric(label="Step of the training", format=".0f"),
+    "loss": Metric(label="Training loss", better="lower", format=".4g", scale="log"),
     "k": Metric(label="Budget k", unit="tokens kept per KV head", format=".0f", scale="log"),
     "rbit": Metric(label="Hash bits, rbit", unit="bits per key", format=".0f", scale="log"),
     "batch_size": Metric(label="Batch size", format=".0f", scale="log"),

@@ -16,11 +16,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from topkbench.analysis import style
-from topkbench.analysis.bars import ablation, heat_table, stages
+from topkbench.analysis.bars import ablation, heat_table, needle_heatmap, stages
 from topkbench.analysis.break_even import MODELS, ModelSize, break_even, step_bound
 from topkbench.analysis.curves import context_curve, curve, pareto
 from topkbench.analysis.files import write_atomic
 from topkbench.analysis.stats import MEAN
+from topkbench.analysis.training import loss_curve
+from topkbench.analysis.variants import arms, ladder
 
 OVER_LENGTHS = (
     "latency_vs_context",
@@ -66,6 +68,7 @@ def draw_all(
     context: str,
     suffix: str = "",
     models: Mapping[str, ModelSize] = MODELS,
+    samples: pd.DataFrame | None = None,
 ) -> list[Drawn]:
     """Draw every figure that the lines of one setting allow.
 
@@ -75,6 +78,7 @@ def draw_all(
         context: What was measured: model, task, length, question, samples, machine, commit.
         suffix: End of the files' names, where a report has several settings.
         models: Whole models that the bound on a step is drawn for.
+        samples: The samples behind the lines, for what is drawn from them.
 
     Returns:
         The figures drawn, in the order they are shown.
@@ -99,19 +103,33 @@ def draw_all(
             "score_vs_rbit",
             "Score against hash bits",
             "Bars and band: 95% intervals.",
-            lambda: curve(top, "score", "rbit"),
+            lambda: None if ladder(top) else curve(top, "score", "rbit"),
         ),
         (
             "recall_vs_k",
             "Recall of the exact top-k against budget",
             "Higher is better.",
-            lambda: curve(top, "recall_at_k", "k"),
+            lambda: None if ladder(top) else curve(top, "recall_at_k", "k"),
         ),
         (
             "recall_vs_rbit",
             "Recall of the exact top-k against hash bits",
             "Higher is better.",
-            lambda: curve(top, "recall_at_k", "rbit"),
+            lambda: None if ladder(top) or arms(top) else curve(top, "recall_at_k", "rbit"),
+        ),
+        (
+            "hash_ladder",
+            "Selections against hash bits, rung by rung",
+            "Recall and attention mass are means over layers, KV heads and steps; bars: 95% "
+            "intervals, over seeds or, of scores, over samples.",
+            lambda: ladder(top),
+        ),
+        (
+            "arms",
+            "Selections of each arm",
+            "An arm departs from the configuration in what its name says (dashed: as configured); "
+            "bars: 95% intervals over seeds.",
+            lambda: arms(top),
         ),
         (
             "decode_vs_k",
@@ -177,10 +195,22 @@ def draw_all(
             lambda: step_bound(every, models),
         ),
         (
+            "needle_heatmap",
+            "Needle found, by context length and depth",
+            "Mean score of each length and depth; darker is better.",
+            lambda: needle_heatmap(lines),
+        ),
+        (
             "subtasks",
             "Score by sub-task",
             "Mean score; darker is better.",
-            lambda: heat_table(lines[lines["subtask"] != MEAN]),
+            lambda: None if needle_heatmap(lines) else heat_table(lines[lines["subtask"] != MEAN]),
+        ),
+        (
+            "fit_loss",
+            "Training loss",
+            "Mean over layers; thin: each layer.",
+            lambda: None if samples is None else loss_curve(top, samples),
         ),
     ]
     drawn: list[Drawn] = []

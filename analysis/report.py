@@ -22,10 +22,12 @@ from topkbench.analysis import tables
 from topkbench.analysis.break_even import MODELS, ModelSize, break_even_table, model_sizes
 from topkbench.analysis.files import one_sentence, write_atomic
 from topkbench.analysis.lines import Comparison, compare
+from topkbench.analysis.paper import beside, left_out, published_table
 from topkbench.analysis.plots import Drawn, draw_all, smallest_batch
 from topkbench.analysis.record import CellStore, RecordError, Sweep, frame, samples_of, typed
 from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX, Row
 from topkbench.analysis.stats import paired_columns
+from topkbench.analysis.variants import difference_table
 
 __all__ = ["build", "load", "main", "paired_columns", "summary_table"]
 
@@ -33,11 +35,19 @@ summary_table = tables.summary_table
 
 _HOW_TO_READ = (
     "Brackets are 95% intervals: Wilson's for right-or-wrong scores of one sub-task, else a "
-    "bootstrap of 10,000 resamples drawn within each sub-task. Δ full is paired with full "
+    "bootstrap of 10,000 resamples drawn within each sub-task; those of recall, attention mass and "
+    "output error are Student's over seeds, where there are several. Δ full is paired with full "
     "attention on the same samples. Bold: the best score at each budget and those whose paired "
     "difference to it does not exclude 0; nothing is bold where nothing can be told apart, and "
     "full attention and exact top-k are yardsticks that do not compete. k counts all kept tokens "
     "per KV head, sinks and recent ones included."
+)
+
+_HOW_TO_COMPARE = (
+    "Beside each number the paper published stands the nearest of ours: same method and sub-task, "
+    "then model, length, budget as a share of the context, and bits. Where the two differ in "
+    "anything that decides results they are not comparable; published.csv says each difference in "
+    "full."
 )
 
 
@@ -105,6 +115,7 @@ def build(
     sources: str | Path | Sequence[str | Path],
     out: str | Path | None = None,
     models: Mapping[str, ModelSize] = MODELS,
+    published: bool = False,
 ) -> Path:
     """Write tables, figures and the report of one sweep, or of several merged.
 
@@ -113,6 +124,8 @@ def build(
         out: Where to write; by default into the sweep's folder, or ``merged`` beside the
             first of several.
         models: Whole models that the bound on a decode step is told for.
+        published: Lay the paper's published numbers beside ours; all of them, with what makes each
+            comparable or not, go to ``published.csv``.
 
     Returns:
         The absolute path of ``report.html``.
@@ -140,7 +153,12 @@ def build(
     write_atomic(folder / "rows.parquet", rows.to_parquet(None, index=False))
     write_atomic(folder / "rows.csv", rows.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "samples.parquet", _plain(samples).to_parquet(None, index=False))
-    content = _content(compared, folder, models)
+    content = _content(compared, samples, folder, models)
+    if published:
+        numbers = beside(compared.lines)
+        content |= {"published": published_table(numbers), "left_out": left_out(numbers)}
+        text = numbers.to_csv(index=False, lineterminator="\n")
+        write_atomic(folder / "published.csv", text.encode())
     write_atomic(folder / "report.md", _markdown(content).encode())
     path = folder / "report.html"
     write_atomic(path, _html(content).encode())
@@ -158,7 +176,9 @@ def _plain(samples: pd.DataFrame) -> pd.DataFrame:
     return data
 
 
-def _content(compared: Comparison, folder: Path, models: Mapping[str, ModelSize]) -> dict[str, Any]:
+def _content(
+    compared: Comparison, samples: pd.DataFrame, folder: Path, models: Mapping[str, ModelSize]
+) -> dict[str, Any]:
     """Return what a report says, in the order it says it."""
     panels: list[dict[str, Any]] = []
     settings = list(compared.panels())
@@ -166,13 +186,15 @@ def _content(compared: Comparison, folder: Path, models: Mapping[str, ModelSize]
         words = tables.setting(key)
         top = lines[lines.index.isin(compared.headline.index)]
         suffix = f"-{place + 1}" if len(settings) > 1 else ""
-        drawn = draw_all(lines, folder / "figures", _context(words, top), suffix, models)
+        context = _context(words, top)
+        drawn = draw_all(lines, folder / "figures", context, suffix, models, samples)
         panels.append(
             {
                 "title": words,
                 "slug": f"setting-{place + 1}",
                 "table": tables.main_table(top),
                 "subtasks": tables.subtask_table(lines),
+                "differences": difference_table(top),
                 "break_even": break_even_table(smallest_batch(top), models),
                 "figures": drawn,
             }
@@ -194,6 +216,9 @@ def _content(compared: Comparison, folder: Path, models: Mapping[str, ModelSize]
         "notes": compared.notes,
         "how_to_read": _HOW_TO_READ,
         "panels": panels,
+        "published": None,
+        "how_to_compare": _HOW_TO_COMPARE,
+        "left_out": [],
         "failures": tables.failure_table(rows),
         "environment": tables.environment_table(rows),
     }
@@ -216,6 +241,8 @@ def _markdown(content: dict[str, Any]) -> str:
         parts += [f"## {panel['title']}", panel["table"].markdown()]
         if panel["subtasks"] is not None:
             parts += ["### Score by sub-task", panel["subtasks"].markdown()]
+        if panel["differences"] is not None:
+            parts += ["### Differences, paired by seed", panel["differences"].markdown()]
         if panel["break_even"] is not None:
             parts += ["### Break-even", panel["break_even"].markdown()]
         for one in panel["figures"]:
@@ -224,6 +251,10 @@ def _markdown(content: dict[str, Any]) -> str:
                 f"![{one.title}]({link}.png)",
                 f"**{one.title}.** {one.caption} [svg]({link}.svg), [data]({link}.csv)",
             ]
+    if content["left_out"]:
+        parts += ["## Published numbers beside ours", content["how_to_compare"]]
+        parts += [content["published"].markdown()] if content["published"] is not None else []
+        parts += [f"- {one}" for one in content["left_out"]]
     if content["failures"] is not None:
         parts += ["## Failures and skips", content["failures"].markdown()]
     parts += ["## Environment", content["environment"].markdown()]
@@ -265,9 +296,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=[f"{name}={one.parameters:g}/{one.layers}" for name, one in MODELS.items()],
         help="whole models that the bound on a decode step is told for (default: %(default)s)",
     )
+    parser.add_argument(
+        "--published",
+        action="store_true",
+        help="lay the paper's published numbers beside ours, and say what can be compared",
+    )
     options = parser.parse_args(arguments)
     try:
-        print(build(options.results, options.out, model_sizes(options.models)))
+        models = model_sizes(options.models)
+        print(build(options.results, options.out, models, options.published))
     except RecordError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -167,6 +167,17 @@ class Row:
     bandwidth_gb_s: float | None = None
     """Measured memory bandwidth that the fraction is of, 1e9 bytes a second."""
 
+    fit_s: float | None = None
+    """Wall time of the fit that made the artifact, calibration included, seconds."""
+    loss_first: float | None = None
+    """Training loss at the first step; for the mean, over layers."""
+    loss_last: float | None = None
+    """Training loss at the last step; for the mean, over layers."""
+    calibration: str | None = None
+    """What the artifact was fitted on."""
+    artifact_path: str | None = None
+    """Where the artifact is."""
+
     device: str | None = None
     """The machine: name of the processor or accelerator."""
     clock_mhz: float | None = None

@@ -24,6 +24,8 @@ Array = NDArray[np.float64]
 RESAMPLES = 10_000
 SCALE = 100.0
 Z_95 = 1.959963984540054
+# 97.5% points of Student's t for 1 to 10 degrees of freedom.
+_STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 MEAN = "mean"
 """Name of the sub-task that stands for the mean over sub-tasks."""
 
@@ -132,6 +134,36 @@ def bootstrap(
         low, high = (round(float(end), 9) for end in np.percentile(means, [2.5, 97.5]))
     low, high = min(low, estimate), max(high, estimate)
     return Interval(estimate, max(low, bounds[0]), min(high, bounds[1]), data.size)
+
+
+def seed_interval(values: ArrayLike) -> Interval:
+    """Return the mean over seeds with Student's interval: few values, each of a draw of its own.
+
+    Two seeds give a wide interval, as they must; one gives none.
+
+    Args:
+        values: ``[n]`` one value per seed.
+
+    Returns:
+        The estimate; both ends are NaN for one seed.
+
+    Raises:
+        ValueError: If there is no value, or one is not finite.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if data.ndim != 1 or not data.size or not np.isfinite(data).all():
+        raise ValueError(f"values must be one or more finite numbers, got shape {data.shape}.")
+    estimate, freedom = float(data.mean()), data.size - 1
+    if not freedom:
+        return Interval(estimate, math.nan, math.nan, 1)
+    # Past the table, the first terms of the expansion about the normal one (within 0.003).
+    point = (
+        _STUDENT[freedom - 1]
+        if freedom <= len(_STUDENT)
+        else Z_95 + (Z_95**3 + Z_95) / (4 * freedom) + 2.8 / freedom**2
+    )
+    half = point * float(data.std(ddof=1)) / math.sqrt(data.size)
+    return Interval(estimate, estimate - half, estimate + half, data.size)
 
 
 def score_interval(

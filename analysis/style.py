@@ -59,6 +59,21 @@ STYLES: dict[str, Style] = {
 }
 """Methods by the name of their configuration; the order is the order of every legend."""
 
+PROJECTIONS: dict[str, tuple[str, str]] = {
+    "random": ("Gaussian", GREY),
+    "orthonormal": ("Orthonormal", BLUE),
+    "trained": ("Learned as published", RED),
+}
+"""Label and colour of a hash projection by how its weights came about; others are green."""
+
+ADDITIONS: dict[tuple[bool, bool], tuple[str, str, Line]] = {
+    (False, False): ("", "o", SOLID),
+    (True, False): (", centred keys", "s", DASHED),
+    (False, True): (", key norms", "^", DOTTED),
+    (True, True): (", centred keys, key norms", "D", DASH_DOT),
+}
+"""Words, marker and line of what is added to a projection: centred keys, and key norms."""
+
 STAGE_COLOURS: dict[str, str] = {
     "encode_ms": "#88CCEE",
     "append_ms": "#DDCC77",
@@ -115,6 +130,24 @@ def style(method: str) -> Style:
         _MARKERS[digest[1] % len(_MARKERS)],
         _LINES[digest[2] % len(_LINES)],
     )
+
+
+def turn(place: int) -> Line:
+    """Return the line of the ``place``-th curve of one method, from 0."""
+    return (SOLID, DASHED, DASH_DOT, DOTTED)[place % 4]
+
+
+def rung(projection: str, centred: bool, normed: bool) -> Style:
+    """Return the style of one rung of the ladder of hashes: colour says what hashes the keys.
+
+    Args:
+        projection: How the weights came about: a key of ``PROJECTIONS``, or a recipe's name.
+        centred: Keys are centred before they are hashed.
+        normed: Agreeing bits are weighed by the key's length.
+    """
+    words, colour = PROJECTIONS.get(projection, (f"Learned, {projection}", GREEN))
+    addition, marker, line = ADDITIONS[centred, normed]
+    return Style(words + addition, colour, marker, line)
 
 
 def order(method: str) -> tuple[int, str]:

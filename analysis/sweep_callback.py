@@ -33,10 +33,12 @@ class ReportCallback(Callback):
     Args:
         models: ``NAME=PARAMETERS/LAYERS`` of the whole models that the bound on a decode step is
             told for; None for the usual ones.
+        published: Lay a paper's published numbers beside ours.
     """
 
-    def __init__(self, models: Sequence[str] | None = None) -> None:
+    def __init__(self, models: Sequence[str] | None = None, published: bool = False) -> None:
         self.models = models
+        self.published = published
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Report on a sweep."""
@@ -56,7 +58,7 @@ class ReportCallback(Callback):
             if not sweep.identities():
                 return
             models = MODELS if self.models is None else model_sizes(self.models)
-            path = build(folder, models=models)
+            path = build(folder, models=models, published=self.published)
             rows, samples = sweep.rows(), sweep.samples()
         except RecordError as error:
             print(f"error: {error}", file=sys.stderr)

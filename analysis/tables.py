@@ -26,6 +26,9 @@ _METRICS = (
     ("tokens_per_s", "Throughput"),
     ("speedup_vs_full", "Speed-up"),
     ("bandwidth_fraction", "Bandwidth"),
+    ("fit_s", "Fit"),
+    ("loss_first", "First loss"),
+    ("loss_last", "Last loss"),
 )
 
 
@@ -89,16 +92,16 @@ def main_table(lines: pd.DataFrame) -> Table:
             columns.append((name, [_whole(one) for one in lines[name]]))
     place = len(columns)
     if lines["score"].notna().any():
-        columns.append(("Score (0–100)", _with_interval(lines, "score", "score_ci")))
+        columns.append(("Score (0–100)", with_interval(lines, "score", "score_ci")))
     if lines["delta_full"].notna().any():
-        columns.append(("Δ full (points)", _with_interval(lines, "delta_full", "delta_ci")))
+        columns.append(("Δ full (points)", with_interval(lines, "delta_full", "delta_ci")))
     if lines["score"].notna().any():
         columns.append(("n", [_whole(one) for one in lines["n"]]))
     for name, head in _METRICS:
         if lines[name].notna().any():
             unit = METRICS[name].unit
             label = f"{head} ({unit})" if unit else head
-            columns.append((label, [METRICS[name].text(one) for one in lines[name]]))
+            columns.append((label, with_interval(lines, name, f"{name}_ci")))
     heads = [head for head, _ in columns]
     rows = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
     strong = {(i, place) for i, best in enumerate(lines["best"]) if best}
@@ -222,8 +225,11 @@ def _whole(value: Any) -> str:
     return "–" if pd.isna(value) else f"{int(value)}"
 
 
-def _with_interval(lines: pd.DataFrame, name: str, interval: str) -> list[str]:
+def with_interval(lines: pd.DataFrame, name: str, interval: str) -> list[str]:
+    """Return a column as text, with the interval of a line that has one."""
     metric = METRICS[name]
+    if f"{interval}_low" not in lines:
+        return [metric.text(one) for one in lines[name]]
     return [
         metric.text(value) + ("" if pd.isna(low) else f" [{metric.text(low)}, {metric.text(high)}]")
         for value, low, high in zip(

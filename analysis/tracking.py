@@ -32,6 +32,7 @@ from topkbench.analysis.tracked import (
     table_value,
     tags,
 )
+from topkbench.analysis.training import loss_points
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
@@ -176,7 +177,7 @@ class WandbTracker:
         config: Mapping[str, Any],
         attempt: int = 1,
     ) -> bool:
-        """Copy a cell that ended: configuration, summary and samples."""
+        """Copy a cell that ended: configuration, summary, samples and the losses of a training."""
         if self._broken or not rows:
             return False
         with self._guarded():
@@ -198,6 +199,9 @@ class WandbTracker:
                 if len(data):
                     shown = data.head(_MOST_SAMPLES).map(table_value)
                     run.log({"samples": wandb.Table(dataframe=shown)})
+                run.define_metric("loss/*", step_metric="step")
+                for point in loss_points(data):
+                    run.log(point)
                 run.summary.update(summary(rows))
             finally:
                 run.finish(exit_code=0 if settled else 1)
@@ -307,6 +311,19 @@ def dashboard(entity: str, project: str) -> Any:
                     scatter("k", "decode_ms_p50", config=True),
                     bars("speedup_vs_full"),
                     bars("peak_memory_mib"),
+                ],
+            ),
+            spaces.Section(
+                name="Training",
+                panels=[
+                    panels.LinePlot(
+                        title=METRICS["loss"].axis,
+                        x="step",
+                        metric_regex="loss/.*",
+                        title_x=METRICS["step"].axis,
+                        title_y=METRICS["loss"].axis,
+                        log_y=True,
+                    )
                 ],
             ),
             spaces.Section(

@@ -26,20 +26,24 @@ class Artifact:
         tensors: What ``fit`` returned.
         provenance: How it came about; see ``provenance``.
         digest: sha256 of the tensors, 64 hex digits.
+        path: Where it was read.
     """
 
     tensors: dict[str, Tensor]
     provenance: dict[str, Any]
     digest: str
+    path: Path
 
 
-def provenance(spec: Mapping[str, Any], data: str, seed: int | None) -> dict[str, Any]:
+def provenance(spec: Mapping[str, Any], data: str, seed: int | None, **fit: Any) -> dict[str, Any]:
     """Describe how an artifact came about.
 
     Args:
         spec: The settings that identify it, from the method's ``artifact_spec``.
         data: What it was fitted on, in words.
-        seed: The seed of the fit, None if nothing was drawn.
+        seed: The seed of the data, None if nothing was drawn.
+        fit: What else is known of the fit: ``model``, ``machine``, ``seconds``, and ``losses`` at
+            each step of each layer. The digest is of what was learnt, and not of this.
     """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -47,7 +51,7 @@ def provenance(spec: Mapping[str, Any], data: str, seed: int | None) -> dict[str
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = ""
-    return {"spec": dict(spec), "data": data, "seed": seed, "versions": versions}
+    return {"spec": dict(spec), "data": data, "seed": seed, "versions": versions, **fit}
 
 
 def file_name(spec: Mapping[str, Any]) -> str:
@@ -138,4 +142,4 @@ def load(path: str | Path, expect: Mapping[str, Any] | None = None) -> Artifact:
                 f"the artifact {path} must have {key}={wanted!r}, got {spec.get(key)!r}; "
                 "fit one for these settings."
             )
-    return Artifact(tensors, found, digest)
+    return Artifact(tensors, found, digest, path)

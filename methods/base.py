@@ -1,7 +1,7 @@
 """The contract between a top-k attention method and everything that runs one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
@@ -20,6 +20,8 @@ __all__ = [
     "CalibrationStates",
     "Geometry",
     "Index",
+    "LayerStates",
+    "LossReport",
     "Observer",
     "Policy",
     "PrefillInputs",
@@ -36,6 +38,12 @@ Watch = Callable[[str], AbstractContextManager[Any]]
 
 Progress = Callable[[int, int], None]
 """Called with how many units of work are done and how many there are."""
+
+LayerStates = list[tuple[Tensor, Tensor]]
+"""Of each calibration sequence: ``[Hq, m, d]`` queries and ``[Hkv, n, d]`` keys of one layer."""
+
+LossReport = Callable[[int, int, float], None]
+"""Called after each step of a training: steps done, steps in all, and the step's loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +80,8 @@ class CalibrationStates(Protocol):
     def sequences(self) -> int:
         """Calibration sequences."""
 
-    def states(self, layer: int) -> list[tuple[Tensor, Tensor]]:
-        """Return (``[Hq, n, d]``, ``[Hkv, n, d]``) post-RoPE float32 states of each sequence."""
+    def states(self, layer: int) -> LayerStates:
+        """Return each sequence's post-RoPE states in one layer, the queries of all n positions."""
 
 
 class Observer:
@@ -149,11 +157,49 @@ class TopKMethod(ABC):
         """Return the settings that identify the artifact, or None if the method learns nothing."""
         return None
 
-    def fit(
-        self, calibration: CalibrationStates, progress: Progress | None = None
+    def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the float32 tensors that the artifact must hold, layers first."""
+        return {}
+
+    def query_positions(self, layer: int, lengths: Sequence[int]) -> list[list[int]]:
+        """Return the positions in each sequence whose queries ``fit_layer`` reads; none by default.
+
+        Nobody keeps the others: the queries of all positions are larger than the keys.
+
+        Args:
+            layer: Index of the layer.
+            lengths: Tokens of each calibration sequence.
+        """
+        return [[] for _ in lengths]
+
+    def fit_layer(
+        self, layer: int, states: LayerStates, report: LossReport | None = None
     ) -> dict[str, Tensor]:
-        """Learn from calibration states; the tensors are saved as the artifact."""
+        """Learn one layer; layers are learnt apart, in any order, and several at a time.
+
+        Args:
+            layer: Index of the layer.
+            states: Post-RoPE keys of each sequence, and its queries at ``query_positions`` in that
+                order; in the model's dtype, on the device that learns.
+            report: Told the loss of each step, if there are steps.
+
+        Returns:
+            What the artifact holds of this layer, on the CPU.
+        """
         raise ValueError(f"{self.name} learns nothing, so it has no fit.")
+
+    def fit(self, calibration: CalibrationStates) -> dict[str, Tensor]:
+        """Learn every layer in turn from states that are at hand; return the artifact's tensors."""
+        layers = []
+        for layer in range(calibration.num_layers):
+            states = calibration.states(layer)
+            positions = self.query_positions(layer, [keys.shape[1] for _, keys in states])
+            chosen = [
+                (queries[:, at], keys)
+                for (queries, keys), at in zip(states, positions, strict=True)
+            ]
+            layers.append(self.fit_layer(layer, chosen))
+        return stack_layers(layers)
 
     def load_artifact(self, tensors: dict[str, Tensor], digest: str = "") -> None:
         """Take what ``fit`` returned, in this process or another.
@@ -166,19 +212,29 @@ class TopKMethod(ABC):
         self.artifact_digest = digest
 
     def check_ready(self, geometry: Geometry) -> None:
-        """Refuse a model that the method cannot serve, or a missing artifact.
+        """Refuse a model that the method cannot serve, or an artifact that is missing or another's.
 
         Raises:
-            ValueError: With the method's reason, or saying that ``fit`` comes first.
+            ValueError: With the method's reason, or what the artifact must hold.
         """
         reason = self.unsupported(geometry)
         if reason is not None:
             raise ValueError(reason)
-        if self.artifact_spec(geometry) is not None and not self.artifact:
+        if self.artifact_spec(geometry) is None:
+            return
+        if not self.artifact:
             raise ValueError(
                 f"{self.name} needs its artifact, and none is loaded; "
                 "call load_artifact with a shipped one or with what fit returns."
             )
+        for name, shape in self.artifact_layout(geometry).items():
+            tensor = self.artifact.get(name)
+            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+                found = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+                raise ValueError(
+                    f"{self.name}'s artifact must hold {name} as torch.float32 {list(shape)} for"
+                    f" this model, got {found}; fit it on this model."
+                )
 
     # The index ----------------------------------------------------------------------------------
 
@@ -351,6 +407,11 @@ class TopKMethod(ABC):
                 selects its own, as many as they select together.
         """
         return round(n * self.index_bytes_per_token(geometry)) + kv_bytes(geometry, min(k, n))
+
+
+def stack_layers(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return an artifact's tensors, layers first, from what ``fit_layer`` returned for each."""
+    return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 
 def kv_bytes(geometry: Geometry, tokens: int) -> int:

@@ -1,6 +1,6 @@
 """HATA: keys ranked by hash codes, whose projection is learnt from the model's own attention."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -10,17 +10,20 @@ from torch import Tensor
 from topkbench.kernels.hamming_score.api import hamming_score
 from topkbench.kernels.hash_encode.api import encode_step, hash_encode
 from topkbench.methods.base import (
-    CalibrationStates,
     Geometry,
     Index,
+    LayerStates,
+    LossReport,
     PrefillInputs,
-    Progress,
     TopKMethod,
     check_whole,
     kv_bytes,
 )
+from topkbench.methods.hash_ranking import RankingRecipe
+from topkbench.methods.states import row_bounds
 
 HashWeights = Literal["trained", "random", "orthonormal"]
+Recipe = Literal["published", "ranking"]
 BLOCK = 1024  # pairs whose hashes stay in a core's cache between the passes of a training step
 
 
@@ -31,12 +34,17 @@ class HATAIndex(Index):
     Attributes:
         key_codes: int32 ``[B, Hkv, capacity, rbit // 32]``.
         key_norms: float32 ``[B, Hkv, capacity]`` lengths of the keys; None without ``use_norm``.
-        hash_weight: float32 ``[Hkv, d, rbit]`` projection of the layer.
+        key_mean: ``[B, Hkv, 1, d]`` what keys are less of before hashing; None for nothing.
+        hash_weight: float32 ``[Hkv, d, rbit]`` projection of the layer's keys.
+        query_weight: float32 ``[Hkv, d, query_codes * rbit]`` of its queries; the same tensor, but
+            for the ranking recipe.
     """
 
     key_codes: Tensor
     key_norms: Tensor | None
+    key_mean: Tensor | None
     hash_weight: Tensor
+    query_weight: Tensor
 
 
 @dataclass
@@ -73,7 +81,14 @@ class HATA(TopKMethod):
         rbit: Hash bits of a head, a multiple of 32.
         weights: ``trained`` by ``fit``; ``random`` draws a Gaussian projection, ``orthonormal`` one
             of orthonormal columns (in blocks of ``head_dim``), per layer and KV head.
+        recipe: How ``fit`` trains: as ``published``, or by ``ranking``, see `RankingRecipe`.
         use_norm: Weigh the agreement by the key's length, as every released run of the authors.
+        centre_keys: Hash keys less the mean of the prompt's keys, which moves all scores of a
+            query alike before hashing; the length is then the centred key's. Decoded keys are less
+            the same mean, so an index built after they are cached is another one.
+        query_codes: Codes of a query, each of a projection of its own and all compared with the
+            one code of a key: as many times the work of counting bits, and not a byte more to read
+            of a key. More than one needs ``recipe="ranking"``.
         seed: Draws untrained weights, and the training's start, queries and chunks.
         sigma: Sharpness of the relaxed hash ``2 * sigmoid(sigma * x W) - 1``.
         epsilon: Weight of the similarity term.
@@ -90,6 +105,12 @@ class HATA(TopKMethod):
         positive_ratio: Share of a prefix's keys that are positives.
         positive_label: Label of the best key; positives fall linearly to 1, the others are -1.
         queries_per_sequence: Queries drawn from the second half of each sequence.
+        ranking_steps: These six are `RankingRecipe`'s.
+        ranking_learning_rate: See there.
+        ranking_pool: See there.
+        ranking_queries: See there.
+        ranking_keys: See there.
+        ranking_late_share: See there.
 
     Source:
         HATA (arXiv:2506.02572), sections 3.1 and 3.2 and appendix B. Constants and the balance
@@ -103,7 +124,10 @@ class HATA(TopKMethod):
 
     rbit: int = 128
     weights: HashWeights = "trained"
+    recipe: Recipe = "published"
     use_norm: bool = True
+    centre_keys: bool = False
+    query_codes: int = 1
     seed: int = 0
     sigma: float = 0.1
     epsilon: float = 0.01
@@ -120,7 +144,13 @@ class HATA(TopKMethod):
     positive_ratio: float = 0.1
     positive_label: float = 20.0
     queries_per_sequence: int = 1
-    _drawn: dict[tuple[int, torch.device], Tensor] = field(
+    ranking_steps: int = 1500
+    ranking_learning_rate: float = 0.15
+    ranking_pool: int = 512
+    ranking_queries: int = 32
+    ranking_keys: int = 1024
+    ranking_late_share: float = 0.5
+    _drawn: dict[tuple[str, int, torch.device], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -128,6 +158,13 @@ class HATA(TopKMethod):
         for name in ("epochs", "steps_per_epoch", "chunks_per_epoch", "chunk_size"):
             check_whole(name, getattr(self, name))
         check_whole("queries_per_sequence", self.queries_per_sequence)
+        for name in ("query_codes", "ranking_steps", "ranking_pool", "ranking_queries"):
+            check_whole(name, getattr(self, name))
+        check_whole("ranking_keys", self.ranking_keys, least=128)
+        if not 0 <= self.ranking_late_share <= 1:
+            raise ValueError(
+                f"ranking_late_share must be a share from 0 to 1, got {self.ranking_late_share}."
+            )
         if not 0 < self.positive_ratio <= 1:
             raise ValueError(
                 f"positive_ratio must be a share above 0 and up to 1, got {self.positive_ratio}."
@@ -137,6 +174,14 @@ class HATA(TopKMethod):
         if self.weights not in get_args(HashWeights):
             words = ", ".join(get_args(HashWeights))
             raise ValueError(f"weights must be one of {words}, got {self.weights!r}.")
+        if self.recipe not in get_args(Recipe):
+            words = ", ".join(get_args(Recipe))
+            raise ValueError(f"recipe must be one of {words}, got {self.recipe!r}.")
+        if self.query_codes > 1 and not self._ranking:
+            raise ValueError(
+                f"query_codes must be 1 for codes that ranking did not train, got "
+                f"{self.query_codes}; take weights=trained and recipe=ranking."
+            )
 
     # Weights ------------------------------------------------------------------------------------
 
@@ -148,6 +193,11 @@ class HATA(TopKMethod):
             "learning_rate momentum weight_decay epochs steps_per_epoch chunks_per_epoch "
             "chunk_size positive_ratio positive_label queries_per_sequence"
         )
+        if self.recipe == "ranking":
+            settings = (
+                "recipe rbit seed use_norm centre_keys query_codes ranking_steps "
+                "ranking_learning_rate ranking_pool ranking_queries ranking_keys ranking_late_share"
+            )
         return {
             "method": self.name,
             "model_digest": geometry.model_digest,
@@ -158,46 +208,76 @@ class HATA(TopKMethod):
             **{name: getattr(self, name) for name in settings.split()},
         }
 
+    def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+        layout: dict[str, tuple[int, ...]] = {"hash_weight": (*shape, self.rbit)}
+        if self._ranking:
+            layout["query_weight"] = (*shape, self.query_codes * self.rbit)
+        return layout
+
     def load_artifact(self, tensors: dict[str, Tensor], digest: str = "") -> None:
-        weight = tensors.get("hash_weight")
-        if weight is None or weight.ndim != 4 or weight.shape[3] != self.rbit:
-            found = "none" if weight is None else list(weight.shape)
-            raise ValueError(
-                f"HATA's artifact must hold hash_weight [L, Hkv, d, rbit] with rbit={self.rbit}, "
-                f"got {found}."
-            )
+        wanted = {"hash_weight": self.rbit}
+        if self._ranking:
+            wanted["query_weight"] = self.query_codes * self.rbit
+        for name, columns in wanted.items():
+            weight = tensors.get(name)
+            if weight is None or weight.ndim != 4 or weight.shape[3] != columns:
+                found = "none" if weight is None else list(weight.shape)
+                share = "" if columns == self.rbit else f"{self.query_codes} * "
+                raise ValueError(
+                    f"HATA's artifact must hold {name} [L, Hkv, d, {share}rbit] with "
+                    f"rbit={self.rbit}, got {found}."
+                )
         super().load_artifact(tensors, digest)
         self._drawn.clear()
 
     def hash_weight(
         self, layer: int, num_layers: int, num_kv_heads: int, head_dim: int, device: torch.device
     ) -> Tensor:
-        """Return one layer's projection, float32 ``[Hkv, d, rbit]``.
+        """Return the projection of one layer's keys, float32 ``[Hkv, d, rbit]``.
 
         Raises:
             ValueError: If it must be trained and is not, or belongs to a model of another shape.
         """
-        shape = (num_kv_heads, head_dim, self.rbit)
-        known = self._drawn.get((layer, device))
-        if known is not None and known.shape == shape:
+        shape = (num_layers, num_kv_heads, head_dim, self.rbit)
+        return self._projection("hash_weight", layer, shape, device)
+
+    def query_weight(
+        self, layer: int, num_layers: int, num_kv_heads: int, head_dim: int, device: torch.device
+    ) -> Tensor:
+        """Return the projection of one layer's queries, ``[Hkv, d, query_codes * rbit]``."""
+        name = "query_weight" if self._ranking else "hash_weight"
+        shape = (num_layers, num_kv_heads, head_dim, self.query_codes * self.rbit)
+        return self._projection(name, layer, shape, device)
+
+    @property
+    def _ranking(self) -> bool:
+        return self.weights == "trained" and self.recipe == "ranking"
+
+    def _projection(
+        self, name: str, layer: int, shape: tuple[int, ...], device: torch.device
+    ) -> Tensor:
+        """Return one layer of a stack ``[L, Hkv, d, columns]``: of the artifact's, or drawn."""
+        known = self._drawn.get((name, layer, device))
+        if known is not None and known.shape == shape[1:]:
             return known
         if self.weights == "trained":
-            stacked = self.artifact.get("hash_weight")
+            stacked = self.artifact.get(name)
             if stacked is None:
                 raise ValueError(
-                    "HATA needs its trained hash_weight, got no artifact; call load_artifact "
+                    f"HATA needs its trained {name}, got no artifact; call load_artifact "
                     "first, or take weights=random or orthonormal."
                 )
-            if tuple(stacked.shape) != (num_layers, *shape):
+            if stacked.shape != shape:
                 raise ValueError(
-                    f"HATA's hash_weight must be [L, Hkv, d, rbit] = {[num_layers, *shape]}, "
+                    f"HATA's {name} must be [L, Hkv, d, rbit] = {list(shape)}, "
                     f"got {list(stacked.shape)}; train it on this model."
                 )
             weight = stacked[layer]
         else:
-            weight = self._draw(layer, num_kv_heads, head_dim)
+            weight = self._draw(layer, shape[1], shape[2])
         weight = weight.to(device, torch.float32).contiguous()
-        self._drawn[layer, device] = weight
+        self._drawn[name, layer, device] = weight
         return weight
 
     def _draw(self, layer: int, num_kv_heads: int, head_dim: int) -> Tensor:
@@ -216,51 +296,82 @@ class HATA(TopKMethod):
 
     # Training -----------------------------------------------------------------------------------
 
-    def fit(
-        self, calibration: CalibrationStates, progress: Progress | None = None
-    ) -> dict[str, Tensor]:
-        """Return ``hash_weight [L, Hkv, d, rbit]``; layers are independent of each other."""
-        weights = []
-        for layer in range(calibration.num_layers):
-            generator = self._generator(layer)
-            pairs = self.draw_pairs(calibration.states(layer), generator)
-            num_kv_heads, _, head_dim = pairs.keys.shape
-            start = torch.randn(num_kv_heads, head_dim, self.rbit, generator=generator)
-            weight = start.to(pairs.keys.device).requires_grad_()
-            optimiser = torch.optim.SGD(
-                [weight], self.learning_rate, self.momentum, weight_decay=self.weight_decay
-            )
-            for epoch in range(self.epochs):
-                batch = self._batch(pairs, generator)
-                for _ in range(self.steps_per_epoch):
-                    _, weight.grad = self.loss_and_gradient(weight.detach(), batch)
-                    optimiser.step()
-                if progress is not None:
-                    done = layer * self.epochs + epoch + 1
-                    progress(done, calibration.num_layers * self.epochs)
-            weights.append(weight.detach().cpu())
-        return {"hash_weight": torch.stack(weights)}
+    def query_positions(self, layer: int, lengths: Sequence[int]) -> list[list[int]]:
+        generator = self._generator(layer)
+        if self._ranking:
+            return self._ranking_recipe().positions(lengths, generator)
+        return self._draw_positions(lengths, generator)
 
-    def draw_pairs(
-        self, states: list[tuple[Tensor, Tensor]], generator: torch.Generator
-    ) -> HashPairs:
-        """Draw queries from each sequence's second half and label the keys before them.
+    def fit_layer(
+        self, layer: int, states: LayerStates, report: LossReport | None = None
+    ) -> dict[str, Tensor]:
+        """Return ``hash_weight [Hkv, d, rbit]``.
+
+        The ranking recipe adds ``query_weight [Hkv, d, query_codes * rbit]``.
+        """
+        generator = self._generator(layer)
+        if self._ranking:
+            pair = self._ranking_recipe().fit_layer(states, generator, report)
+            return {"hash_weight": pair[0].cpu(), "query_weight": pair[1].cpu()}
+        pairs = self.draw_pairs(states, generator)
+        num_kv_heads, _, head_dim = pairs.keys.shape
+        start = torch.randn(num_kv_heads, head_dim, self.rbit, generator=generator)
+        weight = start.to(pairs.keys.device).requires_grad_()
+        optimiser = torch.optim.SGD(
+            [weight], self.learning_rate, self.momentum, weight_decay=self.weight_decay
+        )
+        steps = self.epochs * self.steps_per_epoch
+        for step in range(steps):
+            if step % self.steps_per_epoch == 0:
+                batch = self._batch(pairs, generator)
+            loss, weight.grad = self.loss_and_gradient(weight.detach(), batch)
+            optimiser.step()
+            if report is not None:
+                report(step + 1, steps, loss.item())
+        return {"hash_weight": weight.detach().cpu()}
+
+    def _ranking_recipe(self) -> RankingRecipe:
+        return RankingRecipe(
+            rbit=self.rbit,
+            query_codes=self.query_codes,
+            use_norm=self.use_norm,
+            centre_keys=self.centre_keys,
+            steps=self.ranking_steps,
+            learning_rate=self.ranking_learning_rate,
+            pool=self.ranking_pool,
+            queries=self.ranking_queries,
+            keys=self.ranking_keys,
+            late_share=self.ranking_late_share,
+        )
+
+    def _draw_positions(
+        self, lengths: Sequence[int], generator: torch.Generator
+    ) -> list[list[int]]:
+        """Draw positions in the second half of each sequence."""
+        return [
+            [
+                int(torch.randint(length // 2, length, (1,), generator=generator).item())
+                for _ in range(self.queries_per_sequence)
+            ]
+            for length in lengths
+        ]
+
+    def draw_pairs(self, states: LayerStates, generator: torch.Generator) -> HashPairs:
+        """Label the keys before each query, the queries' positions being drawn anew.
 
         Args:
-            states: One layer's ``[Hq, n, d]`` queries and ``[Hkv, n, d]`` keys of each sequence.
-            generator: Draws the queries' positions.
+            states: Each sequence's queries at its drawn positions, and all its keys.
+            generator: Draws the positions; in the state in which they were drawn before.
         """
         queries: list[Tensor] = []
         keys: list[Tensor] = []
         labels: list[Tensor] = []
         query_of: list[Tensor] = []
-        for query_states, key_states in states:
-            num_kv_heads, length, _ = key_states.shape
-            grouped = query_states.float().unflatten(0, (num_kv_heads, -1))
-            for _ in range(self.queries_per_sequence):
-                drawn = torch.randint(length // 2, length, (1,), generator=generator)
-                last = int(drawn.item())
-                query, prefix = grouped[:, :, last], key_states[:, : last + 1].float()
+        positions = self._draw_positions([held.shape[1] for _, held in states], generator)
+        for (query_states, key_states), drawn in zip(states, positions, strict=True):
+            grouped = query_states.float().unflatten(0, (len(key_states), -1))
+            for place, last in enumerate(drawn):
+                query, prefix = grouped[:, :, place], key_states[:, : last + 1].float()
                 labels.append(self._labels(query @ prefix.mT))
                 query_of.append(torch.full((last + 1,), len(queries), device=query.device))
                 queries.append(query)
@@ -352,9 +463,12 @@ class HATA(TopKMethod):
     def build_index(self, prefill: PrefillInputs) -> HATAIndex:
         keys = prefill.key_states
         batch_size, num_kv_heads, n, head_dim = keys.shape
-        weight = self.hash_weight(
-            prefill.layer, prefill.num_layers, num_kv_heads, head_dim, keys.device
-        )
+        layer = (prefill.layer, prefill.num_layers, num_kv_heads, head_dim, keys.device)
+        weight, query_weight = self.hash_weight(*layer), self.query_weight(*layer)
+        mean = None
+        if self.centre_keys:
+            mean = _mean(prefill)
+            keys = keys - mean
         shape = (batch_size, num_kv_heads, prefill.capacity)
         codes = torch.zeros(*shape, self.rbit // 32, dtype=torch.int32, device=keys.device)
         codes[:, :, :n] = hash_encode(keys, weight, impl=self.impl_for("hash_encode"))
@@ -362,14 +476,22 @@ class HATA(TopKMethod):
         if self.use_norm:
             norms = torch.zeros(shape, device=keys.device)
             norms[:, :, :n] = _norm(keys)
-        counts = Index.counts(prefill)
-        return HATAIndex(key_codes=codes, key_norms=norms, hash_weight=weight, **counts)
+        return HATAIndex(
+            key_codes=codes,
+            key_norms=norms,
+            key_mean=mean,
+            hash_weight=weight,
+            query_weight=query_weight,
+            **Index.counts(prefill),
+        )
 
     def append(self, index: HATAIndex, key_states: Tensor, value_states: Tensor) -> None:
         index.advance()
         filled = index.kv_len
         if filled is None:
             filled = key_states.new_full((len(key_states),), index.length, dtype=torch.int32)
+        if index.key_mean is not None:
+            key_states = key_states - index.key_mean
         encode_step(
             key_states[:, :, :0],
             key_states,
@@ -381,7 +503,10 @@ class HATA(TopKMethod):
         )
 
     def encode(self, query_states: Tensor, index: HATAIndex) -> Tensor:
-        return hash_encode(query_states, index.hash_weight, impl=self.impl_for("hash_encode"))
+        impl = self.impl_for("hash_encode")
+        codes = hash_encode(query_states, index.query_weight, impl=impl)
+        # To the score, every code is a query of the group.
+        return codes.unflatten(-1, (self.query_codes, -1)).flatten(2, 3)
 
     def score(self, encoded: Tensor, index: HATAIndex) -> Tensor:
         norms = index.key_norms
@@ -399,9 +524,21 @@ class HATA(TopKMethod):
         return float(geometry.num_kv_heads * (self.rbit // 8 + norm))
 
     def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
-        projection = 4 * geometry.num_kv_heads * geometry.head_dim * self.rbit
+        columns = self.rbit * (1 + self.query_codes if self._ranking else 1)
+        projection = 4 * geometry.num_kv_heads * geometry.head_dim * columns
         side = round(n * self.index_bytes_per_token(geometry))
         return side + projection + kv_bytes(geometry, min(k, n))
+
+
+def _mean(prefill: PrefillInputs) -> Tensor:
+    """Return the mean of each row's valid keys, ``[B, Hkv, 1, d]`` in the keys' dtype."""
+    keys = prefill.key_states
+    start, end = row_bounds(prefill.n, len(keys), keys.device, prefill.kv_start, prefill.kv_len)
+    slots = torch.arange(prefill.n, device=keys.device)
+    valid = ((slots >= start[:, None]) & (slots < end[:, None]))[:, None, :, None]
+    # A slot outside may hold anything, also what a product with zero does not remove.
+    total = keys.float().masked_fill(~valid, 0).sum(2, keepdim=True)
+    return (total / valid.sum(2, keepdim=True).clamp_min(1)).to(keys.dtype)
 
 
 def _norm(states: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from topkbench.kernels.lowrank_score.api import lowrank_score
 from topkbench.methods.base import (
-    CalibrationStates,
     Geometry,
     Index,
+    LayerStates,
+    LossReport,
     PrefillInputs,
-    Progress,
     TopKMethod,
     check_whole,
     kv_bytes,
@@ -75,31 +75,32 @@ class Loki(TopKMethod):
             "keys": "post_rope_centred",
         }
 
-    def fit(
-        self, calibration: CalibrationStates, progress: Progress | None = None
+    def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        heads = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+        return {"components": (*heads, geometry.head_dim), "mean": heads, "variance": heads}
+
+    def fit_layer(
+        self, layer: int, states: LayerStates, report: LossReport | None = None
     ) -> dict[str, Tensor]:
-        """Return ``components [L, Hkv, d, d]``, a column each, with ``mean`` and ``variance``."""
-        fitted: dict[str, list[Tensor]] = {"components": [], "mean": [], "variance": []}
-        for layer in range(calibration.num_layers):
-            sequences = [keys.double() for _, keys in calibration.states(layer)]
-            tokens = sum(keys.shape[1] for keys in sequences)
-            # Sequence by sequence, so that no copy of all keys is made: [Hkv, 1, d], [Hkv, d, d].
-            mean = torch.stack([keys.sum(1, keepdim=True) for keys in sequences]).sum(0) / tokens
-            covariance = torch.zeros_like(mean) * mean.mT
-            for keys in sequences:
-                centred = keys - mean
-                covariance += centred.mT @ centred / tokens
-            variance, components = torch.linalg.eigh(covariance)
-            components = components.flip(-1)
-            # An eigenvector's sign is free; the largest entry is made positive.
-            largest = components.abs().argmax(1, keepdim=True)
-            components = components * components.gather(1, largest).sign()
-            fitted["components"].append(components.float().cpu())
-            fitted["mean"].append(mean[:, 0].float().cpu())
-            fitted["variance"].append(variance.flip(-1).clamp(min=0).float().cpu())
-            if progress is not None:
-                progress(layer + 1, calibration.num_layers)
-        return {name: torch.stack(layers) for name, layers in fitted.items()}
+        """Return ``components [Hkv, d, d]``, a column each, with ``mean`` and ``variance``."""
+        tokens = sum(keys.shape[1] for _, keys in states)
+        # Sequence by sequence, so that no copy of all keys is made: [Hkv, 1, d], [Hkv, d, d].
+        sums = [keys.double().sum(1, keepdim=True) for _, keys in states]
+        mean = torch.stack(sums).sum(0) / tokens
+        covariance = torch.zeros_like(mean) * mean.mT
+        for _, keys in states:
+            centred = keys.double() - mean
+            covariance += centred.mT @ centred / tokens
+        variance, components = torch.linalg.eigh(covariance)
+        components = components.flip(-1)
+        # An eigenvector's sign is free; the largest entry is made positive.
+        largest = components.abs().argmax(1, keepdim=True)
+        components = components * components.gather(1, largest).sign()
+        return {
+            "components": components.float().cpu(),
+            "mean": mean[:, 0].float().cpu(),
+            "variance": variance.flip(-1).clamp(min=0).float().cpu(),
+        }
 
     def load_artifact(self, tensors: dict[str, Tensor], digest: str = "") -> None:
         components = tensors.get("components")

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from topkbench.methods.attach import geometry_of
-from topkbench.methods.base import Progress
+from topkbench.methods.base import LayerStates, Progress, TopKMethod
 from topkbench.models.load import LoadedModel
 from topkbench.tasks.ruler_prompts import SUBTASKS, make_prompt
 from topkbench.tasks.words import CALIBRATION_NAMES, word_pools
@@ -26,33 +26,6 @@ SEED = 90210
 NUM_SEQUENCES = 14
 MAX_LENGTH = 4096
 CAPTURE = "topkbench_capture"
-
-
-@dataclass
-class CapturedStates:
-    """Post-RoPE queries and keys of calibration prompts; see ``methods.base.CalibrationStates``.
-
-    Attributes:
-        layers: For each layer and sequence, float32 ``[Hq, n, d]`` queries, ``[Hkv, n, d]`` keys.
-        description: What the prompts are, for an artifact's provenance.
-    """
-
-    layers: list[list[tuple[Tensor, Tensor]]]
-    description: str
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the model."""
-        return len(self.layers)
-
-    @property
-    def sequences(self) -> int:
-        """Calibration sequences."""
-        return len(self.layers[0])
-
-    def states(self, layer: int) -> list[tuple[Tensor, Tensor]]:
-        """Return each sequence's queries and keys in one layer."""
-        return self.layers[layer]
 
 
 def calibration_texts(loaded: LoadedModel, length: int, num_sequences: int, seed: int) -> list[str]:
@@ -103,53 +76,127 @@ def watched_attention(
         model.set_attn_implementation(before)
 
 
-@torch.no_grad()
-def capture(
-    loaded: LoadedModel,
-    num_sequences: int = NUM_SEQUENCES,
-    max_length: int = MAX_LENGTH,
-    seed: int = SEED,
-    progress: Progress | None = None,
-) -> CapturedStates:
-    """Run the model over calibration prompts and keep each layer's queries and keys.
+@dataclass
+class Calibration:
+    """Calibration prompts, and the states that a method learns from, a few layers at a time.
 
-    Args:
+    The states of all layers may exceed a machine's memory, so the model reads the prompts once for
+    each group of layers. Of queries and keys never more than ``memory_limit`` bytes are held: a
+    group is as many layers as fit, their keys whole, their queries at the positions that the method
+    asks for, all in the model's dtype. Beside them stand what one forward of the model needs, and
+    on each device that learns, one layer's states and what the method makes of them.
+
+    Attributes:
         loaded: The model.
-        num_sequences: Prompts.
-        max_length: Tokens of a prompt at most; less where the model's window is smaller.
-        seed: Of the prompts.
-        progress: Called with the prompts read and how many there are.
-
-    Raises:
-        ValueError: If the states of all layers would not fit into memory.
+        method: Says which queries are kept.
+        prompts: Token ids of each prompt.
+        memory_limit: Bytes of queries and keys that may be held at once.
+        description: What the prompts are, for an artifact's provenance.
     """
-    length = min(max_length, loaded.window)
-    shape = geometry_of(loaded.model)
-    channels = shape.num_layers * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
-    need, free = 4 * num_sequences * length * channels, psutil.virtual_memory().available
-    if need > free:
-        raise ValueError(
-            f"fitting must hold {need / 2**30:.0f} GiB of queries and keys, found"
-            f" {free / 2**30:.0f} GiB of free memory; fit where there is more, and point"
-            " artifact_dir at what it wrote."
+
+    loaded: LoadedModel
+    method: TopKMethod
+    prompts: list[list[int]]
+    memory_limit: int
+    description: str
+
+    @classmethod
+    def draw(
+        cls,
+        loaded: LoadedModel,
+        method: TopKMethod,
+        num_sequences: int = NUM_SEQUENCES,
+        max_length: int = MAX_LENGTH,
+        seed: int = SEED,
+        memory_limit: int | None = None,
+    ) -> "Calibration":
+        """Make the prompts; nothing is read yet.
+
+        Args:
+            loaded: The model.
+            method: The method that learns.
+            num_sequences: Prompts.
+            max_length: Tokens of a prompt at most; less where the model's window is smaller.
+            seed: Of the prompts.
+            memory_limit: See the class; None for half of the free memory.
+        """
+        length = min(max_length, loaded.window)
+        texts = calibration_texts(loaded, length, num_sequences, seed)
+        if memory_limit is None:
+            memory_limit = psutil.virtual_memory().available // 2
+        description = (
+            f"{num_sequences} prompts of {length} tokens, {', '.join(SUBTASKS)} in turn, seed"
+            f" {seed}, {len(word_pools()[1])} words that no test uses"
         )
-    texts = calibration_texts(loaded, length, num_sequences, seed)
-    model = loaded.model
-    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    layers: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(num_layers)]
+        prompts = [list(loaded.tokenizer.encode(text)) for text in texts]
+        return cls(loaded, method, prompts, memory_limit, description)
 
-    def keep(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        queries, keys = (one[0].to("cpu", torch.float32, copy=True) for one in (query, key))
-        layers[layer].append((queries, keys))
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return geometry_of(self.loaded.model).num_layers
 
-    with watched_attention(model, keep):
-        for done, text in enumerate(texts, start=1):
-            ids: Sequence[int] = loaded.tokenizer.encode(text)
-            model.base_model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-            if progress is not None:
-                progress(done, len(texts))
-    description = (
-        f"{num_sequences} prompts of {length} tokens, {', '.join(SUBTASKS)} in turn, seed {seed},"
-        f" {len(word_pools()[1])} words that no test uses"
-    )
-    return CapturedStates(layers, description)
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt."""
+        return [len(ids) for ids in self.prompts]
+
+    def num_bytes(self, layer: int) -> int:
+        """Return the bytes of one layer's queries and keys that are held while it is learnt."""
+        shape = geometry_of(self.loaded.model)
+        queries = sum(map(len, self.method.query_positions(layer, self.lengths)))
+        rows = shape.num_kv_heads * sum(self.lengths) + shape.num_heads * queries
+        return rows * shape.head_dim * shape.dtype_bytes
+
+    def groups(self) -> list[list[int]]:
+        """Return the layers in groups, in order, each within the memory limit.
+
+        Raises:
+            ValueError: If a single layer exceeds it.
+        """
+        groups: list[list[int]] = []
+        room = 0
+        for layer in range(self.num_layers):
+            need = self.num_bytes(layer)
+            if need > self.memory_limit:
+                raise ValueError(
+                    f"the queries and keys of a layer must fit calibration_memory_gib, got"
+                    f" {need / 2**30:.3g} GiB for {self.memory_limit / 2**30:.3g} GiB; raise it, or"
+                    " fit where there is more memory and point artifact_dir at what it wrote."
+                )
+            if not groups or need > room:
+                groups.append([])
+                room = self.memory_limit
+            groups[-1].append(layer)
+            room -= need
+        return groups
+
+    @torch.no_grad()
+    def capture(
+        self, layers: Sequence[int], progress: Progress | None = None
+    ) -> dict[int, LayerStates]:
+        """Let the model read the prompts, and return the states of some layers, on the CPU.
+
+        Args:
+            layers: Indices of the layers.
+            progress: Called with the prompts read and how many there are.
+        """
+        model = self.loaded.model
+        wanted = {layer: self.method.query_positions(layer, self.lengths) for layer in layers}
+        held: dict[int, LayerStates] = {layer: [] for layer in layers}
+
+        def keep(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+            if layer in held:
+                chosen = query[0][:, wanted[layer][len(held[layer])]]
+                held[layer].append((own(chosen), own(key[0])))
+
+        def own(states: Tensor) -> Tensor:
+            return states.to("cpu", model.dtype, copy=True)
+
+        with watched_attention(model, keep):
+            for done, ids in enumerate(self.prompts, start=1):
+                given = torch.tensor([ids], device=model.device)
+                model.base_model(input_ids=given, use_cache=False)
+                if progress is not None:
+                    progress(done, len(self.prompts))
+        return held

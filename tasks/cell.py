@@ -1,10 +1,8 @@
 """Runs one cell: a model, a task and a method, the artifact fitted first where one is missing."""
 
 import contextlib
-import logging
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +11,13 @@ from filelock import FileLock
 
 from topkbench.kernels.timing import machine_name, versions
 from topkbench.methods import artifact
+from topkbench.methods.artifact import Artifact
 from topkbench.methods.attach import geometry_of
-from topkbench.methods.base import TopKMethod
+from topkbench.methods.base import Progress, TopKMethod
 from topkbench.models.load import LoadedModel
-from topkbench.tasks.calibration import SEED, capture
+from topkbench.tasks.calibration import SEED, Calibration
 from topkbench.tasks.evaluation import Context, Outcome, Task, TaskRow
-
-log = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
+from topkbench.tasks.fitting import fit_layers, learning_devices
 
 
 def prepare_method(
@@ -29,44 +25,66 @@ def prepare_method(
     method: TopKMethod,
     artifact_dir: str | Path,
     progress: Progress | None = None,
-) -> None:
+    memory_limit: int | None = None,
+    anew: bool = False,
+) -> Artifact | None:
     """Load the artifact that a method needs; fit it under a lock where nobody has.
 
     Args:
         loaded: The model it serves.
         method: Gets its artifact loaded.
-        artifact_dir: Where fitted artifacts are kept; shipped ones are looked up first.
+        artifact_dir: Where fitted artifacts are kept, and looked up before the shipped ones.
         progress: Called with units of work done and in all while fitting.
+        memory_limit: Bytes of queries and keys that a fit may hold; see ``Calibration``.
+        anew: Fit also where there is an artifact; the one in ``artifact_dir`` is replaced.
+
+    Returns:
+        The artifact, or None if the method learns nothing.
 
     Raises:
-        ValueError: If the method cannot serve the model, or an artifact is damaged.
+        ValueError: If the method cannot serve the model, or an artifact is damaged or another's.
     """
     geometry = geometry_of(loaded.model, loaded.digest)
     spec = method.artifact_spec(geometry)
     if spec is None:
-        return
+        return None
     own = Path(artifact_dir).expanduser()
-    path = artifact.find(spec, (*loaded.artifact_folders, own))
+    path = None if anew else artifact.find(spec, (own, *loaded.artifact_folders))
     if path is None:
         path = own / artifact.file_name(spec)
         own.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            if not path.is_file():
-                fit_method(loaded, method, path, progress)
+            if anew or not path.is_file():
+                fit_method(loaded, method, path, progress, memory_limit)
     found = artifact.load(path, expect=spec)
     method.load_artifact(found.tensors, found.digest)
+    method.check_ready(geometry)
+    return found
 
 
 def fit_method(
-    loaded: LoadedModel, method: TopKMethod, path: Path, progress: Progress | None = None
+    loaded: LoadedModel,
+    method: TopKMethod,
+    path: Path,
+    progress: Progress | None = None,
+    memory_limit: int | None = None,
 ) -> None:
     """Fit a method on calibration prompts and save the artifact at ``path``."""
     began = time.perf_counter()
-    calibration = capture(loaded, progress=progress)
-    tensors = method.fit(calibration, progress)
+    calibration = Calibration.draw(loaded, method, memory_limit=memory_limit)
+    devices = learning_devices(loaded.model.device)
+    tensors, losses = fit_layers(method, calibration, devices, progress)
     spec = method.artifact_spec(geometry_of(loaded.model, loaded.digest))
-    artifact.save(path, tensors, artifact.provenance(spec or {}, calibration.description, SEED))
-    log.info("fitted %s in %.0f s", path.name, time.perf_counter() - began)
+    told = artifact.provenance(
+        spec or {},
+        calibration.description,
+        SEED,
+        model=loaded.name,
+        machine=machine_name(loaded.model.device),
+        seconds=time.perf_counter() - began,
+        losses=losses,
+    )
+    artifact.save(path, tensors, told)
 
 
 def run_cell(context: Context, task: Task) -> Outcome:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from topkbench.kernels.timing import Stages, Timing
+from topkbench.methods.artifact import Artifact
 from topkbench.methods.attach import attach, geometry_of
 from topkbench.methods.base import (
     CacheView,
@@ -59,6 +60,7 @@ class Context:
         full_answers: Full attention's tokens by sample id; None where this cell is full attention.
         bandwidth: Measured memory bandwidth of the machine in bytes a second; None where unknown.
         track: Shows progress over a sequence.
+        artifact: What the method has learnt; None if nothing, or if the task fits it.
     """
 
     loaded: LoadedModel
@@ -69,6 +71,7 @@ class Context:
     full_answers: Mapping[str, Sequence[int]] | None = None
     bandwidth: float | None = None
     track: Track = untracked
+    artifact: Artifact | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -117,6 +120,7 @@ class Task(ABC):
         needs_full: Full attention's answers are compared with, or forced.
         uses_model: The model's weights matter to the result.
         fits_methods: A method that learns comes fitted on the model; else the task fits it.
+        fits_anew: Running finished cells again fits again, too.
         subject: What rows name in the model's place where they do not.
     """
 
@@ -125,6 +129,7 @@ class Task(ABC):
     needs_full: ClassVar[bool] = True
     uses_model: bool = True
     fits_methods: ClassVar[bool] = True
+    fits_anew: ClassVar[bool] = False
     subject: str = ""
 
     def inputs_digest(self, loaded: LoadedModel) -> str:
@@ -237,7 +242,7 @@ class GenerationTask(Task):
             scores = [one["score"] for one in samples if one["subtask"] == subtask]
             values = {"score": statistics.fmean(scores), "num_samples": len(scores)}
             # What tells configurations apart stands in all rows of a cell.
-            values |= {name: shared[name] for name in ("batch_size", "full_backend")}
+            values |= {name: shared[name] for name in ("batch_size", "kv_len", "full_backend")}
             rows.append(TaskRow(subtask, {**values, "density": densities[subtask]}))
         mean = statistics.fmean(row.values["score"] for row in rows)
         rows.append(TaskRow("mean", {"score": mean, "num_samples": len(samples), **shared}))

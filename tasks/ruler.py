@@ -1,21 +1,26 @@
 """RULER: retrieval, tracing and aggregation at any length, generated or from official files."""
 
+import functools
 import hashlib
 import json
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from topkbench.methods.base import check_whole
 from topkbench.models.load import LoadedModel, tokenizer_digest
 from topkbench.tasks.base import Sample, TaskDoesNotFit, samples_digest
 from topkbench.tasks.decoding import Question
 from topkbench.tasks.evaluation import GenerationTask
-from topkbench.tasks.ruler_prompts import SUBTASKS, make_prompt
+from topkbench.tasks.ruler_prompts import SUBTASKS, Prompt, make_prompt
 from topkbench.tasks.words import TEST_NAMES, word_pools
+
+# Called with rng, budget and count; see ``make_prompt``.
+WritePrompt = Callable[..., Prompt]
 
 # Tokens that RULER lets a model generate, by the beginning of the sub-task's name.
 NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
@@ -81,11 +86,7 @@ class Ruler(GenerationTask):
         path = self._cache_file(loaded)
         found = _read_cache(path)
         if found is None:
-            found = [
-                self._make(loaded, subtask, index)
-                for subtask in self.subtasks
-                for index in range(self.num_samples)
-            ]
+            found = self._draw(loaded)
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_name(f".{path.name}.{os.getpid()}")
             lines = [json.dumps(asdict(sample)) for sample in found]
@@ -93,11 +94,29 @@ class Ruler(GenerationTask):
             unfinished.replace(path)
         return found
 
+    def _draw(self, loaded: LoadedModel) -> list[Sample]:
+        """Make the samples, those of a sub-task together."""
+        samples = []
+        for subtask in self.subtasks:
+            write = functools.partial(
+                make_prompt,
+                subtask,
+                words=word_pools()[0],
+                share=TEST_NAMES,
+                example=self._example(loaded),
+            )
+            for index in range(self.num_samples):
+                samples.append(self._make(loaded, subtask, self.length, index, write))
+        return samples
+
+    def _content(self) -> dict[str, Any]:
+        """Return the settings that tell these samples from those of other settings."""
+        return {"subtasks": list(self.subtasks), "length": self.length}
+
     def _cache_file(self, loaded: LoadedModel) -> Path:
         settings = {
             "version": GENERATOR_VERSION,
-            "subtasks": list(self.subtasks),
-            "length": self.length,
+            **self._content(),
             "num_samples": self.num_samples,
             "seed": self.seed,
             "chat": loaded.chat,
@@ -112,8 +131,11 @@ class Ruler(GenerationTask):
     def _example(self, loaded: LoadedModel) -> bool:
         return not loaded.short_answers if self.example is None else self.example
 
-    def _make(self, loaded: LoadedModel, subtask: str, index: int) -> Sample:
-        rng = random.Random(f"{self.seed}-{subtask}-{self.length}-{index}")
+    def _make(
+        self, loaded: LoadedModel, subtask: str, length: int, index: int, write: WritePrompt
+    ) -> Sample:
+        """Return one sample of at most ``length`` tokens, its prompt written by ``write``."""
+        rng = random.Random(f"{self.seed}-{subtask}-{length}-{index}")
 
         def count(text: str) -> int:
             return len(loaded.tokenizer.encode(text, add_special_tokens=False))
@@ -124,14 +146,14 @@ class Ruler(GenerationTask):
                 [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True
             )
             wrapping = count(str(text))
-        allowed = SPARE_TOKENS if loaded.short_answers else NEW_TOKENS[subtask.split("_")[0]]
-        budget = self.length - wrapping - allowed
-        example = self._example(loaded)
-        prompt = make_prompt(subtask, rng, word_pools()[0], budget, count, TEST_NAMES, example)
+        # A sub-task of no family of its own is a needle in a haystack.
+        family = NEW_TOKENS.get(subtask.split("_")[0], NEW_TOKENS["niah"])
+        allowed = SPARE_TOKENS if loaded.short_answers else family
+        prompt = write(rng=rng, budget=length - wrapping - allowed, count=count)
         new_tokens = count(prompt.reference) + allowed if loaded.short_answers else allowed
         parts = (prompt.context, prompt.question + prompt.answer_prefix)
         return Sample(
-            sample_id=f"{subtask}-{self.length}-{self.seed}-{index}",
+            sample_id=f"{subtask}-{length}-{self.seed}-{index}",
             subtask=subtask,
             context=prompt.context,
             question=prompt.question,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from topkbench.tasks.base import TaskDoesNotFit
-from topkbench.tasks.words import random_names
+from topkbench.tasks.words import CALIBRATION_NAMES, CALIBRATION_NUMBERS, random_names
 
 SUBTASKS = (
     "niah_single",
@@ -216,7 +216,9 @@ def _vt(
     rng: random.Random, words: Sequence[str], budget: int, count: CountTokens, share: slice
 ) -> Prompt:
     names = rng.sample(random_names(5, upper=True)[share], VT_HOPS + 1)
-    value = str(rng.randint(10000, 99999))
+    reserved = () if share == CALIBRATION_NAMES else CALIBRATION_NUMBERS
+    numbers = (str(rng.randint(10000, 99999)) for _ in itertools.count())
+    value = next(number for number in numbers if number not in reserved)
     statements = assignment_chain(rng, names, value)
     question, prefix, reference = ask_variables(value, names)
     room = budget - sum(map(count, (VARIABLES, question, prefix, reference, *statements)))
@@ -305,6 +307,38 @@ def _fwe(rng: random.Random, budget: int, count: CountTokens, share: slice) -> P
     raise TaskDoesNotFit(
         f"fwe must hold at least 16 coded words, found room for {room} tokens;"
         " use a larger task.length."
+    )
+
+
+def needle_prompt(
+    rng: random.Random, words: Sequence[str], budget: int, count: CountTokens, depth: float
+) -> Prompt:
+    """Return a prompt of one needle at a known depth of its haystack.
+
+    Args:
+        rng: The sample's private randomness.
+        words: The pool that key, value and fillers are drawn from.
+        budget: Tokens for the context, the question, the prefix and the reference answer.
+        count: Tokens of a piece of text, without special tokens.
+        depth: Share of the haystack's sentences before the needle, 0 to 1.
+
+    Raises:
+        TaskDoesNotFit: If no sentence fits beside the needle.
+    """
+    key_words, value_words = halves(words)
+    key, value = rng.choice(key_words), two_words(rng, value_words)
+    question, prefix, reference = ask_one(key, value)
+    hidden = needle(key, value)
+    others = [word for word in words if word != key]
+    room = budget - sum(map(count, (FACTS, question, prefix, reference, hidden)))
+    haystack = fill(room, count, lambda: filler(rng, others))
+    haystack.insert(round(depth * len(haystack)), hidden)
+    return Prompt(
+        context=FACTS + "".join(haystack),
+        question=question,
+        answer_prefix=prefix,
+        answers=(value,),
+        reference=reference,
     )
 
 

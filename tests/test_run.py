@@ -368,6 +368,29 @@ def test_the_decode_throughput_task_fits_and_prefills_nothing(commands: Commands
     assert commands.forwards == []
 
 
+@pytest.mark.slow
+def test_a_fit_is_kept_found_and_made_anew(commands: Commands) -> None:
+    quick = ("method.epochs=1", "method.steps_per_epoch=3", "task=fit", "method=hata", "rbit=32")
+    assert commands.run(*quick) == 0, commands.text("err")
+    rows = commands.rows.set_index("subtask")
+    assert list(rows.index) == [*(f"layer {layer}" for layer in range(4)), "mean"]
+    assert rows["loss_last"].notna().all()
+    assert rows.loc["mean", "fit_s"] > 0
+    assert rows["artifact_digest"].nunique() == 1
+    path = Path(rows.loc["mean", "artifact_path"])
+    assert path.parent == commands.folder / "cache" / "artifacts"
+    assert (commands.report.parent / "figures" / "fit_loss.png").exists()
+    written = path.stat().st_mtime_ns
+    # Another budget is the same fit; and a task that uses the method finds the artifact.
+    assert commands.run(*quick, "k=16,32", "-m") == 0, commands.text("err")
+    assert len(commands.cells) == 1
+    assert commands.run(*quick[:2], "method=hata", "rbit=32", "k=16") == 0, commands.text("err")
+    assert path.stat().st_mtime_ns == written
+    assert commands.run(*quick, "k=16,32", "force=true", "-m") == 0, commands.text("err")
+    assert path.stat().st_mtime_ns > written
+    assert set(commands.rows["artifact_digest"]) == set(rows["artifact_digest"])
+
+
 def one_sentence(commands: Commands, *words: str) -> None:
     err = commands.text("err")
     lines = [line for line in err.splitlines() if line.strip()]
@@ -405,6 +428,11 @@ def one_sentence(commands: Commands, *words: str) -> None:
         (["task.length=30"], ["use a larger task.length."]),
         (["task.source=/no/such/file"], ["task.source must be", "/no/such/file"]),
         (["device=cuda:99"], ["cuda:99"]),
+        (["method=quest", "task=fit"], ["task=fit needs a method that learns, and quest as it is"]),
+        (
+            ["method=loki", "task=fit", "calibration_memory_gib=0.0001"],
+            ["a layer must fit calibration_memory_gib, got", "for 0.0001 GiB; raise it"],
+        ),
         (
             [
                 "model=random_1b",

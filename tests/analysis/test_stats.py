@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -152,3 +154,29 @@ def test_samples_that_are_not_the_same_are_not_paired() -> None:
         stats.paired_columns([sample("0", "a", 1.0)], [sample("0", "a", 1.0, references=["q"])])
     with pytest.raises(ValueError, match="stand for one sample"):
         stats.paired_columns([sample("0", "a", 1.0)] * 2, [sample("0", "a", 1.0)])
+
+
+@pytest.mark.parametrize(
+    ("values", "half"),
+    [
+        ([0.2, 0.4], 12.7062 * 0.1),
+        ([1.0, 2.0, 3.0], 4.3027 / 3**0.5),
+        ([0.0, 1.0] * 6, 2.20099 * 0.522233 / 12**0.5),  # t of 11 degrees of freedom
+    ],
+)
+def test_the_interval_over_seeds_is_students(values: list[float], half: float) -> None:
+    found = stats.seed_interval(values)
+    assert found.estimate == pytest.approx(sum(values) / len(values))
+    assert found.high - found.estimate == pytest.approx(half, rel=2e-3)
+    assert found.estimate - found.low == pytest.approx(half, rel=2e-3)
+    assert found.n == len(values)
+
+
+def test_one_seed_has_no_interval_and_none_is_refused() -> None:
+    found = stats.seed_interval([0.5])
+    assert (found.estimate, found.n) == (0.5, 1)
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+    for values in ([], [0.1, float("nan")]):
+        with pytest.raises(ValueError, match="one or more finite numbers"):
+            stats.seed_interval(values)

@@ -74,6 +74,23 @@ def test_cells_and_sweep_are_read_back_with_wandbs_own_tool(small_sweep: Sweep) 
     assert "figures/score_vs_rbit" in sweep["summary"]
 
 
+@pytest.mark.usefixtures("offline")
+def test_a_trainings_losses_are_read_back_step_by_step(
+    small_sweep: Sweep, row: Callable[..., Row]
+) -> None:
+    losses = [
+        {"layer": layer, "step": step, "loss": 4.0 / step + layer}
+        for layer in (0, 1)
+        for step in (1, 2, 4)
+    ]
+    fitted = row(run_id="f" * 16, task="fit", method="hata", loss_last=1.5)
+    assert WandbTracker().log_cell(small_sweep.folder, "fit", [fitted], losses, {})
+    (run,) = (small_sweep.folder / "wandb").glob("offline-run-*")
+    told = inspect(run)["summary"]
+    assert (told["step"], told["loss/layer_00"], told["loss/layer_01"]) == (4, 1.0, 2.0)
+    assert (told["loss/mean"], told["loss_last"]) == (1.5, 1.5)
+
+
 def test_a_tracker_that_fails_is_one_warning(
     small_sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,11 +153,15 @@ def test_curves_over_k_and_rbit(row: Callable[..., Row]) -> None:
 def test_the_workspace_is_specified_offline() -> None:
     spec = dashboard("team", "topkbench")._to_model().model_dump(by_alias=True)["spec"]
     sections = spec["section"]["panelBankConfig"]["sections"]
-    assert [one["name"] for one in sections] == ["Quality", "Why", "Cost", "Sweeps"]
+    names = [one["name"] for one in sections]
+    assert names == ["Quality", "Why", "Cost", "Training", "Sweeps"]
     assert sections[0]["panels"][0]["config"]["xAxis"] == "config:k.value"
     assert sections[0]["panels"][1]["config"]["yAxis"] == "summary:score"
-    curve = sections[3]["panels"][0]["config"]
-    assert (curve["xAxis"], curve["metricRegex"]) == ("k", "by_k/score/.*")
+    drawn = [one["panels"][0]["config"] for one in sections[3:]]
+    assert [(curve["xAxis"], curve["metricRegex"]) for curve in drawn] == [
+        ("step", "loss/.*"),
+        ("k", "by_k/score/.*"),
+    ]
     grouping = spec["section"]["runSets"][0]["grouping"]
     assert [one["name"] for one in grouping] == ["group", "jobType"]
 

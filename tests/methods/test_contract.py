@@ -353,3 +353,38 @@ def test_native_policy_selects(selecting: TopKMethod, states: States, build: Bui
 def test_serves_an_ordinary_model(method: TopKMethod, geometry: Geometry) -> None:
     assert method.unsupported(geometry) is None
     method.check_ready(geometry)
+
+
+def test_an_artifact_is_what_its_layout_says(
+    name: str, make_method: Callable[..., TopKMethod], geometry: Geometry
+) -> None:
+    fitted = make_method(name)
+    layout = fitted.artifact_layout(geometry)
+    assert bool(layout) == (fitted.artifact_spec(geometry) is not None)
+    whole = fitted.artifact
+    for tensor, shape in layout.items():
+        assert tuple(whole[tensor].shape) == shape
+        others = {key: value for key, value in whole.items() if key != tensor}
+        for wrong, found in ((whole[tensor][:1], "float32"), (whole[tensor].double(), "float64")):
+            fitted.artifact = {**others, tensor: wrong}
+            with pytest.raises(ValueError, match=rf"must hold {tensor} as .* got torch\.{found}"):
+                fitted.check_ready(geometry)
+        fitted.artifact = {**others, "something": torch.zeros(1)}
+        with pytest.raises(ValueError, match=f"must hold {tensor} as .* got none; fit it on this"):
+            fitted.check_ready(geometry)
+
+
+def test_the_queries_that_are_learnt_from_are_named_before(
+    name: str, make_method: Callable[..., TopKMethod], geometry: Geometry
+) -> None:
+    method = make_method(name)
+    if method.artifact_spec(geometry) is None:
+        with pytest.raises(ValueError, match=f"{name} learns nothing, so it has no fit"):
+            method.fit_layer(0, [])
+        return
+    lengths = [33, 1, 48]
+    named = [method.query_positions(layer, lengths) for layer in range(2)]
+    assert named == [method.query_positions(layer, lengths) for layer in range(2)]
+    for positions in named:  # as many in each layer, for memory is planned by them
+        assert [len(at) for at in positions] == [len(at) for at in named[0]]
+        assert all(0 <= place < n for at, n in zip(positions, lengths, strict=True) for place in at)

@@ -121,8 +121,9 @@ def test_pairs_are_a_prefix_and_its_last_query() -> None:
     keys = torch.arange(20.0)[None, :, None].expand(1, -1, 4)
     drawn = set()
     for seed in range(60):
-        generator = torch.Generator().manual_seed(seed)
-        pairs = HATA().draw_pairs([(queries, keys), (queries, keys)], generator)
+        positions = HATA(seed=seed).query_positions(0, [20, 20])
+        states = [(queries[:, at], keys) for at in positions]
+        pairs = HATA().draw_pairs(states, HATA(seed=seed)._generator(0))
         ends = [int(pairs.queries[0, 0, i, 0]) for i in (0, 1)]
         drawn |= set(ends)
         assert pairs.queries.shape == (1, 2, 2, 4)
@@ -226,12 +227,9 @@ def recall(method: HATA) -> float:
 
 
 def test_training_beats_random_weights() -> None:
-    reports: list[tuple[int, int]] = []
     trained = HATA(rbit=64, use_norm=False)
-    tensors = trained.fit(Skewed(), lambda done, total: reports.append((done, total)))
+    tensors = trained.fit(Skewed())
     assert tensors["hash_weight"].shape == (1, 1, 16, 64)
-    assert reports[0] == (1, 15)
-    assert reports[-1] == (15, 15)
     trained.load_artifact(tensors)
     untrained = HATA(rbit=64, use_norm=False, weights="random")
     assert recall(trained) > recall(untrained) + 0.05
@@ -241,6 +239,22 @@ def test_training_repeats_itself_by_its_seed() -> None:
     first, second, other = (HATA(rbit=32, epochs=1, seed=s).fit(Skewed()) for s in (0, 0, 1))
     assert torch.equal(first["hash_weight"], second["hash_weight"])
     assert not torch.equal(first["hash_weight"], other["hash_weight"])
+
+
+def test_every_step_tells_its_loss() -> None:
+    method = HATA(rbit=32, epochs=2, steps_per_epoch=3)
+    states = Skewed().states(0)
+    positions = method.query_positions(0, [256] * 6)
+    chosen = [(queries[:, at], keys) for (queries, keys), at in zip(states, positions, strict=True)]
+    told: list[tuple[int, int, float]] = []
+    method.fit_layer(0, chosen, lambda *one: told.append(one))
+    assert [(step, steps) for step, steps, _ in told] == [(step, 6) for step in range(1, 7)]
+    # The first loss is that of the start, on all pairs: an epoch's chunks are more than there are.
+    generator = method._generator(0)
+    pairs = method.draw_pairs(chosen, generator)
+    start = torch.randn(1, 16, 32, generator=generator)
+    assert told[0][2] == pytest.approx(method.loss_and_gradient(start, pairs)[0].item())
+    assert told[-1][2] < told[0][2]
 
 
 def test_bytes_by_hand() -> None:

@@ -1,8 +1,10 @@
 """The shipped model: it has the artifacts that the defaults ask for, and k >= n is full."""
 
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
@@ -11,6 +13,7 @@ from topkbench.methods.attach import attach, geometry_of
 from topkbench.methods.base import Policy, TopKMethod
 from topkbench.models.load import LoadedModel, load_model
 from topkbench.models.prefill import PrefillStore
+from topkbench.tasks.calibration import Calibration
 from topkbench.tasks.cell import prepare_method
 from topkbench.tasks.decoding import Decoder, Question, tokenise
 from topkbench.tasks.ruler import Ruler
@@ -44,6 +47,20 @@ def test_a_fresh_checkout_has_every_artifact_that_the_defaults_ask_for(
     path = artifact.find(spec, tiny.artifact_folders)
     assert path is not None, f"models/tiny/artifacts must hold {artifact.file_name(spec)}"
     assert artifact.load(path, expect=spec).tensors
+
+
+@pytest.mark.slow
+def test_all_layers_are_fitted_within_five_minutes_and_a_layer_again_is_the_same(
+    tiny: LoadedModel, tmp_path: Path
+) -> None:
+    method = method_of("hata", "rbit=128")
+    began = time.process_time()
+    prepare_method(tiny, method, tmp_path, anew=True)
+    assert time.process_time() - began < 2 * 300  # of processor time: five minutes on two cores
+    again = Calibration.draw(tiny, method, memory_limit=2**25)
+    assert again.groups() == [[0], [1], [2], [3]]
+    learnt = method.fit_layer(2, again.capture([2])[2])
+    assert torch.equal(learnt["hash_weight"], method.artifact["hash_weight"][2])
 
 
 @pytest.mark.parametrize("question", ["sparse", "dense"])

@@ -1,8 +1,23 @@
-"""What is noted of the machine a cell ran on."""
+"""What a cell begins with, the method's artifact, and what is noted of its machine."""
 
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 
-from topkbench.tasks.cell import peak_memory_mib, reset_peak_memory
+from topkbench.methods import artifact
+from topkbench.methods.attach import geometry_of
+from topkbench.methods.exact import ExactTopK
+from topkbench.methods.hata import HATA
+from topkbench.methods.policy import Policy
+from topkbench.models.load import LoadedModel
+from topkbench.models.prefill import PrefillStore
+from topkbench.tasks.calibration import Calibration
+from topkbench.tasks.cell import peak_memory_mib, prepare_method, reset_peak_memory
+from topkbench.tasks.evaluation import Context
+from topkbench.tasks.fit import Fit
 
 CPU = torch.device("cpu")
 
@@ -17,3 +32,136 @@ def test_the_peak_is_of_what_ran_since_it_was_reset() -> None:
     del large
     reset_peak_memory(CPU)
     assert peak_memory_mib(CPU) < during - 100
+
+
+# The artifact --------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrate on three short prompts."""
+    draw = partial(Calibration.draw, num_sequences=3, max_length=260)
+    monkeypatch.setattr(Calibration, "draw", draw)
+
+
+def quick() -> HATA:
+    return HATA(rbit=32, epochs=1, steps_per_epoch=4)
+
+
+def never(*_: Any) -> None:
+    raise AssertionError("nothing was to be fitted")
+
+
+def test_an_artifact_is_fitted_once_and_found_again(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare_method(loaded, quick(), tmp_path / "new")
+    assert first is not None
+    told = first.provenance
+    assert (told["model"], told["seed"]) == ("random", 90210)
+    assert told["seconds"] > 0
+    assert [len(steps) for steps in told["losses"]] == [4, 4]
+    assert told["data"].startswith("3 prompts of 260 tokens")
+    monkeypatch.setattr("topkbench.tasks.cell.fit_layers", never)
+    method = quick()
+    again = prepare_method(loaded, method, tmp_path / "new")
+    assert again is not None
+    assert (again.digest, again.path, again.provenance) == (first.digest, first.path, told)
+    assert method.artifact_digest == first.digest
+    with pytest.raises(AssertionError, match="nothing was to be fitted"):
+        prepare_method(loaded, quick(), tmp_path / "new", anew=True)
+
+
+def test_fitting_anew_gives_the_same_digest(loaded: LoadedModel, tmp_path: Path) -> None:
+    first = prepare_method(loaded, quick(), tmp_path)
+    written = next(tmp_path.glob("*.safetensors")).stat().st_mtime_ns
+    again = prepare_method(loaded, quick(), tmp_path, anew=True, memory_limit=2**20)
+    assert next(tmp_path.glob("*.safetensors")).stat().st_mtime_ns > written
+    assert first is not None
+    assert again is not None
+    assert (again.digest, again.provenance["losses"]) == (first.digest, first.provenance["losses"])
+
+
+def test_a_method_that_learns_nothing_has_none(loaded: LoadedModel, tmp_path: Path) -> None:
+    assert prepare_method(loaded, ExactTopK(), tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def planted(loaded: LoadedModel, folder: Path, weight: torch.Tensor, **spec: Any) -> None:
+    """Write an artifact under the name of the wanted one."""
+    wanted = quick().artifact_spec(geometry_of(loaded.model, loaded.digest))
+    assert wanted is not None
+    told = artifact.provenance({**wanted, **spec}, "", 0)
+    artifact.save(folder / artifact.file_name(wanted), {"hash_weight": weight}, told)
+
+
+@pytest.mark.parametrize(
+    ("weight", "spec", "message"),
+    [
+        (
+            torch.zeros(2, 2, 16, 32),
+            {"model_digest": "f" * 16},
+            "must have model_digest='0000000000000000', got 'ffffffffffffffff'; fit one",
+        ),
+        (
+            torch.zeros(3, 2, 16, 32),
+            {},
+            r"float32 \[2, 2, 16, 32\] for this model, got torch.float32 \[3, 2, 16, 32\]; fit",
+        ),
+        (torch.zeros(2, 2, 8, 32), {}, r"got torch.float32 \[2, 2, 8, 32\]; fit it on this model"),
+        (
+            torch.zeros(2, 2, 16, 32, dtype=torch.float16),
+            {},
+            r"as torch.float32 \[2, 2, 16, 32\] for this model, got torch.float16",
+        ),
+    ],
+    ids=["model", "layers", "channels", "dtype"],
+)
+def test_anothers_artifact_is_one_sentence(
+    loaded: LoadedModel, tmp_path: Path, weight: torch.Tensor, spec: dict[str, Any], message: str
+) -> None:
+    planted(loaded, tmp_path, weight, **spec)
+    with pytest.raises(ValueError, match=message) as refused:
+        prepare_method(loaded, quick(), tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+# task=fit ------------------------------------------------------------------------------------
+
+
+def context(loaded: LoadedModel, method: Any, folder: Path, found: Any) -> Context:
+    store = PrefillStore(loaded.model, folder)
+    return Context(loaded, store, method, Policy(k=16), ExactTopK(), artifact=found)
+
+
+def test_the_task_tells_of_every_layer_and_their_mean(loaded: LoadedModel, tmp_path: Path) -> None:
+    found = artifact.Artifact(
+        tensors={},
+        provenance={"data": "noise", "seconds": 2.5, "losses": [[8.0, 4.0, 2.0], [6.0, 5.0, 1.0]]},
+        digest="d",
+        path=tmp_path / "here",
+    )
+    outcome = Fit().run(context(loaded, quick(), tmp_path, found))
+    assert [row.subtask for row in outcome.rows] == ["layer 0", "layer 1", "mean"]
+    ends = [(row.values["loss_first"], row.values["loss_last"]) for row in outcome.rows]
+    assert ends == [(8.0, 2.0), (6.0, 1.0), (7.0, 1.5)]
+    assert [row.values.get("fit_s") for row in outcome.rows] == [None, None, 2.5]
+    assert {row.values["artifact_path"] for row in outcome.rows} == {str(tmp_path / "here")}
+    assert {row.values["calibration"] for row in outcome.rows} == {"noise"}
+    assert len(outcome.samples) == 6
+    assert outcome.samples[4] == {"layer": 1, "step": 2, "loss": 5.0}
+
+
+def test_an_artifact_without_losses_still_has_its_rows(loaded: LoadedModel, tmp_path: Path) -> None:
+    found = artifact.Artifact({}, {"data": "noise"}, "d", tmp_path)
+    outcome = Fit().run(context(loaded, quick(), tmp_path, found))
+    assert [row.subtask for row in outcome.rows] == ["layer 0", "layer 1", "mean"]
+    assert {row.values["loss_first"] for row in outcome.rows} == {None}
+    assert outcome.samples == []
+
+
+def test_what_learns_nothing_is_refused_in_one_sentence(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="needs a method that learns, and exact as it is set here"):
+        Fit().run(context(loaded, ExactTopK(), tmp_path, None))

@@ -1,0 +1,71 @@
+"""How a training went: the loss at each step, of each layer and in the mean over layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from topkbench.analysis import style
+from topkbench.analysis.curves import curve_label, legend, new_figure
+from topkbench.analysis.metrics import METRICS
+
+_BY = ["layer", "step"]
+
+
+def losses(samples: pd.DataFrame) -> pd.DataFrame:
+    """Return the samples that are losses, one a layer and step: means where several seeds ran."""
+    if not {*_BY, "loss"} <= set(samples.columns):
+        return pd.DataFrame(columns=[*_BY, "loss"])
+    found = samples[samples["loss"].notna()]
+    return found.groupby(_BY)["loss"].mean().reset_index()
+
+
+def loss_points(samples: pd.DataFrame) -> list[dict[str, float]]:
+    """Return one mapping a step: ``step``, ``loss/layer_00``, ..., and their ``loss/mean``."""
+    points: list[dict[str, float]] = []
+    for step, part in losses(samples).groupby("step"):
+        found = dict(zip(part["layer"].astype(int), part["loss"].astype(float), strict=True))
+        by_layer = {f"loss/layer_{layer:02d}": loss for layer, loss in found.items()}
+        mean = sum(found.values()) / len(found)
+        points.append({"step": float(str(step)), **by_layer, "loss/mean": mean})
+    return points
+
+
+def loss_curve(lines: pd.DataFrame, samples: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw the loss over the steps: the mean over layers of each configuration, layers thin.
+
+    Args:
+        lines: The headline lines of one setting.
+        samples: The samples of their cells.
+
+    Returns:
+        The figure and its data, or None where nothing was trained in steps.
+    """
+    found: list[tuple[Any, pd.DataFrame]] = []
+    for _, line in lines.iterrows():
+        curves = losses(samples[samples["run_id"].isin(line["run_ids"])])
+        if len(curves):
+            found.append((line, curves))
+    if not found:
+        return None
+    figure, axes = new_figure()
+    data: list[pd.DataFrame] = []
+    for place, (line, curves) in enumerate(found):
+        look = style.style(str(line["method"]))
+        colour = style.shade(look.colour, place / max(len(found) - 1, 1))
+        table = curves.pivot(index="step", columns="layer", values="loss")
+        axes.plot(table.index, table.to_numpy(), color=colour, lw=0.6, alpha=0.45)
+        label = curve_label(line, ("rbit",), with_subtask=False)
+        axes.plot(table.index, table.mean(axis=1), color=colour, ls=style.turn(place), label=label)
+        data.append(
+            curves.assign(method=line["method"], variant=line["variant"], rbit=line["rbit"])
+        )
+    table = pd.concat(data, ignore_index=True)
+    if (table["loss"] > 0).all():
+        axes.set_yscale(METRICS["loss"].scale)
+    axes.set_xlabel(METRICS["step"].axis)
+    axes.set_ylabel(METRICS["loss"].axis)
+    legend(figure, axes)
+    return figure, table[["method", "variant", "rbit", *_BY, "loss"]]

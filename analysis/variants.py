@@ -1,0 +1,224 @@
+"""Variants of one method beside each other: the rungs of a ladder, the arms of an ablation.
+
+What is compared is the quality of the selections, with intervals over seeds; differences are
+paired by seed, since the cells of one seed read the same prompts.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from typing import Any, cast
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from topkbench.analysis import style
+from topkbench.analysis.curves import legend, log2_axis, spread, table
+from topkbench.analysis.metrics import METRICS
+from topkbench.analysis.stats import seed_interval
+from topkbench.analysis.tables import Table
+
+MEASURES = ("recall_at_k", "attention_mass")
+UNTRAINED = ("random", "orthonormal")
+_PUBLISHED = "published"
+_WIDEST_ARM = 46  # characters; a wider name leaves no room for the dots
+
+
+def _text(line: pd.Series, name: str) -> str:
+    value = line.get(name)
+    return "" if value is None or pd.isna(value) else str(value)
+
+
+def rung(line: pd.Series) -> style.Style | None:
+    """Return how a line's hash is drawn, None where the method has no hash."""
+    projection = _text(line, "p_weights")
+    if not projection:
+        return None
+    recipe = _text(line, "p_recipe")
+    if projection not in UNTRAINED and recipe not in ("", _PUBLISHED):
+        projection = recipe
+    centred, normed = (_text(line, name) == "True" for name in ("p_centre_keys", "p_use_norm"))
+    return style.rung(projection, centred, normed)
+
+
+def _two_axes(width: float, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height))
+    return figure, list(figure.subplots(1, 2, **shared))
+
+
+def _at_one_budget(lines: pd.DataFrame) -> pd.DataFrame:
+    """Return the lines with a recall of the middle budget."""
+    data = lines[lines["recall_at_k"].notna() & lines["rbit"].notna()]
+    budgets = sorted(data["k"].dropna().unique())
+    return data[data["k"] == budgets[len(budgets) // 2]] if budgets else data
+
+
+def _name(measure: str, lines: pd.DataFrame) -> str:
+    """Return the axis of a measure, the budget in it."""
+    k = int(lines["k"].iloc[0])
+    return f"Recall@{k}" if measure == "recall_at_k" else f"{METRICS[measure].axis}, k = {k}"
+
+
+def ladder(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw the quality of selections against hash bits, one line a rung.
+
+    That is recall and attention mass, or the score and recall where answers are scored.
+
+    Returns:
+        The figure and its data, or None where fewer than two rungs have two widths each.
+    """
+    data = _at_one_budget(lines)
+    looks = {index: rung(line) for index, line in data.iterrows()}
+    data = data[[looks[index] is not None for index in data.index]]
+    names = pd.Series({index: cast(style.Style, looks[index]).label for index in data.index})
+    widths = data.groupby(names)["rbit"].nunique() if len(data) else pd.Series(dtype=int)
+    if (widths > 1).sum() < 2 or data.groupby(names)["line"].nunique().max() > widths.max():
+        return None
+    figure, axes = _two_axes(9.6, 4.1)
+    order = sorted(names.unique(), key=_rank)
+    measures = ("score", "recall_at_k") if data["score"].notna().all() else MEASURES
+    for axis, measure in zip(axes, measures, strict=True):
+        for place, name in enumerate(order):
+            points = data[names == name].sort_values("rbit", kind="stable")
+            look = cast(style.Style, looks[points.index[0]])
+            shift = 2.0 ** (0.03 * (place - (len(order) - 1) / 2))
+            axis.errorbar(
+                points["rbit"].astype(float) * shift,
+                points[measure],
+                yerr=spread(points, measure),
+                color=look.colour,
+                marker=look.marker,
+                linestyle=look.line,
+                elinewidth=0.9,
+                capsize=1.8,
+                markeredgecolor="white",
+                markeredgewidth=0.5,
+                label=name,
+            )
+        axis.set_xscale("log", base=2)
+        log2_axis(axis.xaxis, [float(one) for one in data["rbit"]])
+        axis.set_xlabel(METRICS["rbit"].axis)
+        axis.set_ylabel(_name(measure, data))
+    legend(figure, axes[0])
+    return figure, table(data.assign(variant=names), *measures)
+
+
+def _rank(label: str) -> tuple[int, int, str]:
+    """Sort rungs by their projection, then by what is added to it."""
+    projections = [words for words, _ in style.PROJECTIONS.values()]
+    found = [i for i, words in enumerate(projections) if label.startswith(words)]
+    return (found[0] if found else len(projections)), label.count(","), label
+
+
+def arms(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw recall and attention mass of each arm of an ablation as a dot with its interval.
+
+    A vertical line goes through the arm that the others depart from.
+
+    Returns:
+        The figure and its data, or None where there is no such arm, or fewer than two others.
+    """
+    data = _at_one_budget(lines)
+    if data["variant"].nunique() < 3 or not (data["variant"] == "").any() or ladder(lines):
+        return None
+    labels = sorted(set(data["variant"]), key=_by_number)
+    widths = sorted(int(one) for one in data["rbit"].unique())
+    figure, axes = _two_axes(9.6, 1.3 + 0.31 * len(labels), sharey=True)
+    for axis, measure in zip(axes, MEASURES, strict=True):
+        for place, width in enumerate(widths):
+            part = data[data["rbit"] == width].drop_duplicates("variant").set_index("variant")
+            part = part.reindex([one for one in labels if one in part.index])
+            colour = style.shade(style.RED, 1 - (place + 1) / len(widths))
+            shift = 0.22 * (place - (len(widths) - 1) / 2)
+            axis.errorbar(
+                part[measure],
+                [labels.index(one) + shift for one in part.index],
+                xerr=spread(part, measure),
+                color=colour,
+                marker="o",
+                linestyle="none",
+                elinewidth=1.1,
+                capsize=2.0,
+                label=f"{width} bits",
+            )
+            if "" in part.index:
+                usual = part[measure].loc[""]
+                axis.axvline(float(usual), color=colour, lw=0.8, ls=(0, (3, 2)), zorder=0)
+        axis.set_xlabel(_name(measure, data))
+        axis.grid(axis="y", visible=False)
+    axes[0].set_yticks(
+        range(len(labels)), [textwrap.fill(one or "as configured", _WIDEST_ARM) for one in labels]
+    )
+    axes[0].invert_yaxis()
+    axes[0].tick_params(axis="y", length=0)
+    axes[1].tick_params(axis="y", length=0)
+    if len(widths) > 1:
+        legend(figure, axes[0])
+    return figure, table(data, *MEASURES)
+
+
+def _by_number(variant: str) -> tuple[str, float, str]:
+    """Sort arms by what they change, then by its value; the one that changes nothing first."""
+    name, _, value = variant.partition("=")
+    try:
+        return name, float(value), variant
+    except ValueError:
+        return name, math.inf, variant
+
+
+def _reference(part: pd.DataFrame) -> pd.Series | None:
+    """Return the line that the others of one width and budget are compared with.
+
+    Beside learned hashes it is the best that was not; else the arm that the others depart from.
+    """
+    if "p_weights" in part and part["p_weights"].nunique() > 1:
+        untrained = part[part["p_weights"].isin(UNTRAINED)]
+        return untrained.sort_values("recall_at_k", kind="stable").iloc[-1]
+    usual = part[part["variant"] == ""]
+    return usual.iloc[0] if len(usual) and part["variant"].nunique() > 1 else None
+
+
+def _called(line: pd.Series) -> str:
+    """Return a line's name: its rung's, where it is told from others by what makes a rung."""
+    look = rung(line)
+    words = (one.partition("=")[0] for one in str(line["variant"]).split(", "))
+    on_ladder = set(words) <= {*style.PROJECTIONS, "use_norm", "centre_keys"}
+    return look.label if look is not None and on_ladder else str(line["label"])
+
+
+def difference_table(lines: pd.DataFrame) -> Table | None:
+    """Return each variant's difference to the one it is measured against, at the middle budget.
+
+    Differences are paired by seed. None where a method has no variants, or no two seeds.
+    """
+    rows: list[list[str]] = []
+    for _, part in _at_one_budget(lines).groupby(["method", "rbit"], sort=True):
+        reference = _reference(part)
+        if reference is None:
+            continue
+        for index, line in part.iterrows():
+            if index == reference.name:
+                continue
+            cells = [_called(line), f"{line['k']}", f"{line['rbit']}", _called(reference)]
+            for measure in MEASURES:
+                own, other = line["by_seed"][measure], reference["by_seed"][measure]
+                both = sorted(set(own) & set(other))
+                gaps = [own[seed] - other[seed] for seed in both]
+                cells.append(_signed([gap for gap in gaps if not math.isnan(gap)]))
+            rows.append([*cells, str(len(both))])
+    if not any("[" in row[4] for row in rows):
+        return None
+    heads = ["Method", "k", "rbit", "Compared with", "Δ recall@k", "Δ attention mass", "Seeds"]
+    return Table(heads, rows, words={0, 3})
+
+
+def _signed(gaps: list[float]) -> str:
+    if not gaps:
+        return "–"
+    found = seed_interval(gaps)
+    mean, low, high = (
+        f"{one:+.3f}".replace("-", "−") for one in (found.estimate, found.low, found.high)
+    )
+    return mean if math.isnan(found.low) else f"{mean} [{low}, {high}]"

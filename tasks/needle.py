@@ -1,0 +1,55 @@
+"""One needle in a haystack, over a grid of context lengths and of the needle's depths."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from topkbench.models.load import LoadedModel
+from topkbench.tasks.base import Sample
+from topkbench.tasks.ruler import Ruler
+from topkbench.tasks.ruler_prompts import needle_prompt
+from topkbench.tasks.words import word_pools
+
+
+@dataclass(kw_only=True)
+class Needle(Ruler):
+    """niah_single with the needle's place chosen: one row a length and depth, and their mean.
+
+    Source: HATA's Figure 6 (arXiv:2506.02572) has 15 lengths and 10 depths with one sample each,
+    in a haystack of books; ours is of random words, as in ``task=ruler``, and several samples.
+
+    Attributes:
+        lengths: Tokens of a prompt with its answer.
+        depths: Percentages of the haystack before the needle, 0 to 100.
+    """
+
+    name: str = "needle"
+    lengths: Sequence[int] = (1024, 2048, 4096)
+    depths: Sequence[int] = (0, 25, 50, 75, 100)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(
+                f"task.lengths must be one number of tokens or more, each at least 1, got"
+                f" {self.lengths}."
+            )
+        if not self.depths or min(self.depths) < 0 or max(self.depths) > 100:
+            raise ValueError(
+                f"task.depths must be one percentage or more, each 0 to 100, got {self.depths}."
+            )
+        self.length = max(self.lengths)
+
+    def _draw(self, loaded: LoadedModel) -> list[Sample]:
+        samples = []
+        for length in self.lengths:
+            for depth in self.depths:
+                write = functools.partial(needle_prompt, words=word_pools()[0], depth=depth / 100)
+                name = f"{length} x {depth}%"
+                for index in range(self.num_samples):
+                    samples.append(self._make(loaded, name, length, index, write))
+        return samples
+
+    def _content(self) -> dict[str, Any]:
+        return {"needle": [list(self.lengths), list(self.depths)]}

@@ -1,0 +1,222 @@
+"""Variants of a method side by side: rungs, arms, differences paired by seed, a grid of depths."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from topkbench.analysis.bars import needle_heatmap
+from topkbench.analysis.lines import compare
+from topkbench.analysis.plots import draw_all
+from topkbench.analysis.record import frame
+from topkbench.analysis.report import build
+from topkbench.analysis.row import Row
+from topkbench.analysis.tables import main_table
+from topkbench.analysis.variants import arms, difference_table, ladder
+
+RowMaker = Callable[..., Row]
+RUNGS = (("random", False), ("orthonormal", False), ("orthonormal", True), ("trained", True))
+
+
+def selection(row: RowMaker, settings: list[tuple[dict[str, object], int, int, float]]) -> Row:
+    rows = [
+        row(
+            run_id=f"{index:016x}",
+            task="selection",
+            method="hata",
+            protocol="unified",
+            k=128,
+            rbit=rbit,
+            seed=seed,
+            recall_at_k=recall,
+            attention_mass=recall + 0.2,
+            parameters=parameters,
+            config_digest=f"{parameters}{rbit}",
+        )
+        for index, (parameters, rbit, seed, recall) in enumerate(settings)
+    ]
+    return frame(rows)  # type: ignore[return-value]
+
+
+def ladder_rows(row: RowMaker) -> pd.DataFrame:
+    """Recall grows by 0.1 a rung and a doubling of the bits; the second seed's is 0.02 higher."""
+    settings = []
+    for (rung, (weights, normed)), (place, rbit), seed in itertools.product(
+        enumerate(RUNGS), enumerate((64, 128)), (0, 1)
+    ):
+        parameters = {"weights": weights, "use_norm": normed, "centre_keys": False}
+        settings.append((parameters, rbit, seed, 0.2 + 0.1 * (rung + place) + 0.02 * seed))
+    return selection(row, settings)  # type: ignore[return-value, arg-type]
+
+
+def arm_rows(row: RowMaker) -> pd.DataFrame:
+    usual = {"sigma": 0.1, "epsilon": 0.01, "balance_weight": 1.0, "epochs": 15}
+    changes: list[dict[str, object]] = [
+        {},
+        {"epsilon": 0.0},
+        {"balance_weight": 0.0},
+        {"sigma": 1.0},
+        {"sigma": 0.3},
+        {"epochs": 5},
+    ]
+    return selection(  # type: ignore[return-value]
+        row,
+        [
+            ({**usual, **change}, 128, seed, 0.4 - 0.01 * place + 0.02 * seed * (1 + place))
+            for place, change in enumerate(changes)
+            for seed in (0, 1, 2)
+        ],
+    )
+
+
+def test_seeds_give_recall_an_interval(row: RowMaker) -> None:
+    lines = compare(ladder_rows(row)).headline
+    first = lines[(lines["variant"] == "random") | lines["variant"].str.contains("random")].iloc[0]
+    # 0.20 and 0.22: the mean, and 12.7062 * 0.0141421 / sqrt(2) on either side
+    assert first["recall_at_k"] == pytest.approx(0.21)
+    assert first["recall_at_k_ci_low"] == pytest.approx(0.21 - 0.127062, abs=1e-6)
+    assert first["recall_at_k_ci_high"] == pytest.approx(0.21 + 0.127062, abs=1e-6)
+    table = main_table(lines)
+    assert table.rows[0][table.head.index("Recall@k")].count("[") == 1
+
+
+def test_one_seed_has_no_interval(row: RowMaker) -> None:
+    rows = ladder_rows(row)
+    lines = compare(rows[rows["seed"] == 0].reset_index(drop=True)).headline
+    assert lines["recall_at_k_ci_low"].isna().all()
+    table = main_table(lines)
+    assert table.rows[0][table.head.index("Recall@k")].count("[") == 0
+    assert difference_table(lines) is None
+
+
+def test_the_ladder_is_one_line_a_rung(row: RowMaker, tmp_path: Path) -> None:
+    lines = compare(ladder_rows(row)).headline
+    made = ladder(lines)
+    assert made is not None
+    figure, data = made
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        *("Gaussian", "Orthonormal", "Orthonormal, key norms", "Learned as published, key norms"),
+    ]
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        *("Recall@128", "Attention mass kept, k = 128"),
+    ]
+    assert len(data) == 8
+    drawn = {one.name for one in draw_all(lines, tmp_path, "words")}
+    assert "hash_ladder" in drawn
+    assert not drawn & {"recall_vs_rbit", "recall_vs_k", "arms"}
+
+
+def test_a_ladder_of_answers_shows_their_scores(row: RowMaker) -> None:
+    rows = ladder_rows(row).assign(task="ruler", score=50.0, score_ci_low=40.0, score_ci_high=60.0)
+    made = ladder(compare(rows).headline)
+    assert made is not None
+    labels = [axes.get_ylabel() for axes in made[0].axes]
+    assert labels == ["Score (0–100), k = 128", "Recall@128"]
+
+
+def test_a_recipe_is_a_rung_of_its_own(row: RowMaker) -> None:
+    rows = ladder_rows(row)
+    trained = rows["p_weights"] == "trained"
+    ours = rows[trained].assign(p_recipe="ranked")
+    ours = ours.assign(run_id=[f"f{one[1:]}" for one in ours["run_id"]], config_digest="ours")
+    both = pd.concat([rows.assign(p_recipe="published"), ours], ignore_index=True)
+    made = ladder(compare(both).headline)
+    assert made is not None
+    labels = [text.get_text() for text in made[0].legends[0].get_texts()]
+    assert labels[-2:] == ["Learned as published, key norms", "Learned, ranked, key norms"]
+
+
+def test_differences_on_the_ladder_are_to_the_best_untrained_rung(row: RowMaker) -> None:
+    table = difference_table(compare(ladder_rows(row)).headline)
+    assert table is not None
+    first = [line for line in table.rows if line[2] == "64"]
+    assert {line[3] for line in first} == {"Orthonormal, key norms"}
+    found = {line[0]: line[4] for line in first}
+    # The seeds' own part is the same on each rung, so that paired it is gone.
+    assert found == {
+        "Gaussian": "−0.200 [−0.200, −0.200]",
+        "Orthonormal": "−0.100 [−0.100, −0.100]",
+        "Learned as published, key norms": "+0.100 [+0.100, +0.100]",
+    }
+    assert {line[6] for line in table.rows} == {"2"}
+
+
+def test_an_arm_is_named_by_what_it_changes(row: RowMaker) -> None:
+    lines = compare(arm_rows(row)).headline
+    made = arms(lines)
+    assert made is not None
+    figure, data = made
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
+        *("as configured", "balance_weight=0.0", "epochs=5", "epsilon=0.0"),
+        *("sigma=0.3", "sigma=1.0"),
+    ]
+    assert len(data) == 6
+    table = difference_table(lines)
+    assert table is not None
+    assert {line[3] for line in table.rows} == {"HATA"}
+    (epsilon,) = (line for line in table.rows if line[0] == "HATA (epsilon=0.0)")
+    # by seed: -0.01, +0.01, +0.03; mean 0.01, 4.3027 * 0.02 / sqrt(3) on either side
+    assert epsilon[4:] == ["+0.010 [−0.040, +0.060]", "+0.010 [−0.040, +0.060]", "3"]
+
+
+def test_what_is_no_ablation_has_no_arms(row: RowMaker) -> None:
+    rows = arm_rows(row)
+    two = rows[rows["p_epsilon"].eq(0.0) | rows["p_sigma"].eq(1.0)].reset_index(drop=True)
+    assert arms(compare(two).headline) is None
+
+
+def needle_rows(row: RowMaker) -> pd.DataFrame:
+    rows = []
+    for name, method, k in (("1", "full", None), ("2", "hata", 128)):
+        for length, depth in itertools.product((1024, 2048), (0, 50, 100)):
+            score = 100.0 if method == "full" else depth / 2
+            rows.append((name, method, k, f"{length} x {depth}%", score))
+        rows.append((name, method, k, "mean", 50.0))
+    return frame(
+        [
+            row(
+                run_id=name * 16,
+                task="needle",
+                method=method,
+                k=k,
+                length=None,
+                subtask=subtask,
+                score=score,
+            )
+            for name, method, k, subtask, score in rows
+        ]
+    )
+
+
+def test_the_grid_of_depths_is_a_heatmap(row: RowMaker, tmp_path: Path) -> None:
+    lines = compare(needle_rows(row)).lines
+    made = needle_heatmap(lines)
+    assert made is not None
+    figure, data = made
+    full, hata, _ = figure.axes
+    assert [text.get_text() for text in full.texts] == ["100"] * 6
+    assert [text.get_text() for text in hata.texts] == ["0", "0", "25", "25", "50", "50"]
+    assert [text.get_text() for text in full.get_yticklabels()] == ["0%", "50%", "100%"]
+    assert [text.get_text() for text in full.get_xticklabels()] == ["1K", "2K"]
+    assert len(data) == 12
+    drawn = {one.name for one in draw_all(lines, tmp_path, "words")}
+    assert "needle_heatmap" in drawn
+    assert "subtasks" not in drawn
+
+
+def test_one_depth_is_no_heatmap(row: RowMaker) -> None:
+    rows = needle_rows(row)
+    one = rows[rows["subtask"].isin(["1024 x 0%", "2048 x 0%"])].reset_index(drop=True)
+    assert needle_heatmap(compare(one).lines) is None
+
+
+def test_a_report_without_times_is_built(row: RowMaker, tmp_path: Path) -> None:
+    """The figure of kernels' stages has nothing to say there, and must not fail."""
+    ladder_rows(row).to_csv(tmp_path / "rows.csv", index=False)
+    text = build(tmp_path / "rows.csv", tmp_path / "out").with_name("report.md").read_text()
+    assert "### Differences, paired by seed" in text
+    assert "hash_ladder.png" in text
