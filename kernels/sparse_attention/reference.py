@@ -44,8 +44,12 @@ def sparse_attention(
         gather = gather[:, :, :0]
         kept = kept[:, :, :0]
 
-    keys = key_states.repeat_interleave(group, dim=1).gather(2, gather).to(wide)
-    values = value_states.repeat_interleave(group, dim=1).gather(2, gather).to(wide)
+    def chosen(states: Tensor) -> Tensor:
+        """Gather from each query head's states, without a copy of them for each."""
+        shared = states[:, :, None].expand(-1, -1, group, -1, -1)
+        return shared.gather(3, gather.unflatten(1, (-1, group))).flatten(1, 2).to(wide)
+
+    keys, values = chosen(key_states), chosen(value_states)
     logits = (keys @ query_states.to(wide)[..., None])[..., 0] * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
