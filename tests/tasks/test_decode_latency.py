@@ -230,10 +230,10 @@ def test_copies_count_towards_the_memory(
     monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, store: PrefillStore
 ) -> None:
     cached = 2 * 300 * 2 * 32 * 4  # keys and values of 2 heads of 32 in float32
-    monkeypatch.setattr(decode_latency, "_free_bytes", lambda device: 2 * 3 * cached)
+    monkeypatch.setattr(decode_latency, "free_bytes", lambda device: 2 * 3 * cached)
     (row,) = rows(loaded, store, ExactTopK(), task())  # two copies and one to work with
     assert row.status == "ok"
-    monkeypatch.setattr(decode_latency, "_free_bytes", lambda device: 2 * 3 * cached - 2)
+    monkeypatch.setattr(decode_latency, "free_bytes", lambda device: 2 * 3 * cached - 2)
     (row,) = rows(loaded, store, ExactTopK(), task())
     assert (row.status, row.values) == (
         "skipped",
