@@ -10,6 +10,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
+from topkbench.kernels.group_softmax import fused as softmax
 from topkbench.kernels.hamming_score import fused as hamming
 from topkbench.kernels.hash_encode import fused as encode
 from topkbench.kernels.lowrank_score import fused as lowrank
@@ -40,6 +41,9 @@ def launch_all(size: int) -> None:
             hamming.hamming_score(codes[:, :, :4, :words], codes[..., :words], given, bound, bound)
     for scores in (norms, norms.bfloat16(), norms.int()):
         topk.topk_select(scores, 8, 1, 1, bound, bound)
+    for rule in ("sum", "max"):
+        for cap in (None, 30.0):
+            softmax.group_softmax(norms[:, :, None].expand(-1, -1, 4, -1), 0.1, rule, cap)
     for dtype, dim in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 256)):
         weight, entries = torch.zeros(2, dim, 128), size // 8
         query, cache = torch.zeros(1, 8, dim).to(dtype), torch.zeros(1, 2, size, dim).to(dtype)
