@@ -1,11 +1,11 @@
 """The named experiments on the operators alone: what ``kernels.bench --experiment NAME`` runs.
 
 They run where there is no Hydra and no W&B, on a bare GPU machine. The rules are those of
-``task=decode_latency``: each method is timed in turn with full
-attention, cold; the result of each stage is compared
-with the reference first, and a wrong one has no speed; what exceeds half of the free memory is
-skipped. The rows have that task's columns, so that ``python -m topkbench.analysis.report FILE.csv``
-draws its figures from them. Stages are timed launch by launch, also where steps are graph replays.
+``task=decode_latency``: each method is timed in turn with full attention, cold; the result of each
+stage is compared with the reference first, and a wrong one has no speed; what exceeds half of the
+free memory is skipped. The rows have that task's columns, so that
+``python -m topkbench.analysis.report FILE.csv`` draws its figures from them. Stages are timed
+launch by launch, also where steps are graph replays.
 """
 
 import csv

@@ -7,6 +7,7 @@ several rows. A group of any size is taken by fours, then twos, then ones.
 
 from collections.abc import Callable
 
+import numpy as np
 from numba import njit
 
 from topkbench.kernels.intrinsics import (
@@ -35,6 +36,32 @@ def clipped(address: int, row: int, size: int, missing: int) -> int:
     if address == 0:
         return missing
     return min(max(int(load_int32(address, row)), 0), size)
+
+
+@njit(nogil=True)
+def scored_span(
+    scores: int, group: int, size: int, row: int, start: int, end: int, first: int, last: int
+) -> tuple[int, int]:
+    """Return what is valid of the units ``first`` to ``last``, the others being scored -inf.
+
+    Args:
+        scores: ``[group, size]`` float32.
+        group: Queries.
+        size: Units of the whole axis.
+        row: Row of the batch.
+        start: Address of the int32 bound of the rows' first units, or 0.
+        end: Address of that of their ends, or 0.
+        first: First unit of the span.
+        last: End of the span.
+    """
+    begin = min(max(first, clipped(start, row, size, 0)), last)
+    finish = max(min(last, clipped(end, row, size, size)), begin)
+    for g in range(group):
+        for unit in range(first, begin):
+            store_float32(scores, g * size + unit, -np.inf)
+        for unit in range(finish, last):
+            store_float32(scores, g * size + unit, -np.inf)
+    return begin, finish
 
 
 @njit(nogil=True)

@@ -1,13 +1,11 @@
 """lowrank_score on a CPU: each key is read once for all queries of its group."""
 
-import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
 
 from topkbench.kernels.addresses import bound_address, check_cache
-from topkbench.kernels.intrinsics import store_float32
-from topkbench.kernels.rows import clipped, score_span, span_work
+from topkbench.kernels.rows import score_span, scored_span, span_work
 
 # Tokens in one piece of work: small enough to occupy all cores at batch 1, large enough that
 # handing it out costs nothing.
@@ -56,13 +54,7 @@ def _score(
         first = task % num_blocks * _BLOCK
         last = min(first + _BLOCK, num_slots)
         scores = out + 4 * head_index * group * num_slots
-        begin = min(max(first, clipped(start, batch, num_slots, 0)), last)
-        finish = max(min(last, clipped(end, batch, num_slots, num_slots)), begin)
-        for g in range(group):
-            for slot in range(first, begin):
-                store_float32(scores, g * num_slots + slot, -np.inf)
-            for slot in range(finish, last):
-                store_float32(scores, g * num_slots + slot, -np.inf)
+        begin, finish = scored_span(scores, group, num_slots, batch, start, end, first, last)
         score_span(
             query + 4 * head_index * group * rank,
             keys + item * (batch * strides[0] + head * strides[1]),

@@ -5,14 +5,12 @@ so the bound is two dot products: the positive part of the query with the maxima
 part with the minima.
 """
 
-import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
 
 from topkbench.kernels.addresses import bound_address, check_cache
-from topkbench.kernels.intrinsics import store_float32
-from topkbench.kernels.rows import clipped, score_span, span_work
+from topkbench.kernels.rows import score_span, scored_span, span_work
 
 # Pages in one piece of work.
 _BLOCK = 256
@@ -76,13 +74,7 @@ def _score(
         high = page_max + item * (batch * max_strides[0] + head * max_strides[1])
         scores = out + 4 * head_index * group * num_pages
         last = min(first + _BLOCK, num_pages)
-        begin = min(max(first, clipped(start, batch, num_pages, 0)), last)
-        finish = max(min(last, clipped(end, batch, num_pages, num_pages)), begin)
-        for g in range(group):
-            for page in range(first, begin):
-                store_float32(scores, g * num_pages + page, -np.inf)
-            for page in range(finish, last):
-                store_float32(scores, g * num_pages + page, -np.inf)
+        begin, finish = scored_span(scores, group, num_pages, batch, start, end, first, last)
         score_span(
             above + queries,
             high,
