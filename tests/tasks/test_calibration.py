@@ -307,18 +307,22 @@ class Witness(HATA):
 def test_never_more_is_held_than_the_limit(loaded: LoadedModel, layers_at_once: int) -> None:
     """Counts the bytes of all tensors in the process that were not there before."""
 
-    def storages() -> dict[int, int]:
-        tensors = [one for one in gc.get_objects() if type(one) is Tensor and one.numel()]
+    def tensors() -> list[Tensor]:
+        return [one for one in gc.get_objects() if type(one) is Tensor and one.numel()]
+
+    def storages(tensors: list[Tensor]) -> dict[int, int]:
         return {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
 
     method = Witness(rbit=32, epochs=1, steps_per_epoch=1)
     calibration = Calibration.draw(loaded, method, 4, LENGTH, seed=3)
     calibration.memory_limit = layers_at_once * calibration.num_bytes(0)
     learnt = 4 * 2 * 16 * 32  # the weights of the layers before, float32
-    before, held = storages(), []
+    # Those of before are kept: were one freed, a new tensor at its address would not be counted.
+    kept, held = tensors(), []
+    before = storages(kept)
 
     def look(*_: object) -> None:
-        held.append(sum(size for place, size in storages().items() if place not in before))
+        held.append(sum(size for place, size in storages(tensors()).items() if place not in before))
 
     method.look = look  # type: ignore[attr-defined]
     hook = loaded.model.base_model.register_forward_pre_hook(look)
