@@ -229,7 +229,7 @@ def test_the_arms_of_the_loss_ablation_change_what_they_say() -> None:
         dict(resolved("experiment=loss_ablation", f"method={text}").method)
         for text in override.sweep_string_iterator()
     ]
-    assert published == dict(resolved("method=hata").method)
+    assert published == dict(resolved("method=hata", "method.chunk_size=5461").method)
     differences = [
         {name for name, value in arm.items() if value != published[name]} for arm in changed
     ]
