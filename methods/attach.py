@@ -23,6 +23,14 @@ from topkbench.methods.base import (
     TopKMethod,
 )
 from topkbench.methods.cache_watch import IndexStore, LengthReader, Lengths, cache_layer, is_own
+from topkbench.methods.capture import (
+    PREFILL_NEEDS,
+    PREVIOUS_QUERY,
+    Captured,
+    cannot_foretell,
+    foretell_queries,
+    missing,
+)
 from topkbench.methods.softcap import softcap_attention
 
 IMPLEMENTATION = "topkbench"
@@ -126,11 +134,6 @@ class Session:
                 f"attach serves decoder-only models, got the encoder-decoder "
                 f"{type(model).__name__}."
             )
-        if method.needs:
-            raise ValueError(
-                f"attach gives a method keys and values, and {method.name} needs "
-                f"{', '.join(sorted(method.needs))} at prefill."
-            )
         self.geometry = geometry_of(model)
         self.method = method
         self.policy = method.policy_in_force(policy)
@@ -145,6 +148,11 @@ class Session:
         if any(module in _SESSIONS for module in self.modules):
             raise ValueError("a model can have one method attached, and this one has; leave it.")
         method.check_ready(self.geometry)
+        self._needs = method.needs | observer.needs
+        for module in self.modules if PREVIOUS_QUERY in self._needs else ():
+            reason = cannot_foretell(module)
+            if reason is not None:
+                raise ValueError(reason)
         self.dense = self._dense_layers()
         if method.selects and len(self.dense) == self.geometry.num_layers:
             raise ValueError(
@@ -154,6 +162,8 @@ class Session:
         self.indices = IndexStore()
         self._reader = LengthReader()
         self._cache: dict[int, Any] = {}
+        self._captured: WeakKeyDictionary[Any, dict[int, Captured]] = WeakKeyDictionary()
+        self._foretold: dict[int, Tensor] = {}
         self._said = False
 
     def forget(self, cache: object) -> None:
@@ -180,11 +190,25 @@ class Session:
                 dense[_layer(module)] = kind
         return dense
 
-    def see(self, layer: int, cache: Any) -> None:
-        """Note which cache a layer is about to write to, before it does."""
-        self._cache[layer] = cache
+    def see(self, layer: int, given: dict[str, Any]) -> None:
+        """Note which cache a layer is about to write to, before it does.
+
+        Args:
+            layer: Index of the layer.
+            given: What its attention module is called with.
+        """
+        cache = self._cache[layer] = given.get("past_key_values")
         if cache is not None:
             self.indices.check(cache, layer)
+        hidden = given.get("hidden_states")
+        following = layer + 1
+        if PREVIOUS_QUERY not in self._needs or following >= len(self.modules) or hidden is None:
+            return
+        if hidden.shape[1] == 1:
+            with torch.no_grad(), self.observer.stage("encode", following):
+                self._foretold[following] = foretell_queries(
+                    self.modules[following], hidden.detach(), given["position_embeddings"]
+                )
 
     def attend(
         self,
@@ -216,10 +240,35 @@ class Session:
                 # Rows may end at different slots, which no mask of transformers knows.
                 mask = lengths.causal_mask(q_len, key.shape[2])
                 mask = None if mask is None else mask.to(key.device)
+            if cache is not None and q_len > 1 and self._needs & PREFILL_NEEDS:
+                self._capture(layer, cache, query, key, mask, scale, options.get("softcap"))
             return _dense(module, query, key, value, mask, scale, options)
         with torch.no_grad():
             out = self._step(layer, cache, query, key, value, lengths, scale, options)
         return out[:, None].to(query.dtype)
+
+    def _capture(
+        self,
+        layer: int,
+        cache: Any,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> None:
+        """Keep what the method needs of a dense forward, beside the cache."""
+        newest = None if mask is None else mask[:, :, -1:]
+        lengths = self._reader.lengths(cache, cache_layer(cache, layer), key, newest)
+        if lengths is None or lengths.kv_len is not None:
+            raise ValueError(
+                f"{self.method.name} reads queries of the prompt, whose rows must end together "
+                "without holes, got a mask that says otherwise; pad on the left."
+            )
+        held = self._captured.setdefault(cache, {})
+        captured = held.setdefault(layer, Captured(self._needs & PREFILL_NEEDS))
+        with torch.no_grad(), self.observer.stage("build", layer):
+            captured.see(query, key[:, :, : lengths.n], scale, lengths.kv_start, softcap)
 
     def _step(
         self,
@@ -235,6 +284,9 @@ class Session:
         """Run one decode step; return ``[B, Hq, d]``."""
         n, kv_start, kv_len = lengths.n, lengths.kv_start, lengths.kv_len
         view = CacheView(key[:, :, :n].detach(), value[:, :, :n].detach(), kv_start, kv_len)
+        foretold = self._foretold.pop(layer, None)
+        if foretold is not None:
+            view.previous_query = foretold[:, :, 0].unflatten(1, (key.shape[1], -1))
         softcap, method, policy = options.get("softcap"), self.method, self.policy
         query = query.detach()[:, :, 0]
         if layer in self.dense:
@@ -267,6 +319,8 @@ class Session:
                 num_layers=self.geometry.num_layers,
                 kv_start=view.kv_start,
                 kv_len=None if view.kv_len is None else view.kv_len - 1,
+                shared=self.indices.shared(cache),
+                **self.captured(cache, layer, lengths.n - 1),
             )
             with self.observer.stage("build", layer):
                 index = self.method.build_index(prefill)
@@ -274,6 +328,25 @@ class Session:
             self.method.append(index, *_newest(view))
         self.indices.keep(cache, layer, index, capacity, key, lengths)
         return index
+
+    def captured(self, cache: Any, layer: int, n: int) -> dict[str, Any]:
+        """Return what was captured of the first ``n`` slots: arguments of ``PrefillInputs``.
+
+        Raises:
+            ValueError: If the method needs what nobody captured.
+        """
+        if is_own(cache):
+            kept = cache.topkbench_captured(layer)
+        else:
+            kept = self._captured.get(cache, {}).get(layer)
+        found = {} if kept is None else kept.inputs(n)
+        lacking = missing(self._needs, found)
+        if lacking:
+            raise ValueError(
+                f"{self.method.name} needs {' and '.join(lacking)} of the prompt, and this cache "
+                "was filled without; prefill it inside the with block of attach."
+            )
+        return found
 
     def _stage(self, layer: int, stage: str) -> AbstractContextManager[Any]:
         return self.observer.stage(stage, layer)
@@ -322,7 +395,8 @@ def _dense(
 def _see_cache(
     session: Session, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    session.see(_layer(module), kwargs.get("past_key_values"))
+    named = {"hidden_states": args[0]} if args else {}
+    session.see(_layer(module), {**named, **kwargs})
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:

@@ -13,7 +13,14 @@ from topkbench.kernels.dispatch import Impl
 from topkbench.kernels.sparse_attention.api import sparse_attention
 from topkbench.kernels.topk_select.api import topk_select
 from topkbench.methods.policy import Policy, aggregate, check_whole
-from topkbench.methods.states import CacheView, Index, PrefillInputs, Selection, StepResult
+from topkbench.methods.states import (
+    CacheView,
+    Index,
+    PrefillInputs,
+    Remainder,
+    Selection,
+    StepResult,
+)
 
 __all__ = [
     "CacheView",
@@ -25,6 +32,7 @@ __all__ = [
     "Observer",
     "Policy",
     "PrefillInputs",
+    "Remainder",
     "Selection",
     "StepResult",
     "TopKMethod",
@@ -85,7 +93,13 @@ class CalibrationStates(Protocol):
 
 
 class Observer:
-    """What a caller may watch; both parts do nothing unless overridden."""
+    """What a caller may watch; both parts do nothing unless overridden.
+
+    Attributes:
+        needs: What the caches that it is shown must hold beyond keys and values.
+    """
+
+    needs: frozenset[str] = frozenset()
 
     def stage(self, name: str, layer: int) -> AbstractContextManager[Any]:
         """Return a context manager around one stage of one layer.
@@ -122,7 +136,11 @@ class TopKMethod(ABC):
         selects: False for a method that reads the whole cache, and so has no budget.
         score_kind: ``"logit"`` if scores are dot products up to the attention's scale (a softmax
             over them means something), else ``"count"``.
-        needs: What must be captured at prefill beyond keys and values.
+        needs: What must be captured beyond keys and values: at prefill ``query_tail`` and
+            ``column_sums``, at every step ``previous_query``.
+        adaptive: True if what is selected depends on what was attended to before, so that
+            ``append`` differs from building anew, and every budget has an index of its own.
+        ragged: True if a head may select fewer tokens than ``k``.
         impl: Implementation of every operator, or a mapping from operator to implementation.
         native: The policy the method was published with: overrides of ``Policy`` fields.
         artifact: What ``fit`` returned, once loaded.
@@ -133,6 +151,8 @@ class TopKMethod(ABC):
     selects: ClassVar[bool] = True
     score_kind: ClassVar[Literal["logit", "count"]] = "count"
     needs: ClassVar[frozenset[str]] = frozenset()
+    adaptive: ClassVar[bool] = False
+    ragged: ClassVar[bool] = False
 
     impl: Impl | Mapping[str, Impl] = "auto"
     native: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -308,7 +328,7 @@ class TopKMethod(ABC):
         softcap: float | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend to the selection; return ``out [B, Hq, d]`` and ``lse [B, Hq]``."""
-        return sparse_attention(
+        out, lse = sparse_attention(
             query_states.flatten(1, 2),
             cache.key_states,
             cache.value_states,
@@ -322,6 +342,37 @@ class TopKMethod(ABC):
             softcap=softcap,
             impl=self.impl_for("sparse_attention"),
         )
+        if selection.remainder is not None:
+            value, weight = selection.remainder.value, selection.remainder.weight[..., None]
+            group = out.shape[1] // value.shape[1]
+            rest = value.float().repeat_interleave(group, 1)
+            out = torch.lerp(out.float(), rest, weight).to(out.dtype)
+        if selection.head_weight is not None:
+            out = (out.float() * selection.head_weight[..., None]).to(out.dtype)
+        return out, lse
+
+    def feedback(
+        self,
+        result: StepResult,
+        query_states: Tensor,
+        index: Any,
+        cache: CacheView,
+        policy: Policy,
+        scale: float,
+        softcap: float | None = None,
+    ) -> None:
+        """Learn from a finished step, in place; for methods that keep score of what was attended.
+
+        Args:
+            result: What the step gave.
+            query_states: ``[B, Hkv, G, d]``.
+            index: The layer's index.
+            cache: The layer's cached states.
+            policy: Budget and forced tokens.
+            scale: The attention's factor on dot products.
+            softcap: As in attention, or None.
+        """
+        return
 
     def scoped(
         self, scores: Tensor | None, policy: Policy, scale: float, softcap: float | None = None
@@ -386,7 +437,10 @@ class TopKMethod(ABC):
                     selection = selection.with_short_rows_whole(cache, policy.k)
         with watch("attend"):
             out, lse = self.attend(query_states, cache, selection, scale, softcap)
-        return StepResult(out, lse, selection, scores)
+            result = StepResult(out, lse, selection, scores)
+            if index is not None:
+                self.feedback(result, query_states, index, cache, policy, scale, softcap)
+        return result
 
     # Accounting ---------------------------------------------------------------------------------
 

@@ -145,6 +145,14 @@ class IndexStore:
 
     def __init__(self) -> None:
         self._kept: WeakKeyDictionary[Any, dict[int, _Kept]] = WeakKeyDictionary()
+        self._shared: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+
+    def shared(self, cache: Any) -> dict[str, Any]:
+        """Return what the layers' indices of a cache share; empty again once all are dropped."""
+        held = self._shared.setdefault(cache, {})
+        if not self._kept.get(cache):
+            held.clear()
+        return held
 
     def check(self, cache: Any, layer: int) -> None:
         """Drop a layer's index unless the cache is as it was left; called before it is written."""

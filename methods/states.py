@@ -1,6 +1,6 @@
 """What passes between a method and its caller: cached states, side information, selections."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -21,8 +21,9 @@ class PrefillInputs:
         kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
         kv_len: int32 ``[B]`` end of each row's valid slots; None for ``n``.
         query_tail: ``[B, Hq, w, d]`` last queries of the prompt; None unless declared as needed.
-        column_sums: ``[B, Hq, n]`` attention each token received; None unless declared.
-        layer_input: ``[B, n, hidden]`` the layer's input; None unless declared.
+        column_sums: float32 ``[B, Hq, n]`` attention that each token got from all queries of the
+            prompt; None unless declared as needed.
+        shared: What the layers' indices of one cache share; empty when the first is built.
     """
 
     key_states: Tensor
@@ -34,7 +35,7 @@ class PrefillInputs:
     kv_len: Tensor | None = None
     query_tail: Tensor | None = None
     column_sums: Tensor | None = None
-    layer_input: Tensor | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -51,12 +52,15 @@ class CacheView:
         value_states: ``[B, Hkv, n, d]``.
         kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
         kv_len: int32 ``[B]`` end of each row's valid slots; None for ``n``.
+        previous_query: ``[B, Hkv, G, d]`` what this layer's queries would be, had it the input of
+            the layer before; None unless declared as needed, and in the first layer.
     """
 
     key_states: Tensor
     value_states: Tensor
     kv_start: Tensor | None = None
     kv_len: Tensor | None = None
+    previous_query: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -158,6 +162,19 @@ class Index:
 
 
 @dataclass
+class Remainder:
+    """One value that stands for all tokens, beside those that are attended to.
+
+    Attributes:
+        value: ``[B, Hkv, d]``.
+        weight: float32 ``[B, Hq]`` its share of the output, 0 to 1; the selection has the rest.
+    """
+
+    value: Tensor
+    weight: Tensor
+
+
+@dataclass
 class Selection:
     """Which units each head attends to.
 
@@ -167,12 +184,16 @@ class Selection:
         count: int32 ``[B, H]`` how many leading entries count; None for all that are not -1.
         log_weight: float32 ``[B, Hq, m]`` added to the logits of a unit's tokens; None for zeros.
         unit_size: Tokens in a unit.
+        remainder: What stands for the tokens not selected; None for nothing.
+        head_weight: float32 ``[B, Hq]`` factor of each head's output; None for ones.
     """
 
     indices: Tensor
     count: Tensor | None = None
     log_weight: Tensor | None = None
     unit_size: int = 1
+    remainder: Remainder | None = None
+    head_weight: Tensor | None = None
 
     @classmethod
     def everything(cls, cache: CacheView) -> Self:
@@ -208,7 +229,13 @@ class Selection:
         weight = self.log_weight
         if weight is not None:
             weight = pad(weight, (0, missing)).masked_fill(short, 0.0)
-        return Selection(torch.where(short, whole, kept), None, weight, self.unit_size)
+        remainder = self.remainder
+        if remainder is not None:
+            remainder = Remainder(remainder.value, remainder.weight.masked_fill(short[:, 0], 0.0))
+        heads = self.head_weight
+        heads = None if heads is None else heads.masked_fill(short[:, 0], 1.0)
+        indices = torch.where(short, whole, kept)
+        return Selection(indices, None, weight, self.unit_size, remainder, heads)
 
     def slots(self, cache: CacheView) -> Tensor:
         """Return bool ``[B, H, n]``: the tokens that each head attends to, pages expanded."""

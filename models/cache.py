@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from topkbench.methods.capture import Captured
 from topkbench.models.prefill import Prefill
 
 
@@ -105,6 +106,15 @@ class DecodeCache(Cache):
             values = self._stack([prefill.value_states[layer] for prefill in prefills], device)
             layers.append(DecodeLayer(self, keys, values))
         super().__init__(layers=layers)
+        self._captured: list[Captured] = []
+        if all(prefill.captured for prefill in prefills):
+            for layer, device in enumerate(devices):
+                parts = [prefill.captured[layer] for prefill in prefills]
+                self._captured.append(Captured.batch(parts, self.n, device))
+
+    def topkbench_captured(self, layer: int) -> Captured | None:
+        """Return what was captured of a layer while the prompts were read, None if nothing."""
+        return self._captured[layer] if self._captured else None
 
     def _stack(self, rows: Sequence[Tensor], device: torch.device) -> Tensor:
         num_heads, _, head_dim = rows[0].shape

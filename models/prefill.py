@@ -4,6 +4,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from topkbench.methods.capture import PREFILL_NEEDS, Captured, watched_attention
+
 
 @dataclass(frozen=True)
 class Prefill:
@@ -25,13 +28,24 @@ class Prefill:
         key_states: For each layer ``[Hkv, n, d]`` post-RoPE keys.
         value_states: For each layer ``[Hkv, n, d]``.
         logits: ``[vocabulary]`` of the last token.
-        milliseconds: What the forward took.
+        milliseconds: What the forward took, without what is captured.
+        captured: For each layer, ``[1, Hq, w, d]`` and ``[1, Hq, n]`` of it; empty for nothing.
     """
 
     key_states: tuple[Tensor, ...]
     value_states: tuple[Tensor, ...]
     logits: Tensor
     milliseconds: float
+    captured: tuple[Captured, ...] = ()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What was captured beside keys and values."""
+        return self.captured[0].needs if self.captured else frozenset()
+
+    def needs_ms(self, needs: frozenset[str]) -> float:
+        """Return the milliseconds that capturing took, over all layers."""
+        return sum(one.milliseconds.get(need, 0.0) for one in self.captured for need in needs)
 
     @property
     def num_tokens(self) -> int:
@@ -46,30 +60,45 @@ class Prefill:
     @property
     def num_bytes(self) -> int:
         """Bytes of all states."""
-        return sum(states.nbytes for states in (*self.key_states, *self.value_states))
+        captured = [states for one in self.captured for states in (one.query_tail, one.column_sums)]
+        states = (*self.key_states, *self.value_states, *captured)
+        return sum(one.nbytes for one in states if one is not None)
 
 
 @torch.no_grad()
-def prefill(model: PreTrainedModel, token_ids: Sequence[int]) -> Prefill:
+def prefill(
+    model: PreTrainedModel, token_ids: Sequence[int], needs: frozenset[str] = frozenset()
+) -> Prefill:
     """Run the model densely over one prompt.
 
     Args:
         model: A decoder-only model with an ordinary attention implementation.
         token_ids: The prompt, special tokens included.
+        needs: What to capture beside keys and values: ``query_tail``, ``column_sums``.
     """
     cache = DynamicCache()
     ids = torch.tensor([list(token_ids)], device=model.device)
+    captured: list[Captured] = []
+
+    def see(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        one = Captured(needs)
+        one.see(query, key, query.shape[-1] ** -0.5)
+        captured.append(one)
+
     began = time.perf_counter()
-    logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+    with watched_attention(model, see) if needs else nullcontext():
+        logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
     if logits.is_cuda:
         torch.cuda.synchronize(logits.device)
     milliseconds = (time.perf_counter() - began) * 1e3
+    milliseconds -= sum(sum(one.milliseconds.values()) for one in captured)
     layers: list[Any] = cache.layers
     return Prefill(
         tuple(layer.keys[0].cpu() for layer in layers),
         tuple(layer.values[0].cpu() for layer in layers),
         logits.float().cpu(),
         milliseconds,
+        tuple(one.to(torch.device("cpu")) for one in captured),
     )
 
 
@@ -94,7 +123,7 @@ class PrefillStore:
         model: PreTrainedModel,
         folder: Path,
         memory_limit: int | None = None,
-        compute: Callable[[PreTrainedModel, Sequence[int]], Prefill] = prefill,
+        compute: Callable[[PreTrainedModel, Sequence[int], frozenset[str]], Prefill] = prefill,
     ) -> None:
         self.model = model
         self.folder = folder
@@ -105,16 +134,26 @@ class PrefillStore:
             psutil.virtual_memory().available // 2 if memory_limit is None else memory_limit
         )
 
-    def get(self, token_ids: Sequence[int]) -> Prefill:
-        """Return the prompt's states, computing them if nobody has."""
+    def get(self, token_ids: Sequence[int], needs: frozenset[str] = frozenset()) -> Prefill:
+        """Return the prompt's states, computing them if nobody has.
+
+        Args:
+            token_ids: The prompt.
+            needs: What must have been captured; a prompt that lacks it is read once more.
+        """
+        needs &= PREFILL_NEEDS
         key = hashlib.sha256(" ".join(map(str, token_ids)).encode()).hexdigest()[:32]
         if key in self._kept:
-            return self._kept[key]
+            states = self._kept[key]
+            if not needs <= states.needs:
+                states = self._kept[key] = self._run(token_ids, needs | states.needs)
+            return states
         path = self.folder / f"{key}.safetensors"
-        if path.exists():
-            return _load(path)
+        found = _load(path, needs) if path.exists() else None
+        if found is not None:
+            return found
         if self._room > 0:
-            states = self._run(token_ids)
+            states = self._run(token_ids, needs)
             if states.num_bytes <= self._room:
                 self._room -= states.num_bytes
                 self._kept[key] = states
@@ -124,15 +163,16 @@ class PrefillStore:
             return states
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            if path.exists():
-                return _load(path)
-            states = self._run(token_ids)
+            found = _load(path, needs) if path.exists() else None
+            if found is not None:
+                return found
+            states = self._run(token_ids, needs)
             _save(states, path)
             return states
 
-    def _run(self, token_ids: Sequence[int]) -> Prefill:
+    def _run(self, token_ids: Sequence[int], needs: frozenset[str]) -> Prefill:
         self.forwards += 1
-        return self._compute(self.model, token_ids)
+        return self._compute(self.model, token_ids, needs)
 
 
 def _save(states: Prefill, path: Path) -> None:
@@ -141,18 +181,32 @@ def _save(states: Prefill, path: Path) -> None:
     for layer in range(states.num_layers):
         tensors[f"keys.{layer}"] = states.key_states[layer]
         tensors[f"values.{layer}"] = states.value_states[layer]
+    for layer, one in enumerate(states.captured):
+        for need in one.needs:
+            tensors[f"{need}.{layer}"] = getattr(one, need)
+            tensors[f"{need}_ms.{layer}"] = torch.tensor(one.milliseconds[need])
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, unfinished)
     unfinished.replace(path)
 
 
-def _load(path: Path) -> Prefill:
+def _load(path: Path, needs: frozenset[str]) -> Prefill | None:
+    """Return what a file holds, None if it lacks what is needed."""
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         num_layers = sum(name.startswith("keys.") for name in names)
+        held = frozenset(need for need in PREFILL_NEEDS if f"{need}.0" in names)
+        if not needs <= held:
+            return None
+        captured = []
+        for layer in range(num_layers if held else 0):
+            tensors = {need: file.get_tensor(f"{need}.{layer}") for need in held}
+            took = {need: float(file.get_tensor(f"{need}_ms.{layer}")) for need in held}
+            captured.append(Captured(held, milliseconds=took, **tensors))
         return Prefill(
             tuple(file.get_tensor(f"keys.{layer}") for layer in range(num_layers)),
             tuple(file.get_tensor(f"values.{layer}") for layer in range(num_layers)),
             file.get_tensor("logits"),
             float(file.get_tensor("milliseconds")),
+            tuple(captured),
         )

@@ -5,19 +5,16 @@ come from the benchmark it is evaluated on; ours share no key, value or filler w
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from topkbench.methods.attach import geometry_of
 from topkbench.methods.base import LayerStates, Progress, TopKMethod
+from topkbench.methods.capture import watched_attention
 from topkbench.models.load import LoadedModel
 from topkbench.tasks.ruler_prompts import SUBTASKS, make_prompt
 from topkbench.tasks.words import CALIBRATION_NAMES, word_pools
@@ -25,7 +22,6 @@ from topkbench.tasks.words import CALIBRATION_NAMES, word_pools
 SEED = 90210
 NUM_SEQUENCES = 14
 MAX_LENGTH = 4096
-CAPTURE = "topkbench_capture"
 
 
 def calibration_texts(loaded: LoadedModel, length: int, num_sequences: int, seed: int) -> list[str]:
@@ -41,39 +37,6 @@ def calibration_texts(loaded: LoadedModel, length: int, num_sequences: int, seed
         prompt = make_prompt(subtask, rng, word_pools()[1], length - 2, count, CALIBRATION_NAMES)
         texts.append(prompt.context + prompt.question + prompt.answer_prefix + prompt.reference)
     return texts
-
-
-@contextmanager
-def watched_attention(
-    model: PreTrainedModel, see: Callable[[int, Tensor, Tensor, Tensor], None]
-) -> Iterator[None]:
-    """Let ``see`` have each layer's index and post-RoPE states in every forward of the block.
-
-    Args:
-        model: A decoder-only model; it is what it was once the block is left.
-        see: Called with the layer, ``[B, Hq, n, d]`` queries, and ``[B, Hkv, n, d]`` keys and
-            values.
-    """
-
-    def attend(
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *args: object,
-        **kwargs: object,
-    ) -> tuple[Tensor, Tensor | None]:
-        see(int(module.layer_idx), query, key, value)  # type: ignore[arg-type]
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)  # type: ignore[arg-type]
-
-    before = model.config._attn_implementation
-    AttentionInterface.register(CAPTURE, attend)
-    AttentionMaskInterface.register(CAPTURE, sdpa_mask)
-    model.set_attn_implementation(CAPTURE)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 @dataclass

@@ -20,8 +20,8 @@ from topkbench.methods.base import (
     check_whole,
     kv_bytes,
 )
+from topkbench.methods.capture import PREFILL_NEEDS, QUERY_TAIL, Captured, watched_attention
 from topkbench.models.load import free_bytes
-from topkbench.tasks.calibration import watched_attention
 from topkbench.tasks.evaluation import (
     STAGES,
     Context,
@@ -268,6 +268,11 @@ class _Layer:
         self.scale = states.key_states.shape[-1] ** -0.5
         self.cache = CacheView(states.key_states, states.value_states)
         self.newest = (states.key_states[:, :, -1:], states.value_states[:, :, -1:])
+        self._captured = Captured(method.needs & PREFILL_NEEDS)
+        if self._captured.needs:
+            # Whose queries they are does not matter to the time that a step takes.
+            queries = states.query_states.flatten(1, 2)[:, :, None].expand(-1, -1, QUERY_TAIL, -1)
+            self._captured.see(queries, self.cache.key_states[:, :, :-1], self.scale)
         self.index: Any = self._build() if self.method.selects else None
 
     def _build(self) -> Any:
@@ -279,6 +284,7 @@ class _Layer:
                 capacity=n,
                 layer=self.place[0],
                 num_layers=self.place[1],
+                **self._captured.inputs(n - 1),
             )
         )
 

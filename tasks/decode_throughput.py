@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from topkbench.kernels.timing import Stages, measure
 from topkbench.methods.attach import Session, attach
 from topkbench.methods.base import Geometry, Observer, TopKMethod, check_whole, kv_bytes
+from topkbench.methods.capture import PREFILL_NEEDS, QUERY_TAIL, Captured
 from topkbench.models.cache import DecodeCache, layer_devices
 from topkbench.models.load import free_bytes
 from topkbench.models.prefill import Prefill
@@ -159,6 +160,14 @@ class DecodeThroughput(Task):
         )
         layers = geometry.num_layers
         prefill = Prefill((keys,) * layers, (values,) * layers, torch.empty(0), 0.0)
+        needs = context.method.needs & PREFILL_NEEDS
+        if needs:
+            # Whose queries they are does not matter to the time that a step takes.
+            heads = geometry.num_heads // geometry.num_kv_heads
+            queries = keys[None, :, -QUERY_TAIL:].repeat_interleave(heads, 1)
+            captured = Captured(needs)
+            captured.see(queries, keys[None], geometry.head_dim**-0.5)
+            prefill = replace(prefill, captured=(captured,) * layers)
         cache = DecodeCache([prefill] * self.batch_size, 1, layer_devices(model))
         cache.extend()
         return cache

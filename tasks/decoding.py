@@ -103,16 +103,23 @@ class Decoder:
         store: Where the prompts' prefills are.
         prompts: A batch that decodes as many question tokens in each row.
         new_tokens: Room for tokens after the question.
+        needs: What the method needs beyond keys and values.
     """
 
     def __init__(
-        self, loaded: LoadedModel, store: PrefillStore, prompts: Sequence[Prompt], new_tokens: int
+        self,
+        loaded: LoadedModel,
+        store: PrefillStore,
+        prompts: Sequence[Prompt],
+        new_tokens: int,
+        needs: frozenset[str] = frozenset(),
     ) -> None:
-        prefills = [store.get(prompt.prefill_ids) for prompt in prompts]
+        prefills = [store.get(prompt.prefill_ids, needs) for prompt in prompts]
         self.loaded = loaded
         self.device = loaded.model.device
         self.prompts = prompts
         self.prefill_ms = [states.milliseconds for states in prefills]
+        self.needs_ms = [states.needs_ms(needs) for states in prefills]
         room = len(prompts[0].decode_ids) + new_tokens
         self.cache = DecodeCache(prefills, room, layer_devices(loaded.model))
         self.first_logits = torch.stack([states.logits for states in prefills]).to(self.device)

@@ -1,6 +1,6 @@
 """How good a selection is: recall of the exact top-k, attention kept, error of the output."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from topkbench.methods.base import (
     StepResult,
     TopKMethod,
 )
+from topkbench.methods.capture import Captured
 
 
 @dataclass
@@ -128,19 +129,28 @@ class SelectionMeter(Observer):
 class Shadow(Observer):
     """Runs a method beside full attention, on full attention's states, at every budget at once.
 
-    One index and one scoring a step serve all budgets: only the selection depends on ``k``. Layers
+    One index and one scoring a step serve all budgets: only the selection depends on ``k``. Where a
+    selection depends on what was attended to before, each budget has an index of its own. Layers
     that the policies leave dense select nothing, and are not judged.
     """
 
     def __init__(
-        self, method: TopKMethod, policies: Sequence[Policy], num_layers: int, capacity: int
+        self,
+        method: TopKMethod,
+        policies: Sequence[Policy],
+        num_layers: int,
+        capacity: int,
+        captured: Callable[[int], Captured | None],
     ) -> None:
         self.method = method
-        self.policies = policies
+        self.needs = method.needs
         self.num_layers = num_layers
         self.capacity = capacity
+        self.captured = captured
         self.dense = policies[0].resolve_dense_layers(num_layers)
-        self.indices: dict[int, Any] = {}
+        self.groups = [[policy] for policy in policies] if method.adaptive else [list(policies)]
+        self.shared: list[dict[str, Any]] = [{} for _ in self.groups]
+        self.indices: dict[tuple[int, int], Any] = {}
         self.seen: list[tuple[int, int, int, Quality]] = []
         self.steps: dict[int, int] = {}
 
@@ -155,11 +165,21 @@ class Shadow(Observer):
     ) -> None:
         if layer in self.dense:
             return
+        self.steps[layer] = self.steps.get(layer, -1) + 1
+        truth = Truth.of(query_states, cache, scale, softcap)
+        for place, policies in enumerate(self.groups):
+            index = self._index(layer, place, cache)
+            steps = self._adaptive if self.method.adaptive else self._together
+            for policy, outcome in steps(query_states, index, cache, policies, scale, softcap):
+                found = quality(truth, cache, outcome, policy.k)
+                self.seen.append((policy.k, layer, self.steps[layer], found))
+
+    def _index(self, layer: int, place: int, cache: CacheView) -> Any:
+        """Return a layer's index with the current token in it."""
         method = self.method
         _, end = cache.bounds()
-        rows = torch.arange(len(end), device=cache.device)
-        newest = end.long() - 1
-        if layer not in self.indices:
+        if (layer, place) not in self.indices:
+            captured = self.captured(layer)
             before = PrefillInputs(
                 key_states=cache.key_states[:, :, :-1],
                 value_states=cache.value_states[:, :, :-1],
@@ -167,24 +187,52 @@ class Shadow(Observer):
                 layer=layer,
                 num_layers=self.num_layers,
                 kv_len=end - 1,
+                shared=self.shared[place],
+                **({} if captured is None else captured.inputs(cache.n - 1)),
             )
-            self.indices[layer] = method.build_index(before)
-        index = self.indices[layer]
+            self.indices[layer, place] = method.build_index(before)
+        index = self.indices[layer, place]
+        rows = torch.arange(len(end), device=cache.device)
+        newest = end.long() - 1
         method.append(
             index,
             cache.key_states[rows, :, newest, None],
             cache.value_states[rows, :, newest, None],
         )
+        return index
+
+    def _together(
+        self,
+        query_states: Tensor,
+        index: Any,
+        cache: CacheView,
+        policies: Sequence[Policy],
+        scale: float,
+        softcap: float | None,
+    ) -> Iterator[tuple[Policy, StepResult]]:
+        """Yield what each budget gives, from one scoring."""
+        method = self.method
         method.bind(index, cache)
-        truth = Truth.of(query_states, cache, scale, softcap)
         encoded = method.encode(query_states, index)
         raw = method.score(encoded, index)
-        step = self.steps[layer] = self.steps.get(layer, -1) + 1
-        for policy in self.policies:
-            if policy.k >= cache.n:
-                continue
-            scores = method.scoped(raw, policy, scale, softcap)
-            chosen = method.select(scores, encoded, index, policy)
-            out, lse = method.attend(query_states, cache, chosen, scale, softcap)
-            outcome = quality(truth, cache, StepResult(out, lse, chosen, scores), policy.k)
-            self.seen.append((policy.k, layer, step, outcome))
+        for policy in policies:
+            if policy.k < cache.n:
+                scores = method.scoped(raw, policy, scale, softcap)
+                chosen = method.select(scores, encoded, index, policy)
+                out, lse = method.attend(query_states, cache, chosen, scale, softcap)
+                yield policy, StepResult(out, lse, chosen, scores)
+
+    def _adaptive(
+        self,
+        query_states: Tensor,
+        index: Any,
+        cache: CacheView,
+        policies: Sequence[Policy],
+        scale: float,
+        softcap: float | None,
+    ) -> Iterator[tuple[Policy, StepResult]]:
+        """Yield what each budget gives by whole steps, after which the index has learnt."""
+        for policy in policies:
+            result = self.method.step(query_states, index, cache, policy, scale, softcap)
+            if policy.k < cache.n:
+                yield policy, result

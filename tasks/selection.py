@@ -66,9 +66,11 @@ class SelectionTask(Ruler):
         self, context: Context, prompt: Prompt, policies: Sequence[Policy]
     ) -> list[dict[str, Any]]:
         answer = context.full_answer(prompt)
-        decoder = Decoder(context.loaded, context.store, [prompt], len(answer) + 1)
+        needs = context.method.needs
+        decoder = Decoder(context.loaded, context.store, [prompt], len(answer) + 1, needs)
         cache = decoder.cache
-        shadow = Shadow(context.method, policies, len(cache.layers), cache.capacity)
+        captured = cache.topkbench_captured
+        shadow = Shadow(context.method, policies, len(cache.layers), cache.capacity, captured)
         with attach(context.loaded.model, context.full, context.policy, shadow):
             decoder.follow([answer])
         return [

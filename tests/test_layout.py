@@ -23,11 +23,12 @@ ALLOWED = {
     "methods": ("torch", "safetensors", *KERNEL_APIS, "topkbench.kernels.dispatch"),
     "models": (
         *("torch", "transformers", "tokenizers", "safetensors", "filelock", "psutil"),
-        *(*KERNEL_APIS, "topkbench.methods.base"),
+        *(*KERNEL_APIS, "topkbench.methods.base", "topkbench.methods.capture"),
     ),
     "tasks": (
         *("torch", "transformers", "tokenizers", "triton", "filelock", "psutil", "wonderwords"),
         *("topkbench.methods.base", "topkbench.methods.attach", "topkbench.methods.artifact"),
+        "topkbench.methods.capture",
         *("topkbench.models", *KERNEL_APIS, "topkbench.kernels.timing"),
     ),
     "analysis": ("numpy", "pandas", "matplotlib", "jinja2", "pyarrow", "filelock", "tabulate"),
@@ -36,6 +37,7 @@ ALLOWED = {
 ALLOWED_TO_ONE = {
     "kernels/full_attention/libraries.py": ("flash_attn", "flashinfer"),
     "methods/attach.py": ("transformers",),
+    "methods/capture.py": ("transformers",),
     "analysis/tracking.py": ("wandb", "wandb_workspaces"),
     "analysis/sweep_callback.py": ("hydra", "omegaconf"),
 }

@@ -9,13 +9,16 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
+from torch.nn.functional import pad
 
 from topkbench.methods.base import CacheView, Geometry, PrefillInputs, TopKMethod
+from topkbench.methods.capture import column_sums
 
 CONF = Path(__file__).parents[2] / "conf" / "method"
 NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
 
 HEAD_DIM, GROUP, KV_HEADS, LAYERS = 32, 3, 2, 2
+TAIL = 16  # queries of the prompt's end
 GEOMETRY = Geometry(
     num_layers=LAYERS,
     num_heads=GROUP * KV_HEADS,
@@ -96,8 +99,20 @@ def build() -> Callable[..., Any]:
         kv_len: Tensor | None = None,
         capacity: int | None = None,
     ) -> Any:
-        """Build layer 1's index and bind it to the same states."""
+        """Build layer 1's index and bind it to the same states.
+
+        The prompt's queries are its keys, once for each query head of a group.
+        """
         room = keys.shape[2] + 8 if capacity is None else capacity
+        batch_size, _, n, _ = keys.shape
+        starts = [0] * batch_size if kv_start is None else kv_start.tolist()
+        ends = [n] * batch_size if kv_len is None else kv_len.tolist()
+        tails, sums = [], []
+        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            own = keys[row : row + 1, :, start:end]
+            asked = own.repeat_interleave(GROUP, 1)
+            tails.append(asked[:, :, -TAIL:])
+            sums.append(pad(column_sums(asked, own, HEAD_DIM**-0.5), (start, n - end)))
         index = method.build_index(
             PrefillInputs(
                 key_states=keys,
@@ -107,6 +122,8 @@ def build() -> Callable[..., Any]:
                 num_layers=LAYERS,
                 kv_start=kv_start,
                 kv_len=kv_len,
+                query_tail=torch.cat(tails) if "query_tail" in method.needs else None,
+                column_sums=torch.cat(sums) if "column_sums" in method.needs else None,
             )
         )
         method.bind(index, CacheView(keys, values, kv_start, kv_len))

@@ -1,0 +1,238 @@
+"""What some methods need beyond keys and values: the prompt's queries, and queries foretold.
+
+Nothing here runs unless a method declares it in ``needs``.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+QUERY_TAIL = 64  # queries of a prompt that are kept, its last
+PREFILL_NEEDS = frozenset({"query_tail", "column_sums"})
+PREVIOUS_QUERY = "previous_query"
+WATCHED = "topkbench_watched"
+BLOCK = 256  # queries whose attention weights are held at once
+
+
+@contextmanager
+def watched_attention(
+    model: PreTrainedModel, see: Callable[[int, Tensor, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Let ``see`` have each layer's index and post-RoPE states in every forward of the block.
+
+    Args:
+        model: A decoder-only model; it is what it was once the block is left.
+        see: Called with the layer, ``[B, Hq, n, d]`` queries, and ``[B, Hkv, n, d]`` keys and
+            values.
+    """
+
+    def attend(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        see(int(module.layer_idx), query, key, value)  # type: ignore[arg-type]
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)  # type: ignore[arg-type]
+
+    before = model.config._attn_implementation
+    AttentionInterface.register(WATCHED, attend)
+    AttentionMaskInterface.register(WATCHED, sdpa_mask)
+    model.set_attn_implementation(WATCHED)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@dataclass
+class Captured:
+    """What a dense forward over a prompt leaves of one layer.
+
+    Attributes:
+        needs: Which of the two are wanted.
+        query_tail: ``[B, Hq, w, d]`` the last queries, at most ``QUERY_TAIL``; None if not wanted.
+        column_sums: float32 ``[B, Hq, n]`` attention that each token got from all queries; None if
+            not wanted.
+        milliseconds: What each took.
+    """
+
+    needs: frozenset[str]
+    query_tail: Tensor | None = None
+    column_sums: Tensor | None = None
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+    def see(
+        self,
+        query: Tensor,
+        key: Tensor,
+        scale: float,
+        kv_start: Tensor | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        """Take the queries of the last ``m`` tokens; a prompt may come in several parts.
+
+        Args:
+            query: ``[B, Hq, m, d]``.
+            key: ``[B, Hkv, n, d]`` of all tokens so far, those of the queries the last.
+            scale: The attention's factor on dot products.
+            kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
+            softcap: As in attention, or None.
+        """
+        if "query_tail" in self.needs:
+            with self._timed("query_tail", query.device):
+                tail = query[:, :, -QUERY_TAIL:]
+                if self.query_tail is not None:
+                    tail = torch.cat([self.query_tail, tail], 2)[:, :, -QUERY_TAIL:]
+                self.query_tail = tail.clone()
+        if "column_sums" in self.needs:
+            with self._timed("column_sums", query.device):
+                sums = column_sums(query, key, scale, kv_start, softcap)
+                if self.column_sums is not None:
+                    earlier = self.column_sums
+                    sums += pad(earlier, (0, sums.shape[2] - earlier.shape[2]))
+                self.column_sums = sums
+
+    @contextmanager
+    def _timed(self, need: str, device: torch.device) -> Iterator[None]:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took = (time.perf_counter() - began) * 1e3
+        self.milliseconds[need] = self.milliseconds.get(need, 0.0) + took
+
+    def to(self, device: torch.device) -> "Captured":
+        """Return the same on another device."""
+        tail = None if self.query_tail is None else self.query_tail.to(device)
+        sums = None if self.column_sums is None else self.column_sums.to(device)
+        return Captured(self.needs, tail, sums, self.milliseconds)
+
+    @classmethod
+    def batch(cls, rows: Sequence["Captured"], n: int, device: torch.device) -> "Captured":
+        """Join what was captured of single prompts into rows of ``n`` slots.
+
+        Of the queries as many are kept as the shortest prompt has.
+        """
+        tails = [row.query_tail for row in rows if row.query_tail is not None]
+        sums = [row.column_sums for row in rows if row.column_sums is not None]
+        tail = column = None
+        if tails:
+            width = min(one.shape[2] for one in tails)
+            tail = torch.cat([one[:, :, -width:] for one in tails]).to(device)
+        if sums:
+            column = torch.cat([pad(one, (0, n - one.shape[2])) for one in sums]).to(device)
+        return cls(rows[0].needs, tail, column)
+
+    def inputs(self, n: int) -> dict[str, Any]:
+        """Return the arguments of ``PrefillInputs`` for the first ``n`` slots.
+
+        Tokens that were decoded since have column sums of zero.
+        """
+        sums = self.column_sums
+        if sums is not None:
+            sums = pad(sums[:, :, :n], (0, max(0, n - sums.shape[2])))
+        return {"query_tail": self.query_tail, "column_sums": sums}
+
+
+def column_sums(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    kv_start: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Sum the causal attention weights over the queries, a block of queries at a time.
+
+    Args:
+        query: ``[B, Hq, m, d]``, of the last ``m`` tokens.
+        key: ``[B, Hkv, n, d]``.
+        scale: The attention's factor on dot products.
+        kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
+        softcap: As in attention, or None.
+
+    Returns:
+        float32 ``[B, Hq, n]``.
+    """
+    batch_size, num_heads, m, _ = query.shape
+    num_kv_heads, n = key.shape[1], key.shape[2]
+    grouped = query.float().unflatten(1, (num_kv_heads, -1))
+    keys = key.float().mT[:, :, None]
+    total = grouped.new_zeros(batch_size, num_kv_heads, num_heads // num_kv_heads, n)
+    slots = torch.arange(n, device=key.device)
+    start = torch.zeros(batch_size, dtype=torch.int32, device=key.device)
+    start = start if kv_start is None else kv_start
+    for begin in range(0, m, BLOCK):
+        part = grouped[:, :, :, begin : begin + BLOCK]
+        places = n - m + begin + torch.arange(part.shape[3], device=key.device)
+        seen = int(places[-1]) + 1  # later keys are in nobody's past
+        logits = (part * scale) @ keys[..., :seen]
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        allowed = (slots[:seen] <= places[:, None]) & (slots[:seen] >= start[:, None, None])
+        weights = logits.masked_fill_(~allowed[:, None, None], -torch.inf).softmax(-1)
+        # A query of padding sees nothing, and counts for nothing.
+        total[..., :seen] += weights.nan_to_num(0.0).sum(3)
+    return total.flatten(1, 2)
+
+
+def foretell_queries(
+    module: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Return the post-RoPE queries that an attention module would make of another layer's input.
+
+    Args:
+        module: The attention module whose queries are wanted.
+        hidden_states: ``[B, m, hidden]`` normed input of an earlier layer's attention.
+        position_embeddings: The cosines and sines of the tokens, as transformers passes them.
+
+    Returns:
+        ``[B, Hq, m, d]``.
+
+    Source:
+        InfiniGen (arXiv:2406.19707), section 4.3: the inputs of neighbouring layers are alike.
+    """
+    own: Any = module
+    if hasattr(own, "q_proj"):
+        projected = own.q_proj(hidden_states)
+    else:
+        width = own.o_proj.in_features  # of the queries, the first of the joint projection
+        projected = own.qkv_proj(hidden_states)[..., :width]
+    queries = projected.unflatten(-1, (-1, own.head_dim))
+    if hasattr(own, "q_norm"):
+        queries = own.q_norm(queries)
+    queries = queries.transpose(1, 2)
+    rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+    rotated: Tensor = rotate(queries, queries, *position_embeddings)[0]
+    return rotated
+
+
+def cannot_foretell(module: nn.Module) -> str | None:
+    """Say why a module's queries cannot be foretold, None if they can."""
+    known = hasattr(module, "q_proj") or hasattr(module, "qkv_proj")
+    rotates = hasattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb")
+    if known and rotates and hasattr(module, "head_dim"):
+        return None
+    return (
+        f"queries can be foretold where attention has q_proj or qkv_proj and rotary positions, and "
+        f"{type(module).__name__} has not."
+    )
+
+
+def missing(needs: frozenset[str], found: Mapping[str, Any]) -> list[str]:
+    """Return which of the prefill's needs were not captured."""
+    return sorted(need for need in needs & PREFILL_NEEDS if found.get(need) is None)
