@@ -220,21 +220,41 @@ def test_the_ladder_has_five_seeds_where_hashes_are_compared_and_two_elsewhere()
     assert seeds == {32: few, 64: many, 96: few, 128: many, 192: few, 256: few}
 
 
-def test_the_arms_of_the_loss_ablation_change_what_they_say() -> None:
-    whole = compose("config", overrides=["experiment=loss_ablation"], return_hydra_config=True)
-    override = OverridesParser.create().parse_override(
-        f"method={whole.hydra.sweeper.params.method}"
-    )
-    published, *changed = [
-        dict(resolved("experiment=loss_ablation", f"method={text}").method)
+@pytest.mark.parametrize(
+    ("experiment", "usual", "changes", "of_several"),
+    [
+        (
+            "loss_ablation",
+            ["method.chunk_size=5461"],
+            {
+                *("epsilon", "balance_weight", "decorrelation_weight", "balance_queries", "sigma"),
+                *("positive_ratio", "chunk_size", "queries_per_sequence", "epochs"),
+            },
+            1,
+        ),
+        (
+            "recipe_ablation",
+            ["method.recipe=ranking", "method.use_norm=false", "rbit=64"],
+            {
+                *("query_codes", "use_norm", "centre_keys", "ranking_late_share", "ranking_steps"),
+                *("ranking_learning_rate", "ranking_keys", "ranking_queries"),
+            },
+            1,
+        ),
+    ],
+)
+def test_the_arms_of_an_ablation_change_what_they_say(
+    experiment: str, usual: list[str], changes: set[str], of_several: int
+) -> None:
+    """The first arm is as usual; all but so many of the others change one setting of it."""
+    whole = compose("config", overrides=[f"experiment={experiment}"], return_hydra_config=True)
+    params = whole.hydra.sweeper.params
+    override = OverridesParser.create().parse_override(f"method={params.method}")
+    first, *changed = [
+        dict(resolved(f"experiment={experiment}", f"rbit={params.rbit}", f"method={text}").method)
         for text in override.sweep_string_iterator()
     ]
-    assert published == dict(resolved("method=hata", "method.chunk_size=5461").method)
-    differences = [
-        {name for name, value in arm.items() if value != published[name]} for arm in changed
-    ]
-    assert {name for names in differences for name in names} == {
-        *("epsilon", "balance_weight", "decorrelation_weight", "balance_queries", "sigma"),
-        *("positive_ratio", "chunk_size", "queries_per_sequence", "epochs"),
-    }
-    assert [len(names) for names in differences].count(1) == len(differences) - 1
+    assert first == dict(resolved("method=hata", *usual).method)
+    differences = [{name for name, value in arm.items() if value != first[name]} for arm in changed]
+    assert {name for names in differences for name in names} == changes
+    assert [len(names) for names in differences].count(1) == len(differences) - of_several
