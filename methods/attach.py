@@ -240,7 +240,9 @@ class Session:
                 # Rows may end at different slots, which no mask of transformers knows.
                 mask = lengths.causal_mask(q_len, key.shape[2])
                 mask = None if mask is None else mask.to(key.device)
-            if cache is not None and q_len > 1 and self._needs & PREFILL_NEEDS:
+            is_prompt = q_len > 1 or (lengths is not None and lengths.n == 1)
+            wanted = self.method.needs & PREFILL_NEEDS and layer not in self.dense
+            if cache is not None and is_prompt and wanted:
                 self._capture(layer, cache, query, key, mask, scale, options.get("softcap"))
             return _dense(module, query, key, value, mask, scale, options)
         with torch.no_grad():
@@ -266,7 +268,7 @@ class Session:
                 "without holes, got a mask that says otherwise; pad on the left."
             )
         held = self._captured.setdefault(cache, {})
-        captured = held.setdefault(layer, Captured(self._needs & PREFILL_NEEDS))
+        captured = held.setdefault(layer, Captured(self.method.needs & PREFILL_NEEDS))
         with torch.no_grad(), self.observer.stage("build", layer):
             captured.see(query, key[:, :, : lengths.n], scale, lengths.kv_start, softcap)
 
@@ -340,7 +342,7 @@ class Session:
         else:
             kept = self._captured.get(cache, {}).get(layer)
         found = {} if kept is None else kept.inputs(n)
-        lacking = missing(self._needs, found)
+        lacking = missing(self.method.needs, found)
         if lacking:
             raise ValueError(
                 f"{self.method.name} needs {' and '.join(lacking)} of the prompt, and this cache "
