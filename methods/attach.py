@@ -20,6 +20,7 @@ from topkbench.methods.base import (
     Observer,
     Policy,
     PrefillInputs,
+    Selection,
     TopKMethod,
 )
 from topkbench.methods.cache_watch import IndexStore, LengthReader, Lengths, cache_layer, is_own
@@ -286,6 +287,7 @@ class Session:
         """Run one decode step; return ``[B, Hq, d]``."""
         n, kv_start, kv_len = lengths.n, lengths.kv_start, lengths.kv_len
         view = CacheView(key[:, :, :n].detach(), value[:, :, :n].detach(), kv_start, kv_len)
+        view.freed = getattr(cache_layer(cache, layer), "freed", None)
         foretold = self._foretold.pop(layer, None)
         if foretold is not None:
             view.previous_query = foretold[:, :, 0].unflatten(1, (key.shape[1], -1))
@@ -300,6 +302,9 @@ class Session:
             index = self._index(layer, cache, key, view, lengths)
             watch = partial(self._stage, layer)
             result = method.step(grouped, index, view, policy, scale, softcap, watch)
+            if method.compacts and result.selection is not None:
+                with self.observer.stage("append", layer):
+                    self._compact(layer, cache, index, result.selection, view)
         else:
             with self.observer.stage("full", layer):
                 result = method.step(grouped, None, view, policy, scale, softcap)
@@ -309,10 +314,15 @@ class Session:
     def _index(self, layer: int, cache: Any, key: Tensor, view: CacheView, lengths: Lengths) -> Any:
         """Return the layer's index with the current token in it."""
         index = self.indices.get(cache, layer, lengths)
-        if index is not None:
-            capacity = self.indices.capacity(cache, layer)
-        else:
+        capacity = 0 if index is None else self.indices.capacity(cache, layer)
+        if capacity < lengths.n:
             capacity = _capacity(cache_layer(cache, layer), lengths.n)
+            if index is not None and self.method.adaptive:
+                index.grow(capacity)  # built anew it would have forgotten what it learnt
+            else:
+                index = None
+        if index is None:
+            self._check_whole(cache, layer)
             prefill = PrefillInputs(
                 key_states=view.key_states[:, :, :-1],
                 value_states=view.value_states[:, :, :-1],
@@ -330,6 +340,36 @@ class Session:
             self.method.append(index, *_newest(view))
         self.indices.keep(cache, layer, index, capacity, key, lengths)
         return index
+
+    def _check_whole(self, cache: Any, layer: int) -> None:
+        """Refuse to build an index where tokens are missing, or cannot be freed as they should."""
+        stored = cache_layer(cache, layer)
+        if getattr(stored, "freed", None) is not None:
+            raise ValueError(
+                f"{self.method.name} must see the whole prompt, and tokens of this cache have been "
+                "freed; prefill a new one."
+            )
+        if self.method.compacts and not hasattr(cache, "topkbench_keep"):
+            raise ValueError(
+                f"mode=compact frees memory of topkbench's own DecodeCache alone, got a "
+                f"{type(cache).__name__}; use mode=masked, which selects the same."
+            )
+
+    def _compact(
+        self, layer: int, cache: Any, index: Any, selection: Selection, view: CacheView
+    ) -> None:
+        """Free what a step did not select: at the first time, then when the slots are used up."""
+        stored = cache_layer(cache, layer)
+        kept = selection.indices
+        is_due = kept.shape[2] < view.n if stored.freed is None else stored.is_full
+        if not is_due:
+            return
+        cache.topkbench_keep(layer, kept)
+        capacity = int(stored.get_max_length())
+        self.method.compact(index, kept, capacity)
+        lengths = self._reader.lengths(cache, stored, stored.keys, None)
+        assert lengths is not None  # the cache is topkbench's own
+        self.indices.keep(cache, layer, index, capacity, stored.keys, lengths)
 
     def captured(self, cache: Any, layer: int, n: int) -> dict[str, Any]:
         """Return what was captured of the first ``n`` slots: arguments of ``PrefillInputs``.
