@@ -78,6 +78,9 @@ METRICS: dict[str, Metric] = {
     "index_bytes_per_token": Metric(
         label="Side information", unit="bytes/token", better="lower", format=".4g", scale="log"
     ),
+    "kv_cache_mib": Metric(
+        label="Keys and values held", unit="MiB", better="lower", format=".3g", scale="log"
+    ),
     "peak_memory_mib": Metric(label="Peak memory", unit="MiB", better="lower", scale="log"),
     "bandwidth_fraction": Metric(
         label="Fraction of memory bandwidth", better="higher", format=".2f"

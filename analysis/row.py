@@ -160,6 +160,9 @@ class Row:
     """Bytes of cache and side information read by one decode step, all layers, one prompt."""
     index_bytes_per_token: float | None = None
     """Bytes of side information per cached token, all layers and KV heads."""
+    kv_cache_mib: float | None = None
+    """Keys and values held while a prompt is decoded, all layers, MiB; less than full attention's
+    where a method frees what it drops."""
     peak_memory_mib: float | None = None
     """Peak memory of the cell, MiB (2**20 bytes)."""
     bandwidth_fraction: float | None = None

@@ -20,6 +20,7 @@ from topkbench.methods.base import (
     Observer,
     Policy,
     PrefillInputs,
+    Selection,
     TopKMethod,
 )
 from topkbench.methods.cache_watch import IndexStore, LengthReader, Lengths, cache_layer, is_own
@@ -240,7 +241,9 @@ class Session:
                 # Rows may end at different slots, which no mask of transformers knows.
                 mask = lengths.causal_mask(q_len, key.shape[2])
                 mask = None if mask is None else mask.to(key.device)
-            if cache is not None and q_len > 1 and self._needs & PREFILL_NEEDS:
+            is_prompt = q_len > 1 or (lengths is not None and lengths.n == 1)
+            wanted = self.method.needs & PREFILL_NEEDS and layer not in self.dense
+            if cache is not None and is_prompt and wanted:
                 self._capture(layer, cache, query, key, mask, scale, options.get("softcap"))
             return _dense(module, query, key, value, mask, scale, options)
         with torch.no_grad():
@@ -266,7 +269,7 @@ class Session:
                 "without holes, got a mask that says otherwise; pad on the left."
             )
         held = self._captured.setdefault(cache, {})
-        captured = held.setdefault(layer, Captured(self._needs & PREFILL_NEEDS))
+        captured = held.setdefault(layer, Captured(self.method.needs & PREFILL_NEEDS))
         with torch.no_grad(), self.observer.stage("build", layer):
             captured.see(query, key[:, :, : lengths.n], scale, lengths.kv_start, softcap)
 
@@ -284,6 +287,7 @@ class Session:
         """Run one decode step; return ``[B, Hq, d]``."""
         n, kv_start, kv_len = lengths.n, lengths.kv_start, lengths.kv_len
         view = CacheView(key[:, :, :n].detach(), value[:, :, :n].detach(), kv_start, kv_len)
+        view.freed = getattr(cache_layer(cache, layer), "freed", None)
         foretold = self._foretold.pop(layer, None)
         if foretold is not None:
             view.previous_query = foretold[:, :, 0].unflatten(1, (key.shape[1], -1))
@@ -298,6 +302,9 @@ class Session:
             index = self._index(layer, cache, key, view, lengths)
             watch = partial(self._stage, layer)
             result = method.step(grouped, index, view, policy, scale, softcap, watch)
+            if method.compacts and result.selection is not None:
+                with self.observer.stage("append", layer):
+                    self._compact(layer, cache, index, result.selection, view)
         else:
             with self.observer.stage("full", layer):
                 result = method.step(grouped, None, view, policy, scale, softcap)
@@ -307,10 +314,15 @@ class Session:
     def _index(self, layer: int, cache: Any, key: Tensor, view: CacheView, lengths: Lengths) -> Any:
         """Return the layer's index with the current token in it."""
         index = self.indices.get(cache, layer, lengths)
-        if index is not None:
-            capacity = self.indices.capacity(cache, layer)
-        else:
+        capacity = 0 if index is None else self.indices.capacity(cache, layer)
+        if capacity < lengths.n:
             capacity = _capacity(cache_layer(cache, layer), lengths.n)
+            if index is not None and self.method.adaptive:
+                index.grow(capacity)  # built anew it would have forgotten what it learnt
+            else:
+                index = None
+        if index is None:
+            self._check_whole(cache, layer)
             prefill = PrefillInputs(
                 key_states=view.key_states[:, :, :-1],
                 value_states=view.value_states[:, :, :-1],
@@ -329,6 +341,36 @@ class Session:
         self.indices.keep(cache, layer, index, capacity, key, lengths)
         return index
 
+    def _check_whole(self, cache: Any, layer: int) -> None:
+        """Refuse to build an index where tokens are missing, or cannot be freed as they should."""
+        stored = cache_layer(cache, layer)
+        if getattr(stored, "freed", None) is not None:
+            raise ValueError(
+                f"{self.method.name} must see the whole prompt, and tokens of this cache have been "
+                "freed; prefill a new one."
+            )
+        if self.method.compacts and not hasattr(cache, "topkbench_keep"):
+            raise ValueError(
+                f"mode=compact frees memory of topkbench's own DecodeCache alone, got a "
+                f"{type(cache).__name__}; use mode=masked, which selects the same."
+            )
+
+    def _compact(
+        self, layer: int, cache: Any, index: Any, selection: Selection, view: CacheView
+    ) -> None:
+        """Free what a step did not select: at the first time, then when the slots are used up."""
+        stored = cache_layer(cache, layer)
+        kept = selection.indices
+        is_due = kept.shape[2] < view.n if stored.freed is None else stored.is_full
+        if not is_due:
+            return
+        cache.topkbench_keep(layer, kept)
+        capacity = int(stored.get_max_length())
+        self.method.compact(index, kept, capacity)
+        lengths = self._reader.lengths(cache, stored, stored.keys, None)
+        assert lengths is not None  # the cache is topkbench's own
+        self.indices.keep(cache, layer, index, capacity, stored.keys, lengths)
+
     def captured(self, cache: Any, layer: int, n: int) -> dict[str, Any]:
         """Return what was captured of the first ``n`` slots: arguments of ``PrefillInputs``.
 
@@ -340,7 +382,7 @@ class Session:
         else:
             kept = self._captured.get(cache, {}).get(layer)
         found = {} if kept is None else kept.inputs(n)
-        lacking = missing(self._needs, found)
+        lacking = missing(self.method.needs, found)
         if lacking:
             raise ValueError(
                 f"{self.method.name} needs {' and '.join(lacking)} of the prompt, and this cache "

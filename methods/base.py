@@ -276,6 +276,22 @@ class TopKMethod(ABC):
         """Give the index this step's view of the cache; for methods that score cached keys."""
         return
 
+    @property
+    def compacts(self) -> bool:
+        """Whether what a step did not select shall be freed; ``compact`` is then called."""
+        return False
+
+    def compact(self, index: Any, kept: Tensor, capacity: int) -> None:
+        """Renumber the index, in place: of each KV head the cache now holds a few tokens only.
+
+        Args:
+            index: What ``build_index`` returned.
+            kept: int32 ``[B, Hkv, m]`` the slots that are left, ascending, -1 at the end for none;
+                they are now the first ``m``.
+            capacity: Slots that the cache has now.
+        """
+        raise NotImplementedError(f"{self.name} frees nothing.")
+
     # One decode step ----------------------------------------------------------------------------
 
     def encode(self, query_states: Tensor, index: Any) -> Any:

@@ -164,12 +164,12 @@ class IndexStore:
             self.drop(cache, layer)
 
     def get(self, cache: Any, layer: int, lengths: Lengths) -> Any | None:
-        """Return a layer's index if it lacks just the current token and has room for it."""
+        """Return a layer's index if it lacks just the current token."""
         kept = self._kept.get(cache, {}).get(layer)
         if kept is None or kept.lengths.starts != lengths.starts:
             return None
         before = kept.lengths
-        if before.n + 1 != lengths.n or before.n >= kept.capacity:
+        if before.n + 1 != lengths.n:
             return None
         if before.kv_len is None or lengths.kv_len is None:
             return kept.index if before.kv_len is lengths.kv_len else None

@@ -17,6 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from topkbench.methods.softcap import softcap_attention
+
 QUERY_TAIL = 64  # queries of a prompt that are kept, its last
 PREFILL_NEEDS = frozenset({"query_tail", "column_sums"})
 PREVIOUS_QUERY = "previous_query"
@@ -45,6 +47,12 @@ def watched_attention(
         **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
         see(int(module.layer_idx), query, key, value)  # type: ignore[arg-type]
+        softcap: Any = kwargs.get("softcap")
+        if softcap is not None:  # which SDPA does not know
+            mask: Any = args[0] if args else kwargs.get("attention_mask")
+            scale: Any = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            capped = softcap_attention(query, key, value, mask, scale, softcap)
+            return capped.transpose(1, 2), None
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)  # type: ignore[arg-type]
 
     before = model.config._attn_implementation
@@ -67,12 +75,14 @@ class Captured:
         column_sums: float32 ``[B, Hq, n]`` attention that each token got from all queries; None if
             not wanted.
         milliseconds: What each took.
+        end: Slots of the cache that were filled after the last part.
     """
 
     needs: frozenset[str]
     query_tail: Tensor | None = None
     column_sums: Tensor | None = None
     milliseconds: dict[str, float] = field(default_factory=dict)
+    end: int = 0
 
     def see(
         self,
@@ -84,6 +94,9 @@ class Captured:
     ) -> None:
         """Take the queries of the last ``m`` tokens; a prompt may come in several parts.
 
+        A part that begins at the first slot begins a new prompt. After decoded or cropped tokens
+        the tail begins anew, for its queries must be those of consecutive tokens.
+
         Args:
             query: ``[B, Hq, m, d]``.
             key: ``[B, Hkv, n, d]`` of all tokens so far, those of the queries the last.
@@ -91,6 +104,13 @@ class Captured:
             kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
             softcap: As in attention, or None.
         """
+        begin = key.shape[2] - query.shape[2]
+        if begin == 0:
+            self.query_tail = self.column_sums = None
+            self.milliseconds.clear()
+        if begin != self.end:
+            self.query_tail = None
+        self.end = key.shape[2]
         if "query_tail" in self.needs:
             with self._timed("query_tail", query.device):
                 tail = query[:, :, -QUERY_TAIL:]
@@ -101,8 +121,8 @@ class Captured:
             with self._timed("column_sums", query.device):
                 sums = column_sums(query, key, scale, kv_start, softcap)
                 if self.column_sums is not None:
-                    earlier = self.column_sums
-                    sums += pad(earlier, (0, sums.shape[2] - earlier.shape[2]))
+                    earlier = self.column_sums[:, :, :begin]
+                    sums[:, :, : earlier.shape[2]] += earlier
                 self.column_sums = sums
 
     @contextmanager

@@ -1,6 +1,6 @@
 """What passes between a method and its caller: cached states, side information, selections."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 import torch
@@ -54,6 +54,8 @@ class CacheView:
         kv_len: int32 ``[B]`` end of each row's valid slots; None for ``n``.
         previous_query: ``[B, Hkv, G, d]`` what this layer's queries would be, had it the input of
             the layer before; None unless declared as needed, and in the first layer.
+        freed: int32 ``[B]`` tokens of each row that were here and whose memory was freed; None for
+            none.
     """
 
     key_states: Tensor
@@ -61,6 +63,7 @@ class CacheView:
     kv_start: Tensor | None = None
     kv_len: Tensor | None = None
     previous_query: Tensor | None = None
+    freed: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -145,11 +148,33 @@ class Index:
         self.length += 1
         return self.length - 1
 
+    def grow(self, capacity: int) -> None:
+        """Make room for more slots in every tensor ``[B, H, capacity, ...]``, filled with zeros."""
+        for one in fields(self):
+            held = getattr(self, one.name)
+            if isinstance(held, Tensor) and held.ndim >= 3 and held.shape[2] == self.capacity:
+                behind = (0, 0) * (held.ndim - 3) + (0, capacity - self.capacity)
+                setattr(self, one.name, pad(held, behind))
+        self.capacity = capacity
+
     def take_back(self) -> None:
         """Count one token less in every row; its slot is written again by the next ``append``."""
         self.length -= 1
         if self.kv_len is not None:
             self.kv_len -= 1
+
+    def renumber(self, kept: Tensor, capacity: int) -> None:
+        """Count anew where each KV head's cache holds only some of its slots, moved together.
+
+        Args:
+            kept: int32 ``[B, Hkv, m]`` the slots, ascending, as many for each head of a row; -1 at
+                the end marks none.
+            capacity: Slots that there are now.
+        """
+        if self.kv_start is not None or self.kv_len is not None:
+            self.kv_len = (kept[:, 0] >= 0).sum(-1, dtype=torch.int32)
+        self.kv_start = None
+        self.length, self.capacity = kept.shape[2], capacity
 
     @staticmethod
     def put(buffer: Tensor, slot: int | Tensor, entry: Tensor) -> None:

@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import Index, Policy, PrefillInputs, Selection, TopKMethod
+from topkbench.methods.base import Geometry, Index, Policy, PrefillInputs, Selection, kv_bytes
+from topkbench.methods.eviction import Evicting
 from topkbench.methods.states import row_bounds
 
 
@@ -23,12 +24,12 @@ class StreamingIndex(Index):
 
 
 @dataclass(kw_only=True)
-class StreamingLLM(TopKMethod):
+class StreamingLLM(Evicting):
     """Keep ``num_sink`` first tokens and the ``k - num_sink`` last ones.
 
     Source:
-        StreamingLLM (arXiv:2309.17453), section 3. Masked, not evicted: tokens keep their original
-        positions, where the paper re-rotates keys by their place in the rolling cache.
+        StreamingLLM (arXiv:2309.17453), section 3. Tokens keep their original positions, where the
+        paper re-rotates keys by their place in the rolling cache.
     """
 
     name: ClassVar[str] = "streaming_llm"
@@ -62,3 +63,6 @@ class StreamingLLM(TopKMethod):
         slots = torch.where(place < valid, place + start[:, None], -1).to(torch.int32)
         heads = slots[:, None].expand(-1, index.num_kv_heads, -1)
         return Selection(heads.contiguous())
+
+    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+        return kv_bytes(geometry, min(k, n)) + self.moved_bytes(geometry, n, k)

@@ -23,11 +23,22 @@ def layer_devices(model: PreTrainedModel) -> list[torch.device]:
     return [found[layer] for layer in sorted(found)]
 
 
+SPARE = 32  # slots a layer that was cut down has for new tokens, before it is cut down again
+
+
 class DecodeLayer(CacheLayerMixin):
-    """One layer's keys and values, ``[B, Hkv, capacity, d]``, written in place."""
+    """One layer's keys and values, ``[B, Hkv, capacity, d]``, written in place.
+
+    Attributes:
+        freed: int32 ``[B]`` tokens of each row that ``keep`` dropped; None before the first call.
+        kv_len: Only after ``keep``: int32 ``[B]`` end of each row's slots in this layer, None if
+            all rows end together.
+    """
 
     keys: Tensor
     values: Tensor
+    freed: Tensor | None = None
+    kv_len: Tensor | None
 
     def __init__(self, owner: "DecodeCache", keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -36,6 +47,7 @@ class DecodeLayer(CacheLayerMixin):
         self.keys = keys
         self.values = values
         self.is_initialized = True
+        self._n = 0  # slots in use after ``keep``
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: the layer is allocated when it is made."""
@@ -56,9 +68,54 @@ class DecodeLayer(CacheLayerMixin):
         """
         owner = self.owner
         rows, slots = owner.rows.to(self.keys.device), owner.slots.to(self.keys.device)
+        if self.freed is not None:
+            self._n += 1
+            if self.kv_len is not None:
+                self.kv_len = self.kv_len + 1
+            slots = torch.full_like(slots, self._n - 1) if self.kv_len is None else self.kv_len - 1
+            slots = slots.long()
         self.keys[rows, :, slots] = key_states[:, :, 0]
         self.values[rows, :, slots] = value_states[:, :, 0]
-        return self.keys[:, :, : owner.n], self.values[:, :, : owner.n]
+        n = self.get_seq_length()
+        return self.keys[:, :, :n], self.values[:, :, :n]
+
+    def keep(self, slots: Tensor) -> None:
+        """Free all tokens but some, which move together to the first slots.
+
+        Args:
+            slots: int32 ``[B, Hkv, m]`` what each KV head keeps, ascending, as many in each head of
+                a row; -1 at the end marks none.
+        """
+        batch_size, num_heads, m = slots.shape
+        level = self.owner.topkbench_lengths[1] is None
+        count = (slots[:, 0] >= 0).sum(-1, dtype=torch.int32)
+        before = self._ends()
+        self.freed = before - count + (0 if self.freed is None else self.freed)
+        at = slots.clamp(min=0).long()[..., None]
+
+        def moved(states: Tensor) -> Tensor:
+            kept = states.new_zeros(batch_size, num_heads, m + SPARE, states.shape[3])
+            kept[:, :, :m] = torch.take_along_dim(states, at, 2)
+            return kept
+
+        # One after the other, so that never more than one of the large buffers has a copy.
+        self.keys = moved(self.keys)
+        self.values = moved(self.values)
+        self.kv_len = None if level else count
+        self._n = m
+
+    def _ends(self) -> Tensor:
+        """Return int32 ``[B]`` end of each row's slots in this layer."""
+        if self.freed is None:
+            return self.owner.kv_len.to(self.keys.device)
+        if self.kv_len is not None:
+            return self.kv_len
+        return torch.full_like(self.freed, self._n)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no slot for another token."""
+        return self.get_seq_length() >= self.keys.shape[2]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many slots a mask would cover, and where they begin."""
@@ -66,7 +123,7 @@ class DecodeLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Return the slots in use in the longest row."""
-        return self.owner.n
+        return self.owner.n if self.freed is None else self._n
 
     def get_max_length(self) -> int:
         """Return the slots there are."""
@@ -106,11 +163,24 @@ class DecodeCache(Cache):
             values = self._stack([prefill.value_states[layer] for prefill in prefills], device)
             layers.append(DecodeLayer(self, keys, values))
         super().__init__(layers=layers)
-        self._captured: list[Captured] = []
+        self._captured: list[Captured | None] = []
         if all(prefill.captured for prefill in prefills):
             for layer, device in enumerate(devices):
                 parts = [prefill.captured[layer] for prefill in prefills]
                 self._captured.append(Captured.batch(parts, self.n, device))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the keys and values that are held, unused slots included."""
+        layers: list[Any] = self.layers
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+    def topkbench_keep(self, layer: int, slots: Tensor) -> None:
+        """Free all of a layer but ``slots``, see ``DecodeLayer.keep``, and what was captured."""
+        stored: Any = self.layers[layer]
+        stored.keep(slots)
+        if self._captured:
+            self._captured[layer] = None
 
     def topkbench_captured(self, layer: int) -> Captured | None:
         """Return what was captured of a layer while the prompts were read, None if nothing."""

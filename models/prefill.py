@@ -79,10 +79,16 @@ def prefill(
     cache = DynamicCache()
     ids = torch.tensor([list(token_ids)], device=model.device)
     captured: list[Captured] = []
+    scales: dict[int, float] = {
+        module.layer_idx: module.scaling  # type: ignore[misc]
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and hasattr(module, "scaling")
+    }
+    softcap = getattr(model.config, "attn_logit_softcapping", None)
 
     def see(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         one = Captured(needs)
-        one.see(query, key, query.shape[-1] ** -0.5)
+        one.see(query, key, scales.get(layer, query.shape[-1] ** -0.5), softcap=softcap)
         captured.append(one)
 
     began = time.perf_counter()
@@ -149,10 +155,10 @@ class PrefillStore:
                 states = self._kept[key] = self._run(token_ids, needs | states.needs)
             return states
         path = self.folder / f"{key}.safetensors"
-        found = _load(path, needs) if path.exists() else None
-        if found is not None:
+        found = _load(path) if path.exists() else None
+        if found is not None and needs <= found.needs:
             return found
-        if self._room > 0:
+        if found is None and self._room > 0:
             states = self._run(token_ids, needs)
             if states.num_bytes <= self._room:
                 self._room -= states.num_bytes
@@ -163,10 +169,11 @@ class PrefillStore:
             return states
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            found = _load(path, needs) if path.exists() else None
-            if found is not None:
+            found = _load(path) if path.exists() else None
+            if found is not None and needs <= found.needs:
                 return found
-            states = self._run(token_ids, needs)
+            # Another method's needs stay in the file.
+            states = self._run(token_ids, needs if found is None else needs | found.needs)
             _save(states, path)
             return states
 
@@ -190,14 +197,12 @@ def _save(states: Prefill, path: Path) -> None:
     unfinished.replace(path)
 
 
-def _load(path: Path, needs: frozenset[str]) -> Prefill | None:
-    """Return what a file holds, None if it lacks what is needed."""
+def _load(path: Path) -> Prefill:
+    """Return what a file holds."""
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         num_layers = sum(name.startswith("keys.") for name in names)
         held = frozenset(need for need in PREFILL_NEEDS if f"{need}.0" in names)
-        if not needs <= held:
-            return None
         captured = []
         for layer in range(num_layers if held else 0):
             tensors = {need: file.get_tensor(f"{need}.{layer}") for need in held}

@@ -29,6 +29,7 @@ from topkbench.tasks.evaluation import (
     Task,
     TaskRow,
     bytes_read,
+    needs_all_tokens,
     tokenised,
 )
 from topkbench.tasks.planted import MEMORY_SHARE, PlantedCalibration, PlantedStates
@@ -126,6 +127,8 @@ class DecodeLatency(Task):
     def _row(self, context: Context, length: int, batch_size: int) -> TaskRow:
         name = str(length) if batch_size == 1 else f"{length} x {batch_size}"
         known = {"kv_len": length, "length": length, "batch_size": batch_size}
+        if context.method.compacts:
+            return TaskRow(name, known, "skipped", needs_all_tokens(self.name))
         if self.states == "captured":
             geometry = replace(context.geometry, num_layers=1)
             place = (self.layer, context.geometry.num_layers)

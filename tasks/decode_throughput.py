@@ -18,7 +18,15 @@ from topkbench.models.cache import DecodeCache, layer_devices
 from topkbench.models.load import free_bytes
 from topkbench.models.prefill import Prefill
 from topkbench.tasks.cell import peak_memory_mib, reset_peak_memory
-from topkbench.tasks.evaluation import Context, Counter, Outcome, Task, TaskRow, accounting
+from topkbench.tasks.evaluation import (
+    Context,
+    Counter,
+    Outcome,
+    Task,
+    TaskRow,
+    accounting,
+    needs_all_tokens,
+)
 from topkbench.tasks.planted import MEMORY_SHARE, PlantedCalibration
 
 CALIBRATION_TOKENS = 128
@@ -75,6 +83,8 @@ class DecodeThroughput(Task):
     def _row(self, context: Context, length: int) -> TaskRow:
         values: dict[str, Any] = {"kv_len": length, "length": length, "batch_size": self.batch_size}
         reason = self._too_long(context, length)
+        if context.method.compacts:
+            reason = needs_all_tokens(self.name)
         if reason is not None:
             return TaskRow(str(length), values, "skipped", reason)
         policy = context.policy

@@ -159,6 +159,8 @@ class Counter(Observer):
     ) -> None:
         start, end = cache.bounds()
         cached = (end - start).double().mean().item()
+        if cache.freed is not None:
+            cached += cache.freed.double().mean().item()
         self.cached += cached
         if result.selection is None:
             self.read += cached
@@ -179,6 +181,14 @@ class StageWatch(Observer):
 
     def stage(self, name: str, layer: int) -> Any:
         return self.stages(name)
+
+
+def needs_all_tokens(task: str) -> str:
+    """Return the sentence with which a task refuses a method that frees tokens."""
+    return (
+        f"task={task} needs all tokens in the cache at every step, and mode=compact frees some; "
+        "mode=masked selects the same."
+    )
 
 
 def tokenised(loaded: LoadedModel, samples: Sequence[Sample], question: Question) -> list[Prompt]:
@@ -235,7 +245,8 @@ class GenerationTask(Task):
         lengths = (len(prompt.prefill_ids) + len(prompt.decode_ids) for prompt in prompts)
         shared |= accounting(context, round(statistics.fmean(lengths)), density)
         shared |= speed(context, prompts, shared["bytes_read_per_step"])
-        if context.method.selects:
+        # What was freed cannot be compared with what full attention chose.
+        if context.method.selects and not context.method.compacts:
             shared |= judge(context, prompts)
         rows = []
         for subtask in dict.fromkeys(one["subtask"] for one in samples):
@@ -322,22 +333,31 @@ def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dic
     Medians over steps; the first steps of each turn, which build the index, warm up. The stages
     are timed in turns of their own, since a stopwatch in a step also costs time.
     """
-    loaded, device = context.loaded, context.loaded.model.device
+    device = context.loaded.model.device
     per_round = 3 * (WARM_UP_STEPS + TIMED_STEPS)
     took: dict[str, list[float]] = {"full": [], "method": []}
     stages: dict[str, list[float]] = {}
     prefill_ms = []
+    held: list[int] = []
     for prompt in context.track(spread(prompts, TIMED_PROMPTS), "speed"):
-        room, needs = TIMED_ROUNDS * per_round + 1, context.method.needs
-        decoder = Decoder(loaded, context.store, [prompt], room, needs)
+        room = TIMED_ROUNDS * per_round + 1
+
+        decoder = _questioned(context, prompt, room)
         prefill_ms += decoder.prefill_ms
-        token = decoder.read_question().argmax(-1)
+        # The same token at every step: nothing but time is looked at.
+        token = decoder.first_logits.argmax(-1)
         turns = {"full": context.full, "method": context.method}
         for _ in range(TIMED_ROUNDS):
             for name, method in turns.items():
-                took[name] += _timed_steps(context, decoder, method, token, Observer())
+                # A method that frees memory leaves nothing for the next turn.
+                used = _questioned(context, prompt, room) if method.compacts else decoder
+                took[name] += _timed_steps(context, used, method, token, Observer())
+                if name == "method":
+                    held.append(used.cache.num_bytes)
             watch = StageWatch(device)
-            _timed_steps(context, decoder, context.method, token, watch)
+            if context.method.compacts:
+                used = _questioned(context, prompt, room)
+            _timed_steps(context, used, context.method, token, watch)
             steps = WARM_UP_STEPS + TIMED_STEPS
             for stage, milliseconds in watch.stages.times().items():
                 if stage == "build":
@@ -360,6 +380,7 @@ def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dic
         "tokens_per_s": 1e3 / step.p50_ms,
         "speedup_vs_full": full_step.p50_ms / step.p50_ms if context.method.selects else None,
         "full_backend": getattr(context.full, "backend", None),
+        "kv_cache_mib": statistics.fmean(held) / 2**20,
     }
     for stage in ("build", *STAGES):
         columns[f"{stage}_ms"] = statistics.median(stages[stage]) if stage in stages else None
@@ -371,6 +392,13 @@ def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dic
     if context.bandwidth and attention:
         columns["bandwidth_fraction"] = bytes_read / (attention * 1e-3) / context.bandwidth
     return columns
+
+
+def _questioned(context: Context, prompt: Prompt, room: int) -> Decoder:
+    """Return a decoder that has read a prompt and its question, densely."""
+    decoder = Decoder(context.loaded, context.store, [prompt], room, context.method.needs)
+    decoder.read_question()
+    return decoder
 
 
 def _timed_steps(

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from topkbench.methods.attach import attach
 from topkbench.methods.base import Policy
 from topkbench.tasks.decoding import Decoder, Prompt
-from topkbench.tasks.evaluation import Context, Outcome, TaskRow, tokenised
+from topkbench.tasks.evaluation import Context, Outcome, TaskRow, needs_all_tokens, tokenised
 from topkbench.tasks.quality import Shadow
 from topkbench.tasks.ruler import Ruler
 
@@ -40,6 +40,8 @@ class SelectionTask(Ruler):
         if not context.method.selects:
             reason = "task=selection needs a method that selects, and full attention reads all."
             return Outcome([TaskRow("mean", {}, "skipped", reason)], [])
+        if context.method.compacts:
+            return Outcome([TaskRow("mean", {}, "skipped", needs_all_tokens(self.name))], [])
         policies = [
             context.method.policy_in_force(replace(context.policy, k=k)) for k in self.budgets
         ]

@@ -79,7 +79,8 @@ score score_ci_low score_ci_high delta_full delta_ci_low delta_ci_high
 recall_at_k attention_mass output_rel_error density
 prefill_ms build_ms decode_ms_p50 decode_ms_p20 decode_ms_p80 decode_ms_warm_p50
 encode_ms append_ms score_ms select_ms attend_ms tokens_per_s speedup_vs_full
-bytes_read_per_step index_bytes_per_token peak_memory_mib bandwidth_fraction bandwidth_gb_s
+bytes_read_per_step index_bytes_per_token kv_cache_mib peak_memory_mib
+bandwidth_fraction bandwidth_gb_s
 fit_s loss_first loss_last calibration artifact_path
 device clock_mhz driver torch numba triton transformers
 git_commit git_dirty started_at artifact_digest config_digest full_run_id

@@ -9,13 +9,17 @@ import torch
 from topkbench.methods.base import Policy, TopKMethod
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
+from topkbench.methods.h2o import H2O
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 from topkbench.tasks.base import Sample
 from topkbench.tasks.cell import run_cell
+from topkbench.tasks.decode_latency import DecodeLatency
+from topkbench.tasks.decode_throughput import DecodeThroughput
 from topkbench.tasks.decoding import Prompt
 from topkbench.tasks.evaluation import Context, Outcome, TaskRow, spread
 from topkbench.tasks.ruler import Ruler
+from topkbench.tasks.selection import SelectionTask
 
 QUALITY = ("recall_at_k", "attention_mass", "output_rel_error")
 
@@ -56,6 +60,34 @@ def test_a_cell_leaves_a_row_a_subtask_and_their_mean(
         mean["bytes_read_per_step"] / attention / 1e9  # of the bandwidth that the context states
     )
     assert store.forwards == 4
+
+
+def test_freed_memory_changes_no_answer_and_shows_in_the_row(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    masked = run(loaded, store, tmp_path, H2O())
+    compact = run(loaded, store, tmp_path, H2O(mode="compact"))
+    answers = [[one["tokens"] for one in outcome.samples] for outcome in (masked, compact)]
+    assert answers[0] == answers[1]
+    whole, part = masked.rows[-1].values, compact.rows[-1].values
+    assert part["density"] == pytest.approx(whole["density"])
+    # 2 layers of 2 heads of 16 channels: 24 tokens and 32 slots that are filled before the next
+    # time that tokens are freed.
+    assert part["kv_cache_mib"] == 2 * 2 * 2 * 16 * 4 * (24 + 32) / 2**20
+    assert whole["kv_cache_mib"] > 4 * part["kv_cache_mib"]
+    assert {"recall_at_k": 0.5, **part}["recall_at_k"] == 0.5  # nothing to compare with
+    assert whole["recall_at_k"] > 0
+
+
+@pytest.mark.parametrize("task", [SelectionTask, DecodeLatency, DecodeThroughput])
+def test_what_needs_all_tokens_refuses_a_method_that_frees_some(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, task: Any
+) -> None:
+    made = task(cache_dir=str(tmp_path)) if task is not DecodeThroughput else task()
+    context = Context(loaded, store, H2O(mode="compact"), Policy(k=24), FullAttention())
+    for row in run_cell(context, made).rows:
+        assert row.status == "skipped"
+        assert f"task={made.name} needs all tokens in the cache at every step" in row.reason
 
 
 def test_query_heads_that_choose_apart_are_charged_for_all_they_read(

@@ -1,0 +1,64 @@
+"""What evicting methods share: a token once dropped is never attended to again."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from topkbench.methods.base import Geometry, Policy, TopKMethod, kv_bytes
+
+Mode = Literal["masked", "compact"]
+
+SPARE = 32  # steps between two times that kept tokens are moved together, by topkbench's cache
+
+
+@dataclass(kw_only=True)
+class Evicting(TopKMethod):
+    """A method that drops tokens for good, in its selection alone or in memory too.
+
+    Attributes:
+        mode: ``"masked"`` leaves all keys and values in the cache and reads the kept ones, so that
+            every measure of a selection is defined; ``"compact"`` frees the others, with the same
+            output. Compact needs topkbench's own cache and one selection per KV head.
+    """
+
+    mode: Mode = "masked"
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"mode must be masked or compact, got {self.mode!r}.")
+
+    @property
+    def compacts(self) -> bool:
+        return self.mode == "compact"
+
+    def compact(self, index: Any, kept: Tensor, capacity: int) -> None:
+        index.renumber(kept, capacity)
+
+    def check_scope(self, policy: Policy) -> None:
+        """Refuse a selection per query head where there can be none.
+
+        Raises:
+            ValueError: If query heads shall select on their own, but memory is freed.
+        """
+        if policy.head_scope == "query_head" and self.compacts:
+            raise ValueError(
+                f"head_scope must be kv_head for {self.name} with mode=compact, since a KV head's "
+                "tokens are freed for all its queries, got query_head; use mode=masked."
+            )
+
+    def held(self, n: int, k: int) -> int:
+        """Return the tokens of ``n`` that a budget of ``k`` leaves in memory, at most."""
+        return min(n, k + SPARE) if self.compacts else n
+
+    def moved_bytes(self, geometry: Geometry, n: int, k: int) -> int:
+        """Return the bytes that a step reads to move kept tokens together, on average."""
+        return kv_bytes(geometry, min(k, n)) // SPARE if self.compacts and n > k else 0
+
+
+def ascending(slots: Tensor) -> Tensor:
+    """Sort int32 ``[..., m]`` slots, those of -1 to the end."""
+    last = torch.iinfo(torch.int32).max
+    ordered = slots.masked_fill(slots < 0, last).sort(-1).values
+    return ordered.masked_fill(ordered == last, -1).to(torch.int32)

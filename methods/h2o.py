@@ -1,0 +1,142 @@
+"""H2O: the tokens that have gathered the most attention so far, and the last ones."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from topkbench.kernels.topk_select.api import topk_select
+from topkbench.methods.base import (
+    CacheView,
+    Geometry,
+    Index,
+    Policy,
+    PrefillInputs,
+    Selection,
+    StepResult,
+    kv_bytes,
+)
+from topkbench.methods.eviction import Evicting
+
+
+@dataclass(kw_only=True)
+class H2OIndex(Index):
+    """The attention that each token has gathered.
+
+    Attributes:
+        sums: float32 ``[B, Hkv, capacity]``, summed over all queries so far and over the group;
+            -inf marks a token that was evicted.
+    """
+
+    sums: Tensor
+
+    def renumber(self, kept: Tensor, capacity: int) -> None:
+        gathered = self.sums.gather(2, kept.clamp(min=0).long())
+        super().renumber(kept, capacity)
+        self.sums = gathered.new_zeros(*gathered.shape[:2], capacity)
+        self.sums[:, :, : gathered.shape[2]] = gathered
+
+
+@dataclass(kw_only=True)
+class H2O(Evicting):
+    """Keep the heavy hitters, the tokens with the largest sum of attention so far, and recents.
+
+    Of ``k`` tokens ``heavy_share`` are heavy hitters, the policy's sinks among them; the others are
+    the most recent, the current one included. What is evicted never returns. The sums begin with
+    those of all the prompt's queries; every step adds the probabilities of what it attended to.
+
+    Attributes:
+        heavy_share: Share of ``k`` that goes to heavy hitters.
+
+    Source:
+        H2O (arXiv:2306.14048), section 4 and algorithm 1; 1:1 as in its experiments. The released
+        simulation sums columns over all queries, later ones too, and so looks into the answer; here
+        as in the paper a sum holds queries of the past alone. The paper's models have no groups:
+        under GQA the sums of a KV head are over its query heads. The released cache holds k tokens
+        and attends to them and the current one, here the current one is inside k. Keys keep their
+        positions, as in the released cache. The shared attention kernel returns no probabilities,
+        so the kept keys are read a second time for them, which is charged.
+    """
+
+    name: ClassVar[str] = "h2o"
+    needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
+    adaptive: ClassVar[bool] = True
+
+    heavy_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.heavy_share < 1:
+            raise ValueError(
+                f"heavy_share must be from 0 to below 1, since the current token is a recent one, "
+                f"got {self.heavy_share}."
+            )
+
+    def build_index(self, prefill: PrefillInputs) -> H2OIndex:
+        keys = prefill.key_states
+        if prefill.column_sums is None:
+            raise ValueError("h2o needs column_sums of the prompt, got none; capture them.")
+        sums = torch.zeros(*keys.shape[:2], prefill.capacity, device=keys.device)
+        sums[:, :, : prefill.n] = prefill.column_sums.unflatten(1, (keys.shape[1], -1)).sum(2)
+        return H2OIndex(sums=sums, **Index.counts(prefill))
+
+    def append(self, index: H2OIndex, key_states: Tensor, value_states: Tensor) -> None:
+        slot = index.advance()
+        index.put(index.sums, slot, index.sums.new_zeros(index.sums.shape[:2]))
+
+    def score(self, encoded: Tensor, index: H2OIndex) -> None:
+        return None
+
+    def select(
+        self, scores: Tensor | None, encoded: Tensor, index: H2OIndex, policy: Policy
+    ) -> Selection:
+        if policy.head_scope == "query_head":
+            raise ValueError(
+                "head_scope must be kv_head for h2o, whose sums are per KV head, got query_head."
+            )
+        heavy = max(int(policy.k * self.heavy_share), policy.num_sink)
+        num_recent = max(policy.k - heavy, policy.num_recent)
+        indices = topk_select(
+            index.sums[:, :, : index.length],
+            policy.k,
+            policy.num_sink,
+            num_recent,
+            index.kv_start,
+            index.kv_len,
+            impl=self.impl_for("topk_select"),
+        )
+        return Selection(indices)
+
+    def feedback(
+        self,
+        result: StepResult,
+        query_states: Tensor,
+        index: H2OIndex,
+        cache: CacheView,
+        policy: Policy,
+        scale: float,
+        softcap: float | None = None,
+    ) -> None:
+        if result.selection is None:
+            return
+        kept = result.selection.indices.long()
+        # A padding entry repeats the first one; it then writes what that one writes.
+        slots = torch.where(kept >= 0, kept, kept[..., :1])
+        keys = torch.take_along_dim(cache.key_states, slots[..., None], 2)
+        logits = query_states.float() @ keys.float().mT * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        weights = logits.masked_fill((kept < 0)[:, :, None], -torch.inf).softmax(-1).sum(2)
+        weights = torch.where(kept >= 0, weights, weights[..., :1])
+        sums = index.sums.gather(2, slots) + weights
+        index.sums.fill_(-torch.inf)
+        index.sums.scatter_(2, slots, sums)
+
+    def index_bytes_per_token(self, geometry: Geometry) -> float:
+        return 4.0 * geometry.num_kv_heads
+
+    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+        sums = round(self.held(n, k) * self.index_bytes_per_token(geometry))
+        kept = kv_bytes(geometry, min(k, n))
+        return sums + kept + kept // 2 + self.moved_bytes(geometry, n, k)

@@ -1,0 +1,181 @@
+"""SnapKV: the tokens that the prompt's last queries attend to, chosen once."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
+
+from topkbench.methods.base import (
+    Geometry,
+    Index,
+    Policy,
+    PrefillInputs,
+    Selection,
+    check_whole,
+    kv_bytes,
+)
+from topkbench.methods.capture import QUERY_TAIL
+from topkbench.methods.eviction import Evicting, ascending
+from topkbench.methods.states import row_bounds
+
+Pooling = Literal["avg", "max"]
+PROTECTED = 1e6  # above every importance; slots are added to it, exactly below 2**24
+
+
+@dataclass(kw_only=True)
+class SnapKVIndex(Index):
+    """Which tokens of the prompt matter most.
+
+    Attributes:
+        importance: float32 ``[B, Hq, capacity]`` pooled attention of the window's queries; None
+            once the tokens are ranked.
+        ranked: int64 ``[B, H, m]`` the prompt's slots, best first, -1 where there are no more; None
+            before the first selection.
+        prompt: ``length`` when the index was built: what came since was generated.
+        window: Last tokens of the prompt that are kept whatever their importance.
+    """
+
+    importance: Tensor | None
+    ranked: Tensor | None = None
+    prompt: int
+    window: int
+
+    def renumber(self, kept: Tensor, capacity: int) -> None:
+        assert self.ranked is not None  # something was selected, and is now kept
+        generated = min(self.length - self.prompt, kept.shape[2])
+        there = kept.long().masked_fill(kept < 0, torch.iinfo(torch.int64).max)
+        place = torch.searchsorted(there, self.ranked.clamp(min=0))
+        place = place.clamp(max=kept.shape[2] - 1)
+        found = (there.gather(2, place) == self.ranked) & (self.ranked >= 0)
+        self.ranked = place.masked_fill(~found, -1)
+        super().renumber(kept, capacity)
+        self.prompt = self.length - generated
+
+
+@dataclass(kw_only=True)
+class SnapKV(Evicting):
+    """Keep the prompt tokens that its last queries attend to, those queries, and what follows.
+
+    When the prompt is read, each head sums the attention of the last ``window`` queries on every
+    earlier token and pools the sums along the sequence, so that neighbours of a peak are kept
+    too. Of the prompt stay the policy's sinks, the window, and the tokens with the largest pooled
+    sums; nothing is chosen again while decoding.
+
+    What ``k`` counts: under the unified protocol everything, as for every method. Each generated
+    token takes the place of the prompt's least important one, at last those of the window and of
+    older generated ones; sinks stay. Under the native protocol ``k`` is the paper's C, tokens kept
+    of the prompt, and everything generated is kept beside them. Tokens of a question that is
+    decoded (``question=sparse``) are generated ones.
+
+    Attributes:
+        window: Queries at the prompt's end that vote, at most 64; all of a shorter prompt.
+        kernel: Tokens that are pooled, odd.
+        pooling: ``"max"`` or ``"avg"``.
+
+    Source:
+        SnapKV (arXiv:2404.14469), section 4; window 32, kernel 7, max pooling as the released
+        LongBench configurations (defaults of the released class: 64, 5, avg). It repeats the keys
+        and selects per query head, as ``head_scope="query_head"`` does; for one selection per KV
+        head the pooled sums are summed over the group. Attention is scaled by the root of head_dim.
+    """
+
+    name: ClassVar[str] = "snapkv"
+    needs: ClassVar[frozenset[str]] = frozenset({"query_tail"})
+    adaptive: ClassVar[bool] = True
+
+    window: int = 32
+    kernel: int = 7
+    pooling: Pooling = "max"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("window", self.window)
+        check_whole("kernel", self.kernel)
+        if self.window > QUERY_TAIL:
+            raise ValueError(
+                f"window must be at most {QUERY_TAIL}, the queries that are captured of a prompt, "
+                f"got {self.window}."
+            )
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, got {self.kernel}.")
+        if self.pooling not in get_args(Pooling):
+            raise ValueError(f"pooling must be avg or max, got {self.pooling!r}.")
+
+    def build_index(self, prefill: PrefillInputs) -> SnapKVIndex:
+        keys, n = prefill.key_states, prefill.n
+        if prefill.query_tail is None:
+            raise ValueError("snapkv needs query_tail of the prompt, got none; capture it.")
+        queries = prefill.query_tail[:, :, -self.window :].float()
+        batch_size, num_heads, window, head_dim = queries.shape
+        start, end = row_bounds(n, batch_size, keys.device, prefill.kv_start, prefill.kv_len)
+        slots = torch.arange(n, device=keys.device)
+        asking = end[:, None] - window + torch.arange(window, device=keys.device)  # [B, w]
+        seen = (slots <= asking[..., None]) & (slots >= start[:, None, None])
+        grouped = queries.unflatten(1, (keys.shape[1], -1))
+        logits = grouped @ keys.float().mT[:, :, None] * head_dim**-0.5
+        weights = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+        # A query before a row's first token sees nothing, and has no vote.
+        votes = weights.nan_to_num(0.0).sum(3).flatten(1, 2)
+        votes = votes.masked_fill((slots >= end[:, None] - window)[:, None], 0.0)
+        half = self.kernel // 2
+        pool = avg_pool1d if self.pooling == "avg" else max_pool1d
+        importance = votes.new_zeros(batch_size, num_heads, prefill.capacity)
+        importance[:, :, :n] = pool(votes, self.kernel, stride=1, padding=half)
+        counts = Index.counts(prefill)
+        return SnapKVIndex(importance=importance, prompt=n, window=window, **counts)
+
+    def append(self, index: SnapKVIndex, key_states: Tensor, value_states: Tensor) -> None:
+        index.advance()
+
+    def score(self, encoded: Tensor, index: SnapKVIndex) -> None:
+        return None
+
+    def select(
+        self, scores: Tensor | None, encoded: Tensor, index: SnapKVIndex, policy: Policy
+    ) -> Selection:
+        self.check_scope(policy)
+        if index.ranked is None:
+            index.ranked = self._rank(index, policy, encoded.shape[1])
+            index.importance = None
+        generated = index.length - index.prompt
+        from_prompt = policy.k
+        if policy.protocol == "unified":
+            generated = min(generated, policy.k - policy.num_sink)
+            from_prompt -= generated
+        ranked = index.ranked[:, :, :from_prompt]
+        batch_size, num_heads, _ = ranked.shape
+        _, end = row_bounds(index.length, batch_size, ranked.device, index.kv_start, index.kv_len)
+        newest = end[:, None] - generated + torch.arange(generated, device=ranked.device)
+        newest = newest[:, None].expand(-1, num_heads, -1)
+        return Selection(ascending(torch.cat([ranked, newest], 2)))
+
+    def _rank(self, index: SnapKVIndex, policy: Policy, num_kv_heads: int) -> Tensor:
+        """Return the prompt's ``k`` best slots, best first: sinks, the window, the others."""
+        assert index.importance is not None
+        n = index.prompt
+        importance = index.importance[:, :, :n]
+        if policy.head_scope == "kv_head":
+            grouped = importance.unflatten(1, (num_kv_heads, -1))
+            largest = policy.aggregation == "max_softmax"
+            importance = grouped.amax(2) if largest else grouped.sum(2)
+        start, end = row_bounds(
+            index.length, len(importance), importance.device, index.kv_start, index.kv_len
+        )
+        # Rows end where the prompt did, before what was generated.
+        start, end = start[:, None, None], end[:, None, None] - (index.length - n)
+        slots = torch.arange(n, device=importance.device)
+        protected = slots >= end - max(index.window, policy.num_recent)
+        importance = torch.where(protected, PROTECTED + slots, importance)
+        importance = importance.masked_fill(slots < start + policy.num_sink, torch.inf)
+        importance = importance.masked_fill((slots < start) | (slots >= end), -torch.inf)
+        best, ranked = importance.sort(dim=-1, descending=True, stable=True)
+        return ranked.masked_fill(best == -torch.inf, -1)[:, :, : policy.k]
+
+    def index_bytes_per_token(self, geometry: Geometry) -> float:
+        return 4.0 * geometry.num_heads
+
+    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+        # The importance is read once, at the first step; later ones read what was chosen.
+        return kv_bytes(geometry, min(k, n)) + self.moved_bytes(geometry, n, k)

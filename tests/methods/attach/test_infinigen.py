@@ -1,0 +1,69 @@
+"""InfiniGen in a model: the layer before foretells what a layer attends to."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from topkbench.methods.attach import attach, geometry_of
+from topkbench.methods.base import CacheView, Observer, Policy, StepResult
+from topkbench.methods.infinigen import InfiniGen
+
+Make = Callable[..., Any]
+NATIVE = {"num_sink": 0, "num_recent": 1, "dense_layers": 1, "head_scope": "query_head"}
+
+
+def fitted(model: PreTrainedModel) -> InfiniGen:
+    """Fit on random queries; whose they are does not matter here."""
+    shape, method = geometry_of(model), InfiniGen(native=NATIVE)
+    generator = torch.Generator().manual_seed(0)
+
+    class Drawn:
+        num_layers, sequences = shape.num_layers, 1
+
+        def states(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+            queries = torch.randn(shape.num_heads, 50, shape.head_dim, generator=generator)
+            return [(queries, torch.zeros(shape.num_kv_heads, 50, shape.head_dim))]
+
+    method.load_artifact(method.fit(Drawn()))
+    return method
+
+
+class Views(Observer):
+    """Notes in which layers queries were foretold, and how much was selected."""
+
+    def __init__(self) -> None:
+        self.foretold: dict[int, bool] = {}
+        self.most = 0
+
+    def on_step(
+        self,
+        layer: int,
+        query_states: Tensor,
+        cache: CacheView,
+        result: StepResult,
+        scale: float,
+        softcap: float | None,
+    ) -> None:
+        self.foretold[layer] = cache.previous_query is not None
+        if result.selection is not None:
+            self.most = max(self.most, int(result.selection.slots(cache).sum(-1).max()))
+
+
+@pytest.mark.parametrize("protocol", ["unified", "native"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_serves_a_batch_as_its_rows(
+    models: dict[str, PreTrainedModel], padded_batch: Make, family: str, protocol: Any
+) -> None:
+    model, (ids, mask), views = models[family], padded_batch(), Views()
+    greedy: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    with attach(model, fitted(model), Policy(k=14, protocol=protocol), views):
+        found = model.generate(ids, attention_mask=mask, **greedy)
+        for row, tokens in enumerate((37, 20, 5)):
+            alone = model.generate(ids[row : row + 1, -tokens:], **greedy)
+            assert found[row, 37:].tolist() == alone[0, tokens:].tolist()
+    assert views.foretold == ({1: True} if protocol == "native" else {0: False, 1: True})
+    assert views.most == 14

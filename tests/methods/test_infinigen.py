@@ -1,0 +1,152 @@
+"""InfiniGen by hand: the skewing, whose queries are compared, and the count shared over heads."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs
+from topkbench.methods.infinigen import InfiniGen
+
+LLAMA = Geometry(num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128)
+
+
+class Drawn:
+    """Queries that are strong along (3, 4), weak along (4, -3); two queries a KV head."""
+
+    num_layers = 2
+    sequences = 1
+
+    def states(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        along, beside = torch.tensor([0.6, 0.8]), torch.tensor([0.8, -0.6])
+        queries = torch.stack([10 * along + beside, 10 * along - beside])
+        return [(torch.stack([queries, -queries]), torch.zeros(1, 2, 2))]
+
+
+def fitted(**settings: Any) -> InfiniGen:
+    method = InfiniGen(**settings)
+    method.load_artifact(method.fit(Drawn()))
+    return method
+
+
+def prefill(keys: Tensor, capacity: int) -> PrefillInputs:
+    return PrefillInputs(
+        key_states=keys, value_states=keys, capacity=capacity, layer=1, num_layers=2
+    )
+
+
+def test_the_skewing_matrix_is_the_queries_singular_vectors() -> None:
+    skew = fitted().artifact["skew"]
+    wanted = torch.tensor([[0.6, 0.8], [0.8, -0.6]])
+    torch.testing.assert_close(skew, wanted.expand(2, 1, 2, 2), atol=1e-5, rtol=0)
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(4, 60, 8, generator=generator) * torch.arange(1, 9)
+    skew = InfiniGen().fit_layer(0, [(queries, torch.zeros(2, 60, 8))])["skew"]
+    torch.testing.assert_close(skew.mT @ skew, torch.eye(8).expand(2, 8, 8), atol=1e-5, rtol=0)
+    for head in range(2):
+        stacked = queries[2 * head : 2 * head + 2].flatten(0, 1)
+        vectors = torch.linalg.svd(stacked.double()).Vh.float()
+        # The same directions, whatever the signs, and the strongest ones first.
+        cosines = (vectors @ skew[head]).abs()
+        torch.testing.assert_close(cosines.amax(0), torch.ones(8), atol=1e-4, rtol=0)
+        strength = (stacked @ skew[head]).abs().sum(0)
+        assert (strength.diff() <= 0).all()
+
+
+def test_all_channels_give_exact_logits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 1, 9, 2, generator=generator)
+    queries = torch.randn(1, 1, 2, 2, generator=generator)
+    method = fitted(partial_ratio=1.0)
+    index = method.build_index(prefill(keys, 9))
+    found = method.score(method.encode(queries, index), index)
+    torch.testing.assert_close(found, queries @ keys.mT, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("head_dim", "channels"), [(128, 26), (64, 13), (32, 7), (10, 2), (2, 1)])
+def test_channels_are_rounded_up(head_dim: int, channels: int) -> None:
+    assert InfiniGen().channels(head_dim) == channels
+
+
+def test_foretold_queries_choose_and_the_real_ones_attend() -> None:
+    keys = torch.tensor([[3.0, 4.0], [-3.0, -4.0], [0.0, 0.0]])[None, None]
+    values = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])[None, None]
+    query = torch.tensor([[[[0.6, 0.8], [0.6, 0.8]]]])
+    method = fitted()
+    index = method.build_index(prefill(keys, 3))
+    policy = Policy(k=1, num_sink=0, num_recent=0)
+    for foretold, wanted in ((None, 0), (-query, 1), (query, 0)):
+        view = CacheView(keys, values, previous_query=foretold)
+        found = method.step(query, index, view, policy, 1.0)
+        assert found.selection is not None
+        assert found.selection.indices.tolist() == [[[wanted]]]
+        torch.testing.assert_close(found.out[0, 0], values[0, 0, wanted])
+
+
+def test_heads_share_the_mean_count_and_k_is_its_cap() -> None:
+    # Speculated logits are 5 (along) / sqrt(2) for the first query, a tenth of it for the second.
+    along = torch.tensor([0.6, 0.8])
+    places = torch.tensor([10.0, 9.0, 8.0, 3.0, 2.0, 1.0, 0.0, -1.0])
+    keys = (places[:, None] * along)[None, None]
+    query = torch.stack([5 * along, 0.5 * along])[None, None]
+    method = fitted(alpha=5.0)
+    index = method.build_index(prefill(keys, 8))
+    view = CacheView(keys, keys)
+
+    def kept(k: int, **more: Any) -> Any:
+        policy = Policy(k=k, num_sink=0, head_scope="query_head", **more)
+        found = method.step(query, index, view, policy, 2**-0.5).selection
+        assert found is not None
+        return [[slot for slot in head if slot >= 0] for head in found.indices[0].tolist()]
+
+    # 7.07 below the largest product: 2 of the first query (50, 45), all 8 of the second; mean 5.
+    native: dict[str, Any] = {"protocol": "native", "num_recent": 0}
+    assert kept(7, **native) == [[0, 1, 2, 3, 4]] * 2
+    assert kept(3, **native) == [[0, 1, 2]] * 2
+    # The current token takes a place, whatever it scores.
+    assert kept(7, protocol="native", num_recent=1) == [[0, 1, 2, 3, 7]] * 2
+    assert kept(7, num_recent=0) == [[0, 1, 2, 3, 4, 5, 6]] * 2
+
+
+def test_bytes_by_hand() -> None:
+    """Half precision, 8 KV heads of 128 channels, 26 of them compared, 32 query heads."""
+    token = 2 * 8 * 128 * 2
+    side, skew, projection = 32768 * 8 * 26 * 2, 8 * 128 * 26 * 4, 32 * 26 * 4096 * 2
+    method = InfiniGen()
+    wanted = side + skew + projection + 512 * token
+    assert method.bytes_read_per_step(LLAMA, 32768, 512) == wanted
+    # What scoring touches of the index is what is charged.
+    geometry = Geometry(num_layers=2, num_heads=2, num_kv_heads=1, head_dim=2, dtype_bytes=4)
+    index = fitted().build_index(prefill(torch.zeros(1, 1, 9, 2), 9))
+    touched = index.low_keys.nbytes + index.skew.nbytes
+    rest = 2 * 1 * 4 * 4 + 3 * 2 * 2 * 4
+    assert method.bytes_read_per_step(geometry, 9, 3) == touched + rest
+
+
+def test_positions_are_spread_over_a_sequence() -> None:
+    assert InfiniGen().query_positions(0, [3, 256, 1000]) == [
+        [0, 1, 2],
+        list(range(256)),
+        list(range(0, 1000, 4)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"partial_ratio": 0.0}, "partial_ratio must be a share above 0 and up to 1, got 0.0"),
+        ({"partial_ratio": 1.5}, "partial_ratio must be a share above 0 and up to 1, got 1.5"),
+        ({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
+    ],
+)
+def test_bad_settings_are_one_sentence(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        InfiniGen(**settings)
+
+
+def test_an_artifact_must_fit() -> None:
+    with pytest.raises(ValueError, match=r"skew .* = \[2, 1, 2, 2\], got none; fit it on this"):
+        InfiniGen().build_index(prefill(torch.zeros(1, 1, 3, 2), 3))
+    with pytest.raises(ValueError, match=r"= \[2, 2, 2, 2\], got \[2, 1, 2, 2\]; fit it"):
+        fitted().build_index(prefill(torch.zeros(1, 2, 3, 2), 3))
