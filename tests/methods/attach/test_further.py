@@ -9,10 +9,12 @@ from transformers import PreTrainedModel
 from topkbench.methods.attach import attach
 from topkbench.methods.base import Policy, TopKMethod
 from topkbench.methods.block_oracle import BlockOracle
+from topkbench.methods.magicpig import MagicPIG
 from topkbench.methods.random import RandomSelection
 
 METHODS: dict[str, Callable[[], TopKMethod]] = {
     "block_oracle": lambda: BlockOracle(page_size=4),
+    "magicpig": lambda: MagicPIG(native_local=4),
     "random": RandomSelection,
 }
 
