@@ -10,12 +10,15 @@ from topkbench.methods.attach import attach
 from topkbench.methods.base import Policy, TopKMethod
 from topkbench.methods.block_oracle import BlockOracle
 from topkbench.methods.magicpig import MagicPIG
+from topkbench.methods.quest import Quest
 from topkbench.methods.random import RandomSelection
+from topkbench.methods.twilight import Twilight
 
 METHODS: dict[str, Callable[[], TopKMethod]] = {
     "block_oracle": lambda: BlockOracle(page_size=4),
     "magicpig": lambda: MagicPIG(native_local=4),
     "random": RandomSelection,
+    "twilight": lambda: Twilight(base=Quest(page_size=4), base_k=2, p=0.7),
 }
 
 
