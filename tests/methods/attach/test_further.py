@@ -12,12 +12,14 @@ from topkbench.methods.block_oracle import BlockOracle
 from topkbench.methods.magicpig import MagicPIG
 from topkbench.methods.quest import Quest
 from topkbench.methods.random import RandomSelection
+from topkbench.methods.spatten import SpAtten
 from topkbench.methods.twilight import Twilight
 
 METHODS: dict[str, Callable[[], TopKMethod]] = {
     "block_oracle": lambda: BlockOracle(page_size=4),
     "magicpig": lambda: MagicPIG(native_local=4),
     "random": RandomSelection,
+    "spatten": lambda: SpAtten(last_keep=0.5, last_heads=0.75),
     "twilight": lambda: Twilight(base=Quest(page_size=4), base_k=2, p=0.7),
 }
 
