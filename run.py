@@ -198,8 +198,7 @@ class Run:
             seed=self.settings["seed"],
             parameters={
                 name: value if isinstance(value, str | int | float | None) else str(value)
-                for name, value in {**rules, "dtype": self.dtype, **method}.items()
-                if name not in NOT_PARAMETERS and not isinstance(value, dict)
+                for name, value in {**rules, "dtype": self.dtype, **parameters(method)}.items()
             },
             artifact_digest=self.method.artifact_digest or None,
             config_digest=identity(without_seeds(self.payload)),
@@ -247,6 +246,19 @@ class Run:
             for part in outcome.rows
         ]
         return rows, outcome.samples
+
+
+def parameters(method: dict[str, Any]) -> dict[str, Any]:
+    """Return a method's settings that are columns of no name; of one inside it, with its place."""
+    found: dict[str, Any] = {}
+    for name, value in method.items():
+        if isinstance(value, dict) and "_target_" in value:
+            found[name] = value["_target_"].rpartition(".")[2]
+            inner = {**parameters(value), **({"rbit": value["rbit"]} if "rbit" in value else {})}
+            found |= {f"{name}_{key}": setting for key, setting in inner.items()}
+        elif name not in NOT_PARAMETERS and not isinstance(value, dict):
+            found[name] = value
+    return found
 
 
 def implementations(chosen: dict[str, str]) -> str:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from topkbench.kernels.page_score.api import page_score
-from topkbench.kernels.topk_select.api import topk_select
 from topkbench.methods.base import (
     Geometry,
     Index,
@@ -18,36 +17,20 @@ from topkbench.methods.base import (
     check_whole,
     kv_bytes,
 )
+from topkbench.methods.pages import PagedIndex, page_slots, page_tokens_read, select_pages
 
 
 @dataclass(kw_only=True)
-class QuestIndex(Index):
-    """Channel-wise extremes of each page's keys; page ``p`` starts at ``kv_start + p * page_size``.
+class QuestIndex(PagedIndex):
+    """Channel-wise extremes of each page's keys.
 
     Attributes:
         page_min: ``[B, Hkv, pages, d]`` in the keys' dtype; zeros where a page has no key yet.
         page_max: The same, largest.
-        page_size: Tokens of a page.
     """
 
     page_min: Tensor
     page_max: Tensor
-    page_size: int
-
-    @property
-    def num_pages(self) -> int:
-        """Pages in use in the longest row, the open one included."""
-        return -(-self.length // self.page_size)
-
-    def page_count(self) -> Tensor | None:
-        """Return int32 ``[B]`` pages in use in each row; None if all rows have ``num_pages``."""
-        if self.kv_start is None and self.kv_len is None:
-            return None
-        end = self.length if self.kv_len is None else self.kv_len
-        tokens = end - self.kv_start if self.kv_start is not None else self.kv_len
-        assert isinstance(tokens, Tensor)
-        count = torch.div(tokens + self.page_size - 1, self.page_size, rounding_mode="floor")
-        return count.to(torch.int32)
 
 
 @dataclass(kw_only=True)
@@ -77,15 +60,10 @@ class Quest(TopKMethod):
         batch_size, num_kv_heads, n, head_dim = keys.shape
         size = self.page_size
         num_pages = -(-n // size)
-        place = torch.arange(num_pages * size, device=keys.device)
-        slots = place.expand(batch_size, -1)
-        if prefill.kv_start is not None:
-            slots = slots + prefill.kv_start[:, None]
-        end = n if prefill.kv_len is None else prefill.kv_len[:, None]
-        held = slots < end
+        slots, held = page_slots(n, batch_size, size, keys.device, prefill.kv_start, prefill.kv_len)
         rows = torch.arange(batch_size, device=keys.device)[:, None]
         # [B, pages * size, Hkv, d], each row shifted to begin at its first token.
-        shifted = keys.transpose(1, 2)[rows, slots.clamp(max=max(n - 1, 0))]
+        shifted = keys.transpose(1, 2)[rows, slots]
         held = held[..., None, None]
 
         def extreme(fill: float) -> Tensor:
@@ -137,18 +115,7 @@ class Quest(TopKMethod):
         self, scores: Tensor | None, encoded: Tensor, index: QuestIndex, policy: Policy
     ) -> Selection:
         assert scores is not None  # page_score always scores
-        budget = max(1, policy.k // self.page_size)
-        num_recent = min(policy.num_recent, 1)
-        num_sink = min(policy.num_sink, 1, budget - num_recent)
-        indices = topk_select(
-            scores,
-            budget,
-            num_sink,
-            num_recent,
-            kv_len=index.page_count(),
-            impl=self.impl_for("topk_select"),
-        )
-        return Selection(indices, unit_size=self.page_size)
+        return select_pages(scores, index, policy, self.impl_for("topk_select"))
 
     def index_bytes_per_token(self, geometry: Geometry) -> float:
         channels = geometry.num_kv_heads * geometry.head_dim
@@ -157,5 +124,4 @@ class Quest(TopKMethod):
     def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
         pages = -(-n // self.page_size)
         extremes = round(pages * self.page_size * self.index_bytes_per_token(geometry))
-        chosen = max(1, k // self.page_size) * self.page_size
-        return extremes + kv_bytes(geometry, n if k >= n else min(chosen, n))
+        return extremes + kv_bytes(geometry, page_tokens_read(n, k, self.page_size))

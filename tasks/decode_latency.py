@@ -314,7 +314,7 @@ class _Layer:
             self.states.query_states, index, self.cache, self.policy, self.scale, watch=watch
         )
         if index is not None:
-            index.length -= 1
+            index.take_back()
         return result
 
     def full(self) -> Any:
@@ -350,7 +350,7 @@ class _Layer:
             error = _distance(out, expected_out)
             return None if error <= self._tolerance else self._sentence("output", error)
         finally:
-            index.length -= 1
+            index.take_back()
 
     def _scores(self) -> Tensor | None:
         encoded = self.method.encode(self.states.query_states, self.index)

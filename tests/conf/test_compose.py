@@ -82,6 +82,14 @@ def test_a_method_becomes_an_object(name: str, protocol: str) -> None:
         assert in_force == policy
 
 
+def test_a_method_inside_a_method_is_chosen_by_name() -> None:
+    config = resolved("method=twilight", "k=64")
+    assert instantiate(config.method).base.name == "quest"
+    chosen = ["method@method.base=hata", "method.base.use_norm=false", "rbit=64", "seed=3"]
+    base = instantiate(resolved("method=twilight", *chosen).method).base
+    assert (base.name, base.rbit, base.seed, base.use_norm) == ("hata", 64, 3, False)
+
+
 def test_native_values_are_the_papers() -> None:
     config = resolved("method=hata", "protocol=native", "k=64")
     policy = instantiate(config.method).policy_in_force(instantiate(config.protocol))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -50,9 +50,13 @@ def make(name: str, **overrides: Any) -> TopKMethod:
     root = OmegaConf.create(
         {"rbit": 64, "seed": 0, "impl": "auto", "full_backend": "sdpa", "k": 16}
     )
-    root["method"] = OmegaConf.load(CONF / f"{name}.yaml")
-    node = OmegaConf.merge(root["method"], overrides)
-    root["method"] = node
+    node = OmegaConf.load(CONF / f"{name}.yaml")
+    assert isinstance(node, DictConfig)
+    for option in node.pop("defaults", []):  # a method inside a method: /method@PLACE: NAME
+        if option != "_self_":
+            ((place, inner),) = option.items()
+            node[place.removeprefix("/method@")] = OmegaConf.load(CONF / f"{inner}.yaml")
+    root["method"] = OmegaConf.merge(node, overrides)
     method: TopKMethod = instantiate(root["method"])
     if method.artifact_spec(GEOMETRY) is not None:
         method.load_artifact(method.fit(Calibration()))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import CacheView, Geometry, Policy, Selection, TopKMethod
+from topkbench.methods.base import CacheView, Geometry, Index, Policy, Selection, TopKMethod
 
 SCALE = 32**-0.5
 States = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -96,13 +96,15 @@ def test_attends_to_its_selection_and_nothing_else(
     index = build(selecting, keys, values)
     step = selecting.step(queries, index, CacheView(keys, values), Policy(k=16), SCALE)
     assert step.selection is not None
-    for head in range(2):
-        slots = kept(step.selection, 0, head, 0, 45)
-        part = full(
-            queries[:, head, None], keys[:, head, None, slots], values[:, head, None, slots]
-        )
-        found = step.out.unflatten(1, (2, 3))[:, head].double()
-        torch.testing.assert_close(found, part, atol=2e-6, rtol=1e-5)
+    selection = step.selection
+    for head in range(6):
+        own = head * selection.indices.shape[1] // 6
+        slots = kept(selection, 0, own, 0, 45)
+        logits = (queries.flatten(1, 2)[0, head] @ keys[0, head // 3, slots].mT).double() * SCALE
+        if selection.log_weight is not None:
+            logits += selection.log_weight[0, head, selection.indices[0, own] >= 0]
+        part = logits.softmax(-1) @ values[0, head // 3, slots].double()
+        torch.testing.assert_close(step.out[0, head].double(), part, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("start", [None, int32(0, 5, 18)])
@@ -257,7 +259,11 @@ def test_inputs_are_not_modified(method: TopKMethod, states: States, build: Buil
 def test_permuting_keys_permutes_scores(
     name: str, make_method: Callable[..., TopKMethod], states: States, build: Build
 ) -> None:
-    method = make_method(name, **({"page_size": 1} if name == "quest" else {}))
+    method = make_method(name)
+    if hasattr(method, "page_size"):
+        method = make_method(name, page_size=1)
+    elif hasattr(getattr(method, "base", None), "page_size"):
+        method = make_method(name, base={"page_size": 1})
     queries, keys, values = states(2, 45)
     order = torch.randperm(45, generator=torch.Generator().manual_seed(1))
     first, second = build(method, keys, values), build(method, keys[:, :, order], values)
@@ -272,6 +278,8 @@ def test_score_and_select_at_k_one_below_n(
     selecting: TopKMethod, states: States, build: Build
 ) -> None:
     """The one token, or page, that is dropped is the worst of those that are not forced."""
+    if selecting.ragged:
+        pytest.skip(f"{selecting.name} may drop more than one")
     queries, keys, values = states(2, 64)
     policy = Policy(k=63)
     index = build(selecting, keys, values)
@@ -283,14 +291,27 @@ def test_score_and_select_at_k_one_below_n(
             units = 64 // selection.unit_size
             missing = set(range(units)) - set(selection.indices[row, head].tolist())
             assert len(missing) == 1
+            free = range(4, 56) if units == 64 else range(1, units - 1)
             if scores is None:
                 # The oldest that is no sink, or what was attended to least before.
-                assert missing <= set(range(4, 56)) if selecting.adaptive else missing == {4}
+                assert missing <= set(free) if selecting.adaptive else missing == {4}
                 continue
-            free = range(4, 56) if units == 64 else range(1, units - 1)
             # Of equal scores the lower index wins, so the highest is dropped.
             worst = min(free, key=lambda u: (scores[row, head, u].item(), -u))
             assert missing == {worst}
+
+
+def held_bytes(index: Index) -> int:
+    """Count the bytes of side information in an index, and in those inside it."""
+    held = 0
+    for field in fields(index):
+        value = getattr(index, field.name)
+        if isinstance(value, Index):
+            held += held_bytes(value)
+        is_side = isinstance(value, Tensor) and value.ndim >= 3 and value.shape[0] == 1
+        if is_side and field.name != "key_states":
+            held += value.nbytes
+    return held
 
 
 def test_index_bytes_are_the_analytic_ones(
@@ -298,20 +319,14 @@ def test_index_bytes_are_the_analytic_ones(
 ) -> None:
     _, keys, values = states(1, 45)
     index = build(selecting, keys, values, capacity=64)
-    held = 0
-    for field in fields(index):
-        tensor = getattr(index, field.name)
-        is_side = isinstance(tensor, Tensor) and tensor.ndim >= 3 and tensor.shape[0] == 1
-        if is_side and field.name != "key_states":
-            held += tensor.nbytes
-    assert held == 64 * selecting.index_bytes_per_token(geometry)
+    assert held_bytes(index) == 64 * selecting.index_bytes_per_token(geometry)
 
 
 def test_reads_more_with_more_tokens_and_less_than_full(
     selecting: TopKMethod, methods: dict[str, TopKMethod], geometry: Geometry
 ) -> None:
     everything = methods["full"].bytes_read_per_step(geometry, 4096, 256)
-    if selecting.name == "exact":
+    if selecting.name in ("exact", "block_oracle"):  # they read every key
         assert everything // 2 < selecting.bytes_read_per_step(geometry, 4096, 256) < everything
     else:
         assert selecting.bytes_read_per_step(geometry, 4096, 256) < everything // 2
@@ -357,8 +372,8 @@ def test_native_policy_selects(selecting: TopKMethod, states: States, build: Bui
     assert step.selection.indices.shape[1] == heads
     # Three query heads that choose apart read what they choose together.
     read = step.selection.tokens_read(CacheView(keys, values))
-    least = 1 if selecting.ragged else 32
-    assert ((read >= least) & (read <= (64 if heads == 6 else 32))).all()
+    assert (read >= (1 if selecting.ragged else 32)).all()
+    assert (read <= (64 if heads == 6 else 32)).all()
 
 
 def test_serves_an_ordinary_model(method: TopKMethod, geometry: Geometry) -> None:

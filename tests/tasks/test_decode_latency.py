@@ -12,6 +12,7 @@ from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.hata import HATA
 from topkbench.methods.quest import Quest
+from topkbench.methods.twilight import Twilight
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 from topkbench.tasks import decode_latency
@@ -49,7 +50,12 @@ def rows(
 
 @pytest.mark.parametrize(
     "method",
-    [ExactTopK(), HATA(weights="random", rbit=64), Quest(page_size=8)],
+    [
+        ExactTopK(),
+        HATA(weights="random", rbit=64),
+        Quest(page_size=8),
+        Twilight(base=Quest(page_size=8), p=1.0),  # an index inside an index is set back too
+    ],
     ids=lambda method: method.name,
 )
 def test_a_right_step_has_every_time(

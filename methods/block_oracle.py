@@ -1,0 +1,101 @@
+"""The oracle of pages: those that hold the tokens with the largest true attention weights."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from topkbench.kernels.lowrank_score.api import lowrank_score
+from topkbench.methods.base import (
+    CacheView,
+    Geometry,
+    Index,
+    Policy,
+    PrefillInputs,
+    Selection,
+    TopKMethod,
+    check_whole,
+    kv_bytes,
+)
+from topkbench.methods.pages import PagedIndex, page_slots, page_tokens_read, select_pages
+
+
+@dataclass(kw_only=True)
+class BlockOracleIndex(PagedIndex):
+    """The cached keys themselves: ``[B, Hkv, n, d]``, as of the last ``bind``."""
+
+    key_states: Tensor
+
+
+@dataclass(kw_only=True)
+class BlockOracle(TopKMethod):
+    """Keep the pages whose best token has the largest true attention weight: no page rule beats it.
+
+    Sets apart what a method loses by choosing whole pages from what it loses by estimating. A
+    page's score is the largest of its tokens', and a token's is the policy's: the softmax weight
+    summed over the group (``aggregation="native"``), its largest over the group, the summed logit;
+    under ``head_scope="query_head"`` the query's own logit.
+
+    Attributes:
+        page_size: Tokens of a page.
+
+    Source:
+        ``compute_oracle_sparse_mask`` of SeerAttention-R (arXiv:2506.08889), which takes the
+        largest weight over the group where ours sums (its rule is the native policy), and pages of
+        64; ours are Quest's 16, to be laid beside it. Budget and forced pages are as for Quest.
+    """
+
+    name: ClassVar[str] = "block_oracle"
+    score_kind: ClassVar[Literal["logit", "count"]] = "logit"
+
+    page_size: int = 16
+
+    def __post_init__(self) -> None:
+        check_whole("page_size", self.page_size)
+
+    def build_index(self, prefill: PrefillInputs) -> BlockOracleIndex:
+        counts = Index.counts(prefill)
+        keys = prefill.key_states
+        return BlockOracleIndex(key_states=keys, page_size=self.page_size, **counts)
+
+    def append(self, index: BlockOracleIndex, key_states: Tensor, value_states: Tensor) -> None:
+        index.advance()  # the key is in the cache, which bind shows
+
+    def bind(self, index: BlockOracleIndex, cache: CacheView) -> None:
+        index.key_states = cache.key_states
+
+    def score(self, encoded: Tensor, index: BlockOracleIndex) -> Tensor:
+        """Return the tokens' logits, ``[B, Hkv, G, pages * page_size]``, page by page."""
+        keys = index.key_states
+        if keys.shape[2] < index.length:
+            raise ValueError(
+                f"the index must be bound to the cache's {index.length} slots, got "
+                f"{keys.shape[2]}; call bind before score."
+            )
+        impl = self.impl_for("lowrank_score")
+        logits = lowrank_score(encoded, keys, index.kv_start, index.kv_len, impl=impl)
+        slots, held = page_slots(
+            keys.shape[2], len(keys), self.page_size, keys.device, index.kv_start, index.kv_len
+        )
+        slots = slots[:, None, None].expand(*logits.shape[:3], -1)
+        return logits.gather(-1, slots).masked_fill(~held[:, None, None], -torch.inf)
+
+    def scoped(
+        self, scores: Tensor | None, policy: Policy, scale: float, softcap: float | None = None
+    ) -> Tensor | None:
+        """Bring logits to the heads that select, and of each page the best: ``[B, H, pages]``."""
+        tokens = super().scoped(scores, policy, scale, softcap)
+        assert tokens is not None  # score always scores
+        return tokens.unflatten(-1, (-1, self.page_size)).amax(-1)
+
+    def select(
+        self, scores: Tensor | None, encoded: Tensor, index: BlockOracleIndex, policy: Policy
+    ) -> Selection:
+        assert scores is not None
+        return select_pages(scores, index, policy, self.impl_for("topk_select"))
+
+    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+        # Every key to score, then keys and values of the chosen pages: two passes.
+        chosen = page_tokens_read(n, k, self.page_size)
+        return kv_bytes(geometry, n) // 2 + kv_bytes(geometry, chosen)

@@ -1,0 +1,70 @@
+"""Random selection: the floor that every method must rise above."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from topkbench.methods.base import Index, Policy, PrefillInputs, Selection, TopKMethod
+from topkbench.methods.draws import draw_tokens
+from topkbench.methods.states import row_bounds
+
+
+@dataclass(kw_only=True)
+class RandomIndex(Index):
+    """What a draw depends on beside a token's place.
+
+    Attributes:
+        layer: Index of the layer.
+        device: Where the selection is wanted.
+    """
+
+    layer: int
+    device: torch.device
+
+
+@dataclass(kw_only=True)
+class RandomSelection(TopKMethod):
+    """Keep sinks, recents and a uniform draw of the other tokens, drawn anew at every step.
+
+    A draw depends on the seed, the layer, the head, the token's place in its row and the row's
+    length: not on the batch, the padding, or what was drawn before.
+
+    Attributes:
+        seed: Of the draws.
+
+    Source:
+        None: the floor of a comparison. A method that does not beat it has found nothing.
+    """
+
+    name: ClassVar[str] = "random"
+
+    seed: int = 0
+
+    def build_index(self, prefill: PrefillInputs) -> RandomIndex:
+        device = prefill.key_states.device
+        return RandomIndex(layer=prefill.layer, device=device, **Index.counts(prefill))
+
+    def append(self, index: RandomIndex, key_states: Tensor, value_states: Tensor) -> None:
+        index.advance()
+
+    def encode(self, query_states: Tensor, index: RandomIndex) -> torch.Size:
+        """Return ``(B, Hkv, G)``: all that the selection needs to know of the queries."""
+        return query_states.shape[:3]
+
+    def score(self, encoded: torch.Size, index: RandomIndex) -> None:
+        return None
+
+    def select(
+        self, scores: Tensor | None, encoded: torch.Size, index: RandomIndex, policy: Policy
+    ) -> Selection:
+        batch_size, num_kv_heads, group = encoded
+        num_heads = num_kv_heads * (group if policy.head_scope == "query_head" else 1)
+        start, end = row_bounds(
+            index.length, batch_size, index.device, index.kv_start, index.kv_len
+        )
+        drawn = draw_tokens(self.seed, index.layer, num_heads, index.length, start, end) >> 32
+        # int32's lowest value marks a unit that is not there.
+        drawn = drawn.clamp(min=-(2**31) + 1).to(torch.int32)
+        return super().select(drawn, encoded, index, policy)

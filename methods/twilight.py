@@ -1,0 +1,319 @@
+"""Twilight: of what another method selects, the fewest tokens that hold most of the attention."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from topkbench.methods.base import (
+    CacheView,
+    Geometry,
+    Index,
+    LayerStates,
+    LossReport,
+    Policy,
+    PrefillInputs,
+    Selection,
+    StepResult,
+    TopKMethod,
+    Watch,
+    check_whole,
+    kv_bytes,
+)
+
+
+@dataclass(kw_only=True)
+class TwilightIndex(Index):
+    """The base method's index, and the keys in 4 bits a channel.
+
+    Attributes:
+        base: What the base method built.
+        codes: uint8 ``[B, Hkv, capacity, d / 2]``, channel ``j`` in the low half of byte ``j`` and
+            channel ``j + d / 2`` in its high half.
+        ranges: float16 ``[B, Hkv, capacity, 2]`` of each token the lowest channel, and the step.
+        cache: This step's view of the cache, as of the last ``bind``.
+        scale: The attention's factor on dot products, as of the last step.
+        softcap: As in attention, or None.
+    """
+
+    base: Any
+    codes: Tensor
+    ranges: Tensor
+    cache: CacheView
+    scale: float
+    softcap: float | None = None
+
+    def take_back(self) -> None:
+        super().take_back()
+        self.base.take_back()
+
+
+@dataclass
+class TwilightQuery:
+    """What a step's queries are: ``states [B, Hkv, G, d]``, and what the base made of them."""
+
+    states: Tensor
+    base: Any
+
+
+@dataclass(kw_only=True)
+class Twilight(TopKMethod):
+    """Let another method select ``base_k`` times ``k`` tokens; keep the fewest that hold ``p``.
+
+    The weights of the base's tokens are estimated from keys in 4 bits, by a softmax over these
+    tokens alone. Kept is the smallest set with a mass of at least ``p``: sinks and recents first,
+    then by falling weight; ``k`` caps it. Where a KV head selects for its group, the weights are
+    the group's mean; with ``head_scope="query_head"`` each query head keeps its own set.
+
+    Attributes:
+        base: The method that selects first: any other, ``method@method.base=loki``. What it learns
+            is learnt, kept and found as its own.
+        base_k: The base's budget, in multiples of ``k``.
+        p: Mass to keep, of the base's tokens, above 0 and at most 1.
+
+    Source:
+        Twilight (arXiv:2502.02770), section 4. Followed in its released code: keys quantised per
+        token between their lowest and highest channel, mass relative to the base's selection,
+        p of 0.85. Different: the base's budget is a multiple of ``k``, there 8192 tokens or a
+        quarter of the context; the set is found by sorting, where its kernel searches a
+        threshold; ``k`` caps it, where only the base's budget does; recents are kept only as far
+        as the base selects them. Whatever else a base's selection carries, log weights or a
+        remainder, is left out.
+
+    A token's 4-bit key costs ``d / 2 + 4`` bytes beside the base's own, read for the base's
+    selection alone.
+    """
+
+    name: ClassVar[str] = "twilight"
+    ragged: ClassVar[bool] = True
+
+    base: TopKMethod
+    base_k: int = 4
+    p: float = 0.85
+
+    def __post_init__(self) -> None:
+        check_whole("base_k", self.base_k)
+        if not 0 < self.p <= 1:
+            raise ValueError(f"p must be above 0 and at most 1, got {self.p}.")
+        if not self.base.selects or isinstance(self.base, Twilight):
+            raise ValueError(
+                f"base must be another method that selects, got {self.base.name}; give "
+                "method@method.base=quest, for one."
+            )
+        # What the base declares of its class, this method declares for itself.
+        vars(self).update(needs=self.base.needs, adaptive=self.base.adaptive)
+
+    # What the base learns -----------------------------------------------------------------------
+
+    def unsupported(self, geometry: Geometry) -> str | None:
+        if geometry.head_dim % 2:
+            return f"head_dim must be even for twilight, got {geometry.head_dim}."
+        return self.base.unsupported(geometry)
+
+    def artifact_spec(self, geometry: Geometry) -> dict[str, Any] | None:
+        return self.base.artifact_spec(geometry)
+
+    def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        return self.base.artifact_layout(geometry)
+
+    def query_positions(self, layer: int, lengths: Sequence[int]) -> list[list[int]]:
+        return self.base.query_positions(layer, lengths)
+
+    def fit_layer(
+        self, layer: int, states: LayerStates, report: LossReport | None = None
+    ) -> dict[str, Tensor]:
+        if type(self.base).fit_layer is TopKMethod.fit_layer:
+            return super().fit_layer(layer, states, report)
+        return self.base.fit_layer(layer, states, report)
+
+    def load_artifact(self, tensors: dict[str, Tensor], digest: str = "") -> None:
+        self.base.load_artifact(tensors, digest)
+        super().load_artifact(tensors, digest)
+
+    # Decode -------------------------------------------------------------------------------------
+
+    def build_index(self, prefill: PrefillInputs) -> TwilightIndex:
+        keys = prefill.key_states
+        shape = (*keys.shape[:2], prefill.capacity)
+        codes = torch.zeros(*shape, keys.shape[3] // 2, dtype=torch.uint8, device=keys.device)
+        ranges = torch.zeros(*shape, 2, dtype=torch.float16, device=keys.device)
+        codes[:, :, : prefill.n], ranges[:, :, : prefill.n] = quantise(keys)
+        view = CacheView(keys, prefill.value_states, prefill.kv_start, prefill.kv_len)
+        return TwilightIndex(
+            base=self.base.build_index(prefill),
+            codes=codes,
+            ranges=ranges,
+            cache=view,
+            scale=keys.shape[3] ** -0.5,
+            **Index.counts(prefill),
+        )
+
+    def append(self, index: TwilightIndex, key_states: Tensor, value_states: Tensor) -> None:
+        self.base.append(index.base, key_states, value_states)
+        slot = index.advance()
+        codes, ranges = quantise(key_states[:, :, 0])
+        index.put(index.codes, slot, codes)
+        index.put(index.ranges, slot, ranges)
+
+    def bind(self, index: TwilightIndex, cache: CacheView) -> None:
+        index.cache = cache
+        self.base.bind(index.base, cache)
+
+    def encode(self, query_states: Tensor, index: TwilightIndex) -> TwilightQuery:
+        return TwilightQuery(query_states, self.base.encode(query_states, index.base))
+
+    def score(self, encoded: TwilightQuery, index: TwilightIndex) -> Tensor | None:
+        return self.base.score(encoded.base, index.base)
+
+    def scoped(
+        self, scores: Tensor | None, policy: Policy, scale: float, softcap: float | None = None
+    ) -> Tensor | None:
+        return self.base.scoped(scores, policy, scale, softcap)
+
+    def select(
+        self, scores: Tensor | None, encoded: TwilightQuery, index: TwilightIndex, policy: Policy
+    ) -> Selection:
+        first = self._candidates(scores, encoded, index, policy)
+        chosen = first.slots(index.cache)
+        n = index.cache.n
+        width = min(n, first.indices.shape[2] * first.unit_size)
+        slots = torch.arange(n, device=chosen.device).where(chosen, n)
+        slots = slots.topk(width, largest=False).values
+        held = slots < n
+        slots = slots.where(held, 0)
+        weights = self.estimate(encoded.states, index, slots, held)
+        group, budget = weights.shape[2], policy.k
+        if policy.head_scope == "query_head":
+            weights = weights.flatten(1, 2)
+            if weights.shape[1] != slots.shape[1]:  # the base selects for the group all the same
+                slots, held = slots.repeat_interleave(group, 1), held.repeat_interleave(group, 1)
+        elif slots.shape[1] == weights.shape[1]:
+            weights = weights.mean(2)
+        else:  # the base selects for query heads all the same, which share the group's budget
+            weights, budget = weights.flatten(1, 2), policy.k // group
+        start, end = (bound[:, None, None] for bound in index.cache.bounds())
+        forced = held & ((slots < start + policy.num_sink) | (slots >= end - policy.num_recent))
+        kept = smallest_set(weights, held, forced, self.p, budget)
+        kept_slots = slots.where(kept, n).sort(-1).values[..., :budget]
+        indices = kept_slots.where(kept_slots < n, -1)
+        return Selection(indices.to(torch.int32))
+
+    def _candidates(
+        self, scores: Tensor | None, encoded: TwilightQuery, index: TwilightIndex, policy: Policy
+    ) -> Selection:
+        """Return what the base selects, as in a step of its own."""
+        wider = replace(policy, k=self.base_k * policy.k)
+        if wider.k >= index.cache.n:
+            return Selection.everything(index.cache)
+        selection = self.base.select(scores, encoded.base, index.base, wider)
+        return selection.with_short_rows_whole(index.cache, wider.k)
+
+    def estimate(
+        self, query_states: Tensor, index: TwilightIndex, slots: Tensor, held: Tensor
+    ) -> Tensor:
+        """Estimate each query's softmax over some tokens from their 4-bit keys.
+
+        Args:
+            query_states: ``[B, Hkv, G, d]``.
+            index: Holds the keys.
+            slots: int64 ``[B, H, m]``, of KV heads or query heads.
+            held: bool, which of them are tokens.
+
+        Returns:
+            float32 ``[B, Hkv, G, m]``.
+        """
+        num_kv_heads = query_states.shape[1]
+        at = slots.unflatten(1, (num_kv_heads, -1))  # [B, Hkv, 1 or G, m]
+        flat = at.flatten(2)[..., None]
+        codes = index.codes.gather(2, flat.expand(-1, -1, -1, index.codes.shape[3]))
+        ranges = index.ranges.gather(2, flat.expand(-1, -1, -1, 2))
+        keys = dequantise(codes, ranges).unflatten(2, at.shape[2:])
+        logits = (keys @ query_states.float()[..., None])[..., 0] * index.scale
+        if index.softcap is not None:
+            logits = index.softcap * torch.tanh(logits / index.softcap)
+        absent = ~held.unflatten(1, (num_kv_heads, -1))
+        return logits.masked_fill(absent, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+    def step(
+        self,
+        query_states: Tensor,
+        index: TwilightIndex,
+        cache: CacheView,
+        policy: Policy,
+        scale: float,
+        softcap: float | None = None,
+        watch: Watch | None = None,
+    ) -> StepResult:
+        # Selecting needs the scale too: the mass of a set depends on it.
+        index.scale, index.softcap = scale, softcap
+        return super().step(query_states, index, cache, policy, scale, softcap, watch)
+
+    def feedback(
+        self,
+        result: StepResult,
+        query_states: Tensor,
+        index: TwilightIndex,
+        cache: CacheView,
+        policy: Policy,
+        scale: float,
+        softcap: float | None = None,
+    ) -> None:
+        self.base.feedback(result, query_states, index.base, cache, policy, scale, softcap)
+
+    def index_bytes_per_token(self, geometry: Geometry) -> float:
+        own = geometry.num_kv_heads * (geometry.head_dim / 2 + 4)
+        return self.base.index_bytes_per_token(geometry) + own
+
+    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+        # What the base reads to choose, its tokens' 4-bit keys, and what is kept of them.
+        candidates = min(self.base_k * k, n)
+        chooses = self.base.bytes_read_per_step(geometry, n, self.base_k * k)
+        chooses -= kv_bytes(geometry, candidates)
+        small = candidates * geometry.num_kv_heads * (geometry.head_dim // 2 + 4)
+        return chooses + small + kv_bytes(geometry, min(k, n))
+
+
+def quantise(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Round keys ``[..., d]`` to 16 levels between each token's lowest and highest channel.
+
+    Returns:
+        uint8 ``[..., d / 2]``, two channels a byte, and float16 ``[..., 2]`` lowest and step.
+    """
+    wide = keys.float()
+    low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
+    ranges = torch.cat((low, (high - low) / 15), -1).half()
+    low, step = ranges.float().split(1, -1)
+    levels = ((wide - low) / step.clamp_min(torch.finfo(torch.float16).tiny)).round()
+    first, second = levels.clamp(0, 15).to(torch.uint8).chunk(2, -1)
+    return first | second << 4, ranges
+
+
+def dequantise(codes: Tensor, ranges: Tensor) -> Tensor:
+    """Return float32 keys ``[..., d]`` from what ``quantise`` returned."""
+    low, step = ranges.float().split(1, -1)
+    return torch.cat((codes & 15, codes >> 4), -1) * step + low
+
+
+def smallest_set(weights: Tensor, held: Tensor, forced: Tensor, p: float, k: int) -> Tensor:
+    """Return the fewest tokens whose weights add up to at least ``p``; at most ``k``.
+
+    Args:
+        weights: ``[B, H, m]``, of sum 1.
+        held: bool, which are tokens.
+        forced: bool, which are in the set whatever they weigh.
+        p: Mass to reach.
+        k: Tokens to keep at most.
+
+    Returns:
+        bool ``[B, H, m]``. Of equal weights the first is kept.
+    """
+    ranked = weights.masked_fill(forced, torch.inf).masked_fill(~held, -torch.inf)
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices
+    falling = weights.gather(-1, order)
+    before = falling.cumsum(-1) - falling
+    wanted = (before < p) | forced.gather(-1, order)
+    wanted &= held.gather(-1, order)
+    wanted[..., k:] = False
+    return torch.zeros_like(held).scatter_(-1, order, wanted)

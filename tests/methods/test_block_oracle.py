@@ -1,0 +1,112 @@
+"""What is particular to the oracle of pages, by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from topkbench.methods.base import CacheView, Policy, PrefillInputs
+from topkbench.methods.block_oracle import BlockOracle
+from topkbench.methods.exact import ExactTopK
+from topkbench.methods.quest import Quest
+
+FREE: dict[str, Any] = {"num_sink": 0, "num_recent": 0}
+
+
+def inputs(keys: Tensor, kv_start: Tensor | None = None) -> PrefillInputs:
+    return PrefillInputs(
+        key_states=keys,
+        value_states=keys,
+        capacity=keys.shape[2],
+        layer=0,
+        num_layers=1,
+        kv_start=kv_start,
+    )
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "wanted"),
+    [
+        # Softmax weights 0.9793, 0.0179, 0.0024, 0.0003 and 0.2412, 0.2412, 0.3977, 0.1198.
+        ("sum_softmax", [0.9793 + 0.2412, 0.0024 + 0.3977]),
+        ("max_softmax", [0.9793, 0.3977]),
+        ("sum_logit", [8.0, 2.5]),
+    ],
+)
+def test_scores_by_hand(aggregation: Any, wanted: list[float]) -> None:
+    # Logits 8, 4, 2, 0 and 0, 0, 0.5, -0.7, in pages of two.
+    queries = torch.tensor([[8.0, 0.0], [0.0, 1.0]])[None, None]
+    keys = torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.25, 0.5], [0.0, -0.7]])[None, None]
+    method = BlockOracle(page_size=2)
+    index = method.build_index(inputs(keys))
+    scores = method.score(method.encode(queries, index), index)
+    found = method.scoped(scores, Policy(k=2, aggregation=aggregation, **FREE), 1.0)
+    torch.testing.assert_close(found, torch.tensor([[wanted]]), atol=2e-4, rtol=0)
+
+
+def test_pages_of_one_are_the_exact_oracle() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 2, 50, 8, generator=generator)
+    queries = torch.randn(2, 2, 3, 8, generator=generator)
+    view, policy = CacheView(keys, keys), Policy(k=20, num_sink=1, num_recent=1)
+    found = []
+    for method in (BlockOracle(page_size=1), ExactTopK()):
+        step = method.step(queries, method.build_index(inputs(keys)), view, policy, 0.3)
+        assert step.selection is not None
+        found.append(step.selection.indices)
+    assert torch.equal(*found)
+
+
+def test_of_the_same_pages_it_keeps_the_largest_weight() -> None:
+    """No other choice of as many pages holds larger best tokens: Quest's bound does not."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 4, 300, 8, generator=generator)
+    queries = torch.randn(1, 4, 3, 8, generator=generator)
+    view, policy = CacheView(keys, keys), Policy(k=32, **FREE)
+    weights = (queries @ keys.mT).softmax(-1).sum(2)
+    best = []
+    for method in (BlockOracle(page_size=8), Quest(page_size=8)):
+        step = method.step(queries, method.build_index(inputs(keys)), view, policy, 1.0)
+        assert step.selection is not None
+        pages = torch.nn.functional.pad(weights, (0, 4)).unflatten(-1, (38, 8)).amax(-1)
+        best.append(pages.gather(-1, step.selection.indices.long()).sum(-1))
+    assert (best[0] >= best[1]).all()
+    assert (best[0] > best[1]).any()
+
+
+def test_pages_begin_at_the_first_token_of_a_row() -> None:
+    keys = torch.tensor([9.0, 9.0, 9.0, 1.0, 2.0, 3.0])[None, None, :, None]
+    start = torch.tensor([3], dtype=torch.int32)
+    method = BlockOracle(page_size=2)
+    index = method.build_index(inputs(keys, start))
+    scores = method.scoped(
+        method.score(torch.ones(1, 1, 1, 1), index),
+        Policy(k=2, head_scope="query_head", **FREE),
+        1.0,
+    )
+    assert scores is not None
+    assert scores.tolist() == [[[2.0, 3.0, -torch.inf]]]
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="page_size must be at least 1, got 0"):
+        BlockOracle(page_size=0)
+    method = BlockOracle()
+    index = method.build_index(inputs(torch.zeros(1, 1, 3, 2)))
+    index.length = 4
+    with pytest.raises(ValueError, match="bound to the cache's 4 slots, got 3; call bind"):
+        method.score(torch.zeros(1, 1, 1, 2), index)
+
+
+def test_bytes_are_what_is_read(geometry: Any) -> None:
+    """All keys once, then keys and values of whole pages; counted by the tensors' shapes."""
+    method = BlockOracle(page_size=16)
+    keys = torch.zeros(1, 2, 100, 32)
+    index = method.build_index(inputs(keys))
+    scores = method.score(torch.zeros(1, 2, 3, 32), index)
+    scoped = method.scoped(scores, Policy(k=40), 1.0)
+    selection = method.select(scoped, None, index, Policy(k=40))  # type: ignore[arg-type]
+    chosen = selection.indices.shape[2] * selection.unit_size
+    touched = index.key_states.nbytes + 2 * chosen * 2 * 32 * 4
+    assert method.bytes_read_per_step(geometry, 100, 40) == touched

@@ -1,0 +1,172 @@
+"""What is particular to Twilight: the fewest tokens that hold the mass, of what a base selects."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, TopKMethod
+from topkbench.methods.exact import ExactTopK
+from topkbench.methods.full import FullAttention
+from topkbench.methods.loki import Loki
+from topkbench.methods.quest import Quest
+from topkbench.methods.twilight import Twilight, dequantise, quantise, smallest_set
+
+FREE: dict[str, Any] = {"num_sink": 0, "num_recent": 0}
+
+
+def inputs(keys: Tensor) -> PrefillInputs:
+    return PrefillInputs(
+        key_states=keys, value_states=keys, capacity=keys.shape[2] + 2, layer=0, num_layers=2
+    )
+
+
+def test_quantised_by_hand() -> None:
+    # From 0 to 15 in steps of 1; from -1 to 2 in steps of 0.2; all alike.
+    keys = torch.tensor([[0.0, 15.0, 7.4, 3.6], [-1.0, 2.0, 0.09, 0.11], [3.0, 3.0, 3.0, 3.0]])
+    codes, ranges = quantise(keys)
+    # Channels 0 and 2 share the first byte, 1 and 3 the second.
+    assert codes.tolist() == [[0 + 16 * 7, 15 + 16 * 4], [0 + 16 * 5, 15 + 16 * 6], [0, 0]]
+    wanted = torch.tensor([[0.0, 15.0, 7.0, 4.0], [-1.0, 2.0, 0.0, 0.2], [3.0, 3.0, 3.0, 3.0]])
+    torch.testing.assert_close(dequantise(codes, ranges), wanted, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("p", "k", "wanted"),
+    [
+        (0.25, 5, [1]),
+        (0.40625, 5, [1]),
+        (0.5, 5, [1, 3]),
+        (0.875, 5, [0, 1, 3]),
+        (0.9, 5, [0, 1, 3, 4]),
+        (0.875, 2, [1, 3]),
+        (1.0, 5, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_the_smallest_set_by_hand(p: float, k: int, wanted: list[int]) -> None:
+    weights = torch.tensor([[[0.15625, 0.40625, 0.03125, 0.3125, 0.09375]]])
+    everything, nothing = torch.ones_like(weights, dtype=torch.bool), weights < 0
+    kept = smallest_set(weights, everything, nothing, p, k)
+    assert kept[0, 0].nonzero().flatten().tolist() == wanted
+
+
+def test_the_smallest_set_with_what_is_forced_and_what_is_not_there() -> None:
+    weights = torch.tensor([[[0.25, 0.5, 0.125, 0.125, 0.0]]])
+    held = torch.tensor([[[True, True, True, True, False]]])
+    forced = torch.tensor([[[False, False, False, True, False]]])
+    # The forced 0.125 counts: 0.5 more reaches 0.6.
+    assert smallest_set(weights, held, forced, 0.6, 4)[0, 0].tolist() == [0, 1, 0, 1, 0]
+    assert smallest_set(weights, held, forced, 1.0, 5)[0, 0].tolist() == [1, 1, 1, 1, 0]
+    # Of equals the first.
+    equal = torch.full((1, 1, 4), 0.25)
+    some, none = equal > 0, equal < 0
+    assert smallest_set(equal, some, none, 0.5, 4)[0, 0].tolist() == [1, 1, 0, 0]
+
+
+def test_keeps_the_smallest_set_with_the_mass() -> None:
+    """With exact candidates and keys that 4 bits hold exactly: not one token fewer would do."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randint(0, 16, (1, 2, 60, 8), generator=generator).float()
+    keys[..., 0], keys[..., 1] = 0, 15  # every token's range
+    queries = 0.2 * torch.randn(1, 2, 3, 8, generator=generator)
+    method = Twilight(base=ExactTopK(), base_k=2, p=0.8)
+    index = method.build_index(inputs(keys))
+    policy = Policy(k=20, head_scope="query_head", **FREE)
+    step = method.step(queries, index, CacheView(keys, keys), policy, 0.5)
+    assert step.selection is not None
+    weights = (queries @ keys.mT * 0.5).softmax(-1).flatten(1, 2)[0]
+    sizes = set()
+    for head in range(6):
+        slots = [slot for slot in step.selection.indices[0, head].tolist() if slot >= 0]
+        of_base = weights[head] / weights[head].topk(40).values.sum()
+        falling = of_base.sort(descending=True).values.cumsum(0)
+        wanted = min(int((falling < 0.8).sum()) + 1, 20)
+        assert set(slots) == set(of_base.topk(wanted).indices.tolist())
+        sizes.add(len(slots))
+    assert len(sizes) > 1
+
+
+def test_scale_and_softcap_of_the_step_decide_the_mass() -> None:
+    keys = torch.tensor([[0.0, 15.0], [2.0, 15.0], [4.0, 15.0], [15.0, 0.0]])[None, None]
+    query = torch.tensor([[[[1.0, 0.0]]]])
+    method = Twilight(base=ExactTopK(), p=0.9)
+    index = method.build_index(inputs(keys))
+    view, policy = CacheView(keys, keys), Policy(k=3, **FREE)
+    sizes = []
+    for scale, softcap in ((1.0, None), (0.01, None), (1.0, 0.1)):
+        step = method.step(query, index, view, policy, scale, softcap)
+        assert step.selection is not None
+        sizes.append((step.selection.indices >= 0).sum().item())
+    assert sizes == [1, 3, 3]
+
+
+def test_what_the_base_learns_is_its_own(make_method: Callable[..., TopKMethod]) -> None:
+    geometry = Geometry(num_layers=2, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
+    loki = make_method("loki")
+    method = Twilight(base=Loki())
+    assert method.artifact_spec(geometry) == loki.artifact_spec(geometry)
+    with pytest.raises(ValueError, match="needs its artifact"):
+        method.check_ready(geometry)
+    method.load_artifact(loki.artifact, "digest")
+    method.check_ready(geometry)
+    assert method.base.artifact_digest == method.artifact_digest == "digest"
+    keys = torch.randn(1, 2, 50, 32)
+    view = CacheView(keys, keys)
+    index = method.build_index(inputs(keys))
+    step = method.step(torch.randn(1, 2, 3, 32), index, view, Policy(k=14), 0.2)
+    assert step.selection is not None
+    assert {0, 1, 2, 3, *range(42, 50)} <= set(step.selection.indices[0, 0].tolist())
+
+
+def test_what_the_base_needs_is_needed() -> None:
+    class Watching(ExactTopK):
+        needs = frozenset({"query_tail"})
+        adaptive = True
+
+    method = Twilight(base=Watching())
+    assert (method.needs, method.adaptive) == ({"query_tail"}, True)
+    assert (Twilight.needs, Twilight.adaptive) == (frozenset(), False)
+
+
+def test_a_token_taken_back_is_taken_from_the_base_too() -> None:
+    keys = torch.randn(1, 2, 20, 8)
+    method = Twilight(base=Quest())
+    index = method.build_index(inputs(keys))
+    method.append(index, keys[:, :, :1], keys[:, :, :1])
+    assert (index.length, index.base.length) == (21, 21)
+    index.take_back()
+    assert (index.length, index.base.length) == (20, 20)
+
+
+def test_bytes_are_what_is_read() -> None:
+    """The base's own, the 4-bit keys of what it selects, and keys and values of what is kept."""
+    geometry = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
+    keys = torch.randn(1, 2, 400, 32)
+    method = Twilight(base=Quest(page_size=16), base_k=4)
+    index = method.build_index(inputs(keys))
+    pages = 2 * index.base.page_min[:, :, : index.base.num_pages].nbytes
+    slots = torch.zeros(1, 2, 4 * 32, dtype=torch.long)
+    per_token = index.codes[0, 0, 0].nbytes + index.ranges[0, 0, 0].nbytes
+    read = pages + slots.numel() * per_token + 2 * 32 * 2 * 32 * 4
+    assert method.bytes_read_per_step(geometry, 400, 32) == read
+    assert method.index_bytes_per_token(geometry) == 2 * (2 * 32 * 4 / 16 + 16 + 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"p": 0.0}, "p must be above 0 and at most 1, got 0.0"),
+        ({"p": 1.01}, "p must be above 0 and at most 1, got 1.01"),
+        ({"base_k": 0}, "base_k must be at least 1, got 0"),
+        ({"base": FullAttention()}, "base must be another method that selects, got full"),
+        ({"base": Twilight(base=Quest())}, "another method that selects, got twilight; give"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Twilight(**{"base": Quest(), **settings})
+    odd = Geometry(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=3)
+    with pytest.raises(ValueError, match="head_dim must be even for twilight, got 3"):
+        Twilight(base=Quest()).check_ready(odd)
