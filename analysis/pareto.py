@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
@@ -162,16 +162,15 @@ def _finish(
 ) -> None:
     """Add the legend, lay out, and label the points of each front where there is room."""
     legend(figure, axes[0])
-    FigureCanvasAgg(figure)
+    renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()  # where labels have room is known once all has its place
     for one, front, cost in zip(axes, fronts, costs, strict=True):
-        _label_front(one, front, cost)
+        _label_front(one, front, cost, renderer)
 
 
-def _label_front(axes: Axes, front: pd.DataFrame, cost: str) -> None:
+def _label_front(axes: Axes, front: pd.DataFrame, cost: str, renderer: RendererAgg) -> None:
     """Write the settings beside points of the front, wherever they touch no point and no label."""
     names = [name for name in ("k", "rbit") if front[name].nunique() > 1]
-    renderer = axes.figure.canvas.get_renderer()
     pixels = axes.figure.dpi / 72
 
     def around(x: float, y: float, room: float) -> Bbox:

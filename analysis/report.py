@@ -51,7 +51,8 @@ _HOW_TO_RANK = (
 
 _HOW_TO_MATCH = (
     "Each method's score is read off between its own budgets, over the logarithm of the cost, "
-    "sample by sample; – where no budget of it costs as little or as much. Bold as above."
+    "sample by sample; – where no budget of it costs as little or as much. Bold as above. Times "
+    "are measured: what lies nearer together than their spread cannot be told apart."
 )
 
 _HOW_TO_COMPARE = (
