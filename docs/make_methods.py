@@ -110,11 +110,13 @@ def knobs(text: str, config: DictConfig) -> list[str]:
     """Return a row for each setting, with the comment of its line."""
     rows = []
     for line in text.splitlines():
-        found = re.match(r"(\w+):\s*(.*?)(?:\s+#\s*(.*))?$", line)
+        # A setting, or another method that is set in the list of defaults.
+        found = re.match(r"(?:  - /method@)?(\w+):\s*(.*?)(?:\s+#\s*(.*))?$", line)
         if found is None or found.group(1) in NO_KNOB:
             continue
         name, meaning = found.group(1), (found.group(3) or "").replace("|", "\\|")
-        rows.append(f"| `{name}` | {shown(config[name])} | {meaning} |")
+        value = found.group(2) if line.startswith(" ") else config[name]
+        rows.append(f"| `{name}` | {shown(value)} | {meaning} |")
     return rows
 
 
@@ -140,7 +142,7 @@ def costs(method: TopKMethod) -> str:
     if method.needs:
         said.append(f"Needs {' and '.join(NEEDS[one] for one in sorted(method.needs))}.")
     if method.adaptive:
-        said.append("What it keeps depends on what was attended to before.")
+        said.append("Its index depends on what was decoded since the prompt.")
     if method.ragged:
         said.append("May select fewer than `k` tokens.")
     return " ".join(said)

@@ -60,8 +60,10 @@ def test_a_docstring_is_told_by_its_sections(maker: ModuleType) -> None:
 
 def test_knobs_are_the_settings_that_are_a_methods_own(maker: ModuleType) -> None:
     own = "rank: ${x}  # channels | more\n# Apart\nflag: true\n"
-    text = f"_target_: a.B\n{own}impl: ${{impl}}\nnative:\n  num_sink: 0\n"
+    other = "defaults:\n  - /method@base: quest  # another method\n  - _self_\n"
+    text = f"{other}_target_: a.B\n{own}impl: ${{impl}}\nnative:\n  num_sink: 0\n"
     assert maker.knobs(text, {"rank": None, "flag": True}) == [
+        "| `base` | `quest` | another method |",
         "| `rank` | `null` | channels \\| more |",
         "| `flag` | `true` |  |",
     ]
