@@ -1,4 +1,4 @@
-"""Figures with a metric on each axis: curves over a knob, and score against cost."""
+"""Figures with a metric on each axis: curves over a knob, a length or a batch size."""
 
 from __future__ import annotations
 
@@ -160,12 +160,12 @@ def curve(lines: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.DataFrame] | 
     if y == "decode_ms_p50":
         axes.set_ylim(bottom=0, top=1.12 * float(shown.max()))
     else:
-        _whole_axis(axes, float(shown.min()), 100.0 if y == "score" else 1.0)
+        whole_axis(axes, float(shown.min()), 100.0 if y == "score" else 1.0)
     legend(figure, axes)
     return figure, table(pd.concat([full.head(1), data]), x, y)
 
 
-def _whole_axis(axes: Axes, lowest: float, whole: float, room: float = 0.02) -> None:
+def whole_axis(axes: Axes, lowest: float, whole: float, room: float = 0.02) -> None:
     """Let the vertical axis end just above the whole and begin at a tenth below all points."""
     bottom = math.floor(10 * (lowest / whole - 0.08)) / 10 * whole
     axes.set_ylim(max(bottom, -0.02 * whole), (1.0 + room) * whole)
@@ -187,87 +187,6 @@ def table(lines: pd.DataFrame, *columns: str) -> pd.DataFrame:
     names = ["method", "variant", "subtask", "k", "rbit"]
     names += [name for one in columns for name in (one, *extra.get(one, ())) if name not in names]
     return lines[names].reset_index(drop=True)
-
-
-def on_front(cost: Sequence[float], gain: Sequence[float]) -> list[bool]:
-    """Return for each point whether no other costs at most as much and gains at least as much.
-
-    Equal points are all on the front.
-    """
-    return [
-        not any(
-            (c <= cost[i] and g >= gain[i]) and (c < cost[i] or g > gain[i])
-            for c, g in zip(cost, gain, strict=True)
-        )
-        for i in range(len(cost))
-    ]
-
-
-def pareto(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
-    """Draw score against bytes read by a decode step, the front marked."""
-    x, y = "bytes_read_per_step", "score"
-    data = lines[lines[x].notna() & lines[y].notna() & (lines[x] > 0)]
-    if len(data) < 3:
-        return None
-    mib = data[x] / METRICS[x].divisor
-    # The oracle reads every key to choose; it is a bound, not a candidate.
-    rivals = data[data["method"] != "exact"]
-    marks = on_front(list(mib[rivals.index]), list(rivals["score"]))
-    front = pd.Series(marks, index=rivals.index).reindex(data.index, fill_value=False)
-    figure, axes = new_figure()
-    ordered = data[front].assign(mib=mib[front]).sort_values("mib")
-    axes.plot(ordered["mib"], ordered[y], color="#333333", lw=1.1, zorder=1, label="Pareto front")
-    for method in sorted(data["method"].unique(), key=style.order):
-        look = style.style(method)
-        for on, size, alpha in ((False, 30, 0.35), (True, 58, 1.0)):
-            mine = (data["method"] == method) & (front == on)
-            axes.scatter(
-                mib[mine],
-                data.loc[mine, y],
-                s=size,
-                marker=look.marker,
-                color=look.colour,
-                alpha=alpha,
-                edgecolors="white" if on else "none",
-                linewidths=0.6,
-                zorder=3 if on else 2,
-            )
-        axes.scatter([], [], s=45, marker=look.marker, color=look.colour, label=look.label)
-    axes.set_xscale("log", base=2)
-    low, high = math.floor(math.log2(mib.min())), math.ceil(math.log2(mib.max()))
-    step = max(1, (high - low) // 7)
-    ticks = [2.0**power for power in range(low, high + 1, step)]
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-    axes.set_xlim(2.0 ** (math.log2(mib.min()) - 0.3), 2.0 ** (math.log2(mib.max()) + 0.3))
-    _whole_axis(axes, float(data[y].min()), 100.0, room=0.06)
-    axes.set_xlabel(METRICS[x].axis)
-    axes.set_ylabel(METRICS[y].axis)
-    _label_front(axes, ordered)
-    legend(figure, axes)
-    return figure, table(data.assign(on_front=front), x, y, "on_front")
-
-
-def _label_front(axes: Axes, front: pd.DataFrame) -> None:
-    """Write the setting beside points of the front, leaving out those that would overlap."""
-    last = -math.inf
-    for _, line in front.iterrows():
-        words = [f"{name}={line[name]}" for name in ("k", "rbit") if not pd.isna(line[name])]
-        place = math.log2(line["mib"])
-        if words and place - last > 0.45:
-            axes.annotate(
-                "\n".join(words),
-                (line["mib"], line["score"]),
-                xytext=(0, 6),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                fontsize=6.5,
-                color="#333333",
-                linespacing=1.0,
-            )
-            last = place
 
 
 def context_curve(

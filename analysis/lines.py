@@ -17,14 +17,13 @@ from topkbench.analysis import stats, style
 from topkbench.analysis.record import typed
 from topkbench.analysis.row import PARAMETER_PREFIX, Status
 
-YARDSTICKS = ("full", "exact")
+YARDSTICKS = ("full", "exact", "block_oracle")
 """Methods that others are measured against; they do not compete for the best line."""
 
-SETTING = ("model", "task", "question", "device", "length")
-"""What must agree before two lines are compared."""
-
+SETTING = ("model", "task", "question", "protocol", "device", "length")
+"""What must agree before two lines are compared; full attention has no protocol and suits any."""
 _CONFIGURATION = (
-    *("method", "k", "rbit", "protocol", "impl", "full_backend", "batch_size", "config_digest"),
+    *("method", "k", "rbit", "impl", "full_backend", "batch_size", "config_digest"),
     "artifact",
 )
 _MOST_NAMED = 3
@@ -61,11 +60,13 @@ class Comparison:
             ``by_seed`` (metric to seed to value), ``n`` samples, ``cells``, their ``run_ids``, and
             ``best``.
         notes: Sentences about what could not be compared or is mixed.
+        answers: The scored samples of each line that has any, with their seeds.
     """
 
     rows: pd.DataFrame
     lines: pd.DataFrame
     notes: list[str] = field(default_factory=list)
+    answers: dict[str, pd.DataFrame] = field(default_factory=dict)
 
     @property
     def headline(self) -> pd.DataFrame:
@@ -77,13 +78,23 @@ class Comparison:
         return self.lines[is_mean | ~self.lines["line"].isin(with_mean)]
 
     def panels(self) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-        """Yield each setting with its lines; lengths stand together where nothing is scored."""
-        for key, part in _groups(self.lines, SETTING[:-1]):
+        """Yield each setting with its lines; lengths stand together where nothing is scored.
+
+        What has no protocol stands in the setting of each protocol.
+        """
+        for key, part in self._settings():
             if part["score"].notna().any():
                 for length, one in _groups(part, ("length",)):
                     yield {**key, **length}, one
             elif len(part):
                 yield {**key, "length": None}, part
+
+    def _settings(self) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+        """Yield all of a setting but the length, with its lines."""
+        for key, part in _groups(self.lines, ("model", "task", "question", "device")):
+            free = part["protocol"].isna()
+            for name in sorted(part["protocol"].dropna().unique(), reverse=True) or [None]:
+                yield {**key, "protocol": name}, part[free | (part["protocol"] == name)]
 
 
 def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparison:
@@ -125,7 +136,7 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
     lines = _labelled(pd.DataFrame.from_records(records), parameters)
     lines["n"] = _count(lines, pools)
     lines["best"] = _best(lines, pools)
-    return Comparison(data, _sorted(lines), notes)
+    return Comparison(data, _sorted(lines), notes, pools)
 
 
 def _groups(
@@ -278,8 +289,8 @@ def _labelled(lines: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
     for name in (*_SCORES, *_MEANS, *_MEDIANS, *_ENDS):
         lines[name] = pd.to_numeric(lines[name]).astype("float64")
     variants: dict[Hashable, str] = {}
-    for _, part in _groups(lines, ("model", "task", "method")):
-        options = [*parameters, "protocol", "impl", "full_backend"]
+    for _, part in _groups(lines, ("model", "task", "protocol", "method")):
+        options = [*parameters, "impl", "full_backend"]
         varying = [name for name in options if part[name].astype(str).nunique() > 1]
         usual = {name: part[name].astype(str).mode()[0] for name in varying}
         # object: a row of numbers alone would turn whole ones to floats
@@ -366,6 +377,11 @@ def _sorted(lines: pd.DataFrame) -> pd.DataFrame:
     methods = sorted(lines["method"].unique(), key=style.order)
     rank = lines["method"].map({name: place for place, name in enumerate(methods)})
     ordered = lines.assign(rank=rank).sort_values(
-        [*SETTING, "rank", "variant", "k", "rbit", "batch_size"], kind="stable", na_position="first"
+        [
+            *("model", "task", "question", "device", "length"),
+            *("rank", "variant", "k", "rbit", "batch_size"),
+        ],
+        kind="stable",
+        na_position="first",
     )
     return ordered.drop(columns="rank").reset_index(drop=True)

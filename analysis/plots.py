@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from topkbench.analysis import style
 from topkbench.analysis.bars import ablation, heat_table, needle_heatmap, stages
 from topkbench.analysis.break_even import MODELS, ModelSize, break_even, step_bound
-from topkbench.analysis.curves import context_curve, curve, pareto
+from topkbench.analysis.curves import context_curve, curve
 from topkbench.analysis.files import write_atomic
+from topkbench.analysis.pareto import pareto, pareto_pair
 from topkbench.analysis.stats import MEAN
 from topkbench.analysis.training import loss_curve
 from topkbench.analysis.variants import arms, ladder
@@ -148,6 +149,12 @@ def draw_all(
             "Score against bytes read",
             "Up and to the left is better; the Pareto front is joined, dominated points are faint.",
             lambda: pareto(top),
+        ),
+        (
+            "score_vs_cost",
+            "Score against bytes read, and against the decode step",
+            "Up and to the left is better; Pareto fronts are joined, dominated points are faint.",
+            lambda: pareto_pair(top),
         ),
         (
             "stages",

@@ -22,6 +22,7 @@ from topkbench.analysis import tables
 from topkbench.analysis.break_even import MODELS, ModelSize, break_even_table, model_sizes
 from topkbench.analysis.files import one_sentence, write_atomic
 from topkbench.analysis.lines import Comparison, compare
+from topkbench.analysis.matched import MATCHED, matched_table
 from topkbench.analysis.paper import beside, left_out, published_table
 from topkbench.analysis.plots import Drawn, draw_all, smallest_batch
 from topkbench.analysis.record import CellStore, RecordError, Sweep, frame, samples_of, typed
@@ -39,8 +40,19 @@ _HOW_TO_READ = (
     "output error are Student's over seeds, where there are several. Δ full is paired with full "
     "attention on the same samples. Bold: the best score at each budget and those whose paired "
     "difference to it does not exclude 0; nothing is bold where nothing can be told apart, and "
-    "full attention and exact top-k are yardsticks that do not compete. k counts all kept tokens "
-    "per KV head, sinks and recent ones included."
+    "full attention and the oracles, exact top-k and exact pages, are yardsticks that do not "
+    "compete. k counts all kept tokens per KV head, sinks and recent ones included."
+)
+
+_HOW_TO_RANK = (
+    "Ranked by score at each budget. The worst sub-task is the one that lost most to full "
+    "attention, and how much."
+)
+
+_HOW_TO_MATCH = (
+    "Each method's score is read off between its own budgets, over the logarithm of the cost, "
+    "sample by sample; – where no budget of it costs as little or as much. Bold as above. Times "
+    "are measured: what lies nearer together than their spread cannot be told apart."
 )
 
 _HOW_TO_COMPARE = (
@@ -193,6 +205,12 @@ def _content(
                 "title": words,
                 "slug": f"setting-{place + 1}",
                 "table": tables.main_table(top),
+                "league": tables.league_table(lines),
+                "matched": [
+                    (f"Score at equal {words}", found)
+                    for cost, words in MATCHED.items()
+                    if (found := matched_table(top, cost, compared.answers)) is not None
+                ],
                 "subtasks": tables.subtask_table(lines),
                 "differences": difference_table(top),
                 "break_even": break_even_table(smallest_batch(top), models),
@@ -215,6 +233,8 @@ def _content(
         ],
         "notes": compared.notes,
         "how_to_read": _HOW_TO_READ,
+        "how_to_rank": _HOW_TO_RANK,
+        "how_to_match": _HOW_TO_MATCH,
         "panels": panels,
         "published": None,
         "how_to_compare": _HOW_TO_COMPARE,
@@ -239,6 +259,10 @@ def _markdown(content: dict[str, Any]) -> str:
     parts += [f"- **Note:** {one}" for one in content["notes"]]
     for panel in content["panels"]:
         parts += [f"## {panel['title']}", panel["table"].markdown()]
+        if panel["league"] is not None:
+            parts += ["### League", panel["league"].markdown(), content["how_to_rank"]]
+        for title, table in panel["matched"]:
+            parts += [f"### {title}", table.markdown(), content["how_to_match"]]
         if panel["subtasks"] is not None:
             parts += ["### Score by sub-task", panel["subtasks"].markdown()]
         if panel["differences"] is not None:

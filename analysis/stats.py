@@ -230,7 +230,8 @@ def pair(samples: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
     """Join two sets of samples on what names one: seed where present, sub-task and sample_id.
 
     Returns:
-        Columns subtask, score, other; one line per sample that both have.
+        What names a sample, its sub-task included, score and other; one line per sample that both
+        have.
 
     Raises:
         ValueError: If one name stands for two samples, or the references of a sample differ.
@@ -250,7 +251,7 @@ def pair(samples: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
                 "paired samples must have the same references, but "
                 f"{joined.loc[differ, 'sample_id'].iloc[0]} differs; run full attention again."
             )
-    return joined.rename(columns={"score_other": "other"})[["subtask", "score", "other"]]
+    return joined.rename(columns={"score_other": "other"})[[*keys, "score", "other"]]
 
 
 def paired_columns(

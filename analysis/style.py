@@ -34,6 +34,7 @@ class Style:
 STYLES: dict[str, Style] = {
     "full": Style("Full attention", GREY, "D", SOLID),
     "exact": Style("Exact top-k", BLACK, "s", SOLID),
+    "block_oracle": Style("Exact pages", BLACK, "^", DASHED),
     "hata": Style("HATA", RED, "o", SOLID),
     "quest": Style("Quest", BLUE, "^", SOLID),
     "loki": Style("Loki", GREEN, "v", SOLID),
@@ -55,7 +56,7 @@ STYLES: dict[str, Style] = {
     "infllm": Style("InfLLM", SKY, "s", DOTTED),
     "pqcache": Style("PQCache", GREEN, "h", DOTTED),
     "retroinfer": Style("RetroInfer", GREEN, "p", DASH_DOT),
-    "random": Style("Random", GREY, "x", DOTTED),
+    "random": Style("Random", GREY, "X", DOTTED),
 }
 """Methods by the name of their configuration; the order is the order of every legend."""
 

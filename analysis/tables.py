@@ -14,6 +14,9 @@ from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.row import Status
 from topkbench.analysis.stats import MEAN
 
+LEAGUE = 6
+"""More methods than these are ranked in a table of their own."""
+
 _METRICS = (
     ("recall_at_k", "Recall@k"),
     ("attention_mass", "Mass"),
@@ -132,6 +135,44 @@ def subtask_table(lines: pd.DataFrame) -> Table | None:
     return Table(heads, rows, strong)
 
 
+def league_table(lines: pd.DataFrame) -> Table | None:
+    """Return the configurations ranked by score at each budget, with what each loses at worst.
+
+    Args:
+        lines: Lines of one setting, sub-tasks included.
+
+    Returns:
+        None where ``LEAGUE`` methods or fewer answer questions.
+    """
+    top = lines[(lines["subtask"] == MEAN) & lines["score"].notna()]
+    if top["method"].nunique() <= LEAGUE:
+        return None
+    top = top.sort_values(
+        ["k", "score"], ascending=[True, False], kind="stable", na_position="first"
+    )
+    subtasks = lines[(lines["subtask"] != MEAN) & lines["delta_full"].notna()]
+    worst = subtasks.sort_values("delta_full", kind="stable").drop_duplicates("line")
+    losses = {
+        str(line["line"]): f"{METRICS['delta_full'].text(line['delta_full'])} ({line['subtask']})"
+        for _, line in worst.iterrows()
+    }
+    columns = [("k", [_whole(one) for one in top["k"]])]
+    columns.append(("Method", [str(one) for one in top["label"]]))
+    if top["rbit"].nunique() > 1:
+        columns.append(("rbit", [_whole(one) for one in top["rbit"]]))
+    place = len(columns)
+    columns.append(("Score (0–100)", with_interval(top, "score", "score_ci")))
+    columns.append(("Δ full (points)", with_interval(top, "delta_full", "delta_ci")))
+    columns.append(("Worst sub-task (points)", [losses.get(str(one), "–") for one in top["line"]]))
+    for name, head in (("bytes_read_per_step", "Read/step"), ("decode_ms_p50", "Decode step")):
+        if top[name].notna().any():
+            cells = [METRICS[name].text(one) for one in top[name]]
+            columns.append((f"{head} ({METRICS[name].unit})", cells))
+    rows = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
+    strong = {(i, place) for i, best in enumerate(top["best"]) if best}
+    return Table([head for head, _ in columns], rows, strong, words={1})
+
+
 def failure_table(rows: pd.DataFrame) -> Table | None:
     """Return the cells that did not end well, with the reason; None where all did."""
     bad = rows[rows["status"] != Status.OK.value] if len(rows) else rows
@@ -204,6 +245,8 @@ def setting(key: dict[str, Any]) -> str:
         words.append(f"{int(key['length']):,} tokens")
     if key.get("question"):
         words.append(f"question={key['question']}")
+    if key.get("protocol"):
+        words.append(f"protocol={key['protocol']}")
     if key.get("device"):
         words.append(str(key["device"]))
     return ", ".join(words)

@@ -34,11 +34,9 @@ from topkbench.tasks.quality import SelectionMeter
 T = TypeVar("T")
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
-TIMED_PROMPTS = 3
 TIMED_ROUNDS = 3
 TIMED_STEPS = 8
 WARM_UP_STEPS = 2
-JUDGED_PROMPTS = 8
 STAGES = ("encode", "append", "score", "select", "attend")
 
 
@@ -217,16 +215,21 @@ class GenerationTask(Task):
     Attributes:
         question: ``"sparse"`` decodes the question with the method, ``"dense"`` prefills it.
         batch_size: Most prompts that decode together.
+        timed_prompts: Prompts that the speed is measured on.
+        judged_prompts: Prompts that the quality of the selections is measured on.
     """
 
     name: str = "generation"
     question: Question = "sparse"
     batch_size: int = 25
+    timed_prompts: int = 3
+    judged_prompts: int = 8
 
     def __post_init__(self) -> None:
         if self.question not in ("sparse", "dense"):
             raise ValueError(f"question must be sparse or dense, got {self.question!r}.")
-        check_whole("task.batch_size", self.batch_size)
+        for knob in ("batch_size", "timed_prompts", "judged_prompts"):
+            check_whole(f"task.{knob}", getattr(self, knob))
 
     @abstractmethod
     def samples(self, loaded: LoadedModel) -> list[Sample]:
@@ -244,10 +247,11 @@ class GenerationTask(Task):
         shared: dict[str, Any] = {"batch_size": 1, "density": density}
         lengths = (len(prompt.prefill_ids) + len(prompt.decode_ids) for prompt in prompts)
         shared |= accounting(context, round(statistics.fmean(lengths)), density)
-        shared |= speed(context, prompts, shared["bytes_read_per_step"])
+        timed = spread(prompts, self.timed_prompts)
+        shared |= speed(context, timed, shared["bytes_read_per_step"])
         # What was freed cannot be compared with what full attention chose.
         if context.method.selects and not context.method.compacts:
-            shared |= judge(context, prompts)
+            shared |= judge(context, spread(prompts, self.judged_prompts))
         rows = []
         for subtask in dict.fromkeys(one["subtask"] for one in samples):
             scores = [one["score"] for one in samples if one["subtask"] == subtask]
@@ -339,9 +343,8 @@ def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dic
     stages: dict[str, list[float]] = {}
     prefill_ms = []
     held: list[int] = []
-    for prompt in context.track(spread(prompts, TIMED_PROMPTS), "speed"):
-        room = TIMED_ROUNDS * per_round + 1
-
+    room = TIMED_ROUNDS * per_round + 1
+    for prompt in context.track(prompts, "speed"):
         decoder = _questioned(context, prompt, room)
         prefill_ms += decoder.prefill_ms
         # The same token at every step: nothing but time is looked at.
@@ -414,9 +417,9 @@ def _timed_steps(
 
 
 def judge(context: Context, prompts: Sequence[Prompt]) -> dict[str, float | None]:
-    """Judge the method's selections over some prompts, full attention's answers forced."""
+    """Judge the method's selections over the prompts, full attention's answers forced."""
     meter = SelectionMeter(context.method.policy_in_force(context.policy).k)
-    for prompt in context.track(spread(prompts, JUDGED_PROMPTS), "selections"):
+    for prompt in context.track(prompts, "selections"):
         answer = context.full_answer(prompt)
         needs = context.method.needs
         decoder = Decoder(context.loaded, context.store, [prompt], len(answer) + 1, needs)

@@ -420,6 +420,7 @@ def one_sentence(commands: Commands, *words: str) -> None:
         (["impl=gpu"], ["impl must be one of auto, reference, cpu, triton, got 'gpu'"]),
         (["impl=triton"], ["triton"]),
         (["question=open"], ["question must be sparse or dense, got 'open'."]),
+        (["task.judged_prompts=0"], ["task.judged_prompts must be at least 1, got 0."]),
         (["task.lenght=5"], ["there is no setting task.lenght; did you mean length."]),
         (["method.rbits=5"], ["method.rbits"]),
         (["model.path=/no/such/model"], ["found no folder /no/such/model"]),

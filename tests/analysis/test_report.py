@@ -12,9 +12,10 @@ import pytest
 
 from topkbench.analysis import report, style
 from topkbench.analysis.bars import ablation
-from topkbench.analysis.curves import context_curve, curve, on_front, pareto
+from topkbench.analysis.curves import context_curve, curve
 from topkbench.analysis.lines import compare
 from topkbench.analysis.metrics import METRICS
+from topkbench.analysis.pareto import on_front, pareto
 from topkbench.analysis.plots import draw_all
 from topkbench.analysis.record import RecordError, Row, Sweep, frame
 from topkbench.analysis.tables import main_table, summary_table

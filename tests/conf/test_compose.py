@@ -147,7 +147,8 @@ def test_every_cell_of_an_experiment_becomes_objects(name: str) -> None:
     whole = compose("config", overrides=[f"experiment={name}"], return_hydra_config=True)
     assert whole.experiment_name == name
     assert whole.hydra.mode.name == "MULTIRUN"
-    parser = OverridesParser.create()
+    # With a loader it knows what glob(*) stands for.
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
     texts = [f"{key}={values}" for key, values in whole.hydra.sweeper.params.items()]
     axes: list[list[str]] = []
     for override in parser.parse_overrides(texts):
@@ -162,6 +163,14 @@ def test_every_cell_of_an_experiment_becomes_objects(name: str) -> None:
         assert isinstance(instantiate(config.method), TopKMethod)
         assert isinstance(instantiate(config.task), Task)
         assert isinstance(instantiate(config.protocol), Policy)
+
+
+@pytest.mark.parametrize("name", ["league", "matched_bytes"])
+def test_what_compares_all_methods_names_none(name: str) -> None:
+    whole = compose("config", overrides=[f"experiment={name}"], return_hydra_config=True)
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    (axis,) = parser.parse_overrides([f"method={whole.hydra.sweeper.params.method}"])
+    assert sorted(axis.sweep_string_iterator()) == options("method")
 
 
 @pytest.mark.parametrize("group", ["method", "task", "model", "protocol", "tracker", "experiment"])

@@ -1,0 +1,163 @@
+"""Methods at equal cost: each one's score between its own budgets, at bytes or times all share.
+
+A score is read off the straight line between the two budgets whose costs lie around the wanted
+one, over the logarithm of the cost, and never beyond a method's cheapest or dearest budget. What is
+interpolated is the score of each sample, so intervals and differences are paired as elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from topkbench.analysis import stats
+from topkbench.analysis.lines import YARDSTICKS
+from topkbench.analysis.metrics import METRICS
+from topkbench.analysis.tables import Table
+
+MATCHED = {"bytes_read_per_step": "bytes read per step", "decode_ms_p50": "decode time"}
+"""The costs at which methods are compared, beside the budget itself, in words."""
+
+Found = tuple[float, pd.DataFrame | None]
+"""A score, and the samples' scores that it is the mean of, where they are known."""
+
+_FINEST = 16
+"""Levels of one doubling at most."""
+_FEWEST, _MOST = 4, 6
+"""Levels of a table, if they are not to be finer than that."""
+
+
+def levels(ranges: Sequence[tuple[float, float]]) -> list[float]:
+    """Return costs that at least two methods reach: powers of two, or of its roots where few are.
+
+    Args:
+        ranges: Each method's lowest and highest cost.
+    """
+
+    def reached(cost: float) -> int:
+        return sum(low <= cost <= high for low, high in ranges)
+
+    found: list[float] = []
+    parts = 1
+    while len(found) < _FEWEST and parts <= _FINEST and ranges:
+        first = math.floor(parts * math.log2(min(low for low, _ in ranges)))
+        last = math.ceil(parts * math.log2(max(high for _, high in ranges)))
+        steps = (2.0 ** (place / parts) for place in range(first, last + 1))
+        found = [cost for cost in steps if reached(cost) > 1]
+        parts *= 2
+    if len(found) > _MOST:  # the ends are kept
+        found = [found[round(i * (len(found) - 1) / (_MOST - 1))] for i in range(_MOST)]
+    return found
+
+
+def at_cost(
+    points: pd.DataFrame, cost: str, wanted: float, answers: Mapping[str, pd.DataFrame]
+) -> Found | None:
+    """Return a method's score at a cost, and the scores of its samples there.
+
+    Args:
+        points: Lines of one method that differ in their budget alone.
+        cost: A column of theirs.
+        wanted: The cost.
+        answers: Samples by line, as `lines.Comparison.answers`.
+
+    Returns:
+        The score, and the samples or None where some are missing; None where the cost lies outside
+        the method's own.
+    """
+    ordered = points.sort_values(cost, kind="stable").reset_index(drop=True)
+    costs = ordered[cost].to_numpy(dtype=float)
+    if not len(costs) or not costs[0] <= wanted <= costs[-1]:
+        return None
+    above = min(int(np.searchsorted(costs, wanted)), len(costs) - 1)
+    below = above if costs[above] == wanted else above - 1
+    share = 0.0
+    if below != above:
+        share = math.log(wanted / costs[below]) / math.log(costs[above] / costs[below])
+    first, second = ordered.iloc[below], ordered.iloc[above]
+    score = (1 - share) * float(first["score"]) + share * float(second["score"])
+    pools = [answers.get(str(one["line"])) for one in (first, second)]
+    if pools[0] is None or pools[1] is None:
+        return score, None
+    if below == above:
+        return score, pools[0]
+    both = stats.pair(pools[0], pools[1])
+    if len(both) != len(pools[0]):
+        return score, None
+    return score, both.assign(score=(1 - share) * both["score"] + share * both["other"])
+
+
+def matched_table(
+    lines: pd.DataFrame, cost: str, answers: Mapping[str, pd.DataFrame]
+) -> Table | None:
+    """Return each method's score at costs that several methods reach.
+
+    Bold, at each cost: the best score and those whose paired difference to it does not exclude 0.
+
+    Args:
+        lines: Headline lines of one setting.
+        cost: One of ``MATCHED``.
+        answers: Samples by line.
+
+    Returns:
+        None where fewer than two methods have two budgets each.
+    """
+    data = lines[lines["k"].notna() & lines["score"].notna() & (lines[cost] > 0)]
+    curves = [
+        part
+        for _, part in data.groupby(["label", "rbit"], sort=False, dropna=False)
+        if part[cost].nunique() > 1
+    ]
+    divisor = METRICS[cost].divisor
+    grid = levels([(part[cost].min() / divisor, part[cost].max() / divisor) for part in curves])
+    if not grid:
+        return None
+    widths = data["rbit"].nunique()
+    rows: list[list[str]] = []
+    found: list[list[Found | None]] = []
+    for part in curves:
+        line = part.iloc[0]
+        known = [at_cost(part, cost, level * divisor, answers) for level in grid]
+        name = str(line["label"])
+        if widths > 1 and not pd.isna(line["rbit"]):
+            name += f", {line['rbit']} bits"
+        rows.append([name, *(_text(one) for one in known)])
+        found.append(known)
+    rivals = [i for i, part in enumerate(curves) if part["method"].iloc[0] not in YARDSTICKS]
+    strong = {(i, 1 + j) for j in range(len(grid)) for i in _best({i: found[i][j] for i in rivals})}
+    unit = METRICS[cost].unit
+    heads = ["Method", *(f"{format(level, METRICS[cost].format)} {unit}" for level in grid)]
+    return Table(heads, rows, strong)
+
+
+def _text(found: Found | None) -> str:
+    if found is None:
+        return "–"
+    score, samples = found
+    if samples is None:
+        return METRICS["score"].text(score)
+    known = stats.score_interval(samples["score"], samples["subtask"])
+    estimate, low, high = (METRICS["score"].text(one) for one in known[:3])
+    return f"{estimate} [{low}, {high}]"
+
+
+def _best(found: Mapping[int, Found | None]) -> list[int]:
+    """Return the best and those no worse beyond doubt; none where nothing can be told apart."""
+    reached = {i: one for i, one in found.items() if one is not None}
+    if len(reached) < 2:
+        return []
+    top = max(reached, key=lambda i: reached[i][0])
+    tied = [i for i in reached if i == top or not _told_apart(reached[top][1], reached[i][1])]
+    return tied if len(tied) < len(reached) else []
+
+
+def _told_apart(first: pd.DataFrame | None, other: pd.DataFrame | None) -> bool:
+    if first is None or other is None:
+        return False
+    pairs = stats.pair(first, other)
+    return len(pairs) > 0 and (
+        stats.paired_interval(pairs["score"], pairs["other"], pairs["subtask"]).excludes_zero
+    )

@@ -1,0 +1,221 @@
+"""Methods at equal cost, and the league: numbers that can be worked out by hand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from topkbench.analysis import report, style
+from topkbench.analysis.lines import Comparison, compare
+from topkbench.analysis.matched import at_cost, levels, matched_table
+from topkbench.analysis.pareto import pareto, pareto_pair
+from topkbench.analysis.record import Row, frame
+from topkbench.analysis.row import COLUMNS
+from topkbench.analysis.tables import Table, league_table
+
+MIB = 2.0**20
+MANY = ("exact", "random", "quest", "loki", "sparq", "h2o", "magicpig")
+
+
+def samples_of(name: str, scores: dict[str, list[float]]) -> list[dict[str, object]]:
+    return [
+        {
+            **{"run_id": name, "sample_id": f"{subtask}-{place}", "subtask": subtask},
+            **{"score": score, "references": '["w1"]'},
+        }
+        for subtask, values in scores.items()
+        for place, score in enumerate(values)
+    ]
+
+
+class Results:
+    """Cells whose answers, bytes and times are written out."""
+
+    def __init__(self, row: Callable[..., Row]) -> None:
+        self.row = row
+        self.rows: list[Row] = []
+        self.samples: list[dict[str, object]] = []
+
+    def add(
+        self,
+        method: str,
+        k: int | None,
+        scores: dict[str, list[float]],
+        mib: float,
+        milliseconds: float = 1.0,
+        **columns: object,
+    ) -> None:
+        name = f"{len(self.rows):016x}"
+        self.samples += samples_of(name, scores)
+        known = {"run_id": name, "method": method, "k": k, "protocol": "unified", **columns}
+        if method == "full":
+            known["protocol"] = None
+        mean = sum(sum(one) / len(one) for one in scores.values()) / len(scores)
+        for subtask in (*scores, "mean"):
+            self.rows.append(
+                self.row(
+                    **known,
+                    subtask=subtask,
+                    score=mean,
+                    bytes_read_per_step=mib * MIB if subtask == "mean" else None,
+                    decode_ms_p50=milliseconds if subtask == "mean" else None,
+                )
+            )
+
+    @property
+    def compared(self) -> Comparison:
+        return compare(frame(self.rows), pd.DataFrame(self.samples))
+
+
+@pytest.fixture
+def results(row: Callable[..., Row]) -> Results:
+    return Results(row)
+
+
+def test_levels_are_costs_that_two_methods_reach() -> None:
+    assert levels([(1.0, 19.0), (2.0, 40.0), (3.9, 8.0)]) == [2.0, 4.0, 8.0, 16.0]
+    # Too near for powers of two: their roots.
+    assert levels([(1.0, 4.1), (1.3, 4.1)]) == pytest.approx([2**0.5, 2.0, 2**1.5, 4.0])
+    assert levels([(1.0, 2.0), (3.0, 4.0)]) == []
+    assert levels([]) == []
+    many = levels([(1.0, 2.0**20), (1.0, 2.0**20)])
+    assert (len(many), many[0], many[-1]) == (6, 1.0, 2.0**20)
+
+
+def test_a_score_is_read_off_over_the_logarithm_of_the_cost(results: Results) -> None:
+    results.add("quest", 64, {"vt": [0, 0, 100, 100]}, mib=1)
+    results.add("quest", 128, {"vt": [0, 100, 100, 100]}, mib=4)
+    found = results.compared
+    lines = found.headline
+    cost = "bytes_read_per_step"
+    # Two is halfway from one to four; each sample is halfway too.
+    score, samples = at_cost(lines, cost, 2 * MIB, found.answers) or (None, None)
+    assert score == pytest.approx(62.5)
+    assert samples is not None
+    assert samples.sort_values("sample_id")["score"].tolist() == [0, 50, 100, 100]
+    score, samples = at_cost(lines, cost, 4 * MIB, found.answers) or (None, None)
+    assert score == 75
+    assert samples is not None
+    assert samples["score"].tolist() == [0, 100, 100, 100]
+    for outside in (0.99, 4.01):
+        assert at_cost(lines, cost, outside * MIB, found.answers) is None
+    assert at_cost(lines, cost, 2 * MIB, {}) == (pytest.approx(62.5), None)
+
+
+def test_a_table_at_equal_bytes_says_what_no_budget_reaches(results: Results) -> None:
+    right, wrong = {"vt": [100.0] * 20}, {"vt": [0.0] * 20}
+    results.add("full", None, right, mib=64)
+    for place, k in enumerate((64, 128, 256)):
+        results.add("quest", k, right, mib=2**place)
+        results.add("h2o", k, wrong, mib=2 ** (place + 1))
+        results.add("exact", k, right, mib=30 + k / 64)
+    found = results.compared
+    table = matched_table(found.headline, "bytes_read_per_step", found.answers)
+    assert table is not None
+    # Full attention has no budget; the exact top-k is alone at its costs.
+    assert table.head == ["Method", "2 MiB", "2.38 MiB", "2.83 MiB", "3.36 MiB", "4 MiB"]
+    cells = {row[0]: [one.split(" ")[0] for one in row[1:]] for row in table.rows}
+    assert cells == {
+        "Exact top-k": ["–"] * 5,
+        "Quest": ["100.0"] * 5,
+        "H2O": ["0.0"] * 5,
+    }
+    quest = [row[0] for row in table.rows].index("Quest")
+    assert table.strong == {(quest, place) for place in range(1, 6)}
+    assert re.fullmatch(r"100\.0 \[83\.9, 100\.0\]", table.rows[quest][1])  # Wilson's of 20
+    # At equal times they cannot be compared: every step took the same.
+    assert matched_table(found.headline, "decode_ms_p50", found.answers) is None
+
+
+def league(results: Results, methods: tuple[str, ...], **columns: object) -> None:
+    for place, method in enumerate(methods):
+        for k in (64, 512):
+            right = 2 * place + (4 if k == 512 else 0)
+            answers = {
+                "niah_single": [100.0] * 20,
+                "vt": [100.0] * min(right, 20) + [0.0] * (20 - min(right, 20)),
+            }
+            results.add(method, k, answers, mib=place + k / 64, milliseconds=2 + k / 99, **columns)
+
+
+def table_of(found: Comparison, place: int = 0) -> Table:
+    _, lines = list(found.panels())[place]
+    table = league_table(lines)
+    assert table is not None
+    return table
+
+
+def test_the_league_ranks_by_score_and_names_the_worst_sub_task(results: Results) -> None:
+    results.add("full", None, {"niah_single": [100.0] * 20, "vt": [100.0] * 20}, mib=64)
+    league(results, MANY)
+    table = table_of(results.compared)
+    assert [row[:2] for row in table.rows] == [
+        ["–", "Full attention"],
+        *([str(k), style.style(name).label] for k in (64, 512) for name in reversed(MANY)),
+    ]
+    by_head = dict(zip(table.head, table.rows[1], strict=True))
+    assert by_head["Worst sub-task (points)"] == "−40.0 (vt)"  # 12 of 20
+    assert by_head["Score (0–100)"].startswith("80.0 [")
+    assert by_head["Δ full (points)"].startswith("−20.0 [")
+    assert by_head["Read/step (MiB)"] == "7"
+    assert table.rows[0][3:5] == ["–", "–"]
+
+
+def test_few_methods_make_no_league(results: Results) -> None:
+    league(results, MANY[:6])
+    ((_, lines),) = results.compared.panels()
+    assert league_table(lines) is None
+    assert pareto_pair(lines[lines["subtask"] == "mean"]) is None
+
+
+def test_each_protocol_is_a_setting_with_full_attention_in_it(results: Results) -> None:
+    results.add("full", None, {"niah_single": [100.0] * 20, "vt": [100.0] * 20}, mib=64)
+    for protocol, sinks in (("unified", 4), ("native", 0)):
+        columns = {"protocol": protocol, "parameters": {"num_sink": sinks}}
+        league(results, MANY[:6], **columns)
+    panels = list(results.compared.panels())
+    assert [key["protocol"] for key, _ in panels] == ["unified", "native"]
+    for _, lines in panels:
+        top = lines[lines["subtask"] == "mean"]
+        assert len(top) == 1 + 12
+        assert set(top["method"]) == {"full", *MANY[:6]}
+        assert set(top["variant"]) == {""}  # the title says the protocol
+        assert top.loc[top["method"] != "full", "delta_full"].notna().all()
+
+
+def test_a_league_is_in_the_report(results: Results, tmp_path: Path) -> None:
+    results.add("full", None, {"niah_single": [100.0] * 20, "vt": [100.0] * 20}, mib=64)
+    league(results, MANY)
+    frame(results.rows).to_parquet(tmp_path / "rows.parquet")
+    pd.DataFrame(results.samples).to_parquet(tmp_path / "samples.parquet")
+    page = report.build(tmp_path, tmp_path / "out")
+    text = page.with_name("report.md").read_text()
+    for title in ("League", "Score at equal bytes read per step", "Score at equal decode time"):
+        assert f"### {title}" in text
+        assert f"<h3>{title}</h3>" in page.read_text()
+    assert "protocol=unified" in text
+    data = pd.read_csv(tmp_path / "out" / "figures" / "score_vs_cost.csv")
+    assert {"on_front_of_bytes", "on_front_of_time"} < set(data.columns)
+    assert set(data["method"]) == {"full", *MANY}
+    assert set(COLUMNS) >= {"bytes_read_per_step", "decode_ms_p50", "score"} & set(data.columns)
+
+
+def test_labels_of_the_front_touch_neither_points_nor_labels(results: Results) -> None:
+    for place, k in enumerate((64, 72, 80, 88, 128, 512)):
+        right = 10 + place
+        results.add("quest", k, {"vt": [100.0] * right + [0.0] * (20 - right)}, mib=k / 64)
+    results.add("h2o", 512, {"vt": [0.0] * 20}, mib=20)
+    made = pareto(results.compared.headline)
+    assert made is not None
+    (axes,) = made[0].axes
+    renderer = made[0].canvas.get_renderer()  # type: ignore[attr-defined]
+    boxes = [one.get_window_extent(renderer) for one in axes.texts]
+    assert len(boxes) >= 4
+    for place, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:place])
+        points = [axes.transData.transform(one.get_offsets()) for one in axes.collections]
+        assert not any(box.contains(x, y) for part in points for x, y in part)

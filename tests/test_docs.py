@@ -1,0 +1,69 @@
+"""The page of methods says what the code says."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def maker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_methods", ROOT / "docs/make_methods.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_methods_is_what_its_script_makes(maker: ModuleType) -> None:
+    committed = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert committed == maker.page(), "run python docs/make_methods.py"
+
+
+def test_every_method_is_on_the_page_with_its_source(maker: ModuleType) -> None:
+    entries = maker.page().split("\n## ")[1:]
+    names = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
+    assert sorted(one.split("`method=")[1].split("`")[0] for one in entries) == names
+    lacking = [one.splitlines()[0] for one in entries if "**Source.**" not in one]
+    assert lacking == ["Full attention"]
+
+
+def test_a_docstring_is_told_by_its_sections(maker: ModuleType) -> None:
+    class Example:
+        """Keep ``k`` tokens
+        or fewer.
+
+        Why.
+
+        Attributes:
+            rank: Channels.
+
+        Source:
+            A paper
+            (section 3).
+
+            Its code differs: here, not there.
+
+        The bytes are few.
+        """
+
+    assert maker.docstring(Example) == {
+        "": "Keep `k` tokens or fewer.\n\nWhy.\n\nThe bytes are few.",
+        "Attributes": "rank: Channels.",
+        "Source": "A paper (section 3).\n\nIts code differs: here, not there.",
+    }
+
+
+def test_knobs_are_the_settings_that_are_a_methods_own(maker: ModuleType) -> None:
+    own = "rank: ${x}  # channels | more\n# Apart\nflag: true\n"
+    other = "defaults:\n  - /method@base: quest  # another method\n  - _self_\n"
+    text = f"{other}_target_: a.B\n{own}impl: ${{impl}}\nnative:\n  num_sink: 0\n"
+    assert maker.knobs(text, {"rank": None, "flag": True}) == [
+        "| `base` | `quest` | another method |",
+        "| `rank` | `null` | channels \\| more |",
+        "| `flag` | `true` |  |",
+    ]

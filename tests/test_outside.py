@@ -1,0 +1,94 @@
+"""A method is two files, and they may stand outside the repository."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from topkbench.analysis import style
+
+ROOT = Path(__file__).parents[1]
+
+MODULE = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from topkbench.methods.base import Index, TopKMethod
+
+
+@dataclass(kw_only=True)
+class ToyIndex(Index):
+    lengths: torch.Tensor
+
+
+@dataclass(kw_only=True)
+class Toy(TopKMethod):
+    """Keep the longest keys, whatever the query."""
+
+    name: ClassVar[str] = "toy"
+    power: float = 1.0
+
+    def build_index(self, prefill):
+        lengths = torch.zeros(*prefill.key_states.shape[:2], prefill.capacity)
+        lengths[:, :, : prefill.n] = prefill.key_states.norm(dim=-1)
+        return ToyIndex(lengths=lengths, **Index.counts(prefill))
+
+    def append(self, index, key_states, value_states):
+        rows, slot = torch.arange(len(key_states)), index.advance()
+        index.lengths[rows, :, slot] = key_states[:, :, 0].norm(dim=-1)
+
+    def score(self, encoded, index):
+        return index.lengths[:, :, : index.length] ** self.power
+'''
+
+SETTINGS = """
+_target_: toy.Toy
+power: 1.0  # of the length
+impl: ${impl}
+native:
+  dense_layers: 1  # first layers
+"""
+
+
+@pytest.mark.slow
+def test_a_method_outside_the_repository_takes_two_files(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    (mine / "method").mkdir(parents=True)
+    (mine / "toy.py").write_text(MODULE)
+    (mine / "method" / "toy.yaml").write_text(SETTINGS)
+    assert len(MODULE.strip().splitlines()) == 30
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "run.py"), "--config-dir", str(mine)),
+            *("method=toy", "k=16,32", "rbit=32", "method.power=0.5"),
+            *("task.length=256", "task.subtasks=[niah_single]", "num_samples=1"),
+            *("tracker=none", f"results_dir={tmp_path / 'results'}", "-m"),
+        ],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(mine),
+            "TOPKBENCH_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "toy" in done.stdout
+    folder = Path(done.stdout.split()[-1]).parent
+    rows = pd.read_parquet(folder / "rows.parquet")
+    found = rows[(rows["method"] == "toy") & (rows["subtask"] == "mean")]
+    assert set(found["status"]) == {"ok"}
+    assert sorted(found["k"]) == [16, 32]
+    assert found[["score", "delta_full", "decode_ms_p50", "recall_at_k"]].notna().all(axis=None)
+    assert "| toy " in (folder / "report.md").read_text()
+    # A name that the style table does not know gets a style of its own, from its digest.
+    assert "toy" not in style.STYLES
+    figure = folder / "figures" / "score_vs_k.svg"
+    assert style.style("toy").colour.lower() in figure.read_text()
+    assert "toy" in set(pd.read_csv(figure.with_suffix(".csv"))["method"])
