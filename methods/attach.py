@@ -295,7 +295,7 @@ class Session:
                 return full_attention(*states, scale, kv_start, kv_len, softcap)
         grouped = query.unflatten(1, (key.shape[1], -1))
         if method.selects:
-            index = self._index(layer, cache, key, view, lengths)
+            index = self._index(layer, cache, key, view, lengths, scale, softcap)
             watch = partial(self._stage, layer)
             result = method.step(grouped, index, view, policy, scale, softcap, watch)
         else:
@@ -304,7 +304,16 @@ class Session:
         self.observer.on_step(layer, grouped, view, result, scale, softcap)
         return result.out
 
-    def _index(self, layer: int, cache: Any, key: Tensor, view: CacheView, lengths: Lengths) -> Any:
+    def _index(
+        self,
+        layer: int,
+        cache: Any,
+        key: Tensor,
+        view: CacheView,
+        lengths: Lengths,
+        scale: float,
+        softcap: float | None,
+    ) -> Any:
         """Return the layer's index with the current token in it."""
         index = self.indices.get(cache, layer, lengths)
         if index is not None:
@@ -320,6 +329,8 @@ class Session:
                 kv_start=view.kv_start,
                 kv_len=None if view.kv_len is None else view.kv_len - 1,
                 shared=self.indices.shared(cache),
+                scale=scale,
+                softcap=softcap,
                 **self.captured(cache, layer, lengths.n - 1),
             )
             with self.observer.stage("build", layer):
