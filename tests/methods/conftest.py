@@ -41,7 +41,7 @@ class Calibration:
                 torch.randn(GROUP * KV_HEADS, n, HEAD_DIM, generator=generator),
                 torch.randn(KV_HEADS, n, HEAD_DIM, generator=generator),
             )
-            for n in (40, 51, 64)
+            for n in (240, 251, 264)
         ]
 
 
