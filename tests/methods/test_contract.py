@@ -114,6 +114,8 @@ def test_attends_to_its_selection_and_nothing_else(
 def test_appending_equals_rebuilding(
     steady: TopKMethod, states: States, build: Build, start: Tensor | None, end: Tensor | None
 ) -> None:
+    if steady.fits_prompt:
+        pytest.skip(f"{steady.name} fits its index to the prompt")
     queries, keys, values = states(3, 48)
     steps = 8
     n = 40

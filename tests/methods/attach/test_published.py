@@ -12,7 +12,7 @@ from topkbench.methods.attach import attach
 from topkbench.methods.base import Policy, PrefillInputs, TopKMethod
 from topkbench.methods.sparq import SparQ, SparQIndex
 
-PUBLISHED = ["double_sparsity", "hash_attention", "sparq"]
+PUBLISHED = ["double_sparsity", "hash_attention", "pqcache", "sparq"]
 Make = Callable[..., Any]
 
 
