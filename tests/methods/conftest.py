@@ -15,6 +15,8 @@ from topkbench.methods.base import CacheView, Geometry, PrefillInputs, TopKMetho
 from topkbench.methods.capture import column_sums
 
 CONF = Path(__file__).parents[2] / "conf" / "method"
+# What is learnt by many steps is learnt here by fewer, larger ones.
+BRIEFER: dict[str, dict[str, Any]] = {"hash_attention": {"steps": 250, "learning_rate": 4e-3}}
 NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
 
 HEAD_DIM, GROUP, KV_HEADS, LAYERS = 32, 3, 2, 2
@@ -51,7 +53,7 @@ def make(name: str, **overrides: Any) -> TopKMethod:
         {"rbit": 64, "seed": 0, "impl": "auto", "full_backend": "sdpa", "k": 16}
     )
     root["method"] = OmegaConf.load(CONF / f"{name}.yaml")
-    node = OmegaConf.merge(root["method"], overrides)
+    node = OmegaConf.merge(root["method"], BRIEFER.get(name, {}), overrides)
     root["method"] = node
     method: TopKMethod = instantiate(root["method"])
     if method.artifact_spec(GEOMETRY) is not None:
