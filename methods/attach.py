@@ -299,7 +299,7 @@ class Session:
                 return full_attention(*states, scale, kv_start, kv_len, softcap)
         grouped = query.unflatten(1, (key.shape[1], -1))
         if method.selects:
-            index = self._index(layer, cache, key, view, lengths)
+            index = self._index(layer, cache, key, view, lengths, scale, softcap)
             watch = partial(self._stage, layer)
             result = method.step(grouped, index, view, policy, scale, softcap, watch)
             if method.compacts and result.selection is not None:
@@ -311,7 +311,16 @@ class Session:
         self.observer.on_step(layer, grouped, view, result, scale, softcap)
         return result.out
 
-    def _index(self, layer: int, cache: Any, key: Tensor, view: CacheView, lengths: Lengths) -> Any:
+    def _index(
+        self,
+        layer: int,
+        cache: Any,
+        key: Tensor,
+        view: CacheView,
+        lengths: Lengths,
+        scale: float,
+        softcap: float | None,
+    ) -> Any:
         """Return the layer's index with the current token in it."""
         index = self.indices.get(cache, layer, lengths)
         capacity = 0 if index is None else self.indices.capacity(cache, layer)
@@ -332,6 +341,8 @@ class Session:
                 kv_start=view.kv_start,
                 kv_len=None if view.kv_len is None else view.kv_len - 1,
                 shared=self.indices.shared(cache),
+                scale=scale,
+                softcap=softcap,
                 **self.captured(cache, layer, lengths.n - 1),
             )
             with self.observer.stage("build", layer):

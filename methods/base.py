@@ -141,6 +141,8 @@ class TopKMethod(ABC):
         adaptive: True if what is selected depends on what was attended to before, so that
             ``append`` differs from building anew, and every budget has an index of its own.
         ragged: True if a head may select fewer tokens than ``k``.
+        fits_prompt: True if what the index knows of the prompt stays as it was built, so that
+            ``append`` differs from building anew.
         impl: Implementation of every operator, or a mapping from operator to implementation.
         native: The policy the method was published with: overrides of ``Policy`` fields.
         artifact: What ``fit`` returned, once loaded.
@@ -153,6 +155,7 @@ class TopKMethod(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     adaptive: ClassVar[bool] = False
     ragged: ClassVar[bool] = False
+    fits_prompt: ClassVar[bool] = False
 
     impl: Impl | Mapping[str, Impl] = "auto"
     native: Mapping[str, Any] = field(default_factory=dict, repr=False)

@@ -24,6 +24,8 @@ class PrefillInputs:
         column_sums: float32 ``[B, Hq, n]`` attention that each token got from all queries of the
             prompt; None unless declared as needed.
         shared: What the layers' indices of one cache share; empty when the first is built.
+        scale: The attention's factor on dot products; None for ``d ** -0.5``.
+        softcap: As in attention, or None.
     """
 
     key_states: Tensor
@@ -36,6 +38,8 @@ class PrefillInputs:
     query_tail: Tensor | None = None
     column_sums: Tensor | None = None
     shared: dict[str, Any] = field(default_factory=dict)
+    scale: float | None = None
+    softcap: float | None = None
 
     @property
     def n(self) -> int:

@@ -287,6 +287,7 @@ class _Layer:
                 capacity=n,
                 layer=self.place[0],
                 num_layers=self.place[1],
+                scale=self.scale,
                 **self._captured.inputs(n - 1),
             )
         )

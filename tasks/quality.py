@@ -168,13 +168,15 @@ class Shadow(Observer):
         self.steps[layer] = self.steps.get(layer, -1) + 1
         truth = Truth.of(query_states, cache, scale, softcap)
         for place, policies in enumerate(self.groups):
-            index = self._index(layer, place, cache)
+            index = self._index(layer, place, cache, scale, softcap)
             steps = self._adaptive if self.method.adaptive else self._together
             for policy, outcome in steps(query_states, index, cache, policies, scale, softcap):
                 found = quality(truth, cache, outcome, policy.k)
                 self.seen.append((policy.k, layer, self.steps[layer], found))
 
-    def _index(self, layer: int, place: int, cache: CacheView) -> Any:
+    def _index(
+        self, layer: int, place: int, cache: CacheView, scale: float, softcap: float | None
+    ) -> Any:
         """Return a layer's index with the current token in it."""
         method = self.method
         _, end = cache.bounds()
@@ -188,6 +190,8 @@ class Shadow(Observer):
                 num_layers=self.num_layers,
                 kv_len=end - 1,
                 shared=self.shared[place],
+                scale=scale,
+                softcap=softcap,
                 **({} if captured is None else captured.inputs(cache.n - 1)),
             )
             self.indices[layer, place] = method.build_index(before)

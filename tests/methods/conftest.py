@@ -15,6 +15,8 @@ from topkbench.methods.base import CacheView, Geometry, PrefillInputs, TopKMetho
 from topkbench.methods.capture import column_sums
 
 CONF = Path(__file__).parents[2] / "conf" / "method"
+# What is learnt by many steps is learnt here by fewer, larger ones.
+BRIEFER: dict[str, dict[str, Any]] = {"hash_attention": {"steps": 250, "learning_rate": 4e-3}}
 NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
 
 HEAD_DIM, GROUP, KV_HEADS, LAYERS = 32, 3, 2, 2
@@ -41,7 +43,7 @@ class Calibration:
                 torch.randn(GROUP * KV_HEADS, n, HEAD_DIM, generator=generator),
                 torch.randn(KV_HEADS, n, HEAD_DIM, generator=generator),
             )
-            for n in (40, 51, 64)
+            for n in (240, 251, 264)
         ]
 
 
@@ -56,7 +58,7 @@ def make(name: str, **overrides: Any) -> TopKMethod:
         if option != "_self_":
             ((place, inner),) = option.items()
             node[place.removeprefix("/method@")] = OmegaConf.load(CONF / f"{inner}.yaml")
-    root["method"] = OmegaConf.merge(node, overrides)
+    root["method"] = OmegaConf.merge(node, BRIEFER.get(name, {}), overrides)
     method: TopKMethod = instantiate(root["method"])
     if method.artifact_spec(GEOMETRY) is not None:
         method.load_artifact(method.fit(Calibration()))

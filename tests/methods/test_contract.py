@@ -104,6 +104,10 @@ def test_attends_to_its_selection_and_nothing_else(
         if selection.log_weight is not None:
             logits += selection.log_weight[0, head, selection.indices[0, own] >= 0]
         part = logits.softmax(-1) @ values[0, head // 3, slots].double()
+        remainder = selection.remainder
+        if remainder is not None:  # of its share of the output, which is no token's
+            share = remainder.weight[0, head].double()
+            part = torch.lerp(part, remainder.value[0, head // 3].double(), share)
         torch.testing.assert_close(step.out[0, head].double(), part, atol=2e-6, rtol=1e-5)
 
 
@@ -112,6 +116,8 @@ def test_attends_to_its_selection_and_nothing_else(
 def test_appending_equals_rebuilding(
     steady: TopKMethod, states: States, build: Build, start: Tensor | None, end: Tensor | None
 ) -> None:
+    if steady.fits_prompt:
+        pytest.skip(f"{steady.name} fits its index to the prompt")
     queries, keys, values = states(3, 48)
     steps = 8
     n = 40
@@ -319,8 +325,12 @@ def test_index_bytes_are_the_analytic_ones(
     selecting: TopKMethod, geometry: Geometry, states: States, build: Build
 ) -> None:
     _, keys, values = states(1, 45)
-    index = build(selecting, keys, values, capacity=64)
-    assert held_bytes(index) == 64 * selecting.index_bytes_per_token(geometry)
+    held = [
+        # What grows: a codebook or a mean takes the same for any length.
+        held_bytes(build(selecting, keys, values, capacity=capacity))
+        for capacity in (64, 128)
+    ]
+    assert held[1] - held[0] == 64 * selecting.index_bytes_per_token(geometry)
 
 
 def test_reads_more_with_more_tokens_and_less_than_full(

@@ -141,6 +141,17 @@ def method_for() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def fitted_on() -> Callable[..., Any]:
+    def fit(method: TopKMethod, model: PreTrainedModel) -> TopKMethod:
+        """Fit a method on random states of a model's shape, if it learns."""
+        if method.artifact_spec(geometry_of(model)) is not None:
+            method.load_artifact(method.fit(ModelStates(model)))
+        return method
+
+    return fit
+
+
+@pytest.fixture(scope="session")
 def prompt() -> Callable[..., Any]:
     def build(batch_size: int = 2, length: int = 37) -> Tensor:
         generator = torch.Generator().manual_seed(7)

@@ -1,0 +1,242 @@
+"""Double Sparsity: keys ranked by a few channels, the same ones for every query, kept apart."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from topkbench.kernels.lowrank_score.api import lowrank_score
+from topkbench.methods.base import (
+    Geometry,
+    Index,
+    LayerStates,
+    LossReport,
+    PrefillInputs,
+    TopKMethod,
+    check_whole,
+    kv_bytes,
+)
+
+LabelScope = Literal["kv_head", "query_head"]
+LEVELS = 15  # of a 4-bit label, above the lowest
+BOUNDS_BYTES = 4  # of a token's 4-bit labels: two half-precision numbers
+
+
+@dataclass(kw_only=True)
+class DoubleSparsityIndex(Index):
+    """The label cache: the keys' heavy channels. ``H`` is the KV heads, or the query heads.
+
+    Attributes:
+        labels: ``[B, H, capacity, r]`` in the keys' dtype, or uint8 ``[B, H, capacity, r / 2]`` of
+            two 4-bit labels each, the lower half the first.
+        bounds: float16 ``[B, H, capacity, 2]`` the lowest label of a token and what the highest is
+            above it; None for labels in the keys' dtype.
+        channels: int64 ``[H, r]`` heavy channels of each head, ascending.
+        num_kv_heads: KV heads of the layer.
+    """
+
+    labels: Tensor
+    bounds: Tensor | None
+    channels: Tensor
+    num_kv_heads: int
+
+
+@dataclass(kw_only=True)
+class DoubleSparsity(TopKMethod):
+    """Rank keys by the dot product of the channels that calibration found heavy.
+
+    Calibration measures, for each query head, how much each channel adds to a logit: the mean of
+    ``|q_c k_c|``, each token attending to itself. The channels that add most are heavy for good,
+    and their key entries are kept a second time, close together, as labels.
+
+    Attributes:
+        channels: Heavy channels of a head; None for a quarter of ``head_dim``.
+        label_scope: Whose channels they are. ``kv_head`` sums the statistics over the group, so
+            that a KV head has one label cache; ``query_head`` gives each query head its own, as
+            published, at as many times the bytes as a group has queries.
+        label_bits: 16 keeps labels in the keys' dtype; 4 rounds a token's labels to 16 levels
+            between the lowest and the highest of them.
+        calibration_queries: Tokens of each calibration sequence that are measured, spread evenly.
+
+    Source:
+        Double Sparsity (arXiv:2408.07092), section 3, with the statistics that its code calls
+        ``qk``, post-RoPE like the keys that they are used on. That code overwrites them with each
+        block of 512 tokens, so that only the last counts; here all sequences do. Its ``q`` and
+        ``k`` statistics are pre-RoPE, and ``k``'s go astray with grouped queries: neither is
+        here. It keeps a quarter of the channels in 16 bits, or in 4; the paper's text a sixteenth
+        for each query head, the same bytes at four queries a group. It rounds queries too, where
+        this keeps them, and divides logits by the root of the channels kept: the order is the same
+        for one head, and summed over a group the attention's own scale is nearer to its weights.
+        Selection for each query head, with no sinks or recents, is the native policy; whole as
+        published it is with ``label_scope=query_head``.
+    """
+
+    name: ClassVar[str] = "double_sparsity"
+    score_kind: ClassVar[Literal["logit", "count"]] = "logit"
+
+    channels: int | None = None
+    label_scope: LabelScope = "kv_head"
+    label_bits: int = 16
+    calibration_queries: int = 512
+
+    def __post_init__(self) -> None:
+        if self.channels is not None:
+            check_whole("channels", self.channels)
+        check_whole("calibration_queries", self.calibration_queries)
+        if self.label_scope not in get_args(LabelScope):
+            words = ", ".join(get_args(LabelScope))
+            raise ValueError(f"label_scope must be one of {words}, got {self.label_scope!r}.")
+        if self.label_bits not in (4, 16):
+            raise ValueError(f"label_bits must be 4 or 16, got {self.label_bits!r}.")
+
+    def num_channels(self, head_dim: int) -> int:
+        """Return the number of heavy channels of a head of ``head_dim``."""
+        return max(1, head_dim // 4) if self.channels is None else self.channels
+
+    def unsupported(self, geometry: Geometry) -> str | None:
+        channels = self.num_channels(geometry.head_dim)
+        if channels > geometry.head_dim:
+            return f"channels must be at most head_dim={geometry.head_dim}, got {channels}."
+        if self.label_bits == 4 and channels % 2:
+            return f"channels must be even for labels of 4 bits, got {channels}; set channels."
+        return None
+
+    # Calibration --------------------------------------------------------------------------------
+
+    def artifact_spec(self, geometry: Geometry) -> dict[str, Any]:
+        # The statistics are kept, not the choice: one artifact serves every number of channels.
+        return {
+            "method": self.name,
+            "model_digest": geometry.model_digest,
+            "num_layers": geometry.num_layers,
+            "num_heads": geometry.num_heads,
+            "num_kv_heads": geometry.num_kv_heads,
+            "head_dim": geometry.head_dim,
+            "calibration_queries": self.calibration_queries,
+        }
+
+    def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        return {"magnitude": (geometry.num_layers, geometry.num_heads, geometry.head_dim)}
+
+    def query_positions(self, layer: int, lengths: Sequence[int]) -> list[list[int]]:
+        return [
+            [i * n // count for i in range(count)]
+            for n in lengths
+            for count in [min(n, self.calibration_queries)]
+        ]
+
+    def fit_layer(
+        self, layer: int, states: LayerStates, report: LossReport | None = None
+    ) -> dict[str, Tensor]:
+        """Return ``magnitude [Hq, d]``, the mean of ``|q k|`` in each channel."""
+        positions = self.query_positions(layer, [keys.shape[1] for _, keys in states])
+        total = torch.zeros(())
+        for (queries, keys), at in zip(states, positions, strict=True):
+            grouped = queries.float().unflatten(0, (len(keys), -1))
+            own = keys[:, None, at].float()
+            total = total.to(keys.device) + (grouped * own).abs().sum(2).flatten(0, 1)
+        return {"magnitude": (total / sum(map(len, positions))).cpu()}
+
+    def heavy_channels(self, magnitude: Tensor, num_kv_heads: int) -> Tensor:
+        """Return int64 ``[H, r]``, the channels of most weight by a layer's ``[Hq, d]``."""
+        if self.label_scope == "kv_head":
+            magnitude = magnitude.unflatten(0, (num_kv_heads, -1)).sum(1)
+        # A stable sort: of equal channels the lower one is kept.
+        order = magnitude.sort(dim=1, descending=True, stable=True).indices
+        return order[:, : self.num_channels(magnitude.shape[1])].sort(dim=1).values
+
+    # Decode -------------------------------------------------------------------------------------
+
+    def build_index(self, prefill: PrefillInputs) -> DoubleSparsityIndex:
+        keys = prefill.key_states
+        batch_size, num_kv_heads, n, head_dim = keys.shape
+        magnitude = self.artifact.get("magnitude")
+        if magnitude is None:
+            raise ValueError(
+                "double_sparsity needs its statistics, got no artifact; call load_artifact first."
+            )
+        found = tuple(magnitude.shape)
+        if found[0] != prefill.num_layers or found[1] % num_kv_heads or found[2] != head_dim:
+            raise ValueError(
+                f"double_sparsity's magnitude must be [L, Hq, d] with L={prefill.num_layers}, Hq a "
+                f"multiple of {num_kv_heads} and d={head_dim}, got {list(found)}; fit it on this "
+                "model."
+            )
+        channels = self.heavy_channels(magnitude[prefill.layer], num_kv_heads).to(keys.device)
+        labels, bounds = self._labels(keys, channels)
+        shape = (batch_size, len(channels), prefill.capacity)
+        held = labels.new_zeros(*shape, labels.shape[3])
+        held[:, :, :n] = labels
+        held_bounds = None
+        if bounds is not None:
+            held_bounds = bounds.new_zeros(*shape, 2)
+            held_bounds[:, :, :n] = bounds
+        return DoubleSparsityIndex(
+            labels=held,
+            bounds=held_bounds,
+            channels=channels,
+            num_kv_heads=num_kv_heads,
+            **Index.counts(prefill),
+        )
+
+    def append(self, index: DoubleSparsityIndex, key_states: Tensor, value_states: Tensor) -> None:
+        slot = index.advance()
+        labels, bounds = self._labels(key_states, index.channels)
+        index.put(index.labels, slot, labels[:, :, 0])
+        if index.bounds is not None and bounds is not None:
+            index.put(index.bounds, slot, bounds[:, :, 0])
+
+    def _labels(self, keys: Tensor, channels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the labels of ``[B, Hkv, n, d]`` keys and, of 4-bit ones, their bounds."""
+        labels = _in_channels(keys[:, :, None], channels)
+        if self.label_bits == 16:
+            return labels, None
+        low = labels.amin(3, keepdim=True)
+        bounds = torch.cat([low, labels.amax(3, keepdim=True) - low], 3).half()
+        # Rounded between the bounds as they are kept, so that reading makes no further error.
+        low, width = bounds.float().split(1, 3)
+        tiny = torch.finfo(torch.float16).tiny
+        levels = ((labels.float() - low) * LEVELS / width.clamp_min(tiny)).round()
+        levels = levels.clamp(0, LEVELS).to(torch.uint8)
+        return levels[..., 0::2] | levels[..., 1::2] << 4, bounds
+
+    def encode(self, query_states: Tensor, index: DoubleSparsityIndex) -> Tensor:
+        """Return the queries' heavy channels, ``[B, Hkv, G, r]`` or ``[B, Hq, 1, r]``."""
+        queries = query_states
+        if len(index.channels) == index.num_kv_heads:
+            return _in_channels(queries[:, :, None], index.channels)
+        return _in_channels(queries[..., None, :], index.channels)
+
+    def score(self, encoded: Tensor, index: DoubleSparsityIndex) -> Tensor:
+        labels = index.labels[:, :, : index.length]
+        if index.bounds is not None:
+            low, width = index.bounds[:, :, : index.length].float().split(1, 3)
+            levels = torch.stack([labels & LEVELS, labels >> 4], -1).flatten(3)
+            labels = low + levels * (width / LEVELS)
+        impl = self.impl_for("lowrank_score")
+        scores = lowrank_score(encoded, labels, index.kv_start, index.kv_len, impl=impl)
+        return scores.reshape(len(scores), index.num_kv_heads, -1, index.length)
+
+    def index_bytes_per_token(self, geometry: Geometry) -> float:
+        per_query = self.label_scope == "query_head"
+        heads = geometry.num_heads if per_query else geometry.num_kv_heads
+        channels = self.num_channels(geometry.head_dim)
+        if self.label_bits == 4:
+            return float(heads * (channels // 2 + BOUNDS_BYTES))
+        return float(heads * channels * geometry.dtype_bytes)
+
+    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+        return round(n * self.index_bytes_per_token(geometry)) + kv_bytes(geometry, min(k, n))
+
+
+def _in_channels(states: Tensor, channels: Tensor) -> Tensor:
+    """Return chosen channels of ``[B, Hkv, G or 1, n, d]`` states: ``[B, H, n, r]``.
+
+    ``channels [H, r]`` are of the KV heads or the query heads, which share their KV head's states.
+    """
+    grouped = channels.unflatten(0, (states.shape[1], -1))[None, :, :, None]
+    shape = (len(states), states.shape[1], grouped.shape[2], states.shape[3])
+    held = states.expand(*shape, -1)
+    return held.gather(4, grouped.expand(*shape, -1)).flatten(1, 2)

@@ -1,0 +1,331 @@
+"""HashAttention: keys ranked by signatures, which networks of each query head make."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, pad, silu
+
+from topkbench.kernels.hamming_score.api import hamming_score
+from topkbench.kernels.hash_encode.api import hash_encode
+from topkbench.methods.base import (
+    Geometry,
+    Index,
+    LayerStates,
+    LossReport,
+    Policy,
+    PrefillInputs,
+    TopKMethod,
+    check_whole,
+    kv_bytes,
+)
+
+LINEAR_LAYERS = 3  # of a network
+LATE_QUERIES = 48  # kept of a sequence's end: its question and answer
+FORCED = (4, 8)  # first and last tokens of a query's past that it is not trained on
+BLOCK = 2048  # keys whose hidden layers are held at once
+
+
+@dataclass(kw_only=True)
+class HashAttentionIndex(Index):
+    """The keys' signatures, one for each query head, and the layer's networks.
+
+    Attributes:
+        key_codes: int32 ``[B, Hq, capacity, bits // 32]``.
+        key_layers: float32 ``[Hq, inputs + 1, outputs]`` of each linear layer, the bias last.
+        query_layers: The same of the queries' networks.
+    """
+
+    key_codes: Tensor
+    key_layers: list[Tensor]
+    query_layers: list[Tensor]
+
+
+@dataclass(kw_only=True)
+class HashAttention(TopKMethod):
+    """Rank keys by how many bits of a learnt signature they share with the query.
+
+    Each query head has two networks of three linear layers with SiLU between them, one for its
+    queries and one for its keys. The signs of what they return are the signature. In training
+    ``tanh`` stands for the sign: with ``z(q, k) = tanh(Q(q)) . tanh(K(k))``, the probability that a
+    key is among the query's top is ``sigmoid(z)``, and the loss is binary cross-entropy.
+
+    Attributes:
+        bits: Of a signature, a multiple of 32.
+        hidden: Width of the networks' two hidden layers; None for ``head_dim``.
+        seed: Draws the training's start, queries and keys.
+        learning_rate: Of Adam.
+        steps: Of Adam; each is of one sequence.
+        queries_per_sequence: Queries kept of each calibration sequence: its last 48, and others
+            spread evenly over it.
+        step_queries: Queries drawn of these at a step.
+        step_keys: Keys drawn of the sequence at a step.
+        positives: Keys of those drawn that are a query's top, at most an eighth of them.
+        positive_weight: Weight of a positive in the loss; they are few.
+        edge: First tokens, and as many last ones, that the native policy keeps, at most a quarter
+            of ``k`` each.
+
+    Source:
+        HashAttention (arXiv:2412.14468), section 4, and its code: 128 hidden units at a head of
+        128, 32 bits, Adam at 1e-3, the exact top 32 tokens as positives of weight 20, no threshold.
+        That trains on OpenWebText packed to 32 K tokens or more, with every query and all of its
+        past; this on the project's calibration texts, with draws of both. There the first and last
+        128 tokens are outside training and the budget; here training leaves out the 4 and 8 that
+        the unified policy keeps, and the native policy counts them inside ``k``. Selection for each
+        query head is native; for a KV head the group's agreements are summed. There signatures are
+        made anew at each step; here they are kept, ``bits / 8`` bytes for each query head.
+    """
+
+    name: ClassVar[str] = "hash_attention"
+
+    bits: int = 32
+    hidden: int | None = None
+    seed: int = 0
+    learning_rate: float = 1e-3
+    steps: int = 500
+    queries_per_sequence: int = 256
+    step_queries: int = 32
+    step_keys: int = 2048
+    positives: int = 32
+    positive_weight: float = 20.0
+    edge: int = 128
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or self.bits < 32 or self.bits % 32:
+            raise ValueError(f"bits must be a positive multiple of 32, got {self.bits!r}.")
+        if self.hidden is not None:
+            check_whole("hidden", self.hidden)
+        for name in ("steps", "queries_per_sequence", "step_queries", "step_keys", "positives"):
+            check_whole(name, getattr(self, name))
+        check_whole("edge", self.edge, least=0)
+        for name in ("learning_rate", "positive_weight"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+
+    def policy_in_force(self, policy: Policy) -> Policy:
+        policy = super().policy_in_force(policy)
+        if policy.protocol == "native":
+            edge = min(self.edge, policy.k // 4)
+            policy = replace(policy, num_sink=edge, num_recent=edge)
+        return policy
+
+    # Training -----------------------------------------------------------------------------------
+
+    def artifact_spec(self, geometry: Geometry) -> dict[str, Any]:
+        settings = (
+            "bits hidden seed learning_rate steps queries_per_sequence step_queries step_keys "
+            "positives positive_weight"
+        )
+        return {
+            "method": self.name,
+            "model_digest": geometry.model_digest,
+            "num_layers": geometry.num_layers,
+            "num_heads": geometry.num_heads,
+            "num_kv_heads": geometry.num_kv_heads,
+            "head_dim": geometry.head_dim,
+            **{name: getattr(self, name) for name in settings.split()},
+        }
+
+    def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        heads = (geometry.num_layers, geometry.num_heads)
+        widths = self._widths(geometry.head_dim)
+        return {
+            f"{side}_{i}": (*heads, widths[i] + 1, widths[i + 1])
+            for side in ("key", "query")
+            for i in range(LINEAR_LAYERS)
+        }
+
+    def _widths(self, head_dim: int) -> list[int]:
+        hidden = head_dim if self.hidden is None else self.hidden
+        return [head_dim, *[hidden] * (LINEAR_LAYERS - 1), self.bits]
+
+    def query_positions(self, layer: int, lengths: Sequence[int]) -> list[list[int]]:
+        positions = []
+        for n in lengths:
+            kept = min(n, self.queries_per_sequence)
+            late = min(LATE_QUERIES, kept)
+            spread = [i * (n - late) // (kept - late) for i in range(kept - late)]
+            positions.append([*spread, *range(n - late, n)])
+        return positions
+
+    def fit_layer(
+        self, layer: int, states: LayerStates, report: LossReport | None = None
+    ) -> dict[str, Tensor]:
+        """Return the layer's networks, ``key_0 [Hq, d + 1, hidden]`` to ``query_2``."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer)
+        num_heads, _, head_dim = states[0][0].shape
+        device = states[0][0].device
+        key_layers = self._start(num_heads, head_dim, generator, device)
+        query_layers = self._start(num_heads, head_dim, generator, device)
+        positions = self.query_positions(layer, [keys.shape[1] for _, keys in states])
+        optimiser = torch.optim.Adam([*key_layers, *query_layers], self.learning_rate)
+        for step in range(self.steps):
+            which = int(torch.randint(len(states), (1,), generator=generator).item())
+            queries, keys = states[which]
+            asked = _draw(len(positions[which]), self.step_queries, generator)
+            drawn = _draw(keys.shape[1], self.step_keys, generator)
+            places = torch.tensor(positions[which])[asked]
+            loss = self.loss(
+                query_layers,
+                key_layers,
+                queries[:, asked.to(device)].float(),
+                keys[:, drawn.to(device)].float(),
+                _past(drawn, places).to(device),
+            )
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            if report is not None:
+                report(step + 1, self.steps, loss.item())
+        sides = {"key": key_layers, "query": query_layers}
+        return {
+            f"{side}_{i}": weight.detach().cpu()
+            for side, layers in sides.items()
+            for i, weight in enumerate(layers)
+        }
+
+    def _start(
+        self, num_heads: int, head_dim: int, generator: torch.Generator, device: torch.device
+    ) -> list[Tensor]:
+        """Draw weights and biases as ``torch.nn.Linear`` does."""
+        widths, layers = self._widths(head_dim), []
+        for i in range(LINEAR_LAYERS):
+            shape = (num_heads, widths[i] + 1, widths[i + 1])
+            drawn = (2 * torch.rand(shape, generator=generator) - 1) / widths[i] ** 0.5
+            layers.append(drawn.to(device).requires_grad_())
+        return layers
+
+    def loss(
+        self,
+        query_layers: list[Tensor],
+        key_layers: list[Tensor],
+        queries: Tensor,
+        keys: Tensor,
+        past: Tensor,
+    ) -> Tensor:
+        """Return the cross-entropy between a head's top keys and what its signatures take for it.
+
+        Args:
+            query_layers: Networks, as in the index.
+            key_layers: Networks, as in the index.
+            queries: ``[Hq, Q, d]``.
+            keys: ``[Hkv, K, d]``.
+            past: bool ``[Q, K]`` the keys that a query chooses from.
+        """
+        shared = keys.repeat_interleave(len(queries) // len(keys), 0)
+        logits = (queries @ shared.mT).masked_fill(~past, -torch.inf)
+        count = max(1, min(self.positives, shared.shape[1] // 8))
+        best = logits.topk(count, dim=2).indices
+        target = torch.zeros_like(logits).scatter_(2, best, 1.0) * past
+        signatures = [
+            torch.tanh(_hidden(states, layers) @ layers[-1])
+            for states, layers in ((queries, query_layers), (shared, key_layers))
+        ]
+        agreement = signatures[0] @ signatures[1].mT
+        each = binary_cross_entropy_with_logits(
+            agreement,
+            target,
+            reduction="none",
+            pos_weight=agreement.new_tensor(self.positive_weight),
+        )
+        return (each * past).sum() / (past.sum() * len(queries)).clamp_min(1)
+
+    # Decode -------------------------------------------------------------------------------------
+
+    def build_index(self, prefill: PrefillInputs) -> HashAttentionIndex:
+        keys = prefill.key_states
+        batch_size, num_kv_heads, n, head_dim = keys.shape
+        key_layers = self._layers("key", prefill.layer, head_dim, keys.device)
+        num_heads = len(key_layers[0])
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"hash_attention's networks must be of a multiple of {num_kv_heads} heads, got "
+                f"{num_heads}; fit them on this model."
+            )
+        shape = (batch_size, num_heads, prefill.capacity, self.bits // 32)
+        codes = torch.zeros(shape, dtype=torch.int32, device=keys.device)
+        for begin in range(0, n, BLOCK):
+            block = keys[:, :, begin : begin + BLOCK]
+            codes[:, :, begin : begin + block.shape[2]] = self._sign_keys(block, key_layers)
+        return HashAttentionIndex(
+            key_codes=codes,
+            key_layers=key_layers,
+            query_layers=self._layers("query", prefill.layer, head_dim, keys.device),
+            **Index.counts(prefill),
+        )
+
+    def _layers(self, side: str, layer: int, head_dim: int, device: torch.device) -> list[Tensor]:
+        widths, layers = self._widths(head_dim), []
+        for i in range(LINEAR_LAYERS):
+            stacked = self.artifact.get(f"{side}_{i}")
+            if stacked is None:
+                raise ValueError(
+                    "hash_attention needs its networks, got no artifact; call load_artifact first."
+                )
+            if tuple(stacked.shape[2:]) != (widths[i] + 1, widths[i + 1]):
+                raise ValueError(
+                    f"hash_attention's {side}_{i} must be [L, Hq, {widths[i] + 1}, "
+                    f"{widths[i + 1]}], got {list(stacked.shape)}; fit it on this model."
+                )
+            layers.append(stacked[layer].to(device).contiguous())
+        return layers
+
+    def _sign_keys(self, keys: Tensor, layers: list[Tensor]) -> Tensor:
+        """Return int32 ``[B, Hq, n, bits // 32]`` of ``[B, Hkv, n, d]`` keys."""
+        return self._sign(keys.repeat_interleave(len(layers[0]) // keys.shape[1], 1), layers)
+
+    def _sign(self, states: Tensor, layers: list[Tensor]) -> Tensor:
+        inner = _hidden(states, layers)
+        return hash_encode(inner, layers[-1], impl=self.impl_for("hash_encode"))
+
+    def append(self, index: HashAttentionIndex, key_states: Tensor, value_states: Tensor) -> None:
+        slot = index.advance()
+        index.put(index.key_codes, slot, self._sign_keys(key_states, index.key_layers)[:, :, 0])
+
+    def encode(self, query_states: Tensor, index: HashAttentionIndex) -> Tensor:
+        """Return the queries' signatures, int32 ``[B, Hkv, G, bits // 32]``."""
+        codes = self._sign(query_states.flatten(1, 2)[:, :, None], index.query_layers)
+        return codes.view(*query_states.shape[:3], -1)
+
+    def score(self, encoded: Tensor, index: HashAttentionIndex) -> Tensor:
+        # To the kernel every query head is a KV head of its own, with one query.
+        scores = hamming_score(
+            encoded.flatten(1, 2)[:, :, None],
+            index.key_codes[:, :, : index.length],
+            None,
+            index.kv_start,
+            index.kv_len,
+            impl=self.impl_for("hamming_score"),
+        )
+        return scores.float().view(*encoded.shape[:3], -1)
+
+    def index_bytes_per_token(self, geometry: Geometry) -> float:
+        return float(geometry.num_heads * self.bits // 8)
+
+    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+        widths = self._widths(geometry.head_dim)
+        weights = sum((widths[i] + 1) * widths[i + 1] for i in range(LINEAR_LAYERS))
+        networks = 2 * 4 * geometry.num_heads * weights  # of the query, and of the new key
+        side = round(n * self.index_bytes_per_token(geometry))
+        return side + networks + kv_bytes(geometry, min(k, n))
+
+
+def _hidden(states: Tensor, layers: list[Tensor]) -> Tensor:
+    """Return the last hidden layer of ``[..., Hq, n, d]`` states, and a one for the bias."""
+    inner = pad(states.float(), (0, 1), value=1.0)
+    for weight in layers[:-1]:
+        inner = pad(silu(inner @ weight), (0, 1), value=1.0)
+    return inner
+
+
+def _draw(size: int, count: int, generator: torch.Generator) -> Tensor:
+    """Draw places without repetition, all of them if there are not so many."""
+    return torch.randperm(size, generator=generator)[:count]
+
+
+def _past(drawn: Tensor, places: Tensor) -> Tensor:
+    """Return bool ``[Q, K]``: the drawn keys in each query's past, less those kept anyway."""
+    first, last = FORCED
+    return (drawn >= first) & (drawn <= places[:, None] - last)

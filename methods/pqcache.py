@@ -1,0 +1,189 @@
+"""PQCache: keys ranked by product-quantised codes, whose codebook is made of each prompt."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from topkbench.methods.base import (
+    Geometry,
+    Index,
+    Policy,
+    PrefillInputs,
+    TopKMethod,
+    check_whole,
+    kv_bytes,
+)
+from topkbench.methods.states import row_bounds
+
+BLOCK = 8192  # tokens whose distances to the centroids are held at once
+
+
+@dataclass(kw_only=True)
+class PQCacheIndex(Index):
+    """The keys' codes, and the centroids that they name.
+
+    Attributes:
+        key_codes: uint8 ``[B, Hkv, capacity, m]`` nearest centroid of each part of a key.
+        centroids: float32 ``[B, Hkv, m, 2 ** bits, d / m]``, of the prompt.
+    """
+
+    key_codes: Tensor
+    centroids: Tensor
+
+
+@dataclass(kw_only=True)
+class PQCache(TopKMethod):
+    """Rank keys by the dot product of the query with the centroids that stand for them.
+
+    A key is cut into parts, and each part is known by the nearest of ``2 ** bits`` centroids, which
+    k-means finds among the prompt's keys, for each row, KV head and part. A step multiplies the
+    query with the centroids once, and a key's score is the sum of its parts' products.
+
+    Attributes:
+        parts: Parts of a key, a divisor of ``head_dim``.
+        bits: Of a part's code, at most 8.
+        iterations: Of k-means, always as many.
+        seed: Draws the tokens that k-means starts from.
+        sinks: First tokens that the native policy keeps, at most a quarter of ``k``.
+        local_share: Share of ``k`` that is the last tokens, under the native protocol alone.
+
+    Source:
+        PQCache (arXiv:2407.12820), section 3, and its code: 2 parts of 6 bits, softmax of the
+        approximate logits summed over the group, 32 sinks and half of the budget recent. There
+        k-means runs on a CPU for as many iterations as the prefill leaves time for, on the middle
+        keys, and codes are int64; here on all keys of the row, for a fixed number. There the 32
+        sinks stand beside the budget, here inside it. A code is a byte, where packed ones would
+        take ``bits / 8``. Tokens decoded later take the nearest centroid and move none, so building
+        anew with them gives other codes. The centroids, ``4 * 2 ** bits * d`` bytes for a KV head,
+        are the same for any length and in no figure of bytes per token; each step reads them.
+    """
+
+    name: ClassVar[str] = "pqcache"
+    score_kind: ClassVar[Literal["logit", "count"]] = "logit"
+    fits_prompt: ClassVar[bool] = True
+
+    parts: int = 2
+    bits: int = 6
+    iterations: int = 10
+    seed: int = 0
+    sinks: int = 32
+    local_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("parts", "bits", "iterations"):
+            check_whole(name, getattr(self, name))
+        check_whole("sinks", self.sinks, least=0)
+        if self.bits > 8:
+            raise ValueError(f"bits must be at most 8, as a code is one byte, got {self.bits}.")
+        if not 0 <= self.local_share <= 0.75:
+            raise ValueError(
+                f"local_share must be a share from 0 to 0.75, got {self.local_share}; sinks may "
+                "take the other quarter."
+            )
+
+    def unsupported(self, geometry: Geometry) -> str | None:
+        if geometry.head_dim % self.parts:
+            return f"parts must divide head_dim={geometry.head_dim}, got {self.parts}."
+        return None
+
+    def policy_in_force(self, policy: Policy) -> Policy:
+        policy = super().policy_in_force(policy)
+        if policy.protocol == "native":
+            sinks = min(self.sinks, policy.k // 4)
+            policy = replace(policy, num_sink=sinks, num_recent=int(self.local_share * policy.k))
+        return policy
+
+    def build_index(self, prefill: PrefillInputs) -> PQCacheIndex:
+        keys = prefill.key_states
+        batch_size, num_kv_heads, n, _ = keys.shape
+        start, end = row_bounds(n, batch_size, keys.device, prefill.kv_start, prefill.kv_len)
+        slots = torch.arange(n, device=keys.device)
+        valid = (slots >= start[:, None]) & (slots < end[:, None])
+        # What is outside the valid range may be anything, also not a number.
+        states = self._split(keys.float().masked_fill(~valid[:, None, :, None], 0))
+        places = self._start(start.long(), end.long()).clamp(max=max(n - 1, 0))
+        chosen = places[:, None, None, :, None].expand(
+            -1, num_kv_heads, self.parts, -1, states.shape[4]
+        )
+        centroids = states.gather(3, chosen)
+        for _ in range(self.iterations):
+            centroids = _lloyd(states, valid, centroids)
+        codes = torch.zeros(
+            batch_size, num_kv_heads, prefill.capacity, self.parts, dtype=torch.uint8
+        ).to(keys.device)
+        for begin in range(0, n, BLOCK):
+            block = states[:, :, :, begin : begin + BLOCK]
+            nearest = _nearest(block, centroids).to(torch.uint8)
+            codes[:, :, begin : begin + block.shape[3]] = nearest.mT
+        return PQCacheIndex(key_codes=codes, centroids=centroids, **Index.counts(prefill))
+
+    def _split(self, states: Tensor) -> Tensor:
+        """Return ``[B, Hkv, m, n, d / m]`` of ``[B, Hkv, n, d]``."""
+        return states.unflatten(3, (self.parts, -1)).transpose(2, 3)
+
+    def _start(self, start: Tensor, end: Tensor) -> Tensor:
+        """Return int64 ``[B, 2 ** bits]`` slots to start from: one drawn of each stretch of a row.
+
+        A row with no more tokens than centroids has each of them.
+        """
+        count = 2**self.bits
+        generator = torch.Generator().manual_seed(self.seed)
+        steps = torch.arange(count)
+        drawn = (steps + torch.rand(count, generator=generator, dtype=torch.float64)) / count
+        length = (end - start).clamp_min(1)[:, None]
+        spread = (drawn.to(start.device) * length).long()
+        each = steps.to(start.device) % length
+        return start[:, None] + torch.where(length <= count, each, spread)
+
+    def append(self, index: PQCacheIndex, key_states: Tensor, value_states: Tensor) -> None:
+        slot = index.advance()
+        codes = _nearest(self._split(key_states.float()), index.centroids).to(torch.uint8)
+        index.put(index.key_codes, slot, codes[..., 0])
+
+    def encode(self, query_states: Tensor, index: PQCacheIndex) -> Tensor:
+        """Return each query's product with each centroid, float32 ``[B, Hkv, m, G, 2 ** bits]``."""
+        return self._split(query_states.float()) @ index.centroids.mT
+
+    def score(self, encoded: Tensor, index: PQCacheIndex) -> Tensor:
+        codes = index.key_codes[:, :, : index.length].long().mT  # [B, Hkv, m, n]
+        group = encoded.shape[3]
+        looked_up = encoded.gather(4, codes[:, :, :, None].expand(-1, -1, -1, group, -1))
+        scores = looked_up.sum(2)
+        if index.kv_start is None and index.kv_len is None:
+            return scores
+        start, end = row_bounds(
+            index.length, len(codes), codes.device, index.kv_start, index.kv_len
+        )
+        slots = torch.arange(index.length, device=codes.device)
+        valid = (slots >= start[:, None]) & (slots < end[:, None])
+        return scores.masked_fill(~valid[:, None, None], -torch.inf)
+
+    def index_bytes_per_token(self, geometry: Geometry) -> float:
+        return float(geometry.num_kv_heads * self.parts)
+
+    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+        centroids = 4 * geometry.num_kv_heads * geometry.head_dim * 2**self.bits
+        side = round(n * self.index_bytes_per_token(geometry))
+        return side + centroids + kv_bytes(geometry, min(k, n))
+
+
+def _nearest(states: Tensor, centroids: Tensor) -> Tensor:
+    """Return int64 ``[B, Hkv, m, n]``, the nearest centroid; of equal ones the lower."""
+    # |x - c|^2 less |x|^2, which is the same for all centroids.
+    distance = centroids.square().sum(4)[:, :, :, None] - 2 * states @ centroids.mT
+    return distance.argmin(4)
+
+
+def _lloyd(states: Tensor, valid: Tensor, centroids: Tensor) -> Tensor:
+    """Return the means of the valid states nearest to each centroid; without any it stays."""
+    sums, counts = torch.zeros_like(centroids), torch.zeros_like(centroids[..., :1])
+    for begin in range(0, states.shape[3], BLOCK):
+        block = states[:, :, :, begin : begin + BLOCK]
+        held = valid[:, None, None, begin : begin + BLOCK, None].float()
+        held = held.expand(*block.shape[:4], 1)
+        nearest = _nearest(block, centroids)[..., None]
+        sums.scatter_add_(3, nearest.expand_as(block), block * held)
+        counts.scatter_add_(3, nearest, held)
+    return torch.where(counts > 0, sums / counts.clamp_min(1), centroids)

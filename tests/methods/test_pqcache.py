@@ -1,0 +1,106 @@
+"""PQCache: its codes, its centroids and its scores, by hand."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs
+from topkbench.methods.pqcache import PQCache
+
+SHAPE = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=16, dtype_bytes=4)
+
+
+def prefill(keys: Tensor, **given: Tensor) -> PrefillInputs:
+    return PrefillInputs(
+        key_states=keys,
+        value_states=keys,
+        capacity=keys.shape[2] + 4,
+        layer=0,
+        num_layers=1,
+        **given,  # type: ignore[arg-type]
+    )
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_two_clusters_of_each_part_by_hand() -> None:
+    # First channel near 0 or 10, second near -4 or 4: each its own part, of two centroids.
+    keys = torch.tensor([[0.0, -5.0], [1.0, -3.0], [9.0, 5.0], [11.0, 3.0]])[None, None]
+    method = PQCache(parts=2, bits=1)
+    index = method.build_index(prefill(keys))
+    assert sorted(index.centroids[0, 0, 0, :, 0].tolist()) == [0.5, 10.0]
+    assert sorted(index.centroids[0, 0, 1, :, 0].tolist()) == [-4.0, 4.0]
+    queries = torch.tensor([[2.0, 1.0], [0.0, -1.0]])[None, None]
+    scores = method.score(method.encode(queries, index), index)
+    assert scores.tolist() == [[[[-3, -3, 24, 24], [4, 4, -4, -4]]]]
+    newest = torch.tensor([[[[2.0, 9.0]]]])  # near 0.5 and 4
+    method.append(index, newest, newest)
+    scores = method.score(method.encode(queries, index), index)
+    assert scores[0, 0, :, 4].tolist() == [5.0, -4.0]
+
+
+def test_a_centroid_for_each_key_is_exact() -> None:
+    queries, keys = random(2, 2, 3, 16), random(2, 2, 60, 16, seed=1)
+    method = PQCache()
+    index = method.build_index(prefill(keys))
+    scores = method.score(method.encode(queries, index), index)
+    torch.testing.assert_close(scores, queries @ keys.mT, atol=1e-5, rtol=1e-5)
+
+
+def test_centroids_are_the_means_of_their_keys() -> None:
+    keys = random(1, 2, 500, 16)
+    index = PQCache(bits=3, iterations=60).build_index(prefill(keys))
+    for part in range(2):
+        own = keys[0, 1, :, 8 * part : 8 * part + 8]
+        centroids = index.centroids[0, 1, part]
+        codes = index.key_codes[0, 1, :500, part].long()
+        assert torch.equal(torch.cdist(own, centroids).argmin(1), codes)
+        means = torch.stack([own[codes == code].mean(0) for code in range(8)])
+        torch.testing.assert_close(centroids, means, atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_is_what_it_is_alone() -> None:
+    keys = random(2, 2, 300, 16)
+    start = torch.tensor([40, 0], dtype=torch.int32)
+    end = torch.tensor([300, 210], dtype=torch.int32)
+    keys[0, :, :40] = torch.nan
+    together = PQCache(bits=4).build_index(prefill(keys, kv_start=start, kv_len=end))
+    for row, own in ((0, keys[:1, :, 40:]), (1, keys[1:, :, :210])):
+        alone = PQCache(bits=4).build_index(prefill(own))
+        first, last = int(start[row]), int(end[row])
+        torch.testing.assert_close(together.centroids[row], alone.centroids[0])
+        held = alone.key_codes[0, :, : last - first]
+        assert torch.equal(together.key_codes[row, :, first:last], held)
+
+
+def test_the_native_window_is_a_share_of_the_budget() -> None:
+    method = PQCache(native={"num_sink": 0, "num_recent": 0})
+    for k, sinks, recents in ((512, 32, 256), (64, 16, 32), (3, 0, 1)):
+        native = method.policy_in_force(Policy(k=k, num_sink=0, num_recent=0, protocol="native"))
+        assert (native.num_sink, native.num_recent) == (sinks, recents)
+
+
+def test_reads_what_it_says() -> None:
+    """A byte a part of every key, the centroids and the chosen tokens, counted."""
+    queries, keys = random(1, 2, 3, 16), random(1, 2, 60, 16, seed=1)
+    method = PQCache()
+    index = method.build_index(prefill(keys))
+    view = CacheView(keys, keys)
+    step = method.step(queries, index, view, Policy(k=16), 16**-0.5)
+    assert step.selection is not None
+    read = index.key_codes[:, :, : index.length].nbytes + index.centroids.nbytes
+    read += int(step.selection.tokens_read(view).sum()) * 2 * 16 * 4
+    assert method.bytes_read_per_step(SHAPE, 60, 16) == read
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="bits must be at most 8, as a code is one byte, got 9"):
+        PQCache(bits=9)
+    with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
+        PQCache(iterations=0)
+    with pytest.raises(ValueError, match=r"local_share must be a share from 0 to 0\.75, got 1"):
+        PQCache(local_share=1)
+    with pytest.raises(ValueError, match="parts must divide head_dim=16, got 3"):
+        PQCache(parts=3).check_ready(SHAPE)
