@@ -77,7 +77,8 @@ def test_a_budget_for_everything_answers_as_full_attention_does(
         answers = []
         for one in (full, method):
             prompt = tokenise(tiny, sample, question)
-            decoder = Decoder(tiny, store, [prompt], sample.max_new_tokens + 1)
+            room = sample.max_new_tokens + 1
+            decoder = Decoder(tiny, store, [prompt], room, method.needs)
             with attach(tiny.model, one, Policy(k=9999)):
                 answers.append(decoder.generate())
         assert answers[0] == answers[1]
