@@ -37,7 +37,10 @@ def method_of(name: str, *overrides: str) -> TopKMethod:
 
 @pytest.mark.parametrize(
     ("name", "overrides"),
-    [("loki", ()), *(("hata", (f"rbit={rbit}",)) for rbit in (32, 64, 128, 256))],
+    [
+        *((name, ()) for name in ("loki", "double_sparsity", "infinigen", "hash_attention")),
+        *(("hata", (f"rbit={rbit}",)) for rbit in (32, 64, 128, 256)),
+    ],
 )
 def test_a_fresh_checkout_has_every_artifact_that_the_defaults_ask_for(
     tiny: LoadedModel, name: str, overrides: tuple[str, ...]
