@@ -114,7 +114,9 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
     records: list[dict[str, Any]] = []
     pools: dict[str, pd.DataFrame] = {}
     # A task without a length has its context as an axis instead.
-    good = good.assign(context=good["length"].where(good["length"].notna(), good["kv_len"]))
+    context = good["length"].where(good["length"].notna(), good["kv_len"])
+    # A copy in one piece: rows of many methods have hundreds of columns, put in one by one.
+    good = good.copy().assign(context=context)
     good = good.assign(artifact=_refitted(good, parameters))
     for index, (key, cells) in enumerate(
         _groups(good, (*SETTING, *_CONFIGURATION, *parameters, "context"))

@@ -38,10 +38,10 @@ def run(job):
     os.environ.update(job["env"])
     sys.argv = [job["script"], *job["arguments"]]
     computed = topkbench.models.prefill.PrefillStore._run
-    def counted(store, token_ids):
+    def counted(store, token_ids, *needs):
         with open(job["forwards"], "a") as file:
             file.write(json.dumps(list(token_ids)) + "\\n")
-        return computed(store, token_ids)
+        return computed(store, token_ids, *needs)
     topkbench.models.prefill.PrefillStore._run = counted
     try:
         runpy.run_path(job["script"], run_name="__main__")
