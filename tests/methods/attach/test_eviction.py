@@ -39,7 +39,7 @@ NATIVE: dict[str, dict[str, Any]] = {
 ADAPTIVE = sorted(
     path.stem
     for path in (Path(__file__).parents[3] / "conf" / "method").glob("*.yaml")
-    if getattr(get_class(OmegaConf.load(path)["_target_"]), "adaptive")
+    if getattr(get_class(OmegaConf.load(path)["_target_"]), "adaptive", False)
 )
 LENGTHS = {1: (120,), 3: (120, 18, 70)}
 STEPS = 80
