@@ -331,6 +331,7 @@ class Session:
             else:
                 index = None
         if index is None:
+            self.indices.drop(cache, layer)
             self._check_whole(cache, layer)
             prefill = PrefillInputs(
                 key_states=view.key_states[:, :, :-1],

@@ -206,9 +206,12 @@ class IndexStore:
             kept.lengths = replace(kept.lengths, n=kept.lengths.n - 1, kv_len=kv_len)
 
     def drop(self, cache: Any, layer: int) -> None:
-        """Drop a layer's index."""
-        if cache is not None:
-            self._kept.get(cache, {}).pop(layer, None)
+        """Drop a layer's index, and where the cache's indices share something, all of them."""
+        if cache is None:
+            return
+        kept = self._kept.get(cache, {})
+        if kept.pop(layer, None) is not None and self._shared.get(cache):
+            kept.clear()  # what is shared holds the dropped layer's part, which would count twice
 
     def forget(self, cache: Any) -> None:
         """Drop all indices of a cache."""

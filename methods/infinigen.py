@@ -34,11 +34,15 @@ class InfiniGenIndex(Index):
     Attributes:
         low_keys: ``[B, Hkv, capacity, rank]`` in the keys' dtype.
         skew: float32 ``[Hkv, d, rank]`` of the layer.
+        scale: The attention's factor on dot products.
+        softcap: As in attention, or None.
         foretold: ``[B, Hkv, G, d]`` queries foretold for this step; None to use its own.
     """
 
     low_keys: Tensor
     skew: Tensor
+    scale: float
+    softcap: float | None
     foretold: Tensor | None = None
 
 
@@ -56,7 +60,7 @@ class InfiniGen(TopKMethod):
 
     Attributes:
         partial_ratio: Share of the channels that is compared, rounded up.
-        alpha: Distance from the largest logit, after the attention's scale.
+        alpha: Distance from the largest logit, after the attention's scale and softcap.
 
     Source:
         InfiniGen (arXiv:2406.19707), section 4; 0.2 and 4 (OPT) to 5 (Llama-2) as the released
@@ -67,8 +71,7 @@ class InfiniGen(TopKMethod):
         Its accuracy code takes head 0's maximum for all heads, here each head has its own. Nothing
         is fetched from another memory: the speculation is compared, not the overlap. With rotary
         positions skewing follows the rotation, so the whole query projection is computed; charged
-        is the partial one of the paper, ``rank`` rows of it a query head. Logits are scaled by the
-        root of head_dim.
+        is the partial one of the paper, ``rank`` rows of it a query head.
     """
 
     name: ClassVar[str] = "infinigen"
@@ -141,7 +144,13 @@ class InfiniGen(TopKMethod):
         part = skew[prefill.layer, :, :, :rank].to(keys.device, torch.float32).contiguous()
         low_keys = keys.new_zeros(*keys.shape[:2], prefill.capacity, rank)
         low_keys[:, :, : prefill.n] = keys.float() @ part
-        return InfiniGenIndex(low_keys=low_keys, skew=part, **Index.counts(prefill))
+        return InfiniGenIndex(
+            low_keys=low_keys,
+            skew=part,
+            scale=head_dim**-0.5 if prefill.scale is None else prefill.scale,
+            softcap=prefill.softcap,
+            **Index.counts(prefill),
+        )
 
     def append(self, index: InfiniGenIndex, key_states: Tensor, value_states: Tensor) -> None:
         slot = index.advance()
@@ -166,9 +175,13 @@ class InfiniGen(TopKMethod):
         if policy.protocol == "unified" or policy.head_scope == "kv_head":
             return selection
         assert scores is not None  # lowrank_score always scores
-        nearest = scores.amax(-1, keepdim=True) - self.alpha * index.skew.shape[1] ** 0.5
+        logits = scores * index.scale
+        if index.softcap is not None:
+            capped = index.softcap * torch.tanh(logits / index.softcap)
+            logits = capped.masked_fill(logits == -torch.inf, -torch.inf)  # no token stays none
+        nearest = logits.amax(-1, keepdim=True) - self.alpha
         # A row's heads choose as many each: the mean of what each would choose.
-        wanted = (scores > nearest).sum(-1).double().mean(-1).long()
+        wanted = (logits > nearest).sum(-1).double().mean(-1).long()
         wanted = wanted.clamp(min=max(1, policy.num_sink + policy.num_recent))
         slots = selection.indices
         places = slots.clamp(min=0).long()

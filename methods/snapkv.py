@@ -78,7 +78,8 @@ class SnapKV(Evicting):
         SnapKV (arXiv:2404.14469), section 4; window 32, kernel 7, max pooling as the released
         LongBench configurations (defaults of the released class: 64, 5, avg). It repeats the keys
         and selects per query head, as ``head_scope="query_head"`` does; for one selection per KV
-        head the pooled sums are summed over the group. Attention is scaled by the root of head_dim.
+        head the pooled sums are summed over the group. Attention has the layer's own scale and
+        softcap, there the root of head_dim and none.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -109,12 +110,15 @@ class SnapKV(Evicting):
             raise ValueError("snapkv needs query_tail of the prompt, got none; capture it.")
         queries = prefill.query_tail[:, :, -self.window :].float()
         batch_size, num_heads, window, head_dim = queries.shape
+        scale = head_dim**-0.5 if prefill.scale is None else prefill.scale
         start, end = row_bounds(n, batch_size, keys.device, prefill.kv_start, prefill.kv_len)
         slots = torch.arange(n, device=keys.device)
         asking = end[:, None] - window + torch.arange(window, device=keys.device)  # [B, w]
         seen = (slots <= asking[..., None]) & (slots >= start[:, None, None])
         grouped = queries.unflatten(1, (keys.shape[1], -1))
-        logits = grouped @ keys.float().mT[:, :, None] * head_dim**-0.5
+        logits = grouped @ keys.float().mT[:, :, None] * scale
+        if prefill.softcap is not None:
+            logits = prefill.softcap * torch.tanh(logits / prefill.softcap)
         weights = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
         # A query before a row's first token sees nothing, and has no vote.
         votes = weights.nan_to_num(0.0).sum(3).flatten(1, 2)

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from topkbench.kernels.topk_select.api import topk_select
 from topkbench.methods.base import (
@@ -40,6 +41,11 @@ class Cascade:
     tokens: Tensor
     heads: Tensor
 
+    def grow(self, capacity: int) -> None:
+        """Make room for more slots, once for all layers."""
+        missing = (0, capacity - self.importance.shape[2])
+        self.importance, self.tokens = pad(self.importance, missing), pad(self.tokens, missing)
+
 
 @dataclass(kw_only=True)
 class SpAttenIndex(Index):
@@ -62,6 +68,12 @@ class SpAttenIndex(Index):
     depth: float
     layer: int
     num_kv_heads: int
+
+    def grow(self, capacity: int) -> None:
+        if self.cascade.importance.shape[2] < capacity:
+            self.cascade.grow(capacity)
+        super().grow(capacity)
+        self.importance = self.cascade.importance  # the layers' own, not a copy of it
 
 
 @dataclass(kw_only=True)

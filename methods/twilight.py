@@ -45,6 +45,10 @@ class TwilightIndex(Index):
     scale: float
     softcap: float | None = None
 
+    def grow(self, capacity: int) -> None:
+        super().grow(capacity)
+        self.base.grow(capacity)
+
     def take_back(self) -> None:
         super().take_back()
         self.base.take_back()

@@ -30,9 +30,9 @@ def fitted(**settings: Any) -> InfiniGen:
     return method
 
 
-def prefill(keys: Tensor, capacity: int) -> PrefillInputs:
+def prefill(keys: Tensor, capacity: int, **more: Any) -> PrefillInputs:
     return PrefillInputs(
-        key_states=keys, value_states=keys, capacity=capacity, layer=1, num_layers=2
+        key_states=keys, value_states=keys, capacity=capacity, layer=1, num_layers=2, **more
     )
 
 
@@ -107,6 +107,23 @@ def test_heads_share_the_mean_count_and_k_is_its_cap() -> None:
     # The current token takes a place, whatever it scores.
     assert kept(7, protocol="native", num_recent=1) == [[0, 1, 2, 3, 7]] * 2
     assert kept(7, num_recent=0) == [[0, 1, 2, 3, 4, 5, 6]] * 2
+
+
+@pytest.mark.parametrize(("softcap", "wanted"), [(None, 2), (4.0, 6)])
+def test_alpha_is_a_distance_of_the_layers_own_logits(softcap: float | None, wanted: int) -> None:
+    along = torch.tensor([0.6, 0.8])
+    places = torch.tensor([10.0, 9.0, 8.0, 3.0, 2.0, 1.0, -2.0, -3.0])
+    keys = (places[:, None] * along)[None, None]
+    query = torch.stack([5 * along, 0.5 * along])[None, None]
+    method = fitted(alpha=5.0)
+    index = method.build_index(prefill(keys, 8, scale=2.0, softcap=softcap))
+    native: dict[str, Any] = {"protocol": "native", "num_sink": 0, "num_recent": 0}
+    policy = Policy(k=7, head_scope="query_head", **native)
+    found = method.step(query, index, CacheView(keys, keys), policy, 2.0, softcap).selection
+    assert found is not None
+    # Twice the products are 100, 90, ... and 10, 9, 8, 3, ...: 1 and 3 lie within 5 of the first.
+    # Below 4 all that are positive do: 6 tokens of each query, for -2 comes to -4 and -1.85.
+    assert (found.indices[0] >= 0).sum(-1).tolist() == [wanted] * 2
 
 
 def test_bytes_by_hand() -> None:

@@ -55,6 +55,18 @@ def test_votes_by_hand() -> None:
     torch.testing.assert_close(index.importance[0, 0, :6], wanted)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_votes_are_of_the_layers_own_scale_and_softcap(softcap: float | None) -> None:
+    """Twice a logarithm is that of the square; a cap c makes ``c tanh(x / c)`` of it."""
+    method = SnapKV(window=2, kernel=1)
+    index = method.build_index(prompt({1: 5.0}, n=6, scale=2.0, softcap=softcap))
+    assert index.importance is not None
+    peak = 25.0 if softcap is None else math.exp(3 * math.tanh(2 * math.log(5.0) / 3))
+    once = 1 / (peak + 4) + 1 / (peak + 5)
+    wanted = torch.tensor([once, peak * once, once, once, 0.0, 0.0])
+    torch.testing.assert_close(index.importance[0, 0, :6], wanted)
+
+
 @pytest.mark.parametrize(
     ("pooling", "wanted"), [("max", [0, 6, 6, 6, 1, 3]), ("avg", [0, 2, 2, 2, 1, 1])]
 )

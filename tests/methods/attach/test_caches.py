@@ -13,7 +13,8 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache
 
 from topkbench.methods.attach import Session, attach
-from topkbench.methods.base import Policy
+from topkbench.methods.base import Policy, PrefillInputs
+from topkbench.methods.spatten import SpAtten, SpAttenIndex
 
 Make = Callable[..., Any]
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
@@ -78,6 +79,44 @@ def test_cropping_and_resetting_rebuild_the_index(
     assert counter.count("build", 0) == 3
     torch.testing.assert_close(again, first)
     torch.testing.assert_close(third, first)
+
+
+def importance_when_built(method: SpAtten, heads: int) -> list[float]:
+    """Watch a method; return the importance a query head's row has in all after each build."""
+    seen, build = [], method.build_index
+
+    def watched(prefill: PrefillInputs) -> SpAttenIndex:
+        index = build(prefill)
+        seen.append(round(index.importance.sum().item() / len(index.importance) / heads, 3))
+        return index
+
+    method.build_index = watched  # type: ignore[method-assign]
+    return seen
+
+
+def test_layers_that_share_are_dropped_together_on_a_crop(
+    llama: PreTrainedModel, prompt: Make
+) -> None:
+    """A row of a softmax adds up to 1: 30 queries a layer, and one step of the layer before."""
+    ids, method = prompt(2, 31), SpAtten()
+    seen = importance_when_built(method, 4)
+    with attach(llama, method, Policy(k=16)):
+        cache = DynamicCache(config=llama.config)
+        first = logits_by_chunks(llama, ids, [30, 1], cache)[:, -1]
+        cache.crop(-1)
+        again = logits_by_chunks(llama, ids[:, 30:], [1], cache)[:, -1]
+    assert seen == [30.0, 61.0, 30.0, 61.0]
+    torch.testing.assert_close(again, first)
+
+
+def test_layers_that_share_are_dropped_together_by_beam_search(
+    llama: PreTrainedModel, prompt: Make
+) -> None:
+    method = SpAtten()
+    seen = importance_when_built(method, 4)
+    with attach(llama, method, Policy(k=16)):
+        llama.generate(prompt(2, 30), num_beams=3, max_new_tokens=6, do_sample=False)
+    assert seen == [30.0, 61.0] * 5
 
 
 @pytest.mark.parametrize("which", ["full", "exact", "hata", "quest", "loki", "streaming_llm"])

@@ -2,20 +2,25 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra.utils import get_class
+from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from topkbench.methods.attach import attach
-from topkbench.methods.base import Policy
+from topkbench.methods.base import Policy, TopKMethod
 from topkbench.methods.eviction import SPARE, Evicting
 from topkbench.methods.h2o import H2O
 from topkbench.methods.snapkv import SnapKV
+from topkbench.methods.spatten import SpAtten
 from topkbench.methods.streaming_llm import StreamingLLM
+from topkbench.methods.twilight import Twilight
 from topkbench.models.cache import DecodeCache
 from topkbench.models.prefill import prefill
 from topkbench.tasks.evaluation import Counter
@@ -31,6 +36,11 @@ NATIVE: dict[str, dict[str, Any]] = {
     "snapkv": {"num_sink": 0, "num_recent": 0, "dense_layers": 0},
     "streaming_llm": {"num_sink": 4, "num_recent": 0, "dense_layers": 0},
 }
+ADAPTIVE = sorted(
+    path.stem
+    for path in (Path(__file__).parents[3] / "conf" / "method").glob("*.yaml")
+    if getattr(get_class(OmegaConf.load(path)["_target_"]), "adaptive", False)
+)
 LENGTHS = {1: (120,), 3: (120, 18, 70)}
 STEPS = 80
 
@@ -41,7 +51,7 @@ def texts(*lengths: int) -> list[list[int]]:
 
 
 def decode(
-    model: PreTrainedModel, method: Evicting, policy: Policy, prompts: list[list[int]], steps: int
+    model: PreTrainedModel, method: TopKMethod, policy: Policy, prompts: list[list[int]], steps: int
 ) -> tuple[Tensor, DecodeCache, float]:
     """Decode greedily; return the logits ``[steps, B, vocabulary]``, the cache and the density."""
     states = [prefill(model, ids, method.needs) for ids in prompts]
@@ -118,18 +128,20 @@ def test_generate_serves_batches_with_padding(
             assert found[row, 37:].tolist() == alone[0, tokens:].tolist()
 
 
-@pytest.mark.parametrize("which", ["h2o", "snapkv"])
+@pytest.mark.parametrize("which", [*ADAPTIVE, "twilight"])
 def test_a_growing_cache_outgrows_no_index(
-    llama: PreTrainedModel, prompt: Make, make_counter: Make, which: str
+    llama: PreTrainedModel, make_method: Make, prompt: Make, make_counter: Make, which: str
 ) -> None:
     """A cache of transformers grows beyond any room: what was evicted stays so."""
     ids, counter = prompt(1, 30), make_counter()
+    method = Twilight(base=SpAtten()) if which == "twilight" else make_method(which)
     greedy: dict[str, Any] = {"max_new_tokens": 300, "do_sample": False}
-    with attach(llama, METHODS[which](), Policy(k=16), counter):
+    with attach(llama, method, Policy(k=16), counter):
         found = llama.generate(ids, **greedy)
-    logits, _, _ = decode(llama, METHODS[which](mode="compact"), Policy(k=16), ids.tolist(), 299)
+    logits, _, _ = decode(llama, method, Policy(k=16), ids.tolist(), 299)  # room for everything
     assert found[0, 31:].tolist() == logits[:, 0].argmax(-1).tolist()
-    assert counter.count("build", 0) == 2  # capturing the prompt, and the index, once
+    # What is captured of the prompt counts as building, and the index is built once.
+    assert counter.count("build", 0) == 1 + bool(method.needs)
 
 
 def test_other_caches_are_refused(llama: PreTrainedModel, prompt: Make) -> None:
