@@ -96,6 +96,9 @@ class BlockOracle(TopKMethod):
         return select_pages(scores, index, policy, self.impl_for("topk_select"))
 
     def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
-        # Every key to score, then keys and values of the chosen pages: two passes.
         chosen = page_tokens_read(n, k, self.page_size)
-        return kv_bytes(geometry, n) // 2 + kv_bytes(geometry, chosen)
+        return self.bytes_read_by(geometry, n, chosen, scanned=0)
+
+    def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int) -> int:
+        # Every key to score, then keys and values of the chosen pages: two passes.
+        return kv_bytes(geometry, n) // 2 + kv_bytes(geometry, read)

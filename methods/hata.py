@@ -155,6 +155,7 @@ class HATA(TopKMethod):
     )
 
     def __post_init__(self) -> None:
+        vars(self).update(fits_prompt=self.centre_keys)
         for name in ("epochs", "steps_per_epoch", "chunks_per_epoch", "chunk_size"):
             check_whole(name, getattr(self, name))
         check_whole("queries_per_sequence", self.queries_per_sequence)

@@ -215,6 +215,8 @@ class Selection:
         unit_size: Tokens in a unit.
         remainder: What stands for the tokens not selected; None for nothing.
         head_weight: float32 ``[B, Hq]`` factor of each head's output; None for ones.
+        scanned: int64 ``[B, Hkv]`` different tokens of a KV head whose side information was read
+            to choose among them, after a first choice; None where there was one choice alone.
     """
 
     indices: Tensor
@@ -223,6 +225,7 @@ class Selection:
     unit_size: int = 1
     remainder: Remainder | None = None
     head_weight: Tensor | None = None
+    scanned: Tensor | None = None
 
     @classmethod
     def everything(cls, cache: CacheView) -> Self:
@@ -263,8 +266,10 @@ class Selection:
             remainder = Remainder(remainder.value, remainder.weight.masked_fill(short[:, 0], 0.0))
         heads = self.head_weight
         heads = None if heads is None else heads.masked_fill(short[:, 0], 1.0)
+        # Alone such a row asks no index.
+        scanned = None if self.scanned is None else self.scanned.masked_fill(short[:, 0], 0)
         indices = torch.where(short, whole, kept)
-        return Selection(indices, None, weight, self.unit_size, remainder, heads)
+        return Selection(indices, None, weight, self.unit_size, remainder, heads, scanned)
 
     def slots(self, cache: CacheView) -> Tensor:
         """Return bool ``[B, H, n]``: the tokens that each head attends to, pages expanded."""

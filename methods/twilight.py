@@ -16,9 +16,7 @@ from topkbench.methods.base import (
     Policy,
     PrefillInputs,
     Selection,
-    StepResult,
     TopKMethod,
-    Watch,
     check_whole,
     kv_bytes,
 )
@@ -34,7 +32,7 @@ class TwilightIndex(Index):
             channel ``j + d / 2`` in its high half.
         ranges: float16 ``[B, Hkv, capacity, 2]`` of each token the lowest channel, and the step.
         cache: This step's view of the cache, as of the last ``bind``.
-        scale: The attention's factor on dot products, as of the last step.
+        scale: The attention's factor on dot products: the mass of a set depends on it.
         softcap: As in attention, or None.
     """
 
@@ -43,7 +41,7 @@ class TwilightIndex(Index):
     ranges: Tensor
     cache: CacheView
     scale: float
-    softcap: float | None = None
+    softcap: float | None
 
     def grow(self, capacity: int) -> None:
         super().grow(capacity)
@@ -52,6 +50,10 @@ class TwilightIndex(Index):
     def take_back(self) -> None:
         super().take_back()
         self.base.take_back()
+
+    def grow(self, capacity: int) -> None:
+        super().grow(capacity)
+        self.base.grow(capacity)
 
 
 @dataclass
@@ -72,8 +74,10 @@ class Twilight(TopKMethod):
     the group's mean; with ``head_scope="query_head"`` each query head keeps its own set.
 
     Attributes:
-        base: The method that selects first: any other, ``method@method.base=loki``. What it learns
-            is learnt, kept and found as its own.
+        base: The method that selects first, ``method@method.base=loki``: any other that does not
+            learn from what was attended to, as h2o and spatten do, nor free memory, as
+            ``mode=compact`` does. What it learns is learnt, kept and found as its own. One that
+            ranks for KV heads alone, as hata, does so also where query heads keep their own sets.
         base_k: The base's budget, in multiples of ``k``.
         p: Mass to keep, of the base's tokens, above 0 and at most 1.
 
@@ -106,8 +110,19 @@ class Twilight(TopKMethod):
                 f"base must be another method that selects, got {self.base.name}; give "
                 "method@method.base=quest, for one."
             )
+        if type(self.base).feedback is not TopKMethod.feedback:
+            raise ValueError(
+                f"base must not learn from what was attended to, which {self.base.name} does and "
+                "twilight makes less of than it selects; give method@method.base=quest, for one."
+            )
+        if self.base.compacts:
+            raise ValueError(
+                f"base must leave all tokens in the cache, and {self.base.name} with mode=compact "
+                "frees some; mode=masked selects the same."
+            )
         # What the base declares of its class, this method declares for itself.
-        vars(self).update(needs=self.base.needs, adaptive=self.base.adaptive)
+        base = self.base
+        vars(self).update(needs=base.needs, adaptive=base.adaptive, fits_prompt=base.fits_prompt)
 
     # What the base learns -----------------------------------------------------------------------
 
@@ -150,7 +165,8 @@ class Twilight(TopKMethod):
             codes=codes,
             ranges=ranges,
             cache=view,
-            scale=keys.shape[3] ** -0.5,
+            scale=keys.shape[3] ** -0.5 if prefill.scale is None else prefill.scale,
+            softcap=prefill.softcap,
             **Index.counts(prefill),
         )
 
@@ -174,6 +190,8 @@ class Twilight(TopKMethod):
     def scoped(
         self, scores: Tensor | None, policy: Policy, scale: float, softcap: float | None = None
     ) -> Tensor | None:
+        if scores is not None and scores.ndim == 3:  # of KV heads, which then choose for the group
+            policy = replace(policy, head_scope="kv_head")
         return self.base.scoped(scores, policy, scale, softcap)
 
     def select(
@@ -202,7 +220,7 @@ class Twilight(TopKMethod):
         kept = smallest_set(weights, held, forced, self.p, budget)
         kept_slots = slots.where(kept, n).sort(-1).values[..., :budget]
         indices = kept_slots.where(kept_slots < n, -1)
-        return Selection(indices.to(torch.int32))
+        return Selection(indices.to(torch.int32), scanned=first.tokens_read(index.cache))
 
     def _candidates(
         self, scores: Tensor | None, encoded: TwilightQuery, index: TwilightIndex, policy: Policy
@@ -211,6 +229,8 @@ class Twilight(TopKMethod):
         wider = replace(policy, k=self.base_k * policy.k)
         if wider.k >= index.cache.n:
             return Selection.everything(index.cache)
+        if scores is not None and scores.shape[1] == index.cache.key_states.shape[1]:
+            wider = replace(wider, head_scope="kv_head")
         selection = self.base.select(scores, encoded.base, index.base, wider)
         return selection.with_short_rows_whole(index.cache, wider.k)
 
@@ -240,43 +260,18 @@ class Twilight(TopKMethod):
         absent = ~held.unflatten(1, (num_kv_heads, -1))
         return logits.masked_fill(absent, -torch.inf).softmax(-1).nan_to_num(0.0)
 
-    def step(
-        self,
-        query_states: Tensor,
-        index: TwilightIndex,
-        cache: CacheView,
-        policy: Policy,
-        scale: float,
-        softcap: float | None = None,
-        watch: Watch | None = None,
-    ) -> StepResult:
-        # Selecting needs the scale too: the mass of a set depends on it.
-        index.scale, index.softcap = scale, softcap
-        return super().step(query_states, index, cache, policy, scale, softcap, watch)
-
-    def feedback(
-        self,
-        result: StepResult,
-        query_states: Tensor,
-        index: TwilightIndex,
-        cache: CacheView,
-        policy: Policy,
-        scale: float,
-        softcap: float | None = None,
-    ) -> None:
-        self.base.feedback(result, query_states, index.base, cache, policy, scale, softcap)
-
     def index_bytes_per_token(self, geometry: Geometry) -> float:
         own = geometry.num_kv_heads * (geometry.head_dim / 2 + 4)
         return self.base.index_bytes_per_token(geometry) + own
 
     def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+        return self.bytes_read_by(geometry, n, min(k, n), min(self.base_k * k, n))
+
+    def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int) -> int:
         # What the base reads to choose, its tokens' 4-bit keys, and what is kept of them.
-        candidates = min(self.base_k * k, n)
-        chooses = self.base.bytes_read_per_step(geometry, n, self.base_k * k)
-        chooses -= kv_bytes(geometry, candidates)
-        small = candidates * geometry.num_kv_heads * (geometry.head_dim // 2 + 4)
-        return chooses + small + kv_bytes(geometry, min(k, n))
+        chooses = self.base.bytes_read_by(geometry, n, scanned, 0) - kv_bytes(geometry, scanned)
+        small = scanned * geometry.num_kv_heads * (geometry.head_dim // 2 + 4)
+        return chooses + small + kv_bytes(geometry, read)
 
 
 def quantise(keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -144,6 +144,7 @@ class Counter(Observer):
 
     def __init__(self) -> None:
         self.read = 0.0
+        self.scanned = 0.0
         self.cached = 0.0
 
     def on_step(
@@ -164,11 +165,18 @@ class Counter(Observer):
             self.read += cached
         else:
             self.read += result.selection.tokens_read(cache).double().mean().item()
+            if result.selection.scanned is not None:
+                self.scanned += result.selection.scanned.double().mean().item()
 
     @property
     def density(self) -> float | None:
         """Share of the cached tokens that was read, 0 to 1; None before the first step."""
         return self.read / self.cached if self.cached else None
+
+    @property
+    def scanned_share(self) -> float:
+        """Share of the cached tokens that a second choice was made among, 0 to 1."""
+        return self.scanned / self.cached if self.cached else 0.0
 
 
 class StageWatch(Observer):
@@ -239,14 +247,17 @@ class GenerationTask(Task):
         prompts = tokenised(context.loaded, self.samples(context.loaded), self.question)
         for prompt in context.track(prompts, "prefill"):
             context.store.get(prompt.prefill_ids, context.method.needs)
-        samples, densities = self._answer(context, prompts)
+        samples, counters = self._answer(context, prompts)
         if context.full_answers is None and not context.method.selects:
             context.full_answers = {one["sample_id"]: one["tokens"] for one in samples}
+        densities = {subtask: counter.density for subtask, counter in counters.items()}
         read = [density for density in densities.values() if density is not None]
         density = statistics.fmean(read) if read else None
+        shares = [one.scanned_share for one in counters.values() if one.density is not None]
+        scanned = statistics.fmean(shares) if shares else 0.0
         shared: dict[str, Any] = {"batch_size": 1, "density": density}
         lengths = (len(prompt.prefill_ids) + len(prompt.decode_ids) for prompt in prompts)
-        shared |= accounting(context, round(statistics.fmean(lengths)), density)
+        shared |= accounting(context, round(statistics.fmean(lengths)), density, scanned)
         timed = spread(prompts, self.timed_prompts)
         shared |= speed(context, timed, shared["bytes_read_per_step"])
         # What was freed cannot be compared with what full attention chose.
@@ -265,8 +276,8 @@ class GenerationTask(Task):
 
     def _answer(
         self, context: Context, prompts: Sequence[Prompt]
-    ) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
-        """Decode all prompts; return scored samples and the density of each sub-task."""
+    ) -> tuple[list[dict[str, Any]], dict[str, Counter]]:
+        """Decode all prompts; return scored samples and what each sub-task read."""
         tokenizer = context.loaded.tokenizer
         counters: dict[str, Counter] = {}
         samples = []
@@ -299,23 +310,27 @@ class GenerationTask(Task):
                 )
         order = {prompt.sample.sample_id: place for place, prompt in enumerate(prompts)}
         samples.sort(key=lambda one: order[one["sample_id"]])
-        return samples, {subtask: counter.density for subtask, counter in counters.items()}
+        return samples, counters
 
 
-def accounting(context: Context, n: int, density: float | None) -> dict[str, Any]:
+def accounting(
+    context: Context, n: int, density: float | None, scanned_share: float
+) -> dict[str, Any]:
     """Return the bytes that a decode step over ``n`` tokens reads, from each method's own model.
 
     Where each query head selects its own tokens, a step reads what they select together: as many
-    as the measured density says.
+    as the measured density says, and of what a second choice was made among the measured share.
     """
     geometry, method = context.geometry, context.method
     policy = method.policy_in_force(context.policy)
     dense = policy.resolve_dense_layers(geometry.num_layers) if method.selects else ()
     sparse = geometry.num_layers - len(dense)
     k = policy.k if method.selects else n
-    if policy.head_scope == "query_head" and density is not None:
-        k = round(density * n)
-    read = sparse * bytes_read(method, geometry, n, k) + len(dense) * kv_bytes(geometry, n)
+    if policy.head_scope == "query_head" and density is not None and k < n:
+        in_layer = method.bytes_read_by(geometry, n, round(density * n), round(scanned_share * n))
+    else:
+        in_layer = bytes_read(method, geometry, n, k)
+    read = sparse * in_layer + len(dense) * kv_bytes(geometry, n)
     return {
         "kv_len": n,
         "bytes_read_per_step": float(read),

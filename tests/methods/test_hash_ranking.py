@@ -235,6 +235,7 @@ def test_codes_of_a_query_are_summed_by_hand() -> None:
 def test_centred_keys_are_hashed_less_the_mean_of_each_rows_own() -> None:
     method = HATA(rbit=32, weights="random", centre_keys=True)
     plain = HATA(rbit=32, weights="random")
+    assert (method.fits_prompt, plain.fits_prompt) == (True, False)
     generator = torch.Generator().manual_seed(5)
     keys = torch.randn(2, 1, 9, 8, generator=generator) + 3.0
     keys[1, :, :4] = torch.nan  # padding may hold anything

@@ -10,16 +10,25 @@ from torch import Tensor
 from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, TopKMethod
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
+from topkbench.methods.hata import HATA
 from topkbench.methods.loki import Loki
+from topkbench.methods.policy import Protocol
 from topkbench.methods.quest import Quest
+from topkbench.methods.snapkv import SnapKV
+from topkbench.methods.streaming_llm import StreamingLLM
 from topkbench.methods.twilight import Twilight, dequantise, quantise, smallest_set
 
 FREE: dict[str, Any] = {"num_sink": 0, "num_recent": 0}
 
 
-def inputs(keys: Tensor) -> PrefillInputs:
+def inputs(keys: Tensor, **settings: Any) -> PrefillInputs:
     return PrefillInputs(
-        key_states=keys, value_states=keys, capacity=keys.shape[2] + 2, layer=0, num_layers=2
+        key_states=keys,
+        value_states=keys,
+        capacity=keys.shape[2] + 2,
+        layer=0,
+        num_layers=2,
+        **settings,
     )
 
 
@@ -72,7 +81,7 @@ def test_keeps_the_smallest_set_with_the_mass() -> None:
     keys[..., 0], keys[..., 1] = 0, 15  # every token's range
     queries = 0.2 * torch.randn(1, 2, 3, 8, generator=generator)
     method = Twilight(base=ExactTopK(), base_k=2, p=0.8)
-    index = method.build_index(inputs(keys))
+    index = method.build_index(inputs(keys, scale=0.5))
     policy = Policy(k=20, head_scope="query_head", **FREE)
     step = method.step(queries, index, CacheView(keys, keys), policy, 0.5)
     assert step.selection is not None
@@ -88,17 +97,23 @@ def test_keeps_the_smallest_set_with_the_mass() -> None:
     assert len(sizes) > 1
 
 
-def test_scale_and_softcap_of_the_step_decide_the_mass() -> None:
+def test_scale_and_softcap_of_the_attention_decide_the_mass() -> None:
     keys = torch.tensor([[0.0, 15.0], [2.0, 15.0], [4.0, 15.0], [15.0, 0.0]])[None, None]
     query = torch.tensor([[[[1.0, 0.0]]]])
     method = Twilight(base=ExactTopK(), p=0.9)
-    index = method.build_index(inputs(keys))
     view, policy = CacheView(keys, keys), Policy(k=3, **FREE)
     sizes = []
     for scale, softcap in ((1.0, None), (0.01, None), (1.0, 0.1)):
+        index = method.build_index(inputs(keys, scale=scale, softcap=softcap))
+        # As where several budgets choose from one scoring, without a step.
+        method.bind(index, view)
+        encoded = method.encode(query, index)
+        scores = method.scoped(method.score(encoded, index), policy, scale, softcap)
+        selection = method.select(scores, encoded, index, policy)
         step = method.step(query, index, view, policy, scale, softcap)
         assert step.selection is not None
-        sizes.append((step.selection.indices >= 0).sum().item())
+        assert torch.equal(selection.indices, step.selection.indices)
+        sizes.append((selection.indices >= 0).sum().item())
     assert sizes == [1, 3, 3]
 
 
@@ -128,6 +143,69 @@ def test_what_the_base_needs_is_needed() -> None:
     method = Twilight(base=Watching())
     assert (method.needs, method.adaptive) == ({"query_tail"}, True)
     assert (Twilight.needs, Twilight.adaptive) == (frozenset(), False)
+    assert Twilight(base=HATA(centre_keys=True)).fits_prompt
+    assert not Twilight(base=HATA()).fits_prompt
+
+
+@pytest.mark.parametrize("protocol", ["unified", "native"])
+def test_every_base_is_served_or_refused(
+    name: str,
+    protocol: Protocol,
+    methods: dict[str, TopKMethod],
+    states: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    build: Callable[..., Any],
+) -> None:
+    base = methods[name]
+    refused = {
+        "full": "another method that selects, got full",
+        "twilight": "another method that selects, got twilight",
+        "h2o": "must not learn from what was attended to, which h2o does",
+        "spatten": "must not learn from what was attended to, which spatten does",
+    }
+    if name in refused:
+        with pytest.raises(ValueError, match=refused[name]):
+            Twilight(base=base)
+        return
+    method = Twilight(base=base, native={**FREE, "head_scope": "query_head"})
+    method.load_artifact(base.artifact)
+    queries, keys, values = states(2, 161)
+    ends = torch.tensor([160, 16], dtype=torch.int32)
+    index = build(method, keys[:, :, :160], values[:, :, :160], None, ends, capacity=161)
+    index.grow(165)
+    rows = torch.arange(2)
+    newest = keys[rows, :, ends.long(), None], values[rows, :, ends.long(), None]
+    method.append(index, *newest)
+    view = CacheView(keys, values, None, ends + 1, previous_query=queries)
+    policy = method.policy_in_force(Policy(k=20, protocol=protocol))
+    step = method.step(queries, index, view, policy, 0.2)
+    assert step.out.isfinite().all()
+    assert step.selection is not None
+    scanned = step.selection.scanned
+    assert scanned is not None
+    sizes = step.selection.slots(view).sum(-1)
+    assert sizes.shape[1] == 6 if protocol == "native" else sizes.shape[1] in (2, 6)
+    # The short row is kept whole, and nothing is chosen in it.
+    assert sizes[1].tolist() == [17] * sizes.shape[1]
+    assert scanned[1].tolist() == [0, 0]
+    assert sizes[0].max() <= 20
+    assert (scanned[0] >= step.selection.tokens_read(view)[0]).all()
+
+
+@pytest.mark.parametrize("base", [StreamingLLM(mode="compact"), SnapKV(mode="compact")])
+def test_bases_that_free_memory_are_refused(base: TopKMethod) -> None:
+    with pytest.raises(ValueError, match="base must leave all tokens in the cache"):
+        Twilight(base=base)
+
+
+def test_room_grows_for_the_base_too() -> None:
+    keys = torch.randn(1, 2, 20, 8)
+    method = Twilight(base=SnapKV(window=4))
+    index = method.build_index(inputs(keys, query_tail=torch.randn(1, 6, 4, 8)))
+    index.grow(24)
+    assert (index.capacity, index.base.capacity) == (24, 24)
+    for _ in range(4):
+        method.append(index, keys[:, :, :1], keys[:, :, :1])
+    assert (index.length, index.base.length) == (24, 24)
 
 
 def test_a_token_taken_back_is_taken_from_the_base_too() -> None:
@@ -152,6 +230,44 @@ def test_bytes_are_what_is_read() -> None:
     read = pages + slots.numel() * per_token + 2 * 32 * 2 * 32 * 4
     assert method.bytes_read_per_step(geometry, 400, 32) == read
     assert method.index_bytes_per_token(geometry) == 2 * (2 * 32 * 4 / 16 + 16 + 4)
+
+
+@pytest.mark.parametrize("base", [ExactTopK(), Quest(page_size=16)])
+def test_query_heads_are_charged_for_all_candidates(
+    base: TopKMethod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three query heads a KV head, each with candidates of its own, of which few are kept."""
+    geometry = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 2, 405, 32, generator=generator)
+    queries = 8 * torch.randn(1, 2, 3, 32, generator=generator)
+    method = Twilight(base=base, base_k=4, p=0.5)
+    touched: list[set[int]] = []
+    estimate = method.estimate
+
+    def watched(query_states: Tensor, index: Any, slots: Tensor, held: Tensor) -> Tensor:
+        for head in range(2):
+            own = slice(3 * head, 3 * head + 3)
+            touched.append(set(slots[0, own][held[0, own]].tolist()))
+        return estimate(query_states, index, slots, held)
+
+    monkeypatch.setattr(method, "estimate", watched)
+    index = method.build_index(inputs(keys))
+    view = CacheView(keys, keys)
+    policy = Policy(k=16, head_scope="query_head", **FREE)
+    step = method.step(queries, index, view, policy, 32**-0.5)
+    assert step.selection is not None
+    assert step.selection.scanned is not None
+    counts = [len(one) for one in touched]
+    assert step.selection.scanned.tolist() == [counts]
+    assert min(counts) > 64  # more than one query's candidates
+    kept = int(step.selection.tokens_read(view).float().mean())
+    assert kept < 48
+    scanned = sum(counts) // 2
+    small = index.codes[0, 0, 0].nbytes + index.ranges[0, 0, 0].nbytes
+    side = keys.nbytes if isinstance(base, ExactTopK) else 2 * 2 * 26 * 32 * 4
+    read = side + 2 * scanned * small + 2 * 2 * kept * 32 * 4
+    assert method.bytes_read_by(geometry, 405, kept, scanned) == read
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from topkbench.methods.base import Policy, TopKMethod
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.h2o import H2O
+from topkbench.methods.twilight import Twilight
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 from topkbench.tasks.base import Sample
@@ -102,6 +103,24 @@ def test_query_heads_that_choose_apart_are_charged_for_all_they_read(
     n, together = mean["kv_len"], round(mean["density"] * mean["kv_len"])
     assert 24 < together <= 48  # two queries of each KV head
     assert mean["bytes_read_per_step"] == 2 * (n * 2 * 16 * 4 + together * 2 * 2 * 16 * 4)
+
+
+def test_what_query_heads_choose_among_is_charged_too(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    policy = Policy(k=12, num_sink=0, num_recent=0, protocol="native")
+    settings = {"length": 200, "num_samples": 1, "subtasks": ("vt",), "cache_dir": str(tmp_path)}
+    task = Ruler(**settings)  # type: ignore[arg-type]
+    method = Twilight(base=ExactTopK(), base_k=4, native={"head_scope": "query_head"})
+    context = Context(loaded, store, method, policy, FullAttention(), None, 1e9)
+    mean = run_cell(context, task).rows[-1].values
+    n, together = mean["kv_len"], round(mean["density"] * mean["kv_len"])
+    in_layer = mean["bytes_read_per_step"] / 2
+    small = in_layer - n * 2 * 16 * 4 - together * 2 * 2 * 16 * 4
+    candidates = small / (2 * (16 / 2 + 4))
+    assert candidates == round(candidates)
+    assert 4 * 12 < candidates <= 2 * 4 * 12  # two queries of each KV head
+    assert together <= 2 * 12
 
 
 def test_samples_carry_what_re_scoring_needs(
