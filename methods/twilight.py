@@ -43,10 +43,6 @@ class TwilightIndex(Index):
     scale: float
     softcap: float | None
 
-    def grow(self, capacity: int) -> None:
-        super().grow(capacity)
-        self.base.grow(capacity)
-
     def take_back(self) -> None:
         super().take_back()
         self.base.take_back()

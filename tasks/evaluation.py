@@ -318,15 +318,16 @@ def accounting(
 ) -> dict[str, Any]:
     """Return the bytes that a decode step over ``n`` tokens reads, from each method's own model.
 
-    Where each query head selects its own tokens, a step reads what they select together: as many
-    as the measured density says, and of what a second choice was made among the measured share.
+    Where each query head selects its own tokens, or a selection may be smaller than the budget, a
+    step reads what the measured density says, and what a second choice was made among by its share.
     """
     geometry, method = context.geometry, context.method
     policy = method.policy_in_force(context.policy)
     dense = policy.resolve_dense_layers(geometry.num_layers) if method.selects else ()
     sparse = geometry.num_layers - len(dense)
     k = policy.k if method.selects else n
-    if policy.head_scope == "query_head" and density is not None and k < n:
+    measured = policy.head_scope == "query_head" or method.ragged
+    if measured and density is not None and k < n:
         in_layer = method.bytes_read_by(geometry, n, round(density * n), round(scanned_share * n))
     else:
         in_layer = bytes_read(method, geometry, n, k)
