@@ -405,12 +405,15 @@ def unknown_option(text: str) -> str:
     strange = re.search(r"Key '(\w+)' is not in struct full_key: ([\w.]+)", text)
     if strange is not None:
         key, place = strange.groups()
-        group = place.partition(".")[0]
-        known = {
-            name for file in (ROOT / "conf" / group).glob("*.yaml") for name in OmegaConf.load(file)
-        }
-        near = difflib.get_close_matches(key, sorted(str(name) for name in known), n=1)
-        return f"there is no setting {place}{f'; did you mean {near[0]}' if near else ''}."
+        group, _, _ = place.rpartition(".")
+        files = sorted((ROOT / "conf" / group).glob("*.yaml"))
+        having = {file.stem: {str(name) for name in OmegaConf.load(file)} for file in files}
+        owners = [option for option, names in having.items() if key in names]
+        if owners:
+            return f"there is no setting {place} here; {group}={' or '.join(owners)} has it."
+        near = difflib.get_close_matches(key, sorted(set().union(*having.values())), n=1)
+        guess = f"; did you mean {f'{group}.' if group else ''}{near[0]}" if near else ""
+        return f"there is no setting {place}{guess}."
     found = re.search(r"Could not find '(\w+)/([^']+)'", text)
     if found is None:
         return " ".join(text.split())

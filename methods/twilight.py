@@ -101,6 +101,10 @@ class Twilight(TopKMethod):
         check_whole("base_k", self.base_k)
         if not 0 < self.p <= 1:
             raise ValueError(f"p must be above 0 and at most 1, got {self.p}.")
+        if not isinstance(self.base, TopKMethod):
+            raise ValueError(
+                f"base must be a method, got {self.base!r}; name one by method@method.base=quest."
+            )
         if not self.base.selects or isinstance(self.base, Twilight):
             raise ValueError(
                 f"base must be another method that selects, got {self.base.name}; give "

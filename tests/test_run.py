@@ -421,7 +421,16 @@ def one_sentence(commands: Commands, *words: str) -> None:
         (["impl=triton"], ["triton"]),
         (["question=open"], ["question must be sparse or dense, got 'open'."]),
         (["task.judged_prompts=0"], ["task.judged_prompts must be at least 1, got 0."]),
-        (["task.lenght=5"], ["there is no setting task.lenght; did you mean length."]),
+        (["task.lenght=5"], ["there is no setting task.lenght; did you mean task.length."]),
+        (["num_sample=5"], ["there is no setting num_sample; did you mean num_samples."]),
+        (
+            ["method=quest", "method.mode=compact"],
+            [
+                "there is no setting method.mode here; "
+                "method=h2o or snapkv or streaming_llm has it.",
+            ],
+        ),
+        (["method=twilight", "method.base=loki"], ["name one by method@method.base=quest"]),
         (["method.rbits=5"], ["method.rbits"]),
         (["model.path=/no/such/model"], ["found no folder /no/such/model"]),
         (["model.path=nobody/no-such-model"], ["nobody/no-such-model", "reachable"]),
