@@ -327,6 +327,18 @@ class Sweep:
             if identity not in known:
                 write_atomic(self._list, json_bytes([*known, identity]))
 
+    def commands(self) -> list[str]:
+        """Return the command lines that the sweep was run by, in order."""
+        path = self.folder / "commands.txt"
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+    def note_command(self, command: str) -> None:
+        """Add a command line; adding it twice is adding it once. Safe between processes."""
+        with locked(self.folder / ".cells.lock", timeout_s=60):
+            known = self.commands()
+            if command not in known:
+                write_atomic(self.folder / "commands.txt", "\n".join([*known, command]).encode())
+
     def cells(self) -> list[Cell]:
         """Return the sweep's cells in order."""
         return [self.store.cell(one) for one in self.identities()]

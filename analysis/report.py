@@ -166,6 +166,8 @@ def build(
     write_atomic(folder / "rows.csv", rows.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "samples.parquet", _plain(samples).to_parquet(None, index=False))
     content = _content(compared, samples, folder, models)
+    commands = [one for path in paths if path.is_dir() for one in Sweep.open(path).commands()]
+    content["ran"] += [f"Command: {one}" for one in dict.fromkeys(commands)]
     if published:
         numbers = beside(compared.lines)
         content |= {"published": published_table(numbers), "left_out": left_out(numbers)}

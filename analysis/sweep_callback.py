@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +58,7 @@ class ReportCallback(Callback):
         try:
             if not sweep.identities():
                 return
+            sweep.note_command(_command(config))
             models = MODELS if self.models is None else model_sizes(self.models)
             path = build(folder, models=models, published=self.published)
             rows, samples = sweep.rows(), sweep.samples()
@@ -77,3 +79,10 @@ class ReportCallback(Callback):
             return NoTracker()
         tracker: Tracker = instantiate(choice)
         return tracker
+
+
+def _command(config: DictConfig) -> str:
+    """Return the command line of a run or a sweep, as a shell takes it."""
+    given = config.hydra.overrides
+    words = ["-m" if word == "hydra.mode=MULTIRUN" else word for word in given.hydra]
+    return shlex.join(["python", "run.py", *given.task, *words])

@@ -240,6 +240,12 @@ def test_a_sweep_leaves_its_rows_and_a_report(swept: Commands) -> None:
     for name in ("report.html", "report.md", "rows.csv", "samples.parquet", "cells.json"):
         assert (folder / name).stat().st_size > 0
     assert {path.suffix for path in (folder / "figures").iterdir()} == {".png", ".svg", ".csv"}
+    (command,) = (folder / "commands.txt").read_text().splitlines()
+    assert command.startswith("python run.py model.path=")
+    assert command.endswith(
+        " method=exact,quest k=16,32 rbit=32 'task.subtasks=[niah_single,vt]' -m"
+    )
+    assert f"- Command: {command}" in (folder / "report.md").read_text()
     assert swept.text("err") == ""
 
 

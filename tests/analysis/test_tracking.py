@@ -177,7 +177,8 @@ def test_saving_the_workspace_needs_an_account(
 
 
 def hydra_config(folder: Path, **more: object) -> Any:
-    hydra = {"sweep": {"dir": str(folder)}, "run": {"dir": str(folder)}}
+    given = {"task": ["method=hata"], "hydra": []}
+    hydra = {"sweep": {"dir": str(folder)}, "run": {"dir": str(folder)}, "overrides": given}
     return OmegaConf.create({"hydra": hydra, **more})
 
 
