@@ -1,4 +1,4 @@
-"""What README and the model's card say was measured is what the committed rows say."""
+"""What README, docs/hata.md and the model's card call measured is what the committed rows say."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from topkbench.analysis.lines import compare
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.report import load
 from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX
-from topkbench.analysis.stats import MEAN
+from topkbench.analysis.stats import MEAN, seed_interval
 from topkbench.analysis.tables import main_table
+from topkbench.analysis.variants import difference_table
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ROOT / "analysis" / "measured"
 FILES = sorted(MEASURED.glob("*/*.csv"))
 CPU = MEASURED / "xeon_2_threads"
+CORE = MEASURED / "epyc_1_thread"
 
 
 def rows(path: Path) -> pd.DataFrame:
@@ -105,3 +107,78 @@ def test_the_cards_recall_is_the_measured_one() -> None:
         (row,) = own[own["p_use_norm"].astype(str) == use_norm].to_dict("records")
         # A row weighs every step alike, the card's table every prompt: near, not the same.
         assert float(recall.split()[0]) == pytest.approx(row["recall_at_k"], abs=0.006)
+
+
+def hata_page(head: str) -> list[list[str]]:
+    """Return the cells of the table of docs/hata.md that begins with ``head``."""
+    text = (ROOT / "docs" / "hata.md").read_text()
+    lines = text[text.index(head) :].splitlines()[2:]
+    end = next(i for i, line in enumerate(lines) if not line.startswith("|"))
+    return [[cell.replace("**", "") for cell in numbers(line)] for line in lines[:end]]
+
+
+def test_the_pages_loss_ablation_is_the_measured_one() -> None:
+    table = difference_table(compare(rows(CORE / "loss_ablation.csv")).lines)
+    assert table is not None
+    page = hata_page("| Arm | Δ recall@128 |")
+    assert sorted(line[1:] for line in page) == sorted(row[4:] for row in table.rows)
+    (worst,) = [line for line in page if "decorrelation" in line[0]]
+    (row,) = [row for row in table.rows if row[0] == "HATA (decorrelation_weight=0.0)"]
+    assert worst[1:] == row[4:]
+
+
+RUNGS = {
+    "Gaussian": ("random", None, False, False),
+    "Orthonormal": ("orthonormal", None, False, False),
+    "Orthonormal, centred keys": ("orthonormal", None, True, False),
+    "Orthonormal, key norms": ("orthonormal", None, False, True),
+    "Learned as published": ("trained", "published", False, False),
+    "Learned as published, key norms": ("trained", "published", False, True),
+    "Learned, ranking": ("trained", "ranking", False, False),
+    "Learned, ranking, key norms": ("trained", "ranking", False, True),
+}
+
+
+def test_the_pages_ladder_is_the_measured_one() -> None:
+    both = [rows(CORE / f"hash_ladder{part}.csv") for part in ("", "_more")]
+    data = pd.concat(both, ignore_index=True)
+    data = data[data["task"].eq("selection") & data["k"].eq(128)]
+    page = hata_page("| Recall@128 | 32 bits |")
+    assert [line[0] for line in page] == list(RUNGS)
+    for name, *cells in page:
+        weights, recipe, centred, normed = RUNGS[name]
+        own = data[data["p_weights"].eq(weights)]
+        own = own[own["p_recipe"].eq(recipe)] if recipe else own
+        own = own[own["p_centre_keys"].astype(str).eq(str(centred))]
+        own = own[own["p_use_norm"].astype(str).eq(str(normed))]
+        for rbit, cell in zip((32, 64, 96, 128, 192, 256), cells, strict=True):
+            found = own[own["rbit"].eq(rbit)]["recall_at_k"]
+            if cell == "–":
+                assert not len(found)
+                continue
+            interval = seed_interval(list(found))
+            assert cell.split()[0] == f"{interval.estimate:.3f}"
+            alone = name == "Learned as published" and rbit == 256
+            assert len(found) == (5 if "[" in cell else 1 if alone else 2)
+            if "[" in cell:
+                assert cell.endswith(f"[{interval.low:.3f}, {interval.high:.3f}]")
+
+
+@pytest.mark.parametrize(
+    ("file", "head", "axis"),
+    [
+        ("budget_ablation", "| `k` | Exact top-k |", "k"),
+        ("bit_ablation", "| Bits | Score |", "rbit"),
+    ],
+)
+def test_the_pages_scores_are_the_measured_ones(file: str, head: str, axis: str) -> None:
+    data = rows(CORE / f"{file}.csv")
+    data = data[data["subtask"] == MEAN]
+    methods = ("exact", "hata", "loki", "quest") if axis == "k" else ("hata",)
+    for line in hata_page(head):
+        for method, cell in zip(methods, line[1:], strict=False):
+            own = data[data["method"].eq(method) & data[axis].eq(int(line[0]))]
+            (row,) = own.to_dict("records")
+            score = METRICS["score"].text
+            low, high = (score(row[f"score_ci_{end}"]) for end in ("low", "high"))
+            assert cell == f"{score(row['score'])} [{low}, {high}]"
