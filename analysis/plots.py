@@ -216,7 +216,7 @@ def draw_all(
         (
             "fit_loss",
             "Training loss",
-            "Mean over layers; thin: each layer.",
+            "Mean over layers, a running one over a fiftieth of the steps; faint: each layer.",
             lambda: None if samples is None else loss_curve(top, samples),
         ),
     ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from topkbench.analysis import style
 from topkbench.analysis.curves import curve_label, legend, new_figure
@@ -34,7 +35,10 @@ def loss_points(samples: pd.DataFrame) -> list[dict[str, float]]:
 
 
 def loss_curve(lines: pd.DataFrame, samples: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
-    """Draw the loss over the steps: the mean over layers of each configuration, layers thin.
+    """Draw the loss over the steps: the mean over layers of each configuration, layers faint.
+
+    The mean is a running one over a fiftieth of the steps: where each step draws its own queries
+    and keys, single losses hide the trend. The data are every step's.
 
     Args:
         lines: The headline lines of one setting.
@@ -56,15 +60,21 @@ def loss_curve(lines: pd.DataFrame, samples: pd.DataFrame) -> tuple[Figure, pd.D
         look = style.style(str(line["method"]))
         colour = style.shade(look.colour, place / max(len(found) - 1, 1))
         table = curves.pivot(index="step", columns="layer", values="loss")
-        axes.plot(table.index, table.to_numpy(), color=colour, lw=0.6, alpha=0.45)
+        axes.plot(table.index, table.to_numpy(), color=colour, lw=0.5, alpha=0.2)
         label = curve_label(line, ("rbit",), with_subtask=False)
-        axes.plot(table.index, table.mean(axis=1), color=colour, ls=style.turn(place), label=label)
+        window = max(1, len(table) // 50)
+        mean = table.mean(axis=1).rolling(window, min_periods=1, center=True).mean()
+        axes.plot(table.index, mean, color=colour, ls=style.turn(place), label=label)
         data.append(
             curves.assign(method=line["method"], variant=line["variant"], rbit=line["rbit"])
         )
     table = pd.concat(data, ignore_index=True)
     if (table["loss"] > 0).all():
         axes.set_yscale(METRICS["loss"].scale)
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_formatter("{x:g}")
+        # Within less than a decade a logarithmic axis has hardly a major tick to read.
+        axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
     axes.set_xlabel(METRICS["step"].axis)
     axes.set_ylabel(METRICS["loss"].axis)
     legend(figure, axes)
