@@ -18,7 +18,6 @@ from topkbench.methods.base import Policy, TopKMethod
 from topkbench.methods.eviction import SPARE, Evicting
 from topkbench.methods.h2o import H2O
 from topkbench.methods.snapkv import SnapKV
-from topkbench.methods.spatten import SpAtten
 from topkbench.methods.streaming_llm import StreamingLLM
 from topkbench.methods.twilight import Twilight
 from topkbench.models.cache import DecodeCache
@@ -134,7 +133,7 @@ def test_a_growing_cache_outgrows_no_index(
 ) -> None:
     """A cache of transformers grows beyond any room: what was evicted stays so."""
     ids, counter = prompt(1, 30), make_counter()
-    method = Twilight(base=SpAtten()) if which == "twilight" else make_method(which)
+    method = Twilight(base=SnapKV()) if which == "twilight" else make_method(which)
     greedy: dict[str, Any] = {"max_new_tokens": 300, "do_sample": False}
     with attach(llama, method, Policy(k=16), counter):
         found = llama.generate(ids, **greedy)
