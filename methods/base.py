@@ -76,6 +76,12 @@ class Geometry:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     model_digest: str = ""
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What ties an artifact to a model: its digest and the shape of its attention."""
+        names = ("model_digest", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        return {name: getattr(self, name) for name in names}
+
 
 class CalibrationStates(Protocol):
     """Queries and keys of the texts that a method is fitted on; disjoint from every test's."""

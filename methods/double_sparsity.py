@@ -109,11 +109,7 @@ class DoubleSparsity(TopKMethod):
         # The statistics are kept, not the choice: one artifact serves every number of channels.
         return {
             "method": self.name,
-            "model_digest": geometry.model_digest,
-            "num_layers": geometry.num_layers,
-            "num_heads": geometry.num_heads,
-            "num_kv_heads": geometry.num_kv_heads,
-            "head_dim": geometry.head_dim,
+            **geometry.identity,
             "calibration_queries": self.calibration_queries,
         }
 

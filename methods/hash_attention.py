@@ -120,11 +120,7 @@ class HashAttention(TopKMethod):
         )
         return {
             "method": self.name,
-            "model_digest": geometry.model_digest,
-            "num_layers": geometry.num_layers,
-            "num_heads": geometry.num_heads,
-            "num_kv_heads": geometry.num_kv_heads,
-            "head_dim": geometry.head_dim,
+            **geometry.identity,
             **{name: getattr(self, name) for name in settings.split()},
         }
 

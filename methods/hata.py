@@ -20,7 +20,6 @@ from topkbench.methods.base import (
     kv_bytes,
 )
 from topkbench.methods.hash_ranking import RankingRecipe
-from topkbench.methods.states import row_bounds
 
 HashWeights = Literal["trained", "random", "orthonormal"]
 Recipe = Literal["published", "ranking"]
@@ -201,11 +200,7 @@ class HATA(TopKMethod):
             )
         return {
             "method": self.name,
-            "model_digest": geometry.model_digest,
-            "num_layers": geometry.num_layers,
-            "num_heads": geometry.num_heads,
-            "num_kv_heads": geometry.num_kv_heads,
-            "head_dim": geometry.head_dim,
+            **geometry.identity,
             **{name: getattr(self, name) for name in settings.split()},
         }
 
@@ -534,9 +529,7 @@ class HATA(TopKMethod):
 def _mean(prefill: PrefillInputs) -> Tensor:
     """Return the mean of each row's valid keys, ``[B, Hkv, 1, d]`` in the keys' dtype."""
     keys = prefill.key_states
-    start, end = row_bounds(prefill.n, len(keys), keys.device, prefill.kv_start, prefill.kv_len)
-    slots = torch.arange(prefill.n, device=keys.device)
-    valid = ((slots >= start[:, None]) & (slots < end[:, None]))[:, None, :, None]
+    valid = prefill.valid_slots()[:, None, :, None]
     # A slot outside may hold anything, also what a product with zero does not remove.
     total = keys.float().masked_fill(~valid, 0).sum(2, keepdim=True)
     return (total / valid.sum(2, keepdim=True).clamp_min(1)).to(keys.dtype)

@@ -22,7 +22,6 @@ from topkbench.methods.base import (
     kv_bytes,
 )
 from topkbench.methods.eviction import ascending
-from topkbench.methods.states import row_bounds
 
 QUERIES = 256  # of each calibration sequence, evenly spread
 
@@ -98,11 +97,7 @@ class InfiniGen(TopKMethod):
         # All channels are kept, strongest first, so one artifact serves every ratio.
         return {
             "method": self.name,
-            "model_digest": geometry.model_digest,
-            "num_layers": geometry.num_layers,
-            "num_heads": geometry.num_heads,
-            "num_kv_heads": geometry.num_kv_heads,
-            "head_dim": geometry.head_dim,
+            **geometry.identity,
             "queries": f"post_rope_{QUERIES}",
         }
 
@@ -147,7 +142,7 @@ class InfiniGen(TopKMethod):
         return InfiniGenIndex(
             low_keys=low_keys,
             skew=part,
-            scale=head_dim**-0.5 if prefill.scale is None else prefill.scale,
+            scale=prefill.logit_scale,
             softcap=prefill.softcap,
             **Index.counts(prefill),
         )
@@ -185,9 +180,7 @@ class InfiniGen(TopKMethod):
         wanted = wanted.clamp(min=max(1, policy.num_sink + policy.num_recent))
         slots = selection.indices
         places = slots.clamp(min=0).long()
-        start, end = row_bounds(
-            index.length, len(slots), slots.device, index.kv_start, index.kv_len
-        )
+        start, end = index.row_bounds(len(slots), slots.device)
         forced = slots < start[:, None, None] + policy.num_sink
         forced |= slots >= end[:, None, None] - policy.num_recent
         ranked = scores.gather(2, places).masked_fill(forced, torch.inf)

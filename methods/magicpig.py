@@ -130,9 +130,7 @@ class MagicPIG(TopKMethod):
     def build_index(self, prefill: PrefillInputs) -> MagicPIGIndex:
         keys = prefill.key_states
         batch_size, num_kv_heads, n, head_dim = keys.shape
-        start, end = row_bounds(n, batch_size, keys.device, prefill.kv_start, prefill.kv_len)
-        slots = torch.arange(n, device=keys.device)
-        valid = ((slots >= start[:, None]) & (slots < end[:, None]))[:, None]
+        valid = prefill.valid_slots()[:, None]
         count = valid.sum(-1).clamp_min(1)[..., None]
         mean = keys.float().masked_fill(~valid[..., None], 0).sum(2) / count
         planes = _planes(self.seed, head_dim, self.num_tables * self.hash_bits).to(keys.device)
@@ -154,7 +152,7 @@ class MagicPIG(TopKMethod):
             first=first.flatten(0, 2),
             mean=mean.flatten(0, 1),
             planes=planes,
-            prompt_end=end.clone(),
+            prompt_end=prefill.bounds()[1].clone(),
             layer=prefill.layer,
             key_states=keys,
             **Index.counts(prefill),

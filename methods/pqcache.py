@@ -15,7 +15,7 @@ from topkbench.methods.base import (
     check_whole,
     kv_bytes,
 )
-from topkbench.methods.states import row_bounds
+from topkbench.methods.states import slots_within
 
 BLOCK = 8192  # tokens whose distances to the centroids are held at once
 
@@ -98,9 +98,8 @@ class PQCache(TopKMethod):
     def build_index(self, prefill: PrefillInputs) -> PQCacheIndex:
         keys = prefill.key_states
         batch_size, num_kv_heads, n, _ = keys.shape
-        start, end = row_bounds(n, batch_size, keys.device, prefill.kv_start, prefill.kv_len)
-        slots = torch.arange(n, device=keys.device)
-        valid = (slots >= start[:, None]) & (slots < end[:, None])
+        start, end = prefill.bounds()
+        valid = slots_within(n, start, end)
         # What is outside the valid range may be anything, also not a number.
         states = self._split(keys.float().masked_fill(~valid[:, None, :, None], 0))
         places = self._start(start.long(), end.long()).clamp(max=max(n - 1, 0))
@@ -153,11 +152,7 @@ class PQCache(TopKMethod):
         scores = looked_up.sum(2)
         if index.kv_start is None and index.kv_len is None:
             return scores
-        start, end = row_bounds(
-            index.length, len(codes), codes.device, index.kv_start, index.kv_len
-        )
-        slots = torch.arange(index.length, device=codes.device)
-        valid = (slots >= start[:, None]) & (slots < end[:, None])
+        valid = slots_within(index.length, *index.row_bounds(len(codes), codes.device))
         return scores.masked_fill(~valid[:, None, None], -torch.inf)
 
     def index_bytes_per_token(self, geometry: Geometry) -> float:

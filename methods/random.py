@@ -8,7 +8,6 @@ from torch import Tensor
 
 from topkbench.methods.base import Index, Policy, PrefillInputs, Selection, TopKMethod
 from topkbench.methods.draws import draw_tokens
-from topkbench.methods.states import row_bounds
 
 
 @dataclass(kw_only=True)
@@ -61,9 +60,7 @@ class RandomSelection(TopKMethod):
     ) -> Selection:
         batch_size, num_kv_heads, group = encoded
         num_heads = num_kv_heads * (group if policy.head_scope == "query_head" else 1)
-        start, end = row_bounds(
-            index.length, batch_size, index.device, index.kv_start, index.kv_len
-        )
+        start, end = index.row_bounds(batch_size, index.device)
         drawn = draw_tokens(self.seed, index.layer, num_heads, index.length, start, end) >> 32
         # int32's lowest value marks a unit that is not there.
         drawn = drawn.clamp(min=-(2**31) + 1).to(torch.int32)

@@ -18,7 +18,6 @@ from topkbench.methods.base import (
 )
 from topkbench.methods.capture import QUERY_TAIL
 from topkbench.methods.eviction import Evicting, ascending
-from topkbench.methods.states import row_bounds
 
 Pooling = Literal["avg", "max"]
 PROTECTED = 1e6  # above every importance; slots are added to it, exactly below 2**24
@@ -109,9 +108,9 @@ class SnapKV(Evicting):
         if prefill.query_tail is None:
             raise ValueError("snapkv needs query_tail of the prompt, got none; capture it.")
         queries = prefill.query_tail[:, :, -self.window :].float()
-        batch_size, num_heads, window, head_dim = queries.shape
-        scale = head_dim**-0.5 if prefill.scale is None else prefill.scale
-        start, end = row_bounds(n, batch_size, keys.device, prefill.kv_start, prefill.kv_len)
+        batch_size, num_heads, window, _ = queries.shape
+        scale = prefill.logit_scale
+        start, end = prefill.bounds()
         slots = torch.arange(n, device=keys.device)
         asking = end[:, None] - window + torch.arange(window, device=keys.device)  # [B, w]
         seen = (slots <= asking[..., None]) & (slots >= start[:, None, None])
@@ -150,7 +149,7 @@ class SnapKV(Evicting):
             from_prompt -= generated
         ranked = index.ranked[:, :, :from_prompt]
         batch_size, num_heads, _ = ranked.shape
-        _, end = row_bounds(index.length, batch_size, ranked.device, index.kv_start, index.kv_len)
+        _, end = index.row_bounds(batch_size, ranked.device)
         newest = end[:, None] - generated + torch.arange(generated, device=ranked.device)
         newest = newest[:, None].expand(-1, num_heads, -1)
         return Selection(ascending(torch.cat([ranked, newest], 2)))
@@ -164,9 +163,7 @@ class SnapKV(Evicting):
             grouped = importance.unflatten(1, (num_kv_heads, -1))
             largest = policy.aggregation == "max_softmax"
             importance = grouped.amax(2) if largest else grouped.sum(2)
-        start, end = row_bounds(
-            index.length, len(importance), importance.device, index.kv_start, index.kv_len
-        )
+        start, end = index.row_bounds(len(importance), importance.device)
         # Rows end where the prompt did, before what was generated.
         start, end = start[:, None, None], end[:, None, None] - (index.length - n)
         slots = torch.arange(n, device=importance.device)

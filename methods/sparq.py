@@ -18,7 +18,6 @@ from topkbench.methods.base import (
     check_whole,
     kv_bytes,
 )
-from topkbench.methods.states import row_bounds
 
 
 @dataclass(kw_only=True)
@@ -123,13 +122,11 @@ class SparQ(TopKMethod):
         batch_size, num_kv_heads, n, head_dim = keys.shape
         channel_keys = keys.new_zeros(batch_size, num_kv_heads, head_dim, prefill.capacity)
         channel_keys[..., :n] = keys.mT
-        start, end = row_bounds(n, batch_size, keys.device, prefill.kv_start, prefill.kv_len)
-        slots = torch.arange(n, device=keys.device)
-        valid = ((slots >= start[:, None]) & (slots < end[:, None]))[:, None, :, None]
+        valid = prefill.valid_slots()[:, None, :, None]
         return SparQIndex(
             channel_keys=channel_keys,
             value_sum=values.masked_fill(~valid, 0).sum(2, dtype=torch.float32),
-            scale=head_dim**-0.5 if prefill.scale is None else prefill.scale,
+            scale=prefill.logit_scale,
             softcap=prefill.softcap,
             **Index.counts(prefill),
         )
@@ -181,9 +178,7 @@ class SparQ(TopKMethod):
         chosen = indices.long().unflatten(1, (num_kv_heads, -1)).expand(-1, -1, group, -1)
         found = logits.gather(3, chosen.clamp_min(0)).masked_fill(chosen < 0, -torch.inf)
         share = (found.logsumexp(3) - logits.logsumexp(3)).exp()
-        start, end = row_bounds(
-            index.length, batch_size, logits.device, index.kv_start, index.kv_len
-        )
+        start, end = index.row_bounds(batch_size, logits.device)
         mean = index.value_sum / (end - start)[:, None, None]
         return Remainder(mean, (1 - share).clamp(0, 1).flatten(1))
 

@@ -46,6 +46,20 @@ class PrefillInputs:
         """Slots in use in the longest row."""
         return self.key_states.shape[2]
 
+    @property
+    def logit_scale(self) -> float:
+        """The attention's factor on dot products, given or not."""
+        return self.key_states.shape[3] ** -0.5 if self.scale is None else self.scale
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Return int32 ``[B]`` first slot and end of each row."""
+        keys = self.key_states
+        return row_bounds(self.n, len(keys), keys.device, self.kv_start, self.kv_len)
+
+    def valid_slots(self) -> Tensor:
+        """Return bool ``[B, n]``: the slots that hold a token."""
+        return slots_within(self.n, *self.bounds())
+
 
 @dataclass
 class CacheView:
@@ -78,6 +92,10 @@ class CacheView:
         """Return int32 ``[B]`` first slot and end of each row."""
         return row_bounds(self.n, len(self.key_states), self.device, self.kv_start, self.kv_len)
 
+    def valid_slots(self) -> Tensor:
+        """Return bool ``[B, n]``: the slots that hold a token."""
+        return slots_within(self.n, *self.bounds())
+
     @property
     def device(self) -> torch.device:
         """Where the states are."""
@@ -90,6 +108,12 @@ def row_bounds(
     """Return int32 ``[B]`` first slot and end of each row, given or not."""
     zero = torch.zeros(batch_size, dtype=torch.int32, device=device)
     return (zero if kv_start is None else kv_start), (zero + n if kv_len is None else kv_len)
+
+
+def slots_within(n: int, start: Tensor, end: Tensor) -> Tensor:
+    """Return bool ``[B, n]``: the slots from each row's first to before its end."""
+    slots = torch.arange(n, device=start.device)
+    return (slots >= start[:, None]) & (slots < end[:, None])
 
 
 @dataclass(kw_only=True)
@@ -132,6 +156,10 @@ class Index:
             "kv_start": prefill.kv_start,
             "kv_len": kv_len,
         }
+
+    def row_bounds(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return int32 ``[B]`` first slot and end of each row."""
+        return row_bounds(self.length, batch_size, device, self.kv_start, self.kv_len)
 
     def advance(self) -> int | Tensor:
         """Count one token more in every row, and return the slot it goes to: one, or ``[B]``.

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from topkbench.methods.base import Geometry, Index, Policy, PrefillInputs, Selection, kv_bytes
 from topkbench.methods.eviction import Evicting
-from topkbench.methods.states import row_bounds
 
 
 @dataclass(kw_only=True)
@@ -54,7 +53,7 @@ class StreamingLLM(Evicting):
     ) -> Selection:
         kept = min(policy.k, index.length)
         num_sink = min(policy.num_sink, kept)
-        start, end = row_bounds(index.length, encoded, index.device, index.kv_start, index.kv_len)
+        start, end = index.row_bounds(encoded, index.device)
         valid = (end - start)[:, None]
         places = torch.arange(kept, dtype=torch.int32, device=index.device)
         # Counted from the row's first token: 0, 1, ... num_sink - 1, then the last ones.

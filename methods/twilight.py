@@ -165,7 +165,7 @@ class Twilight(TopKMethod):
             codes=codes,
             ranges=ranges,
             cache=view,
-            scale=keys.shape[3] ** -0.5 if prefill.scale is None else prefill.scale,
+            scale=prefill.logit_scale,
             softcap=prefill.softcap,
             **Index.counts(prefill),
         )

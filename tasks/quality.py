@@ -39,7 +39,7 @@ class Truth:
         cls, query_states: Tensor, cache: CacheView, scale: float, softcap: float | None = None
     ) -> "Truth":
         """Compute full attention from ``query_states [B, Hkv, G, d]``."""
-        valid = valid_slots(cache)[:, None, None]
+        valid = cache.valid_slots()[:, None, None]
         logits = torch.matmul(query_states.float(), cache.key_states.float().mT) * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
@@ -53,13 +53,6 @@ class Truth:
         chosen = torch.zeros_like(self.group_weights, dtype=torch.bool)
         chosen.scatter_(-1, indices.long(), True)
         return chosen & (self.group_weights >= 0)
-
-
-def valid_slots(cache: CacheView) -> Tensor:
-    """Return bool ``[B, n]``: the slots that hold a token."""
-    slots = torch.arange(cache.n, device=cache.device)
-    start, end = cache.bounds()
-    return (slots >= start[:, None]) & (slots < end[:, None])
 
 
 @dataclass(frozen=True)
