@@ -487,15 +487,15 @@ class TopKMethod(ABC):
         """
         return round(n * self.index_bytes_per_token(geometry)) + kv_bytes(geometry, min(k, n))
 
-    def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int) -> int:
+    def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int | None) -> int:
         """Return what ``bytes_read_per_step`` does, of a step whose reads were counted.
 
         Args:
             geometry: The model's.
             n: Cached tokens.
             read: Different tokens that a KV head's queries attended to.
-            scanned: Different tokens of a KV head among which a first choice left these to choose,
-                as ``Selection.scanned`` tells; 0 where there was one choice alone.
+            scanned: Entries of side information that were read of a KV head, as
+                ``Selection.scanned`` tells; None where nobody counted.
         """
         return self.bytes_read_per_step(geometry, n, read)
 

@@ -97,8 +97,8 @@ class BlockOracle(TopKMethod):
 
     def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
         chosen = page_tokens_read(n, k, self.page_size)
-        return self.bytes_read_by(geometry, n, chosen, scanned=0)
+        return self.bytes_read_by(geometry, n, chosen, None)
 
-    def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int) -> int:
+    def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int | None) -> int:
         # Every key to score, then keys and values of the chosen pages: two passes.
         return kv_bytes(geometry, n) // 2 + kv_bytes(geometry, read)

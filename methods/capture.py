@@ -142,6 +142,15 @@ class Captured:
         sums = None if self.column_sums is None else self.column_sums.to(device)
         return Captured(self.needs, tail, sums, self.milliseconds)
 
+    def joined(self, other: "Captured") -> "Captured":
+        """Return what either has of the same prompt."""
+        return Captured(
+            self.needs | other.needs,
+            other.query_tail if self.query_tail is None else self.query_tail,
+            other.column_sums if self.column_sums is None else self.column_sums,
+            self.milliseconds | other.milliseconds,
+        )
+
     @classmethod
     def batch(cls, rows: Sequence["Captured"], n: int, device: torch.device) -> "Captured":
         """Join what was captured of single prompts into rows of ``n`` slots.

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from topkbench.kernels.hash_encode.api import hash_encode
 from topkbench.methods.base import (
     CacheView,
     Geometry,
@@ -24,6 +27,9 @@ from topkbench.methods.states import row_bounds
 FLOOR = 1e-4
 """Added to an inclusion probability, so that no weight is beyond bounds."""
 
+CODE_BITS = 16
+"""Bits that a bucket's number is kept in: more than it has, for one code of no token."""
+
 
 @dataclass(kw_only=True)
 class MagicPIGIndex(Index):
@@ -33,7 +39,8 @@ class MagicPIGIndex(Index):
         entries: int32 ``[B, Hkv, L, capacity]`` slots, sorted by bucket; unused after the prompt.
         first: int32 ``[B * Hkv * L, 2**K + 1]`` where each bucket begins in its table, and the end.
         mean: float32 ``[B * Hkv, d]`` of the prompt's keys.
-        planes: float32 ``[d, L * K]`` normals of the hyperplanes.
+        planes: float32 ``[1, d, 16 L]`` normals of the hyperplanes, for each table K and then
+            zeros; a table more of zeros where L is odd.
         prompt_end: int32 ``[B]`` end of each row's prompt.
         layer: Index of the layer.
         key_states: ``[B, Hkv, n, d]`` the cached keys, as of the last ``bind``.
@@ -99,9 +106,9 @@ class MagicPIG(TopKMethod):
         since centring shifts all logits of a query alike; there is no cap there.
 
     The bytes of a step are those of walking the tables: for each query head the two ends of L
-    buckets, and as many entries of 4 bytes as L buckets hold at right angles, ``L n / 2**K``
-    (queries and keys that lie nearer to each other collide more often, and read more); then the
-    hyperplanes, and the chosen keys once more for their angles. The tables cost 4 L bytes a token,
+    buckets and the entries of 4 bytes in them, counted as they are walked, or before a step was
+    taken as many as L buckets hold at right angles, ``L n / 2**K``; then the hyperplanes, and the
+    chosen keys once more for their angles. The tables cost 4 L bytes a token,
     more than half precision keys and values, and ``2**K + 1`` bucket ends each.
     """
 
@@ -119,8 +126,8 @@ class MagicPIG(TopKMethod):
         for setting in ("hash_bits", "num_tables", "min_collisions"):
             check_whole(setting, getattr(self, setting))
         check_whole("native_local", self.native_local, 0)
-        if self.hash_bits > 16:
-            raise ValueError(f"hash_bits must be at most 16, got {self.hash_bits}.")
+        if self.hash_bits > CODE_BITS - 2:  # a sign, and the code of no token
+            raise ValueError(f"hash_bits must be at most {CODE_BITS - 2}, got {self.hash_bits}.")
         if self.min_collisions > self.num_tables:
             raise ValueError(
                 f"min_collisions must be at most num_tables={self.num_tables}, "
@@ -133,20 +140,21 @@ class MagicPIG(TopKMethod):
         valid = prefill.valid_slots()[:, None]
         count = valid.sum(-1).clamp_min(1)[..., None]
         mean = keys.float().masked_fill(~valid[..., None], 0).sum(2) / count
-        planes = _planes(self.seed, head_dim, self.num_tables * self.hash_bits).to(keys.device)
+        planes = _normals(self.seed, head_dim, self.num_tables, self.hash_bits).to(keys.device)
         shape = (batch_size, num_kv_heads, self.num_tables)
         buckets = 2**self.hash_bits
         entries = torch.zeros(*shape, prefill.capacity, dtype=torch.int32, device=keys.device)
         first = torch.zeros(*shape, buckets + 1, dtype=torch.int32, device=keys.device)
-        bounds = torch.arange(buckets + 1, dtype=torch.int32, device=keys.device)
-        for head in range(num_kv_heads):  # the hashes of one head are many times its keys
-            codes = self.codes(keys[:, head].float() - mean[:, head, None], planes)
-            # What is no token goes behind the last bucket, where no query looks.
-            codes = codes.masked_fill(~valid[:, 0, :, None], buckets).transpose(1, 2)
-            codes, order = codes.contiguous().sort(dim=-1, stable=True)
-            entries[:, head, :, :n] = order.to(torch.int32)
-            wanted = bounds.expand(*codes.shape[:2], -1).contiguous()
-            first[:, head] = torch.searchsorted(codes, wanted, out_int32=True)
+        for row in range(batch_size):  # the hashes of a head are many times its keys
+            for head in range(num_kv_heads):
+                codes = self.codes(keys[row, head].float() - mean[row, head], planes)
+                # What is no token goes behind the last bucket, where no query looks.
+                codes = codes.masked_fill(~valid[row, 0, :, None], buckets).mT.contiguous()
+                entries[row, head, :, :n] = _order(codes)
+                tables = torch.arange(self.num_tables, device=keys.device)[:, None]
+                places = (codes + tables * (buckets + 1)).flatten()
+                sizes = places.bincount(minlength=self.num_tables * (buckets + 1))
+                first[row, head, :, 1:] = sizes.view(-1, buckets + 1)[:, :-1].cumsum(1)
         return MagicPIGIndex(
             entries=entries,
             first=first.flatten(0, 2),
@@ -165,10 +173,11 @@ class MagicPIG(TopKMethod):
         index.key_states = cache.key_states
 
     def codes(self, states: Tensor, planes: Tensor) -> Tensor:
-        """Return the bucket in each table, int32 ``[..., L]``, of states ``[..., d]``."""
-        bits = (states.float() @ planes > 0).unflatten(-1, (self.num_tables, self.hash_bits))
-        powers = 2 ** torch.arange(self.hash_bits, dtype=torch.int32, device=states.device)
-        return (bits * powers).sum(-1, dtype=torch.int32)
+        """Return the bucket in each table, int16 ``[..., n, L]``, of states ``[..., n, d]``."""
+        rows = states.reshape(-1, 1, *states.shape[-2:])
+        words = hash_encode(rows, planes, impl=self.impl_for("hash_encode"))
+        codes = words.view(torch.int16)[..., : self.num_tables]
+        return codes.reshape(*states.shape[:-1], self.num_tables)
 
     def encode(self, query_states: Tensor, index: MagicPIGIndex) -> MagicPIGQuery:
         return MagicPIGQuery(query_states, self.codes(query_states, index.planes).long())
@@ -253,7 +262,9 @@ class MagicPIG(TopKMethod):
         sampled = held & found.gather(-1, indices)
         chance = self.probability(self._collision(encoded, index, indices), least, share)
         log_weight = torch.where(sampled, -torch.log(chance + FLOOR), 0.0)
-        return Selection(indices.where(held, -1).to(torch.int32), log_weight=log_weight)
+        entries = scores.unflatten(1, (-1, group)).sum((2, 3)).long()
+        slots = indices.where(held, -1).to(torch.int32)
+        return Selection(slots, log_weight=log_weight, scanned=entries)
 
     def _collision(self, encoded: MagicPIGQuery, index: MagicPIGIndex, slots: Tensor) -> Tensor:
         """Return each slot's chance to share the query's bucket in one table, ``[B, Hq, m]``."""
@@ -274,30 +285,46 @@ class MagicPIG(TopKMethod):
             least: ``[...]`` collisions.
             share: ``[...]`` how many of those with just ``least`` collisions are drawn, 0 to 1.
         """
-        hits = torch.arange(self.num_tables + 1, device=collision.device)
-        ways = torch.lgamma(torch.tensor(self.num_tables + 1.0, device=collision.device))
+        # Up to that many hits, not all of num_tables: the rest of the mass is what remains of one.
+        hits = torch.arange(int(least.max()) + 1, device=collision.device)
+        ways = torch.lgamma(torch.tensor(self.num_tables + 1.0, dtype=torch.double))
         ways = ways - torch.lgamma(hits + 1.0) - torch.lgamma(self.num_tables - hits + 1.0)
         chance = collision.double()[..., None]
         tiny = torch.finfo(chance.dtype).tiny  # a logarithm that zero times it is zero
         hit, miss = chance.clamp_min(tiny).log(), (1 - chance).clamp_min(tiny).log()
         log_mass = ways + hits * hit + (self.num_tables - hits) * miss
         least, share = least[..., None, None], share[..., None, None]
-        counted = torch.where(hits == least, share, (hits > least).float())
-        return (log_mass.exp() * counted).sum(-1).float()
+        left_out = torch.where(hits == least, 1 - share, (hits < least).float())
+        return (1 - (log_mass.exp() * left_out).sum(-1)).clamp(0, 1).float()
 
     def index_bytes_per_token(self, geometry: Geometry) -> float:
         return 4.0 * geometry.num_kv_heads * self.num_tables
 
     def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+        return self.bytes_read_by(geometry, n, min(k, n), None)
+
+    def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int | None) -> int:
+        group = geometry.num_heads // geometry.num_kv_heads
+        at_right_angles = group * self.num_tables * n / 2**self.hash_bits
+        walked = at_right_angles if scanned is None else scanned
+        entries = round(4 * geometry.num_kv_heads * walked)
         ends = 2 * 4 * geometry.num_heads * self.num_tables
-        entries = round(4 * geometry.num_heads * self.num_tables * n / 2**self.hash_bits)
         planes = 4 * geometry.head_dim * self.num_tables * self.hash_bits
-        chosen = kv_bytes(geometry, min(k, n))
+        chosen = kv_bytes(geometry, read)
         return ends + entries + planes + chosen + chosen // 2
 
 
 @lru_cache(maxsize=8)
-def _planes(seed: int, head_dim: int, count: int) -> Tensor:
-    """Draw the normals of hyperplanes, ``[d, count]``."""
+def _normals(seed: int, head_dim: int, num_tables: int, hash_bits: int) -> Tensor:
+    """Draw the normals of hyperplanes, ``[d, L * K]``, and lay them out as the index has them."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(head_dim, count, generator=generator)
+    drawn = torch.randn(head_dim, num_tables * hash_bits, generator=generator)
+    drawn = drawn.view(head_dim, num_tables, hash_bits)
+    return pad(drawn, (0, CODE_BITS - hash_bits, 0, num_tables % 2)).flatten(1)[None]
+
+
+def _order(codes: Tensor) -> Tensor:
+    """Return the slots of each table by code, ``[L, n]``, those of one code ascending."""
+    if codes.device.type == "cpu":  # NumPy sorts 16 bits by radix, many times as fast as torch
+        return torch.from_numpy(np.argsort(codes.numpy(), axis=1, kind="stable"))
+    return codes.sort(dim=1, stable=True).indices

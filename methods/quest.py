@@ -123,9 +123,9 @@ class Quest(TopKMethod):
 
     def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
         chosen = page_tokens_read(n, k, self.page_size)
-        return self.bytes_read_by(geometry, n, chosen, scanned=0)
+        return self.bytes_read_by(geometry, n, chosen, None)
 
-    def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int) -> int:
+    def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int | None) -> int:
         pages = -(-n // self.page_size)
         extremes = round(pages * self.page_size * self.index_bytes_per_token(geometry))
         return extremes + kv_bytes(geometry, read)

@@ -243,8 +243,8 @@ class Selection:
         unit_size: Tokens in a unit.
         remainder: What stands for the tokens not selected; None for nothing.
         head_weight: float32 ``[B, Hq]`` factor of each head's output; None for ones.
-        scanned: int64 ``[B, Hkv]`` different tokens of a KV head whose side information was read
-            to choose among them, after a first choice; None where there was one choice alone.
+        scanned: int64 ``[B, Hkv]`` entries of side information that were read of a KV head, where
+            their number depends on the data; None where it does not.
     """
 
     indices: Tensor

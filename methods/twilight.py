@@ -265,11 +265,12 @@ class Twilight(TopKMethod):
         return self.base.index_bytes_per_token(geometry) + own
 
     def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
-        return self.bytes_read_by(geometry, n, min(k, n), min(self.base_k * k, n))
+        return self.bytes_read_by(geometry, n, min(k, n), None)
 
-    def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int) -> int:
+    def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int | None) -> int:
+        scanned = min(self.base_k * read, n) if scanned is None else scanned
         # What the base reads to choose, its tokens' 4-bit keys, and what is kept of them.
-        chooses = self.base.bytes_read_by(geometry, n, scanned, 0) - kv_bytes(geometry, scanned)
+        chooses = self.base.bytes_read_by(geometry, n, scanned, None) - kv_bytes(geometry, scanned)
         small = scanned * geometry.num_kv_heads * (geometry.head_dim // 2 + 4)
         return chooses + small + kv_bytes(geometry, read)
 

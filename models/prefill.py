@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ class PrefillStore:
         if key in self._kept:
             states = self._kept[key]
             if not needs <= states.needs:
-                states = self._kept[key] = self._run(token_ids, needs | states.needs)
+                states = self._kept[key] = self._run(token_ids, needs, states)
             return states
         path = self.folder / f"{key}.safetensors"
         found = _load(path) if path.exists() else None
@@ -172,14 +172,22 @@ class PrefillStore:
             found = _load(path) if path.exists() else None
             if found is not None and needs <= found.needs:
                 return found
-            # Another method's needs stay in the file.
-            states = self._run(token_ids, needs if found is None else needs | found.needs)
+            states = self._run(token_ids, needs, found)
             _save(states, path)
             return states
 
-    def _run(self, token_ids: Sequence[int], needs: frozenset[str]) -> Prefill:
+    def _run(
+        self, token_ids: Sequence[int], needs: frozenset[str], found: Prefill | None = None
+    ) -> Prefill:
+        """Compute a prompt, or what ``found`` lacks of it."""
         self.forwards += 1
-        return self._compute(self.model, token_ids, needs)
+        if found is None:
+            return self._compute(self.model, token_ids, needs)
+        captured = self._compute(self.model, token_ids, needs - found.needs).captured
+        if found.captured:
+            pairs = zip(found.captured, captured, strict=True)
+            captured = tuple(old.joined(new) for old, new in pairs)
+        return replace(found, captured=captured)
 
 
 def _save(states: Prefill, path: Path) -> None:

@@ -144,7 +144,7 @@ class Counter(Observer):
 
     def __init__(self) -> None:
         self.read = 0.0
-        self.scanned = 0.0
+        self.scanned: float | None = None
         self.cached = 0.0
 
     def on_step(
@@ -166,7 +166,8 @@ class Counter(Observer):
         else:
             self.read += result.selection.tokens_read(cache).double().mean().item()
             if result.selection.scanned is not None:
-                self.scanned += result.selection.scanned.double().mean().item()
+                scanned = result.selection.scanned.double().mean().item()
+                self.scanned = scanned + (self.scanned or 0.0)
 
     @property
     def density(self) -> float | None:
@@ -174,9 +175,9 @@ class Counter(Observer):
         return self.read / self.cached if self.cached else None
 
     @property
-    def scanned_share(self) -> float:
-        """Share of the cached tokens that a second choice was made among, 0 to 1."""
-        return self.scanned / self.cached if self.cached else 0.0
+    def scanned_share(self) -> float | None:
+        """Entries of side information read for each cached token; None where not counted."""
+        return None if self.scanned is None else self.scanned / self.cached
 
 
 class StageWatch(Observer):
@@ -253,8 +254,8 @@ class GenerationTask(Task):
         densities = {subtask: counter.density for subtask, counter in counters.items()}
         read = [density for density in densities.values() if density is not None]
         density = statistics.fmean(read) if read else None
-        shares = [one.scanned_share for one in counters.values() if one.density is not None]
-        scanned = statistics.fmean(shares) if shares else 0.0
+        shares = [share for one in counters.values() if (share := one.scanned_share) is not None]
+        scanned = statistics.fmean(shares) if shares else None
         shared: dict[str, Any] = {"batch_size": 1, "density": density}
         lengths = (len(prompt.prefill_ids) + len(prompt.decode_ids) for prompt in prompts)
         shared |= accounting(context, round(statistics.fmean(lengths)), density, scanned)
@@ -314,12 +315,12 @@ class GenerationTask(Task):
 
 
 def accounting(
-    context: Context, n: int, density: float | None, scanned_share: float
+    context: Context, n: int, density: float | None, scanned_share: float | None
 ) -> dict[str, Any]:
     """Return the bytes that a decode step over ``n`` tokens reads, from each method's own model.
 
     Where each query head selects its own tokens, or a selection may be smaller than the budget, a
-    step reads what the measured density says, and what a second choice was made among by its share.
+    step reads what the measured density says, and side information as it was counted.
     """
     geometry, method = context.geometry, context.method
     policy = method.policy_in_force(context.policy)
@@ -328,7 +329,8 @@ def accounting(
     k = policy.k if method.selects else n
     measured = policy.head_scope == "query_head" or method.ragged
     if measured and density is not None and k < n:
-        in_layer = method.bytes_read_by(geometry, n, round(density * n), round(scanned_share * n))
+        scanned = None if scanned_share is None else round(scanned_share * n)
+        in_layer = method.bytes_read_by(geometry, n, round(density * n), scanned)
     else:
         in_layer = bytes_read(method, geometry, n, k)
     read = sparse * in_layer + len(dense) * kv_bytes(geometry, n)

@@ -178,26 +178,36 @@ def test_the_tables_count_the_codes_that_agree() -> None:
 
 
 def test_bytes_are_what_is_read() -> None:
-    """Counted on isotropic keys, whose angles to a query average the right one's collisions."""
+    """Counted: isotropic keys collide as right angles do on average, keys near the query more."""
     geometry = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=256, dtype_bytes=4)
     generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(1, 2, 3000, 256, generator=generator)
+    isotropic = torch.randn(1, 2, 3000, 256, generator=generator)
     queries = torch.randn(1, 2, 3, 256, generator=generator)
-    method = MagicPIG(hash_bits=6)
-    index = method.build_index(inputs(keys))
-    encoded = method.encode(queries, index)
-    slots, _ = method.walk(encoded, index)
-    ends = 2 * 4 * encoded.codes.numel()
+    near = isotropic.clone()
+    near[:, :, :500] += queries[:, :, :1]
+    method = MagicPIG(hash_bits=6, num_tables=60)
+    ends, planes = 2 * 4 * 6 * 60, 256 * 60 * 6 * 4
     chosen = 3 * 40 * 2 * 256 * 4  # keys for the angles, then keys and values
-    read = index.planes.nbytes + ends + 4 * len(slots) + chosen
-    assert abs(method.bytes_read_per_step(geometry, 3000, 40) / read - 1) < 0.02
+    analytic = method.bytes_read_per_step(geometry, 3000, 40) - ends - planes - chosen
+    for keys, least, most in ((isotropic, 0.9, 1.1), (near, 1.2, 3.0)):
+        index = method.build_index(inputs(keys))
+        encoded = method.encode(queries, index)
+        slots, query = method.walk(encoded, index)
+        selection = choose(method, queries, keys, Policy(k=40))
+        assert selection.scanned is not None
+        walked = [int((query // 3 == head).sum()) for head in range(2)]
+        assert selection.scanned.tolist() == [walked]
+        assert encoded.codes.numel() == 6 * 60  # a query's buckets, of two ends each
+        read = planes + ends + 4 * len(slots) + chosen
+        assert abs(method.bytes_read_by(geometry, 3000, 40, sum(walked) // 2) - read) <= 8
+        assert least < 4 * len(slots) / analytic < most
 
 
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
         ({"hash_bits": 0}, "hash_bits must be at least 1, got 0"),
-        ({"hash_bits": 17}, "hash_bits must be at most 16, got 17"),
+        ({"hash_bits": 15}, "hash_bits must be at most 14, got 15"),
         ({"num_tables": 3, "min_collisions": 4}, "at most num_tables=3, got 4"),
         ({"native_local": -1}, "native_local must be at least 0, got -1"),
     ],
