@@ -34,8 +34,9 @@ class Policy:
         k: Tokens kept per selecting head, sinks and recent ones included.
         num_sink: First tokens of the sequence that are always kept.
         num_recent: Last tokens that are always kept, the current one among them.
-        dense_layers: Layers that attend to everything: how many first ones, or which. None takes
-            the first 2 of a model with 16 layers or more, and none of a smaller one.
+        dense_layers: Layers that attend to everything: how many first ones, which, or a slice as
+            Python writes it, ``"::16"`` for each 16th. None takes the first 2 of a model with 16
+            layers or more, and none of a smaller one.
         head_scope: One selection per KV head, shared by its queries, or one per query head.
         aggregation: How the scores of a KV head's queries become one; ``"native"`` sums the
             float32 softmax of logits, and sums scores that are not logits.
@@ -45,7 +46,7 @@ class Policy:
     k: int
     num_sink: int = 4
     num_recent: int = 8
-    dense_layers: int | tuple[int, ...] | None = None
+    dense_layers: int | tuple[int, ...] | str | None = None
     head_scope: HeadScope = "kv_head"
     aggregation: Aggregation = "native"
     protocol: Protocol = "unified"
@@ -65,7 +66,9 @@ class Policy:
         _check_word("head_scope", self.head_scope, get_args(HeadScope))
         _check_word("aggregation", self.aggregation, get_args(Aggregation))
         _check_word("protocol", self.protocol, get_args(Protocol))
-        if isinstance(self.dense_layers, Sequence):  # a list from YAML
+        if isinstance(self.dense_layers, str):
+            _slice(self.dense_layers)
+        elif isinstance(self.dense_layers, Sequence):  # a list from YAML
             object.__setattr__(self, "dense_layers", tuple(int(x) for x in self.dense_layers))
         elif self.dense_layers is not None and self.dense_layers < 0:
             raise ValueError(f"dense_layers must not be negative, got {self.dense_layers}.")
@@ -80,6 +83,8 @@ class Policy:
             return frozenset(range(2 if num_layers >= 16 else 0))
         if isinstance(self.dense_layers, int):
             return frozenset(range(min(self.dense_layers, num_layers)))
+        if isinstance(self.dense_layers, str):
+            return frozenset(range(num_layers)[_slice(self.dense_layers)])
         for layer in self.dense_layers:
             if not 0 <= layer < num_layers:
                 raise ValueError(
@@ -120,3 +125,17 @@ def aggregate(
 def _check_word(argument: str, word: str, words: tuple[str, ...]) -> None:
     if word not in words:
         raise ValueError(f"{argument} must be one of {', '.join(words)}, got {word!r}.")
+
+
+def _slice(text: str) -> slice:
+    """Read a slice as Python writes it."""
+    parts = text.split(":")
+    try:
+        numbers = [int(part) if part.strip() else None for part in parts]
+        if len(numbers) not in (2, 3) or numbers[2:] == [0]:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"dense_layers must be a number, a list, or a slice such as '::16', got {text!r}."
+        ) from None
+    return slice(*numbers)

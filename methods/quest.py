@@ -45,7 +45,9 @@ class Quest(TopKMethod):
 
     Source:
         Quest (arXiv:2406.10774), section 3.3. There the bound ranks pages for each query head,
-        which ``head_scope="query_head"`` does; the unified policy sums it over the group.
+        which ``head_scope="query_head"`` does; the unified policy sums it over the group. Followed
+        in its kernels: the page being filled is always attended to. In its accuracy code that page
+        competes, and at least 3 pages are kept; here ``k`` is never exceeded for more than one page.
     """
 
     name: ClassVar[str] = "quest"

@@ -66,8 +66,10 @@ class Twilight(TopKMethod):
 
     The weights of the base's tokens are estimated from keys in 4 bits, by a softmax over these
     tokens alone. Kept is the smallest set with a mass of at least ``p``: sinks and recents first,
-    then by falling weight; ``k`` caps it. Where a KV head selects for its group, the weights are
-    the group's mean; with ``head_scope="query_head"`` each query head keeps its own set.
+    then by falling weight. Under the unified protocol ``k`` caps it; natively the base's budget
+    alone does, and the base selects by its own native policy. Where a KV head selects for its
+    group, the weights are the group's mean; with ``head_scope="query_head"`` each query head keeps
+    its own set.
 
     Attributes:
         base: The method that selects first, ``method@method.base=loki``: any other that does not
@@ -82,9 +84,8 @@ class Twilight(TopKMethod):
         token between their lowest and highest channel, mass relative to the base's selection,
         p of 0.85. Different: the base's budget is a multiple of ``k``, there 8192 tokens or a
         quarter of the context; the set is found by sorting, where its kernel searches a
-        threshold; ``k`` caps it, where only the base's budget does; recents are kept only as far
-        as the base selects them. Whatever else a base's selection carries, log weights or a
-        remainder, is left out.
+        threshold. Recents that the base selects are kept if they weigh enough. Whatever else a
+        base's selection carries, log weights or a remainder, is left out.
 
     A token's 4-bit key costs ``d / 2 + 4`` bytes beside the base's own, read for the base's
     selection alone.
@@ -190,6 +191,7 @@ class Twilight(TopKMethod):
     def scoped(
         self, scores: Tensor | None, policy: Policy, scale: float, softcap: float | None = None
     ) -> Tensor | None:
+        policy = self._policy_of_base(policy)
         if scores is not None and scores.ndim == 3:  # of KV heads, which then choose for the group
             policy = replace(policy, head_scope="kv_head")
         return self.base.scoped(scores, policy, scale, softcap)
@@ -206,7 +208,8 @@ class Twilight(TopKMethod):
         held = slots < n
         slots = slots.where(held, 0)
         weights = self.estimate(encoded.states, index, slots, held)
-        group, budget = weights.shape[2], policy.k
+        group = weights.shape[2]
+        budget = width if policy.protocol == "native" else policy.k
         if policy.head_scope == "query_head":
             weights = weights.flatten(1, 2)
             if weights.shape[1] != slots.shape[1]:  # the base selects for the group all the same
@@ -214,7 +217,8 @@ class Twilight(TopKMethod):
         elif slots.shape[1] == weights.shape[1]:
             weights = weights.mean(2)
         else:  # the base selects for query heads all the same, which share the group's budget
-            weights, budget = weights.flatten(1, 2), policy.k // group
+            weights = weights.flatten(1, 2)
+            budget = budget if policy.protocol == "native" else budget // group
         start, end = (bound[:, None, None] for bound in index.cache.bounds())
         forced = held & ((slots < start + policy.num_sink) | (slots >= end - policy.num_recent))
         kept = smallest_set(weights, held, forced, self.p, budget)
@@ -226,13 +230,16 @@ class Twilight(TopKMethod):
         self, scores: Tensor | None, encoded: TwilightQuery, index: TwilightIndex, policy: Policy
     ) -> Selection:
         """Return what the base selects, as in a step of its own."""
-        wider = replace(policy, k=self.base_k * policy.k)
+        wider = self._policy_of_base(policy)
         if wider.k >= index.cache.n:
             return Selection.everything(index.cache)
         if scores is not None and scores.shape[1] == index.cache.key_states.shape[1]:
             wider = replace(wider, head_scope="kv_head")
         selection = self.base.select(scores, encoded.base, index.base, wider)
         return selection.with_short_rows_whole(index.cache, wider.k)
+
+    def _policy_of_base(self, policy: Policy) -> Policy:
+        return self.base.policy_in_force(replace(policy, k=self.base_k * policy.k))
 
     def estimate(
         self, query_states: Tensor, index: TwilightIndex, slots: Tensor, held: Tensor

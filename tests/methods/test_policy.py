@@ -38,10 +38,14 @@ def test_unknown_words_are_refused(field: str, word: str) -> None:
         (3, 32, {0, 1, 2}),
         (9, 4, {0, 1, 2, 3}),
         ([0, 5], 6, {0, 5}),
+        ("::16", 4, {0}),
+        ("::16", 32, {0, 16}),
+        ("::16", 64, {0, 16, 32, 48}),
+        ("-1:", 6, {5}),
     ],
 )
 def test_dense_layers(
-    dense: int | tuple[int, ...] | None, num_layers: int, wanted: set[int]
+    dense: int | tuple[int, ...] | str | None, num_layers: int, wanted: set[int]
 ) -> None:
     assert Policy(k=16, dense_layers=dense).resolve_dense_layers(num_layers) == wanted
 
@@ -49,6 +53,12 @@ def test_dense_layers(
 def test_a_dense_layer_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="between 0 and 3, got 4"):
         Policy(k=16, dense_layers=(4,)).resolve_dense_layers(4)
+
+
+@pytest.mark.parametrize("text", ["16", "::0", "a:b", "1:2:3:4", ""])
+def test_what_is_no_slice_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="a number, a list, or a slice such as '::16', got"):
+        Policy(k=16, dense_layers=text)
 
 
 def test_aggregation_by_hand() -> None:

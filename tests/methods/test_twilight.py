@@ -97,6 +97,33 @@ def test_keeps_the_smallest_set_with_the_mass() -> None:
     assert len(sizes) > 1
 
 
+@pytest.mark.parametrize(("protocol", "wanted"), [("unified", 6), ("native", 18)])
+def test_natively_the_mass_alone_bounds_the_set(protocol: Protocol, wanted: int) -> None:
+    """Flat attention: three quarters of the base's 24 tokens hold 0.75, and k is 6."""
+    keys = torch.zeros(1, 1, 60, 8)
+    method = Twilight(base=ExactTopK(), base_k=4, p=0.75)
+    index = method.build_index(inputs(keys))
+    policy = Policy(k=6, protocol=protocol, head_scope="query_head", **FREE)
+    step = method.step(torch.ones(1, 1, 2, 8), index, CacheView(keys, keys), policy, 1.0)
+    assert step.selection is not None
+    assert (step.selection.indices >= 0).sum(-1).tolist() == [[wanted, wanted]]
+
+
+def test_natively_the_base_has_its_own_policy() -> None:
+    """Quest always reads the page being filled; unified, nothing is forced here."""
+    keys = torch.zeros(1, 1, 66, 8)
+    keys[:, :, :60] = torch.randint(1, 9, (60, 8), generator=torch.Generator().manual_seed(0))
+    method = Twilight(base=Quest(page_size=4, native={"num_recent": 1}), base_k=2, p=1.0)
+    index = method.build_index(inputs(keys, scale=1e-3))
+    newest = {}
+    for protocol in ("unified", "native"):
+        policy = Policy(k=8, protocol=protocol, **FREE)  # type: ignore[arg-type]
+        step = method.step(torch.ones(1, 1, 2, 8), index, CacheView(keys, keys), policy, 1e-3)
+        assert step.selection is not None
+        newest[protocol] = 65 in step.selection.indices[0, 0].tolist()
+    assert newest == {"unified": False, "native": True}
+
+
 def test_scale_and_softcap_of_the_attention_decide_the_mass() -> None:
     keys = torch.tensor([[0.0, 15.0], [2.0, 15.0], [4.0, 15.0], [15.0, 0.0]])[None, None]
     query = torch.tensor([[[[1.0, 0.0]]]])
@@ -187,7 +214,8 @@ def test_every_base_is_served_or_refused(
     # The short row is kept whole, and nothing is chosen in it.
     assert sizes[1].tolist() == [17] * sizes.shape[1]
     assert scanned[1].tolist() == [0, 0]
-    assert sizes[0].max() <= 20
+    if protocol == "unified":
+        assert sizes[0].max() <= 20
     assert (scanned[0] >= step.selection.tokens_read(view)[0]).all()
 
 
