@@ -47,7 +47,7 @@ class Quest(TopKMethod):
         Quest (arXiv:2406.10774), section 3.3. There the bound ranks pages for each query head,
         which ``head_scope="query_head"`` does; the unified policy sums it over the group. Followed
         in its kernels: the page being filled is always attended to. In its accuracy code that page
-        competes, and at least 3 pages are kept; here ``k`` is never exceeded for more than one page.
+        competes, and at least 3 pages are kept, where here a small budget buys fewer.
     """
 
     name: ClassVar[str] = "quest"
