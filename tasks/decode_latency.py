@@ -25,10 +25,11 @@ from topkbench.models.load import free_bytes
 from topkbench.tasks.evaluation import (
     STAGES,
     Context,
+    Counter,
     Outcome,
     Task,
     TaskRow,
-    bytes_read,
+    layer_bytes_read,
     needs_all_tokens,
     tokenised,
 )
@@ -167,17 +168,17 @@ class DecodeLatency(Task):
             "full_backend": getattr(context.full, "backend", None),
             "index_bytes_per_token": float(method.index_bytes_per_token(geometry)),
         }
-        tokens = n
+        counter = Counter()
         if method.selects:
-            tokens = values["k"] = layer.policy.k
+            values["k"] = layer.policy.k
             wrong = layer.disagreement()
             if wrong is not None:
                 return values, "wrong", wrong
-            values["density"] = _density(layer.step().selection, layer.cache)
-            if layer.policy.head_scope == "query_head":
-                tokens = round(values["density"] * n)
+            states = layer.states.query_states
+            counter.on_step(0, states, layer.cache, layer.step(), layer.scale, None)
+            values["density"] = counter.density
             values["build_ms"] = layer.build_ms(BUILDS)
-        read = bytes_read(method, geometry, n, tokens)
+        read = layer_bytes_read(method, geometry, n, layer.policy.k, counter.step_reads)
         values["bytes_read_per_step"] = float(read)
         layers = [layer, *(layer.copy() for _ in range(copies - 1))]
         timed = measure(
@@ -391,12 +392,6 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 def _kept(selection: Selection) -> Tensor:
     """Return the units of a selection in order of their slots."""
     return selection.indices.sort(-1).values
-
-
-def _density(selection: Selection | None, cache: CacheView) -> float:
-    """Return the share of the cached tokens that a step reads, 0 to 1."""
-    chosen = selection or Selection.everything(cache)
-    return chosen.tokens_read(cache).double().mean().item() / cache.n
 
 
 def _stage_medians(layers: Sequence[_Layer], trials: int) -> dict[str, float]:

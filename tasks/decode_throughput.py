@@ -191,7 +191,7 @@ class DecodeThroughput(Task):
         session.observer = watch = BuildWatch(context.loaded.model.device)
         run()
         session.observer = Observer()
-        read = accounting(context, cache.n, watch.density, watch.scanned_share)
+        read = accounting(context, cache.n, watch.step_reads)
         return {**read, "density": watch.density}, sum(watch.stages.times().get("build", ()))
 
 

@@ -7,10 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import Geometry, Policy, Selection, TopKMethod
+from topkbench.methods.base import (
+    CacheView,
+    Geometry,
+    Policy,
+    PrefillInputs,
+    Selection,
+    TopKMethod,
+)
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.hata import HATA
+from topkbench.methods.magicpig import MagicPIG
 from topkbench.methods.quest import Quest
 from topkbench.methods.twilight import Twilight
 from topkbench.models.load import LoadedModel
@@ -80,6 +88,37 @@ def test_full_attention_is_timed_by_the_same_task(loaded: LoadedModel, store: Pr
     assert values["attend_ms"] == values["decode_ms_p50"] > 0
     assert "speedup_vs_full" not in values
     assert values["bytes_read_per_step"] == 2 * 300 * 2 * 32 * 4
+
+
+def test_what_a_step_read_is_charged_and_not_the_budget(
+    loaded: LoadedModel, store: PrefillStore
+) -> None:
+    shape = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
+    states = PlantedStates.draw(shape, 1, 300, torch.float32, 0)
+    cache = CacheView(states.key_states, states.value_states)
+    policy = Policy(k=75)
+    for method in (
+        Twilight(base=ExactTopK(), p=0.5),
+        MagicPIG(hash_bits=4, num_tables=8, native={"head_scope": "query_head"}),
+    ):
+        prefill = PrefillInputs(
+            key_states=states.key_states[:, :, :-1],
+            value_states=states.value_states[:, :, :-1],
+            capacity=300,
+            layer=0,
+            num_layers=1,
+        )
+        index = method.build_index(prefill)
+        method.append(index, states.key_states[:, :, -1:], states.value_states[:, :, -1:])
+        chosen = method.step(states.query_states, index, cache, policy, 32**-0.5).selection
+        assert chosen is not None
+        assert chosen.scanned is not None
+        read = round(chosen.tokens_read(cache).double().mean().item())
+        scanned = round(chosen.scanned.double().mean().item())
+        (row,) = rows(loaded, store, method, task())
+        expected = method.bytes_read_by(shape, 300, read, scanned)
+        assert expected != method.bytes_read_per_step(shape, 300, 75)
+        assert row.values["bytes_read_per_step"] == expected
 
 
 class Broken(ExactTopK):
