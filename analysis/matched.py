@@ -3,6 +3,10 @@
 A score is read off the straight line between the two budgets whose costs lie around the wanted
 one, over the logarithm of the cost, and never beyond a method's cheapest or dearest budget. What is
 interpolated is the score of each sample, so intervals and differences are paired as elsewhere.
+
+A larger budget costs no less: where it was measured to, by noise, it is taken to cost what the
+smaller one does (the running maximum over ``k``). A method that reads as many bytes whatever its
+budget is one point: its score counts as reached at every cost not below its own.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from topkbench.analysis import stats
 from topkbench.analysis.lines import YARDSTICKS
@@ -66,14 +71,16 @@ def at_cost(
 
     Returns:
         The score, and the samples or None where some are missing; None where the cost lies outside
-        the method's own.
+        the method's own, or below it if that is one.
     """
-    ordered = points.sort_values(cost, kind="stable").reset_index(drop=True)
-    costs = ordered[cost].to_numpy(dtype=float)
+    ordered = points.sort_values("k", kind="stable").reset_index(drop=True)
+    costs = _rising(ordered, cost)
+    if _is_point(points):
+        wanted = min(wanted, costs[-1])
     if not len(costs) or not costs[0] <= wanted <= costs[-1]:
         return None
-    above = min(int(np.searchsorted(costs, wanted)), len(costs) - 1)
-    below = above if costs[above] == wanted else above - 1
+    below = int(np.searchsorted(costs, wanted, side="right")) - 1  # of equal costs the last budget
+    above = below if costs[below] == wanted else below + 1
     share = 0.0
     if below != above:
         share = math.log(wanted / costs[below]) / math.log(costs[above] / costs[below])
@@ -90,6 +97,19 @@ def at_cost(
     return score, both.assign(score=(1 - share) * both["score"] + share * both["other"])
 
 
+def _is_point(points: pd.DataFrame) -> bool:
+    """Whether a method has budgets that make no difference to what it reads."""
+    return points["k"].nunique() > 1 and points["bytes_read_per_step"].nunique() == 1
+
+
+def _rising(points: pd.DataFrame, cost: str) -> NDArray[np.float64]:
+    """Return the costs of a method's lines, the smallest budget first, none below one before."""
+    costs = points.sort_values("k", kind="stable")[cost].to_numpy(dtype=float)
+    if _is_point(points):
+        return np.full(len(costs), np.median(costs))
+    return np.maximum.accumulate(costs)
+
+
 def matched_table(
     lines: pd.DataFrame, cost: str, answers: Mapping[str, pd.DataFrame]
 ) -> Table | None:
@@ -103,17 +123,23 @@ def matched_table(
         answers: Samples by line.
 
     Returns:
-        None where fewer than two methods have two budgets each.
+        None where there is no method of two costs or more, or no other to compare it with.
     """
     data = lines[lines["k"].notna() & lines["score"].notna() & (lines[cost] > 0)]
     curves = [
         part
         for _, part in data.groupby(["label", "rbit"], sort=False, dropna=False)
-        if part[cost].nunique() > 1
+        if part[cost].nunique() > 1 or _is_point(part)
     ]
     divisor = METRICS[cost].divisor
-    grid = levels([(part[cost].min() / divisor, part[cost].max() / divisor) for part in curves])
-    if not grid:
+    ranges = [(costs[0], costs[-1]) for costs in (_rising(part, cost) / divisor for part in curves)]
+    dearest = max((high for _, high in ranges), default=0.0)
+    ranges = [
+        (low, dearest if _is_point(part) else high)
+        for (low, high), part in zip(ranges, curves, strict=True)
+    ]
+    grid = levels(ranges)
+    if not grid or all(map(_is_point, curves)):
         return None
     widths = data["rbit"].nunique()
     rows: list[list[str]] = []

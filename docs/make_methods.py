@@ -18,6 +18,9 @@ from omegaconf import DictConfig  # noqa: E402
 
 from topkbench.analysis import style  # noqa: E402
 from topkbench.methods.base import Geometry, TopKMethod, kv_bytes  # noqa: E402
+from topkbench.tasks.calibration import MAX_LENGTH, NUM_SEQUENCES, SEED  # noqa: E402
+from topkbench.tasks.ruler_prompts import SUBTASKS  # noqa: E402
+from topkbench.tasks.words import word_pools  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
 LLAMA = Geometry(num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128)
@@ -75,6 +78,8 @@ def entry(name: str) -> str:
     if rows := knobs(text, config):
         parts.append("\n".join(["| Knob | Default | Meaning |", "|---|---|---|", *rows]))
     parts.append(f"**Costs.** {costs(method)}")
+    if method.artifact_spec(LLAMA) is not None:
+        parts.append(f"**Calibration.** {calibration(method)}")
     if method.selects:
         own = ", ".join(f"`{key}={value}`" for key, value in config.native.items())
         parts.append(f"**Native policy.** {own or 'The defaults of `protocol=native`.'}")
@@ -146,6 +151,21 @@ def costs(method: TopKMethod) -> str:
     if method.ragged:
         said.append("May select fewer than `k` tokens.")
     return " ".join(said)
+
+
+def calibration(method: TopKMethod) -> str:
+    """Return what a method that learns is fitted on, with its default settings."""
+    positions = method.query_positions(0, [MAX_LENGTH] * NUM_SEQUENCES)
+    (queries,) = {len(at) for at in positions}
+    seen = (
+        f"{queries:,} quer{'y' if queries == 1 else 'ies'} of each head" if queries else "no query"
+    )
+    return (
+        f"{NUM_SEQUENCES} prompts of {MAX_LENGTH:,} tokens, less where the model's window is"
+        f" smaller: {', '.join(f'`{name}`' for name in SUBTASKS)} in turn, seed {SEED}; of their"
+        f" own {len(word_pools()[1])} words, and of the half of the random names that no test"
+        f" sample draws from. In each layer it is shown every key of a prompt and {seen}."
+    )
 
 
 def main() -> None:

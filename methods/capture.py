@@ -23,7 +23,8 @@ QUERY_TAIL = 64  # queries of a prompt that are kept, its last
 PREFILL_NEEDS = frozenset({"query_tail", "column_sums"})
 PREVIOUS_QUERY = "previous_query"
 WATCHED = "topkbench_watched"
-BLOCK = 256  # queries whose attention weights are held at once
+BLOCK = 256  # queries whose attention weights are held at once, at most
+WEIGHTS = 2**27  # attention weights that are held at once, if one query has no more
 
 
 @contextmanager
@@ -205,8 +206,9 @@ def column_sums(
     slots = torch.arange(n, device=key.device)
     start = torch.zeros(batch_size, dtype=torch.int32, device=key.device)
     start = start if kv_start is None else kv_start
-    for begin in range(0, m, BLOCK):
-        part = grouped[:, :, :, begin : begin + BLOCK]
+    block = max(1, min(BLOCK, WEIGHTS // (batch_size * num_heads * n)))
+    for begin in range(0, m, block):
+        part = grouped[:, :, :, begin : begin + block]
         places = n - m + begin + torch.arange(part.shape[3], device=key.device)
         seen = int(places[-1]) + 1  # later keys are in nobody's past
         logits = (part * scale) @ keys[..., :seen]

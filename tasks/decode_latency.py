@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -20,19 +21,25 @@ from topkbench.methods.base import (
     check_whole,
     kv_bytes,
 )
-from topkbench.methods.capture import PREFILL_NEEDS, QUERY_TAIL, Captured, watched_attention
+from topkbench.methods.capture import (
+    PREFILL_NEEDS,
+    PREVIOUS_QUERY,
+    Captured,
+    watched_attention,
+)
 from topkbench.models.load import free_bytes
 from topkbench.tasks.evaluation import (
     STAGES,
     Context,
+    Counter,
     Outcome,
     Task,
     TaskRow,
-    bytes_read,
+    layer_bytes_read,
     needs_all_tokens,
     tokenised,
 )
-from topkbench.tasks.planted import MEMORY_SHARE, PlantedCalibration, PlantedStates
+from topkbench.tasks.planted import MEMORY_SHARE, PlantedCalibration, PlantedStates, capture
 from topkbench.tasks.ruler import Ruler
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,6 +56,12 @@ class DecodeLatency(Task):
     method's warm time, its step repeated alone on one copy, stands beside. Before a time is
     reported, the method's output is compared with its reference implementation; a wrong one has no
     time.
+
+    What a method needs beside keys and values takes its time here too. What it captures at prefill
+    is captured of random queries, at all positions where it sums over them, and counts as building.
+    Where it foretells queries (InfiniGen), a step begins with a whole query projection of random
+    weights, as many rows as columns; the rotation after it is left out. Charged are the rows that
+    the method's paper computes, so its share of the bandwidth is too low rather than too high.
 
     Attributes:
         lengths: Cached tokens, one row each, of one batch row.
@@ -136,9 +149,11 @@ class DecodeLatency(Task):
             geometry, place = self._planted_geometry(context), (0, 1)
         cached = batch_size * kv_bytes(geometry, length)
         index = round(batch_size * length * context.method.index_bytes_per_token(geometry))
+        foretells = PREVIOUS_QUERY in context.method.needs
+        width = geometry.num_heads * geometry.head_dim if foretells else 0
         copies = copies_needed(cached, geometry.device)
         # Building an index, and checking it, take temporary copies of the keys.
-        need = copies * (cached + index) + cached
+        need = copies * (cached + index + width**2 * geometry.dtype_bytes) + cached
         if need > MEMORY_SHARE * free_bytes(geometry.device):
             reason = f"{need / 2**30:.1f} GiB of states exceed half of the free memory."
             return TaskRow(name, known, "skipped", reason)
@@ -167,17 +182,17 @@ class DecodeLatency(Task):
             "full_backend": getattr(context.full, "backend", None),
             "index_bytes_per_token": float(method.index_bytes_per_token(geometry)),
         }
-        tokens = n
+        counter = Counter()
         if method.selects:
-            tokens = values["k"] = layer.policy.k
+            values["k"] = layer.policy.k
             wrong = layer.disagreement()
             if wrong is not None:
                 return values, "wrong", wrong
-            values["density"] = _density(layer.step().selection, layer.cache)
-            if layer.policy.head_scope == "query_head":
-                tokens = round(values["density"] * n)
+            states = layer.states.query_states
+            counter.on_step(0, states, layer.cache, layer.step(), layer.scale, None)
+            values["density"] = counter.density
             values["build_ms"] = layer.build_ms(BUILDS)
-        read = bytes_read(method, geometry, n, tokens)
+        read = layer_bytes_read(method, geometry, n, layer.policy.k, counter.step_reads)
         values["bytes_read_per_step"] = float(read)
         layers = [layer, *(layer.copy() for _ in range(copies - 1))]
         timed = measure(
@@ -265,17 +280,22 @@ class _Layer:
         policy: Policy,
         states: PlantedStates,
         place: tuple[int, int],
+        captured: Captured | None = None,
     ) -> None:
         self.method, self.full_method = method, full_method
         self.policy, self.states, self.place = policy, states, place
         self.scale = states.key_states.shape[-1] ** -0.5
         self.cache = CacheView(states.key_states, states.value_states)
         self.newest = (states.key_states[:, :, -1:], states.value_states[:, :, -1:])
-        self._captured = Captured(method.needs & PREFILL_NEEDS)
-        if self._captured.needs:
-            # Whose queries they are does not matter to the time that a step takes.
-            queries = states.query_states.flatten(1, 2)[:, :, None].expand(-1, -1, QUERY_TAIL, -1)
-            self._captured.see(queries, self.cache.key_states[:, :, :-1], self.scale)
+        needs = method.needs & PREFILL_NEEDS
+        if captured is None and needs:
+            prompt = self.cache.key_states[:, :, :-1]
+            captured = capture(needs, prompt, states.query_states[0, ..., 0].numel(), self.scale)
+        self.captured = captured or Captured(needs)
+        self.projection: Tensor | None = None
+        if PREVIOUS_QUERY in method.needs:
+            width = states.query_states[0].numel()
+            self.projection = torch.randn(width, width).to(states.query_states)
         self.index: Any = self._build() if self.method.selects else None
 
     def _build(self) -> Any:
@@ -288,26 +308,33 @@ class _Layer:
                 layer=self.place[0],
                 num_layers=self.place[1],
                 scale=self.scale,
-                **self._captured.inputs(n - 1),
+                **self.captured.inputs(n - 1),
             )
         )
 
     def copy(self) -> "_Layer":
         """Return the same in other memory."""
         states = self.states.copy()
-        return _Layer(self.method, self.full_method, self.policy, states, self.place)
+        return _Layer(self.method, self.full_method, self.policy, states, self.place, self.captured)
 
     def build_ms(self, trials: int) -> float:
-        """Return the median milliseconds of building the index, which has been built before."""
+        """Return the milliseconds of building the index, which has been built before.
+
+        That is the median, and what was captured for it, once.
+        """
         stages = Stages(self.cache.key_states.device)
         for _ in range(trials):
             with stages("build"):
                 self._build()
-        return stages.medians()["build"]
+        return stages.medians()["build"] + sum(self.captured.milliseconds.values())
 
     def step(self, watch: Watch | None = None) -> Any:
         """Append the newest token and decode; the index is set back, so each step is the same."""
         method, index = self.method, self.index
+        if self.projection is not None:
+            # The step goes on with its own queries: how well they are foretold takes no time.
+            with watch("encode") if watch else nullcontext():
+                torch.mm(self.states.query_states.flatten(1), self.projection)
         if index is not None:
             with watch("append") if watch else nullcontext():
                 method.append(index, *self.newest)
@@ -393,12 +420,6 @@ def _kept(selection: Selection) -> Tensor:
     return selection.indices.sort(-1).values
 
 
-def _density(selection: Selection | None, cache: CacheView) -> float:
-    """Return the share of the cached tokens that a step reads, 0 to 1."""
-    chosen = selection or Selection.everything(cache)
-    return chosen.tokens_read(cache).double().mean().item() / cache.n
-
-
 def _stage_medians(layers: Sequence[_Layer], trials: int) -> dict[str, float]:
     """Return the median milliseconds of each stage over some steps, cold as whole steps are timed.
 
@@ -410,4 +431,9 @@ def _stage_medians(layers: Sequence[_Layer], trials: int) -> dict[str, float]:
         layer = layers[trial % len(layers)]
         layer.full()
         layer.step(stages)
-    return {name: taken for name, taken in stages.medians().items() if name in STAGES}
+    medians = {}
+    for name, taken in stages.times().items():
+        parts = len(taken) // trials  # encoding may have two
+        steps = [sum(taken[begin : begin + parts]) for begin in range(0, len(taken), parts)]
+        medians[name] = median(steps)
+    return {name: taken for name, taken in medians.items() if name in STAGES}

@@ -139,10 +139,33 @@ class Task(ABC):
         """Run one cell."""
 
 
+@dataclass(frozen=True)
+class Reads:
+    """What a KV head reads in one step of one sparse layer, on average.
+
+    Attributes:
+        tokens: Different cached tokens.
+        scanned: Entries of side information; None where their number does not depend on the data.
+    """
+
+    tokens: float
+    scanned: float | None = None
+
+    @classmethod
+    def mean(cls, counted: Sequence["Reads"]) -> "Reads | None":
+        """Return the mean; None of nothing."""
+        if not counted:
+            return None
+        scanned = [one.scanned for one in counted if one.scanned is not None]
+        tokens = statistics.fmean(one.tokens for one in counted)
+        return cls(tokens, statistics.fmean(scanned) if scanned else None)
+
+
 class Counter(Observer):
-    """Counts what the sparse layers of a decode step read, as a share of what is cached."""
+    """Counts what a KV head reads in the sparse layers of decode steps."""
 
     def __init__(self) -> None:
+        self.seen = 0  # steps of single layers
         self.read = 0.0
         self.scanned: float | None = None
         self.cached = 0.0
@@ -160,6 +183,7 @@ class Counter(Observer):
         cached = (end - start).double().mean().item()
         if cache.freed is not None:
             cached += cache.freed.double().mean().item()
+        self.seen += 1
         self.cached += cached
         if result.selection is None:
             self.read += cached
@@ -175,9 +199,13 @@ class Counter(Observer):
         return self.read / self.cached if self.cached else None
 
     @property
-    def scanned_share(self) -> float | None:
-        """Entries of side information read for each cached token; None where not counted."""
-        return None if self.scanned is None else self.scanned / self.cached
+    def step_reads(self) -> "Reads | None":
+        """What a KV head read in a step, on average; None before the first step."""
+        if not self.seen:
+            return None
+        return Reads(
+            self.read / self.seen, None if self.scanned is None else self.scanned / self.seen
+        )
 
 
 class StageWatch(Observer):
@@ -254,11 +282,10 @@ class GenerationTask(Task):
         densities = {subtask: counter.density for subtask, counter in counters.items()}
         read = [density for density in densities.values() if density is not None]
         density = statistics.fmean(read) if read else None
-        shares = [share for one in counters.values() if (share := one.scanned_share) is not None]
-        scanned = statistics.fmean(shares) if shares else None
+        counted = [one for counter in counters.values() if (one := counter.step_reads) is not None]
         shared: dict[str, Any] = {"batch_size": 1, "density": density}
         lengths = (len(prompt.prefill_ids) + len(prompt.decode_ids) for prompt in prompts)
-        shared |= accounting(context, round(statistics.fmean(lengths)), density, scanned)
+        shared |= accounting(context, round(statistics.fmean(lengths)), Reads.mean(counted))
         timed = spread(prompts, self.timed_prompts)
         shared |= speed(context, timed, shared["bytes_read_per_step"])
         # What was freed cannot be compared with what full attention chose.
@@ -314,25 +341,19 @@ class GenerationTask(Task):
         return samples, counters
 
 
-def accounting(
-    context: Context, n: int, density: float | None, scanned_share: float | None
-) -> dict[str, Any]:
+def accounting(context: Context, n: int, reads: Reads | None) -> dict[str, Any]:
     """Return the bytes that a decode step over ``n`` tokens reads, from each method's own model.
 
-    Where each query head selects its own tokens, or a selection may be smaller than the budget, a
-    step reads what the measured density says, and side information as it was counted.
+    Args:
+        context: The cell's.
+        n: Cached tokens.
+        reads: What was counted; None if no step was.
     """
     geometry, method = context.geometry, context.method
     policy = method.policy_in_force(context.policy)
     dense = policy.resolve_dense_layers(geometry.num_layers) if method.selects else ()
     sparse = geometry.num_layers - len(dense)
-    k = policy.k if method.selects else n
-    measured = policy.head_scope == "query_head" or method.ragged
-    if measured and density is not None and k < n:
-        scanned = None if scanned_share is None else round(scanned_share * n)
-        in_layer = method.bytes_read_by(geometry, n, round(density * n), scanned)
-    else:
-        in_layer = bytes_read(method, geometry, n, k)
+    in_layer = layer_bytes_read(method, geometry, n, policy.k, reads)
     read = sparse * in_layer + len(dense) * kv_bytes(geometry, n)
     return {
         "kv_len": n,
@@ -341,12 +362,28 @@ def accounting(
     }
 
 
-def bytes_read(method: TopKMethod, geometry: Geometry, n: int, k: int) -> int:
-    """Return the bytes of one decode step of one layer that attends to ``k`` of ``n`` tokens.
+def layer_bytes_read(
+    method: TopKMethod, geometry: Geometry, n: int, k: int, reads: Reads | None
+) -> int:
+    """Return the bytes of one decode step of one sparse layer, for one batch row.
 
-    With room for everything a step reads everything and asks no index.
+    With room for everything a step reads everything and asks no index. Else it reads what was
+    counted: a budget is not what a step reads where heads choose apart, where fewer are enough,
+    where a page is half full, or where what was generated comes on top.
+
+    Args:
+        method: The method.
+        geometry: The model's.
+        n: Cached tokens.
+        k: The budget.
+        reads: What was counted; None if no step was, and the budget stands for it.
     """
-    return kv_bytes(geometry, n) if k >= n else method.bytes_read_per_step(geometry, n, k)
+    if not method.selects or k >= n:
+        return kv_bytes(geometry, n)
+    if reads is None:
+        return method.bytes_read_per_step(geometry, n, k)
+    scanned = None if reads.scanned is None else round(reads.scanned)
+    return method.bytes_read_by(geometry, n, round(reads.tokens), scanned)
 
 
 def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from topkbench.methods.base import Geometry
+from topkbench.methods.capture import QUERY_TAIL, Captured
 
 NEEDLES = 8
 MEMORY_SHARE = 0.5  # of the free memory; what needs more is skipped
@@ -64,6 +65,38 @@ class PlantedStates:
         return PlantedStates(
             self.query_states.clone(), self.key_states.clone(), self.value_states.clone()
         )
+
+
+def capture(needs: frozenset[str], key_states: Tensor, num_heads: int, scale: float) -> Captured:
+    """Capture what a method needs of prompts that nobody read, in the time that real ones take.
+
+    The queries are random: whose they are does not matter to the time. The attention that tokens
+    received is that of queries at all positions; a query tail takes the last ones alone. Prompts
+    are read one by one, so the milliseconds of a batch are the sum of its rows'.
+
+    Args:
+        needs: One of ``PREFILL_NEEDS`` or more.
+        key_states: ``[B, Hkv, n, d]``.
+        num_heads: Query heads.
+        scale: The attention's factor on dot products.
+    """
+    n, head_dim = key_states.shape[2:]
+    wanted = n if "column_sums" in needs else min(n, QUERY_TAIL)
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, num_heads, min(wanted, BLOCK), head_dim)
+    # Drawn once, as all queries would take more room than the keys.
+    queries = torch.randn(shape, generator=generator).to(key_states)
+    Captured(needs).see(queries[:, :, :QUERY_TAIL], key_states[:1], scale)  # the first is slower
+    rows = []
+    for row in key_states.split(1):
+        captured = Captured(needs)
+        for begin in range(n - wanted, n, BLOCK):
+            end = min(begin + BLOCK, n)
+            captured.see(queries[:, :, : end - begin], row[:, :, :end], scale)
+        rows.append(captured)
+    joined = Captured.batch(rows, n, key_states.device)
+    joined.milliseconds = {need: sum(row.milliseconds[need] for row in rows) for need in needs}
+    return joined
 
 
 @dataclass

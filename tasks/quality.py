@@ -63,7 +63,7 @@ class Quality:
         recall_at_k: Share of the exact top-k that was chosen.
         attention_mass: Softmax mass of full attention on what was chosen.
         output_rel_error: Norm of the output's error over the norm of full attention's output.
-        tokens: Tokens chosen.
+        tokens: Different tokens that the group's queries read together.
     """
 
     recall_at_k: Tensor
@@ -76,17 +76,18 @@ def quality(truth: Truth, cache: CacheView, result: StepResult, k: int) -> Quali
     """Compare one step with full attention on the same states.
 
     A selection per query head is judged for each head, against the group's exact top-k, and the
-    mean over the group is returned.
+    mean over the group is returned; its tokens are those that the heads read together.
     """
     batch, kv_heads, group = truth.out.shape[:3]
-    chosen = (result.selection or Selection.everything(cache)).slots(cache)
-    per_query = chosen.view(batch, kv_heads, -1, cache.n).expand(-1, -1, group, -1)
+    selection = result.selection or Selection.everything(cache)
+    per_query = selection.slots(cache).view(batch, kv_heads, -1, cache.n).expand(-1, -1, group, -1)
     exact = truth.exact(k)[:, :, None]
     hits = (per_query & exact).sum(-1).float() / exact.sum(-1).clamp_min(1)
     mass = (truth.weights * per_query).sum(-1)
     out = result.out.float().view_as(truth.out)
     error = (out - truth.out).norm(dim=-1) / truth.out.norm(dim=-1).clamp_min(1e-12)
-    return Quality(hits.mean(-1), mass.mean(-1), error.mean(-1), per_query.sum(-1).float().mean(-1))
+    tokens = selection.tokens_read(cache).float()
+    return Quality(hits.mean(-1), mass.mean(-1), error.mean(-1), tokens)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The page of methods says what the code says."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -30,6 +31,26 @@ def test_every_method_is_on_the_page_with_its_source(maker: ModuleType) -> None:
     assert sorted(one.split("`method=")[1].split("`")[0] for one in entries) == names
     lacking = [one.splitlines()[0] for one in entries if "**Source.**" not in one]
     assert lacking == ["Full attention"]
+
+
+def test_every_method_that_learns_says_what_it_is_calibrated_on(maker: ModuleType) -> None:
+    entries = {
+        one.split("`method=")[1].split("`")[0]: one for one in maker.page().split("\n## ")[1:]
+    }
+    told = {
+        name: re.search(r"\*\*Calibration\.\*\* (.*)", entry) for name, entry in entries.items()
+    }
+    shown = {name: one.group(1) for name, one in told.items() if one is not None}
+    assert {name: line.rsplit(" and ", 1)[1] for name, line in shown.items()} == {
+        "hata": "1 query of each head.",
+        "loki": "no query.",
+        "double_sparsity": "512 queries of each head.",
+        "infinigen": "256 queries of each head.",
+        "hash_attention": "256 queries of each head.",
+    }
+    for line in shown.values():
+        assert line.startswith("14 prompts of 4,096 tokens, less where")
+        assert "in turn, seed 90210; of their own 512 words, and of the half of the random" in line
 
 
 def test_a_docstring_is_told_by_its_sections(maker: ModuleType) -> None:

@@ -131,6 +131,59 @@ def test_a_table_at_equal_bytes_says_what_no_budget_reaches(results: Results) ->
     assert matched_table(found.headline, "decode_ms_p50", found.answers) is None
 
 
+def test_a_budget_that_was_faster_than_a_smaller_one_costs_as_much(results: Results) -> None:
+    for k, milliseconds, right in ((64, 2.0, 0), (128, 1.0, 1), (256, 8.0, 3)):
+        answers = {"vt": [100.0] * right + [0.0] * (4 - right)}
+        results.add("quest", k, answers, mib=k / 64, milliseconds=milliseconds)
+    found = results.compared
+    cost = "decode_ms_p50"
+
+    def score(wanted: float) -> float | None:
+        known = at_cost(found.headline, cost, wanted, found.answers)
+        return None if known is None else known[0]
+
+    # The second budget costs what the first does, and a quarter is right there.
+    assert score(2.0) == 25
+    assert score(4.0) == pytest.approx(50)  # halfway from 2 to 8 ms
+    assert score(8.0) == 75
+    assert score(1.0) is None
+    assert score(8.1) is None
+
+
+def test_a_method_that_no_budget_makes_dearer_is_one_point(results: Results) -> None:
+    right, wrong = {"vt": [100.0] * 20}, {"vt": [0.0] * 20}
+    for place, k in enumerate((64, 128, 256, 512)):
+        results.add("quest", k, wrong, mib=2**place, milliseconds=2**place)
+        noise = (0.1, -0.1, 0.0, 0.2)[place]
+        results.add("magicpig", k, right, mib=2.5, milliseconds=3 + noise)
+    results.add("loki", 64, wrong, mib=1, milliseconds=1)  # one budget tells nothing of others
+    found = results.compared
+    for cost, name in (("bytes_read_per_step", "MiB"), ("decode_ms_p50", "ms")):
+        table = matched_table(found.headline, cost, found.answers)
+        assert table is not None
+        cells = {row[0]: [one.split(" ")[0] for one in row[1:]] for row in table.rows}
+        costs = [float(head.removesuffix(f" {name}")) for head in table.head[1:]]
+        assert len(costs) >= 4
+        assert min(costs) >= 2.5
+        assert max(costs) == 8
+        assert cells == {"Quest": ["0.0"] * len(costs), "MagicPIG": ["100.0"] * len(costs)}
+    points = found.headline[found.headline["method"] == "magicpig"]
+    below = [at_cost(points, "decode_ms_p50", one, found.answers) for one in (2.9, 3.04)]
+    assert below == [None, None]
+    known = at_cost(points, "decode_ms_p50", 3.05, found.answers)  # the median of its times
+    assert known is not None
+    assert known[0] == 100
+
+
+def test_points_alone_are_not_compared(results: Results) -> None:
+    for k in (64, 128):
+        results.add("quest", k, {"vt": [0.0] * 20}, mib=1, milliseconds=k)
+        results.add("magicpig", k, {"vt": [100.0] * 20}, mib=1, milliseconds=k)
+    found = results.compared
+    for cost in ("bytes_read_per_step", "decode_ms_p50"):
+        assert matched_table(found.headline, cost, found.answers) is None
+
+
 def league(results: Results, methods: tuple[str, ...], **columns: object) -> None:
     for place, method in enumerate(methods):
         for k in (64, 512):

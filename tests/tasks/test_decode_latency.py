@@ -6,19 +6,32 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from topkbench.methods.base import Geometry, Policy, Selection, TopKMethod
+from topkbench.kernels.timing import Stages
+from topkbench.methods.base import (
+    CacheView,
+    Geometry,
+    Policy,
+    PrefillInputs,
+    Selection,
+    TopKMethod,
+)
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
+from topkbench.methods.h2o import H2O
 from topkbench.methods.hata import HATA
+from topkbench.methods.infinigen import InfiniGen
+from topkbench.methods.magicpig import MagicPIG
 from topkbench.methods.quest import Quest
+from topkbench.methods.snapkv import SnapKV
 from topkbench.methods.twilight import Twilight
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 from topkbench.tasks import decode_latency
 from topkbench.tasks.decode_latency import DecodeLatency
 from topkbench.tasks.evaluation import Context, TaskRow
-from topkbench.tasks.planted import BLOCK, PlantedStates
+from topkbench.tasks.planted import BLOCK, PlantedCalibration, PlantedStates, capture
 
 SPEED = (
     "decode_ms_p50",
@@ -80,6 +93,100 @@ def test_full_attention_is_timed_by_the_same_task(loaded: LoadedModel, store: Pr
     assert values["attend_ms"] == values["decode_ms_p50"] > 0
     assert "speedup_vs_full" not in values
     assert values["bytes_read_per_step"] == 2 * 300 * 2 * 32 * 4
+
+
+def test_what_a_step_read_is_charged_and_not_the_budget(
+    loaded: LoadedModel, store: PrefillStore
+) -> None:
+    shape = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
+    states = PlantedStates.draw(shape, 1, 300, torch.float32, 0)
+    cache = CacheView(states.key_states, states.value_states)
+    policy = Policy(k=75)
+    for method in (
+        Twilight(base=ExactTopK(), p=0.5),
+        MagicPIG(hash_bits=4, num_tables=8, native={"head_scope": "query_head"}),
+    ):
+        prefill = PrefillInputs(
+            key_states=states.key_states[:, :, :-1],
+            value_states=states.value_states[:, :, :-1],
+            capacity=300,
+            layer=0,
+            num_layers=1,
+        )
+        index = method.build_index(prefill)
+        method.append(index, states.key_states[:, :, -1:], states.value_states[:, :, -1:])
+        chosen = method.step(states.query_states, index, cache, policy, 32**-0.5).selection
+        assert chosen is not None
+        assert chosen.scanned is not None
+        read = round(chosen.tokens_read(cache).double().mean().item())
+        scanned = round(chosen.scanned.double().mean().item())
+        (row,) = rows(loaded, store, method, task())
+        expected = method.bytes_read_by(shape, 300, read, scanned)
+        assert expected != method.bytes_read_per_step(shape, 300, 75)
+        assert row.values["bytes_read_per_step"] == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_attention_received_is_captured_from_the_queries_of_all_positions(
+    monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    monkeypatch.setattr("topkbench.tasks.planted.BLOCK", 128)
+    monkeypatch.setattr("topkbench.methods.capture.WEIGHTS", 6 * 300 * 50)
+    keys = planted(batch_size, 300).key_states
+    both = frozenset({"column_sums", "query_tail"})
+    found = capture(both, keys, 6, 32**-0.5)
+    assert found.column_sums is not None
+    assert found.query_tail is not None
+    assert found.column_sums.shape == (batch_size, 6, 300)
+    # Every query spreads a weight of one.
+    torch.testing.assert_close(found.column_sums.sum(-1), torch.full((batch_size, 6), 300.0))
+    assert found.query_tail.shape == (batch_size, 6, 64, 32)
+    assert set(found.milliseconds) == both
+    alone = capture(frozenset({"query_tail"}), keys[:, :, :40], 6, 32**-0.5)
+    assert alone.query_tail is not None
+    assert alone.query_tail.shape == (batch_size, 6, 40, 32)
+    assert alone.column_sums is None
+
+
+def layer_of(method: TopKMethod, states: PlantedStates) -> decode_latency._Layer:
+    return decode_latency._Layer(method, FullAttention(), Policy(k=16), states, (0, 1))
+
+
+@pytest.mark.parametrize("method", [H2O(), SnapKV()], ids=lambda method: method.name)
+def test_what_is_captured_at_prefill_counts_as_building(method: TopKMethod) -> None:
+    layer = layer_of(method, planted(2, 100))
+    assert set(layer.captured.milliseconds) == set(method.needs)
+    layer.captured.milliseconds = dict.fromkeys(method.needs, 1e6)
+    assert 1e6 < layer.build_ms(1) < 1.1e6
+    assert layer.copy().captured is layer.captured  # and is not captured again
+
+
+def test_queries_are_foretold_within_the_step() -> None:
+    """By one projection for each row, as wide as all query heads together."""
+    method, states = InfiniGen(), planted(2, 100)
+    method.load_artifact(method.fit(PlantedCalibration.of(states)))
+    layer = layer_of(method, states)
+    for one in (layer, layer.copy()):
+        with FlopCounterMode(display=False) as counted:
+            one.step()
+        assert counted.get_flop_counts()["Global"][torch.ops.aten.mm] == 2 * 2 * (6 * 32) ** 2
+
+
+def test_the_parts_of_a_stage_add_up_within_a_step() -> None:
+    class Layer:
+        cache = CacheView(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
+        steps = iter(range(3))
+
+        def full(self) -> None:
+            return
+
+        def step(self, stages: Stages) -> None:
+            step = next(self.steps)
+            stages.taken_ms.setdefault("encode", []).extend([10.0, float(step)])
+            stages.taken_ms.setdefault("attend", []).append(5.0)
+
+    found = decode_latency._stage_medians([Layer()], 3)  # type: ignore[list-item]
+    assert found == {"encode": 11.0, "attend": 5.0}
 
 
 class Broken(ExactTopK):

@@ -13,8 +13,10 @@ from torch import Tensor
 from topkbench.kernels.timing import Timing
 from topkbench.methods.attach import attach
 from topkbench.methods.base import Policy, TopKMethod
+from topkbench.methods.capture import Captured
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
+from topkbench.methods.h2o import H2O
 from topkbench.methods.hata import HATA
 from topkbench.methods.loki import Loki
 from topkbench.methods.quest import Quest
@@ -24,6 +26,7 @@ from topkbench.models.prefill import PrefillStore
 from topkbench.tasks import decode_throughput
 from topkbench.tasks.decode_throughput import DecodeThroughput, sharing_weights, step
 from topkbench.tasks.evaluation import Context, TaskRow
+from topkbench.tasks.planted import capture
 
 METHODS: dict[str, Callable[[], TopKMethod]] = {
     "exact": ExactTopK,
@@ -79,6 +82,19 @@ def test_the_budget_is_a_share_of_the_length(
     assert row.values["k"] == k
 
 
+def test_what_is_captured_at_prefill_counts_as_building(
+    loaded: LoadedModel, store: PrefillStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def captured(*given: Any) -> Captured:
+        one = capture(*given)
+        one.milliseconds = {"column_sums": 1e6}
+        return one
+
+    monkeypatch.setattr(decode_throughput, "capture", captured)
+    (row,) = rows(loaded, store, H2O(), batch_size=3)
+    assert 6e6 < row.values["build_ms"] < 6.1e6  # of 3 prompts, in 2 layers
+
+
 class Recorded(ExactTopK):
     """Counts the indices built, and the slots that steps found."""
 
@@ -115,7 +131,7 @@ def test_with_every_token_kept_the_logits_are_full_attentions(
     decode_throughput.fit_on_random_keys(method, given.geometry)
     twin = sharing_weights(loaded.model)
     with torch.inference_mode():
-        cache = DecodeThroughput()._planted(given, 60)
+        cache, _ = DecodeThroughput()._planted(given, 60)
         buffers = [layer.keys.data_ptr() for layer in cache.layers]
         with (
             attach(loaded.model, method, Policy(k=60)) as all_kept,

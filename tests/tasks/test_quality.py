@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from topkbench.methods.base import CacheView, Selection, StepResult
+from topkbench.tasks.evaluation import Counter
 from topkbench.tasks.quality import SelectionMeter, Truth, quality
 
 # Two queries of one KV head. Each looks at one channel, in which the keys hold logarithms, so that
@@ -82,8 +83,28 @@ def test_what_is_no_unit_does_not_count() -> None:
 
 def test_a_selection_of_each_query_head_is_judged_by_head() -> None:
     selection = Selection(torch.tensor([[[0, 3], [1, 2]]], dtype=torch.int32))
-    expected = ((1.0 + 0.0) / 2, (0.5 + 0.2) / 2, 0.0, 2.0)
+    # Read are the tokens of both heads.
+    expected = ((1.0 + 0.0) / 2, (0.5 + 0.2) / 2, 0.0, 4.0)
     assert judged(selection, 2) == pytest.approx(expected)
+    overlapping = Selection(torch.tensor([[[0, 3], [1, 3]]], dtype=torch.int32))
+    assert judged(overlapping, 2)[3] == 3
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        None,
+        pick(0, 3),
+        pick(1, unit_size=3),
+        Selection(torch.tensor([[[0, 3], [1, 3]]], dtype=torch.int32)),
+    ],
+)
+def test_the_judge_and_the_counter_agree_on_what_was_read(selection: Selection | None) -> None:
+    result = StepResult(FULL_OUT, None, selection, None)
+    counter = Counter()
+    counter.on_step(0, QUERIES, CACHE, result, 1.0, None)
+    found = quality(Truth.of(QUERIES, CACHE, 1.0), CACHE, result, 2)
+    assert counter.density == found.tokens.mean().item() / 4
 
 
 def test_slots_outside_a_row_are_neither_exact_nor_chosen() -> None:
