@@ -494,8 +494,8 @@ class TopKMethod(ABC):
             geometry: The model's.
             n: Cached tokens.
             read: Different tokens that a KV head's queries attended to.
-            scanned: Different tokens of a KV head among which a first choice left these to choose,
-                as ``Selection.scanned`` tells; 0 where there was one choice alone.
+            scanned: Different tokens of a KV head that were looked at twice, as
+                ``Selection.scanned`` tells; 0 where the method looks once.
         """
         return self.bytes_read_per_step(geometry, n, read)
 
