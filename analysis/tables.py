@@ -164,10 +164,12 @@ def league_table(lines: pd.DataFrame) -> Table | None:
     columns.append(("Score (0–100)", with_interval(top, "score", "score_ci")))
     columns.append(("Δ full (points)", with_interval(top, "delta_full", "delta_ci")))
     columns.append(("Worst sub-task (points)", [losses.get(str(one), "–") for one in top["line"]]))
-    for name, head in (("bytes_read_per_step", "Read/step"), ("decode_ms_p50", "Decode step")):
+    for name, head in (
+        ("bytes_read_per_step", f"Read/step ({METRICS['bytes_read_per_step'].unit})"),
+        ("decode_vs_full", "Decode time (times full's)"),
+    ):
         if top[name].notna().any():
-            cells = [METRICS[name].text(one) for one in top[name]]
-            columns.append((f"{head} ({METRICS[name].unit})", cells))
+            columns.append((head, [METRICS[name].text(one) for one in top[name]]))
     rows = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
     strong = {(i, place) for i, best in enumerate(top["best"]) if best}
     return Table([head for head, _ in columns], rows, strong, words={1})
