@@ -100,11 +100,18 @@ def main_table(lines: pd.DataFrame) -> Table:
         columns.append(("Δ full (points)", with_interval(lines, "delta_full", "delta_ci")))
     if lines["score"].notna().any():
         columns.append(("n", [_whole(one) for one in lines["n"]]))
+    fits = lines["task"].eq("fit")
     for name, head in _METRICS:
-        if lines[name].notna().any():
+        if lines[name].notna().any() or (name == "fit_s" and fits.any()):
             unit = METRICS[name].unit
             label = f"{head} ({unit})" if unit else head
-            columns.append((label, with_interval(lines, name, f"{name}_ci")))
+            cells = with_interval(lines, name, f"{name}_ci")
+            if name == "fit_s":
+                was_found = fits & lines[name].isna()
+                cells = [
+                    "found" if one else cell for one, cell in zip(was_found, cells, strict=True)
+                ]
+            columns.append((label, cells))
     heads = [head for head, _ in columns]
     rows = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
     strong = {(i, place) for i, best in enumerate(lines["best"]) if best}
