@@ -302,6 +302,9 @@ def settle(run: Run, sweep: Sweep, done: set[str]) -> Cell:
         # Also one that failed is not run again by this process: other axes lead to the same cell.
         ended = cell.identity in done or (cell.finished() and not run.settings["force"])
         if ended:
+            if run.task.fits_anew and cell.identity not in done:
+                done.add(cell.identity)
+                print(f"{describe(cell.read())}: found, and not fitted again", flush=True)
             track(cell, run, sweep)
             return cell
         done.add(cell.identity)

@@ -146,6 +146,7 @@ def curve(lines: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.DataFrame] | 
             color=colour,
             marker=look.marker,
             linestyle=line_style,
+            ecolor=style.shade(colour, 0.9),
             elinewidth=0.9,
             capsize=1.8,
             markeredgecolor="white",
@@ -158,7 +159,8 @@ def curve(lines: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.DataFrame] | 
     axes.set_ylabel(METRICS[y].axis)
     shown = pd.concat([data[y], full[y]])
     if y == "decode_ms_p50":
-        axes.set_ylim(bottom=0, top=1.12 * float(shown.max()))
+        ends = pd.concat([shown, data["decode_ms_p80"], full["decode_ms_p80"]])
+        axes.set_ylim(bottom=0, top=1.05 * float(ends.max()))
     else:
         whole_axis(axes, float(shown.min()), 100.0 if y == "score" else 1.0)
     legend(figure, axes)

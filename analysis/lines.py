@@ -56,9 +56,9 @@ class Comparison:
     Attributes:
         rows: The rows behind the lines, each cell of a machine once.
         lines: One line per setting, configuration and sub-task: the setting, the configuration,
-            ``label``, ``variant``, scores with intervals, metrics, the selection's quality
-            ``by_seed`` (metric to seed to value), ``n`` samples, ``cells``, their ``run_ids``, and
-            ``best``.
+            ``label``, ``variant``, scores with intervals, metrics, the decode step in times full
+            attention's ``decode_vs_full``, the selection's quality ``by_seed`` (metric to seed to
+            value), ``n`` samples, ``cells``, their ``run_ids``, and ``best``.
         notes: Sentences about what could not be compared or is mixed.
         answers: The scored samples of each line that has any, with their seeds.
     """
@@ -272,12 +272,24 @@ def _metrics(part: pd.DataFrame) -> dict[str, Any]:
     values["by_seed"] = {
         name: dict(zip(part["seed"], part[name], strict=True)) for name in OVER_SEEDS
     }
+    values["decode_vs_full"] = _times_full(part["method"].iloc[0], values)
     kv_len, samples = part["kv_len"].mean(), part["num_samples"].sum()
     values["kv_len"] = None if pd.isna(kv_len) else round(float(kv_len))
     values["num_samples"] = int(samples)
     values["cells"] = len(part)
     values["git_commit"] = ", ".join(sorted({str(c)[:12] for c in part["git_commit"].dropna()}))
     return values
+
+
+def _times_full(method: str, values: dict[str, Any]) -> float | None:
+    """Return a decode step's time in times full attention's, which was timed in turn with it.
+
+    The milliseconds of full attention's own cell were taken at another time, and may differ by more
+    than methods do.
+    """
+    if method == "full":
+        return None if values["decode_ms_p50"] is None else 1.0
+    return 1 / values["speedup_vs_full"] if values["speedup_vs_full"] else None
 
 
 def _labelled(lines: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
@@ -288,7 +300,7 @@ def _labelled(lines: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
             lines[name] = lines[name].astype("Int64")
     for name in ("k", "rbit", "length", "kv_len", "batch_size"):
         lines[name] = pd.to_numeric(lines[name]).astype("Int64")
-    for name in (*_SCORES, *_MEANS, *_MEDIANS, *_ENDS):
+    for name in (*_SCORES, *_MEANS, *_MEDIANS, *_ENDS, "decode_vs_full"):
         lines[name] = pd.to_numeric(lines[name]).astype("float64")
     variants: dict[Hashable, str] = {}
     for _, part in _groups(lines, ("model", "task", "protocol", "method")):

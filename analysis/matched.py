@@ -23,7 +23,10 @@ from topkbench.analysis.lines import YARDSTICKS
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.tables import Table
 
-MATCHED = {"bytes_read_per_step": "bytes read per step", "decode_ms_p50": "decode time"}
+MATCHED = {
+    "bytes_read_per_step": "bytes read per step",
+    "decode_vs_full": "decode time, times full attention's (timed in turn)",
+}
 """The costs at which methods are compared, beside the budget itself, in words."""
 
 Found = tuple[float, pd.DataFrame | None]
@@ -155,7 +158,7 @@ def matched_table(
     rivals = [i for i, part in enumerate(curves) if part["method"].iloc[0] not in YARDSTICKS]
     strong = {(i, 1 + j) for j in range(len(grid)) for i in _best({i: found[i][j] for i in rivals})}
     unit = METRICS[cost].unit
-    heads = ["Method", *(f"{format(level, METRICS[cost].format)} {unit}" for level in grid)]
+    heads = ["Method", *(f"{format(level, METRICS[cost].format)} {unit}".strip() for level in grid)]
     return Table(heads, rows, strong)
 
 

@@ -67,6 +67,12 @@ METRICS: dict[str, Metric] = {
     "attend_ms": Metric(label="Attend", unit="ms", better="lower", format=".3g"),
     "tokens_per_s": Metric(label="Throughput", unit="tokens/s", better="higher", scale="log"),
     "speedup_vs_full": Metric(label="Speed-up over full", unit="×", better="higher", format=".2f"),
+    "decode_vs_full": Metric(
+        label="Decode time, times full attention's (timed in turn)",
+        better="lower",
+        format=".3g",
+        scale="log",
+    ),
     "bytes_read_per_step": Metric(
         label="Read per decode step",
         unit="MiB",
@@ -83,7 +89,11 @@ METRICS: dict[str, Metric] = {
     ),
     "peak_memory_mib": Metric(label="Peak memory", unit="MiB", better="lower", scale="log"),
     "bandwidth_fraction": Metric(
-        label="Fraction of memory bandwidth", better="higher", format=".2f"
+        label="Memory bandwidth reached",
+        unit="% of measured",
+        better="higher",
+        format=".0f",
+        divisor=0.01,
     ),
     "fit_s": Metric(label="Fit", unit="s", better="lower", format=".3g", scale="log"),
     "loss_first": Metric(label="First loss", better="lower", format=".4g"),

@@ -1,26 +1,31 @@
-"""Score against cost, with the Pareto front: bytes read by a decode step, and its time."""
+"""Score against cost, with the Pareto front: bytes read by a decode step, and its time.
+
+Times are in times full attention's, timed in turn with each method: cells run minutes apart, and
+their milliseconds differ by what else the machine did.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from topkbench.analysis import style
-from topkbench.analysis.curves import legend, new_figure, table, whole_axis
+from topkbench.analysis.curves import legend, new_figure, table
 from topkbench.analysis.lines import YARDSTICKS
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.tables import LEAGUE
 
-COSTS = ("bytes_read_per_step", "decode_ms_p50")
+COSTS = ("bytes_read_per_step", "decode_vs_full")
 
 # Where a label may stand beside its point: shift in points, and what of it is at the shifted place.
 _PLACES = (
@@ -30,9 +35,14 @@ _PLACES = (
     ((0, -6), "center", "top"),
     ((-6, -3), "right", "top"),
     ((6, 3), "left", "bottom"),
+    ((6, 0), "left", "center"),
+    ((-6, 0), "right", "center"),
 )
 _POINT = 5.0  # half of the width that a point keeps free of labels, in points
 _ALONG = 60  # places of the front's line, between two of its points, that are kept free
+_HIDDEN = 5.0  # points that are nearer than this hide one another, in points
+_BESIDE = 6.5  # and are set this far apart, in points:
+_TURNS = (0, 1, -1)  # at the first of these sides that is free; else where they are
 
 
 def on_front(cost: Sequence[float], gain: Sequence[float]) -> list[bool]:
@@ -59,8 +69,8 @@ def pareto(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     if len(data) < 3:
         return None
     figure, axes = new_figure(7.6, 4.4)
-    front = _draw(axes, data, COSTS[0])
-    _finish(figure, [axes], [data[front]], COSTS[:1])
+    front, shown = _draw(axes, data, COSTS[0])
+    _finish(figure, [axes], data, [(front, shown)])
     return figure, table(data.assign(on_front=front), COSTS[0], "score", "on_front")
 
 
@@ -75,10 +85,11 @@ def pareto_pair(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
         return None
     figure = Figure(figsize=(12.0, 4.8))
     axes = list(figure.subplots(1, 2, sharey=True))
-    fronts = [_draw(one, data, cost) for one, cost in zip(axes, COSTS, strict=True)]
+    drawn = [_draw(one, data, cost) for one, cost in zip(axes, COSTS, strict=True)]
     axes[1].set_ylabel("")
-    _finish(figure, axes, [data[front] for front in fronts], COSTS)
-    marked = data.assign(on_front_of_bytes=fronts[0], on_front_of_time=fronts[1])
+    _finish(figure, axes, data, drawn)
+    (of_bytes, _), (of_time, _) = drawn
+    marked = data.assign(on_front_of_bytes=of_bytes, on_front_of_time=of_time)
     return figure, table(marked, *COSTS, "score", "on_front_of_bytes", "on_front_of_time")
 
 
@@ -89,24 +100,40 @@ def _priced(lines: pd.DataFrame, costs: Sequence[str]) -> pd.DataFrame:
     return lines[known]
 
 
-def _draw(axes: Axes, data: pd.DataFrame, cost: str) -> pd.Series:
-    """Draw one cost's points, each method's joined by budget; return which are on the front."""
+def _draw(axes: Axes, data: pd.DataFrame, cost: str) -> tuple[pd.Series, pd.Series]:
+    """Draw one cost's points, each method's joined by budget.
+
+    Returns:
+        Which points are on the front, and where on the cost axis each is drawn.
+    """
     price = data[cost] / METRICS[cost].divisor
     # The oracles that read every key to choose are bounds, not candidates.
     rivals = data[~data["method"].isin(YARDSTICKS) | (data["method"] == "full")]
     marks = on_front(list(price[rivals.index]), list(rivals["score"]))
     front = pd.Series(marks, index=rivals.index).reindex(data.index, fill_value=False)
+    _cost_axis(axes, price)
+    bottom, top = (10 * part for part in (data["score"].min() // 10, -(-data["score"].max() // 10)))
+    room = 0.06 * (top - bottom)
+    axes.set_ylim(bottom - room, top + room)
+    shown = _apart(axes, price, data["score"], front)
     ordered = data[front].assign(price=price[front]).sort_values(["price", "score"])
     axes.plot(
-        ordered["price"], ordered["score"], color="#333333", lw=1.2, zorder=2, label="Pareto front"
+        shown[ordered.index],
+        ordered["score"],
+        color="#333333",
+        lw=1.2,
+        zorder=2,
+        label="Pareto front",
     )
+    if cost == "decode_vs_full":
+        axes.axvline(1.0, color=style.style("full").colour, lw=0.8, zorder=0.9)
     for method in sorted(data["method"].unique(), key=style.order):
         look = style.style(method)
         own = data[data["method"] == method]
         for _, curve in own.groupby(["label", "rbit"], dropna=False, sort=False):
             by_budget = curve.sort_values("k")
             axes.plot(
-                price[by_budget.index],
+                shown[by_budget.index],
                 by_budget["score"],
                 color=look.colour,
                 linestyle=look.line,
@@ -114,10 +141,10 @@ def _draw(axes: Axes, data: pd.DataFrame, cost: str) -> pd.Series:
                 alpha=0.45,
                 zorder=1,
             )
-        for on, size, alpha in ((False, 30, 0.55), (True, 58, 1.0)):
+        for on, size, alpha in ((False, 30, 0.7), (True, 58, 1.0)):
             mine = own[front[own.index] == on]
             axes.scatter(
-                price[mine.index],
+                shown[mine.index],
                 mine["score"],
                 s=size,
                 marker=look.marker,
@@ -137,71 +164,123 @@ def _draw(axes: Axes, data: pd.DataFrame, cost: str) -> pd.Series:
             lw=0.9,
             label=look.label,
         )
-    _cost_axis(axes, price)
-    whole_axis(axes, float(data["score"].min()), 100.0, room=0.06)
     axes.set_xlabel(METRICS[cost].axis)
     axes.set_ylabel(METRICS["score"].axis)
-    return front
+    return front, shown
+
+
+def _apart(axes: Axes, price: pd.Series, score: pd.Series, front: pd.Series) -> pd.Series:
+    """Return where on the cost axis each point is drawn: beside another that it would hide.
+
+    Points of the front choose first; each moves as little as it must, either way.
+    """
+    whole, pixels = axes.figure.bbox, axes.figure.dpi / 72
+    width = 0.72 * whole.width / pixels / len(axes.figure.axes)  # less the legend, about
+    height = 0.8 * whole.height / pixels
+    low, high = (math.log2(end) for end in axes.get_xlim())
+    bottom, top = axes.get_ylim()
+    across = (np.log2(price.astype(float)) - low) / (high - low) * width
+    along = (score.astype(float) - bottom) / (top - bottom) * height
+    found: dict[Any, float] = {}
+    for index in [*front.index[front], *front.index[~front]]:
+        for turn in _TURNS:
+            x, y = across[index] + turn * _BESIDE, along[index]
+            if all(math.hypot(x - found[i], y - along[i]) >= _HIDDEN for i in found):
+                break
+        else:
+            x = across[index]
+        found[index] = x
+    return 2.0 ** (low + pd.Series(found)[price.index] / width * (high - low))
 
 
 def _cost_axis(axes: Axes, price: pd.Series) -> None:
-    """Put ticks at powers of two, or of its roots where these would be few."""
+    """Put ticks at powers of two, or at round numbers where these would be few."""
     axes.set_xscale("log", base=2)
     low, high = math.log2(float(price.min())), math.log2(float(price.max()))
-    step = next((one for one in (2.0, 1.0, 0.5, 0.25) if (high - low) / one >= 3), 0.25)
-    places = np.arange(math.floor(low / step), math.ceil(high / step) + 1) * step
-    axes.xaxis.set_major_locator(FixedLocator(list(2.0**places)))
+    if high - low >= 3:
+        step = 2 if high - low >= 9 else 1
+        ticks = [2.0**place for place in range(math.floor(low), math.ceil(high) + 1, step)]
+    else:
+        round_ones = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(2.0**low, 2.0**high)
+        ticks = [float(one) for one in round_ones if one > 0]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-    room = 0.06 * (high - low) + 0.03
+    room = 0.08 * (high - low) + 0.03
     axes.set_xlim(2.0 ** (low - room), 2.0 ** (high + room))
 
 
 def _finish(
-    figure: Figure, axes: Sequence[Axes], fronts: Sequence[pd.DataFrame], costs: Sequence[str]
+    figure: Figure,
+    axes: Sequence[Axes],
+    data: pd.DataFrame,
+    drawn: Sequence[tuple[pd.Series, pd.Series]],
 ) -> None:
-    """Add the legend, lay out, and label the points of each front where there is room."""
+    """Add the legend, lay out, and label points where there is room."""
     legend(figure, axes[0])
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()  # where labels have room is known once all has its place
-    for one, front, cost in zip(axes, fronts, costs, strict=True):
-        _label_front(one, front, cost, renderer)
+    for one, (front, shown) in zip(axes, drawn, strict=True):
+        _label(one, data.assign(shown=shown), front, renderer)
 
 
-def _label_front(axes: Axes, front: pd.DataFrame, cost: str, renderer: RendererAgg) -> None:
-    """Write the settings beside points of the front, wherever they touch no point and no label."""
-    names = [name for name in ("k", "rbit") if front[name].nunique() > 1]
+def _label(axes: Axes, data: pd.DataFrame, front: pd.Series, renderer: RendererAgg) -> None:
+    """Write names and settings beside points, where they touch nothing and are nearest to theirs.
+
+    That is at every point of the front, and once for each other method, at its dearest that has
+    room.
+    """
+    knobs = [name for name in ("k", "rbit") if data.loc[front, name].nunique() > 1]
+    is_one = data.loc[data["method"] != "full", "method"].nunique() == 1
     pixels = axes.figure.dpi / 72
 
     def around(x: float, y: float, room: float) -> Bbox:
         return Bbox([[x - room, y - room], [x + room, y + room]])
 
-    taken = [
-        around(x, y, _POINT * pixels)
-        for collection in axes.collections
-        for x, y in axes.transData.transform(collection.get_offsets())
-    ]
+    points = axes.transData.transform(data[["shown", "score"]].astype(float).to_numpy())
+    places = dict(zip(data.index, points, strict=True))
+    taken = [around(x, y, _POINT * pixels) for x, y in points]
     joined = axes.transData.transform(axes.lines[0].get_xydata())
     for first, second in itertools.pairwise(joined):
         taken += [around(x, y, pixels) for x, y in np.linspace(first, second, _ALONG)]
     inside = axes.get_window_extent(renderer)
-    for _, line in front.iterrows():
-        words = [f"{name}={line[name]}" for name in names if not pd.isna(line[name])]
-        for shift, across, along in _PLACES if words else ():
+
+    def fits(text: str, line: pd.Series) -> bool:
+        for shift, across, along in _PLACES if text else ():
             label = axes.annotate(
-                ", ".join(words),
-                (line[cost] / METRICS[cost].divisor, line["score"]),
+                text,
+                (line["shown"], line["score"]),
                 xytext=shift,
                 textcoords="offset points",
                 ha=across,
                 va=along,
-                fontsize=6.5,
-                color="#333333",
+                fontsize=7,
+                color=style.style(line["method"]).colour,
             )
             label.set_in_layout(False)
             box = label.get_window_extent(renderer)
             free = inside.x0 <= box.x0 and box.x1 <= inside.x1
-            if free and not any(box.overlaps(other) for other in taken):
+            gaps = {index: _gap(box, *place) for index, place in places.items()}
+            is_nearest = gaps.pop(line.name) < min(gaps.values(), default=math.inf) - pixels
+            if free and is_nearest and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
-                break
+                return True
             label.remove()
+        return False
+
+    for _, line in data[front].iterrows():
+        settings = [f"{name}={line[name]}" for name in knobs if not pd.isna(line[name])]
+        name = [] if is_one else [style.style(line["method"]).label]
+        if not fits(", ".join([*name, *settings]), line):
+            fits(", ".join(settings), line)
+    if is_one:
+        return
+    named = set(data.loc[front, "method"])
+    rest = data[~data["method"].isin(named)].sort_values("shown", ascending=False, kind="stable")
+    for method, own in rest.groupby("method", sort=False):
+        any(fits(style.style(str(method)).label, line) for _, line in own.iterrows())
+
+
+def _gap(box: Bbox, x: float, y: float) -> float:
+    """Return how far a point is from a box."""
+    return math.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1))

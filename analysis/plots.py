@@ -135,25 +135,29 @@ def draw_all(
         (
             "decode_vs_k",
             "Decode latency against budget",
-            "Median; bars and band: 20th to 80th percentile.",
+            "Median; bars and band: 20th to 80th percentile. Full attention's is of its own cell, "
+            "at another time; speed-ups are of both timed in turn.",
             lambda: curve(top, "decode_ms_p50", "k"),
         ),
         (
             "decode_vs_rbit",
             "Decode latency against hash bits",
-            "Median; bars and band: 20th to 80th percentile.",
+            "Median; bars and band: 20th to 80th percentile. Full attention's is of its own cell, "
+            "at another time; speed-ups are of both timed in turn.",
             lambda: curve(top, "decode_ms_p50", "rbit"),
         ),
         (
             "score_vs_bytes",
             "Score against bytes read",
-            "Up and to the left is better; the Pareto front is joined, dominated points are faint.",
+            "Up and to the left is better; the Pareto front is joined, dominated points are faint; "
+            "points that would hide one another stand side by side.",
             lambda: pareto(top),
         ),
         (
             "score_vs_cost",
             "Score against bytes read, and against the decode step",
-            "Up and to the left is better; Pareto fronts are joined, dominated points are faint.",
+            "Up and to the left is better; Pareto fronts are joined, dominated points are faint; "
+            "points that would hide one another stand side by side.",
             lambda: pareto_pair(top),
         ),
         (

@@ -171,7 +171,8 @@ class Row:
     """Measured memory bandwidth that the fraction is of, 1e9 bytes a second."""
 
     fit_s: float | None = None
-    """Wall time of the fit that made the artifact, calibration included, seconds."""
+    """Wall time of the fit that made the artifact, calibration included, seconds; empty where the
+    artifact was found."""
     loss_first: float | None = None
     """Training loss at the first step; for the mean, over layers."""
     loss_last: float | None = None

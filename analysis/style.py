@@ -1,7 +1,8 @@
 """The one style table: a method looks the same in every figure of every report.
 
-Colours are Okabe and Ito's (Color Universal Design, 2008), told apart by all common kinds of
-colour vision; methods that share a colour differ in marker and line.
+Colours are Okabe and Ito's (Color Universal Design, 2008), with an indigo and a brown as far from
+them for all common kinds of colour vision; no two methods share colour and marker, and those that
+share a colour differ in line, too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, RED, PINK, GREY = "#0072B2", "#D55E00", "#CC79A7", "#6E6E6E"
+INDIGO, BROWN = "#332288", "#6B3E12"
 
 SOLID = "-"
 DASHED = (0, (5, 2))
@@ -39,23 +41,16 @@ STYLES: dict[str, Style] = {
     "quest": Style("Quest", BLUE, "^", SOLID),
     "loki": Style("Loki", GREEN, "v", SOLID),
     "streaming_llm": Style("StreamingLLM", ORANGE, "X", SOLID),
-    "simhash": Style("SimHash", RED, "h", DASHED),
     "sparq": Style("SparQ", PINK, "P", SOLID),
-    "magicpig": Style("MagicPIG", PINK, "p", DASHED),
+    "magicpig": Style("MagicPIG", ORANGE, "p", DASHED),
     "infinigen": Style("InfiniGen", SKY, "<", SOLID),
-    "double_sparsity": Style("Double Sparsity", SKY, ">", DASHED),
-    "h2o": Style("H2O", ORANGE, "h", DASHED),
-    "snapkv": Style("SnapKV", ORANGE, "d", DOTTED),
-    "spatten": Style("SpAtten", ORANGE, "*", DASH_DOT),
-    "hash_attention": Style("HashAttention", RED, "p", DOTTED),
-    "shadowkv": Style("ShadowKV", BLUE, "P", DASHED),
-    "seer_attention": Style("SeerAttention", BLUE, "d", DOTTED),
-    "lightning_indexer": Style("Lightning indexer", GREEN, "*", DASHED),
-    "rocketkv": Style("RocketKV", PINK, "X", DOTTED),
-    "twilight": Style("Twilight", PINK, "*", DASH_DOT),
-    "infllm": Style("InfLLM", SKY, "s", DOTTED),
+    "double_sparsity": Style("Double Sparsity", PINK, ">", DASHED),
+    "h2o": Style("H2O", BROWN, "h", DASHED),
+    "snapkv": Style("SnapKV", INDIGO, "d", DOTTED),
+    "spatten": Style("SpAtten", SKY, "*", DASH_DOT),
+    "hash_attention": Style("HashAttention", INDIGO, "p", DASH_DOT),
+    "twilight": Style("Twilight", BLUE, "*", DASH_DOT),
     "pqcache": Style("PQCache", GREEN, "h", DOTTED),
-    "retroinfer": Style("RetroInfer", GREEN, "p", DASH_DOT),
     "random": Style("Random", GREY, "X", DOTTED),
 }
 """Methods by the name of their configuration; the order is the order of every legend."""

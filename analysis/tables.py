@@ -100,11 +100,18 @@ def main_table(lines: pd.DataFrame) -> Table:
         columns.append(("Δ full (points)", with_interval(lines, "delta_full", "delta_ci")))
     if lines["score"].notna().any():
         columns.append(("n", [_whole(one) for one in lines["n"]]))
+    fits = lines["task"].eq("fit")
     for name, head in _METRICS:
-        if lines[name].notna().any():
+        if lines[name].notna().any() or (name == "fit_s" and fits.any()):
             unit = METRICS[name].unit
             label = f"{head} ({unit})" if unit else head
-            columns.append((label, with_interval(lines, name, f"{name}_ci")))
+            cells = with_interval(lines, name, f"{name}_ci")
+            if name == "fit_s":
+                was_found = fits & lines[name].isna()
+                cells = [
+                    "found" if one else cell for one, cell in zip(was_found, cells, strict=True)
+                ]
+            columns.append((label, cells))
     heads = [head for head, _ in columns]
     rows = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
     strong = {(i, place) for i, best in enumerate(lines["best"]) if best}
@@ -164,10 +171,12 @@ def league_table(lines: pd.DataFrame) -> Table | None:
     columns.append(("Score (0–100)", with_interval(top, "score", "score_ci")))
     columns.append(("Δ full (points)", with_interval(top, "delta_full", "delta_ci")))
     columns.append(("Worst sub-task (points)", [losses.get(str(one), "–") for one in top["line"]]))
-    for name, head in (("bytes_read_per_step", "Read/step"), ("decode_ms_p50", "Decode step")):
+    for name, head in (
+        ("bytes_read_per_step", f"Read/step ({METRICS['bytes_read_per_step'].unit})"),
+        ("decode_vs_full", "Decode time (times full's)"),
+    ):
         if top[name].notna().any():
-            cells = [METRICS[name].text(one) for one in top[name]]
-            columns.append((f"{head} ({METRICS[name].unit})", cells))
+            columns.append((head, [METRICS[name].text(one) for one in top[name]]))
     rows = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
     strong = {(i, place) for i, best in enumerate(top["best"]) if best}
     return Table([head for head, _ in columns], rows, strong, words={1})

@@ -27,12 +27,14 @@ class Artifact:
         provenance: How it came about; see ``provenance``.
         digest: sha256 of the tensors, 64 hex digits.
         path: Where it was read.
+        fitted: Whether it was fitted just now, and not found.
     """
 
     tensors: dict[str, Tensor]
     provenance: dict[str, Any]
     digest: str
     path: Path
+    fitted: bool = False
 
 
 def provenance(spec: Mapping[str, Any], data: str, seed: int | None, **fit: Any) -> dict[str, Any]:

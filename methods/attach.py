@@ -23,7 +23,14 @@ from topkbench.methods.base import (
     Selection,
     TopKMethod,
 )
-from topkbench.methods.cache_watch import IndexStore, LengthReader, Lengths, cache_layer, is_own
+from topkbench.methods.cache_watch import (
+    IndexStore,
+    LengthReader,
+    Lengths,
+    cache_layer,
+    can_watch,
+    is_own,
+)
 from topkbench.methods.capture import (
     PREFILL_NEEDS,
     PREVIOUS_QUERY,
@@ -332,7 +339,7 @@ class Session:
                 index = None
         if index is None:
             self.indices.drop(cache, layer)
-            self._check_whole(cache, layer)
+            self._check_whole(cache, layer, key)
             prefill = PrefillInputs(
                 key_states=view.key_states[:, :, :-1],
                 value_states=view.value_states[:, :, :-1],
@@ -353,8 +360,20 @@ class Session:
         self.indices.keep(cache, layer, index, capacity, key, lengths)
         return index
 
-    def _check_whole(self, cache: Any, layer: int) -> None:
-        """Refuse to build an index where tokens are missing, or cannot be freed as they should."""
+    def _check_whole(self, cache: Any, layer: int, key: Tensor) -> None:
+        """Refuse to build an index that would miss tokens or steps, or could not free as it should.
+
+        Args:
+            cache: The cache.
+            layer: Index of the layer.
+            key: What the layer returned.
+        """
+        if self.method.adaptive and not can_watch(cache, layer, key):
+            raise ValueError(
+                f"{self.method.name} needs its index kept from step to step, and a "
+                f"{type(cache).__name__} returns other keys than it stores, so that nobody sees it "
+                "change; use a DynamicCache or topkbench's DecodeCache."
+            )
         stored = cache_layer(cache, layer)
         if getattr(stored, "freed", None) is not None:
             raise ValueError(

@@ -494,7 +494,7 @@ class TopKMethod(ABC):
             geometry: The model's.
             n: Cached tokens.
             read: Different tokens that a KV head's queries attended to.
-            scanned: Entries of side information that were read of a KV head, as
+            scanned: Tokens or entries of side information that a KV head read beside, as
                 ``Selection.scanned`` tells; None where nobody counted.
         """
         return self.bytes_read_per_step(geometry, n, read)

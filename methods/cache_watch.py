@@ -183,11 +183,10 @@ class IndexStore:
     ) -> None:
         """Keep an index that now describes the whole cache.
 
-        A cache that returns other keys than it stores, or than a first part of them (quantised,
-        offloaded), cannot be watched; its indices are not kept, and are built at every step.
+        Of a cache that cannot be watched no index is kept, and each is built at every step.
         """
         keys = getattr(cache_layer(cache, layer), "keys", None)
-        if keys is None or keys.data_ptr() != key.data_ptr() or keys.stride() != key.stride():
+        if keys is None or not can_watch(cache, layer, key):
             self.drop(cache, layer)
             return
         kept = _Kept(index, capacity, ref(keys), _version(keys), lengths)
@@ -216,6 +215,15 @@ class IndexStore:
     def forget(self, cache: Any) -> None:
         """Drop all indices of a cache."""
         self._kept.pop(cache, None)
+
+
+def can_watch(cache: Any, layer: int, key: Tensor) -> bool:
+    """Say whether a layer's writes can be watched: it returned the keys that it stores.
+
+    A cache that returns others, or a first part of them (quantised, offloaded), cannot.
+    """
+    keys = getattr(cache_layer(cache, layer), "keys", None)
+    return keys is not None and (keys.data_ptr(), keys.stride()) == (key.data_ptr(), key.stride())
 
 
 def _version(tensor: Tensor | None) -> int | None:

@@ -1,6 +1,6 @@
 """SpAtten: tokens and heads that got little so far are pruned, for good and in all later layers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from topkbench.methods.base import (
     TopKMethod,
     kv_bytes,
 )
+from topkbench.methods.four_bits import bytes_per_token, dequantise, quantise
 from topkbench.methods.states import row_bounds
 
 
@@ -59,6 +60,9 @@ class SpAttenIndex(Index):
         depth: Where the layer is, 0 for the first to 1 for the last.
         layer: Index of the layer.
         num_kv_heads: KV heads of the layer.
+        codes: uint8 ``[B, Hkv, capacity, d / 2]`` the keys in 4 bits, as ``quantise`` packs them;
+            None where whole keys alone are attended with.
+        ranges: float16 ``[B, Hkv, capacity, 2]`` their lowest channel and step; None likewise.
     """
 
     cascade: Cascade
@@ -68,12 +72,29 @@ class SpAttenIndex(Index):
     depth: float
     layer: int
     num_kv_heads: int
+    codes: Tensor | None = None
+    ranges: Tensor | None = None
 
     def grow(self, capacity: int) -> None:
         if self.cascade.importance.shape[2] < capacity:
             self.cascade.grow(capacity)
         super().grow(capacity)
         self.importance = self.cascade.importance  # the layers' own, not a copy of it
+
+
+@dataclass
+class RoundedSelection(Selection):
+    """Tokens whose keys in 4 bits are attended with first.
+
+    Attributes:
+        codes: uint8 ``[B, Hkv, capacity, d / 2]`` the keys of all tokens in 4 bits.
+        ranges: float16 ``[B, Hkv, capacity, 2]``.
+        probabilities: float32 ``[B, Hq, m]`` the softmax that attention took; None before it did.
+    """
+
+    codes: Tensor = field(kw_only=True)
+    ranges: Tensor = field(kw_only=True)
+    probabilities: Tensor | None = field(default=None, kw_only=True)
 
 
 @dataclass(kw_only=True)
@@ -91,22 +112,25 @@ class SpAtten(TopKMethod):
             ``k``, those between fall on a line. Sinks and recents stay everywhere.
         last_heads: Share of the heads that the last layer keeps, on a line from all of them.
         requantise_below: Attend with keys in 4 bits, and anew with whole keys where a head's
-            largest probability is below this; None attends with whole keys alone.
+            largest probability is below this; None attends with whole keys alone. The keys in 4
+            bits are kept beside the cache, ``d / 2 + 4`` bytes each.
 
     Source:
         SpAtten (arXiv:2012.09852), sections 3.1, 3.2 and 3.4. Followed: cascade token and head
         pruning, importance shared by layers, heads and steps, progressive quantisation by the
         largest probability. Not followed: local value pruning (it saves a value's read and
         no key's); ratios tuned for each task, of which these two lines stand in place, by default
-        flat, so that ``k`` means the same as elsewhere; 12-bit fixed point, whose low bits are
-        here the cached keys themselves. The layers that the policy keeps dense take no part. The
+        flat, so that ``k`` means the same as elsewhere; 12-bit fixed point, whose high bits are
+        here 4 between each token's lowest and highest channel, and whose low bits the cached keys
+        themselves. The layers that the policy keeps dense take no part. The
         released ``spatten_llm`` is another method (raw logits of the last forward, no cascade, no
         heads, no quantisation) and is not followed.
 
     Charged: importance and the pruned marks of all tokens in each layer, and the chosen keys a
-    second time for the probabilities that importance adds up. With ``requantise_below`` no fewer
-    bytes are counted, since how many heads need whole keys depends on the data: it shows what
-    the 4 bits cost in answers.
+    second time for the probabilities that importance adds up. With ``requantise_below`` attending
+    leaves these behind: read are the chosen keys in 4 bits, their values, and the whole keys of
+    each KV head of which a query head was not sure, counted at every step. Where nothing was
+    counted, all are taken to be read.
     """
 
     name: ClassVar[str] = "spatten"
@@ -130,6 +154,14 @@ class SpAtten(TopKMethod):
                 f"got {self.requantise_below}."
             )
 
+    def unsupported(self, geometry: Geometry) -> str | None:
+        if self.requantise_below is not None and geometry.head_dim % 2:
+            return (
+                f"head_dim must be even for spatten's 4-bit keys, got {geometry.head_dim}; set "
+                "method.requantise_below=null."
+            )
+        return None
+
     def build_index(self, prefill: PrefillInputs) -> SpAttenIndex:
         keys, sums = prefill.key_states, prefill.column_sums
         if sums is None:
@@ -145,7 +177,7 @@ class SpAtten(TopKMethod):
             )
         cascade: Cascade = prefill.shared["cascade"]
         cascade.importance[:, 0, : prefill.n] += sums.sum(1)
-        return SpAttenIndex(
+        index = SpAttenIndex(
             cascade=cascade,
             importance=cascade.importance,
             pruned=torch.zeros(shape, dtype=torch.bool, device=keys.device),
@@ -155,9 +187,17 @@ class SpAtten(TopKMethod):
             num_kv_heads=keys.shape[1],
             **Index.counts(prefill),
         )
+        if self.requantise_below is not None:
+            room = (0, 0, 0, prefill.capacity - prefill.n)
+            index.codes, index.ranges = (pad(one, room) for one in quantise(keys))
+        return index
 
     def append(self, index: SpAttenIndex, key_states: Tensor, value_states: Tensor) -> None:
-        index.advance()
+        slot = index.advance()
+        if index.codes is not None and index.ranges is not None:
+            codes, ranges = quantise(key_states[:, :, 0])
+            index.put(index.codes, slot, codes)
+            index.put(index.ranges, slot, ranges)
 
     def score(self, encoded: Tensor, index: SpAttenIndex) -> None:
         return None
@@ -196,7 +236,7 @@ class SpAtten(TopKMethod):
         num_heads = cascade.heads.shape[1]
         heads = max(round(num_heads * (1 - index.depth * (1 - self.last_heads))), 1)
         if heads == num_heads:
-            return Selection(indices)
+            return self._selection(indices, index)
         alive = cascade.heads & ~index.pruned_heads
         ranked = cascade.head_importance.masked_fill(~alive, -torch.inf)
         best = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :heads]
@@ -205,7 +245,20 @@ class SpAtten(TopKMethod):
         is_new = cascade.head_importance.amax(-1, keepdim=True) == 0
         cascade.heads = torch.where(is_short | is_new, alive, chosen)
         index.pruned_heads |= ~cascade.heads
-        return Selection(indices, head_weight=cascade.heads.float())
+        return self._selection(indices, index, cascade.heads.float())
+
+    def _selection(
+        self, indices: Tensor, index: SpAttenIndex, head_weight: Tensor | None = None
+    ) -> Selection:
+        """Return what shall be attended to, with the keys in 4 bits where there are any."""
+        if index.codes is None or index.ranges is None:
+            return Selection(indices, head_weight=head_weight)
+        return RoundedSelection(
+            indices,
+            head_weight=head_weight,
+            codes=index.codes,
+            ranges=index.ranges,
+        )
 
     def attend(
         self,
@@ -215,18 +268,31 @@ class SpAtten(TopKMethod):
         scale: float,
         softcap: float | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        out, lse = super().attend(query_states, cache, selection, scale, softcap)
-        if self.requantise_below is None:
-            return out, lse
-        coarse = CacheView(
-            in_four_bits(cache.key_states), cache.value_states, cache.kv_start, cache.kv_len
-        )
-        by_few, lse_by_few = super().attend(query_states, coarse, selection, scale, softcap)
-        assert lse is not None
-        assert lse_by_few is not None
-        found = probabilities(query_states, coarse, selection, lse_by_few, scale, softcap)
-        sure = found.amax(-1) >= self.requantise_below
-        return torch.where(sure[..., None], by_few, out), torch.where(sure, lse_by_few, lse)
+        if not isinstance(selection, RoundedSelection):
+            return super().attend(query_states, cache, selection, scale, softcap)
+        assert self.requantise_below is not None
+        slots, group = selection.indices.long(), query_states.shape[2]
+        rounded = dequantise(gather(selection.codes, slots), gather(selection.ranges, slots))
+        logits = logits_of(query_states, rounded, slots, scale, softcap)
+        unsure = logits.softmax(-1).amax(-1) < self.requantise_below
+        if selection.head_weight is not None:
+            unsure &= selection.head_weight > 0
+        # A row that is kept whole equals full attention, as it would alone.
+        start, end = cache.bounds()
+        is_whole = (slots >= 0).sum(-1) == (end - start)[:, None]
+        unsure |= is_whole.repeat_interleave(group, 1)
+        fetched = unsure.unflatten(1, (-1, group)).any(2)
+        # One token stands in where nothing is fetched, so that nobody waits to know the heads.
+        keys = gather(cache.key_states, slots.where(fetched[..., None], 0))
+        whole = logits_of(query_states, keys, slots, scale, softcap)
+        logits = whole.where(unsure[..., None], logits)
+        selection.scanned = (slots >= 0).sum(-1) * (fetched & ~is_whole)
+        selection.probabilities = logits.softmax(-1)
+        values = gather(cache.value_states, slots).float()
+        out = (selection.probabilities.unflatten(1, (-1, group)) @ values).flatten(1, 2)
+        if selection.head_weight is not None:
+            out = out * selection.head_weight[..., None]
+        return out.to(query_states.dtype), logits.logsumexp(-1)
 
     def feedback(
         self,
@@ -240,8 +306,15 @@ class SpAtten(TopKMethod):
     ) -> None:
         selection = result.selection
         assert selection is not None
-        assert result.lse is not None
-        found = probabilities(query_states, cache, selection, result.lse, scale, softcap)
+        if isinstance(selection, RoundedSelection):
+            assert selection.probabilities is not None
+            found = selection.probabilities
+        else:
+            assert result.lse is not None
+            slots = selection.indices.long()
+            keys = gather(cache.key_states, slots)
+            logits = logits_of(query_states, keys, slots, scale, softcap)
+            found = (logits - result.lse[..., None]).exp()
         if selection.head_weight is not None:
             found = found * selection.head_weight[..., None]
         got = found.unflatten(1, (selection.indices.shape[1], -1)).sum(2).flatten(1)
@@ -250,46 +323,49 @@ class SpAtten(TopKMethod):
         index.cascade.head_importance += result.out.float().abs().sum(-1)
 
     def index_bytes_per_token(self, geometry: Geometry) -> float:
-        return 4.0 + 1.0
+        return 4.0 + 1.0 + self._rounded_bytes(geometry)
 
     def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
-        chosen = kv_bytes(geometry, min(k, n))
-        return round(n * self.index_bytes_per_token(geometry)) + chosen + chosen // 2
+        return self.bytes_read_by(geometry, n, min(k, n), min(k, n))
+
+    def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int | None) -> int:
+        side, values = n * (4 + 1), kv_bytes(geometry, read) // 2
+        scanned = read if scanned is None else scanned
+        if self.requantise_below is None:
+            return side + values + 2 * values
+        return (
+            side + values + read * self._rounded_bytes(geometry) + kv_bytes(geometry, scanned) // 2
+        )
+
+    def _rounded_bytes(self, geometry: Geometry) -> int:
+        """Return the bytes of one token's keys in 4 bits, of all KV heads."""
+        if self.requantise_below is None:
+            return 0
+        return geometry.num_kv_heads * bytes_per_token(geometry.head_dim)
 
 
-def in_four_bits(keys: Tensor) -> Tensor:
-    """Round keys ``[..., d]`` to the 15 levels of a signed 4-bit number, scaled for each token."""
-    largest = keys.float().abs().amax(-1, keepdim=True)
-    step = (largest / 7).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((keys.float() / step).round() * step).to(keys.dtype)
+def gather(states: Tensor, slots: Tensor) -> Tensor:
+    """Return ``[B, Hkv, m, c]`` of ``states [B, Hkv, n, c]`` at some slots, below 0 for none."""
+    at = slots.clamp_min(0)[..., None].expand(-1, -1, -1, states.shape[3])
+    return states.gather(2, at)
 
 
-def probabilities(
-    query_states: Tensor,
-    cache: CacheView,
-    selection: Selection,
-    lse: Tensor,
-    scale: float,
-    softcap: float | None,
+def logits_of(
+    query_states: Tensor, keys: Tensor, slots: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
-    """Return the softmax that attention took over a selection of tokens.
+    """Return the logits that attention takes the softmax of.
 
     Args:
         query_states: ``[B, Hkv, G, d]``.
-        cache: The keys.
-        selection: ``[B, Hkv, m]`` slots.
-        lse: ``[B, Hq]`` log of the softmax's denominator.
+        keys: ``[B, Hkv, m, d]``.
+        slots: ``[B, Hkv, m]`` where they are, below 0 for none.
         scale: The attention's factor on dot products.
         softcap: As in attention, or None.
 
     Returns:
-        float32 ``[B, Hq, m]``, 0 where there is no token.
+        float32 ``[B, Hq, m]``, minus infinity where there is no token.
     """
-    slots = selection.indices.long()
-    head_dim = query_states.shape[3]
-    at = slots.clamp_min(0)[..., None].expand(-1, -1, -1, head_dim)
-    logits = query_states.float() @ cache.key_states.gather(2, at).float().mT * scale
+    logits = query_states.float() @ keys.float().mT * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill((slots < 0)[:, :, None], -torch.inf)
-    return (logits.flatten(1, 2) - lse[..., None]).exp()
+    return logits.masked_fill((slots < 0)[:, :, None], -torch.inf).flatten(1, 2)

@@ -1,6 +1,6 @@
 """What passes between a method and its caller: cached states, side information, selections."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -243,8 +243,9 @@ class Selection:
         unit_size: Tokens in a unit.
         remainder: What stands for the tokens not selected; None for nothing.
         head_weight: float32 ``[B, Hq]`` factor of each head's output; None for ones.
-        scanned: int64 ``[B, Hkv]`` entries of side information that were read of a KV head, where
-            their number depends on the data; None where it does not.
+        scanned: int64 ``[B, Hkv]`` what a KV head read beside, where that depends on the data: in
+            tokens, whose side information was read after a first choice or whole keys after
+            rounded ones, or in entries of side information; None where it does not.
     """
 
     indices: Tensor
@@ -266,7 +267,7 @@ class Selection:
             slots = slots.masked_fill(slots >= end[:, None], -1)
         return cls(slots[:, None].expand(-1, cache.key_states.shape[1], -1).contiguous())
 
-    def with_short_rows_whole(self, cache: CacheView, k: int) -> "Selection":
+    def with_short_rows_whole(self, cache: CacheView, k: int) -> Self:
         """Select every token in the rows that have at most ``k``, and leave the others alone.
 
         Rows of a batch may differ in length; a row must not lose a token to its neighbours.
@@ -297,7 +298,15 @@ class Selection:
         # Alone such a row asks no index.
         scanned = None if self.scanned is None else self.scanned.masked_fill(short[:, 0], 0)
         indices = torch.where(short, whole, kept)
-        return Selection(indices, None, weight, self.unit_size, remainder, heads, scanned)
+        return replace(
+            self,
+            indices=indices,
+            count=None,
+            log_weight=weight,
+            remainder=remainder,
+            head_weight=heads,
+            scanned=scanned,
+        )
 
     def slots(self, cache: CacheView) -> Tensor:
         """Return bool ``[B, H, n]``: the tokens that each head attends to, pages expanded."""

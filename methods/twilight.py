@@ -20,6 +20,7 @@ from topkbench.methods.base import (
     check_whole,
     kv_bytes,
 )
+from topkbench.methods.four_bits import bytes_per_token, dequantise, quantise
 
 
 @dataclass(kw_only=True)
@@ -268,7 +269,7 @@ class Twilight(TopKMethod):
         return logits.masked_fill(absent, -torch.inf).softmax(-1).nan_to_num(0.0)
 
     def index_bytes_per_token(self, geometry: Geometry) -> float:
-        own = geometry.num_kv_heads * (geometry.head_dim / 2 + 4)
+        own = geometry.num_kv_heads * bytes_per_token(geometry.head_dim)
         return self.base.index_bytes_per_token(geometry) + own
 
     def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
@@ -278,29 +279,8 @@ class Twilight(TopKMethod):
         scanned = min(self.base_k * read, n) if scanned is None else scanned
         # What the base reads to choose, its tokens' 4-bit keys, and what is kept of them.
         chooses = self.base.bytes_read_by(geometry, n, scanned, None) - kv_bytes(geometry, scanned)
-        small = scanned * geometry.num_kv_heads * (geometry.head_dim // 2 + 4)
+        small = scanned * geometry.num_kv_heads * bytes_per_token(geometry.head_dim)
         return chooses + small + kv_bytes(geometry, read)
-
-
-def quantise(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Round keys ``[..., d]`` to 16 levels between each token's lowest and highest channel.
-
-    Returns:
-        uint8 ``[..., d / 2]``, two channels a byte, and float16 ``[..., 2]`` lowest and step.
-    """
-    wide = keys.float()
-    low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
-    ranges = torch.cat((low, (high - low) / 15), -1).half()
-    low, step = ranges.float().split(1, -1)
-    levels = ((wide - low) / step.clamp_min(torch.finfo(torch.float16).tiny)).round()
-    first, second = levels.clamp(0, 15).to(torch.uint8).chunk(2, -1)
-    return first | second << 4, ranges
-
-
-def dequantise(codes: Tensor, ranges: Tensor) -> Tensor:
-    """Return float32 keys ``[..., d]`` from what ``quantise`` returned."""
-    low, step = ranges.float().split(1, -1)
-    return torch.cat((codes & 15, codes >> 4), -1) * step + low
 
 
 def smallest_set(weights: Tensor, held: Tensor, forced: Tensor, p: float, k: int) -> Tensor:

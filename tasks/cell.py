@@ -3,6 +3,7 @@
 import contextlib
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,15 @@ def prepare_method(
         return None
     own = Path(artifact_dir).expanduser()
     path = None if anew else artifact.find(spec, (own, *loaded.artifact_folders))
+    fitted = False
     if path is None:
         path = own / artifact.file_name(spec)
         own.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if anew or not path.is_file():
                 fit_method(loaded, method, path, progress, memory_limit)
-    found = artifact.load(path, expect=spec)
+                fitted = True
+    found = replace(artifact.load(path, expect=spec), fitted=fitted)
     method.load_artifact(found.tensors, found.digest)
     method.check_ready(geometry)
     return found

@@ -12,7 +12,7 @@ class Fit(Task):
     """The artifact of a method: its seconds, its losses, one row a layer and one for their mean.
 
     A cell's method comes fitted, here as for every task: the artifact is found where it was fitted
-    before, and its provenance says what the fit took. ``force=true`` fits it again.
+    before, or its seconds are recorded if it was fitted now. ``force=true`` fits it again.
     """
 
     name: str = "fit"
@@ -41,7 +41,8 @@ class Fit(Task):
             for layer, steps in enumerate(losses)
         ]
         mean = [statistics.fmean(step) for step in zip(*losses, strict=True)]
-        rows.append(TaskRow("mean", {**shared, **ends(mean), "fit_s": told.get("seconds")}))
+        seconds = told.get("seconds") if found.fitted else None
+        rows.append(TaskRow("mean", {**shared, **ends(mean), "fit_s": seconds}))
         samples = [
             {"layer": layer, "step": step, "loss": loss}
             for layer, steps in enumerate(losses)

@@ -390,6 +390,8 @@ def test_a_fit_is_kept_found_and_made_anew(commands: Commands) -> None:
     # Another budget is the same fit; and a task that uses the method finds the artifact.
     assert commands.run(*quick, "k=16,32", "-m") == 0, commands.text("err")
     assert len(commands.cells) == 1
+    said = "tiny fit hata rbit=32: found, and not fitted again"
+    assert commands.text("out").count(said) == 1
     assert commands.run(*quick[:2], "method=hata", "rbit=32", "k=16") == 0, commands.text("err")
     assert path.stat().st_mtime_ns == written
     assert commands.run(*quick, "k=16,32", "force=true", "-m") == 0, commands.text("err")

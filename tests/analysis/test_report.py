@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from topkbench.analysis import report, style
+from topkbench.analysis import report
 from topkbench.analysis.bars import ablation
 from topkbench.analysis.curves import context_curve, curve
 from topkbench.analysis.lines import compare
@@ -358,13 +358,9 @@ def test_the_pareto_front_by_hand() -> None:
     assert on_front(cost, gain) == [True, True, False, False, True, True]
 
 
-def test_a_method_looks_the_same_everywhere() -> None:
-    looks = [(one.colour, one.marker, one.line) for one in style.STYLES.values()]
-    assert len(set(looks)) == len(looks)
-    assert style.style("my_method") == style.style("my_method")
-    assert style.style("my_method").label == "my_method"
-    assert style.shade("#000000", 0) == "#000000"
-    assert style.shade("#000000", 1) == "#808080"
+def test_every_share_says_of_what() -> None:
+    assert METRICS["bandwidth_fraction"].text(0.314) == "31"
+    assert METRICS["bandwidth_fraction"].axis == "Memory bandwidth reached (% of measured)"
 
 
 def test_numbers_are_shown_with_their_metric() -> None:

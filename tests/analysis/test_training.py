@@ -9,6 +9,7 @@ import pytest
 from topkbench.analysis import report
 from topkbench.analysis.lines import compare
 from topkbench.analysis.record import Row, Sweep, frame
+from topkbench.analysis.tables import main_table
 from topkbench.analysis.training import loss_curve, loss_points, losses
 
 LOSSES = {"a": [[8.0, 4.0, 2.0], [6.0, 2.0, 1.0]], "b": [[9.0, 5.0, 3.0], [7.0, 5.0, 1.0]]}
@@ -43,6 +44,15 @@ def rows(row: Callable[..., Row]) -> list[Row]:
         for cell, rbit in (("a", 32), ("b", 64))
         for subtask, seconds in (("layer 0", None), ("layer 1", None), ("mean", 12.0))
     ]
+
+
+def test_the_table_says_where_a_fit_was_found(rows: list[Row]) -> None:
+    rows[-1] = rows[-1].replace(fit_s=None)
+    table = main_table(compare(frame(rows)).headline)
+    place = table.head.index("Fit (s)")
+    assert [row[place] for row in table.rows] == ["12", "found"]
+    alone = main_table(compare(frame(rows[3:])).headline)
+    assert [row[alone.head.index("Fit (s)")] for row in alone.rows] == ["found"]
 
 
 def test_points_have_every_layer_and_their_mean() -> None:

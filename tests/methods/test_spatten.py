@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from topkbench.methods import spatten
 from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, StepResult
-from topkbench.methods.spatten import SpAtten, SpAttenIndex, in_four_bits
+from topkbench.methods.four_bits import dequantise, quantise
+from topkbench.methods.spatten import SpAtten, SpAttenIndex
 
 FREE: dict[str, Any] = {"num_sink": 0, "num_recent": 0}
 
@@ -113,16 +115,11 @@ def test_heads_are_pruned_by_what_they_gave_and_stay_pruned() -> None:
             assert [len(kept) for kept in alive] == [6, 4, 3]
 
 
-def test_four_bits_by_hand() -> None:
-    keys = torch.tensor([[7.0, -7.0, 3.4, 0.6], [0.0, 0.0, 0.0, 0.0], [-1.4, 0.31, 0.1, 0.0]])
-    wanted = torch.tensor([[7.0, -7.0, 3.0, 1.0], [0.0, 0.0, 0.0, 0.0], [-1.4, 0.4, 0.0, 0.0]])
-    torch.testing.assert_close(in_four_bits(keys), wanted)
-
-
 def test_flat_heads_are_attended_to_with_whole_keys() -> None:
     """A head that is sure of a token takes 4 bits, one that is not takes the keys themselves."""
-    keys = torch.tensor([[7.0, 0.4], [0.4, 7.0], [-7.0, -3.4]])[None, None]
-    queries = torch.tensor([[[[2.0, 0.0], [0.01, 0.02]]]])
+    few = [[7.0, 0.4, 3.3, 0.0], [0.4, 7.0, 0.0, 3.3], [-7.0, -3.4, 0.0, 0.0]]
+    keys = torch.tensor(few)[None, None]
+    queries = torch.tensor([[[[0.5, 0.1, 0.1, 0.0], [0.01, 0.02, 0.0, 0.0]]]])
     view, policy = CacheView(keys, keys), Policy(k=2, **FREE)
     sums = torch.tensor([[[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]]])
     found = {}
@@ -130,7 +127,7 @@ def test_flat_heads_are_attended_to_with_whole_keys() -> None:
         method = SpAtten(requantise_below=threshold)
         (index,) = stack(method, keys, sums, 1, 3)
         found[threshold] = method.step(queries, index, view, policy, 1.0).out[0]
-    coarse = (queries @ in_four_bits(keys[:, :, :2]).mT).softmax(-1) @ keys[:, :, :2]
+    coarse = (queries @ dequantise(*quantise(keys[:, :, :2])).mT).softmax(-1) @ keys[:, :, :2]
     torch.testing.assert_close(found[0.9][0], coarse[0, 0, 0])
     assert not torch.equal(found[0.9][0], found[None][0])
     assert torch.equal(found[0.9][1], found[None][1])
@@ -140,6 +137,108 @@ def test_bytes_by_hand(geometry: Geometry) -> None:
     # 4 bytes of importance and a mark a token; keys, values, and keys again of 32 tokens.
     read = 1000 * 5 + 3 * 32 * 2 * 32 * 4
     assert SpAtten().bytes_read_per_step(geometry, 1000, 32) == read
+
+
+def test_bytes_are_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two KV heads one has a query head that is not sure, and its keys alone are fetched."""
+    geometry = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 2, 60, 32, generator=generator)
+    queries = keys[:, :, 7, None] * torch.tensor([4.0, 4.0, 4.0])[:, None]
+    queries[0, 1, 2] = 0.0  # as likely any token
+    method = SpAtten(requantise_below=0.5)
+    sums = torch.rand(1, 6, 60, generator=generator)
+    sums[:, :, 7] = 2.0
+    (index,) = stack(method, keys, sums, 1, 60)
+    values = torch.randn(keys.shape, generator=generator)
+    touched: list[tuple[Tensor, int, list[int]]] = []
+    gather = spatten.gather
+
+    def counted(states: Tensor, slots: Tensor) -> Tensor:
+        counts = [len(set(head)) for head in slots[0].tolist()]
+        touched.append((states, states[0, 0, 0].nbytes, counts))
+        return gather(states, slots)
+
+    monkeypatch.setattr(spatten, "gather", counted)
+    method.step(queries, index, CacheView(keys, values), Policy(k=16, **FREE), 1.0)
+    # One key stands in for a head of which none is fetched.
+    assert [counts for states, _, counts in touched if states is keys] == [[1, 16]]
+    assert [id(states) for states, _, _ in touched] == [
+        id(one) for one in (index.codes, index.ranges, keys, values)
+    ]
+    read = sum(size * sum(counts) for _, size, counts in touched) - 32 * 4
+    read += 60 * (4 + 1)  # importance and marks
+    assert index.codes is not None
+    assert index.ranges is not None
+    found = method.step(queries, index, CacheView(keys, values), Policy(k=16, **FREE), 1.0)
+    assert found.selection is not None
+    assert found.selection.scanned is not None
+    assert found.selection.scanned.tolist() == [[0, 16]]
+    # A KV head fetches eight tokens in the mean.
+    assert method.bytes_read_by(geometry, 60, 16, 8) == read
+    assert method.bytes_read_by(geometry, 60, 16, 8) == 300 + 2 * 16 * (128 + 20) + 2 * 8 * 128
+    assert method.bytes_read_per_step(geometry, 60, 16) == read + 2 * 8 * 128
+    per_token = index.codes[0, :, 0].nbytes + index.ranges[0, :, 0].nbytes
+    assert method.index_bytes_per_token(geometry) == 4 + 1 + per_token
+
+
+def test_rounded_keys_are_as_if_built_with_what_was_appended() -> None:
+    keys = torch.randn(1, 2, 9, 8, generator=torch.Generator().manual_seed(0))
+    method = SpAtten(requantise_below=0.5)
+    (whole,) = stack(method, keys, torch.rand(1, 4, 9), 1, 12)
+    (grown,) = stack(method, keys[:, :, :8], torch.rand(1, 4, 8), 1, 8)
+    grown.grow(12)
+    method.append(grown, keys[:, :, 8:], keys[:, :, 8:])
+    assert whole.codes is not None
+    assert grown.codes is not None
+    assert whole.ranges is not None
+    assert grown.ranges is not None
+    assert torch.equal(whole.codes, grown.codes)
+    assert torch.equal(whole.ranges, grown.ranges)
+
+
+def test_importance_is_of_the_probabilities_that_were_taken() -> None:
+    """Rounded keys leave each head a softmax: what a step adds sums up to its heads."""
+    keys = torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(0))
+    method = SpAtten(requantise_below=1e-6)
+    (index,) = stack(method, keys, torch.rand(1, 6, 40), 1, 40)
+    before = index.importance.clone()
+    queries = 3 * torch.randn(1, 2, 3, 8, generator=torch.Generator().manual_seed(1))
+    method.step(queries, index, CacheView(keys, keys), Policy(k=10, **FREE), 1.0)
+    assert (index.importance - before).sum().item() == pytest.approx(6.0, abs=1e-4)
+
+
+def test_a_row_that_is_kept_whole_is_full_attention() -> None:
+    """Beside a longer row one of nine tokens, of which all are kept, takes whole keys."""
+    keys = torch.randn(2, 1, 30, 8, generator=torch.Generator().manual_seed(0))
+    queries = 2 * torch.randn(2, 1, 2, 8, generator=torch.Generator().manual_seed(1))
+    start = torch.tensor([0, 21], dtype=torch.int32)
+    method = SpAtten(requantise_below=1e-6)
+    index = method.build_index(
+        PrefillInputs(
+            key_states=keys,
+            value_states=keys,
+            capacity=30,
+            layer=0,
+            num_layers=1,
+            kv_start=start,
+            column_sums=torch.rand(2, 2, 30),
+        )
+    )
+    view = CacheView(keys, keys, start)
+    found = method.step(queries, index, view, Policy(k=12, **FREE), 1.0)
+    own = keys[1, 0, 21:]
+    torch.testing.assert_close(found.out[1], (queries[1, 0] @ own.mT).softmax(-1) @ own)
+    assert found.selection is not None
+    assert found.selection.scanned is not None
+    assert found.selection.scanned.tolist() == [[0], [0]]
+
+
+def test_an_odd_head_has_no_keys_in_4_bits() -> None:
+    geometry = Geometry(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=15)
+    assert SpAtten().unsupported(geometry) is None
+    with pytest.raises(ValueError, match="head_dim must be even for spatten's 4-bit keys, got 15"):
+        SpAtten(requantise_below=0.5).check_ready(geometry)
 
 
 @pytest.mark.parametrize(

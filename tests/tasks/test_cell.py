@@ -140,6 +140,7 @@ def test_the_task_tells_of_every_layer_and_their_mean(loaded: LoadedModel, tmp_p
         provenance={"data": "noise", "seconds": 2.5, "losses": [[8.0, 4.0, 2.0], [6.0, 5.0, 1.0]]},
         digest="d",
         path=tmp_path / "here",
+        fitted=True,
     )
     outcome = Fit().run(context(loaded, quick(), tmp_path, found))
     assert [row.subtask for row in outcome.rows] == ["layer 0", "layer 1", "mean"]
@@ -150,6 +151,21 @@ def test_the_task_tells_of_every_layer_and_their_mean(loaded: LoadedModel, tmp_p
     assert {row.values["calibration"] for row in outcome.rows} == {"noise"}
     assert len(outcome.samples) == 6
     assert outcome.samples[4] == {"layer": 1, "step": 2, "loss": 5.0}
+
+
+def test_a_fit_that_was_found_took_no_seconds(loaded: LoadedModel, tmp_path: Path) -> None:
+    fitted = [
+        prepare_method(loaded, quick(), tmp_path),
+        prepare_method(loaded, quick(), tmp_path),
+        prepare_method(loaded, quick(), tmp_path, anew=True),
+    ]
+    seconds = []
+    for one in fitted:
+        assert one is not None
+        assert one.provenance["seconds"] > 0
+        *_, mean = Fit().run(context(loaded, quick(), tmp_path, one)).rows
+        seconds.append(mean.values["fit_s"])
+    assert [one is None for one in seconds] == [False, True, False]
 
 
 def test_an_artifact_without_losses_still_has_its_rows(loaded: LoadedModel, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_what_query_heads_choose_among_is_charged_too(
     without_keys = mean["bytes_read_per_step"] / 2 - mean["kv_len"] * 2 * 16 * 4
     # Keys in 4 bits of the candidates, whole keys and values of those that are kept.
     together = mean["density"] * mean["kv_len"]
-    assert together <= 2 * 12
+    assert 2 * 12 < together <= 2 * 4 * 12  # the mass bounds it, not k
     candidates = (without_keys - together * 2 * 2 * 16 * 4) / (2 * (16 / 2 + 4))
     assert 4 * 12 < candidates <= 2 * 4 * 12  # two queries of each KV head
 

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from topkbench.methods.attach import Session, attach
 from topkbench.methods.base import Policy, PrefillInputs
+from topkbench.methods.h2o import H2O
 from topkbench.methods.spatten import SpAtten, SpAttenIndex
 
 Make = Callable[..., Any]
@@ -142,6 +143,36 @@ def test_a_static_cache_gives_what_a_growing_one_gives(
     assert torch.equal(again, grown)
     if method.selects:
         assert counter.count("build", 0) == 3
+
+
+class CopyingCache(DynamicCache):
+    """Returns copies of its keys and values, as a quantised cache does."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(*args, **kwargs)
+        return keys.clone(), values.clone()
+
+
+def test_a_cache_that_cannot_be_watched(
+    llama: PreTrainedModel, method_for: Make, prompt: Make, make_counter: Make
+) -> None:
+    """Indices are built at every step; a method that learns from steps would forget them."""
+    ids, counter = prompt(2, 33), make_counter()
+    found = {}
+    for kind in (CopyingCache, DynamicCache):
+        with attach(llama, method_for("hata", llama), Policy(k=16), counter):
+            cache = kind(config=llama.config)
+            found[kind] = logits_by_chunks(llama, ids, [30, 1, 1, 1], cache)
+    assert counter.count("build", 0) == 3 + 1
+    torch.testing.assert_close(found[CopyingCache], found[DynamicCache])
+    for method in (SpAtten(), H2O()):
+        sentence = (
+            f"{method.name} needs its index kept from step to step, and a CopyingCache returns "
+            "other keys than it stores, .*; use a DynamicCache"
+        )
+        cache = CopyingCache(config=llama.config)
+        with attach(llama, method, Policy(k=16)), pytest.raises(ValueError, match=sentence):
+            logits_by_chunks(llama, ids, [32, 1], cache)
 
 
 def test_inference_mode(llama: PreTrainedModel, method_for: Make, prompt: Make) -> None:

@@ -1,0 +1,56 @@
+"""Methods look the same everywhere, and each unlike every other, to people of any colour vision."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from topkbench.analysis import style
+
+METHODS = Path(__file__).parents[2] / "conf" / "method"
+# Linear RGB as others see it: Machado, Oliveira and Fernandes (2009), severity 1.
+VISIONS = {
+    "normal": np.eye(3),
+    "protanopia": np.array(
+        [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.052]]
+    ),
+    "deuteranopia": np.array(
+        [[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]]
+    ),
+    "tritanopia": np.array(
+        [[1.2555, -0.0767, -0.1788], [-0.0784, 0.9308, 0.1476], [0.0047, 0.6914, 0.3039]]
+    ),
+}
+TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+WHITE = TO_XYZ.sum(1)
+
+
+def lab(colour: str, vision: str) -> np.ndarray:
+    """Return a colour's CIE 1976 L*, a*, b* as somebody sees it."""
+    parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    x, y, z = TO_XYZ @ (VISIONS[vision] @ linear).clip(0, 1) / WHITE
+    fx, fy, fz = (v ** (1 / 3) if v > 0.008856 else 7.787 * v + 16 / 116 for v in (x, y, z))
+    return np.array([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)])
+
+
+def test_a_method_looks_the_same_everywhere() -> None:
+    assert style.style("my_method") == style.style("my_method")
+    assert style.style("my_method").label == "my_method"
+    assert style.shade("#000000", 0) == "#000000"
+    assert style.shade("#000000", 1) == "#808080"
+
+
+def test_every_method_has_a_style_and_no_other_does() -> None:
+    assert set(style.STYLES) == {path.stem for path in METHODS.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("vision", VISIONS)
+def test_methods_differ_in_marker_or_in_a_colour_that_is_seen(vision: str) -> None:
+    for first, second in itertools.combinations(style.STYLES.values(), 2):
+        apart = np.linalg.norm(lab(first.colour, vision) - lab(second.colour, vision))
+        assert first.marker != second.marker or apart > 20, (first.label, second.label)
+        assert first.line != second.line or apart > 10, (first.label, second.label)
