@@ -39,6 +39,7 @@ ALLOWED_TO_ONE = {
     "kernels/full_attention/libraries.py": ("flash_attn", "flashinfer"),
     "methods/attach.py": ("transformers",),
     "methods/capture.py": ("transformers",),
+    "methods/magicpig.py": ("numpy",),
     "analysis/tracking.py": ("wandb", "wandb_workspaces"),
     "analysis/sweep_callback.py": ("hydra", "omegaconf"),
 }
