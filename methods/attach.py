@@ -121,7 +121,7 @@ class Session:
 
     Attributes:
         geometry: The model's.
-        method: The method.
+        method: The method, as it runs under the policy.
         policy: The policy in force.
         dense: Why a layer is always dense, for each such layer.
         modules: The model's attention modules.
@@ -136,8 +136,8 @@ class Session:
                 f"{type(model).__name__}."
             )
         self.geometry = geometry_of(model)
-        self.method = method
         self.policy = method.policy_in_force(policy)
+        self.method = method.under(self.policy)
         self.observer = observer
         self.modules = [m for m in model.modules() if _is_attention(m)]
         if len(self.modules) != self.geometry.num_layers:

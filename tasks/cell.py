@@ -3,6 +3,7 @@
 import contextlib
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,11 @@ def run_cell(context: Context, task: Task) -> Outcome:
     Anything else is raised.
     """
     reset_peak_memory(context.loaded.model.device)
-    reason = context.method.unsupported(context.geometry)
+    method = context.method
+    reason = method.unsupported(context.geometry)
     if reason is not None:
         return Outcome([TaskRow("mean", status="skipped", reason=reason)], [])
+    context = replace(context, method=method.under(method.policy_in_force(context.policy)))
     try:
         return task.run(context)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
