@@ -87,7 +87,8 @@ def attach(
         The session.
 
     Raises:
-        ValueError: If the model, or the method on it, cannot be served; one sentence says why.
+        ValueError: If the model, or the method on it, cannot be served, or the method cannot follow
+            the policy; one sentence says why.
 
     On leaving the block, also by an exception, the model is what it was.
     """
@@ -148,6 +149,9 @@ class Session:
             )
         if any(module in _SESSIONS for module in self.modules):
             raise ValueError("a model can have one method attached, and this one has; leave it.")
+        reason = method.refuses(self.policy)
+        if reason is not None:
+            raise ValueError(reason)
         method.check_ready(self.geometry)
         self._needs = method.needs | observer.needs
         for module in self.modules if PREVIOUS_QUERY in self._needs else ():

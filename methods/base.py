@@ -183,6 +183,10 @@ class TopKMethod(ABC):
         """
         return self
 
+    def refuses(self, policy: Policy) -> str | None:
+        """Return one sentence saying why a policy in force cannot be followed, or None."""
+        return None
+
     # What a method learns beforehand ------------------------------------------------------------
 
     def unsupported(self, geometry: Geometry) -> str | None:

@@ -12,6 +12,8 @@ from topkbench.methods.double_sparsity import DoubleSparsity
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.h2o import H2O
+from topkbench.methods.snapkv import SnapKV
+from topkbench.methods.streaming_llm import StreamingLLM
 from topkbench.methods.twilight import Twilight
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
@@ -91,6 +93,25 @@ def test_what_needs_all_tokens_refuses_a_method_that_frees_some(
     for row in run_cell(context, made).rows:
         assert row.status == "skipped"
         assert f"task={made.name} needs all tokens in the cache at every step" in row.reason
+
+
+@pytest.mark.parametrize("method", [SnapKV, StreamingLLM, H2O])
+def test_a_method_that_frees_tokens_skips_a_policy_of_query_heads_and_computes_nothing(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, method: Any
+) -> None:
+    made = method(mode="compact", native={"head_scope": "query_head"})
+    policy = Policy(k=24, num_sink=0, num_recent=0, protocol="native")
+    task = Ruler(length=200, num_samples=1, cache_dir=str(tmp_path))
+    outcome = run_cell(Context(loaded, store, made, policy, FullAttention()), task)
+    ((status, reason),) = ((row.status, row.reason) for row in outcome.rows)
+    assert status == "skipped"
+    assert reason.startswith(f"head_scope must be kv_head for {made.name}")
+    assert store.forwards == 0
+    with (
+        pytest.raises(ValueError, match="head_scope must be kv_head for"),
+        attach(loaded.model, made, policy),
+    ):
+        pass
 
 
 def test_query_heads_that_choose_apart_are_charged_for_all_they_read(
