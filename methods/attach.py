@@ -94,7 +94,8 @@ def attach(
         The session.
 
     Raises:
-        ValueError: If the model, or the method on it, cannot be served; one sentence says why.
+        ValueError: If the model, or the method on it, cannot be served, or the method cannot follow
+            the policy; one sentence says why.
 
     On leaving the block, also by an exception, the model is what it was.
     """
@@ -128,7 +129,7 @@ class Session:
 
     Attributes:
         geometry: The model's.
-        method: The method.
+        method: The method, as it runs under the policy.
         policy: The policy in force.
         dense: Why a layer is always dense, for each such layer.
         modules: The model's attention modules.
@@ -143,8 +144,8 @@ class Session:
                 f"{type(model).__name__}."
             )
         self.geometry = geometry_of(model)
-        self.method = method
         self.policy = method.policy_in_force(policy)
+        self.method = method.under(self.policy)
         self.observer = observer
         self.modules = [m for m in model.modules() if _is_attention(m)]
         if len(self.modules) != self.geometry.num_layers:
@@ -155,6 +156,9 @@ class Session:
             )
         if any(module in _SESSIONS for module in self.modules):
             raise ValueError("a model can have one method attached, and this one has; leave it.")
+        reason = method.refuses(self.policy)
+        if reason is not None:
+            raise ValueError(reason)
         method.check_ready(self.geometry)
         self._needs = method.needs | observer.needs
         for module in self.modules if PREVIOUS_QUERY in self._needs else ():

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -175,6 +175,17 @@ class TopKMethod(ABC):
     def policy_in_force(self, policy: Policy) -> Policy:
         """Return the policy itself, or with the method's own values under the native protocol."""
         return replace(policy, **self.native) if policy.protocol == "native" else policy
+
+    def under(self, policy: Policy) -> Self:
+        """Return the method as it runs under a policy in force: itself, if no setting follows it.
+
+        Whoever builds an index or counts its bytes asks this first. A copy has the artifact too.
+        """
+        return self
+
+    def refuses(self, policy: Policy) -> str | None:
+        """Return one sentence saying why a policy in force cannot be followed, or None."""
+        return None
 
     # What a method learns beforehand ------------------------------------------------------------
 

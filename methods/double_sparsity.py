@@ -1,8 +1,9 @@
 """Double Sparsity: keys ranked by a few channels, the same ones for every query, kept apart."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from topkbench.methods.base import (
     Index,
     LayerStates,
     LossReport,
+    Policy,
     PrefillInputs,
     TopKMethod,
     check_whole,
@@ -55,7 +57,9 @@ class DoubleSparsity(TopKMethod):
         channels: Heavy channels of a head; None for a quarter of ``head_dim``.
         label_scope: Whose channels they are. ``kv_head`` sums the statistics over the group, so
             that a KV head has one label cache; ``query_head`` gives each query head its own, as
-            published, at as many times the bytes as a group has queries.
+            published, at as many times the bytes as a group has queries. None follows the protocol:
+            whoever selects has labels of its own, query heads in the native policy, KV heads in the
+            unified one and where no policy was asked.
         label_bits: 16 keeps labels in the keys' dtype; 4 rounds a token's labels to 16 levels
             between the lowest and the highest of them.
         calibration_queries: Tokens of each calibration sequence that are measured, spread evenly.
@@ -69,15 +73,14 @@ class DoubleSparsity(TopKMethod):
         for each query head, the same bytes at four queries a group. It rounds queries too, where
         this keeps them, and divides logits by the root of the channels kept: the order is the same
         for one head, and summed over a group the attention's own scale is nearer to its weights.
-        Selection for each query head, with no sinks or recents, is the native policy; whole as
-        published it is with ``label_scope=query_head``.
+        Selection for each query head, with no sinks or recents, is the native policy.
     """
 
     name: ClassVar[str] = "double_sparsity"
     score_kind: ClassVar[Literal["logit", "count"]] = "logit"
 
     channels: int | None = None
-    label_scope: LabelScope = "kv_head"
+    label_scope: LabelScope | None = None
     label_bits: int = 16
     calibration_queries: int = 512
 
@@ -85,11 +88,21 @@ class DoubleSparsity(TopKMethod):
         if self.channels is not None:
             check_whole("channels", self.channels)
         check_whole("calibration_queries", self.calibration_queries)
-        if self.label_scope not in get_args(LabelScope):
+        if self.label_scope not in (None, *get_args(LabelScope)):
             words = ", ".join(get_args(LabelScope))
-            raise ValueError(f"label_scope must be one of {words}, got {self.label_scope!r}.")
+            raise ValueError(
+                f"label_scope must be one of {words}, or null to follow the protocol, got "
+                f"{self.label_scope!r}."
+            )
         if self.label_bits not in (4, 16):
             raise ValueError(f"label_bits must be 4 or 16, got {self.label_bits!r}.")
+
+    def under(self, policy: Policy) -> Self:
+        if self.label_scope is not None:
+            return self
+        settled = copy.copy(self)
+        settled.label_scope = policy.head_scope
+        return settled
 
     def num_channels(self, head_dim: int) -> int:
         """Return the number of heavy channels of a head of ``head_dim``."""
@@ -137,7 +150,7 @@ class DoubleSparsity(TopKMethod):
 
     def heavy_channels(self, magnitude: Tensor, num_kv_heads: int) -> Tensor:
         """Return int64 ``[H, r]``, the channels of most weight by a layer's ``[Hq, d]``."""
-        if self.label_scope == "kv_head":
+        if self.label_scope != "query_head":
             magnitude = magnitude.unflatten(0, (num_kv_heads, -1)).sum(1)
         # A stable sort: of equal channels the lower one is kept.
         order = magnitude.sort(dim=1, descending=True, stable=True).indices

@@ -36,17 +36,13 @@ class Evicting(TopKMethod):
     def compact(self, index: Any, kept: Tensor, capacity: int) -> None:
         index.renumber(kept, capacity)
 
-    def check_scope(self, policy: Policy) -> None:
-        """Refuse a selection per query head where there can be none.
-
-        Raises:
-            ValueError: If query heads shall select on their own, but memory is freed.
-        """
+    def refuses(self, policy: Policy) -> str | None:
         if policy.head_scope == "query_head" and self.compacts:
-            raise ValueError(
+            return (
                 f"head_scope must be kv_head for {self.name} with mode=compact, since a KV head's "
                 "tokens are freed for all its queries, got query_head; use mode=masked."
             )
+        return None
 
     def held(self, n: int, k: int) -> int:
         """Return the tokens of ``n`` that a budget of ``k`` leaves in memory, at most."""

@@ -88,13 +88,14 @@ class H2O(Evicting):
     def score(self, encoded: Tensor, index: H2OIndex) -> None:
         return None
 
+    def refuses(self, policy: Policy) -> str | None:
+        if policy.head_scope == "query_head":
+            return "head_scope must be kv_head for h2o, whose sums are per KV head, got query_head."
+        return None
+
     def select(
         self, scores: Tensor | None, encoded: Tensor, index: H2OIndex, policy: Policy
     ) -> Selection:
-        if policy.head_scope == "query_head":
-            raise ValueError(
-                "head_scope must be kv_head for h2o, whose sums are per KV head, got query_head."
-            )
         heavy = max(int(policy.k * self.heavy_share), policy.num_sink)
         num_recent = max(policy.k - heavy, policy.num_recent)
         indices = topk_select(

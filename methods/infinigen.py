@@ -71,6 +71,8 @@ class InfiniGen(TopKMethod):
         is fetched from another memory: the speculation is compared, not the overlap. With rotary
         positions skewing follows the rotation, so the whole query projection is computed; charged
         is the partial one of the paper, ``rank`` rows of it a query head.
+        The method rests on inputs of neighbouring layers that are alike, as deep models have them,
+        and on queries of few directions; the shipped model, of four layers, has neither.
     """
 
     name: ClassVar[str] = "infinigen"

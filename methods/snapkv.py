@@ -138,7 +138,6 @@ class SnapKV(Evicting):
     def select(
         self, scores: Tensor | None, encoded: Tensor, index: SnapKVIndex, policy: Policy
     ) -> Selection:
-        self.check_scope(policy)
         if index.ranked is None:
             index.ranked = self._rank(index, policy, encoded.shape[1])
             index.importance = None

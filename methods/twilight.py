@@ -1,8 +1,9 @@
 """Twilight: of what another method selects, the fewest tokens that hold most of the attention."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -125,6 +126,14 @@ class Twilight(TopKMethod):
         # What the base declares of its class, this method declares for itself.
         base = self.base
         vars(self).update(needs=base.needs, adaptive=base.adaptive, fits_prompt=base.fits_prompt)
+
+    def under(self, policy: Policy) -> Self:
+        base = self.base.under(policy)
+        if base is self.base:
+            return self
+        settled = copy.copy(self)
+        settled.base = base
+        return settled
 
     # What the base learns -----------------------------------------------------------------------
 

@@ -93,13 +93,17 @@ def fit_method(
 def run_cell(context: Context, task: Task) -> Outcome:
     """Run one cell and turn what is no error of the program into rows.
 
-    A model that a method cannot serve is ``skipped``; running out of memory is a status of its own.
-    Anything else is raised.
+    A model that a method cannot serve, and a policy that it cannot follow, are ``skipped`` before
+    the task computes anything; running out of memory is a status of its own. Anything else is
+    raised.
     """
     reset_peak_memory(context.loaded.model.device)
-    reason = context.method.unsupported(context.geometry)
+    method = context.method
+    policy = method.policy_in_force(context.policy)
+    reason = method.unsupported(context.geometry) or method.refuses(policy)
     if reason is not None:
         return Outcome([TaskRow("mean", status="skipped", reason=reason)], [])
+    context = replace(context, method=method.under(policy))
     try:
         return task.run(context)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

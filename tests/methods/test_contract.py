@@ -60,8 +60,9 @@ def test_selects_at_most_k_distinct_slots_in_range(
     selecting: TopKMethod, states: States, build: Build, n: int, k: int, protocol: Any
 ) -> None:
     queries, keys, values = states(2, n)
-    index = build(selecting, keys, values)
     policy = selecting.policy_in_force(Policy(k=k, protocol=protocol))
+    selecting = selecting.under(policy)
+    index = build(selecting, keys, values)
     step = selecting.step(queries, index, CacheView(keys, values), policy, SCALE)
     assert step.selection is not None
     size = step.selection.unit_size
@@ -215,6 +216,7 @@ def test_neighbours_and_padding_do_not_matter(
 ) -> None:
     """Rows of 17, 50 and 33 tokens, left-aligned, left-padded and alone, give the same."""
     policy = method.policy_in_force(Policy(k=k, protocol=protocol))
+    method = method.under(policy)
     queries, keys, values = states(3, 50)
     lengths = (17, 50, 33)
     ends = int32(*lengths)
@@ -330,9 +332,11 @@ def held_bytes(index: Index) -> int:
     return held
 
 
+@pytest.mark.parametrize("protocol", ["unified", "native"])
 def test_index_bytes_are_the_analytic_ones(
-    selecting: TopKMethod, geometry: Geometry, states: States, build: Build
+    selecting: TopKMethod, geometry: Geometry, states: States, build: Build, protocol: Any
 ) -> None:
+    selecting = selecting.under(selecting.policy_in_force(Policy(k=32, protocol=protocol)))
     _, keys, values = states(1, 45)
     held = [
         # What grows: a codebook or a mean takes the same for any length.
@@ -385,6 +389,7 @@ def test_the_native_policy_is_valid(method: TopKMethod) -> None:
 def test_native_policy_selects(selecting: TopKMethod, states: States, build: Build) -> None:
     queries, keys, values = states(2, 64)
     policy = selecting.policy_in_force(Policy(k=32, protocol="native"))
+    selecting = selecting.under(policy)
     index = build(selecting, keys, values)
     step = selecting.step(queries, index, CacheView(keys, values), policy, SCALE)
     assert step.selection is not None

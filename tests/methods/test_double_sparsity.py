@@ -1,6 +1,8 @@
 """Double Sparsity: its statistics, channels and labels, by hand."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from topkbench.methods import double_sparsity
 from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs
 from topkbench.methods.double_sparsity import DoubleSparsity
+from topkbench.methods.twilight import Twilight
 
 FREE = {"num_sink": 0, "num_recent": 0}
 SHAPE = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=16, dtype_bytes=4)
@@ -74,6 +77,50 @@ def test_scores_by_hand(scope: str, wanted: list[list[float]]) -> None:
     assert method.score(method.encode(queries, index), index).tolist() == [[wanted]]
     if scope == "kv_head":
         assert index.labels[0, 0, :2].tolist() == [[2.0, 8.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("given", "protocol", "heads"),
+    [
+        (None, "unified", 2),
+        (None, "native", 6),
+        ("kv_head", "native", 2),
+        ("query_head", "unified", 6),
+    ],
+)
+def test_labels_follow_the_protocol_unless_they_are_told(
+    given: Any, protocol: Any, heads: int
+) -> None:
+    made = DoubleSparsity(channels=4, label_scope=given, native={"head_scope": "query_head"})
+    made.load_artifact({"magnitude": random(1, 6, 16).abs()}, "digest")
+    policy = made.policy_in_force(Policy(k=16, protocol=protocol))
+    method = made.under(policy)
+    index = method.build_index(prefill(random(1, 2, 12, 16)))
+    assert index.labels.shape == (1, heads, 16, 4)
+    assert method.index_bytes_per_token(SHAPE) == heads * 4 * 4
+    assert method.bytes_read_per_step(SHAPE, 60, 0) == 60 * heads * 4 * 4
+    # One artifact serves both, and the method that was made is left as it was.
+    assert method.artifact_spec(SHAPE) == made.artifact_spec(SHAPE)
+    assert (method.artifact_digest, made.label_scope) == ("digest", given)
+
+
+def test_labels_inside_another_method_follow_its_policy() -> None:
+    base = DoubleSparsity(channels=4)
+    made = Twilight(base=base, native={"head_scope": "query_head"})
+    made.load_artifact({"magnitude": random(1, 6, 16).abs()})
+    unified = Policy(k=8, **FREE)  # type: ignore[arg-type]
+    keys, queries = random(1, 2, 60, 16), random(1, 2, 3, 16, seed=1)
+    for protocol, heads in (("unified", 2), ("native", 6)):
+        policy = made.policy_in_force(replace(unified, protocol=protocol))
+        method = made.under(policy)
+        index = method.build_index(prefill(keys))
+        assert index.base.labels.shape[1] == heads
+        own = 2 * (16 / 2 + 4)
+        assert method.index_bytes_per_token(SHAPE) == heads * 4 * 4 + own
+        found = method.step(queries, index, CacheView(keys, keys), policy, 0.25).selection
+        assert found is not None
+        assert found.indices.shape[1] == heads
+    assert base.label_scope is None
 
 
 @pytest.mark.parametrize("scope", ["kv_head", "query_head"])
@@ -154,7 +201,7 @@ def test_refuses_what_does_not_fit() -> None:
         DoubleSparsity(channels=0)
     with pytest.raises(ValueError, match="label_bits must be 4 or 16, got 8"):
         DoubleSparsity(label_bits=8)
-    with pytest.raises(ValueError, match="one of kv_head, query_head, got 'layer'"):
+    with pytest.raises(ValueError, match=r"kv_head, query_head, or null to follow .* got 'layer'"):
         DoubleSparsity(label_scope="layer")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="channels must be at most head_dim=16, got 17"):
         DoubleSparsity(channels=17).check_ready(SHAPE)

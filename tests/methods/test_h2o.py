@@ -1,6 +1,7 @@
 """H2O by hand: what is kept, what the sums become, and that nothing returns."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -129,10 +130,12 @@ def test_bad_settings_are_one_sentence() -> None:
         H2O(heavy_share=1.0)
     with pytest.raises(ValueError, match="mode must be masked or compact, got 'evict'"):
         H2O(mode="evict")  # type: ignore[arg-type]
-    inputs = prefill(torch.zeros(1, 2, 9), 10)
-    method = H2O()
-    index = method.build_index(inputs)
-    view = CacheView(inputs.key_states, inputs.value_states)
-    policy = Policy(k=4, head_scope="query_head", **FREE)
-    with pytest.raises(ValueError, match=r"head_scope must be kv_head for h2o, .* got query_head"):
-        method.step(torch.zeros(1, 1, 2, 2), index, view, policy, 1.0)
+
+
+@pytest.mark.parametrize("mode", ["masked", "compact"])
+def test_sums_of_a_kv_head_serve_no_selection_per_query_head(mode: Any) -> None:
+    method = H2O(mode=mode)
+    said = method.refuses(Policy(k=4, head_scope="query_head", **FREE))
+    assert said is not None
+    assert said.startswith("head_scope must be kv_head for h2o, whose sums are per KV head")
+    assert method.refuses(Policy(k=4, **FREE)) is None

@@ -64,6 +64,31 @@ def test_all_channels_give_exact_logits() -> None:
     torch.testing.assert_close(found, queries @ keys.mT, atol=1e-5, rtol=1e-5)
 
 
+def test_three_in_ten_skewed_channels_find_most_of_the_top_keys() -> None:
+    """Queries that lie in few directions: where skewing finds these, few channels are enough."""
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(64, 64, generator=generator)).Q
+    strength = torch.exp(-torch.arange(64) / 6)
+
+    def asked(count: int) -> Tensor:
+        return torch.randn(4, count, 64, generator=generator) * strength @ turn
+
+    keys = torch.randn(1, 2, 1000, 64, generator=generator)
+    queries = asked(50).unflatten(0, (2, 2))[None].flatten(2, 3)  # of a group, 100 in a row
+    exact = (queries @ keys.mT).topk(64).indices
+
+    def recall(skew: Tensor) -> float:
+        method = InfiniGen(partial_ratio=0.3)
+        method.load_artifact({"skew": skew.expand(2, 2, 64, 64)})
+        index = method.build_index(prefill(keys, 1000))
+        found = method.score(method.encode(queries, index), index).topk(64).indices
+        return (found[..., None] == exact[..., None, :]).any(-1).double().mean().item()
+
+    learnt = InfiniGen().fit_layer(1, [(asked(200), torch.zeros(2, 200, 64))])["skew"]
+    assert recall(learnt) > 0.9
+    assert recall(torch.eye(64)) < 0.6
+
+
 @pytest.mark.parametrize(("head_dim", "channels"), [(128, 26), (64, 13), (32, 7), (10, 2), (2, 1)])
 def test_channels_are_rounded_up(head_dim: int, channels: int) -> None:
     assert InfiniGen().channels(head_dim) == channels

@@ -186,8 +186,9 @@ def test_bad_settings_are_one_sentence(settings: dict[str, Any], said: str) -> N
 
 
 def test_compact_needs_one_selection_per_kv_head() -> None:
-    method = SnapKV(mode="compact", window=2)
-    index = method.build_index(prompt({}))
     policy = Policy(k=5, head_scope="query_head", **FREE)
-    with pytest.raises(ValueError, match="head_scope must be kv_head for snapkv with mode=compact"):
-        chosen(method, index, policy)
+    said = SnapKV(mode="compact").refuses(policy)
+    assert said is not None
+    assert said.startswith("head_scope must be kv_head for snapkv with mode=compact")
+    assert SnapKV(mode="compact").refuses(Policy(k=5, **FREE)) is None
+    assert SnapKV().refuses(policy) is None

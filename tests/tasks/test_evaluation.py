@@ -6,18 +6,21 @@ from typing import Any
 import pytest
 import torch
 
+from topkbench.methods.attach import attach
 from topkbench.methods.base import Policy, TopKMethod
+from topkbench.methods.double_sparsity import DoubleSparsity
 from topkbench.methods.eviction import Mode
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.h2o import H2O
 from topkbench.methods.quest import Quest
 from topkbench.methods.snapkv import SnapKV
+from topkbench.methods.streaming_llm import StreamingLLM
 from topkbench.methods.twilight import Twilight
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 from topkbench.tasks.base import Sample
-from topkbench.tasks.cell import run_cell
+from topkbench.tasks.cell import prepare_method, run_cell
 from topkbench.tasks.decode_latency import DecodeLatency
 from topkbench.tasks.decode_throughput import DecodeThroughput
 from topkbench.tasks.decoding import Prompt
@@ -94,6 +97,25 @@ def test_what_needs_all_tokens_refuses_a_method_that_frees_some(
         assert f"task={made.name} needs all tokens in the cache at every step" in row.reason
 
 
+@pytest.mark.parametrize("method", [SnapKV, StreamingLLM, H2O])
+def test_a_method_that_frees_tokens_skips_a_policy_of_query_heads_and_computes_nothing(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, method: Any
+) -> None:
+    made = method(mode="compact", native={"head_scope": "query_head"})
+    policy = Policy(k=24, num_sink=0, num_recent=0, protocol="native")
+    task = Ruler(length=200, num_samples=1, cache_dir=str(tmp_path))
+    outcome = run_cell(Context(loaded, store, made, policy, FullAttention()), task)
+    ((status, reason),) = ((row.status, row.reason) for row in outcome.rows)
+    assert status == "skipped"
+    assert reason.startswith(f"head_scope must be kv_head for {made.name}")
+    assert store.forwards == 0
+    with (
+        pytest.raises(ValueError, match="head_scope must be kv_head for"),
+        attach(loaded.model, made, policy),
+    ):
+        pass
+
+
 def test_query_heads_that_choose_apart_are_charged_for_all_they_read(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
@@ -141,6 +163,24 @@ def test_a_page_that_is_half_full_is_charged_for_what_it_holds(
     pages = -(-mean["kv_len"] // 8)
     tokens = (mean["bytes_read_per_step"] / 2 - pages * 2 * 2 * 16 * 4) / (2 * 2 * 16 * 4)
     assert 16 < tokens < 24  # two whole pages, and of the last on average half
+
+
+def test_labels_of_each_query_head_are_built_and_charged_where_query_heads_select(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    method = DoubleSparsity(channels=4, native={"head_scope": "query_head"})
+    prepare_method(loaded, method, tmp_path)
+    task = Ruler(length=200, num_samples=1, subtasks=("vt",), cache_dir=str(tmp_path))
+    for protocol, heads in (("unified", 2), ("native", 4)):
+        policy = Policy(k=24, num_sink=0, num_recent=0, protocol=protocol)  # type: ignore[arg-type]
+        context = Context(loaded, store, method, policy, FullAttention(), None, 1e9)
+        mean = run_cell(context, task).rows[-1].values
+        assert mean["index_bytes_per_token"] == 2 * heads * 4 * 4  # 2 layers
+        n = mean["kv_len"]
+        read = 24 if heads == 2 else round(mean["density"] * n)
+        assert mean["bytes_read_per_step"] == 2 * (n * heads * 4 * 4 + read * 2 * 2 * 16 * 4)
+        with attach(loaded.model, method, policy) as session:
+            assert session.method.index_bytes_per_token(session.geometry) == heads * 4 * 4
 
 
 def test_what_query_heads_choose_among_is_charged_too(

@@ -1,5 +1,6 @@
 """InfiniGen in a model: the layer before foretells what a layer attends to."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,9 @@ Make = Callable[..., Any]
 NATIVE = {"num_sink": 0, "num_recent": 1, "dense_layers": 1, "head_scope": "query_head"}
 
 
-def fitted(model: PreTrainedModel) -> InfiniGen:
+def fitted(model: PreTrainedModel, **settings: Any) -> InfiniGen:
     """Fit on random queries; whose they are does not matter here."""
-    shape, method = geometry_of(model), InfiniGen(native=NATIVE)
+    shape, method = geometry_of(model), InfiniGen(native=NATIVE, **settings)
     generator = torch.Generator().manual_seed(0)
 
     class Drawn:
@@ -67,3 +68,44 @@ def test_serves_a_batch_as_its_rows(
             assert found[row, 37:].tolist() == alone[0, tokens:].tolist()
     assert views.foretold == ({1: True} if protocol == "native" else {0: False, 1: True})
     assert views.most == 14
+
+
+class Scores(Observer):
+    """Notes each layer's scores, and the exact dot products of its own queries."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def on_step(
+        self,
+        layer: int,
+        query_states: Tensor,
+        cache: CacheView,
+        result: StepResult,
+        scale: float,
+        softcap: float | None,
+    ) -> None:
+        assert result.scores is not None
+        exact = (query_states @ cache.key_states.mT).flatten(1, 2)
+        self.pairs[layer] = (result.scores, exact)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_with_the_layers_own_input_and_all_channels_scores_are_exact_logits(
+    models: dict[str, PreTrainedModel], prompt: Make, family: str
+) -> None:
+    """A layer that adds nothing to its input hands the next one what that layer will see itself."""
+    policy = Policy(k=16, head_scope="query_head")
+    ids = prompt(2, 40)
+    for silent in (True, False):
+        model, scores = copy.deepcopy(models[family]), Scores()
+        if silent:
+            first: Any = model.get_submodule("model.layers.0")
+            for linear in (first.self_attn.o_proj, first.mlp.down_proj):
+                torch.nn.init.zeros_(linear.weight)
+        with torch.no_grad(), attach(model, fitted(model, partial_ratio=1.0), policy, scores):
+            cache = model(ids[:, :-1]).past_key_values
+            model(ids[:, -1:], past_key_values=cache)
+        torch.testing.assert_close(*scores.pairs[0], atol=1e-4, rtol=1e-4)  # foretold by nobody
+        found, exact = scores.pairs[1]
+        assert torch.allclose(found, exact, atol=1e-4, rtol=1e-4) is silent
