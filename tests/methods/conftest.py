@@ -47,7 +47,7 @@ class Calibration:
         ]
 
 
-def make(name: str, **overrides: Any) -> TopKMethod:
+def make(name: str, fit: bool = True, **overrides: Any) -> TopKMethod:
     """Make a method from its YAML, with its artifact where it needs one."""
     root = OmegaConf.create(
         {"rbit": 64, "seed": 0, "impl": "auto", "full_backend": "sdpa", "k": 16}
@@ -60,7 +60,7 @@ def make(name: str, **overrides: Any) -> TopKMethod:
             node[place.removeprefix("/method@")] = OmegaConf.load(CONF / f"{inner}.yaml")
     root["method"] = OmegaConf.merge(node, BRIEFER.get(name, {}), overrides)
     method: TopKMethod = instantiate(root["method"])
-    if method.artifact_spec(GEOMETRY) is not None:
+    if fit and method.artifact_spec(GEOMETRY) is not None:
         method.load_artifact(method.fit(Calibration()))
     return method
 
