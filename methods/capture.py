@@ -156,14 +156,16 @@ class Captured:
     def batch(cls, rows: Sequence["Captured"], n: int, device: torch.device) -> "Captured":
         """Join what was captured of single prompts into rows of ``n`` slots.
 
-        Of the queries as many are kept as the shortest prompt has.
+        Tails end together. A prompt shorter than the widest has zeros before its queries, where
+        there is no token: a row's neighbours do not cut what it has.
         """
         tails = [row.query_tail for row in rows if row.query_tail is not None]
         sums = [row.column_sums for row in rows if row.column_sums is not None]
         tail = column = None
         if tails:
-            width = min(one.shape[2] for one in tails)
-            tail = torch.cat([one[:, :, -width:] for one in tails]).to(device)
+            width = max(one.shape[2] for one in tails)
+            tail = torch.cat([pad(one, (0, 0, width - one.shape[2], 0)) for one in tails])
+            tail = tail.to(device)
         if sums:
             column = torch.cat([pad(one, (0, n - one.shape[2])) for one in sums]).to(device)
         return cls(rows[0].needs, tail, column)

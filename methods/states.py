@@ -20,7 +20,9 @@ class PrefillInputs:
         num_layers: Layers of the model.
         kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
         kv_len: int32 ``[B]`` end of each row's valid slots; None for ``n``.
-        query_tail: ``[B, Hq, w, d]`` last queries of the prompt; None unless declared as needed.
+        query_tail: ``[B, Hq, w, d]`` last queries of the prompt, ending with it; those of a row of
+            fewer than ``w`` tokens follow others that are no token's. None unless declared as
+            needed.
         column_sums: float32 ``[B, Hq, n]`` attention that each token got from all queries of the
             prompt; None unless declared as needed.
         shared: What the layers' indices of one cache share; empty when the first is built.

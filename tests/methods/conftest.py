@@ -48,7 +48,7 @@ class Calibration:
         ]
 
 
-def make(name: str, **overrides: Any) -> TopKMethod:
+def make(name: str, fit: bool = True, **overrides: Any) -> TopKMethod:
     """Make a method from its YAML, with its artifact where it needs one."""
     root = OmegaConf.create(
         {"rbit": 64, "seed": 0, "impl": "auto", "full_backend": "sdpa", "k": 16}
@@ -61,7 +61,7 @@ def make(name: str, **overrides: Any) -> TopKMethod:
             node[place.removeprefix("/method@")] = OmegaConf.load(CONF / f"{inner}.yaml")
     root["method"] = OmegaConf.merge(node, overrides)
     method: TopKMethod = instantiate(root["method"])
-    spec = method.artifact_spec(GEOMETRY)
+    spec = method.artifact_spec(GEOMETRY) if fit else None
     if spec is not None:
         learnt = LEARNT.get(str(spec)) or method.fit(Calibration())
         if name in SLOW:

@@ -76,17 +76,3 @@ def test_a_small_budget_changes_what_is_generated(
             found = llama.generate(ids, **GREEDY, output_logits=True, return_dict_in_generate=True)
         errors[which] = (found.logits[1] - wanted.logits[1]).norm().item()
     assert 1e-3 < errors["exact"] < errors["streaming_llm"]
-
-
-@pytest.mark.parametrize("which", ["full", "exact", "hata", "quest", "loki", "streaming_llm"])
-@pytest.mark.parametrize("k", [16, 24])
-def test_a_padded_batch_equals_its_rows_alone(
-    llama: PreTrainedModel, which: str, k: int, method_for: Make, padded_batch: Make
-) -> None:
-    ids, mask = padded_batch()
-    method = method_for(which, llama)
-    with attach(llama, method, Policy(k=k)):
-        together = llama.generate(ids, attention_mask=mask, **GREEDY)
-        for row, pads in ((0, 0), (1, 17), (2, 32)):
-            alone = llama.generate(ids[row : row + 1, pads:], **GREEDY)
-            assert torch.equal(together[row, 37:], alone[0, 37 - pads :])

@@ -14,11 +14,12 @@ from transformers import (
 )
 
 from topkbench.methods.attach import attach
-from topkbench.methods.base import Policy
+from topkbench.methods.base import Policy, PrefillInputs
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.loki import Loki
 from topkbench.methods.quest import Quest
+from topkbench.methods.sparq import SparQ, SparQIndex
 from topkbench.methods.streaming_llm import StreamingLLM
 
 Make = Callable[..., Any]
@@ -158,3 +159,18 @@ def test_native_protocol_is_in_force(llama: PreTrainedModel, prompt: Make) -> No
         llama.generate(prompt(), **GREEDY)
     assert session.policy.head_scope == "query_head"
     assert set(session.dense) == {1}
+
+
+def test_an_index_is_told_the_layers_scale_and_softcap(
+    models: dict[str, PreTrainedModel], prompt: Make
+) -> None:
+    told = []
+
+    class Told(SparQ):
+        def build_index(self, prefill: PrefillInputs) -> SparQIndex:
+            told.append((prefill.layer, prefill.scale, prefill.softcap))
+            return super().build_index(prefill)
+
+    with attach(models["gemma2"], Told(), Policy(k=16)):
+        models["gemma2"].generate(prompt(1), **GREEDY)
+    assert told == [(1, pytest.approx(24**-0.5), 2.0)]

@@ -1,0 +1,144 @@
+"""The bytes that a step reads, counted where the reference reads them, against each one's model."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from topkbench.methods.base import CacheView, Geometry, Index, Policy, TopKMethod
+
+Make = Callable[..., Any]
+N, K = 600, 48
+aten = torch.ops.aten
+# What an index holds and no model charges: it is no side information, or no larger than a token's.
+UNCHARGED = {
+    "channels",  # Double Sparsity's list of a head's channels
+    "mean",  # MagicPIG's mean key
+    "prompt_end",  # a number for each row
+    "ranked",  # SnapKV's selection itself
+}
+# What a model charges that is in neither index nor cache: rows of the query projection.
+ELSEWHERE = {"infinigen": 6 * 7 * (6 * 32) * 4}
+# Zeros that fill a table's 10 columns up to 16, which the kernel is handed with the others.
+PADDING = {"magicpig": 4 * 32 * 150 * (16 - 10)}
+# They look at a tensor's shape alone.
+UNREAD = {"new_zeros", "new_empty", "new_full", "zeros_like", "ones_like", "empty_like"}
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes that torch's operators read of an index and of a cache, whoever calls them.
+
+    Side information counts once a step. Keys and values count once in each operator that reads
+    them, for all its queries: what is scored and then attended to comes from memory twice. What is
+    looked up entry by entry, as hash tables are, counts every time.
+    """
+
+    def __init__(self, index: Index, cache: CacheView) -> None:
+        super().__init__()
+        self.cached = {one.untyped_storage().data_ptr() for one in cache_states(cache)}
+        watched = [*cache_states(cache), *side_information(index)]
+        self.seen = {
+            one.untyped_storage().data_ptr(): torch.zeros(
+                one.untyped_storage().nbytes() // one.element_size(), dtype=torch.bool
+            )
+            for one in watched
+        }
+        self.sizes = {one.untyped_storage().data_ptr(): one.element_size() for one in watched}
+        self.repeated = 0
+
+    @property
+    def bytes(self) -> int:
+        """What was read since the meter was made."""
+        once = sum(int(seen.sum()) * self.sizes[at] for at, seen in self.seen.items())
+        return once + self.repeated
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.is_view or func._schema.name.removeprefix("aten::") in UNREAD:
+            return out
+        named = {argument.name: argument for argument in func._schema.arguments}
+        given = dict(zip(named, args, strict=False)) | (kwargs or {})
+        for name, value in given.items():
+            alias = named[name].alias_info
+            if alias is not None and alias.is_write:
+                continue
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(one, Tensor) and one.untyped_storage().data_ptr() in self.seen:
+                    self._read(func, one, args)
+        return out
+
+    def _read(self, func: Any, one: Tensor, args: Any) -> None:
+        at = one.untyped_storage().data_ptr()
+        places = torch.arange(len(self.seen[at]))
+        places = places.as_strided(one.shape, one.stride(), one.storage_offset())
+        if func is aten.index.Tensor:
+            chosen = tuple(slice(None) if part is None else part for part in args[1])
+            self.repeated += places[chosen].numel() * self.sizes[at]
+            return
+        if func is aten.gather.default:
+            places = places.gather(args[1], args[2])
+        if at in self.cached:
+            self.repeated += places.unique().numel() * self.sizes[at]
+        else:
+            self.seen[at][places.flatten()] = True
+
+
+def cache_states(cache: CacheView) -> list[Tensor]:
+    return [cache.key_states, cache.value_states]
+
+
+def side_information(index: Index) -> list[Tensor]:
+    """Return the tensors of an index and of those inside it, but for the cached keys."""
+    found: list[Tensor] = []
+    for one in fields(index):
+        value = getattr(index, one.name)
+        if isinstance(value, Index):
+            found += side_information(value)
+        elif one.name not in UNCHARGED and one.name != "key_states":
+            values = value if isinstance(value, list) else [value]
+            found += [tensor for tensor in values if isinstance(tensor, Tensor)]
+    return found
+
+
+@pytest.mark.parametrize("protocol", ["unified", "native"])
+def test_what_a_step_reads_is_what_its_model_says(
+    name: str, make_method: Make, states: Make, build: Make, geometry: Geometry, protocol: Any
+) -> None:
+    inner = {"base": {"impl": "reference"}} if name == "twilight" else {}
+    plain = {} if name == "full" else {"impl": "reference"}
+    method: TopKMethod = make_method(name, **plain, **inner)
+    policy = method.policy_in_force(Policy(k=K, protocol=protocol))
+    # In place of a slot that is not there the reference looks at the first, which is kept here.
+    policy = replace(policy, num_sink=max(1, policy.num_sink))
+    queries, keys, values = states(1, N)
+    index = build(method, keys[:, :, : N - 2], values[:, :, : N - 2], capacity=N)
+
+    def step(n: int, newest: tuple[Tensor, Tensor]) -> Any:
+        view = CacheView(keys[:, :, :n], values[:, :, :n])
+        method.append(index, *newest)
+        return method.step(queries, index, view, policy, 32**-0.5)
+
+    # The new token's own states come from the layer, not from the cache.
+    tokens = [(keys[:, :, [at]].clone(), values[:, :, [at]].clone()) for at in (N - 2, N - 1)]
+    step(N - 1, tokens[0])  # a first step may do what later ones need not
+    with Meter(index, CacheView(keys, values)) as meter:
+        result = step(N, tokens[1])
+    counted = meter.bytes + ELSEWHERE.get(name, 0) - PADDING.get(name, 0)
+    if not method.selects:
+        assert counted == method.bytes_read_per_step(geometry, N, K)
+        return
+    selection, view = result.selection, CacheView(keys, values)
+    assert selection is not None
+    read, scanned = selection.tokens_read(view).sum().item(), selection.scanned
+    # Both heads' mean, which need not be a whole number; the model is a line.
+    expected = 0.0
+    for up in (0, 1):
+        walked = None if scanned is None else (int(scanned.sum()) + up) // 2
+        expected += method.bytes_read_by(geometry, N, (read + up) // 2, walked) / 2
+    assert counted == expected
+    if protocol == "unified" and scanned is None and read == 2 * K:
+        assert counted == method.bytes_read_per_step(geometry, N, K)
