@@ -109,10 +109,12 @@ def build() -> Callable[..., Any]:
         kv_start: Tensor | None = None,
         kv_len: Tensor | None = None,
         capacity: int | None = None,
+        captured: int | None = None,
     ) -> Any:
         """Build layer 1's index and bind it to the same states.
 
-        The prompt's queries are its keys, once for each query head of a group.
+        The prompt's queries are its keys, once for each query head of a group. Of slots from
+        ``captured`` on nothing was captured: they were decoded.
         """
         room = keys.shape[2] + 8 if capacity is None else capacity
         batch_size, _, n, _ = keys.shape
@@ -120,9 +122,11 @@ def build() -> Callable[..., Any]:
         ends = [n] * batch_size if kv_len is None else kv_len.tolist()
         tails, sums = [], []
         for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            end = end if captured is None else min(end, captured)
             own = keys[row : row + 1, :, start:end]
             asked = own.repeat_interleave(GROUP, 1)
-            tails.append(asked[:, :, -TAIL:])
+            tail = asked[:, :, -TAIL:]
+            tails.append(pad(tail, (0, 0, TAIL - tail.shape[2], 0), value=7.0))  # no token's
             sums.append(pad(column_sums(asked, own, HEAD_DIM**-0.5), (start, n - end)))
         index = method.build_index(
             PrefillInputs(
