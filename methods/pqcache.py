@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from topkbench.kernels.code_score.api import code_score
 from topkbench.methods.base import (
     Geometry,
     Index,
@@ -148,14 +149,9 @@ class PQCache(TopKMethod):
         return self._split(query_states.float()) @ index.centroids.mT
 
     def score(self, encoded: Tensor, index: PQCacheIndex) -> Tensor:
-        codes = index.key_codes[:, :, : index.length].long().mT  # [B, Hkv, m, n]
-        group = encoded.shape[3]
-        looked_up = encoded.gather(4, codes[:, :, :, None].expand(-1, -1, -1, group, -1))
-        scores = looked_up.sum(2)
-        if index.kv_start is None and index.kv_len is None:
-            return scores
-        valid = slots_within(index.length, *index.row_bounds(len(codes), codes.device))
-        return scores.masked_fill(~valid[:, None, None], -torch.inf)
+        codes = index.key_codes[:, :, : index.length]
+        impl = self.impl_for("code_score")
+        return code_score(encoded, codes, index.kv_start, index.kv_len, impl=impl)
 
     def index_bytes_per_token(self, geometry: Geometry) -> float:
         return float(geometry.num_kv_heads * self.parts)
