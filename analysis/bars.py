@@ -22,6 +22,8 @@ _OPERATORS = {
     "hamming_score": "score",
     "page_score": "score",
     "lowrank_score": "score",
+    "channel_score": "score",
+    "code_score": "score",
     "topk_select": "select",
     "sparse_attention": "fused attention",
 }

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from topkbench.kernels import experiments
+from topkbench.kernels.channel_score.api import channel_score
+from topkbench.kernels.code_score.api import code_score
 from topkbench.kernels.dispatch import Impl, resolve
 from topkbench.kernels.full_attention.api import full_attention
 from topkbench.kernels.group_softmax.api import group_softmax
@@ -42,6 +44,7 @@ _DTYPES = {
 }
 _PAGE = 16
 _RANK = 32
+_PARTS, _CENTROIDS = 2, 64  # of a product-quantised key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,14 @@ class Step:
         # As a reduced cache holds them: a tensor of its own, not a view of all channels.
         self.reduced = self.keys[..., :_RANK].contiguous()
         self.products = self.lowrank()
+        self.channel_keys = self.keys.mT.contiguous()
+        drawn = torch.rand(*heads, shape.head_dim, generator=draw, device=device)
+        self.channels = drawn.topk(_RANK, dim=-1).indices
+        self.tables = normal(*heads, _PARTS, shape.group, _CENTROIDS).float()
+        named = (*heads, shape.kv_len, _PARTS)
+        self.byte_codes = torch.randint(
+            _CENTROIDS, named, generator=draw, device=device, dtype=torch.uint8
+        )
 
     def bytes_needed(self) -> dict[str, int]:
         """Return the bytes that each operator cannot do without: what it reads and what it returns.
@@ -104,6 +115,8 @@ class Step:
             "hamming_score": self.key_codes.nbytes + self.scores.nbytes,
             "page_score": self.page_min.nbytes + self.page_max.nbytes + self.pages().nbytes,
             "lowrank_score": self.reduced.nbytes + self.products.nbytes,
+            "channel_score": self.reduced.nbytes + self.products.nbytes,
+            "code_score": self.byte_codes.nbytes + self.products.nbytes,
             "group_softmax": self.products.nbytes + self.products[:, :, 0].nbytes,
             "topk_select": self.scores.nbytes + self.indices.nbytes,
             "sparse_attention": 2 * chosen,
@@ -125,6 +138,15 @@ class Step:
     def lowrank(self, impl: Impl | None = None) -> Tensor:
         """Score all keys by a few channels."""
         return lowrank_score(self.query[..., :_RANK], self.reduced, impl=impl or self.impl)
+
+    def channelled(self, impl: Impl | None = None) -> Tensor:
+        """Score all keys by a few channels that lie anywhere."""
+        states = (self.query[..., :_RANK], self.channel_keys, self.channels)
+        return channel_score(*states, impl=impl or self.impl)
+
+    def looked_up(self, impl: Impl | None = None) -> Tensor:
+        """Score all keys by product-quantised codes."""
+        return code_score(self.tables, self.byte_codes, impl=impl or self.impl)
 
     def softmaxed(self, impl: Impl | None = None) -> Tensor:
         """Add up the softmax of a group's queries."""
@@ -180,6 +202,11 @@ class Step:
         exact = lowrank_score(query, keys, impl="reference")
         terms = lowrank_score(query.abs(), keys.abs(), impl="reference")
         assert_within_bound(self.lowrank(), exact, gamma(_RANK) * terms)
+        rows = self.channel_keys.double()
+        exact = channel_score(query, rows, self.channels, impl="reference")
+        terms = channel_score(query.abs(), rows.abs(), self.channels, impl="reference")
+        assert_within_bound(self.channelled(), exact, gamma(_RANK) * terms)
+        assert torch.equal(self.looked_up(), self.looked_up("reference")), "code_score is wrong."
         # exp's argument errs by a few roundings of the logit, its sum by those of its terms.
         largest = 1 + self.products.abs().max().item() * self.scale
         tolerance = 16 * largest * torch.finfo(torch.float32).eps
@@ -289,6 +316,8 @@ def _report(
         "hamming_score": step.hamming,
         "page_score": step.pages,
         "lowrank_score": step.lowrank,
+        "channel_score": step.channelled,
+        "code_score": step.looked_up,
         "group_softmax": step.softmaxed,
         "topk_select": step.select,
         "sparse_attention": step.attend,

@@ -16,6 +16,8 @@ OPERATORS = (
     "hamming_score",
     "page_score",
     "lowrank_score",
+    "channel_score",
+    "code_score",
     "group_softmax",
     "topk_select",
     "sparse_attention",

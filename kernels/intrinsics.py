@@ -20,7 +20,8 @@ LANES = 16
 # Of every tensor of at least 32 bits; words of 64 bits and vectors lie in these too.
 _ALIGNMENT = 4
 
-_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_F32 = ir.FloatType()
 _VECTOR = ir.VectorType(_F32, LANES)
 _BLOCK = ir.ArrayType(_VECTOR, LANES)
 
@@ -125,6 +126,7 @@ def _storer(element: Any, stored: Any, write_as: Any = None) -> Callable[..., An
     return store
 
 
+load_uint8 = intrinsic(_loader(_I8, types.uint8))
 load_int16 = intrinsic(_loader(_I16, types.int16))
 load_int32 = intrinsic(_loader(_I32, types.int32))
 load_int64 = intrinsic(_loader(_I64, types.int64))
@@ -482,6 +484,63 @@ def store_row_sums(num_queries: int) -> Any:
         return types.void(float32x16x16, types.int64, types.int64), generate
 
     return intrinsic(store)
+
+
+@intrinsic
+def looked_up_sums(
+    typing_context: Any,
+    table: Any,
+    codes: Any,
+    code_stride: Any,
+    parts: Any,
+    count: Any,
+    out: Any,
+    stride: Any,
+    queries: Any,
+) -> Any:
+    """Write the sums of what sixteen keys' codes name in the tables of up to four queries.
+
+    A key has ``parts`` codes of a byte, the next key's ``code_stride`` bytes behind; ``table`` is
+    ``[parts, count, 4]`` float32. ``queries`` rows of sixteen float32, ``stride`` elements apart,
+    are written at ``out``.
+    """
+    four = ir.VectorType(_F32, 4)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        table, codes, code_stride, parts, count, out, stride, queries = arguments
+        sums = [cgutils.alloca_once(builder, four) for _ in range(LANES)]
+        for total in sums:
+            builder.store(ir.Constant(four, [0.0] * 4), total)
+        with cgutils.for_range(builder, parts, intp=_I64) as loop:
+            first = builder.mul(loop.index, count)
+            for lane, total in enumerate(sums):
+                place = builder.mul(code_stride, ir.Constant(_I64, lane))
+                pointer = _element(builder, codes, builder.add(place, loop.index), _I8, _I8)
+                code = builder.zext(builder.load(pointer, align=1), _I64)
+                entry = builder.mul(builder.add(first, code), ir.Constant(_I64, 4))
+                products = builder.load(
+                    _element(builder, table, entry, _F32, four), align=_ALIGNMENT
+                )
+                builder.store(builder.fadd(builder.load(total), products), total)
+        vectors = [builder.load(total) for total in sums]
+        while len(vectors) > 1:  # all in a row: four queries of key 0, of key 1 and so on
+            width = 2 * vectors[0].type.count
+            order = ir.Constant(ir.VectorType(_I32, width), list(range(width)))
+            vectors = [
+                builder.shuffle_vector(left, right, order)
+                for left, right in zip(vectors[::2], vectors[1::2], strict=True)
+            ]
+        for q in range(4):
+            with builder.if_then(builder.icmp_signed("<", ir.Constant(_I64, q), queries)):
+                order = ir.Constant(
+                    ir.VectorType(_I32, LANES), [4 * lane + q for lane in range(LANES)]
+                )
+                row = builder.shuffle_vector(vectors[0], vectors[0], order)
+                place = builder.mul(stride, ir.Constant(_I64, q))
+                builder.store(row, _element(builder, out, place, _F32, _VECTOR), align=_ALIGNMENT)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 8), generate
 
 
 def weighted_sums(num_queries: int, num_vectors: int, narrow: bool) -> Any:

@@ -261,28 +261,32 @@ def _adder(num_queries: int, narrow: bool) -> Callable[..., None]:
     load = load_bfloat16 if narrow else load_float32
 
     @njit(nogil=True)
-    def add(sums: int, weights: int, stride: int, rows: int, count: int, size: int) -> None:
+    def add(
+        sums: int, apart: int, weights: int, stride: int, rows: int, count: int, size: int
+    ) -> None:
         i = 0
         while i + LANES * _VECTORS <= size:
-            block = wide_load(sums + 4 * i, size)
+            block = wide_load(sums + 4 * i, apart)
             for place in range(count):
                 row = load_int64(rows, place)
                 block = wide_step(block, weights + 4 * place, stride, row, i)
-            wide_store(block, sums + 4 * i, size)
+            wide_store(block, sums + 4 * i, apart)
             i += LANES * _VECTORS
         while i + LANES <= size:
-            block = one_load(sums + 4 * i, size)
+            block = one_load(sums + 4 * i, apart)
             for place in range(count):
                 block = step(block, weights + 4 * place, stride, load_int64(rows, place), i)
-            one_store(block, sums + 4 * i, size)
+            one_store(block, sums + 4 * i, apart)
             i += LANES
         if i < size:
             for q in range(num_queries):
                 for place in range(count):
                     row, weight = load_int64(rows, place), load_float32(weights, q * stride + place)
                     for channel in range(i, size):
-                        total = load_float32(sums, q * size + channel)
-                        store_float32(sums, q * size + channel, total + weight * load(row, channel))
+                        total = load_float32(sums, q * apart + channel)
+                        store_float32(
+                            sums, q * apart + channel, total + weight * load(row, channel)
+                        )
 
     return add
 
@@ -294,6 +298,7 @@ _add_4_narrow, _add_2_narrow, _add_1_narrow = (_adder(queries, True) for queries
 @njit(nogil=True)
 def add_rows(
     sums: int,
+    apart: int,
     weights: int,
     stride: int,
     rows: int,
@@ -305,7 +310,8 @@ def add_rows(
     """Add weighted rows to the sums of all queries of a group.
 
     Args:
-        sums: ``[group, size]`` float32.
+        sums: ``size`` float32 for each query, ``apart`` elements apart.
+        apart: See ``sums``.
         weights: ``count`` float32 for each query, ``stride`` elements apart.
         stride: See ``weights``.
         rows: ``count`` int64 addresses of rows of ``size`` channels.
@@ -316,22 +322,22 @@ def add_rows(
     """
     g = 0
     while g < group:
-        own, own_weights = sums + 4 * g * size, weights + 4 * g * stride
+        own, own_weights = sums + 4 * g * apart, weights + 4 * g * stride
         if group - g >= 4:
             if narrow:
-                _add_4_narrow(own, own_weights, stride, rows, count, size)
+                _add_4_narrow(own, apart, own_weights, stride, rows, count, size)
             else:
-                _add_4(own, own_weights, stride, rows, count, size)
+                _add_4(own, apart, own_weights, stride, rows, count, size)
             g += 4
         elif group - g >= 2:
             if narrow:
-                _add_2_narrow(own, own_weights, stride, rows, count, size)
+                _add_2_narrow(own, apart, own_weights, stride, rows, count, size)
             else:
-                _add_2(own, own_weights, stride, rows, count, size)
+                _add_2(own, apart, own_weights, stride, rows, count, size)
             g += 2
         else:
             if narrow:
-                _add_1_narrow(own, own_weights, stride, rows, count, size)
+                _add_1_narrow(own, apart, own_weights, stride, rows, count, size)
             else:
-                _add_1(own, own_weights, stride, rows, count, size)
+                _add_1(own, apart, own_weights, stride, rows, count, size)
             g += 1

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from topkbench.kernels.code_score.api import code_score
 from topkbench.methods.base import (
     Geometry,
     Index,
@@ -17,7 +18,8 @@ from topkbench.methods.base import (
 )
 from topkbench.methods.states import slots_within
 
-BLOCK = 8192  # tokens whose distances to the centroids are held at once
+# Distances held at once: on a CPU what its second-level cache holds, elsewhere for few launches.
+CPU_BLOCK, BLOCK = 2**18, 2**26
 
 
 @dataclass(kw_only=True)
@@ -101,21 +103,21 @@ class PQCache(TopKMethod):
         start, end = prefill.bounds()
         valid = slots_within(n, start, end)
         # What is outside the valid range may be anything, also not a number.
-        states = self._split(keys.float().masked_fill(~valid[:, None, :, None], 0))
+        parts = self._split(keys.float().masked_fill(~valid[:, None, :, None], 0))
+        states = parts.flatten(0, 2)
+        held = valid[:, None, None].expand(parts.shape[:4]).flatten(0, 2).float()
         places = self._start(start.long(), end.long()).clamp(max=max(n - 1, 0))
-        chosen = places[:, None, None, :, None].expand(
-            -1, num_kv_heads, self.parts, -1, states.shape[4]
-        )
-        centroids = states.gather(3, chosen)
+        chosen = places[:, None, None, :, None].expand(*parts.shape[:3], -1, parts.shape[4])
+        centroids = parts.gather(3, chosen).flatten(0, 2)
         for _ in range(self.iterations):
-            centroids = _lloyd(states, valid, centroids)
+            centroids = _lloyd(states, held, centroids)
         codes = torch.zeros(
-            batch_size, num_kv_heads, prefill.capacity, self.parts, dtype=torch.uint8
-        ).to(keys.device)
-        for begin in range(0, n, BLOCK):
-            block = states[:, :, :, begin : begin + BLOCK]
-            nearest = _nearest(block, centroids).to(torch.uint8)
-            codes[:, :, begin : begin + block.shape[3]] = nearest.mT
+            batch_size, num_kv_heads, prefill.capacity, self.parts,
+            dtype=torch.uint8, device=keys.device,
+        )  # fmt: skip
+        nearest = _nearest(states, centroids).unflatten(0, parts.shape[:3])
+        codes[:, :, :n] = nearest.permute(0, 1, 3, 2)
+        centroids = centroids.unflatten(0, parts.shape[:3])
         return PQCacheIndex(key_codes=codes, centroids=centroids, **Index.counts(prefill))
 
     def _split(self, states: Tensor) -> Tensor:
@@ -138,22 +140,18 @@ class PQCache(TopKMethod):
 
     def append(self, index: PQCacheIndex, key_states: Tensor, value_states: Tensor) -> None:
         slot = index.advance()
-        codes = _nearest(self._split(key_states.float()), index.centroids).to(torch.uint8)
-        index.put(index.key_codes, slot, codes[..., 0])
+        parts = self._split(key_states.float())
+        codes = _nearest(parts.flatten(0, 2), index.centroids.flatten(0, 2))
+        index.put(index.key_codes, slot, codes.view(parts.shape[:3]).to(torch.uint8))
 
     def encode(self, query_states: Tensor, index: PQCacheIndex) -> Tensor:
         """Return each query's product with each centroid, float32 ``[B, Hkv, m, G, 2 ** bits]``."""
         return self._split(query_states.float()) @ index.centroids.mT
 
     def score(self, encoded: Tensor, index: PQCacheIndex) -> Tensor:
-        codes = index.key_codes[:, :, : index.length].long().mT  # [B, Hkv, m, n]
-        group = encoded.shape[3]
-        looked_up = encoded.gather(4, codes[:, :, :, None].expand(-1, -1, -1, group, -1))
-        scores = looked_up.sum(2)
-        if index.kv_start is None and index.kv_len is None:
-            return scores
-        valid = slots_within(index.length, *index.row_bounds(len(codes), codes.device))
-        return scores.masked_fill(~valid[:, None, None], -torch.inf)
+        codes = index.key_codes[:, :, : index.length]
+        impl = self.impl_for("code_score")
+        return code_score(encoded, codes, index.kv_start, index.kv_len, impl=impl)
 
     def index_bytes_per_token(self, geometry: Geometry) -> float:
         return float(geometry.num_kv_heads * self.parts)
@@ -165,20 +163,43 @@ class PQCache(TopKMethod):
 
 
 def _nearest(states: Tensor, centroids: Tensor) -> Tensor:
-    """Return int64 ``[B, Hkv, m, n]``, the nearest centroid; of equal ones the lower."""
+    """Return the nearest of ``[P, C, e]`` centroids to ``[P, n, e]`` states; of equals the lower.
+
+    On a CPU argmin looks at one number at a time. Here vectors do the same: what equals the least
+    distance is marked, the marks are weighed by their place, and the first is the least again.
+
+    Returns:
+        int64 ``[P, n]``.
+    """
+    problems, count, _ = centroids.shape
     # |x - c|^2 less |x|^2, which is the same for all centroids.
-    distance = centroids.square().sum(4)[:, :, :, None] - 2 * states @ centroids.mT
-    return distance.argmin(4)
+    norms = centroids.square().sum(2)[:, None]
+    places = torch.arange(1.0 - count, 1.0, device=states.device)
+    distances = CPU_BLOCK if states.device.type == "cpu" else BLOCK
+    size = max(64, distances // max(1, problems * count))
+    # The same memory for all blocks: fresh pages cost as much as the products.
+    room = states.new_empty(problems, min(size, states.shape[1]), count)
+    found = []
+    for block in states.split(size, dim=1):
+        distance = room[:, : block.shape[1]]
+        torch.baddbmm(norms, block, centroids.mT, alpha=-2, out=distance)
+        marks = distance.eq_(distance.amin(2, keepdim=True))
+        found.append(marks.mul_(places).amin(2))
+    return torch.cat(found, dim=1).long() + (count - 1)
 
 
-def _lloyd(states: Tensor, valid: Tensor, centroids: Tensor) -> Tensor:
-    """Return the means of the valid states nearest to each centroid; without any it stays."""
-    sums, counts = torch.zeros_like(centroids), torch.zeros_like(centroids[..., :1])
-    for begin in range(0, states.shape[3], BLOCK):
-        block = states[:, :, :, begin : begin + BLOCK]
-        held = valid[:, None, None, begin : begin + BLOCK, None].float()
-        held = held.expand(*block.shape[:4], 1)
-        nearest = _nearest(block, centroids)[..., None]
-        sums.scatter_add_(3, nearest.expand_as(block), block * held)
-        counts.scatter_add_(3, nearest, held)
-    return torch.where(counts > 0, sums / counts.clamp_min(1), centroids)
+def _lloyd(states: Tensor, held: Tensor, centroids: Tensor) -> Tensor:
+    """Return the means of the states nearest to each centroid; without any it stays.
+
+    Args:
+        states: ``[P, n, e]``, zero where nothing is held.
+        held: ``[P, n]``, 1 for a valid token, else 0.
+        centroids: ``[P, C, e]``.
+    """
+    problems, count, _ = centroids.shape
+    first = torch.arange(0, problems * count, count, device=states.device)
+    nearest = (_nearest(states, centroids) + first[:, None]).flatten()
+    sums = torch.zeros_like(centroids).flatten(0, 1).index_add_(0, nearest, states.flatten(0, 1))
+    counts = torch.zeros_like(sums[:, :1]).index_add_(0, nearest, held.view(-1, 1))
+    means = sums / counts.clamp_min(1)
+    return torch.where(counts > 0, means, centroids.flatten(0, 1)).view_as(centroids)

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from topkbench.kernels.lowrank_score.api import lowrank_score
+from topkbench.kernels.channel_score.api import channel_score
 from topkbench.methods.base import (
     Geometry,
     Index,
@@ -49,15 +49,14 @@ class SparQQuery:
     """A step's queries in the channels that were chosen for it.
 
     Attributes:
-        query: ``[B, Hkv, G, r]``.
+        query: float32 ``[B, Hkv, G, r]``, so large that a dot product over the channels stands for
+            the whole one.
         channels: int64 ``[B, Hkv, r]``.
-        temper: float32 ``[B, Hkv, G, 1]`` what dot products over the channels are multiplied by.
         scores: float32 ``[B, Hkv, G, n]`` as ``score`` left them.
     """
 
     query: Tensor
     channels: Tensor
-    temper: Tensor
     scores: Tensor | None = None
 
 
@@ -145,17 +144,17 @@ class SparQ(TopKMethod):
         channels = size.sum(2).topk(rank, dim=-1).indices
         shared = channels[:, :, None].expand(-1, -1, size.shape[2], -1)
         covered = size.gather(3, shared).sum(3, keepdim=True)
-        # 1 / sqrt(|q_r|_1 / |q|_1); a query of zeros has zeros for scores anyhow.
+        # 1 / sqrt(|q_r|_1 / |q|_1), taken into the few channels of the query instead of the scores
+        # of all tokens; a query of zeros has zeros for scores anyhow.
         tiny = torch.finfo(torch.float32).tiny
         temper = (size.sum(3, keepdim=True) / covered.clamp_min(tiny)).sqrt()
-        return SparQQuery(query_states.gather(3, shared), channels, temper)
+        return SparQQuery(query_states.gather(3, shared) * temper, channels)
 
     def score(self, encoded: SparQQuery, index: SparQIndex) -> Tensor:
-        held = index.channel_keys[..., : index.length].mT
-        keys = held.gather(3, encoded.channels[:, :, None].expand(-1, -1, index.length, -1))
-        impl = self.impl_for("lowrank_score")
-        scores = lowrank_score(encoded.query, keys, index.kv_start, index.kv_len, impl=impl)
-        encoded.scores = scores * encoded.temper
+        keys = index.channel_keys[..., : index.length]
+        bounds = (index.kv_start, index.kv_len)
+        impl = self.impl_for("channel_score")
+        encoded.scores = channel_score(encoded.query, keys, encoded.channels, *bounds, impl=impl)
         return encoded.scores
 
     def select(

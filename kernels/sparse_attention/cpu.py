@@ -230,7 +230,7 @@ def _attend_part(
                 work + 4 * g * head_dim, head_dim, scale, softcap,
                 0 if weights == 0 else weights + 4 * g * num_units, entries + 4 * place,
             )  # fmt: skip
-        add_rows(work, logits, _TILE, value_rows, filled, head_dim, group, narrow)
+        add_rows(work, head_dim, logits, _TILE, value_rows, filled, head_dim, group, narrow)
 
 
 @njit(nogil=True)

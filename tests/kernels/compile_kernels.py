@@ -10,6 +10,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
+from topkbench.kernels.channel_score import fused as channel
+from topkbench.kernels.code_score import fused as code
 from topkbench.kernels.group_softmax import fused as softmax
 from topkbench.kernels.hamming_score import fused as hamming
 from topkbench.kernels.hash_encode import fused as encode
@@ -39,6 +41,8 @@ def launch_all(size: int) -> None:
     for words in (3, 4):
         for given in (None, norms):
             hamming.hamming_score(codes[:, :, :4, :words], codes[..., :words], given, bound, bound)
+    tables, bytes_of_keys = torch.zeros(1, 2, 2, 4, 64), torch.zeros(1, 2, size, 2).byte()
+    code.code_score(tables, bytes_of_keys, bound, bound)
     for scores in (norms, norms.bfloat16(), norms.int()):
         topk.topk_select(scores, 8, 1, 1, bound, bound)
     for rule in ("sum", "max"):
@@ -54,6 +58,10 @@ def launch_all(size: int) -> None:
         attention.sparse_attention(query, cache, cache, indices, 1.0, *rest)
         page.page_score(grouped, cache, cache, bound, bound)
         lowrank.lowrank_score(grouped[..., :32], cache[..., :32], bound, bound)
+        chosen = torch.zeros(1, 2, 32, dtype=torch.int64)
+        turned = cache.mT.contiguous()
+        channel.channel_score(grouped[..., :32], turned, chosen, bound, bound)
+        channel.channel_score(grouped[..., :32].float(), turned, chosen, bound, bound)
         encode.hash_encode(cache, weight.to(dtype))
         encode.encode_step(grouped, cache[:, :, :1], weight, codes, norms, bound)
 

@@ -15,6 +15,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from topkbench.kernels.channel_score.api import channel_score
+from topkbench.kernels.code_score.api import code_score
 from topkbench.kernels.dispatch import Impl
 from topkbench.kernels.hamming_score.api import hamming_score
 from topkbench.kernels.hash_encode.api import encode_step, hash_encode
@@ -259,6 +261,50 @@ def test_lowrank_scores_err_within_their_bound(
         scores = lowrank_score(query, keys, *bounds, impl)
         assert scores.dtype == torch.float32
         assert_within_bound(scores, exact, gamma(rank) * terms)
+
+
+@few
+@given(cases(), DIMS, DTYPES, st.booleans(), st.booleans())
+def test_channel_scores_err_within_their_bound(
+    place: Place, case: Case, rank: int, dtype: torch.dtype, mixed: bool, short: bool
+) -> None:
+    shape = (case.batch, case.heads)
+    query = torch.randn(*shape, case.group, rank).to(place.device)
+    query = query if mixed else query.to(dtype)
+    # As many channels again that nobody may read, and slots behind the last.
+    channel_keys = torch.full((*shape, 2 * rank, case.size + 5), torch.nan)
+    channels = torch.rand(*shape, 2 * rank).topk(rank, dim=-1).indices
+    keys = torch.randn(*shape, rank, case.size)
+    keys.masked_fill_(case.outside()[:, :, None], torch.nan)
+    rows = channels[..., None].expand(-1, -1, -1, case.size)
+    channel_keys[..., : case.size].scatter_(2, rows, keys)
+    channel_keys = channel_keys.to(dtype).to(place.device)[..., : case.size]
+    channels = (channels.int() if short else channels).to(place.device)
+    bounds = case.bounds(place.device)
+    wide = (query.double(), channel_keys.double())
+    exact = channel_score(*wide, channels, *bounds, "reference")
+    terms = channel_score(*(states.abs() for states in wide), channels, *bounds, "reference")
+    for impl in place.reading(dtype):
+        scores = channel_score(query, channel_keys, channels, *bounds, impl)
+        assert scores.dtype == torch.float32
+        assert_within_bound(scores, exact, gamma(rank) * terms)
+
+
+@few
+@given(cases(), st.integers(1, 9), st.sampled_from([1, 3, 64, 256]))
+def test_code_scores_are_the_same_to_the_bit(
+    place: Place, case: Case, parts: int, count: int
+) -> None:
+    shape = (case.batch, case.heads)
+    tables = torch.randn(*shape, parts, case.group, count).to(place.device)
+    codes = torch.randint(0, count, (*shape, case.size, parts)).to(torch.uint8)
+    codes.masked_fill_(case.outside()[..., None], 255)
+    given_codes = (tables, case.cached(codes, place), *case.bounds(place.device))
+    expected = code_score(*given_codes, impl="reference")
+    for impl in place.impls:
+        scores = code_score(*given_codes, impl=impl)
+        assert scores.dtype == torch.float32
+        assert torch.equal(scores, expected), impl
 
 
 KINDS = (

@@ -61,6 +61,8 @@ def test_bytes_needed_by_hand() -> None:
         "hamming_score": 2 * 160 * (12 + 2),  # three words, and an int16 score
         "page_score": 2 * 10 * (2 * 64 * 2 + 3 * 4),
         "lowrank_score": 2 * 160 * (32 * 2 + 3 * 4),
+        "channel_score": 2 * 160 * (32 * 2 + 3 * 4),
+        "code_score": 2 * 160 * (2 + 3 * 4),
         "group_softmax": 2 * 160 * (3 + 1) * 4,
         "topk_select": 2 * (160 * 2 + 20 * 4),
         "sparse_attention": 2 * 20 * 2 * 64 * 2,

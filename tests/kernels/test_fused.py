@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import topkbench.kernels.dispatch as dispatch
+from topkbench.kernels.channel_score.api import channel_score
 from topkbench.kernels.hamming_score.api import hamming_score
 from topkbench.kernels.hash_encode.api import encode_step, hash_encode
 from topkbench.kernels.lowrank_score.api import lowrank_score
@@ -138,6 +139,8 @@ def test_what_the_kernels_do_not_read_is_refused(triton_device: torch.device) ->
         page_score(states, states, states, impl="triton")
     with pytest.raises(TypeError, match=f"query {match}"):
         lowrank_score(states, states, impl="triton")
+    with pytest.raises(TypeError, match=f"query {match}"):
+        channel_score(states, states, indices[..., :1].expand(-1, -1, 16), impl="triton")
     wide = torch.zeros(1, 2, 1, 512, device=triton_device)
     with pytest.raises(ValueError, match="head_dim must be at most 256 for impl='triton', got 512"):
         sparse_attention(wide[:, :, 0], wide, wide, indices, 1.0, impl="triton")
@@ -196,4 +199,4 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert {name.split(".")[0] for name in done.stdout.split()} == set(dispatch.OPERATORS)
-    assert len(done.stdout.split()) == 11
+    assert len(done.stdout.split()) == 13

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from topkbench.methods import pqcache
 from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs
 from topkbench.methods.pqcache import PQCache
 
@@ -47,6 +48,23 @@ def test_a_centroid_for_each_key_is_exact() -> None:
     index = method.build_index(prefill(keys))
     scores = method.score(method.encode(queries, index), index)
     torch.testing.assert_close(scores, queries @ keys.mT, atol=1e-5, rtol=1e-5)
+
+
+def test_of_equal_centroids_the_lower_has_the_keys() -> None:
+    # Three keys for four centroids: the fourth starts as the first once more.
+    keys = torch.tensor([3.0, -1.0, 8.0])[None, None, :, None]
+    index = PQCache(parts=1, bits=2).build_index(prefill(keys))
+    assert index.centroids.flatten().tolist() == [3.0, -1.0, 8.0, 3.0]
+    assert index.key_codes[0, 0, :3, 0].tolist() == [0, 1, 2]
+
+
+def test_blocks_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = random(1, 2, 300, 16)
+    whole = PQCache(bits=4).build_index(prefill(keys))
+    monkeypatch.setattr(pqcache, "CPU_BLOCK", 64 * 70)  # 300 tokens in blocks of 70
+    blocks = PQCache(bits=4).build_index(prefill(keys))
+    assert torch.equal(blocks.key_codes, whole.key_codes)
+    torch.testing.assert_close(blocks.centroids, whole.centroids)
 
 
 def test_centroids_are_the_means_of_their_keys() -> None:

@@ -136,17 +136,19 @@ def test_the_native_window_is_a_share_of_the_budget() -> None:
 
 
 def test_reads_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores of a quarter of the channels, the mean and the chosen tokens, counted in bytes."""
+    """A quarter of the channels, the mean and the chosen tokens, counted in bytes."""
     queries, keys = random(1, 2, 3, 16), random(1, 2, 60, 16, seed=1)
     read = 0
-    plain: Callable[..., Tensor] = sparq.lowrank_score
+    plain: Callable[..., Tensor] = sparq.channel_score
 
-    def counted(query: Tensor, rows: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def counted(
+        query: Tensor, keys: Tensor, channels: Tensor, *args: object, **kwargs: object
+    ) -> Tensor:
         nonlocal read
-        read += rows.nbytes
-        return plain(query, rows, *args, **kwargs)
+        read += channels.numel() * keys.shape[3] * keys.element_size()
+        return plain(query, keys, channels, *args, **kwargs)
 
-    monkeypatch.setattr(sparq, "lowrank_score", counted)
+    monkeypatch.setattr(sparq, "channel_score", counted)
     method = SparQ(impl="reference")
     index = method.build_index(prefill(keys))
     view = CacheView(keys, keys)

@@ -1,0 +1,86 @@
+"""channel_score on a CPU: vectors along the tokens, a few channels at a time.
+
+The sums of a block of tokens stay in the first-level cache while the channels go by, eight at a
+time: a channel is read in long pieces, and a sum loaded and stored once for eight products. The
+next eight, which lie anywhere, are asked for meanwhile.
+"""
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from topkbench.kernels.addresses import bound_address, check_cache
+from topkbench.kernels.intrinsics import load_int64, store_float32, store_int64
+from topkbench.kernels.rows import add_rows, prefetch_rows, scored_span
+
+_BLOCK = 1024  # tokens in one piece of work: the sums of four queries are 16 KiB
+_TOGETHER = 8  # channels
+
+
+def channel_score(
+    query: Tensor,
+    channel_keys: Tensor,
+    channels: Tensor,
+    kv_start: Tensor | None,
+    kv_len: Tensor | None,
+) -> Tensor:
+    """Return ``[B, Hkv, G, n]`` float32; see the api."""
+    narrow = check_cache("channel_keys", channel_keys)
+    query, channels = query.float().contiguous(), channels.long().contiguous()
+    batch_size, num_heads, group, rank = query.shape
+    num_slots = channel_keys.shape[3]
+    out = torch.empty(batch_size, num_heads, group, num_slots)
+    start, _start = bound_address(kv_start)
+    end, _end = bound_address(kv_len)
+    sizes = (batch_size, num_heads, group, num_slots, rank)
+    tasks = batch_size * num_heads * -(-num_slots // _BLOCK)
+    rows = torch.empty(tasks, rank, dtype=torch.int64)
+    _score(
+        query.data_ptr(), channel_keys.data_ptr(), channel_keys.stride()[:3], channels.data_ptr(),
+        out.data_ptr(), rows.data_ptr(), sizes, start, end, narrow,
+    )  # fmt: skip
+    return out
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _score(
+    query: int,
+    keys: int,
+    strides: tuple[int, int, int],
+    channels: int,
+    out: int,
+    work: int,
+    sizes: tuple[int, int, int, int, int],
+    start: int,
+    end: int,
+    narrow: bool,
+) -> None:
+    batch_size, num_heads, group, num_slots, rank = sizes
+    item = 2 if narrow else 4
+    num_blocks = (num_slots + _BLOCK - 1) // _BLOCK
+    for task in prange(batch_size * num_heads * num_blocks):
+        head_index = task // num_blocks
+        batch, head = head_index // num_heads, head_index % num_heads
+        first = task % num_blocks * _BLOCK
+        last = min(first + _BLOCK, num_slots)
+        scores = out + 4 * head_index * group * num_slots
+        begin, finish = scored_span(scores, group, num_slots, batch, start, end, first, last)
+        for g in range(group):
+            for slot in range(begin, finish):
+                store_float32(scores, g * num_slots + slot, np.float32(0.0))
+        tokens = keys + item * (batch * strides[0] + head * strides[1] + begin)
+        rows = work + 8 * task * rank
+        for place in range(rank):
+            channel = load_int64(channels, head_index * rank + place)
+            store_int64(rows, place, tokens + item * strides[2] * channel)
+        size = finish - begin
+        for place in range(0, rank, _TOGETHER):
+            count = min(_TOGETHER, rank - place)
+            ahead = min(_TOGETHER, rank - place - count)
+            prefetch_rows(rows + 8 * (place + count), ahead, item * size)
+            weights = query + 4 * (head_index * group * rank + place)
+            sums = scores + 4 * begin
+            add_rows(
+                sums, num_slots, weights, rank, rows + 8 * place, count, size, group, narrow
+            )  # fmt: skip
