@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from topkbench.kernels.channel_score.api import channel_score
+from topkbench.kernels.group_softmax.api import group_softmax
 from topkbench.methods.base import (
     Geometry,
     Index,
@@ -168,18 +169,17 @@ class SparQ(TopKMethod):
     def _remainder(self, indices: Tensor, encoded: SparQQuery, index: SparQIndex) -> Remainder:
         """Return the mean value, and what the chosen tokens lack of the approximate softmax."""
         assert encoded.scores is not None  # select comes after score
-        logits = encoded.scores * index.scale
-        if index.softcap is not None:
-            valid = logits != -torch.inf
-            capped = index.softcap * torch.tanh(logits / index.softcap)
-            logits = torch.where(valid, capped, -torch.inf)
-        batch_size, num_kv_heads, group, _ = logits.shape
+        batch_size, num_kv_heads, group, _ = encoded.scores.shape
+        alone = encoded.scores.flatten(1, 2)[:, :, None]  # each query a group of its own
+        impl = self.impl_for("group_softmax")
+        weights = group_softmax(alone, index.scale, softcap=index.softcap, impl=impl)
         chosen = indices.long().unflatten(1, (num_kv_heads, -1)).expand(-1, -1, group, -1)
-        found = logits.gather(3, chosen.clamp_min(0)).masked_fill(chosen < 0, -torch.inf)
-        share = (found.logsumexp(3) - logits.logsumexp(3)).exp()
-        start, end = index.row_bounds(batch_size, logits.device)
+        # A short row names its first token again; an empty one has no weights.
+        chosen = torch.where(chosen < 0, chosen[..., :1].clamp_min(0), chosen)
+        lacking = weights.scatter_(2, chosen.flatten(1, 2), 0).sum(2)
+        start, end = index.row_bounds(batch_size, weights.device)
         mean = index.value_sum / (end - start)[:, None, None]
-        return Remainder(mean, (1 - share).clamp(0, 1).flatten(1))
+        return Remainder(mean, lacking.clamp(max=1))
 
     def index_bytes_per_token(self, geometry: Geometry) -> float:
         return float(geometry.num_kv_heads * geometry.head_dim * geometry.dtype_bytes)
