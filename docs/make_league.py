@@ -35,8 +35,8 @@ HEAD = """# League
 Made from the rows in [`{rows}`](../{rows}) by `python docs/make_league.py {rows}`; what made them
 is said [beside them](../{folder}/README.md). Scores are means over the sub-tasks of RULER with 95%
 intervals over samples; the worst sub-task is the one where a method loses most to full attention.
-A step's time is that of the whole model in a decode step, as a share of full attention's, timed in
-turn with it; below 1 is faster.
+Decode time is that of the whole model's step, in multiples of full attention's, timed in turn with
+it; below 1 is faster. In the figures faint points are dominated.
 """
 
 
@@ -67,9 +67,8 @@ def readme_table(lines: pd.DataFrame) -> Table:
     """Return the league in short: each method's scores, its worst sub-task, and what it costs."""
     means = lines[lines["subtask"] == MEAN]
     first, question, protocol = SHOWN[0]
-    heads = ["Method", *(f"{name}, k={k}" for name, _, _ in SHOWN for k in BUDGETS)]
-    at = f"{first.lower()}, k={BUDGETS[0]}"
-    heads += [f"Worst sub-task ({at})", f"Read/step ({at}, MiB)", f"Step time ({at})"]
+    heads = ["Method", *(f"{name}, `k={k}`" for name, _, _ in SHOWN for k in BUDGETS)]
+    heads += [f"{first}, `k={BUDGETS[0]}`: worst sub-task", "Read/step (MiB)", "Step (× full)"]
     ranked: list[tuple[float, list[str]]] = []
     for method in means["method"].unique():
         own = means[means["method"] == method]
@@ -85,10 +84,10 @@ def readme_table(lines: pd.DataFrame) -> Table:
         if len(lost):
             points = METRICS["delta_full"].text(lost["delta_full"].iloc[0])
             worst = f"{points} ({lost['subtask'].iloc[0]})"
-        time = "1" if method == "full" else f"{1 / line['speedup_vs_full']:.2f}"
-        cells += [worst, METRICS["bytes_read_per_step"].text(line["bytes_read_per_step"]), time]
+        costs = ("bytes_read_per_step", "decode_vs_full")
+        cells += [worst, *(METRICS[name].text(line[name]) for name in costs)]
         ranked.append((-1 if method == "full" else 100 - line["score"], cells))
-    return Table(heads, [cells for _, cells in sorted(ranked)], words={0})
+    return Table(heads, [cells for _, cells in sorted(ranked)], words={0, len(heads) - 3})
 
 
 def _found(own: pd.DataFrame, question: str, protocol: str, k: int) -> pd.DataFrame:
@@ -106,8 +105,10 @@ def _score(own: pd.DataFrame, question: str, protocol: str, k: int) -> str:
 
 def readme(rows: Path, text: str) -> str:
     """Return README with the league between its marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README must hold the marks {BEGIN} and {END}, and lacks one.")
     table = readme_table(compared(rows).lines).markdown()
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 

@@ -1,23 +1,46 @@
-"""The page of methods says what the code says."""
+"""The page of methods says what the code says, and the league what was measured."""
 
 import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_methods", ROOT / "docs/make_methods.py")
+LEAGUE = ROOT / "analysis" / "measured" / "epyc_2_threads" / "league.csv"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def maker() -> ModuleType:
+    return script("make_methods")
+
+
+def test_the_league_is_the_measured_one() -> None:
+    """In README and on its page; a score that is worked out from the rows stands in both."""
+    league = script("make_league")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert league.readme(LEAGUE, text) == text, "run python docs/make_league.py"
+    page = (ROOT / "docs" / "league.md").read_text(encoding="utf-8")
+    assert league.page(LEAGUE) == page, "run python docs/make_league.py"
+    rows = pd.read_csv(LEAGUE)
+    own = rows[(rows["method"] == "hata") & (rows["k"] == 64) & (rows["protocol"] == "unified")]
+    (row,) = own[(own["question"] == "sparse") & (own["subtask"] == "mean")].to_dict("records")
+    score = f"{row['score']:.1f} [{row['score_ci_low']:.1f}, {row['score_ci_high']:.1f}]"
+    assert score in text
+    assert score in page
 
 
 def test_the_page_of_methods_is_what_its_script_makes(maker: ModuleType) -> None:

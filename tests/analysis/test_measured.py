@@ -7,7 +7,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from topkbench.analysis import style
 from topkbench.analysis.lines import compare
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.report import load
@@ -188,33 +187,5 @@ def test_the_pages_scores_are_the_measured_ones(file: str, head: str, axis: str)
             own = data[data["method"].eq(method) & data[axis].eq(int(line[0]))]
             (row,) = own.to_dict("records")
             score = METRICS["score"].text
-            low, high = (score(row[f"score_ci_{end}"]) for end in ("low", "high"))
-            assert cell == f"{score(row['score'])} [{low}, {high}]"
-
-
-LEAGUE = (
-    *(("sparse", "unified", 64), ("sparse", "unified", 256)),
-    *(("sparse", "native", 64), ("sparse", "native", 256)),
-    *(("dense", "unified", 64), ("dense", "unified", 256)),
-)
-
-
-def test_the_readmes_league_is_the_measured_one() -> None:
-    data = rows(CORE / "league.csv")
-    data = data[data["subtask"] == MEAN]
-    text = (ROOT / "README.md").read_text()
-    block = text[text.index("| Method | Unified, `k=64` |") :].splitlines()[2:]
-    table = {numbers(line)[0]: numbers(line)[1:] for line in block[: block.index("")]}
-    names = {style.style(method).label: method for method in data["method"].unique()}
-    assert set(table) == set(names)
-    score = METRICS["score"].text
-    for label, cells in table.items():
-        for (question, protocol, k), cell in zip(LEAGUE, cells, strict=False):
-            own = data[data["method"].eq(names[label]) & data["question"].eq(question)]
-            if label != "Full attention":
-                own = own[own["protocol"].eq(protocol) & own["k"].eq(k)]
-            elif not cell:
-                continue
-            (row,) = own.to_dict("records")
             low, high = (score(row[f"score_ci_{end}"]) for end in ("low", "high"))
             assert cell == f"{score(row['score'])} [{low}, {high}]"
