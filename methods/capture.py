@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from topkbench.methods.softcap import softcap_attention
+from topkbench.methods.softcap import capped, softcap_attention
 
 QUERY_TAIL = 64  # queries of a prompt that are kept, its last
 PREFILL_NEEDS = frozenset({"query_tail", "column_sums"})
@@ -52,8 +52,8 @@ def watched_attention(
         if softcap is not None:  # which SDPA does not know
             mask: Any = args[0] if args else kwargs.get("attention_mask")
             scale: Any = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            capped = softcap_attention(query, key, value, mask, scale, softcap)
-            return capped.transpose(1, 2), None
+            out = softcap_attention(query, key, value, mask, scale, softcap)
+            return out.transpose(1, 2), None
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)  # type: ignore[arg-type]
 
     before = model.config._attn_implementation
@@ -213,9 +213,7 @@ def column_sums(
         part = grouped[:, :, :, begin : begin + block]
         places = n - m + begin + torch.arange(part.shape[3], device=key.device)
         seen = int(places[-1]) + 1  # later keys are in nobody's past
-        logits = (part * scale) @ keys[..., :seen]
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = capped((part * scale) @ keys[..., :seen], softcap)
         allowed = (slots[:seen] <= places[:, None]) & (slots[:seen] >= start[:, None, None])
         weights = logits.masked_fill_(~allowed[:, None, None], -torch.inf).softmax(-1)
         # A query of padding sees nothing, and counts for nothing.
@@ -240,6 +238,9 @@ def foretell_queries(
         InfiniGen (arXiv:2406.19707), section 4.3: the inputs of neighbouring layers are alike.
     """
     own: Any = module
+    device = own.o_proj.weight.device  # an earlier layer may lie on another
+    hidden_states = hidden_states.to(device)
+    cosines, sines = (one.to(device) for one in position_embeddings)
     if hasattr(own, "q_proj"):
         projected = own.q_proj(hidden_states)
     else:
@@ -250,7 +251,7 @@ def foretell_queries(
         queries = own.q_norm(queries)
     queries = queries.transpose(1, 2)
     rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
-    rotated: Tensor = rotate(queries, queries, *position_embeddings)[0]
+    rotated: Tensor = rotate(queries, queries, cosines, sines)[0]
     return rotated
 
 

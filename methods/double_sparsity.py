@@ -20,10 +20,9 @@ from topkbench.methods.base import (
     check_whole,
     kv_bytes,
 )
+from topkbench.methods.four_bits import bytes_per_token, dequantise, quantise
 
 LabelScope = Literal["kv_head", "query_head"]
-LEVELS = 15  # of a 4-bit label, above the lowest
-BOUNDS_BYTES = 4  # of a token's 4-bit labels: two half-precision numbers
 
 
 @dataclass(kw_only=True)
@@ -32,15 +31,15 @@ class DoubleSparsityIndex(Index):
 
     Attributes:
         labels: ``[B, H, capacity, r]`` in the keys' dtype, or uint8 ``[B, H, capacity, r / 2]`` of
-            two 4-bit labels each, the lower half the first.
-        bounds: float16 ``[B, H, capacity, 2]`` the lowest label of a token and what the highest is
-            above it; None for labels in the keys' dtype.
+            4-bit labels as ``four_bits.quantise`` packs them.
+        ranges: float16 ``[B, H, capacity, 2]`` a token's lowest label and the step between two
+            levels; None for labels in the keys' dtype.
         channels: int64 ``[H, r]`` heavy channels of each head, ascending.
         num_kv_heads: KV heads of the layer.
     """
 
     labels: Tensor
-    bounds: Tensor | None
+    ranges: Tensor | None
     channels: Tensor
     num_kv_heads: int
 
@@ -61,7 +60,8 @@ class DoubleSparsity(TopKMethod):
             whoever selects has labels of its own, query heads in the native policy, KV heads in the
             unified one and where no policy was asked.
         label_bits: 16 keeps labels in the keys' dtype; 4 rounds a token's labels to 16 levels
-            between the lowest and the highest of them.
+            between the lowest and the highest of them, for a smaller index: a step here makes them
+            whole again before it scores, and takes longer than the bytes charged would.
         calibration_queries: Tokens of each calibration sequence that are measured, spread evenly.
 
     Source:
@@ -174,17 +174,17 @@ class DoubleSparsity(TopKMethod):
                 "model."
             )
         channels = self.heavy_channels(magnitude[prefill.layer], num_kv_heads).to(keys.device)
-        labels, bounds = self._labels(keys, channels)
+        labels, ranges = self._labels(keys, channels)
         shape = (batch_size, len(channels), prefill.capacity)
         held = labels.new_zeros(*shape, labels.shape[3])
         held[:, :, :n] = labels
-        held_bounds = None
-        if bounds is not None:
-            held_bounds = bounds.new_zeros(*shape, 2)
-            held_bounds[:, :, :n] = bounds
+        held_ranges = None
+        if ranges is not None:
+            held_ranges = ranges.new_zeros(*shape, 2)
+            held_ranges[:, :, :n] = ranges
         return DoubleSparsityIndex(
             labels=held,
-            bounds=held_bounds,
+            ranges=held_ranges,
             channels=channels,
             num_kv_heads=num_kv_heads,
             **Index.counts(prefill),
@@ -192,24 +192,15 @@ class DoubleSparsity(TopKMethod):
 
     def append(self, index: DoubleSparsityIndex, key_states: Tensor, value_states: Tensor) -> None:
         slot = index.advance()
-        labels, bounds = self._labels(key_states, index.channels)
+        labels, ranges = self._labels(key_states, index.channels)
         index.put(index.labels, slot, labels[:, :, 0])
-        if index.bounds is not None and bounds is not None:
-            index.put(index.bounds, slot, bounds[:, :, 0])
+        if index.ranges is not None and ranges is not None:
+            index.put(index.ranges, slot, ranges[:, :, 0])
 
     def _labels(self, keys: Tensor, channels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the labels of ``[B, Hkv, n, d]`` keys and, of 4-bit ones, their bounds."""
+        """Return the labels of ``[B, Hkv, n, d]`` keys and, of 4-bit ones, their ranges."""
         labels = _in_channels(keys[:, :, None], channels)
-        if self.label_bits == 16:
-            return labels, None
-        low = labels.amin(3, keepdim=True)
-        bounds = torch.cat([low, labels.amax(3, keepdim=True) - low], 3).half()
-        # Rounded between the bounds as they are kept, so that reading makes no further error.
-        low, width = bounds.float().split(1, 3)
-        tiny = torch.finfo(torch.float16).tiny
-        levels = ((labels.float() - low) * LEVELS / width.clamp_min(tiny)).round()
-        levels = levels.clamp(0, LEVELS).to(torch.uint8)
-        return levels[..., 0::2] | levels[..., 1::2] << 4, bounds
+        return (labels, None) if self.label_bits == 16 else quantise(labels)
 
     def encode(self, query_states: Tensor, index: DoubleSparsityIndex) -> Tensor:
         """Return the queries' heavy channels, ``[B, Hkv, G, r]`` or ``[B, Hq, 1, r]``."""
@@ -220,10 +211,8 @@ class DoubleSparsity(TopKMethod):
 
     def score(self, encoded: Tensor, index: DoubleSparsityIndex) -> Tensor:
         labels = index.labels[:, :, : index.length]
-        if index.bounds is not None:
-            low, width = index.bounds[:, :, : index.length].float().split(1, 3)
-            levels = torch.stack([labels & LEVELS, labels >> 4], -1).flatten(3)
-            labels = low + levels * (width / LEVELS)
+        if index.ranges is not None:  # made anew at each step, which costs more than is charged
+            labels = dequantise(labels, index.ranges[:, :, : index.length])
         impl = self.impl_for("lowrank_score")
         scores = lowrank_score(encoded, labels, index.kv_start, index.kv_len, impl=impl)
         return scores.reshape(len(scores), index.num_kv_heads, -1, index.length)
@@ -233,7 +222,7 @@ class DoubleSparsity(TopKMethod):
         heads = geometry.num_heads if per_query else geometry.num_kv_heads
         channels = self.num_channels(geometry.head_dim)
         if self.label_bits == 4:
-            return float(heads * (channels // 2 + BOUNDS_BYTES))
+            return float(heads * bytes_per_token(channels))
         return float(heads * channels * geometry.dtype_bytes)
 
     def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:

@@ -18,6 +18,7 @@ from topkbench.methods.base import (
     kv_bytes,
 )
 from topkbench.methods.eviction import Evicting
+from topkbench.methods.softcap import capped
 
 
 @dataclass(kw_only=True)
@@ -125,9 +126,7 @@ class H2O(Evicting):
         # A padding entry repeats the first one; it then writes what that one writes.
         slots = torch.where(kept >= 0, kept, kept[..., :1])
         keys = torch.take_along_dim(cache.key_states, slots[..., None], 2)
-        logits = query_states.float() @ keys.float().mT * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = capped(query_states.float() @ keys.float().mT * scale, softcap)
         weights = logits.masked_fill((kept < 0)[:, :, None], -torch.inf).softmax(-1).sum(2)
         weights = torch.where(kept >= 0, weights, weights[..., :1])
         sums = index.sums.gather(2, slots) + weights

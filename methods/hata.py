@@ -14,6 +14,7 @@ from topkbench.methods.base import (
     Index,
     LayerStates,
     LossReport,
+    Policy,
     PrefillInputs,
     TopKMethod,
     check_whole,
@@ -182,6 +183,13 @@ class HATA(TopKMethod):
                 f"query_codes must be 1 for codes that ranking did not train, got "
                 f"{self.query_codes}; take weights=trained and recipe=ranking."
             )
+
+    def refuses(self, policy: Policy) -> str | None:
+        if policy.head_scope == "query_head":
+            return (
+                "head_scope must be kv_head for hata, whose scores are per KV head, got query_head."
+            )
+        return None
 
     # Weights ------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from topkbench.methods.base import (
     kv_bytes,
 )
 from topkbench.methods.eviction import ascending
+from topkbench.methods.softcap import capped
 
 QUERIES = 256  # of each calibration sequence, evenly spread
 
@@ -174,8 +175,8 @@ class InfiniGen(TopKMethod):
         assert scores is not None  # lowrank_score always scores
         logits = scores * index.scale
         if index.softcap is not None:
-            capped = index.softcap * torch.tanh(logits / index.softcap)
-            logits = capped.masked_fill(logits == -torch.inf, -torch.inf)  # no token stays none
+            absent = logits == -torch.inf
+            logits = capped(logits, index.softcap).masked_fill(absent, -torch.inf)
         nearest = logits.amax(-1, keepdim=True) - self.alpha
         # A row's heads choose as many each: the mean of what each would choose.
         wanted = (logits > nearest).sum(-1).double().mean(-1).long()

@@ -108,8 +108,10 @@ class MagicPIG(TopKMethod):
     The bytes of a step are those of walking the tables: for each query head the two ends of L
     buckets and the entries of 4 bytes in them, counted as they are walked, or before a step was
     taken as many as L buckets hold at right angles, ``L n / 2**K``; then the hyperplanes, and the
-    chosen keys once more for their angles. The tables cost 4 L bytes a token,
-    more than half precision keys and values, and ``2**K + 1`` bucket ends each.
+    chosen keys once more for their angles. The tables cost 4 L bytes a token, more than half
+    precision keys and values; their ``2**K + 1`` bucket ends each, the same for any
+    length, are in no figure of bytes per token. In each step their sizes go through the host, so
+    it cannot be captured in a CUDA graph.
     """
 
     name: ClassVar[str] = "magicpig"

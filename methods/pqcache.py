@@ -146,7 +146,7 @@ class PQCache(TopKMethod):
 
     def encode(self, query_states: Tensor, index: PQCacheIndex) -> Tensor:
         """Return each query's product with each centroid, float32 ``[B, Hkv, m, G, 2 ** bits]``."""
-        return self._split(query_states.float()) @ index.centroids.mT
+        return (self._split(query_states.float()) @ index.centroids.mT).float()
 
     def score(self, encoded: Tensor, index: PQCacheIndex) -> Tensor:
         codes = index.key_codes[:, :, : index.length]

@@ -18,6 +18,7 @@ from topkbench.methods.base import (
 )
 from topkbench.methods.capture import QUERY_TAIL
 from topkbench.methods.eviction import Evicting, ascending
+from topkbench.methods.softcap import capped
 
 Pooling = Literal["avg", "max"]
 PROTECTED = 1e6  # above every importance; slots are added to it, exactly below 2**24
@@ -115,9 +116,7 @@ class SnapKV(Evicting):
         asking = end[:, None] - window + torch.arange(window, device=keys.device)  # [B, w]
         seen = (slots <= asking[..., None]) & (slots >= start[:, None, None])
         grouped = queries.unflatten(1, (keys.shape[1], -1))
-        logits = grouped @ keys.float().mT[:, :, None] * scale
-        if prefill.softcap is not None:
-            logits = prefill.softcap * torch.tanh(logits / prefill.softcap)
+        logits = capped(grouped @ keys.float().mT[:, :, None] * scale, prefill.softcap)
         weights = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
         # A query before a row's first token sees nothing, and has no vote.
         votes = weights.nan_to_num(0.0).sum(3).flatten(1, 2)

@@ -1,10 +1,18 @@
-"""Dense attention with capped logits, which torch's SDPA does not offer."""
+"""Capped logits, and dense attention with them, which torch's SDPA does not offer."""
 
 import torch
 from torch import Tensor
 
 # Queries handled at once: bounds the logits held in memory to this many rows per head.
 _QUERY_BLOCK = 256
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Return ``softcap * tanh(logits / softcap)``, or the logits where there is no cap.
+
+    Logits of no token, minus infinity, are to be set afterwards: the cap makes them finite.
+    """
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def softcap_attention(
@@ -44,8 +52,7 @@ def softcap_attention(
     for first in range(0, q_len, _QUERY_BLOCK):
         block = query_states[:, :, first : first + _QUERY_BLOCK].to(wide)
         # [B, Hkv, G, q, n]
-        logits = block.unflatten(1, (num_kv_heads, -1)) @ keys.mT * scale
-        logits = softcap * torch.tanh(logits / softcap)
+        logits = capped(block.unflatten(1, (num_kv_heads, -1)) @ keys.mT * scale, softcap)
         if mask is not None:
             hidden = ~mask[:, :, None, first : first + _QUERY_BLOCK]
             # A finite floor: a padding query that sees nothing must not turn into NaN.

@@ -149,7 +149,8 @@ class SparQ(TopKMethod):
         # of all tokens; a query of zeros has zeros for scores anyhow.
         tiny = torch.finfo(torch.float32).tiny
         temper = (size.sum(3, keepdim=True) / covered.clamp_min(tiny)).sqrt()
-        return SparQQuery(query_states.gather(3, shared) * temper, channels)
+        tempered = (query_states.gather(3, shared) * temper).to(query_states.dtype)
+        return SparQQuery(tempered, channels)
 
     def score(self, encoded: SparQQuery, index: SparQIndex) -> Tensor:
         keys = index.channel_keys[..., : index.length]

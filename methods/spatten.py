@@ -20,6 +20,7 @@ from topkbench.methods.base import (
     kv_bytes,
 )
 from topkbench.methods.four_bits import bytes_per_token, dequantise, quantise
+from topkbench.methods.softcap import capped
 from topkbench.methods.states import row_bounds
 
 
@@ -286,7 +287,7 @@ class SpAtten(TopKMethod):
         keys = gather(cache.key_states, slots.where(fetched[..., None], 0))
         whole = logits_of(query_states, keys, slots, scale, softcap)
         logits = whole.where(unsure[..., None], logits)
-        selection.scanned = (slots >= 0).sum(-1) * (fetched & ~is_whole)
+        selection.scanned = (slots >= 0).sum(-1) * fetched
         selection.probabilities = logits.softmax(-1)
         values = gather(cache.value_states, slots).float()
         out = (selection.probabilities.unflatten(1, (-1, group)) @ values).flatten(1, 2)
@@ -365,7 +366,5 @@ def logits_of(
     Returns:
         float32 ``[B, Hq, m]``, minus infinity where there is no token.
     """
-    logits = query_states.float() @ keys.float().mT * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = capped(query_states.float() @ keys.float().mT * scale, softcap)
     return logits.masked_fill((slots < 0)[:, :, None], -torch.inf).flatten(1, 2)

@@ -22,6 +22,7 @@ from topkbench.methods.base import (
     kv_bytes,
 )
 from topkbench.methods.four_bits import bytes_per_token, dequantise, quantise
+from topkbench.methods.softcap import capped
 
 
 @dataclass(kw_only=True)
@@ -87,7 +88,8 @@ class Twilight(TopKMethod):
         p of 0.85. Different: the base's budget is a multiple of ``k``, there 8192 tokens or a
         quarter of the context; the set is found by sorting, where its kernel searches a
         threshold. Recents that the base selects are kept if they weigh enough. Whatever else a
-        base's selection carries, log weights or a remainder, is left out.
+        base's selection carries, log weights or a remainder, is left out, and a base whose own
+        reads depend on the data, as MagicPIG's do, is charged what it would expect to read.
 
     A token's 4-bit key costs ``d / 2 + 4`` bytes beside the base's own, read for the base's
     selection alone.
@@ -128,7 +130,7 @@ class Twilight(TopKMethod):
         vars(self).update(needs=base.needs, adaptive=base.adaptive, fits_prompt=base.fits_prompt)
 
     def under(self, policy: Policy) -> Self:
-        base = self.base.under(policy)
+        base = self.base.under(self._policy_of_base(policy))
         if base is self.base:
             return self
         settled = copy.copy(self)
@@ -272,8 +274,7 @@ class Twilight(TopKMethod):
         ranges = index.ranges.gather(2, flat.expand(-1, -1, -1, 2))
         keys = dequantise(codes, ranges).unflatten(2, at.shape[2:])
         logits = (keys @ query_states.float()[..., None])[..., 0] * index.scale
-        if index.softcap is not None:
-            logits = index.softcap * torch.tanh(logits / index.softcap)
+        logits = capped(logits, index.softcap)
         absent = ~held.unflatten(1, (num_kv_heads, -1))
         return logits.masked_fill(absent, -torch.inf).softmax(-1).nan_to_num(0.0)
 

@@ -386,6 +386,7 @@ class _Layer:
 
     def _select(self, scores: Tensor | None) -> Selection:
         encoded = self.method.encode(self.states.query_states, self.index)
+        self.method.score(encoded, self.index)  # a method may keep more of it than it returns
         return self.method.select(scores, encoded, self.index, self.policy)
 
     def _both(self, stage: Callable[[], T]) -> tuple[T, T]:

@@ -134,16 +134,16 @@ def test_all_channels_are_exact_logits(scope: str) -> None:
 
 
 def test_four_bit_labels_by_hand() -> None:
-    # Two heavy channels, -1 and 2: levels 0 and 15. Of equal ones, level 0 of a width of zero.
-    keys = torch.tensor([[0.0, -1.0, 0.0, 2.0], [0.0, 5.0, 0.0, 5.0]])[None, None]
+    # Two heavy channels, -1 and 14: levels 0 and 15. Of equal ones, level 0 of a step of zero.
+    keys = torch.tensor([[0.0, -1.0, 0.0, 14.0], [0.0, 5.0, 0.0, 5.0]])[None, None]
     method = calibrated(channels=2, label_bits=4)
     index = method.build_index(prefill(keys))
-    assert index.bounds is not None
+    assert index.ranges is not None
     assert index.labels[0, 0, :2].tolist() == [[0 + (15 << 4)], [0]]
-    assert index.bounds[0, 0, :2].tolist() == [[-1.0, 3.0], [5.0, 0.0]]
+    assert index.ranges[0, 0, :2].tolist() == [[-1.0, 1.0], [5.0, 0.0]]
     queries = torch.tensor([[0.0, 1.0, 0.0, 10.0], [0.0, 1.0, 0.0, 0.0]])[None, None]
     scores = method.score(method.encode(queries, index), index)
-    assert scores.tolist() == [[[[19.0, 55.0], [-1.0, 5.0]]]]
+    assert scores.tolist() == [[[[139.0, 55.0], [-1.0, 5.0]]]]
 
 
 def test_four_bit_labels_are_off_by_half_a_level() -> None:

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,6 +35,8 @@ from topkbench.tasks.decode_latency import DecodeLatency
 from topkbench.tasks.evaluation import Context, TaskRow
 from topkbench.tasks.planted import BLOCK, PlantedCalibration, PlantedStates, capture
 
+CONF = Path(__file__).parents[2] / "conf"
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 SPEED = (
     "decode_ms_p50",
     "decode_ms_warm_p50",
@@ -84,6 +88,21 @@ def test_a_right_step_has_every_time(
     assert (values["kv_len"], values["length"], values["batch_size"]) == (300, 300, 1)
     # Whole pages of 8, of which the last is half full: 9 pages at most, one of 4 tokens.
     assert 68 / 300 <= values["density"] <= 75 / 300
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_right_step(loaded: LoadedModel, store: PrefillStore, name: str) -> None:
+    """As its YAML makes it, but for what is learnt, which is learnt quickly."""
+    overrides = [f"method={name}", "rbit=64"]
+    overrides += {
+        "hata": ["method.weights=random"],
+        "hash_attention": ["method.steps=2"],
+    }.get(name, [])
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        method = instantiate(compose("config", overrides).method)
+    (row,) = rows(loaded, store, method, task())
+    assert (row.status, row.reason) == ("ok", "")
+    assert row.values["decode_ms_p50"] > 0
 
 
 def test_full_attention_is_timed_by_the_same_task(loaded: LoadedModel, store: PrefillStore) -> None:
