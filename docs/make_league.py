@@ -1,5 +1,7 @@
 """Write README's league, ``docs/league.md`` and its figures from the rows of a league.
 
+The rows of ``experiment=matched_bytes`` stand beside it.
+
 python docs/make_league.py analysis/measured/MACHINE/league.csv
 """
 
@@ -16,6 +18,7 @@ if __name__ == "__main__":  # a bare checkout works too, as for run.py
 
 from topkbench.analysis import style  # noqa: E402
 from topkbench.analysis.lines import Comparison, compare  # noqa: E402
+from topkbench.analysis.matched import MATCHED, matched_table  # noqa: E402
 from topkbench.analysis.metrics import METRICS  # noqa: E402
 from topkbench.analysis.plots import draw_all  # noqa: E402
 from topkbench.analysis.report import load  # noqa: E402
@@ -38,6 +41,15 @@ intervals over samples; the worst sub-task is the one where a method loses most 
 Decode time is that of the whole model's step, in multiples of full attention's, timed in turn with
 it; below 1 is faster. In the figures faint points are dominated.
 """
+EQUAL = """## At equal cost
+
+The same, unified and with the question decoded, at budgets from 32 to 1,024 tokens
+([rows](../{rows})): each method's score between its own budgets, over the logarithm of the cost;
+– where no budget of it costs as little or as much. The report of `experiment=matched_bytes` has
+intervals over samples, too.
+
+![Score against cost, six budgets](matched_bytes.png)
+"""
 
 
 def page(rows: Path) -> str:
@@ -50,6 +62,18 @@ def page(rows: Path) -> str:
             title = f"{key['protocol'].capitalize()}, {QUESTIONS[key['question']]}"
             figure = f"![{title}: score against cost]({figure_name(key)})"
             parts.append(f"## {title}\n\n{figure}\n\n{league.markdown()}\n")
+    parts.append(equal_costs(path.with_name("matched_bytes.csv")))
+    return "\n".join(parts)
+
+
+def equal_costs(path: Path) -> str:
+    """Return what the page says of methods at equal cost."""
+    lines = compared(ROOT / path).headline
+    parts = [EQUAL.format(rows=path.as_posix())]
+    for cost, words in MATCHED.items():
+        found = matched_table(lines, cost, {})
+        assert found is not None  # budgets are swept
+        parts.append(f"### Score at equal {words}\n\n{found.markdown()}\n")
     return "\n".join(parts)
 
 
@@ -113,13 +137,12 @@ def readme(rows: Path, text: str) -> str:
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
-def draw(rows: Path) -> None:
-    """Draw each setting's figure of score against cost."""
-    for key, lines in compared(rows).panels():
-        with tempfile.TemporaryDirectory() as folder:
-            for one in draw_all(lines, Path(folder), ""):
-                if one.name == "score_vs_cost":
-                    shutil.copy(one.png, ROOT / "docs" / figure_name(key))
+def draw(lines: pd.DataFrame, name: str) -> None:
+    """Draw a setting's figure of score against cost."""
+    with tempfile.TemporaryDirectory() as folder:
+        for one in draw_all(lines, Path(folder), ""):
+            if one.name == "score_vs_cost":
+                shutil.copy(one.png, ROOT / "docs" / name)
 
 
 if __name__ == "__main__":
@@ -127,4 +150,6 @@ if __name__ == "__main__":
     (ROOT / "docs" / "league.md").write_text(page(source), encoding="utf-8")
     document = ROOT / "README.md"
     document.write_text(readme(source, document.read_text(encoding="utf-8")), encoding="utf-8")
-    draw(source)
+    for key, lines in compared(source).panels():
+        draw(lines, figure_name(key))
+    draw(compared(source.with_name("matched_bytes.csv")).lines, "matched_bytes.png")
