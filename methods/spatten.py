@@ -177,6 +177,11 @@ class SpAtten(TopKMethod):
                 heads=torch.ones(sums.shape[:2], dtype=torch.bool, device=keys.device),
             )
         cascade: Cascade = prefill.shared["cascade"]
+        if cascade.importance.device != keys.device:
+            raise ValueError(
+                "spatten's layers must be on one device, since they share what tokens are worth, "
+                f"got {cascade.importance.device} and {keys.device}."
+            )
         cascade.importance[:, 0, : prefill.n] += sums.sum(1)
         index = SpAttenIndex(
             cascade=cascade,

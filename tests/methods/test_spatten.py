@@ -234,6 +234,25 @@ def test_a_row_that_is_kept_whole_is_full_attention() -> None:
     assert found.selection.scanned.tolist() == [[0], [9]]
 
 
+def test_layers_on_several_devices_are_refused() -> None:
+    shared: dict[str, Any] = {}
+    for device in ("cpu", "meta"):
+        keys = torch.zeros(1, 1, 5, 8, device=device)
+        prefill = PrefillInputs(
+            key_states=keys,
+            value_states=keys,
+            capacity=5,
+            layer=0,
+            num_layers=2,
+            column_sums=torch.zeros(1, 2, 5, device=device),
+            shared=shared,
+        )
+        if device == "cpu":
+            SpAtten().build_index(prefill)
+    with pytest.raises(ValueError, match=r"must be on one device, .* got cpu and meta"):
+        SpAtten().build_index(prefill)
+
+
 def test_an_odd_head_has_no_keys_in_4_bits() -> None:
     geometry = Geometry(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=15)
     assert SpAtten().unsupported(geometry) is None
