@@ -345,6 +345,8 @@ def describe(rows: Sequence[Row]) -> str:
     top = next((row for row in rows if row.subtask == "mean"), rows[0])
     knobs = [f"{name}={getattr(top, name)}" for name in ("k", "rbit") if getattr(top, name)]
     score = "" if top.score is None else f": score {top.score:.1f}"
+    if score:
+        knobs += [word for word in (top.protocol, top.question) if word]
     status = "" if top.status.value == "ok" else f": {top.status.value}"
     return " ".join((top.model, top.task, top.method, *knobs)) + score + status
 

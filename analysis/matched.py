@@ -147,15 +147,19 @@ def matched_table(
     widths = data["rbit"].nunique()
     rows: list[list[str]] = []
     found: list[list[Found | None]] = []
+    methods: list[str] = []
     for part in curves:
         line = part.iloc[0]
         known = [at_cost(part, cost, level * divisor, answers) for level in grid]
+        if not any(known):  # between two of these costs, or dearer than others reach
+            continue
         name = str(line["label"])
         if widths > 1 and not pd.isna(line["rbit"]):
             name += f", {line['rbit']} bits"
         rows.append([name, *(_text(one) for one in known)])
         found.append(known)
-    rivals = [i for i, part in enumerate(curves) if part["method"].iloc[0] not in YARDSTICKS]
+        methods.append(line["method"])
+    rivals = [i for i, method in enumerate(methods) if method not in YARDSTICKS]
     strong = {(i, 1 + j) for j in range(len(grid)) for i in _best({i: found[i][j] for i in rivals})}
     unit = METRICS[cost].unit
     heads = ["Method", *(f"{format(level, METRICS[cost].format)} {unit}".strip() for level in grid)]

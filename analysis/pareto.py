@@ -113,6 +113,7 @@ def _draw(axes: Axes, data: pd.DataFrame, cost: str) -> tuple[pd.Series, pd.Seri
     front = pd.Series(marks, index=rivals.index).reindex(data.index, fill_value=False)
     _cost_axis(axes, price)
     bottom, top = (10 * part for part in (data["score"].min() // 10, -(-data["score"].max() // 10)))
+    top = max(top, bottom + 10)  # scores may all be alike
     room = 0.06 * (top - bottom)
     axes.set_ylim(bottom - room, top + room)
     shown = _apart(axes, price, data["score"], front)

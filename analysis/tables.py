@@ -229,6 +229,12 @@ def environment_table(rows: pd.DataFrame) -> Table:
     return Table(["", ""], cells, words={0, 1})
 
 
+_IN_TURN = (
+    "Speed-ups are over full attention timed in turn with each method; the milliseconds of two "
+    "rows are minutes apart."
+)
+
+
 def summary_table(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> str:
     """Return the tables for the terminal at the end of a sweep.
 
@@ -241,6 +247,8 @@ def summary_table(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> st
     for key, lines in compared.panels():
         top = lines[lines.index.isin(compared.headline.index)]
         parts.append(f"{setting(key)}\n\n{_narrow(main_table(top)).text()}")
+    if compared.lines.get("speedup_vs_full", pd.Series(dtype=float)).notna().any():
+        parts.append(_IN_TURN)
     failures = failure_table(compared.rows)
     if failures is not None:
         parts.append(f"Not ok:\n\n{failures.text()}")

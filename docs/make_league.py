@@ -39,7 +39,8 @@ Made from the rows in [`{rows}`](../{rows}) by `python docs/make_league.py {rows
 is said [beside them](../{folder}/README.md). Scores are means over the sub-tasks of RULER with 95%
 intervals over samples; the worst sub-task is the one where a method loses most to full attention.
 Decode time is that of the whole model's step, in multiples of full attention's, timed in turn with
-it; below 1 is faster. In the figures faint points are dominated.
+it; below 1 is faster. In the figures faint points are
+dominated, and points that coincide step aside.
 """
 EQUAL = """## At equal cost
 
