@@ -70,6 +70,7 @@ def draw_all(
     suffix: str = "",
     models: Mapping[str, ModelSize] = MODELS,
     samples: pd.DataFrame | None = None,
+    only: str | None = None,
 ) -> list[Drawn]:
     """Draw every figure that the lines of one setting allow.
 
@@ -80,6 +81,7 @@ def draw_all(
         suffix: End of the files' names, where a report has several settings.
         models: Whole models that the bound on a step is drawn for.
         samples: The samples behind the lines, for what is drawn from them.
+        only: Name of the one figure that is wanted; None for all.
 
     Returns:
         The figures drawn, in the order they are shown.
@@ -228,7 +230,7 @@ def draw_all(
     # rc_context, never rcParams: drawing must not change a caller's own figures.
     with matplotlib.rc_context(cast(Any, style.RC_PARAMS)):
         for name, title, reading, make in plans:
-            made = make()
+            made = make() if only in (None, name) else None
             if made is not None:
                 figure, data = made
                 figure.axes[0].set_title(title)

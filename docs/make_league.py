@@ -5,6 +5,7 @@ The rows of ``experiment=matched_bytes`` stand beside it.
 python docs/make_league.py analysis/measured/MACHINE/league.csv
 """
 
+import functools
 import shutil
 import sys
 import tempfile
@@ -78,6 +79,7 @@ def equal_costs(path: Path) -> str:
     return "\n".join(parts)
 
 
+@functools.cache
 def compared(rows: Path) -> Comparison:
     """Return the lines of a file of rows."""
     return compare(load(rows)[0])
@@ -141,9 +143,8 @@ def readme(rows: Path, text: str) -> str:
 def draw(lines: pd.DataFrame, name: str) -> None:
     """Draw a setting's figure of score against cost."""
     with tempfile.TemporaryDirectory() as folder:
-        for one in draw_all(lines, Path(folder), ""):
-            if one.name == "score_vs_cost":
-                shutil.copy(one.png, ROOT / "docs" / name)
+        (figure,) = draw_all(lines, Path(folder), "", only="score_vs_cost")
+        shutil.copy(figure.png, ROOT / "docs" / name)
 
 
 if __name__ == "__main__":

@@ -185,10 +185,10 @@ class IndexStore:
 
         Of a cache that cannot be watched no index is kept, and each is built at every step.
         """
-        keys = getattr(cache_layer(cache, layer), "keys", None)
-        if keys is None or not can_watch(cache, layer, key):
+        if not can_watch(cache, layer, key):
             self.drop(cache, layer)
             return
+        keys = cache_layer(cache, layer).keys
         kept = _Kept(index, capacity, ref(keys), _version(keys), lengths)
         self._kept.setdefault(cache, {})[layer] = kept
 

@@ -22,7 +22,7 @@ from topkbench.methods.base import (
     kv_bytes,
 )
 from topkbench.methods.draws import draw_tokens
-from topkbench.methods.states import row_bounds
+from topkbench.methods.states import at_slots
 
 FLOOR = 1e-4
 """Added to an inclusion probability, so that no weight is beyond bounds."""
@@ -147,14 +147,15 @@ class MagicPIG(TopKMethod):
         buckets = 2**self.hash_bits
         entries = torch.zeros(*shape, prefill.capacity, dtype=torch.int32, device=keys.device)
         first = torch.zeros(*shape, buckets + 1, dtype=torch.int32, device=keys.device)
+        # Where each table's sizes begin, of its buckets and of what is no token.
+        tables = torch.arange(self.num_tables, device=keys.device)[:, None] * (buckets + 1)
         for row in range(batch_size):  # the hashes of a head are many times its keys
             for head in range(num_kv_heads):
                 codes = self.codes(keys[row, head].float() - mean[row, head], planes)
                 # What is no token goes behind the last bucket, where no query looks.
                 codes = codes.masked_fill(~valid[row, 0, :, None], buckets).mT.contiguous()
                 entries[row, head, :, :n] = _order(codes)
-                tables = torch.arange(self.num_tables, device=keys.device)[:, None]
-                places = (codes + tables * (buckets + 1)).flatten()
+                places = (codes + tables).flatten()
                 sizes = places.bincount(minlength=self.num_tables * (buckets + 1))
                 first[row, head, :, 1:] = sizes.view(-1, buckets + 1)[:, :-1].cumsum(1)
         return MagicPIGIndex(
@@ -225,7 +226,7 @@ class MagicPIG(TopKMethod):
         assert scores is not None
         batch_size, num_heads, n = scores.shape
         group = encoded.states.shape[2]
-        start, end = row_bounds(n, batch_size, scores.device, index.kv_start, index.kv_len)
+        start, end = index.row_bounds(batch_size, scores.device)
         slots = torch.arange(n, device=scores.device)
         is_native = policy.protocol == "native"
         num_recent = max(policy.num_recent, self.native_local) if is_native else policy.num_recent
@@ -271,8 +272,7 @@ class MagicPIG(TopKMethod):
     def _collision(self, encoded: MagicPIGQuery, index: MagicPIGIndex, slots: Tensor) -> Tensor:
         """Return each slot's chance to share the query's bucket in one table, ``[B, Hq, m]``."""
         batch_size, num_kv_heads, group, head_dim = encoded.states.shape
-        at = slots.view(batch_size, num_kv_heads, -1, 1).expand(-1, -1, -1, head_dim)
-        keys = index.key_states.gather(2, at).float()
+        keys = at_slots(index.key_states, slots.view(batch_size, num_kv_heads, -1)).float()
         keys = keys - index.mean.view(batch_size, num_kv_heads, 1, head_dim)
         keys = keys.view(batch_size, num_kv_heads, group, -1, head_dim)
         queries = encoded.states.float()[..., None, :]

@@ -21,7 +21,7 @@ from topkbench.methods.base import (
 )
 from topkbench.methods.four_bits import bytes_per_token, dequantise, quantise
 from topkbench.methods.softcap import capped
-from topkbench.methods.states import row_bounds
+from topkbench.methods.states import at_slots
 
 
 @dataclass
@@ -216,7 +216,7 @@ class SpAtten(TopKMethod):
             cascade.tokens = torch.ones_like(cascade.tokens)
             cascade.heads = torch.ones_like(cascade.heads)
         cascade.layer = index.layer
-        start, end = row_bounds(n, len(encoded), encoded.device, index.kv_start, index.kv_len)
+        start, end = index.row_bounds(len(encoded), encoded.device)
         is_short = (end - start <= policy.k)[:, None]  # such a row is kept whole
 
         keep = round(policy.k * (1 - index.depth * (1 - self.last_keep)))
@@ -278,7 +278,7 @@ class SpAtten(TopKMethod):
             return super().attend(query_states, cache, selection, scale, softcap)
         assert self.requantise_below is not None
         slots, group = selection.indices.long(), query_states.shape[2]
-        rounded = dequantise(gather(selection.codes, slots), gather(selection.ranges, slots))
+        rounded = dequantise(at_slots(selection.codes, slots), at_slots(selection.ranges, slots))
         logits = logits_of(query_states, rounded, slots, scale, softcap)
         unsure = logits.softmax(-1).amax(-1) < self.requantise_below
         if selection.head_weight is not None:
@@ -289,12 +289,12 @@ class SpAtten(TopKMethod):
         unsure |= is_whole.repeat_interleave(group, 1)
         fetched = unsure.unflatten(1, (-1, group)).any(2)
         # One token stands in where nothing is fetched, so that nobody waits to know the heads.
-        keys = gather(cache.key_states, slots.where(fetched[..., None], 0))
+        keys = at_slots(cache.key_states, slots.where(fetched[..., None], 0))
         whole = logits_of(query_states, keys, slots, scale, softcap)
         logits = whole.where(unsure[..., None], logits)
         selection.scanned = (slots >= 0).sum(-1) * fetched
         selection.probabilities = logits.softmax(-1)
-        values = gather(cache.value_states, slots).float()
+        values = at_slots(cache.value_states, slots).float()
         out = (selection.probabilities.unflatten(1, (-1, group)) @ values).flatten(1, 2)
         if selection.head_weight is not None:
             out = out * selection.head_weight[..., None]
@@ -318,7 +318,7 @@ class SpAtten(TopKMethod):
         else:
             assert result.lse is not None
             slots = selection.indices.long()
-            keys = gather(cache.key_states, slots)
+            keys = at_slots(cache.key_states, slots)
             logits = logits_of(query_states, keys, slots, scale, softcap)
             found = (logits - result.lse[..., None]).exp()
         if selection.head_weight is not None:
@@ -332,7 +332,7 @@ class SpAtten(TopKMethod):
         return 4.0 + 1.0 + self._rounded_bytes(geometry)
 
     def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
-        return self.bytes_read_by(geometry, n, min(k, n), min(k, n))
+        return self.bytes_read_by(geometry, n, min(k, n), None)
 
     def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int | None) -> int:
         side, values = n * (4 + 1), kv_bytes(geometry, read) // 2
@@ -348,12 +348,6 @@ class SpAtten(TopKMethod):
         if self.requantise_below is None:
             return 0
         return geometry.num_kv_heads * bytes_per_token(geometry.head_dim)
-
-
-def gather(states: Tensor, slots: Tensor) -> Tensor:
-    """Return ``[B, Hkv, m, c]`` of ``states [B, Hkv, n, c]`` at some slots, below 0 for none."""
-    at = slots.clamp_min(0)[..., None].expand(-1, -1, -1, states.shape[3])
-    return states.gather(2, at)
 
 
 def logits_of(

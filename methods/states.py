@@ -112,6 +112,12 @@ def row_bounds(
     return (zero if kv_start is None else kv_start), (zero + n if kv_len is None else kv_len)
 
 
+def at_slots(states: Tensor, slots: Tensor) -> Tensor:
+    """Return ``[B, Hkv, m, c]`` of ``states [B, Hkv, n, c]`` at int64 slots, below 0 for none."""
+    at = slots.clamp_min(0)[..., None].expand(-1, -1, -1, states.shape[3])
+    return states.gather(2, at)
+
+
 def slots_within(n: int, start: Tensor, end: Tensor) -> Tensor:
     """Return bool ``[B, n]``: the slots from each row's first to before its end."""
     slots = torch.arange(n, device=start.device)

@@ -23,6 +23,7 @@ from topkbench.methods.base import (
 )
 from topkbench.methods.four_bits import bytes_per_token, dequantise, quantise
 from topkbench.methods.softcap import capped
+from topkbench.methods.states import at_slots
 
 
 @dataclass(kw_only=True)
@@ -269,10 +270,9 @@ class Twilight(TopKMethod):
         """
         num_kv_heads = query_states.shape[1]
         at = slots.unflatten(1, (num_kv_heads, -1))  # [B, Hkv, 1 or G, m]
-        flat = at.flatten(2)[..., None]
-        codes = index.codes.gather(2, flat.expand(-1, -1, -1, index.codes.shape[3]))
-        ranges = index.ranges.gather(2, flat.expand(-1, -1, -1, 2))
-        keys = dequantise(codes, ranges).unflatten(2, at.shape[2:])
+        flat = at.flatten(2)
+        keys = dequantise(at_slots(index.codes, flat), at_slots(index.ranges, flat))
+        keys = keys.unflatten(2, at.shape[2:])
         logits = (keys @ query_states.float()[..., None])[..., 0] * index.scale
         logits = capped(logits, index.softcap)
         absent = ~held.unflatten(1, (num_kv_heads, -1))

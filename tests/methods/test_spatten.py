@@ -152,14 +152,14 @@ def test_bytes_are_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     (index,) = stack(method, keys, sums, 1, 60)
     values = torch.randn(keys.shape, generator=generator)
     touched: list[tuple[Tensor, int, list[int]]] = []
-    gather = spatten.gather
+    gather = spatten.at_slots
 
     def counted(states: Tensor, slots: Tensor) -> Tensor:
         counts = [len(set(head)) for head in slots[0].tolist()]
         touched.append((states, states[0, 0, 0].nbytes, counts))
         return gather(states, slots)
 
-    monkeypatch.setattr(spatten, "gather", counted)
+    monkeypatch.setattr(spatten, "at_slots", counted)
     method.step(queries, index, CacheView(keys, values), Policy(k=16, **FREE), 1.0)
     # One key stands in for a head of which none is fetched.
     assert [counts for states, _, counts in touched if states is keys] == [[1, 16]]
