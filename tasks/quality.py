@@ -92,7 +92,7 @@ def quality(truth: Truth, cache: CacheView, result: StepResult, k: int) -> Quali
 
 @dataclass
 class SelectionMeter(Observer):
-    """Judges every sparse step of an attached method, on the states that it runs on itself."""
+    """Judges an attached method's steps over more than ``k`` tokens, on the states it runs on."""
 
     k: int
     seen: list[tuple[int, Quality]] = field(default_factory=list)
@@ -106,6 +106,8 @@ class SelectionMeter(Observer):
         scale: float,
         softcap: float | None,
     ) -> None:
+        if self.k >= cache.n:
+            return  # everything was kept, before the method was asked
         truth = Truth.of(query_states, cache, scale, softcap)
         self.seen.append((layer, quality(truth, cache, result, self.k)))
 
