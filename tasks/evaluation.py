@@ -32,13 +32,12 @@ from topkbench.models.prefill import PrefillStore
 from topkbench.tasks.base import Sample, string_match_all, string_match_part
 from topkbench.tasks.decoding import (
     Decoder,
-    NotFiniteError,
     Prompt,
     Question,
     batches,
     tokenise,
 )
-from topkbench.tasks.quality import SelectionMeter
+from topkbench.tasks.quality import SelectionMeter, check_finite
 
 T = TypeVar("T")
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -241,25 +240,6 @@ class Counter(Observer):
             return None
         return Reads(
             self.read / self.seen, None if self.scanned is None else self.scanned / self.seen
-        )
-
-
-def check_finite(result: StepResult, layer: int) -> None:
-    """Refuse a step's scores and output that are not finite; a slot without a token scores -inf.
-
-    Raises:
-        NotFiniteError: In one sentence.
-    """
-    scores = result.scores
-    if scores is not None and bool((scores.isnan() | scores.isposinf()).any()):
-        raise NotFiniteError(
-            f"a method's scores must be finite, got infinity or NaN in layer {layer}; use "
-            "dtype=float32, or check the weights."
-        )
-    if not result.out.isfinite().all():
-        raise NotFiniteError(
-            f"the attention's output must be finite, got infinity or NaN in layer {layer}; use "
-            "dtype=float32, or check the weights."
         )
 
 
