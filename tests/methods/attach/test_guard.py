@@ -75,7 +75,7 @@ def test_a_mask_with_holes_warns_once_and_raises_in_the_end(
 @pytest.mark.filterwarnings("ignore:.*does not act")
 @pytest.mark.parametrize(
     "options",
-    [{"use_cache": False}, {"prompt_lookup_num_tokens": 3}],
+    [{"use_cache": False}, {"prompt_lookup_num_tokens": 3, "eos_token_id": 60}],
     ids=lambda one: next(iter(one)),
 )
 def test_generating_past_the_method_raises(
