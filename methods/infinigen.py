@@ -53,12 +53,12 @@ class InfiniGen(TopKMethod):
     An orthogonal matrix, the right singular vectors of calibration queries, turns queries and keys
     so that few channels carry most of their product. Compared are the channels in which the
     queries' absolute values sum to most, and those in which the keys' do: as many of either, and
-    so at most twice as many in all. The layer's queries are speculated from the
-    attention input of the layer before, so that keys and values could be fetched while that layer
-    still computes; the first layer, and a step without a model, use their own queries. Attention
-    is exact on what was chosen. Under the native protocol a row's heads choose as many tokens each
-    as have speculated logits above the head's maximum less ``alpha``, on average over the heads,
-    ``k`` at most; under the unified protocol ``k``.
+    so at most twice as many in all. The layer's queries are speculated from the attention input of
+    the layer before, so that keys and values could be fetched while that layer still computes; the
+    first layer, and a step without a model, use their own queries. Attention is exact on what was
+    chosen. Under the native protocol a row's heads choose as many tokens each as have speculated
+    logits above the head's maximum less ``alpha``, on average over the heads, ``k`` at most; under
+    the unified protocol ``k``.
 
     A KV head has channels of its own. All keep room for as many as the widest KV head of the model
     compares, and zeros in what they do not need; these are read, and charged, too.
@@ -74,14 +74,20 @@ class InfiniGen(TopKMethod):
         singular vectors by an argsort of two sorted spectra, which only reverses them. Channels
         are those of its accuracy code, summed over all tokens of one short text there and over
         calibration prompts here; its speed code chooses by the queries of each prompt alone, half
-        as many. The accuracy code takes head 0's maximum for all heads, here as in the speed code
-        each head has its own. Natively layers 0 and 1 are dense: both codes hand an input on only
-        from layer 1. Nothing
-        is fetched from another memory: the speculation is compared, not the overlap. With rotary
-        positions skewing follows the rotation, so the whole query projection is computed; charged
-        is the partial one of the paper, a row of it for each channel of a query head.
-        The method rests on inputs of neighbouring layers that are alike, as deep models have them,
+        as many. Natively layers 0 and 1 are dense: both codes hand an input on only from layer 1.
+        Nothing is fetched from another memory: the speculation is compared, not the overlap. With
+        rotary positions skewing follows the rotation, so the whole query projection is computed;
+        charged is the partial one of the paper, a row of it for each channel of a query head. The
+        method rests on inputs of neighbouring layers that are alike, as deep models have them,
         and on queries of few directions; the shipped model, of four layers, has neither.
+
+    Compared with the authors' code:
+        ``accuracy/src/modeling_llama_ours.py``, ``modeling_llama_ours_setup.py``
+        (snu-comparch/InfiniGen): run on the same tensors, one query head a KV head, the channels
+        are the same and the speculated logits agree to 1e-4. Differs: that code counts the tokens
+        of all heads from head 0's maximum, and this from each head's own, as
+        ``speedup/infinigen/infinigen/kv_selection_controller.py`` does (38 tokens a head for its 33
+        in that run); one skewing for a group; ``k`` caps the count, there a share of the context.
     """
 
     name: ClassVar[str] = "infinigen"

@@ -64,6 +64,13 @@ class PQCache(TopKMethod):
         take ``bits / 8``. Tokens decoded later take the nearest centroid and move none, so building
         anew with them gives other codes. The centroids, ``4 * 2 ** bits * d`` bytes for a KV head,
         are the same for any length and in no figure of bytes per token; each step reads them.
+
+    Compared with the authors' code:
+        ``vq_method/retrieval_based/pq_search.py`` (HugoZHL/PQCache): run on the same codes and
+        centroids, the native selection agrees to 0.99 or more in each of 20 draws, ties decided
+        apart (the unified one to 0.61 at least). Differs: sinks and the current token are inside
+        ``k``, there beside it; k-means sees the sinks' keys too, and has a fixed number of
+        iterations.
     """
 
     name: ClassVar[str] = "pqcache"
