@@ -32,7 +32,7 @@ NEEDS = {
     "column_sums": "the attention that each token of the prompt received",
     "previous_query": "this layer's queries, foretold from the layer before",
 }
-SECTION = re.compile(r"^([A-Z][\w ]*):$")
+SECTION = re.compile(r"^([A-Z][\w' ]*):$")
 
 HEAD = f"""# Methods
 

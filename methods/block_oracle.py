@@ -44,6 +44,11 @@ class BlockOracle(TopKMethod):
         ``compute_oracle_sparse_mask`` of SeerAttention-R (arXiv:2506.08889), which takes the
         largest weight over the group where ours sums (its rule is the native policy), and pages of
         64; ours are Quest's 16, to be laid beside it. Budget and forced pages are as for Quest.
+
+    Compared with the authors' code:
+        ``seer_attn/decode_sparse/attn_gate_inf.py`` (microsoft/SeerAttention) was read and not run.
+        Differs: pages of 16, there of 64; under the unified protocol a group's weights are summed,
+        there the largest counts.
     """
 
     name: ClassVar[str] = "block_oracle"

@@ -74,6 +74,14 @@ class DoubleSparsity(TopKMethod):
         this keeps them, and divides logits by the root of the channels kept: the order is the same
         for one head, and summed over a group the attention's own scale is nearer to its weights.
         Selection for each query head, with no sinks or recents, is the native policy.
+
+    Compared with the authors' code:
+        ``evaluation/modify_llama.py``, ``config/offline_calibration.py``
+        (andy-yang-1/DoubleSparse): run on the same tensors they agree. Differs: the statistics are
+        of all sequences, there of the last block; queries are not rounded.
+        ``LongBench/longbench_ds.sh`` has other settings than the paper and these defaults: half of
+        the channels (``--group_factor 2``), 2 bits, and the queries' statistics alone (``--channel
+        q``).
     """
 
     name: ClassVar[str] = "double_sparsity"

@@ -29,6 +29,11 @@ class ExactTopK(TopKMethod):
 
     Source:
         The KV-shared oracle of HATA's released code; ranks in float32, where that casts to half.
+
+    Compared with the authors' code:
+        None of its own: the rule is that of HATA's ``python/myTransformer/cache/kvcache_topk.py``
+        (gpzlx1/HATA), which was read and not run. Differs: that forces 64 first and 96 last tokens
+        inside ``k`` in its scripts, and ranks in half precision.
     """
 
     name: ClassVar[str] = "exact"

@@ -25,6 +25,9 @@ class FullAttention(TopKMethod):
 
     Attributes:
         backend: ``"sdpa"``, ``"flash_attn"`` or ``"flashinfer"``; the last two need CUDA.
+
+    Compared with the authors' code:
+        None to compare with: it is torch's attention, or that of the package named.
     """
 
     name: ClassVar[str] = "full"

@@ -58,6 +58,11 @@ class H2O(Evicting):
         and attends to them and the current one, here the current one is inside k. Keys keep their
         positions, as in the released cache. The shared attention kernel returns no probabilities,
         so the kept keys are read a second time for them, which is charged.
+
+    Compared with the authors' code:
+        ``h2o_hf/utils_real_drop/modify_llama.py`` (FMInference/H2O): run on the same tensors it
+        agrees. Differs: the current token is inside ``k``, there beside it; a group's query heads
+        are summed, where that code has no groups.
     """
 
     name: ClassVar[str] = "h2o"

@@ -79,6 +79,12 @@ class HashAttention(TopKMethod):
         native policy counts them inside ``k``. Selection for each query head is native; for a KV
         head the group's agreements are summed. There signatures are made anew at each step; here
         they are kept, ``bits / 8`` bytes for each query head.
+
+    Compared with the authors' code:
+        ``hashattention/hashattention_llama.py`` (xAlg-ai/HashAttention-1.0): run on the same
+        tensors the scores agree. They have 33 values at 32 bits, so that ties decide 27% of the set
+        that is selected: here the lower index is kept, there any. Differs: the first and last
+        tokens are inside ``k``, there beside it; texts and draws of the training.
     """
 
     name: ClassVar[str] = "hash_attention"

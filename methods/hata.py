@@ -118,6 +118,11 @@ class HATA(TopKMethod):
         against the paper's. We train in float32, where the code trains in bfloat16. Untrained
         weights differ per layer and head; the production system that ships orthonormal ones
         shares a single one.
+
+    Compared with the authors' code:
+        ``src/ham_dist.cu``, ``tasks/hash/learn_hash_weights.py`` (gpzlx1/HATA): run on the same
+        tensors they agree. Differs: training is in float32, there in bfloat16; of equal scores the
+        lower index is kept, there any.
     """
 
     name: ClassVar[str] = "hata"

@@ -44,6 +44,11 @@ class Loki(TopKMethod):
         per layer and KV head. The mean is not subtracted when scoring: it shifts all scores of a
         query alike. Attention reads the original keys, so the rotated channels are side
         information; the paper stores only rotated keys.
+
+    Compared with the authors' code:
+        ``methods/pca_topk/modify_llama.py``, ``pca_analysis/pca.py`` (hpcgroup/loki): run on the
+        same tensors they agree. Differs: prompts are read densely, where that code selects for
+        their queries too; the rotated channels stand beside the keys, there in their place.
     """
 
     name: ClassVar[str] = "loki"

@@ -35,6 +35,9 @@ class RandomSelection(TopKMethod):
 
     Source:
         None: the floor of a comparison. A method that does not beat it has found nothing.
+
+    Compared with the authors' code:
+        None to compare with: it is nobody's method.
     """
 
     name: ClassVar[str] = "random"

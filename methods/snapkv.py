@@ -80,6 +80,11 @@ class SnapKV(Evicting):
         and selects per query head, as ``head_scope="query_head"`` does; for one selection per KV
         head the pooled sums are summed over the group. Attention has the layer's own scale and
         softcap, there the root of head_dim and none.
+
+    Compared with the authors' code:
+        ``snapkv/monkeypatch/snapkv_utils.py`` (FasterDecoding/SnapKV): run on the same tensors it
+        agrees, one selection per query head. Differs: under ``head_scope="kv_head"`` the group's
+        pooled sums are summed, which that code does not have.
     """
 
     name: ClassVar[str] = "snapkv"

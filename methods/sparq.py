@@ -86,6 +86,10 @@ class SparQ(TopKMethod):
         Side information is a second copy of the keys, ``d`` values a token, channel by channel:
         rows of whole keys would be read almost whole for a few channels. The mean is kept as one
         float32 sum for each KV head.
+
+    Compared with the authors' code:
+        ``llminference/methods/ann_attention.py`` (graphcore-research/llm-inference-research): run
+        on the same tensors it agrees. Differs: the current token is inside ``k``, there beside it.
     """
 
     name: ClassVar[str] = "sparq"

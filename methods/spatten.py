@@ -127,6 +127,10 @@ class SpAtten(TopKMethod):
         released ``spatten_llm`` is another method (raw logits of the last forward, no cascade, no
         heads, no quantisation) and is not followed.
 
+    Compared with the authors' code:
+        None to compare with: the released ``spatten_llm`` (mit-han-lab/spatten-llm) is another
+        method, and the other code is of a hardware simulator. Written from the paper.
+
     Charged: importance and the pruned marks of all tokens in each layer, and the chosen keys a
     second time for the probabilities that importance adds up. With ``requantise_below`` attending
     leaves these behind: read are the chosen keys in 4 bits, their values, and the whole keys of

@@ -29,6 +29,11 @@ class StreamingLLM(Evicting):
     Source:
         StreamingLLM (arXiv:2309.17453), section 3. Tokens keep their original positions, where the
         paper re-rotates keys by their place in the rolling cache.
+
+    Compared with the authors' code:
+        ``streaming_llm/kv_cache.py`` (mit-han-lab/streaming-llm): run on the same states it keeps
+        the same tokens. Differs: tokens keep their positions, which ``pos_shift/modify_llama.py``
+        renumbers.
     """
 
     name: ClassVar[str] = "streaming_llm"

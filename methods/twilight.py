@@ -92,6 +92,10 @@ class Twilight(TopKMethod):
         base's selection carries, log weights or a remainder, is left out, and a base whose own
         reads depend on the data, as MagicPIG's do, is charged what it would expect to read.
 
+    Compared with the authors' code:
+        ``twilight/pyimpl`` (tsinghua-ideal/Twilight): run on the same tensors it agrees. Differs:
+        the base's budget is a multiple of ``k``; the set is found by sorting, there by a threshold.
+
     A token's 4-bit key costs ``d / 2 + 4`` bytes beside the base's own, read for the base's
     selection alone.
     """

@@ -56,6 +56,16 @@ def test_every_method_is_on_the_page_with_its_source(maker: ModuleType) -> None:
     assert lacking == ["Full attention"]
 
 
+def test_every_method_says_what_of_the_authors_code_it_was_compared_with(maker: ModuleType) -> None:
+    """It names a file of a repository, or says that there is none to compare with."""
+    for entry in maker.page().split("\n## ")[1:]:
+        title = entry.splitlines()[0]
+        told = re.search(r"\*\*Compared with the authors' code\.\*\* (.*)", entry)
+        assert told is not None, f"{title} must have a section Compared with the authors' code"
+        names_a_file = re.search(r"`[\w./-]+`.*\([\w.-]+/[\w.-]+\)", told.group(1))
+        assert names_a_file or told.group(1).startswith("None to compare with: "), title
+
+
 def test_every_method_that_learns_says_what_it_is_calibrated_on(maker: ModuleType) -> None:
     entries = {
         one.split("`method=")[1].split("`")[0]: one for one in maker.page().split("\n## ")[1:]

@@ -22,8 +22,9 @@ UNCHARGED = {
     "prompt_end",  # a number for each row
     "ranked",  # SnapKV's selection itself
 }
-# What a model charges that is in neither index nor cache: rows of the query projection.
-ELSEWHERE = {"infinigen": 6 * 7 * (6 * 32) * 4}
+# What a model charges that is in neither index nor cache: rows of the query projection, of which
+# 6 query heads need 12 each, the channels that random queries and keys choose.
+ELSEWHERE = {"infinigen": 6 * 12 * (6 * 32) * 4}
 # Zeros that fill a table's 10 columns up to 16, which the kernel is handed with the others.
 PADDING = {"magicpig": 4 * 32 * 150 * (16 - 10)}
 # They look at a tensor's shape alone.

@@ -79,7 +79,8 @@ def test_three_in_ten_skewed_channels_find_most_of_the_top_keys() -> None:
 
     def recall(skew: Tensor) -> float:
         method = InfiniGen(partial_ratio=0.3)
-        method.load_artifact({"skew": skew.expand(2, 2, 64, 64)})
+        strength = torch.arange(64.0, 0.0, -1.0).expand(2, 2, 64)  # keys choose as queries do
+        method.load_artifact({"skew": skew.expand(2, 2, 64, 64), "key_strength": strength})
         index = method.build_index(prefill(keys, 1000))
         found = method.score(method.encode(queries, index), index).topk(64).indices
         return (found[..., None] == exact[..., None, :]).any(-1).double().mean().item()
@@ -89,9 +90,48 @@ def test_three_in_ten_skewed_channels_find_most_of_the_top_keys() -> None:
     assert recall(torch.eye(64)) < 0.6
 
 
-@pytest.mark.parametrize(("head_dim", "channels"), [(128, 26), (64, 13), (32, 7), (10, 2), (2, 1)])
-def test_channels_are_rounded_up(head_dim: int, channels: int) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "channels"), [(128, 25), (64, 12), (32, 6), (10, 2), (5, 1), (2, 1)]
+)
+def test_channels_are_rounded_down_and_never_none(head_dim: int, channels: int) -> None:
     assert InfiniGen().channels(head_dim) == channels
+
+
+def test_channels_are_those_of_the_largest_queries_and_those_of_the_largest_keys() -> None:
+    """Two of four by each: the first KV head compares 0, 1 and 3, the second 0 and 1 alone."""
+    method = InfiniGen(partial_ratio=0.5)
+    strength = torch.tensor([[1.0, 9.0, 2.0, 8.0], [5.0, 6.0, 1.0, 0.0]])
+    method.load_artifact(
+        {"skew": torch.eye(4).expand(2, 2, 4, 4), "key_strength": strength.expand(2, 2, 4)}
+    )
+    assert method.compared()[1].tolist() == [[True, True, False, True], [True, True, False, False]]
+    keys = torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]]).expand(1, 2, 2, 4)
+    index = method.build_index(prefill(keys, 3))
+    assert index.low_keys[0, :, :2].tolist() == [
+        [[1.0, 2.0, 4.0], [4.0, 3.0, 1.0]],
+        [[1.0, 2.0, 0.0], [4.0, 3.0, 0.0]],
+    ]
+    newest = torch.tensor([5.0, 6.0, 7.0, 8.0]).expand(1, 2, 1, 4)
+    method.append(index, newest, newest)
+    queries = torch.tensor([1.0, 10.0, 100.0, 1000.0]).expand(1, 2, 1, 4)
+    # 1 + 20 + 4000, 4 + 30 + 1000, 5 + 60 + 8000; without the thousands in the second head.
+    assert method.score(method.encode(queries, index), index).tolist() == [
+        [[[4021.0, 1034.0, 8065.0]], [[21.0, 34.0, 65.0]]]
+    ]
+    # All KV heads have room for the three of the first; nobody knows it without an artifact.
+    geometry = Geometry(num_layers=2, num_heads=2, num_kv_heads=2, head_dim=4, dtype_bytes=4)
+    assert method.index_bytes_per_token(geometry) == 2 * 3 * 4
+    assert InfiniGen(partial_ratio=0.5).index_bytes_per_token(geometry) == 2 * 4 * 4
+    assert InfiniGen(partial_ratio=0.25).index_bytes_per_token(geometry) == 2 * 2 * 4
+
+
+def test_the_strength_of_keys_is_of_the_skewed_ones_of_all_sequences() -> None:
+    """Along (3, 4) they are 5 and -10 long, beside it 0 and 0; then 0, and 30 beside it."""
+    queries = Drawn().states(0)[0][0]
+    first = torch.tensor([[[3.0, 4.0], [-6.0, -8.0]]])
+    second = torch.tensor([[[24.0, -18.0]]])
+    learnt = InfiniGen().fit_layer(0, [(queries, first), (queries, second)])
+    torch.testing.assert_close(learnt["key_strength"], torch.tensor([[5.0, 10.0]]))
 
 
 def test_foretold_queries_choose_and_the_real_ones_attend() -> None:
@@ -152,15 +192,17 @@ def test_alpha_is_a_distance_of_the_layers_own_logits(softcap: float | None, wan
 
 
 def test_bytes_by_hand() -> None:
-    """Half precision, 8 KV heads of 128 channels, 26 of them compared, 32 query heads."""
+    """Half precision, 8 KV heads of 128 channels, at most 50 of them compared, 32 query heads."""
     token = 2 * 8 * 128 * 2
-    side, skew, projection = 32768 * 8 * 26 * 2, 8 * 128 * 26 * 4, 32 * 26 * 4096 * 2
+    side, skew, projection = 32768 * 8 * 50 * 2, 8 * 128 * 50 * 4, 32 * 50 * 4096 * 2
     method = InfiniGen()
     wanted = side + skew + projection + 512 * token
     assert method.bytes_read_per_step(LLAMA, 32768, 512) == wanted
-    # What scoring touches of the index is what is charged.
+    # What scoring touches of the index is what is charged: one channel, which keys choose as well.
     geometry = Geometry(num_layers=2, num_heads=2, num_kv_heads=1, head_dim=2, dtype_bytes=4)
-    index = fitted().build_index(prefill(torch.zeros(1, 1, 9, 2), 9))
+    method = fitted()
+    index = method.build_index(prefill(torch.zeros(1, 1, 9, 2), 9))
+    assert index.low_keys.shape == (1, 1, 9, 1)
     touched = index.low_keys.nbytes + index.skew.nbytes
     rest = 2 * 1 * 4 * 4 + 3 * 2 * 2 * 4
     assert method.bytes_read_per_step(geometry, 9, 3) == touched + rest

@@ -115,7 +115,8 @@ def test_sinks_recents_and_decoded_tokens_are_kept_without_a_weight() -> None:
     method.bind(index, view)
     queries = torch.randn(1, 2, 3, 8, generator=generator)
     for policy, first in (
-        (Policy(k=20, num_sink=2, num_recent=3, protocol="native"), 100),
+        # Natively the prompt's last five stay, however much was decoded since.
+        (Policy(k=20, num_sink=2, num_recent=3, protocol="native"), 95),
         (Policy(k=20, num_sink=2, num_recent=3), 100),
         (Policy(k=8, num_sink=2, num_recent=3), 104),  # all but the newest six are cut
     ):
@@ -128,7 +129,30 @@ def test_sinks_recents_and_decoded_tokens_are_kept_without_a_weight() -> None:
             assert {0, 1, *range(first, 110)} <= set(slots)
             assert not set(slots) & set(range(100, first))
             assert all(weights[slot] == 0 for slot in (0, 1, *range(first, 110)))
-            assert all(weight != 0 for slot, weight in weights.items() if 2 <= slot < 100)
+            assert all(weight != 0 for slot, weight in weights.items() if 2 <= slot < first)
+
+
+def test_natively_the_local_tokens_are_the_prompts_last_at_every_step() -> None:
+    """Four tokens of two rows of 8 and 6; what is decoded is kept beside them, never in place."""
+    keys = torch.full((2, 1, 12, 4), -4.0)
+    keys[:, :, 0] = 20.0  # the others are opposite to the query, once centred: none is found
+    end = torch.tensor([8, 6], dtype=torch.int32)
+    method = MagicPIG(native_local=4)
+    index = method.build_index(inputs(keys[:, :, :8], kv_len=end, capacity=12))
+    query = torch.ones(2, 1, 1, 4)
+    policy = Policy(k=2, num_sink=1, num_recent=0, protocol="native")
+    steps = []
+    for step in range(1, 4):
+        method.append(index, keys[:, :, 8:9], keys[:, :, 8:9])
+        view = CacheView(keys[:, :, : 8 + step], keys[:, :, : 8 + step], kv_len=end + step)
+        selection = method.step(query, index, view, policy, 1.0).selection
+        assert selection is not None
+        steps.append([[s for s in row if s >= 0] for row in selection.indices[:, 0].tolist()])
+    assert steps == [
+        [[0, 4, 5, 6, 7, 8], [0, 2, 3, 4, 5, 6]],
+        [[0, 4, 5, 6, 7, 8, 9], [0, 2, 3, 4, 5, 6, 7]],
+        [[0, 4, 5, 6, 7, 8, 9, 10], [0, 2, 3, 4, 5, 6, 7, 8]],
+    ]
 
 
 def test_a_budget_keeps_the_most_collisions_and_shares_the_rest() -> None:

@@ -100,6 +100,36 @@ def test_the_native_window_is_a_share_of_the_budget() -> None:
         assert (native.num_sink, native.num_recent) == (sinks, recents)
 
 
+def test_natively_a_softmax_is_over_the_candidates_alone() -> None:
+    """Two queries, one of which has nearly all of its weight on the sink; k is 4.
+
+    Over the candidates, the second and third token, the queries' weights are 4/5, 1/5 and 1/3,
+    2/3: together 17/15 and 13/15. Over all tokens the first query's come to nothing, and the
+    second's are 1/6 and 2/6. Natively a sink and two recents, the current token among them, are
+    inside k; under the unified protocol the same are forced here.
+    """
+    tokens = torch.tensor([[9.0, 0.0], [4.0, 1.0], [1.0, 2.0], [1.0, 1.0], [1.0, 1.0]])
+    tokens[1:] = tokens[1:].log()
+    keys = torch.full((2, 1, 6, 2), 7.0)  # the rows begin and end apart
+    keys[0, 0, :5] = keys[1, 0, 1:] = tokens
+    start, end = torch.tensor([[0, 1], [5, 6]], dtype=torch.int32)
+    method = PQCache(parts=1, bits=3, native={"num_sink": 0, "num_recent": 0})
+    index = method.build_index(prefill(keys[:, :, :5], kv_start=start, kv_len=end - 1))
+    newest = tokens[4].expand(2, 1, 1, 2)
+    method.append(index, newest, newest)
+    queries = torch.eye(2).expand(2, 1, 2, 2)
+    for policy, wanted in (
+        (Policy(k=4, num_sink=0, num_recent=0, protocol="native"), [[0, 1, 3, 4], [1, 2, 4, 5]]),
+        (Policy(k=4, num_sink=1, num_recent=2), [[0, 2, 3, 4], [1, 3, 4, 5]]),
+    ):
+        in_force = method.policy_in_force(policy)
+        assert (in_force.num_sink, in_force.num_recent) == (1, 2)
+        view = CacheView(keys, keys, start, end)
+        step = method.step(queries, index, view, in_force, 1.0)
+        assert step.selection is not None
+        assert step.selection.indices[:, 0].tolist() == wanted
+
+
 def test_reads_what_it_says() -> None:
     """A byte a part of every key, the centroids and the chosen tokens, counted."""
     queries, keys = random(1, 2, 3, 16), random(1, 2, 60, 16, seed=1)

@@ -7,20 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from topkbench.methods.attach import attach, geometry_of
-from topkbench.methods.base import CacheView, Observer, Policy, StepResult
+from topkbench.methods.base import CacheView, Observer, Policy, StepResult, TopKMethod
 from topkbench.methods.compat import cache_keyword
 from topkbench.methods.infinigen import InfiniGen
 
 Make = Callable[..., Any]
-NATIVE = {"num_sink": 0, "num_recent": 1, "dense_layers": 1, "head_scope": "query_head"}
 
 
-def fitted(model: PreTrainedModel, **settings: Any) -> InfiniGen:
+def fitted(model: PreTrainedModel, method: TopKMethod) -> TopKMethod:
     """Fit on random queries; whose they are does not matter here."""
-    shape, method = geometry_of(model), InfiniGen(native=NATIVE, **settings)
+    shape = geometry_of(model)
     generator = torch.Generator().manual_seed(0)
 
     class Drawn:
@@ -56,12 +55,17 @@ class Views(Observer):
 
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
-def test_the_layer_before_foretells(llama: PreTrainedModel, prompt: Make, protocol: Any) -> None:
-    """Natively the first layer is dense; under unified rules it has its own queries."""
-    views = Views()
-    with attach(llama, fitted(llama), Policy(k=14, protocol=protocol), views):
-        llama.generate(prompt(1), max_new_tokens=6, do_sample=False)
-    assert views.foretold == ({1: True} if protocol == "native" else {0: False, 1: True})
+def test_the_layer_before_foretells(
+    seeded: Make, small: dict[str, Any], make_method: Make, prompt: Make, protocol: Any
+) -> None:
+    """Natively the first two layers are dense; under unified rules the first has own queries."""
+    shape = {**small, "num_hidden_layers": 3}
+    model = seeded(lambda: LlamaForCausalLM(LlamaConfig(**shape)))
+    method, views = fitted(model, make_method("infinigen", fit=False)), Views()
+    with attach(model, method, Policy(k=14, protocol=protocol), views):
+        model.generate(prompt(1), max_new_tokens=6, do_sample=False)
+    unified = {0: False, 1: True, 2: True}
+    assert views.foretold == ({2: True} if protocol == "native" else unified)
     assert views.most == 14
 
 
@@ -98,7 +102,8 @@ def test_with_the_layers_own_input_and_all_channels_scores_are_exact_logits(
             first: Any = model.get_submodule("model.layers.0")
             for linear in (first.self_attn.o_proj, first.mlp.down_proj):
                 torch.nn.init.zeros_(linear.weight)
-        with torch.no_grad(), attach(model, fitted(model, partial_ratio=1.0), policy, scores):
+        method = fitted(model, InfiniGen(partial_ratio=1.0))
+        with torch.no_grad(), attach(model, method, policy, scores):
             cache = DynamicCache()
             model(ids[:, :-1], **cache_keyword(model, cache))
             model(ids[:, -1:], **cache_keyword(model, cache))

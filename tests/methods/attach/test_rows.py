@@ -30,7 +30,7 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
     "phi3": lambda small: Phi3ForCausalLM(Phi3Config(**small)),
     "qwen3": lambda small: Qwen3ForCausalLM(Qwen3Config(head_dim=24, **small)),
 }
-LENGTHS = (96, 72, 85)  # beyond the 64 recents and 4 sinks that MagicPIG keeps as published
+LENGTHS = (96, 72, 85)  # beyond the 64 last tokens and 4 sinks that MagicPIG keeps as published
 STEPS = 3
 K = 40
 BRIEF: dict[str, dict[str, Any]] = {"hash_attention": {"steps": 2}}  # what it learns plays no part
