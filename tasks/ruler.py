@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from topkbench.methods.base import check_whole
 from topkbench.models.load import LoadedModel, tokenizer_digest
@@ -36,6 +36,8 @@ OFFICIAL_SUBTASK = re.compile(
 )
 # Where the question begins in the prompts of NVIDIA's generator: the last line that opens so.
 QUESTION_STEM = re.compile(r"\n(?=(?:What|Which|Question:|Answer the question)[^\n]*)")
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(kw_only=True)
@@ -309,31 +311,26 @@ def _parse_line(line: bytes, place: str) -> tuple[str, str, tuple[str, ...]]:
     try:
         entry = json.loads(text)
     except ValueError:
-        raise refuse("it must be JSON", text) from None
+        raise refuse("it must be JSON", text.strip()) from None
     if not isinstance(entry, dict):
         raise refuse("it must be an object", entry)
     prompt, outputs = entry.get("input"), entry.get("outputs")
     prefix = entry.get("answer_prefix")
-    if not _is_text(prompt) or not prompt.strip():
+    prefix = "" if prefix is None else prefix
+    if not isinstance(prompt, str) or not prompt.strip():
         raise refuse("input must be a text and not empty", prompt)
     if not isinstance(outputs, list) or not outputs:
         raise refuse("outputs must be a list of references", outputs)
     for answer in outputs:
         # Every prediction has an empty one in it.
-        if not _is_text(answer) or not answer.strip():
+        if not isinstance(answer, str) or not answer.strip():
             raise refuse("a reference in outputs must be a text and not empty", answer)
-    if prefix is not None and not _is_text(prefix):
+    if not isinstance(prefix, str):
         raise refuse("answer_prefix must be a text", prefix)
-    return prompt, prefix or "", tuple(outputs)
-
-
-def _is_text(value: object) -> TypeGuard[str]:
-    """Whether a value is text that has an encoding: JSON can write half of a surrogate pair."""
-    try:
-        str.encode(value, "utf-8")  # type: ignore[arg-type]  # refuses what is no str
-    except (TypeError, UnicodeEncodeError):
-        return False
-    return True
+    for value in (prompt, prefix, *outputs):
+        if _SURROGATE.search(value):  # JSON can write half of a pair, which no tokenizer takes
+            raise refuse("its texts must be Unicode without lone surrogates", value)
+    return prompt, prefix, tuple(outputs)
 
 
 def _split(sample: Sample, question: Question, question_tokens: int) -> Sample:
