@@ -22,7 +22,8 @@ class Sample:
         answer_prefix: The beginning of the answer, given to the model.
         answers: Strings that a right answer contains.
         max_new_tokens: Tokens that the model may generate.
-        length: Tokens of the whole, generated ones included.
+        length: Tokens of the whole, generated ones included; None where it was not made for a
+            model's tokenizer.
         question_tokens: Where a flat prompt is split by count: tokens of ``context`` that belong
             to the question. 0 where question and context are already apart.
         as_is: The text has all the wrapping that its maker wanted; no chat template is put around.
@@ -35,7 +36,7 @@ class Sample:
     answer_prefix: str
     answers: tuple[str, ...]
     max_new_tokens: int
-    length: int
+    length: int | None
     question_tokens: int = 0
     as_is: bool = False
 

@@ -81,9 +81,12 @@ def tokenise(loaded: LoadedModel, sample: Sample, question: Question) -> Prompt:
     last = loaded.tokenizer.encode(rest, add_special_tokens=False) if rest else []
     total = len(first) + len(last) + sample.max_new_tokens
     if total > loaded.window:
+        smaller = (
+            "let task.source have shorter prompts" if sample.as_is else "use a smaller task.length"
+        )
         raise TaskDoesNotFit(
             f"prompt and answer must fit the window of {loaded.window} tokens of {loaded.name}, got"
-            f" {total}; use a smaller task.length."
+            f" {total} in sample {sample.sample_id}; {smaller}."
         )
     if sample.question_tokens >= len(first):
         raise ValueError(

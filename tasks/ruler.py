@@ -1,13 +1,14 @@
 """RULER: retrieval, tracing and aggregation at any length, generated or from official files."""
 
+import codecs
 import functools
 import hashlib
 import json
 import os
 import random
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,21 @@ from topkbench.tasks.words import TEST_NAMES, word_pools
 # Called with rng, budget and count; see ``make_prompt``.
 WritePrompt = Callable[..., Prompt]
 
-# Tokens that RULER lets a model generate, by the beginning of the sub-task's name.
+# Tokens that RULER lets a model generate, by the family that a sub-task's name begins with.
 NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 # A model that ends its answers itself gets the reference answer's length and a few tokens more.
 SPARE_TOKENS = 8
 GENERATOR_VERSION = 3
+# A sub-task in the name of an official file or of its folder, whatever else stands there.
+OFFICIAL_SUBTASK = re.compile(
+    r"(?<![a-z0-9])"
+    r"(niah(?:_(?:single|multikey)(?:_\d)?|_multivalue|_multiquery)?|vt|cwe|fwe|qa(?:_\d)?)"
+    r"(?![a-z0-9])"
+)
 # Where the question begins in the prompts of NVIDIA's generator: the last line that opens so.
 QUESTION_STEM = re.compile(r"\n(?=(?:What|Which|Question:|Answer the question)[^\n]*)")
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(kw_only=True)
@@ -40,7 +49,8 @@ class Ruler(GenerationTask):
         num_samples: Samples of each sub-task.
         seed: Of the samples; sample ``i`` is the same whatever ``num_samples`` is.
         subtasks: Which sub-tasks.
-        source: A file or folder of JSON lines from RULER's own generator, instead of ours.
+        source: A file or folder of JSON lines from RULER's own generator, instead of ours; see
+            ``read_official``. ``length``, ``seed``, ``subtasks`` and ``example`` play no part.
         question_tokens: With ``source``: how many last tokens of a prompt are the question, where
             its beginning cannot be found.
         example: Show a solved example first where RULER does (vt, cwe); None shows it to every
@@ -57,6 +67,7 @@ class Ruler(GenerationTask):
     question_tokens: int = 0
     example: bool | None = None
     cache_dir: str = "~/.cache/topkbench"
+    _official: list[Sample] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +78,10 @@ class Ruler(GenerationTask):
             )
         for knob in ("length", "num_samples"):
             check_whole(knob, getattr(self, knob))
+        if self.source is not None:  # now, since a bad file is to be refused before a model loads
+            self._official = read_official(
+                Path(self.source), self.num_samples, self.question, self.question_tokens
+            )
 
     def inputs_digest(self, loaded: LoadedModel) -> str:
         return samples_digest(self.samples(loaded))
@@ -74,9 +89,7 @@ class Ruler(GenerationTask):
     def samples(self, loaded: LoadedModel) -> list[Sample]:
         """Return the samples for a model, from the cache if they were made before."""
         if self.source is not None:
-            return read_official(
-                Path(self.source), self.num_samples, self.question, self.question_tokens
-            )
+            return self._official
         if self.length > loaded.window:
             raise TaskDoesNotFit(
                 f"task.length must be at most the window of {loaded.window} tokens of"
@@ -186,16 +199,25 @@ def read_official(
 ) -> list[Sample]:
     """Read prompts that NVIDIA's generator wrote, with the template it was told to write.
 
+    A file has one JSON object a line, in UTF-8: ``input``, the prompt; ``outputs``, the references;
+    and ``answer_prefix``, with which the answer begins, where it is not in the prompt. The other
+    keys are not read: ``index`` is an offset that repeats, and ``length`` counts the tokens of the
+    generator's tokenizer. A sample is named by its file and line.
+
+    The sub-task, which sets the score and the tokens that may be generated, stands in the file's
+    name or, where it does not, in its folder's: ``qa_1/validation.jsonl`` as the generator writes
+    them, ``qa_1.jsonl``, ``qa_1-4096.jsonl``, ``4096/qa_1.jsonl``.
+
     Args:
-        path: A ``.jsonl`` file, or a folder of them; a sub-task is named after the file, or after
-            its folder where the file has the generator's own name ``validation.jsonl``.
-        num_samples: At most so many of each file.
+        path: A file of JSON lines, or a folder with one such ``.jsonl`` file for each sub-task.
+        num_samples: At most so many of each file, its first.
         question: With ``"sparse"`` the question is split off where its beginning is found.
         question_tokens: Splits by count where it is not.
 
     Raises:
-        ValueError: If there are no files, a line has no ``input`` and ``outputs``, or a question
-            is wanted apart and cannot be found.
+        ValueError: If there are no files, a file has no sample, its sub-task cannot be told or is
+            another file's too, a line is not as described, a reference is empty, or a question is
+            wanted apart and cannot be found.
     """
     files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
@@ -203,43 +225,112 @@ def read_official(
             f"task.source must be a JSON lines file or a folder of them, found none at {path}."
         )
     samples: list[Sample] = []
+    file_of: dict[str, Path] = {}
     for file in files:
-        subtask = file.parent.name if file.stem == "validation" else file.stem
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        for number, line in enumerate(lines[:num_samples], start=1):
-            try:
-                entry = json.loads(line)
-                text, outputs = str(entry["input"]), [str(one) for one in entry["outputs"]]
-                if not outputs or isinstance(entry["outputs"], str):
-                    raise ValueError
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"line {number} of {file} must be a JSON object with input and outputs, as"
-                    f" RULER writes it, got {line[:60]!r}."
-                ) from None
-            family = subtask.split("_")[0]
+        prompts = list(_read_lines(file, num_samples))
+        if not prompts:
+            raise ValueError(
+                f"task.source must hold at least one sample in each file, found none in {file}."
+            )
+        subtask, name = _official_subtask(file)
+        if subtask in file_of:
+            raise ValueError(
+                f"task.source must hold one file of each sub-task, found {file_of[subtask]} and"
+                f" {file}, both of {subtask}; give the folder of one length."
+            )
+        file_of[subtask] = file
+        for number, text, answer_prefix, answers in prompts:
             sample = Sample(
-                sample_id=f"{subtask}-{entry.get('index', number - 1)}",
+                sample_id=f"{name}:{number}",
                 subtask=subtask,
                 context=text,
                 question="",
-                answer_prefix=str(entry.get("answer_prefix", "")),
-                answers=tuple(outputs),
-                max_new_tokens=NEW_TOKENS.get(family, NEW_TOKENS["niah"]),
-                length=int(entry.get("length", 0)),
+                answer_prefix=answer_prefix,
+                answers=answers,
+                max_new_tokens=NEW_TOKENS[subtask.split("_")[0]],
+                length=None,
                 as_is=True,
             )
             samples.append(_split(sample, question, question_tokens))
-    if not samples:
-        raise ValueError(f"task.source must hold at least one sample, found none at {path}.")
-    names = [sample.sample_id for sample in samples]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(
-            f"task.source must hold every sample once, found {twice} twice at {path}; give the"
-            " folder of one length."
-        )
     return samples
+
+
+def _official_subtask(file: Path) -> tuple[str, str]:
+    """Return a file's sub-task, and the part of its path that tells it."""
+    whole = Path(os.path.abspath(file))  # noqa: PTH100  # a link's own name counts, not its target's
+    for told_by, name in (
+        (whole.stem, whole.name),
+        (whole.parent.name, f"{whole.parent.name}/{whole.name}"),
+    ):
+        found = set(OFFICIAL_SUBTASK.findall(told_by.lower().replace("-", "_")))
+        if len(found) == 1:
+            return found.pop(), name
+        if found:
+            break
+    raise ValueError(
+        "task.source must name each file or its folder after one sub-task of RULER (niah_single_1,"
+        f" ..., vt, cwe, fwe, qa_1, qa_2), got {file}; rename it, as in qa_1/validation.jsonl."
+    )
+
+
+def _read_lines(file: Path, num_samples: int) -> Iterator[tuple[int, str, str, tuple[str, ...]]]:
+    """Yield the number, prompt, answer prefix and references of a file's first samples."""
+    count = 0
+    with file.open("rb") as lines:  # as bytes, lines end at "\n" and at no other character
+        for number, line in enumerate(lines, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
+            yield number, *_parse_line(line, f"line {number} of {file}")
+            count += 1
+            if count == num_samples:
+                return
+
+
+def _parse_line(line: bytes, place: str) -> tuple[str, str, tuple[str, ...]]:
+    """Return the prompt, answer prefix and references of one line.
+
+    Raises:
+        ValueError: If there is no such thing in it; the sentence begins with ``place``.
+    """
+
+    def refuse(wanted: str, found: object) -> ValueError:
+        return ValueError(
+            f"{place} must be a JSON object with input and outputs, as RULER writes it: {wanted},"
+            f" got {json.dumps(found)[:60]}."
+        )
+
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{place} must be UTF-8, got byte 0x{line[error.start]:02x} at {error.start};"
+            " convert the file, for example with iconv -t utf-8."
+        ) from None
+    try:
+        entry = json.loads(text)
+    except ValueError:
+        raise refuse("it must be JSON", text.strip()) from None
+    if not isinstance(entry, dict):
+        raise refuse("it must be an object", entry)
+    prompt, outputs = entry.get("input"), entry.get("outputs")
+    prefix = entry.get("answer_prefix")
+    prefix = "" if prefix is None else prefix
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise refuse("input must be a text and not empty", prompt)
+    if not isinstance(outputs, list) or not outputs:
+        raise refuse("outputs must be a list of references", outputs)
+    for answer in outputs:
+        # Every prediction has an empty one in it.
+        if not isinstance(answer, str) or not answer.strip():
+            raise refuse("a reference in outputs must be a text and not empty", answer)
+    if not isinstance(prefix, str):
+        raise refuse("answer_prefix must be a text", prefix)
+    for value in (prompt, prefix, *outputs):
+        if _SURROGATE.search(value):  # JSON can write half of a pair, which no tokenizer takes
+            raise refuse("its texts must be Unicode without lone surrogates", value)
+    return prompt, prefix, tuple(outputs)
 
 
 def _split(sample: Sample, question: Question, question_tokens: int) -> Sample:
@@ -248,10 +339,10 @@ def _split(sample: Sample, question: Question, question_tokens: int) -> Sample:
     if question_tokens:
         return replace(sample, question_tokens=question_tokens)
     begins = [match.start() for match in QUESTION_STEM.finditer(sample.context)]
-    if not begins:
+    if not begins or not sample.context[: begins[-1]].strip():
         raise ValueError(
-            f"question=sparse needs the question's beginning, and none was found in sample"
-            f" {sample.sample_id}; set task.question_tokens or question=dense."
+            f"question=sparse needs the question's beginning after a context, and none was found in"
+            f" sample {sample.sample_id}; set task.question_tokens or question=dense."
         )
     cut = begins[-1]
     return replace(sample, context=sample.context[:cut], question=sample.context[cut:])

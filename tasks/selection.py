@@ -67,6 +67,7 @@ class SelectionTask(Ruler):
         self, context: Context, prompt: Prompt, policies: Sequence[Policy]
     ) -> list[dict[str, Any]]:
         answer = context.full_answer(prompt)
+        read = len(prompt.prefill_ids) + len(prompt.decode_ids)
         needs = context.method.needs
         decoder = Decoder(context.loaded, context.store, [prompt], len(answer) + 1, needs)
         cache = decoder.cache
@@ -78,7 +79,7 @@ class SelectionTask(Ruler):
             {
                 "sample_id": prompt.sample.sample_id,
                 "subtask": prompt.sample.subtask,
-                "length": prompt.sample.length,
+                "length": read + prompt.sample.max_new_tokens,
                 "k": k,
                 "layer": layer,
                 "kv_head": head,

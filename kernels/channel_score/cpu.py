@@ -7,10 +7,11 @@ next eight, which lie anywhere, are asked for meanwhile.
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from topkbench.kernels.addresses import bound_address, check_cache
+from topkbench.kernels.compiled import entry_point
 from topkbench.kernels.intrinsics import load_int64, store_float32, store_int64
 from topkbench.kernels.rows import add_rows, prefetch_rows, scored_span
 
@@ -43,7 +44,7 @@ def channel_score(
     return out
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@entry_point
 def _score(
     query: int,
     keys: int,

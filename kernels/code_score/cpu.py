@@ -10,6 +10,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from topkbench.kernels.addresses import bound_address, check_rows
+from topkbench.kernels.compiled import entry_point
 from topkbench.kernels.intrinsics import (
     LANES,
     load_float32,
@@ -45,7 +46,7 @@ def code_score(
     return out
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@entry_point
 def _score(
     tables: int,
     turned: int,

@@ -12,6 +12,7 @@ import torch
 from numba import config, get_thread_id, njit, prange
 from torch import Tensor
 
+from topkbench.kernels.compiled import entry_point
 from topkbench.kernels.intrinsics import load_float32, store_float32
 from topkbench.kernels.softmax import exp, largest, scale_and_cap, total
 
@@ -39,7 +40,7 @@ def group_softmax(scores: Tensor, scale: float, rule: str, softcap: float | None
     return out
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@entry_point
 def _reduce(
     scores: int,
     out: int,

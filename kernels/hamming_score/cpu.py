@@ -18,6 +18,7 @@ from numba import config, get_thread_id, njit, prange
 from torch import Tensor
 
 from topkbench.kernels.addresses import bound_address, check_rows
+from topkbench.kernels.compiled import entry_point
 from topkbench.kernels.intrinsics import (
     KEYS,
     load_float32,
@@ -69,7 +70,7 @@ def hamming_score(
     return out
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@entry_point
 def _score(
     queries: int,
     keys: int,

@@ -6,6 +6,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from topkbench.kernels.addresses import bound_address, check_rows
+from topkbench.kernels.compiled import entry_point
 from topkbench.kernels.intrinsics import (
     LANES,
     load_float32,
@@ -86,7 +87,7 @@ def _readable(states: Tensor) -> Tensor:
     return (states if states.dtype == torch.bfloat16 else states.float()).contiguous()
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@entry_point
 def _pack(
     projected: int, codes: int, strides: tuple[int, int], sizes: tuple[int, int, int]
 ) -> None:
@@ -103,7 +104,7 @@ def _pack(
             store_int32(code, word, low | high << LANES)
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@entry_point
 def _encode_few(
     states: int,
     narrow: bool,
@@ -123,7 +124,7 @@ def _encode_few(
             _encode_row(row, head_weight, code, head_dim, rbit)
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@entry_point
 def _encode_step(
     queries: int,
     narrow_queries: bool,

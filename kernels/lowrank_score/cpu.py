@@ -1,10 +1,11 @@
 """lowrank_score on a CPU: each key is read once for all queries of its group."""
 
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from topkbench.kernels.addresses import bound_address, check_cache
+from topkbench.kernels.compiled import entry_point
 from topkbench.kernels.rows import score_span, scored_span, span_work
 
 # Tokens in one piece of work: small enough to occupy all cores at batch 1, large enough that
@@ -33,7 +34,7 @@ def lowrank_score(
     return out
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@entry_point
 def _score(
     query: int,
     keys: int,

@@ -6,10 +6,11 @@ part with the minima.
 """
 
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from topkbench.kernels.addresses import bound_address, check_cache
+from topkbench.kernels.compiled import entry_point
 from topkbench.kernels.rows import score_span, scored_span, span_work
 
 # Pages in one piece of work.
@@ -47,7 +48,7 @@ def page_score(
     return out
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@entry_point
 def _score(
     above: int,
     below: int,

@@ -15,6 +15,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from topkbench.kernels.addresses import bound_address, check_cache
+from topkbench.kernels.compiled import entry_point
 from topkbench.kernels.intrinsics import (
     LANES,
     load_float32,
@@ -89,7 +90,7 @@ def _num_parts(num_tasks: int, num_tokens: int) -> int:
     return max(1, min(wanted, num_tokens // _PART))
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@entry_point
 def _attend(
     query: int,
     keys: int,

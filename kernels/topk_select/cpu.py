@@ -16,6 +16,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from topkbench.kernels.addresses import bound_address, check_rows
+from topkbench.kernels.compiled import entry_point
 from topkbench.kernels.intrinsics import (
     LANES,
     Kind,
@@ -196,7 +197,7 @@ def _chooser(kind: Kind) -> Callable[..., int]:
 _choose_int16, _choose_int32, _choose_float32 = (_chooser(kind) for kind in _KINDS)
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@entry_point
 def _select(
     scores: int,
     strides: tuple[int, int],

@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 
+from topkbench.methods.base import Policy
+from topkbench.methods.full import FullAttention
 from topkbench.models.load import LoadedModel
+from topkbench.models.prefill import PrefillStore
 from topkbench.tasks.base import TaskDoesNotFit, samples_digest
+from topkbench.tasks.cell import run_cell
 from topkbench.tasks.decoding import tokenise
+from topkbench.tasks.evaluation import Context
 from topkbench.tasks.ruler import Ruler, read_official
 from topkbench.tasks.ruler_prompts import SUBTASKS
 
@@ -134,10 +139,10 @@ def test_an_official_file_is_split_at_the_last_stem(tmp_path: Path) -> None:
     prefix = " The special magic word for cat is"
     path = write(tmp_path / "niah_single_1.jsonl", entry(7, answer_prefix=prefix))
     (sample,) = read_official(path, 10, "sparse", 0)
-    assert (sample.sample_id, sample.subtask) == ("niah_single_1-7", "niah_single_1")
+    assert (sample.sample_id, sample.subtask) == ("niah_single_1.jsonl:1", "niah_single_1")
     assert (sample.context, sample.question) == (CONTEXT, STEM)
     assert (sample.answer_prefix, sample.answers) == (prefix, ("blue",))
-    assert (sample.max_new_tokens, sample.length) == (128, 60)
+    assert (sample.max_new_tokens, sample.length) == (128, None)
 
 
 @pytest.mark.parametrize(
@@ -155,18 +160,88 @@ def test_the_stems_of_the_generator_are_found(tmp_path: Path, stem: str) -> None
 
 
 def test_a_folder_holds_a_file_a_subtask(tmp_path: Path) -> None:
-    write(tmp_path / "qa_1" / "validation.jsonl", entry(0), entry(1), entry(2))
+    # RULER's index is an offset, which repeats.
+    write(tmp_path / "qa_1" / "validation.jsonl", entry(5), entry(5), entry(6))
     write(tmp_path / "cwe.jsonl", entry(0))
     samples = read_official(tmp_path, 2, "dense", 0)
-    expected = [("cwe-0", 120), ("qa_1-0", 32), ("qa_1-1", 32)]
-    assert [(one.sample_id, one.max_new_tokens) for one in samples] == expected
+    expected = [
+        ("cwe.jsonl:1", "cwe", 120),
+        ("qa_1/validation.jsonl:1", "qa_1", 32),
+        ("qa_1/validation.jsonl:2", "qa_1", 32),
+    ]
+    assert [(one.sample_id, one.subtask, one.max_new_tokens) for one in samples] == expected
     assert {one.question for one in samples} == {""}
+    alone = read_official(tmp_path / "qa_1" / "validation.jsonl", 2, "dense", 0)
+    assert alone == samples[1:] == read_official(tmp_path / "qa_1", 2, "dense", 0)
+
+
+@pytest.mark.parametrize(
+    ("place", "subtask", "new_tokens"),
+    [
+        ("niah_single_1/validation.jsonl", "niah_single_1", 128),
+        ("niah_multikey_3.jsonl", "niah_multikey_3", 128),
+        ("niah_multivalue-4096.jsonl", "niah_multivalue", 128),
+        ("NIAH-MultiQuery_8k.jsonl", "niah_multiquery", 128),
+        ("niah.jsonl", "niah", 128),
+        ("4096/vt.jsonl", "vt", 30),
+        ("vt/4096.jsonl", "vt", 30),
+        ("llama3_vt_4096.jsonl", "vt", 30),
+        ("cwe-4096/test.jsonl", "cwe", 120),
+        ("fwe.4096.jsonl", "fwe", 50),
+        ("qa-1.jsonl", "qa_1", 32),
+        ("qa_2-131072.jsonl", "qa_2", 32),
+        ("qa_4096.jsonl", "qa", 32),
+        ("vt/qa_1.jsonl", "qa_1", 32),  # the file's own name goes first
+    ],
+)
+def test_the_subtask_is_told_by_the_files_name_or_its_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, subtask: str, new_tokens: int
+) -> None:
+    path = write(tmp_path / "data" / place, entry())
+    (sample,) = read_official(tmp_path / "data", 1, "dense", 0)
+    assert (sample.subtask, sample.max_new_tokens) == (subtask, new_tokens)
+    monkeypatch.chdir(path.parent)
+    assert read_official(Path(path.name), 1, "dense", 0) == [sample]
+    assert read_official(Path(), 1, "dense", 0) == [sample]
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["validation.jsonl", "squad.jsonl", "vt_and_cwe.jsonl", "vtx.jsonl", "vt/cwe_fwe.jsonl"],
+)
+def test_a_file_whose_subtask_cannot_be_told_is_refused(tmp_path: Path, place: str) -> None:
+    path = write(tmp_path / "data" / place, entry())
+    with pytest.raises(
+        ValueError, match=r"must name each file or its folder after one sub-task"
+    ) as error:
+        read_official(path, 1, "dense", 0)
+    assert str(path) in str(error.value)
+
+
+def test_qa_asks_for_one_reference_and_the_others_for_all(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    def scores(*outputs: str) -> dict[str, float]:
+        for place in ("qa_1/validation.jsonl", "vt-4096.jsonl"):
+            write(tmp_path / place, entry(input=CONTEXT * 5 + STEM, outputs=outputs))
+        task = Ruler(source=str(tmp_path), timed_prompts=1, judged_prompts=1)
+        full = FullAttention()
+        outcome = run_cell(Context(loaded, store, full, Policy(k=24), full), task)
+        predictions.update({one["subtask"]: one["prediction"] for one in outcome.samples})
+        return {row.subtask: row.values["score"] for row in outcome.rows}
+
+    predictions: dict[str, str] = {}
+    absent = "an answer that nobody gives"
+    assert scores(absent) == {"qa_1": 0.0, "vt": 0.0, "mean": 0.0}
+    # What both begin with, since the prompts are the same.
+    given = predictions["vt"].split()[0]
+    assert scores(given, absent) == {"qa_1": 100.0, "vt": 50.0, "mean": 75.0}
 
 
 def test_without_a_stem_the_question_is_split_by_count(loaded: LoadedModel, tmp_path: Path) -> None:
     path = write(tmp_path / "fwe.jsonl", entry(input="one two three four. Say which"))
     with pytest.raises(
-        ValueError, match=r"in sample fwe-0; set task\.question_tokens or question="
+        ValueError, match=r"in sample fwe\.jsonl:1; set task\.question_tokens or question="
     ):
         read_official(path, 1, "sparse", 0)
     (sample,) = read_official(path, 1, "sparse", 2)
@@ -186,29 +261,133 @@ def test_more_question_than_prompt_is_refused(loaded: LoadedModel, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["not json", "[1, 2]", '{"input": "x"}', '{"input": "x", "outputs": []}', '{"outputs": ["x"]}'],
+    ("line", "problem"),
+    [
+        ("not json", r'it must be JSON, got "not json"'),
+        ("[1, 2]", r"it must be an object, got \[1, 2\]"),
+        ("null", r"it must be an object, got null"),
+        ('{"outputs": ["x"]}', r"input must be a text and not empty, got null"),
+        ('{"input": 3, "outputs": ["x"]}', r"input must be a text and not empty, got 3"),
+        ('{"input": " \\n", "outputs": ["x"]}', r'input must be a text and not empty, got " \\n"'),
+        ('{"input": "x", "outputs": ["\\ud800"]}', r'its texts must be Unicode .*, got "\\ud800"'),
+        ('{"input": "x"}', r"outputs must be a list of references, got null"),
+        ('{"input": "x", "outputs": []}', r"outputs must be a list of references, got \[\]"),
+        ('{"input": "x", "outputs": "red"}', r'outputs must be a list of references, got "red"'),
+        ('{"input": "x", "outputs": [""]}', r'a reference in outputs must be a text .*, got ""'),
+        ('{"input": "x", "outputs": ["a", " "]}', r'a reference in outputs .*, got " "'),
+        ('{"input": "x", "outputs": ["a", null]}', r"a reference in outputs .*, got null"),
+        ('{"input": "x", "outputs": [7]}', r"a reference in outputs .*, got 7"),
+        ('{"input": "x", "outputs": [["a"]]}', r'a reference in outputs .*, got \["a"\]'),
+        (
+            '{"input": "x", "outputs": ["a"], "answer_prefix": 0}',
+            r"answer_prefix must be a text, got 0",
+        ),
+    ],
 )
-def test_a_bad_line_is_one_sentence(tmp_path: Path, line: str) -> None:
+def test_a_bad_line_is_one_sentence_before_a_model_is_loaded(
+    tmp_path: Path, line: str, problem: str
+) -> None:
     path = tmp_path / "vt.jsonl"
-    path.write_text(f"{json.dumps(entry())}\n{line}\n")
-    with pytest.raises(ValueError, match=r"line 2 of .*vt\.jsonl must be a JSON object with input"):
+    path.write_text(f"{json.dumps(entry())}\n\n{line}\n")
+    beginning = r"^line 3 of .*vt\.jsonl must be a JSON object with input and outputs, as RULER"
+    with pytest.raises(ValueError, match=f"{beginning} writes it: {problem}\\.$"):
+        Ruler(source=str(path), question="dense")
+    # What is not asked for is not read.
+    assert len(Ruler(source=str(path), question="dense", num_samples=1)._official) == 1
+
+
+@pytest.mark.parametrize(
+    ("encoding", "byte", "line"),
+    [("latin-1", "0xf6", 2), ("cp1252", "0xf6", 2), ("utf-16", "0xff", 1)],
+)
+def test_another_encoding_is_one_sentence(
+    tmp_path: Path, encoding: str, byte: str, line: int
+) -> None:
+    path = tmp_path / "vt.jsonl"
+    text = json.dumps(entry()) + "\n" + json.dumps(entry(outputs=["dör"]), ensure_ascii=False)
+    path.write_bytes(text.encode(encoding))
+    message = rf"^line {line} of .*vt\.jsonl must be UTF-8, got byte {byte} at \d+; convert"
+    with pytest.raises(ValueError, match=message):
         read_official(path, 10, "dense", 0)
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\r", "ö"])
+def test_a_line_ends_at_a_line_feed_and_at_no_other_character(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "vt.jsonl"
+    line = json.dumps(entry(input=f"one{mark}two\nWhich?"), ensure_ascii=False)
+    path.write_bytes(f"{line}\n{line}\n".encode())
+    samples = read_official(path, 10, "sparse", 0)
+    assert [one.context for one in samples] == [f"one{mark}two"] * 2
+
+
+@pytest.mark.parametrize(
+    ("content", "numbers"),
+    [
+        ("{0}\n{0}\n", [1, 2]),  # one line twice is two samples
+        ("{0}\n{0}", [1, 2]),
+        ("{0}\r\n{0}\r\n", [1, 2]),
+        ("\n{0}\n  \n\r\n{0}\n\n", [2, 5]),
+        ("\ufeff{0}\n{0}\n", [1, 2]),
+        ("\ufeff\n{0}\n", [2]),
+    ],
+)
+def test_samples_are_named_by_their_lines(tmp_path: Path, content: str, numbers: list[int]) -> None:
+    path = tmp_path / "vt.jsonl"
+    path.write_bytes(content.format(json.dumps(entry())).encode())
+    samples = read_official(path, 10, "dense", 0)
+    assert [one.sample_id for one in samples] == [f"vt.jsonl:{number}" for number in numbers]
+    assert {one.context for one in samples} == {CONTEXT + STEM}
+
+
+def test_an_answer_prefix_that_is_null_or_missing_is_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "vt.jsonl", entry(answer_prefix=None), entry(answer_prefix=" A: "))
+    samples = [*read_official(path, 2, "dense", 0), *read_official(path, 1, "sparse", 0)]
+    assert [one.answer_prefix for one in samples] == ["", " A: ", ""]
+
+
+def test_a_question_without_a_context_before_it_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "vt.jsonl", entry(input="\nWhat is it?"))
+    with pytest.raises(ValueError, match=r"needs the question's beginning after a context"):
+        read_official(path, 1, "sparse", 0)
 
 
 def test_files_that_are_not_there_or_empty_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"task\.source must be a JSON lines file or a folder"):
         read_official(tmp_path / "none", 1, "dense", 0)
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match=r"task\.source must hold at least one sample"):
+    write(tmp_path / "vt.jsonl", entry())
+    (tmp_path / "cwe.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match=r"at least one sample in each file, found none in .*cwe"):
         read_official(tmp_path, 1, "dense", 0)
 
 
-def test_one_sample_twice_is_refused(tmp_path: Path) -> None:
-    for length in ("4096", "8192"):
-        write(tmp_path / length / "vt" / "validation.jsonl", entry(0))
-    with pytest.raises(ValueError, match=r"must hold every sample once, found vt-0 twice"):
+@pytest.mark.parametrize(
+    "places",
+    [
+        ("4096/vt/validation.jsonl", "8192/vt/validation.jsonl"),
+        ("vt-4096.jsonl", "vt-8192.jsonl"),
+        ("vt/4096.jsonl", "vt/8192.jsonl"),
+        ("data/vt/validation.jsonl", "pred/vt.jsonl"),
+    ],
+)
+def test_two_files_of_one_subtask_are_refused(tmp_path: Path, places: tuple[str, str]) -> None:
+    paths = [write(tmp_path / place, entry()) for place in places]
+    message = r"one file of each sub-task, found .*, both of vt; give the folder of one length\.$"
+    with pytest.raises(ValueError, match=message) as error:
         read_official(tmp_path, 1, "dense", 0)
+    assert all(str(path) in str(error.value) for path in paths)
+
+
+def test_an_official_prompt_beyond_the_window_names_the_setting(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "vt.jsonl", entry(), entry(input="one two " * 600 + "\nWhat?"))
+    short, long = read_official(path, 2, "sparse", 0)
+    assert tokenise(loaded, short, "sparse").sample == short
+    message = (
+        r"fit the window of 1024 tokens of random, got \d+ in sample vt\.jsonl:2; let task\.source"
+    )
+    with pytest.raises(TaskDoesNotFit, match=message):
+        tokenise(loaded, long, "sparse")
 
 
 def test_an_official_file_is_run_through_the_task(loaded: LoadedModel, tmp_path: Path) -> None:

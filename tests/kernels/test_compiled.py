@@ -1,0 +1,158 @@
+"""Machine code is kept by all that it is made of, and does without where nothing can be kept."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+PROBE = """
+import numpy as np
+from numba import prange
+from topkbench.kernels.compiled import entry_point
+from topkbench.kernels.softmax import exp
+
+@entry_point
+def powers(out):
+    for place in prange(len(out)):
+        out[place] = exp(-np.float32(place))
+
+def first(count):
+    out = np.zeros(count, np.float32)
+    powers(out)
+    return [round(float(one), 3) for one in out]
+"""
+RUN_PROBE = "from topkbench.kernels.probe import first; print(first(3))"
+RIGHT = "[1.0, 0.368, 0.135]"
+EDITED = "[2.0, 0.736, 0.271]"  # computed with twice the power
+POWER = "power = series *"
+
+
+class Checkout:
+    """A copy of the kernels with a small entry point of its own, and a folder for its code."""
+
+    def __init__(self, folder: Path) -> None:
+        self.kernels = folder / "topkbench" / "kernels"
+        self.cache = folder / "cache"
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(KERNELS, self.kernels, ignore=ignored)
+        (self.kernels / "probe.py").write_text(PROBE)
+        self.softmax = self.kernels / "softmax.py"
+
+    def run(self, program: str = RUN_PROBE, **settings: str) -> tuple[str, str]:
+        """Run a program in a new process; return what it prints and what it complains of."""
+        dropped = ("NUMBA_CACHE_DIR", "TOPKBENCH_CACHE")
+        environment = {name: text for name, text in os.environ.items() if name not in dropped}
+        environment |= {"TOPKBENCH_CACHE": str(self.cache), "OMP_NUM_THREADS": "1"}
+        environment |= {"PYTHONPATH": str(self.kernels.parents[1]), **settings}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip(), done.stderr
+
+    def files(self, cache: Path | None = None) -> list[Path]:
+        """Return the files of machine code."""
+        return sorted(path for path in (cache or self.cache).rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def test_an_edit_of_what_a_kernel_calls_is_followed_and_so_is_its_end(checkout: Checkout) -> None:
+    before, text = checkout.softmax.stat(), checkout.softmax.read_text()
+    assert text.count(POWER) == 1
+    assert checkout.run() == (RIGHT, "")
+    checkout.softmax.write_text(text.replace(POWER, "power = np.float32(2.0) * series *"))
+    assert checkout.run() == (EDITED, "")
+    # As after a git checkout, but with the time that the file had at first.
+    checkout.softmax.write_text(text)
+    os.utime(checkout.softmax, (before.st_atime, before.st_mtime))
+    kept = checkout.files()
+    times = [path.stat().st_mtime_ns for path in kept]
+    assert checkout.run() == (RIGHT, "")
+    assert len(kept) == 2
+    assert checkout.files() == kept
+    assert [path.stat().st_mtime_ns for path in kept] == times  # found, not compiled again
+
+
+def test_what_numba_is_told_to_compile_otherwise_is_kept_apart(checkout: Checkout) -> None:
+    assert checkout.run() == (RIGHT, "")
+    assert checkout.run(NUMBA_OPT="1") == (RIGHT, "")
+    assert len({path.parent for path in checkout.files()}) == 2
+
+
+def test_without_a_place_to_write_it_compiles_and_says_so_once(checkout: Checkout) -> None:
+    checkout.cache.write_text("a file, so that no folder can be made here")
+    twice = f"{RUN_PROBE}; import numpy as np; import topkbench.kernels.probe as probe;"
+    twice += "out = np.zeros(2, np.float64); probe.powers(out); print(out.round(3).tolist())"
+    printed, said = checkout.run(twice)
+    assert printed == f"{RIGHT}\n[1.0, 0.368]"
+    assert said.count("compiled kernels cannot be kept, so each process compiles them anew") == 1
+    assert "let TOPKBENCH_CACHE name a folder that can be written." in said
+    assert checkout.run("import topkbench.kernels.probe") == ("", "")
+
+
+def test_a_home_that_is_not_there_is_no_error(checkout: Checkout) -> None:
+    printed, said = checkout.run(TOPKBENCH_CACHE="", HOME="/dev/null")
+    assert printed == RIGHT
+    assert said.count("compiled kernels cannot be kept") == 1
+
+
+def test_code_is_kept_outside_the_checkout_in_numbas_folder_where_the_user_names_one(
+    checkout: Checkout, tmp_path: Path
+) -> None:
+    before = sorted(checkout.kernels.rglob("*"))
+    chosen = tmp_path / "numba"
+    settings = {"NUMBA_CACHE_DIR": str(chosen), "PYTHONDONTWRITEBYTECODE": "1"}
+    assert checkout.run(**settings) == (RIGHT, "")
+    assert sorted(checkout.kernels.rglob("*")) == before
+    (path,) = checkout.files(chosen)
+    assert path.parents[1] == chosen / "topkbench"
+    assert checkout.files() == []
+
+
+def test_a_file_cut_short_is_compiled_anew(checkout: Checkout) -> None:
+    assert checkout.run() == (RIGHT, "")
+    (path,) = checkout.files()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert checkout.run() == (RIGHT, "")
+    assert checkout.files() == [path]
+    assert len(path.read_bytes()) == len(whole)
+
+
+def test_what_is_edited_while_a_process_runs_is_not_kept(checkout: Checkout) -> None:
+    edit = "from topkbench.kernels.probe import first; import topkbench.kernels.softmax as softmax;"
+    edit += "open(softmax.__file__, 'a').write('# edited'); print(first(3))"
+    assert checkout.run(edit) == (RIGHT, "")
+    assert checkout.files() == []
+
+
+def test_folders_that_were_not_used_for_long_are_removed(checkout: Checkout) -> None:
+    ages = {"old": 31, "young": 29}
+    for name, days in ages.items():
+        folder = checkout.cache / "numba" / name
+        folder.mkdir(parents=True)
+        (folder / "code").touch()
+        used = folder.stat().st_mtime - days * 24 * 3600
+        os.utime(folder, (used, used))
+    assert checkout.run() == (RIGHT, "")
+    names = {path.name for path in (checkout.cache / "numba").iterdir()}
+    (mine,) = {path.parent.name for path in checkout.files()} - {"young"}
+    assert names == {"young", mine}
+    # What is read counts as used.
+    folder = checkout.cache / "numba" / mine
+    os.utime(folder, (0, 0))
+    assert checkout.run() == (RIGHT, "")
+    assert folder.stat().st_mtime > 0
+
+
+def test_no_kernel_is_left_to_numbas_own_cache() -> None:
+    found = [path for path in KERNELS.rglob("*.py") if "cache=True" in path.read_text()]
+    assert found == []
