@@ -45,6 +45,7 @@ from topkbench.methods.compat import (
     configs_of,
     is_cache,
     layer_of,
+    max_slots,
     partial_attention,
     read_call,
     register_attention,
@@ -527,7 +528,8 @@ class Session:
         if not is_due:
             return
         cache.topkbench_keep(layer, kept)
-        capacity = int(stored.get_max_length())
+        capacity = max_slots(stored)
+        assert capacity is not None  # the cache is topkbench's own
         self.method.compact(index, kept, capacity)
         lengths = self._reader.lengths(cache, stored, stored.keys, None)
         assert lengths is not None  # the cache is topkbench's own
@@ -605,8 +607,8 @@ def _see_cache(
 
 def _capacity(stored: Any, n: int) -> int:
     """Return the slots an index needs: the layer's, or some spare ones where the layer grows."""
-    told = stored.get_max_length() if hasattr(stored, "get_max_length") else -1
-    return max(int(told), n) if told > 0 else n + max(256, n // 4)
+    told = max_slots(stored)
+    return n + max(256, n // 4) if told is None else max(told, n)
 
 
 def _newest(view: CacheView) -> tuple[Tensor, Tensor]:

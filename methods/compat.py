@@ -27,6 +27,7 @@ __all__ = [
     "configs_of",
     "is_cache",
     "layer_of",
+    "max_slots",
     "partial_attention",
     "read_call",
     "register_attention",
@@ -245,6 +246,16 @@ def is_cache(value: Any) -> bool:
     if isinstance(value, Cache):
         return True
     return all(callable(getattr(value, name, None)) for name in ("update", "get_seq_length"))
+
+
+def max_slots(stored: Any) -> int | None:
+    """Return the slots that a layer of a cache is allocated with; None if it grows."""
+    for name in ("get_max_length", "get_max_cache_shape"):
+        ask = getattr(stored, name, None)
+        if ask is not None:
+            told = int(ask())
+            return told if told > 0 else None
+    return None
 
 
 # Writes to caches ---------------------------------------------------------------------------------

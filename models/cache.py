@@ -129,6 +129,8 @@ class DecodeLayer(CacheLayerMixin):
         """Return the slots there are."""
         return self.keys.shape[2]
 
+    get_max_cache_shape = get_max_length  # its name in transformers 5.5
+
 
 class DecodeCache(Cache):
     """A batch of prefilled prompts, left-aligned, and room for what is decoded.

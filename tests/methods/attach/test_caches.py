@@ -77,6 +77,8 @@ def test_cropping_and_resetting_rebuild_the_index(
         again = logits_by_chunks(llama, ids[:, 31:32], [1], cache)[:, -1]
         assert counter.count("build", 0) == 2
         cache.reset()
+        if cache.get_seq_length():  # before 5.24 or so a reset cache keeps its slots, of zeros
+            cache = DynamicCache(config=llama.config)
         third = logits_by_chunks(llama, ids[:, :32], [30, 1, 1], cache)[:, -1]
     assert counter.count("build", 0) == 3
     torch.testing.assert_close(again, first)
