@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from topkbench.analysis import stats, style
+from topkbench.analysis.provenance import pinned_versions
 from topkbench.analysis.record import typed
 from topkbench.analysis.row import PARAMETER_PREFIX, Status
 
@@ -186,7 +187,23 @@ def _mixed(rows: pd.DataFrame) -> list[str]:
             notes.append(f"These rows mix {word}: {shown}.")
     if len(rows) and rows["git_dirty"].eq(True).any():
         notes.append("Some rows were made with uncommitted changes in the working tree.")
-    return notes
+    return notes + _untested(rows)
+
+
+def _untested(rows: pd.DataFrame) -> list[str]:
+    """Return a sentence if rows were made with other versions than the tests passed with."""
+    tested = pinned_versions()
+    others = []
+    for package in ("torch", "transformers", "numba", "triton"):
+        found = (
+            {str(one).partition("+")[0] for one in rows[package].dropna()} if len(rows) else set()
+        )
+        found -= {tested.get(package)}
+        if found and package in tested:
+            others.append(f"{package} {', '.join(sorted(found))} (tested: {tested[package]})")
+    if not others:
+        return []
+    return [f"Made with other versions than constraints.txt has: {'; '.join(others)}."]
 
 
 def _without_full(rows: pd.DataFrame) -> list[str]:

@@ -1,10 +1,22 @@
-"""Which code ran: the commit of the checkout, and whether it was changed."""
+"""Which code ran: its commit, whether it was changed, and what the tests passed with."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
 from typing import Any
+
+CONSTRAINTS = Path(__file__).resolve().parents[1] / "conf" / "constraints.txt"
+"""The exact versions that all tests passed with; in a checkout a link to the file at its root."""
+
+
+def pinned_versions() -> dict[str, str]:
+    """Return the version of each package that all tests passed with; empty where nobody tells."""
+    if not CONSTRAINTS.is_file():
+        return {}
+    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    pins = (line.partition("==") for line in lines if not line.startswith("#"))
+    return {name.strip(): version.strip() for name, found, version in pins if found}
 
 
 def git_state(folder: Path) -> dict[str, Any]:

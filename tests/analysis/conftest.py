@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from topkbench.analysis.provenance import pinned_versions
 from topkbench.analysis.record import CellStore, Row, Status, Sweep, identity
 from topkbench.analysis.stats import MEAN, paired_columns
 
@@ -39,8 +40,8 @@ def make_row(**changes: Any) -> Row:
         "seed": 0,
         "num_samples": N,
         "device": "AMD EPYC 9554, 2 cores",
-        "torch": "2.13.0",
-        "transformers": "5.23.0",
+        "torch": pinned_versions()["torch"],
+        "transformers": pinned_versions()["transformers"],
         "git_commit": "fb6212e9d0c1a2b3",
         "git_dirty": False,
         "started_at": "2026-11-21T06:00:00+00:00",

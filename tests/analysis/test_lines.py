@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from topkbench.analysis.lines import compare
+from topkbench.analysis.provenance import pinned_versions
 from topkbench.analysis.record import Row, Sweep, frame
 from topkbench.analysis.tables import failure_table, main_table, subtask_table, summary_table
 
@@ -283,3 +284,24 @@ def test_a_missing_folder_of_samples_is_no_error(tmp_path: Path, row: RowMaker) 
     sweep = Sweep(tmp_path, "a", "b")
     assert sweep.samples().columns.tolist() == ["run_id"]
     assert compare(frame([row()]), sweep.samples()).lines["method"].tolist() == ["full"]
+
+
+# With what the rows were made -----------------------------------------------------------------
+
+
+def test_versions_that_were_not_tested_are_said(row: RowMaker) -> None:
+    tested = pinned_versions()
+    pinned = {name: tested[name] for name in ("torch", "transformers")}
+    same = frame([row(run_id="f" * 16, torch=f"{pinned['torch']}+cpu", triton=None)])
+    assert not any("constraints.txt" in note for note in compare(same).notes)
+    other = frame([row(run_id="f" * 16, torch=pinned["torch"], transformers="5.6.0")])
+    assert (
+        "Made with other versions than constraints.txt has: transformers 5.6.0 (tested: "
+        f"{pinned['transformers']})."
+    ) in compare(other).notes
+
+
+def test_full_attention_that_failed_is_said(row: RowMaker) -> None:
+    note = "full attention ended failed here, so there is no difference to it: NaN."
+    rows = frame([row(run_id="a" * 16, method="quest", k=64, full_note=note)])
+    assert f"ruler/mean: {note}" in compare(rows).notes

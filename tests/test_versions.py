@@ -1,0 +1,40 @@
+"""The ranges of pyproject.toml, and the versions of constraints.txt, tell the same."""
+
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from topkbench.analysis.provenance import pinned_versions
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+RANGES = [Requirement(one) for one in PROJECT["dependencies"]]
+
+
+@pytest.mark.parametrize("wanted", RANGES, ids=lambda one: one.name)
+def test_a_range_has_an_end_just_above_what_was_tested(wanted: Requirement) -> None:
+    tested = pinned_versions()[wanted.name]
+    assert wanted.specifier.contains(tested)
+    (end,) = [one.version for one in wanted.specifier if one.operator == "<"]
+    major, minor = (int(part) for part in [*tested.split("."), "0"][:2])
+    found = [int(part) for part in end.split(".")]
+    assert found in ([major + 1], [major, minor + 1])
+
+
+def test_every_package_of_the_tests_is_pinned() -> None:
+    pins = pinned_versions()
+    for wanted in map(
+        Requirement, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+    ):
+        assert wanted.name in pins
+        assert version(wanted.name)
+
+
+def test_readme_installs_what_was_tested() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "pip install -e . -c constraints.txt && python run.py method=hata k=512 -m" in readme
+    assert 'pip install -e ".[dev]" -c constraints.txt && pytest' in readme
+    assert 'pip install --quiet -e ".[dev]" -c constraints.txt' in (ROOT / ".ci/run").read_text()
