@@ -122,11 +122,12 @@ def _faster(line: pd.Series, first: pd.Series) -> str:
 
     The steps' milliseconds were taken at different moments, and are not divided.
     """
-    mark = UNSTEADY if line["timing_note"] or first["timing_note"] else ""
+    both = (line, first)
+    mark = "" if all(pd.isna(one["timing_note"]) for one in both) else UNSTEADY
     if line.name == first.name or pd.isna(line["speedup_vs_full"] / first["speedup_vs_full"]):
         return mark
     names = ("speedup_vs_full", "speedup_ci_low", "speedup_ci_high")
-    ratio, low, high = quotient(*((float(one[name]) for name in names) for one in (line, first)))
+    ratio, low, high = quotient(*([float(one[name]) for name in names] for one in both))
     interval = NO_INTERVAL if pd.isna(low) else f" [{low:.1f}, {high:.1f}]"
     return f", {ratio:.1f}×{interval}{mark}"
 

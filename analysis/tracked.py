@@ -121,7 +121,7 @@ def curves(rows: pd.DataFrame, samples: pd.DataFrame) -> list[dict[str, float]]:
                 words += [f"{letter}{line[other]}"] if not pd.isna(line[other]) else []
                 series = re.sub(r"[^A-Za-z0-9_=-]+", "_", "-".join(words))
                 for metric in CURVES:
-                    unsteady = metric in UNSTEADY and line["timing_note"] is not None
+                    unsteady = metric in UNSTEADY and not pd.isna(line["timing_note"])
                     if not math.isnan(line[metric]) and not unsteady:
                         point[f"by_{x}/{metric}/{series}"] = float(line[metric])
             points.append(point)

@@ -436,6 +436,7 @@ def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dic
     full = took["full"] if context.method.selects else None
     timed = speed_columns(took["method"], full, load.share())
     columns: dict[str, Any] = {
+        "speedup_vs_full": None,
         **timed,
         "prefill_ms": statistics.median(prefill_ms),
         "tokens_per_s": 1e3 / timed["decode_ms_p50"],
