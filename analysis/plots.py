@@ -35,7 +35,10 @@ OVER_LENGTHS = (
 )
 """The figures that show more than the longest length of the smallest batch."""
 
-TIMED = (*OVER_LENGTHS, "decode_vs_k", "decode_vs_rbit", "score_vs_cost", "stages", "ablation")
+RATIOS = ("break_even", "step_bound", "decode_vs_k", "decode_vs_rbit", "score_vs_cost", "ablation")
+"""The figures of times in full attention's, with intervals."""
+
+TIMED = (*OVER_LENGTHS, *RATIOS, "stages")
 """The figures of times, whose captions say which of them do not count."""
 
 
@@ -239,7 +242,7 @@ def draw_all(
                 figure, data = made
                 figure.axes[0].set_title(title)
                 shown = every if name in OVER_LENGTHS else top
-                words = figure_words(shown) if name in TIMED else ""
+                words = figure_words(shown, name in RATIOS) if name in TIMED else ""
                 one = Drawn(
                     name + suffix,
                     title,

@@ -82,11 +82,16 @@ def _named(line: pd.Series) -> str:
     return ", ".join(words)
 
 
-def figure_words(lines: pd.DataFrame) -> str:
-    """Return what a caption of a figure of times adds, with a leading space; nothing if nothing."""
+def figure_words(lines: pd.DataFrame, of_ratios: bool) -> str:
+    """Return what a caption of a figure of times adds, with a leading space; nothing if nothing.
+
+    Args:
+        lines: What the figure shows.
+        of_ratios: Whether it shows times in full attention's, whose intervals it draws.
+    """
     words = ""
-    if lacks_interval(lines).any():
-        words += " Points without a bar have no recorded interval."
+    if of_ratios and lacks_interval(lines).any():
+        words += f" {NO_INTERVAL} or without a bar: no interval was recorded."
     if is_unsteady(lines).any():
-        words += " Hollow: unsteady times, not to be quoted."
+        words += f" Hollow or {UNSTEADY}: unsteady times, not to be quoted."
     return words

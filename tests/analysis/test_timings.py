@@ -166,15 +166,15 @@ def test_stages_stand_beside_the_full_attention_of_their_own_row(row: RowMaker) 
 
 
 def test_unsteady_points_are_hollow_and_captions_say_so(row: RowMaker, tmp_path: Path) -> None:
-    for note, width, words in (
-        (WILD, 0.1, "Hollow: unsteady times, not to be quoted."),
-        (None, None, "Points without a bar have no recorded interval."),
+    every = {"latency_vs_context", "break_even", "stages"}
+    for note, width, words, names in (
+        (WILD, 0.1, "Hollow or ‡: unsteady times, not to be quoted.", every),
+        (None, None, "† or without a bar: no interval was recorded.", {"break_even"}),
+        (None, 0.1, "no interval", set()),
     ):
         drawn = draw_all(over_lengths(row, note, width), tmp_path, "words")
-        assert {one.name for one in drawn if words in one.caption} >= {
-            "latency_vs_context",
-            "break_even",
-        }
+        assert {one.name for one in drawn} == every
+        assert {one.name for one in drawn if words in one.caption} == names
     made = context_curve(over_lengths(row, WILD), "decode_ms_p50")
     assert made is not None
     hollow = [line for line in made[0].axes[0].lines if line.get_markerfacecolor() == "white"]
