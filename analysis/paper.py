@@ -174,6 +174,8 @@ def _differences(
         if _both(number, line, name) and number[name] != line[name]:
             reasons.append(f"{name}: {number[name]} there, {line[name]} here")
     if number["metric"] == "latency_ms":
+        if not pd.isna(line["timing_note"]):
+            reasons.append(f"time: unsteady here, {line['timing_note']}")
         return [*reasons, f"machine: {line['device']} here"]
     if number["task"] == "mean" and number["benchmark"] == "ruler":
         there = _subtasks(numbers, number)

@@ -34,7 +34,7 @@ from topkbench.kernels.testing import (
     assert_within_bound,
     gamma,
 )
-from topkbench.kernels.timing import Timing, measure, read_bandwidth
+from topkbench.kernels.timing import OtherLoad, Timing, measure, read_bandwidth, speed_columns
 from topkbench.kernels.topk_select.api import topk_select
 
 _DTYPES = {
@@ -329,6 +329,7 @@ def _report(
         device=device,
         cuda_graph=options.cuda_graph,
     )
+    load = OtherLoad(device)
     pair: dict[str, Callable[[], object]] = {"full (sdpa)": step.full, "decode step": step.decode}
     against = measure(pair, options.trials, device=device, cuda_graph=options.cuda_graph)
     print(
@@ -345,8 +346,17 @@ def _report(
             + f"{needed[name] / 1e6:>10.2f}{speed:>10.1f}{speed / bandwidth:>10.0%}"
         )
     print(_line("decode step", against["decode step"]))
-    speedup = against["full (sdpa)"].p50_ms / against["decode step"].p50_ms
-    print(f"speedup of the decode step over full attention: {speedup:.1f}")
+    full, step_timing = against["full (sdpa)"], against["decode step"]
+    found = speed_columns(step_timing.turns, full.turns, load.share())
+    ends = "no interval: too few trials"
+    if "speedup_ci_low" in found:
+        ends = f"95% interval {found['speedup_ci_low']:.1f} to {found['speedup_ci_high']:.1f}"
+    print(
+        f"speedup of the decode step over full attention, timed in turn: "
+        f"{found['speedup_vs_full']:.1f} ({ends}; full attention {full.p50_ms:.3f} ms)"
+    )
+    if found["timing_note"]:
+        print(f"unsteady: {found['timing_note']}")
 
 
 def _line(name: str, timing: Timing) -> str:

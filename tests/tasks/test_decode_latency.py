@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from topkbench.kernels.timing import Stages
+from topkbench.kernels.timing import OtherLoad, Stages
 from topkbench.methods.base import (
     CacheView,
     Geometry,
@@ -415,3 +415,19 @@ def test_repeated_blocks_are_keys_of_their_own() -> None:
     away = torch.corrcoef(logits) - torch.eye(3)
     assert away.abs().max() < 0.6  # 1 / sqrt(32) is one deviation; the same keys would give 1
     assert keys.std().item() == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_row_has_its_own_full_attention_an_interval_and_what_others_did(
+    loaded: LoadedModel, store: PrefillStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OtherLoad, "share", lambda self: 0.381)
+    (row,) = rows(loaded, store, ExactTopK(), task(trials=6))
+    values = row.values
+    assert values["full_ms_p20"] <= values["full_ms_p50"] <= values["full_ms_p80"]
+    assert values["speedup_vs_full"] == values["full_ms_p50"] / values["decode_ms_p50"]
+    assert values["speedup_ci_low"] <= values["speedup_vs_full"] <= values["speedup_ci_high"]
+    assert values["other_load"] == 0.381
+    assert "others took 38% of the processors' time" in values["timing_note"]
+    (row,) = rows(loaded, store, FullAttention(), task(trials=6))
+    assert row.values["full_ms_p50"] == row.values["decode_ms_p50"]
+    assert "speedup_vs_full" not in row.values

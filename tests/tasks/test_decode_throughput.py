@@ -58,6 +58,7 @@ def test_a_method_has_its_speed_beside_full_attention(
     values = row.values
     assert all(values[column] > 0 for column in (*SPEED, "build_ms", "peak_memory_mib"))
     assert values["tokens_per_s"] == pytest.approx(3000 / values["decode_ms_p50"])
+    assert values["speedup_vs_full"] == values["full_ms_p50"] / values["decode_ms_p50"]
     assert (values["kv_len"], values["length"], values["batch_size"]) == (300, 300, 3)
     assert (values["k"], values["full_backend"]) == (32, "sdpa")
     # Of Quest's four pages of 8 the last holds 4 tokens.
@@ -67,6 +68,7 @@ def test_a_method_has_its_speed_beside_full_attention(
 def test_full_attention_is_compared_with_nothing(loaded: LoadedModel, store: PrefillStore) -> None:
     values = rows(loaded, store, FullAttention())[0].values
     assert values["tokens_per_s"] > 0
+    assert values["full_ms_p50"] == values["decode_ms_p50"]
     assert not {"speedup_vs_full", "build_ms", "k"} & set(values)
     # Keys and values of 2 layers, 2 KV heads of 16 channels in float32.
     assert values["bytes_read_per_step"] == 2 * 300 * 2 * 2 * 16 * 4
