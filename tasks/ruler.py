@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from topkbench.methods.base import check_whole
-from topkbench.models.load import LoadedModel, tokenizer_digest
+from topkbench.models.digests import tokenizer_digest
+from topkbench.models.load import LoadedModel
 from topkbench.tasks.base import Sample, TaskDoesNotFit, samples_digest
 from topkbench.tasks.decoding import Question
 from topkbench.tasks.evaluation import GenerationTask
