@@ -94,7 +94,7 @@ def states_digest(model: PreTrainedModel) -> str:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
         plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(memoryview(plain.numpy()))
+        digest.update(plain.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -3,9 +3,9 @@
 import functools
 import hashlib
 import json
-import os
 import random
 import re
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from topkbench.tasks.base import Sample, TaskDoesNotFit, samples_digest
 from topkbench.tasks.decoding import Question
 from topkbench.tasks.evaluation import GenerationTask
 from topkbench.tasks.ruler_prompts import SUBTASKS, Prompt, make_prompt
+from topkbench.tasks.sources import code_digest
 from topkbench.tasks.words import TEST_NAMES, word_pools
 
 # Called with rng, budget and count; see ``make_prompt``.
@@ -27,7 +28,6 @@ WritePrompt = Callable[..., Prompt]
 NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 # A model that ends its answers itself gets the reference answer's length and a few tokens more.
 SPARE_TOKENS = 8
-GENERATOR_VERSION = 3
 # Where the question begins in the prompts of NVIDIA's generator: the last line that opens so.
 QUESTION_STEM = re.compile(r"\n(?=(?:What|Which|Question:|Answer the question)[^\n]*)")
 
@@ -87,12 +87,8 @@ class Ruler(GenerationTask):
         path = self._cache_file(loaded)
         found = _read_cache(path)
         if found is None:
-            found = self._draw(loaded)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-            lines = [json.dumps(asdict(sample)) for sample in found]
-            unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            unfinished.replace(path)
+            found = _READ[path] = self._draw(loaded)
+            _write_cache(path, found)
         return found
 
     def _draw(self, loaded: LoadedModel) -> list[Sample]:
@@ -116,7 +112,7 @@ class Ruler(GenerationTask):
 
     def _cache_file(self, loaded: LoadedModel) -> Path:
         settings = {
-            "version": GENERATOR_VERSION,
+            "code": code_digest([type(self).__module__], rooms=("tasks",)),
             **self._content(),
             "num_samples": self.num_samples,
             "seed": self.seed,
@@ -170,9 +166,12 @@ _READ: dict[Path, list[Sample]] = {}
 
 
 def _read_cache(path: Path) -> list[Sample] | None:
+    """Return the samples of a file that is whole, else None."""
     if path not in _READ:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            head, *lines = path.read_text(encoding="utf-8").splitlines()
+            if json.loads(head) != _head(lines):
+                return None
             found = [json.loads(line) for line in lines]
             _READ[path] = [
                 Sample(**{**entry, "answers": tuple(entry["answers"])}) for entry in found
@@ -180,6 +179,20 @@ def _read_cache(path: Path) -> list[Sample] | None:
         except (OSError, ValueError, TypeError, KeyError):
             return None
     return _READ[path]
+
+
+def _write_cache(path: Path, samples: Sequence[Sample]) -> None:
+    """Write samples, one a line, below a line that tells whether all are there as they were."""
+    lines = [json.dumps(asdict(sample)) for sample in samples]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    unfinished.write_text("\n".join([json.dumps(_head(lines)), *lines]) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _head(lines: Sequence[str]) -> dict[str, Any]:
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return {"samples": len(lines), "sha256": digest}
 
 
 def read_official(

@@ -1,6 +1,5 @@
 """Loading a model: what goes wrong is one sentence."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
