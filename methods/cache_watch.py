@@ -26,12 +26,18 @@ class Lengths:
     is_own: bool = False
     starts: tuple[int, ...] | None = None
 
-    def causal_mask(self, q_len: int, num_slots: int) -> Tensor | None:
+    def causal_mask(self, q_len: int, num_slots: int, window: int | None = None) -> Tensor | None:
         """Return bool ``[B, 1, q_len, num_slots]`` for the last queries of each row.
 
         None where all rows begin here, which SDPA's causal mode serves.
+
+        Args:
+            q_len: Queries of each row.
+            num_slots: Slots of the keys.
+            window: Last tokens that a query sees, itself among them; None for all.
         """
-        if self.kv_len is None and self.kv_start is None and self.n == q_len:
+        within = window is None or window >= self.n
+        if self.kv_len is None and self.kv_start is None and self.n == q_len and within:
             return None
         known = self.kv_start if self.kv_len is None else self.kv_len
         device = torch.device("cpu") if known is None else known.device
@@ -41,6 +47,8 @@ class Lengths:
         seen = slots <= places
         if self.kv_start is not None:
             seen = seen & (slots >= self.kv_start[:, None, None])
+        if window is not None:
+            seen = seen & (slots > places - window)
         # A padding query sees itself, since a softmax over nothing is undefined.
         return (seen | (slots == places))[:, None]
 

@@ -14,6 +14,7 @@ from topkbench.kernels.timing import Stages, measure
 from topkbench.methods.attach import Session, attach
 from topkbench.methods.base import Geometry, Observer, TopKMethod, check_whole, kv_bytes
 from topkbench.methods.capture import PREFILL_NEEDS
+from topkbench.methods.compat import token_logits
 from topkbench.models.cache import DecodeCache, layer_devices
 from topkbench.models.load import free_bytes
 from topkbench.models.prefill import Prefill
@@ -210,11 +211,9 @@ class BuildWatch(Counter):
 def step(model: PreTrainedModel, session: Session, cache: DecodeCache) -> Tensor:
     """Decode the first token of the vocabulary in each row and take it back; return the logits."""
     tokens = torch.zeros_like(cache.positions)
-    logits: Tensor = model(
-        input_ids=tokens, position_ids=cache.positions, past_key_values=cache, use_cache=True
-    ).logits
+    logits = token_logits(model, tokens, cache, cache.positions)
     session.take_back(cache)
-    return logits[:, -1]
+    return logits
 
 
 def disagreement(

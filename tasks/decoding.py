@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from topkbench.methods.compat import token_logits
 from topkbench.models.cache import DecodeCache, layer_devices
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
@@ -128,13 +129,7 @@ class Decoder:
     def step(self, tokens: Tensor) -> Tensor:
         """Decode one token a row, ``[B]``; return the logits ``[B, vocabulary]``."""
         self.cache.extend()
-        logits: Tensor = self.loaded.model(
-            input_ids=tokens[:, None],
-            position_ids=self.cache.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits
-        return logits[:, -1]
+        return token_logits(self.loaded.model, tokens[:, None], self.cache, self.cache.positions)
 
     def read_question(self) -> Tensor:
         """Decode the question's tokens; return the logits after the last, ``[B, vocabulary]``."""
