@@ -165,16 +165,21 @@ class Cell:
             return rows
         begun = read_json(self.folder / "begun.json")
         try:
-            return [Row.from_flat(begun["row"])]
+            row = Row.from_flat(begun["row"])
+            if (self.folder / "rows.json").exists():
+                row.reason = "what the cell wrote was changed since; run the command again."
+            return [row]
         except (TypeError, KeyError, RecordError):
             return []
 
     def _ended(self) -> list[Row] | None:
-        """Return the rows of a wholly written attempt, else None."""
+        """Return the rows of an attempt that is whole and as it was written, else None."""
         content = read_json(self.folder / "rows.json")
         try:
-            for name, size in content["files"].items():
-                if (self.folder / name).stat().st_size != size:
+            if content["digest"] != _digest(content["rows"], content["files"]):
+                return None
+            for name, digest in content["files"].items():
+                if hashlib.sha256((self.folder / name).read_bytes()).hexdigest() != digest:
                     return None
             return [Row.from_flat(row) for row in content["rows"]] or None
         except (TypeError, KeyError, AttributeError, OSError, RecordError):
@@ -234,11 +239,16 @@ class Cell:
         }
         for name, data in content.items():
             write_atomic(self.folder / name, data)
-        ended = {
-            "files": {name: len(data) for name, data in content.items()},
-            "rows": [row.flat() for row in rows],
-        }
+        files = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+        flat = [row.flat() for row in rows]
+        ended = {"digest": _digest(flat, files), "files": files, "rows": flat}
         write_atomic(self.folder / "rows.json", json_bytes(ended))
+
+
+def _digest(rows: Sequence[Mapping[str, Any]], files: Mapping[str, str]) -> str:
+    """Return what tells whether a cell's rows, and the files beside them, were changed since."""
+    text = json.dumps([list(rows), dict(files)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _samples_bytes(samples: Sequence[Mapping[str, Any]]) -> bytes:

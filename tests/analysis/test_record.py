@@ -315,3 +315,34 @@ def test_a_damaged_list_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "a" / "b" / "cells.json").write_text('["012')
     with pytest.raises(RecordError, match="must be a list of identities, but is damaged"):
         Sweep(tmp_path, "a", "b").rows()
+
+
+@pytest.mark.parametrize("edit", ["score", "digest", "samples", "config"])
+def test_an_edited_cell_is_noticed(store: CellStore, edit: str) -> None:
+    cell = store.cell("0123456789abcdef")
+    row = make_row(score=50.0)
+    cell.begin(row)
+    cell.write([row], [{"sample_id": "a", "score": 50.0}], {"k": 4}, "")
+    assert cell.finished()
+    path = cell.folder / "rows.json"
+    content = json.loads(path.read_text())
+    if edit == "score":
+        content["rows"][0]["score"] = 99.0
+    elif edit == "digest":
+        del content["digest"]
+    elif edit == "samples":
+        samples = cell.folder / "samples.parquet"
+        data = bytearray(samples.read_bytes())
+        data[len(data) // 2] ^= 1
+        samples.write_bytes(data)
+    else:
+        (cell.folder / "config.json").write_text('{"k": 5}')
+    path.write_text(json.dumps(content))
+    assert not cell.finished()
+    (found,) = cell.read()
+    assert (found.status, found.score) == (Status.INTERRUPTED, None)
+    assert found.reason == "what the cell wrote was changed since; run the command again."
+    assert not len(cell.samples())
+    cell.begin(row)
+    cell.write([row], [], {"k": 4}, "")
+    assert cell.finished()
