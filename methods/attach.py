@@ -331,8 +331,7 @@ class Session:
             self.indices.drop(cache, layer)
             if lengths is not None and lengths.is_own:
                 # Rows may end at different slots, which no mask of transformers knows.
-                window = self.partial[layer].window if layer in self.partial else None
-                mask = lengths.causal_mask(q_len, key.shape[2], window)
+                mask = lengths.causal_mask(q_len, key.shape[2], self.partial.get(layer))
                 mask = None if mask is None else mask.to(key.device)
             is_prompt = q_len > 1 or (lengths is not None and lengths.n == 1)
             wanted = self.method.needs & PREFILL_NEEDS and layer not in self.dense

@@ -23,6 +23,7 @@ __all__ = [
     "AttentionCall",
     "PartialAttention",
     "attention_modules",
+    "cache_keyword",
     "configs_of",
     "is_cache",
     "layer_of",
@@ -60,22 +61,32 @@ class PartialAttention:
 
     Attributes:
         reason: What it does, in words.
-        window: Last tokens that it sees, at most; None where that is unknown.
+        size: Tokens of its window or chunk; None where that is unknown.
+        is_chunked: Whether it sees the tokens of its own chunk, instead of the last ones.
     """
 
     reason: str
-    window: int | None
+    size: int | None
+    is_chunked: bool = False
+
+    def first_seen(self, slots: Tensor) -> Tensor:
+        """Return the first slots that queries at some slots see, int64, of the same shape."""
+        if self.size is None:
+            return torch.zeros_like(slots)
+        if self.is_chunked:
+            return slots // self.size * self.size
+        return (slots - self.size + 1).clamp_min(0)
 
     def tokens_read(self, n: int) -> int:
-        """Return how many of ``n`` cached tokens a step of the layer sees, at most."""
-        return n if self.window is None else min(n, self.window)
+        """Return how many of ``n`` cached tokens a step at the last of them sees."""
+        return n - int(self.first_seen(torch.tensor(n - 1)))
 
 
 def partial_attention(module: nn.Module) -> PartialAttention | None:
     """Say how a layer attends that does not see the whole past, None if it sees all of it."""
     config: Any = module.config
     kinds = getattr(config, "layer_types", None)
-    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+    window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
     if kinds is None:
         if window is None:
             return None
@@ -83,13 +94,14 @@ def partial_attention(module: nn.Module) -> PartialAttention | None:
     kind = kinds[layer_of(module)]
     if kind == "full_attention":
         return None
-    if kind == "chunked_attention":
-        window = getattr(config, "attention_chunk_size", None)
-    elif kind != "sliding_attention":
-        window = None
-    elif window is None:
-        window = getattr(config, "sliding_window", None)
-    return PartialAttention(f"its kind is {kind}", None if window is None else int(window))
+    sizes = {
+        "sliding_attention": window,
+        "chunked_attention": getattr(config, "attention_chunk_size", None),
+    }
+    size = sizes.get(kind)
+    return PartialAttention(
+        f"its kind is {kind}", None if size is None else int(size), kind == "chunked_attention"
+    )
 
 
 def configs_of(model: PreTrainedModel) -> list[Any]:
@@ -143,7 +155,7 @@ def token_logits(
     names = inspect.signature(model.forward).parameters
     given: dict[str, Any] = {"input_ids": token_ids, "use_cache": cache is not None}
     if cache is not None:
-        given[cache_argument(type(model))] = cache
+        given |= cache_keyword(model, cache)
     if position_ids is not None:
         given["position_ids"] = position_ids
     if "logits_to_keep" in names:
@@ -152,18 +164,18 @@ def token_logits(
     return logits[:, -1]
 
 
-def cache_argument(model_class: type[PreTrainedModel]) -> str:
-    """Return the name under which a model's forward takes its cache.
+def cache_keyword(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
+    """Return a cache as the keyword argument by which a model's forward and output name it.
 
     Raises:
-        ValueError: If no parameter of it is declared to be a cache.
+        ValueError: If no parameter of the forward is declared to be a cache.
     """
-    for name, parameter in inspect.signature(model_class.forward).parameters.items():
+    for name, parameter in inspect.signature(model.forward).parameters.items():
         if _declares_cache(parameter.annotation):
-            return name
+            return {name: cache}
     raise ValueError(
         f"a model's forward must declare a parameter of transformers' type Cache, and "
-        f"{model_class.__name__} has none; topkbench cannot decode with it."
+        f"{type(model).__name__} has none; topkbench cannot decode with it."
     )
 
 
