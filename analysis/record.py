@@ -32,6 +32,7 @@ __all__ = [
     "SPEED_COLUMNS",
     "Cell",
     "CellStore",
+    "PartStore",
     "RecordError",
     "Row",
     "Scalar",
@@ -246,7 +247,7 @@ class Cell:
 
 
 def _digest(rows: Sequence[Mapping[str, Any]], files: Mapping[str, str]) -> str:
-    """Return what tells whether a cell's rows, and the files beside them, were changed since."""
+    """Return what tells whether rows, and the files named beside them, were changed since."""
     text = json.dumps([list(rows), dict(files)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -289,6 +290,43 @@ class CellStore:
         return [
             Cell(path) for path in sorted(self.folder.iterdir()) if _IDENTITY.fullmatch(path.name)
         ]
+
+
+class PartStore:
+    """The folder ``results/parts/``: what parts of cells gave, each a file named by its key."""
+
+    def __init__(self, results_dir: str | Path) -> None:
+        self.folder = Path(results_dir) / "parts"
+
+    def read(self, part: str, key: str) -> dict[str, Any] | None:
+        """Return what a part gave, or None where nobody has computed it or the file is not whole.
+
+        Args:
+            part: Its name.
+            key: Digest of all that it depends on.
+        """
+        found = read_json(self._path(part, key))
+        try:
+            whole = found["digest"] == _digest([found["content"]], {part: key})
+        except (TypeError, KeyError):
+            return None
+        return dict(found["content"]) if whole else None
+
+    def write(self, part: str, key: str, content: Mapping[str, Any]) -> None:
+        """Keep what a part gave, whole or not at all; what is not finite is not kept.
+
+        Raises:
+            RecordError: If the folder cannot be written.
+        """
+        try:
+            plain = json.loads(json.dumps(content, allow_nan=False))
+        except ValueError:
+            return
+        told = {"digest": _digest([plain], {part: key}), "content": plain}
+        write_atomic(self._path(part, key), json_bytes(told))
+
+    def _path(self, part: str, key: str) -> Path:
+        return self.folder / f"{part}-{key}.json"
 
 
 class Sweep:

@@ -186,6 +186,10 @@ class TopKMethod(ABC):
         """
         return self
 
+    def answering(self) -> Self:
+        """Return the method as it answers: itself, but for what it is only timed with."""
+        return self
+
     def refuses(self, policy: Policy) -> str | None:
         """Return one sentence saying why a policy in force cannot be followed, or None."""
         return None

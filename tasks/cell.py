@@ -95,7 +95,7 @@ def fit_method(
     progress: Progress | None = None,
     memory_limit: int | None = None,
 ) -> None:
-    """Fit a method on calibration prompts and save the artifact at ``path`` as ``spec`` names it."""
+    """Fit a method on calibration prompts and save the artifact that ``spec`` names at ``path``."""
     began = time.perf_counter()
     calibration = Calibration.draw(loaded, method, memory_limit=memory_limit)
     devices = learning_devices(loaded.model.device)

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
@@ -48,22 +48,25 @@ def code_digest(
 
 
 def modules_of(*objects: object) -> set[str]:
-    """Return the modules of the classes of some objects, and of the objects that they hold."""
+    """Return the modules of methods, tasks and other objects of topkbench's, or derived from them.
+
+    Those that such an object holds count, too: a method inside a method.
+    """
     found: set[str] = set()
-    waiting, seen = list(objects), set[int]()
+    waiting, seen = list(objects), dict[int, object]()
     while waiting:
         one = waiting.pop()
         if id(one) in seen:
             continue
-        seen.add(id(one))
-        if isinstance(one, Mapping):
+        seen[id(one)] = one
+        if isinstance(one, dict):
             waiting += one.values()
-        elif isinstance(one, list | tuple | set | frozenset):
+        elif isinstance(one, list | tuple):
             waiting += one
-        elif hasattr(one, "__dict__"):
-            found |= {base.__module__ for base in type(one).__mro__}
-            waiting += vars(one).values()
-    return {name for name in found if name.partition(".")[0] not in sys.stdlib_module_names}
+        elif any(kind.__module__.startswith(f"{PACKAGE}.") for kind in type(one).__mro__):
+            found.add(type(one).__module__)
+            waiting += vars(one).values() if hasattr(one, "__dict__") else ()
+    return found
 
 
 @functools.cache

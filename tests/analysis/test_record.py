@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from topkbench.analysis.record import (
     COLUMNS,
     CellStore,
+    PartStore,
     RecordError,
     Row,
     Status,
@@ -318,11 +319,10 @@ def test_a_damaged_list_is_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("edit", ["score", "digest", "samples", "config"])
-def test_an_edited_cell_is_noticed(store: CellStore, edit: str) -> None:
+def test_an_edited_cell_is_noticed(store: CellStore, row: Callable[..., Row], edit: str) -> None:
     cell = store.cell("0123456789abcdef")
-    row = make_row(score=50.0)
-    cell.begin(row)
-    cell.write([row], [{"sample_id": "a", "score": 50.0}], {"k": 4}, "")
+    cell.begin(row())
+    cell.write([row(score=50.0)], SAMPLES, {"k": 4}, "")
     assert cell.finished()
     path = cell.folder / "rows.json"
     content = json.loads(path.read_text())
@@ -342,7 +342,29 @@ def test_an_edited_cell_is_noticed(store: CellStore, edit: str) -> None:
     (found,) = cell.read()
     assert (found.status, found.score) == (Status.INTERRUPTED, None)
     assert found.reason == "what the cell wrote was changed since; run the command again."
-    assert not len(cell.samples())
-    cell.begin(row)
-    cell.write([row], [], {"k": 4}, "")
+    assert cell.samples().empty
+    cell.begin(row())
+    cell.write([row(score=50.0)], SAMPLES, {"k": 4}, "")
     assert cell.finished()
+
+
+def test_a_part_is_found_under_its_key_as_it_was(tmp_path: Path) -> None:
+    parts = PartStore(tmp_path)
+    content = {"samples": [{"score": 0.1 + 0.2, "tokens": [1, 2], "note": None}], "share": 1.0}
+    assert parts.read("answers", "aa") is None
+    parts.write("answers", "aa", content)
+    assert parts.read("answers", "aa") == content
+    assert parts.read("answers", "bb") is None
+    assert parts.read("speed", "aa") is None
+    # Neither an edit, nor a cut, nor a file under another name is believed.
+    path = tmp_path / "parts" / "answers-aa.json"
+    text = path.read_text()
+    path.rename(tmp_path / "parts" / "answers-bb.json")
+    assert parts.read("answers", "bb") is None
+    for damaged in (text.replace("1.0", "0.5"), text[:-9], "", "[]", '{"content": {}}'):
+        path.write_text(damaged)
+        assert parts.read("answers", "aa") is None
+    path.write_text(text)
+    assert parts.read("answers", "aa") == content
+    parts.write("speed", "aa", {"decode_ms": float("nan")})
+    assert parts.read("speed", "aa") is None

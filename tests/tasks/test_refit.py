@@ -10,11 +10,6 @@ import torch
 
 from topkbench.methods import artifact
 from topkbench.methods.base import TopKMethod
-from topkbench.methods.double_sparsity import DoubleSparsity
-from topkbench.methods.hash_attention import HashAttention
-from topkbench.methods.hata import HATA
-from topkbench.methods.infinigen import InfiniGen
-from topkbench.methods.loki import Loki
 from topkbench.models.load import LoadedModel, load_model
 from topkbench.tasks.calibration import Calibration
 from topkbench.tasks.cell import artifact_spec
