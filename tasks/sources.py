@@ -38,11 +38,12 @@ def code_digest(
         waiting += _source(script, "")[1]
     while waiting:
         name = waiting.pop()
-        path = None if name in found else _file(name, name.partition(".")[0] in own)
+        path = None if not name or name in found else _file(name, name.partition(".")[0] in own)
         if path is None or (name.startswith(f"{PACKAGE}.") and name.split(".")[1] not in rooms):
             continue
         found[name] = path
-        waiting += _source(path, name)[1]
+        # A package runs whenever a module in it is imported.
+        waiting += [*_source(path, name)[1], name.rpartition(".")[0]]
     text = "".join(f"{name} {_source(found[name], name)[0]}\n" for name in sorted(found))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

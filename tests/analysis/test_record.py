@@ -76,15 +76,16 @@ def test_identity_refuses_what_has_no_canonical_form(value: object) -> None:
 DESIGN = """
 run_id status reason model task subtask length method impl full_backend protocol question
 k kv_len batch_size rbit seed num_samples
-score score_ci_low score_ci_high delta_full delta_ci_low delta_ci_high
-recall_at_k attention_mass output_rel_error density
+score score_ci_low score_ci_high delta_full delta_ci_low delta_ci_high full_note
+recall_at_k attention_mass output_rel_error density density_all sparse_step_share
 prefill_ms build_ms decode_ms_p50 decode_ms_p20 decode_ms_p80 decode_ms_warm_p50
 encode_ms append_ms score_ms select_ms attend_ms tokens_per_s speedup_vs_full
 bytes_read_per_step index_bytes_per_token kv_cache_mib peak_memory_mib
 bandwidth_fraction bandwidth_gb_s
 fit_s loss_first loss_last calibration artifact_path
-device clock_mhz driver torch numba triton transformers
-git_commit git_dirty started_at artifact_digest config_digest full_run_id
+device clock_mhz driver torch threads numba triton transformers tokenizers numpy
+git_commit git_dirty started_at code_digest model_digest reused artifact_code artifact_digest
+config_digest full_run_id
 """
 
 
