@@ -12,10 +12,11 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parent
 # A bare checkout works too, and the rooms stay reachable under their import root alone.
 sys.path[0] = str(ROOT / ".types")
 
+import filelock  # noqa: E402
 import hydra  # noqa: E402
 import psutil  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
@@ -34,10 +36,19 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from topkbench.analysis.provenance import git_state  # noqa: E402
-from topkbench.analysis.record import Cell, RecordError, Row, Status, Sweep, identity  # noqa: E402
+from topkbench.analysis.record import (  # noqa: E402
+    Cell,
+    PartStore,
+    RecordError,
+    Row,
+    Status,
+    Sweep,
+    identity,
+)
 from topkbench.analysis.stats import full_note, paired_columns  # noqa: E402
 
 PREFILL_FOLDER = "TOPKBENCH_PREFILL"
+PREFILL_PREFIX = "topkbench-prefill-"
 # Settings of a method that have a column of their own, or are no parameter of it.
 NOT_PARAMETERS = {"_target_", "rbit", "seed", "impl", "native", "backend"}
 # Settings of the policy that tell two cells apart beside its budget.
@@ -55,7 +66,7 @@ _MODELS: dict[str, tuple[Any, Any]] = {}
 _LEARNT: set[str] = set()
 
 
-def model_and_store(model_config: str, memory_gib: float | None) -> tuple[Any, Any]:
+def model_and_store(model_config: str, cache_dir: str, memory_gib: float | None) -> tuple[Any, Any]:
     """Load a model once a process, with the store of its prefills.
 
     A sweep over models comes back to each of them, so they are kept while there is room for one
@@ -65,17 +76,25 @@ def model_and_store(model_config: str, memory_gib: float | None) -> tuple[Any, A
         sizes = [loaded.model.get_memory_footprint() for loaded, _ in _MODELS.values()]
         if sizes and 4 * max(sizes) > psutil.virtual_memory().available:
             _MODELS.clear()
-        _MODELS[model_config] = _load(model_config, memory_gib)
+        _MODELS[model_config] = _load(model_config, cache_dir, memory_gib)
     return _MODELS[model_config]
 
 
-def _load(model_config: str, memory_gib: float | None) -> tuple[Any, Any]:
+def _load(model_config: str, cache_dir: str, memory_gib: float | None) -> tuple[Any, Any]:
+    from topkbench.models.digests import model_digest
     from topkbench.models.prefill import PrefillStore
+    from topkbench.tasks.cell import environment
+    from topkbench.tasks.sources import code_digest
 
-    loaded = hydra.utils.instantiate(json.loads(model_config))
-    folder = Path(os.environ[PREFILL_FOLDER]) / identity(json.loads(model_config))
+    loaded = hydra.utils.instantiate(json.loads(model_config), cache_dir=cache_dir)
+    folder = Path(os.environ[PREFILL_FOLDER])
     limit = None if memory_gib is None else int(memory_gib * 2**30)
-    return loaded, PrefillStore(loaded.model, folder, limit)
+    made_by = {
+        "model": model_digest(loaded),
+        "code": code_digest([PrefillStore.__module__]),
+        **environment(loaded),
+    }
+    return loaded, PrefillStore(loaded.model, folder, limit, identity(made_by))
 
 
 @functools.cache
@@ -103,6 +122,7 @@ class Run:
         alone = launcher.endswith("BasicLauncher")
         self.loaded, self.store = model_and_store(
             json.dumps(self.settings["model"]),
+            self.settings["cache_dir"],
             # Workers beside this one find prefills only where all of them look: in the folder.
             self.settings["prefill_memory_gib"] if alone else 0.0,
         )
@@ -136,8 +156,9 @@ class Run:
 
     @functools.cached_property
     def payload(self) -> dict[str, Any]:
-        """Everything that the result depends on, and nothing else."""
+        """The settings that the result depends on, and what they lead to; not what computes it."""
         from topkbench.kernels.dispatch import OPERATORS, resolve
+        from topkbench.models.digests import model_digest
 
         device = self.loaded.model.device
         method = {**self.settings["method"]}
@@ -150,7 +171,7 @@ class Run:
             protocol.pop("k", None)
         task = dict(self.settings["task"])
         task["inputs"] = self.task.inputs_digest(self.loaded)
-        model = {**self.settings["model"], "digest": self.loaded.digest}
+        model = {**self.settings["model"], "digest": model_digest(self.loaded)}
         if not self.task.uses_model:
             model = {"device": model["device"], "dtype": self.dtype}
         return {
@@ -161,6 +182,36 @@ class Run:
             "full_backend": self.settings["full_backend"],
         }
 
+    @functools.cached_property
+    def code(self) -> str:
+        """Digest of the code that computes the cell: of method, task, models and kernels."""
+        from topkbench.tasks.sources import code_digest, modules_of
+
+        # Each is compared with full attention, and timed beside it.
+        full = OmegaConf.load(ROOT / "conf" / "method" / "full.yaml")._target_
+        loader = self.settings["model"]["_target_"]
+        named = {target.rpartition(".")[0] for target in (full, loader)}
+        modules = {*named, *modules_of(self.method, self.policy, self.task)}
+        return code_digest(modules, [ROOT / "run.py"])
+
+    @functools.cached_property
+    def keys(self) -> dict[str, str]:
+        """The key of each part of the cell: a digest of all that this part depends on."""
+        from topkbench.tasks.cell import environment, libraries
+
+        keys = {}
+        for part, free in self.task.parts.items():
+            known = copy.deepcopy(self.payload)
+            known |= {"part": part, "code": self.code, "libraries": libraries()}
+            known["task"] = {name: one for name, one in known["task"].items() if name not in free}
+            if part == "speed":
+                known["machine"] = environment(self.loaded)
+            else:  # full attention answers by one kernel, whatever it is timed with
+                known.pop("full_backend")
+                known["method"].pop("backend", None)
+            keys[part] = identity(known)
+        return keys
+
     @property
     def dtype(self) -> str:
         """What the states of the run are kept in: the task's choice, or the model's."""
@@ -169,8 +220,8 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """The cell's name, the same in every process."""
-        return identity(self.payload)
+        """The cell's name, the same in every process: a digest of its parts' keys."""
+        return identity({"task": self.task.name, **self.keys})
 
     def row(self, full_run_id: str | None = None) -> Row:
         """Return the columns that are known before anything has run."""
@@ -201,6 +252,9 @@ class Run:
                 for name, value in {**rules, "dtype": self.dtype, **parameters(method)}.items()
             },
             artifact_digest=self.method.artifact_digest or None,
+            artifact_code=self._artifact_code(),
+            model_digest=self.payload["model"].get("digest"),
+            code_digest=self.code,
             config_digest=identity(without_seeds(self.payload)),
             full_run_id=full_run_id,
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -208,8 +262,17 @@ class Run:
             **git_state(ROOT),
         )
 
+    def _artifact_code(self) -> str | None:
+        """Say whether the artifact was fitted by the code that would fit it now."""
+        from topkbench.tasks.cell import fit_source
+
+        if self.artifact is None:
+            return None
+        told = self.artifact.provenance.get("source")
+        return "same" if told == fit_source(self.method) else "other" if told else "unknown"
+
     def execute(
-        self, full: "Run", full_cell: Cell | None
+        self, full: "Run", full_cell: Cell | None, parts: PartStore
     ) -> tuple[list[Row], list[dict[str, Any]]]:
         """Run the cell; return its rows and samples."""
         from topkbench.tasks.cell import peak_memory_mib, run_cell
@@ -221,6 +284,17 @@ class Run:
         if compared is not None and "tokens" in compared:
             tokens = (json.loads(text) for text in compared["tokens"])
             answers = dict(zip(compared["sample_id"], tokens, strict=True))
+        found: list[str] = []
+
+        def keep(part: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            content = None if self.settings["force"] else parts.read(part, self.keys[part])
+            if content is not None:
+                found.append(part)
+                return content
+            content = compute()
+            parts.write(part, self.keys[part], content)
+            return content
+
         context = Context(
             loaded=self.loaded,
             store=self.store,
@@ -231,17 +305,20 @@ class Run:
             bandwidth=bandwidth(str(self.loaded.model.device)),
             track=progress,
             artifact=self.artifact,
+            keep=keep,
         )
         outcome = run_cell(context, self.task)
         scored = [one for one in outcome.samples if "score" in one]
         paired = paired_columns(scored, compared)
         full_rows = full_cell.read() if full_cell is not None else []
-        peak = peak_memory_mib(self.loaded.model.device)
+        # What was found took no memory now.
+        peak = None if found else peak_memory_mib(self.loaded.model.device)
         rows = [
             known.replace(
                 status=part.status,
                 reason=part.reason,
                 subtask=part.subtask,
+                reused=", ".join(found) or None,
                 full_note=full_note(full_rows, part.subtask),
                 **{"peak_memory_mib": peak, **part.values, **paired.get(part.subtask, {})},
             )
@@ -314,7 +391,7 @@ def settle(run: Run, sweep: Sweep, done: set[str]) -> Cell:
         began = time.perf_counter()
         log: list[str] = []
         try:
-            rows, samples = run.execute(full, full_cell)
+            rows, samples = run.execute(full, full_cell, PartStore(sweep.store.folder.parent))
         except KeyboardInterrupt:
             raise
         except Exception as error:  # a sweep goes on, and the row says why this cell has no result
@@ -433,21 +510,30 @@ def unknown_option(text: str) -> str:
 
 @contextlib.contextmanager
 def prefill_folder() -> Iterator[None]:
-    """Give all workers of a sweep one folder for prefills that do not fit into memory."""
+    """Give all workers of a sweep one folder for prefills that do not fit into memory.
+
+    Nobody else can guess its name or look into it. Its lock is held for as long as the sweep runs,
+    so that the next one can tell, and remove, what a killed one left.
+    """
     if PREFILL_FOLDER in os.environ:  # a worker, or a user's choice
         yield
         return
-    temporary = Path(os.environ.get("TMPDIR", "/tmp"))
-    for left in temporary.glob("topkbench-prefill-*"):  # by a process that was killed
-        process = left.name.rpartition("-")[2]
-        if process.isdigit() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
-    folder = temporary / f"topkbench-prefill-{os.getpid()}"
-    os.environ[PREFILL_FOLDER] = str(folder)
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
+    for left in temporary.glob(f"{PREFILL_PREFIX}*"):
+        with contextlib.suppress(OSError, filelock.Timeout):
+            if left.is_symlink() or left.stat().st_uid != os.geteuid():
+                continue
+            with filelock.FileLock(left / "in use", timeout=0):
+                shutil.rmtree(left, ignore_errors=True)
+    # Named so that others clean it up only once it is locked.
+    made = Path(tempfile.mkdtemp(prefix=f".{PREFILL_PREFIX}", dir=temporary))
+    with filelock.FileLock(made / "in use"):
+        folder = made.rename(made.with_name(made.name[1:]))
+        os.environ[PREFILL_FOLDER] = str(folder)
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ def write_atomic(path: Path, content: bytes) -> None:
     """
     with one_sentence(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        with part.open("wb") as file:
+        part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+        with part.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

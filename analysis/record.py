@@ -32,6 +32,7 @@ __all__ = [
     "SPEED_COLUMNS",
     "Cell",
     "CellStore",
+    "PartStore",
     "RecordError",
     "Row",
     "Scalar",
@@ -165,16 +166,21 @@ class Cell:
             return rows
         begun = read_json(self.folder / "begun.json")
         try:
-            return [Row.from_flat(begun["row"])]
+            row = Row.from_flat(begun["row"])
+            if (self.folder / "rows.json").exists():
+                row.reason = "what the cell wrote was changed since; run the command again."
+            return [row]
         except (TypeError, KeyError, RecordError):
             return []
 
     def _ended(self) -> list[Row] | None:
-        """Return the rows of a wholly written attempt, else None."""
+        """Return the rows of an attempt that is whole and as it was written, else None."""
         content = read_json(self.folder / "rows.json")
         try:
-            for name, size in content["files"].items():
-                if (self.folder / name).stat().st_size != size:
+            if content["digest"] != _digest(content["rows"], content["files"]):
+                return None
+            for name, digest in content["files"].items():
+                if hashlib.sha256((self.folder / name).read_bytes()).hexdigest() != digest:
                     return None
             return [Row.from_flat(row) for row in content["rows"]] or None
         except (TypeError, KeyError, AttributeError, OSError, RecordError):
@@ -234,11 +240,16 @@ class Cell:
         }
         for name, data in content.items():
             write_atomic(self.folder / name, data)
-        ended = {
-            "files": {name: len(data) for name, data in content.items()},
-            "rows": [row.flat() for row in rows],
-        }
+        files = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+        flat = [row.flat() for row in rows]
+        ended = {"digest": _digest(flat, files), "files": files, "rows": flat}
         write_atomic(self.folder / "rows.json", json_bytes(ended))
+
+
+def _digest(rows: Sequence[Mapping[str, Any]], files: Mapping[str, str]) -> str:
+    """Return what tells whether rows, and the files named beside them, were changed since."""
+    text = json.dumps([list(rows), dict(files)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _samples_bytes(samples: Sequence[Mapping[str, Any]]) -> bytes:
@@ -279,6 +290,43 @@ class CellStore:
         return [
             Cell(path) for path in sorted(self.folder.iterdir()) if _IDENTITY.fullmatch(path.name)
         ]
+
+
+class PartStore:
+    """The folder ``results/parts/``: what parts of cells gave, each a file named by its key."""
+
+    def __init__(self, results_dir: str | Path) -> None:
+        self.folder = Path(results_dir) / "parts"
+
+    def read(self, part: str, key: str) -> dict[str, Any] | None:
+        """Return what a part gave, or None where nobody has computed it or the file is not whole.
+
+        Args:
+            part: Its name.
+            key: Digest of all that it depends on.
+        """
+        found = read_json(self._path(part, key))
+        try:
+            whole = found["digest"] == _digest([found["content"]], {part: key})
+        except (TypeError, KeyError):
+            return None
+        return dict(found["content"]) if whole else None
+
+    def write(self, part: str, key: str, content: Mapping[str, Any]) -> None:
+        """Keep what a part gave, whole or not at all; what is not finite is not kept.
+
+        Raises:
+            RecordError: If the folder cannot be written.
+        """
+        try:
+            plain = json.loads(json.dumps(content, allow_nan=False))
+        except ValueError:
+            return
+        told = {"digest": _digest([plain], {part: key}), "content": plain}
+        write_atomic(self._path(part, key), json_bytes(told))
+
+    def _path(self, part: str, key: str) -> Path:
+        return self.folder / f"{part}-{key}.json"
 
 
 class Sweep:

@@ -193,7 +193,7 @@ class Row:
     """Keys and values held while a prompt is decoded, all layers, MiB; less than full attention's
     where a method frees what it drops."""
     peak_memory_mib: float | None = None
-    """Peak memory of the cell, MiB (2**20 bytes)."""
+    """Peak memory of the cell, MiB (2**20 bytes); empty where a part of it was found."""
     bandwidth_fraction: float | None = None
     """Achieved over measured memory bandwidth; above 1 only where the states fit into a cache."""
     bandwidth_gb_s: float | None = None
@@ -219,18 +219,33 @@ class Row:
     """Version of the accelerator's driver; None without one."""
     torch: str | None = None
     """Version of torch."""
+    threads: int | None = None
+    """Threads that torch used on a CPU."""
     numba: str | None = None
     """Version of numba."""
     triton: str | None = None
     """Version of triton; None where it is not installed."""
     transformers: str | None = None
     """Version of transformers."""
+    tokenizers: str | None = None
+    """Version of tokenizers."""
+    numpy: str | None = None
+    """Version of numpy."""
     git_commit: str | None = None
     """Commit of the code that ran."""
     git_dirty: bool | None = None
     """Whether the working tree differed from that commit."""
     started_at: str | None = None
     """When the cell began, ISO 8601 in UTC."""
+    code_digest: str | None = None
+    """Digest of the sources that computed the cell: its method, task, models and kernels."""
+    model_digest: str | None = None
+    """Digest of weights, configuration, tokenizer, chat template and generation settings."""
+    reused: str | None = None
+    """Parts of the cell that were computed before and found: answers, selections, speed."""
+    artifact_code: str | None = None
+    """``same`` if the artifact was fitted by the code of now, ``other`` or ``unknown`` if not; None
+    for a method that learns nothing."""
     artifact_digest: str | None = None
     """Digest of what the method learned, None for a method that learns nothing."""
     config_digest: str | None = None

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import os
 import platform
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -99,7 +99,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[st
         "provenance": json.dumps(provenance, sort_keys=True, default=str),
         "digest": digest_of(kept),
     }
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         save_file(kept, unfinished, metadata=metadata)
         unfinished.replace(path)

@@ -149,6 +149,8 @@ class TopKMethod(ABC):
         ragged: True if a head may select fewer tokens than ``k``.
         fits_prompt: True if what the index knows of the prompt stays as it was built, so that
             ``append`` differs from building anew.
+        fit_version: Of what ``fit_layer`` learns from the same states and settings; a number higher
+            once it learns something else. Artifacts of another version are not found.
         impl: Implementation of every operator, or a mapping from operator to implementation.
         native: The policy the method was published with: overrides of ``Policy`` fields.
         artifact: What ``fit`` returned, once loaded.
@@ -162,6 +164,7 @@ class TopKMethod(ABC):
     adaptive: ClassVar[bool] = False
     ragged: ClassVar[bool] = False
     fits_prompt: ClassVar[bool] = False
+    fit_version: ClassVar[int] = 1
 
     impl: Impl | Mapping[str, Impl] = "auto"
     native: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -183,6 +186,10 @@ class TopKMethod(ABC):
         """
         return self
 
+    def answering(self) -> Self:
+        """Return the method as it answers: itself, but for what it is only timed with."""
+        return self
+
     def refuses(self, policy: Policy) -> str | None:
         """Return one sentence saying why a policy in force cannot be followed, or None."""
         return None
@@ -194,7 +201,10 @@ class TopKMethod(ABC):
         return None
 
     def artifact_spec(self, geometry: Geometry) -> dict[str, Any] | None:
-        """Return the settings that identify the artifact, or None if the method learns nothing."""
+        """Return the settings that identify the artifact, or None if the method learns nothing.
+
+        ``fit_version`` is one of them, so that another fit has another artifact.
+        """
         return None
 
     def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:

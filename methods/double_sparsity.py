@@ -130,6 +130,7 @@ class DoubleSparsity(TopKMethod):
         # The statistics are kept, not the choice: one artifact serves every number of channels.
         return {
             "method": self.name,
+            "fit_version": self.fit_version,
             **geometry.identity,
             "calibration_queries": self.calibration_queries,
         }
@@ -143,6 +144,8 @@ class DoubleSparsity(TopKMethod):
             for n in lengths
             for count in [min(n, self.calibration_queries)]
         ]
+
+    fit_version: ClassVar[int] = 1
 
     def fit_layer(
         self, layer: int, states: LayerStates, report: LossReport | None = None

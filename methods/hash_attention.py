@@ -129,6 +129,7 @@ class HashAttention(TopKMethod):
         )
         return {
             "method": self.name,
+            "fit_version": self.fit_version,
             **geometry.identity,
             **{name: getattr(self, name) for name in settings.split()},
         }
@@ -154,6 +155,8 @@ class HashAttention(TopKMethod):
             spread = [i * (n - late) // (kept - late) for i in range(kept - late)]
             positions.append([*spread, *range(n - late, n)])
         return positions
+
+    fit_version: ClassVar[int] = 1
 
     def fit_layer(
         self, layer: int, states: LayerStates, report: LossReport | None = None

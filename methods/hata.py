@@ -213,6 +213,7 @@ class HATA(TopKMethod):
             )
         return {
             "method": self.name,
+            "fit_version": self.fit_version,
             **geometry.identity,
             **{name: getattr(self, name) for name in settings.split()},
         }
@@ -310,6 +311,8 @@ class HATA(TopKMethod):
         if self._ranking:
             return self._ranking_recipe().positions(lengths, generator)
         return self._draw_positions(lengths, generator)
+
+    fit_version: ClassVar[int] = 1
 
     def fit_layer(
         self, layer: int, states: LayerStates, report: LossReport | None = None

@@ -132,6 +132,7 @@ class InfiniGen(TopKMethod):
         # All channels are kept, strongest first, so one artifact serves every ratio.
         return {
             "method": self.name,
+            "fit_version": self.fit_version,
             **geometry.identity,
             "queries": f"post_rope_{QUERIES}",
             "keys": "post_rope",
@@ -143,6 +144,8 @@ class InfiniGen(TopKMethod):
 
     def query_positions(self, layer: int, lengths: Sequence[int]) -> list[list[int]]:
         return [list(range(0, n, max(1, -(-n // QUERIES)))) for n in lengths]
+
+    fit_version: ClassVar[int] = 1
 
     def fit_layer(
         self, layer: int, states: LayerStates, report: LossReport | None = None

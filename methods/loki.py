@@ -73,6 +73,7 @@ class Loki(TopKMethod):
         # All components are kept, so one artifact serves every rank.
         return {
             "method": self.name,
+            "fit_version": self.fit_version,
             "model_digest": geometry.model_digest,
             "num_layers": geometry.num_layers,
             "num_kv_heads": geometry.num_kv_heads,
@@ -83,6 +84,8 @@ class Loki(TopKMethod):
     def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
         heads = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
         return {"components": (*heads, geometry.head_dim), "mean": heads, "variance": heads}
+
+    fit_version: ClassVar[int] = 1
 
     def fit_layer(
         self, layer: int, states: LayerStates, report: LossReport | None = None

@@ -18,11 +18,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
+
+from topkbench.models.digests import weights_digest
 
 SHIPPED = {"tiny": Path(__file__).resolve().parent / "tiny"}
 RANDOM = "random"
-WHOLE_FILE_BYTES = 64 * 2**20
-SAMPLED_BLOCKS, SAMPLED_BYTES = 256, 2**16
 
 
 class ModelNotAvailable(ValueError):
@@ -37,7 +38,8 @@ class LoadedModel:
         name: What rows and figures call it.
         model: In evaluation mode.
         tokenizer: Its tokenizer; that of random weights refuses whatever is asked of it.
-        digest: Identifies the weights: 16 hex digits.
+        digest: Identifies the weights, every byte of them, with the configuration they run by: 16
+            hex digits. What else decides an answer is in ``digests.model_digest``.
         window: Longest sequence in tokens.
         chat: Prompts are wrapped in the tokenizer's chat template.
         short_answers: The model ends its answers itself, so that a reference answer's length and
@@ -65,6 +67,7 @@ def load_model(
     chat: bool = False,
     short_answers: bool = False,
     architecture: Mapping[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -82,6 +85,7 @@ def load_model(
         short_answers: See ``LoadedModel``.
         architecture: With ``path="random"``: the fields of a transformers configuration,
             ``model_type`` among them. The weights are drawn on the device, the same every time.
+        cache_dir: Where hashes of large weight files are kept; see ``weights_digest``.
 
     Raises:
         ModelNotAvailable: If it cannot be reached, is damaged, or does not fit the device.
@@ -129,9 +133,14 @@ def load_model(
                 "layers with a sliding window, which the harness's cache does not hold; attach"
                 " serves such a model in your own script"
             )
-        if found["missing_keys"]:  # transformers would draw them at random, with a warning
-            raise ValueError(f"no weights for {', '.join(sorted(found['missing_keys'])[:3])}.")
-        digest = weights_digest(source, getattr(model.config, "_commit_hash", None))
+        # Transformers would draw the one at random and drop the other, each with a warning.
+        for kind, words in (
+            ("missing", "no weights"),
+            ("unexpected", "no place in the configuration"),
+        ):
+            if found[f"{kind}_keys"]:
+                raise ValueError(f"{words} for {', '.join(sorted(found[f'{kind}_keys'])[:3])}.")
+        digest = weights_digest(_snapshot(source, revision), cache_dir)
     except (OSError, SafetensorError, ValueError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelNotAvailable(
@@ -199,7 +208,7 @@ def _draw(name: str, architecture: Mapping[str, Any], dtype: str, device: str) -
     with torch.random.fork_rng([place] if place.type == "cuda" else []):
         torch.manual_seed(0)
         model = make(place)
-    text = json.dumps({**architecture, "dtype": dtype}, sort_keys=True)
+    text = json.dumps({**architecture, "dtype": dtype, "drawn on": place.type}, sort_keys=True)
     return LoadedModel(
         name=name,
         model=model.eval().requires_grad_(False),
@@ -216,38 +225,12 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def weights_digest(source: str, commit: str | None = None) -> str:
-    """Return 16 hex digits that identify a model: its weights and the configuration they run by.
-
-    A hub snapshot is identified by its commit. A local file counts whole up to 64 MiB; of a larger
-    one, its size and 16 MiB spread over it, since reading it all would cost what loading it does.
-
-    Args:
-        source: Hub id or folder.
-        commit: The hub snapshot's commit, where there is one.
-    """
-    digest = hashlib.sha256()
-    if commit:
-        digest.update(f"{source}@{commit}".encode())
-        return digest.hexdigest()[:16]
-    for path in (Path(source) / "config.json", *sorted(Path(source).glob("*.safetensors"))):
-        digest.update(f"{path.name} {path.stat().st_size} ".encode())
-        if path.stat().st_size <= WHOLE_FILE_BYTES:
-            digest.update(path.read_bytes())
-        else:
-            with path.open("rb") as file:
-                for place in range(SAMPLED_BLOCKS):
-                    file.seek(place * path.stat().st_size // SAMPLED_BLOCKS)
-                    digest.update(file.read(SAMPLED_BYTES))
-    return digest.hexdigest()[:16]
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return 16 hex digits that identify how a tokenizer cuts and wraps a text."""
-    fast: Any = getattr(tokenizer, "backend_tokenizer", None)
-    rules = fast.to_str() if fast is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    text = f"{rules} {tokenizer.chat_template}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _snapshot(source: str, revision: str | None) -> Path:
+    """Return the folder that a model was read from: the source itself, or a hub id's snapshot."""
+    if _is_local(source):
+        return Path(source)
+    config = cached_file(source, "config.json", revision=revision, local_files_only=True)
+    return Path(str(config)).parent
 
 
 def _is_local(path: str) -> bool:

@@ -1,7 +1,7 @@
 """What one prompt's prefill leaves, computed once and shared by every cell that needs it."""
 
 import hashlib
-import os
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -12,13 +12,14 @@ from typing import Any
 import psutil
 import torch
 from filelock import FileLock
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from topkbench.methods.capture import PREFILL_NEEDS, Captured, watched_attention
 from topkbench.methods.compat import token_logits
+from topkbench.models.digests import states_digest
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,9 @@ class PrefillStore:
         model: The model; one store serves one model.
         folder: Where spilled prompts live; stores that share it share them.
         memory_limit: Bytes to hold in memory; None for half of what is free. 0 shares everything.
+        identity: Of everything that the states depend on beside the prompt: files are named by it,
+            so that stores share them only where it agrees. None for the model's configuration and
+            all its weights, which are then read once, and only if something spills.
         compute: Stands in for ``prefill`` in tests.
 
     Attributes:
@@ -130,12 +134,15 @@ class PrefillStore:
         model: PreTrainedModel,
         folder: Path,
         memory_limit: int | None = None,
+        identity: str | None = None,
         compute: Callable[[PreTrainedModel, Sequence[int], frozenset[str]], Prefill] = prefill,
     ) -> None:
         self.model = model
         self.folder = folder
         self.forwards = 0
         self._compute = compute
+        self._identity = identity
+        self._checked: set[tuple[Path, int, int]] = set()
         self._kept: dict[str, Prefill] = {}
         self._room = (
             psutil.virtual_memory().available // 2 if memory_limit is None else memory_limit
@@ -155,8 +162,8 @@ class PrefillStore:
             if not needs <= states.needs:
                 states = self._kept[key] = self._run(token_ids, needs, states)
             return states
-        path = self.folder / f"{key}.safetensors"
-        found = _load(path) if path.exists() else None
+        spilled = not self._room or self.folder.exists()
+        found = self._load(self._path(key)) if spilled else None
         if found is not None and needs <= found.needs:
             return found
         if found is None and self._room > 0:
@@ -166,16 +173,41 @@ class PrefillStore:
                 self._kept[key] = states
                 return states
             self._room = 0  # from here on everything spills, so that files are found by all workers
-            _save(states, path)
+            _save(states, self._path(key))
             return states
-        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(key)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            found = _load(path) if path.exists() else None
+            found = self._load(path)
             if found is not None and needs <= found.needs:
                 return found
             states = self._run(token_ids, needs, found)
             _save(states, path)
             return states
+
+    def _path(self, key: str) -> Path:
+        """Return the file of a prompt, named by all that its states depend on."""
+        if self._identity is None:
+            self._identity = states_digest(self.model)
+        digest = hashlib.sha256(f"{self._identity} {key}".encode()).hexdigest()[:32]
+        return self.folder / f"{digest}.safetensors"
+
+    def _load(self, path: Path) -> Prefill | None:
+        """Return what a file holds; None if there is none, or it is not whole or another's.
+
+        A file's bytes are checked once by each store, for as long as it is the same file.
+        """
+        try:
+            about = path.stat()
+            found, told = _read(path)
+            state = (path, about.st_ino, about.st_ctime_ns)
+            if state not in self._checked:
+                if told != _told(found, path):
+                    return None
+                self._checked.add(state)
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return None
+        return found
 
     def _run(
         self, token_ids: Sequence[int], needs: frozenset[str], found: Prefill | None = None
@@ -192,7 +224,18 @@ class PrefillStore:
 
 
 def _save(states: Prefill, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a prefill so that no reader ever sees half of it."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        save_file(_tensors(states), unfinished, metadata=_told(states, path))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _tensors(states: Prefill) -> dict[str, Tensor]:
+    """Return a prefill as named tensors."""
     tensors = {"logits": states.logits, "milliseconds": torch.tensor(states.milliseconds)}
     for layer in range(states.num_layers):
         tensors[f"keys.{layer}"] = states.key_states[layer]
@@ -201,13 +244,22 @@ def _save(states: Prefill, path: Path) -> None:
         for need in one.needs:
             tensors[f"{need}.{layer}"] = getattr(one, need)
             tensors[f"{need}_ms.{layer}"] = torch.tensor(one.milliseconds[need])
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, unfinished)
-    unfinished.replace(path)
+    return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
 
 
-def _load(path: Path) -> Prefill:
-    """Return what a file holds."""
+def _told(states: Prefill, path: Path) -> dict[str, str]:
+    """Return what a file tells: its name, how many tokens and tensors it holds, and a digest."""
+    tensors = _tensors(states)
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)} ".encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())
+    counts = {"tokens": str(states.num_tokens), "tensors": str(len(tensors))}
+    return {"name": path.stem, **counts, "digest": digest.hexdigest()}
+
+
+def _read(path: Path) -> tuple[Prefill, dict[str, str]]:
+    """Return what a file holds, and what it tells of it."""
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         num_layers = sum(name.startswith("keys.") for name in names)
@@ -217,10 +269,11 @@ def _load(path: Path) -> Prefill:
             tensors = {need: file.get_tensor(f"{need}.{layer}") for need in held}
             took = {need: float(file.get_tensor(f"{need}_ms.{layer}")) for need in held}
             captured.append(Captured(held, milliseconds=took, **tensors))
-        return Prefill(
+        found = Prefill(
             tuple(file.get_tensor(f"keys.{layer}") for layer in range(num_layers)),
             tuple(file.get_tensor(f"values.{layer}") for layer in range(num_layers)),
             file.get_tensor("logits"),
             float(file.get_tensor("milliseconds")),
             tuple(captured),
         )
+        return found, dict(file.metadata() or {})

@@ -4,6 +4,8 @@ Source: HATA samples its pairs from long documents (arXiv:2506.02572, appendix B
 come from the benchmark it is evaluated on; ours share no key, value or filler word with any test.
 """
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from torch import Tensor
 from topkbench.methods.attach import geometry_of
 from topkbench.methods.base import LayerStates, Progress, TopKMethod
 from topkbench.methods.capture import watched_attention
+from topkbench.models.digests import tokenizer_digest
 from topkbench.models.load import LoadedModel
 from topkbench.tasks.ruler_prompts import SUBTASKS, make_prompt
 from topkbench.tasks.words import CALIBRATION_NAMES, word_pools
@@ -39,6 +42,19 @@ def calibration_texts(loaded: LoadedModel, length: int, num_sequences: int, seed
     return texts
 
 
+# Prompts made in this process, since every cell of a sweep asks which artifact it needs.
+_MADE: dict[tuple[str, int, int, int], list[list[int]]] = {}
+
+
+def _tokens(loaded: LoadedModel, length: int, num_sequences: int, seed: int) -> list[list[int]]:
+    """Return the prompts in tokens."""
+    key = (tokenizer_digest(loaded.tokenizer), length, num_sequences, seed)
+    if key not in _MADE:
+        texts = calibration_texts(loaded, length, num_sequences, seed)
+        _MADE[key] = [list(loaded.tokenizer.encode(text)) for text in texts]
+    return _MADE[key]
+
+
 @dataclass
 class Calibration:
     """Calibration prompts, and the states that a method learns from, a few layers at a time.
@@ -55,6 +71,9 @@ class Calibration:
         prompts: Token ids of each prompt.
         memory_limit: Bytes of queries and keys that may be held at once.
         description: What the prompts are, for an artifact's provenance.
+
+    Artifacts are tied to ``digest``, so to the tokens of the prompts and with them to the
+    tokenizer.
     """
 
     loaded: LoadedModel
@@ -84,15 +103,19 @@ class Calibration:
             memory_limit: See the class; None for half of the free memory.
         """
         length = min(max_length, loaded.window)
-        texts = calibration_texts(loaded, length, num_sequences, seed)
         if memory_limit is None:
             memory_limit = psutil.virtual_memory().available // 2
         description = (
             f"{num_sequences} prompts of {length} tokens, {', '.join(SUBTASKS)} in turn, seed"
             f" {seed}, {len(word_pools()[1])} words that no test uses"
         )
-        prompts = [list(loaded.tokenizer.encode(text)) for text in texts]
+        prompts = _tokens(loaded, length, num_sequences, seed)
         return cls(loaded, method, prompts, memory_limit, description)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of the prompts' tokens: of all that a fit reads beside the model."""
+        return hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()[:16]
 
     @property
     def num_layers(self) -> int:

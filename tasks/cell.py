@@ -3,7 +3,9 @@
 import contextlib
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,25 @@ from topkbench.tasks.calibration import SEED, Calibration
 from topkbench.tasks.canary import check_acting
 from topkbench.tasks.evaluation import Context, Outcome, Task, TaskRow
 from topkbench.tasks.fitting import fit_layers, learning_devices
+from topkbench.tasks.sources import code_digest, modules_of
+
+
+def artifact_spec(loaded: LoadedModel, method: TopKMethod) -> dict[str, Any] | None:
+    """Return what names the artifact that a method needs, or None if it learns nothing.
+
+    That is the model's weights and dtype, the tokens of the calibration prompts, and the method's
+    settings and version of its fit.
+    """
+    spec = method.artifact_spec(geometry_of(loaded.model, loaded.digest))
+    if spec is None:
+        return None
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    return {**spec, "dtype": dtype, "calibration": Calibration.draw(loaded, method).digest}
+
+
+def fit_source(method: TopKMethod) -> str:
+    """Return the digest of the code that a method learns by, in its own room or folder."""
+    return code_digest(modules_of(method), rooms=("methods",))
 
 
 def prepare_method(
@@ -47,8 +68,7 @@ def prepare_method(
     Raises:
         ValueError: If the method cannot serve the model, or an artifact is damaged or another's.
     """
-    geometry = geometry_of(loaded.model, loaded.digest)
-    spec = method.artifact_spec(geometry)
+    spec = artifact_spec(loaded, method)
     if spec is None:
         return None
     own = Path(artifact_dir).expanduser()
@@ -59,11 +79,11 @@ def prepare_method(
         own.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if anew or not path.is_file():
-                fit_method(loaded, method, path, progress, memory_limit)
+                fit_method(loaded, method, path, spec, progress, memory_limit)
                 fitted = True
     found = replace(artifact.load(path, expect=spec), fitted=fitted)
     method.load_artifact(found.tensors, found.digest)
-    method.check_ready(geometry)
+    method.check_ready(geometry_of(loaded.model, loaded.digest))
     return found
 
 
@@ -71,21 +91,22 @@ def fit_method(
     loaded: LoadedModel,
     method: TopKMethod,
     path: Path,
+    spec: Mapping[str, Any],
     progress: Progress | None = None,
     memory_limit: int | None = None,
 ) -> None:
-    """Fit a method on calibration prompts and save the artifact at ``path``."""
+    """Fit a method on calibration prompts and save the artifact that ``spec`` names at ``path``."""
     began = time.perf_counter()
     calibration = Calibration.draw(loaded, method, memory_limit=memory_limit)
     devices = learning_devices(loaded.model.device)
     tensors, losses = fit_layers(method, calibration, devices, progress)
-    spec = method.artifact_spec(geometry_of(loaded.model, loaded.digest))
     told = artifact.provenance(
-        spec or {},
+        spec,
         calibration.description,
         SEED,
         model=loaded.name,
         machine=machine_name(loaded.model.device),
+        source=fit_source(method),
         seconds=time.perf_counter() - began,
         losses=losses,
     )
@@ -119,14 +140,24 @@ def run_cell(context: Context, task: Task) -> Outcome:
 
 def environment(loaded: LoadedModel) -> dict[str, Any]:
     """Return the columns of a row that describe machine and libraries."""
-    import transformers
-
     found = versions()
     return {
         "device": machine_name(loaded.model.device),
-        **{name: found[name] for name in ("driver", "torch", "numba", "triton")},
-        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "driver": found["driver"],
+        **libraries(),
     }
+
+
+def libraries() -> dict[str, str | None]:
+    """Return the versions of the libraries that a result depends on; None where there is none."""
+    found: dict[str, str | None] = {}
+    for name in ("torch", "numba", "triton", "transformers", "tokenizers", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def peak_memory_mib(device: torch.device) -> float:

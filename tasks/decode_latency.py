@@ -1,6 +1,6 @@
 """What one decode step of one layer costs, at any geometry and length, stages timed apart."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from statistics import median
@@ -101,6 +101,7 @@ class DecodeLatency(Task):
     seed: int = 0
     trials: int = 15
     cache_dir: str = "~/.cache/topkbench"
+    parts: ClassVar[Mapping[str, frozenset[str]]] = {"speed": frozenset()}
     needs_full: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """How many tokens a second a whole model decodes, at any context length."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -66,6 +66,7 @@ class DecodeThroughput(Task):
     seed: int = 0
     trials: int = 15
     cuda_graph: bool = True
+    parts: ClassVar[Mapping[str, frozenset[str]]] = {"speed": frozenset()}
     needs_full: ClassVar[bool] = False
     fits_methods: ClassVar[bool] = False
 

@@ -2,6 +2,7 @@
 
 A cell of such a task makes three passes over its prompts: answers and their scores (batched),
 speed (alone, full attention and the method in turn), and the quality of the selections (untimed).
+What each gives is kept under a key of its own, so that it is computed again only when it must be.
 """
 
 import math
@@ -9,7 +10,7 @@ import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -42,6 +43,8 @@ from topkbench.tasks.quality import SelectionMeter, check_finite
 
 T = TypeVar("T")
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
+Keep = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
+"""Given the name of a part of a cell and how to compute it, returns it, found or computed."""
 
 TIMED_ROUNDS = 3
 TIMED_STEPS = 8
@@ -52,6 +55,11 @@ STAGES = ("encode", "append", "score", "select", "attend")
 def untracked(items: Sequence[Any], label: str) -> Iterable[Any]:
     """Show no progress."""
     return items
+
+
+def unkept(part: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Compute a part of a cell, whatever was computed before."""
+    return compute()
 
 
 @dataclass
@@ -68,6 +76,7 @@ class Context:
         bandwidth: Measured memory bandwidth of the machine in bytes a second; None where unknown.
         track: Shows progress over a sequence.
         artifact: What the method has learnt; None if nothing, or if the task fits it.
+        keep: Finds the parts of the cell that were computed before, and keeps the others.
     """
 
     loaded: LoadedModel
@@ -79,6 +88,7 @@ class Context:
     bandwidth: float | None = None
     track: Track = untracked
     artifact: Artifact | None = None
+    keep: Keep = unkept
 
     @property
     def geometry(self) -> Geometry:
@@ -91,7 +101,7 @@ class Context:
         if known is not None:
             return list(known)
         decoder = Decoder(self.loaded, self.store, [prompt], prompt.sample.max_new_tokens + 1)
-        with self.attached(decoder, self.full):
+        with self.attached(decoder, self.full.answering()):
             return decoder.generate()[0]
 
     @contextmanager
@@ -148,6 +158,9 @@ class Task(ABC):
         fits_methods: A method that learns comes fitted on the model; else the task fits it.
         fits_anew: Running finished cells again fits again, too.
         subject: What rows name in the model's place where they do not.
+        parts: The parts of a cell that are kept apart (``answers``, ``selections``, ``speed``) and,
+            of each, the settings of the task that it does not depend on. Only ``speed`` depends on
+            the machine and on full attention's backend.
     """
 
     name: str
@@ -157,6 +170,7 @@ class Task(ABC):
     fits_methods: ClassVar[bool] = True
     fits_anew: ClassVar[bool] = False
     subject: str = ""
+    parts: ClassVar[Mapping[str, frozenset[str]]] = {"answers": frozenset()}
 
     def inputs_digest(self, loaded: LoadedModel) -> str:
         """Return a digest of everything that is read beyond the configuration."""
@@ -243,6 +257,17 @@ class Counter(Observer):
             self.read / self.seen, None if self.scanned is None else self.scanned / self.seen
         )
 
+    def told(self) -> dict[str, Any]:
+        """Return what was counted, as plain values."""
+        reads = self.step_reads
+        return {
+            "density": self.density,
+            "reads": None if reads is None else asdict(reads),
+            "steps_taken": self.steps.taken.total(),
+            "sparse_step_share": self.steps.share_taken,
+            "longest": self.longest,
+        }
+
 
 class StageWatch(Observer):
     """Times the stages of decode steps with the common stopwatch."""
@@ -297,6 +322,11 @@ class GenerationTask(Task):
     batch_size: int = 25
     timed_prompts: int = 3
     judged_prompts: int = 8
+    parts: ClassVar[Mapping[str, frozenset[str]]] = {
+        "answers": frozenset({"timed_prompts", "judged_prompts"}),
+        "selections": frozenset({"timed_prompts"}),
+        "speed": frozenset({"judged_prompts"}),  # its bandwidth is of the bytes that answers read
+    }
 
     def __post_init__(self) -> None:
         if self.question not in ("sparse", "dense"):
@@ -317,35 +347,32 @@ class GenerationTask(Task):
             if not choosing:
                 most = max(prompt.most_cached for prompt in prompts)
                 return Outcome([TaskRow("mean", {}, "skipped", never_more_than(k, most))], [])
-        for prompt in context.track(prompts, "prefill"):
-            context.store.get(prompt.prefill_ids, context.method.needs)
-        samples, counters = self._answer(context, prompts)
+        answered = context.keep("answers", lambda: self._answer(context, prompts))
+        samples, counted = answered["samples"], answered["subtasks"]
         if context.full_answers is None and not context.method.selects:
             context.full_answers = {one["sample_id"]: one["tokens"] for one in samples}
-        steps = StepCount()
-        for counter in counters.values():
-            steps.add(counter.steps)
-        if context.method.selects and not steps.taken:
-            most = max(counter.longest for counter in counters.values())
+        if context.method.selects and not any(one["steps_taken"] for one in counted.values()):
+            most = max(one["longest"] for one in counted.values())
             return Outcome([TaskRow("mean", {}, "skipped", never_more_than(k, most))], [])
-        densities = {subtask: counter.density for subtask, counter in counters.items()}
-        read = [density for density in densities.values() if density is not None]
+        read = [one["density"] for one in counted.values() if one["density"] is not None]
         density = statistics.fmean(read) if read else None
-        counted = [one for counter in counters.values() if (one := counter.step_reads) is not None]
+        reads = [Reads(**one["reads"]) for one in counted.values() if one["reads"] is not None]
         shared: dict[str, Any] = {"batch_size": 1, "density": density}
         if context.method.selects:
-            shared["sparse_step_share"] = steps.share_taken
+            shared["sparse_step_share"] = answered["sparse_step_share"]
         lengths = (len(prompt.prefill_ids) + len(prompt.decode_ids) for prompt in prompts)
-        shared |= accounting(context, round(statistics.fmean(lengths)), Reads.mean(counted))
+        shared |= accounting(context, round(statistics.fmean(lengths)), Reads.mean(reads))
         shared["density_all"] = density_of_all_layers(context, shared["kv_len"], density)
         # A step that keeps everything says nothing of how fast or how good a selection is.
         timed = [prompt for prompt in choosing if prompt.num_tokens >= k]
         if timed or not context.method.selects:
             timed = spread(timed or prompts, self.timed_prompts)
-            shared |= speed(context, timed, shared["bytes_read_per_step"])
+            bytes_read = shared["bytes_read_per_step"]
+            shared |= context.keep("speed", lambda: speed(context, timed, bytes_read))
         # What was freed cannot be compared with what full attention chose.
         if context.method.selects and not context.method.compacts:
-            shared |= judge(context, spread(choosing, self.judged_prompts))
+            judged = spread(choosing, self.judged_prompts)
+            shared |= context.keep("selections", lambda: judge(context, judged))
         rows = []
         for subtask in dict.fromkeys(one["subtask"] for one in samples):
             scores = [one["score"] for one in samples if one["subtask"] == subtask]
@@ -355,26 +382,27 @@ class GenerationTask(Task):
             }
             # What tells configurations apart stands in all rows of a cell.
             values |= {name: shared.get(name) for name in ("batch_size", "kv_len", "full_backend")}
-            values["density"] = densities[subtask]
-            counter = counters[subtask]
+            values["density"] = counted[subtask]["density"]
             if context.method.selects:
-                values["sparse_step_share"] = counter.steps.share_taken
+                values["sparse_step_share"] = counted[subtask]["sparse_step_share"]
             rows.append(TaskRow(subtask, values))
         mean = statistics.fmean(row.values["score"] for row in rows)
         for row in rows if context.method.selects else ():
-            if not counters[row.subtask].steps.taken:
-                row.status, row.reason = (
-                    "skipped",
-                    never_more_than(k, counters[row.subtask].longest),
-                )
+            told = counted[row.subtask]
+            if not told["steps_taken"]:
+                row.status, row.reason = "skipped", never_more_than(k, told["longest"])
                 row.values = {"num_samples": row.values["num_samples"]}
         rows.append(TaskRow("mean", {"score": mean, "num_samples": len(samples), **shared}))
         return Outcome(rows, samples)
 
-    def _answer(
-        self, context: Context, prompts: Sequence[Prompt]
-    ) -> tuple[list[dict[str, Any]], dict[str, Counter]]:
-        """Decode all prompts; return scored samples and what each sub-task read."""
+    def _answer(self, context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Decode all prompts; return scored samples and what each sub-task read, as plain values.
+
+        Full attention answers by one kernel, whatever it is timed with.
+        """
+        context = replace(context, method=context.method.answering())
+        for prompt in context.track(prompts, "prefill"):
+            context.store.get(prompt.prefill_ids, context.method.needs)
         tokenizer = context.loaded.tokenizer
         counters: dict[str, Counter] = {}
         samples = []
@@ -409,7 +437,14 @@ class GenerationTask(Task):
                 )
         order = {prompt.sample.sample_id: place for place, prompt in enumerate(prompts)}
         samples.sort(key=lambda one: order[one["sample_id"]])
-        return samples, counters
+        steps = StepCount()
+        for counter in counters.values():
+            steps.add(counter.steps)
+        return {
+            "samples": samples,
+            "subtasks": {subtask: counter.told() for subtask, counter in counters.items()},
+            "sparse_step_share": steps.share_taken,
+        }
 
 
 def accounting(context: Context, n: int, reads: Reads | None) -> dict[str, Any]:
@@ -582,7 +617,7 @@ def _timed_steps(
     return stages.times()["step"][WARM_UP_STEPS:]
 
 
-def judge(context: Context, prompts: Sequence[Prompt]) -> dict[str, float | None]:
+def judge(context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Judge the method's selections over the prompts, full attention's answers forced."""
     meter = SelectionMeter(context.method.policy_in_force(context.policy).k)
     for prompt in context.track(prompts, "selections"):
@@ -591,4 +626,4 @@ def judge(context: Context, prompts: Sequence[Prompt]) -> dict[str, float | None
         decoder = Decoder(context.loaded, context.store, [prompt], len(answer) + 1, needs)
         with context.attached(decoder, context.method, meter):
             decoder.follow([answer])
-    return meter.means()
+    return dict(meter.means())

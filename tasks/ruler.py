@@ -7,17 +7,20 @@ import json
 import os
 import random
 import re
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from topkbench.methods.base import check_whole
-from topkbench.models.load import LoadedModel, tokenizer_digest
+from topkbench.models.digests import tokenizer_digest
+from topkbench.models.load import LoadedModel
 from topkbench.tasks.base import Sample, TaskDoesNotFit, samples_digest
 from topkbench.tasks.decoding import Question
 from topkbench.tasks.evaluation import GenerationTask
 from topkbench.tasks.ruler_prompts import SUBTASKS, Prompt, make_prompt
+from topkbench.tasks.sources import code_digest
 from topkbench.tasks.words import TEST_NAMES, word_pools
 
 # Called with rng, budget and count; see ``make_prompt``.
@@ -27,7 +30,6 @@ WritePrompt = Callable[..., Prompt]
 NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 # A model that ends its answers itself gets the reference answer's length and a few tokens more.
 SPARE_TOKENS = 8
-GENERATOR_VERSION = 3
 # A sub-task in the name of an official file or of its folder, whatever else stands there.
 OFFICIAL_SUBTASK = re.compile(
     r"(?<![a-z0-9])"
@@ -99,12 +101,8 @@ class Ruler(GenerationTask):
         path = self._cache_file(loaded)
         found = _read_cache(path)
         if found is None:
-            found = self._draw(loaded)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-            lines = [json.dumps(asdict(sample)) for sample in found]
-            unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            unfinished.replace(path)
+            found = _READ[path] = self._draw(loaded)
+            _write_cache(path, found)
         return found
 
     def _draw(self, loaded: LoadedModel) -> list[Sample]:
@@ -128,7 +126,7 @@ class Ruler(GenerationTask):
 
     def _cache_file(self, loaded: LoadedModel) -> Path:
         settings = {
-            "version": GENERATOR_VERSION,
+            "code": code_digest([type(self).__module__], rooms=("tasks",)),
             **self._content(),
             "num_samples": self.num_samples,
             "seed": self.seed,
@@ -182,9 +180,12 @@ _READ: dict[Path, list[Sample]] = {}
 
 
 def _read_cache(path: Path) -> list[Sample] | None:
+    """Return the samples of a file that is whole, else None."""
     if path not in _READ:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            head, *lines = path.read_text(encoding="utf-8").splitlines()
+            if json.loads(head) != _head(lines):
+                return None
             found = [json.loads(line) for line in lines]
             _READ[path] = [
                 Sample(**{**entry, "answers": tuple(entry["answers"])}) for entry in found
@@ -192,6 +193,20 @@ def _read_cache(path: Path) -> list[Sample] | None:
         except (OSError, ValueError, TypeError, KeyError):
             return None
     return _READ[path]
+
+
+def _write_cache(path: Path, samples: Sequence[Sample]) -> None:
+    """Write samples, one a line, below a line that tells whether all are there as they were."""
+    lines = [json.dumps(asdict(sample)) for sample in samples]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    unfinished.write_text("\n".join([json.dumps(_head(lines)), *lines]) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _head(lines: Sequence[str]) -> dict[str, Any]:
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return {"samples": len(lines), "sha256": digest}
 
 
 def read_official(
@@ -257,7 +272,7 @@ def read_official(
 
 def _official_subtask(file: Path) -> tuple[str, str]:
     """Return a file's sub-task, and the part of its path that tells it."""
-    whole = Path(os.path.abspath(file))  # noqa: PTH100  # a link's own name counts, not its target's
+    whole = Path(os.path.abspath(file))  # a link's own name counts, not its target's
     for told_by, name in (
         (whole.stem, whole.name),
         (whole.parent.name, f"{whole.parent.name}/{whole.name}"),

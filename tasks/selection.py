@@ -1,6 +1,6 @@
 """The quality of a method's selections, apart from any score: for all budgets from one pass."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ class SelectionTask(Ruler):
     name: str = "selection"
     num_samples: int = 2
     budgets: Sequence[int] = (32, 64, 128, 256, 512)
+    parts: ClassVar[Mapping[str, frozenset[str]]] = {"selections": frozenset()}
     needs_full: ClassVar[bool] = False  # it is no cell of this task: it selects nothing
 
     def __post_init__(self) -> None:

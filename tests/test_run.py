@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pandas as pd
 import pytest
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
@@ -78,6 +79,7 @@ class Commands:
         self.results = folder / "results"
         self.number = 0
         self.mode = "disabled"
+        self.extra: dict[str, str] = {}
         for name in ("tmp", "cwd"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -87,6 +89,7 @@ class Commands:
             "TOPKBENCH_CACHE": str(self.folder / "cache"),
             "TMPDIR": str(self.folder / "tmp"),
             "WANDB_MODE": self.mode,
+            **self.extra,
         }
 
     def arguments(self, *given: str) -> list[str]:
@@ -546,6 +549,138 @@ def test_a_run_that_a_kill_kept_from_the_tracker_is_told_later(
     assert commands.run(*given) == 0
     assert sum(cell in name for name in told()) == 2
     assert commands.forwards == []
+
+
+# What a finished cell depends on ---------------------------------------------------------------
+
+ONE = ("method=exact", "k=16", "task.timed_prompts=1", "task.judged_prompts=1")
+
+
+def means(commands: Commands, method: str = "exact") -> dict[str, Any]:
+    """Return the mean's row of the last command."""
+    rows = commands.rows
+    (found,) = rows[(rows["subtask"] == "mean") & (rows["method"] == method)].to_dict("records")
+    return {str(name): None if pd.isna(one) else one for name, one in found.items()}
+
+
+@pytest.fixture
+def own_model(commands: Commands, tmp_path: Path) -> Path:
+    commands.model = Path(shutil.copytree(commands.model, tmp_path / "own-model"))
+    return commands.model
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_model_that_changed_runs_again(commands: Commands, own_model: Path) -> None:
+    """What ends an answer, the tokenizer, the template, a weight: each makes another cell."""
+    digests, cells = [], 0
+
+    def run_anew() -> None:
+        nonlocal cells
+        assert commands.run(*ONE) == 0, commands.text("err")
+        cells += 2  # full attention and the method
+        assert len(commands.cells) == cells
+        row = means(commands)
+        assert (row["status"], row["reused"]) == ("ok", None)
+        digests.append((row["run_id"], row["model_digest"]))
+
+    run_anew()
+    edit(own_model / "generation_config.json", eos_token_id=[2, 1220])
+    run_anew()
+    (own_model / "chat_template.jinja").write_text("{{ messages }}")
+    run_anew()
+    edit(own_model / "tokenizer.json", normalizer={"type": "NFC"})
+    run_anew()
+    weights = bytearray((own_model / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (own_model / "model.safetensors").write_bytes(weights)
+    run_anew()
+    assert len(set(digests)) == len(digests) == 5
+    assert commands.run(*ONE) == 0
+    assert len(commands.cells) == cells
+    assert commands.forwards == []
+
+
+def test_parts_of_a_cell_are_found_and_the_others_computed(commands: Commands) -> None:
+    assert commands.run(*ONE) == 0, commands.text("err")
+    first = means(commands)
+    assert first["reused"] is None
+    assert first["peak_memory_mib"] > 0
+    quality = ("score", "recall_at_k", "attention_mass", "output_rel_error", "density")
+    # More prompts are timed: only the speed is measured again.
+    assert commands.run(*ONE[:2], "task.timed_prompts=2", ONE[3]) == 0, commands.text("err")
+    second = means(commands)
+    assert second["run_id"] != first["run_id"]
+    assert second["reused"] == "answers, selections"
+    assert second["peak_memory_mib"] is None  # of the parts that were found nobody knows it now
+    assert [second[name] for name in quality] == [first[name] for name in quality]
+    assert second["decode_ms_p50"] != first["decode_ms_p50"]
+    # Without its folder a cell is made of its parts, and computes nothing.
+    shutil.rmtree(commands.results / "cells")
+    assert commands.run(*ONE) == 0, commands.text("err")
+    third = means(commands)
+    assert commands.forwards == []
+    assert third["reused"] == "answers, speed, selections"
+    assert [third[name] for name in (*quality, "decode_ms_p50")] == [
+        first[name] for name in (*quality, "decode_ms_p50")
+    ]
+    assert means(commands, "full")["reused"] == "answers, speed"
+    # A part that was edited is computed again, and force=true computes all.
+    (answers,) = (
+        path
+        for path in (commands.results / "parts").glob("answers-*.json")
+        if '"sparse_step_share": null' not in path.read_text()
+    )
+    answers.write_text(answers.read_text().replace("niah_single", "niah_simple"))
+    shutil.rmtree(commands.results / "cells")
+    assert commands.run(*ONE) == 0, commands.text("err")
+    assert means(commands)["reused"] == "speed, selections"
+    assert commands.run(*ONE, "force=true") == 0, commands.text("err")
+    assert means(commands)["reused"] is None
+    assert len(commands.forwards) == 1
+
+
+def test_an_edited_cell_runs_again(commands: Commands) -> None:
+    assert commands.run(*ONE) == 0, commands.text("err")
+    first = means(commands)
+    path = commands.results / "cells" / first["run_id"] / "rows.json"
+    text = path.read_text()
+    assert f'"score": {first["score"]}' in text
+    path.write_text(text.replace(f'"score": {first["score"]}', '"score": 12.5'))
+    assert commands.run(*ONE) == 0, commands.text("err")
+    assert means(commands)["score"] == first["score"]
+    assert "12.5" not in path.read_text()
+
+
+def test_a_prefill_that_another_left_is_never_used(
+    commands: Commands, own_model: Path, tmp_path: Path
+) -> None:
+    """A folder of prefills that a user keeps, and other weights at the path of the first."""
+    given = ("method=full", "prefill_memory_gib=0")
+    commands.extra = {"TOPKBENCH_PREFILL": str(tmp_path / "kept")}
+    assert commands.run(*given) == 0, commands.text("err")
+    assert len(commands.forwards) == 1
+    assert commands.run(*given, "task.timed_prompts=2") == 0, commands.text("err")
+    assert commands.forwards == []
+    assert oct((tmp_path / "kept").stat().st_mode & 0o777) == "0o700"
+    weights = bytearray((own_model / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (own_model / "model.safetensors").write_bytes(weights)
+    assert commands.run(*given) == 0, commands.text("err")
+    assert len(commands.forwards) == 1
+
+
+def test_a_folder_of_prefills_that_others_made_is_left_alone(commands: Commands) -> None:
+    folder = commands.folder / "tmp" / "topkbench-prefill-mine"
+    folder.mkdir()
+    lock = filelock.FileLock(folder / "in use")
+    with lock:  # as a sweep that runs holds it
+        assert commands.run("method=full", "prefill_memory_gib=0") == 0, commands.text("err")
+        assert folder.exists()
+    assert commands.run("method=full", "prefill_memory_gib=0", "force=true") == 0
+    assert list((commands.folder / "tmp").iterdir()) == []  # it had been left by a killed one
 
 
 # Beside Hugging Face's package of the name `kernels` ------------------------------------------

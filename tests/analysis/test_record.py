@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from topkbench.analysis.record import (
     COLUMNS,
     CellStore,
+    PartStore,
     RecordError,
     Row,
     Status,
@@ -75,8 +76,8 @@ def test_identity_refuses_what_has_no_canonical_form(value: object) -> None:
 DESIGN = """
 run_id status reason model task subtask length method impl full_backend protocol question
 k kv_len batch_size rbit seed num_samples
-score score_ci_low score_ci_high delta_full delta_ci_low delta_ci_high
-recall_at_k attention_mass output_rel_error density
+score score_ci_low score_ci_high delta_full delta_ci_low delta_ci_high full_note
+recall_at_k attention_mass output_rel_error density density_all sparse_step_share
 prefill_ms build_ms decode_ms_p50 decode_ms_p20 decode_ms_p80 decode_ms_warm_p50
 encode_ms append_ms score_ms select_ms attend_ms tokens_per_s
 full_ms_p50 full_ms_p20 full_ms_p80 speedup_vs_full speedup_ci_low speedup_ci_high
@@ -84,8 +85,9 @@ other_load timing_note
 bytes_read_per_step index_bytes_per_token kv_cache_mib peak_memory_mib
 bandwidth_fraction bandwidth_gb_s
 fit_s loss_first loss_last calibration artifact_path
-device clock_mhz driver torch numba triton transformers
-git_commit git_dirty started_at artifact_digest config_digest full_run_id
+device clock_mhz driver torch threads numba triton transformers tokenizers numpy
+git_commit git_dirty started_at code_digest model_digest reused artifact_code artifact_digest
+config_digest full_run_id
 """
 
 
@@ -317,3 +319,55 @@ def test_a_damaged_list_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "a" / "b" / "cells.json").write_text('["012')
     with pytest.raises(RecordError, match="must be a list of identities, but is damaged"):
         Sweep(tmp_path, "a", "b").rows()
+
+
+@pytest.mark.parametrize("edit", ["score", "digest", "samples", "config"])
+def test_an_edited_cell_is_noticed(store: CellStore, row: Callable[..., Row], edit: str) -> None:
+    cell = store.cell("0123456789abcdef")
+    cell.begin(row())
+    cell.write([row(score=50.0)], SAMPLES, {"k": 4}, "")
+    assert cell.finished()
+    path = cell.folder / "rows.json"
+    content = json.loads(path.read_text())
+    if edit == "score":
+        content["rows"][0]["score"] = 99.0
+    elif edit == "digest":
+        del content["digest"]
+    elif edit == "samples":
+        samples = cell.folder / "samples.parquet"
+        data = bytearray(samples.read_bytes())
+        data[len(data) // 2] ^= 1
+        samples.write_bytes(data)
+    else:
+        (cell.folder / "config.json").write_text('{"k": 5}')
+    path.write_text(json.dumps(content))
+    assert not cell.finished()
+    (found,) = cell.read()
+    assert (found.status, found.score) == (Status.INTERRUPTED, None)
+    assert found.reason == "what the cell wrote was changed since; run the command again."
+    assert cell.samples().empty
+    cell.begin(row())
+    cell.write([row(score=50.0)], SAMPLES, {"k": 4}, "")
+    assert cell.finished()
+
+
+def test_a_part_is_found_under_its_key_as_it_was(tmp_path: Path) -> None:
+    parts = PartStore(tmp_path)
+    content = {"samples": [{"score": 0.1 + 0.2, "tokens": [1, 2], "note": None}], "share": 1.0}
+    assert parts.read("answers", "aa") is None
+    parts.write("answers", "aa", content)
+    assert parts.read("answers", "aa") == content
+    assert parts.read("answers", "bb") is None
+    assert parts.read("speed", "aa") is None
+    # Neither an edit, nor a cut, nor a file under another name is believed.
+    path = tmp_path / "parts" / "answers-aa.json"
+    text = path.read_text()
+    path.rename(tmp_path / "parts" / "answers-bb.json")
+    assert parts.read("answers", "bb") is None
+    for damaged in (text.replace("1.0", "0.5"), text[:-9], "", "[]", '{"content": {}}'):
+        path.write_text(damaged)
+        assert parts.read("answers", "aa") is None
+    path.write_text(text)
+    assert parts.read("answers", "aa") == content
+    parts.write("speed", "aa", {"decode_ms": float("nan")})
+    assert parts.read("speed", "aa") is None

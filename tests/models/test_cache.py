@@ -1,8 +1,10 @@
 """The decode cache and the prefill store: written in place, computed once."""
 
+import copy
 import gc
+import shutil
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,57 @@ def test_a_spilled_prompt_can_be_decoded(model: LlamaForCausalLM, tmp_path: Path
     spilled.get([1, 2, 3])
     cache = DecodeCache([spilled.get([1, 2, 3])], new_tokens=1)
     assert torch.equal(cache.layers[0].keys[0, :, :3], prefill(model, [1, 2, 3]).key_states[0])
+
+
+def test_a_prefill_of_other_weights_is_never_used(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[3, 2] += 1
+    first = PrefillStore(model, tmp_path, 0).get([1, 2, 3])
+    second = PrefillStore(other, tmp_path, 0)
+    assert not torch.equal(second.get([1, 2, 3]).logits, first.logits)
+    assert second.forwards == 1
+    same(PrefillStore(model, tmp_path, 0).get([1, 2, 3]), first)
+    # Nor is one that was made under another identity, of code or libraries.
+    named = [PrefillStore(model, tmp_path, 0, identity) for identity in ("a", "b", "a")]
+    for store in named:
+        store.get([1, 2, 3])
+    assert [store.forwards for store in named] == [1, 1, 0]
+
+
+def edit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        edit,
+        lambda path: path.write_bytes(path.read_bytes()[:-64]),
+        lambda path: path.write_bytes(b""),
+        lambda path: shutil.copy(path.with_name("longer"), path),
+    ],
+    ids=["edited", "cut short", "empty", "of another prompt"],
+)
+def test_a_damaged_prefill_is_made_again(
+    model: LlamaForCausalLM, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    PrefillStore(model, tmp_path, 0).get([1, 2, 3, 4])
+    (longer,) = tmp_path.glob("*.safetensors")
+    longer.rename(tmp_path / "longer")
+    first = PrefillStore(model, tmp_path, 0).get([1, 2, 3])
+    (path,) = tmp_path.glob("*.safetensors")
+    kept = [states.clone() for states in first.key_states]
+    damage(path)
+    again = PrefillStore(model, tmp_path, 0)
+    found = again.get([1, 2, 3])
+    assert again.forwards == 1
+    assert all(torch.equal(*pair) for pair in zip(found.key_states, kept, strict=True))
+    whole = PrefillStore(model, tmp_path, 0)
+    whole.get([1, 2, 3])
+    assert whole.forwards == 0
 
 
 def test_a_killed_writer_leaves_no_prefill(model: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Loading a model: what goes wrong is one sentence."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from topkbench.models.load import ModelNotAvailable, load_model, tokenizer_digest, weights_digest
+from topkbench.models.load import ModelNotAvailable, load_model
 from topkbench.models.tiny_tokenizer import build_tokenizer
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -63,33 +62,6 @@ def test_the_shipped_model_is_known_by_name() -> None:
     assert [path.name for path in loaded.artifact_folders] == ["artifacts"]
     assert loaded.model.config.num_key_value_heads < loaded.model.config.num_attention_heads
     assert len(loaded.tokenizer) <= 4096
-
-
-def test_the_digest_is_of_the_weights(folder: Path, copy: Path) -> None:
-    digest = weights_digest(str(folder))
-    assert len(digest) == 16
-    assert weights_digest(str(copy)) == digest  # wherever they lie
-    weights = load_file(copy / "model.safetensors")
-    weights["model.norm.weight"][0] += 1
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    changed = weights_digest(str(copy))
-    assert changed != digest
-    # The same weights under another configuration are another model.
-    config = json.loads((copy / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 777.0}
-    (copy / "config.json").write_text(json.dumps(config))
-    assert weights_digest(str(copy)) not in (digest, changed)
-    assert weights_digest("owner/name", "a") != weights_digest("owner/name", "b")
-
-
-def test_tokenizers_are_told_apart_by_rules_and_template() -> None:
-    plain = build_tokenizer([" one", " two"], 64)
-    assert tokenizer_digest(plain) == tokenizer_digest(build_tokenizer([" one", " two"], 64))
-    other = build_tokenizer([" one", " three"], 64)
-    assert tokenizer_digest(plain) != tokenizer_digest(other)
-    other = build_tokenizer([" one", " two"], 64)
-    other.chat_template = "{{ messages }}"
-    assert tokenizer_digest(plain) != tokenizer_digest(other)
 
 
 def one_sentence(error: BaseException, *words: str) -> None:
@@ -157,6 +129,31 @@ def test_a_damaged_model(copy: Path, damage: Damage) -> None:
     with pytest.raises(ModelNotAvailable) as caught:
         load_model("mine", str(copy))
     one_sentence(caught.value, f"the model {copy} must be a reachable, whole safetensors model")
+
+
+def add(path: Path, **tensors: torch.Tensor) -> None:
+    weights = load_file(path / "model.safetensors")
+    save_file({**weights, **tensors}, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.k_proj.bias", "model.layers.1.mlp.up_proj.weight", "more"]
+)
+def test_weights_that_the_configuration_has_no_place_for(copy: Path, name: str) -> None:
+    add(copy, **{name: torch.ones(8)})
+    with pytest.raises(ModelNotAvailable) as caught:
+        load_model("mine", str(copy))
+    one_sentence(caught.value, "whole safetensors", f"no place in the configuration for {name}.")
+
+
+def test_weights_that_transformers_knows_to_be_spare_are_fine(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    spare = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),  # of old checkpoints
+        "lm_head.weight": weights["model.embed_tokens.weight"].clone(),  # tied
+    }
+    add(copy, **spare)
+    assert load_model("mine", str(copy)).window == 64
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

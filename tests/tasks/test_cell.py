@@ -1,5 +1,7 @@
 """What a cell begins with, the method's artifact, and what is noted of its machine."""
 
+import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,19 @@ import pytest
 import torch
 
 from topkbench.methods import artifact
-from topkbench.methods.attach import geometry_of
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.hata import HATA
 from topkbench.methods.policy import Policy
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 from topkbench.tasks.calibration import Calibration
-from topkbench.tasks.cell import peak_memory_mib, prepare_method, reset_peak_memory
+from topkbench.tasks.cell import (
+    artifact_spec,
+    fit_source,
+    peak_memory_mib,
+    prepare_method,
+    reset_peak_memory,
+)
 from topkbench.tasks.evaluation import Context
 from topkbench.tasks.fit import Fit
 
@@ -82,6 +89,44 @@ def test_fitting_anew_gives_the_same_digest(loaded: LoadedModel, tmp_path: Path)
     assert (again.digest, again.provenance["losses"]) == (first.digest, first.provenance["losses"])
 
 
+def test_an_artifact_is_of_weights_dtype_calibration_and_version_of_the_fit(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare_method(loaded, quick(), tmp_path)
+    assert first is not None
+    monkeypatch.setattr("topkbench.tasks.cell.fit_layers", never)
+
+    class Later(HATA):
+        """Whose fit learns something else."""
+
+        fit_version = HATA.fit_version + 1
+
+    half = replace(loaded, model=copy.deepcopy(loaded.model).to(torch.bfloat16))
+    other = copy.deepcopy(loaded.tokenizer)
+    assert other.add_tokens(["is"]) == 1  # a token of its own inside words, too
+    settings = {"rbit": 32, "epochs": 1, "steps_per_epoch": 4}
+    for changed, method in (
+        (replace(loaded, digest="1" * 16), quick()),
+        (half, quick()),
+        (replace(loaded, tokenizer=other), quick()),
+        (loaded, Later(**settings)),
+        (loaded, HATA(**{**settings, "seed": 1})),
+    ):
+        with pytest.raises(AssertionError, match="nothing was to be fitted"):
+            prepare_method(changed, method, tmp_path)
+    # Neither a name nor what comes after the last layer is of the fit.
+    again = prepare_method(replace(loaded, name="other", window=900), quick(), tmp_path)
+    assert again is not None
+    assert again.digest == first.digest
+
+
+def test_the_code_that_fitted_is_told(loaded: LoadedModel, tmp_path: Path) -> None:
+    found = prepare_method(loaded, quick(), tmp_path)
+    assert found is not None
+    assert found.provenance["source"] == fit_source(quick())
+    assert fit_source(quick()) != fit_source(ExactTopK())
+
+
 def test_a_method_that_learns_nothing_has_none(loaded: LoadedModel, tmp_path: Path) -> None:
     assert prepare_method(loaded, ExactTopK(), tmp_path) is None
     assert list(tmp_path.iterdir()) == []
@@ -89,7 +134,7 @@ def test_a_method_that_learns_nothing_has_none(loaded: LoadedModel, tmp_path: Pa
 
 def planted(loaded: LoadedModel, folder: Path, weight: torch.Tensor, **spec: Any) -> None:
     """Write an artifact under the name of the wanted one."""
-    wanted = quick().artifact_spec(geometry_of(loaded.model, loaded.digest))
+    wanted = artifact_spec(loaded, quick())
     assert wanted is not None
     told = artifact.provenance({**wanted, **spec}, "", 0)
     artifact.save(folder / artifact.file_name(wanted), {"hash_weight": weight}, told)

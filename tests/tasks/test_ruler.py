@@ -90,19 +90,45 @@ def test_samples_are_read_from_the_cache(
     task = make(subtasks=("cwe", "fwe"))
     made = task.samples(loaded)
     (path,) = (tmp_path / "samples").glob("*.jsonl")
-    assert len(path.read_text().splitlines()) == 2
+    head, *lines = path.read_text().splitlines()
+    assert json.loads(head)["samples"] == len(lines) == 2
     assert make(subtasks=("cwe", "fwe")).samples(loaded) == made
     assert samples_digest(made) == task.inputs_digest(loaded)
 
 
-def test_a_damaged_cache_is_made_anew(loaded: LoadedModel, make: MakeTask, tmp_path: Path) -> None:
-    first = make(subtasks=("vt",), seed=11)
-    path = first._cache_file(loaded)
+DAMAGES: dict[str, Callable[[list[str]], list[str]]] = {
+    "half a line": lambda lines: ['{"sample_id": "vt'],
+    "a sample less": lambda lines: lines[:-1],
+    "half a sample less": lambda lines: [*lines[:-1], lines[-1][:-40]],
+    "no samples": lambda lines: lines[:1],
+    "nothing": lambda lines: [],
+    "no head": lambda lines: lines[1:],
+    "another answer": lambda lines: [
+        lines[0],
+        lines[1].replace('"answers": ["', '"answers": ["x'),
+        *lines[2:],
+    ],
+    "another order": lambda lines: [lines[0], *reversed(lines[1:])],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_cache_is_made_anew(
+    loaded: LoadedModel, make: MakeTask, tmp_path: Path, damage: Callable[[list[str]], list[str]]
+) -> None:
+    task = make(subtasks=("vt",), num_samples=3, seed=11)
+    made = task.samples(loaded)
+    (path,) = (tmp_path / "samples").glob("*.jsonl")
+    whole = path.read_text()
+    # Elsewhere, since a process reads a file once.
+    task = make(subtasks=("vt",), num_samples=3, seed=11, cache_dir=str(tmp_path / "other"))
+    path = tmp_path / "other" / "samples" / path.name
     path.parent.mkdir(parents=True)
-    path.write_text('{"sample_id": "vt')
-    made = first.samples(loaded)
-    assert [sample.subtask for sample in made] == ["vt"]
-    assert json.loads(path.read_text())["sample_id"] == "vt-300-11-0"
+    path.write_text("".join(f"{line}\n" for line in damage(whole.splitlines())))
+    assert path.read_text() != whole
+    assert task.samples(loaded) == made
+    assert path.read_text() == whole
+    assert list(path.parent.iterdir()) == [path]  # nothing unfinished is left
 
 
 def test_a_length_above_the_window_is_refused(loaded: LoadedModel, make: MakeTask) -> None:

@@ -1,0 +1,131 @@
+"""Digests of the code that a result was computed by: the files of a module and all it imports."""
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+
+PACKAGE = "topkbench"
+ROOT = Path(__file__).resolve().parents[1]
+# The rooms whose code computes; what reads results, or tests them, changes none.
+ROOMS = ("kernels", "methods", "models", "tasks")
+
+
+def code_digest(
+    modules: Iterable[str], scripts: Iterable[Path] = (), rooms: Collection[str] = ROOMS
+) -> str:
+    """Return 16 hex digits of the sources of some modules and of whatever they import.
+
+    Imports are followed into topkbench's own rooms, and elsewhere into all that is no installed
+    library: a method that stands in a user's folder, and what it imports from there. A file is read
+    once a process.
+
+    Args:
+        modules: Dotted names of modules that are imported; of an installed package, all that it
+            holds itself counts.
+        scripts: Files that are no modules.
+        rooms: The rooms of topkbench that are followed.
+    """
+    waiting = list(modules)
+    own = {name.partition(".")[0] for name in waiting}
+    found: dict[str, Path] = {}
+    for script in scripts:
+        found[script.name] = script
+        waiting += _source(script, "")[1]
+    while waiting:
+        name = waiting.pop()
+        path = None if not name or name in found else _file(name, name.partition(".")[0] in own)
+        if path is None or (name.startswith(f"{PACKAGE}.") and name.split(".")[1] not in rooms):
+            continue
+        found[name] = path
+        # A package runs whenever a module in it is imported.
+        waiting += [*_source(path, name)[1], name.rpartition(".")[0]]
+    text = "".join(f"{name} {_source(found[name], name)[0]}\n" for name in sorted(found))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def modules_of(*objects: object) -> set[str]:
+    """Return the modules of methods, tasks and other objects of topkbench's, or derived from them.
+
+    Those that such an object holds count, too: a method inside a method.
+    """
+    found: set[str] = set()
+    waiting, seen = list(objects), dict[int, object]()
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen[id(one)] = one
+        if isinstance(one, dict):
+            waiting += one.values()
+        elif isinstance(one, list | tuple):
+            waiting += one
+        elif any(kind.__module__.startswith(f"{PACKAGE}.") for kind in type(one).__mro__):
+            found.add(type(one).__module__)
+            waiting += vars(one).values() if hasattr(one, "__dict__") else ()
+    return found
+
+
+@functools.cache
+def _source(path: Path, name: str) -> tuple[str, tuple[str, ...]]:
+    """Return the sha256 of a file, and the names of what it imports, wherever in it."""
+    content = path.read_bytes()
+    imports = tuple(_imports(content, path, name)) if path.suffix == ".py" else ()
+    return hashlib.sha256(content).hexdigest(), imports
+
+
+def _imports(content: bytes, path: Path, name: str) -> Iterator[str]:
+    # The package that a relative import starts from.
+    package = name if path.stem == "__init__" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(content)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)  # it may be a module
+
+
+@functools.cache
+def _file(name: str, owned: bool) -> Path | None:
+    """Return a module's file; None if there is none, or it is of Python or an installed library.
+
+    Args:
+        name: Dotted name.
+        owned: Follow it even if it is installed.
+    """
+    top, *rest = name.split(".")
+    if top in sys.stdlib_module_names:
+        return None
+    if top == PACKAGE:
+        path = ROOT.joinpath(*rest).with_suffix(".py")
+        return path if rest and path.is_file() else None
+    try:
+        spec: ModuleSpec | None = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    if spec is None or (not owned and _is_library(spec)):
+        return None
+    for place in range(len(rest)):  # without importing a package on the way
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        inner = ".".join([top, *rest[: place + 1]])
+        spec = PathFinder.find_spec(inner, spec.submodule_search_locations)
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+
+def _is_library(spec: ModuleSpec) -> bool:
+    """Whether a package is where an installer puts packages, with notes on each beside them."""
+    places = [Path(place).parent for place in spec.submodule_search_locations or ()]
+    if spec.has_location and spec.origin and not places:
+        places = [Path(spec.origin).parent]
+    return not places or any(_has_installed(place) for place in places)
+
+
+@functools.cache
+def _has_installed(folder: Path) -> bool:
+    return any(folder.glob("*.dist-info"))
