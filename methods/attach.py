@@ -82,10 +82,17 @@ def geometry_of(model: PreTrainedModel, model_digest: str = "") -> Geometry:
     config = model.config.get_text_config(decoder=True)
     num_heads = int(config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    # Configurations name their KV heads in several ways or not at all; the modules must know.
+    groups = {int(module.num_key_value_groups) for module in attention_modules(model)}  # type: ignore[arg-type]
+    if len(groups) > 1:
+        raise ValueError(
+            f"all layers must have as many query heads for a KV head, got {sorted(groups)} in "
+            f"{type(model).__name__}, which topkbench does not serve."
+        )
     return Geometry(
         num_layers=int(config.num_hidden_layers),
         num_heads=num_heads,
-        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
+        num_kv_heads=num_heads // groups.pop() if groups else num_heads,
         head_dim=int(head_dim),
         dtype_bytes=torch.empty(0, dtype=model.dtype).element_size(),
         device=model.device,

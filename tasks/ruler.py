@@ -4,7 +4,6 @@ import codecs
 import functools
 import hashlib
 import json
-import os
 import random
 import re
 import secrets
@@ -272,7 +271,7 @@ def read_official(
 
 def _official_subtask(file: Path) -> tuple[str, str]:
     """Return a file's sub-task, and the part of its path that tells it."""
-    whole = Path(os.path.abspath(file))  # a link's own name counts, not its target's
+    whole = file.absolute()  # a link's own name counts, not its target's
     for told_by, name in (
         (whole.stem, whole.name),
         (whole.parent.name, f"{whole.parent.name}/{whole.name}"),

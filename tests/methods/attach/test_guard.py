@@ -243,6 +243,7 @@ def test_a_cache_under_another_name_is_found() -> None:
     with attach(model, ExactTopK(), Policy(k=12)) as session:
         found = model.generate(ids, **GREEDY)
     assert session.count.taken == {0: 7, 1: 7}
+    assert session.geometry.num_kv_heads == 1  # which its configuration does not say by that name
     assert not torch.equal(found, wanted)
 
 
