@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from topkbench.kernels.full_attention.api import Backend, full_attention
+from topkbench.kernels.full_attention.api import BACKENDS, Backend, full_attention
 from topkbench.methods.base import (
     CacheView,
     Geometry,
@@ -24,7 +24,8 @@ class FullAttention(TopKMethod):
     """Attend to everything.
 
     Attributes:
-        backend: ``"sdpa"``, ``"flash_attn"`` or ``"flashinfer"``; the last two need CUDA.
+        backend: ``"sdpa"``, or on CUDA ``"triton"``, ``"flash_attn"``, ``"flash_attn_3"`` or
+            ``"flashinfer"``.
     """
 
     name: ClassVar[str] = "full"
@@ -33,10 +34,8 @@ class FullAttention(TopKMethod):
     backend: Backend = "sdpa"
 
     def __post_init__(self) -> None:
-        if self.backend not in ("sdpa", "flash_attn", "flashinfer"):
-            raise ValueError(
-                f"backend must be one of sdpa, flash_attn, flashinfer, got {self.backend!r}."
-            )
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}.")
 
     def build_index(self, prefill: PrefillInputs) -> Index:
         return Index.of(prefill)
