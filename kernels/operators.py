@@ -57,7 +57,7 @@ class Operators:
         device: Where everything lies.
         dtype: Of queries, keys and values.
         impl: Which implementation runs.
-        bounded: Rows begin and end anywhere in the cache, all but the first.
+        bounded: Rows begin and end somewhere inside the cache, each elsewhere.
         planted: A few keys, the first and the last among them, outweigh all others, so that one
             that is left out shows in the output.
     """
@@ -114,7 +114,7 @@ class Operators:
     def _bounds(self, size: int) -> tuple[Tensor, Tensor]:
         """Return where each row's units begin and end."""
         rows = torch.arange(self.shape.batch_size, dtype=torch.int32, device=self.query.device)
-        return (rows * size // 7).int(), (size - rows * size // 9).int()
+        return ((rows + 1) * size // 7).int(), (size - (rows + 1) * size // 9).int()
 
     def _plant(self) -> None:
         """Make a few keys of each row weigh as much as all others together."""
