@@ -6,6 +6,7 @@ operator come from the references, so that a wrong operator spoils no other's.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -49,6 +50,16 @@ class Geometry:
     k: int
 
 
+class Bounds(TypedDict):
+    """Where each row's units begin and end, ``[B]`` int32, or None for all of them."""
+
+    kv_start: Tensor | None
+    kv_len: Tensor | None
+
+
+_WHOLE = Bounds(kv_start=None, kv_len=None)
+
+
 class Operators:
     """One layer's random states, codes and pages, and the operators that work on them.
 
@@ -86,7 +97,7 @@ class Operators:
         self.query = normal(*heads, shape.group, shape.head_dim)
         self.keys = normal(*heads, shape.kv_len, shape.head_dim)
         self.values = normal(*heads, shape.kv_len, shape.head_dim)
-        self.bounds = self._bounds(shape.kv_len) if bounded else (None, None)
+        self.bounds = self._bounds(shape.kv_len) if bounded else _WHOLE
         if planted:
             self._plant()
         self.hash_weight = normal(shape.num_kv_heads, shape.head_dim, shape.rbit).float()
@@ -94,11 +105,11 @@ class Operators:
         self.query_codes = hash_encode(self.query, self.hash_weight, "reference")
         self.norms = torch.linalg.vector_norm(self.keys, dim=-1, dtype=torch.float32)
         self.scores = self.hamming("reference")
-        self.indices = topk_select(self.scores, shape.k, 0, 0, *self.bounds, impl="reference")
+        self.indices = topk_select(self.scores, shape.k, 0, 0, **self.bounds, impl="reference")
         whole = self.keys[:, :, : shape.kv_len // _PAGE * _PAGE].unflatten(2, (-1, _PAGE))
         self.page_min, self.page_max = whole.amin(3), whole.amax(3)
         pages = self.page_min.shape[2]
-        self.page_bounds = self._bounds(pages) if bounded else (None, None)
+        self.page_bounds = self._bounds(pages) if bounded else _WHOLE
         # As a reduced cache holds them: a tensor of its own, not a view of all channels.
         self.reduced = self.keys[..., :_RANK].contiguous()
         self.products = self.lowrank("reference")
@@ -111,17 +122,23 @@ class Operators:
             _CENTROIDS, named, generator=draw, device=device, dtype=torch.uint8
         )
 
-    def _bounds(self, size: int) -> tuple[Tensor, Tensor]:
-        """Return where each row's units begin and end."""
-        rows = torch.arange(self.shape.batch_size, dtype=torch.int32, device=self.query.device)
-        return ((rows + 1) * size // 7).int(), (size - (rows + 1) * size // 9).int()
+    def _bounds(self, size: int) -> Bounds:
+        """Cut some units off both ends of each row, as many as of no other row."""
+        rows = 1 + torch.arange(self.shape.batch_size, device=self.query.device)
+        start, end = (rows * size // 7).int(), (size - rows * size // 9).int()
+        return Bounds(kv_start=start, kv_len=end)
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """Return the first slot of each row and the end of its slots, ``[B]``."""
+        start, end = self.bounds["kv_start"], self.bounds["kv_len"]
+        if start is None or end is None:
+            start = torch.zeros_like(self.query[:, 0, 0, 0], dtype=torch.int32)
+            end = start + self.shape.kv_len
+        return start, end
 
     def _plant(self) -> None:
         """Make a few keys of each row weigh as much as all others together."""
-        for row in range(self.shape.batch_size):
-            start, end = 0, self.shape.kv_len
-            if self.bounds[0] is not None and self.bounds[1] is not None:
-                start, end = int(self.bounds[0][row]), int(self.bounds[1][row])
+        for row, (start, end) in enumerate(zip(*(e.tolist() for e in self._ends()), strict=True)):
             places = torch.linspace(start, end - 1, 9).long().tolist()
             mean = self.query[row].float().mean(1)
             logits = (self.query[row].float() @ mean[..., None]).mean(1) * self.scale
@@ -174,27 +191,27 @@ class Operators:
 
     def hamming(self, impl: Impl | None = None) -> Tensor:
         """Score all keys by their codes."""
-        codes = (self.query_codes, self.key_codes, None, *self.bounds)
-        return hamming_score(*codes, impl=impl or self.impl)
+        codes = (self.query_codes, self.key_codes)
+        return hamming_score(*codes, **self.bounds, impl=impl or self.impl)
 
     def pages(self, impl: Impl | None = None) -> Tensor:
         """Score all pages."""
-        extremes = (self.page_min, self.page_max, *self.page_bounds)
-        return page_score(self.query, *extremes, impl=impl or self.impl)
+        extremes = (self.page_min, self.page_max)
+        return page_score(self.query, *extremes, **self.page_bounds, impl=impl or self.impl)
 
     def lowrank(self, impl: Impl | None = None) -> Tensor:
         """Score all keys by a few channels."""
         query = self.query[..., :_RANK]
-        return lowrank_score(query, self.reduced, *self.bounds, impl=impl or self.impl)
+        return lowrank_score(query, self.reduced, **self.bounds, impl=impl or self.impl)
 
     def channelled(self, impl: Impl | None = None) -> Tensor:
         """Score all keys by a few channels that lie anywhere."""
         states = (self.query[..., :_RANK], self.channel_keys, self.channels)
-        return channel_score(*states, *self.bounds, impl=impl or self.impl)
+        return channel_score(*states, **self.bounds, impl=impl or self.impl)
 
     def looked_up(self, impl: Impl | None = None) -> Tensor:
         """Score all keys by product-quantised codes."""
-        return code_score(self.tables, self.byte_codes, *self.bounds, impl=impl or self.impl)
+        return code_score(self.tables, self.byte_codes, **self.bounds, impl=impl or self.impl)
 
     def softmaxed(self, impl: Impl | None = None) -> Tensor:
         """Add up the softmax of a group's queries."""
@@ -202,29 +219,25 @@ class Operators:
 
     def select(self, impl: Impl | None = None) -> Tensor:
         """Select k keys of each head."""
-        rest = (self.shape.k, 0, 0, *self.bounds)
-        return topk_select(self.scores, *rest, impl=impl or self.impl)
+        return topk_select(self.scores, self.shape.k, **self.bounds, impl=impl or self.impl)
 
     def attend(self, impl: Impl | None = None) -> Tensor:
         """Attend to the selected keys."""
-        states = (self.query.flatten(1, 2), self.keys, self.values)
-        return sparse_attention(
-            *states, self.indices, self.scale, None, None, 1, *self.bounds, impl=impl or self.impl
-        )[0]
+        states = (self.query.flatten(1, 2), self.keys, self.values, self.indices, self.scale)
+        return sparse_attention(*states, **self.bounds, impl=impl or self.impl)[0]
 
     def full(self) -> Tensor:
         """Attend to all keys by SDPA."""
         query = self.query.flatten(1, 2)
-        return full_attention(query, self.keys, self.values, self.scale, *self.bounds)
+        return full_attention(query, self.keys, self.values, self.scale, **self.bounds)
 
     def decode(self) -> Tensor:
         """Run HATA's decode step from the query to the output."""
         codes = hash_encode(self.query, self.hash_weight, impl=self.impl)
-        scores = hamming_score(codes, self.key_codes, None, *self.bounds, impl=self.impl)
-        indices = topk_select(scores, self.shape.k, 0, 0, *self.bounds, impl=self.impl)
-        states = (self.query.flatten(1, 2), self.keys, self.values)
-        rest = (self.scale, None, None, 1, *self.bounds)
-        return sparse_attention(*states, indices, *rest, impl=self.impl)[0]
+        scores = hamming_score(codes, self.key_codes, **self.bounds, impl=self.impl)
+        indices = topk_select(scores, self.shape.k, **self.bounds, impl=self.impl)
+        states = (self.query.flatten(1, 2), self.keys, self.values, indices, self.scale)
+        return sparse_attention(*states, **self.bounds, impl=self.impl)[0]
 
     def checks(self) -> dict[str, Callable[[], None]]:
         """Return what checks each operator: it raises AssertionError if a result is wrong.
@@ -253,19 +266,20 @@ class Operators:
         for checked in self.checks().values():
             checked()
         states = (self.query.flatten(1, 2), self.keys, self.values, self.indices, self.scale)
-        assert_attended(self.decode(), None, *states, None, None, 1, *self.bounds)
+        assert_attended(self.decode(), None, *states, **self.bounds)
 
-    def _row(self, row: int, bounds: tuple[Tensor | None, Tensor | None]) -> list[Tensor | None]:
-        return [None if bound is None else bound[row : row + 1] for bound in bounds]
+    def _row(self, row: int, bounds: Bounds) -> Bounds:
+        start, end = bounds["kv_start"], bounds["kv_len"]
+        if start is None or end is None:
+            return bounds
+        return Bounds(kv_start=start[row : row + 1], kv_len=end[row : row + 1])
 
     def _check_encode(self) -> None:
         assert_same_bits(self.encode(), self.query, self.hash_weight)
         for row in self.keys:  # one at a time: the check widens what it reads
             codes = hash_encode(row[None], self.hash_weight, impl=self.impl)
             assert_same_bits(codes, row[None], self.hash_weight)
-        ends = self.bounds[1]
-        if ends is None:
-            ends = torch.full_like(self.indices[:, 0, 0], self.shape.kv_len)
+        _, ends = self._ends()
         rows, slots = torch.arange(len(ends), device=ends.device), ends.long() - 1
         newest = self.keys[rows, :, slots][:, :, None]
         written = torch.zeros_like(self.key_codes), torch.zeros_like(self.norms)
@@ -282,8 +296,8 @@ class Operators:
     def _check_hamming(self) -> None:
         codes = (self.query_codes, self.key_codes)
         for name, norms in (("integer", None), ("norms", self.norms)):
-            expected = hamming_score(*codes, norms, *self.bounds, impl="reference")
-            found = hamming_score(*codes, norms, *self.bounds, impl=self.impl)
+            expected = hamming_score(*codes, norms, **self.bounds, impl="reference")
+            found = hamming_score(*codes, norms, **self.bounds, impl=self.impl)
             assert torch.equal(found, expected), f"hamming_score is wrong with {name} scores."
 
     def _check_pages(self) -> None:
@@ -293,20 +307,21 @@ class Operators:
                 states[row, None].double() for states in (self.query, self.page_min, self.page_max)
             )
             bounds = self._row(row, self.page_bounds)
-            exact = page_score(query, low, high, *bounds, impl="reference")
+            exact = page_score(query, low, high, **bounds, impl="reference")
             extreme = torch.maximum(low.abs(), high.abs())
-            terms = page_score(query.abs(), extreme, extreme, *bounds, impl="reference")
+            terms = page_score(query.abs(), extreme, extreme, **bounds, impl="reference")
             assert_within_bound(found[row, None], exact, gamma(self.shape.head_dim) * terms)
 
     def _check_lowrank(self) -> None:
-        every = lowrank_score(self.query, self.keys, *self.bounds, impl=self.impl)
+        every = lowrank_score(self.query, self.keys, **self.bounds, impl=self.impl)
         found = ((self.lowrank(), self.reduced, _RANK), (every, self.keys, self.shape.head_dim))
         for scores, keys, rank in found:
             for row in range(self.shape.batch_size):
                 states = (self.query[row, None, ..., :rank].double(), keys[row, None].double())
                 bounds = self._row(row, self.bounds)
-                exact = lowrank_score(*states, *bounds, impl="reference")
-                terms = lowrank_score(*(one.abs() for one in states), *bounds, impl="reference")
+                exact = lowrank_score(*states, **bounds, impl="reference")
+                sizes = (states[0].abs(), states[1].abs())
+                terms = lowrank_score(*sizes, **bounds, impl="reference")
                 assert_within_bound(scores[row, None], exact, gamma(rank) * terms)
 
     def _check_channels(self) -> None:
@@ -316,9 +331,10 @@ class Operators:
                 self.query[row, None, ..., :_RANK].double(),
                 self.channel_keys[row, None].double(),
             )
-            rest = (self.channels[row, None], *self._row(row, self.bounds))
-            exact = channel_score(*states, *rest, impl="reference")
-            terms = channel_score(*(one.abs() for one in states), *rest, impl="reference")
+            channels, bounds = self.channels[row, None], self._row(row, self.bounds)
+            exact = channel_score(*states, channels, **bounds, impl="reference")
+            sizes = (states[0].abs(), states[1].abs())
+            terms = channel_score(*sizes, channels, **bounds, impl="reference")
             assert_within_bound(found[row, None], exact, gamma(_RANK) * terms)
 
     def _check_codes(self) -> None:
@@ -333,14 +349,13 @@ class Operators:
         torch.testing.assert_close(self.softmaxed(), weights, rtol=tolerance, atol=0)
 
     def _check_selection(self) -> None:
-        expected = topk_select(self.scores, self.shape.k, 0, 0, *self.bounds, impl="reference")
+        expected = topk_select(self.scores, self.shape.k, **self.bounds, impl="reference")
         assert torch.equal(self.select(), expected), "topk_select is wrong with whole numbers."
         weighed = self.products[:, :, 0]
         forced = (self.shape.k, min(_SINK, self.shape.k // 4), min(_RECENT, self.shape.k // 2))
         for name, scores in (("real numbers", weighed), ("many ties", weighed.round())):
-            rest = (scores, *forced, *self.bounds)
-            expected = topk_select(*rest, impl="reference")
-            found = topk_select(*rest, impl=self.impl)
+            expected = topk_select(scores, *forced, **self.bounds, impl="reference")
+            found = topk_select(scores, *forced, **self.bounds, impl=self.impl)
             assert torch.equal(found, expected), f"topk_select is wrong with {name}."
 
     def _check_attention(self) -> None:
@@ -349,24 +364,23 @@ class Operators:
         spread = entries * (self.shape.kv_len // _PAGE) // len(entries)
         pages = spread.int().expand(*self.keys.shape[:2], -1).contiguous()
         for unit, indices in ((1, self._with_planted()), (_PAGE, pages)):
-            selection = (indices, self.scale, None, None, unit, *self.bounds)
-            out, lse = sparse_attention(*states, *selection, impl=self.impl)
-            assert_attended(out, lse, *states, *selection)
-            expected = sparse_attention(*states, *selection, impl="reference")[0]
+            given = (*states, indices, self.scale)
+            out, lse = sparse_attention(*given, unit_size=unit, **self.bounds, impl=self.impl)
+            assert_attended(out, lse, *given, unit_size=unit, **self.bounds)
+            expected = sparse_attention(*given, unit_size=unit, **self.bounds, impl="reference")[0]
             assert_near(out, expected)
 
     def _with_planted(self) -> Tensor:
         """Return the chosen slots, the first and the last of each row's among them."""
-        start, end = self.bounds
+        start, end = self._ends()
         indices = self.indices.clone()
         if self.shape.k >= 2:
-            indices[..., 0] = 0 if start is None else start[:, None]
-            indices[..., 1] = self.shape.kv_len - 1 if end is None else end[:, None] - 1
+            indices[..., 0], indices[..., 1] = start[:, None], end[:, None] - 1
         return indices
 
     def _check_full(self) -> None:
         states = (self.query.flatten(1, 2), self.keys, self.values)
-        out = full_attention(*states, self.scale, *self.bounds, backend="triton")
-        exact, bound = full_attention_bound(*states, self.scale, *self.bounds)
+        out = full_attention(*states, self.scale, **self.bounds, backend="triton")
+        exact, bound = full_attention_bound(*states, self.scale, **self.bounds)
         assert_within_bound(out, exact, bound)
         assert_near(out, exact)

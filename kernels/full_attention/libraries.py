@@ -190,6 +190,6 @@ def _library(module: str, distribution: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"backend={module!r} needs the package {distribution}, which cannot be imported "
+            f"this backend needs the package {distribution}, which cannot be imported "
             f"({error}); install it or use backend='sdpa'."
         ) from None

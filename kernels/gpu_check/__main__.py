@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from topkbench.kernels.dispatch import has_triton, interpreted
-from topkbench.kernels.gpu_check.plan import Plan, make_plan
+from topkbench.kernels.gpu_check.plan import make_plan
 from topkbench.kernels.gpu_check.rows import Writer
 from topkbench.kernels.gpu_check.supervisor import Supervisor
 
-_GIB_PER_WORKER = 8
-"""Memory of the device that one process needs to check the largest shape."""
+_MOST_WORKERS = 11  # as many as the first steps that may run at a time
+_GIB_PER_WORKER = 7  # of the device's memory, to check the largest shape
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,7 +71,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["", ", ".join(f"{count} {status}" for status, count in counts.items())]
     for row in rows:
         if row.get("speedup_vs_full") is not None:
-            norms = {True: ", norms", False: ", integer"}.get(row.get("p_use_norm"), "")
+            norms = {True: " with norms", False: " with integer scores", None: ""}[
+                row["p_use_norm"]
+            ]
             lines.append(
                 f"{row['model']}, {row['subtask']} tokens: {row['method']}{norms} "
                 f"{row['decode_ms_p50']:.4f} ms, {row['speedup_vs_full']:.2f} times "
@@ -109,7 +111,7 @@ def _workers(options: argparse.Namespace) -> int:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = torch.cuda.get_device_properties(options.device).total_memory / 2**30
-    return max(1, min(8, (cores or 1) - 1, int(memory // _GIB_PER_WORKER)))
+    return max(1, min(_MOST_WORKERS, (cores or 1) - 1, int(memory // _GIB_PER_WORKER)))
 
 
 def _commit() -> str | None:

@@ -16,7 +16,6 @@ from topkbench.kernels.timing import clock_mhz
 Found = Iterator[tuple[str, dict[str, Any]]]
 
 _RBIT = 128
-_HEADS = 2
 
 
 def check(place: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) -> Found:
@@ -26,7 +25,7 @@ def check(place: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) -> Foun
     for size, batch_size, bounded in job.options["sizes"]:
         shape = Geometry(
             batch_size=batch_size,
-            num_kv_heads=_HEADS,
+            num_kv_heads=job.options["num_kv_heads"],
             group=job.options["group"],
             head_dim=job.options["head_dim"],
             rbit=_RBIT,

@@ -14,9 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from topkbench.kernels.full_attention.api import Backend, full_attention
 from topkbench.kernels.full_attention.libraries import FlashInferBatch, library_version
+from topkbench.kernels.gpu_check.rows import Unavailable
 from topkbench.kernels.steps import Layer
 
 Call = Callable[[], Tensor]
+# How torch says that a backend does not do these shapes, or is not there, on CUDA and on a CPU.
+_NO_KERNEL = ("No available kernel", "No viable backend")
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,13 @@ def _sdpa(backend: SDPBackend) -> Baseline:
         states = _states(layer)
 
         def call() -> Tensor:
-            with sdpa_kernel(backend):
-                return full_attention(*states)
+            try:
+                with sdpa_kernel(backend):
+                    return full_attention(*states)
+            except RuntimeError as error:
+                if str(error).startswith(_NO_KERNEL):
+                    raise Unavailable(f"this torch has no such kernel here: {error}") from None
+                raise
 
         return call
 

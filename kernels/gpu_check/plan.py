@@ -11,8 +11,8 @@ from topkbench.kernels.dispatch import OPERATORS
 from topkbench.kernels.gpu_check.dense import BASELINES
 from topkbench.kernels.steps import METHODS, Geometry
 
-SECONDS_PER_KERNEL = 2.5
-"""To compile one variant of a kernel: 1 to 5 s on the machines tried."""
+SECONDS_PER_KERNEL = 2.0
+"""To compile one variant of a kernel; float32 ones take several times as long as most."""
 SECONDS_TO_START = 15.0
 """To start a process that has torch, Triton and the device."""
 
@@ -20,13 +20,20 @@ DTYPES = ("bfloat16", "float16", "float32")
 CHECKED = (*OPERATORS, "full_attention")
 """The operators that have a Triton kernel."""
 
-# Every two of dtype, head_dim and queries to a KV head occur together; then the rest of all triples.
+# Every two of dtype, head_dim and queries to a KV head occur together. Then the other triples.
 _PAIRS = [
     *(("bfloat16", 128, 4), ("bfloat16", 128, 1), ("bfloat16", 64, 8)),
     *(("float16", 128, 4), ("float16", 64, 1), ("float16", 128, 8)),
     *(("float32", 64, 4), ("float32", 128, 1), ("float32", 128, 8)),
 ]
 _REST = [one for one in product(DTYPES, (128, 64), (4, 1, 8)) if one not in _PAIRS]
+
+Size = tuple[int, int, bool]
+"""Cached tokens, batch rows, and whether rows begin and end inside the cache."""
+_SIZES: Sequence[Size] = (
+    *((128, 2, True), (1000, 2, False), (32768, 2, False)),
+    (262144, 1, True),
+)
 
 # HATA's geometries (its Figure 5): heads, cached tokens and batch rows.
 _LLAMA2, _LLAMA31 = Geometry(32, 32, 128), Geometry(32, 8, 128)
@@ -130,19 +137,23 @@ def make_plan(workers: int, toy: bool, libraries: Sequence[str]) -> Plan:
         libraries: Optional libraries that are installed.
     """
     if toy:
-        tiny = Geometry(4, 2, 64)
+        tiny = Geometry(2, 1, 64)
         jobs = [
-            *(_check(*one, toy) for one in (("float32", 64, 4), ("bfloat16", 128, 1))),
-            *_decode(tiny, 256, 2, "float32", toy, 0),
-            _operators(tiny, 256, 1, "float32", toy, 0),
+            _check("float32", 64, 4, [(136, 1, True)], 1, 0),
+            _check("bfloat16", 128, 1, [(136, 1, False)], 1, 0),
+            _operators(tiny, 160, 1, "float32", 0),
+            *_decode(tiny, 160, 1, "float32"),
         ]
         return Plan(jobs, workers)
     jobs = [_prepare()] if "flashinfer" in libraries else []
-    jobs += [_check(*one, toy) for one in _PAIRS]
-    for place, shape in enumerate(_DECODED):
-        jobs += _decode(*shape, "bfloat16", toy, place)
-    jobs += [_operators(*shape, "bfloat16", toy, place) for place, shape in enumerate(_DECODED[:2])]
-    jobs += [_check(*one, toy) for one in _REST]
+    # In parallel, each process compiles for itself what all of them need.
+    jobs += [_check(*one, compiles=36) for one in _PAIRS]
+    # As many heads as Llama-2 has are compiled for apart: their number is a multiple of 16.
+    jobs.append(_check("bfloat16", 128, 1, ((128, 1, False), (1000, 2, True)), 16, 36))
+    jobs += [_operators(*shape, "bfloat16", 2) for shape in _DECODED[:2]]
+    for shape, compiles in zip(_DECODED, (True, True, False, False), strict=True):
+        jobs += _decode(*shape, "bfloat16", compiles)
+    jobs += [_check(*one) for one in _REST]
     return Plan(jobs, workers)
 
 
@@ -160,22 +171,29 @@ def _prepare() -> Job:
     )
 
 
-def _check(dtype: str, head_dim: int, group: int, toy: bool) -> Job:
-    sizes = ((128, 1, True), (200, 2, False)) if toy else (
-        (128, 2, True), (1000, 2, False), (32768, 2, False), (262144, 1, True)
-    )  # fmt: skip
+def _check(
+    dtype: str,
+    head_dim: int,
+    group: int,
+    sizes: Sequence[Size] = _SIZES,
+    num_kv_heads: int = 2,
+    compiles: int = 20,
+) -> Job:
     return Job(
-        name=f"check all operators: {dtype}, head_dim {head_dim}, {group} queries to a KV head",
+        name=f"check operators: {dtype}, head_dim {head_dim}, {num_kv_heads} x {group} heads",
         kind="check",
-        options={"dtype": dtype, "head_dim": head_dim, "group": group, "sizes": sizes},
+        options={
+            **{"dtype": dtype, "head_dim": head_dim, "group": group, "sizes": sizes},
+            "num_kv_heads": num_kv_heads,
+        },
         about={
-            **{"task": "kernel_check", "model": f"head_dim {head_dim}, G {group}"},
+            **{"task": "kernel_check", "model": f"head_dim {head_dim}, {num_kv_heads} x {group}"},
             **{"subtask": dtype, "p_dtype": dtype, "p_head_dim": head_dim, "p_group": group},
         },
         parts=CHECKED,
         part_column="method",
-        compiles=0 if toy else 34,
-        seconds=8,
+        compiles=compiles,
+        seconds=12,
         alone=False,
     )
 
@@ -189,13 +207,12 @@ def _place(shape: Geometry, length: int, batch_size: int, dtype: str) -> dict[st
 
 
 def _decode(
-    shape: Geometry, length: int, batch_size: int, dtype: str, toy: bool, place: int
+    shape: Geometry, length: int, batch_size: int, dtype: str, compiles: bool = False
 ) -> list[Job]:
     """Return the dense baselines of one shape, then each method."""
     options = {"shape": shape, "length": length, "batch_size": batch_size, "dtype": dtype}
     about = {"task": "decode_latency", **_place(shape, length, batch_size, dtype)}
     called = f"{shape}, {length:,} tokens, batch {batch_size}"
-    first = place < 2 and not toy  # of its geometry: then its kernels are there
     dense = Job(
         name=f"every dense baseline: {called}",
         kind="dense",
@@ -203,7 +220,7 @@ def _decode(
         about={**about, "method": "full"},
         parts=tuple(BASELINES),
         part_column="full_backend",
-        compiles=4 if first else 0,
+        compiles=4 if compiles else 0,
         seconds=12,
         alone=True,
     )
@@ -215,7 +232,7 @@ def _decode(
             about={**about, "method": METHODS[name].name},
             parts=(name,),
             part_column="",
-            compiles=(4 if name in ("exact", "hata_integer") else 2) if first else 0,
+            compiles=2 if compiles else 0,
             seconds=3,
             alone=True,
         )
@@ -224,9 +241,7 @@ def _decode(
     return [dense, *methods]
 
 
-def _operators(
-    shape: Geometry, length: int, batch_size: int, dtype: str, toy: bool, place: int
-) -> Job:
+def _operators(shape: Geometry, length: int, batch_size: int, dtype: str, compiles: int) -> Job:
     options = {"shape": shape, "length": length, "batch_size": batch_size, "dtype": dtype}
     return Job(
         name=f"time of each operator: {shape}, {length:,} tokens, batch {batch_size}",
@@ -235,7 +250,7 @@ def _operators(
         about={"task": "kernel_times", **_place(shape, length, batch_size, dtype)},
         parts=CHECKED,
         part_column="method",
-        compiles=0 if toy else 4,
+        compiles=compiles,
         seconds=12,
         alone=True,
     )

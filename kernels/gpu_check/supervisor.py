@@ -10,6 +10,7 @@ import multiprocessing
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
@@ -92,9 +93,7 @@ class Supervisor:
                     return
                 for worker in self.workers[1:]:
                     self._end(worker)  # also gives back its share of the device's memory
-            elif any(worker.job.alone for worker in busy if worker.job is not None):
-                return
-            elif len(busy) >= self.plan.workers:
+            elif len(busy) >= self.plan.workers or any(one.job and one.job.alone for one in busy):
                 return
             self.waiting.popleft()
             left = self.deadline - time.monotonic()
@@ -107,10 +106,8 @@ class Supervisor:
             worker = idle or self._start()
             worker.job, worker.began, worker.at = job, time.monotonic(), None
             worker.reported = set()
-            try:
+            with suppress(OSError):  # if it has just ended, that is seen when it is listened to
                 worker.channel.send((job, self.writer.rows))
-            except OSError:  # it has just ended: what it leaves is seen when it is listened to
-                pass
 
     def _start(self) -> Worker:
         # Spawned: a process that was forked cannot use CUDA.
@@ -179,10 +176,8 @@ class Supervisor:
 
     def _end(self, worker: Worker) -> None:
         self.workers.remove(worker)
-        try:
+        with suppress(OSError):
             worker.channel.send(None)
-        except OSError:
-            pass
         worker.process.join(0 if worker.job is not None else 5)
         if worker.process.is_alive():
             worker.process.kill()
