@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "cpu" if options.toy else options.device,
         options.toy,
         options.trials,
-        {"git_commit": options.commit or _commit()},
+        _commit() | ({"git_commit": options.commit} if options.commit else {}),
         _say,
     )
     supervisor.run()
@@ -114,17 +114,17 @@ def _workers(options: argparse.Namespace) -> int:
     return max(1, min(_MOST_WORKERS, (cores or 1) - 1, int(memory // _GIB_PER_WORKER)))
 
 
-def _commit() -> str | None:
-    """Return the commit of the code, with a mark if it was changed since; None outside of git."""
+def _commit() -> dict[str, Any]:
+    """Return the commit of the code and whether it was changed since; nothing outside of git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
         changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True)
     except OSError:
-        return None
+        return {}
     if head.returncode:
-        return None
-    return head.stdout.strip() + ("-changed" if changed.stdout.strip() else "")
+        return {}
+    return {"git_commit": head.stdout.strip(), "git_dirty": bool(changed.stdout.strip())}
 
 
 def _say(text: str) -> None:

@@ -14,7 +14,7 @@ from topkbench.kernels.gpu_check.rows import Unavailable, times
 from topkbench.kernels.gpu_check.workplace import DTYPES, Workplace, wrong_operators
 from topkbench.kernels.steps import METHODS, Geometry, Layer
 from topkbench.kernels.testing import assert_near, assert_within_bound, full_attention_bound
-from topkbench.kernels.timing import clock_mhz
+from topkbench.kernels.timing import Timing, clock_mhz
 
 Found = Iterator[tuple[str, dict[str, Any]]]
 
@@ -55,6 +55,7 @@ def dense(place: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) -> Foun
         found: dict[str, Any] = {}
         with place.part(name, found):
             found["full_backend"] = f"{name}, {_version(name)}"
+            _refuse_unready(name, rows)
             call = _made(layer, name)
             _checked(layer, call, expected)
             if name == "triton":
@@ -65,15 +66,18 @@ def dense(place: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) -> Foun
         columns[name] = found
         if name not in calls:
             yield name, {"full_backend": name, **found}
-    taken = {} if place.toy or not calls else place.timed(calls)
     read = layer.keys.nbytes + layer.values.nbytes
+    taken: dict[str, Timing] = {}
+    together: dict[str, Any] = {"status": "ok"}
+    with place.part("all that are right, timed in turn", together):
+        if calls and not place.toy:
+            taken = place.timed(calls)
+            together["clock_mhz"] = clock_mhz(place.device)
     for name in calls:
-        found = columns[name] | {"status": "ok", "seed": 0}
-        found["bytes_read_per_step"] = read / len(layer.keys)
+        found = columns[name] | {"seed": 0, "bytes_read_per_step": read / len(layer.keys)}
         if taken:
             found |= times(taken[name], None, read, place.bandwidth_gb_s)
-            found["clock_mhz"] = clock_mhz(place.device)
-        yield name, found
+        yield name, found | together
 
 
 def method(place: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) -> Found:
@@ -164,6 +168,13 @@ def _baseline(place: Workplace, layer: Layer, backend: str) -> Callable[[], torc
         place.kept[backend] = _made(layer, name)
     call: Callable[[], torch.Tensor] = place.kept[backend]
     return call
+
+
+def _refuse_unready(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a library that did not compile in time: here it would hold up all others."""
+    for row in rows:
+        if (row["task"], row["method"]) == ("kernel_check", name) and row["status"] != "ok":
+            raise Unavailable(f"{name} was not ready: {row['reason']}")
 
 
 def _refuse_wrong(

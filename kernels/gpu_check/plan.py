@@ -56,6 +56,7 @@ class Job:
         seconds: What it takes beside compiling.
         alone: Nothing else may run meanwhile: it is timed.
         left_out: Parts that are done, or ended an earlier process.
+        patience: It is stopped after so many times its estimate, and half a minute.
     """
 
     name: str
@@ -68,11 +69,17 @@ class Job:
     seconds: float
     alone: bool
     left_out: frozenset[str] = frozenset()
+    patience: float = 4.0
 
     @property
     def estimate_s(self) -> float:
         """How long it should take."""
         return self.compiles * SECONDS_PER_KERNEL + self.seconds
+
+    @property
+    def limit_s(self) -> float:
+        """After how long it is stopped."""
+        return self.patience * self.estimate_s + 30
 
     @property
     def left(self) -> tuple[str, ...]:
@@ -168,6 +175,7 @@ def _prepare() -> Job:
         compiles=0,
         seconds=100,
         alone=False,
+        patience=1.2,  # what is timed waits for it
     )
 
 

@@ -19,7 +19,8 @@ COLUMNS = (
     *("full_backend", "k", "kv_len", "batch_size", "rbit", "seed"),
     *("decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "speedup_vs_full"),
     *("bytes_read_per_step", "bandwidth_fraction", "bandwidth_gb_s"),
-    *("device", "clock_mhz", "driver", "torch", "numba", "triton", "git_commit", "started_at"),
+    *("device", "clock_mhz", "driver", "torch", "numba", "triton", "git_commit"),
+    *("git_dirty", "started_at"),
     *("p_dtype", "p_head_dim", "p_group", "p_use_norm"),
 )
 _IDENTITY = (

@@ -7,6 +7,8 @@ running gets a row with the reason, a new process is started, and the job's othe
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -21,8 +23,6 @@ from topkbench.kernels.gpu_check.plan import SECONDS_TO_START, Job, Plan
 from topkbench.kernels.gpu_check.rows import Writer
 from topkbench.kernels.gpu_check.worker import serve
 
-PATIENCE = 4.0
-"""A job that takes this many times its estimate, and a minute, is stopped."""
 _TICK_S = 1.0
 
 
@@ -153,7 +153,7 @@ class Supervisor:
         for worker in list(self.workers):
             if worker.job is None:
                 continue
-            allowed = PATIENCE * worker.job.estimate_s + 60
+            allowed = worker.job.limit_s
             if now > self.deadline:
                 self._died(worker, "still running when the time was up")
             elif now - worker.began > allowed:
@@ -180,6 +180,10 @@ class Supervisor:
             worker.channel.send(None)
         worker.process.join(0 if worker.job is not None else 5)
         if worker.process.is_alive():
+            # Its whole session: a compiler that it started would run on beside what is timed.
+            assert worker.process.pid
+            with suppress(ProcessLookupError):
+                os.killpg(worker.process.pid, signal.SIGKILL)
             worker.process.kill()
             worker.process.join(5)
         worker.channel.close()

@@ -7,6 +7,7 @@ the process ends. `topkbench.kernels.gpu_check.supervisor` is at the other end.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -47,6 +48,7 @@ def serve(channel: Channel, device: str, toy: bool, trials: int) -> None:
         toy: In Triton's interpreter, and nothing is timed.
         trials: How often each thing is timed.
     """
+    os.setsid()  # so that it can be ended with all that it started
     place = Workplace(torch.device(device), toy, trials)
     channel.send(("hello", known(place.device, toy)))
     while (given := channel.recv()) is not None:
