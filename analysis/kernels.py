@@ -17,8 +17,8 @@ from topkbench.analysis.plots import Drawn, save
 from topkbench.analysis.row import Status
 from topkbench.analysis.tables import Table
 
-CHECK, TIMES = "kernel_check", "kernel_times"
-"""Tasks of the rows that are about single operators; those of whole steps are like any other's."""
+CHECK, TIMES, DENSE = "kernel_check", "kernel_times", "kernel_dense"
+"""Tasks of the rows that are about kernels; those of methods' steps are like any other's."""
 
 HOW_TO_READ = (
     "Right: it agrees with its reference at every length tried, within the bound of its "
@@ -28,16 +28,16 @@ HOW_TO_READ = (
 )
 
 
-def of_operators(rows: pd.DataFrame) -> pd.Series:
-    """Say for each row whether it is about a single operator."""
-    return rows["task"].isin([CHECK, TIMES])
+def of_kernels(rows: pd.DataFrame) -> pd.Series:
+    """Say for each row whether it is about a kernel, and not about a method."""
+    return rows["task"].isin([CHECK, TIMES, DENSE])
 
 
 def check_table(rows: pd.DataFrame) -> Table | None:
     """Return for each operator in how many settings it was right; None without checks.
 
     Args:
-        rows: Rows of operators.
+        rows: Rows of kernels.
     """
     checks = rows[rows["task"] == CHECK]
     if not len(checks):
@@ -56,22 +56,32 @@ def check_table(rows: pd.DataFrame) -> Table | None:
     return Table(heads, cells)
 
 
-def time_table(rows: pd.DataFrame) -> Table | None:
-    """Return each operator's time and its share of the bandwidth; None where nothing was timed.
+def time_table(rows: pd.DataFrame, task: str) -> Table | None:
+    """Return each kernel's time and its share of the bandwidth; None where nothing was timed.
 
     Args:
-        rows: Rows of operators.
+        rows: Rows of kernels.
+        task: ``TIMES`` for the operators, ``DENSE`` for full attention's kernels.
     """
-    timed = _timed(rows[rows["task"] == TIMES])
+    timed = _timed(rows[rows["task"] == task])
     if not len(timed):
         return None
-    heads = ["Operator", "Heads", "Tokens", "Batch", "Median (ms)", "20% (ms)", "80% (ms)"]
+    heads = [
+        "Operator" if task == TIMES else "Kernel",
+        "Heads",
+        "Tokens",
+        "Batch",
+        "Median (ms)",
+        "20% (ms)",
+        "80% (ms)",
+    ]
     heads.append("Of bandwidth (%)")
     cells = []
     for _, row in timed.iterrows():
         times = [f"{row[f'decode_ms_{end}']:.4f}" for end in ("p50", "p20", "p80")]
         place = [str(row["model"]), f"{int(row['length']):,}", str(row["batch_size"])]
-        cells.append([str(row["method"]), *place, *times, f"{100 * row['bandwidth_fraction']:.0f}"])
+        name = row["method" if task == TIMES else "full_backend"]
+        cells.append([str(name), *place, *times, f"{100 * row['bandwidth_fraction']:.0f}"])
     return Table(heads, cells, words={0, 1})
 
 
@@ -84,9 +94,9 @@ def draw(rows: pd.DataFrame, folder: Path, context: str) -> list[Drawn]:
         context: What it was measured on.
 
     Returns:
-        The figures drawn; none where there is no row of an operator.
+        The figures drawn; none where there is no row of a kernel.
     """
-    if not of_operators(rows).any():
+    if not of_kernels(rows).any():
         return []
     plans: list[tuple[str, str, str, Callable[[], tuple[Figure, pd.DataFrame] | None]]] = [
         (
@@ -99,7 +109,7 @@ def draw(rows: pd.DataFrame, folder: Path, context: str) -> list[Drawn]:
             "dense_baselines",
             "Dense attention: share of the memory bandwidth",
             "The fastest of each shape is what methods are compared with.",
-            lambda: _shares(rows[(rows["task"] == "decode_latency") & (rows["method"] == "full")]),
+            lambda: _shares(rows[rows["task"] == DENSE]),
         ),
         (
             "operator_bandwidth",
@@ -170,7 +180,7 @@ def _shares(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     data = _timed(rows).copy()
     if not len(data):
         return None
-    dense = data["method"].eq("full").all()
+    dense = data["task"].eq(DENSE).all()
     data["name"] = data["full_backend" if dense else "method"].astype(str)
     data["percent"] = 100 * data["bandwidth_fraction"]
     names = list(dict.fromkeys(data["name"]))
@@ -178,7 +188,7 @@ def _shares(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     figure, panels = _panels(len(shapes), len(names))
     for axes, (title, part) in zip(panels, shapes, strict=True):
         values = part.drop_duplicates("name", keep="last").set_index("name")["percent"]
-        best = values.idxmax() if dense else None
+        best = part.loc[part["decode_ms_p50"].idxmin(), "name"] if dense else None
         colours = [style.RED if name == best else style.BLUE for name in names]
         _bars(axes, names, values.astype(float), colours, "{:.0f}")
         axes.set_title(title, fontsize=8.5, fontweight="normal")

@@ -158,11 +158,11 @@ def build(
     folder = place.absolute()
     with one_sentence(folder):
         (folder / "figures").mkdir(parents=True, exist_ok=True)
-    operators = rows[kernels.of_operators(rows)]
-    compared = compare(rows.drop(operators.index), samples)
+    of_kernels = rows[kernels.of_kernels(rows)]
+    compared = compare(rows.drop(of_kernels.index), samples)
     ordered = [name for name in rows.columns if not name.startswith(PARAMETER_PREFIX)]
     parameters = sorted(set(rows.columns) - set(ordered))
-    rows = typed(_merge([compared.rows, operators]))[[*ordered, *parameters]]
+    rows = typed(_merge([compared.rows, of_kernels]))[[*ordered, *parameters]]
     write_atomic(folder / "rows.parquet", rows.to_parquet(None, index=False))
     write_atomic(folder / "rows.csv", rows.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "samples.parquet", _plain(samples).to_parquet(None, index=False))
@@ -253,18 +253,19 @@ def _content(
 
 def _kernels(rows: pd.DataFrame, folder: Path) -> dict[str, Any] | None:
     """Return what a check of the kernels on a GPU found, or None without one."""
-    operators = rows[kernels.of_operators(rows)]
-    if not len(operators):
+    found = rows[kernels.of_kernels(rows)]
+    if not len(found):
         return None
-    commits = sorted({str(one)[:12] for one in operators["git_commit"].dropna()})
-    devices = ", ".join(dict.fromkeys(operators["device"].dropna().astype(str)))
+    commits = sorted({str(one)[:12] for one in found["git_commit"].dropna()})
+    devices = ", ".join(dict.fromkeys(found["device"].dropna().astype(str)))
     context = f"{devices}; commit {', '.join(commits) or 'unknown'}."
-    found = (
-        ("Are they right?", kernels.check_table(operators)),
-        ("Times", kernels.time_table(operators)),
+    tabled = (
+        ("Are they right?", kernels.check_table(found)),
+        ("Operators", kernels.time_table(found, kernels.TIMES)),
+        ("Dense attention", kernels.time_table(found, kernels.DENSE)),
     )
     return {
-        "tables": [(title, table) for title, table in found if table is not None],
+        "tables": [(title, table) for title, table in tabled if table is not None],
         "figures": kernels.draw(rows, folder / "figures", context),
         "how_to_read": kernels.HOW_TO_READ,
     }

@@ -152,8 +152,7 @@ def _best(job: Job, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | No
     dense = [
         row
         for row in rows
-        if row["task"] == "decode_latency"
-        and (row["method"], row["status"]) == ("full", "ok")
+        if (row["task"], row["status"]) == ("kernel_dense", "ok")
         and row.get("decode_ms_p50") is not None
         and all(row[name] == job.about[name] for name in same)
     ]

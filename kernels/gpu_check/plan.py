@@ -225,7 +225,7 @@ def _decode(
         name=f"every dense baseline: {called}",
         kind="dense",
         options=options,
-        about={**about, "method": "full"},
+        about={**about, "task": "kernel_dense", "method": "full"},
         parts=tuple(BASELINES),
         part_column="full_backend",
         compiles=4 if compiles else 0,

@@ -42,14 +42,14 @@ def made_up() -> list[dict[str, Any]]:
         row("kernel_check", "hamming_score", 3, subtask="bfloat16", **wrong),
         timed("kernel_times", "hash_encode", 4, 0.25),
         row("kernel_times", "hamming_score", 5, **wrong),
-        timed("decode_latency", "full", 6, 0.2, **best),
-        timed("decode_latency", "full", 7, 0.8, full_backend="sdpa math, torch 2.11.0"),
+        timed("kernel_dense", "full", 6, 0.2, **best),
+        timed("kernel_dense", "full", 7, 0.8, full_backend="sdpa math, torch 2.11.0"),
         timed("decode_latency", "hata", 8, 0.02, k=2048, speedup_vs_full=10.0, p_use_norm=True)
         | best,
         timed("decode_latency", "hata", 9, 0.016, k=2048, speedup_vs_full=12.5, p_use_norm=False)
         | best,
         timed("decode_latency", "quest", 10, 0.05, k=2048, speedup_vs_full=4.0) | best,
-        timed("decode_latency", "full", 11, 1.0, **best) | second | {"batch_size": 8},
+        timed("kernel_dense", "full", 11, 1.0, **best) | second | {"batch_size": 8},
         timed("decode_latency", "quest", 12, 0.1, k=512, speedup_vs_full=10.0)
         | {**best, **second, "batch_size": 8},
     ]
@@ -76,12 +76,18 @@ def test_a_report_says_which_kernels_are_right_and_how_fast(folder: Path) -> Non
     ]
     # The time of what is wrong stands nowhere.
     assert "0.2500" in text
-    times = kernels.time_table(report.load(folder)[0])
+    rows = report.load(folder)[0]
+    times, dense = (kernels.time_table(rows, task) for task in (kernels.TIMES, kernels.DENSE))
     assert times is not None
     assert [cells[0] for cells in times.rows] == ["hash_encode"]
+    assert dense is not None
+    assert [(cells[0], cells[4]) for cells in dense.rows] == [
+        ("sdpa cudnn, torch 2.11.0", "0.2000"),
+        ("sdpa math, torch 2.11.0", "0.8000"),
+        ("sdpa cudnn, torch 2.11.0", "1.0000"),
+    ]
     assert "at 1,000 tokens: hamming_score is wrong." in text
-    assert "Full attention (sdpa math, torch 2.11.0)" in text
-    # Operators are no models, which a report would say are mixed.
+    # What kernels are called are no models, which a report would say are mixed.
     assert "These rows mix models: 32/32 heads of 128, 32/8 heads of 128." in text
     # A report of the report's own rows says the same.
     assert report.main([str(folder)]) == 0
