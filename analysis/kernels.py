@@ -188,7 +188,7 @@ def _shares(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     figure, panels = _panels(len(shapes), len(names))
     for axes, (title, part) in zip(panels, shapes, strict=True):
         values = part.drop_duplicates("name", keep="last").set_index("name")["percent"]
-        best = part.loc[part["decode_ms_p50"].idxmin(), "name"] if dense else None
+        best = part.sort_values("decode_ms_p50")["name"].iloc[0] if dense else None
         colours = [style.RED if name == best else style.BLUE for name in names]
         _bars(axes, names, values.astype(float), colours, "{:.0f}")
         axes.set_title(title, fontsize=8.5, fontweight="normal")

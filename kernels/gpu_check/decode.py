@@ -63,9 +63,12 @@ def dense(place: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) -> Foun
             if not place.toy:
                 place.timed({name: call}, trials=2)  # what cannot be recorded fails here, alone
             calls[name] = call
+        if not place.toy and not name.startswith("triton"):
+            found["impl"] = None  # the library's own
         columns[name] = found
         if name not in calls:
-            yield name, {"full_backend": name, **found}
+            reason = f"{name}: {found['reason']}"
+            yield name, found | {"full_backend": name, "reason": reason}
     read = layer.keys.nbytes + layer.values.nbytes
     taken: dict[str, Timing] = {}
     together: dict[str, Any] = {"status": "ok"}

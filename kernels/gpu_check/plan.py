@@ -147,9 +147,8 @@ def make_plan(workers: int, toy: bool, libraries: Sequence[str]) -> Plan:
         tiny = Geometry(2, 1, 64)
         jobs = [
             _check("float32", 64, 4, [(136, 1, True)], 1, 0),
-            _check("bfloat16", 128, 1, [(136, 1, False)], 1, 0),
-            _operators(tiny, 160, 1, "float32", 0),
-            *_decode(tiny, 160, 1, "float32"),
+            _operators(tiny, 96, 1, "bfloat16", 0),
+            *_decode(tiny, 96, 1, "float32"),
         ]
         return Plan(jobs, workers)
     jobs = [_prepare()] if "flashinfer" in libraries else []

@@ -126,7 +126,7 @@ class Supervisor:
         for ready in wait(list(channels), timeout=_TICK_S):
             worker = channels[ready]  # type: ignore[index]
             try:
-                while worker.channel.poll():
+                while worker in self.workers and worker.channel.poll():
                     self._take(worker, worker.channel.recv())
             except (EOFError, OSError):
                 worker.process.join(10)
