@@ -253,7 +253,7 @@ def test_a_method_is_timed_against_the_fastest_dense_that_is_right(
     # Full attention as it was timed in turn with the step, not as in its own row.
     assert hata["speedup_vs_full"] == 6.0
     assert (hata["k"], hata["rbit"], hata["p_use_norm"]) == (64, 128, True)
-    alone = do(jobs["hata"], [row for row in rows if row["status"] != "ok"], toy=False)[0]
+    alone = do(jobs["streaming_llm"], [row for row in rows if row["status"] != "ok"], toy=False)[0]
     assert (alone["status"], alone.get("speedup_vs_full")) == ("ok", None)
 
 
@@ -373,7 +373,7 @@ def test_what_there_is_no_time_for_is_dropped(
         ("sleeper", "failed"),
         ("all operators", "skipped"),
     ]
-    assert found[1][2].startswith("dropped: 900 s needed, 2 s left")
+    assert found[1][2].startswith("dropped: 900 s needed, ")
     assert found[3][2] == "still running when the time was up in sleeper."
     assert found[4][2] == "dropped: 1 s needed, 0 s left."
 
