@@ -35,7 +35,7 @@ from tqdm import tqdm  # noqa: E402
 
 from topkbench.analysis.provenance import git_state  # noqa: E402
 from topkbench.analysis.record import Cell, RecordError, Row, Status, Sweep, identity  # noqa: E402
-from topkbench.analysis.stats import paired_columns  # noqa: E402
+from topkbench.analysis.stats import full_note, paired_columns  # noqa: E402
 
 PREFILL_FOLDER = "TOPKBENCH_PREFILL"
 # Settings of a method that have a column of their own, or are no parameter of it.
@@ -235,12 +235,14 @@ class Run:
         outcome = run_cell(context, self.task)
         scored = [one for one in outcome.samples if "score" in one]
         paired = paired_columns(scored, compared)
+        full_rows = full_cell.read() if full_cell is not None else []
         peak = peak_memory_mib(self.loaded.model.device)
         rows = [
             known.replace(
                 status=part.status,
                 reason=part.reason,
                 subtask=part.subtask,
+                full_note=full_note(full_rows, part.subtask),
                 **{"peak_memory_mib": peak, **part.values, **paired.get(part.subtask, {})},
             )
             for part in outcome.rows

@@ -105,7 +105,7 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
         samples: What `record.Sweep.samples` returns; without them the rows' own intervals stand.
     """
     data = _once(typed(rows))
-    notes = _mixed(data)
+    notes = _mixed(data) + _without_full(data)
     good = data[data["status"] == Status.OK.value] if len(data) else data
     if not len(good):
         return Comparison(data, pd.DataFrame(columns=["line", "subtask", "score"]), notes)
@@ -186,6 +186,18 @@ def _mixed(rows: pd.DataFrame) -> list[str]:
             notes.append(f"These rows mix {word}: {shown}.")
     if len(rows) and rows["git_dirty"].eq(True).any():
         notes.append("Some rows were made with uncommitted changes in the working tree.")
+    return notes
+
+
+def _without_full(rows: pd.DataFrame) -> list[str]:
+    """Return a sentence for each reason why a difference to full attention tells nothing."""
+    if not len(rows) or "full_note" not in rows:
+        return []
+    told = rows[rows["full_note"].notna() & rows["method"].ne("full")]
+    notes = []
+    for note, part in told.groupby("full_note", sort=False):
+        where = ", ".join(sorted({f"{row.task}/{row.subtask}" for row in part.itertuples()}))
+        notes.append(f"{where}: {note}")
     return notes
 
 

@@ -121,6 +121,8 @@ class Row:
     """Lower end of the paired difference's 95% interval, points."""
     delta_ci_high: float | None = None
     """Upper end of the paired difference's 95% interval, points."""
+    full_note: str | None = None
+    """Why a difference to full attention is missing or says little: it failed, or scored 0."""
     recall_at_k: float | None = None
     """Share of the exact top-k that was chosen, 0 to 1; mean over layers, KV heads and steps."""
     attention_mass: float | None = None
@@ -128,7 +130,13 @@ class Row:
     output_rel_error: float | None = None
     """Norm of the output's error over the norm of full attention's output, a ratio."""
     density: float | None = None
-    """Fraction of the cached tokens that was read, 0 to 1, measured."""
+    """Fraction of the cached tokens that the layers left to the method read, 0 to 1, measured."""
+    density_all: float | None = None
+    """Fraction of the cached tokens that all layers read, dense and sliding ones too, 0 to 1."""
+    sparse_step_share: float | None = None
+    """Share of the decode steps of single layers that went through the method, 0 to 1; the others
+    had no more than k tokens, or are of layers that the policy or the model's design keeps dense.
+    """
 
     prefill_ms: float | None = None
     """Prefill of one prompt, milliseconds."""

@@ -19,6 +19,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from topkbench.analysis.row import Row, Status
+
 Array = NDArray[np.float64]
 
 RESAMPLES = 10_000
@@ -302,6 +304,27 @@ def paired_columns(
             values["delta_ci_low"], values["delta_ci_high"] = delta.low, delta.high
         columns[subtask] = values
     return columns
+
+
+def full_note(rows: Sequence[Row], subtask: str) -> str | None:
+    """Say why a sub-task's difference to full attention is missing or tells nothing, or None.
+
+    Args:
+        rows: Full attention's rows; a cell that did not end well has one for the mean alone.
+        subtask: The sub-task, or ``mean``.
+    """
+    found = {row.subtask: row for row in rows}
+    row = found.get(subtask, found.get(MEAN))
+    if row is None:
+        return None
+    if row.status is not Status.OK:
+        return (
+            f"full attention ended {row.status.value} here, so there is no difference to it: "
+            f"{row.reason}"
+        )
+    if row.subtask == subtask and row.score == 0:
+        return "full attention scores 0 here, so a difference to it says nothing of the method."
+    return None
 
 
 def _with_text(samples: pd.DataFrame | Sequence[Mapping[str, Any]] | None) -> pd.DataFrame:

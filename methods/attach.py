@@ -1,5 +1,6 @@
 """Put a method into a Hugging Face model for the length of a ``with`` block."""
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -9,9 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
 from topkbench.kernels.full_attention.api import full_attention
 from topkbench.methods.base import (
@@ -39,10 +38,34 @@ from topkbench.methods.capture import (
     foretell_queries,
     missing,
 )
+from topkbench.methods.compat import (
+    AttentionCall,
+    PartialAttention,
+    attention_modules,
+    configs_of,
+    is_cache,
+    layer_of,
+    partial_attention,
+    read_call,
+    register_attention,
+    sdpa_attention_forward,
+    watching_writes,
+)
 from topkbench.methods.softcap import softcap_attention
+from topkbench.methods.step_count import (
+    HOLES,
+    NO_CACHE,
+    SMALL,
+    WAYS_OUT,
+    PromptReading,
+    StepCount,
+)
 
 IMPLEMENTATION = "topkbench"
 """The name under which transformers knows our attention."""
+
+# Of a sink's logits, biases, pages and selections of the model's own no decode step here knows.
+_OTHER_INPUTS = ("s_aux", "position_bias", "cache", "indices")
 
 # Which session serves an attention module; transformers gives the attention function no more.
 _SESSIONS: "WeakKeyDictionary[nn.Module, Session]" = WeakKeyDictionary()
@@ -69,12 +92,19 @@ def geometry_of(model: PreTrainedModel, model_digest: str = "") -> Geometry:
     )
 
 
+def partial_layers(model: PreTrainedModel) -> dict[int, PartialAttention]:
+    """Return how those of a model's layers attend that do not see the whole past."""
+    found = {layer_of(module): partial_attention(module) for module in attention_modules(model)}
+    return {layer: kind for layer, kind in found.items() if kind is not None}
+
+
 @contextmanager
 def attach(
     model: PreTrainedModel,
     method: TopKMethod,
     policy: Policy,
     observer: Observer | None = None,
+    allow_dense_forwards: bool = False,
 ) -> Iterator["Session"]:
     """Let a method choose what a model's decode steps attend to, inside a ``with`` block.
 
@@ -83,12 +113,19 @@ def attach(
     decode step, lives with the cache object, and is built anew where the cache changed in between
     (crop, reset, beam search). Layers with a sliding window stay dense, see ``Session.dense``.
 
+    Every decode step is counted (``Session.count``). If some over more than ``k`` tokens did not go
+    through the method, leaving the block raises: generation without a cache, a mask with holes, or
+    several tokens over a filled cache (a likelihood, prompt lookup, assisted decoding, a later
+    turn). A block that only reads a prompt raises nothing.
+
     Args:
         model: A decoder-only model of transformers 5, such as Llama, Mistral, Qwen2, Qwen3, Phi-3,
             Gemma-2 or Gemma-3.
         method: The method, its artifact loaded.
         policy: Budget and rules; under the native protocol the method's own take their place.
         observer: Watches stages and steps.
+        allow_dense_forwards: Several tokens over a filled cache are meant to attend to everything,
+            and are no error.
 
     Yields:
         The session.
@@ -96,16 +133,15 @@ def attach(
     Raises:
         ValueError: If the model, or the method on it, cannot be served, or the method cannot follow
             the policy; one sentence says why.
+        MethodBypassedError: When the block ends, if decode steps did not go through the method.
 
     On leaving the block, also by an exception, the model is what it was.
     """
-    session = Session(model, method, policy, observer or Observer())
+    session = Session(model, method, policy, observer or Observer(), allow_dense_forwards)
     # A graph compiler would trace through the bookkeeping; decode steps stay eager.
     eager = torch.compiler.disable
-    AttentionInterface.register(IMPLEMENTATION, eager(_attention))
-    # Without a mask function of that name transformers makes no mask, also for padded batches.
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-    configs = _configs(model)
+    register_attention(IMPLEMENTATION, eager(_attention))
+    configs = configs_of(model)
     before = [config._attn_implementation_internal for config in configs]
     hooks = []
     try:
@@ -114,7 +150,9 @@ def attach(
             hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             _SESSIONS[module] = session
         model.set_attn_implementation(IMPLEMENTATION)
-        yield session
+        with watching_writes(session.before_write):
+            yield session
+        session.require_all_steps()
     finally:
         for module in session.modules:
             _SESSIONS.pop(module, None)
@@ -132,11 +170,18 @@ class Session:
         method: The method, as it runs under the policy.
         policy: The policy in force.
         dense: Why a layer is always dense, for each such layer.
+        partial: How layers attend that do not see the whole past.
         modules: The model's attention modules.
+        count: The decode steps so far, by layer.
     """
 
     def __init__(
-        self, model: PreTrainedModel, method: TopKMethod, policy: Policy, observer: Observer
+        self,
+        model: PreTrainedModel,
+        method: TopKMethod,
+        policy: Policy,
+        observer: Observer,
+        allow_dense_forwards: bool = False,
     ) -> None:
         if model.config.is_encoder_decoder:
             raise ValueError(
@@ -147,7 +192,7 @@ class Session:
         self.policy = method.policy_in_force(policy)
         self.method = method.under(self.policy)
         self.observer = observer
-        self.modules = [m for m in model.modules() if _is_attention(m)]
+        self.modules = attention_modules(model)
         if len(self.modules) != self.geometry.num_layers:
             raise ValueError(
                 f"attach needs one attention module with layer_idx and num_key_value_groups in "
@@ -165,7 +210,12 @@ class Session:
             reason = cannot_foretell(module)
             if reason is not None:
                 raise ValueError(reason)
+        self.partial = partial_layers(model)
         self.dense = self._dense_layers()
+        self.count = StepCount()
+        self._reading = PromptReading(self._miss)
+        self._allow_dense_forwards = allow_dense_forwards
+        self._running = threading.local()
         if method.selects and len(self.dense) == self.geometry.num_layers:
             raise ValueError(
                 f"at least one layer must be left to {method.name}, but all "
@@ -176,11 +226,41 @@ class Session:
         self._cache: dict[int, Any] = {}
         self._captured: WeakKeyDictionary[Any, dict[int, Captured]] = WeakKeyDictionary()
         self._foretold: dict[int, Tensor] = {}
-        self._said = False
+        self._warned: set[str] = set()
 
     def forget(self, cache: object) -> None:
         """Drop the indices of a cache, for a caller that rewrote it unseen."""
         self.indices.forget(cache)
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        """The layers that are left to the method; none if it does not select."""
+        if not self.method.selects:
+            return []
+        return [layer for layer in range(self.geometry.num_layers) if layer not in self.dense]
+
+    def require_all_steps(self) -> None:
+        """Raise if decode steps that should have gone through the method did not.
+
+        Raises:
+            MethodBypassedError: With the counts, the reasons and the way out.
+        """
+        if self.method.selects:
+            self._reading.end()
+            layers = self.sparse_layers
+            self.count.require_none_missed(self.method.name, self.policy.k, layers)
+
+    def require_steps(self, steps: int) -> None:
+        """Raise unless each layer that is left to the method took exactly so many steps.
+
+        Args:
+            steps: Decode steps that the caller ran over more than ``k`` tokens.
+
+        Raises:
+            MethodBypassedError: With both counts.
+        """
+        if self.method.selects:
+            self.count.require(self.method.name, self.policy.k, self.sparse_layers, steps)
 
     def take_back(self, cache: object) -> None:
         """Take the newest token back from the indices, for a caller that decodes it once more.
@@ -196,31 +276,37 @@ class Session:
         if self.method.selects:
             for layer in sorted(self.policy.resolve_dense_layers(self.geometry.num_layers)):
                 dense[layer] = "dense by the policy"
-        for module in self.modules:
-            kind = _partial_attention(module)
-            if kind is not None:
-                dense[_layer(module)] = kind
-        return dense
+        return dense | {layer: kind.reason for layer, kind in self.partial.items()}
 
-    def see(self, layer: int, given: dict[str, Any]) -> None:
-        """Note which cache a layer is about to write to, before it does.
+    def see(self, layer: int, call: AttentionCall) -> None:
+        """Note that a layer's attention begins, and its cache where an argument carries it.
 
         Args:
             layer: Index of the layer.
-            given: What its attention module is called with.
+            call: What its attention module is called with.
         """
-        cache = self._cache[layer] = given.get("past_key_values")
-        if cache is not None:
-            self.indices.check(cache, layer)
-        hidden = given.get("hidden_states")
-        following = layer + 1
+        self._running.layer = layer
+        self._cache.pop(layer, None)
+        if call.cache is not None:
+            self._note_cache(layer, call.cache)
+        hidden, following = call.hidden_states, layer + 1
         if PREVIOUS_QUERY not in self._needs or following >= len(self.modules) or hidden is None:
             return
-        if hidden.shape[1] == 1:
+        if hidden.shape[1] == 1 and call.rotary is not None:
             with torch.no_grad(), self.observer.stage("encode", following):
                 self._foretold[following] = foretell_queries(
-                    self.modules[following], hidden.detach(), given["position_embeddings"]
+                    self.modules[following], hidden.detach(), call.rotary
                 )
+
+    def before_write(self, cache: Any) -> None:
+        """Note which cache the running layer is about to write to, whatever carried it there."""
+        layer = getattr(self._running, "layer", None)
+        if layer is not None:
+            self._note_cache(layer, cache)
+
+    def _note_cache(self, layer: int, cache: Any) -> None:
+        self._cache[layer] = cache
+        self.indices.check(cache, layer)
 
     def attend(
         self,
@@ -233,24 +319,19 @@ class Session:
         options: dict[str, Any],
     ) -> Tensor:
         """Attend from ``query [B, Hq, q, d]``; return ``[B, q, Hq, d]``."""
-        layer, q_len = _layer(module), query.shape[2]
+        layer, q_len = layer_of(module), query.shape[2]
+        self._running.layer = None
         cache = self._cache.pop(layer, None)
         lengths = None
         if cache is not None and (q_len == 1 or is_own(cache)):
             lengths = self._reader.lengths(cache, cache_layer(cache, layer), key, mask)
-        if cache is not None and q_len == 1 and lengths is None and not self._said:
-            self._said = True
-            warnings.warn(
-                f"{self.method.name} needs each row's valid slots to be one range, and this mask "
-                "has holes or is no boolean one: such steps attend to everything.",
-                stacklevel=2,
-            )
+        self._count(layer, cache, lengths, q_len, key)
         is_step = q_len == 1 and lengths is not None and lengths.n > 1
-        if not is_step or lengths is None or _partial_attention(module) is not None:
+        if not is_step or lengths is None or layer in self.partial:
             self.indices.drop(cache, layer)
             if lengths is not None and lengths.is_own:
                 # Rows may end at different slots, which no mask of transformers knows.
-                mask = lengths.causal_mask(q_len, key.shape[2])
+                mask = lengths.causal_mask(q_len, key.shape[2], self.partial.get(layer))
                 mask = None if mask is None else mask.to(key.device)
             is_prompt = q_len > 1 or (lengths is not None and lengths.n == 1)
             wanted = self.method.needs & PREFILL_NEEDS and layer not in self.dense
@@ -260,6 +341,47 @@ class Session:
         with torch.no_grad():
             out = self._step(layer, cache, query, key, value, lengths, scale, options)
         return out[:, None].to(query.dtype)
+
+    def _count(
+        self, layer: int, cache: Any, lengths: Lengths | None, q_len: int, key: Tensor
+    ) -> None:
+        """Count what a layer is about to do, unless the method takes the step: see ``_step``."""
+        k = self.policy.k
+        if not self.method.selects:
+            return
+        if q_len > 1:
+            if layer in self.dense:
+                return
+            if cache is None:
+                if key.shape[2] > k:
+                    self._miss(layer, NO_CACHE)
+            elif not self._allow_dense_forwards:
+                after = int(cache_layer(cache, layer).get_seq_length())
+                self._reading.several(cache, layer, after - q_len, after, k)
+            return
+        n = key.shape[2] if lengths is None else lengths.n
+        if n <= 1:
+            return
+        if layer in self.dense:
+            self.count.dense[layer, self.dense[layer]] += 1
+        elif cache is None or lengths is None:
+            if n > k:
+                self._miss(layer, NO_CACHE if cache is None else HOLES)
+            else:
+                self.count.dense[layer, SMALL] += 1
+        else:
+            self._reading.step(cache, layer, n)
+
+    def _miss(self, layer: int, reason: str, steps: int = 1) -> None:
+        """Count steps that should have gone through the method, and say so at the first."""
+        self.count.missed[layer, reason] += steps
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(
+                f"{self.method.name} does not act on {reason}, which attends to everything: "
+                f"{WAYS_OUT[reason]}.",
+                stacklevel=2,
+            )
 
     def _capture(
         self,
@@ -313,6 +435,11 @@ class Session:
             index = self._index(layer, cache, key, view, lengths, scale, softcap)
             watch = partial(self._stage, layer)
             result = method.step(grouped, index, view, policy, scale, softcap, watch)
+            # What was freed is not attended to either, however few tokens are left.
+            if view.n > policy.k or view.freed is not None:
+                self.count.taken[layer] += result.selection is not None
+            else:
+                self.count.dense[layer, SMALL] += 1
             if method.compacts and result.selection is not None:
                 with self.observer.stage("append", layer):
                     self._compact(layer, cache, index, result.selection, view)
@@ -439,7 +566,8 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The function transformers calls; ``query`` is ``[B, Hq, q, d]``, keys are not repeated."""
-    for name in ("s_aux", "position_bias", "cache"):
+    options = {name: given for name, given in options.items() if not is_cache(given)}
+    for name in _OTHER_INPUTS:
         if options.get(name) is not None:
             raise ValueError(
                 f"attach serves attention of queries, keys and values alone, and "
@@ -472,44 +600,7 @@ def _dense(
 def _see_cache(
     session: Session, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    named = {"hidden_states": args[0]} if args else {}
-    session.see(_layer(module), {**named, **kwargs})
-
-
-def _configs(model: PreTrainedModel) -> list[Any]:
-    """Return every config object that carries the model's attention implementation."""
-    found = {id(model.config): model.config}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None:
-            found[id(config)] = config
-    for config in list(found.values()):
-        for name in getattr(config, "sub_configs", ()):
-            part = getattr(config, name, None)
-            if part is not None:
-                found[id(part)] = part
-    return [c for c in found.values() if hasattr(c, "_attn_implementation_internal")]
-
-
-def _layer(module: nn.Module) -> int:
-    layer: Any = module.layer_idx
-    return int(layer)
-
-
-def _is_attention(module: nn.Module) -> bool:
-    index = getattr(module, "layer_idx", None)
-    return isinstance(index, int) and hasattr(module, "num_key_value_groups")
-
-
-def _partial_attention(module: nn.Module) -> str | None:
-    """Say why a layer does not see the whole past, None if it does."""
-    config: Any = module.config
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        kind = kinds[_layer(module)]
-        return None if kind == "full_attention" else f"its kind is {kind}"
-    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
-    return None if window is None else f"its attention slides over {window} tokens"
+    session.see(layer_of(module), read_call(args, kwargs))
 
 
 def _capacity(stored: Any, n: int) -> int:

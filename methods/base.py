@@ -457,6 +457,7 @@ class TopKMethod(ABC):
             watch: Times the stages ``encode``, ``score``, ``select`` and ``attend``.
         """
         watch = _unwatched if watch is None else watch
+        raw: Tensor | None = None
         scores: Tensor | None = None
         if policy.k >= cache.n:
             with watch("select"):
@@ -466,14 +467,15 @@ class TopKMethod(ABC):
             with watch("encode"):
                 encoded = self.encode(query_states, index)
             with watch("score"):
-                scores = self.scoped(self.score(encoded, index), policy, scale, softcap)
+                raw = self.score(encoded, index)
+                scores = self.scoped(raw, policy, scale, softcap)
             with watch("select"):
                 selection = self.select(scores, encoded, index, policy)
                 if type(self).select is not TopKMethod.select:  # the default keeps short rows
                     selection = selection.with_short_rows_whole(cache, policy.k)
         with watch("attend"):
             out, lse = self.attend(query_states, cache, selection, scale, softcap)
-            result = StepResult(out, lse, selection, scores)
+            result = StepResult(out, lse, selection, scores, raw)
             if index is not None:
                 self.feedback(result, query_states, index, cache, policy, scale, softcap)
         return result

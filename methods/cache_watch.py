@@ -7,6 +7,8 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
+from topkbench.methods.compat import PartialAttention
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -26,12 +28,20 @@ class Lengths:
     is_own: bool = False
     starts: tuple[int, ...] | None = None
 
-    def causal_mask(self, q_len: int, num_slots: int) -> Tensor | None:
+    def causal_mask(
+        self, q_len: int, num_slots: int, partial: PartialAttention | None = None
+    ) -> Tensor | None:
         """Return bool ``[B, 1, q_len, num_slots]`` for the last queries of each row.
 
         None where all rows begin here, which SDPA's causal mode serves.
+
+        Args:
+            q_len: Queries of each row.
+            num_slots: Slots of the keys.
+            partial: How the layer attends if it does not see the whole past.
         """
-        if self.kv_len is None and self.kv_start is None and self.n == q_len:
+        level = self.kv_len is None and self.kv_start is None
+        if level and self.n == q_len and partial is None:
             return None
         known = self.kv_start if self.kv_len is None else self.kv_len
         device = torch.device("cpu") if known is None else known.device
@@ -41,6 +51,8 @@ class Lengths:
         seen = slots <= places
         if self.kv_start is not None:
             seen = seen & (slots >= self.kv_start[:, None, None])
+        if partial is not None:
+            seen = seen & (slots >= partial.first_seen(places))
         # A padding query sees itself, since a softmax over nothing is undefined.
         return (seen | (slots == places))[:, None]
 

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
+from topkbench.methods.compat import layer_of, register_attention, sdpa_attention_forward
 from topkbench.methods.softcap import capped, softcap_attention
 
 QUERY_TAIL = 64  # queries of a prompt that are kept, its last
@@ -47,7 +46,7 @@ def watched_attention(
         *args: object,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
-        see(int(module.layer_idx), query, key, value)  # type: ignore[arg-type]
+        see(layer_of(module), query, key, value)
         softcap: Any = kwargs.get("softcap")
         if softcap is not None:  # which SDPA does not know
             mask: Any = args[0] if args else kwargs.get("attention_mask")
@@ -57,8 +56,7 @@ def watched_attention(
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)  # type: ignore[arg-type]
 
     before = model.config._attn_implementation
-    AttentionInterface.register(WATCHED, attend)
-    AttentionMaskInterface.register(WATCHED, sdpa_mask)
+    register_attention(WATCHED, attend)
     model.set_attn_implementation(WATCHED)
     try:
         yield

@@ -348,9 +348,11 @@ class StepResult:
         lse: float32 ``[B, Hq]`` log of the softmax's denominator; None where it is not computed.
         selection: What was attended to; None stands for every token.
         scores: ``[B, H, U]`` what the selection was made from; None where nothing was scored.
+        raw_scores: What the method's ``score`` returned, before a group's scores became one.
     """
 
     out: Tensor
     lse: Tensor | None
     selection: Selection | None
     scores: Tensor | None
+    raw_scores: Tensor | None = None

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from topkbench.methods.capture import PREFILL_NEEDS, Captured, watched_attention
+from topkbench.methods.compat import token_logits
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def prefill(
 
     began = time.perf_counter()
     with watched_attention(model, see) if needs else nullcontext():
-        logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+        logits = token_logits(model, ids, cache)[0]
     if logits.is_cuda:
         torch.cuda.synchronize(logits.device)
     milliseconds = (time.perf_counter() - began) * 1e3

@@ -15,8 +15,10 @@ from topkbench.methods import artifact
 from topkbench.methods.artifact import Artifact
 from topkbench.methods.attach import geometry_of
 from topkbench.methods.base import Progress, TopKMethod
+from topkbench.methods.step_count import MethodBypassedError
 from topkbench.models.load import LoadedModel
 from topkbench.tasks.calibration import SEED, Calibration
+from topkbench.tasks.canary import check_acting
 from topkbench.tasks.evaluation import Context, Outcome, Task, TaskRow
 from topkbench.tasks.fitting import fit_layers, learning_devices
 
@@ -94,8 +96,8 @@ def run_cell(context: Context, task: Task) -> Outcome:
     """Run one cell and turn what is no error of the program into rows.
 
     A model that a method cannot serve, and a policy that it cannot follow, are ``skipped`` before
-    the task computes anything; running out of memory is a status of its own. Anything else is
-    raised.
+    the task computes anything; a cell whose decode steps did not all go through its method is
+    ``wrong``; running out of memory is a status of its own. Anything else is raised.
     """
     reset_peak_memory(context.loaded.model.device)
     method = context.method
@@ -105,7 +107,10 @@ def run_cell(context: Context, task: Task) -> Outcome:
         return Outcome([TaskRow("mean", status="skipped", reason=reason)], [])
     context = replace(context, method=method.under(policy))
     try:
+        check_acting(context)
         return task.run(context)
+    except MethodBypassedError as error:
+        return Outcome([TaskRow("mean", status="wrong", reason=_sentence(error, 500))], [])
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if type(error) is RuntimeError and "can't allocate memory" not in str(error):
             raise  # torch has no class of its own for a CPU's memory
@@ -152,5 +157,5 @@ def _read(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def _sentence(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _sentence(error: BaseException, most: int = 200) -> str:
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -37,6 +37,7 @@ from topkbench.tasks.evaluation import (
     TaskRow,
     layer_bytes_read,
     needs_all_tokens,
+    never_more_than,
     tokenised,
 )
 from topkbench.tasks.planted import MEMORY_SHARE, PlantedCalibration, PlantedStates, capture
@@ -169,6 +170,8 @@ class DecodeLatency(Task):
         if self.budget is not None and context.method.selects:
             policy = replace(policy, k=max(64, round(n * self.budget)))
         policy = context.method.policy_in_force(policy)
+        if context.method.selects and policy.k >= n:
+            return TaskRow(name, known, "skipped", never_more_than(policy.k, n))
         layer = _Layer(context.method, context.full, policy, states, place)
         values, status, reason = self._time(context, layer, geometry, copies)
         return TaskRow(name, {**known, **values, "kv_len": n}, status, reason)

@@ -14,10 +14,12 @@ from topkbench.kernels.timing import Stages, measure
 from topkbench.methods.attach import Session, attach
 from topkbench.methods.base import Geometry, Observer, TopKMethod, check_whole, kv_bytes
 from topkbench.methods.capture import PREFILL_NEEDS
+from topkbench.methods.compat import token_logits
 from topkbench.models.cache import DecodeCache, layer_devices
 from topkbench.models.load import free_bytes
 from topkbench.models.prefill import Prefill
 from topkbench.tasks.cell import peak_memory_mib, reset_peak_memory
+from topkbench.tasks.decoding import NotFiniteError
 from topkbench.tasks.evaluation import (
     Context,
     Counter,
@@ -25,7 +27,9 @@ from topkbench.tasks.evaluation import (
     Task,
     TaskRow,
     accounting,
+    density_of_all_layers,
     needs_all_tokens,
+    never_more_than,
 )
 from topkbench.tasks.planted import MEMORY_SHARE, PlantedCalibration, capture
 
@@ -90,11 +94,17 @@ class DecodeThroughput(Task):
         policy = context.policy
         if self.budget is not None and context.method.selects:
             policy = replace(policy, k=max(64, round(length * self.budget)))
+        policy = context.method.policy_in_force(policy)
+        if context.method.selects and policy.k >= length:
+            return TaskRow(str(length), values, "skipped", never_more_than(policy.k, length))
         device = context.loaded.model.device
         reset_peak_memory(device)
         fit_on_random_keys(context.method, context.geometry)
-        context = replace(context, policy=context.method.policy_in_force(policy))
-        timed, status, reason = self._time(context, length)
+        context = replace(context, policy=policy)
+        try:
+            timed, status, reason = self._time(context, length)
+        except NotFiniteError as error:
+            timed, status, reason = {}, "failed", str(error)
         values |= {**timed, "peak_memory_mib": peak_memory_mib(device)}
         return TaskRow(str(length), values, status, reason)
 
@@ -186,14 +196,23 @@ class DecodeThroughput(Task):
     def _watched(
         self, context: Context, session: Session, cache: DecodeCache, run: Callable[[], Tensor]
     ) -> tuple[dict[str, Any], float]:
-        """Return what an untimed step reads, and the milliseconds of building its index."""
+        """Return what an untimed step reads, and the milliseconds of building its index.
+
+        Raises:
+            MethodBypassedError: If the steps did not go through the method in each of its layers.
+        """
         run()  # compiles
         session.forget(cache)
         session.observer = watch = BuildWatch(context.loaded.model.device)
         run()
         session.observer = Observer()
+        session.require_steps(2)
         read = accounting(context, cache.n, watch.step_reads)
-        return {**read, "density": watch.density}, sum(watch.stages.times().get("build", ()))
+        read |= {"density": watch.density}
+        read["density_all"] = density_of_all_layers(context, cache.n, watch.density)
+        if session.method.selects:
+            read["sparse_step_share"] = session.count.share_taken
+        return read, sum(watch.stages.times().get("build", ()))
 
 
 class BuildWatch(Counter):
@@ -210,20 +229,22 @@ class BuildWatch(Counter):
 def step(model: PreTrainedModel, session: Session, cache: DecodeCache) -> Tensor:
     """Decode the first token of the vocabulary in each row and take it back; return the logits."""
     tokens = torch.zeros_like(cache.positions)
-    logits: Tensor = model(
-        input_ids=tokens, position_ids=cache.positions, past_key_values=cache, use_cache=True
-    ).logits
+    logits = token_logits(model, tokens, cache, cache.positions)
     session.take_back(cache)
-    return logits[:, -1]
+    return logits
 
 
 def disagreement(
     turns: dict[str, Callable[[], Tensor]], session: Session, length: int
 ) -> str | None:
-    """Return one sentence if the logits are not finite, or not full attention's with all tokens."""
+    """Return one sentence if the logits are not full attention's with all tokens.
+
+    Raises:
+        NotFiniteError: If they are not finite.
+    """
     logits = turns["step"]()
     if not logits.isfinite().all():
-        return "the logits must be finite, got infinity or NaN."
+        raise NotFiniteError("the logits must be finite, got infinity or NaN.")
     if "full" not in turns:
         return None
     chosen, session.policy = session.policy, replace(session.policy, k=length)

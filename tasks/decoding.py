@@ -7,12 +7,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from topkbench.methods.compat import token_logits
 from topkbench.models.cache import DecodeCache, layer_devices
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 from topkbench.tasks.base import Sample, TaskDoesNotFit
 
 Question = Literal["sparse", "dense"]
+
+
+class NotFiniteError(ValueError):
+    """A model or a method computed infinity or NaN; the message is one sentence."""
+
+
 _SPLIT = "\u241e"  # marks where the context ends inside a chat template; in no prompt of ours
 
 
@@ -30,6 +37,19 @@ class Prompt:
     sample: Sample
     prefill_ids: tuple[int, ...]
     decode_ids: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of context and question."""
+        return len(self.prefill_ids) + len(self.decode_ids)
+
+    @property
+    def most_cached(self) -> int:
+        """Cached tokens at the last decode step of the longest answer; 0 if there is no step."""
+        if not self.decode_ids and self.sample.max_new_tokens < 2:
+            return 0
+        # The last token of an answer is never fed back.
+        return self.num_tokens + max(self.sample.max_new_tokens - 1, 0)
 
 
 def tokenise(loaded: LoadedModel, sample: Sample, question: Question) -> Prompt:
@@ -104,6 +124,12 @@ class Decoder:
         prompts: A batch that decodes as many question tokens in each row.
         new_tokens: Room for tokens after the question.
         needs: What the method needs beyond keys and values.
+
+    Attributes:
+        lengths: Cached tokens of the longest row at each step so far, the step's own among them.
+
+    Raises:
+        NotFiniteError: If the prefill's logits, or later a step's, are not finite.
     """
 
     def __init__(
@@ -123,25 +149,40 @@ class Decoder:
         room = len(prompts[0].decode_ids) + new_tokens
         self.cache = DecodeCache(prefills, room, layer_devices(loaded.model))
         self.first_logits = torch.stack([states.logits for states in prefills]).to(self.device)
+        self.lengths: list[int] = []
+        self._check(self.first_logits)
 
-    @torch.no_grad()
+    def steps_over(self, k: int, since: int = 0) -> int:
+        """Return how many steps, after the first ``since``, had more than ``k`` cached tokens."""
+        return sum(n > k for n in self.lengths[since:])
+
+    def _check(self, logits: Tensor, done: Sequence[bool] | None = None) -> Tensor:
+        """Return the logits, if those of the rows that are not done are all finite."""
+        finite = logits.isfinite().all(-1)
+        if done is not None:
+            finite = finite | torch.tensor(done, device=finite.device)
+        if not finite.all():
+            row = int(finite.int().argmin())
+            raise NotFiniteError(
+                f"the logits must be finite, got infinity or NaN from {self.loaded.name} in "
+                f"{str(self.loaded.model.dtype).removeprefix('torch.')} at sample "
+                f"{self.prompts[row].sample.sample_id}, {len(self.lengths)} tokens after its "
+                "prefill; use dtype=float32, or check the weights."
+            )
+        return logits
+
     def step(self, tokens: Tensor) -> Tensor:
         """Decode one token a row, ``[B]``; return the logits ``[B, vocabulary]``."""
         self.cache.extend()
-        logits: Tensor = self.loaded.model(
-            input_ids=tokens[:, None],
-            position_ids=self.cache.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits
-        return logits[:, -1]
+        self.lengths.append(self.cache.n)
+        return token_logits(self.loaded.model, tokens[:, None], self.cache, self.cache.positions)
 
     def read_question(self) -> Tensor:
         """Decode the question's tokens; return the logits after the last, ``[B, vocabulary]``."""
         logits = self.first_logits
         question = torch.tensor([prompt.decode_ids for prompt in self.prompts], device=self.device)
         for column in range(question.shape[1]):
-            logits = self.step(question[:, column])
+            logits = self._check(self.step(question[:, column]))
         return logits
 
     def generate(self) -> list[list[int]]:
@@ -160,14 +201,14 @@ class Decoder:
                     done[row] = len(answers[row]) >= limits[row]
             if all(done):
                 return answers
-            tokens = self.step(tokens).argmax(-1)
+            tokens = self._check(self.step(tokens), done).argmax(-1)
 
     def follow(self, answers: Sequence[Sequence[int]]) -> None:
         """Read the question, then given answers of equal length, whatever is predicted."""
         self.read_question()
         forced = torch.tensor([list(answer) for answer in answers], device=self.device)
         for column in range(forced.shape[1]):
-            self.step(forced[:, column].long())
+            self._check(self.step(forced[:, column].long()))
 
 
 def eos_ids(loaded: LoadedModel) -> frozenset[int]:

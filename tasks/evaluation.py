@@ -6,7 +6,8 @@ speed (alone, full attention and the method in turn), and the quality of the sel
 
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -14,7 +15,7 @@ import torch
 
 from topkbench.kernels.timing import Stages, Timing
 from topkbench.methods.artifact import Artifact
-from topkbench.methods.attach import attach, geometry_of
+from topkbench.methods.attach import Session, attach, geometry_of, partial_layers
 from topkbench.methods.base import (
     CacheView,
     Geometry,
@@ -25,11 +26,18 @@ from topkbench.methods.base import (
     check_whole,
     kv_bytes,
 )
+from topkbench.methods.step_count import StepCount
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 from topkbench.tasks.base import Sample, string_match_all, string_match_part
-from topkbench.tasks.decoding import Decoder, Prompt, Question, batches, tokenise
-from topkbench.tasks.quality import SelectionMeter
+from topkbench.tasks.decoding import (
+    Decoder,
+    Prompt,
+    Question,
+    batches,
+    tokenise,
+)
+from topkbench.tasks.quality import SelectionMeter, check_finite
 
 T = TypeVar("T")
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -82,8 +90,27 @@ class Context:
         if known is not None:
             return list(known)
         decoder = Decoder(self.loaded, self.store, [prompt], prompt.sample.max_new_tokens + 1)
-        with attach(self.loaded.model, self.full, self.policy):
+        with self.attached(decoder, self.full):
             return decoder.generate()[0]
+
+    @contextmanager
+    def attached(
+        self, decoder: Decoder, method: TopKMethod, observer: Observer | None = None
+    ) -> Iterator[Session]:
+        """Attach a method while a decoder runs, and make sure that it took the decoder's steps.
+
+        Args:
+            decoder: Counts the steps that are run inside the block.
+            method: The method.
+            observer: Watches stages and steps.
+
+        Raises:
+            MethodBypassedError: When the block ends, if steps did not go through the method.
+        """
+        before = len(decoder.lengths)
+        with attach(self.loaded.model, method, self.policy, observer) as session:
+            yield session
+        session.require_steps(decoder.steps_over(session.policy.k, before))
 
 
 @dataclass
@@ -162,9 +189,16 @@ class Reads:
 
 
 class Counter(Observer):
-    """Counts what a KV head reads in the sparse layers of decode steps."""
+    """Counts what a KV head reads in the sparse layers of decode steps.
+
+    Attributes:
+        steps: Decode steps that the method took, and did not, by layer; a caller adds a session's.
+        longest: Most cached tokens at a step; a caller adds a decoder's.
+    """
 
     def __init__(self) -> None:
+        self.steps = StepCount()
+        self.longest = 0
         self.seen = 0  # steps of single layers
         self.read = 0.0
         self.scanned: float | None = None
@@ -179,6 +213,7 @@ class Counter(Observer):
         scale: float,
         softcap: float | None,
     ) -> None:
+        check_finite(result, layer)
         start, end = cache.bounds()
         cached = (end - start).double().mean().item()
         if cache.freed is not None:
@@ -274,31 +309,64 @@ class GenerationTask(Task):
 
     def run(self, context: Context) -> Outcome:
         prompts = tokenised(context.loaded, self.samples(context.loaded), self.question)
+        k = context.method.policy_in_force(context.policy).k
+        choosing = prompts
+        if context.method.selects:
+            choosing = [prompt for prompt in prompts if prompt.most_cached > k]
+            if not choosing:
+                most = max(prompt.most_cached for prompt in prompts)
+                return Outcome([TaskRow("mean", {}, "skipped", never_more_than(k, most))], [])
         for prompt in context.track(prompts, "prefill"):
             context.store.get(prompt.prefill_ids, context.method.needs)
         samples, counters = self._answer(context, prompts)
         if context.full_answers is None and not context.method.selects:
             context.full_answers = {one["sample_id"]: one["tokens"] for one in samples}
+        steps = StepCount()
+        for counter in counters.values():
+            steps.add(counter.steps)
+        if context.method.selects and not steps.taken:
+            most = max(counter.longest for counter in counters.values())
+            return Outcome([TaskRow("mean", {}, "skipped", never_more_than(k, most))], [])
         densities = {subtask: counter.density for subtask, counter in counters.items()}
         read = [density for density in densities.values() if density is not None]
         density = statistics.fmean(read) if read else None
         counted = [one for counter in counters.values() if (one := counter.step_reads) is not None]
         shared: dict[str, Any] = {"batch_size": 1, "density": density}
+        if context.method.selects:
+            shared["sparse_step_share"] = steps.share_taken
         lengths = (len(prompt.prefill_ids) + len(prompt.decode_ids) for prompt in prompts)
         shared |= accounting(context, round(statistics.fmean(lengths)), Reads.mean(counted))
-        timed = spread(prompts, self.timed_prompts)
-        shared |= speed(context, timed, shared["bytes_read_per_step"])
+        shared["density_all"] = density_of_all_layers(context, shared["kv_len"], density)
+        # A step that keeps everything says nothing of how fast or how good a selection is.
+        timed = [prompt for prompt in choosing if prompt.num_tokens >= k]
+        if timed or not context.method.selects:
+            timed = spread(timed or prompts, self.timed_prompts)
+            shared |= speed(context, timed, shared["bytes_read_per_step"])
         # What was freed cannot be compared with what full attention chose.
         if context.method.selects and not context.method.compacts:
-            shared |= judge(context, spread(prompts, self.judged_prompts))
+            shared |= judge(context, spread(choosing, self.judged_prompts))
         rows = []
         for subtask in dict.fromkeys(one["subtask"] for one in samples):
             scores = [one["score"] for one in samples if one["subtask"] == subtask]
-            values = {"score": statistics.fmean(scores), "num_samples": len(scores)}
+            values: dict[str, Any] = {
+                "score": statistics.fmean(scores),
+                "num_samples": len(scores),
+            }
             # What tells configurations apart stands in all rows of a cell.
-            values |= {name: shared[name] for name in ("batch_size", "kv_len", "full_backend")}
-            rows.append(TaskRow(subtask, {**values, "density": densities[subtask]}))
+            values |= {name: shared.get(name) for name in ("batch_size", "kv_len", "full_backend")}
+            values["density"] = densities[subtask]
+            counter = counters[subtask]
+            if context.method.selects:
+                values["sparse_step_share"] = counter.steps.share_taken
+            rows.append(TaskRow(subtask, values))
         mean = statistics.fmean(row.values["score"] for row in rows)
+        for row in rows if context.method.selects else ():
+            if not counters[row.subtask].steps.taken:
+                row.status, row.reason = (
+                    "skipped",
+                    never_more_than(k, counters[row.subtask].longest),
+                )
+                row.values = {"num_samples": row.values["num_samples"]}
         rows.append(TaskRow("mean", {"score": mean, "num_samples": len(samples), **shared}))
         return Outcome(rows, samples)
 
@@ -315,8 +383,10 @@ class GenerationTask(Task):
             needs = context.method.needs
             decoder = Decoder(context.loaded, context.store, batch, most + 1, needs)
             counter = counters.setdefault(batch[0].sample.subtask, Counter())
-            with attach(context.loaded.model, context.method, context.policy, counter):
+            with context.attached(decoder, context.method, counter) as session:
                 answers = decoder.generate()
+            counter.steps.add(session.count)
+            counter.longest = max(counter.longest, *decoder.lengths, 0)
             for prompt, tokens, milliseconds in zip(
                 batch, answers, decoder.prefill_ms, strict=True
             ):
@@ -350,16 +420,54 @@ def accounting(context: Context, n: int, reads: Reads | None) -> dict[str, Any]:
         reads: What was counted; None if no step was.
     """
     geometry, method = context.geometry, context.method
-    policy = method.policy_in_force(context.policy)
-    dense = policy.resolve_dense_layers(geometry.num_layers) if method.selects else ()
-    sparse = geometry.num_layers - len(dense)
-    in_layer = layer_bytes_read(method, geometry, n, policy.k, reads)
-    read = sparse * in_layer + len(dense) * kv_bytes(geometry, n)
+    k = method.policy_in_force(context.policy).k
+    sparse, dense = layers_read(context, n)
+    in_layer = layer_bytes_read(method, geometry, n, k, reads)
+    read = sparse * in_layer + sum(kv_bytes(geometry, tokens) for tokens in dense)
     return {
         "kv_len": n,
         "bytes_read_per_step": float(read),
         "index_bytes_per_token": float(sparse * method.index_bytes_per_token(geometry)),
     }
+
+
+def layers_read(context: Context, n: int) -> tuple[int, list[int]]:
+    """Return how many layers are left to the method, and the tokens of ``n`` that each other reads.
+
+    A layer is not left to it if the policy keeps it dense, or the model's design does: one that
+    slides reads no more than its window.
+    """
+    num_layers, method = context.geometry.num_layers, context.method
+    dense: dict[int, int] = {}
+    if method.selects:
+        policy = method.policy_in_force(context.policy)
+        dense = dict.fromkeys(policy.resolve_dense_layers(num_layers), n)
+    partial = partial_layers(context.loaded.model)
+    dense |= {layer: kind.tokens_read(n) for layer, kind in partial.items()}
+    return num_layers - len(dense), list(dense.values())
+
+
+def density_of_all_layers(context: Context, n: int, density: float | None) -> float | None:
+    """Return the share of ``n`` cached tokens that all layers read, from that of the sparse ones.
+
+    Args:
+        context: The cell's.
+        n: Cached tokens.
+        density: Share that the layers read that are left to the method; None if nobody counted.
+    """
+    sparse, dense = layers_read(context, n)
+    if sparse and density is None:
+        return None
+    return (sparse * (density or 0.0) + sum(dense) / n) / (sparse + len(dense))
+
+
+def never_more_than(k: int, most: int) -> str:
+    """Return the sentence of a cell in which no decode step had more than ``k`` cached tokens."""
+    return (
+        f"a method acts at decode steps over more than k tokens, and no step had more than k={k} "
+        f"(at most {most} were cached), where it would equal full attention; use a smaller k or "
+        "longer prompts."
+    )
 
 
 def layer_bytes_read(
@@ -464,7 +572,7 @@ def _timed_steps(
 ) -> list[float]:
     """Run one turn; return the milliseconds of its steps after the warm-up."""
     stages = Stages(decoder.device)
-    with attach(context.loaded.model, method, context.policy, watch):
+    with context.attached(decoder, method, watch):
         for _ in range(WARM_UP_STEPS + TIMED_STEPS):
             with stages("step"):
                 decoder.step(token)
@@ -478,6 +586,6 @@ def judge(context: Context, prompts: Sequence[Prompt]) -> dict[str, float | None
         answer = context.full_answer(prompt)
         needs = context.method.needs
         decoder = Decoder(context.loaded, context.store, [prompt], len(answer) + 1, needs)
-        with attach(context.loaded.model, context.method, context.policy, meter):
+        with context.attached(decoder, context.method, meter):
             decoder.follow([answer])
     return meter.means()

@@ -18,6 +18,7 @@ from topkbench.methods.base import (
     TopKMethod,
 )
 from topkbench.methods.capture import Captured
+from topkbench.tasks.decoding import NotFiniteError
 
 
 @dataclass
@@ -90,9 +91,29 @@ def quality(truth: Truth, cache: CacheView, result: StepResult, k: int) -> Quali
     return Quality(hits.mean(-1), mass.mean(-1), error.mean(-1), tokens)
 
 
+def check_finite(result: StepResult, layer: int) -> None:
+    """Refuse a step's scores and output that are not finite; a slot without a token scores -inf.
+
+    Raises:
+        NotFiniteError: In one sentence.
+    """
+    for scores in (result.raw_scores, result.scores):
+        if scores is None or not bool((scores.isnan() | scores.isposinf()).any()):
+            continue
+        raise NotFiniteError(
+            f"a method's scores must be finite, got infinity or NaN in layer {layer}; use "
+            "dtype=float32, or check the weights."
+        )
+    if not result.out.isfinite().all():
+        raise NotFiniteError(
+            f"the attention's output must be finite, got infinity or NaN in layer {layer}; use "
+            "dtype=float32, or check the weights."
+        )
+
+
 @dataclass
 class SelectionMeter(Observer):
-    """Judges every sparse step of an attached method, on the states that it runs on itself."""
+    """Judges an attached method's steps over more than ``k`` tokens, on the states it runs on."""
 
     k: int
     seen: list[tuple[int, Quality]] = field(default_factory=list)
@@ -106,6 +127,9 @@ class SelectionMeter(Observer):
         scale: float,
         softcap: float | None,
     ) -> None:
+        check_finite(result, layer)
+        if self.k >= cache.n:
+            return  # everything was kept, before the method was asked
         truth = Truth.of(query_states, cache, scale, softcap)
         self.seen.append((layer, quality(truth, cache, result, self.k)))
 
@@ -165,6 +189,7 @@ class Shadow(Observer):
             index = self._index(layer, place, cache, scale, softcap)
             steps = self._adaptive if self.method.adaptive else self._together
             for policy, outcome in steps(query_states, index, cache, policies, scale, softcap):
+                check_finite(outcome, layer)
                 found = quality(truth, cache, outcome, policy.k)
                 self.seen.append((policy.k, layer, self.steps[layer], found))
 
@@ -218,7 +243,7 @@ class Shadow(Observer):
                 scores = method.scoped(raw, policy, scale, softcap)
                 chosen = method.select(scores, encoded, index, policy)
                 out, lse = method.attend(query_states, cache, chosen, scale, softcap)
-                yield policy, StepResult(out, lse, chosen, scores)
+                yield policy, StepResult(out, lse, chosen, scores, raw)
 
     def _adaptive(
         self,

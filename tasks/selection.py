@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from topkbench.methods.attach import attach
 from topkbench.methods.base import Policy
 from topkbench.tasks.decoding import Decoder, Prompt
 from topkbench.tasks.evaluation import Context, Outcome, TaskRow, needs_all_tokens, tokenised
@@ -73,7 +72,7 @@ class SelectionTask(Ruler):
         cache = decoder.cache
         captured = cache.topkbench_captured
         shadow = Shadow(context.method, policies, len(cache.layers), cache.capacity, captured)
-        with attach(context.loaded.model, context.full, context.policy, shadow):
+        with context.attached(decoder, context.full, shadow):
             decoder.follow([answer])
         return [
             {

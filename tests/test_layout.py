@@ -25,11 +25,13 @@ ALLOWED = {
     "models": (
         *("torch", "transformers", "tokenizers", "safetensors", "filelock", "psutil"),
         *(*KERNEL_APIS, "topkbench.methods.base", "topkbench.methods.capture"),
+        "topkbench.methods.compat",
     ),
     "tasks": (
         *("torch", "transformers", "tokenizers", "triton", "filelock", "psutil", "wonderwords"),
         *("topkbench.methods.base", "topkbench.methods.attach", "topkbench.methods.artifact"),
-        "topkbench.methods.capture",
+        *("topkbench.methods.capture", "topkbench.methods.compat"),
+        "topkbench.methods.step_count",
         *("topkbench.models", *KERNEL_APIS, "topkbench.kernels.timing"),
     ),
     "analysis": ("numpy", "pandas", "matplotlib", "jinja2", "pyarrow", "filelock", "tabulate"),
@@ -39,6 +41,7 @@ ALLOWED_TO_ONE = {
     "kernels/full_attention/libraries.py": ("flash_attn", "flash_attn_interface", "flashinfer"),
     "methods/attach.py": ("transformers",),
     "methods/capture.py": ("transformers",),
+    "methods/compat.py": ("transformers",),
     "methods/magicpig.py": ("numpy",),
     "analysis/tracking.py": ("wandb", "wandb_workspaces"),
     "analysis/sweep_callback.py": ("hydra", "omegaconf"),

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from topkbench.analysis import stats
+from topkbench.analysis.row import Row, Status
 
 
 @pytest.mark.parametrize(
@@ -180,3 +181,29 @@ def test_one_seed_has_no_interval_and_none_is_refused() -> None:
     for values in ([], [0.1, float("nan")]):
         with pytest.raises(ValueError, match="one or more finite numbers"):
             stats.seed_interval(values)
+
+
+# Where full attention says nothing ------------------------------------------------------------
+
+
+def test_a_difference_says_why_it_tells_nothing() -> None:
+    def row(subtask: str, score: float | None, status: str = "ok", reason: str = "") -> Row:
+        return Row(
+            run_id="0" * 16, status=Status(status), reason=reason, model="tiny", task="ruler",
+            subtask=subtask, method="full", score=score,
+        )  # fmt: skip
+
+    answered = [row("niah", 50.0), row("vt", 0.0), row("mean", 25.0)]
+    assert stats.full_note(answered, "niah") is None
+    assert stats.full_note(answered, "mean") is None
+    assert stats.full_note(answered, "vt") == (
+        "full attention scores 0 here, so a difference to it says nothing of the method."
+    )
+    failed = [row("mean", None, "failed", "the logits must be finite.")]
+    for subtask in ("niah", "mean"):
+        assert stats.full_note(failed, subtask) == (
+            "full attention ended failed here, so there is no difference to it: the logits must be"
+            " finite."
+        )
+    assert stats.full_note([row("mean", 0.0)], "niah") is None  # unknown there
+    assert stats.full_note([], "mean") is None

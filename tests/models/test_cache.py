@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from topkbench.methods.compat import cache_keyword
 from topkbench.models.cache import DecodeCache
 from topkbench.models.prefill import Prefill, PrefillStore, prefill
 
@@ -112,14 +113,13 @@ def test_the_prompts_states_are_copied(model: LlamaForCausalLM) -> None:
 def test_a_prefill_is_the_models_own(model: LlamaForCausalLM) -> None:
     ids = list(range(1, 12))
     found = prefill(model, ids)
-    whole = model(torch.tensor([ids]), use_cache=True)
+    cache = DynamicCache()
+    whole = model(torch.tensor([ids]), **cache_keyword(model, cache))
     assert (found.num_tokens, found.num_layers) == (11, LAYERS)
     assert found.num_bytes == 2 * LAYERS * KV_HEADS * 11 * HEAD_DIM * 4
     torch.testing.assert_close(found.logits, whole.logits[0, -1], rtol=1e-4, atol=1e-5)
     for layer in range(LAYERS):
-        torch.testing.assert_close(
-            found.key_states[layer], whole.past_key_values.layers[layer].keys[0]
-        )
+        torch.testing.assert_close(found.key_states[layer], cache.layers[layer].keys[0])
     assert found.milliseconds > 0
 
 

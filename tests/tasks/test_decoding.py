@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from topkbench.methods.attach import attach
 from topkbench.methods.base import Policy, TopKMethod
+from topkbench.methods.compat import cache_keyword
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.quest import Quest
@@ -132,7 +134,8 @@ def test_following_shows_the_given_tokens(loaded: LoadedModel, store: PrefillSto
         decoder.follow([forced])
     assert decoder.cache.n == len(prompt.prefill_ids) + len(prompt.decode_ids) + 3
     ids = torch.tensor([[*prompt.prefill_ids, *prompt.decode_ids, *forced]])
-    whole = loaded.model(ids, use_cache=True).past_key_values
+    whole = DynamicCache()
+    loaded.model(ids, **cache_keyword(loaded.model, whole))
     torch.testing.assert_close(
         decoder.cache.layers[1].keys[:, :, : ids.shape[1]],
         whole.layers[1].keys,

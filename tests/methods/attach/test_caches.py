@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from topkbench.methods.attach import Session, attach
 from topkbench.methods.base import Policy, PrefillInputs
+from topkbench.methods.compat import cache_keyword
 from topkbench.methods.h2o import H2O
 from topkbench.methods.spatten import SpAtten, SpAttenIndex
 
@@ -25,7 +26,7 @@ def logits_by_chunks(model: PreTrainedModel, ids: Tensor, sizes: list[int], cach
     parts = []
     with torch.no_grad():
         for chunk in ids.split(sizes, 1):
-            parts.append(model(chunk, past_key_values=cache, use_cache=True).logits)
+            parts.append(model(chunk, **cache_keyword(model, cache), use_cache=True).logits)
     return torch.cat(parts, 1)
 
 
@@ -51,7 +52,7 @@ def test_a_chunk_after_decoding_rebuilds_the_index(
     ids = prompt(2, 40)
     counter = make_counter()
     method = method_for("exact", llama)
-    with attach(llama, method, Policy(k=16), counter) as session:
+    with attach(llama, method, Policy(k=16), counter, allow_dense_forwards=True) as session:
         cache = DynamicCache(config=llama.config)
         found = logits_by_chunks(llama, ids, [20, 1, 1, 10, 1, 7], cache)[:, 32]
         assert isinstance(session, Session)
@@ -59,7 +60,7 @@ def test_a_chunk_after_decoding_rebuilds_the_index(
     fresh = DynamicCache(config=llama.config)
     with attach(llama, method, Policy(k=200)):
         logits_by_chunks(llama, ids[:, :20], [20], fresh)
-    with attach(llama, method, Policy(k=16)):
+    with attach(llama, method, Policy(k=16), allow_dense_forwards=True):
         wanted = logits_by_chunks(llama, ids[:, 20:33], [1, 1, 10, 1], fresh)[:, 12]
     torch.testing.assert_close(found, wanted)
 
@@ -136,10 +137,10 @@ def test_a_static_cache_gives_what_a_growing_one_gives(
     with attach(llama, method, Policy(k=k), counter):
         grown = llama.generate(ids, attention_mask=mask, **GREEDY)
         cache = StaticCache(config=llama.config, max_cache_len=64)
-        static = llama.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+        static = llama.generate(ids, attention_mask=mask, **cache_keyword(llama, cache), **GREEDY)
         assert torch.equal(static, grown)
         cache.reset()
-        again = llama.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+        again = llama.generate(ids, attention_mask=mask, **cache_keyword(llama, cache), **GREEDY)
     assert torch.equal(again, grown)
     if method.selects:
         assert counter.count("build", 0) == 3

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 from topkbench.methods.attach import attach
 from topkbench.methods.base import CacheView, Index, Policy, PrefillInputs, TopKMethod
 from topkbench.methods.capture import QUERY_TAIL, Captured, foretell_queries, watched_attention
+from topkbench.methods.compat import cache_keyword
 from topkbench.models.cache import DecodeCache
 from topkbench.models.prefill import PrefillStore, prefill
 
@@ -81,7 +82,7 @@ def run(model: PreTrainedModel, method: TopKMethod, parts: list[Tensor], **more:
     cache = DynamicCache(config=model.config)
     with attach(model, method, Policy(k=16)), torch.no_grad():
         for part in parts:
-            model(part, past_key_values=cache, **more)
+            model(part, **cache_keyword(model, cache), **more)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,9 +115,9 @@ def test_padding_asks_nothing_and_is_not_asked(
     whole = truth(model, ids, mask)
     cache = DynamicCache(config=model.config)
     with attach(model, method, Policy(k=12)), torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **cache_keyword(model, cache))
         longer = torch.cat([mask, mask.new_ones(3, 1)], 1)
-        model(ids[:, :1] + 3, attention_mask=longer, past_key_values=cache)
+        model(ids[:, :1] + 3, attention_mask=longer, **cache_keyword(model, cache))
     for layer, built in method.built.items():
         queries, weights = whole[layer]
         assert built.column_sums is not None
@@ -141,11 +142,11 @@ def test_a_new_prompt_in_the_same_cache_begins_anew(llama: PreTrainedModel, prom
     whole = truth(llama, ids[:, :30])
     cache = DynamicCache(config=llama.config)
     with attach(llama, method, Policy(k=16)), torch.no_grad():
-        llama(ids[:, 5:], past_key_values=cache)
+        llama(ids[:, 5:], **cache_keyword(llama, cache))
         cache.reset()
         cache.crop(0)
-        llama(ids[:, :30], past_key_values=cache)
-        llama(ids[:, 30:31], past_key_values=cache)
+        llama(ids[:, :30], **cache_keyword(llama, cache))
+        llama(ids[:, 30:31], **cache_keyword(llama, cache))
     for layer, built in method.built.items():
         assert built.query_tail is not None
         assert built.query_tail.shape[2] == 30
@@ -168,13 +169,13 @@ def test_a_cache_filled_before_is_refused(llama: PreTrainedModel, prompt: Make) 
     ids = prompt(1, 30)
     cache = DynamicCache(config=llama.config)
     with torch.no_grad():
-        llama(ids[:, :-1], past_key_values=cache)
+        llama(ids[:, :-1], **cache_keyword(llama, cache))
         said = (
             "needy needs column_sums and query_tail of the prompt, and this cache was filled "
             "without; prefill it inside the with block of attach"
         )
         with attach(llama, Needy(), Policy(k=16)), pytest.raises(ValueError, match=said):
-            llama(ids[:, -1:], past_key_values=cache)
+            llama(ids[:, -1:], **cache_keyword(llama, cache))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen2", "mistral", "gemma3"])

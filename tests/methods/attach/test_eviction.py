@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from topkbench.methods.attach import attach
 from topkbench.methods.base import Policy, TopKMethod
+from topkbench.methods.compat import cache_keyword
 from topkbench.methods.eviction import SPARE, Evicting
 from topkbench.methods.h2o import H2O
 from topkbench.methods.snapkv import SnapKV
@@ -56,7 +57,7 @@ def decode(
         for _ in range(steps):
             cache.extend()
             ids = {"input_ids": token, "position_ids": cache.positions}
-            logits.append(model(**ids, past_key_values=cache).logits[:, -1])
+            logits.append(model(**ids, **cache_keyword(model, cache)).logits[:, -1])
             token = logits[-1].argmax(-1, keepdim=True)
     assert counter.density is not None
     return torch.stack(logits), cache, counter.density
@@ -136,9 +137,9 @@ def test_other_caches_are_refused(llama: PreTrainedModel, prompt: Make) -> None:
     said = "mode=compact frees memory of topkbench's own DecodeCache alone, got a DynamicCache"
     with attach(llama, H2O(mode="compact"), Policy(k=16)), torch.no_grad():
         cache = DynamicCache(config=llama.config)
-        llama(ids[:, :-1], past_key_values=cache)
+        llama(ids[:, :-1], **cache_keyword(llama, cache))
         with pytest.raises(ValueError, match=said):
-            llama(ids[:, -1:], past_key_values=cache)
+            llama(ids[:, -1:], **cache_keyword(llama, cache))
 
 
 def test_a_cache_with_freed_tokens_is_refused_by_another_session(llama: PreTrainedModel) -> None:
@@ -152,7 +153,7 @@ def test_a_cache_with_freed_tokens_is_refused_by_another_session(llama: PreTrain
         torch.no_grad(),
         pytest.raises(ValueError, match=said),
     ):
-        llama(**ids, past_key_values=cache)
+        llama(**ids, **cache_keyword(llama, cache))
 
 
 def test_methods_stay_as_they_are(llama: PreTrainedModel) -> None:

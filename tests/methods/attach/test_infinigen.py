@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from topkbench.methods.attach import attach, geometry_of
 from topkbench.methods.base import CacheView, Observer, Policy, StepResult
+from topkbench.methods.compat import cache_keyword
 from topkbench.methods.infinigen import InfiniGen
 
 Make = Callable[..., Any]
@@ -98,8 +99,9 @@ def test_with_the_layers_own_input_and_all_channels_scores_are_exact_logits(
             for linear in (first.self_attn.o_proj, first.mlp.down_proj):
                 torch.nn.init.zeros_(linear.weight)
         with torch.no_grad(), attach(model, fitted(model, partial_ratio=1.0), policy, scores):
-            cache = model(ids[:, :-1]).past_key_values
-            model(ids[:, -1:], past_key_values=cache)
+            cache = DynamicCache()
+            model(ids[:, :-1], **cache_keyword(model, cache))
+            model(ids[:, -1:], **cache_keyword(model, cache))
         torch.testing.assert_close(*scores.pairs[0], atol=1e-4, rtol=1e-4)  # foretold by nobody
         found, exact = scores.pairs[1]
         assert torch.allclose(found, exact, atol=1e-4, rtol=1e-4) is silent

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from topkbench.methods.attach import attach
 from topkbench.methods.base import Observer, Policy, TopKMethod
+from topkbench.methods.compat import cache_keyword
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.hata import HATA
@@ -71,7 +72,9 @@ def decode(
         for _ in range(STEPS - 1):
             cache.extend()
             ids = {"input_ids": token, "position_ids": cache.positions}
-            token = model(**ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+            token = (
+                model(**ids, **cache_keyword(model, cache)).logits[:, -1].argmax(-1, keepdim=True)
+            )
             tokens.append(token)
     return torch.cat(tokens, 1)
 

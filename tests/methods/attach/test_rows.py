@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache
 
 from topkbench.methods.attach import attach
 from topkbench.methods.base import CacheView, Observer, Policy, StepResult, TopKMethod
+from topkbench.methods.compat import cache_keyword
 from topkbench.models.cache import DecodeCache
 from topkbench.models.prefill import prefill
 
@@ -120,7 +121,7 @@ def decode(
                 ids[:, part],
                 attention_mask=mask[:, : part.stop],
                 position_ids=places[:, part],
-                past_key_values=cache,
+                **cache_keyword(model, cache),
             )
             found.append(out.logits[:, -1])
     return torch.stack(found[1:]), seen
@@ -136,7 +137,11 @@ def decode_own(
         for step in range(steps):
             cache.extend()
             ids = torch.stack([row[len(row) - steps + step, None] for row in rows])
-            given = {"input_ids": ids, "position_ids": cache.positions, "past_key_values": cache}
+            given = {
+                "input_ids": ids,
+                "position_ids": cache.positions,
+                **cache_keyword(model, cache),
+            }
             found.append(model(**given).logits[:, -1])
     return torch.stack(found), seen
 

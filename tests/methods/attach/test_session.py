@@ -26,35 +26,6 @@ Make = Callable[..., Any]
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 
 
-@pytest.mark.filterwarnings("error")
-def test_a_mask_with_holes_is_dense_and_says_so_once(
-    llama: PreTrainedModel, method_for: Make, prompt: Make, make_counter: Make
-) -> None:
-    ids = prompt(1, 30)
-    mask = torch.ones(1, 32, dtype=torch.long)
-    mask[0, 12] = 0
-    counter = make_counter()
-    with torch.no_grad(), attach(llama, method_for("hata", llama), Policy(k=16), counter):
-        cache = llama(ids, attention_mask=mask[:, :30]).past_key_values
-        with pytest.warns(UserWarning, match="this mask has holes"):
-            llama(ids[:, :1], attention_mask=mask[:, :31], past_key_values=cache)
-        llama(ids[:, :1], attention_mask=mask, past_key_values=cache)
-    assert counter.stages == []
-
-
-def test_without_a_cache_everything_is_dense(
-    llama: PreTrainedModel, method_for: Make, prompt: Make, make_counter: Make
-) -> None:
-    ids = prompt(1, 30)
-    counter = make_counter()
-    with torch.no_grad():
-        wanted = [llama(ids[:, :length], use_cache=False).logits for length in (1, 30)]
-        with attach(llama, method_for("hata", llama), Policy(k=16), counter):
-            found = [llama(ids[:, :length], use_cache=False).logits for length in (1, 30)]
-    torch.testing.assert_close(found, wanted)
-    assert counter.stages == []
-
-
 def test_sliding_layers_stay_dense_and_are_reported(
     models: dict[str, PreTrainedModel], prompt: Make, make_counter: Make
 ) -> None:
