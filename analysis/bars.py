@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from topkbench.analysis import style
 from topkbench.analysis.curves import legend, new_figure, table
 from topkbench.analysis.metrics import METRICS, STAGES
+from topkbench.analysis.stats import quotient
+from topkbench.analysis.timings import NO_INTERVAL, UNSTEADY
 
 _MOST_LINES = 24
 _MOST_GRIDS = 4
@@ -54,11 +56,36 @@ def _fewer(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def stages(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
-    """Draw one stacked bar per line: the stages of a decode step and what is left of it."""
-    data = _fewer(lines[lines[list(STAGES)].notna().any(axis=1)])
+    """Draw one stacked bar per line: the stages of a decode step and what is left of it.
+
+    Full attention is a mark beside each, where it was timed in turn with it, and no bar: its own
+    cell's times are of another moment.
+    """
+    data = lines[lines[list(STAGES)].notna().any(axis=1)]
+    is_full = data["method"] == "full"
+    if data.loc[~is_full, "full_ms_p50"].notna().any():
+        data = data[~is_full]
+    data = _fewer(data)
     if len(data) < 2 or ablation(lines) is not None:
         return None
-    figure, _, shown = _stacked(data, _names(data))
+    marked = data["timing_note"].notna()
+    names = [
+        f"{one}{UNSTEADY}" if no else one for one, no in zip(_names(data), marked, strict=True)
+    ]
+    figure, axes, shown = _stacked(data, names)
+    look = style.style("full")
+    axes.plot(
+        data["full_ms_p50"],
+        range(len(data)),
+        ls="none",
+        marker="|",
+        ms=9,
+        mew=1.6,
+        color=look.colour,
+        label=f"{look.label},\ntimed in turn",
+    )
+    figure.legends.clear()
+    legend(figure, axes)
     return figure, shown
 
 
@@ -80,14 +107,29 @@ def ablation(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     names = [f"simple: all but {' and '.join(rest)} in torch" if rest else "simple: all in torch"]
     names += ["+ " + " and ".join(_words(one - two)) for one, two in steps]
     figure, axes, shown = _stacked(data, names)
-    first = data["decode_ms_p50"].iloc[0]
+    first = data.iloc[0]
     # Stages are timed apart, so together they may be longer than the step.
     ends = data[list(STAGES)].sum(axis=1).clip(lower=data["decode_ms_p50"])
-    for place, (taken, end) in enumerate(zip(data["decode_ms_p50"], ends, strict=True)):
-        text = f" {METRICS['decode_ms_p50'].text(taken)} ms, {first / taken:.1f}×"
-        axes.text(end, place, text, va="center", fontsize=8)
-    axes.set_xlim(right=1.3 * ends.max())
+    for place, (end, (_, line)) in enumerate(zip(ends, data.iterrows(), strict=True)):
+        text = f" {METRICS['decode_ms_p50'].text(line['decode_ms_p50'])} ms"
+        axes.text(end, place, text + _faster(line, first), va="center", fontsize=8)
+    axes.set_xlim(right=1.5 * ends.max())
     return figure, shown.assign(step=names, impl=list(data["impl"]))
+
+
+def _faster(line: pd.Series, first: pd.Series) -> str:
+    """Return how much faster than the first a step is, by both speed-ups over full attention.
+
+    The steps' milliseconds were taken at different moments, and are not divided.
+    """
+    both = (line, first)
+    mark = "" if all(pd.isna(one["timing_note"]) for one in both) else UNSTEADY
+    if line.name == first.name or pd.isna(line["speedup_vs_full"] / first["speedup_vs_full"]):
+        return mark
+    names = ("speedup_vs_full", "speedup_ci_low", "speedup_ci_high")
+    ratio, low, high = quotient(*([float(one[name]) for name in names] for one in both))
+    interval = NO_INTERVAL if pd.isna(low) else f" [{low:.1f}, {high:.1f}]"
+    return f", {ratio:.1f}×{interval}{mark}"
 
 
 def _slow(impl: str) -> frozenset[str]:
@@ -136,7 +178,11 @@ def _stacked(data: pd.DataFrame, names: list[str]) -> tuple[Figure, Axes, pd.Dat
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("Time within one decode step (ms)")
     legend(figure, axes)
-    return figure, axes, table(data.assign(rest_ms=rest), *columns, "rest_ms", "decode_ms_p50")
+    return (
+        figure,
+        axes,
+        table(data.assign(rest_ms=rest), *columns, "rest_ms", "decode_ms_p50", "decode_vs_full"),
+    )
 
 
 def heat_table(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:

@@ -4,6 +4,9 @@ All of it follows from rows of one layer's decode step (``task=decode_latency``)
 A step of a whole model is bounded from below by reading its weights once, at the memory bandwidth
 that was measured, and by its layers' attention steps as they were timed; the speed-up of that sum
 is the most that a method can give the step, since whatever else a step does only dilutes it.
+
+All of it has the intervals of the speed-ups: a method is faster from a length on for certain where
+the lower ends are above 1 from there, and may be from where the upper ends are.
 """
 
 from __future__ import annotations
@@ -17,10 +20,18 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from topkbench.analysis import style
-from topkbench.analysis.curves import legend, log2_axis
+from topkbench.analysis.curves import hollow, legend, log2_axis, spread
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.row import RecordError
 from topkbench.analysis.tables import Table
+from topkbench.analysis.timings import (
+    NO_INTERVAL,
+    UNSTEADY,
+    is_unsteady,
+    lacks_interval,
+    timed_text,
+    timing_notes,
+)
 
 _DTYPE_BYTES = {"float32": 4}  # every other dtype of a model is of 16 bits
 
@@ -101,6 +112,45 @@ def crossing(lengths: Sequence[float], speedups: Sequence[float]) -> float:
     return math.exp(ends[0] - low / (high - low) * (ends[1] - ends[0]))
 
 
+def crossing_interval(points: pd.DataFrame) -> tuple[float, float] | None:
+    """Return the ends of the interval of a curve's `crossing`.
+
+    They are the crossings of the speed-ups' upper and lower ends.
+
+    Returns:
+        The first length from which the method may be faster, and the first from which it is; None
+        where a speed-up has no interval.
+    """
+    if lacks_interval(points).any():
+        return None
+    lengths = list(points["length"])
+    upper, lower = points["speedup_ci_high"], points["speedup_ci_low"]
+    return crossing(lengths, list(upper)), crossing(lengths, list(lower))
+
+
+def faster_from(points: pd.DataFrame) -> str:
+    """Return in words from which length a method is faster, with the interval or a mark.
+
+    Always and never are said only where the whole interval and steady times say so.
+    """
+    lengths = list(points["length"])
+    place = crossing(lengths, list(points["speedup_vs_full"]))
+    ends = crossing_interval(points)
+    unsteady = is_unsteady(points).any()
+    if ends == (0, 0) and not unsteady:
+        return f"always, {lengths[0]:,} and more"
+    if ends == (math.inf, math.inf) and not unsteady:
+        return f"never, up to {lengths[-1]:,}"
+
+    def text(length: float) -> str:
+        if length == 0:
+            return f"≤ {lengths[0]:,}"
+        return f"> {lengths[-1]:,}" if math.isinf(length) else f"{length:,.0f}"
+
+    interval = NO_INTERVAL if ends is None else f" [{text(ends[0])}, {text(ends[1])}]"
+    return text(place) + interval + (UNSTEADY if unsteady else "")
+
+
 def curves(lines: pd.DataFrame) -> list[tuple[pd.Series, pd.DataFrame]]:
     """Return each method's points over the length, for those that have two or more.
 
@@ -112,7 +162,7 @@ def curves(lines: pd.DataFrame) -> list[tuple[pd.Series, pd.DataFrame]]:
         of a line: full attention's step, timed in turn with the method's.
     """
     data = lines[lines["speedup_vs_full"].notna() & lines["length"].notna()]
-    data = data.assign(full_ms=data["decode_ms_p50"] * data["speedup_vs_full"])
+    data = data.assign(full_ms=data["full_ms_p50"])
     groups = data.groupby(["label", "rbit"], dropna=False, sort=False)
     found = [(part.iloc[0], part.sort_values("length")) for _, part in groups]
     return [one for one in found if one[1]["length"].is_unique and len(one[1]) > 1]
@@ -163,21 +213,16 @@ def break_even_table(lines: pd.DataFrame, models: Mapping[str, ModelSize] = MODE
         heads.append(f"At most, {name} step{share} (×)")
     rows = []
     for line, points in found:
-        lengths, speedups = list(points["length"]), list(points["speedup_vs_full"])
-        place = crossing(lengths, speedups)
-        where = f"{place:,.0f}"
-        if place == 0:
-            where = f"always, {lengths[0]:,} and more"
-        elif math.isinf(place):
-            where = f"never, up to {lengths[-1]:,}"
-        at_end = lengths[-1] == longest
-        text = METRICS["speedup_vs_full"].text
-        cells = [_named(line), where, text(speedups[-1] if at_end else None)]
+        last = points.tail(1)
+        at_end = int(last["length"].iloc[0]) == longest
+        cells = [_named(line), faster_from(points)]
+        cells += timed_text(last, "speedup_vs_full") if at_end else ["–"]
         for size in models.values() if bounded else ():
             known = at_end and line["line"] in bounded
-            cells.append(text(_step_speedup(points, size).iloc[-1] if known else None))
+            cells += timed_text(_step_speedup(last, size), "speedup_vs_full") if known else ["–"]
         rows.append(cells)
-    return Table(heads, rows, words={0, 1})
+    every = pd.concat([points for _, points in found])
+    return Table(heads, rows, words={0, 1}, notes=timing_notes(every))
 
 
 def _named(line: pd.Series) -> str:
@@ -185,8 +230,14 @@ def _named(line: pd.Series) -> str:
     return f"{line['label']}{bits}"
 
 
-def _step_speedup(points: pd.DataFrame, size: ModelSize) -> pd.Series:
-    return step_ms(points, "full_ms", size) / step_ms(points, "decode_ms_p50", size)
+def _step_speedup(points: pd.DataFrame, size: ModelSize) -> pd.DataFrame:
+    """Return the points with a whole step's speed-up, and its interval, in place of a layer's."""
+    whole = step_ms(points, "full_ms", size)
+    gains = {"speedup_vs_full": whole / step_ms(points, "decode_ms_p50", size)}
+    for end in ("speedup_ci_low", "speedup_ci_high"):
+        layer = points.assign(faster_ms=points["full_ms"] / points[end])
+        gains[end] = whole / step_ms(layer, "faster_ms", size)
+    return points.assign(**gains)
 
 
 def break_even(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
@@ -201,18 +252,28 @@ def break_even(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     for line, points in found:
         look = style.style(line["method"])
         lengths = points["length"].astype(float)
-        axes.plot(
+        axes.errorbar(
             lengths,
             points["speedup_vs_full"],
+            yerr=spread(points, "speedup_vs_full"),
             color=look.colour,
             marker=look.marker,
             linestyle=look.line,
+            elinewidth=0.9,
+            capsize=1.8,
             label=_named(line),
         )
+        hollow(axes, points, "length", "speedup_vs_full")
         place = crossing(list(lengths), list(points["speedup_vs_full"]))
         if 0 < place < math.inf:
             axes.plot(place, 1, marker="|", ms=15, mew=2, color=look.colour, ls="none")
-        parts.append(points.assign(faster_from=place))
+        ends = crossing_interval(points) or (math.nan, math.nan)
+        inside = np.clip(ends, lengths.min(), lengths.max())
+        if inside[0] < inside[1]:
+            axes.plot(inside, (1, 1), color=look.colour, lw=4, alpha=0.45, solid_capstyle="butt")
+        parts.append(
+            points.assign(faster_from=place, faster_from_low=ends[0], faster_from_high=ends[1])
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     data = pd.concat(parts)
@@ -224,7 +285,9 @@ def break_even(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     axes.set_ylabel(METRICS["speedup_vs_full"].axis)
     legend(figure, axes)
     names = ["method", "variant", "rbit", "length", "decode_ms_p50", "full_ms", "speedup_vs_full"]
-    return figure, data[[*names, "faster_from"]].reset_index(drop=True)
+    names += ["speedup_ci_low", "speedup_ci_high", "timing_note"]
+    names += ["faster_from", "faster_from_low", "faster_from_high"]
+    return figure, data[names].reset_index(drop=True)
 
 
 def step_bound(
@@ -259,17 +322,29 @@ def step_bound(
         for line, points in found:
             look = style.style(line["method"])
             gain = _step_speedup(points, size)
-            axes.plot(
+            axes.errorbar(
                 points["length"].astype(float),
-                gain,
+                gain["speedup_vs_full"],
+                yerr=spread(gain, "speedup_vs_full"),
                 color=look.colour,
                 marker=look.marker,
                 linestyle=look.line,
+                elinewidth=0.9,
+                capsize=1.8,
                 label=_named(line),
             )
-            part = points[["method", "variant", "rbit", "length", "decode_ms_p50", "full_ms"]]
+            hollow(axes, gain, "length", "speedup_vs_full")
+            names = ["method", "variant", "rbit", "length", "decode_ms_p50", "full_ms"]
             own = size.layers * points["full_ms"] / step_ms(points, "full_ms", size)
-            parts.append(part.assign(model=name, attention_share=own, step_speedup=gain))
+            parts.append(
+                points[[*names, "timing_note"]].assign(
+                    model=name,
+                    attention_share=own,
+                    step_speedup=gain["speedup_vs_full"],
+                    step_speedup_low=gain["speedup_ci_low"],
+                    step_speedup_high=gain["speedup_ci_high"],
+                )
+            )
         axes.set_title(f"{name}, {size.layers} layers", fontsize=9, fontweight="normal")
         axes.set_ylim(bottom=0)
     # One scale for all models: a small one's gain must not look like a large one's.

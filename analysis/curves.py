@@ -16,6 +16,7 @@ from topkbench.analysis import style
 from topkbench.analysis.lines import OVER_SEEDS
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.stats import MEAN
+from topkbench.analysis.timings import RATIOS, interval_of, is_unsteady
 
 
 def new_figure(width: float = 7.2, height: float = 4.1) -> tuple[Figure, Axes]:
@@ -96,11 +97,31 @@ def spread(points: pd.DataFrame, y: str) -> np.ndarray | None:
         "score": ("score_ci_low", "score_ci_high"),
         "decode_ms_p50": ("decode_ms_p20", "decode_ms_p80"),
         **{name: (f"{name}_ci_low", f"{name}_ci_high") for name in OVER_SEEDS},
+        **{name: tuple(f"{interval_of(name)}_{end}" for end in ("low", "high")) for name in RATIOS},
     }.get(y)
-    if ends is None or points[list(ends)].isna().any(axis=None):
+    if ends is None:
         return None
+    missing = points[list(ends)].isna()
+    if missing.all(axis=None) if y in RATIOS else missing.any(axis=None):
+        return None  # a ratio without an interval stands beside those that have one
     low, high = points[y] - points[ends[0]], points[ends[1]] - points[y]
     return np.clip(np.array([low, high], dtype=float), 0, None)
+
+
+def hollow(axes: Axes, points: pd.DataFrame, x: str, y: str) -> None:
+    """Draw the points whose times are unsteady as hollow ones, over the full ones."""
+    for _, point in points[is_unsteady(points)].iterrows():
+        look = style.style(point["method"])
+        axes.plot(
+            [float(point[x])],
+            [point[y]],
+            ls="none",
+            marker=look.marker,
+            markerfacecolor="white",
+            markeredgecolor=look.colour,
+            markeredgewidth=1.2,
+            zorder=5,
+        )
 
 
 def legend(figure: Figure, axes: Axes) -> None:
@@ -114,7 +135,7 @@ def curve(lines: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.DataFrame] | 
 
     Args:
         lines: The headline lines of one setting.
-        y: ``score``, ``recall_at_k`` or ``decode_ms_p50``.
+        y: ``score``, ``recall_at_k`` or ``decode_vs_full``.
         x: ``k`` or ``rbit``.
 
     Returns:
@@ -153,14 +174,16 @@ def curve(lines: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.DataFrame] | 
             markeredgewidth=0.5,
             label=label,
         )
+        if y == "decode_vs_full":
+            hollow(axes, points.assign(shifted=points[x].astype(float) * shift), "shifted", y)
     axes.set_xscale("log", base=2)
     log2_axis(axes.xaxis, [float(v) for v in data[x]])
     axes.set_xlabel(METRICS[x].axis)
     axes.set_ylabel(METRICS[y].axis)
     shown = pd.concat([data[y], full[y]])
-    if y == "decode_ms_p50":
-        ends = pd.concat([shown, data["decode_ms_p80"], full["decode_ms_p80"]])
-        axes.set_ylim(bottom=0, top=1.05 * float(ends.max()))
+    if y == "decode_vs_full":
+        highest = pd.concat([shown, data["decode_vs_full_ci_high"]]).max()
+        axes.set_ylim(bottom=0, top=1.05 * float(highest))
     else:
         whole_axis(axes, float(shown.min()), 100.0 if y == "score" else 1.0)
     legend(figure, axes)
@@ -178,12 +201,16 @@ def called_by_shape(lines: pd.DataFrame) -> pd.Series:
     return lines["subtask"].str.partition(" x ")[0] == lines["length"].astype(str)
 
 
+_TIMES = ("decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "full_ms_p50", "timing_note")
+
+
 def table(lines: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """Return the columns that a figure shows, with what names a line."""
     extra = {
         "score": ("score_ci_low", "score_ci_high"),
-        "decode_ms_p50": ("decode_ms_p20", "decode_ms_p80"),
-        "tokens_per_s": ("decode_ms_p50", "decode_ms_p20", "decode_ms_p80"),
+        "decode_ms_p50": _TIMES[1:],
+        "tokens_per_s": _TIMES,
+        "decode_vs_full": ("decode_vs_full_ci_low", "decode_vs_full_ci_high", "timing_note"),
         **{name: (f"{name}_ci_low", f"{name}_ci_high") for name in OVER_SEEDS},
     }
     names = ["method", "variant", "subtask", "k", "rbit"]
@@ -196,8 +223,9 @@ def context_curve(
 ) -> tuple[Figure, pd.DataFrame] | None:
     """Draw the decode step, or its throughput, over the context's length or the batch's size.
 
-    Where the fraction of the memory bandwidth is known, a thin dashed line shows the time that
-    the same bytes would take at all of it.
+    Full attention is drawn as it was timed in turn with each method, once for each: its own cell's
+    times are of another moment. Where the fraction of the memory bandwidth is known, a thin dashed
+    line shows the time that the same bytes would take at all of it.
 
     Args:
         lines: Lines of one setting, and of one batch size or length.
@@ -208,7 +236,11 @@ def context_curve(
     if not len(data) or data.groupby("method")[x].nunique().max() < 2:
         return None
     figure, axes = new_figure()
-    bounded = False
+    bounded = drawn_full = False
+    lowest, highest = data[y].min(), data[y].max()
+    is_full = data["method"] == "full"
+    if data.loc[~is_full, "full_ms_p50"].notna().any():
+        data = data[~is_full]
     # A row of each shape is called by it, and a budget may grow with the length.
     data = data.assign(subtask=data["subtask"].mask(called_by_shape(data), ""))
     budgets = data.groupby(["label", "rbit", x], dropna=False)["k"].nunique()
@@ -227,6 +259,24 @@ def context_curve(
             capsize=1.8,
             label=label,
         )
+        hollow(axes, points, x, y)
+        if method != "full" and points["full_ms_p50"].notna().any():
+            slower = points["full_ms_p50"] / points["decode_ms_p50"]
+            other = points[y] * slower if y == "decode_ms_p50" else points[y] / slower
+            look = style.style("full")
+            axes.plot(
+                points[x].astype(float),
+                other,
+                color=look.colour,
+                marker=look.marker,
+                ms=3.5,
+                lw=0.9,
+                alpha=0.6,
+                zorder=1.5,
+                label=None if drawn_full else f"{look.label}, timed in turn with each",
+            )
+            drawn_full = True
+            highest, lowest = max(highest, other.max()), min(lowest, other.min())
         bound = points[y] * points["bandwidth_fraction"]
         if y == "decode_ms_p50" and bound.notna().sum() > 1:
             axes.plot(points[x].astype(float), bound, color=colour, lw=0.9, ls=(0, (3, 2)))
@@ -237,7 +287,7 @@ def context_curve(
         axes.plot([], [], color="#444444", lw=0.9, ls=(0, (3, 2)), label=f"bandwidth bound{told}")
     axes.set_xscale("log", base=2)
     log2_axis(axes.xaxis, [float(v) for v in data[x]])
-    if data[y].max() >= 10 * data[y].min():
+    if highest >= 10 * lowest:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     else:  # a logarithmic axis would make little of it look like much

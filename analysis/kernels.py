@@ -16,6 +16,7 @@ from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.plots import Drawn, save
 from topkbench.analysis.row import Status
 from topkbench.analysis.tables import Table
+from topkbench.analysis.timings import UNSTEADY, is_unsteady
 
 CHECK, TIMES, DENSE = "kernel_check", "kernel_times", "kernel_dense"
 """Tasks of the rows that are about kernels; those of methods' steps are like any other's."""
@@ -79,10 +80,11 @@ def time_table(rows: pd.DataFrame, task: str) -> Table | None:
     cells = []
     for _, row in timed.iterrows():
         times = [f"{row[f'decode_ms_{end}']:.4f}" for end in ("p50", "p20", "p80")]
+        times[0] += "" if pd.isna(row["timing_note"]) else UNSTEADY
         place = [str(row["model"]), f"{int(row['length']):,}", str(row["batch_size"])]
         name = row["method" if task == TIMES else "full_backend"]
         cells.append([str(name), *place, *times, f"{100 * row['bandwidth_fraction']:.0f}"])
-    return Table(heads, cells, words={0, 1})
+    return Table(heads, cells, words={0, 1}, notes=_notes(timed))
 
 
 def draw(rows: pd.DataFrame, folder: Path, context: str) -> list[Drawn]:
@@ -102,7 +104,8 @@ def draw(rows: pd.DataFrame, folder: Path, context: str) -> list[Drawn]:
         (
             "speedup_over_best_dense",
             "One decode step against the fastest dense attention",
-            "Times the speed of the fastest dense attention of each shape, timed in turn with it.",
+            "Times the speed of the fastest dense attention of each shape, timed in turn; bars: "
+            "95% intervals over the pairs.",
             lambda: _speedups(rows),
         ),
         (
@@ -125,10 +128,16 @@ def draw(rows: pd.DataFrame, folder: Path, context: str) -> list[Drawn]:
             if made is not None:
                 figure, data = made
                 figure.suptitle(title, fontweight="bold", fontsize=10, x=0.01, ha="left")
-                one = Drawn(name, title, f"{reading} {context}", folder)
+                words = " ".join([reading, *_notes(data), context])
+                one = Drawn(name, title, words, folder)
                 save(figure, data, one)
                 drawn.append(one)
     return drawn
+
+
+def _notes(timed: pd.DataFrame) -> list[str]:
+    said = f"{UNSTEADY} Unsteady, not to be quoted; the column timing_note says why."
+    return [said] if is_unsteady(timed).any() else []
 
 
 def _timed(rows: pd.DataFrame) -> pd.DataFrame:
@@ -166,14 +175,15 @@ def _speedups(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     shapes = _shapes(data)
     figure, panels = _panels(len(shapes), len(names) + 2)
     for axes, (title, part) in zip(panels, shapes, strict=True):
-        values = part.drop_duplicates("name", keep="last").set_index("name")["speedup_vs_full"]
-        _bars(axes, names, values.astype(float), [colours[name] for name in names], "{:.1f}")
+        found = part.drop_duplicates("name", keep="last").set_index("name").reindex(names)
+        _bars(axes, found, "speedup_vs_full", [colours[name] for name in names], "{:.1f}")
         axes.axvline(1, color="#444444", lw=0.9)
         backend = ", ".join(dict.fromkeys(part["full_backend"].dropna().astype(str)))
         axes.set_title(f"{title}\nagainst {backend}", fontsize=8.5, fontweight="normal")
         axes.set_xlabel(METRICS["speedup_vs_full"].axis)
     columns = ["model", "length", "batch_size", "name", "full_backend", "decode_ms_p50"]
-    return figure, data[[*columns, "speedup_vs_full"]].reset_index(drop=True)
+    columns += ["full_ms_p50", "speedup_vs_full", "speedup_ci_low", "speedup_ci_high"]
+    return figure, data[[*columns, "timing_note"]].reset_index(drop=True)
 
 
 def _shares(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
@@ -187,29 +197,36 @@ def _shares(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     shapes = _shapes(data)
     figure, panels = _panels(len(shapes), len(names))
     for axes, (title, part) in zip(panels, shapes, strict=True):
-        values = part.drop_duplicates("name", keep="last").set_index("name")["percent"]
+        found = part.drop_duplicates("name", keep="last").set_index("name").reindex(names)
         best = part.sort_values("decode_ms_p50")["name"].iloc[0] if dense else None
         colours = [style.RED if name == best else style.BLUE for name in names]
-        _bars(axes, names, values.astype(float), colours, "{:.0f}")
+        _bars(axes, found, "percent", colours, "{:.0f}")
         axes.set_title(title, fontsize=8.5, fontweight="normal")
         axes.set_xlabel("of the bandwidth (%)")
-    columns = ["model", "length", "batch_size", "name", "decode_ms_p50", "percent"]
+    columns = ["model", "length", "batch_size", "name", "decode_ms_p50", "percent", "timing_note"]
     return figure, data[columns].reset_index(drop=True)
 
 
-def _bars(axes: Axes, names: list[str], values: pd.Series, colours: list[str], number: str) -> None:
-    """Draw a bar for each name from the top, its number beside it; none where there is no value."""
-    shown = values.reindex(names)
-    axes.barh(range(len(names)), shown.fillna(0), color=colours, height=0.7)
-    for place, value in enumerate(shown):
-        text = "–" if pd.isna(value) else number.format(value)
+def _bars(axes: Axes, found: pd.DataFrame, column: str, colours: list[str], number: str) -> None:
+    """Draw a bar for each row from the top, its number beside it; none where there is no value."""
+    values, ends = found[column].astype(float), found[column].astype(float)
+    axes.barh(range(len(found)), values.fillna(0), color=colours, height=0.7)
+    if column == "speedup_vs_full":
+        low, high = (found[f"speedup_ci_{end}"].astype(float) for end in ("low", "high"))
+        ends = high.fillna(values)
+        for place, (left, right) in enumerate(zip(low, high, strict=True)):
+            axes.plot([left, right], [place, place], color="#444444", lw=1.2)
+    for place, (value, end, marked) in enumerate(
+        zip(values, ends, is_unsteady(found), strict=True)
+    ):
+        text = "–" if pd.isna(value) else number.format(value) + (UNSTEADY if marked else "")
         axes.annotate(
-            text, (0 if pd.isna(value) else value, place), (3, 0), va="center", fontsize=8,
+            text, (0 if pd.isna(value) else end, place), (3, 0), va="center", fontsize=8,
             textcoords="offset points",
         )  # fmt: skip
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, 1.18 * max(float(shown.max()), 1e-9))
+    axes.set_yticks(range(len(found)), list(found.index))
+    axes.set_ylim(len(found) - 0.4, -0.6)
+    axes.set_xlim(0, 1.18 * max(float(ends.max()), 1e-9))
     axes.grid(axis="y", visible=False)
 
 

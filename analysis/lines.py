@@ -38,7 +38,10 @@ _MEANS = (
 _MEDIANS = (
     *("prefill_ms", "build_ms", "decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "encode_ms"),
     *("append_ms", "score_ms", "select_ms", "attend_ms", "tokens_per_s", "speedup_vs_full"),
-    *("decode_ms_warm_p50", "fit_s"),
+    *("decode_ms_warm_p50", "fit_s", "full_ms_p50", "full_ms_p20", "full_ms_p80"),
+)
+_RATIO_ENDS = tuple(
+    f"{name}_{end}" for name in ("speedup_ci", "decode_vs_full_ci") for end in ("low", "high")
 )
 OVER_SEEDS = ("recall_at_k", "attention_mass", "output_rel_error")
 """Metrics without samples of their own: their intervals are over the seeds of a line."""
@@ -57,7 +60,8 @@ class Comparison:
         rows: The rows behind the lines, each cell of a machine once.
         lines: One line per setting, configuration and sub-task: the setting, the configuration,
             ``label``, ``variant``, scores with intervals, metrics, the decode step in times full
-            attention's ``decode_vs_full``, the selection's quality ``by_seed`` (metric to seed to
+            attention's ``decode_vs_full`` with its interval, why the times cannot be relied on
+            ``timing_note``, the selection's quality ``by_seed`` (metric to seed to
             value), ``n`` samples, ``cells``, their ``run_ids``, and ``best``.
         notes: Sentences about what could not be compared or is mixed.
         answers: The scored samples of each line that has any, with their seeds.
@@ -284,7 +288,7 @@ def _metrics(part: pd.DataFrame) -> dict[str, Any]:
     values["by_seed"] = {
         name: dict(zip(part["seed"], part[name], strict=True)) for name in OVER_SEEDS
     }
-    values["decode_vs_full"] = _times_full(part["method"].iloc[0], values)
+    values |= _beside_full(part, values)
     kv_len, samples = part["kv_len"].mean(), part["num_samples"].sum()
     values["kv_len"] = None if pd.isna(kv_len) else round(float(kv_len))
     values["num_samples"] = int(samples)
@@ -293,15 +297,30 @@ def _metrics(part: pd.DataFrame) -> dict[str, Any]:
     return values
 
 
-def _times_full(method: str, values: dict[str, Any]) -> float | None:
-    """Return a decode step's time in times full attention's, which was timed in turn with it.
+def _beside_full(part: pd.DataFrame, values: dict[str, Any]) -> dict[str, Any]:
+    """Return what compares a line's decode step with the full attention timed in turn with it.
 
     The milliseconds of full attention's own cell were taken at another time, and may differ by more
-    than methods do.
+    than methods do. Over several seeds an interval is from the lowest end to the highest.
     """
-    if method == "full":
-        return None if values["decode_ms_p50"] is None else 1.0
-    return 1 / values["speedup_vs_full"] if values["speedup_vs_full"] else None
+    found: dict[str, Any] = dict.fromkeys((*_RATIO_ENDS, "decode_vs_full"))
+    notes = part["timing_note"].dropna()
+    found["timing_note"] = "; ".join(dict.fromkeys(notes)) if len(notes) else None
+    step, speedup = values["decode_ms_p50"], values["speedup_vs_full"]
+    if part["method"].iloc[0] == "full":
+        own = {f"full_ms_{end}": values[f"decode_ms_{end}"] for end in ("p50", "p20", "p80")}
+        return {**found, **own, "decode_vs_full": None if step is None else 1.0}
+    if not speedup:
+        return found
+    found["decode_vs_full"] = 1 / speedup
+    if values["full_ms_p50"] is None and step is not None:
+        found["full_ms_p50"] = step * speedup  # an older row has it only so
+    ends = part.loc[part["speedup_vs_full"].notna(), ["speedup_ci_low", "speedup_ci_high"]]
+    if ends.notna().all(axis=None):
+        low, high = float(ends["speedup_ci_low"].min()), float(ends["speedup_ci_high"].max())
+        found["speedup_ci_low"], found["speedup_ci_high"] = low, high
+        found["decode_vs_full_ci_low"], found["decode_vs_full_ci_high"] = 1 / high, 1 / low
+    return found
 
 
 def _labelled(lines: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
@@ -312,7 +331,7 @@ def _labelled(lines: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
             lines[name] = lines[name].astype("Int64")
     for name in ("k", "rbit", "length", "kv_len", "batch_size"):
         lines[name] = pd.to_numeric(lines[name]).astype("Int64")
-    for name in (*_SCORES, *_MEANS, *_MEDIANS, *_ENDS, "decode_vs_full"):
+    for name in (*_SCORES, *_MEANS, *_MEDIANS, *_ENDS, *_RATIO_ENDS, "decode_vs_full"):
         lines[name] = pd.to_numeric(lines[name]).astype("float64")
     variants: dict[Hashable, str] = {}
     for _, part in _groups(lines, ("model", "task", "protocol", "method")):

@@ -22,6 +22,14 @@ from topkbench.analysis import stats
 from topkbench.analysis.lines import YARDSTICKS
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.tables import Table
+from topkbench.analysis.timings import (
+    NO_INTERVAL,
+    RATIOS,
+    UNSTEADY,
+    is_unsteady,
+    lacks_interval,
+    timing_notes,
+)
 
 MATCHED = {
     "bytes_read_per_step": "bytes read per step",
@@ -119,6 +127,8 @@ def matched_table(
     """Return each method's score at costs that several methods reach.
 
     Bold, at each cost: the best score and those whose paired difference to it does not exclude 0.
+    A method with a time that is unsteady, or has no interval, is marked and never bold at equal
+    time.
 
     Args:
         lines: Headline lines of one setting.
@@ -147,7 +157,8 @@ def matched_table(
     widths = data["rbit"].nunique()
     rows: list[list[str]] = []
     found: list[list[Found | None]] = []
-    methods: list[str] = []
+    rivals: list[int] = []
+    shown: list[pd.DataFrame] = []
     for part in curves:
         line = part.iloc[0]
         known = [at_cost(part, cost, level * divisor, answers) for level in grid]
@@ -156,14 +167,20 @@ def matched_table(
         name = str(line["label"])
         if widths > 1 and not pd.isna(line["rbit"]):
             name += f", {line['rbit']} bits"
-        rows.append([name, *(_text(one) for one in known)])
+        marks = ""
+        if cost in RATIOS:
+            marks += NO_INTERVAL if lacks_interval(part).any() else ""
+            marks += UNSTEADY if is_unsteady(part).any() else ""
+            shown.append(part)
+        if line["method"] not in YARDSTICKS and not marks:
+            rivals.append(len(rows))
+        rows.append([name + marks, *(_text(one) for one in known)])
         found.append(known)
-        methods.append(line["method"])
-    rivals = [i for i, method in enumerate(methods) if method not in YARDSTICKS]
     strong = {(i, 1 + j) for j in range(len(grid)) for i in _best({i: found[i][j] for i in rivals})}
     unit = METRICS[cost].unit
     heads = ["Method", *(f"{format(level, METRICS[cost].format)} {unit}".strip() for level in grid)]
-    return Table(heads, rows, strong)
+    notes = timing_notes(pd.concat(shown)) if shown else []
+    return Table(heads, rows, strong, notes=notes)
 
 
 def _text(found: Found | None) -> str:

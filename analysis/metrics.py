@@ -57,6 +57,9 @@ METRICS: dict[str, Metric] = {
     "decode_ms_p50": Metric(
         label="Decode step, median", unit="ms", better="lower", format=".3g", scale="log"
     ),
+    "full_ms_p50": Metric(
+        label="Full attention's step, timed in turn", unit="ms", better="lower", format=".3g"
+    ),
     "decode_ms_warm_p50": Metric(
         label="Decode step, warm", unit="ms", better="lower", format=".3g", scale="log"
     ),

@@ -22,6 +22,7 @@ from topkbench.analysis.curves import context_curve, curve
 from topkbench.analysis.files import write_atomic
 from topkbench.analysis.pareto import pareto, pareto_pair
 from topkbench.analysis.stats import MEAN
+from topkbench.analysis.timings import figure_words
 from topkbench.analysis.training import loss_curve
 from topkbench.analysis.variants import arms, ladder
 
@@ -33,6 +34,12 @@ OVER_LENGTHS = (
     "step_bound",
 )
 """The figures that show more than the longest length of the smallest batch."""
+
+RATIOS = ("break_even", "step_bound", "decode_vs_k", "decode_vs_rbit", "score_vs_cost", "ablation")
+"""The figures of times in full attention's, with intervals."""
+
+TIMED = (*OVER_LENGTHS, *RATIOS, "stages")
+"""The figures of times, whose captions say which of them do not count."""
 
 
 @dataclass(frozen=True)
@@ -137,16 +144,14 @@ def draw_all(
         (
             "decode_vs_k",
             "Decode latency against budget",
-            "Median; bars and band: 20th to 80th percentile. Full attention's is of its own cell, "
-            "at another time; speed-ups are of both timed in turn.",
-            lambda: curve(top, "decode_ms_p50", "k"),
+            "In times full attention's, timed in turn with each; bars: 95% intervals over pairs.",
+            lambda: curve(top, "decode_vs_full", "k"),
         ),
         (
             "decode_vs_rbit",
             "Decode latency against hash bits",
-            "Median; bars and band: 20th to 80th percentile. Full attention's is of its own cell, "
-            "at another time; speed-ups are of both timed in turn.",
-            lambda: curve(top, "decode_ms_p50", "rbit"),
+            "In times full attention's, timed in turn with each; bars: 95% intervals over pairs.",
+            lambda: curve(top, "decode_vs_full", "rbit"),
         ),
         (
             "score_vs_bytes",
@@ -159,19 +164,20 @@ def draw_all(
             "score_vs_cost",
             "Score against bytes read, and against the decode step",
             "Up and to the left is better; Pareto fronts are joined, dominated points are faint; "
-            "points that would hide one another stand side by side.",
+            "points that would hide one another stand side by side. Bars: 95% intervals of times.",
             lambda: pareto_pair(top),
         ),
         (
             "stages",
             "Decode step by stage",
-            "Medians within one decode step.",
+            "Medians within one decode step; grey mark: full attention, timed in turn with it.",
             lambda: stages(top),
         ),
         (
             "ablation",
             "What each fast operator adds",
-            "Medians within one decode step, each bar with the operators of those above; "
+            "Medians within one decode step, each bar with the operators of those above; times "
+            "faster than the first, by their speed-ups over full attention, with 95% intervals; "
             f"{', '.join(dict.fromkeys(top['impl'].dropna().astype(str)))}.",
             lambda: ablation(top),
         ),
@@ -197,7 +203,8 @@ def draw_all(
         (
             "break_even",
             "Speed-up of one layer's decode step",
-            "Over full attention timed in turn; a bar on the line of 1: where it breaks even.",
+            "Over full attention timed in turn; bars: 95% intervals over pairs; on the line of 1: "
+            "where it breaks even, with its interval.",
             lambda: break_even(every),
         ),
         (
@@ -234,10 +241,12 @@ def draw_all(
             if made is not None:
                 figure, data = made
                 figure.axes[0].set_title(title)
+                shown = every if name in OVER_LENGTHS else top
+                words = figure_words(shown, name in RATIOS) if name in TIMED else ""
                 one = Drawn(
                     name + suffix,
                     title,
-                    f"{reading}{at if name not in OVER_LENGTHS else ''} {context}",
+                    f"{reading}{words}{at if name not in OVER_LENGTHS else ''} {context}",
                     folder,
                 )
                 save(figure, data, one)

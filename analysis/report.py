@@ -41,7 +41,9 @@ _HOW_TO_READ = (
     "attention on the same samples. Bold: the best score at each budget and those whose paired "
     "difference to it does not exclude 0; nothing is bold where nothing can be told apart, and "
     "full attention and the oracles, exact top-k and exact pages, are yardsticks that do not "
-    "compete. k counts all kept tokens per KV head, sinks and recent ones included."
+    "compete. Bold is about scores: no time and no speed-up is ever bold. A speed-up is the ratio "
+    "of the medians of full attention and the method, timed in turn, with a bootstrap interval "
+    "over those pairs. k counts all kept tokens per KV head, sinks and recent ones included."
 )
 
 _HOW_TO_RANK = (
@@ -51,8 +53,9 @@ _HOW_TO_RANK = (
 
 _HOW_TO_MATCH = (
     "Each method's score is read off between its own budgets, over the logarithm of the cost, "
-    "sample by sample; – where no budget of it costs as little or as much. Bold as above. Times "
-    "are measured: what lies nearer together than their spread cannot be told apart."
+    "sample by sample; – where no budget of it costs as little or as much. Bold as above, but "
+    "at equal decode time only methods whose times are steady and have intervals compete: what "
+    "lies nearer together than those cannot be told apart."
 )
 
 _HOW_TO_COMPARE = (

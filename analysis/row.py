@@ -48,7 +48,14 @@ SPEED_COLUMNS = (
     "select_ms",
     "attend_ms",
     "tokens_per_s",
+    "full_ms_p50",
+    "full_ms_p20",
+    "full_ms_p80",
     "speedup_vs_full",
+    "speedup_ci_low",
+    "speedup_ci_high",
+    "other_load",
+    "timing_note",
     "bandwidth_fraction",
 )
 """Columns that stay empty unless the status is ok: a wrong result has no speed."""
@@ -162,8 +169,22 @@ class Row:
     """Attention over the chosen tokens within one decode step, milliseconds."""
     tokens_per_s: float | None = None
     """Decoded tokens a second over the whole batch."""
+    full_ms_p50: float | None = None
+    """Full attention's decode step timed in turn with this one, median, milliseconds."""
+    full_ms_p20: float | None = None
+    """Full attention's decode step timed in turn with this one, 20th percentile, milliseconds."""
+    full_ms_p80: float | None = None
+    """Full attention's decode step timed in turn with this one, 80th percentile, milliseconds."""
     speedup_vs_full: float | None = None
-    """Full attention's median decode step over this one's, timed in the same cell, a ratio."""
+    """``full_ms_p50`` over ``decode_ms_p50``, timed in turn, a ratio."""
+    speedup_ci_low: float | None = None
+    """Lower end of the speed-up's 95% interval over pairs timed in turn, a ratio."""
+    speedup_ci_high: float | None = None
+    """Upper end of the speed-up's 95% interval over pairs timed in turn, a ratio."""
+    other_load: float | None = None
+    """Share of the processors' time that others took meanwhile, 0 to 1; None where unknown."""
+    timing_note: str | None = None
+    """Why the times cannot be relied on; None where nothing speaks against them."""
     bytes_read_per_step: float | None = None
     """Bytes of cache and side information read by one decode step, all layers, one prompt."""
     index_bytes_per_token: float | None = None

@@ -13,6 +13,7 @@ from topkbench.analysis.lines import compare
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.row import Status
 from topkbench.analysis.stats import MEAN
+from topkbench.analysis.timings import TIMED, timed_text, timing_notes
 
 LEAGUE = 6
 """More methods than these are ranked in a table of their own."""
@@ -27,6 +28,7 @@ _METRICS = (
     ("decode_ms_p50", "Decode step"),
     ("decode_ms_warm_p50", "Warm step"),
     ("tokens_per_s", "Throughput"),
+    ("full_ms_p50", "Full in turn"),
     ("speedup_vs_full", "Speed-up"),
     ("bandwidth_fraction", "Bandwidth"),
     ("fit_s", "Fit"),
@@ -44,16 +46,19 @@ class Table:
         rows: Cells as text.
         strong: Places of bold cells.
         words: Columns of words, aligned to the left; the others are numbers.
+        notes: Sentences that stand under the table, such as what its marks mean.
     """
 
     head: list[str]
     rows: list[list[str]]
     strong: set[tuple[int, int]] = field(default_factory=set)
     words: set[int] = field(default_factory=lambda: {0})
+    notes: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         """Return the table for a terminal."""
-        return tabulate(self.rows, self.head, "simple", disable_numparse=True, colalign=self._side)
+        grid = tabulate(self.rows, self.head, "simple", disable_numparse=True, colalign=self._side)
+        return "\n".join([grid, *self.notes])
 
     def markdown(self) -> str:
         """Return the table in Markdown, bold where it is strong."""
@@ -64,7 +69,8 @@ class Table:
             ]
             for i, row in enumerate(self.rows)
         ]
-        return tabulate(rows, self.head, "pipe", disable_numparse=True, colalign=self._side)
+        grid = tabulate(rows, self.head, "pipe", disable_numparse=True, colalign=self._side)
+        return "\n\n".join([grid, *self.notes])
 
     @property
     def _side(self) -> list[str] | None:
@@ -75,6 +81,9 @@ class Table:
 
 def main_table(lines: pd.DataFrame) -> Table:
     """Return one row per configuration: score and difference with intervals, quality, cost.
+
+    Each method's step stands beside the full attention that was timed in turn with it; full
+    attention's own times, taken minutes before or after, are then left out.
 
     Args:
         lines: Headline lines of one setting.
@@ -101,11 +110,19 @@ def main_table(lines: pd.DataFrame) -> Table:
     if lines["score"].notna().any():
         columns.append(("n", [_whole(one) for one in lines["n"]]))
     fits = lines["task"].eq("fit")
+    is_full = lines["method"].eq("full")
+    paired = bool(lines.loc[~is_full, "full_ms_p50"].notna().any())
     for name, head in _METRICS:
+        if name == "full_ms_p50" and not paired:
+            continue
         if lines[name].notna().any() or (name == "fit_s" and fits.any()):
             unit = METRICS[name].unit
             label = f"{head} ({unit})" if unit else head
-            cells = with_interval(lines, name, f"{name}_ci")
+            if name in TIMED:
+                shown = lines.assign(**{name: lines[name].mask(is_full & paired)})
+                cells = timed_text(shown, name)
+            else:
+                cells = with_interval(lines, name, f"{name}_ci")
             if name == "fit_s":
                 was_found = fits & lines[name].isna()
                 cells = [
@@ -115,7 +132,7 @@ def main_table(lines: pd.DataFrame) -> Table:
     heads = [head for head, _ in columns]
     rows = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
     strong = {(i, place) for i, best in enumerate(lines["best"]) if best}
-    return Table(heads, rows, strong, words)
+    return Table(heads, rows, strong, words, timing_notes(lines))
 
 
 def subtask_table(lines: pd.DataFrame) -> Table | None:
@@ -171,15 +188,15 @@ def league_table(lines: pd.DataFrame) -> Table | None:
     columns.append(("Score (0–100)", with_interval(top, "score", "score_ci")))
     columns.append(("Δ full (points)", with_interval(top, "delta_full", "delta_ci")))
     columns.append(("Worst sub-task (points)", [losses.get(str(one), "–") for one in top["line"]]))
-    for name, head in (
-        ("bytes_read_per_step", f"Read/step ({METRICS['bytes_read_per_step'].unit})"),
-        ("decode_vs_full", "Decode time (times full's)"),
-    ):
-        if top[name].notna().any():
-            columns.append((head, [METRICS[name].text(one) for one in top[name]]))
+    if top["bytes_read_per_step"].notna().any():
+        read = METRICS["bytes_read_per_step"]
+        cells = [read.text(one) for one in top["bytes_read_per_step"]]
+        columns.append((f"Read/step ({read.unit})", cells))
+    if top["decode_vs_full"].notna().any():
+        columns.append(("Decode time (times full's)", timed_text(top, "decode_vs_full")))
     rows = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
     strong = {(i, place) for i, best in enumerate(top["best"]) if best}
-    return Table([head for head, _ in columns], rows, strong, words={1})
+    return Table([head for head, _ in columns], rows, strong, {1}, timing_notes(top))
 
 
 def failure_table(rows: pd.DataFrame) -> Table | None:
@@ -230,8 +247,8 @@ def environment_table(rows: pd.DataFrame) -> Table:
 
 
 _IN_TURN = (
-    "Speed-ups are over full attention timed in turn with each method; the milliseconds of two "
-    "rows are minutes apart."
+    "Speed-ups are over full attention timed in turn with each method, in brackets their 95% "
+    "intervals over those pairs; the milliseconds of two rows are minutes apart."
 )
 
 
@@ -278,7 +295,7 @@ def _narrow(table: Table) -> Table:
     keep = [j for j, name in enumerate(names) if name not in dropped]
     rows = [[row[j] for j in keep] for row in table.rows]
     words = {place for place, j in enumerate(keep) if j in table.words}
-    return Table([table.head[j] for j in keep], rows, words=words)
+    return Table([table.head[j] for j in keep], rows, words=words, notes=table.notes)
 
 
 def _whole(value: Any) -> str:

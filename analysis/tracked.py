@@ -18,9 +18,17 @@ NAMES = ("model", "task", "length", "method", "impl", "protocol", "question", "k
 
 PER_ROW = (
     *("score", "recall_at_k", "attention_mass", "output_rel_error"),
-    *("decode_ms_p50", "speedup_vs_full", "bandwidth_fraction"),
+    *("decode_ms_p50", "full_ms_p50", "speedup_vs_full", "speedup_ci_low", "speedup_ci_high"),
+    *("bandwidth_fraction", "timing_note"),
 )
 """Metrics that the summary has for each row of a cell."""
+
+UNSTEADY = (
+    *("decode_ms_p50", "decode_ms_warm_p50", "tokens_per_s"),
+    *("speedup_vs_full", "speedup_ci_low", "speedup_ci_high"),
+)
+"""Metrics that are called ``unsteady/NAME`` where a row's times cannot be relied on, so that no
+panel draws them."""
 
 CURVES = ("score", "recall_at_k", "decode_ms_p50")
 """Metrics that a sweep's run draws over k and rbit."""
@@ -72,12 +80,12 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """Return a cell's metrics: those of its mean by name, those of its other rows by ``NAME/ROW``.
 
     A row is called by its sub-task (a length, where one is timed), or by its budget where a cell
-    covers several.
+    covers several. Times that cannot be relied on are called so: ``unsteady/NAME``.
     """
     top = next((row for row in rows if row.subtask == MEAN), rows[0])
     skipped = {*NAMES, "run_id", "task", "subtask", "git_commit", "device"}
     values = {
-        name: value
+        _called(name, top): value
         for name, value in top.flat().items()
         if name not in skipped and not name.startswith(PARAMETER_PREFIX) and value is not None
     }
@@ -86,8 +94,12 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         for name in PER_ROW:
             value = getattr(row, name)
             if row is not top and value is not None:
-                values[f"{name}/{called}"] = value
+                values[f"{_called(name, row)}/{called}"] = value
     return values
+
+
+def _called(name: str, row: Row) -> str:
+    return f"unsteady/{name}" if row.timing_note and name in UNSTEADY else name
 
 
 def curves(rows: pd.DataFrame, samples: pd.DataFrame) -> list[dict[str, float]]:
@@ -109,7 +121,8 @@ def curves(rows: pd.DataFrame, samples: pd.DataFrame) -> list[dict[str, float]]:
                 words += [f"{letter}{line[other]}"] if not pd.isna(line[other]) else []
                 series = re.sub(r"[^A-Za-z0-9_=-]+", "_", "-".join(words))
                 for metric in CURVES:
-                    if not math.isnan(line[metric]):
+                    unsteady = metric in UNSTEADY and not pd.isna(line["timing_note"])
+                    if not math.isnan(line[metric]) and not unsteady:
                         point[f"by_{x}/{metric}/{series}"] = float(line[metric])
             points.append(point)
     return points

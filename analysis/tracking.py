@@ -254,9 +254,9 @@ def dashboard(entity: str, project: str) -> Any:
             log_x=METRICS[x].scale == "log",
         )
 
-    def bars(metric: str) -> Any:
+    def bars(metric: str, *ends: str) -> Any:
         return panels.BarPlot(
-            title=METRICS[metric].axis, metrics=[metric], groupby=panels.Config("method")
+            title=METRICS[metric].axis, metrics=[metric, *ends], groupby=panels.Config("method")
         )
 
     def lines(x: str, metric: str) -> Any:
@@ -309,7 +309,7 @@ def dashboard(entity: str, project: str) -> Any:
                 is_open=True,
                 panels=[
                     scatter("k", "decode_ms_p50", config=True),
-                    bars("speedup_vs_full"),
+                    bars("speedup_vs_full", "speedup_ci_low", "speedup_ci_high"),
                     bars("peak_memory_mib"),
                 ],
             ),

@@ -25,6 +25,7 @@ from topkbench.analysis.plots import draw_all  # noqa: E402
 from topkbench.analysis.report import load  # noqa: E402
 from topkbench.analysis.stats import MEAN  # noqa: E402
 from topkbench.analysis.tables import Table, league_table, with_interval  # noqa: E402
+from topkbench.analysis.timings import timed_text, timing_notes  # noqa: E402
 
 BEGIN, END = "<!-- league: made by docs/make_league.py -->", "<!-- end of league -->"
 BUDGETS = (64, 512)  # that README shows; the page has all
@@ -40,7 +41,7 @@ Made from the rows in [`{rows}`](../{rows}) by `python docs/make_league.py {rows
 is said [beside them](../{folder}/README.md). Scores are means over the sub-tasks of RULER with 95%
 intervals over samples; the worst sub-task is the one where a method loses most to full attention.
 Decode time is that of the whole model's step, in multiples of full attention's, timed in turn with
-it; below 1 is faster. In the figures faint points are
+it, with 95% intervals over those pairs; below 1 is faster. In the figures faint points are
 dominated, and points that coincide step aside.
 """
 EQUAL = """## At equal cost
@@ -97,6 +98,7 @@ def readme_table(lines: pd.DataFrame) -> Table:
     heads = ["Method", *(f"{name}, `k={k}`" for name, _, _ in SHOWN for k in BUDGETS)]
     heads += [f"{first}, `k={BUDGETS[0]}`: worst sub-task", "Read/step (MiB)", "Step (× full)"]
     ranked: list[tuple[float, list[str]]] = []
+    priced: list[pd.DataFrame] = []
     for method in means["method"].unique():
         own = means[means["method"] == method]
         cells = [style.style(method).label]
@@ -111,10 +113,13 @@ def readme_table(lines: pd.DataFrame) -> Table:
         if len(lost):
             points = METRICS["delta_full"].text(lost["delta_full"].iloc[0])
             worst = f"{points} ({lost['subtask'].iloc[0]})"
-        costs = ("bytes_read_per_step", "decode_vs_full")
-        cells += [worst, *(METRICS[name].text(line[name]) for name in costs)]
+        cells += [worst, METRICS["bytes_read_per_step"].text(line["bytes_read_per_step"])]
+        cells += timed_text(known.head(1), "decode_vs_full")
+        priced.append(known.head(1))
         ranked.append((-1 if method == "full" else 100 - line["score"], cells))
-    return Table(heads, [cells for _, cells in sorted(ranked)], words={0, len(heads) - 3})
+    rows = [cells for _, cells in sorted(ranked)]
+    notes = timing_notes(pd.concat(priced))
+    return Table(heads, rows, words={0, len(heads) - 3}, notes=notes)
 
 
 def _found(own: pd.DataFrame, question: str, protocol: str, k: int) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from topkbench.kernels import experiments
 from topkbench.kernels.dispatch import resolve
 from topkbench.kernels.operators import Geometry, Operators
 from topkbench.kernels.steps import METHODS
-from topkbench.kernels.timing import Timing, measure, read_bandwidth
+from topkbench.kernels.timing import OtherLoad, Timing, measure, read_bandwidth, speed_columns
 
 _DTYPES = {
     "float32": torch.float32,
@@ -127,6 +127,7 @@ def _report(
         device=device,
         cuda_graph=options.cuda_graph,
     )
+    load = OtherLoad(device)
     pair = {"full_attention": operators.full, "decode step": operators.decode}
     against = measure(pair, options.trials, device=device, cuda_graph=options.cuda_graph)
     print(
@@ -143,8 +144,17 @@ def _report(
             + f"{needed[name] / 1e6:>10.2f}{speed:>10.1f}{speed / bandwidth:>10.0%}"
         )
     print(_line("decode step", against["decode step"]))
-    speedup = against["full_attention"].p50_ms / against["decode step"].p50_ms
-    print(f"speedup of the decode step over full attention: {speedup:.1f}")
+    full, step_timing = against["full_attention"], against["decode step"]
+    found = speed_columns(step_timing.turns, full.turns, load.share())
+    ends = "no interval: too few trials"
+    if "speedup_ci_low" in found:
+        ends = f"95% interval {found['speedup_ci_low']:.1f} to {found['speedup_ci_high']:.1f}"
+    print(
+        f"speedup of the decode step over full attention, timed in turn: "
+        f"{found['speedup_vs_full']:.1f} ({ends}; full attention {full.p50_ms:.3f} ms)"
+    )
+    if found["timing_note"]:
+        print(f"unsteady: {found['timing_note']}")
 
 
 def _line(name: str, timing: Timing) -> str:

@@ -23,12 +23,14 @@ import torch
 from topkbench.kernels.dispatch import OPERATORS, Impl, resolve
 from topkbench.kernels.steps import LEAST_K, METHODS, Geometry, Layer, Step
 from topkbench.kernels.timing import (
+    OtherLoad,
     Stages,
     clock_mhz,
     copies_needed,
     machine_name,
     measure,
     read_bandwidth,
+    speed_columns,
     versions,
 )
 
@@ -206,23 +208,23 @@ def _time(
     device, trials = conditions.device, conditions.trials
     graph = conditions.cuda_graph
     for name, made in steps.items():
+        load = OtherLoad(device)
         pair = {"full": steps["full"], name: made}
         cold = measure(pair, trials, device=device, cuda_graph=graph)
         row, step = rows[name], cold[name]
-        row["decode_ms_p50"], row["decode_ms_p20"] = step.p50_ms, step.p20_ms
-        row["decode_ms_p80"] = step.p80_ms
         warm = measure({"warm": made[0]}, trials, device=device, cuda_graph=graph)["warm"]
         row["decode_ms_warm_p50"] = warm.p50_ms
         row["clock_mhz"] = clock_mhz(device)
         if name == "full":
             row["attend_ms"] = step.p50_ms
+            row |= speed_columns(step.turns, None, load.share())
             continue
-        row["speedup_vs_full"] = cold["full"].p50_ms / step.p50_ms
         stages = Stages(device)
         for trial in range(trials):
             steps["full"][trial % len(made)]()  # leaves the caches as it does between whole steps
             made[trial % len(made)](stages)
         row |= {f"{stage}_ms": taken for stage, taken in stages.medians().items()}
+        row |= speed_columns(step.turns, cold["full"].turns, load.share())
 
 
 def _implementations(impl: Mapping[str, Impl], device: torch.device) -> str:
@@ -237,38 +239,58 @@ def _implementations(impl: Mapping[str, Impl], device: torch.device) -> str:
 
 def _print(rows: Mapping[str, Mapping[str, Any]]) -> None:
     width = max(len(name) for name in rows) + 2
-    heads = ["p50 ms", "p20", "p80", "warm", "speed-up", *STAGES]
+    heads = ["p50 ms", "p20", "p80", "warm", "full p50", "speed-up", "95% low", "high", *STAGES]
     print(f"{'':<{width}}" + "".join(f"{head:>10}" for head in heads))
     columns = [
-        *("decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "decode_ms_warm_p50"),
-        *("speedup_vs_full", *(f"{stage}_ms" for stage in STAGES)),
+        *("decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "decode_ms_warm_p50", "full_ms_p50"),
+        *("speedup_vs_full", "speedup_ci_low", "speedup_ci_high"),
+        *(f"{stage}_ms" for stage in STAGES),
     ]
-    for name, row in rows.items():
-        if row["status"] == "ok":
-            cells = [f"{row[one]:.3f}" if row.get(one) is not None else "-" for one in columns]
-            print(f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
+    ok = {name: row for name, row in rows.items() if row["status"] == "ok"}
+    for name, row in ok.items():
+        cells = [f"{row[one]:.3f}" if row.get(one) is not None else "-" for one in columns]
+        unsteady = "  unsteady" if row["timing_note"] else ""
+        print(f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in cells) + unsteady, flush=True)
+    for name, row in ok.items():
+        if row["timing_note"]:
+            print(f"unsteady: {name}: {row['timing_note']}")
 
 
 def faster_from(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a sentence for each geometry and method: the measured length from which it is faster.
 
+    The length has a 95% interval where the speed-ups have: from the first length from which every
+    speed-up may be above 1, to the first from which each is.
+
     Args:
         rows: What `run` returned; only those of batch 1 count.
     """
-    found: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["batch_size"] == 1 and row.get("speedup_vs_full") is not None:
             norm = "" if row.get("p_use_norm", True) else " by integer scores"
-            key = (row["model"], row["method"] + norm)
-            found.setdefault(key, []).append((row["length"], row["speedup_vs_full"]))
+            found.setdefault((row["model"], row["method"] + norm), []).append(row)
     sentences = []
     for (model, method), points in found.items():
-        points.sort()
-        slower = [length for length, speedup in points if speedup < 1]
-        faster = [length for length, _ in points if not slower or length > slower[-1]]
-        where = f"from {faster[0]:,} tokens on" if faster else f"nowhere up to {points[-1][0]:,}"
+        points.sort(key=lambda row: row["length"])
+        where = _from(points, "speedup_vs_full")
+        if any(row.get("speedup_ci_low") is None for row in points):
+            where += ", no interval"
+        else:
+            ends = [_from(points, f"speedup_ci_{end}") for end in ("high", "low")]
+            if set(ends) != {where}:
+                where += f" (95% interval: {ends[0]}, to {ends[1]})"
+        loud = [f"{row['length']:,}" for row in points if row.get("timing_note")]
+        where += f"; unsteady at {', '.join(loud)}" if loud else ""
         sentences.append(f"{model}, {method}: faster than full attention {where}")
     return sentences
+
+
+def _from(points: Sequence[Mapping[str, Any]], column: str) -> str:
+    """Return in words the first of the lengths from which on a speed-up is never below 1."""
+    slower = [row["length"] for row in points if row[column] < 1]
+    faster = [row["length"] for row in points if not slower or row["length"] > slower[-1]]
+    return f"from {faster[0]:,} tokens on" if faster else f"nowhere up to {slower[-1]:,}"
 
 
 def write(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:

@@ -9,7 +9,14 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from topkbench.kernels.timing import Stages, clock_mhz, copies_needed, measure
+from topkbench.kernels.timing import (
+    OtherLoad,
+    Stages,
+    clock_mhz,
+    copies_needed,
+    measure,
+    speed_columns,
+)
 from topkbench.methods.base import (
     CacheView,
     Geometry,
@@ -181,6 +188,7 @@ class DecodeLatency(Task):
     ) -> tuple[dict[str, Any], str, str]:
         """Return the row's values, status and reason."""
         method, n, device = context.method, layer.cache.n, layer.cache.key_states.device
+        load = OtherLoad(device)
         values: dict[str, Any] = {
             "full_backend": getattr(context.full, "backend", None),
             "index_bytes_per_token": float(method.index_bytes_per_token(geometry)),
@@ -204,17 +212,15 @@ class DecodeLatency(Task):
             device=device,
         )
         step = timed["method"]
-        values["decode_ms_p20"] = step.p20_ms
-        values["decode_ms_p50"] = step.p50_ms
-        values["decode_ms_p80"] = step.p80_ms
         warm = measure({"warm": layer.step}, trials=self.trials, device=device)["warm"]
         values["decode_ms_warm_p50"] = warm.p50_ms
         values["clock_mhz"] = clock_mhz(device)
         values["attend_ms"] = step.p50_ms  # full attention does nothing else
         if method.selects:
-            values["speedup_vs_full"] = timed["full"].p50_ms / step.p50_ms
             medians = _stage_medians(layers, self.trials)
             values |= {f"{stage}_ms": taken for stage, taken in medians.items()}
+        full = timed["full"].turns if method.selects else None
+        values |= speed_columns(step.turns, full, load.share())
         if context.bandwidth:
             values["bandwidth_gb_s"] = context.bandwidth / 1e9
             seconds = step.p50_ms * 1e-3

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from topkbench.kernels.timing import Stages, measure
+from topkbench.kernels.timing import OtherLoad, Stages, measure, speed_columns
 from topkbench.methods.attach import Session, attach
 from topkbench.methods.base import Geometry, Observer, TopKMethod, check_whole, kv_bytes
 from topkbench.methods.capture import PREFILL_NEEDS
@@ -127,6 +127,7 @@ class DecodeThroughput(Task):
     def _time(self, context: Context, length: int) -> tuple[dict[str, Any], str, str]:
         """Return what one length's row says beside its length, its status and reason."""
         model, method, policy = context.loaded.model, context.method, context.policy
+        load = OtherLoad(model.device)
         cache, needs_ms = self._planted(context, length)
         values: dict[str, Any] = {"full_backend": getattr(context.full, "backend", None)}
         if method.selects:
@@ -157,13 +158,11 @@ class DecodeThroughput(Task):
                 )
                 return values, "skipped", reason
         took = timed["step"]
-        values["decode_ms_p20"] = took.p20_ms
-        values["decode_ms_p50"] = took.p50_ms
-        values["decode_ms_p80"] = took.p80_ms
+        full = timed["full"].turns if method.selects else None
+        values |= speed_columns(took.turns, full, load.share())
         values["tokens_per_s"] = 1e3 * self.batch_size / took.p50_ms
         if method.selects:
             values["build_ms"] = build_ms + needs_ms
-            values["speedup_vs_full"] = timed["full"].p50_ms / took.p50_ms
         return values, "ok", ""
 
     def _graph(self, device: torch.device) -> bool:

@@ -4,6 +4,7 @@ A cell of such a task makes three passes over its prompts: answers and their sco
 speed (alone, full attention and the method in turn), and the quality of the selections (untimed).
 """
 
+import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from topkbench.kernels.timing import Stages, Timing
+from topkbench.kernels.timing import LEAST_PAIRS, OtherLoad, Stages, speed_columns
 from topkbench.methods.artifact import Artifact
 from topkbench.methods.attach import Session, attach, geometry_of, partial_layers
 from topkbench.methods.base import (
@@ -497,27 +498,30 @@ def layer_bytes_read(
 def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dict[str, Any]:
     """Time decode steps of single prompts, full attention and the method in turn.
 
-    Medians over steps; the first steps of each turn, which build the index, warm up. The stages
-    are timed in turns of their own, since a stopwatch in a step also costs time.
+    Medians over steps; the first steps of each turn, which build the index, warm up. Few prompts
+    take more turns, as many as an interval needs. The stages are timed in turns of their own, since
+    a stopwatch in a step also costs time.
     """
     device = context.loaded.model.device
+    load = OtherLoad(device)
+    rounds = max(TIMED_ROUNDS, math.ceil(LEAST_PAIRS / len(prompts)))
     per_round = 3 * (WARM_UP_STEPS + TIMED_STEPS)
-    took: dict[str, list[float]] = {"full": [], "method": []}
+    took: dict[str, list[list[float]]] = {"full": [], "method": []}
     stages: dict[str, list[float]] = {}
     prefill_ms = []
     held: list[int] = []
-    room = TIMED_ROUNDS * per_round + 1
+    room = rounds * per_round + 1
     for prompt in context.track(prompts, "speed"):
         decoder = _questioned(context, prompt, room)
         prefill_ms += decoder.prefill_ms
         # The same token at every step: nothing but time is looked at.
         token = decoder.first_logits.argmax(-1)
         turns = {"full": context.full, "method": context.method}
-        for _ in range(TIMED_ROUNDS):
+        for _ in range(rounds):
             for name, method in turns.items():
                 # A method that frees memory leaves nothing for the next turn.
                 used = _questioned(context, prompt, room) if method.compacts else decoder
-                took[name] += _timed_steps(context, used, method, token, Observer())
+                took[name].append(_timed_steps(context, used, method, token, Observer()))
                 if name == "method":
                     held.append(used.cache.num_bytes)
             watch = StageWatch(device)
@@ -537,14 +541,13 @@ def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dic
                     for step in range(WARM_UP_STEPS, steps)
                 ]
                 stages.setdefault(stage, []).extend(per_step)
-    step, full_step = Timing.of(took["method"]), Timing.of(took["full"])
+    full = took["full"] if context.method.selects else None
+    timed = speed_columns(took["method"], full, load.share())
     columns: dict[str, Any] = {
+        "speedup_vs_full": None,
+        **timed,
         "prefill_ms": statistics.median(prefill_ms),
-        "decode_ms_p20": step.p20_ms,
-        "decode_ms_p50": step.p50_ms,
-        "decode_ms_p80": step.p80_ms,
-        "tokens_per_s": 1e3 / step.p50_ms,
-        "speedup_vs_full": full_step.p50_ms / step.p50_ms if context.method.selects else None,
+        "tokens_per_s": 1e3 / timed["decode_ms_p50"],
         "full_backend": getattr(context.full, "backend", None),
         "kv_cache_mib": statistics.fmean(held) / 2**20,
     }

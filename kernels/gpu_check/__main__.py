@@ -22,7 +22,7 @@ import torch
 
 from topkbench.kernels.dispatch import has_triton, interpreted
 from topkbench.kernels.gpu_check.plan import make_plan
-from topkbench.kernels.gpu_check.rows import Writer
+from topkbench.kernels.gpu_check.rows import Writer, speedup
 from topkbench.kernels.gpu_check.supervisor import Supervisor
 
 _MOST_WORKERS = 11  # as many as the first steps that may run at a time
@@ -76,7 +76,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
             ]
             lines.append(
                 f"{row['model']}, {row['subtask']} tokens: {row['method']}{norms} "
-                f"{row['decode_ms_p50']:.4f} ms, {row['speedup_vs_full']:.2f} times "
+                f"{row['decode_ms_p50']:.4f} ms, {speedup(row)} times "
                 f"{row['full_backend']}"
             )
     return "\n".join(lines)

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from topkbench.kernels.timing import Timing
+from topkbench.kernels.timing import Timing, speed_columns
 
 COLUMNS = (
     *("run_id", "status", "reason", "model", "task", "subtask", "length", "method", "impl"),
     *("full_backend", "k", "kv_len", "batch_size", "rbit", "seed"),
-    *("decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "speedup_vs_full"),
+    *("decode_ms_p50", "decode_ms_p20", "decode_ms_p80"),
+    *("full_ms_p50", "full_ms_p20", "full_ms_p80", "speedup_vs_full"),
+    *("speedup_ci_low", "speedup_ci_high", "other_load", "timing_note"),
     *("bytes_read_per_step", "bandwidth_fraction", "bandwidth_gb_s"),
     *("device", "clock_mhz", "driver", "torch", "numba", "triton", "git_commit"),
     *("git_dirty", "started_at"),
@@ -65,14 +67,19 @@ def times(step: Timing, full: Timing | None, needed: int, bandwidth: float) -> d
         needed: Bytes that the step cannot do without, over the whole batch.
         bandwidth: The memory's, in 1e9 bytes a second.
     """
-    found = {
-        "decode_ms_p50": step.p50_ms,
-        "decode_ms_p20": step.p20_ms,
-        "decode_ms_p80": step.p80_ms,
-        "bandwidth_fraction": needed / step.p50_ms / 1e6 / bandwidth,
-        "bandwidth_gb_s": bandwidth,
-    }
-    return found if full is None else found | {"speedup_vs_full": full.p50_ms / step.p50_ms}
+    found = speed_columns(step.turns, None if full is None else full.turns)
+    if full is None:  # nothing was timed in turn with it
+        found = {name: value for name, value in found.items() if not name.startswith("full_ms")}
+    found["bandwidth_fraction"] = needed / step.p50_ms / 1e6 / bandwidth
+    return found | {"bandwidth_gb_s": bandwidth}
+
+
+def speedup(row: Mapping[str, Any]) -> str:
+    """Return a row's speed-up with its 95% interval, where there were pairs enough for one."""
+    text = f"{row['speedup_vs_full']:.2f}"
+    if row.get("speedup_ci_low") is None:
+        return text
+    return f"{text} [{row['speedup_ci_low']:.2f}, {row['speedup_ci_high']:.2f}]"
 
 
 class Writer:

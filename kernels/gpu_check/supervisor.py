@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from topkbench.kernels.gpu_check.plan import SECONDS_TO_START, Job, Plan
-from topkbench.kernels.gpu_check.rows import Writer
+from topkbench.kernels.gpu_check.rows import Writer, speedup
 from topkbench.kernels.gpu_check.worker import serve
 
 _TICK_S = 1.0
@@ -208,5 +208,7 @@ def _line(seconds: float, job: Job, part: str | None, row: Mapping[str, Any]) ->
     if row.get("decode_ms_p50") is not None:
         words.append(f"  {row['decode_ms_p50']:.4f} ms, {row['bandwidth_fraction']:.0%} of memory")
     if row.get("speedup_vs_full") is not None:
-        words.append(f", {row['speedup_vs_full']:.2f} times {row['full_backend']}")
+        words.append(f", {speedup(row)} times {row['full_backend']}")
+    if row.get("timing_note"):
+        words.append(f"  unsteady: {row['timing_note']}")
     return "".join([*words, f"  {row['reason']}" if row["reason"] else ""])

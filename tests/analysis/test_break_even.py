@@ -17,7 +17,9 @@ from topkbench.analysis.break_even import (
     break_even,
     break_even_table,
     crossing,
+    crossing_interval,
     curves,
+    faster_from,
     model_sizes,
     step_bound,
     step_ms,
@@ -45,8 +47,10 @@ def test_the_crossing_is_interpolated_on_logarithmic_axes(
     assert crossing([1024, 4096, 16384], speedups) == pytest.approx(expected)
 
 
-def latency_lines(row: RowMaker, dtype: str = "float32", **columns: Any) -> pd.DataFrame:
-    """Full attention takes 1 ms at 1,024 tokens; the speed-ups are given."""
+def latency_lines(
+    row: RowMaker, dtype: str = "float32", width: float | None = 0.1, **columns: Any
+) -> pd.DataFrame:
+    """Full attention takes 1 ms at 1,024 tokens; the speed-ups are given, and their intervals."""
     speedups = {"hata": (0.5, 2.0, 4.0), "loki": (0.2, 0.4, 0.8), "quest": (1.5, 2.0, 3.0)}
     rows = [
         row(
@@ -59,6 +63,8 @@ def latency_lines(row: RowMaker, dtype: str = "float32", **columns: Any) -> pd.D
             kv_len=length,
             decode_ms_p50=length / 1024 / (speedup or 1.0),
             speedup_vs_full=speedup,
+            speedup_ci_low=speedup and width and speedup * (1 - width),
+            speedup_ci_high=speedup and width and speedup * (1 + width),
             bandwidth_gb_s=10.0,
             parameters={"dtype": dtype},
             **columns,
@@ -87,10 +93,56 @@ def test_the_table_says_where_and_how_much(row: RowMaker) -> None:
         "At most, 10M step, of which attention 94% (×)",
     ]
     assert table.rows == [
-        ["HATA, 128 bits", "2,048", "4.00", "3.40"],  # 68 / 20
-        ["Quest", "always, 1,024 and more", "3.00", "2.68"],  # 68 / (4 + 64 / 3)
-        ["Loki", "never, up to 16,384", "0.80", "0.81"],  # 68 / 84
+        # 68 / 20, and 68 / (4 + 64 / 3.6) to 68 / (4 + 64 / 4.4)
+        ["HATA, 128 bits", "2,048 [1,862, 2,276]", "4.00 [3.60, 4.40]", "3.40 [3.12, 3.67]"],
+        # 68 / (4 + 64 / 3)
+        ["Quest", "always, 1,024 and more", "3.00 [2.70, 3.30]", "2.68 [2.45, 2.91]"],
+        ["Loki", "never, up to 16,384", "0.80 [0.72, 0.88]", "0.81 [0.73, 0.89]"],  # 68 / 84
     ]
+    assert table.notes == []
+
+
+def test_rows_without_intervals_are_marked_and_say_neither_always_nor_never(row: RowMaker) -> None:
+    table = break_even_table(latency_lines(row, width=None), {"10M": ModelSize(1e7, 4)})
+    assert table is not None
+    assert table.rows == [
+        ["HATA, 128 bits", "2,048†", "4.00†", "3.40†"],
+        ["Quest", "≤ 1,024†", "3.00†", "2.68†"],
+        ["Loki", "> 16,384†", "0.80†", "0.81†"],
+    ]
+    assert table.notes == [
+        "† No interval was recorded: the row is older than intervals, or too few pairs were timed."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("speedups", "width", "note", "expected"),
+    [
+        ((1.5, 2.0, 3.0), 0.2, None, "always, 1,024 and more"),
+        ((1.5, 2.0, 3.0), 0.2, "others", "≤ 1,024 [≤ 1,024, ≤ 1,024]‡"),
+        # 32 times faster at the median, and perhaps no faster: not always.
+        ((32.8, 32.8, 32.8), 0.98, None, "≤ 1,024 [≤ 1,024, > 16,384]"),
+        ((1.1, 2.0, 4.0), 0.5, None, "≤ 1,024 [≤ 1,024, 4,096]"),
+        ((0.2, 0.4, 0.8), 0.1, None, "never, up to 16,384"),
+        ((0.2, 0.4, 0.8), 0.6, None, "> 16,384 [10,000, > 16,384]"),
+        ((0.5, 2.0, 4.0), 0.1, "others", "2,048 [1,862, 2,276]‡"),
+    ],
+)
+def test_always_and_never_are_said_where_the_interval_says_so(
+    speedups: tuple[float, ...], width: float, note: str | None, expected: str
+) -> None:
+    points = pd.DataFrame(
+        {
+            "length": [1024, 4096, 16384],
+            "speedup_vs_full": speedups,
+            "speedup_ci_low": [one * (1 - width) for one in speedups],
+            "speedup_ci_high": [one * (1 + width) for one in speedups],
+            "timing_note": [None, note, None],
+        }
+    )
+    assert faster_from(points) == expected
+    points.loc[1, "speedup_ci_low"] = math.nan
+    assert crossing_interval(points) is None
 
 
 def test_the_figures_show_what_the_table_says(row: RowMaker) -> None:
@@ -103,6 +155,12 @@ def test_the_figures_show_what_the_table_says(row: RowMaker) -> None:
     ]
     marks = [line for line in figure.axes[0].lines if line.get_marker() == "|"]
     assert [float(mark.get_xdata()[0]) for mark in marks] == pytest.approx([2048.0])
+    bars = [line.get_xdata() for line in figure.axes[0].lines if line.get_linewidth() == 4]
+    assert [list(bar) for bar in bars] == [pytest.approx([1862, 2276], abs=0.5)]
+    ends = data[data["method"] == "hata"].iloc[0]
+    assert [ends["faster_from_low"], ends["faster_from_high"]] == pytest.approx(
+        [1862, 2276], abs=0.5
+    )
     assert data.groupby("method")["faster_from"].first().to_dict() == pytest.approx(
         {"hata": 2048.0, "loki": math.inf, "quest": 0.0}
     )
@@ -113,6 +171,8 @@ def test_the_figures_show_what_the_table_says(row: RowMaker) -> None:
     small = data[(data["model"] == "10M") & (data["method"] == "hata")]
     assert small["attention_share"].tolist() == pytest.approx([4 / 8, 16 / 20, 64 / 68])
     assert small["step_speedup"].tolist() == pytest.approx([8 / 12, 20 / 12, 68 / 20])
+    assert small["step_speedup_low"].iloc[-1] == pytest.approx(68 / (4 + 64 / 3.6))
+    assert small["step_speedup_high"].iloc[-1] == pytest.approx(68 / (4 + 64 / 4.4))
     large = data[data["model"] == "10G"]
     assert large["step_speedup"].between(0.98, 1.02).all()  # 4 s of weights hide it
 

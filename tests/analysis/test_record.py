@@ -78,7 +78,9 @@ k kv_len batch_size rbit seed num_samples
 score score_ci_low score_ci_high delta_full delta_ci_low delta_ci_high
 recall_at_k attention_mass output_rel_error density
 prefill_ms build_ms decode_ms_p50 decode_ms_p20 decode_ms_p80 decode_ms_warm_p50
-encode_ms append_ms score_ms select_ms attend_ms tokens_per_s speedup_vs_full
+encode_ms append_ms score_ms select_ms attend_ms tokens_per_s
+full_ms_p50 full_ms_p20 full_ms_p80 speedup_vs_full speedup_ci_low speedup_ci_high
+other_load timing_note
 bytes_read_per_step index_bytes_per_token kv_cache_mib peak_memory_mib
 bandwidth_fraction bandwidth_gb_s
 fit_s loss_first loss_last calibration artifact_path

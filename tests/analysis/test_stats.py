@@ -183,6 +183,17 @@ def test_one_seed_has_no_interval_and_none_is_refused() -> None:
             stats.seed_interval(values)
 
 
+def test_a_quotients_interval_adds_both_on_a_logarithmic_scale() -> None:
+    # Each end is twice or half its estimate: exp(hypot(ln 2, ln 2)) is 2.665.
+    found = stats.quotient((8.0, 4.0, 16.0), (2.0, 1.0, 4.0))
+    assert found == pytest.approx((4.0, 4 / 2.665144, 4 * 2.665144))
+    assert stats.quotient((8.0, 8.0, 8.0), (2.0, 1.0, 2.0)) == pytest.approx((4.0, 4.0, 8.0))
+    ratio, low, high = stats.quotient((8.0, math.nan, math.nan), (2.0, 1.0, 4.0))
+    assert ratio == 4
+    assert math.isnan(low)
+    assert math.isnan(high)
+
+
 # Where full attention says nothing ------------------------------------------------------------
 
 

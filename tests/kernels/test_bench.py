@@ -181,7 +181,11 @@ def test_an_experiment_prints_and_writes_a_row_for_each_method_and_shape(
     read = 300 * 2 * (16 + 4) + 64 * 2 * 2 * 32 * 4
     assert float(hata["bytes_read_per_step"]) == read
     assert float(hata["bandwidth_fraction"]) == pytest.approx(read / seconds / 10e9)
+    assert float(hata["speedup_vs_full"]) == pytest.approx(
+        float(hata["full_ms_p50"]) / float(hata["decode_ms_p50"])
+    )
     assert rows[3]["speedup_vs_full"] == ""
+    assert rows[3]["full_ms_p50"] == rows[3]["decode_ms_p50"]
     printed = capsys.readouterr().out
     assert "llama31 (6/2 heads of 32), 128 tokens, batch 3" in printed
     assert "speed-up" in printed
@@ -235,15 +239,33 @@ def test_the_ablation_says_what_ran_in_torch(tmp_path: Path) -> None:
 
 
 def test_the_length_from_which_a_method_is_faster() -> None:
-    def row(length: int, speedup: float | None, method: str = "hata", batch: int = 1) -> dict:
+    def row(
+        length: int,
+        speedup: float | None,
+        method: str = "hata",
+        batch: int = 1,
+        width: float | None = 0.05,
+        note: str | None = None,
+    ) -> dict:
         known = {"model": "m", "method": method, "length": length, "batch_size": batch}
-        return {**known, "speedup_vs_full": speedup}
+        if speedup is not None and width is not None:
+            known |= {"speedup_ci_low": speedup - width, "speedup_ci_high": speedup + width}
+        return {**known, "speedup_vs_full": speedup, "timing_note": note}
 
     rows = [row(512, 1.2), row(1024, 0.9), row(2048, 1.1), row(4096, 3.0), row(8192, 0.1, batch=2)]
     rows += [row(512, 0.5, "loki"), row(1024, 0.9, "loki"), row(512, None, "full")]
     assert faster_from(rows) == [
         "m, hata: faster than full attention from 2,048 tokens on",
         "m, loki: faster than full attention nowhere up to 1,024",
+    ]
+    rows = [row(512, 0.9, width=0.2), row(1024, 3.0, width=2.5), row(2048, 4.0, note="others")]
+    rows += [row(512, 1.3, "quest", width=None), row(512, 32.8, "exact", width=32.3)]
+    assert faster_from(rows) == [
+        "m, hata: faster than full attention from 1,024 tokens on (95% interval: from 512 tokens "
+        "on, to from 2,048 tokens on); unsteady at 2,048",
+        "m, quest: faster than full attention from 512 tokens on, no interval",
+        "m, exact: faster than full attention from 512 tokens on (95% interval: from 512 tokens "
+        "on, to nowhere up to 512)",
     ]
 
 

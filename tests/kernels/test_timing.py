@@ -1,20 +1,29 @@
+import math
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from topkbench.kernels import timing
 from topkbench.kernels.timing import (
     Bandwidth,
+    OtherLoad,
     Stages,
     Timing,
+    Usage,
     cache_bytes,
     clock_mhz,
     copies_needed,
     measure,
+    other_share,
     quantile,
     read_bandwidth,
+    speed_columns,
+    speedup_interval,
+    unsteady,
+    usage,
     versions,
 )
 
@@ -24,6 +33,7 @@ def test_quantiles_are_interpolated() -> None:
     assert quantile([7.0], 0.8) == 7.0
     found = Timing.of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     assert (found.p50_ms, found.p20_ms, found.p80_ms, found.trials) == (3.5, 2.0, 5.0, 6)
+    assert found.taken_ms == (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
     with pytest.raises(ValueError, match="at least one measured time, got none"):
         Timing.of([])
 
@@ -149,3 +159,120 @@ def test_clock_and_versions_are_the_systems(
     assert found["driver"] == "570.86.15"
     assert found["torch"] == torch.__version__
     assert found["cuda"] == torch.version.cuda
+
+
+def alone(*milliseconds: float) -> list[list[float]]:
+    return [[one] for one in milliseconds]
+
+
+def test_a_speed_up_is_the_ratio_of_the_rows_own_medians() -> None:
+    found = speed_columns(alone(1, 2, 3, 4, 5, 6), alone(10, 11, 12, 13, 14, 15), 0.02)
+    assert (found["decode_ms_p20"], found["decode_ms_p50"], found["decode_ms_p80"]) == (2, 3.5, 5)
+    assert (found["full_ms_p20"], found["full_ms_p50"], found["full_ms_p80"]) == (11, 12.5, 14)
+    assert found["speedup_vs_full"] == 12.5 / 3.5
+    assert found["speedup_ci_low"] < 12.5 / 3.5 < found["speedup_ci_high"]
+    assert found["other_load"] == 0.02
+
+
+def test_full_attentions_own_row_has_its_time_and_no_speed_up() -> None:
+    found = speed_columns(alone(1, 2, 3), None)
+    assert (found["decode_ms_p50"], found["full_ms_p50"]) == (2, 2)
+    assert not {"speedup_vs_full", "speedup_ci_low", "speedup_ci_high"} & set(found)
+
+
+def test_an_interval_over_pairs_knows_no_drift_that_both_share() -> None:
+    slow = [1, 1, 1, 1, 1, 7, 7, 7, 7, 7, 7]
+    step, full = alone(*slow), alone(*(3 * one for one in slow))
+    assert speedup_interval(full, step) == (3, 3)
+    # The same times, but not slowed together: their ratio may as well be 3/7 as 21.
+    assert speedup_interval(full[::-1], step) == (pytest.approx(3 / 7), 21)
+
+
+def test_the_times_of_a_turn_are_drawn_together() -> None:
+    # Six turns of four steps: one disturbed turn is not four independent bad steps.
+    step = [[1.0] * 4, [1.0] * 4, [5.0] * 4, [1.0] * 4, [1.0] * 4, [1.0] * 4]
+    full = [[2.0] * 4] * 6
+    assert speedup_interval(full, step) == (pytest.approx(2 / 3), 2)
+    apart_full = [[one] for turn in full for one in turn]
+    apart_step = [[one] for turn in step for one in turn]
+    assert speedup_interval(apart_full, apart_step) == (2, 2)
+
+
+def test_too_few_pairs_have_no_interval_and_odd_ones_are_refused() -> None:
+    assert speedup_interval(alone(2, 2, 2, 2, 2), alone(1, 1, 1, 1, 1)) is None
+    assert "speedup_ci_low" not in speed_columns(alone(1, 1, 1), alone(2, 2, 2))
+    with pytest.raises(ValueError, match="turns must come in pairs, got 2 and 3"):
+        speedup_interval(alone(1, 2), alone(1, 2, 3))
+    with pytest.raises(ValueError, match="the same number of times, got several"):
+        speedup_interval([[1.0], [1.0, 2.0]], [[1.0], [1.0]])
+
+
+@pytest.mark.parametrize("pairs", [6, 9, 15])
+@pytest.mark.parametrize("kind", ["noise", "bursts", "drift"])
+def test_the_interval_covers_the_true_ratio(pairs: int, kind: str) -> None:
+    generator = np.random.default_rng(0)
+    hit = 0
+    for seed in range(200):
+        full, step = np.exp(0.1 * generator.standard_normal((2, pairs)))
+        if kind == "bursts":
+            full *= 1 + 5 * (generator.random(pairs) < 0.2)
+            step *= 1 + 5 * (generator.random(pairs) < 0.2)
+        if kind == "drift":
+            shared = np.exp(np.linspace(0, 0.7, pairs))
+            full, step = shared * full, shared * step
+        ends = speedup_interval(alone(*(2 * full)), alone(*step), seed)
+        assert ends is not None
+        hit += ends[0] <= 2 <= ends[1]
+    assert hit >= 180  # of 190; three standard deviations of 200 draws are 9
+
+
+def test_what_is_unsteady_says_why() -> None:
+    calm = Timing.of([1.0, 1.1, 1.2, 1.3])
+    wild = Timing.of([0.58, 0.58, 0.58, 0.58, 0.58, 12.95, 12.95, 12.95])
+    assert unsteady(calm, calm, None) is None
+    assert unsteady(calm, calm, 0.1) is None
+    assert unsteady(wild, calm, None) == "the step took 0.58 to 12.9 ms (20th to 80th percentile)"
+    assert unsteady(calm, wild, 0.381) == (
+        "full attention's step took 0.58 to 12.9 ms (20th to 80th percentile); others took 38% of "
+        "the processors' time"
+    )
+    twice = Timing(p50_ms=1.5, p20_ms=1.0, p80_ms=2.0, trials=9, taken_ms=())
+    assert unsteady(twice, None, None) is None  # at the limit, not beyond it
+    assert speed_columns(alone(1, 1, 1, 1), None, 0.5)["timing_note"] == (
+        "others took 50% of the processors' time"
+    )
+
+
+def test_what_others_took_is_what_was_busy_less_our_own_time() -> None:
+    before = Usage(wall_s=10, own_s=3, busy_s=50, processors=2)
+    # 2 s of 2 processors are 4; 3.5 were busy, 1.5 of them ours.
+    assert other_share(before, Usage(12, 4.5, 53.5, 2)) == 0.5
+    assert other_share(before, Usage(12, 6.9, 53.5, 2)) == 0  # clocks that differ a little
+    assert other_share(before, Usage(10.2, 3.1, 50.4, 2)) is None  # too short to tell
+    assert other_share(None, before) is None
+    assert other_share(before, None) is None
+
+
+def test_the_processors_usage_is_read_for_those_we_may_run_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = "cpu 1 1\ncpu0 100 10 40 900 7 3 2 5 50 0\ncpu1 9 9 9 9 9 9 9 9\ncpu2 100 0 0 1 1 0 0 0"
+    monkeypatch.setattr(timing, "_read", lambda path: text)
+    monkeypatch.setattr(timing.os, "sched_getaffinity", lambda _: {0, 2}, raising=False)
+    monkeypatch.setattr(timing.os, "sysconf", lambda _: 100)
+    found = usage()
+    assert found is not None
+    # Idle and waiting times are not busy; a guest's is in the user's already.
+    assert (found.busy_s, found.processors) == (2.6, 2)
+    for nothing in ("", "cpu0 0 0 0 0 0 0 0 0"):
+        monkeypatch.setattr(timing, "_read", lambda path, text=nothing: text)
+        assert usage() is None
+        assert OtherLoad().share() is None
+
+
+def test_other_load_is_watched_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([Usage(0, 0, 0, 4), Usage(1, 1, 3, 4)])
+    monkeypatch.setattr(timing, "usage", lambda: next(moments))
+    assert OtherLoad().share() == 0.5
+    assert OtherLoad("cuda").share() is None
+    assert not math.isnan(speed_columns(alone(1), None, 0.5)["other_load"])
