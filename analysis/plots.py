@@ -249,7 +249,7 @@ def draw_all(
                     f"{reading}{words}{at if name not in OVER_LENGTHS else ''} {context}",
                     folder,
                 )
-                _save(figure, data, one)
+                save(figure, data, one)
                 drawn.append(one)
     return drawn
 
@@ -268,7 +268,8 @@ def at_one_length(lines: pd.DataFrame) -> pd.DataFrame:
     return lines[lines["length"] == sizes.idxmax()]
 
 
-def _save(figure: Figure, data: pd.DataFrame, drawn: Drawn) -> None:
+def save(figure: Figure, data: pd.DataFrame, drawn: Drawn) -> None:
+    """Write a figure as PNG and SVG, with the CSV it was drawn from."""
     drawn.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(drawn.csv, data.to_csv(index=False, lineterminator="\n").encode())
     FigureCanvasAgg(figure)

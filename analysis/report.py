@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from topkbench.analysis import tables
+from topkbench.analysis import kernels, tables
 from topkbench.analysis.break_even import MODELS, ModelSize, break_even_table, model_sizes
 from topkbench.analysis.files import one_sentence, write_atomic
 from topkbench.analysis.lines import Comparison, compare
@@ -161,14 +161,15 @@ def build(
     folder = place.absolute()
     with one_sentence(folder):
         (folder / "figures").mkdir(parents=True, exist_ok=True)
-    compared = compare(rows, samples)
+    of_kernels = rows[kernels.of_kernels(rows)]
+    compared = compare(rows.drop(of_kernels.index), samples)
     ordered = [name for name in rows.columns if not name.startswith(PARAMETER_PREFIX)]
     parameters = sorted(set(rows.columns) - set(ordered))
-    rows = compared.rows[[*ordered, *parameters]]
+    rows = typed(_merge([compared.rows, of_kernels]))[[*ordered, *parameters]]
     write_atomic(folder / "rows.parquet", rows.to_parquet(None, index=False))
     write_atomic(folder / "rows.csv", rows.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "samples.parquet", _plain(samples).to_parquet(None, index=False))
-    content = _content(compared, samples, folder, models)
+    content = _content(compared, rows, samples, folder, models)
     commands = [one for path in paths if path.is_dir() for one in Sweep.open(path).commands()]
     content["ran"] += [f"Command: {one}" for one in dict.fromkeys(commands)]
     if published:
@@ -194,7 +195,11 @@ def _plain(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def _content(
-    compared: Comparison, samples: pd.DataFrame, folder: Path, models: Mapping[str, ModelSize]
+    compared: Comparison,
+    rows: pd.DataFrame,
+    samples: pd.DataFrame,
+    folder: Path,
+    models: Mapping[str, ModelSize],
 ) -> dict[str, Any]:
     """Return what a report says, in the order it says it."""
     panels: list[dict[str, Any]] = []
@@ -222,7 +227,6 @@ def _content(
                 "figures": drawn,
             }
         )
-    rows = compared.rows
     cells = rows.drop_duplicates("run_id")
     counts = cells["status"].value_counts()
     return {
@@ -241,11 +245,32 @@ def _content(
         "how_to_rank": _HOW_TO_RANK,
         "how_to_match": _HOW_TO_MATCH,
         "panels": panels,
+        "kernels": _kernels(rows, folder),
         "published": None,
         "how_to_compare": _HOW_TO_COMPARE,
         "left_out": [],
         "failures": tables.failure_table(rows),
         "environment": tables.environment_table(rows),
+    }
+
+
+def _kernels(rows: pd.DataFrame, folder: Path) -> dict[str, Any] | None:
+    """Return what a check of the kernels on a GPU found, or None without one."""
+    found = rows[kernels.of_kernels(rows)]
+    if not len(found):
+        return None
+    commits = sorted({str(one)[:12] for one in found["git_commit"].dropna()})
+    devices = ", ".join(dict.fromkeys(found["device"].dropna().astype(str)))
+    context = f"{devices}; commit {', '.join(commits) or 'unknown'}."
+    tabled = (
+        ("Are they right?", kernels.check_table(found)),
+        ("Operators", kernels.time_table(found, kernels.TIMES)),
+        ("Dense attention", kernels.time_table(found, kernels.DENSE)),
+    )
+    return {
+        "tables": [(title, table) for title, table in tabled if table is not None],
+        "figures": kernels.draw(rows, folder / "figures", context),
+        "how_to_read": kernels.HOW_TO_READ,
     }
 
 
@@ -275,11 +300,12 @@ def _markdown(content: dict[str, Any]) -> str:
         if panel["break_even"] is not None:
             parts += ["### Break-even", panel["break_even"].markdown()]
         for one in panel["figures"]:
-            link = f"figures/{one.name}"
-            parts += [
-                f"![{one.title}]({link}.png)",
-                f"**{one.title}.** {one.caption} [svg]({link}.svg), [data]({link}.csv)",
-            ]
+            parts.append(_shown(one))
+    if content["kernels"] is not None:
+        parts += ["## Kernels", content["kernels"]["how_to_read"]]
+        for title, table in content["kernels"]["tables"]:
+            parts += [f"### {title}", table.markdown()]
+        parts += [_shown(one) for one in content["kernels"]["figures"]]
     if content["left_out"]:
         parts += ["## Published numbers beside ours", content["how_to_compare"]]
         parts += [content["published"].markdown()] if content["published"] is not None else []
@@ -290,6 +316,12 @@ def _markdown(content: dict[str, Any]) -> str:
     parts += ["## How to read this", content["how_to_read"]]
     text = "\n\n".join(parts) + "\n"
     return re.sub(r"(\n- [^\n]*)\n(?=\n- )", r"\1", text)
+
+
+def _shown(one: Drawn) -> str:
+    link = f"figures/{one.name}"
+    words = f"**{one.title}.** {one.caption} [svg]({link}.svg), [data]({link}.csv)"
+    return f"![{one.title}]({link}.png)\n\n{words}"
 
 
 def _html(content: dict[str, Any]) -> str:

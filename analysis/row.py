@@ -96,7 +96,7 @@ class Row:
     impl: str | None = None
     """Kernel implementation that ran: reference, cpu, triton, or one per operator."""
     full_backend: str | None = None
-    """Kernel of full attention: sdpa, flash_attn or flashinfer."""
+    """Kernel of full attention that ran, or that a method was timed against: sdpa, triton, ..."""
     protocol: str | None = None
     """Name of the policy every method shares; None where the method selects nothing."""
     question: str | None = None

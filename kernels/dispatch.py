@@ -50,7 +50,7 @@ def resolve(op: str, impl: Impl, device: torch.device) -> str:
         ValueError: If the word is unknown, the operator has no such implementation, what it is
             written in is not installed, or the device cannot run it.
     """
-    chosen = _choose(op, impl, device.type, os.environ.get("TRITON_INTERPRET") == "1")
+    chosen = _choose(op, impl, device.type, interpreted())
     if chosen == "cpu" and torch.get_num_threads() != getattr(_told, "threads", 0):
         _prepare_numba()
     return chosen
@@ -64,7 +64,7 @@ def _choose(op: str, impl: str, device_type: str, interpreted: bool) -> str:
         raise ValueError(f"impl must be one of {', '.join(words)}, got {impl!r} for {op}.")
     if impl == "auto":
         wanted = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
-        there = _exists(op, wanted) and (wanted != "triton" or _has_triton())
+        there = _exists(op, wanted) and (wanted != "triton" or has_triton())
         return wanted if there else "reference"
     if not _exists(op, impl):
         raise ValueError(
@@ -78,7 +78,7 @@ def _choose(op: str, impl: str, device_type: str, interpreted: bool) -> str:
             f"impl={impl!r} of {op} needs tensors on a {needed} device, got {device_type}; "
             "use impl='auto'."
         )
-    if impl == "triton" and not _has_triton():
+    if impl == "triton" and not has_triton():
         raise ValueError(
             f"impl='triton' of {op} needs the package triton, which is not installed; "
             "install topkbench[gpu] or use impl='auto'."
@@ -90,8 +90,14 @@ def _exists(op: str, impl: str) -> bool:
     return (Path(__file__).parent / op / _FILES[impl]).is_file()
 
 
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Say whether Triton is installed, without importing it."""
     return find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Say whether Triton's kernels run in its interpreter, which serves to test them on a CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _prepare_numba() -> None:

@@ -157,6 +157,71 @@ def assert_attended(
         assert_within_bound(lse, exact_lse, relative)
 
 
+def full_attention_bound(
+    query_states: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
+    scale: float,
+    kv_start: Tensor | None = None,
+    kv_len: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return full attention in float64 and the bound on a kernel's error, for every element.
+
+    The bound is that of `assert_attended`. KV heads are taken one after the other, so that a cache
+    of several GiB needs little beside it.
+
+    Args:
+        query_states: ``[B, Hq, d]``.
+        key_states: ``[B, Hkv, n, d]``.
+        value_states: ``[B, Hkv, n, d]``.
+        scale: Factor on the dot products.
+        kv_start: ``[B]`` int32, or None for 0.
+        kv_len: ``[B]`` int32, or None for ``n``.
+
+    Returns:
+        Both ``[B, Hq, d]`` float64; zeros where a row has no valid slot.
+    """
+    batch_size, num_kv_heads, num_slots, head_dim = key_states.shape
+    grouped = query_states.unflatten(1, (num_kv_heads, -1)).double()
+    exact, bound = torch.zeros_like(grouped), torch.zeros_like(grouped)
+    rounding = torch.finfo(query_states.dtype).eps / 2
+    starts = [0] * batch_size if kv_start is None else kv_start.tolist()
+    ends = [num_slots] * batch_size if kv_len is None else kv_len.tolist()
+    for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        if start >= end:
+            continue
+        for head in range(num_kv_heads):
+            query, keys, values = (
+                grouped[row, head],
+                key_states[row, head, start:end].double(),
+                value_states[row, head, start:end].double(),
+            )
+            weights = (query @ keys.T * scale).softmax(-1)
+            largest = (query.abs() @ keys.abs().T).amax(-1, keepdim=True) * abs(scale)
+            relative = gamma(head_dim + end - start + 16) * (1 + largest)
+            exact[row, head] = weights @ values
+            bound[row, head] = (2 * relative + rounding) * (weights @ values.abs())
+    return exact.flatten(1, 2), bound.flatten(1, 2)
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    """Check that a whole result is as near as its dtype allows, by the norm of its error.
+
+    The bounds on single elements allow for the worst that rounding can do, which grows with the
+    number of tokens; rounding does not do its worst everywhere at once, and what a kernel leaves
+    out or counts twice would hide below them.
+
+    Raises:
+        AssertionError: If the error's norm is more than a thousandth of the result's in float32, or
+            a hundredth in a 16-bit dtype.
+    """
+    tolerance = 1e-3 if found.dtype == torch.float32 else 1e-2
+    error = ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+    assert error <= tolerance, (  # false for NaN
+        f"the error's norm must be at most {tolerance} of the result's, got {error:.3g}."
+    )
+
+
 def assert_same_bits(codes: Tensor, states: Tensor, hash_weight: Tensor) -> None:
     """Check hash codes against float64, except bits whose projection is zero up to rounding.
 

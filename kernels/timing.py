@@ -240,6 +240,7 @@ def measure(
     warmup: int = 5,
     device: torch.device | str = "cpu",
     cuda_graph: bool = False,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time functions in turn: every trial runs each of them once, so drift hits all alike.
 
@@ -252,6 +253,9 @@ def measure(
         device: Where the functions work. On CUDA the time is the device's, between two events.
         cuda_graph: Capture each function once and time the replay, without launch overhead; its
             inputs and outputs must stay where they are. CUDA only.
+        before: What runs untimed before each timed call, to empty the caches, say. A CUDA device
+            is not waited for in between: it is still busy when the timed call is launched, which
+            hides the time that launching takes.
 
     Returns:
         A ``Timing`` for each name.
@@ -282,28 +286,36 @@ def measure(
     # Where the warm-up ended: from the start again would find what it has just read.
     for turn in range(warmup, warmup + trials):
         for name, rotation in rotations.items():
-            taken[name].append(clock(rotation[turn % len(rotation)], device))
+            taken[name].append(clock(rotation[turn % len(rotation)], device, before))
     return {name: Timing.of(milliseconds) for name, milliseconds in taken.items()}
 
 
-def _time_cpu(function: Callable[[], object], device: torch.device) -> float:
+def _time_cpu(
+    function: Callable[[], object], device: torch.device, before: Callable[[], object] | None
+) -> float:
     """Return the milliseconds of one call."""
+    if before is not None:
+        before()
     began = time.perf_counter()
     function()
     return (time.perf_counter() - began) * 1e3
 
 
-def _time_cuda(function: Callable[[], object], device: torch.device) -> float:
+def _time_cuda(
+    function: Callable[[], object], device: torch.device, before: Callable[[], object] | None
+) -> float:
     """Return the device's milliseconds of one call."""
     with torch.cuda.device(device):
-        before = torch.cuda.Event(enable_timing=True)
-        after = torch.cuda.Event(enable_timing=True)
+        began = torch.cuda.Event(enable_timing=True)
+        ended = torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
-        before.record()
+        if before is not None:
+            before()
+        began.record()
         function()
-        after.record()
-        after.synchronize()
-        return before.elapsed_time(after)
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended)
 
 
 def _captured(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -355,6 +367,15 @@ def read_bandwidth(
         read_gb_s=size / timings["read"].p50_ms / 1e6,
         copy_gb_s=2 * size / timings["copy"].p50_ms / 1e6,
     )
+
+
+def cache_emptier(device: torch.device | str) -> Callable[[], object]:
+    """Return what reads 256 MiB, so that no cache holds what was there before.
+
+    It reads and does not write: what it leaves behind costs nobody a write-back.
+    """
+    buffer = torch.ones(_PROBE_BYTES // 4, device=device)
+    return buffer.sum
 
 
 def cache_bytes(device: torch.device | str = "cpu") -> int | None:

@@ -5,7 +5,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from topkbench.kernels.full_attention.api import Backend, full_attention
+from topkbench.kernels.full_attention.api import BACKENDS, Backend, full_attention
 from topkbench.methods.base import (
     CacheView,
     Geometry,
@@ -24,8 +24,8 @@ class FullAttention(TopKMethod):
     """Attend to everything.
 
     Attributes:
-        backend: ``"sdpa"``, ``"flash_attn"`` or ``"flashinfer"``; the last two need CUDA. What it
-            is timed with; its answers are always those of ``"sdpa"``.
+        backend: ``"sdpa"``, or on CUDA ``"triton"``, ``"flash_attn"``, ``"flash_attn_3"`` or
+            ``"flashinfer"``. What it is timed with; its answers are always those of ``"sdpa"``.
 
     Compared with the authors' code:
         None to compare with: it is torch's attention, or that of the package named.
@@ -37,10 +37,8 @@ class FullAttention(TopKMethod):
     backend: Backend = "sdpa"
 
     def __post_init__(self) -> None:
-        if self.backend not in ("sdpa", "flash_attn", "flashinfer"):
-            raise ValueError(
-                f"backend must be one of sdpa, flash_attn, flashinfer, got {self.backend!r}."
-            )
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}.")
 
     def answering(self) -> Self:
         return replace(self, backend="sdpa")  # so that answers do not depend on what is installed

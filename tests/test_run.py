@@ -425,7 +425,10 @@ def one_sentence(commands: Commands, *words: str) -> None:
             ["page_size must be a whole number, got 16.5."],
         ),
         (["tracker=wandb", "tracker.mode=foo"], ["tracker.mode must be one of auto", "got 'foo'."]),
-        (["full_backend=cuda"], ["backend must be one of sdpa, flash_attn, flashinfer"]),
+        (
+            ["full_backend=cuda"],
+            ["backend must be one of sdpa, triton, flash_attn, flash_attn_3, flashinfer"],
+        ),
         (["method=hatta"], ["method must be one of", "did you mean hata"]),
         (["experiment=hatta"], ["experiment must be one of", "tiny_accuracy"]),
         (["impl=gpu"], ["impl must be one of auto, reference, cpu, triton, got 'gpu'"]),

@@ -1,12 +1,14 @@
 """One decode step of attention over the whole cache: what every method is compared with."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
+from topkbench.kernels.dispatch import has_triton, interpreted
 from topkbench.kernels.shapes import check_device, check_floating, check_range, check_shape
 
-Backend = Literal["sdpa", "flash_attn", "flashinfer"]
+Backend = Literal["sdpa", "triton", "flash_attn", "flash_attn_3", "flashinfer"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
 def full_attention(
@@ -29,8 +31,8 @@ def full_attention(
         kv_start: ``[B]`` int32 first valid slot of each row, or None for 0.
         kv_len: ``[B]`` int32 end of each row's valid slots, or None for ``n``.
         softcap: Logits become ``softcap * tanh(logits / softcap)``; None leaves them.
-        backend: ``"sdpa"`` (torch, any device), ``"flash_attn"`` or ``"flashinfer"`` (CUDA);
-            never falls back.
+        backend: ``"sdpa"`` (torch, any device), or on CUDA ``"triton"`` (our own split-K),
+            ``"flash_attn"``, ``"flash_attn_3"`` or ``"flashinfer"``; never falls back.
 
     Returns:
         ``[B, Hq, d]`` in the query's dtype; a row without a valid slot gives zeros.
@@ -57,21 +59,32 @@ def full_attention(
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}.")
     check_range(kv_start, kv_len, batch_size, device)
-    if backend not in ("sdpa", "flash_attn", "flashinfer"):
-        raise ValueError(f"backend must be one of sdpa, flash_attn, flashinfer, got {backend!r}.")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
 
     arguments = (query_states, key_states, value_states, scale, kv_start, kv_len, softcap)
     if backend == "sdpa":
         from topkbench.kernels.full_attention import reference
 
         return reference.full_attention(*arguments)
-    if device.type != "cuda":
+    if device.type != "cuda" and not (backend == "triton" and interpreted()):
         raise ValueError(
             f"backend={backend!r} needs tensors on a cuda device, got {device.type}; "
             "use backend='sdpa'."
         )
+    if backend == "triton":
+        if not has_triton():
+            raise ValueError(
+                "backend='triton' needs the package triton, which is not installed; install "
+                "topkbench[gpu] or use backend='sdpa'."
+            )
+        from topkbench.kernels.full_attention import fused
+
+        return fused.full_attention(*arguments)
     from topkbench.kernels.full_attention import libraries
 
     if backend == "flash_attn":
         return libraries.flash_attn(*arguments)
+    if backend == "flash_attn_3":
+        return libraries.flash_attn_3(*arguments)
     return libraries.flashinfer(*arguments)

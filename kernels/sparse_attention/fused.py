@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topkbench.kernels.split_k import merge, tanh
 from topkbench.kernels.tiles import (
     check_readable,
     on_device_of,
@@ -24,8 +25,7 @@ from topkbench.kernels.tiles import (
 _PROGRAMS = 512
 # Fewer tokens than this are not worth a part of their own.
 _PART = 128
-# Parts that the merging kernel reads at a time, and the most there are.
-_MERGED, _MOST_PARTS = 8, 128
+_MOST_PARTS = 128
 
 
 def sparse_attention(
@@ -74,10 +74,7 @@ def sparse_attention(
             TILE=_tile(padded_dim, query_states.dtype), PRODUCT=product_dtype(query_states),
             num_warps=4, num_stages=3,
         )  # fmt: skip
-        _merge[(batch_size * num_heads,)](
-            means, part_lse, out, lse, parts, batch_size * num_heads,
-            HEAD_DIM=head_dim, PADDED_DIM=padded_dim, MERGED=_MERGED, num_warps=4,
-        )  # fmt: skip
+        merge(means, part_lse, out, lse)
     return out, lse
 
 
@@ -90,21 +87,6 @@ def _num_parts(num_rows: int, num_tokens: int) -> int:
 def _tile(padded_dim: int, dtype: torch.dtype) -> int:
     """Return how many tokens to read at a time: 16 KiB of keys and as much of values."""
     return max(16, min(128, 2**14 // (padded_dim * dtype.itemsize)))
-
-
-@triton.jit
-def _tanh(x: tl.tensor) -> tl.tensor:
-    """Return the hyperbolic tangent to float32's precision, of small numbers too.
-
-    Near zero by the continued fraction ``x / (1 + x^2 / (3 + x^2 / (5 + x^2 / (7 + x^2 / 9))))``,
-    multiplied out; elsewhere by the exponential, which would cancel there.
-    """
-    square = x * x
-    above = 945.0 + square * (105.0 + square)
-    below = 945.0 + square * (420.0 + square * 15.0)
-    decay = tl.exp(-2.0 * tl.abs(x))
-    large = (1.0 - decay) / (1.0 + decay)
-    return tl.where(tl.abs(x) < 0.5, x * above / below, tl.where(x < 0, -large, large))
 
 
 @triton.jit(
@@ -204,7 +186,7 @@ def _attend_part(
 
         logits = tl.dot(query_tile, tl.trans(key_tile), input_precision="ieee") * scale
         if SOFTCAP:
-            logits = softcap * _tanh(logits / softcap)
+            logits = softcap * tanh(logits / softcap)
         if log_weights is not None:
             heads = index_head * GROUP + query
             logits += tl.load(
@@ -238,48 +220,3 @@ def _attend_part(
         sums / divisor[:, None],
         mask=is_query[:, None] & is_dim[None, :],
     )
-
-
-@triton.jit(do_not_specialize=["parts", "num_queries"])
-def _merge(
-    means: tl.tensor,
-    part_lse: tl.tensor,
-    out: tl.tensor,
-    lse: tl.tensor,
-    parts: tl.tensor,
-    num_queries: tl.tensor,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    MERGED: tl.constexpr,
-) -> None:
-    """Merge the parts of one query, weighted by their shares of the softmax's denominator."""
-    query = tl.program_id(0).to(tl.int64)
-    dims = tl.arange(0, PADDED_DIM)
-    maximum = float("-inf")
-    for first in range(0, parts, MERGED):
-        part = first + tl.arange(0, MERGED)
-        logs = tl.load(
-            part_lse + part.to(tl.int64) * num_queries + query,
-            mask=part < parts,
-            other=float("-inf"),
-        )
-        maximum = tl.maximum(maximum, tl.max(logs, axis=0))
-    shift = tl.where(maximum == float("-inf"), 0.0, maximum)
-    total = 0.0
-    merged = tl.zeros([PADDED_DIM], tl.float32)
-    for first in range(0, parts, MERGED):
-        part = first + tl.arange(0, MERGED)
-        place = part.to(tl.int64) * num_queries + query
-        logs = tl.load(part_lse + place, mask=part < parts, other=float("-inf"))
-        shares = tl.exp(logs - shift)
-        part_means = tl.load(
-            means + place[:, None] * HEAD_DIM + dims[None, :],
-            mask=(part < parts)[:, None] & (dims < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        total += tl.sum(shares, axis=0)
-        merged += tl.sum(shares[:, None] * part_means, axis=0)
-    counted = total > 0
-    divisor = tl.where(counted, total, 1.0)
-    tl.store(out + query * HEAD_DIM + dims, merged / divisor, mask=dims < HEAD_DIM)
-    tl.store(lse + query, tl.where(counted, shift + tl.log(divisor), float("-inf")))

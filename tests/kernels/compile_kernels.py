@@ -12,6 +12,7 @@ from triton.runtime import JITFunction, driver
 
 from topkbench.kernels.channel_score import fused as channel
 from topkbench.kernels.code_score import fused as code
+from topkbench.kernels.full_attention import fused as full
 from topkbench.kernels.group_softmax import fused as softmax
 from topkbench.kernels.hamming_score import fused as hamming
 from topkbench.kernels.hash_encode import fused as encode
@@ -56,6 +57,8 @@ def launch_all(size: int) -> None:
         attention.sparse_attention(query, cache, cache, indices, 1.0, *rest)
         rest = (None, None, 1, None, bound, None)
         attention.sparse_attention(query, cache, cache, indices, 1.0, *rest)
+        for bounds in ((bound, bound, 30.0), (None, None, None)):
+            full.full_attention(query, cache, cache, 1.0, *bounds)
         page.page_score(grouped, cache, cache, bound, bound)
         lowrank.lowrank_score(grouped[..., :32], cache[..., :32], bound, bound)
         chosen = torch.zeros(1, 2, 32, dtype=torch.int64)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from topkbench.kernels import bench, experiments
+from topkbench.kernels import bench, experiments, operators
 from topkbench.kernels.dispatch import OPERATORS
 from topkbench.kernels.experiments import EXPERIMENTS, GEOMETRIES, chosen, faster_from
 from topkbench.kernels.full_attention.api import full_attention
@@ -47,16 +47,16 @@ def test_the_bench_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> Non
     for dtype in ("float32", "bfloat16"):
         assert bench.main([*shape.split(), "--dtype", dtype]) == 0
         printed = capsys.readouterr().out
-        for name in ("hash_encode", "sparse_attention", "full (sdpa)", "speedup", "of memory"):
+        for name in ("hash_encode", "sparse_attention", "full_attention", "speedup", "of memory"):
             assert name in printed
 
 
 def test_bytes_needed_by_hand() -> None:
-    shape = bench.Geometry(
+    shape = operators.Geometry(
         batch_size=1, num_kv_heads=2, group=3, head_dim=64, rbit=96, kv_len=160, k=20
     )
-    step = bench.Step(shape, torch.device("cpu"), torch.bfloat16, "auto")
-    assert step.bytes_needed() == {
+    made = operators.Operators(shape, torch.device("cpu"), torch.bfloat16, "auto")
+    assert made.bytes_needed() == {
         "hash_encode": 2 * 64 * 96 * 4,
         "hamming_score": 2 * 160 * (12 + 2),  # three words, and an int16 score
         "page_score": 2 * 10 * (2 * 64 * 2 + 3 * 4),
@@ -66,14 +66,14 @@ def test_bytes_needed_by_hand() -> None:
         "group_softmax": 2 * 160 * (3 + 1) * 4,
         "topk_select": 2 * (160 * 2 + 20 * 4),
         "sparse_attention": 2 * 20 * 2 * 64 * 2,
-        "full (sdpa)": 2 * 160 * 2 * 64 * 2,
+        "full_attention": 2 * 160 * 2 * 64 * 2,
     }
 
 
 def test_the_bench_gives_no_time_for_a_wrong_result(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "topk_select", lambda scores, k, impl: torch.zeros(1, 8, k).int())
+    monkeypatch.setattr(operators.Operators, "select", lambda step: torch.zeros(1, 8, 8).int())
     assert bench.main(["--kv-len", "300", "--k", "8", "--trials", "1"]) == 1
     captured = capsys.readouterr()
     assert "wrong result, no times" in captured.err

@@ -3,6 +3,7 @@ import torch
 
 from topkbench.kernels.full_attention.api import full_attention
 from topkbench.kernels.sparse_attention.api import sparse_attention
+from topkbench.kernels.testing import assert_attended
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -28,7 +29,9 @@ def test_full_equals_sparse_over_everything(
 
 def test_bad_input_is_refused() -> None:
     query, cache = torch.zeros(1, 4, 16), torch.zeros(1, 2, 9, 16)
-    with pytest.raises(ValueError, match="one of sdpa, flash_attn, flashinfer, got 'sdp'"):
+    with pytest.raises(
+        ValueError, match="one of sdpa, triton, flash_attn, flash_attn_3, flashinfer, got 'sdp'"
+    ):
         full_attention(query, cache, cache, 1.0, backend="sdp")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs tensors on a cuda device, got cpu"):
         full_attention(query, cache, cache, 1.0, backend="flash_attn")
@@ -41,3 +44,45 @@ def test_a_missing_library_is_one_sentence() -> None:
 
     with pytest.raises(ValueError, match=r"needs the package none-such.* use backend='sdpa'"):
         libraries._library("no_such_library", "none-such")
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(
+    ("dtype", "group", "dim"),
+    [(torch.float32, 1, 64), (torch.bfloat16, 4, 128), (torch.float16, 5, 80)],
+)
+def test_split_k_errs_within_its_bound(
+    triton_device: torch.device, group: int, dim: int, dtype: torch.dtype, softcap: float | None
+) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(3, group, dim).to(dtype).to(triton_device)
+    states = torch.randn(2, 3, 1, 320, dim).to(dtype)
+    # Rows that begin and end anywhere, the last with nothing in it; no part may read beyond them.
+    start, end = [0, 7, 200], [315, 213, 200]
+    slots = torch.arange(320)
+    outside = torch.stack([(slots < a) | (slots >= b) for a, b in zip(start, end, strict=True)])
+    states.masked_fill_(outside[:, None, :, None], torch.nan)
+    keys, values = states.to(triton_device)[:, :, :, :315]
+    bounds = [torch.tensor(one, dtype=torch.int32, device=triton_device) for one in (start, end)]
+    out = full_attention(query, keys, values, dim**-0.5, *bounds, softcap, "triton")
+    assert out.dtype == dtype
+    assert not bool(out[2].any())
+    keys, values = keys.nan_to_num(), values.nan_to_num()
+    everything = torch.arange(315, dtype=torch.int32, device=triton_device).expand(3, 1, 315)
+    given = (everything, dim**-0.5, None, None, 1, *bounds, softcap)
+    assert_attended(out, None, query, keys, values, *given)
+
+
+def test_how_the_work_is_cut_plays_no_part(triton_device: torch.device) -> None:
+    from topkbench.kernels.full_attention import fused
+
+    torch.manual_seed(0)
+    query = torch.randn(1, 2, 16, device=triton_device)
+    keys, values = torch.randn(2, 1, 1, 1100, 16, device=triton_device)
+    keys[0, 0, 1095] = 5 * query[0, 0]  # the largest logit lies in the last part
+    expected = full_attention(query, keys, values, 1.0)
+    for blocks in (fused.Blocks(programs=1), fused.Blocks(2**12, programs=6), fused.Blocks(2**15)):
+        rest = (keys, values, 1.0, None, None, None, blocks)
+        torch.testing.assert_close(
+            fused.full_attention(query, *rest), expected, atol=1e-5, rtol=1e-5
+        )

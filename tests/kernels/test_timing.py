@@ -51,6 +51,18 @@ def test_a_rotation_takes_its_copies_in_turn() -> None:
     assert calls == [0, 1, 2, 0, 1, 2, 0]
 
 
+def test_what_runs_before_each_call_is_not_timed() -> None:
+    calls: list[str] = []
+
+    def before() -> None:
+        calls.append("before")
+        time.sleep(0.05)
+
+    found = measure({"a": lambda: calls.append("a")}, 2, 1, before=before)
+    assert calls == ["a", "before", "a", "before", "a"]  # the warm-up goes without
+    assert found["a"].p50_ms < 25
+
+
 def test_trials_go_on_where_the_warm_up_ended() -> None:
     calls: list[int] = []
     copies = [lambda i=i: calls.append(i) for i in range(5)]

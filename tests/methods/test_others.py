@@ -229,7 +229,9 @@ def test_streaming_llm_of_a_padded_batch() -> None:
 
 
 def test_full_attention_refuses_an_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="one of sdpa, flash_attn, flashinfer, got 'eager'"):
+    with pytest.raises(
+        ValueError, match="one of sdpa, triton, flash_attn, flash_attn_3, flashinfer, got 'eager'"
+    ):
         FullAttention(backend="eager")  # type: ignore[arg-type]
 
 

@@ -1,0 +1,151 @@
+"""The kernels on a GPU, in one shot: ``python -m topkbench.kernels.gpu_check --out FOLDER``.
+
+Checks every Triton kernel against its reference, times the operators, and times one decode step of
+each method against the fastest dense attention on the machine, most important first, within the
+minutes given. Needs torch, Triton and numba alone. ``docs/gpu.md`` says how to read what it leaves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from topkbench.kernels.dispatch import has_triton, interpreted
+from topkbench.kernels.gpu_check.plan import make_plan
+from topkbench.kernels.gpu_check.rows import Writer, speedup
+from topkbench.kernels.gpu_check.supervisor import Supervisor
+
+_MOST_WORKERS = 11  # as many as the first steps that may run at a time
+_GIB_PER_WORKER = 7  # of the device's memory, to check the largest shape
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the plan; return 0, or 1 if a result was wrong, or 2 if nothing could run."""
+    began = time.monotonic()
+    options = _parser().parse_args(arguments)
+    problem = _problem(options)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    if options.toy:
+        os.environ["TRITON_INTERPRET"] = "1"  # read by the processes that are started
+    libraries = [name for name in ("flashinfer",) if find_spec(name) is not None]
+    plan = make_plan(_workers(options), options.toy, libraries)
+    try:
+        writer = Writer(Path(options.out))
+    except OSError as error:
+        print(f"error: {options.out} must be a folder without rows.csv that can be written, but "
+              f"{error.strerror or error}; name another.", file=sys.stderr)  # fmt: skip
+        return 2
+    _say(plan.text(options.minutes))
+    supervisor = Supervisor(
+        plan,
+        writer,
+        60 * options.minutes - (time.monotonic() - began),
+        "cpu" if options.toy else options.device,
+        options.toy,
+        options.trials,
+        _commit() | ({"git_commit": options.commit} if options.commit else {}),
+        _say,
+    )
+    supervisor.run()
+    _say(summary(writer.rows))
+    _say(f"rows: {writer.path}; tables and figures, where pandas and matplotlib are: "
+         f"python -m topkbench.analysis.report {writer.path.parent}")  # fmt: skip
+    return 1 if any(row["status"] == "wrong" for row in writer.rows) else 0
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return how the steps ended, and each method against the best dense baseline."""
+    counts = Counter(row["status"] for row in rows)
+    lines = ["", ", ".join(f"{count} {status}" for status, count in counts.items())]
+    for row in rows:
+        if row.get("speedup_vs_full") is not None:
+            norms = {True: " with norms", False: " with integer scores", None: ""}[
+                row["p_use_norm"]
+            ]
+            lines.append(
+                f"{row['model']}, {row['subtask']} tokens: {row['method']}{norms} "
+                f"{row['decode_ms_p50']:.4f} ms, {speedup(row)} times "
+                f"{row['full_backend']}"
+            )
+    return "\n".join(lines)
+
+
+def _problem(options: argparse.Namespace) -> str | None:
+    """Return in one sentence why nothing can run, or None."""
+    if not has_triton():
+        return "the package triton is needed, which is not installed."
+    if options.minutes <= 0 or options.trials < 1:
+        return (
+            f"--minutes must be positive and --trials at least 1, got {options.minutes:g} and "
+            f"{options.trials}."
+        )
+    if options.toy:
+        return None
+    if interpreted():
+        return (
+            "TRITON_INTERPRET=1 runs the kernels in Python, which measures nothing; unset it, or "
+            "pass --toy to try the script."
+        )
+    if not torch.cuda.is_available():
+        return "a CUDA device is needed, and there is none; --toy tries the script without one."
+    return None
+
+
+def _workers(options: argparse.Namespace) -> int:
+    """Return on how many processes to check: they compile, each on one core."""
+    if options.workers:
+        return int(options.workers)
+    if options.toy:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = torch.cuda.get_device_properties(options.device).total_memory / 2**30
+    return max(1, min(_MOST_WORKERS, (cores or 1) - 1, int(memory // _GIB_PER_WORKER)))
+
+
+def _commit() -> dict[str, Any]:
+    """Return the commit of the code and whether it was changed since; nothing outside of git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True)
+    except OSError:
+        return {}
+    if head.returncode:
+        return {}
+    return {"git_commit": head.stdout.strip(), "git_dirty": bool(changed.stdout.strip())}
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m topkbench.kernels.gpu_check", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where rows.csv goes")
+    parser.add_argument("--minutes", type=float, default=8.0, help="default: %(default)g")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--trials", type=int, default=25, help="default: %(default)s")
+    parser.add_argument("--workers", type=int, help="processes that check; default: by cores")
+    parser.add_argument("--commit", help="of the code, where git does not say")
+    parser.add_argument(
+        "--toy", action="store_true", help="toy sizes in Triton's interpreter; nothing is timed"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

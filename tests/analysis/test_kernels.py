@@ -1,0 +1,128 @@
+"""What a check of the kernels on a GPU left becomes tables and figures. All numbers are made up."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from topkbench.analysis import kernels, report
+from topkbench.analysis.record import Row
+
+MADE_UP = {"device": "Made-up GPU", "torch": "2.11.0", "git_commit": "0123456789abcdef"}
+
+
+def row(task: str, method: str, number: int, **changes: Any) -> dict[str, Any]:
+    values = {
+        **{"run_id": f"{number:016x}", "status": "ok", "reason": "", "task": task},
+        **{"model": "32/8 heads of 128", "subtask": "131072", "method": method, **MADE_UP},
+        "started_at": "2026-01-01T00:00:00+00:00",
+    }
+    return values | changes
+
+
+def timed(task: str, method: str, number: int, ms: float, **changes: Any) -> dict[str, Any]:
+    place = {"length": 131072, "kv_len": 131072, "batch_size": 1}
+    times = {"decode_ms_p50": ms, "decode_ms_p20": 0.9 * ms, "decode_ms_p80": 1.1 * ms}
+    share = {"bandwidth_fraction": 0.1 / ms, "bandwidth_gb_s": 1000.0, "bytes_read_per_step": 1e6}
+    return row(task, method, number, **place, **times, **share, **changes)
+
+
+def made_up() -> list[dict[str, Any]]:
+    wrong = {"status": "wrong", "reason": "at 1,000 tokens: hamming_score is wrong."}
+    dropped = {"status": "skipped", "reason": "dropped: 50 s needed, 3 s left."}
+    best = {"full_backend": "sdpa cudnn, torch 2.11.0"}
+    unsteady = {"timing_note": "times of one step spread by more than 2 times"}
+    second = {"model": "32/32 heads of 128", "subtask": "32768 x 8", "length": 32768}
+    return [
+        row("kernel_check", "hash_encode", 1, subtask="bfloat16", kv_len=262144),
+        row("kernel_check", "hash_encode", 2, subtask="float16", **dropped),
+        row("kernel_check", "hamming_score", 3, subtask="bfloat16", **wrong),
+        timed("kernel_times", "hash_encode", 4, 0.25),
+        row("kernel_times", "hamming_score", 5, **wrong),
+        timed("kernel_dense", "full", 6, 0.2, **best),
+        timed("kernel_dense", "full", 7, 0.8, full_backend="sdpa math, torch 2.11.0"),
+        timed("decode_latency", "hata", 8, 0.02, k=2048, speedup_vs_full=10.0, p_use_norm=True)
+        | best,
+        timed("decode_latency", "hata", 9, 0.016, k=2048, speedup_vs_full=12.5, p_use_norm=False)
+        | best,
+        timed("decode_latency", "quest", 10, 0.05, k=2048, speedup_vs_full=4.0) | best | unsteady,
+        timed("kernel_dense", "full", 11, 1.0, **best) | second | {"batch_size": 8},
+        timed("decode_latency", "quest", 12, 0.1, k=512, speedup_vs_full=10.0)
+        | {**best, **second, "batch_size": 8},
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rows = made_up()
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for one in rows for name in one)))
+        writer.writeheader()
+        writer.writerows(rows)
+    return tmp_path
+
+
+def test_a_report_says_which_kernels_are_right_and_how_fast(folder: Path) -> None:
+    assert report.main([str(folder)]) == 0
+    text = (folder / "report.md").read_text()
+    assert [cell.strip() for cell in line_of(text, "hash_encode")] == [
+        *("hash_encode", "2", "1", "0", "0", "1", "262,144"),
+    ]
+    assert [cell.strip() for cell in line_of(text, "hamming_score")] == [
+        *("hamming_score", "1", "0", "1", "0", "0", "–"),
+    ]
+    # The time of what is wrong stands nowhere.
+    assert "0.2500" in text
+    rows = report.load(folder)[0]
+    times, dense = (kernels.time_table(rows, task) for task in (kernels.TIMES, kernels.DENSE))
+    assert times is not None
+    assert [cells[0] for cells in times.rows] == ["hash_encode"]
+    assert dense is not None
+    assert [(cells[0], cells[4]) for cells in dense.rows] == [
+        ("sdpa cudnn, torch 2.11.0", "0.2000"),
+        ("sdpa math, torch 2.11.0", "0.8000"),
+        ("sdpa cudnn, torch 2.11.0", "1.0000"),
+    ]
+    assert "at 1,000 tokens: hamming_score is wrong." in text
+    # What kernels are called are no models, which a report would say are mixed.
+    assert "These rows mix models: 32/32 heads of 128, 32/8 heads of 128." in text
+    # A report of the report's own rows says the same.
+    assert report.main([str(folder)]) == 0
+    assert (folder / "report.md").read_text() == text
+
+
+def line_of(text: str, name: str) -> list[str]:
+    return next(line for line in text.splitlines() if line.startswith(f"| {name}"))[1:-1].split("|")
+
+
+def test_the_figures_show_each_shape_against_its_fastest_dense(folder: Path) -> None:
+    report.main([str(folder)])
+    shown = pd.read_csv(folder / "figures" / "speedup_over_best_dense.csv")
+    assert list(zip(shown["name"], shown["speedup_vs_full"], strict=True)) == [
+        *(("HATA, norms", 10.0), ("HATA, integer", 12.5), ("Quest", 4.0), ("Quest", 10.0)),
+    ]
+    assert shown["timing_note"].notna().tolist() == [False, False, True, False]
+    page = (folder / "report.html").read_text()
+    assert page.count("‡ Unsteady, not to be quoted; the column timing_note says why.") == 1
+    dense = pd.read_csv(folder / "figures" / "dense_baselines.csv")
+    assert dense["percent"].tolist() == pytest.approx([50.0, 12.5, 10.0])
+    operators = pd.read_csv(folder / "figures" / "operator_bandwidth.csv")
+    assert operators["name"].tolist() == ["hash_encode"]
+    assert page.count("<figcaption><b>One decode step against the fastest dense") == 1
+
+
+def test_rows_without_times_have_tables_and_no_figures(tmp_path: Path) -> None:
+    rows = pd.DataFrame([one for one in made_up() if one["task"] == "kernel_check"])
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    assert report.main([str(tmp_path)]) == 0
+    assert "### Are they right?" in (tmp_path / "report.md").read_text()
+    assert list((tmp_path / "figures").iterdir()) == []
+
+
+def test_the_made_up_rows_are_rows() -> None:
+    for values in made_up():
+        Row.from_flat(values)
