@@ -121,3 +121,11 @@ def test_knobs_are_the_settings_that_are_a_methods_own(maker: ModuleType) -> Non
         "| `rank` | `null` | channels \\| more |",
         "| `flag` | `true` |  |",
     ]
+
+
+def test_every_test_that_the_page_on_trust_names_is_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "trust.md").read_text()))
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    found = set(re.findall(r"^def (test_\w+)", tests, re.MULTILINE))
+    assert len(named) > 30
+    assert named - found == set()
