@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
@@ -114,6 +115,11 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=False
         )
+        if not set(tokenizer.encode("Hello, world 1")) - set(tokenizer.all_special_ids):
+            # Some releases make an empty one where a folder has none.
+            raise ValueError(f"a {type(tokenizer).__name__} that knows no word")
+        # Lengths are checked here, in one sentence; else the tokenizer would warn of its own.
+        tokenizer.model_max_length = VERY_LARGE_INTEGER
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,

@@ -9,12 +9,12 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from topkbench.methods import artifact
-from topkbench.methods.attach import attach, geometry_of
+from topkbench.methods.attach import attach
 from topkbench.methods.base import Policy, TopKMethod
 from topkbench.models.load import LoadedModel, load_model
 from topkbench.models.prefill import PrefillStore
 from topkbench.tasks.calibration import Calibration
-from topkbench.tasks.cell import prepare_method
+from topkbench.tasks.cell import artifact_spec, prepare_method
 from topkbench.tasks.decoding import Decoder, Question, tokenise
 from topkbench.tasks.ruler import Ruler
 
@@ -45,7 +45,7 @@ def method_of(name: str, *overrides: str) -> TopKMethod:
 def test_a_fresh_checkout_has_every_artifact_that_the_defaults_ask_for(
     tiny: LoadedModel, name: str, overrides: tuple[str, ...]
 ) -> None:
-    spec = method_of(name, *overrides).artifact_spec(geometry_of(tiny.model, tiny.digest))
+    spec = artifact_spec(tiny, method_of(name, *overrides))
     assert spec is not None
     path = artifact.find(spec, tiny.artifact_folders)
     assert path is not None, f"models/tiny/artifacts must hold {artifact.file_name(spec)}"

@@ -176,7 +176,7 @@ class Infinite(Broken):
 @pytest.mark.parametrize(
     ("method", "status", "reason"),
     [
-        (Infinite(), "failed", r"the logits must be finite, got infinity or NaN."),
+        (Infinite(), "failed", "the attention's output must be finite, got infinity or NaN in layer 0"),
         (
             Broken(),
             "wrong",
