@@ -27,6 +27,7 @@ _CONFIGURATION = (
     *("method", "k", "rbit", "impl", "full_backend", "batch_size", "config_digest"),
     "artifact",
 )
+_LIBRARIES = ("torch", "numba", "triton", "transformers", "tokenizers", "numpy")
 _MOST_NAMED = 3
 """Where more parameters than these vary, a line is named by what is unusual about it."""
 _NAMED_APART = ("artifact", "config_digest")
@@ -178,18 +179,36 @@ def _once(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _mixed(rows: pd.DataFrame) -> list[str]:
     """Return a sentence for each thing that should be one in a report and is several."""
+    if not len(rows):
+        return []
     notes = []
     for column, word in (
         ("git_commit", "commits"),
         ("device", "machines"),
+        ("driver", "drivers"),
+        *((name, f"versions of {name}") for name in _LIBRARIES),
         ("model", "models"),
         ("question", "question settings"),
     ):
-        found = sorted(str(one) for one in rows[column].dropna().unique()) if len(rows) else []
+        found = sorted(str(one) for one in rows[column].dropna().unique())
         if len(found) > 1:
             shown = ", ".join(one[:12] if column == "git_commit" else one for one in found)
             notes.append(f"These rows mix {word}: {shown}.")
-    if len(rows) and rows["git_dirty"].eq(True).any():
+    for column, word in (("code_digest", "the code of"), ("model_digest", "the files of model")):
+        kind = ["task", "method"] if column == "code_digest" else ["model"]
+        several = rows.groupby(kind)[column].nunique()
+        names = dict.fromkeys(
+            key if isinstance(key, str) else str(key[-1]) for key in several.index[several > 1]
+        )
+        if names:
+            notes.append(f"Between these rows {word} {', '.join(names)} changed.")
+    refitted = rows.loc[rows["artifact_code"].isin(["other", "unknown"]), "method"]
+    if len(refitted):
+        notes.append(
+            f"What {', '.join(sorted(refitted.unique()))} learnt was fitted before its code was as"
+            " it is now, under the same version of the fit."
+        )
+    if rows["git_dirty"].eq(True).any():
         notes.append("Some rows were made with uncommitted changes in the working tree.")
     return notes + _untested(rows)
 

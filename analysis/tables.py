@@ -221,6 +221,7 @@ def environment_table(rows: pd.DataFrame) -> Table:
     """Return what the rows were made with, each value that occurs."""
     names = {
         "device": "Machine",
+        "threads": "Threads",
         "driver": "Driver",
         "clock_mhz": "Clock (MHz)",
         "git_commit": "Commit",
@@ -228,6 +229,8 @@ def environment_table(rows: pd.DataFrame) -> Table:
         "numba": "numba",
         "triton": "triton",
         "transformers": "transformers",
+        "tokenizers": "tokenizers",
+        "numpy": "numpy",
         "impl": "Kernels",
         "full_backend": "Full attention's kernel",
         "seed": "Seeds",

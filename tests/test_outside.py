@@ -92,3 +92,40 @@ def test_a_method_outside_the_repository_takes_two_files(tmp_path: Path) -> None
     figure = folder / "figures" / "score_vs_k.svg"
     assert style.style("toy").colour.lower() in figure.read_text()
     assert "toy" in set(pd.read_csv(figure.with_suffix(".csv"))["method"])
+
+
+@pytest.mark.slow
+def test_an_edited_method_outside_the_repository_runs_again(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    (mine / "method").mkdir(parents=True)
+    module = MODULE.replace("self.power", "self.power * sign()")
+    (mine / "toy.py").write_text(f"from signs import sign\n{module}")
+    (mine / "signs.py").write_text("def sign():\n    return 1.0\n")
+    (mine / "method" / "toy.yaml").write_text(SETTINGS)
+
+    def run() -> dict[str, object]:
+        done = subprocess.run(
+            [
+                *(sys.executable, str(ROOT / "run.py"), "--config-dir", str(mine), "method=toy"),
+                *("k=32", "task.length=256", "task.subtasks=[niah_single]", "num_samples=1"),
+                *("tracker=none", f"results_dir={tmp_path / 'results'}"),
+            ],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(mine), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        rows = pd.read_parquet(Path(done.stdout.split()[-1]).parent / "rows.parquet")
+        (row,) = rows[(rows["method"] == "toy") & (rows["subtask"] == "mean")].to_dict("records")
+        return {str(name): value for name, value in row.items()}
+
+    first, again = run(), run()
+    assert again["run_id"] == first["run_id"]
+    (mine / "signs.py").write_text("def sign():\n    return -1.0\n")
+    edited = run()
+    assert edited["run_id"] != first["run_id"]
+    assert edited["code_digest"] != first["code_digest"]
+    assert edited["recall_at_k"] != first["recall_at_k"]
+    # Full attention and its code are as they were: its cell is found.
+    assert edited["full_run_id"] == first["full_run_id"]

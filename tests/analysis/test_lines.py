@@ -305,3 +305,31 @@ def test_full_attention_that_failed_is_said(row: RowMaker) -> None:
     note = "full attention ended failed here, so there is no difference to it: NaN."
     rows = frame([row(run_id="a" * 16, method="quest", k=64, full_note=note)])
     assert f"ruler/mean: {note}" in compare(rows).notes
+
+
+def test_a_mix_of_versions_code_and_models_is_said(row: RowMaker) -> None:
+    first = {"torch": "2.13.0", "tokenizers": "0.22.1", "code_digest": "a" * 16}
+    rows = frame(
+        [
+            row(method="quest", run_id="0" * 16, model_digest="c" * 16, **first),
+            row(
+                method="quest",
+                run_id="1" * 16,
+                **{**first, "tokenizers": "0.23.0", "code_digest": "b" * 16},
+                model_digest="d" * 16,
+            ),
+            row(method="hata", run_id="2" * 16, artifact_code="other", **first),
+            row(method="loki", run_id="3" * 16, artifact_code="same", **first),
+        ]
+    )
+    notes = compare(rows).notes
+    assert "These rows mix versions of tokenizers: 0.22.1, 0.23.0." in notes
+    assert "Between these rows the code of quest changed." in notes
+    assert "Between these rows the files of model tiny changed." in notes
+    assert (
+        "What hata learnt was fitted before its code was as it is now, under the same version of"
+        " the fit." in notes
+    )
+    assert not any("torch" in note and "mix" in note for note in notes)
+    alone = compare(rows[rows["method"] == "loki"]).notes
+    assert not any("mix" in note or "changed" in note or "learnt" in note for note in alone)

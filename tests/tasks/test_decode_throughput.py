@@ -176,7 +176,11 @@ class Infinite(Broken):
 @pytest.mark.parametrize(
     ("method", "status", "reason"),
     [
-        (Infinite(), "failed", "the attention's output must be finite, got infinity or NaN in layer 0"),
+        (
+            Infinite(),
+            "failed",
+            "the attention's output must be finite, got infinity or NaN in layer 0",
+        ),
         (
             Broken(),
             "wrong",
