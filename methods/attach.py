@@ -364,7 +364,8 @@ class Session:
                 if key.shape[2] > k:
                     self._miss(layer, NO_CACHE)
             elif not self._allow_dense_forwards:
-                after = int(cache_layer(cache, layer).get_seq_length())
+                stored = cache_layer(cache, layer)
+                after = key.shape[2] if stored is None else int(stored.get_seq_length())
                 self._reading.several(cache, layer, after - q_len, after, k)
             return
         n = key.shape[2] if lengths is None else lengths.n
