@@ -59,6 +59,7 @@ def page(rows: Path) -> str:
     """Return the whole page."""
     path = rows.resolve().relative_to(ROOT)
     parts = [HEAD.format(rows=path.as_posix(), folder=path.parent.as_posix())]
+    parts += [f"{note}\n" for note in compared(rows).notes]
     for key, lines in compared(rows).panels():
         league = league_table(lines)
         if league is not None:
