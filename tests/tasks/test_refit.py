@@ -97,8 +97,8 @@ def test_nothing_ships_that_nobody_finds(tiny: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [HATA(), HashAttention(), InfiniGen(), Loki()], ids=lambda m: m.name
+    "method", [DoubleSparsity(), HATA(), HashAttention(), InfiniGen(), Loki()], ids=lambda m: m.name
 )
 def test_what_ships_tells_the_code_that_it_is_of(tiny: LoadedModel, method: TopKMethod) -> None:
-    """Where a method's code has changed: python docs/restamp_artifacts.py, once it fits the same."""
+    """Where its code has changed: python docs/restamp_artifacts.py, once it fits the same."""
     assert shipped(tiny, method).provenance["source"] == fit_source(method)
