@@ -40,8 +40,8 @@ def artifact_spec(loaded: LoadedModel, method: TopKMethod) -> dict[str, Any] | N
 
 
 def fit_source(method: TopKMethod) -> str:
-    """Return the digest of the code that a method learns by, in its own room or folder."""
-    return code_digest(modules_of(method), rooms=("methods",))
+    """Return the digest of the code that a method learns by, less what all methods share."""
+    return code_digest(modules_of(method), rooms=("methods",), without=[TopKMethod.__module__])
 
 
 def prepare_method(

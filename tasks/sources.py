@@ -16,7 +16,10 @@ ROOMS = ("kernels", "methods", "models", "tasks")
 
 
 def code_digest(
-    modules: Iterable[str], scripts: Iterable[Path] = (), rooms: Collection[str] = ROOMS
+    modules: Iterable[str],
+    scripts: Iterable[Path] = (),
+    rooms: Collection[str] = ROOMS,
+    without: Collection[str] = (),
 ) -> str:
     """Return 16 hex digits of the sources of some modules and of whatever they import.
 
@@ -29,6 +32,7 @@ def code_digest(
             holds itself counts.
         scripts: Files that are no modules.
         rooms: The rooms of topkbench that are followed.
+        without: Modules that are left out, with what they alone import.
     """
     waiting = list(modules)
     own = {name.partition(".")[0] for name in waiting}
@@ -38,7 +42,11 @@ def code_digest(
         waiting += _source(script, "")[1]
     while waiting:
         name = waiting.pop()
-        path = None if not name or name in found else _file(name, name.partition(".")[0] in own)
+        path = (
+            None
+            if not name or name in found or name in without
+            else _file(name, name.partition(".")[0] in own)
+        )
         if path is None or (name.startswith(f"{PACKAGE}.") and name.split(".")[1] not in rooms):
             continue
         found[name] = path

@@ -17,7 +17,7 @@ from topkbench.methods.infinigen import InfiniGen
 from topkbench.methods.loki import Loki
 from topkbench.models.load import LoadedModel, load_model
 from topkbench.tasks.calibration import Calibration
-from topkbench.tasks.cell import artifact_spec
+from topkbench.tasks.cell import artifact_spec, fit_source
 
 ARTIFACTS = Path(__file__).parents[2] / "models" / "tiny" / "artifacts"
 LAYER = 0  # whose states need no other layer
@@ -94,3 +94,11 @@ def test_nothing_ships_that_nobody_finds(tiny: LoadedModel) -> None:
     found = {shipped(tiny, HATA(rbit=rbit)).path for rbit in (32, 64, 128, 256)}
     found |= {shipped(tiny, one).path for one in (DoubleSparsity(), InfiniGen(), Loki())}
     assert found | {shipped(tiny, HashAttention()).path} == set(ARTIFACTS.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "method", [DoubleSparsity(), HATA(), HashAttention(), InfiniGen(), Loki()], ids=lambda m: m.name
+)
+def test_what_ships_tells_the_code_that_it_is_of(tiny: LoadedModel, method: TopKMethod) -> None:
+    """Where its code has changed: python docs/restamp_artifacts.py, once it fits the same."""
+    assert shipped(tiny, method).provenance["source"] == fit_source(method)
