@@ -320,7 +320,11 @@ class Run:
                 subtask=part.subtask,
                 reused=", ".join(found) or None,
                 full_note=full_note(full_rows, part.subtask),
-                **{"peak_memory_mib": peak, **part.values, **paired.get(part.subtask, {})},
+                **{
+                    "peak_memory_mib": peak,
+                    **part.values,
+                    **(paired.get(part.subtask, {}) if part.status == Status.OK else {}),
+                },
             )
             for part in outcome.rows
         ]

@@ -60,6 +60,9 @@ SPEED_COLUMNS = (
 )
 """Columns that stay empty unless the status is ok: a wrong result has no speed."""
 
+RESULT_COLUMNS = ("score", "recall_at_k", "attention_mass", "output_rel_error")
+"""Columns that stay empty, too, unless the status is ok: what did not act has no result."""
+
 PAIRED_COLUMNS = (
     "score_ci_low",
     "score_ci_high",
@@ -276,11 +279,12 @@ class Row:
             ):
                 raise RecordError(f"{name} must be {text}, got {value!r}.")
         if self.status is not Status.OK:
-            timed = [name for name in SPEED_COLUMNS if getattr(self, name) is not None]
-            if timed:
+            empty = (*SPEED_COLUMNS, *RESULT_COLUMNS, *PAIRED_COLUMNS)
+            given = [name for name in empty if getattr(self, name) is not None]
+            if given:
                 raise RecordError(
-                    f"speed columns must be empty unless status is ok, "
-                    f"got {', '.join(timed)} with status {self.status.value}."
+                    f"columns of scores, selections and speed must be empty unless status is ok, "
+                    f"got {', '.join(given)} with status {self.status.value}."
                 )
             if not self.reason:
                 raise RecordError(

@@ -26,7 +26,6 @@ from topkbench.methods.cache_watch import (
     IndexStore,
     LengthReader,
     Lengths,
-    cache_layer,
     can_watch,
     is_own,
 )
@@ -34,29 +33,32 @@ from topkbench.methods.capture import (
     PREFILL_NEEDS,
     PREVIOUS_QUERY,
     Captured,
-    cannot_foretell,
-    foretell_queries,
     missing,
 )
 from topkbench.methods.compat import (
     AttentionCall,
-    PartialAttention,
     attention_modules,
-    configs_of,
+    cache_layer,
+    cached_tokens,
+    cannot_foretell,
+    foretell_queries,
     is_cache,
     layer_of,
     max_slots,
-    partial_attention,
+    partial_layers,
     read_call,
     register_attention,
     sdpa_attention_forward,
+    using_attention,
     watching_writes,
 )
 from topkbench.methods.softcap import softcap_attention
 from topkbench.methods.step_count import (
     HOLES,
+    LIKELIHOOD,
     NO_CACHE,
     SMALL,
+    UNREACHED,
     WAYS_OUT,
     PromptReading,
     StepCount,
@@ -98,12 +100,6 @@ def geometry_of(model: PreTrainedModel, model_digest: str = "") -> Geometry:
         device=model.device,
         model_digest=model_digest,
     )
-
-
-def partial_layers(model: PreTrainedModel) -> dict[int, PartialAttention]:
-    """Return how those of a model's layers attend that do not see the whole past."""
-    found = {layer_of(module): partial_attention(module) for module in attention_modules(model)}
-    return {layer: kind for layer, kind in found.items() if kind is not None}
 
 
 @contextmanager
@@ -149,16 +145,15 @@ def attach(
     # A graph compiler would trace through the bookkeeping; decode steps stay eager.
     eager = torch.compiler.disable
     register_attention(IMPLEMENTATION, eager(_attention))
-    configs = configs_of(model)
-    before = [config._attn_implementation_internal for config in configs]
     hooks = []
     try:
         for module in session.modules:
             hook = eager(partial(_see_cache, session))
             hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             _SESSIONS[module] = session
-        model.set_attn_implementation(IMPLEMENTATION)
-        with watching_writes(session.before_write):
+        asked = partial(_see_labels, session)
+        hooks.append(model.register_forward_pre_hook(asked, with_kwargs=True))
+        with using_attention(model, IMPLEMENTATION), watching_writes(session.before_write):
             yield session
         session.require_all_steps()
     finally:
@@ -166,8 +161,6 @@ def attach(
             _SESSIONS.pop(module, None)
         for registered in hooks:
             registered.remove()
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = implementation
 
 
 class Session:
@@ -181,6 +174,7 @@ class Session:
         partial: How layers attend that do not see the whole past.
         modules: The model's attention modules.
         count: The decode steps so far, by layer.
+        scores_text: Whether the forward that runs is asked for the likelihood of its own tokens.
     """
 
     def __init__(
@@ -224,6 +218,8 @@ class Session:
         self._reading = PromptReading(self._miss)
         self._allow_dense_forwards = allow_dense_forwards
         self._running = threading.local()
+        self._begun: dict[int, int] = {}
+        self.scores_text = False
         if method.selects and len(self.dense) == self.geometry.num_layers:
             raise ValueError(
                 f"at least one layer must be left to {method.name}, but all "
@@ -254,6 +250,8 @@ class Session:
             MethodBypassedError: With the counts, the reasons and the way out.
         """
         if self.method.selects:
+            for layer in list(self._begun):
+                self._end_unreached(layer)
             self._reading.end()
             layers = self.sparse_layers
             self.count.require_none_missed(self.method.name, self.policy.k, layers)
@@ -293,11 +291,14 @@ class Session:
             layer: Index of the layer.
             call: What its attention module is called with.
         """
+        self._end_unreached(layer)
         self._running.layer = layer
         self._cache.pop(layer, None)
         if call.cache is not None:
             self._note_cache(layer, call.cache)
         hidden, following = call.hidden_states, layer + 1
+        if hidden is not None:
+            self._begun[layer] = hidden.shape[1]
         if PREVIOUS_QUERY not in self._needs or following >= len(self.modules) or hidden is None:
             return
         if hidden.shape[1] == 1 and call.rotary is not None:
@@ -305,6 +306,16 @@ class Session:
                 self._foretold[following] = foretell_queries(
                     self.modules[following], hidden.detach(), call.rotary
                 )
+
+    def _end_unreached(self, layer: int) -> None:
+        """Count what a layer's module began and never brought to the method, if it was a step."""
+        q_len = self._begun.pop(layer, None)
+        cache = self._cache.get(layer)
+        if q_len is None or cache is None or layer in self.dense or not self.method.selects:
+            return
+        cached = cached_tokens(cache, layer)
+        if cached is not None and cached > max(q_len, self.policy.k):
+            self._miss(layer, UNREACHED)
 
     def before_write(self, cache: Any) -> None:
         """Note which cache the running layer is about to write to, whatever carried it there."""
@@ -329,6 +340,7 @@ class Session:
         """Attend from ``query [B, Hq, q, d]``; return ``[B, q, Hq, d]``."""
         layer, q_len = layer_of(module), query.shape[2]
         self._running.layer = None
+        self._begun.pop(layer, None)
         cache = self._cache.pop(layer, None)
         lengths = None
         if cache is not None and (q_len == 1 or is_own(cache)):
@@ -339,7 +351,12 @@ class Session:
             self.indices.drop(cache, layer)
             if lengths is not None and lengths.is_own:
                 # Rows may end at different slots, which no mask of transformers knows.
-                mask = lengths.causal_mask(q_len, key.shape[2], self.partial.get(layer))
+                kind = self.partial.get(layer)
+                mask = lengths.causal_mask(q_len, key.shape[2], kind)
+                if kind is not None and q_len == 1 and lengths.kv_start is lengths.kv_len is None:
+                    # All rows end together, so that no more than the window need be read.
+                    first = lengths.n - kind.tokens_read(lengths.n)
+                    key, value, mask = key[:, :, first:], value[:, :, first:], None
                 mask = None if mask is None else mask.to(key.device)
             is_prompt = q_len > 1 or (lengths is not None and lengths.n == 1)
             wanted = self.method.needs & PREFILL_NEEDS and layer not in self.dense
@@ -363,9 +380,11 @@ class Session:
             if cache is None:
                 if key.shape[2] > k:
                     self._miss(layer, NO_CACHE)
+            elif self.scores_text and key.shape[2] > k and not self._allow_dense_forwards:
+                self._miss(layer, LIKELIHOOD)
             elif not self._allow_dense_forwards:
-                stored = cache_layer(cache, layer)
-                after = key.shape[2] if stored is None else int(stored.get_seq_length())
+                cached = cached_tokens(cache, layer)
+                after = key.shape[2] if cached is None else cached
                 self._reading.several(cache, layer, after - q_len, after, k)
             return
         n = key.shape[2] if lengths is None else lengths.n
@@ -611,6 +630,12 @@ def _see_cache(
     session: Session, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     session.see(layer_of(module), read_call(args, kwargs))
+
+
+def _see_labels(
+    session: Session, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    session.scores_text = kwargs.get("labels") is not None
 
 
 def _capacity(stored: Any, n: int) -> int:

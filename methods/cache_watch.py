@@ -7,7 +7,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
-from topkbench.methods.compat import PartialAttention
+from topkbench.methods.compat import PartialAttention, cache_layer, written_slots
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,6 @@ class Lengths:
         return (seen | (slots == places))[:, None]
 
 
-def cache_layer(cache: Any, layer: int) -> Any:
-    """Return the part of a transformers cache that holds a layer, None if it has none yet."""
-    layers = getattr(cache, "layers", None)
-    return layers[layer] if layers is not None and layer < len(layers) else None
-
-
 class LengthReader:
     """Reads the valid slots from a mask or a cache; a mask that layers share is read once."""
 
@@ -82,9 +76,9 @@ class LengthReader:
         if is_own(cache):
             return _own_lengths(cache, stored, key)
         if mask is None:
-            written = getattr(stored, "cumulative_length", None)
-            if isinstance(written, Tensor):  # a static cache: the rest of it is not written yet
-                return Lengths(int(written))
+            written = written_slots(stored)
+            if written is not None:  # a static cache: the rest of it is not written yet
+                return Lengths(written)
             return Lengths(key.shape[2])
         if self._mask is None or self._mask() is not mask:
             self._mask = ref(mask)

@@ -3,7 +3,6 @@
 Nothing here runs unless a method declares it in ``needs``.
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,11 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from topkbench.methods.compat import layer_of, register_attention, sdpa_attention_forward
+from topkbench.methods.compat import (
+    layer_of,
+    register_attention,
+    sdpa_attention_forward,
+    using_attention,
+)
 from topkbench.methods.softcap import capped, softcap_attention
 
 QUERY_TAIL = 64  # queries of a prompt that are kept, its last
@@ -26,16 +30,34 @@ BLOCK = 256  # queries whose attention weights are held at once, at most
 WEIGHTS = 2**27  # attention weights that are held at once, if one query has no more
 
 
+@dataclass(frozen=True)
+class LayerCall:
+    """What a layer's attention is called with while a prompt is read.
+
+    Attributes:
+        layer: Index of the layer.
+        query_states: ``[B, Hq, n, d]``, post-RoPE.
+        key_states: ``[B, Hkv, n, d]``, post-RoPE.
+        value_states: ``[B, Hkv, n, d]``.
+        scale: The attention's factor on dot products.
+        softcap: As in attention, or None.
+    """
+
+    layer: int
+    query_states: Tensor
+    key_states: Tensor
+    value_states: Tensor
+    scale: float
+    softcap: float | None
+
+
 @contextmanager
-def watched_attention(
-    model: PreTrainedModel, see: Callable[[int, Tensor, Tensor, Tensor], None]
-) -> Iterator[None]:
-    """Let ``see`` have each layer's index and post-RoPE states in every forward of the block.
+def watched_attention(model: PreTrainedModel, see: Callable[[LayerCall], None]) -> Iterator[None]:
+    """Let ``see`` have each layer's post-RoPE states in every forward of the block.
 
     Args:
         model: A decoder-only model; it is what it was once the block is left.
-        see: Called with the layer, ``[B, Hq, n, d]`` queries, and ``[B, Hkv, n, d]`` keys and
-            values.
+        see: Called with what a layer's attention is called with.
     """
 
     def attend(
@@ -46,22 +68,18 @@ def watched_attention(
         *args: object,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
-        see(layer_of(module), query, key, value)
+        scale: Any = kwargs.get("scaling") or query.shape[-1] ** -0.5
         softcap: Any = kwargs.get("softcap")
+        see(LayerCall(layer_of(module), query, key, value, scale, softcap))
         if softcap is not None:  # which SDPA does not know
             mask: Any = args[0] if args else kwargs.get("attention_mask")
-            scale: Any = kwargs.get("scaling") or query.shape[-1] ** -0.5
             out = softcap_attention(query, key, value, mask, scale, softcap)
             return out.transpose(1, 2), None
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)  # type: ignore[arg-type]
 
-    before = model.config._attn_implementation
     register_attention(WATCHED, attend)
-    model.set_attn_implementation(WATCHED)
-    try:
+    with using_attention(model, WATCHED):
         yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 @dataclass
@@ -217,52 +235,6 @@ def column_sums(
         # A query of padding sees nothing, and counts for nothing.
         total[..., :seen] += weights.nan_to_num(0.0).sum(3)
     return total.flatten(1, 2)
-
-
-def foretell_queries(
-    module: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Return the post-RoPE queries that an attention module would make of another layer's input.
-
-    Args:
-        module: The attention module whose queries are wanted.
-        hidden_states: ``[B, m, hidden]`` normed input of an earlier layer's attention.
-        position_embeddings: The cosines and sines of the tokens, as transformers passes them.
-
-    Returns:
-        ``[B, Hq, m, d]``.
-
-    Source:
-        InfiniGen (arXiv:2406.19707), section 4.3: the inputs of neighbouring layers are alike.
-    """
-    own: Any = module
-    device = own.o_proj.weight.device  # an earlier layer may lie on another
-    hidden_states = hidden_states.to(device)
-    cosines, sines = (one.to(device) for one in position_embeddings)
-    if hasattr(own, "q_proj"):
-        projected = own.q_proj(hidden_states)
-    else:
-        width = own.o_proj.in_features  # of the queries, the first of the joint projection
-        projected = own.qkv_proj(hidden_states)[..., :width]
-    queries = projected.unflatten(-1, (-1, own.head_dim))
-    if hasattr(own, "q_norm"):
-        queries = own.q_norm(queries)
-    queries = queries.transpose(1, 2)
-    rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
-    rotated: Tensor = rotate(queries, queries, cosines, sines)[0]
-    return rotated
-
-
-def cannot_foretell(module: nn.Module) -> str | None:
-    """Say why a module's queries cannot be foretold, None if they can."""
-    known = hasattr(module, "q_proj") or hasattr(module, "qkv_proj")
-    rotates = hasattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb")
-    if known and rotates and hasattr(module, "head_dim"):
-        return None
-    return (
-        f"queries can be foretold where attention has q_proj or qkv_proj and rotary positions, and "
-        f"{type(module).__name__} has not."
-    )
 
 
 def missing(needs: frozenset[str], found: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ type can be asked: a cache is an argument that is a cache, or is seen where it i
 
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -103,6 +104,31 @@ def partial_attention(module: nn.Module) -> PartialAttention | None:
     return PartialAttention(
         f"its kind is {kind}", None if size is None else int(size), kind == "chunked_attention"
     )
+
+
+def partial_layers(model: PreTrainedModel) -> dict[int, PartialAttention]:
+    """Return how those of a model's layers attend that do not see the whole past."""
+    found = {layer_of(module): partial_attention(module) for module in attention_modules(model)}
+    return {layer: kind for layer, kind in found.items() if kind is not None}
+
+
+def layer_devices(model: PreTrainedModel) -> list[torch.device]:
+    """Return where each layer's attention runs: several devices, where a model is spread."""
+    found = {layer_of(one): next(one.parameters()).device for one in attention_modules(model)}
+    return [found[layer] for layer in sorted(found)]
+
+
+@contextmanager
+def using_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let a model attend by a function that ``register_attention`` knows, inside the block."""
+    configs = configs_of(model)
+    before = [config._attn_implementation_internal for config in configs]
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
 
 
 def configs_of(model: PreTrainedModel) -> list[Any]:
@@ -248,6 +274,26 @@ def is_cache(value: Any) -> bool:
     return all(callable(getattr(value, name, None)) for name in ("update", "get_seq_length"))
 
 
+def cache_layer(cache: Any, layer: int) -> Any:
+    """Return the part of a transformers cache that holds a layer, None if it has none yet."""
+    layers = getattr(cache, "layers", None)
+    return layers[layer] if layers is not None and layer < len(layers) else None
+
+
+def cached_tokens(cache: Any, layer: int) -> int | None:
+    """Return the tokens that a layer of a cache holds; None where it does not tell."""
+    stored = cache_layer(cache, layer)
+    if stored is not None:
+        return int(stored.get_seq_length())
+    return 0 if hasattr(cache, "layers") else None
+
+
+def written_slots(stored: Any) -> int | None:
+    """Return how far a layer of a static cache is written; None for one that grows."""
+    written = getattr(stored, "cumulative_length", None)
+    return int(written) if isinstance(written, Tensor) else None
+
+
 def max_slots(stored: Any) -> int | None:
     """Return the slots that a layer of a cache is allocated with; None if it grows."""
     for name in ("get_max_length", "get_max_cache_shape"):
@@ -256,6 +302,55 @@ def max_slots(stored: Any) -> int | None:
             told = int(ask())
             return told if told > 0 else None
     return None
+
+
+# Another layer's queries --------------------------------------------------------------------------
+
+
+def foretell_queries(
+    module: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Return the post-RoPE queries that an attention module would make of another layer's input.
+
+    Args:
+        module: The attention module whose queries are wanted.
+        hidden_states: ``[B, m, hidden]`` normed input of an earlier layer's attention.
+        position_embeddings: The cosines and sines of the tokens, as transformers passes them.
+
+    Returns:
+        ``[B, Hq, m, d]``.
+
+    Source:
+        InfiniGen (arXiv:2406.19707), section 4.3: the inputs of neighbouring layers are alike.
+    """
+    own: Any = module
+    device = own.o_proj.weight.device  # an earlier layer may lie on another
+    hidden_states = hidden_states.to(device)
+    cosines, sines = (one.to(device) for one in position_embeddings)
+    if hasattr(own, "q_proj"):
+        projected = own.q_proj(hidden_states)
+    else:
+        width = own.o_proj.in_features  # of the queries, the first of the joint projection
+        projected = own.qkv_proj(hidden_states)[..., :width]
+    queries = projected.unflatten(-1, (-1, own.head_dim))
+    if hasattr(own, "q_norm"):
+        queries = own.q_norm(queries)
+    queries = queries.transpose(1, 2)
+    rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+    rotated: Tensor = rotate(queries, queries, cosines, sines)[0]
+    return rotated
+
+
+def cannot_foretell(module: nn.Module) -> str | None:
+    """Say why a module's queries cannot be foretold, None if they can."""
+    known = hasattr(module, "q_proj") or hasattr(module, "qkv_proj")
+    rotates = hasattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb")
+    if known and rotates and hasattr(module, "head_dim"):
+        return None
+    return (
+        f"queries can be foretold where attention has q_proj or qkv_proj and rotary positions, and "
+        f"{type(module).__name__} has not."
+    )
 
 
 # Writes to caches ---------------------------------------------------------------------------------

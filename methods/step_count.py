@@ -9,10 +9,14 @@ from weakref import WeakKeyDictionary
 NO_CACHE = "generation without a cache"
 HOLES = "a mask with holes"
 SEVERAL = "a forward of several tokens over a filled cache"
+LIKELIHOOD = "a likelihood of several tokens in one forward"
+UNREACHED = "an attention that never reached the method"
 SMALL = "k is at least the number of cached tokens"
 WAYS_OUT = {
     NO_CACHE: "generate with use_cache=True",
     HOLES: "pad on one side only",
+    LIKELIHOOD: "read a context first, then one token at a time",
+    UNREACHED: "leave the model's attention implementation as attach sets it",
     SEVERAL: "decode one token at a time, or pass allow_dense_forwards=True if these forwards are"
     " meant to attend to everything",
 }
@@ -70,10 +74,11 @@ class StepCount:
         if reasons:
             told = "; ".join(f"{steps} by {reason}" for reason, steps in sorted(reasons.items()))
             ways = "; ".join(WAYS_OUT[reason] for reason in sorted(reasons))
+            where = ", ".join(map(str, sorted({layer for layer, _ in self.missed})))
             raise MethodBypassedError(
                 f"every decode step over more than k={k} tokens must go through {method}, but of "
                 f"{self.taken.total() + reasons.total()} steps of single layers {reasons.total()} "
-                f"attended to everything ({told}): {ways}."
+                f"attended to everything ({told}; in layer {where}): {ways}."
             )
         most = max((self._seen(layer) for layer in layers), default=0)
         self._require_each(method, k, layers, most)

@@ -6,22 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from topkbench.methods.capture import Captured
 from topkbench.models.prefill import Prefill
-
-
-def layer_devices(model: PreTrainedModel) -> list[torch.device]:
-    """Return where each layer's attention runs: several devices, where a model is spread."""
-    found: dict[int, torch.device] = {}
-    for module in model.modules():
-        layer: Any = getattr(module, "layer_idx", None)
-        if isinstance(layer, int):
-            found[layer] = next(module.parameters()).device
-    return [found[layer] for layer in sorted(found)]
-
 
 SPARE = 32  # slots a layer that was cut down has for new tokens, before it is cut down again
 

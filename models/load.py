@@ -21,6 +21,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
+from topkbench.methods.compat import partial_layers
 from topkbench.models.digests import weights_digest
 
 SHIPPED = {"tiny": Path(__file__).resolve().parent / "tiny"}
@@ -131,10 +132,7 @@ def load_model(
             output_loading_info=True,
         )
         model, found = loaded
-        text_config = config.get_text_config(decoder=True)
-        kinds = set(getattr(text_config, "layer_types", None) or ())
-        slides = kinds - {"full_attention"} if kinds else getattr(text_config, "sliding_window", 0)
-        if slides:
+        if partial_layers(model):
             raise ValueError(
                 "layers with a sliding window, which the harness's cache does not hold; attach"
                 " serves such a model in your own script"

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from topkbench.methods.capture import PREFILL_NEEDS, Captured, watched_attention
+from topkbench.methods.capture import PREFILL_NEEDS, Captured, LayerCall, watched_attention
 from topkbench.methods.compat import token_logits
 from topkbench.models.digests import states_digest
 
@@ -81,16 +81,10 @@ def prefill(
     cache = DynamicCache()
     ids = torch.tensor([list(token_ids)], device=model.device)
     captured: list[Captured] = []
-    scales: dict[int, float] = {
-        module.layer_idx: module.scaling  # type: ignore[misc]
-        for module in model.modules()
-        if hasattr(module, "layer_idx") and hasattr(module, "scaling")
-    }
-    softcap = getattr(model.config, "attn_logit_softcapping", None)
 
-    def see(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def see(call: LayerCall) -> None:
         one = Captured(needs)
-        one.see(query, key, scales.get(layer, query.shape[-1] ** -0.5), softcap=softcap)
+        one.see(call.query_states, call.key_states, call.scale, softcap=call.softcap)
         captured.append(one)
 
     began = time.perf_counter()

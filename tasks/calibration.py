@@ -16,7 +16,7 @@ from torch import Tensor
 
 from topkbench.methods.attach import geometry_of
 from topkbench.methods.base import LayerStates, Progress, TopKMethod
-from topkbench.methods.capture import watched_attention
+from topkbench.methods.capture import LayerCall, watched_attention
 from topkbench.models.digests import tokenizer_digest
 from topkbench.models.load import LoadedModel
 from topkbench.tasks.ruler_prompts import SUBTASKS, make_prompt
@@ -171,10 +171,11 @@ class Calibration:
         wanted = {layer: self.method.query_positions(layer, self.lengths) for layer in layers}
         held: dict[int, LayerStates] = {layer: [] for layer in layers}
 
-        def keep(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-            if layer in held:
-                chosen = query[0][:, wanted[layer][len(held[layer])]]
-                held[layer].append((own(chosen), own(key[0])))
+        def keep(call: LayerCall) -> None:
+            if call.layer in held:
+                states = held[call.layer]
+                chosen = call.query_states[0][:, wanted[call.layer][len(states)]]
+                states.append((own(chosen), own(call.key_states[0])))
 
         def own(states: Tensor) -> Tensor:
             return states.to("cpu", model.dtype, copy=True)

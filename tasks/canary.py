@@ -7,11 +7,11 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from topkbench.methods.attach import attach, partial_layers
+from topkbench.methods.attach import attach
 from topkbench.methods.base import Index, Policy, PrefillInputs, Selection, TopKMethod
-from topkbench.methods.compat import token_logits
+from topkbench.methods.compat import layer_devices, partial_layers, token_logits
 from topkbench.methods.step_count import MethodBypassedError
-from topkbench.models.cache import DecodeCache, layer_devices
+from topkbench.models.cache import DecodeCache
 from topkbench.models.prefill import prefill
 from topkbench.tasks.decoding import NotFiniteError
 from topkbench.tasks.evaluation import Context

@@ -21,7 +21,7 @@ from topkbench.methods.step_count import MethodBypassedError
 from topkbench.models.load import LoadedModel
 from topkbench.tasks.calibration import SEED, Calibration
 from topkbench.tasks.canary import check_acting
-from topkbench.tasks.evaluation import Context, Outcome, Task, TaskRow
+from topkbench.tasks.evaluation import Context, Outcome, Task, TaskRow, layers_read
 from topkbench.tasks.fitting import fit_layers, learning_devices
 from topkbench.tasks.sources import code_digest, modules_of
 
@@ -124,6 +124,11 @@ def run_cell(context: Context, task: Task) -> Outcome:
     method = context.method
     policy = method.policy_in_force(context.policy)
     reason = method.unsupported(context.geometry) or method.refuses(policy)
+    if reason is None and task.uses_model and method.selects and not layers_read(context, 1)[0]:
+        reason = (
+            f"at least one layer must be left to {method.name}, and the policy and the design of "
+            f"{context.loaded.name} keep all of them dense."
+        )
     if reason is not None:
         return Outcome([TaskRow("mean", status="skipped", reason=reason)], [])
     context = replace(context, method=method.under(policy))

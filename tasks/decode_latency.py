@@ -32,6 +32,7 @@ from topkbench.methods.capture import (
     PREFILL_NEEDS,
     PREVIOUS_QUERY,
     Captured,
+    LayerCall,
     watched_attention,
 )
 from topkbench.models.load import free_bytes
@@ -267,10 +268,11 @@ class DecodeLatency(Task):
         prompt = tokenised(loaded, task.samples(loaded), "dense")[0]
         found: list[PlantedStates] = []
 
-        def keep(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-            if layer == self.layer:
-                grouped = query[:, :, -1].unflatten(1, (key.shape[1], -1))
-                found.append(PlantedStates(grouped, key, value))
+        def keep(call: LayerCall) -> None:
+            if call.layer == self.layer:
+                key = call.key_states
+                grouped = call.query_states[:, :, -1].unflatten(1, (key.shape[1], -1))
+                found.append(PlantedStates(grouped, key, call.value_states))
 
         with watched_attention(loaded.model, keep):
             ids = torch.tensor([prompt.prefill_ids], device=loaded.model.device)

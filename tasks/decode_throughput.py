@@ -14,8 +14,8 @@ from topkbench.kernels.timing import OtherLoad, Stages, measure, speed_columns
 from topkbench.methods.attach import Session, attach
 from topkbench.methods.base import Geometry, Observer, TopKMethod, check_whole, kv_bytes
 from topkbench.methods.capture import PREFILL_NEEDS
-from topkbench.methods.compat import token_logits
-from topkbench.models.cache import DecodeCache, layer_devices
+from topkbench.methods.compat import layer_devices, token_logits
+from topkbench.models.cache import DecodeCache
 from topkbench.models.load import free_bytes
 from topkbench.models.prefill import Prefill
 from topkbench.tasks.cell import peak_memory_mib, reset_peak_memory

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from topkbench.methods.compat import token_logits
-from topkbench.models.cache import DecodeCache, layer_devices
+from topkbench.methods.compat import layer_devices, token_logits
+from topkbench.models.cache import DecodeCache
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 from topkbench.tasks.base import Sample, TaskDoesNotFit
@@ -153,14 +153,18 @@ class Decoder:
         self.cache = DecodeCache(prefills, room, layer_devices(loaded.model))
         self.first_logits = torch.stack([states.logits for states in prefills]).to(self.device)
         self.lengths: list[int] = []
-        self._check(self.first_logits)
+        self.check(self.first_logits)
 
     def steps_over(self, k: int, since: int = 0) -> int:
         """Return how many steps, after the first ``since``, had more than ``k`` cached tokens."""
         return sum(n > k for n in self.lengths[since:])
 
-    def _check(self, logits: Tensor, done: Sequence[bool] | None = None) -> Tensor:
-        """Return the logits, if those of the rows that are not done are all finite."""
+    def check(self, logits: Tensor, done: Sequence[bool] | None = None) -> Tensor:
+        """Return a step's logits, if those of the rows that are not done are all finite.
+
+        Raises:
+            NotFiniteError: If not, with the sample.
+        """
         finite = logits.isfinite().all(-1)
         if done is not None:
             finite = finite | torch.tensor(done, device=finite.device)
@@ -185,7 +189,7 @@ class Decoder:
         logits = self.first_logits
         question = torch.tensor([prompt.decode_ids for prompt in self.prompts], device=self.device)
         for column in range(question.shape[1]):
-            logits = self._check(self.step(question[:, column]))
+            logits = self.check(self.step(question[:, column]))
         return logits
 
     def generate(self) -> list[list[int]]:
@@ -204,14 +208,14 @@ class Decoder:
                     done[row] = len(answers[row]) >= limits[row]
             if all(done):
                 return answers
-            tokens = self._check(self.step(tokens), done).argmax(-1)
+            tokens = self.check(self.step(tokens), done).argmax(-1)
 
     def follow(self, answers: Sequence[Sequence[int]]) -> None:
         """Read the question, then given answers of equal length, whatever is predicted."""
         self.read_question()
         forced = torch.tensor([list(answer) for answer in answers], device=self.device)
         for column in range(forced.shape[1]):
-            self._check(self.step(forced[:, column].long()))
+            self.check(self.step(forced[:, column].long()))
 
 
 def eos_ids(loaded: LoadedModel) -> frozenset[int]:

@@ -17,7 +17,7 @@ import torch
 
 from topkbench.kernels.timing import LEAST_PAIRS, OtherLoad, Stages, speed_columns
 from topkbench.methods.artifact import Artifact
-from topkbench.methods.attach import Session, attach, geometry_of, partial_layers
+from topkbench.methods.attach import Session, attach, geometry_of
 from topkbench.methods.base import (
     CacheView,
     Geometry,
@@ -28,6 +28,7 @@ from topkbench.methods.base import (
     check_whole,
     kv_bytes,
 )
+from topkbench.methods.compat import partial_layers
 from topkbench.methods.step_count import StepCount
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
@@ -354,12 +355,25 @@ class GenerationTask(Task):
         if context.method.selects and not any(one["steps_taken"] for one in counted.values()):
             most = max(one["longest"] for one in counted.values())
             return Outcome([TaskRow("mean", {}, "skipped", never_more_than(k, most))], [])
+        prompts, samples = list(prompts), list(samples)
+        rows = []
+        # Where no step of a sub-task had more than k tokens the method did not act: no number of it
+        # stands anywhere, and the mean is of the others.
+        for subtask, told in counted.items() if context.method.selects else ():
+            if not told["steps_taken"]:
+                reason = never_more_than(k, told["longest"])
+                rows.append(TaskRow(subtask, {}, "skipped", reason))
+                prompts = [one for one in prompts if one.sample.subtask != subtask]
+                samples = [one for one in samples if one["subtask"] != subtask]
+        counted = {one["subtask"]: counted[one["subtask"]] for one in samples}
         read = [one["density"] for one in counted.values() if one["density"] is not None]
         density = statistics.fmean(read) if read else None
         reads = [Reads(**one["reads"]) for one in counted.values() if one["reads"] is not None]
         shared: dict[str, Any] = {"batch_size": 1, "density": density}
         if context.method.selects:
-            shared["sparse_step_share"] = answered["sparse_step_share"]
+            shared["sparse_step_share"] = statistics.fmean(
+                one["sparse_step_share"] for one in counted.values()
+            )
         lengths = (len(prompt.prefill_ids) + len(prompt.decode_ids) for prompt in prompts)
         shared |= accounting(context, round(statistics.fmean(lengths)), Reads.mean(reads))
         shared["density_all"] = density_of_all_layers(context, shared["kv_len"], density)
@@ -373,8 +387,8 @@ class GenerationTask(Task):
         if context.method.selects and not context.method.compacts:
             judged = spread(choosing, self.judged_prompts)
             shared |= context.keep("selections", lambda: judge(context, judged))
-        rows = []
-        for subtask in dict.fromkeys(one["subtask"] for one in samples):
+        scored = []
+        for subtask in counted:
             scores = [one["score"] for one in samples if one["subtask"] == subtask]
             values: dict[str, Any] = {
                 "score": statistics.fmean(scores),
@@ -385,15 +399,10 @@ class GenerationTask(Task):
             values["density"] = counted[subtask]["density"]
             if context.method.selects:
                 values["sparse_step_share"] = counted[subtask]["sparse_step_share"]
-            rows.append(TaskRow(subtask, values))
-        mean = statistics.fmean(row.values["score"] for row in rows)
-        for row in rows if context.method.selects else ():
-            told = counted[row.subtask]
-            if not told["steps_taken"]:
-                row.status, row.reason = "skipped", never_more_than(k, told["longest"])
-                row.values = {"num_samples": row.values["num_samples"]}
-        rows.append(TaskRow("mean", {"score": mean, "num_samples": len(samples), **shared}))
-        return Outcome(rows, samples)
+            scored.append(TaskRow(subtask, values))
+        mean = statistics.fmean(row.values["score"] for row in scored)
+        scored.append(TaskRow("mean", {"score": mean, "num_samples": len(samples), **shared}))
+        return Outcome([*rows, *scored], samples)
 
     def _answer(self, context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """Decode all prompts; return scored samples and what each sub-task read, as plain values.
@@ -437,13 +446,9 @@ class GenerationTask(Task):
                 )
         order = {prompt.sample.sample_id: place for place, prompt in enumerate(prompts)}
         samples.sort(key=lambda one: order[one["sample_id"]])
-        steps = StepCount()
-        for counter in counters.values():
-            steps.add(counter.steps)
         return {
             "samples": samples,
             "subtasks": {subtask: counter.told() for subtask, counter in counters.items()},
-            "sparse_step_share": steps.share_taken,
         }
 
 
@@ -613,7 +618,8 @@ def _timed_steps(
     with context.attached(decoder, method, watch):
         for _ in range(WARM_UP_STEPS + TIMED_STEPS):
             with stages("step"):
-                decoder.step(token)
+                logits = decoder.step(token)
+    decoder.check(logits)  # what is no number stays none, so the last step tells of all
     return stages.times()["step"][WARM_UP_STEPS:]
 
 

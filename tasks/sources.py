@@ -24,8 +24,8 @@ def code_digest(
     """Return 16 hex digits of the sources of some modules and of whatever they import.
 
     Imports are followed into topkbench's own rooms, and elsewhere into all that is no installed
-    library: a method that stands in a user's folder, and what it imports from there. A file is read
-    once a process.
+    library: a method that stands in a user's folder, and what it imports from there, by whatever
+    means. Files that are no code do not count. A file is read once a process.
 
     Args:
         modules: Dotted names of modules that are imported; of an installed package, all that it
@@ -52,8 +52,22 @@ def code_digest(
         found[name] = path
         # A package runs whenever a module in it is imported.
         waiting += [*_source(path, name)[1], name.rpartition(".")[0]]
+    folders = {path.parent for path in found.values() if not path.is_relative_to(ROOT)}
+    for name, path in _loaded_from(folders).items():
+        found.setdefault(name, path)
     text = "".join(f"{name} {_source(found[name], name)[0]}\n" for name in sorted(found))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _loaded_from(folders: Collection[Path]) -> dict[str, Path]:
+    """Return the files of modules that were loaded from some folders, however they were named."""
+    loaded = [(name, getattr(one, "__file__", None)) for name, one in list(sys.modules.items())]
+    files = {name: Path(file) for name, file in loaded if file}
+    return {
+        name: path
+        for name, path in files.items()
+        if path.suffix == ".py" and path.parent in folders
+    }
 
 
 def modules_of(*objects: object) -> set[str]:

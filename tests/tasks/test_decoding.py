@@ -156,7 +156,8 @@ def test_batches_keep_question_lengths_and_subtasks_apart() -> None:
 
 def test_a_prompt_longer_than_the_window_is_refused(loaded: LoadedModel) -> None:
     message = (
-        r"must fit the window of 1024 tokens of random, got \d+; use a smaller task\.length\.$"
+        r"must fit the window of 1024 tokens of random, got \d+ in sample 0; use a smaller "
+        r"task\.length\.$"
     )
     with pytest.raises(TaskDoesNotFit, match=message):
         tokenise(loaded, sample("the secret of word " * 400), "dense")

@@ -21,7 +21,13 @@ from topkbench.tasks.cell import run_cell
 from topkbench.tasks.decode_latency import DecodeLatency
 from topkbench.tasks.decode_throughput import DecodeThroughput
 from topkbench.tasks.decoding import NotFiniteError
-from topkbench.tasks.evaluation import Context, Outcome, density_of_all_layers
+from topkbench.tasks.evaluation import (
+    Context,
+    Outcome,
+    density_of_all_layers,
+    speed,
+    tokenised,
+)
 from topkbench.tasks.quality import check_finite
 from topkbench.tasks.ruler import Ruler
 from topkbench.tasks.selection import SelectionTask
@@ -74,7 +80,8 @@ def test_a_method_bypassed_in_one_layer_has_no_numbers(own: LoadedModel, tmp_pat
     let_attend_by_itself(own, 1)
     (row,) = run_cell(context, ruler(tmp_path)).rows
     assert row.status == "wrong"
-    assert "layer 1 took 0" in row.reason
+    assert "of 64 steps of single layers 32 attended to everything" in row.reason
+    assert "in layer 1)" in row.reason
     assert not any(row.values.get(name) for name in MEASURED)
 
 
@@ -89,7 +96,7 @@ def test_the_canary_refuses_a_model_that_goes_its_own_way(
     made = DecodeThroughput(lengths=(100,)) if task is DecodeThroughput else ruler(tmp_path)
     (row,) = run_cell(context_of(own, tmp_path, ExactTopK()), made).rows
     assert row.status == "wrong"
-    assert "2 layers must take 3 decode steps each through canary" in row.reason
+    assert "must go through canary, but of 6 steps of single layers 6 attended" in row.reason
 
 
 def test_the_canary_notices_that_a_selection_decides_nothing(
@@ -156,11 +163,14 @@ def test_prompts_of_no_more_than_k_tokens_say_so_in_their_subtask(
     from topkbench.tasks.needle import Needle
 
     task = Needle(lengths=(100, 300), depths=(50,), num_samples=1, cache_dir=str(tmp_path))
-    short, long, mean = run_cell(context_of(loaded, tmp_path, ExactTopK(), 100), task).rows
-    assert (short.status, short.values.get("score")) == ("skipped", None)
+    outcome = run_cell(context_of(loaded, tmp_path, ExactTopK(), 100), task)
+    short, long, mean = outcome.rows
+    assert (short.status, short.values) == ("skipped", {})
     assert (long.status, long.values["sparse_step_share"]) == ("ok", 1.0)
-    assert mean.status == "ok"
-    assert 0 < mean.values["sparse_step_share"] < 1
+    for name in ("score", "density", "num_samples", "sparse_step_share"):
+        assert mean.values[name] == long.values[name]
+    assert mean.values["kv_len"] > 250  # of the prompts on which the method acted
+    assert {one["subtask"] for one in outcome.samples} == {"300 x 50%"}
 
 
 # What is not finite ---------------------------------------------------------------------------
@@ -188,6 +198,28 @@ def test_a_token_that_makes_a_step_infinite_fails(own: LoadedModel, tmp_path: Pa
         own.model.get_input_embeddings().weight[token] = float("nan")  # type: ignore[index, operator]
     with pytest.raises(NotFiniteError, match="must be finite, got infinity or NaN in layer 0"):
         run_cell(context_of(own, tmp_path, ExactTopK()), task)
+
+
+def test_timed_steps_without_numbers_have_no_time(own: LoadedModel, tmp_path: Path) -> None:
+    """The timed steps decode the token that the context suggests, which no answer need have."""
+    task = ruler(tmp_path)
+    context = context_of(own, tmp_path, ExactTopK())
+    check_acting(context)
+    (prompt,) = tokenised(own, task.samples(own), "sparse")
+    token = int(context.store.get(prompt.prefill_ids).logits.argmax())
+    assert token not in prompt.decode_ids
+    with torch.no_grad():
+        own.model.get_input_embeddings().weight[token] = float("nan")  # type: ignore[index, operator]
+    with pytest.raises(NotFiniteError, match="must be finite"):
+        speed(context, [prompt], 1.0)
+
+
+def test_a_model_whose_layers_all_slide_is_skipped(olmo3: LoadedModel, tmp_path: Path) -> None:
+    policy = Policy(k=24, num_sink=0, num_recent=0, dense_layers=(3,))
+    context = replace(context_of(olmo3, tmp_path, ExactTopK()), policy=policy)
+    (row,) = run_cell(context, DecodeThroughput(lengths=(320,), budget=None)).rows
+    assert row.status == "skipped"
+    assert row.reason.startswith("at least one layer must be left to exact")
 
 
 class NoNumber(ExactTopK):

@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicCache
 
 from topkbench.methods.attach import attach
 from topkbench.methods.base import CacheView, Index, Policy, PrefillInputs, TopKMethod
-from topkbench.methods.capture import QUERY_TAIL, Captured, foretell_queries, watched_attention
-from topkbench.methods.compat import cache_keyword
+from topkbench.methods.capture import QUERY_TAIL, Captured, watched_attention
+from topkbench.methods.compat import cache_keyword, foretell_queries
 from topkbench.models.cache import DecodeCache
 from topkbench.models.prefill import PrefillStore, prefill
 
@@ -59,7 +59,10 @@ def truth(
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Return each layer's queries and attention weights: a forward of eager attention."""
     queries: dict[int, Tensor] = {}
-    with torch.no_grad(), watched_attention(model, lambda at, q, k, v: queries.update({at: q})):
+    with (
+        torch.no_grad(),
+        watched_attention(model, lambda call: queries.update({call.layer: call.query_states})),
+    ):
         model(ids, attention_mask=mask)
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
@@ -80,7 +83,7 @@ def expected(weights: Tensor, mask: Tensor | None) -> Tensor:
 
 def run(model: PreTrainedModel, method: TopKMethod, parts: list[Tensor], **more: Any) -> None:
     cache = DynamicCache(config=model.config)
-    with attach(model, method, Policy(k=16)), torch.no_grad():
+    with attach(model, method, Policy(k=16), allow_dense_forwards=True), torch.no_grad():
         for part in parts:
             model(part, **cache_keyword(model, cache), **more)
 
@@ -195,7 +198,10 @@ def test_a_layers_own_input_foretells_its_own_queries(
         if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups")
     ]
     queries: dict[int, Tensor] = {}
-    with torch.no_grad(), watched_attention(model, lambda at, q, k, v: queries.update({at: q})):
+    with (
+        torch.no_grad(),
+        watched_attention(model, lambda call: queries.update({call.layer: call.query_states})),
+    ):
         model(ids)
     for hook in hooks:
         hook.remove()

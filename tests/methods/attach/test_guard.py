@@ -266,12 +266,53 @@ def test_a_layer_that_never_reaches_the_method_raises(
 
     attention.forward = by_itself
     with (
-        pytest.raises(
-            MethodBypassedError, match=r"4 layers must take 7 .* 28 in all, got 21: layer 2"
-        ),
+        pytest.raises(MethodBypassedError, match=r"of 28 steps of single layers 7 .* in layer 2\)"),
         attach(model, ExactTopK(), Policy(k=16)),
     ):
         model.generate(prompt(1, 30), **GREEDY)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not act")
+def test_an_attention_that_never_reaches_the_method_raises(
+    seeded: Make, small: dict[str, Any], prompt: Make
+) -> None:
+    """All layers go their own way, from the beginning or from some step on."""
+    model = seeded(lambda: LlamaForCausalLM(LlamaConfig(**small)))
+    ids, cache = prompt(1, 30), DynamicCache()
+
+    def whole() -> None:
+        with attach(model, ExactTopK(), Policy(k=16)):
+            model.set_attn_implementation("sdpa")
+            model.generate(ids, **GREEDY)
+
+    def later() -> None:
+        with torch.no_grad(), attach(model, ExactTopK(), Policy(k=16)):
+            for part in (ids, ids[:, :1], ids[:, :1]):
+                model(part, **cache_keyword(model, cache))
+            model.set_attn_implementation("sdpa")
+            model(ids[:, :1], **cache_keyword(model, cache))
+
+    with pytest.raises(MethodBypassedError, match="14 by an attention that never reached"):
+        whole()
+    with pytest.raises(MethodBypassedError, match=r"of 6 steps .*\(2 by an attention that"):
+        later()
+    with attach(model, ExactTopK(), Policy(k=16)) as session:  # nothing is left of either
+        model.generate(ids, **GREEDY)
+    assert session.count.taken == {0: 7, 1: 7}
+
+
+@pytest.mark.filterwarnings("ignore:.*does not act")
+def test_a_likelihood_of_a_whole_text_raises(llama: PreTrainedModel, prompt: Make) -> None:
+    ids = prompt(1, 40)
+
+    def likelihood() -> None:
+        with torch.no_grad(), attach(llama, ExactTopK(), Policy(k=16)):
+            llama(ids, labels=ids)
+
+    with pytest.raises(MethodBypassedError, match="2 by a likelihood of several tokens"):
+        likelihood()
+    with torch.no_grad(), attach(llama, ExactTopK(), Policy(k=40)):
+        llama(ids, labels=ids)  # k is enough for all of it
 
 
 # Layers that see a part of the past -----------------------------------------------------------
