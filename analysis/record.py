@@ -19,6 +19,7 @@ from topkbench.analysis.row import (
     COLUMNS,
     PAIRED_COLUMNS,
     PARAMETER_PREFIX,
+    RESULT_COLUMNS,
     SPEED_COLUMNS,
     RecordError,
     Row,
@@ -134,7 +135,7 @@ class Cell:
         placeholder = row.replace(
             status=Status.INTERRUPTED,
             reason="the attempt had not ended when the report was made.",
-            **dict.fromkeys(SPEED_COLUMNS),
+            **dict.fromkeys((*SPEED_COLUMNS, *RESULT_COLUMNS, *PAIRED_COLUMNS)),
         )
         content = {"attempt": attempt, "row": placeholder.flat()}
         write_atomic(self.folder / "begun.json", json_bytes(content))
