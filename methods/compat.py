@@ -88,7 +88,8 @@ def partial_attention(module: nn.Module) -> PartialAttention | None:
     """Say how a layer attends that does not see the whole past, None if it sees all of it."""
     config: Any = module.config
     kinds = getattr(config, "layer_types", None)
-    window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
+    # A module that has the attribute knows best: None there is a layer that does not slide.
+    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
     if kinds is None:
         if window is None:
             return None
@@ -97,7 +98,7 @@ def partial_attention(module: nn.Module) -> PartialAttention | None:
     if kind == "full_attention":
         return None
     sizes = {
-        "sliding_attention": window,
+        "sliding_attention": window or getattr(config, "sliding_window", None),
         "chunked_attention": getattr(config, "attention_chunk_size", None),
     }
     size = sizes.get(kind)

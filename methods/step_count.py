@@ -80,8 +80,9 @@ class StepCount:
                 f"{self.taken.total() + reasons.total()} steps of single layers {reasons.total()} "
                 f"attended to everything ({told}; in layer {where}): {ways}."
             )
-        most = max((self._seen(layer) for layer in layers), default=0)
-        self._require_each(method, k, layers, most)
+        # What the method took or needed not to.
+        seen = {layer: self.taken[layer] + self.dense[layer, SMALL] for layer in layers}
+        _require_equal(method, k, seen, max(seen.values(), default=0))
 
     def require(self, method: str, k: int, layers: Iterable[int], steps: int) -> None:
         """Raise unless each of some layers took exactly as many steps as were run.
@@ -96,24 +97,15 @@ class StepCount:
             MethodBypassedError: With both counts.
         """
         self.require_none_missed(method, k, layers)
-        layers = sorted(layers)
-        found = {layer: self.taken[layer] for layer in layers}
-        if any(count != steps for count in found.values()):
-            raise MethodBypassedError(_sentence(method, k, found, steps))
-
-    def _require_each(self, method: str, k: int, layers: list[int], steps: int) -> None:
-        found = {layer: self._seen(layer) for layer in layers}
-        if any(count != steps for count in found.values()):
-            raise MethodBypassedError(_sentence(method, k, found, steps))
-
-    def _seen(self, layer: int) -> int:
-        """Return the steps of a layer that the method took or needed not to."""
-        return self.taken[layer] + self.dense[layer, SMALL]
+        _require_equal(method, k, {layer: self.taken[layer] for layer in sorted(layers)}, steps)
 
 
-def _sentence(method: str, k: int, found: dict[int, int], steps: int) -> str:
+def _require_equal(method: str, k: int, found: dict[int, int], steps: int) -> None:
+    """Raise unless each layer has so many steps."""
+    if all(count == steps for count in found.values()):
+        return
     fewest = min(found, key=lambda layer: (found[layer], layer))
-    return (
+    raise MethodBypassedError(
         f"{len(found)} layers must take {steps} decode steps each through {method} with k={k}, "
         f"{steps * len(found)} in all, got {sum(found.values())}: layer {fewest} took "
         f"{found[fewest]}, the others of its steps never reached the method."
