@@ -6,12 +6,18 @@ named by a digest of everything that it is made from: the sources of all kernels
 Python, numba, llvmlite and numpy, and numba's settings. A file in it is named by the function, the
 types of its arguments and the processor, and begins with a digest of its content.
 
+Numba tells functions of one name and type apart (here: what a factory makes for one, two and four
+queries) by a number that it counts up from 1 in every process, in the order of compilation. Where
+code of two processes meets, the linker takes equal names for the same function, so a kernel would
+call the helper of another. Hence each process counts from a random number on.
+
 The folder is ``numba/`` in ``TOPKBENCH_CACHE`` or ``~/.cache/topkbench``, or ``topkbench/`` in
 ``NUMBA_CACHE_DIR`` where that is set.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -28,6 +34,7 @@ import llvmlite
 import numba
 import numpy as np
 from numba import config, njit
+from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
@@ -38,6 +45,7 @@ _SETTINGS = (
     *("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "ENABLE_AVX", "USING_SVML"),
     *("BOUNDSCHECK", "DEBUGINFO_DEFAULT"),
 )
+FunctionIdentity._unique_ids = itertools.count(secrets.randbits(62))
 _UNUSED_SECONDS = 30 * 24 * 3600  # after which the machine code of other sources is removed
 
 

@@ -25,6 +25,39 @@ def first(count):
     powers(out)
     return [round(float(one), 3) for one in out]
 """
+HELPERS = """
+import numpy as np
+from numba import njit, prange
+from topkbench.kernels.compiled import entry_point
+
+def helper(value):
+    @njit
+    def grow(steps):  # calls itself twice, so that it is not inlined
+        if steps < 2:
+            return value
+        return grow(steps - 1) + grow(steps - 2)
+    return grow
+
+one, hundred = helper(1), helper(100)
+
+@entry_point
+def rising(out):
+    for _ in prange(1):
+        out[0] = one(7)
+        out[1] = hundred(7)
+
+@entry_point
+def falling(out):
+    for _ in prange(1):
+        out[0] = hundred(7)
+        out[1] = one(7)
+
+def run(*functions):
+    out = np.zeros(2, np.int64)
+    for function in functions:
+        function(out)
+        print(out.tolist())
+"""
 RUN_PROBE = "from topkbench.kernels.probe import first; print(first(3))"
 RIGHT = "[1.0, 0.368, 0.135]"
 EDITED = "[2.0, 0.736, 0.271]"  # computed with twice the power
@@ -79,6 +112,17 @@ def test_an_edit_of_what_a_kernel_calls_is_followed_and_so_is_its_end(checkout: 
     assert len(kept) == 2
     assert checkout.files() == kept
     assert [path.stat().st_mtime_ns for path in kept] == times  # found, not compiled again
+
+
+def test_kept_code_calls_its_own_helpers_beside_code_that_was_compiled_here(
+    checkout: Checkout,
+) -> None:
+    (checkout.kernels / "helpers.py").write_text(HELPERS)
+    load = "from topkbench.kernels.helpers import falling, rising, run;"
+    assert checkout.run(load + "run(rising)") == ("[21, 2100]", "")
+    # Here the helpers are compiled in another order, so numba would give each the other's name.
+    assert checkout.run(load + "run(falling, rising)") == ("[2100, 21]\n[21, 2100]", "")
+    assert checkout.run(load + "run(rising, falling)") == ("[21, 2100]\n[2100, 21]", "")
 
 
 def test_what_numba_is_told_to_compile_otherwise_is_kept_apart(checkout: Checkout) -> None:
