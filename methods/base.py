@@ -23,6 +23,9 @@ from topkbench.methods.states import (
 )
 
 __all__ = [
+    "PREFILL_NEEDS",
+    "PREVIOUS_QUERY",
+    "QUERY_TAIL",
     "CacheView",
     "CalibrationStates",
     "Geometry",
@@ -49,6 +52,15 @@ Progress = Callable[[int, int], None]
 
 LayerStates = list[tuple[Tensor, Tensor]]
 """Of each calibration sequence: ``[Hq, m, d]`` queries and ``[Hkv, n, d]`` keys of one layer."""
+
+QUERY_TAIL = 64
+"""Queries of a prompt that are captured for ``query_tail``, its last."""
+
+PREFILL_NEEDS = frozenset({"query_tail", "column_sums"})
+"""What of a method's ``needs`` is captured while a prompt is read."""
+
+PREVIOUS_QUERY = "previous_query"
+"""What of a method's ``needs`` is captured at each decode step."""
 
 LossReport = Callable[[int, int, float], None]
 """Called after each step of a training: steps done, steps in all, and the step's loss."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from topkbench.methods.base import (
+    QUERY_TAIL,
     Geometry,
     Index,
     Policy,
@@ -16,7 +17,6 @@ from topkbench.methods.base import (
     check_whole,
     kv_bytes,
 )
-from topkbench.methods.capture import QUERY_TAIL
 from topkbench.methods.eviction import Evicting, ascending
 from topkbench.methods.softcap import capped
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from topkbench.methods.capture import Captured
+from topkbench.models.capture import Captured
 from topkbench.models.prefill import Prefill
 
 SPARE = 32  # slots a layer that was cut down has for new tokens, before it is cut down again

@@ -21,7 +21,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from topkbench.methods.compat import partial_layers
+from topkbench.models.compat import partial_layers
 from topkbench.models.digests import weights_digest
 
 SHIPPED = {"tiny": Path(__file__).resolve().parent / "tiny"}

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from topkbench.methods.capture import PREFILL_NEEDS, Captured, LayerCall, watched_attention
-from topkbench.methods.compat import token_logits
+from topkbench.methods.base import PREFILL_NEEDS
+from topkbench.models.capture import Captured, LayerCall, watched_attention
+from topkbench.models.compat import token_logits
 from topkbench.models.digests import states_digest
 
 

@@ -9,34 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from topkbench.kernels.timing import (
-    OtherLoad,
-    Stages,
-    clock_mhz,
-    copies_needed,
-    measure,
-    speed_columns,
-)
-from topkbench.methods.base import (
-    CacheView,
-    Geometry,
-    Policy,
-    PrefillInputs,
-    Selection,
-    TopKMethod,
-    Watch,
-    check_whole,
-    kv_bytes,
-)
-from topkbench.methods.capture import (
-    PREFILL_NEEDS,
-    PREVIOUS_QUERY,
-    Captured,
-    LayerCall,
-    watched_attention,
-)
-from topkbench.models.load import free_bytes
-from topkbench.tasks.evaluation import (
+from topkbench.harness.evaluation import (
     STAGES,
     Context,
     Counter,
@@ -48,7 +21,34 @@ from topkbench.tasks.evaluation import (
     never_more_than,
     tokenised,
 )
-from topkbench.tasks.planted import MEMORY_SHARE, PlantedCalibration, PlantedStates, capture
+from topkbench.harness.planted import MEMORY_SHARE, PlantedCalibration, PlantedStates, capture
+from topkbench.kernels.timing import (
+    OtherLoad,
+    Stages,
+    clock_mhz,
+    copies_needed,
+    measure,
+    speed_columns,
+)
+from topkbench.methods.base import (
+    PREFILL_NEEDS,
+    PREVIOUS_QUERY,
+    CacheView,
+    Geometry,
+    Policy,
+    PrefillInputs,
+    Selection,
+    TopKMethod,
+    Watch,
+    check_whole,
+    kv_bytes,
+)
+from topkbench.models.capture import (
+    Captured,
+    LayerCall,
+    watched_attention,
+)
+from topkbench.models.load import free_bytes
 from topkbench.tasks.ruler import Ruler
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -8,19 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from topkbench.kernels.timing import OtherLoad, Stages, measure, speed_columns
-from topkbench.methods.attach import Session, attach
-from topkbench.methods.base import Geometry, Observer, TopKMethod, check_whole, kv_bytes
-from topkbench.methods.capture import PREFILL_NEEDS
-from topkbench.methods.compat import layer_devices, token_logits
-from topkbench.models.cache import DecodeCache
-from topkbench.models.load import free_bytes
-from topkbench.models.prefill import Prefill
-from topkbench.tasks.cell import peak_memory_mib, reset_peak_memory
-from topkbench.tasks.decoding import NotFiniteError
-from topkbench.tasks.evaluation import (
+from topkbench.harness.cell import peak_memory_mib, reset_peak_memory
+from topkbench.harness.decoding import NotFiniteError
+from topkbench.harness.evaluation import (
     Context,
     Counter,
     Outcome,
@@ -31,7 +22,21 @@ from topkbench.tasks.evaluation import (
     needs_all_tokens,
     never_more_than,
 )
-from topkbench.tasks.planted import MEMORY_SHARE, PlantedCalibration, capture
+from topkbench.harness.planted import MEMORY_SHARE, PlantedCalibration, capture
+from topkbench.kernels.timing import OtherLoad, Stages, measure, speed_columns
+from topkbench.methods.base import (
+    PREFILL_NEEDS,
+    Geometry,
+    Observer,
+    TopKMethod,
+    check_whole,
+    kv_bytes,
+)
+from topkbench.models.attach import Session, attach
+from topkbench.models.cache import DecodeCache
+from topkbench.models.compat import PreTrainedModel, layer_devices, token_logits
+from topkbench.models.load import free_bytes
+from topkbench.models.prefill import Prefill
 
 CALIBRATION_TOKENS = 128
 

@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from topkbench.harness.decoding import Question
+from topkbench.harness.evaluation import GenerationTask
+from topkbench.harness.sources import code_digest
+from topkbench.harness.task import Sample, TaskDoesNotFit, samples_digest
 from topkbench.methods.base import check_whole
 from topkbench.models.digests import tokenizer_digest
 from topkbench.models.load import LoadedModel
-from topkbench.tasks.base import Sample, TaskDoesNotFit, samples_digest
-from topkbench.tasks.decoding import Question
-from topkbench.tasks.evaluation import GenerationTask
 from topkbench.tasks.ruler_prompts import SUBTASKS, Prompt, make_prompt
-from topkbench.tasks.sources import code_digest
 from topkbench.tasks.words import TEST_NAMES, word_pools
 
 # Called with rng, budget and count; see ``make_prompt``.
@@ -125,7 +125,7 @@ class Ruler(GenerationTask):
 
     def _cache_file(self, loaded: LoadedModel) -> Path:
         settings = {
-            "code": code_digest([type(self).__module__], rooms=("tasks",)),
+            "code": code_digest([type(self).__module__], folders=("tasks",)),
             **self._content(),
             "num_samples": self.num_samples,
             "seed": self.seed,

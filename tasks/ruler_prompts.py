@@ -12,8 +12,15 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from topkbench.tasks.base import TaskDoesNotFit
-from topkbench.tasks.words import CALIBRATION_NAMES, CALIBRATION_NUMBERS, random_names
+from topkbench.harness.task import TaskDoesNotFit
+from topkbench.models.digests import tokenizer_digest
+from topkbench.models.load import LoadedModel
+from topkbench.tasks.words import (
+    CALIBRATION_NAMES,
+    CALIBRATION_NUMBERS,
+    random_names,
+    word_pools,
+)
 
 SUBTASKS = (
     "niah_single",
@@ -40,7 +47,7 @@ CODED = "Read the coded text below and remember the most frequent coded words.\n
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt before it is given an identity: see :class:`topkbench.tasks.base.Sample`.
+    """A prompt before it is given an identity: see :class:`topkbench.harness.task.Sample`.
 
     ``reference`` is the whole answer as the shipped model is trained to write it.
     """
@@ -390,3 +397,50 @@ def _make(
     if subtask == "fwe":
         return _fwe(rng, budget, count, share)
     return _niah(rng, words, budget, count, subtask)
+
+
+@dataclass(kw_only=True)
+class CalibrationPrompts:
+    """Calibration texts: prompts with their answers, of words that no test uses.
+
+    Attributes:
+        seed: Of the prompts.
+    """
+
+    seed: int = 90210
+
+    name = "ruler_words"
+
+    def sequences(self, loaded: LoadedModel, length: int, count: int) -> list[list[int]]:
+        """Return the token ids of ``count`` texts of at most ``length`` tokens each."""
+        key = (tokenizer_digest(loaded.tokenizer), length, count, self.seed)
+        if key not in _CALIBRATION:
+            _CALIBRATION[key] = [
+                list(loaded.tokenizer.encode(text)) for text in self.texts(loaded, length, count)
+            ]
+        return _CALIBRATION[key]
+
+    def texts(self, loaded: LoadedModel, length: int, count: int) -> list[str]:
+        """Return the prompts with their answers, the sub-tasks in turn."""
+
+        def count_tokens(text: str) -> int:
+            return len(loaded.tokenizer.encode(text, add_special_tokens=False))
+
+        words, texts = word_pools()[1], []
+        for index in range(count):
+            rng = random.Random(f"calibration-{self.seed}-{index}")
+            subtask = SUBTASKS[index % len(SUBTASKS)]
+            prompt = make_prompt(subtask, rng, words, length - 2, count_tokens, CALIBRATION_NAMES)
+            texts.append(prompt.context + prompt.question + prompt.answer_prefix + prompt.reference)
+        return texts
+
+    def describe(self, length: int, count: int) -> str:
+        """Say what they are, in words."""
+        return (
+            f"{count} prompts of {length} tokens, {', '.join(SUBTASKS)} in turn, seed"
+            f" {self.seed}, {len(word_pools()[1])} words that no test uses"
+        )
+
+
+# Made in this process, since every cell of a sweep asks which artifact it needs.
+_CALIBRATION: dict[tuple[str, int, int, int], list[list[int]]] = {}

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from topkbench.harness.decoding import Decoder, Prompt
+from topkbench.harness.evaluation import Context, Outcome, TaskRow, needs_all_tokens, tokenised
+from topkbench.harness.quality import Shadow
 from topkbench.methods.base import Policy
-from topkbench.tasks.decoding import Decoder, Prompt
-from topkbench.tasks.evaluation import Context, Outcome, TaskRow, needs_all_tokens, tokenised
-from topkbench.tasks.quality import Shadow
 from topkbench.tasks.ruler import Ruler
 
 

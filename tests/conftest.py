@@ -1,7 +1,14 @@
-"""What every test runs under: no network, whatever the machine has, and Triton without a GPU."""
+"""What every test runs under, and what the tests of several folders share.
+
+No network, whatever the machine has, and Triton without a GPU; a small model of random weights with
+a tokenizer of the prompts' own words; every method as its YAML makes it, fitted on small states.
+"""
 
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,3 +20,122 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(_cache / "numba"))
 # Read when triton is imported, and when a kernel is decorated: they then run in Python on a CPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+from hydra.utils import instantiate  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from topkbench.methods.base import Geometry, TopKMethod  # noqa: E402
+from topkbench.models.load import LoadedModel  # noqa: E402
+from topkbench.models.prefill import PrefillStore  # noqa: E402
+from topkbench.models.tiny_tokenizer import build_tokenizer  # noqa: E402
+from topkbench.tasks.words import TEMPLATE_WORDS, random_names, word_pools  # noqa: E402
+
+WINDOW = 1024
+METHOD_CONFIGS = Path(__file__).parents[1] / "conf" / "method"
+# Thousands of steps are taken once; that they lead to the same again, its own tests say.
+SLOW = ("hash_attention",)
+LEARNT: dict[str, dict[str, Tensor]] = {}
+GEOMETRY = Geometry(
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=32,
+    dtype_bytes=4,
+)
+
+
+class Calibration:
+    """Random states of short sequences."""
+
+    num_layers = GEOMETRY.num_layers
+    sequences = 3
+
+    def states(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(layer)
+        return [
+            (
+                torch.randn(GEOMETRY.num_heads, n, GEOMETRY.head_dim, generator=generator),
+                torch.randn(GEOMETRY.num_kv_heads, n, GEOMETRY.head_dim, generator=generator),
+            )
+            for n in (240, 251, 264)
+        ]
+
+
+def make(name: str, fit: bool = True, **overrides: Any) -> TopKMethod:
+    """Make a method from its YAML, with its artifact where it needs one."""
+    root = OmegaConf.create(
+        {"rbit": 64, "seed": 0, "impl": "auto", "full_backend": "sdpa", "k": 16}
+    )
+    node = OmegaConf.load(METHOD_CONFIGS / f"{name}.yaml")
+    assert isinstance(node, DictConfig)
+    for option in node.pop("defaults", []):  # a method inside a method: /method@PLACE: NAME
+        if option != "_self_":
+            ((place, inner),) = option.items()
+            node[place.removeprefix("/method@")] = OmegaConf.load(METHOD_CONFIGS / f"{inner}.yaml")
+    root["method"] = OmegaConf.merge(node, overrides)
+    method: TopKMethod = instantiate(root["method"])
+    spec = method.artifact_spec(GEOMETRY) if fit else None
+    if spec is not None:
+        learnt = LEARNT.get(str(spec)) or method.fit(Calibration())
+        if name in SLOW:
+            LEARNT[str(spec)] = learnt
+        method.load_artifact(learnt)
+    return method
+
+
+@pytest.fixture(scope="session")
+def make_method() -> Callable[..., TopKMethod]:
+    return make
+
+
+@pytest.fixture(scope="session")
+def geometry() -> Geometry:
+    return GEOMETRY
+
+
+@pytest.fixture(scope="session")
+def loaded() -> LoadedModel:
+    words = [*TEMPLATE_WORDS, *word_pools()[0], *word_pools()[1]]
+    words += [*random_names(5, upper=True), *random_names(6, upper=False)]
+    tokenizer = build_tokenizer([f" {word}" for word in words], WINDOW)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=WINDOW,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    return LoadedModel(
+        name="random",
+        model=model,
+        tokenizer=tokenizer,
+        digest="0" * 16,
+        window=WINDOW,
+        short_answers=True,
+    )
+
+
+@pytest.fixture
+def store(loaded: LoadedModel, tmp_path: Path) -> PrefillStore:
+    return PrefillStore(loaded.model, tmp_path / "prefill", 2**30)
+
+
+@pytest.fixture(scope="session")
+def count() -> Callable[[str], int]:
+    """Count words and marks: tokens that add up over pieces of text."""
+
+    def count_words(text: str) -> int:
+        return len(re.findall(r"\w+|[^\w\s]", text))
+
+    return count_words

@@ -10,39 +10,47 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("kernels", "methods", "models", "tasks", "analysis")
+FOLDERS = ("kernels", "methods", "models", "harness", "tasks", "analysis", "tools")
+PACKAGED = tuple(folder for folder in FOLDERS if folder != "tools")
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
+ENTRY_POINT = ROOT / "harness" / "main.py"
 PLAIN_WORDS = {"full", "exact", "random"}  # methods whose names are English words, too
 TASKS = sorted(path.stem for path in (ROOT / "conf" / "task").glob("*.yaml"))
 KERNEL_APIS = tuple(
     f"topkbench.kernels.{path.parent.name}.api" for path in (ROOT / "kernels").glob("*/api.py")
 )
 
-# What a room may import of others, and of the world; its own modules are checked apart.
+CONTRACT = tuple(f"topkbench.methods.{name}" for name in ("base", "policy", "softcap", "states"))
+# What a folder may import of others, and of the world; its own modules are checked apart.
 ALLOWED = {
     "kernels": ("torch", "triton", "numba", "llvmlite", "numpy"),
-    "methods": ("torch", "safetensors", *KERNEL_APIS, "topkbench.kernels.dispatch"),
+    "methods": ("torch", *KERNEL_APIS, "topkbench.kernels.dispatch"),
     "models": (
         *("torch", "transformers", "tokenizers", "safetensors", "filelock", "psutil"),
-        *(*KERNEL_APIS, "topkbench.methods.base", "topkbench.methods.capture"),
-        "topkbench.methods.compat",
+        *(*KERNEL_APIS, *CONTRACT),
+    ),
+    "harness": (
+        *("torch", "safetensors", "filelock", "psutil", "tqdm"),
+        *("topkbench.kernels", "topkbench.models", *CONTRACT),
+        *("topkbench.analysis.record", "topkbench.analysis.provenance"),
     ),
     "tasks": (
-        *("torch", "transformers", "tokenizers", "triton", "filelock", "psutil", "wonderwords"),
-        *("topkbench.methods.base", "topkbench.methods.attach", "topkbench.methods.artifact"),
-        *("topkbench.methods.capture", "topkbench.methods.compat"),
-        "topkbench.methods.step_count",
-        *("topkbench.models", *KERNEL_APIS, "topkbench.kernels.timing"),
+        *("torch", "triton", "psutil", "wonderwords"),
+        *("topkbench.harness", "topkbench.models", "topkbench.methods.base"),
+        *(*KERNEL_APIS, "topkbench.kernels.timing"),
     ),
     "analysis": ("numpy", "pandas", "matplotlib", "jinja2", "pyarrow", "filelock", "tabulate"),
+    "tools": (
+        *("torch", "transformers", "tokenizers", "safetensors", "hydra", "omegaconf"),
+        *("pandas", "matplotlib", "tqdm"),
+        *(f"topkbench.{folder}" for folder in FOLDERS if folder != "tools"),
+    ),
 }
-# What one file of a room may import on top.
+# What one file of a folder may import on top.
 ALLOWED_TO_ONE = {
     "kernels/full_attention/libraries.py": ("flash_attn", "flash_attn_interface", "flashinfer"),
-    "methods/attach.py": ("transformers",),
-    "methods/capture.py": ("transformers",),
-    "methods/compat.py": ("transformers",),
     "methods/magicpig.py": ("numpy",),
+    "harness/main.py": ("hydra", "omegaconf", "topkbench.analysis.stats"),
     "analysis/tracking.py": ("wandb", "wandb_workspaces"),
     "analysis/sweep_callback.py": ("hydra", "omegaconf"),
 }
@@ -58,8 +66,8 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def code_of(room: str) -> list[Path]:
-    return sorted((ROOT / room).rglob("*.py"))
+def code_of(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
 
 
 def is_under(name: str, parents: tuple[str, ...]) -> bool:
@@ -67,17 +75,17 @@ def is_under(name: str, parents: tuple[str, ...]) -> bool:
 
 
 def own_code() -> list[Path]:
-    return [path for room in ROOMS for path in code_of(room)] + [ROOT / "run.py"]
+    return [path for folder in FOLDERS for path in code_of(folder)] + [ROOT / "run.py"]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_what_the_table_allows(room: str) -> None:
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_imports_what_the_table_allows(folder: str) -> None:
     strangers = []
-    for path in code_of(room):
+    for path in code_of(folder):
         place = path.relative_to(ROOT).as_posix()
         allowed = (
-            *(*ALLOWED[room], *ALLOWED_TO_ONE.get(place, ())),
-            f"topkbench.{room}",
+            *(*ALLOWED[folder], *ALLOWED_TO_ONE.get(place, ())),
+            f"topkbench.{folder}",
             *sys.stdlib_module_names,
         )
         strangers += [f"{place}: {name}" for name in imports(path) if not is_under(name, allowed)]
@@ -106,25 +114,30 @@ def test_an_api_imports_its_implementations_inside_a_branch_alone() -> None:
     assert found == []
 
 
-def test_a_method_imports_no_other_method() -> None:
+def test_no_method_and_no_task_is_imported_by_another_folder_and_no_method_by_another() -> None:
     found = []
-    for path in code_of("methods"):
-        others = tuple(f"topkbench.methods.{name}" for name in METHODS if name != path.stem)
-        found += [f"{path.name}: {name}" for name in imports(path) if is_under(name, others)]
+    for path in own_code():
+        place = path.relative_to(ROOT)
+        if place.parts[0] == "tools":
+            continue
+        others = [f"topkbench.methods.{name}" for name in METHODS if name != place.stem]
+        if place.parts[0] != "tasks":
+            others += [f"topkbench.tasks.{name}" for name in TASKS]
+        found += [f"{place}: {name}" for name in imports(path) if is_under(name, tuple(others))]
     assert found == []
 
 
 @pytest.mark.parametrize("path", own_code(), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_nothing_imports_a_room_by_its_flat_name(path: Path) -> None:
-    assert [name for name in imports(path) if is_under(name, (*ROOMS, "conf"))] == []
+def test_nothing_imports_a_folder_by_its_flat_name(path: Path) -> None:
+    assert [name for name in imports(path) if is_under(name, (*FOLDERS, "conf"))] == []
 
 
-def test_tests_import_no_room_by_its_flat_name() -> None:
+def test_tests_import_no_folder_by_its_flat_name() -> None:
     found = [
         f"{path.relative_to(ROOT)}: {name}"
         for path in (ROOT / "tests").rglob("*.py")
         for name in imports(path)
-        if is_under(name, ROOMS)
+        if is_under(name, FOLDERS)
     ]
     assert found == []
 
@@ -152,7 +165,7 @@ def words_of_code(path: Path) -> set[str]:
 
 
 def test_the_entry_point_names_no_method_and_no_task() -> None:
-    text = (ROOT / "run.py").read_text(encoding="utf-8")
+    text = ENTRY_POINT.read_text(encoding="utf-8")
     # A plain word that is a method's name would be a string of its own, as a value.
     strings = {
         node.value
@@ -160,20 +173,21 @@ def test_the_entry_point_names_no_method_and_no_task() -> None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
     assert strings & {*METHODS, *TASKS} == set()
-    assert words_of_code(ROOT / "run.py") & ({*METHODS, *TASKS} - PLAIN_WORDS) == set()
+    assert words_of_code(ENTRY_POINT) & ({*METHODS, *TASKS} - PLAIN_WORDS) == set()
 
 
-def test_tasks_name_no_selecting_method() -> None:
+def test_tasks_and_harness_name_no_selecting_method() -> None:
     distinctive = set(METHODS) - PLAIN_WORDS
-    found = {path.name: sorted(words_of_code(path) & distinctive) for path in code_of("tasks")}
+    code = [*code_of("tasks"), *code_of("harness")]
+    found = {path.name: sorted(words_of_code(path) & distinctive) for path in code}
     assert {name: words for name, words in found.items() if words} == {}
 
 
-def test_the_rooms_are_namespaces() -> None:
+def test_the_folders_are_namespaces() -> None:
     found = [
         path.relative_to(ROOT).as_posix()
-        for room in (*ROOMS, "conf", "tests")
-        for path in (ROOT / room).rglob("__init__.py")
+        for folder in (*FOLDERS, "conf", "tests")
+        for path in (ROOT / folder).rglob("__init__.py")
     ]
     assert found == []
 
@@ -183,14 +197,15 @@ def test_every_folder_with_code_is_packaged() -> None:
         setuptools = tomllib.load(file)["tool"]["setuptools"]
     with_code = {
         ".".join(("topkbench", *path.parent.relative_to(ROOT).parts))
-        for room in ROOMS
-        for path in code_of(room)
+        for folder in PACKAGED
+        for path in code_of(folder)
     }
     packages = set(setuptools["packages"])
     assert with_code <= packages
     assert {"topkbench.conf", "topkbench.models.tiny"} <= packages
-    # Each package is under a room that is mapped to the folder of that name.
-    assert setuptools["package-dir"] == {f"topkbench.{room}": room for room in (*ROOMS, "conf")}
+    # Each package is under a folder that is mapped to the import root.
+    mapped = {f"topkbench.{folder}": folder for folder in (*PACKAGED, "conf")}
+    assert setuptools["package-dir"] == mapped
     folders = [ROOT.joinpath(*name.split(".")[1:]) for name in packages]
     assert [folder for folder in folders if not folder.is_dir()] == []
 

@@ -13,9 +13,9 @@ from hydra.errors import InstantiationException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from topkbench.harness.evaluation import Task
 from topkbench.methods.base import Policy, TopKMethod
 from topkbench.models.load import LoadedModel
-from topkbench.tasks.evaluation import Task
 
 CONF = Path(__file__).parents[2] / "conf"
 SHIPPED_MODELS = {"tiny"}
@@ -41,7 +41,9 @@ def resolved(*overrides: str) -> DictConfig:
 
 def test_every_folder_is_a_group_that_is_tested() -> None:
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
-    assert groups == {"model", "task", "method", "protocol", "tracker", "experiment"}
+    assert groups == {
+        *("model", "task", "method", "protocol", "calibration", "tracker", "experiment"),
+    }
     assert all(options(group) for group in groups)
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, Selection, StepResult
-from topkbench.methods.capture import column_sums
 from topkbench.methods.h2o import H2O, H2OIndex
+from topkbench.models.capture import column_sums
 
 FREE = {"num_sink": 0, "num_recent": 0}
 

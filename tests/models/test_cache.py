@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from topkbench.methods.compat import cache_keyword
 from topkbench.models.cache import DecodeCache
+from topkbench.models.compat import cache_keyword
 from topkbench.models.prefill import Prefill, PrefillStore, prefill
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 8

@@ -8,15 +8,16 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from topkbench.methods import artifact
-from topkbench.methods.attach import attach
+from topkbench.harness import artifact
+from topkbench.harness.calibration import Calibration
+from topkbench.harness.cell import artifact_spec, prepare_method
+from topkbench.harness.decoding import Decoder, Question, tokenise
 from topkbench.methods.base import Policy, TopKMethod
+from topkbench.models.attach import attach
 from topkbench.models.load import LoadedModel, load_model
 from topkbench.models.prefill import PrefillStore
-from topkbench.tasks.calibration import Calibration
-from topkbench.tasks.cell import artifact_spec, prepare_method
-from topkbench.tasks.decoding import Decoder, Question, tokenise
 from topkbench.tasks.ruler import Ruler
+from topkbench.tasks.ruler_prompts import CalibrationPrompts
 
 CONF = Path(__file__).parents[2] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -45,7 +46,7 @@ def method_of(name: str, *overrides: str) -> TopKMethod:
 def test_a_fresh_checkout_has_every_artifact_that_the_defaults_ask_for(
     tiny: LoadedModel, name: str, overrides: tuple[str, ...]
 ) -> None:
-    spec = artifact_spec(tiny, method_of(name, *overrides))
+    spec = artifact_spec(tiny, method_of(name, *overrides), CalibrationPrompts())
     assert spec is not None
     path = artifact.find(spec, tiny.artifact_folders)
     assert path is not None, f"models/tiny/artifacts must hold {artifact.file_name(spec)}"
@@ -57,7 +58,7 @@ def test_all_layers_would_be_fitted_within_five_minutes_and_a_layer_again_is_the
     tiny: LoadedModel,
 ) -> None:
     method = method_of("hata", "rbit=128", "method.epochs=3")  # of 15
-    calibration = Calibration.draw(tiny, method, memory_limit=2**25)
+    calibration = Calibration.draw(tiny, method, CalibrationPrompts(), memory_limit=2**25)
     assert calibration.groups() == [[0], [1], [2], [3]]
     states = calibration.capture([2])[2]
     began = time.process_time()
@@ -75,7 +76,7 @@ def test_a_budget_for_everything_answers_as_full_attention_does(
     task = Ruler(length=400, num_samples=1, cache_dir=str(tmp_path), question=question)
     store = PrefillStore(tiny.model, tmp_path)
     full, method = method_of("full"), method_of(name, "rbit=32")
-    prepare_method(tiny, method, tmp_path)
+    prepare_method(tiny, method, CalibrationPrompts(), tmp_path)
     for sample in task.samples(tiny)[:4]:
         answers = []
         for one in (full, method):

@@ -10,6 +10,8 @@ from hydra.utils import instantiate
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from topkbench.harness.evaluation import Context, TaskRow
+from topkbench.harness.planted import BLOCK, PlantedCalibration, PlantedStates, capture
 from topkbench.kernels.timing import OtherLoad, Stages
 from topkbench.methods.base import (
     CacheView,
@@ -32,8 +34,6 @@ from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 from topkbench.tasks import decode_latency
 from topkbench.tasks.decode_latency import DecodeLatency
-from topkbench.tasks.evaluation import Context, TaskRow
-from topkbench.tasks.planted import BLOCK, PlantedCalibration, PlantedStates, capture
 
 CONF = Path(__file__).parents[2] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -149,8 +149,8 @@ def test_what_a_step_read_is_charged_and_not_the_budget(
 def test_attention_received_is_captured_from_the_queries_of_all_positions(
     monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
-    monkeypatch.setattr("topkbench.tasks.planted.BLOCK", 128)
-    monkeypatch.setattr("topkbench.methods.capture.WEIGHTS", 6 * 300 * 50)
+    monkeypatch.setattr("topkbench.harness.planted.BLOCK", 128)
+    monkeypatch.setattr("topkbench.models.capture.WEIGHTS", 6 * 300 * 50)
     keys = planted(batch_size, 300).key_states
     both = frozenset({"column_sums", "query_tail"})
     found = capture(both, keys, 6, 32**-0.5)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from topkbench.harness.evaluation import Context, TaskRow
+from topkbench.harness.planted import capture
 from topkbench.kernels.timing import Timing
-from topkbench.methods.attach import attach
 from topkbench.methods.base import Policy, TopKMethod
-from topkbench.methods.capture import Captured
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.h2o import H2O
@@ -21,12 +21,12 @@ from topkbench.methods.hata import HATA
 from topkbench.methods.loki import Loki
 from topkbench.methods.quest import Quest
 from topkbench.methods.streaming_llm import StreamingLLM
+from topkbench.models.attach import attach
+from topkbench.models.capture import Captured
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 from topkbench.tasks import decode_throughput
 from topkbench.tasks.decode_throughput import DecodeThroughput, sharing_weights, step
-from topkbench.tasks.evaluation import Context, TaskRow
-from topkbench.tasks.planted import capture
 
 METHODS: dict[str, Callable[[], TopKMethod]] = {
     "exact": ExactTopK,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from topkbench.harness.task import TaskDoesNotFit
 from topkbench.models.load import LoadedModel
-from topkbench.tasks.base import TaskDoesNotFit
 from topkbench.tasks.needle import Needle
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
+from topkbench.harness.cell import run_cell
+from topkbench.harness.decoding import tokenise
+from topkbench.harness.evaluation import Context
+from topkbench.harness.task import TaskDoesNotFit, samples_digest
 from topkbench.methods.base import Policy
 from topkbench.methods.full import FullAttention
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
-from topkbench.tasks.base import TaskDoesNotFit, samples_digest
-from topkbench.tasks.cell import run_cell
-from topkbench.tasks.decoding import tokenise
-from topkbench.tasks.evaluation import Context
 from topkbench.tasks.ruler import Ruler, read_official
 from topkbench.tasks.ruler_prompts import SUBTASKS
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from topkbench.harness.evaluation import Context
 from topkbench.methods.base import Policy, TopKMethod
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.streaming_llm import StreamingLLM
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
-from topkbench.tasks.evaluation import Context
 from topkbench.tasks.selection import SelectionTask
 
 BARE = Policy(k=16, num_sink=0, num_recent=0)

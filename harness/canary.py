@@ -1,0 +1,115 @@
+"""A few decode steps before a model's first cell: does what a method selects reach the logits?"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from topkbench.harness.decoding import NotFiniteError
+from topkbench.harness.evaluation import Context
+from topkbench.methods.base import Index, Policy, PrefillInputs, Selection, TopKMethod
+from topkbench.models.attach import attach
+from topkbench.models.cache import DecodeCache
+from topkbench.models.compat import layer_devices, partial_layers, token_logits
+from topkbench.models.prefill import prefill
+from topkbench.models.step_count import MethodBypassedError
+
+PROMPT = 48  # tokens, drawn at random
+STEPS = 3
+FEW = 2  # tokens that a selection keeps which must change the logits
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the logits' norm; 5e-2 otherwise
+
+_CHECKED: "WeakSet[Any]" = WeakSet()
+
+
+@dataclass(kw_only=True)
+class Canary(TopKMethod):
+    """Selects every token, or the first few alone, by a selection of its own.
+
+    Attributes:
+        keep: Tokens that are selected; None for all.
+    """
+
+    name: ClassVar[str] = "canary"
+
+    keep: int | None = None
+
+    def build_index(self, prefill: PrefillInputs) -> Index:
+        return Index.of(prefill)
+
+    def append(self, index: Index, key_states: Tensor, value_states: Tensor) -> None:
+        index.advance()
+
+    def score(self, encoded: Tensor, index: Index) -> None:
+        return None
+
+    def select(
+        self, scores: Tensor | None, encoded: Tensor, index: Index, policy: Policy
+    ) -> Selection:
+        kept = index.length if self.keep is None else self.keep
+        slots = torch.arange(kept, dtype=torch.int32, device=encoded.device)
+        batch_size, num_kv_heads = encoded.shape[:2]
+        return Selection(slots.expand(batch_size, num_kv_heads, -1).contiguous())
+
+
+def check_acting(context: Context) -> None:
+    """Make sure, once for each loaded model, that a selection decides what a decode step computes.
+
+    A selection of everything must give full attention's logits, and a selection of two tokens must
+    not: equal answers of a method prove nothing, since a good one is meant to give them.
+
+    Args:
+        context: The cell's; its method plays no part.
+
+    Raises:
+        MethodBypassedError: If selecting a few tokens changes nothing, or all of them something.
+        NotFiniteError: If full attention's logits are not finite.
+    """
+    loaded = context.loaded
+    all_slide = len(partial_layers(loaded.model)) == context.geometry.num_layers
+    if loaded.model in _CHECKED or all_slide:
+        return
+    dense = _logits(context, context.full)
+    if not dense.isfinite().all():
+        raise NotFiniteError(
+            f"the logits of {loaded.name} must be finite, got infinity or NaN in"
+            f" {str(loaded.model.dtype).removeprefix('torch.')}; use dtype=float32, or check the"
+            " weights."
+        )
+    whole = _logits(context, Canary())
+    few = _logits(context, Canary(keep=FEW))
+    tolerance = TOLERANCE.get(loaded.model.dtype, 5e-2)
+    error, change = ((one - dense).norm() / dense.norm() for one in (whole, few))
+    if not error <= tolerance:
+        raise MethodBypassedError(
+            f"with every token selected the logits of {loaded.name} must be full attention's within"
+            f" {tolerance}, got a difference of {error:.3g}; topkbench does not serve this model."
+        )
+    if not change > 2 * error:
+        raise MethodBypassedError(
+            f"with {FEW} of {PROMPT} tokens selected the logits of {loaded.name} must differ from"
+            f" full attention's by more than with all of them ({error:.3g}), got {change:.3g}: what"
+            " a method selects does not reach them; topkbench does not serve this model."
+        )
+    _CHECKED.add(loaded.model)
+
+
+@torch.no_grad()
+def _logits(context: Context, method: TopKMethod) -> Tensor:
+    """Return float32 ``[STEPS, vocabulary]`` of a few decode steps with a method."""
+    model = context.loaded.model
+    vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (PROMPT + STEPS,), generator=generator).tolist()
+    cache = DecodeCache([prefill(model, ids[:PROMPT])], STEPS, layer_devices(model))
+    policy = Policy(k=FEW, num_sink=0, num_recent=0, dense_layers=0)
+    found = []
+    with attach(model, method, policy) as session:
+        for token in ids[PROMPT:]:
+            cache.extend()
+            given = torch.tensor([[token]], device=model.device)
+            found.append(token_logits(model, given, cache, cache.positions)[0].float())
+    session.require_steps(STEPS)
+    return torch.stack(found)

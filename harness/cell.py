@@ -1,0 +1,202 @@
+"""Runs one cell: a model, a task and a method, the artifact fitted first where one is missing."""
+
+import contextlib
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from topkbench.harness import artifact
+from topkbench.harness.artifact import Artifact
+from topkbench.harness.calibration import Calibration, CalibrationTexts
+from topkbench.harness.canary import check_acting
+from topkbench.harness.evaluation import Context, Outcome, Task, TaskRow, layers_read
+from topkbench.harness.fitting import fit_layers, learning_devices
+from topkbench.harness.sources import code_digest, modules_of
+from topkbench.kernels.timing import machine_name, versions
+from topkbench.methods.base import Progress, TopKMethod
+from topkbench.models.attach import geometry_of
+from topkbench.models.load import LoadedModel
+from topkbench.models.step_count import MethodBypassedError
+
+
+def artifact_spec(
+    loaded: LoadedModel, method: TopKMethod, texts: CalibrationTexts
+) -> dict[str, Any] | None:
+    """Return what names the artifact that a method needs, or None if it learns nothing.
+
+    That is the model's weights and dtype, the tokens of the calibration texts, and the method's
+    settings and version of its fit.
+    """
+    spec = method.artifact_spec(geometry_of(loaded.model, loaded.digest))
+    if spec is None:
+        return None
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    return {**spec, "dtype": dtype, "calibration": Calibration.draw(loaded, method, texts).digest}
+
+
+def fit_source(method: TopKMethod) -> str:
+    """Return the digest of the code that a method learns by, less what all methods share."""
+    return code_digest(modules_of(method), folders=("methods",), without=[TopKMethod.__module__])
+
+
+def prepare_method(
+    loaded: LoadedModel,
+    method: TopKMethod,
+    texts: CalibrationTexts,
+    artifact_dir: str | Path,
+    progress: Progress | None = None,
+    memory_limit: int | None = None,
+    anew: bool = False,
+) -> Artifact | None:
+    """Load the artifact that a method needs; fit it under a lock where nobody has.
+
+    Args:
+        loaded: The model it serves.
+        method: Gets its artifact loaded.
+        texts: What it is fitted on.
+        artifact_dir: Where fitted artifacts are kept, and looked up before the shipped ones.
+        progress: Called with units of work done and in all while fitting.
+        memory_limit: Bytes of queries and keys that a fit may hold; see ``Calibration``.
+        anew: Fit also where there is an artifact; the one in ``artifact_dir`` is replaced.
+
+    Returns:
+        The artifact, or None if the method learns nothing.
+
+    Raises:
+        ValueError: If the method cannot serve the model, or an artifact is damaged or another's.
+    """
+    spec = artifact_spec(loaded, method, texts)
+    if spec is None:
+        return None
+    own = Path(artifact_dir).expanduser()
+    path = None if anew else artifact.find(spec, (own, *loaded.artifact_folders))
+    fitted = False
+    if path is None:
+        path = own / artifact.file_name(spec)
+        own.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if anew or not path.is_file():
+                fit_method(loaded, method, texts, path, spec, progress, memory_limit)
+                fitted = True
+    found = replace(artifact.load(path, expect=spec), fitted=fitted)
+    method.load_artifact(found.tensors, found.digest)
+    method.check_ready(geometry_of(loaded.model, loaded.digest))
+    return found
+
+
+def fit_method(
+    loaded: LoadedModel,
+    method: TopKMethod,
+    texts: CalibrationTexts,
+    path: Path,
+    spec: Mapping[str, Any],
+    progress: Progress | None = None,
+    memory_limit: int | None = None,
+) -> None:
+    """Fit a method on calibration texts and save the artifact that ``spec`` names at ``path``."""
+    began = time.perf_counter()
+    calibration = Calibration.draw(loaded, method, texts, memory_limit=memory_limit)
+    devices = learning_devices(loaded.model.device)
+    tensors, losses = fit_layers(method, calibration, devices, progress)
+    told = artifact.provenance(
+        spec,
+        calibration.description,
+        texts.seed,
+        model=loaded.name,
+        machine=machine_name(loaded.model.device),
+        source=fit_source(method),
+        seconds=time.perf_counter() - began,
+        losses=losses,
+    )
+    artifact.save(path, tensors, told)
+
+
+def run_cell(context: Context, task: Task) -> Outcome:
+    """Run one cell and turn what is no error of the program into rows.
+
+    A model that a method cannot serve, and a policy that it cannot follow, are ``skipped`` before
+    the task computes anything; a cell whose decode steps did not all go through its method is
+    ``wrong``; running out of memory is a status of its own. Anything else is raised.
+    """
+    reset_peak_memory(context.loaded.model.device)
+    method = context.method
+    policy = method.policy_in_force(context.policy)
+    reason = method.unsupported(context.geometry) or method.refuses(policy)
+    if reason is None and task.uses_model and method.selects and not layers_read(context, 1)[0]:
+        reason = (
+            f"at least one layer must be left to {method.name}, and the policy and the design of "
+            f"{context.loaded.name} keep all of them dense."
+        )
+    if reason is not None:
+        return Outcome([TaskRow("mean", status="skipped", reason=reason)], [])
+    context = replace(context, method=method.under(policy))
+    try:
+        check_acting(context)
+        return task.run(context)
+    except MethodBypassedError as error:
+        return Outcome([TaskRow("mean", status="wrong", reason=_sentence(error, 500))], [])
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise  # torch has no class of its own for a CPU's memory
+        return Outcome([TaskRow("mean", status="out_of_memory", reason=_sentence(error))], [])
+
+
+def environment(loaded: LoadedModel) -> dict[str, Any]:
+    """Return the columns of a row that describe machine and libraries."""
+    found = versions()
+    return {
+        "device": machine_name(loaded.model.device),
+        "threads": torch.get_num_threads(),
+        "driver": found["driver"],
+        **libraries(),
+    }
+
+
+def libraries() -> dict[str, str | None]:
+    """Return the versions of the libraries that a result depends on; None where there is none."""
+    found: dict[str, str | None] = {}
+    for name in ("torch", "numba", "triton", "transformers", "tokenizers", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the peak memory in MiB since `reset_peak_memory`: of the accelerator or process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**20
+    found = re.search(r"VmHWM:\s*(\d+) kB", _read(Path("/proc/self/status")))
+    if found is not None:
+        return int(found[1]) / 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the peak begin anew, so that it is a cell's own and not its process's.
+
+    On a CPU this is Linux's; elsewhere the peak stays the process's.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets the peak
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _sentence(error: BaseException, most: int = 200) -> str:
+    return " ".join(str(error).split())[:most] or type(error).__name__

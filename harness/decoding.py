@@ -1,0 +1,227 @@
+"""The one loop: prefill once, decode many."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from topkbench.harness.task import Sample, TaskDoesNotFit
+from topkbench.models.cache import DecodeCache
+from topkbench.models.compat import layer_devices, token_logits
+from topkbench.models.load import LoadedModel
+from topkbench.models.prefill import PrefillStore
+
+Question = Literal["sparse", "dense"]
+
+
+class NotFiniteError(ValueError):
+    """A model or a method computed infinity or NaN; the message is one sentence."""
+
+
+_SPLIT = "\u241e"  # marks where the context ends inside a chat template; in no prompt of ours
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample in tokens, split where dense reading ends.
+
+    Attributes:
+        sample: The sample.
+        prefill_ids: Read densely, once for all methods.
+        decode_ids: Decoded one by one with the method, before the answer; empty under
+            ``question="dense"``.
+    """
+
+    sample: Sample
+    prefill_ids: tuple[int, ...]
+    decode_ids: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of context and question."""
+        return len(self.prefill_ids) + len(self.decode_ids)
+
+    @property
+    def most_cached(self) -> int:
+        """Cached tokens at the last decode step of the longest answer; 0 if there is no step."""
+        if not self.decode_ids and self.sample.max_new_tokens < 2:
+            return 0
+        # The last token of an answer is never fed back.
+        return self.num_tokens + max(self.sample.max_new_tokens - 1, 0)
+
+
+def tokenise(loaded: LoadedModel, sample: Sample, question: Question) -> Prompt:
+    """Encode a sample for a model, and split it for an evaluation setup.
+
+    Args:
+        loaded: The model.
+        sample: The sample.
+        question: ``"sparse"`` prefills the context and decodes the question with the method;
+            ``"dense"`` prefills the whole prompt.
+
+    Raises:
+        TaskDoesNotFit: If prompt and answer exceed the model's window.
+    """
+    if question not in ("sparse", "dense"):
+        raise ValueError(f"question must be sparse or dense, got {question!r}.")
+    context, rest = sample.context, sample.question + sample.answer_prefix
+    chat = loaded.chat and not sample.as_is
+    if chat:
+        message = [{"role": "user", "content": f"{context}{_SPLIT}{sample.question}"}]
+        text = loaded.tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True
+        )
+        context, rest = str(text).split(_SPLIT)
+        rest += sample.answer_prefix
+    # A rendered chat template holds its special tokens as text already, ours or a file's.
+    begun = bool(loaded.tokenizer.bos_token) and context.startswith(loaded.tokenizer.bos_token)
+    first = loaded.tokenizer.encode(context, add_special_tokens=not chat and not begun)
+    last = loaded.tokenizer.encode(rest, add_special_tokens=False) if rest else []
+    total = len(first) + len(last) + sample.max_new_tokens
+    if total > loaded.window:
+        smaller = (
+            "let task.source have shorter prompts" if sample.as_is else "use a smaller task.length"
+        )
+        raise TaskDoesNotFit(
+            f"prompt and answer must fit the window of {loaded.window} tokens of {loaded.name}, got"
+            f" {total} in sample {sample.sample_id}; {smaller}."
+        )
+    if sample.question_tokens >= len(first):
+        raise ValueError(
+            f"task.question_tokens must leave a context, got {sample.question_tokens} with"
+            f" {len(first)} tokens in sample {sample.sample_id}."
+        )
+    if sample.question_tokens:
+        cut = len(first) - sample.question_tokens
+        first, last = first[:cut], first[cut:] + last
+    if question == "sparse" and not last:
+        raise ValueError(
+            f"question=sparse needs the question apart from the context, and sample"
+            f" {sample.sample_id} has none; set task.question_tokens or question=dense."
+        )
+    if question == "dense":
+        first, last = first + last, []
+    return Prompt(sample, tuple(first), tuple(last))
+
+
+def batches(prompts: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:
+    """Group prompts that decode as many question tokens, in order, at most ``batch_size`` each."""
+    groups: dict[tuple[str, int], list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault((prompt.sample.subtask, len(prompt.decode_ids)), []).append(prompt)
+    return [
+        group[begin : begin + batch_size]
+        for group in groups.values()
+        for begin in range(0, len(group), batch_size)
+    ]
+
+
+class Decoder:
+    """Decodes a batch of prompts from their prefills; whatever method is attached is used.
+
+    Args:
+        loaded: The model.
+        store: Where the prompts' prefills are.
+        prompts: A batch that decodes as many question tokens in each row.
+        new_tokens: Room for tokens after the question.
+        needs: What the method needs beyond keys and values.
+
+    Attributes:
+        lengths: Cached tokens of the longest row at each step so far, the step's own among them.
+
+    Raises:
+        NotFiniteError: If the prefill's logits, or later a step's, are not finite.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        store: PrefillStore,
+        prompts: Sequence[Prompt],
+        new_tokens: int,
+        needs: frozenset[str] = frozenset(),
+    ) -> None:
+        prefills = [store.get(prompt.prefill_ids, needs) for prompt in prompts]
+        self.loaded = loaded
+        self.device = loaded.model.device
+        self.prompts = prompts
+        self.prefill_ms = [states.milliseconds for states in prefills]
+        self.needs_ms = [states.needs_ms(needs) for states in prefills]
+        room = len(prompts[0].decode_ids) + new_tokens
+        self.cache = DecodeCache(prefills, room, layer_devices(loaded.model))
+        self.first_logits = torch.stack([states.logits for states in prefills]).to(self.device)
+        self.lengths: list[int] = []
+        self.check(self.first_logits)
+
+    def steps_over(self, k: int, since: int = 0) -> int:
+        """Return how many steps, after the first ``since``, had more than ``k`` cached tokens."""
+        return sum(n > k for n in self.lengths[since:])
+
+    def check(self, logits: Tensor, done: Sequence[bool] | None = None) -> Tensor:
+        """Return a step's logits, if those of the rows that are not done are all finite.
+
+        Raises:
+            NotFiniteError: If not, with the sample.
+        """
+        finite = logits.isfinite().all(-1)
+        if done is not None:
+            finite = finite | torch.tensor(done, device=finite.device)
+        if not finite.all():
+            row = int(finite.int().argmin())
+            raise NotFiniteError(
+                f"the logits must be finite, got infinity or NaN from {self.loaded.name} in "
+                f"{str(self.loaded.model.dtype).removeprefix('torch.')} at sample "
+                f"{self.prompts[row].sample.sample_id}, {len(self.lengths)} tokens after its "
+                "prefill; use dtype=float32, or check the weights."
+            )
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Decode one token a row, ``[B]``; return the logits ``[B, vocabulary]``."""
+        self.cache.extend()
+        self.lengths.append(self.cache.n)
+        return token_logits(self.loaded.model, tokens[:, None], self.cache, self.cache.positions)
+
+    def read_question(self) -> Tensor:
+        """Decode the question's tokens; return the logits after the last, ``[B, vocabulary]``."""
+        logits = self.first_logits
+        question = torch.tensor([prompt.decode_ids for prompt in self.prompts], device=self.device)
+        for column in range(question.shape[1]):
+            logits = self.check(self.step(question[:, column]))
+        return logits
+
+    def generate(self) -> list[list[int]]:
+        """Read the question and answer greedily; return each row's tokens, without the EOS."""
+        eos = eos_ids(self.loaded)
+        limits = [prompt.sample.max_new_tokens for prompt in self.prompts]
+        answers: list[list[int]] = [[] for _ in self.prompts]
+        done = [limit == 0 for limit in limits]
+        tokens = self.read_question().argmax(-1)
+        while True:
+            for row, token in enumerate(tokens.tolist()):
+                if not done[row] and token in eos:
+                    done[row] = True
+                elif not done[row]:
+                    answers[row].append(token)
+                    done[row] = len(answers[row]) >= limits[row]
+            if all(done):
+                return answers
+            tokens = self.check(self.step(tokens), done).argmax(-1)
+
+    def follow(self, answers: Sequence[Sequence[int]]) -> None:
+        """Read the question, then given answers of equal length, whatever is predicted."""
+        self.read_question()
+        forced = torch.tensor([list(answer) for answer in answers], device=self.device)
+        for column in range(forced.shape[1]):
+            self.check(self.step(forced[:, column].long()))
+
+
+def eos_ids(loaded: LoadedModel) -> frozenset[int]:
+    """Return the tokens that end an answer."""
+    config = getattr(loaded.model, "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    if found is None:
+        found = loaded.tokenizer.eos_token_id
+    return frozenset([found] if isinstance(found, int) else found or [])

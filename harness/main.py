@@ -1,0 +1,560 @@
+"""The command: compose a model, a task and a method, run them, and record what came out."""
+
+import contextlib
+import copy
+import difflib
+import functools
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import filelock
+import hydra
+import psutil
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
+
+from topkbench.analysis.provenance import git_state
+from topkbench.analysis.record import (
+    Cell,
+    PartStore,
+    RecordError,
+    Row,
+    Status,
+    Sweep,
+    identity,
+)
+from topkbench.analysis.stats import full_note, paired_columns
+
+ROOT = Path(__file__).resolve().parents[1]
+CONF = ROOT / "conf"
+PREFILL_FOLDER = "TOPKBENCH_PREFILL"
+PREFILL_PREFIX = "topkbench-prefill-"
+# Settings of a method that have a column of their own, or are no parameter of it.
+NOT_PARAMETERS = {"_target_", "rbit", "seed", "impl", "native", "backend"}
+# Settings of the policy that tell two cells apart beside its budget.
+POLICY_PARAMETERS = ("num_sink", "num_recent", "dense_layers", "head_scope", "aggregation")
+# Settings that say where things are kept, not what is computed.
+NOT_CONTENT = {"cache_dir"}
+
+
+def progress(items: Sequence[Any], label: str) -> Iterable[Any]:
+    """Show a bar over a sequence, on a terminal alone."""
+    return tqdm(items, desc=label, disable=None, leave=False)
+
+
+_MODELS: dict[str, tuple[Any, Any]] = {}
+_LEARNT: set[str] = set()
+
+
+def model_and_store(model_config: str, cache_dir: str, memory_gib: float | None) -> tuple[Any, Any]:
+    """Load a model once a process, with the store of its prefills.
+
+    A sweep over models comes back to each of them, so they are kept while there is room for one
+    more; else all are dropped before the next is loaded.
+    """
+    if model_config not in _MODELS:
+        sizes = [loaded.model.get_memory_footprint() for loaded, _ in _MODELS.values()]
+        if sizes and 4 * max(sizes) > psutil.virtual_memory().available:
+            _MODELS.clear()
+        _MODELS[model_config] = _load(model_config, cache_dir, memory_gib)
+    return _MODELS[model_config]
+
+
+def _load(model_config: str, cache_dir: str, memory_gib: float | None) -> tuple[Any, Any]:
+    from topkbench.harness.cell import environment
+    from topkbench.harness.sources import code_digest
+    from topkbench.models.digests import model_digest
+    from topkbench.models.prefill import PrefillStore
+
+    loaded = hydra.utils.instantiate(json.loads(model_config), cache_dir=cache_dir)
+    folder = Path(os.environ[PREFILL_FOLDER])
+    limit = None if memory_gib is None else int(memory_gib * 2**30)
+    made_by = {
+        "model": model_digest(loaded),
+        "code": code_digest([PrefillStore.__module__]),
+        **environment(loaded),
+    }
+    return loaded, PrefillStore(loaded.model, folder, limit, identity(made_by))
+
+
+@functools.cache
+def bandwidth(device: str) -> float:
+    """Measure the machine's memory bandwidth once a process, in bytes a second."""
+    from topkbench.kernels.timing import read_bandwidth
+
+    return read_bandwidth(device).ceiling_gb_s * 1e9
+
+
+class Run:
+    """One composed configuration made into objects: what runs, and what identifies it."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config = config
+        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        assert isinstance(resolved, dict)
+        self.settings: dict[str, Any] = {str(name): value for name, value in resolved.items()}
+        # What is cheap to refuse is refused first, before a model is loaded.
+        self.method = hydra.utils.instantiate(config.method)
+        self.policy = hydra.utils.instantiate(config.protocol)
+        self.task = hydra.utils.instantiate(config.task)
+        self.texts = hydra.utils.instantiate(config.calibration)
+        self.tracker = hydra.utils.instantiate(config.tracker)
+        launcher = HydraConfig.get().launcher._target_
+        alone = launcher.endswith("BasicLauncher")
+        self.loaded, self.store = model_and_store(
+            json.dumps(self.settings["model"]),
+            self.settings["cache_dir"],
+            # Workers beside this one find prefills only where all of them look: in the folder.
+            self.settings["prefill_memory_gib"] if alone else 0.0,
+        )
+        self.artifact = self._prepare(self.method)
+
+    def _prepare(self, method: Any) -> Any:
+        """Give a method its artifact, found or learnt now; return it, or None if it needs none."""
+        from topkbench.harness.cell import prepare_method
+
+        if not (self.task.uses_model and self.task.fits_methods):
+            return None
+        memory_gib = self.settings["calibration_memory_gib"]
+        # Other axes lead to the same artifact; a process learns it anew once.
+        name = identity({part: self.settings[part] for part in ("model", "method", "calibration")})
+        anew = self.settings["force"] and self.task.fits_anew and name not in _LEARNT
+        _LEARNT.add(name)
+        with tqdm(desc=f"{method.name} learns", disable=None, leave=False) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            return prepare_method(
+                self.loaded,
+                method,
+                self.texts,
+                self.settings["artifact_dir"],
+                show,
+                None if memory_gib is None else int(memory_gib * 2**30),
+                anew,
+            )
+
+    @functools.cached_property
+    def payload(self) -> dict[str, Any]:
+        """The settings that the result depends on, and what they lead to; not what computes it."""
+        from topkbench.kernels.dispatch import OPERATORS, resolve
+        from topkbench.models.digests import model_digest
+
+        device = self.loaded.model.device
+        method = {**self.settings["method"]}
+        method["impl"] = {op: resolve(op, self.method.impl_for(op), device) for op in OPERATORS}
+        method["artifact"] = self.method.artifact_digest
+        protocol = {**self.settings["protocol"]} if self.method.selects else {}
+        if protocol.get("protocol") != "native":
+            method.pop("native", None)
+        if self.task.all_budgets:
+            protocol.pop("k", None)
+        task = dict(self.settings["task"])
+        task["inputs"] = self.task.inputs_digest(self.loaded)
+        model = {**self.settings["model"], "digest": model_digest(self.loaded)}
+        if not self.task.uses_model:
+            model = {"device": model["device"], "dtype": self.dtype}
+        payload = {
+            "model": model,
+            "task": {name: value for name, value in task.items() if name not in NOT_CONTENT},
+            "method": method,
+            "protocol": protocol,
+            "full_backend": self.settings["full_backend"],
+        }
+        if self.artifact is not None:
+            payload["calibration"] = self.settings["calibration"]
+        return payload
+
+    @functools.cached_property
+    def code(self) -> str:
+        """Digest of the code that computes the cell: of method, task, models and kernels."""
+        from topkbench.harness.sources import code_digest, modules_of
+
+        # Each is compared with full attention, and timed beside it.
+        full = OmegaConf.load(CONF / "method" / "full.yaml")._target_
+        loader = self.settings["model"]["_target_"]
+        named = {target.rpartition(".")[0] for target in (full, loader)}
+        modules = {__name__, *named, *modules_of(self.method, self.policy, self.task)}
+        return code_digest(modules)
+
+    @functools.cached_property
+    def keys(self) -> dict[str, str]:
+        """The key of each part of the cell: a digest of all that this part depends on."""
+        from topkbench.harness.cell import environment, libraries
+
+        keys = {}
+        for part, free in self.task.parts.items():
+            known = copy.deepcopy(self.payload)
+            known |= {"part": part, "code": self.code, "libraries": libraries()}
+            known["task"] = {name: one for name, one in known["task"].items() if name not in free}
+            if part == "speed":
+                known["machine"] = environment(self.loaded)
+            else:  # full attention answers by one kernel, whatever it is timed with
+                known.pop("full_backend")
+                known["method"].pop("backend", None)
+            keys[part] = identity(known)
+        return keys
+
+    @property
+    def dtype(self) -> str:
+        """What the states of the run are kept in: the task's choice, or the model's."""
+        chosen = str(self.settings["task"].get("dtype", "auto"))
+        return str(self.loaded.model.dtype).removeprefix("torch.") if chosen == "auto" else chosen
+
+    @property
+    def identity(self) -> str:
+        """The cell's name, the same in every process: a digest of its parts' keys."""
+        return identity({"task": self.task.name, **self.keys})
+
+    def row(self, full_run_id: str | None = None) -> Row:
+        """Return the columns that are known before anything has run."""
+        from topkbench.harness.cell import environment
+
+        method, task = self.settings["method"], self.settings["task"]
+        selects = self.method.selects
+        fitted_on = {"dtype": self.dtype}
+        if self.artifact is not None:
+            fitted_on["calibration"] = self.texts.name
+        rules = {name: self.payload["protocol"].get(name) for name in POLICY_PARAMETERS}
+        return Row(
+            run_id=self.identity,
+            status=Status.INTERRUPTED,
+            reason="not ended.",
+            model=self.loaded.name if self.task.uses_model else self.task.subject,
+            task=self.task.name,
+            subtask="mean",
+            # Official files have the length they were made at, whatever ours would be.
+            length=None if task.get("source") else task.get("length"),
+            method=self.method.name,
+            impl=implementations(self.payload["method"]["impl"]),
+            full_backend=self.settings["full_backend"],
+            protocol=self.policy.protocol if selects else None,
+            question=task.get("question"),
+            k=self.policy.k if selects and not self.task.all_budgets else None,
+            rbit=method.get("rbit"),
+            seed=self.settings["seed"],
+            parameters={
+                name: value if isinstance(value, str | int | float | None) else str(value)
+                for name, value in {**rules, **fitted_on, **parameters(method)}.items()
+            },
+            artifact_digest=self.method.artifact_digest or None,
+            artifact_code=self._artifact_code(),
+            model_digest=self.payload["model"].get("digest"),
+            code_digest=self.code,
+            config_digest=identity(without_seeds(self.payload)),
+            full_run_id=full_run_id,
+            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            **environment(self.loaded),
+            **git_state(ROOT),
+        )
+
+    def _artifact_code(self) -> str | None:
+        """Say whether the artifact was fitted by the code that would fit it now."""
+        from topkbench.harness.cell import fit_source
+
+        if self.artifact is None:
+            return None
+        told = self.artifact.provenance.get("source")
+        return "same" if told == fit_source(self.method) else "other" if told else "unknown"
+
+    def execute(
+        self, full: "Run", full_cell: Cell | None, parts: PartStore
+    ) -> tuple[list[Row], list[dict[str, Any]]]:
+        """Run the cell; return its rows and samples."""
+        from topkbench.harness.cell import peak_memory_mib, run_cell
+        from topkbench.harness.evaluation import Context
+
+        known = self.row(full_cell.identity if full_cell is not None else None)
+        compared = full_cell.samples() if full_cell is not None else None
+        answers = None
+        if compared is not None and "tokens" in compared:
+            tokens = (json.loads(text) for text in compared["tokens"])
+            answers = dict(zip(compared["sample_id"], tokens, strict=True))
+        found: list[str] = []
+
+        def keep(part: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            content = None if self.settings["force"] else parts.read(part, self.keys[part])
+            if content is not None:
+                found.append(part)
+                return content
+            content = compute()
+            parts.write(part, self.keys[part], content)
+            return content
+
+        context = Context(
+            loaded=self.loaded,
+            store=self.store,
+            method=self.method,
+            policy=self.policy,
+            full=full.method,
+            full_answers=answers,
+            bandwidth=bandwidth(str(self.loaded.model.device)),
+            track=progress,
+            artifact=self.artifact,
+            keep=keep,
+        )
+        outcome = run_cell(context, self.task)
+        scored = [one for one in outcome.samples if "score" in one]
+        paired = paired_columns(scored, compared)
+        full_rows = full_cell.read() if full_cell is not None else []
+        # What was found took no memory now.
+        peak = None if found else peak_memory_mib(self.loaded.model.device)
+        rows = [
+            known.replace(
+                status=part.status,
+                reason=part.reason,
+                subtask=part.subtask,
+                reused=", ".join(found) or None,
+                full_note=full_note(full_rows, part.subtask),
+                **{
+                    "peak_memory_mib": peak,
+                    **part.values,
+                    **(paired.get(part.subtask, {}) if part.status == Status.OK else {}),
+                },
+            )
+            for part in outcome.rows
+        ]
+        return rows, outcome.samples
+
+
+def parameters(method: dict[str, Any]) -> dict[str, Any]:
+    """Return a method's settings that are columns of no name; of one inside it, with its place."""
+    found: dict[str, Any] = {}
+    for name, value in method.items():
+        if isinstance(value, dict) and "_target_" in value:
+            found[name] = value["_target_"].rpartition(".")[2]
+            inner = {**parameters(value), **({"rbit": value["rbit"]} if "rbit" in value else {})}
+            found |= {f"{name}_{key}": setting for key, setting in inner.items()}
+        elif name not in NOT_PARAMETERS and not isinstance(value, dict):
+            found[name] = value
+    return found
+
+
+def implementations(chosen: dict[str, str]) -> str:
+    """Name the implementation that most operators run, and what the others run."""
+    kinds = list(chosen.values())
+    common = max(sorted(set(kinds)), key=kinds.count)
+    others = [op for op, kind in chosen.items() if kind != common]
+    # There is one other at most beside a GPU's or a CPU's own: the reference in torch.
+    return common + (f", {chosen[others[0]]}: {' '.join(others)}" if others else "")
+
+
+def without_seeds(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return what a result depends on, less its seeds and what was drawn or fitted with them."""
+    drawn = {"seed", "inputs", "artifact"}
+    return {
+        part: {name: value for name, value in settings.items() if name not in drawn}
+        if isinstance(settings, dict)
+        else settings
+        for part, settings in payload.items()
+    }
+
+
+def compared_with(run: Run) -> Run:
+    """Return the run that everything is compared with, of the same model and task."""
+    if not run.method.selects:
+        return run
+    config = copy.deepcopy(run.config)
+    config.method = OmegaConf.load(CONF / "method" / "full.yaml")
+    return Run(config)
+
+
+def settle(run: Run, sweep: Sweep, done: set[str]) -> Cell:
+    """Make sure that a cell has ended: run it, unless it has or another process does."""
+    cell = sweep.store.cell(run.identity)
+    sweep.append(cell.identity)
+    full = compared_with(run)
+    full_cell = None
+    if run.task.needs_full and full is not run:
+        full_cell = settle(full, sweep, done)
+    with cell.lock():
+        # Also one that failed is not run again by this process: other axes lead to the same cell.
+        ended = cell.identity in done or (cell.finished() and not run.settings["force"])
+        if ended:
+            if run.task.fits_anew and cell.identity not in done:
+                done.add(cell.identity)
+                print(f"{describe(cell.read())}: found, and not fitted again", flush=True)
+            track(cell, run, sweep)
+            return cell
+        done.add(cell.identity)
+        cell.begin(run.row())
+        began = time.perf_counter()
+        log: list[str] = []
+        try:
+            rows, samples = run.execute(full, full_cell, PartStore(sweep.store.folder.parent))
+        except KeyboardInterrupt:
+            raise
+        except Exception as error:  # a sweep goes on, and the row says why this cell has no result
+            log.append(traceback.format_exc())
+            failed = run.row().replace(status=Status.FAILED, reason=sentence(error))
+            rows, samples = [failed], []
+        seconds = time.perf_counter() - began
+        log.append(f"{describe(rows)}, {seconds:.1f} s")
+        cell.write(rows, samples, run.settings, "\n".join(log))
+        print(log[-1], flush=True)
+        for row in rows:
+            if not row.status.settled:
+                print(f"error: {row.reason}", file=sys.stderr, flush=True)
+        track(cell, run, sweep)
+    return cell
+
+
+def track(cell: Cell, run: Run, sweep: Sweep) -> None:
+    """Tell the tracker how a cell ended, once; also what a killed process could not tell it."""
+    if cell.tracked:
+        return
+    if run.tracker.log_cell(
+        sweep.folder, sweep.title, cell.read(), cell.samples(), cell.config(), cell.attempt
+    ):
+        cell.mark_tracked()
+
+
+def describe(rows: Sequence[Row]) -> str:
+    """Return one line on how a cell ended."""
+    top = next((row for row in rows if row.subtask == "mean"), rows[0])
+    knobs = [f"{name}={getattr(top, name)}" for name in ("k", "rbit") if getattr(top, name)]
+    score = "" if top.score is None else f": score {top.score:.1f}"
+    if score:
+        knobs += [word for word in (top.protocol, top.question) if word]
+    status = "" if top.status.value == "ok" else f": {top.status.value}"
+    return " ".join((top.model, top.task, top.method, *knobs)) + score + status
+
+
+def sentence(error: BaseException) -> str:
+    """Return what an error says in one line: of the cause, where a library wrapped it."""
+    while isinstance(error, HydraException) and error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+_DONE: set[str] = set()
+_SAID: set[str] = set()
+
+
+def job(config: DictConfig) -> None:
+    """Run one cell of a sweep, or the only one."""
+    state = HydraConfig.get()
+    folder = state.sweep.dir if state.mode == RunMode.MULTIRUN else state.run.dir
+    sweep = Sweep.open(folder)
+    try:
+        settle(Run(config), sweep, _DONE)
+    except Exception as error:
+        # A configuration that cannot become a cell, or whose method cannot be fitted: it leaves a
+        # row, its log has the traceback, and the other jobs go on.
+        refuse(error, config, sweep)
+
+
+def refuse(error: Exception, config: DictConfig, sweep: Sweep) -> None:
+    """Say once why a configuration cannot be run, and leave a row that says it too."""
+    reason = sentence(error)
+    if reason not in _SAID:
+        _SAID.add(reason)
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+    settings = OmegaConf.to_container(config, resolve=True)
+    run_id = identity({"refused": json.dumps(settings, sort_keys=True, default=str)})
+    choices = HydraConfig.get().runtime.choices
+    row = Row(
+        run_id=run_id,
+        status=Status.FAILED,
+        reason=reason,
+        model=str(choices["model"]),
+        task=str(choices["task"]),
+        subtask="mean",
+        method=str(choices["method"]),
+        k=config.k if isinstance(config.k, int) else None,
+        rbit=config.rbit if isinstance(config.rbit, int) else None,
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        **git_state(ROOT),
+    )
+    cell = sweep.store.cell(run_id)
+    with cell.lock():
+        cell.begin(row)
+        cell.write([row], [], {}, "".join(traceback.format_exception(error)))
+    sweep.append(run_id)
+
+
+def unknown_option(text: str) -> str:
+    """Shorten Hydra's words on an option that is not there, and name the nearest one."""
+    strange = re.search(r"Key '(\w+)' is not in struct full_key: ([\w.]+)", text)
+    if strange is not None:
+        key, place = strange.groups()
+        group, _, _ = place.rpartition(".")
+        files = sorted((CONF / group).glob("*.yaml"))
+        having = {file.stem: {str(name) for name in OmegaConf.load(file)} for file in files}
+        owners = [option for option, names in having.items() if key in names]
+        if owners:
+            return f"there is no setting {place} here; {group}={' or '.join(owners)} has it."
+        near = difflib.get_close_matches(key, sorted(set().union(*having.values())), n=1)
+        guess = f"; did you mean {f'{group}.' if group else ''}{near[0]}" if near else ""
+        return f"there is no setting {place}{guess}."
+    found = re.search(r"Could not find '(\w+)/([^']+)'", text)
+    if found is None:
+        return " ".join(text.split())
+    group, name = found.groups()
+    options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    near = difflib.get_close_matches(name, options, n=1)
+    guess = f"; did you mean {near[0]}" if near else ""
+    return f"{group} must be one of {', '.join(options)}, got {name!r}{guess}."
+
+
+@contextlib.contextmanager
+def prefill_folder() -> Iterator[None]:
+    """Give all workers of a sweep one folder for prefills that do not fit into memory.
+
+    Nobody else can guess its name or look into it. Its lock is held for as long as the sweep runs,
+    so that the next one can tell, and remove, what a killed one left.
+    """
+    if PREFILL_FOLDER in os.environ:  # a worker, or a user's choice
+        yield
+        return
+    temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
+    for left in temporary.glob(f"{PREFILL_PREFIX}*"):
+        with contextlib.suppress(OSError, filelock.Timeout):
+            if left.is_symlink() or left.stat().st_uid != os.geteuid():
+                continue
+            with filelock.FileLock(left / "in use", timeout=0):
+                shutil.rmtree(left, ignore_errors=True)
+    # Named so that others clean it up only once it is locked.
+    made = Path(tempfile.mkdtemp(prefix=f".{PREFILL_PREFIX}", dir=temporary))
+    with filelock.FileLock(made / "in use"):
+        folder = made.rename(made.with_name(made.name[1:]))
+        os.environ[PREFILL_FOLDER] = str(folder)
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> None:
+    """Run Hydra, and turn what a user did wrong into one sentence."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us whole, and are said in one line
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module="hydra")
+    wrapped = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    try:
+        with prefill_folder():
+            wrapped(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {unknown_option(sentence(error))}")
+    except (OSError, RecordError) as error:
+        sys.exit(f"error: {sentence(error)}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; what has ended is kept, and the same command goes on.")

@@ -1,0 +1,86 @@
+"""Plain texts that every machine has, or a user's own: what methods may be fitted on."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Literal
+
+from topkbench.models.load import LoadedModel
+
+
+@cache
+def python_topics(half: Literal["first", "second"]) -> str:
+    """Return half of the topics of Python's own documentation, as ``help()`` shows them.
+
+    Methods are fitted on the first half, so haystacks and test texts take the second. A topic
+    belongs to one half as a whole: in the order of their names, those that begin before half of all
+    characters are the first.
+    """
+    ordered = [topics[name] for name in sorted(topics)]
+    half_length = sum(map(len, ordered)) / 2
+    before, halves = 0, {"first": "", "second": ""}
+    for text in ordered:
+        halves["first" if before < half_length else "second"] += text
+        before += len(text)
+    return halves[half]
+
+
+@dataclass(kw_only=True)
+class TextFiles:
+    """Calibration texts from files; by default the first half of Python's documentation topics.
+
+    The files are read one after another, as UTF-8, and cut into texts at even distances; where
+    there are fewer tokens than wanted, neighbours overlap.
+
+    Attributes:
+        files: Paths; None for Python's documentation topics.
+    """
+
+    files: Sequence[str] | None = None
+
+    name = "text"
+    seed = None
+
+    def __post_init__(self) -> None:
+        if self.files is not None and (isinstance(self.files, str) or not self.files):
+            raise ValueError(
+                f"calibration.files must be a list of paths, or null for Python's documentation"
+                f" topics, got {self.files!r}."
+            )
+
+    def sequences(self, loaded: LoadedModel, length: int, count: int) -> list[list[int]]:
+        """Return the token ids of ``count`` texts of at most ``length`` tokens each.
+
+        Raises:
+            ValueError: If a file cannot be read, or they hold too little.
+        """
+        ids = list(loaded.tokenizer.encode(self._text()))
+        if len(ids) < 2:
+            raise ValueError(
+                f"calibration.files must hold a text, got {len(ids)} tokens in {self.files}."
+            )
+        last = max(0, len(ids) - length)
+        starts = [round(last * index / max(1, count - 1)) for index in range(count)]
+        return [ids[start : start + length] for start in starts]
+
+    def describe(self, length: int, count: int) -> str:
+        """Say what they are, in words, with a digest of what was read from outside."""
+        text = self._text()
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        source = "Python's documentation topics, first half"
+        if self.files is not None:
+            source = ", ".join(Path(file).name for file in self.files)
+        return f"{count} texts of at most {length} tokens of {source} ({digest})"
+
+    def _text(self) -> str:
+        if self.files is None:
+            return python_topics("first")
+        try:
+            return "\n".join(Path(file).read_text(encoding="utf-8") for file in self.files)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"calibration.files must be readable texts in UTF-8: {error}."
+            ) from None

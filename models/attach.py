@@ -1,0 +1,653 @@
+"""Put a method into a Hugging Face model for the length of a ``with`` block."""
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from topkbench.kernels.full_attention.api import full_attention
+from topkbench.methods.base import (
+    PREFILL_NEEDS,
+    PREVIOUS_QUERY,
+    CacheView,
+    Geometry,
+    Observer,
+    Policy,
+    PrefillInputs,
+    Selection,
+    TopKMethod,
+)
+from topkbench.models.cache_watch import (
+    IndexStore,
+    LengthReader,
+    Lengths,
+    can_watch,
+    is_own,
+)
+from topkbench.models.capture import (
+    Captured,
+    missing,
+)
+from topkbench.models.compat import (
+    AttentionCall,
+    attention_modules,
+    cache_layer,
+    cached_tokens,
+    cannot_foretell,
+    foretell_queries,
+    is_cache,
+    layer_of,
+    max_slots,
+    partial_layers,
+    read_call,
+    register_attention,
+    sdpa_attention_forward,
+    using_attention,
+    watching_writes,
+)
+from topkbench.models.softcap import softcap_attention
+from topkbench.models.step_count import (
+    HOLES,
+    LIKELIHOOD,
+    NO_CACHE,
+    SMALL,
+    UNREACHED,
+    WAYS_OUT,
+    PromptReading,
+    StepCount,
+)
+
+IMPLEMENTATION = "topkbench"
+"""The name under which transformers knows our attention."""
+
+# Of a sink's logits, biases, pages and selections of the model's own no decode step here knows.
+_OTHER_INPUTS = ("s_aux", "position_bias", "cache", "indices")
+
+# Which session serves an attention module; transformers gives the attention function no more.
+_SESSIONS: "WeakKeyDictionary[nn.Module, Session]" = WeakKeyDictionary()
+
+
+def geometry_of(model: PreTrainedModel, model_digest: str = "") -> Geometry:
+    """Read the shape of a model's attention.
+
+    Args:
+        model: A decoder-only model.
+        model_digest: What identifies its weights; artifacts are tied to it.
+    """
+    config = model.config.get_text_config(decoder=True)
+    num_heads = int(config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    # Configurations name their KV heads in several ways or not at all; the modules must know.
+    groups = {int(module.num_key_value_groups) for module in attention_modules(model)}  # type: ignore[arg-type]
+    if len(groups) > 1:
+        raise ValueError(
+            f"all layers must have as many query heads for a KV head, got {sorted(groups)} in "
+            f"{type(model).__name__}, which topkbench does not serve."
+        )
+    return Geometry(
+        num_layers=int(config.num_hidden_layers),
+        num_heads=num_heads,
+        num_kv_heads=num_heads // groups.pop() if groups else num_heads,
+        head_dim=int(head_dim),
+        dtype_bytes=torch.empty(0, dtype=model.dtype).element_size(),
+        device=model.device,
+        model_digest=model_digest,
+    )
+
+
+@contextmanager
+def attach(
+    model: PreTrainedModel,
+    method: TopKMethod,
+    policy: Policy,
+    observer: Observer | None = None,
+    allow_dense_forwards: bool = False,
+) -> Iterator["Session"]:
+    """Let a method choose what a model's decode steps attend to, inside a ``with`` block.
+
+    A forward of one token over a longer cache is a decode step; everything else is dense, by
+    torch's SDPA. No gradient flows through a decode step. Each layer's index is built at its first
+    decode step, lives with the cache object, and is built anew where the cache changed in between
+    (crop, reset, beam search). Layers with a sliding window stay dense, see ``Session.dense``.
+
+    Every decode step is counted (``Session.count``). If some over more than ``k`` tokens did not go
+    through the method, leaving the block raises: generation without a cache, a mask with holes, or
+    several tokens over a filled cache (a likelihood, prompt lookup, assisted decoding, a later
+    turn). A block that only reads a prompt raises nothing.
+
+    Args:
+        model: A decoder-only model of transformers 5, such as Llama, Mistral, Qwen2, Qwen3, Phi-3,
+            Gemma-2 or Gemma-3.
+        method: The method, its artifact loaded.
+        policy: Budget and rules; under the native protocol the method's own take their place.
+        observer: Watches stages and steps.
+        allow_dense_forwards: Several tokens over a filled cache are meant to attend to everything,
+            and are no error.
+
+    Yields:
+        The session.
+
+    Raises:
+        ValueError: If the model, or the method on it, cannot be served, or the method cannot follow
+            the policy; one sentence says why.
+        MethodBypassedError: When the block ends, if decode steps did not go through the method.
+
+    On leaving the block, also by an exception, the model is what it was.
+    """
+    session = Session(model, method, policy, observer or Observer(), allow_dense_forwards)
+    # A graph compiler would trace through the bookkeeping; decode steps stay eager.
+    eager = torch.compiler.disable
+    register_attention(IMPLEMENTATION, eager(_attention))
+    hooks = []
+    try:
+        for module in session.modules:
+            hook = eager(partial(_see_cache, session))
+            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            _SESSIONS[module] = session
+        asked = partial(_see_labels, session)
+        hooks.append(model.register_forward_pre_hook(asked, with_kwargs=True))
+        with using_attention(model, IMPLEMENTATION), watching_writes(session.before_write):
+            yield session
+        session.require_all_steps()
+    finally:
+        for module in session.modules:
+            _SESSIONS.pop(module, None)
+        for registered in hooks:
+            registered.remove()
+
+
+class Session:
+    """One method attached to one model.
+
+    Attributes:
+        geometry: The model's.
+        method: The method, as it runs under the policy.
+        policy: The policy in force.
+        dense: Why a layer is always dense, for each such layer.
+        partial: How layers attend that do not see the whole past.
+        modules: The model's attention modules.
+        count: The decode steps so far, by layer.
+        scores_text: Whether the forward that runs is asked for the likelihood of its own tokens.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: TopKMethod,
+        policy: Policy,
+        observer: Observer,
+        allow_dense_forwards: bool = False,
+    ) -> None:
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                f"attach serves decoder-only models, got the encoder-decoder "
+                f"{type(model).__name__}."
+            )
+        self.geometry = geometry_of(model)
+        self.policy = method.policy_in_force(policy)
+        self.method = method.under(self.policy)
+        self.observer = observer
+        self.modules = attention_modules(model)
+        if len(self.modules) != self.geometry.num_layers:
+            raise ValueError(
+                f"attach needs one attention module with layer_idx and num_key_value_groups in "
+                f"each of the {self.geometry.num_layers} layers, found {len(self.modules)} in "
+                f"{type(model).__name__}."
+            )
+        if any(module in _SESSIONS for module in self.modules):
+            raise ValueError("a model can have one method attached, and this one has; leave it.")
+        reason = method.refuses(self.policy)
+        if reason is not None:
+            raise ValueError(reason)
+        method.check_ready(self.geometry)
+        self._needs = method.needs | observer.needs
+        for module in self.modules if PREVIOUS_QUERY in self._needs else ():
+            reason = cannot_foretell(module)
+            if reason is not None:
+                raise ValueError(reason)
+        self.partial = partial_layers(model)
+        self.dense = self._dense_layers()
+        self.count = StepCount()
+        self._reading = PromptReading(self._miss)
+        self._allow_dense_forwards = allow_dense_forwards
+        self._running = threading.local()
+        self._begun: dict[int, int] = {}
+        self.scores_text = False
+        if method.selects and len(self.dense) == self.geometry.num_layers:
+            raise ValueError(
+                f"at least one layer must be left to {method.name}, but all "
+                f"{self.geometry.num_layers} are dense ({self.dense[0]})."
+            )
+        self.indices = IndexStore()
+        self._reader = LengthReader()
+        self._cache: dict[int, Any] = {}
+        self._captured: WeakKeyDictionary[Any, dict[int, Captured]] = WeakKeyDictionary()
+        self._foretold: dict[int, Tensor] = {}
+        self._warned: set[str] = set()
+
+    def forget(self, cache: object) -> None:
+        """Drop the indices of a cache, for a caller that rewrote it unseen."""
+        self.indices.forget(cache)
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        """The layers that are left to the method; none if it does not select."""
+        if not self.method.selects:
+            return []
+        return [layer for layer in range(self.geometry.num_layers) if layer not in self.dense]
+
+    def require_all_steps(self) -> None:
+        """Raise if decode steps that should have gone through the method did not.
+
+        Raises:
+            MethodBypassedError: With the counts, the reasons and the way out.
+        """
+        if self.method.selects:
+            for layer in list(self._begun):
+                self._end_unreached(layer)
+            self._reading.end()
+            layers = self.sparse_layers
+            self.count.require_none_missed(self.method.name, self.policy.k, layers)
+
+    def require_steps(self, steps: int) -> None:
+        """Raise unless each layer that is left to the method took exactly so many steps.
+
+        Args:
+            steps: Decode steps that the caller ran over more than ``k`` tokens.
+
+        Raises:
+            MethodBypassedError: With both counts.
+        """
+        if self.method.selects:
+            self.count.require(self.method.name, self.policy.k, self.sparse_layers, steps)
+
+    def take_back(self, cache: object) -> None:
+        """Take the newest token back from the indices, for a caller that decodes it once more.
+
+        The token must be the same again: an index may have folded it into what it keeps. Only
+        where writes are not watched, in inference mode, are the indices then kept.
+        """
+        self.indices.take_back(cache)
+
+    def _dense_layers(self) -> dict[int, str]:
+        dense: dict[int, str] = {}
+        # A method that reads everything has no policy, and so none that could be wrong.
+        if self.method.selects:
+            for layer in sorted(self.policy.resolve_dense_layers(self.geometry.num_layers)):
+                dense[layer] = "dense by the policy"
+        return dense | {layer: kind.reason for layer, kind in self.partial.items()}
+
+    def see(self, layer: int, call: AttentionCall) -> None:
+        """Note that a layer's attention begins, and its cache where an argument carries it.
+
+        Args:
+            layer: Index of the layer.
+            call: What its attention module is called with.
+        """
+        self._end_unreached(layer)
+        self._running.layer = layer
+        self._cache.pop(layer, None)
+        if call.cache is not None:
+            self._note_cache(layer, call.cache)
+        hidden, following = call.hidden_states, layer + 1
+        if hidden is not None:
+            self._begun[layer] = hidden.shape[1]
+        if PREVIOUS_QUERY not in self._needs or following >= len(self.modules) or hidden is None:
+            return
+        if hidden.shape[1] == 1 and call.rotary is not None:
+            with torch.no_grad(), self.observer.stage("encode", following):
+                self._foretold[following] = foretell_queries(
+                    self.modules[following], hidden.detach(), call.rotary
+                )
+
+    def _end_unreached(self, layer: int) -> None:
+        """Count what a layer's module began and never brought to the method, if it was a step."""
+        q_len = self._begun.pop(layer, None)
+        cache = self._cache.get(layer)
+        if q_len is None or cache is None or layer in self.dense or not self.method.selects:
+            return
+        cached = cached_tokens(cache, layer)
+        if cached is not None and cached > max(q_len, self.policy.k):
+            self._miss(layer, UNREACHED)
+
+    def before_write(self, cache: Any) -> None:
+        """Note which cache the running layer is about to write to, whatever carried it there."""
+        layer = getattr(self._running, "layer", None)
+        if layer is not None:
+            self._note_cache(layer, cache)
+
+    def _note_cache(self, layer: int, cache: Any) -> None:
+        self._cache[layer] = cache
+        self.indices.check(cache, layer)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Attend from ``query [B, Hq, q, d]``; return ``[B, q, Hq, d]``."""
+        layer, q_len = layer_of(module), query.shape[2]
+        self._running.layer = None
+        self._begun.pop(layer, None)
+        cache = self._cache.pop(layer, None)
+        lengths = None
+        if cache is not None and (q_len == 1 or is_own(cache)):
+            lengths = self._reader.lengths(cache, cache_layer(cache, layer), key, mask)
+        self._count(layer, cache, lengths, q_len, key)
+        is_step = q_len == 1 and lengths is not None and lengths.n > 1
+        if not is_step or lengths is None or layer in self.partial:
+            self.indices.drop(cache, layer)
+            if lengths is not None and lengths.is_own:
+                # Rows may end at different slots, which no mask of transformers knows.
+                kind = self.partial.get(layer)
+                mask = lengths.causal_mask(q_len, key.shape[2], kind)
+                if kind is not None and q_len == 1 and lengths.kv_start is lengths.kv_len is None:
+                    # All rows end together, so that no more than the window need be read.
+                    first = lengths.n - kind.tokens_read(lengths.n)
+                    key, value, mask = key[:, :, first:], value[:, :, first:], None
+                mask = None if mask is None else mask.to(key.device)
+            is_prompt = q_len > 1 or (lengths is not None and lengths.n == 1)
+            wanted = self.method.needs & PREFILL_NEEDS and layer not in self.dense
+            if cache is not None and is_prompt and wanted:
+                self._capture(layer, cache, query, key, mask, scale, options.get("softcap"))
+            return _dense(module, query, key, value, mask, scale, options)
+        with torch.no_grad():
+            out = self._step(layer, cache, query, key, value, lengths, scale, options)
+        return out[:, None].to(query.dtype)
+
+    def _count(
+        self, layer: int, cache: Any, lengths: Lengths | None, q_len: int, key: Tensor
+    ) -> None:
+        """Count what a layer is about to do, unless the method takes the step: see ``_step``."""
+        k = self.policy.k
+        if not self.method.selects:
+            return
+        if q_len > 1:
+            if layer in self.dense:
+                return
+            if cache is None:
+                if key.shape[2] > k:
+                    self._miss(layer, NO_CACHE)
+            elif self.scores_text and key.shape[2] > k and not self._allow_dense_forwards:
+                self._miss(layer, LIKELIHOOD)
+            elif not self._allow_dense_forwards:
+                cached = cached_tokens(cache, layer)
+                after = key.shape[2] if cached is None else cached
+                self._reading.several(cache, layer, after - q_len, after, k)
+            return
+        n = key.shape[2] if lengths is None else lengths.n
+        if n <= 1:
+            return
+        if layer in self.dense:
+            self.count.dense[layer, self.dense[layer]] += 1
+        elif cache is None or lengths is None:
+            if n > k:
+                self._miss(layer, NO_CACHE if cache is None else HOLES)
+            else:
+                self.count.dense[layer, SMALL] += 1
+        else:
+            self._reading.step(cache, layer, n)
+
+    def _miss(self, layer: int, reason: str, steps: int = 1) -> None:
+        """Count steps that should have gone through the method, and say so at the first."""
+        self.count.missed[layer, reason] += steps
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(
+                f"{self.method.name} does not act on {reason}, which attends to everything: "
+                f"{WAYS_OUT[reason]}.",
+                stacklevel=2,
+            )
+
+    def _capture(
+        self,
+        layer: int,
+        cache: Any,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> None:
+        """Keep what the method needs of a dense forward, beside the cache."""
+        newest = None if mask is None else mask[:, :, -1:]
+        lengths = self._reader.lengths(cache, cache_layer(cache, layer), key, newest)
+        if lengths is None or lengths.kv_len is not None:
+            raise ValueError(
+                f"{self.method.name} reads queries of the prompt, whose rows must end together "
+                "without holes, got a mask that says otherwise; pad on the left."
+            )
+        held = self._captured.setdefault(cache, {})
+        captured = held.setdefault(layer, Captured(self.method.needs & PREFILL_NEEDS))
+        with torch.no_grad(), self.observer.stage("build", layer):
+            captured.see(query, key[:, :, : lengths.n], scale, lengths.kv_start, softcap)
+
+    def _step(
+        self,
+        layer: int,
+        cache: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: Lengths,
+        scale: float,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Run one decode step; return ``[B, Hq, d]``."""
+        n, kv_start, kv_len = lengths.n, lengths.kv_start, lengths.kv_len
+        view = CacheView(key[:, :, :n].detach(), value[:, :, :n].detach(), kv_start, kv_len)
+        view.freed = getattr(cache_layer(cache, layer), "freed", None)
+        foretold = self._foretold.pop(layer, None)
+        if foretold is not None:
+            view.previous_query = foretold[:, :, 0].unflatten(1, (key.shape[1], -1))
+        softcap, method, policy = options.get("softcap"), self.method, self.policy
+        query = query.detach()[:, :, 0]
+        if layer in self.dense:
+            with self.observer.stage("full", layer):
+                states = (query, view.key_states, view.value_states)
+                return full_attention(*states, scale, kv_start, kv_len, softcap)
+        grouped = query.unflatten(1, (key.shape[1], -1))
+        if method.selects:
+            index = self._index(layer, cache, key, view, lengths, scale, softcap)
+            watch = partial(self._stage, layer)
+            result = method.step(grouped, index, view, policy, scale, softcap, watch)
+            # What was freed is not attended to either, however few tokens are left.
+            if view.n > policy.k or view.freed is not None:
+                self.count.taken[layer] += result.selection is not None
+            else:
+                self.count.dense[layer, SMALL] += 1
+            if method.compacts and result.selection is not None:
+                with self.observer.stage("append", layer):
+                    self._compact(layer, cache, index, result.selection, view)
+        else:
+            with self.observer.stage("full", layer):
+                result = method.step(grouped, None, view, policy, scale, softcap)
+        self.observer.on_step(layer, grouped, view, result, scale, softcap)
+        return result.out
+
+    def _index(
+        self,
+        layer: int,
+        cache: Any,
+        key: Tensor,
+        view: CacheView,
+        lengths: Lengths,
+        scale: float,
+        softcap: float | None,
+    ) -> Any:
+        """Return the layer's index with the current token in it."""
+        index = self.indices.get(cache, layer, lengths)
+        capacity = 0 if index is None else self.indices.capacity(cache, layer)
+        if capacity < lengths.n:
+            capacity = _capacity(cache_layer(cache, layer), lengths.n)
+            if index is not None and self.method.adaptive:
+                index.grow(capacity)  # built anew it would have forgotten what it learnt
+            else:
+                index = None
+        if index is None:
+            self.indices.drop(cache, layer)
+            self._check_whole(cache, layer, key)
+            prefill = PrefillInputs(
+                key_states=view.key_states[:, :, :-1],
+                value_states=view.value_states[:, :, :-1],
+                capacity=capacity,
+                layer=layer,
+                num_layers=self.geometry.num_layers,
+                kv_start=view.kv_start,
+                kv_len=None if view.kv_len is None else view.kv_len - 1,
+                shared=self.indices.shared(cache),
+                scale=scale,
+                softcap=softcap,
+                **self.captured(cache, layer, lengths.n - 1),
+            )
+            with self.observer.stage("build", layer):
+                index = self.method.build_index(prefill)
+        with self.observer.stage("append", layer):
+            self.method.append(index, *_newest(view))
+        self.indices.keep(cache, layer, index, capacity, key, lengths)
+        return index
+
+    def _check_whole(self, cache: Any, layer: int, key: Tensor) -> None:
+        """Refuse to build an index that would miss tokens or steps, or could not free as it should.
+
+        Args:
+            cache: The cache.
+            layer: Index of the layer.
+            key: What the layer returned.
+        """
+        if self.method.adaptive and not can_watch(cache, layer, key):
+            raise ValueError(
+                f"{self.method.name} needs its index kept from step to step, and a "
+                f"{type(cache).__name__} returns other keys than it stores, so that nobody sees it "
+                "change; use a DynamicCache or topkbench's DecodeCache."
+            )
+        stored = cache_layer(cache, layer)
+        if getattr(stored, "freed", None) is not None:
+            raise ValueError(
+                f"{self.method.name} must see the whole prompt, and tokens of this cache have been "
+                "freed; prefill a new one."
+            )
+        if self.method.compacts and not hasattr(cache, "topkbench_keep"):
+            raise ValueError(
+                f"mode=compact frees memory of topkbench's own DecodeCache alone, got a "
+                f"{type(cache).__name__}; use mode=masked, which selects the same."
+            )
+
+    def _compact(
+        self, layer: int, cache: Any, index: Any, selection: Selection, view: CacheView
+    ) -> None:
+        """Free what a step did not select: at the first time, then when the slots are used up."""
+        stored = cache_layer(cache, layer)
+        kept = selection.indices
+        is_due = kept.shape[2] < view.n if stored.freed is None else stored.is_full
+        if not is_due:
+            return
+        cache.topkbench_keep(layer, kept)
+        capacity = max_slots(stored)
+        assert capacity is not None  # the cache is topkbench's own
+        self.method.compact(index, kept, capacity)
+        lengths = self._reader.lengths(cache, stored, stored.keys, None)
+        assert lengths is not None  # the cache is topkbench's own
+        self.indices.keep(cache, layer, index, capacity, stored.keys, lengths)
+
+    def captured(self, cache: Any, layer: int, n: int) -> dict[str, Any]:
+        """Return what was captured of the first ``n`` slots: arguments of ``PrefillInputs``.
+
+        Raises:
+            ValueError: If the method needs what nobody captured.
+        """
+        if is_own(cache):
+            kept = cache.topkbench_captured(layer)
+        else:
+            kept = self._captured.get(cache, {}).get(layer)
+        found = {} if kept is None else kept.inputs(n)
+        lacking = missing(self.method.needs, found)
+        if lacking:
+            raise ValueError(
+                f"{self.method.name} needs {' and '.join(lacking)} of the prompt, and this cache "
+                "was filled without; prefill it inside the with block of attach."
+            )
+        return found
+
+    def _stage(self, layer: int, stage: str) -> AbstractContextManager[Any]:
+        return self.observer.stage(stage, layer)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The function transformers calls; ``query`` is ``[B, Hq, q, d]``, keys are not repeated."""
+    options = {name: given for name, given in options.items() if not is_cache(given)}
+    for name in _OTHER_INPUTS:
+        if options.get(name) is not None:
+            raise ValueError(
+                f"attach serves attention of queries, keys and values alone, and "
+                f"{type(module).__name__} also passes {name}."
+            )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    session = _SESSIONS.get(module)
+    if session is None:  # another model that shares the config object
+        return _dense(module, query, key, value, attention_mask, scale, options), None
+    return session.attend(module, query, key, value, attention_mask, scale, options), None
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    options: dict[str, Any],
+) -> Tensor:
+    """Attend to everything the mask shows; return ``[B, q, Hq, d]``."""
+    softcap = options.get("softcap")
+    if softcap is not None:
+        return softcap_attention(query, key, value, mask, scale, softcap).transpose(1, 2)
+    out, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scale, **options)
+    return out
+
+
+def _see_cache(
+    session: Session, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    session.see(layer_of(module), read_call(args, kwargs))
+
+
+def _see_labels(
+    session: Session, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    session.scores_text = kwargs.get("labels") is not None
+
+
+def _capacity(stored: Any, n: int) -> int:
+    """Return the slots an index needs: the layer's, or some spare ones where the layer grows."""
+    told = max_slots(stored)
+    return n + max(256, n // 4) if told is None else max(told, n)
+
+
+def _newest(view: CacheView) -> tuple[Tensor, Tensor]:
+    """Return the current token's ``[B, Hkv, 1, d]`` key and value."""
+    if view.kv_len is None:
+        return view.key_states[:, :, -1:].detach(), view.value_states[:, :, -1:].detach()
+    rows = torch.arange(len(view.kv_len), device=view.kv_len.device)
+    slots = view.kv_len.long() - 1
+    return view.key_states[rows, :, slots, None], view.value_states[rows, :, slots, None]

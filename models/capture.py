@@ -1,0 +1,241 @@
+"""What some methods need beyond keys and values: the prompt's queries, and queries foretold.
+
+Nothing here runs unless a method declares it in ``needs``.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from topkbench.methods.base import PREFILL_NEEDS, QUERY_TAIL
+from topkbench.methods.softcap import capped
+from topkbench.models.compat import (
+    layer_of,
+    register_attention,
+    sdpa_attention_forward,
+    using_attention,
+)
+from topkbench.models.softcap import softcap_attention
+
+WATCHED = "topkbench_watched"
+BLOCK = 256  # queries whose attention weights are held at once, at most
+WEIGHTS = 2**27  # attention weights that are held at once, if one query has no more
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What a layer's attention is called with while a prompt is read.
+
+    Attributes:
+        layer: Index of the layer.
+        query_states: ``[B, Hq, n, d]``, post-RoPE.
+        key_states: ``[B, Hkv, n, d]``, post-RoPE.
+        value_states: ``[B, Hkv, n, d]``.
+        scale: The attention's factor on dot products.
+        softcap: As in attention, or None.
+    """
+
+    layer: int
+    query_states: Tensor
+    key_states: Tensor
+    value_states: Tensor
+    scale: float
+    softcap: float | None
+
+
+@contextmanager
+def watched_attention(model: PreTrainedModel, see: Callable[[LayerCall], None]) -> Iterator[None]:
+    """Let ``see`` have each layer's post-RoPE states in every forward of the block.
+
+    Args:
+        model: A decoder-only model; it is what it was once the block is left.
+        see: Called with what a layer's attention is called with.
+    """
+
+    def attend(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        scale: Any = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        softcap: Any = kwargs.get("softcap")
+        see(LayerCall(layer_of(module), query, key, value, scale, softcap))
+        if softcap is not None:  # which SDPA does not know
+            mask: Any = args[0] if args else kwargs.get("attention_mask")
+            out = softcap_attention(query, key, value, mask, scale, softcap)
+            return out.transpose(1, 2), None
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)  # type: ignore[arg-type]
+
+    register_attention(WATCHED, attend)
+    with using_attention(model, WATCHED):
+        yield
+
+
+@dataclass
+class Captured:
+    """What a dense forward over a prompt leaves of one layer.
+
+    Attributes:
+        needs: Which of the two are wanted.
+        query_tail: ``[B, Hq, w, d]`` the last queries, at most ``QUERY_TAIL``; None if not wanted.
+        column_sums: float32 ``[B, Hq, n]`` attention that each token got from all queries; None if
+            not wanted.
+        milliseconds: What each took.
+        end: Slots of the cache that were filled after the last part.
+    """
+
+    needs: frozenset[str]
+    query_tail: Tensor | None = None
+    column_sums: Tensor | None = None
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    end: int = 0
+
+    def see(
+        self,
+        query: Tensor,
+        key: Tensor,
+        scale: float,
+        kv_start: Tensor | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        """Take the queries of the last ``m`` tokens; a prompt may come in several parts.
+
+        A part that begins at the first slot begins a new prompt. After decoded or cropped tokens
+        the tail begins anew, for its queries must be those of consecutive tokens.
+
+        Args:
+            query: ``[B, Hq, m, d]``.
+            key: ``[B, Hkv, n, d]`` of all tokens so far, those of the queries the last.
+            scale: The attention's factor on dot products.
+            kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
+            softcap: As in attention, or None.
+        """
+        begin = key.shape[2] - query.shape[2]
+        if begin == 0:
+            self.query_tail = self.column_sums = None
+            self.milliseconds.clear()
+        if begin != self.end:
+            self.query_tail = None
+        self.end = key.shape[2]
+        if "query_tail" in self.needs:
+            with self._timed("query_tail", query.device):
+                tail = query[:, :, -QUERY_TAIL:]
+                if self.query_tail is not None:
+                    tail = torch.cat([self.query_tail, tail], 2)[:, :, -QUERY_TAIL:]
+                self.query_tail = tail.clone()
+        if "column_sums" in self.needs:
+            with self._timed("column_sums", query.device):
+                sums = column_sums(query, key, scale, kv_start, softcap)
+                if self.column_sums is not None:
+                    earlier = self.column_sums[:, :, :begin]
+                    sums[:, :, : earlier.shape[2]] += earlier
+                self.column_sums = sums
+
+    @contextmanager
+    def _timed(self, need: str, device: torch.device) -> Iterator[None]:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took = (time.perf_counter() - began) * 1e3
+        self.milliseconds[need] = self.milliseconds.get(need, 0.0) + took
+
+    def to(self, device: torch.device) -> "Captured":
+        """Return the same on another device."""
+        tail = None if self.query_tail is None else self.query_tail.to(device)
+        sums = None if self.column_sums is None else self.column_sums.to(device)
+        return Captured(self.needs, tail, sums, self.milliseconds)
+
+    def joined(self, other: "Captured") -> "Captured":
+        """Return what either has of the same prompt."""
+        return Captured(
+            self.needs | other.needs,
+            other.query_tail if self.query_tail is None else self.query_tail,
+            other.column_sums if self.column_sums is None else self.column_sums,
+            self.milliseconds | other.milliseconds,
+        )
+
+    @classmethod
+    def batch(cls, rows: Sequence["Captured"], n: int, device: torch.device) -> "Captured":
+        """Join what was captured of single prompts into rows of ``n`` slots.
+
+        Tails end together. A prompt shorter than the widest has zeros before its queries, where
+        there is no token: a row's neighbours do not cut what it has.
+        """
+        tails = [row.query_tail for row in rows if row.query_tail is not None]
+        sums = [row.column_sums for row in rows if row.column_sums is not None]
+        tail = column = None
+        if tails:
+            width = max(one.shape[2] for one in tails)
+            tail = torch.cat([pad(one, (0, 0, width - one.shape[2], 0)) for one in tails])
+            tail = tail.to(device)
+        if sums:
+            column = torch.cat([pad(one, (0, n - one.shape[2])) for one in sums]).to(device)
+        return cls(rows[0].needs, tail, column)
+
+    def inputs(self, n: int) -> dict[str, Any]:
+        """Return the arguments of ``PrefillInputs`` for the first ``n`` slots.
+
+        Tokens that were decoded since have column sums of zero.
+        """
+        sums = self.column_sums
+        if sums is not None:
+            sums = pad(sums[:, :, :n], (0, max(0, n - sums.shape[2])))
+        return {"query_tail": self.query_tail, "column_sums": sums}
+
+
+def column_sums(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    kv_start: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Sum the causal attention weights over the queries, a block of queries at a time.
+
+    Args:
+        query: ``[B, Hq, m, d]``, of the last ``m`` tokens.
+        key: ``[B, Hkv, n, d]``.
+        scale: The attention's factor on dot products.
+        kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
+        softcap: As in attention, or None.
+
+    Returns:
+        float32 ``[B, Hq, n]``.
+    """
+    batch_size, num_heads, m, _ = query.shape
+    num_kv_heads, n = key.shape[1], key.shape[2]
+    grouped = query.float().unflatten(1, (num_kv_heads, -1))
+    keys = key.float().mT[:, :, None]
+    total = grouped.new_zeros(batch_size, num_kv_heads, num_heads // num_kv_heads, n)
+    slots = torch.arange(n, device=key.device)
+    start = torch.zeros(batch_size, dtype=torch.int32, device=key.device)
+    start = start if kv_start is None else kv_start
+    block = max(1, min(BLOCK, WEIGHTS // (batch_size * num_heads * n)))
+    for begin in range(0, m, block):
+        part = grouped[:, :, :, begin : begin + block]
+        places = n - m + begin + torch.arange(part.shape[3], device=key.device)
+        seen = int(places[-1]) + 1  # later keys are in nobody's past
+        logits = capped((part * scale) @ keys[..., :seen], softcap)
+        allowed = (slots[:seen] <= places[:, None]) & (slots[:seen] >= start[:, None, None])
+        weights = logits.masked_fill_(~allowed[:, None, None], -torch.inf).softmax(-1)
+        # A query of padding sees nothing, and counts for nothing.
+        total[..., :seen] += weights.nan_to_num(0.0).sum(3)
+    return total.flatten(1, 2)
+
+
+def missing(needs: frozenset[str], found: Mapping[str, Any]) -> list[str]:
+    """Return which of the prefill's needs were not captured."""
+    return sorted(need for need in needs & PREFILL_NEEDS if found.get(need) is None)

@@ -1,0 +1,56 @@
+"""Dense attention with capped logits, which torch's SDPA does not offer."""
+
+import torch
+from torch import Tensor
+
+from topkbench.methods.softcap import capped
+
+# Queries handled at once: bounds the logits held in memory to this many rows per head.
+_QUERY_BLOCK = 256
+
+
+def softcap_attention(
+    query_states: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Attend with logits ``softcap * tanh(logits / softcap)``.
+
+    Args:
+        query_states: ``[B, Hq, q, d]``.
+        key_states: ``[B, Hkv, n, d]``.
+        value_states: ``[B, Hkv, n, d]``.
+        mask: bool ``[B or 1, 1, q, n]``, True where a query sees a key; None for a causal prefill
+            of the first ``q`` slots, or for a single query that sees everything.
+        scale: Factor on the dot products.
+        softcap: The cap.
+
+    Returns:
+        ``[B, Hq, q, d]`` in the query's dtype.
+
+    Source:
+        Gemma 2 (arXiv:2408.00118), section 2.
+    """
+    q_len = query_states.shape[2]
+    if mask is None and q_len > 1:
+        key_states, value_states = key_states[:, :, :q_len], value_states[:, :, :q_len]
+        mask = torch.ones(q_len, q_len, dtype=torch.bool, device=query_states.device)
+        mask = mask.tril()[None, None]
+    num_kv_heads = key_states.shape[1]
+    wide = torch.promote_types(query_states.dtype, torch.float32)
+    keys = key_states[:, :, None].to(wide)
+    blocks = []
+    for first in range(0, q_len, _QUERY_BLOCK):
+        block = query_states[:, :, first : first + _QUERY_BLOCK].to(wide)
+        # [B, Hkv, G, q, n]
+        logits = capped(block.unflatten(1, (num_kv_heads, -1)) @ keys.mT * scale, softcap)
+        if mask is not None:
+            hidden = ~mask[:, :, None, first : first + _QUERY_BLOCK]
+            # A finite floor: a padding query that sees nothing must not turn into NaN.
+            logits = logits.masked_fill(hidden, torch.finfo(wide).min)
+        weights = logits.softmax(-1).to(value_states.dtype)
+        blocks.append((weights @ value_states[:, :, None]).flatten(1, 2))
+    return torch.cat(blocks, 2).to(query_states.dtype)

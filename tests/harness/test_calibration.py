@@ -1,0 +1,344 @@
+"""What methods are fitted on: prompts of their own words, states of the model itself."""
+
+import gc
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor
+
+from topkbench.harness.calibration import MAX_LENGTH, NUM_SEQUENCES, Calibration
+from topkbench.harness.fitting import fit_layers
+from topkbench.harness.task import Sample
+from topkbench.methods.hata import HATA
+from topkbench.methods.loki import Loki
+from topkbench.models.load import LoadedModel
+from topkbench.models.prefill import prefill
+from topkbench.tasks.ruler import Ruler
+from topkbench.tasks.ruler_prompts import SUBTASKS, CalibrationPrompts
+from topkbench.tasks.words import (
+    CALIBRATION_NAMES,
+    CALIBRATION_NUMBERS,
+    TEMPLATE_WORDS,
+    TEST_NAMES,
+    random_names,
+    word_pools,
+)
+
+CONF = Path(__file__).parents[2] / "conf"
+SEED = CalibrationPrompts().seed
+LENGTH = 260
+
+
+class Everything(HATA):
+    """A method that asks for the queries of all positions."""
+
+    def query_positions(self, layer: int, lengths: Sequence[int]) -> list[list[int]]:
+        return [list(range(n)) for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def calibration(loaded: LoadedModel) -> Calibration:
+    return Calibration.draw(loaded, Everything(), CalibrationPrompts(seed=3), 7, LENGTH)
+
+
+@pytest.fixture(scope="module")
+def captured(calibration: Calibration) -> dict[int, list[tuple[Tensor, Tensor]]]:
+    return calibration.capture([0, 1])
+
+
+# Disjoint from every test --------------------------------------------------------------------
+
+
+def content(text: str) -> list[str]:
+    """Return a text's words, names and numbers without the prompts' own wording."""
+    # What counts the entries of a list is wording too; a variable's number has five digits.
+    words = re.findall(r"[A-Za-z]+|\d{5,}", text)
+    return [word for word in words if word.lower() not in WORDING]
+
+
+# Beside TEMPLATE_WORDS; a pool has none of these but by the words' own right.
+WORDING = {*TEMPLATE_WORDS, "all", "do", "in", "is", "it", "of", "ones", "that", "to"}
+
+
+def grams(words: list[str], size: int = 8) -> set[tuple[str, ...]]:
+    return set(zip(*(words[start:] for start in range(size)), strict=False))
+
+
+def axis(config: DictConfig, key: str, default: str) -> list[str]:
+    """Return the values of one axis of a sweep."""
+    text = config.hydra.sweeper.params.get(key)
+    if text is None:
+        return [default]
+    (override,) = OverridesParser.create().parse_overrides([f"{key}={text}"])
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    return list(override.sweep_string_iterator())
+
+
+def experiments_tasks(folder: Path) -> Iterator[Ruler]:
+    """Yield the tasks of conf/experiment that have prompts, at each length and seed, with few."""
+    for name in sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("config", [f"experiment={name}"], return_hydra_config=True)
+            lengths = axis(config, "task.length", str(config.task.get("length")))
+            for length, seed in product(lengths, axis(config, "seed", "0")):
+                given = [f"experiment={name}", f"seed={seed}", f"cache_dir={folder}"]
+                given += [f"task.length={length}"] if "length" in config.task else []
+                task = instantiate(compose("config", [*given, "num_samples=2"]).task)
+                if isinstance(task, Ruler):
+                    task.num_samples = 2
+                    yield task
+
+
+@pytest.fixture(scope="module")
+def reader(loaded: LoadedModel) -> LoadedModel:
+    """The model with a window for every length; it is asked for its tokens alone."""
+    return replace(loaded, window=2**20)
+
+
+@pytest.fixture(scope="module")
+def texts(reader: LoadedModel) -> list[str]:
+    """The texts that every artifact is fitted on."""
+    return CalibrationPrompts().texts(reader, MAX_LENGTH, NUM_SEQUENCES)
+
+
+@pytest.fixture(scope="module")
+def samples(reader: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    """Samples of every length, seed and sub-task that an experiment uses."""
+    folder = tmp_path_factory.mktemp("samples")
+    found = [task.samples(reader) for task in experiments_tasks(folder)]
+    every = {one.sample_id: one for samples in found for one in samples}
+    assert {one.subtask for one in every.values()} >= set(SUBTASKS)
+    return list(every.values())
+
+
+def whole(sample: Sample) -> str:
+    return f"{sample.context} {sample.question} {sample.answer_prefix} {' '.join(sample.answers)}"
+
+
+def test_what_calibration_and_tests_may_draw_is_disjoint() -> None:
+    test_words, calibration_words = map(set, word_pools())
+    assert not test_words & calibration_words
+    for letters, upper in ((5, True), (6, False)):
+        # More names begin with the same, so every other one is apart whatever their number is.
+        names = random_names(letters, upper, count=999)
+        assert not set(names[TEST_NAMES]) & set(names[CALIBRATION_NAMES])
+
+
+def test_calibration_draws_from_its_own_alone(texts: list[str]) -> None:
+    names = [random_names(5, True)[CALIBRATION_NAMES], random_names(6, False)[CALIBRATION_NAMES]]
+    allowed = {*word_pools()[1], *names[0], *names[1], *CALIBRATION_NUMBERS}
+    found = set().union(*map(content, texts))
+    assert found <= allowed
+    assert found >= CALIBRATION_NUMBERS  # none is set aside for nothing
+    assert len(found) > 400
+
+
+def test_tests_draw_from_their_own_alone(samples: list[Sample]) -> None:
+    names = [random_names(5, True)[TEST_NAMES], random_names(6, False, 999)[TEST_NAMES]]
+    allowed = {*word_pools()[0], *names[0], *names[1]}
+    found = set().union(*(content(whole(sample)) for sample in samples))
+    numbers = {word for word in found if word.isdigit()}
+    assert numbers
+    assert not numbers & CALIBRATION_NUMBERS
+    assert found - numbers <= allowed
+    assert len(found) > 1000
+
+
+def test_no_key_value_or_run_of_words_of_calibration_is_in_a_test(
+    texts: list[str], samples: list[Sample]
+) -> None:
+    fitted = [content(text) for text in texts]
+    tested = [content(whole(sample)) for sample in samples]
+    # Keys, values, variables and coded words are all content; so none of them is shared.
+    assert not set().union(*map(set, fitted)) & set().union(*map(set, tested))
+    runs = set().union(*map(grams, fitted))
+    assert len(runs) > 2000
+    assert not runs & set().union(*map(grams, tested))
+
+
+def test_a_number_of_calibration_is_drawn_again(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def number(folder: str) -> str:
+        task = Ruler(length=300, num_samples=1, subtasks=["vt"], cache_dir=str(tmp_path / folder))
+        (sample,) = task.samples(loaded)
+        return re.findall(r"\d{5}", sample.question)[0]
+
+    first = number("first")
+    monkeypatch.setattr("topkbench.tasks.ruler_prompts.CALIBRATION_NUMBERS", frozenset({first}))
+    assert number("second") != first
+
+
+def test_no_seed_of_a_test_is_calibrations(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Randomness begins with a text: a test's with its seed, calibration's with a word."""
+    begun: list[str] = []
+
+    class Watched(random.Random):
+        def __init__(self, seed: str) -> None:
+            begun.append(seed)
+            super().__init__(seed)
+
+    monkeypatch.setattr("random.Random", Watched)
+    CalibrationPrompts().texts(loaded, 300, 7)
+    Ruler(length=300, num_samples=1, seed=SEED, cache_dir=str(tmp_path)).samples(loaded)
+    calibration, test = begun[:7], begun[7:]
+    assert calibration[0] == f"calibration-{SEED}-0"
+    assert test[0] == f"{SEED}-niah_single-300-0"
+    assert len(test) == 7
+    assert all(seed.startswith("calibration-") for seed in calibration)
+    assert all(seed.split("-")[0] == str(SEED) for seed in test)
+
+
+# What is captured ----------------------------------------------------------------------------
+
+
+def test_texts_depend_on_the_seed_alone(loaded: LoadedModel) -> None:
+    texts = CalibrationPrompts(seed=3).texts(loaded, LENGTH, 7)
+    assert texts == CalibrationPrompts(seed=3).texts(loaded, LENGTH, 7)
+    assert texts[:2] == CalibrationPrompts(seed=3).texts(loaded, LENGTH, 2)
+    assert texts != CalibrationPrompts(seed=4).texts(loaded, LENGTH, 7)
+    assert all(len(loaded.tokenizer.encode(text)) <= LENGTH for text in texts)
+
+
+def test_captured_keys_are_the_caches(
+    loaded: LoadedModel, captured: dict[int, list[tuple[Tensor, Tensor]]]
+) -> None:
+    texts = CalibrationPrompts(seed=3).texts(loaded, LENGTH, 7)
+    assert [len(states) for states in captured.values()] == [7, 7]
+    for place in (0, 6):
+        own = prefill(loaded.model, loaded.tokenizer.encode(texts[place]))
+        for layer in range(2):
+            _, keys = captured[layer][place]
+            assert keys.dtype == loaded.model.dtype
+            torch.testing.assert_close(keys, own.key_states[layer], rtol=1e-4, atol=1e-4)
+
+
+def test_captured_queries_give_the_models_own_attention(
+    loaded: LoadedModel, captured: dict[int, list[tuple[Tensor, Tensor]]]
+) -> None:
+    model = loaded.model
+    ids = torch.tensor(
+        [loaded.tokenizer.encode(CalibrationPrompts(seed=3).texts(loaded, LENGTH, 1)[0])]
+    )
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        attentions = model(ids, output_attentions=True).attentions
+    finally:
+        model.set_attn_implementation(before)
+    for layer in range(2):
+        queries, keys = captured[layer][0]
+        assert queries.shape == (4, ids.shape[1], 16)
+        logits = queries[:, -1:] @ keys.repeat_interleave(2, 0).mT * 16**-0.5
+        expected = attentions[layer][0, :, -1:]
+        torch.testing.assert_close(logits.softmax(-1), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_only_the_queries_that_a_method_names_are_kept(
+    loaded: LoadedModel,
+    calibration: Calibration,
+    captured: dict[int, list[tuple[Tensor, Tensor]]],
+) -> None:
+    method = HATA(queries_per_sequence=3)
+    states = Calibration.draw(loaded, method, CalibrationPrompts(seed=3), 7, LENGTH).capture([1])
+    assert list(states) == [1]
+    positions = method.query_positions(1, calibration.lengths)
+    assert all(len(at) == 3 and min(at) >= 100 for at in positions)
+    for (queries, keys), at, (every, same) in zip(states[1], positions, captured[1], strict=True):
+        assert torch.equal(queries, every[:, at])
+        assert torch.equal(keys, same)
+    for queries, _ in Calibration.draw(
+        loaded, Loki(), CalibrationPrompts(seed=3), 2, LENGTH
+    ).capture([0])[0]:
+        assert queries.shape == (4, 0, 16)
+
+
+def test_the_model_is_given_back_unchanged(
+    loaded: LoadedModel, captured: dict[int, list[tuple[Tensor, Tensor]]]
+) -> None:
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+def test_the_description_says_what_was_read(calibration: Calibration) -> None:
+    assert calibration.description.startswith("7 prompts of 260 tokens, niah_single, niah_multikey")
+    assert calibration.description.endswith("seed 3, 512 words that no test uses")
+
+
+def test_a_small_window_shortens_the_prompts(loaded: LoadedModel) -> None:
+    (length,) = Calibration.draw(loaded, Loki(), CalibrationPrompts(seed=3), 1, 99_999).lengths
+    assert loaded.window - 50 < length <= loaded.window
+
+
+# The bound on memory -------------------------------------------------------------------------
+
+
+def test_layers_are_grouped_by_what_fits(loaded: LoadedModel) -> None:
+    def groups(limit: int) -> list[list[int]]:
+        prompts = [list(range(1, 11)), list(range(1, 21))]
+        return Calibration(loaded, HATA(rbit=32), prompts, limit, "").groups()
+
+    # 2 KV heads of 30 keys and 4 query heads of 1 query a sequence, 16 channels of 4 bytes.
+    layer = (2 * 30 + 4 * 2) * 16 * 4
+    assert groups(2 * layer) == [[0, 1]]
+    assert groups(2 * layer - 1) == [[0], [1]]
+    assert groups(layer) == [[0], [1]]
+    with pytest.raises(ValueError, match=r"a layer must fit calibration_memory_gib, got 4.05e-06"):
+        groups(layer - 1)
+
+
+class Witness(HATA):
+    """Sees what is in memory when a layer begins to learn."""
+
+    def fit_layer(self, layer, states, report=None):  # type: ignore[no-untyped-def]
+        self.look()
+        return super().fit_layer(layer, states, report)
+
+
+@pytest.mark.parametrize("layers_at_once", [1, 2])
+def test_never_more_is_held_than_the_limit(loaded: LoadedModel, layers_at_once: int) -> None:
+    """Counts the bytes of all tensors in the process that were not there before."""
+
+    def tensors() -> list[Tensor]:
+        return [one for one in gc.get_objects() if type(one) is Tensor and one.numel()]
+
+    def storages(tensors: list[Tensor]) -> dict[int, int]:
+        return {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+
+    method = Witness(rbit=32, epochs=1, steps_per_epoch=1)
+    calibration = Calibration.draw(loaded, method, CalibrationPrompts(seed=3), 4, LENGTH)
+    calibration.memory_limit = layers_at_once * calibration.num_bytes(0)
+    learnt = 4 * 2 * 16 * 32  # the weights of the layers before, float32
+    # Those of before are kept: were one freed, a new tensor at its address would not be counted.
+    kept, held = tensors(), []
+    before = storages(kept)
+
+    def look(*_: object) -> None:
+        held.append(sum(size for place, size in storages(tensors()).items() if place not in before))
+
+    method.look = look  # type: ignore[attr-defined]
+    hook = loaded.model.base_model.register_forward_pre_hook(look)
+    try:
+        fit_layers(method, calibration, [torch.device("cpu")])
+    finally:
+        hook.remove()
+    groups = 2 // layers_at_once
+    assert len(held) == 4 * groups + 2  # before each prompt, and before each layer learns
+    ids = 8 * LENGTH  # the tokens of the prompt at hand
+    assert max(held) <= calibration.memory_limit + learnt + ids
+    # A whole group is there when its first layer learns; so the measure sees what it should.
+    assert held[4] >= calibration.memory_limit
+    # The next group begins with nothing of the one before.
+    assert held[5] <= (learnt + ids if layers_at_once == 1 else calibration.num_bytes(1) + learnt)

@@ -1,0 +1,230 @@
+"""What a cell begins with, the method's artifact, and what is noted of its machine."""
+
+import copy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from topkbench.harness import artifact
+from topkbench.harness.calibration import Calibration
+from topkbench.harness.cell import (
+    artifact_spec,
+    fit_source,
+    peak_memory_mib,
+    prepare_method,
+    reset_peak_memory,
+)
+from topkbench.harness.evaluation import Context
+from topkbench.methods.exact import ExactTopK
+from topkbench.methods.hata import HATA
+from topkbench.methods.policy import Policy
+from topkbench.models.load import LoadedModel
+from topkbench.models.prefill import PrefillStore
+from topkbench.tasks.fit import Fit
+from topkbench.tasks.ruler_prompts import CalibrationPrompts
+
+CPU = torch.device("cpu")
+TEXTS = CalibrationPrompts()
+
+
+def test_the_peak_is_of_what_ran_since_it_was_reset() -> None:
+    reset_peak_memory(CPU)
+    before = peak_memory_mib(CPU)
+    large = torch.ones(128, 2**18)  # 128 MiB
+    during = peak_memory_mib(CPU)
+    assert during >= before + 120
+    assert large.sum() == large.numel()
+    del large
+    reset_peak_memory(CPU)
+    assert peak_memory_mib(CPU) < during - 100
+
+
+# The artifact --------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrate on three short prompts."""
+    draw = partial(Calibration.draw, num_sequences=3, max_length=260)
+    monkeypatch.setattr(Calibration, "draw", draw)
+
+
+def quick() -> HATA:
+    return HATA(rbit=32, epochs=1, steps_per_epoch=4)
+
+
+def never(*_: Any) -> None:
+    raise AssertionError("nothing was to be fitted")
+
+
+def test_an_artifact_is_fitted_once_and_found_again(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare_method(loaded, quick(), TEXTS, tmp_path / "new")
+    assert first is not None
+    told = first.provenance
+    assert (told["model"], told["seed"]) == ("random", 90210)
+    assert told["seconds"] > 0
+    assert [len(steps) for steps in told["losses"]] == [4, 4]
+    assert told["data"].startswith("3 prompts of 260 tokens")
+    monkeypatch.setattr("topkbench.harness.cell.fit_layers", never)
+    method = quick()
+    again = prepare_method(loaded, method, TEXTS, tmp_path / "new")
+    assert again is not None
+    assert (again.digest, again.path, again.provenance) == (first.digest, first.path, told)
+    assert method.artifact_digest == first.digest
+    with pytest.raises(AssertionError, match="nothing was to be fitted"):
+        prepare_method(loaded, quick(), TEXTS, tmp_path / "new", anew=True)
+
+
+def test_fitting_anew_gives_the_same_digest(loaded: LoadedModel, tmp_path: Path) -> None:
+    first = prepare_method(loaded, quick(), TEXTS, tmp_path)
+    written = next(tmp_path.glob("*.safetensors")).stat().st_mtime_ns
+    again = prepare_method(loaded, quick(), TEXTS, tmp_path, anew=True, memory_limit=2**20)
+    assert next(tmp_path.glob("*.safetensors")).stat().st_mtime_ns > written
+    assert first is not None
+    assert again is not None
+    assert (again.digest, again.provenance["losses"]) == (first.digest, first.provenance["losses"])
+
+
+def test_an_artifact_is_of_weights_dtype_calibration_and_version_of_the_fit(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare_method(loaded, quick(), TEXTS, tmp_path)
+    assert first is not None
+    monkeypatch.setattr("topkbench.harness.cell.fit_layers", never)
+
+    class Later(HATA):
+        """Whose fit learns something else."""
+
+        fit_version = HATA.fit_version + 1
+
+    half = replace(loaded, model=copy.deepcopy(loaded.model).to(torch.bfloat16))
+    other = copy.deepcopy(loaded.tokenizer)
+    assert other.add_tokens(["is"]) == 1  # a token of its own inside words, too
+    settings = {"rbit": 32, "epochs": 1, "steps_per_epoch": 4}
+    for changed, method in (
+        (replace(loaded, digest="1" * 16), quick()),
+        (half, quick()),
+        (replace(loaded, tokenizer=other), quick()),
+        (loaded, Later(**settings)),
+        (loaded, HATA(**{**settings, "seed": 1})),
+    ):
+        with pytest.raises(AssertionError, match="nothing was to be fitted"):
+            prepare_method(changed, method, TEXTS, tmp_path)
+    # Neither a name nor what comes after the last layer is of the fit.
+    again = prepare_method(replace(loaded, name="other", window=900), quick(), TEXTS, tmp_path)
+    assert again is not None
+    assert again.digest == first.digest
+
+
+def test_the_code_that_fitted_is_told(loaded: LoadedModel, tmp_path: Path) -> None:
+    found = prepare_method(loaded, quick(), TEXTS, tmp_path)
+    assert found is not None
+    assert found.provenance["source"] == fit_source(quick())
+    assert fit_source(quick()) != fit_source(ExactTopK())
+
+
+def test_a_method_that_learns_nothing_has_none(loaded: LoadedModel, tmp_path: Path) -> None:
+    assert prepare_method(loaded, ExactTopK(), TEXTS, tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def planted(loaded: LoadedModel, folder: Path, weight: torch.Tensor, **spec: Any) -> None:
+    """Write an artifact under the name of the wanted one."""
+    wanted = artifact_spec(loaded, quick(), TEXTS)
+    assert wanted is not None
+    told = artifact.provenance({**wanted, **spec}, "", 0)
+    artifact.save(folder / artifact.file_name(wanted), {"hash_weight": weight}, told)
+
+
+@pytest.mark.parametrize(
+    ("weight", "spec", "message"),
+    [
+        (
+            torch.zeros(2, 2, 16, 32),
+            {"model_digest": "f" * 16},
+            "must have model_digest='0000000000000000', got 'ffffffffffffffff'; fit one",
+        ),
+        (
+            torch.zeros(3, 2, 16, 32),
+            {},
+            r"float32 \[2, 2, 16, 32\] for this model, got torch.float32 \[3, 2, 16, 32\]; fit",
+        ),
+        (torch.zeros(2, 2, 8, 32), {}, r"got torch.float32 \[2, 2, 8, 32\]; fit it on this model"),
+        (
+            torch.zeros(2, 2, 16, 32, dtype=torch.float16),
+            {},
+            r"as torch.float32 \[2, 2, 16, 32\] for this model, got torch.float16",
+        ),
+    ],
+    ids=["model", "layers", "channels", "dtype"],
+)
+def test_anothers_artifact_is_one_sentence(
+    loaded: LoadedModel, tmp_path: Path, weight: torch.Tensor, spec: dict[str, Any], message: str
+) -> None:
+    planted(loaded, tmp_path, weight, **spec)
+    with pytest.raises(ValueError, match=message) as refused:
+        prepare_method(loaded, quick(), TEXTS, tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+# task=fit ------------------------------------------------------------------------------------
+
+
+def context(loaded: LoadedModel, method: Any, folder: Path, found: Any) -> Context:
+    store = PrefillStore(loaded.model, folder)
+    return Context(loaded, store, method, Policy(k=16), ExactTopK(), artifact=found)
+
+
+def test_the_task_tells_of_every_layer_and_their_mean(loaded: LoadedModel, tmp_path: Path) -> None:
+    found = artifact.Artifact(
+        tensors={},
+        provenance={"data": "noise", "seconds": 2.5, "losses": [[8.0, 4.0, 2.0], [6.0, 5.0, 1.0]]},
+        digest="d",
+        path=tmp_path / "here",
+        fitted=True,
+    )
+    outcome = Fit().run(context(loaded, quick(), tmp_path, found))
+    assert [row.subtask for row in outcome.rows] == ["layer 0", "layer 1", "mean"]
+    ends = [(row.values["loss_first"], row.values["loss_last"]) for row in outcome.rows]
+    assert ends == [(8.0, 2.0), (6.0, 1.0), (7.0, 1.5)]
+    assert [row.values.get("fit_s") for row in outcome.rows] == [None, None, 2.5]
+    assert {row.values["artifact_path"] for row in outcome.rows} == {str(tmp_path / "here")}
+    assert {row.values["calibration"] for row in outcome.rows} == {"noise"}
+    assert len(outcome.samples) == 6
+    assert outcome.samples[4] == {"layer": 1, "step": 2, "loss": 5.0}
+
+
+def test_a_fit_that_was_found_took_no_seconds(loaded: LoadedModel, tmp_path: Path) -> None:
+    fitted = [
+        prepare_method(loaded, quick(), TEXTS, tmp_path),
+        prepare_method(loaded, quick(), TEXTS, tmp_path),
+        prepare_method(loaded, quick(), TEXTS, tmp_path, anew=True),
+    ]
+    seconds = []
+    for one in fitted:
+        assert one is not None
+        assert one.provenance["seconds"] > 0
+        *_, mean = Fit().run(context(loaded, quick(), tmp_path, one)).rows
+        seconds.append(mean.values["fit_s"])
+    assert [one is None for one in seconds] == [False, True, False]
+
+
+def test_an_artifact_without_losses_still_has_its_rows(loaded: LoadedModel, tmp_path: Path) -> None:
+    found = artifact.Artifact({}, {"data": "noise"}, "d", tmp_path)
+    outcome = Fit().run(context(loaded, quick(), tmp_path, found))
+    assert [row.subtask for row in outcome.rows] == ["layer 0", "layer 1", "mean"]
+    assert {row.values["loss_first"] for row in outcome.rows} == {None}
+    assert outcome.samples == []
+
+
+def test_what_learns_nothing_is_refused_in_one_sentence(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="needs a method that learns, and exact as it is set here"):
+        Fit().run(context(loaded, ExactTopK(), tmp_path, None))

@@ -1,0 +1,192 @@
+"""The loop: prefill and decode give what the model's own generate gives."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from topkbench.harness.decoding import Decoder, Prompt, Question, batches, eos_ids, tokenise
+from topkbench.harness.task import Sample, TaskDoesNotFit
+from topkbench.methods.base import Policy, TopKMethod
+from topkbench.methods.exact import ExactTopK
+from topkbench.methods.full import FullAttention
+from topkbench.methods.quest import Quest
+from topkbench.models.attach import attach
+from topkbench.models.compat import cache_keyword
+from topkbench.models.load import LoadedModel
+from topkbench.models.prefill import PrefillStore
+
+# The first has far the most words, so that the rows of a batch end at different slots.
+CONTEXTS = ("the secret of word " * 17, "hidden text and facts " * 6, "list every other value")
+QUESTION = " which word below"
+NEW_TOKENS = 12
+
+
+def sample(context: str, name: str = "0", subtask: str = "vt", new: int = NEW_TOKENS) -> Sample:
+    return Sample(
+        sample_id=name,
+        subtask=subtask,
+        context=context,
+        question=QUESTION,
+        answer_prefix=" answer",
+        answers=("x",),
+        max_new_tokens=new,
+        length=0,
+    )
+
+
+def prompts(loaded: LoadedModel, question: Question) -> list[Prompt]:
+    return [
+        tokenise(loaded, sample(context, str(number)), question)
+        for number, context in enumerate(CONTEXTS)
+    ]
+
+
+def answer(
+    loaded: LoadedModel, store: PrefillStore, batch: list[Prompt], method: TopKMethod, k: int = 24
+) -> list[list[int]]:
+    decoder = Decoder(loaded, store, batch, NEW_TOKENS + 1)
+    with attach(loaded.model, method, Policy(k=k)):
+        return decoder.generate()
+
+
+def test_a_file_that_was_wrapped_by_its_maker_is_not_wrapped_again(loaded: LoadedModel) -> None:
+    chat = replace(loaded, chat=True)  # of a tokenizer that has no template to wrap with
+    with pytest.raises(ValueError, match="chat_template"):
+        tokenise(chat, sample(CONTEXTS[0]), "sparse")
+    plain = tokenise(loaded, sample(CONTEXTS[0]), "sparse")
+    as_is = replace(sample(CONTEXTS[0]), as_is=True)
+    assert tokenise(chat, as_is, "sparse").prefill_ids == plain.prefill_ids
+    # Nor does it get a second token for the beginning.
+    bos = loaded.tokenizer.bos_token
+    assert isinstance(bos, str)
+    begun = replace(as_is, context=bos + as_is.context)
+    assert tokenise(chat, begun, "sparse").prefill_ids.count(1) == 1
+
+
+def test_full_attention_generates_what_the_model_does(
+    loaded: LoadedModel, store: PrefillStore
+) -> None:
+    for prompt in prompts(loaded, "dense"):
+        ids = torch.tensor([prompt.prefill_ids])
+        own = loaded.model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS)
+        expected = own[0, ids.shape[1] :].tolist()
+        if expected[-1] in eos_ids(loaded):
+            expected.pop()
+        assert answer(loaded, store, [prompt], FullAttention()) == [expected]
+
+
+def test_a_sparse_question_read_by_full_attention_changes_nothing(
+    loaded: LoadedModel, store: PrefillStore
+) -> None:
+    for dense, sparse in zip(prompts(loaded, "dense"), prompts(loaded, "sparse"), strict=True):
+        assert len(sparse.decode_ids) == 4
+        expected = answer(loaded, store, [dense], FullAttention())
+        assert answer(loaded, store, [sparse], FullAttention()) == expected
+
+
+@pytest.mark.parametrize(
+    "method", [FullAttention(), ExactTopK(), Quest(page_size=4)], ids=lambda method: method.name
+)
+@pytest.mark.parametrize("question", ["sparse", "dense"])
+def test_a_batch_answers_as_its_prompts_alone(
+    loaded: LoadedModel, store: PrefillStore, method: TopKMethod, question: Question
+) -> None:
+    together = prompts(loaded, question)
+    assert len({len(prompt.prefill_ids) for prompt in together}) == 3
+    alone = [answer(loaded, store, [prompt], method)[0] for prompt in together]
+    assert answer(loaded, store, together, method) == alone
+
+
+def test_a_budget_of_everything_is_full_attention(loaded: LoadedModel, store: PrefillStore) -> None:
+    together = prompts(loaded, "sparse")
+    expected = answer(loaded, store, together, FullAttention())
+    assert answer(loaded, store, together, Quest(page_size=4), k=500) == expected
+
+
+def test_each_row_stops_at_its_own_limit(loaded: LoadedModel, store: PrefillStore) -> None:
+    batch = [
+        tokenise(loaded, sample(CONTEXTS[1], str(new), new=new), "sparse") for new in (0, 1, 5)
+    ]
+    found = answer(loaded, store, batch, FullAttention())
+    assert len(found[0]) == 0
+    assert len(found[1]) <= 1
+    assert found[2][:1] == found[1]
+
+
+def test_the_end_token_ends_an_answer_and_is_no_part_of_it(
+    loaded: LoadedModel, store: PrefillStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (prompt, *_) = prompts(loaded, "dense")
+    (tokens,) = answer(loaded, store, [prompt], FullAttention())
+    stop = next(token for place, token in enumerate(tokens) if place >= 2)
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", [stop])
+    assert answer(loaded, store, [prompt], FullAttention()) == [tokens[: tokens.index(stop)]]
+
+
+def test_following_shows_the_given_tokens(loaded: LoadedModel, store: PrefillStore) -> None:
+    (_, prompt, _) = prompts(loaded, "sparse")
+    forced = [5, 9, 300]
+    decoder = Decoder(loaded, store, [prompt], len(forced))
+    with attach(loaded.model, FullAttention(), Policy(k=24)):
+        decoder.follow([forced])
+    assert decoder.cache.n == len(prompt.prefill_ids) + len(prompt.decode_ids) + 3
+    ids = torch.tensor([[*prompt.prefill_ids, *prompt.decode_ids, *forced]])
+    whole = DynamicCache()
+    loaded.model(ids, **cache_keyword(loaded.model, whole))
+    torch.testing.assert_close(
+        decoder.cache.layers[1].keys[:, :, : ids.shape[1]],
+        whole.layers[1].keys,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_batches_keep_question_lengths_and_subtasks_apart() -> None:
+    def made(name: str, subtask: str, question: int) -> Prompt:
+        return Prompt(sample("x", name, subtask), (1, 2), tuple(range(question)))
+
+    given = [made("a", "vt", 3), made("b", "vt", 4), made("c", "vt", 3), made("d", "cwe", 3)]
+    given += [made("e", "vt", 3)]
+    names = [[one.sample.sample_id for one in group] for group in batches(given, 2)]
+    assert names == [["a", "c"], ["e"], ["b"], ["d"]]
+
+
+def test_a_prompt_longer_than_the_window_is_refused(loaded: LoadedModel) -> None:
+    message = (
+        r"must fit the window of 1024 tokens of random, got \d+ in sample 0; use a smaller "
+        r"task\.length\.$"
+    )
+    with pytest.raises(TaskDoesNotFit, match=message):
+        tokenise(loaded, sample("the secret of word " * 400), "dense")
+
+
+def test_a_sparse_question_needs_a_question(loaded: LoadedModel) -> None:
+    bare = Sample(
+        sample_id="s",
+        subtask="vt",
+        context="text",
+        question="",
+        answer_prefix="",
+        answers=("x",),
+        max_new_tokens=1,
+        length=0,
+    )
+    with pytest.raises(ValueError, match=r"sample s has none; set task\.question_tokens"):
+        tokenise(loaded, bare, "sparse")
+    with pytest.raises(ValueError, match="question must be sparse or dense, got 'half'"):
+        tokenise(loaded, bare, "half")  # type: ignore[arg-type]
+
+
+def test_prompts_shared_by_methods_are_prefilled_once(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    together = prompts(loaded, "sparse")
+    for method in (FullAttention(), ExactTopK(), Quest(page_size=4)):
+        for k in (16, 24):
+            answer(loaded, store, together, method, k)
+    assert store.forwards == 3
+    answer(loaded, store, prompts(loaded, "dense"), FullAttention())
+    assert store.forwards == 6  # other tokens are prefilled, so these are other prompts

@@ -1,0 +1,122 @@
+"""Learning a model's layers: the same in any order, on any number of devices, in any groups."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from topkbench.harness.artifact import digest_of
+from topkbench.harness.calibration import Calibration
+from topkbench.harness.fitting import fit_layers, learning_devices
+from topkbench.methods.base import LayerStates, LossReport
+from topkbench.methods.hata import HATA
+from topkbench.methods.loki import Loki
+from topkbench.models.load import LoadedModel
+from topkbench.tasks.ruler_prompts import CalibrationPrompts
+
+CPU = torch.device("cpu")
+
+
+def quick(**settings: Any) -> HATA:
+    return HATA(rbit=32, epochs=2, steps_per_epoch=3, **settings)
+
+
+def drawn(loaded: LoadedModel, method: Any, limit: int | None = None) -> Calibration:
+    return Calibration.draw(loaded, method, CalibrationPrompts(seed=3), 3, 260, limit)
+
+
+def test_what_is_learnt_depends_on_the_seed_alone(loaded: LoadedModel) -> None:
+    method = quick()
+    one_layer = drawn(loaded, method).num_bytes(0)
+    found = {}
+    for name, limit, devices in (
+        ("once", None, [CPU]),
+        ("again", None, [CPU]),
+        ("in groups", one_layer, [CPU]),
+        ("on two devices", None, [CPU, CPU]),
+        ("in groups on three devices", one_layer, [CPU] * 3),
+    ):
+        tensors, losses = fit_layers(method, drawn(loaded, method, limit), devices)
+        found[name] = (digest_of(tensors), losses)
+    assert all(one == found["once"] for one in found.values())
+    other, _ = fit_layers(quick(seed=1), drawn(loaded, quick(seed=1)), [CPU])
+    assert digest_of(other) != found["once"][0]
+
+
+def test_layers_learn_what_each_learns_alone(loaded: LoadedModel) -> None:
+    method = quick()
+    calibration = drawn(loaded, method)
+    tensors, losses = fit_layers(method, calibration, [CPU])
+    assert tensors["hash_weight"].shape == (2, 2, 16, 32)
+    assert [len(steps) for steps in losses] == [6, 6]
+    assert all(steps[-1] < steps[0] for steps in losses)
+    second = method.fit_layer(1, calibration.capture([1])[1])
+    assert torch.equal(tensors["hash_weight"][1], second["hash_weight"])
+
+
+def test_a_method_without_steps_has_no_losses(loaded: LoadedModel) -> None:
+    tensors, losses = fit_layers(Loki(), drawn(loaded, Loki()), [CPU])
+    assert tensors["components"].shape == (2, 2, 16, 16)
+    assert losses == [[], []]
+
+
+def test_layers_are_dealt_to_the_devices_in_turn(loaded: LoadedModel) -> None:
+    seen: dict[int, str] = {}
+
+    class Placed(Loki):
+        def fit_layer(
+            self, layer: int, states: LayerStates, report: LossReport | None = None
+        ) -> dict[str, torch.Tensor]:
+            seen[layer] = states[0][1].device.type
+            return {"components": torch.zeros(1)}
+
+    fit_layers(Placed(), drawn(loaded, Placed()), [CPU, torch.device("meta")])
+    assert seen == {0: "cpu", 1: "meta"}
+
+
+def test_devices_learn_at_the_same_time(loaded: LoadedModel) -> None:
+    meeting = threading.Barrier(2)
+
+    class Waiting(Loki):
+        def fit_layer(
+            self, layer: int, states: LayerStates, report: LossReport | None = None
+        ) -> dict[str, torch.Tensor]:
+            meeting.wait(timeout=30)
+            return {"components": torch.zeros(1)}
+
+    fit_layers(Waiting(), drawn(loaded, Waiting()), [CPU, CPU])
+
+
+def test_a_failure_on_a_device_is_raised(loaded: LoadedModel) -> None:
+    class Failing(Loki):
+        def fit_layer(
+            self, layer: int, states: LayerStates, report: LossReport | None = None
+        ) -> dict[str, torch.Tensor]:
+            raise RuntimeError(f"layer {layer} is out of luck")
+
+    with pytest.raises(RuntimeError, match="layer 0 is out of luck"):
+        fit_layers(Failing(), drawn(loaded, Failing()), [CPU, CPU])
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_progress_ends_at_its_total_and_never_goes_back(loaded: LoadedModel, devices: int) -> None:
+    told: list[tuple[int, int]] = []
+    method = quick()
+    calibration = drawn(loaded, method, drawn(loaded, method).num_bytes(0))
+    fit_layers(method, calibration, [CPU] * devices, lambda *one: told.append(one))
+    # Three prompts are read for each of two groups; a layer counts as a hundred.
+    assert {total for _, total in told} == {206}
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[2] == (3, 206)
+    assert told[-1] == (206, 206)
+
+
+def test_a_training_that_diverges_is_one_sentence(loaded: LoadedModel) -> None:
+    method = quick(learning_rate=1e30)
+    with pytest.raises(ValueError, match=r"hata must learn finite values, got .* in hash_weight"):
+        fit_layers(method, drawn(loaded, method), [CPU])
+
+
+def test_a_model_on_the_cpu_learns_there() -> None:
+    assert learning_devices(CPU) == [CPU]

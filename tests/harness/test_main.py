@@ -1,0 +1,774 @@
+"""The command itself: rows appear, nothing runs twice, and what goes wrong is one sentence.
+
+Most commands run in a process forked from one that has imported the libraries, since importing
+them costs more than the tiny cells do; what depends on a fresh interpreter gets one.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pandas as pd
+import pytest
+from transformers.utils.import_utils import KERNELS_MIN_VERSION
+
+SMALL = ("num_hidden_layers=1", "hidden_size=64", "intermediate_size=64", "vocab_size=99")
+ROOT = Path(__file__).parents[2]
+RUN = ROOT / "run.py"
+
+SERVER = """
+import json, os, runpy, sys, traceback
+import hydra, numba, torch, transformers, matplotlib.pyplot
+import topkbench.analysis.sweep_callback, topkbench.harness.cell, topkbench.tasks.selection
+import topkbench.models.prefill
+
+def run(job):
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.chdir(job["cwd"])
+    os.environ.update(job["env"])
+    sys.argv = [job["script"], *job["arguments"]]
+    computed = topkbench.models.prefill.PrefillStore._run
+    def counted(store, token_ids, *needs):
+        with open(job["forwards"], "a") as file:
+            file.write(json.dumps(list(token_ids)) + "\\n")
+        return computed(store, token_ids, *needs)
+    topkbench.models.prefill.PrefillStore._run = counted
+    try:
+        runpy.run_path(job["script"], run_name="__main__")
+        status = 0
+    except SystemExit as ended:
+        status = ended.code or 0
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+print("ready", flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        run(json.loads(line))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Commands:
+    """Runs the command, each time in a process of its own, with results in a folder."""
+
+    def __init__(self, server: "subprocess.Popen[str]", folder: Path, model: Path) -> None:
+        self.server = server
+        self.folder = folder
+        self.model = model
+        self.results = folder / "results"
+        self.number = 0
+        self.mode = "disabled"
+        self.extra: dict[str, str] = {}
+        for name in ("tmp", "cwd"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "TOPKBENCH_CACHE": str(self.folder / "cache"),
+            "TMPDIR": str(self.folder / "tmp"),
+            "WANDB_MODE": self.mode,
+            **self.extra,
+        }
+
+    def arguments(self, *given: str) -> list[str]:
+        names = {one.split("=")[0] for one in given}
+        settings = {
+            "model.path": str(self.model),
+            "task.length": "256",
+            "num_samples": "1",
+            "task.subtasks": "[niah_single]",
+            "tracker": "none",
+            "results_dir": str(self.results),
+            "prefill_memory_gib": "0.5",
+        }
+        if "task" in names:  # a task with knobs of its own
+            settings = {name: one for name, one in settings.items() if "task." not in name}
+        defaults = (f"{name}={value}" for name, value in settings.items() if name not in names)
+        return [*defaults, *given]
+
+    def start(self, *given: str) -> None:
+        self.number += 1
+        job = {
+            "script": str(RUN),
+            "arguments": self.arguments(*given),
+            "cwd": str(self.folder / "cwd"),
+            "env": self.environment,
+            "forwards": str(self.folder / f"forwards-{self.number}"),
+            "out": str(self.folder / f"out-{self.number}"),
+            "err": str(self.folder / f"err-{self.number}"),
+        }
+        assert self.server.stdin is not None
+        print(json.dumps(job), file=self.server.stdin, flush=True)
+        self.process = int(self.read())
+
+    def read(self) -> str:
+        assert self.server.stdout is not None
+        return self.server.stdout.readline().strip()
+
+    def wait(self) -> int:
+        return int(self.read())
+
+    def run(self, *given: str) -> int:
+        self.start(*given)
+        return self.wait()
+
+    def text(self, kind: str) -> str:
+        path = self.folder / f"{kind}-{self.number}"
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def forwards(self) -> list[str]:
+        """The prompts that the last command prefilled."""
+        return self.text("forwards").splitlines()
+
+    @property
+    def report(self) -> Path:
+        return Path(self.text("out").strip().splitlines()[-1])
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """The rows of the last command's report."""
+        return pd.read_parquet(self.report.parent / "rows.parquet")
+
+    @property
+    def cells(self) -> dict[str, list[dict[str, Any]]]:
+        """What every finished cell says, by identity."""
+        found = {}
+        for path in (self.results / "cells").glob("*/rows.json"):
+            found[path.parent.name] = json.loads(path.read_text())["rows"]
+        return found
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, so that the weights are the same ones throughout."""
+    path = tmp_path_factory.mktemp("shipped") / "tiny"
+    return Path(shutil.copytree(ROOT / "models" / "tiny", path))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator["subprocess.Popen[str]"]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("TRITON_INTERPRET", None)  # a user's process has no interpreter switched on
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
+
+
+@pytest.fixture
+def commands(server: "subprocess.Popen[str]", tmp_path: Path, model: Path) -> Commands:
+    return Commands(server, tmp_path, model)
+
+
+SWEEP = ("method=exact,quest", "k=16,32", "rbit=32", "task.subtasks=[niah_single,vt]", "-m")
+
+
+@pytest.fixture(scope="module")
+def swept(
+    server: "subprocess.Popen[str]", tmp_path_factory: pytest.TempPathFactory, model: Path
+) -> Commands:
+    """A sweep that nobody disturbed."""
+    commands = Commands(server, tmp_path_factory.mktemp("swept"), model)
+    assert commands.run(*SWEEP) == 0, commands.text("err")
+    return commands
+
+
+@pytest.fixture(scope="module")
+def undisturbed(swept: Commands) -> dict[str, list[tuple[Any, ...]]]:
+    """The result of the undisturbed sweep alone, whatever else ran beside it since."""
+    listed = json.loads((swept.report.parent / "cells.json").read_text())
+    return result({name: rows for name, rows in swept.cells.items() if name in listed})
+
+
+def result(cells: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[tuple[Any, ...]]]:
+    """Return what must not depend on when and how often a sweep was interrupted."""
+    columns = ("subtask", "status", "method", "k", "score", "delta_full", "num_samples", "density")
+    columns = (*columns, "recall_at_k", "attention_mass", "output_rel_error", "config_digest")
+    return {
+        identity: [tuple(row.get(name) for name in columns) for row in rows]
+        for identity, rows in cells.items()
+    }
+
+
+def test_a_sweep_leaves_its_rows_and_a_report(swept: Commands) -> None:
+    rows = swept.rows
+    assert len(rows) == 5 * 3  # full attention and four cells, of two sub-tasks and their mean
+    assert set(rows["status"]) == {"ok"}
+    assert set(rows["subtask"]) == {"niah_single", "vt", "mean"}
+    assert not rows.duplicated(["run_id", "subtask"]).any()
+    found = rows[rows["subtask"] == "mean"].set_index(["method", "k"]).sort_index()
+    assert {(method, None if pd.isna(k) else int(k)) for method, k in found.index} == {
+        ("full", None),
+        *(("exact", 16), ("exact", 32), ("quest", 16), ("quest", 32)),
+    }
+    sparse = found[found["density"] < 1]
+    assert len(sparse) == 4
+    assert sparse[["recall_at_k", "attention_mass", "output_rel_error"]].notna().all(axis=None)
+    assert sparse[["decode_ms_p50", "speedup_vs_full", "delta_full"]].notna().all(axis=None)
+    assert set(found["question"]) == {"sparse"}
+    assert (found["peak_memory_mib"] > 0).all()
+    folder = swept.report.parent
+    for name in ("report.html", "report.md", "rows.csv", "samples.parquet", "cells.json"):
+        assert (folder / name).stat().st_size > 0
+    assert {path.suffix for path in (folder / "figures").iterdir()} == {".png", ".svg", ".csv"}
+    (command,) = (folder / "commands.txt").read_text().splitlines()
+    assert command.startswith("python run.py model.path=")
+    assert command.endswith(
+        " method=exact,quest k=16,32 rbit=32 'task.subtasks=[niah_single,vt]' -m"
+    )
+    assert f"- Command: {command}" in (folder / "report.md").read_text()
+    assert swept.text("err") == ""
+
+
+def test_every_prompt_is_prefilled_once_in_a_sweep(swept: Commands) -> None:
+    prompts = (swept.folder / "forwards-1").read_text().splitlines()
+    assert len(prompts) == 2  # one of each sub-task, for full attention and four cells
+    assert len(set(prompts)) == 2
+
+
+def test_nothing_is_left_in_the_temporary_folder(swept: Commands) -> None:
+    assert list((swept.folder / "tmp").glob("topkbench*")) == []
+
+
+def test_the_same_command_again_runs_no_cell(swept: Commands) -> None:
+    before = {path: path.stat().st_mtime_ns for path in swept.results.glob("cells/*/*.json")}
+    expected = result(swept.cells)
+    again = Commands(swept.server, swept.folder, swept.model)
+    again.number = 50
+    assert again.run(*SWEEP) == 0
+    assert again.forwards == []
+    assert {
+        path: path.stat().st_mtime_ns for path in swept.results.glob("cells/*/*.json")
+    } == before
+    assert len(again.rows) == 15
+    assert result(again.cells) == expected
+    # One more budget is one more cell.
+    assert again.run("method=exact", "k=24", "task.subtasks=[niah_single,vt]") == 0
+    assert len(again.cells) == 6
+    assert set(expected) < set(again.cells)
+
+
+def test_a_sweep_over_dtypes_prefills_each_prompt_once_for_each(commands: Commands) -> None:
+    """Hydra lets the axes of the command line vary fastest, so the models alternate."""
+    given = ("method=streaming_llm", "k=16,32,64", "rbit=32", "dtype=float32,bfloat16", "-m")
+    assert commands.run(*given) == 0, commands.text("err")
+    assert len(commands.forwards) == 2
+    rows = commands.rows[commands.rows["subtask"] == "mean"]
+    assert len(rows) == 2 * (1 + 3)
+    full = rows[rows["method"] == "full"].set_index("p_dtype")["run_id"]
+    sparse = rows[rows["method"] == "streaming_llm"]
+    assert (sparse["full_run_id"] == sparse["p_dtype"].map(full)).all()
+
+
+def test_axes_that_a_method_ignores_make_no_cells(commands: Commands) -> None:
+    assert commands.run("method=streaming_llm,full", "k=16", "rbit=32,64", "-m") == 0
+    assert (
+        len(commands.rows) == 2 * 2
+    )  # each once, with a row for its sub-task and one for the mean
+
+
+def test_the_question_makes_another_cell_and_another_prefill(commands: Commands) -> None:
+    arguments = ("method=full", "question=sparse,dense", "k=16", "rbit=32", "-m")
+    assert commands.run(*arguments) == 0, commands.text("err")
+    assert len(commands.cells) == 2
+    assert len(set(commands.forwards)) == len(commands.forwards) == 2
+
+
+def test_a_failing_cell_leaves_a_row_and_the_others_go_on(commands: Commands) -> None:
+    # The default axis of rbit, which this method has not, leads to each cell four times.
+    status = commands.run("method=exact", "k=16", "protocol.dense_layers=null,[99],1", "-m")
+    assert status != 0
+    rows = commands.rows
+    means = rows[(rows["subtask"] == "mean") & (rows["method"] == "exact")]
+    assert sorted(means["status"]) == ["failed", "ok", "ok"]
+    (failed,) = means[means["status"] == "failed"].to_dict("records")
+    assert failed["reason"] == "dense_layers must lie between 0 and 3, got 99."
+    assert pd.isna(failed["decode_ms_p50"])
+    one_sentence(commands, "dense_layers must lie between 0 and 3, got 99")
+    # A failed cell is tried again, the finished ones are not.
+    again = ("method=exact", "k=16", "rbit=32", "protocol.dense_layers=[99],1", "-m")
+    assert commands.run(*again) != 0
+    assert sorted(commands.rows["status"].unique()) == ["failed", "ok"]
+    log = next(commands.results.glob(f"cells/{failed['run_id']}/log.txt"))
+    assert "Traceback" in log.read_text()
+    begun = json.loads((log.parent / "begun.json").read_text())
+    assert begun["attempt"] == 2
+
+
+def test_untrained_hashing_runs_over_its_bits(commands: Commands) -> None:
+    arguments = ("method=hata", "method.weights=random", "k=32", "rbit=32,64", "-m")
+    assert commands.run(*arguments) == 0, commands.text("err")
+    rows = commands.rows
+    hata = rows[(rows["method"] == "hata") & (rows["subtask"] == "mean")]
+    assert sorted(hata["rbit"]) == [32, 64]
+    assert set(hata["p_weights"]) == {"random"}
+    assert len(commands.cells) == 3
+
+
+def test_the_selection_task_runs(commands: Commands) -> None:
+    status = commands.run(
+        *("task=selection", "task.length=256", "task.subtasks=[niah_single]"),
+        *("task.num_samples=1", "task.budgets=[16,64,1000]", "method=exact"),
+    )
+    assert status == 0, commands.text("err")
+    (rows,) = commands.cells.values()  # of one cell, and full attention has none
+    assert [(row["k"], row["status"]) for row in rows] == [
+        *((16, "ok"), (64, "ok"), (1000, "skipped")),
+    ]
+    assert rows[0]["recall_at_k"] > 0.2  # sinks and recents take 12 of the 16
+    assert rows[0]["recall_at_k"] < rows[1]["recall_at_k"] <= 1
+
+
+def test_the_decode_latency_task_runs(commands: Commands) -> None:
+    status = commands.run(
+        *("task=decode_latency", "task.lengths=[128,256]", "task.num_heads=4", "task.trials=2"),
+        *("task.num_kv_heads=2", "task.head_dim=32", "method=exact"),
+    )
+    assert status == 0, commands.text("err")
+    rows = commands.rows.sort_values("kv_len")
+    assert list(rows["kv_len"]) == [128, 256]
+    assert set(rows["model"]) == {"4/2 heads of 32"}  # planted states are of no model
+    assert set(rows["status"]) == {"ok"}
+
+
+def test_the_decode_throughput_task_fits_and_prefills_nothing(commands: Commands) -> None:
+    status = commands.run(
+        *("task=decode_throughput", "task.lengths=[128,256,20000]", "task.trials=2"),
+        *("method=loki", "task.budget=null", "k=32"),
+    )
+    assert status == 0, commands.text("err")
+    rows = commands.rows.sort_values("kv_len")
+    assert list(rows["status"]) == ["ok", "ok", "skipped"]
+    assert set(rows["model"]) == {"tiny"}
+    tokens = rows["tokens_per_s"][:2] * rows["decode_ms_p50"][:2]
+    assert tokens.tolist() == pytest.approx([1000, 1000])
+    assert commands.forwards == []
+
+
+@pytest.mark.slow
+def test_a_fit_is_kept_found_and_made_anew(commands: Commands) -> None:
+    quick = ("method.epochs=1", "method.steps_per_epoch=3", "task=fit", "method=hata", "rbit=32")
+    assert commands.run(*quick) == 0, commands.text("err")
+    rows = commands.rows.set_index("subtask")
+    assert list(rows.index) == [*(f"layer {layer}" for layer in range(4)), "mean"]
+    assert rows["loss_last"].notna().all()
+    assert rows.loc["mean", "fit_s"] > 0
+    assert rows["artifact_digest"].nunique() == 1
+    path = Path(rows.loc["mean", "artifact_path"])
+    assert path.parent == commands.folder / "cache" / "artifacts"
+    assert (commands.report.parent / "figures" / "fit_loss.png").exists()
+    written = path.stat().st_mtime_ns
+    # Another budget is the same fit; and a task that uses the method finds the artifact.
+    assert commands.run(*quick, "k=16,32", "-m") == 0, commands.text("err")
+    assert len(commands.cells) == 1
+    said = "tiny fit hata rbit=32: found, and not fitted again"
+    assert commands.text("out").count(said) == 1
+    assert commands.run(*quick[:2], "method=hata", "rbit=32", "k=16") == 0, commands.text("err")
+    assert path.stat().st_mtime_ns == written
+    assert commands.run(*quick, "k=16,32", "force=true", "-m") == 0, commands.text("err")
+    assert path.stat().st_mtime_ns > written
+    assert set(commands.rows["artifact_digest"]) == set(rows["artifact_digest"])
+
+
+def one_sentence(commands: Commands, *words: str) -> None:
+    err = commands.text("err")
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert all(word in lines[0] for word in words), lines[0]
+    assert "Traceback" not in err + commands.text("out")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["k=0"], ["k must be at least 1, got 0."]),
+        (["k=-5"], ["k must be at least 1, got -5."]),
+        (["k=0,-5", "rbit=32", "-m"], None),
+        (["rbit=100"], ["rbit must be a positive multiple of 32, got 100."]),
+        (["rbit=abc"], ["rbit must be a positive multiple of 32, got 'abc'."]),
+        (["num_samples=two"], ["num_samples must be a whole number, got 'two'."]),
+        (
+            ["method=quest", "method.page_size=16.5"],
+            ["page_size must be a whole number, got 16.5."],
+        ),
+        (["tracker=wandb", "tracker.mode=foo"], ["tracker.mode must be one of auto", "got 'foo'."]),
+        (
+            ["full_backend=cuda"],
+            ["backend must be one of sdpa, triton, flash_attn, flash_attn_3, flashinfer"],
+        ),
+        (["method=hatta"], ["method must be one of", "did you mean hata"]),
+        (["experiment=hatta"], ["experiment must be one of", "tiny_accuracy"]),
+        (["impl=gpu"], ["impl must be one of auto, reference, cpu, triton, got 'gpu'"]),
+        (["impl=triton"], ["triton"]),
+        (["question=open"], ["question must be sparse or dense, got 'open'."]),
+        (["task.judged_prompts=0"], ["task.judged_prompts must be at least 1, got 0."]),
+        (["task.lenght=5"], ["there is no setting task.lenght; did you mean task.length."]),
+        (["num_sample=5"], ["there is no setting num_sample; did you mean num_samples."]),
+        (
+            ["method=quest", "method.mode=compact"],
+            [
+                "there is no setting method.mode here; "
+                "method=h2o or snapkv or streaming_llm has it.",
+            ],
+        ),
+        (["method=twilight", "method.base=loki"], ["name one by method@method.base=quest"]),
+        (["method.rbits=5"], ["method.rbits"]),
+        (["model.path=/no/such/model"], ["found no folder /no/such/model"]),
+        (["model.path=nobody/no-such-model"], ["nobody/no-such-model", "reachable"]),
+        (["task.length=16385"], ["must be at most the window of 16384 tokens", "got 16385."]),
+        (["task.length=30"], ["use a larger task.length."]),
+        (["task.source=/no/such/file"], ["task.source must be", "/no/such/file"]),
+        (["device=cuda:99"], ["cuda:99"]),
+        (["method=quest", "task=fit"], ["task=fit needs a method that learns, and quest as it is"]),
+        (
+            ["method=loki", "task=fit", "calibration_memory_gib=0.0001"],
+            ["a layer must fit calibration_memory_gib, got", "for 0.0001 GiB; raise it"],
+        ),
+        (
+            [
+                "model=random_1b",
+                "model.path=random",
+                *(f"model.architecture.{one}" for one in SMALL),
+            ],
+            ["random_1b has random weights and no tokenizer; use task=decode_throughput"],
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence(
+    commands: Commands, given: list[str], words: list[str] | None
+) -> None:
+    if given[0].startswith("rbit"):
+        given = ["method.weights=random", *given]  # of hashing, and trained ones come before it
+    elif not given[0].startswith("method"):
+        given = ["method=exact", *given]
+    status = commands.run(*given)
+    assert status not in (0, None)
+    if words is not None:
+        one_sentence(commands, *words)
+    else:  # a sweep says each once
+        lines = commands.text("err").strip().splitlines()
+        assert lines == [f"error: k must be at least 1, got {k}." for k in (0, -5)]
+    assert commands.forwards == []
+
+
+def test_a_corrupt_model_is_one_sentence(commands: Commands, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(commands.model, tmp_path / "corrupt"))
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    assert commands.run("method=exact", f"model.path={path}") != 0
+    one_sentence(commands, f"the model {path} must be a reachable, whole safetensors model")
+
+
+def test_a_results_folder_that_cannot_be_written_is_one_sentence(
+    commands: Commands, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for given in (["k=16"], ["k=16,32", "-m"]):
+        assert commands.run("method=exact", f"results_dir={tmp_path}/file/results", *given) != 0
+        one_sentence(commands, f"{tmp_path}/file")
+
+
+def test_a_sweep_killed_again_and_again_ends_the_same(
+    swept: Commands, undisturbed: dict[str, list[tuple[Any, ...]]], tmp_path: Path
+) -> None:
+    commands = Commands(swept.server, tmp_path, swept.model)
+    moments = random.Random(7)
+    finished: dict[Path, int] = {}
+    kills = 0
+    for most in (0.5, 1.5, 3.0, 3.0, 5.0, 5.0):
+        commands.start(*SWEEP)
+        time.sleep(moments.uniform(0.1, most))
+        os.kill(commands.process, signal.SIGKILL)
+        kills += commands.wait() == -signal.SIGKILL
+        for path, written in finished.items():
+            assert path.stat().st_mtime_ns == written  # what was finished is not run again
+        finished = {
+            path: path.stat().st_mtime_ns for path in commands.results.glob("cells/*/rows.json")
+        }
+    assert kills >= 2
+    assert commands.run(*SWEEP) == 0, commands.text("err")
+    assert len(undisturbed) == 5
+    assert result(commands.cells) == undisturbed
+    rows = commands.rows
+    assert len(rows) == 15
+    assert set(rows["status"]) == {"ok"}
+    assert not rows.duplicated(["run_id", "subtask"]).any()
+    for path, written in finished.items():
+        assert path.stat().st_mtime_ns == written
+    # What the killed ones had spilled is gone too.
+    assert list((commands.folder / "tmp").glob("topkbench*")) == []
+
+
+def test_a_run_that_a_kill_kept_from_the_tracker_is_told_later(
+    server: "subprocess.Popen[str]", tmp_path: Path, model: Path
+) -> None:
+    commands = Commands(server, tmp_path, model)
+    given = ("method=full", "tracker=wandb", "tracker.mode=offline")
+    commands.mode = "offline"
+
+    def told() -> list[str]:
+        return [path.name for path in commands.results.glob("sweep/*/wandb/offline-run-*")]
+
+    assert commands.run(*given) == 0, commands.text("err")
+    (cell,) = commands.cells
+    before = sum(cell in name for name in told())
+    assert commands.run(*given) == 0
+    assert sum(cell in name for name in told()) == before == 1
+    (commands.results / "cells" / cell / "tracked").unlink()  # what a kill before it would leave
+    assert commands.run(*given) == 0
+    assert sum(cell in name for name in told()) == 2
+    assert commands.forwards == []
+
+
+# What a finished cell depends on ---------------------------------------------------------------
+
+ONE = ("method=exact", "k=16", "task.timed_prompts=1", "task.judged_prompts=1")
+
+
+def means(commands: Commands, method: str = "exact") -> dict[str, Any]:
+    """Return the mean's row of the last command."""
+    rows = commands.rows
+    (found,) = rows[(rows["subtask"] == "mean") & (rows["method"] == method)].to_dict("records")
+    return {str(name): None if pd.isna(one) else one for name, one in found.items()}
+
+
+@pytest.fixture
+def own_model(commands: Commands, tmp_path: Path) -> Path:
+    commands.model = Path(shutil.copytree(commands.model, tmp_path / "own-model"))
+    return commands.model
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_model_that_changed_runs_again(commands: Commands, own_model: Path) -> None:
+    """What ends an answer, the tokenizer, the template, a weight: each makes another cell."""
+    digests, cells = [], 0
+
+    def run_anew() -> None:
+        nonlocal cells
+        assert commands.run(*ONE) == 0, commands.text("err")
+        cells += 2  # full attention and the method
+        assert len(commands.cells) == cells
+        row = means(commands)
+        assert (row["status"], row["reused"]) == ("ok", None)
+        digests.append((row["run_id"], row["model_digest"]))
+
+    run_anew()
+    edit(own_model / "generation_config.json", eos_token_id=[2, 1220])
+    run_anew()
+    (own_model / "chat_template.jinja").write_text("{{ messages }}")
+    run_anew()
+    edit(own_model / "tokenizer.json", normalizer={"type": "NFC"})
+    run_anew()
+    weights = bytearray((own_model / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (own_model / "model.safetensors").write_bytes(weights)
+    run_anew()
+    assert len(set(digests)) == len(digests) == 5
+    assert commands.run(*ONE) == 0
+    assert len(commands.cells) == cells
+    assert commands.forwards == []
+
+
+def test_parts_of_a_cell_are_found_and_the_others_computed(commands: Commands) -> None:
+    assert commands.run(*ONE) == 0, commands.text("err")
+    first = means(commands)
+    assert first["reused"] is None
+    assert first["peak_memory_mib"] > 0
+    quality = ("score", "recall_at_k", "attention_mass", "output_rel_error", "density")
+    # More prompts are timed: only the speed is measured again.
+    assert commands.run(*ONE[:2], "task.timed_prompts=2", ONE[3]) == 0, commands.text("err")
+    second = means(commands)
+    assert second["run_id"] != first["run_id"]
+    assert second["reused"] == "answers, selections"
+    assert second["peak_memory_mib"] is None  # of the parts that were found nobody knows it now
+    assert [second[name] for name in quality] == [first[name] for name in quality]
+    assert second["decode_ms_p50"] != first["decode_ms_p50"]
+    # Without its folder a cell is made of its parts, and computes nothing.
+    shutil.rmtree(commands.results / "cells")
+    assert commands.run(*ONE) == 0, commands.text("err")
+    third = means(commands)
+    assert commands.forwards == []
+    assert third["reused"] == "answers, speed, selections"
+    assert [third[name] for name in (*quality, "decode_ms_p50")] == [
+        first[name] for name in (*quality, "decode_ms_p50")
+    ]
+    assert means(commands, "full")["reused"] == "answers, speed"
+    # A part that was edited is computed again, and force=true computes all.
+    (answers,) = (
+        path
+        for path in (commands.results / "parts").glob("answers-*.json")
+        if '"sparse_step_share": null' not in path.read_text()
+    )
+    answers.write_text(answers.read_text().replace("niah_single", "niah_simple"))
+    shutil.rmtree(commands.results / "cells")
+    assert commands.run(*ONE) == 0, commands.text("err")
+    assert means(commands)["reused"] == "speed, selections"
+    assert commands.run(*ONE, "force=true") == 0, commands.text("err")
+    assert means(commands)["reused"] is None
+    assert len(commands.forwards) == 1
+
+
+def test_an_edited_cell_runs_again(commands: Commands) -> None:
+    assert commands.run(*ONE) == 0, commands.text("err")
+    first = means(commands)
+    path = commands.results / "cells" / first["run_id"] / "rows.json"
+    text = path.read_text()
+    assert f'"score": {first["score"]}' in text
+    path.write_text(text.replace(f'"score": {first["score"]}', '"score": 12.5'))
+    assert commands.run(*ONE) == 0, commands.text("err")
+    assert means(commands)["score"] == first["score"]
+    assert "12.5" not in path.read_text()
+
+
+def test_a_prefill_that_another_left_is_never_used(
+    commands: Commands, own_model: Path, tmp_path: Path
+) -> None:
+    """A folder of prefills that a user keeps, and other weights at the path of the first."""
+    given = ("method=full", "prefill_memory_gib=0")
+    commands.extra = {"TOPKBENCH_PREFILL": str(tmp_path / "kept")}
+    assert commands.run(*given) == 0, commands.text("err")
+    assert len(commands.forwards) == 1
+    assert commands.run(*given, "task.timed_prompts=2") == 0, commands.text("err")
+    assert commands.forwards == []
+    assert oct((tmp_path / "kept").stat().st_mode & 0o777) == "0o700"
+    weights = bytearray((own_model / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (own_model / "model.safetensors").write_bytes(weights)
+    assert commands.run(*given) == 0, commands.text("err")
+    assert len(commands.forwards) == 1
+
+
+def test_a_folder_of_prefills_that_others_made_is_left_alone(commands: Commands) -> None:
+    folder = commands.folder / "tmp" / "topkbench-prefill-mine"
+    folder.mkdir()
+    lock = filelock.FileLock(folder / "in use")
+    with lock:  # as a sweep that runs holds it
+        assert commands.run("method=full", "prefill_memory_gib=0") == 0, commands.text("err")
+        assert folder.exists()
+    assert commands.run("method=full", "prefill_memory_gib=0", "force=true") == 0
+    assert list((commands.folder / "tmp").iterdir()) == []  # it had been left by a killed one
+
+
+# Beside Hugging Face's package of the name `kernels` ------------------------------------------
+
+FAKE_KERNELS = """
+import enum
+
+class Mode(enum.Flag):
+    INFERENCE = 1
+    TRAINING = 2
+    TORCH_COMPILE = 4
+
+class _Fake:
+    def __init__(self, *args, **kwargs):
+        pass
+
+CUDAProperties = ROCMProperties = Device = KernelizeFallback = _Fake
+LayerRepository = LocalLayerRepository = FuncRepository = LocalFuncRepository = _Fake
+
+def use_kernel_forward_from_hub(name):
+    return lambda cls: cls
+
+def use_kernelized_func(*names):
+    return lambda cls: cls
+
+def _nothing(*args, **kwargs):
+    return None
+
+register_kernel_mapping = replace_kernel_forward_from_hub = use_kernel_mapping = _nothing
+get_kernel = kernelize = _nothing
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder of packages with a `kernels` of a version that transformers accepts."""
+    site = tmp_path / "site"
+    (site / "kernels").mkdir(parents=True)
+    (site / "kernels" / "__init__.py").write_text(FAKE_KERNELS)
+    about = site / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n"
+    )
+    (about / "top_level.txt").write_text("kernels\n")
+    (about / "RECORD").write_text(f"kernels/__init__.py,,\n{about.name}/METADATA,,\n")
+    return site
+
+
+def test_the_command_runs_beside_hugging_faces_kernels(
+    commands: Commands, site: Path, tmp_path: Path
+) -> None:
+    environment = {
+        **os.environ,
+        **commands.environment,
+        "PYTHONPATH": str(site),
+        "HF_HUB_OFFLINE": "1",
+    }
+    check = """
+import transformers, transformers.modeling_utils, kernels
+from transformers.integrations import hub_kernels
+from transformers.models.llama import modeling_llama
+from transformers.utils import is_kernels_available
+import topkbench.kernels.topk_select.api as ours
+assert is_kernels_available(), "the test must simulate an accepted version"
+assert hub_kernels.CUDAProperties is kernels.CUDAProperties
+print(kernels.__file__)
+print(ours.__file__)
+"""
+    # From the checkout, whose own folder `kernels` is the first that Python finds.
+    done = subprocess.run(
+        [sys.executable, "-c", check], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    theirs, ours = done.stdout.split()
+    assert Path(theirs) == site / "kernels" / "__init__.py"
+    assert Path(ours).resolve() == ROOT / "kernels" / "topk_select" / "api.py"
+    done = subprocess.run(
+        [sys.executable, "run.py", *commands.arguments("method=exact", "k=16")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = pd.read_parquet(Path(done.stdout.split()[-1]).parent / "rows.parquet")
+    assert set(rows["method"]) == {"full", "exact"}
+    assert set(rows["status"]) == {"ok"}

@@ -1,0 +1,31 @@
+"""RULER's scoring, with values written out."""
+
+import pytest
+
+from topkbench.harness.task import clean_prediction, string_match_all, string_match_part
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "score"),
+    [
+        ("the secret is Blue Moon.", ("blue moon",), 100.0),
+        ("the secret is blue", ("blue moon",), 0.0),
+        ("a b, c d and e f", ("a b", "c d", "e f", "g h"), 75.0),
+        ("", ("a", "b"), 0.0),
+        ("QXZKV", ("qxzkv", "abcde", "fghij", "klmno"), 25.0),
+        ("one\x00two", ("one\ntwo",), 100.0),
+    ],
+)
+def test_all_answers_count(prediction: str, answers: tuple[str, ...], score: float) -> None:
+    assert string_match_all(prediction, answers) == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "score"), [("In Paris.", 100.0), ("the CITY of light", 100.0), ("Rome", 0.0)]
+)
+def test_any_answer_is_enough_for_questions(prediction: str, score: float) -> None:
+    assert string_match_part(prediction, ("paris", "city of light")) == score
+
+
+def test_control_characters_become_line_breaks() -> None:
+    assert clean_prediction(" \x01a\tb\x1fc \n") == "a\nb\nc"

@@ -1,0 +1,63 @@
+"""Plain texts to fit methods on: what every machine has, in halves, or a user's files."""
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+
+from topkbench.harness.calibration import Calibration
+from topkbench.harness.texts import TextFiles, python_topics
+from topkbench.methods.loki import Loki
+from topkbench.models.load import LoadedModel
+
+
+def test_the_halves_of_pythons_topics_share_no_topic_and_leave_none_out() -> None:
+    first, second = python_topics("first"), python_topics("second")
+    assert len(first) + len(second) == sum(map(len, topics.values()))
+    assert 0.4 < len(first) / (len(first) + len(second)) < 0.6
+    for name, text in topics.items():
+        assert (text in first) != (text in second), name
+
+
+def test_texts_are_cut_at_even_distances(loaded: LoadedModel, tmp_path: Path) -> None:
+    text = " ".join(["and are each list"] * 8)  # 32 words that the tokenizer knows
+    (tmp_path / "one.txt").write_text(text)
+    texts = TextFiles(files=[str(tmp_path / "one.txt")])
+    ids = list(loaded.tokenizer.encode(text))
+    found = texts.sequences(loaded, 10, 3)
+    last = len(ids) - 10
+    assert found == [ids[:10], ids[round(last / 2) : round(last / 2) + 10], ids[last:]]
+    assert texts.sequences(loaded, 999, 2) == [ids, ids]  # no more than there is
+    assert texts.sequences(loaded, 10, 1) == [ids[:10]]
+
+
+def test_what_was_read_is_named_with_its_digest(loaded: LoadedModel, tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text("and are each list")
+    texts = TextFiles(files=[str(file)])
+    # printf 'and are each list' | sha256sum
+    assert texts.describe(4096, 14) == "14 texts of at most 4096 tokens of mine.txt ({digest})"
+    before = Calibration.draw(loaded, Loki(), texts).digest
+    file.write_text("and are each word")
+    assert Calibration.draw(loaded, Loki(), texts).digest != before
+    told = TextFiles().describe(4096, 14)
+    assert told.startswith(
+        "14 texts of at most 4096 tokens of Python's documentation topics, first"
+    )
+
+
+@pytest.mark.parametrize("files", [[], "notes.txt"])
+def test_files_must_be_a_list(files: object) -> None:
+    with pytest.raises(ValueError, match=r"calibration\.files must be a list of paths, or null"):
+        TextFiles(files=files)  # type: ignore[arg-type]
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence(loaded: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"calibration\.files must be readable texts in UTF-8: .*"):
+        TextFiles(files=[str(tmp_path / "none.txt")]).sequences(loaded, 10, 2)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"must be readable texts in UTF-8"):
+        TextFiles(files=[str(tmp_path / "latin.txt")]).sequences(loaded, 10, 2)
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match=r"calibration\.files must hold a text, got 1 tokens"):
+        TextFiles(files=[str(tmp_path / "empty.txt")]).sequences(loaded, 10, 2)

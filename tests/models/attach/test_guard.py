@@ -1,0 +1,328 @@
+"""No decode step passes a method by without a word: what is counted, and what raises."""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    DynamicCache,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from topkbench.methods.base import Policy
+from topkbench.methods.exact import ExactTopK
+from topkbench.methods.full import FullAttention
+from topkbench.models.attach import attach
+from topkbench.models.compat import cache_keyword, partial_attention
+from topkbench.models.step_count import MethodBypassedError
+
+Make = Callable[..., Any]
+GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+
+
+@pytest.mark.filterwarnings("error")
+def test_steps_are_counted_by_layer(llama: PreTrainedModel, prompt: Make) -> None:
+    with attach(llama, ExactTopK(), Policy(k=16)) as session:
+        llama.generate(prompt(1, 30), **GREEDY)
+    assert session.count.taken == {0: 7, 1: 7}  # eight tokens, the first from prefill
+    assert session.count.share_taken == 1.0
+    session.require_steps(7)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_dense_layer_and_short_prompts_are_no_fault(llama: PreTrainedModel, prompt: Make) -> None:
+    with attach(llama, ExactTopK(), Policy(k=33, dense_layers=1)) as session:
+        llama.generate(prompt(1, 30), **GREEDY)
+    # 31 to 37 cached tokens: three steps have no more than k, four have.
+    assert session.count.taken == {1: 4}
+    assert session.count.dense == {
+        (0, "dense by the policy"): 7,
+        (1, "k is at least the number of cached tokens"): 3,
+    }
+    assert session.count.share_taken == 4 / 14
+
+
+def test_a_mask_with_holes_warns_once_and_raises_in_the_end(
+    llama: PreTrainedModel, method_for: Make, prompt: Make, make_counter: Make
+) -> None:
+    ids = prompt(1, 30)
+    mask = torch.ones(1, 32, dtype=torch.long)
+    mask[0, 12] = 0
+    counter, cache = make_counter(), DynamicCache()
+
+    def decode() -> None:
+        with torch.no_grad(), attach(llama, method_for("hata", llama), Policy(k=16), counter):
+            for part, length in ((ids, 30), (ids[:, :1], 31), (ids[:, :1], 32)):
+                llama(part, attention_mask=mask[:, :length], **cache_keyword(llama, cache))
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(MethodBypassedError, match=r"of 4 steps .* 4 attended .*pad on one"):
+            decode()
+    assert len(said) == 1
+    assert "hata does not act on a mask with holes" in str(said[0].message)
+    assert counter.stages == []
+
+
+@pytest.mark.filterwarnings("ignore:.*does not act")
+@pytest.mark.parametrize(
+    "options",
+    [{"use_cache": False}, {"prompt_lookup_num_tokens": 3, "eos_token_id": 60}],
+    ids=lambda one: next(iter(one)),
+)
+def test_generating_past_the_method_raises(
+    llama: PreTrainedModel, prompt: Make, options: dict[str, Any]
+) -> None:
+    ids = prompt(1, 30).repeat(1, 3)  # whatever comes, something like it came before
+    with (
+        pytest.raises(MethodBypassedError, match="must go through exact"),
+        attach(llama, ExactTopK(), Policy(k=16)),
+    ):
+        llama.generate(ids, **GREEDY, **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not act")
+def test_assisted_decoding_raises(llama: PreTrainedModel, prompt: Make) -> None:
+    with (
+        pytest.raises(MethodBypassedError, match="several tokens over a filled cache"),
+        attach(llama, ExactTopK(), Policy(k=16)),
+    ):
+        llama.generate(prompt(1, 30), assistant_model=llama, **GREEDY)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not act")
+def test_a_likelihood_in_one_forward_raises(llama: PreTrainedModel, prompt: Make) -> None:
+    ids, cache = prompt(1, 40), DynamicCache()
+
+    def likelihood() -> None:
+        with torch.no_grad(), attach(llama, ExactTopK(), Policy(k=16)):
+            llama(ids[:, :30], **cache_keyword(llama, cache))
+            llama(ids[:, 30:], **cache_keyword(llama, cache))
+
+    with pytest.raises(MethodBypassedError, match="2 by a forward of several tokens"):
+        likelihood()
+
+
+@pytest.mark.filterwarnings("ignore:.*does not act")
+def test_a_later_turn_raises_unless_it_is_meant(llama: PreTrainedModel, prompt: Make) -> None:
+    ids = prompt(1, 40)
+
+    def converse(**options: Any) -> Counter[int]:
+        cache = DynamicCache()
+        with torch.no_grad(), attach(llama, ExactTopK(), Policy(k=16), **options) as session:
+            for begin, end in ((0, 20), (20, 21), (21, 30), (30, 31)):
+                llama(ids[:, begin:end], **cache_keyword(llama, cache))
+        return session.count.taken
+
+    with pytest.raises(MethodBypassedError, match="of 6 steps of single layers 2 attended"):
+        converse()
+    assert converse(allow_dense_forwards=True) == {0: 2, 1: 2}
+
+
+@pytest.mark.filterwarnings("error")
+def test_reading_a_prompt_in_parts_is_honest(llama: PreTrainedModel, prompt: Make) -> None:
+    ids, cache = prompt(1, 40), DynamicCache()
+    with torch.no_grad(), attach(llama, ExactTopK(), Policy(k=16)) as session:
+        for part in ids.split([16, 16, 6, 1, 1], 1):
+            llama(part, **cache_keyword(llama, cache))
+    assert session.count.taken == {0: 2, 1: 2}
+
+
+@pytest.mark.filterwarnings("ignore:.*does not act")
+def test_parts_that_were_cropped_away_are_no_prompt(llama: PreTrainedModel, prompt: Make) -> None:
+    """Two candidates are scored on one context, and then one token is decoded."""
+    ids, cache = prompt(1, 40), DynamicCache()
+
+    def compare() -> None:
+        with torch.no_grad(), attach(llama, ExactTopK(), Policy(k=16)):
+            llama(ids[:, :30], **cache_keyword(llama, cache))
+            llama(ids[:, 30:35], **cache_keyword(llama, cache))
+            cache.crop(-5)
+            llama(ids[:, 35:], **cache_keyword(llama, cache))
+            cache.crop(-5)
+            llama(ids[:, 30:31], **cache_keyword(llama, cache))
+
+    with pytest.raises(MethodBypassedError, match="4 by a forward of several tokens"):
+        compare()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_block_that_only_reads_a_prompt_is_honest(llama: PreTrainedModel, prompt: Make) -> None:
+    with torch.no_grad(), attach(llama, ExactTopK(), Policy(k=16)) as session:
+        llama(prompt(1, 40), **cache_keyword(llama, DynamicCache()))
+    assert session.count.share_taken is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_full_attention_has_nothing_to_pass_by(llama: PreTrainedModel, prompt: Make) -> None:
+    with attach(llama, FullAttention(), Policy(k=16)):
+        llama.generate(prompt(1, 30), use_cache=False, **GREEDY)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not act")
+def test_an_error_inside_the_block_is_not_hidden(llama: PreTrainedModel, prompt: Make) -> None:
+    def fail() -> None:
+        with attach(llama, ExactTopK(), Policy(k=16)):
+            llama.generate(prompt(1, 30), use_cache=False, **GREEDY)
+            raise KeyError("on purpose")
+
+    with pytest.raises(KeyError, match="on purpose"):
+        fail()
+
+
+# Where the cache is ---------------------------------------------------------------------------
+
+
+def hide_the_cache(model: PreTrainedModel, layer: int) -> None:
+    """Let a layer's attention have its cache from elsewhere than an argument."""
+    attention: Any = model.get_submodule(f"model.layers.{layer}.self_attn")
+    forward = attention.forward
+    (name,) = cache_keyword(attention, None)
+    held: list[Any] = []
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        held.append(kwargs.pop(name))
+        return attention(*args, **kwargs)
+
+    attention.forward = lambda *args, **kwargs: forward(*args, **{name: held.pop()}, **kwargs)
+    decoder: Any = model.get_submodule(f"model.layers.{layer}")
+    decoder.self_attn = Passing(called)
+
+
+class Passing(nn.Module):
+    def __init__(self, called: Callable[..., Any]) -> None:
+        super().__init__()
+        self.called = called
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.called(*args, **kwargs)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_cache_that_no_argument_carries_is_seen_where_it_is_written(
+    seeded: Make, small: dict[str, Any], prompt: Make
+) -> None:
+    plain = seeded(lambda: LlamaForCausalLM(LlamaConfig(**small)))
+    hidden = seeded(lambda: LlamaForCausalLM(LlamaConfig(**small)))
+    attention = hidden.get_submodule("model.layers.1.self_attn")
+    hide_the_cache(hidden, 1)
+    hidden.get_submodule("model.layers.1.self_attn").add_module("inner", attention)
+    with attach(plain, ExactTopK(), Policy(k=16)):
+        wanted = plain.generate(prompt(1, 30), **GREEDY)
+    with attach(hidden, ExactTopK(), Policy(k=16)) as session:
+        found = hidden.generate(prompt(1, 30), **GREEDY)
+    assert session.count.taken == {0: 7, 1: 7}
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_cache_under_another_name_is_found() -> None:
+    torch.manual_seed(0)
+    config = GPTBigCodeConfig(
+        vocab_size=61,
+        n_positions=128,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+        initializer_range=0.2,
+    )
+    model = GPTBigCodeForCausalLM(config).eval()
+    ids = torch.randint(2, 61, (1, 30))
+    wanted = model.generate(ids, **GREEDY)
+    with attach(model, ExactTopK(), Policy(k=12)) as session:
+        found = model.generate(ids, **GREEDY)
+    assert session.count.taken == {0: 7, 1: 7}
+    assert session.geometry.num_kv_heads == 1  # which its configuration does not say by that name
+    assert not torch.equal(found, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not act")
+def test_a_layer_that_never_reaches_the_method_raises(
+    seeded: Make, small: dict[str, Any], prompt: Make
+) -> None:
+    """One layer of four attends by itself."""
+    model = seeded(lambda: LlamaForCausalLM(LlamaConfig(**{**small, "num_hidden_layers": 4})))
+    attention: Any = model.get_submodule("model.layers.2.self_attn")
+    forward = attention.forward
+
+    def by_itself(*args: Any, **kwargs: Any) -> Any:
+        chosen = attention.config._attn_implementation
+        attention.config._attn_implementation = "sdpa"
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            attention.config._attn_implementation = chosen
+
+    attention.forward = by_itself
+    with (
+        pytest.raises(MethodBypassedError, match=r"of 28 steps of single layers 7 .* in layer 2\)"),
+        attach(model, ExactTopK(), Policy(k=16)),
+    ):
+        model.generate(prompt(1, 30), **GREEDY)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not act")
+def test_an_attention_that_never_reaches_the_method_raises(
+    seeded: Make, small: dict[str, Any], prompt: Make
+) -> None:
+    """All layers go their own way, from the beginning or from some step on."""
+    model = seeded(lambda: LlamaForCausalLM(LlamaConfig(**small)))
+    ids, cache = prompt(1, 30), DynamicCache()
+
+    def whole() -> None:
+        with attach(model, ExactTopK(), Policy(k=16)):
+            model.set_attn_implementation("sdpa")
+            model.generate(ids, **GREEDY)
+
+    def later() -> None:
+        with torch.no_grad(), attach(model, ExactTopK(), Policy(k=16)):
+            for part in (ids, ids[:, :1], ids[:, :1]):
+                model(part, **cache_keyword(model, cache))
+            model.set_attn_implementation("sdpa")
+            model(ids[:, :1], **cache_keyword(model, cache))
+
+    with pytest.raises(MethodBypassedError, match="14 by an attention that never reached"):
+        whole()
+    with pytest.raises(MethodBypassedError, match=r"of 6 steps .*\(2 by an attention that"):
+        later()
+    with attach(model, ExactTopK(), Policy(k=16)) as session:  # nothing is left of either
+        model.generate(ids, **GREEDY)
+    assert session.count.taken == {0: 7, 1: 7}
+
+
+@pytest.mark.filterwarnings("ignore:.*does not act")
+def test_a_likelihood_of_a_whole_text_raises(llama: PreTrainedModel, prompt: Make) -> None:
+    ids = prompt(1, 40)
+
+    def likelihood() -> None:
+        with torch.no_grad(), attach(llama, ExactTopK(), Policy(k=16)):
+            llama(ids, labels=ids)
+
+    with pytest.raises(MethodBypassedError, match="2 by a likelihood of several tokens"):
+        likelihood()
+    with torch.no_grad(), attach(llama, ExactTopK(), Policy(k=40)):
+        llama(ids, labels=ids)  # k is enough for all of it
+
+
+# Layers that see a part of the past -----------------------------------------------------------
+
+
+def test_what_a_sliding_layer_sees(models: dict[str, PreTrainedModel]) -> None:
+    first: Any = models["gemma2"].get_submodule("model.layers.0.self_attn")
+    second: Any = models["gemma2"].get_submodule("model.layers.1.self_attn")
+    kind = partial_attention(first)
+    assert kind is not None
+    assert (kind.reason, kind.size) == ("its kind is sliding_attention", 16)
+    assert [kind.tokens_read(n) for n in (1, 16, 17, 100)] == [1, 16, 16, 16]
+    assert partial_attention(second) is None

@@ -1,0 +1,202 @@
+"""Every method of conf/method in three model families: a row of a batch is what it is alone."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.cache_utils import DynamicCache
+
+from topkbench.methods.base import CacheView, Observer, Policy, StepResult, TopKMethod
+from topkbench.models.attach import attach
+from topkbench.models.cache import DecodeCache
+from topkbench.models.compat import cache_keyword
+from topkbench.models.prefill import prefill
+
+ROOT = Path(__file__).parents[3]
+Make = Callable[..., Any]
+METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
+FAMILIES: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
+    "llama": lambda small: LlamaForCausalLM(LlamaConfig(**small)),
+    "phi3": lambda small: Phi3ForCausalLM(Phi3Config(**small)),
+    "qwen3": lambda small: Qwen3ForCausalLM(Qwen3Config(head_dim=24, **small)),
+}
+LENGTHS = (96, 72, 85)  # beyond the 64 last tokens and 4 sinks that MagicPIG keeps as published
+STEPS = 3
+K = 40
+BRIEF: dict[str, dict[str, Any]] = {"hash_attention": {"steps": 2}}  # what it learns plays no part
+UNEVEN = {"spatten": {"last_keep": 0.75, "last_heads": 0.5}}  # later layers keep less
+CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
+
+
+@pytest.fixture(scope="session")
+def deep(seeded: Make, small: dict[str, Any]) -> dict[str, PreTrainedModel]:
+    """Models of three layers: where the first two are dense, as often published, one is left."""
+    shape, models = {**small, "num_hidden_layers": 3}, {}
+    for family, make in FAMILIES.items():
+        models[family] = seeded(partial(make, shape))
+        for name, weight in models[family].named_parameters():
+            if "norm" in name:  # else Qwen3's keys are all of one length, and rounding ranks them
+                torch.nn.init.uniform_(weight, 0.5, 1.5)
+    return models
+
+
+@pytest.fixture(scope="session")
+def method_in(make_method: Make, fitted_on: Make, deep: dict[str, PreTrainedModel]) -> Make:
+    """Return a method as its YAML makes it, fitted on a family's model once."""
+    made: dict[str, TopKMethod] = {}
+
+    def get(name: str, family: str, **settings: Any) -> TopKMethod:
+        known = f"{name} {family} {settings}"
+        if known not in made:
+            method = make_method(name, fit=False, **BRIEF.get(name, {}), **settings)
+            made[known] = fitted_on(method, deep[family])
+        return made[known]
+
+    return get
+
+
+class Chosen(Observer):
+    """Notes what each step and layer selected of each row, counted from the row's first token."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, list[list[list[list[int]]]]] = {}
+        self.reads_less = True
+
+    def on_step(
+        self,
+        layer: int,
+        query_states: Tensor,
+        cache: CacheView,
+        result: StepResult,
+        scale: float,
+        softcap: float | None,
+    ) -> None:
+        if result.selection is None:
+            return
+        start, end = cache.bounds()
+        slots = result.selection.slots(cache)
+        self.reads_less &= bool((slots.sum(-1) < (end - start)[:, None]).all())
+        step = [
+            [(head.nonzero()[:, 0] - start[row]).tolist() for head in slots[row]]
+            for row in range(len(slots))
+        ]
+        self.rows.setdefault(layer, []).append(step)
+
+    def of(self, row: int) -> dict[int, list[list[list[int]]]]:
+        return {layer: [step[row] for step in steps] for layer, steps in self.rows.items()}
+
+
+def texts(lengths: Sequence[int], steps: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(1, 61, (n + steps,), generator=generator) for n in lengths]
+
+
+def decode(
+    model: PreTrainedModel, method: TopKMethod, policy: Policy, rows: list[Tensor], steps: int
+) -> tuple[Tensor, Chosen]:
+    """Decode the last tokens of each row, padded on the left; return ``[steps, B, vocabulary]``."""
+    longest = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
+    mask = (ids > 0).long()
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    seen, found = Chosen(), []
+    parts = [
+        slice(0, longest - steps),
+        *(slice(at, at + 1) for at in range(longest - steps, longest)),
+    ]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), attach(model, method, policy, seen):
+        for part in parts:
+            out = model(
+                ids[:, part],
+                attention_mask=mask[:, : part.stop],
+                position_ids=places[:, part],
+                **cache_keyword(model, cache),
+            )
+            found.append(out.logits[:, -1])
+    return torch.stack(found[1:]), seen
+
+
+def decode_own(
+    model: PreTrainedModel, method: TopKMethod, policy: Policy, rows: list[Tensor], steps: int
+) -> tuple[Tensor, Chosen]:
+    """Do the same with topkbench's own cache, whose rows begin together."""
+    states = [prefill(model, row[:-steps].tolist(), method.needs) for row in rows]
+    cache, seen, found = DecodeCache(states, steps), Chosen(), []
+    with torch.no_grad(), attach(model, method, policy, seen):
+        for step in range(steps):
+            cache.extend()
+            ids = torch.stack([row[len(row) - steps + step, None] for row in rows])
+            given = {
+                "input_ids": ids,
+                "position_ids": cache.positions,
+                **cache_keyword(model, cache),
+            }
+            found.append(model(**given).logits[:, -1])
+    return torch.stack(found), seen
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("protocol", ["unified", "native"])
+def test_a_row_selects_in_a_batch_what_it_selects_alone(
+    deep: dict[str, PreTrainedModel], method_in: Make, name: str, family: str, protocol: Any
+) -> None:
+    """Alone, padded on the left, and in the own cache, with a budget below every row's length."""
+    model, method, rows = deep[family], method_in(name, family), texts(LENGTHS, STEPS)
+    policy = Policy(k=K, protocol=protocol)
+    alone = [decode(model, method, policy, [row], STEPS) for row in rows]
+    padded, by_padded = decode(model, method, policy, rows, STEPS)
+    own, by_own = decode_own(model, method, policy, rows, STEPS)
+    for row, (logits, seen) in enumerate(alone):
+        torch.testing.assert_close(padded[:, row], logits[:, 0], **CLOSE)
+        torch.testing.assert_close(own[:, row], logits[:, 0], **CLOSE)
+        assert by_padded.of(row) == seen.of(0)
+        assert by_own.of(row) == seen.of(0)
+    dense, _ = decode(model, method, Policy(k=1000), rows, STEPS)
+    if not method.selects:
+        torch.testing.assert_close(padded, dense, **CLOSE)
+        return
+    assert by_padded.reads_less
+    assert not torch.allclose(padded, dense, atol=1e-3)  # what was dropped mattered
+    in_force = method.policy_in_force(policy)
+    selecting = set(range(3)) - in_force.resolve_dense_layers(3)
+    assert set(by_padded.rows) == selecting
+    # MagicPIG's query heads sample apart under either protocol.
+    heads = 4 if in_force.head_scope == "query_head" or name == "magicpig" else 2
+    for steps in by_padded.rows.values():
+        assert all(len(step[row]) == heads for step in steps for row in range(3))
+
+
+@pytest.mark.parametrize("protocol", ["unified", "native"])
+@pytest.mark.parametrize("which", ["h2o", "snapkv", "spatten"])
+def test_a_prompt_shorter_than_the_window_does_not_cut_its_neighbours(
+    deep: dict[str, PreTrainedModel], method_in: Make, which: str, protocol: Any
+) -> None:
+    """Rows of 120 and 18 tokens: of the second all is kept, of the first what it keeps alone."""
+    model, rows = deep["llama"], texts((120, 18), STEPS)
+    method = method_in(which, "llama", **UNEVEN.get(which, {}))
+    policy = Policy(k=48, protocol=protocol)
+    alone = [decode(model, method, policy, [row], STEPS) for row in rows]
+    for by in (decode, decode_own):
+        logits, seen = by(model, method, policy, rows, STEPS)
+        for row in range(2):
+            torch.testing.assert_close(logits[:, row], alone[row][0][:, 0], **CLOSE)
+        assert seen.of(0) == alone[0][1].of(0)
+        for steps in seen.of(1).values():
+            assert all(
+                head == list(range(19 + at)) for at, step in enumerate(steps) for head in step
+            )

@@ -1,0 +1,65 @@
+"""Every method does on the shipped model what it did when the golden file was made.
+
+On the kind of processor that made it all of it must be equal; elsewhere sums are rounded otherwise,
+so that tokens whose scores are nearly equal may change places.
+"""
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from topkbench.tools.make_golden import CELLS, COUNTED, FOLDER, JUDGED, ROOT, Machine
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    GlobalHydra.instance().clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        yield Machine(tmp_path_factory.mktemp("golden"))
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("question", ["sparse", "dense"])
+def test_every_cell_gives_what_the_golden_file_holds(
+    machine: Machine, capsys: pytest.CaptureFixture[str], question: str
+) -> None:
+    golden = json.loads((FOLDER / "numbers.json").read_text())
+    assert sorted(golden["cells"]) == sorted("/".join(cell) for cell in CELLS)
+    selections = np.load(FOLDER / "selections.npz")
+    same_kind = golden["made_on"] == machine.kind
+    kept = differing = answers = other_answers = 0
+    for cell in CELLS:
+        if cell[1] != question:
+            continue
+        name = "/".join(cell)
+        expected = golden["cells"][name]
+        numbers, slots = machine.run(*cell)
+        assert len(slots) == expected["slots"], name
+        before = np.unpackbits(selections[name], count=len(slots)).astype(bool)
+        kept += before.sum()
+        differing += (before & ~slots).sum()
+        answers += len(numbers["tokens"])
+        other_answers += sum(
+            tokens != expected["tokens"][sample] for sample, tokens in numbers["tokens"].items()
+        )
+        if same_kind:
+            assert {**numbers, "slots": len(slots)} == expected, name
+            continue
+        assert numbers["status"] == expected["status"], name
+        for column in (*COUNTED, *JUDGED):
+            assert numbers[column] == pytest.approx(expected[column], rel=2e-2, abs=1e-6), name
+    with capsys.disabled():
+        print(
+            f"\ngolden file: {differing} of {kept} selected tokens and {other_answers} of {answers}"
+            f" answers differ; made on {golden['made_on']}, tried on {machine.kind}"
+        )
+    assert kept > 100_000
+    assert differing <= (0 if same_kind else kept // 1000)
+    assert other_answers <= (0 if same_kind else answers // 20)

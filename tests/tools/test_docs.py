@@ -1,0 +1,131 @@
+"""The page of methods says what the code says, and the league what was measured."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+LEAGUE = ROOT / "analysis" / "measured" / "epyc_2_threads" / "league.csv"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def maker() -> ModuleType:
+    return script("make_methods")
+
+
+def test_the_league_is_the_measured_one() -> None:
+    """In README and on its page; a score that is worked out from the rows stands in both."""
+    league = script("make_league")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert league.readme(LEAGUE, text) == text, "run python tools/make_league.py"
+    page = (ROOT / "docs" / "league.md").read_text(encoding="utf-8")
+    assert league.page(LEAGUE) == page, "run python tools/make_league.py"
+    rows = pd.read_csv(LEAGUE)
+    own = rows[(rows["method"] == "hata") & (rows["k"] == 64) & (rows["protocol"] == "unified")]
+    (row,) = own[(own["question"] == "sparse") & (own["subtask"] == "mean")].to_dict("records")
+    score = f"{row['score']:.1f} [{row['score_ci_low']:.1f}, {row['score_ci_high']:.1f}]"
+    assert score in text
+    assert score in page
+
+
+def test_the_page_of_methods_is_what_its_script_makes(maker: ModuleType) -> None:
+    committed = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert committed == maker.page(), "run python tools/make_methods.py"
+
+
+def test_every_method_is_on_the_page_with_its_source(maker: ModuleType) -> None:
+    entries = maker.page().split("\n## ")[1:]
+    names = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
+    assert sorted(one.split("`method=")[1].split("`")[0] for one in entries) == names
+    lacking = [one.splitlines()[0] for one in entries if "**Source.**" not in one]
+    assert lacking == ["Full attention"]
+
+
+def test_every_method_says_what_of_the_authors_code_it_was_compared_with(maker: ModuleType) -> None:
+    """It names a file of a repository, or says that there is none to compare with."""
+    for entry in maker.page().split("\n## ")[1:]:
+        title = entry.splitlines()[0]
+        told = re.search(r"\*\*Compared with the authors' code\.\*\* (.*)", entry)
+        assert told is not None, f"{title} must have a section Compared with the authors' code"
+        names_a_file = re.search(r"`[\w./-]+`.*\([\w.-]+/[\w.-]+\)", told.group(1))
+        assert names_a_file or told.group(1).startswith("None to compare with: "), title
+
+
+def test_every_method_that_learns_says_what_it_is_calibrated_on(maker: ModuleType) -> None:
+    entries = {
+        one.split("`method=")[1].split("`")[0]: one for one in maker.page().split("\n## ")[1:]
+    }
+    told = {
+        name: re.search(r"\*\*Calibration\.\*\* (.*)", entry) for name, entry in entries.items()
+    }
+    shown = {name: one.group(1) for name, one in told.items() if one is not None}
+    assert {name: line.rsplit(" and ", 1)[1] for name, line in shown.items()} == {
+        "hata": "1 query of each head.",
+        "loki": "no query.",
+        "double_sparsity": "512 queries of each head.",
+        "infinigen": "256 queries of each head.",
+        "hash_attention": "256 queries of each head.",
+    }
+    for line in shown.values():
+        assert line.startswith("14 prompts of 4,096 tokens, less where")
+        assert "in turn, seed 90210; of their own 512 words, and of the half of the random" in line
+
+
+def test_a_docstring_is_told_by_its_sections(maker: ModuleType) -> None:
+    class Example:
+        """Keep ``k`` tokens
+        or fewer.
+
+        Why.
+
+        Attributes:
+            rank: Channels.
+
+        Source:
+            A paper
+            (section 3).
+
+            Its code differs: here, not there.
+
+        The bytes are few.
+        """
+
+    assert maker.docstring(Example) == {
+        "": "Keep `k` tokens or fewer.\n\nWhy.\n\nThe bytes are few.",
+        "Attributes": "rank: Channels.",
+        "Source": "A paper (section 3).\n\nIts code differs: here, not there.",
+    }
+
+
+def test_knobs_are_the_settings_that_are_a_methods_own(maker: ModuleType) -> None:
+    own = "rank: ${x}  # channels | more\n# Apart\nflag: true\n"
+    other = "defaults:\n  - /method@base: quest  # another method\n  - _self_\n"
+    text = f"{other}_target_: a.B\n{own}impl: ${{impl}}\nnative:\n  num_sink: 0\n"
+    assert maker.knobs(text, {"rank": None, "flag": True}) == [
+        "| `base` | `quest` | another method |",
+        "| `rank` | `null` | channels \\| more |",
+        "| `flag` | `true` |  |",
+    ]
+
+
+def test_every_test_that_the_page_on_trust_names_is_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "trust.md").read_text()))
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    found = set(re.findall(r"^def (test_\w+)", tests, re.MULTILINE))
+    assert len(named) > 30
+    assert named - found == set()

@@ -1,0 +1,105 @@
+"""What ships is what its method learns today: a layer of each kind is learnt again and compared."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from topkbench.harness import artifact
+from topkbench.harness.calibration import Calibration
+from topkbench.harness.cell import artifact_spec, fit_source
+from topkbench.methods.base import TopKMethod
+from topkbench.methods.double_sparsity import DoubleSparsity
+from topkbench.methods.hash_attention import HashAttention
+from topkbench.methods.hata import HATA
+from topkbench.methods.infinigen import InfiniGen
+from topkbench.methods.loki import Loki
+from topkbench.models.load import LoadedModel, load_model
+from topkbench.tasks.ruler_prompts import CalibrationPrompts
+
+ARTIFACTS = Path(__file__).parents[2] / "models" / "tiny" / "artifacts"
+LAYER = 0  # whose states need no other layer
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LoadedModel:
+    return load_model("tiny", "tiny")
+
+
+@pytest.fixture(scope="module")
+def first_layer(tiny: LoadedModel) -> LoadedModel:
+    """The shipped model without the layers above the first."""
+    model = copy.deepcopy(tiny.model)
+    body: Any = model.base_model
+    body.layers = body.layers[: LAYER + 1]
+    return replace(tiny, model=model)
+
+
+def shipped(loaded: LoadedModel, method: TopKMethod) -> artifact.Artifact:
+    spec = artifact_spec(loaded, method, CalibrationPrompts())
+    assert spec is not None
+    path = artifact.find(spec, [ARTIFACTS])
+    assert path is not None, f"no artifact of {method.name} ships under its name of today"
+    return artifact.load(path, expect=spec)
+
+
+def refitted(loaded: LoadedModel, method: TopKMethod) -> dict[str, torch.Tensor]:
+    states = Calibration.draw(loaded, method, CalibrationPrompts()).capture([LAYER])[LAYER]
+    return method.fit_layer(LAYER, states)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(DoubleSparsity(), InfiniGen(), Loki()),
+        pytest.param(HashAttention(), marks=pytest.mark.slow),  # 4,000 steps
+    ],
+    ids=lambda method: method.name,
+)
+def test_what_ships_is_learnt_again(
+    tiny: LoadedModel, first_layer: LoadedModel, method: TopKMethod
+) -> None:
+    kept = shipped(tiny, method).tensors
+    learnt = refitted(first_layer, method)
+    assert learnt.keys() == kept.keys()
+    for name, tensor in learnt.items():
+        size = float(kept[name][LAYER].abs().max())
+        assert torch.allclose(tensor, kept[name][LAYER], rtol=0, atol=1e-4 * size), name
+
+
+@pytest.mark.slow
+def test_hash_weights_that_ship_are_learnt_again(
+    tiny: LoadedModel, first_layer: LoadedModel
+) -> None:
+    """Its 300 steps of a steep loss enlarge a processor's rounding, so most bits agree, not all.
+
+    Bits that were drawn or learnt otherwise would have cosines within 0.5 of zero.
+    """
+    method = HATA(rbit=32)
+    kept = shipped(tiny, method).tensors["hash_weight"][LAYER]
+    learnt = refitted(first_layer, method)["hash_weight"]
+    cosines = torch.nn.functional.cosine_similarity(learnt, kept, dim=1)
+    assert learnt.shape == kept.shape
+    assert float((cosines > 0.9).float().mean()) > 0.8
+
+
+@pytest.mark.parametrize("rbit", [32, 64, 128, 256])
+def test_every_width_of_hash_ships_under_its_name(tiny: LoadedModel, rbit: int) -> None:
+    assert shipped(tiny, HATA(rbit=rbit)).tensors["hash_weight"].shape == (4, 2, 64, rbit)
+
+
+def test_nothing_ships_that_nobody_finds(tiny: LoadedModel) -> None:
+    found = {shipped(tiny, HATA(rbit=rbit)).path for rbit in (32, 64, 128, 256)}
+    found |= {shipped(tiny, one).path for one in (DoubleSparsity(), InfiniGen(), Loki())}
+    assert found | {shipped(tiny, HashAttention()).path} == set(ARTIFACTS.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "method", [DoubleSparsity(), HATA(), HashAttention(), InfiniGen(), Loki()], ids=lambda m: m.name
+)
+def test_what_ships_tells_the_code_that_it_is_of(tiny: LoadedModel, method: TopKMethod) -> None:
+    """Where its code has changed: python tools/restamp_artifacts.py, once it fits the same."""
+    assert shipped(tiny, method).provenance["source"] == fit_source(method)

@@ -1,0 +1,153 @@
+"""Measure every method on the shipped model and write the golden file.
+
+python tools/make_golden.py
+
+The file in ``tests/golden`` holds, for every method, question and protocol, what came out for two
+prompts of 512 tokens at ``k=64`` in float32 on one thread: the tokens of the answers, what was
+read, recall, bytes, and which tokens each head attended to at each decode step.
+``tests/test_golden.py`` compares. Make it again for a change that is meant to change results, and
+say in the commit which.
+"""
+
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":  # a bare checkout works too
+    sys.path[0] = str(ROOT / ".types")
+
+import llvmlite.binding  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from hydra import compose, initialize_config_dir  # noqa: E402
+from hydra.utils import instantiate  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from topkbench.harness.cell import prepare_method, run_cell  # noqa: E402
+from topkbench.harness.decoding import Decoder  # noqa: E402
+from topkbench.harness.evaluation import Context, tokenised  # noqa: E402
+from topkbench.harness.quality import SelectionMeter  # noqa: E402
+from topkbench.methods.base import CacheView, StepResult  # noqa: E402
+from topkbench.models.attach import attach  # noqa: E402
+from topkbench.models.prefill import PrefillStore  # noqa: E402
+
+FOLDER = ROOT / "tests" / "golden"
+METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
+CELLS = list(itertools.product(METHODS, ("sparse", "dense"), ("unified", "native")))
+K = 64
+SETTINGS = (
+    *("task.length=512", "task.subtasks=[niah_multikey,niah_multivalue]", "num_samples=1"),
+    *(f"k={K}", "rbit=128", "dtype=float32", "tracker=none"),
+)
+COUNTED = ("density", "density_all", "bytes_read_per_step", "index_bytes_per_token")
+JUDGED = ("recall_at_k", "attention_mass", "output_rel_error")
+
+
+class Recorder(SelectionMeter):
+    """Measures the selections, and keeps which tokens each head of each layer attended to."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__(k)
+        self.kept: list[np.ndarray] = []
+
+    def on_step(
+        self,
+        layer: int,
+        query_states: Tensor,
+        cache: CacheView,
+        result: StepResult,
+        scale: float,
+        softcap: float | None,
+    ) -> None:
+        super().on_step(layer, query_states, cache, result, scale, softcap)
+        if result.selection is not None:
+            (slots,) = result.selection.slots(cache)  # of the only row
+            self.kept.append(slots.numpy().ravel())
+
+
+class Machine:
+    """The shipped model on one thread of this machine.
+
+    Attributes:
+        kind: What rounds sums: the processor, as LLVM and torch tell it, and torch.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.kind = {
+            "processor": llvmlite.binding.get_host_cpu_name(),
+            "vectors": torch.backends.cpu.get_cpu_capability(),
+            "torch": torch.__version__.partition("+")[0],
+        }
+        self._folder = folder
+        self._loaded = instantiate(compose("config", overrides=[*SETTINGS]).model)
+        self._store = PrefillStore(self._loaded.model, folder / "prefills", 2**30)
+        self._full: dict[str, dict[str, list[int]]] = {}  # full attention's answers by question
+
+    def run(self, name: str, question: str, protocol: str) -> tuple[dict[str, Any], np.ndarray]:
+        """Run one cell; return its numbers, and the kept tokens of all steps as one row."""
+        chosen = (f"method={name}", f"task.question={question}", f"protocol={protocol}")
+        config = compose("config", overrides=[*SETTINGS, *chosen])
+        method, policy, task = (
+            instantiate(config[part]) for part in ("method", "protocol", "task")
+        )
+        prepare_method(self._loaded, method, instantiate(config.calibration), self._folder)
+        context = Context(
+            loaded=self._loaded,
+            store=self._store,
+            method=method,
+            policy=policy,
+            full=instantiate(compose("config", overrides=["method=full"]).method),
+            full_answers=self._full.get(question),
+            keep=lambda part, compute: compute() if part == "answers" else {},
+        )
+        outcome = run_cell(context, task)
+        mean = outcome.rows[-1]
+        tokens = {one["sample_id"]: one["tokens"] for one in outcome.samples}
+        numbers = {
+            "status": mean.status,
+            "tokens": tokens,
+            **{column: mean.values.get(column) for column in COUNTED},
+        }
+        prompts = tokenised(self._loaded, task.samples(self._loaded), question)
+        if question not in self._full:
+            self._full[question] = {
+                prompt.sample.sample_id: context.full_answer(prompt) for prompt in prompts
+            }
+        recorder = Recorder(K)
+        for prompt in prompts if method.selects else ():
+            answer = self._full[question][prompt.sample.sample_id]
+            room = len(answer) + 1
+            decoder = Decoder(self._loaded, self._store, [prompt], room, method.needs)
+            with attach(self._loaded.model, method, policy, recorder):
+                decoder.follow([answer])
+        numbers |= {column: recorder.means().get(column) for column in JUDGED}
+        return numbers, np.concatenate(recorder.kept or [np.zeros(0, dtype=bool)])
+
+
+def main() -> None:
+    """Write the golden file."""
+    torch.set_num_threads(1)
+    cells, selections = {}, {}
+    with (
+        initialize_config_dir(str(ROOT / "conf"), version_base="1.3"),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        machine = Machine(Path(folder))
+        for cell in CELLS:
+            name = "/".join(cell)
+            numbers, slots = machine.run(*cell)
+            cells[name] = {**numbers, "slots": len(slots)}
+            selections[name] = np.packbits(slots)
+            print(f"{name}: {numbers['status']}, {len(slots)} slots", flush=True)
+    FOLDER.mkdir(exist_ok=True)
+    text = json.dumps({"made_on": machine.kind, "cells": cells}, indent=1)
+    (FOLDER / "numbers.json").write_text(text + "\n")
+    np.savez_compressed(FOLDER / "selections.npz", **selections)
+
+
+if __name__ == "__main__":
+    main()
