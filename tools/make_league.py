@@ -43,9 +43,6 @@ intervals over samples; the worst sub-task is the one where a method loses most 
 Decode time is that of the whole model's step, in multiples of full attention's, timed in turn with
 it, with 95% intervals over those pairs; below 1 is faster. In the figures faint points are
 dominated, and points that coincide step aside.
-
-Measured before the method was changed, and no longer true of it: InfiniGen, and with
-`protocol=native` MagicPIG and PQCache.
 """
 EQUAL = """## At equal cost
 
