@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from topkbench.analysis import style
-from topkbench.analysis.lines import OVER_SEEDS
+from topkbench.analysis.configurations import OVER_SEEDS
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.stats import MEAN
 from topkbench.analysis.timings import RATIOS, interval_of, is_unsteady

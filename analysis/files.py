@@ -16,7 +16,7 @@ from topkbench.analysis.row import RecordError
 
 
 @contextlib.contextmanager
-def one_sentence(path: Path) -> Iterator[None]:
+def translate_os_error(path: Path) -> Iterator[None]:
     """Turn an operating system's refusal into one sentence."""
     try:
         yield
@@ -33,7 +33,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     Raises:
         RecordError: If the folder cannot be written.
     """
-    with one_sentence(path.parent):
+    with translate_os_error(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
         with part.open("xb") as file:
@@ -57,7 +57,7 @@ def locked(path: Path, timeout_s: float) -> Iterator[None]:
         RecordError: If the folder cannot be written, or the lock is not had in time.
     """
     lock = filelock.FileLock(path)
-    with one_sentence(path.parent):
+    with translate_os_error(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=timeout_s)

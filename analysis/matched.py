@@ -19,7 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from topkbench.analysis import stats
-from topkbench.analysis.lines import YARDSTICKS
+from topkbench.analysis.configurations import BASELINES
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.tables import Table
 from topkbench.analysis.timings import (
@@ -172,7 +172,7 @@ def matched_table(
             marks += NO_INTERVAL if lacks_interval(part).any() else ""
             marks += UNSTEADY if is_unsteady(part).any() else ""
             shown.append(part)
-        if line["method"] not in YARDSTICKS and not marks:
+        if line["method"] not in BASELINES and not marks:
             rivals.append(len(rows))
         rows.append([name + marks, *(_text(one) for one in known)])
         found.append(known)

@@ -20,8 +20,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from matplotlib.transforms import Bbox
 
 from topkbench.analysis import style
+from topkbench.analysis.configurations import BASELINES
 from topkbench.analysis.curves import legend, new_figure, table
-from topkbench.analysis.lines import YARDSTICKS
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.tables import LEAGUE
 from topkbench.analysis.timings import is_unsteady
@@ -109,7 +109,7 @@ def _draw(axes: Axes, data: pd.DataFrame, cost: str) -> tuple[pd.Series, pd.Seri
     """
     price = data[cost] / METRICS[cost].divisor
     # The oracles that read every key to choose are bounds, not candidates.
-    rivals = data[~data["method"].isin(YARDSTICKS) | (data["method"] == "full")]
+    rivals = data[~data["method"].isin(BASELINES) | (data["method"] == "full")]
     hollow = pd.Series(False, index=data.index)
     if cost == "decode_vs_full":  # a time that cannot be relied on beats none
         hollow = is_unsteady(data)

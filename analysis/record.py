@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from topkbench.analysis.files import json_bytes, locked, one_sentence, read_json, write_atomic
+from topkbench.analysis.files import json_bytes, locked, read_json, translate_os_error, write_atomic
 from topkbench.analysis.row import (
     COLUMNS,
     PAIRED_COLUMNS,
@@ -140,7 +140,7 @@ class Cell:
         content = {"attempt": attempt, "row": placeholder.flat()}
         write_atomic(self.folder / "begun.json", json_bytes(content))
         # A new attempt unmakes the old result: otherwise a kill would leave a stale one.
-        with one_sentence(self.folder):
+        with translate_os_error(self.folder):
             (self.folder / "rows.json").unlink(missing_ok=True)
             (self.folder / "tracked").unlink(missing_ok=True)
         return attempt
@@ -231,7 +231,7 @@ class Cell:
         """
         if not rows:
             raise RecordError(f"a cell must leave at least one row, got none for {self.identity}.")
-        with one_sentence(self.folder):
+        with translate_os_error(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "rows.json").unlink(missing_ok=True)
         content = {

@@ -20,8 +20,8 @@ import pandas as pd
 
 from topkbench.analysis import kernels, tables
 from topkbench.analysis.break_even import MODELS, ModelSize, break_even_table, model_sizes
-from topkbench.analysis.files import one_sentence, write_atomic
-from topkbench.analysis.lines import Comparison, compare
+from topkbench.analysis.configurations import Comparison, compare
+from topkbench.analysis.files import translate_os_error, write_atomic
 from topkbench.analysis.matched import MATCHED, matched_table
 from topkbench.analysis.paper import beside, left_out, published_table
 from topkbench.analysis.plots import Drawn, draw_all, smallest_batch
@@ -159,7 +159,7 @@ def build(
     first = paths[0] if paths[0].is_dir() else paths[0].parent
     place = Path(out) if out is not None else first if len(paths) == 1 else first.parent / "merged"
     folder = place.absolute()
-    with one_sentence(folder):
+    with translate_os_error(folder):
         (folder / "figures").mkdir(parents=True, exist_ok=True)
     of_kernels = rows[kernels.of_kernels(rows)]
     compared = compare(rows.drop(of_kernels.index), samples)

@@ -133,7 +133,7 @@ def turn(place: int) -> Line:
     return (SOLID, DASHED, DASH_DOT, DOTTED)[place % 4]
 
 
-def rung(projection: str, centred: bool, normed: bool) -> Style:
+def ablation_variant(projection: str, centred: bool, normed: bool) -> Style:
     """Return the style of one rung of the ladder of hashes: colour says what hashes the keys.
 
     Args:

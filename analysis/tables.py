@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
+from topkbench.analysis.configurations import compare
 from topkbench.analysis.curves import called_by_shape
-from topkbench.analysis.lines import compare
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.row import Status
 from topkbench.analysis.stats import MEAN

@@ -23,7 +23,8 @@ import pandas as pd
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.row import Row
 from topkbench.analysis.stats import MEAN
-from topkbench.analysis.tracked import (
+from topkbench.analysis.training import loss_points
+from topkbench.analysis.wandb_payload import (
     CURVES,
     cell_config,
     curves,
@@ -32,7 +33,6 @@ from topkbench.analysis.tracked import (
     table_value,
     tags,
 )
-from topkbench.analysis.training import loss_points
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 

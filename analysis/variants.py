@@ -31,7 +31,7 @@ def _text(line: pd.Series, name: str) -> str:
     return "" if value is None or pd.isna(value) else str(value)
 
 
-def rung(line: pd.Series) -> style.Style | None:
+def ablation_variant(line: pd.Series) -> style.Style | None:
     """Return how a line's hash is drawn, None where the method has no hash."""
     projection = _text(line, "p_weights")
     if not projection:
@@ -40,7 +40,7 @@ def rung(line: pd.Series) -> style.Style | None:
     if projection not in UNTRAINED and recipe not in ("", _PUBLISHED):
         projection = recipe
     centred, normed = (_text(line, name) == "True" for name in ("p_centre_keys", "p_use_norm"))
-    return style.rung(projection, centred, normed)
+    return style.ablation_variant(projection, centred, normed)
 
 
 def _two_axes(width: float, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
@@ -70,7 +70,7 @@ def ladder(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
         The figure and its data, or None where fewer than two rungs have two widths each.
     """
     data = _at_one_budget(lines)
-    looks = {index: rung(line) for index, line in data.iterrows()}
+    looks = {index: ablation_variant(line) for index, line in data.iterrows()}
     data = data[[looks[index] is not None for index in data.index]]
     names = pd.Series({index: cast(style.Style, looks[index]).label for index in data.index})
     widths = data.groupby(names)["rbit"].nunique() if len(data) else pd.Series(dtype=int)
@@ -182,7 +182,7 @@ def _reference(part: pd.DataFrame) -> pd.Series | None:
 
 def _called(line: pd.Series) -> str:
     """Return a line's name: its rung's, where it is told from others by what makes a rung."""
-    look = rung(line)
+    look = ablation_variant(line)
     words = (one.partition("=")[0] for one in str(line["variant"]).split(", "))
     on_ladder = set(words) <= {*style.PROJECTIONS, "use_norm", "centre_keys"}
     return look.label if look is not None and on_ladder else str(line["label"])

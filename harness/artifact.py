@@ -1,4 +1,4 @@
-"""What a method has learnt, on disk: safetensors with where it came from and a digest."""
+"""What a method has learned, on disk: safetensors with where it came from and a digest."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ def provenance(spec: Mapping[str, Any], data: str, seed: int | None, **fit: Any)
         data: What it was fitted on, in words.
         seed: The seed of the data, None if nothing was drawn.
         fit: What else is known of the fit: ``model``, ``machine``, ``seconds``, and ``losses`` at
-            each step of each layer. The digest is of what was learnt, and not of this.
+            each step of each layer. The digest is of what was learned, and not of this.
     """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:

@@ -116,7 +116,7 @@ class Calibration:
         return [len(ids) for ids in self.prompts]
 
     def num_bytes(self, layer: int) -> int:
-        """Return the bytes of one layer's queries and keys that are held while it is learnt."""
+        """Return the bytes of one layer's queries and keys that are held while it is learned."""
         shape = geometry_of(self.loaded.model)
         queries = sum(map(len, self.method.query_positions(layer, self.lengths)))
         rows = shape.num_kv_heads * sum(self.lengths) + shape.num_heads * queries

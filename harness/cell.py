@@ -53,7 +53,7 @@ def prepare_method(
     artifact_dir: str | Path,
     progress: Progress | None = None,
     memory_limit: int | None = None,
-    anew: bool = False,
+    refit: bool = False,
 ) -> Artifact | None:
     """Load the artifact that a method needs; fit it under a lock where nobody has.
 
@@ -64,7 +64,7 @@ def prepare_method(
         artifact_dir: Where fitted artifacts are kept, and looked up before the shipped ones.
         progress: Called with units of work done and in all while fitting.
         memory_limit: Bytes of queries and keys that a fit may hold; see ``Calibration``.
-        anew: Fit also where there is an artifact; the one in ``artifact_dir`` is replaced.
+        refit: Fit also where there is an artifact; the one in ``artifact_dir`` is replaced.
 
     Returns:
         The artifact, or None if the method learns nothing.
@@ -76,13 +76,13 @@ def prepare_method(
     if spec is None:
         return None
     own = Path(artifact_dir).expanduser()
-    path = None if anew else artifact.find(spec, (own, *loaded.artifact_folders))
+    path = None if refit else artifact.find(spec, (own, *loaded.artifact_folders))
     fitted = False
     if path is None:
         path = own / artifact.file_name(spec)
         own.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            if anew or not path.is_file():
+            if refit or not path.is_file():
                 fit_method(loaded, method, texts, path, spec, progress, memory_limit)
                 fitted = True
     found = replace(artifact.load(path, expect=spec), fitted=fitted)
@@ -127,8 +127,8 @@ def run_cell(context: Context, task: Task) -> Outcome:
     """
     reset_peak_memory(context.loaded.model.device)
     method = context.method
-    policy = method.policy_in_force(context.policy)
-    reason = method.unsupported(context.geometry) or method.refuses(policy)
+    policy = method.effective_policy(context.policy)
+    reason = method.unsupported(context.geometry) or method.policy_unsupported_reason(policy)
     if reason is None and task.uses_model and method.selects and not layers_read(context, 1)[0]:
         reason = (
             f"at least one layer must be left to {method.name}, and the policy and the design of "
@@ -136,7 +136,7 @@ def run_cell(context: Context, task: Task) -> Outcome:
         )
     if reason is not None:
         return Outcome([TaskRow("mean", status="skipped", reason=reason)], [])
-    context = replace(context, method=method.under(policy))
+    context = replace(context, method=method.with_policy(policy))
     try:
         check_acting(context)
         return task.run(context)
@@ -183,7 +183,7 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let the peak begin anew, so that it is a cell's own and not its process's.
+    """Let the peak begin again, so that it is a cell's own and not its process's.
 
     On a CPU this is Linux's; elsewhere the peak stays the process's.
     """

@@ -76,7 +76,7 @@ class Context:
         full_answers: Full attention's tokens by sample id; None where this cell is full attention.
         bandwidth: Measured memory bandwidth of the machine in bytes a second; None where unknown.
         track: Shows progress over a sequence.
-        artifact: What the method has learnt; None if nothing, or if the task fits it.
+        artifact: What the method has learned; None if nothing, or if the task fits it.
         keep: Finds the parts of the cell that were computed before, and keeps the others.
     """
 
@@ -157,7 +157,7 @@ class Task(ABC):
         needs_full: Full attention's answers are compared with, or forced.
         uses_model: The model's weights matter to the result.
         fits_methods: A method that learns comes fitted on the model; else the task fits it.
-        fits_anew: Running finished cells again fits again, too.
+        refits: Running finished cells again fits again, too.
         subject: What rows name in the model's place where they do not.
         parts: The parts of a cell that are kept apart (``answers``, ``selections``, ``speed``) and,
             of each, the settings of the task that it does not depend on. Only ``speed`` depends on
@@ -169,7 +169,7 @@ class Task(ABC):
     needs_full: ClassVar[bool] = True
     uses_model: bool = True
     fits_methods: ClassVar[bool] = True
-    fits_anew: ClassVar[bool] = False
+    refits: ClassVar[bool] = False
     subject: str = ""
     parts: ClassVar[Mapping[str, frozenset[str]]] = {"answers": frozenset()}
 
@@ -341,7 +341,7 @@ class GenerationTask(Task):
 
     def run(self, context: Context) -> Outcome:
         prompts = tokenised(context.loaded, self.samples(context.loaded), self.question)
-        k = context.method.policy_in_force(context.policy).k
+        k = context.method.effective_policy(context.policy).k
         choosing = prompts
         if context.method.selects:
             choosing = [prompt for prompt in prompts if prompt.most_cached > k]
@@ -386,7 +386,7 @@ class GenerationTask(Task):
         # What was freed cannot be compared with what full attention chose.
         if context.method.selects and not context.method.compacts:
             judged = spread(choosing, self.judged_prompts)
-            shared |= context.keep("selections", lambda: judge(context, judged))
+            shared |= context.keep("selections", lambda: measure_selection(context, judged))
         scored = []
         for subtask in counted:
             scores = [one["score"] for one in samples if one["subtask"] == subtask]
@@ -461,7 +461,7 @@ def accounting(context: Context, n: int, reads: Reads | None) -> dict[str, Any]:
         reads: What was counted; None if no step was.
     """
     geometry, method = context.geometry, context.method
-    k = method.policy_in_force(context.policy).k
+    k = method.effective_policy(context.policy).k
     sparse, dense = layers_read(context, n)
     in_layer = layer_bytes_read(method, geometry, n, k, reads)
     read = sparse * in_layer + sum(kv_bytes(geometry, tokens) for tokens in dense)
@@ -481,7 +481,7 @@ def layers_read(context: Context, n: int) -> tuple[int, list[int]]:
     num_layers, method = context.geometry.num_layers, context.method
     dense: dict[int, int] = {}
     if method.selects:
-        policy = method.policy_in_force(context.policy)
+        policy = method.effective_policy(context.policy)
         dense = dict.fromkeys(policy.resolve_dense_layers(num_layers), n)
     partial = partial_layers(context.loaded.model)
     dense |= {layer: kind.tokens_read(n) for layer, kind in partial.items()}
@@ -552,7 +552,7 @@ def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dic
     held: list[int] = []
     room = rounds * per_round + 1
     for prompt in context.track(prompts, "speed"):
-        decoder = _questioned(context, prompt, room)
+        decoder = decoder_after_question(context, prompt, room)
         prefill_ms += decoder.prefill_ms
         # The same token at every step: nothing but time is looked at.
         token = decoder.first_logits.argmax(-1)
@@ -560,13 +560,13 @@ def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dic
         for _ in range(rounds):
             for name, method in turns.items():
                 # A method that frees memory leaves nothing for the next turn.
-                used = _questioned(context, prompt, room) if method.compacts else decoder
+                used = decoder_after_question(context, prompt, room) if method.compacts else decoder
                 took[name].append(_timed_steps(context, used, method, token, Observer()))
                 if name == "method":
                     held.append(used.cache.num_bytes)
             watch = StageWatch(device)
             if context.method.compacts:
-                used = _questioned(context, prompt, room)
+                used = decoder_after_question(context, prompt, room)
             _timed_steps(context, used, context.method, token, watch)
             steps = WARM_UP_STEPS + TIMED_STEPS
             for stage, milliseconds in watch.stages.times().items():
@@ -603,7 +603,7 @@ def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dic
     return columns
 
 
-def _questioned(context: Context, prompt: Prompt, room: int) -> Decoder:
+def decoder_after_question(context: Context, prompt: Prompt, room: int) -> Decoder:
     """Return a decoder that has read a prompt and its question, densely."""
     decoder = Decoder(context.loaded, context.store, [prompt], room, context.method.needs)
     decoder.read_question()
@@ -623,9 +623,9 @@ def _timed_steps(
     return stages.times()["step"][WARM_UP_STEPS:]
 
 
-def judge(context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def measure_selection(context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Judge the method's selections over the prompts, full attention's answers forced."""
-    meter = SelectionMeter(context.method.policy_in_force(context.policy).k)
+    meter = SelectionMeter(context.method.effective_policy(context.policy).k)
     for prompt in context.track(prompts, "selections"):
         answer = context.full_answer(prompt)
         needs = context.method.needs

@@ -12,7 +12,7 @@ from topkbench.methods.base import LayerStates, Progress, TopKMethod, stack_laye
 
 
 def learning_devices(model_device: torch.device) -> list[torch.device]:
-    """Return where layers are learnt: on every accelerator if the model runs on one, else here."""
+    """Return where layers are learned: on every accelerator if the model runs on one, else here."""
     if model_device.type != "cuda":
         return [torch.device("cpu")]
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -32,7 +32,7 @@ def fit_layers(
     Args:
         method: Learns; it is not changed.
         calibration: The prompts, of the same method.
-        devices: Where layers are learnt; one may stand several times.
+        devices: Where layers are learned; one may stand several times.
         progress: Called with units of work done and in all: prompts read, and hundredths of layers.
 
     Returns:
@@ -40,7 +40,7 @@ def fit_layers(
         steps has no losses.
 
     Raises:
-        ValueError: If a layer exceeds the memory limit, or what was learnt is not finite.
+        ValueError: If a layer exceeds the memory limit, or what was learned is not finite.
     """
     groups, num_layers = calibration.groups(), calibration.num_layers
     read, total = 0, len(groups) * len(calibration.prompts) + 100 * num_layers

@@ -58,7 +58,7 @@ def progress(items: Sequence[Any], label: str) -> Iterable[Any]:
 
 
 _MODELS: dict[str, tuple[Any, Any]] = {}
-_LEARNT: set[str] = set()
+_FITTED: set[str] = set()
 
 
 def model_and_store(model_config: str, cache_dir: str, memory_gib: float | None) -> tuple[Any, Any]:
@@ -125,16 +125,16 @@ class Run:
         self.artifact = self._prepare(self.method)
 
     def _prepare(self, method: Any) -> Any:
-        """Give a method its artifact, found or learnt now; return it, or None if it needs none."""
+        """Give a method its artifact, found or learned now; return it, or None if it needs none."""
         from topkbench.harness.cell import prepare_method
 
         if not (self.task.uses_model and self.task.fits_methods):
             return None
         memory_gib = self.settings["calibration_memory_gib"]
-        # Other axes lead to the same artifact; a process learns it anew once.
+        # Other axes lead to the same artifact; a process fits it again once.
         name = identity({part: self.settings[part] for part in ("model", "method", "calibration")})
-        anew = self.settings["force"] and self.task.fits_anew and name not in _LEARNT
-        _LEARNT.add(name)
+        refit = self.settings["force"] and self.task.refits and name not in _FITTED
+        _FITTED.add(name)
         with tqdm(desc=f"{method.name} learns", disable=None, leave=False) as bar:
 
             def show(done: int, total: int) -> None:
@@ -148,7 +148,7 @@ class Run:
                 self.settings["artifact_dir"],
                 show,
                 None if memory_gib is None else int(memory_gib * 2**30),
-                anew,
+                refit,
             )
 
     @functools.cached_property
@@ -376,19 +376,19 @@ def compared_with(run: Run) -> Run:
     return Run(config)
 
 
-def settle(run: Run, sweep: Sweep, done: set[str]) -> Cell:
+def run_or_reuse(run: Run, sweep: Sweep, done: set[str]) -> Cell:
     """Make sure that a cell has ended: run it, unless it has or another process does."""
     cell = sweep.store.cell(run.identity)
     sweep.append(cell.identity)
     full = compared_with(run)
     full_cell = None
     if run.task.needs_full and full is not run:
-        full_cell = settle(full, sweep, done)
+        full_cell = run_or_reuse(full, sweep, done)
     with cell.lock():
         # Also one that failed is not run again by this process: other axes lead to the same cell.
         ended = cell.identity in done or (cell.finished() and not run.settings["force"])
         if ended:
-            if run.task.fits_anew and cell.identity not in done:
+            if run.task.refits and cell.identity not in done:
                 done.add(cell.identity)
                 print(f"{describe(cell.read())}: found, and not fitted again", flush=True)
             track(cell, run, sweep)
@@ -446,7 +446,7 @@ def sentence(error: BaseException) -> str:
 
 
 _DONE: set[str] = set()
-_SAID: set[str] = set()
+_REPORTED: set[str] = set()
 
 
 def job(config: DictConfig) -> None:
@@ -455,18 +455,18 @@ def job(config: DictConfig) -> None:
     folder = state.sweep.dir if state.mode == RunMode.MULTIRUN else state.run.dir
     sweep = Sweep.open(folder)
     try:
-        settle(Run(config), sweep, _DONE)
+        run_or_reuse(Run(config), sweep, _DONE)
     except Exception as error:
         # A configuration that cannot become a cell, or whose method cannot be fitted: it leaves a
         # row, its log has the traceback, and the other jobs go on.
-        refuse(error, config, sweep)
+        record_config_error(error, config, sweep)
 
 
-def refuse(error: Exception, config: DictConfig, sweep: Sweep) -> None:
+def record_config_error(error: Exception, config: DictConfig, sweep: Sweep) -> None:
     """Say once why a configuration cannot be run, and leave a row that says it too."""
     reason = sentence(error)
-    if reason not in _SAID:
-        _SAID.add(reason)
+    if reason not in _REPORTED:
+        _REPORTED.add(reason)
         print(f"error: {reason}", file=sys.stderr, flush=True)
     settings = OmegaConf.to_container(config, resolve=True)
     run_id = identity({"refused": json.dumps(settings, sort_keys=True, default=str)})

@@ -86,13 +86,13 @@ def capture(needs: frozenset[str], key_states: Tensor, num_heads: int, scale: fl
     shape = (1, num_heads, min(wanted, BLOCK), head_dim)
     # Drawn once, as all queries would take more room than the keys.
     queries = torch.randn(shape, generator=generator).to(key_states)
-    Captured(needs).see(queries[:, :, :QUERY_TAIL], key_states[:1], scale)  # the first is slower
+    Captured(needs).update(queries[:, :, :QUERY_TAIL], key_states[:1], scale)  # the first is slower
     rows = []
     for row in key_states.split(1):
         captured = Captured(needs)
         for begin in range(n - wanted, n, BLOCK):
             end = min(begin + BLOCK, n)
-            captured.see(queries[:, :, : end - begin], row[:, :, :end], scale)
+            captured.update(queries[:, :, : end - begin], row[:, :, :end], scale)
         rows.append(captured)
     joined = Captured.batch(rows, n, key_states.device)
     joined.milliseconds = {need: sum(row.milliseconds[need] for row in rows) for need in needs}
@@ -103,7 +103,7 @@ def capture(needs: frozenset[str], key_states: Tensor, num_heads: int, scale: fl
 class PlantedCalibration:
     """Short planted sequences for methods that must be fitted to run at all.
 
-    What is learnt from them is no better than chance and costs what a good one costs: the time is
+    What is learned from them is no better than chance and costs what a good one costs: the time is
     the same.
     """
 

@@ -22,7 +22,7 @@ from topkbench.models.capture import Captured
 
 
 @dataclass
-class Truth:
+class DenseReference:
     """Full attention at one decode step of one layer, in float32.
 
     Attributes:
@@ -38,7 +38,7 @@ class Truth:
     @classmethod
     def of(
         cls, query_states: Tensor, cache: CacheView, scale: float, softcap: float | None = None
-    ) -> "Truth":
+    ) -> "DenseReference":
         """Compute full attention from ``query_states [B, Hkv, G, d]``."""
         valid = cache.valid_slots()[:, None, None]
         logits = torch.matmul(query_states.float(), cache.key_states.float().mT) * scale
@@ -73,7 +73,7 @@ class Quality:
     tokens: Tensor
 
 
-def quality(truth: Truth, cache: CacheView, result: StepResult, k: int) -> Quality:
+def quality(truth: DenseReference, cache: CacheView, result: StepResult, k: int) -> Quality:
     """Compare one step with full attention on the same states.
 
     A selection per query head is judged for each head, against the group's exact top-k, and the
@@ -130,7 +130,7 @@ class SelectionMeter(Observer):
         check_finite(result, layer)
         if self.k >= cache.n:
             return  # everything was kept, before the method was asked
-        truth = Truth.of(query_states, cache, scale, softcap)
+        truth = DenseReference.of(query_states, cache, scale, softcap)
         self.seen.append((layer, quality(truth, cache, result, self.k)))
 
     def means(self) -> dict[str, float | None]:
@@ -144,7 +144,7 @@ class SelectionMeter(Observer):
         }
 
 
-class Shadow(Observer):
+class OffPolicyObserver(Observer):
     """Runs a method beside full attention, on full attention's states, at every budget at once.
 
     One index and one scoring a step serve all budgets: only the selection depends on ``k``. Where a
@@ -166,7 +166,8 @@ class Shadow(Observer):
         self.capacity = capacity
         self.captured = captured
         self.dense = policies[0].resolve_dense_layers(num_layers)
-        self.groups = [[policy] for policy in policies] if method.adaptive else [list(policies)]
+        apart = [[policy] for policy in policies]
+        self.groups = apart if method.history_dependent else [list(policies)]
         self.shared: list[dict[str, Any]] = [{} for _ in self.groups]
         self.indices: dict[tuple[int, int], Any] = {}
         self.seen: list[tuple[int, int, int, Quality]] = []
@@ -184,10 +185,10 @@ class Shadow(Observer):
         if layer in self.dense:
             return
         self.steps[layer] = self.steps.get(layer, -1) + 1
-        truth = Truth.of(query_states, cache, scale, softcap)
+        truth = DenseReference.of(query_states, cache, scale, softcap)
         for place, policies in enumerate(self.groups):
             index = self._index(layer, place, cache, scale, softcap)
-            steps = self._adaptive if self.method.adaptive else self._together
+            steps = self._history_dependent if self.method.history_dependent else self._together
             for policy, outcome in steps(query_states, index, cache, policies, scale, softcap):
                 check_finite(outcome, layer)
                 found = quality(truth, cache, outcome, policy.k)
@@ -240,12 +241,12 @@ class Shadow(Observer):
         raw = method.score(encoded, index)
         for policy in policies:
             if policy.k < cache.n:
-                scores = method.scoped(raw, policy, scale, softcap)
+                scores = method.aggregate_over_group(raw, policy, scale, softcap)
                 chosen = method.select(scores, encoded, index, policy)
                 out, lse = method.attend(query_states, cache, chosen, scale, softcap)
                 yield policy, StepResult(out, lse, chosen, scores, raw)
 
-    def _adaptive(
+    def _history_dependent(
         self,
         query_states: Tensor,
         index: Any,
@@ -254,7 +255,7 @@ class Shadow(Observer):
         scale: float,
         softcap: float | None,
     ) -> Iterator[tuple[Policy, StepResult]]:
-        """Yield what each budget gives by whole steps, after which the index has learnt."""
+        """Yield what each budget gives by whole steps, after which the index has learned."""
         for policy in policies:
             result = self.method.step(query_states, index, cache, policy, scale, softcap)
             if policy.k < cache.n:

@@ -29,7 +29,7 @@ BUDGET = 1 / 64
 LEAST_K = 64
 _REFERENCE: Mapping[str, Impl] = dict.fromkeys(OPERATORS, "reference")
 
-Watch = Callable[[str], AbstractContextManager[Any]]
+StageTimer = Callable[[str], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Step:
             0
         ]
 
-    def __call__(self, watch: Watch = nullcontext) -> Tensor:
+    def __call__(self, watch: StageTimer = nullcontext) -> Tensor:
         """Decode: encode, score, select, attend."""
         with watch("encode"):
             encoded = self.encode()
@@ -198,7 +198,7 @@ class Full(Step):
 
     name = "full"
 
-    def __call__(self, watch: Watch = nullcontext) -> Tensor:
+    def __call__(self, watch: StageTimer = nullcontext) -> Tensor:
         with watch("attend"):
             states = (self.layer.query.flatten(1, 2), self.layer.keys, self.layer.values)
             return full_attention(*states, self.scale)

@@ -37,14 +37,14 @@ __all__ = [
     "PrefillInputs",
     "Remainder",
     "Selection",
+    "StageTimer",
     "StepResult",
     "TopKMethod",
-    "Watch",
     "aggregate",
     "check_whole",
 ]
 
-Watch = Callable[[str], AbstractContextManager[Any]]
+StageTimer = Callable[[str], AbstractContextManager[Any]]
 """Given a stage's name, returns the context manager that times it."""
 
 Progress = Callable[[int, int], None]
@@ -156,9 +156,9 @@ class TopKMethod(ABC):
             over them means something), else ``"count"``.
         needs: What must be captured beyond keys and values: at prefill ``query_tail`` and
             ``column_sums``, at every step ``previous_query``.
-        adaptive: True if what is selected depends on what was attended to before, so that
+        history_dependent: True if what is selected depends on what was attended to before, so that
             ``append`` differs from building anew, and every budget has an index of its own.
-        ragged: True if a head may select fewer tokens than ``k``.
+        variable_budget: True if a head may select fewer tokens than ``k``.
         fits_prompt: True if what the index knows of the prompt stays as it was built, so that
             ``append`` differs from building anew.
         fit_version: Of what ``fit_layer`` learns from the same states and settings; a number higher
@@ -173,8 +173,8 @@ class TopKMethod(ABC):
     selects: ClassVar[bool] = True
     score_kind: ClassVar[Literal["logit", "count"]] = "count"
     needs: ClassVar[frozenset[str]] = frozenset()
-    adaptive: ClassVar[bool] = False
-    ragged: ClassVar[bool] = False
+    history_dependent: ClassVar[bool] = False
+    variable_budget: ClassVar[bool] = False
     fits_prompt: ClassVar[bool] = False
     fit_version: ClassVar[int] = 1
 
@@ -187,11 +187,11 @@ class TopKMethod(ABC):
         """Return the implementation that one operator is asked for."""
         return self.impl if isinstance(self.impl, str) else self.impl.get(op, "auto")
 
-    def policy_in_force(self, policy: Policy) -> Policy:
+    def effective_policy(self, policy: Policy) -> Policy:
         """Return the policy itself, or with the method's own values under the native protocol."""
         return replace(policy, **self.native) if policy.protocol == "native" else policy
 
-    def under(self, policy: Policy) -> Self:
+    def with_policy(self, policy: Policy) -> Self:
         """Return the method as it runs under a policy in force: itself, if no setting follows it.
 
         Whoever builds an index or counts its bytes asks this first. A copy has the artifact too.
@@ -202,7 +202,7 @@ class TopKMethod(ABC):
         """Return the method as it answers: itself, but for what it is only timed with."""
         return self
 
-    def refuses(self, policy: Policy) -> str | None:
+    def policy_unsupported_reason(self, policy: Policy) -> str | None:
         """Return one sentence saying why a policy in force cannot be followed, or None."""
         return None
 
@@ -237,7 +237,7 @@ class TopKMethod(ABC):
     def fit_layer(
         self, layer: int, states: LayerStates, report: LossReport | None = None
     ) -> dict[str, Tensor]:
-        """Learn one layer; layers are learnt apart, in any order, and several at a time.
+        """Learn one layer; layers are learned apart, in any order, and several at a time.
 
         Args:
             layer: Index of the layer.
@@ -409,7 +409,7 @@ class TopKMethod(ABC):
             out = (out.float() * selection.head_weight[..., None]).to(out.dtype)
         return out, lse
 
-    def feedback(
+    def update_after_step(
         self,
         result: StepResult,
         query_states: Tensor,
@@ -432,7 +432,7 @@ class TopKMethod(ABC):
         """
         return
 
-    def scoped(
+    def aggregate_over_group(
         self, scores: Tensor | None, policy: Policy, scale: float, softcap: float | None = None
     ) -> Tensor | None:
         """Bring scores to the heads that get a selection of their own: ``[B, H, U]``.
@@ -462,7 +462,7 @@ class TopKMethod(ABC):
         policy: Policy,
         scale: float,
         softcap: float | None = None,
-        watch: Watch | None = None,
+        watch: StageTimer | None = None,
     ) -> StepResult:
         """Run one decode step of one layer, the current token being cached and appended.
 
@@ -490,7 +490,7 @@ class TopKMethod(ABC):
                 encoded = self.encode(query_states, index)
             with watch("score"):
                 raw = self.score(encoded, index)
-                scores = self.scoped(raw, policy, scale, softcap)
+                scores = self.aggregate_over_group(raw, policy, scale, softcap)
             with watch("select"):
                 selection = self.select(scores, encoded, index, policy)
                 if type(self).select is not TopKMethod.select:  # the default keeps short rows
@@ -499,7 +499,7 @@ class TopKMethod(ABC):
             out, lse = self.attend(query_states, cache, selection, scale, softcap)
             result = StepResult(out, lse, selection, scores, raw)
             if index is not None:
-                self.feedback(result, query_states, index, cache, policy, scale, softcap)
+                self.update_after_step(result, query_states, index, cache, policy, scale, softcap)
         return result
 
     # Accounting ---------------------------------------------------------------------------------

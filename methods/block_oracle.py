@@ -86,11 +86,11 @@ class BlockOracle(TopKMethod):
         slots = slots[:, None, None].expand(*logits.shape[:3], -1)
         return logits.gather(-1, slots).masked_fill(~held[:, None, None], -torch.inf)
 
-    def scoped(
+    def aggregate_over_group(
         self, scores: Tensor | None, policy: Policy, scale: float, softcap: float | None = None
     ) -> Tensor | None:
         """Bring logits to the heads that select, and of each page the best: ``[B, H, pages]``."""
-        tokens = super().scoped(scores, policy, scale, softcap)
+        tokens = super().aggregate_over_group(scores, policy, scale, softcap)
         assert tokens is not None  # score always scores
         return tokens.unflatten(-1, (-1, self.page_size)).amax(-1)
 

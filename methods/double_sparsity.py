@@ -105,7 +105,7 @@ class DoubleSparsity(TopKMethod):
         if self.label_bits not in (4, 16):
             raise ValueError(f"label_bits must be 4 or 16, got {self.label_bits!r}.")
 
-    def under(self, policy: Policy) -> Self:
+    def with_policy(self, policy: Policy) -> Self:
         if self.label_scope is not None:
             return self
         settled = copy.copy(self)

@@ -36,7 +36,7 @@ class Evicting(TopKMethod):
     def compact(self, index: Any, kept: Tensor, capacity: int) -> None:
         index.renumber(kept, capacity)
 
-    def refuses(self, policy: Policy) -> str | None:
+    def policy_unsupported_reason(self, policy: Policy) -> str | None:
         if policy.head_scope == "query_head" and self.compacts:
             return (
                 f"head_scope must be kv_head for {self.name} with mode=compact, since a KV head's "
@@ -44,7 +44,7 @@ class Evicting(TopKMethod):
             )
         return None
 
-    def held(self, n: int, k: int) -> int:
+    def tokens_in_memory(self, n: int, k: int) -> int:
         """Return the tokens of ``n`` that a budget of ``k`` leaves in memory, at most."""
         return min(n, k + SPARE) if self.compacts else n
 

@@ -12,9 +12,9 @@ from topkbench.methods.base import (
     Index,
     Policy,
     PrefillInputs,
+    StageTimer,
     StepResult,
     TopKMethod,
-    Watch,
     kv_bytes,
 )
 
@@ -60,7 +60,7 @@ class FullAttention(TopKMethod):
         policy: Policy,
         scale: float,
         softcap: float | None = None,
-        watch: Watch | None = None,
+        watch: StageTimer | None = None,
     ) -> StepResult:
         """Attend to the whole cache; ``index`` and ``policy`` play no part."""
         out = full_attention(

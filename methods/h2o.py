@@ -67,7 +67,7 @@ class H2O(Evicting):
 
     name: ClassVar[str] = "h2o"
     needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
-    adaptive: ClassVar[bool] = True
+    history_dependent: ClassVar[bool] = True
 
     heavy_share: float = 0.5
 
@@ -94,7 +94,7 @@ class H2O(Evicting):
     def score(self, encoded: Tensor, index: H2OIndex) -> None:
         return None
 
-    def refuses(self, policy: Policy) -> str | None:
+    def policy_unsupported_reason(self, policy: Policy) -> str | None:
         if policy.head_scope == "query_head":
             return "head_scope must be kv_head for h2o, whose sums are per KV head, got query_head."
         return None
@@ -115,7 +115,7 @@ class H2O(Evicting):
         )
         return Selection(indices)
 
-    def feedback(
+    def update_after_step(
         self,
         result: StepResult,
         query_states: Tensor,
@@ -142,6 +142,6 @@ class H2O(Evicting):
         return 4.0 * geometry.num_kv_heads
 
     def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
-        sums = round(self.held(n, k) * self.index_bytes_per_token(geometry))
+        sums = round(self.tokens_in_memory(n, k) * self.index_bytes_per_token(geometry))
         kept = kv_bytes(geometry, min(k, n))
         return sums + kept + kept // 2 + self.moved_bytes(geometry, n, k)

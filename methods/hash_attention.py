@@ -45,7 +45,7 @@ class HashAttentionIndex(Index):
 
 @dataclass(kw_only=True)
 class HashAttention(TopKMethod):
-    """Rank keys by how many bits of a learnt signature they share with the query.
+    """Rank keys by how many bits of a learned signature they share with the query.
 
     Each query head has two networks of three linear layers with SiLU between them, one for its
     queries and one for its keys. The signs of what they return are the signature. In training
@@ -113,8 +113,8 @@ class HashAttention(TopKMethod):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
 
-    def policy_in_force(self, policy: Policy) -> Policy:
-        policy = super().policy_in_force(policy)
+    def effective_policy(self, policy: Policy) -> Policy:
+        policy = super().effective_policy(policy)
         if policy.protocol == "native":
             edge = min(self.edge, policy.k // 4)
             policy = replace(policy, num_sink=edge, num_recent=edge)

@@ -1,4 +1,4 @@
-"""The ranking recipe: hash projections learnt from the order that attention gives to keys."""
+"""The ranking recipe: hash projections learned from the order that attention gives to keys."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ class RankingRecipe:
 
         loss = mean over queries of  -1 / |T| * sum over k in T of  log softmax(t s)(k)
 
-    where the factor ``t`` is learnt too. The share of T is drawn anew at each step, evenly in its
+    where the factor ``t`` is learned too. The share of T is drawn anew at each step, evenly in its
     logarithm, since one code serves all budgets. A sign has no slope and is given that of ``tanh``
     (straight-through), so the loss is the true codes', and its gradient an estimate.
 

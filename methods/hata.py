@@ -1,4 +1,4 @@
-"""HATA: keys ranked by hash codes, whose projection is learnt from the model's own attention."""
+"""HATA: keys ranked by hash codes, whose projection is learned from the model's own attention."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -189,7 +189,7 @@ class HATA(TopKMethod):
                 f"{self.query_codes}; take weights=trained and recipe=ranking."
             )
 
-    def refuses(self, policy: Policy) -> str | None:
+    def policy_unsupported_reason(self, policy: Policy) -> str | None:
         if policy.head_scope == "query_head":
             return (
                 "head_scope must be kv_head for hata, whose scores are per KV head, got query_head."

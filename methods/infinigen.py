@@ -48,7 +48,7 @@ class InfiniGenIndex(Index):
 
 @dataclass(kw_only=True)
 class InfiniGen(TopKMethod):
-    """Rank keys by a few skewed channels of the queries that the previous layer's input foretells.
+    """Rank keys by a few skewed channels of the queries that the previous layer's input speculates.
 
     An orthogonal matrix, the right singular vectors of calibration queries, turns queries and keys
     so that few channels carry most of their product. Compared are the channels in which the
@@ -93,7 +93,7 @@ class InfiniGen(TopKMethod):
     name: ClassVar[str] = "infinigen"
     score_kind: ClassVar[Literal["logit", "count"]] = "logit"
     needs: ClassVar[frozenset[str]] = frozenset({"previous_query"})
-    ragged: ClassVar[bool] = True
+    variable_budget: ClassVar[bool] = True
 
     partial_ratio: float = 0.2
     alpha: float = 5.0

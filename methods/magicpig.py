@@ -122,8 +122,10 @@ class MagicPIG(TopKMethod):
     """
 
     name: ClassVar[str] = "magicpig"
-    adaptive: ClassVar[bool] = True  # decoded tokens are kept, and would be sampled if prefilled
-    ragged: ClassVar[bool] = True
+    history_dependent: ClassVar[bool] = (
+        True  # decoded tokens are kept, and would be sampled if prefilled
+    )
+    variable_budget: ClassVar[bool] = True
 
     hash_bits: int = 10
     num_tables: int = 150
@@ -220,7 +222,7 @@ class MagicPIG(TopKMethod):
         size = queries.numel() * index.length
         return torch.bincount(hits, minlength=size).view(*queries, index.length).float()
 
-    def scoped(
+    def aggregate_over_group(
         self, scores: Tensor | None, policy: Policy, scale: float, softcap: float | None = None
     ) -> Tensor:
         assert scores is not None  # score always scores

@@ -101,8 +101,8 @@ class PQCache(TopKMethod):
             return f"parts must divide head_dim={geometry.head_dim}, got {self.parts}."
         return None
 
-    def policy_in_force(self, policy: Policy) -> Policy:
-        policy = super().policy_in_force(policy)
+    def effective_policy(self, policy: Policy) -> Policy:
+        policy = super().effective_policy(policy)
         if policy.protocol == "native":
             sinks = min(self.sinks, policy.k // 4)
             policy = replace(policy, num_sink=sinks, num_recent=int(self.local_share * policy.k))
@@ -164,7 +164,7 @@ class PQCache(TopKMethod):
         impl = self.impl_for("code_score")
         return code_score(encoded, codes, index.kv_start, index.kv_len, impl=impl)
 
-    def scoped(
+    def aggregate_over_group(
         self, scores: Tensor | None, policy: Policy, scale: float, softcap: float | None = None
     ) -> Tensor | None:
         assert scores is not None  # code_score always scores
@@ -174,7 +174,7 @@ class PQCache(TopKMethod):
             last = place[..., -1:]
             forced = (place <= policy.num_sink) | (place > last - policy.num_recent)
             scores = scores.masked_fill(forced, -torch.inf)  # kept whatever they score
-        return super().scoped(scores, policy, scale, softcap)
+        return super().aggregate_over_group(scores, policy, scale, softcap)
 
     def index_bytes_per_token(self, geometry: Geometry) -> float:
         return float(geometry.num_kv_heads * self.parts)

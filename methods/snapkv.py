@@ -89,7 +89,7 @@ class SnapKV(Evicting):
 
     name: ClassVar[str] = "snapkv"
     needs: ClassVar[frozenset[str]] = frozenset({"query_tail"})
-    adaptive: ClassVar[bool] = True
+    history_dependent: ClassVar[bool] = True
 
     window: int = 32
     kernel: int = 7

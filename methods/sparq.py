@@ -40,8 +40,8 @@ class SparQIndex(Index):
     softcap: float | None
     taken_back: int = 0
 
-    def take_back(self) -> None:
-        super().take_back()
+    def undo_append(self) -> None:
+        super().undo_append()
         self.taken_back += 1
 
 
@@ -114,8 +114,8 @@ class SparQ(TopKMethod):
             return f"rank must be at most head_dim={geometry.head_dim}, got {self.rank}."
         return None
 
-    def policy_in_force(self, policy: Policy) -> Policy:
-        policy = super().policy_in_force(policy)
+    def effective_policy(self, policy: Policy) -> Policy:
+        policy = super().effective_policy(policy)
         if policy.protocol == "native":
             recent = min(int(self.local_share * policy.k), policy.k - policy.num_sink)
             policy = replace(policy, num_recent=recent)

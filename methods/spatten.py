@@ -140,8 +140,8 @@ class SpAtten(TopKMethod):
 
     name: ClassVar[str] = "spatten"
     needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
-    adaptive: ClassVar[bool] = True
-    ragged: ClassVar[bool] = True
+    history_dependent: ClassVar[bool] = True
+    variable_budget: ClassVar[bool] = True
 
     last_keep: float = 1.0
     last_heads: float = 1.0
@@ -304,7 +304,7 @@ class SpAtten(TopKMethod):
             out = out * selection.head_weight[..., None]
         return out.to(query_states.dtype), logits.logsumexp(-1)
 
-    def feedback(
+    def update_after_step(
         self,
         result: StepResult,
         query_states: Tensor,

@@ -197,7 +197,7 @@ class Index:
                 setattr(self, one.name, pad(held, behind))
         self.capacity = capacity
 
-    def take_back(self) -> None:
+    def undo_append(self) -> None:
         """Count one token less in every row; its slot is written again by the next ``append``."""
         self.length -= 1
         if self.kv_len is not None:

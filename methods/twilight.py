@@ -47,9 +47,9 @@ class TwilightIndex(Index):
     scale: float
     softcap: float | None
 
-    def take_back(self) -> None:
-        super().take_back()
-        self.base.take_back()
+    def undo_append(self) -> None:
+        super().undo_append()
+        self.base.undo_append()
 
     def grow(self, capacity: int) -> None:
         super().grow(capacity)
@@ -78,7 +78,7 @@ class Twilight(TopKMethod):
     Attributes:
         base: The method that selects first, ``method@method.base=loki``: any other that does not
             learn from what was attended to, as h2o and spatten do, nor free memory, as
-            ``mode=compact`` does. What it learns is learnt, kept and found as its own. One that
+            ``mode=compact`` does. What it learns is learned, kept and found as its own. One that
             ranks for KV heads alone, as hata, does so also where query heads keep their own sets.
         base_k: The base's budget, in multiples of ``k``.
         p: Mass to keep, of the base's tokens, above 0 and at most 1.
@@ -101,7 +101,7 @@ class Twilight(TopKMethod):
     """
 
     name: ClassVar[str] = "twilight"
-    ragged: ClassVar[bool] = True
+    variable_budget: ClassVar[bool] = True
 
     base: TopKMethod
     base_k: int = 4
@@ -120,7 +120,7 @@ class Twilight(TopKMethod):
                 f"base must be another method that selects, got {self.base.name}; give "
                 "method@method.base=quest, for one."
             )
-        if type(self.base).feedback is not TopKMethod.feedback:
+        if type(self.base).update_after_step is not TopKMethod.update_after_step:
             raise ValueError(
                 f"base must not learn from what was attended to, which {self.base.name} does and "
                 "twilight makes less of than it selects; give method@method.base=quest, for one."
@@ -132,10 +132,12 @@ class Twilight(TopKMethod):
             )
         # What the base declares of its class, this method declares for itself.
         base = self.base
-        vars(self).update(needs=base.needs, adaptive=base.adaptive, fits_prompt=base.fits_prompt)
+        vars(self).update(
+            needs=base.needs, history_dependent=base.history_dependent, fits_prompt=base.fits_prompt
+        )
 
-    def under(self, policy: Policy) -> Self:
-        base = self.base.under(self._policy_of_base(policy))
+    def with_policy(self, policy: Policy) -> Self:
+        base = self.base.with_policy(self._policy_of_base(policy))
         if base is self.base:
             return self
         settled = copy.copy(self)
@@ -205,13 +207,13 @@ class Twilight(TopKMethod):
     def score(self, encoded: TwilightQuery, index: TwilightIndex) -> Tensor | None:
         return self.base.score(encoded.base, index.base)
 
-    def scoped(
+    def aggregate_over_group(
         self, scores: Tensor | None, policy: Policy, scale: float, softcap: float | None = None
     ) -> Tensor | None:
         policy = self._policy_of_base(policy)
         if scores is not None and scores.ndim == 3:  # of KV heads, which then choose for the group
             policy = replace(policy, head_scope="kv_head")
-        return self.base.scoped(scores, policy, scale, softcap)
+        return self.base.aggregate_over_group(scores, policy, scale, softcap)
 
     def select(
         self, scores: Tensor | None, encoded: TwilightQuery, index: TwilightIndex, policy: Policy
@@ -256,7 +258,7 @@ class Twilight(TopKMethod):
         return selection.with_short_rows_whole(index.cache, wider.k)
 
     def _policy_of_base(self, policy: Policy) -> Policy:
-        return self.base.policy_in_force(replace(policy, k=self.base_k * policy.k))
+        return self.base.effective_policy(replace(policy, k=self.base_k * policy.k))
 
     def estimate(
         self, query_states: Tensor, index: TwilightIndex, slots: Tensor, held: Tensor

@@ -40,8 +40,6 @@ from topkbench.models.compat import (
     attention_modules,
     cache_layer,
     cached_tokens,
-    cannot_foretell,
-    foretell_queries,
     is_cache,
     layer_of,
     max_slots,
@@ -49,6 +47,8 @@ from topkbench.models.compat import (
     read_call,
     register_attention,
     sdpa_attention_forward,
+    speculate_queries,
+    speculation_unsupported_reason,
     using_attention,
     watching_writes,
 )
@@ -148,10 +148,10 @@ def attach(
     hooks = []
     try:
         for module in session.modules:
-            hook = eager(partial(_see_cache, session))
+            hook = eager(partial(_before_attention, session))
             hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             _SESSIONS[module] = session
-        asked = partial(_see_labels, session)
+        asked = partial(_before_forward, session)
         hooks.append(model.register_forward_pre_hook(asked, with_kwargs=True))
         with using_attention(model, IMPLEMENTATION), watching_writes(session.before_write):
             yield session
@@ -191,8 +191,8 @@ class Session:
                 f"{type(model).__name__}."
             )
         self.geometry = geometry_of(model)
-        self.policy = method.policy_in_force(policy)
-        self.method = method.under(self.policy)
+        self.policy = method.effective_policy(policy)
+        self.method = method.with_policy(self.policy)
         self.observer = observer
         self.modules = attention_modules(model)
         if len(self.modules) != self.geometry.num_layers:
@@ -203,13 +203,13 @@ class Session:
             )
         if any(module in _SESSIONS for module in self.modules):
             raise ValueError("a model can have one method attached, and this one has; leave it.")
-        reason = method.refuses(self.policy)
+        reason = method.policy_unsupported_reason(self.policy)
         if reason is not None:
             raise ValueError(reason)
         method.check_ready(self.geometry)
         self._needs = method.needs | observer.needs
         for module in self.modules if PREVIOUS_QUERY in self._needs else ():
-            reason = cannot_foretell(module)
+            reason = speculation_unsupported_reason(module)
             if reason is not None:
                 raise ValueError(reason)
         self.partial = partial_layers(model)
@@ -229,7 +229,7 @@ class Session:
         self._reader = LengthReader()
         self._cache: dict[int, Any] = {}
         self._captured: WeakKeyDictionary[Any, dict[int, Captured]] = WeakKeyDictionary()
-        self._foretold: dict[int, Tensor] = {}
+        self._speculated: dict[int, Tensor] = {}
         self._warned: set[str] = set()
 
     def forget(self, cache: object) -> None:
@@ -268,13 +268,13 @@ class Session:
         if self.method.selects:
             self.count.require(self.method.name, self.policy.k, self.sparse_layers, steps)
 
-    def take_back(self, cache: object) -> None:
+    def undo_append(self, cache: object) -> None:
         """Take the newest token back from the indices, for a caller that decodes it once more.
 
         The token must be the same again: an index may have folded it into what it keeps. Only
         where writes are not watched, in inference mode, are the indices then kept.
         """
-        self.indices.take_back(cache)
+        self.indices.undo_append(cache)
 
     def _dense_layers(self) -> dict[int, str]:
         dense: dict[int, str] = {}
@@ -284,7 +284,7 @@ class Session:
                 dense[layer] = "dense by the policy"
         return dense | {layer: kind.reason for layer, kind in self.partial.items()}
 
-    def see(self, layer: int, call: AttentionCall) -> None:
+    def before_attention(self, layer: int, call: AttentionCall) -> None:
         """Note that a layer's attention begins, and its cache where an argument carries it.
 
         Args:
@@ -303,7 +303,7 @@ class Session:
             return
         if hidden.shape[1] == 1 and call.rotary is not None:
             with torch.no_grad(), self.observer.stage("encode", following):
-                self._foretold[following] = foretell_queries(
+                self._speculated[following] = speculate_queries(
                     self.modules[following], hidden.detach(), call.rotary
                 )
 
@@ -432,7 +432,7 @@ class Session:
         held = self._captured.setdefault(cache, {})
         captured = held.setdefault(layer, Captured(self.method.needs & PREFILL_NEEDS))
         with torch.no_grad(), self.observer.stage("build", layer):
-            captured.see(query, key[:, :, : lengths.n], scale, lengths.kv_start, softcap)
+            captured.update(query, key[:, :, : lengths.n], scale, lengths.kv_start, softcap)
 
     def _step(
         self,
@@ -449,7 +449,7 @@ class Session:
         n, kv_start, kv_len = lengths.n, lengths.kv_start, lengths.kv_len
         view = CacheView(key[:, :, :n].detach(), value[:, :, :n].detach(), kv_start, kv_len)
         view.freed = getattr(cache_layer(cache, layer), "freed", None)
-        foretold = self._foretold.pop(layer, None)
+        foretold = self._speculated.pop(layer, None)
         if foretold is not None:
             view.previous_query = foretold[:, :, 0].unflatten(1, (key.shape[1], -1))
         softcap, method, policy = options.get("softcap"), self.method, self.policy
@@ -492,8 +492,8 @@ class Session:
         capacity = 0 if index is None else self.indices.capacity(cache, layer)
         if capacity < lengths.n:
             capacity = _capacity(cache_layer(cache, layer), lengths.n)
-            if index is not None and self.method.adaptive:
-                index.grow(capacity)  # built anew it would have forgotten what it learnt
+            if index is not None and self.method.history_dependent:
+                index.grow(capacity)  # built anew it would have forgotten what it learned
             else:
                 index = None
         if index is None:
@@ -527,7 +527,7 @@ class Session:
             layer: Index of the layer.
             key: What the layer returned.
         """
-        if self.method.adaptive and not can_watch(cache, layer, key):
+        if self.method.history_dependent and not can_watch(cache, layer, key):
             raise ValueError(
                 f"{self.method.name} needs its index kept from step to step, and a "
                 f"{type(cache).__name__} returns other keys than it stores, so that nobody sees it "
@@ -626,13 +626,13 @@ def _dense(
     return out
 
 
-def _see_cache(
+def _before_attention(
     session: Session, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    session.see(layer_of(module), read_call(args, kwargs))
+    session.before_attention(layer_of(module), read_call(args, kwargs))
 
 
-def _see_labels(
+def _before_forward(
     session: Session, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     session.scores_text = kwargs.get("labels") is not None

@@ -202,10 +202,10 @@ class IndexStore:
         """Return the slots that a layer's kept index has room for."""
         return self._kept[cache][layer].capacity
 
-    def take_back(self, cache: Any) -> None:
+    def undo_append(self, cache: Any) -> None:
         """Take the newest token back from a cache's indices; what it wrote is written over."""
         for kept in self._kept.get(cache, {}).values():
-            kept.index.take_back()
+            kept.index.undo_append()
             kv_len = kept.lengths.kv_len
             kv_len = None if kv_len is None else kv_len - 1
             kept.lengths = replace(kept.lengths, n=kept.lengths.n - 1, kv_len=kv_len)

@@ -100,7 +100,7 @@ class Captured:
     milliseconds: dict[str, float] = field(default_factory=dict)
     end: int = 0
 
-    def see(
+    def update(
         self,
         query: Tensor,
         key: Tensor,

@@ -309,7 +309,7 @@ def max_slots(stored: Any) -> int | None:
 # Another layer's queries --------------------------------------------------------------------------
 
 
-def foretell_queries(
+def speculate_queries(
     module: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Return the post-RoPE queries that an attention module would make of another layer's input.
@@ -343,7 +343,7 @@ def foretell_queries(
     return rotated
 
 
-def cannot_foretell(module: nn.Module) -> str | None:
+def speculation_unsupported_reason(module: nn.Module) -> str | None:
     """Say why a module's queries cannot be foretold, None if they can."""
     known = hasattr(module, "q_proj") or hasattr(module, "qkv_proj")
     rotates = hasattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb")

@@ -85,7 +85,7 @@ def prefill(
 
     def see(call: LayerCall) -> None:
         one = Captured(needs)
-        one.see(call.query_states, call.key_states, call.scale, softcap=call.softcap)
+        one.update(call.query_states, call.key_states, call.scale, softcap=call.softcap)
         captured.append(one)
 
     began = time.perf_counter()

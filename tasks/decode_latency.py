@@ -38,8 +38,8 @@ from topkbench.methods.base import (
     Policy,
     PrefillInputs,
     Selection,
+    StageTimer,
     TopKMethod,
-    Watch,
     check_whole,
     kv_bytes,
 )
@@ -68,7 +68,7 @@ class DecodeLatency(Task):
 
     What a method needs beside keys and values takes its time here too. What it captures at prefill
     is captured of random queries, at all positions where it sums over them, and counts as building.
-    Where it foretells queries (InfiniGen), a step begins with a whole query projection of random
+    Where it speculates queries (InfiniGen), a step begins with a whole query projection of random
     weights, as many rows as columns; the rotation after it is left out. Charged are the rows that
     the method's paper computes, so its share of the bandwidth is too low rather than too high.
 
@@ -159,8 +159,8 @@ class DecodeLatency(Task):
             geometry, place = self._planted_geometry(context), (0, 1)
         cached = batch_size * kv_bytes(geometry, length)
         index = round(batch_size * length * context.method.index_bytes_per_token(geometry))
-        foretells = PREVIOUS_QUERY in context.method.needs
-        width = geometry.num_heads * geometry.head_dim if foretells else 0
+        speculates = PREVIOUS_QUERY in context.method.needs
+        width = geometry.num_heads * geometry.head_dim if speculates else 0
         copies = copies_needed(cached, geometry.device)
         # Building an index, and checking it, take temporary copies of the keys.
         need = copies * (cached + index + width**2 * geometry.dtype_bytes) + cached
@@ -178,7 +178,7 @@ class DecodeLatency(Task):
         policy, n = context.policy, states.key_states.shape[2]
         if self.budget is not None and context.method.selects:
             policy = replace(policy, k=max(64, round(n * self.budget)))
-        policy = context.method.policy_in_force(policy)
+        policy = context.method.effective_policy(policy)
         if context.method.selects and policy.k >= n:
             return TaskRow(name, known, "skipped", never_more_than(policy.k, n))
         layer = _Layer(context.method, context.full, policy, states, place)
@@ -340,7 +340,7 @@ class _Layer:
                 self._build()
         return stages.medians()["build"] + sum(self.captured.milliseconds.values())
 
-    def step(self, watch: Watch | None = None) -> Any:
+    def step(self, watch: StageTimer | None = None) -> Any:
         """Append the newest token and decode; the index is set back, so each step is the same."""
         method, index = self.method, self.index
         if self.projection is not None:
@@ -354,7 +354,7 @@ class _Layer:
             self.states.query_states, index, self.cache, self.policy, self.scale, watch=watch
         )
         if index is not None:
-            index.take_back()
+            index.undo_append()
         return result
 
     def full(self) -> Any:
@@ -390,11 +390,13 @@ class _Layer:
             error = _distance(out, expected_out)
             return None if error <= self._tolerance else self._sentence("output", error)
         finally:
-            index.take_back()
+            index.undo_append()
 
     def _scores(self) -> Tensor | None:
         encoded = self.method.encode(self.states.query_states, self.index)
-        return self.method.scoped(self.method.score(encoded, self.index), self.policy, self.scale)
+        return self.method.aggregate_over_group(
+            self.method.score(encoded, self.index), self.policy, self.scale
+        )
 
     def _select(self, scores: Tensor | None) -> Selection:
         encoded = self.method.encode(self.states.query_states, self.index)

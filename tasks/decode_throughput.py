@@ -100,7 +100,7 @@ class DecodeThroughput(Task):
         policy = context.policy
         if self.budget is not None and context.method.selects:
             policy = replace(policy, k=max(64, round(length * self.budget)))
-        policy = context.method.policy_in_force(policy)
+        policy = context.method.effective_policy(policy)
         if context.method.selects and policy.k >= length:
             return TaskRow(str(length), values, "skipped", never_more_than(policy.k, length))
         device = context.loaded.model.device
@@ -134,7 +134,7 @@ class DecodeThroughput(Task):
         """Return what one length's row says beside its length, its status and reason."""
         model, method, policy = context.loaded.model, context.method, context.policy
         load = OtherLoad(model.device)
-        cache, needs_ms = self._planted(context, length)
+        cache, needs_ms = self._random_cache(context, length)
         values: dict[str, Any] = {"full_backend": getattr(context.full, "backend", None)}
         if method.selects:
             values["k"] = policy.k
@@ -175,7 +175,7 @@ class DecodeThroughput(Task):
         """Whether steps are replayed from a CUDA graph."""
         return self.cuda_graph and device.type == "cuda"
 
-    def _planted(self, context: Context, length: int) -> tuple[DecodeCache, float]:
+    def _random_cache(self, context: Context, length: int) -> tuple[DecodeCache, float]:
         """Return a cache of random states with the last slot open for the token to decode.
 
         And the milliseconds that capturing what the method needs would have taken at prefill: one
@@ -235,7 +235,7 @@ def step(model: PreTrainedModel, session: Session, cache: DecodeCache) -> Tensor
     """Decode the first token of the vocabulary in each row and take it back; return the logits."""
     tokens = torch.zeros_like(cache.positions)
     logits = token_logits(model, tokens, cache, cache.positions)
-    session.take_back(cache)
+    session.undo_append(cache)
     return logits
 
 

@@ -18,7 +18,7 @@ class Fit(Task):
     name: str = "fit"
     all_budgets: bool = True
     needs_full: ClassVar[bool] = False
-    fits_anew: ClassVar[bool] = True
+    refits: ClassVar[bool] = True
 
     def run(self, context: Context) -> Outcome:
         found = context.artifact

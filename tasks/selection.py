@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from topkbench.harness.decoding import Decoder, Prompt
 from topkbench.harness.evaluation import Context, Outcome, TaskRow, needs_all_tokens, tokenised
-from topkbench.harness.quality import Shadow
+from topkbench.harness.quality import OffPolicyObserver
 from topkbench.methods.base import Policy
 from topkbench.tasks.ruler import Ruler
 
@@ -43,7 +43,7 @@ class SelectionTask(Ruler):
         if context.method.compacts:
             return Outcome([TaskRow("mean", {}, "skipped", needs_all_tokens(self.name))], [])
         policies = [
-            context.method.policy_in_force(replace(context.policy, k=k)) for k in self.budgets
+            context.method.effective_policy(replace(context.policy, k=k)) for k in self.budgets
         ]
         samples = self.samples(context.loaded)
         outcome = Outcome(samples=[], rows=[])
@@ -73,8 +73,10 @@ class SelectionTask(Ruler):
         decoder = Decoder(context.loaded, context.store, [prompt], len(answer) + 1, needs)
         cache = decoder.cache
         captured = cache.topkbench_captured
-        shadow = Shadow(context.method, policies, len(cache.layers), cache.capacity, captured)
-        with context.attached(decoder, context.full, shadow):
+        observer = OffPolicyObserver(
+            context.method, policies, len(cache.layers), cache.capacity, captured
+        )
+        with context.attached(decoder, context.full, observer):
             decoder.follow([answer])
         return [
             {
@@ -90,6 +92,6 @@ class SelectionTask(Ruler):
                 "output_rel_error": found.output_rel_error[0, head].item(),
                 "density": found.tokens[0, head].item() / cache.n,
             }
-            for k, layer, step, found in shadow.seen
+            for k, layer, step, found in observer.seen
             for head in range(found.recall_at_k.shape[1])
         ]

@@ -79,10 +79,10 @@ def make(name: str, fit: bool = True, **overrides: Any) -> TopKMethod:
     method: TopKMethod = instantiate(root["method"])
     spec = method.artifact_spec(GEOMETRY) if fit else None
     if spec is not None:
-        learnt = LEARNT.get(str(spec)) or method.fit(Calibration())
+        learned = LEARNT.get(str(spec)) or method.fit(Calibration())
         if name in SLOW:
-            LEARNT[str(spec)] = learnt
-        method.load_artifact(learnt)
+            LEARNT[str(spec)] = learned
+        method.load_artifact(learned)
     return method
 
 

@@ -28,7 +28,7 @@ from hydra.utils import instantiate  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from topkbench.harness.cell import prepare_method, run_cell  # noqa: E402
-from topkbench.harness.decoding import Decoder  # noqa: E402
+from topkbench.harness.decoding import Decoder, Question  # noqa: E402
 from topkbench.harness.evaluation import Context, tokenised  # noqa: E402
 from topkbench.harness.quality import SelectionMeter  # noqa: E402
 from topkbench.methods.base import CacheView, StepResult  # noqa: E402
@@ -37,7 +37,8 @@ from topkbench.models.prefill import PrefillStore  # noqa: E402
 
 FOLDER = ROOT / "tests" / "golden"
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
-CELLS = list(itertools.product(METHODS, ("sparse", "dense"), ("unified", "native")))
+QUESTIONS: tuple[Question, ...] = ("sparse", "dense")
+CELLS = list(itertools.product(METHODS, QUESTIONS, ("unified", "native")))
 K = 64
 SETTINGS = (
     *("task.length=512", "task.subtasks=[niah_multikey,niah_multivalue]", "num_samples=1"),
@@ -87,7 +88,9 @@ class Machine:
         self._store = PrefillStore(self._loaded.model, folder / "prefills", 2**30)
         self._full: dict[str, dict[str, list[int]]] = {}  # full attention's answers by question
 
-    def run(self, name: str, question: str, protocol: str) -> tuple[dict[str, Any], np.ndarray]:
+    def run(
+        self, name: str, question: Question, protocol: str
+    ) -> tuple[dict[str, Any], np.ndarray]:
         """Run one cell; return its numbers, and the kept tokens of all steps as one row."""
         chosen = (f"method={name}", f"task.question={question}", f"protocol={protocol}")
         config = compose("config", overrides=[*SETTINGS, *chosen])
@@ -146,7 +149,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     text = json.dumps({"made_on": machine.kind, "cells": cells}, indent=1)
     (FOLDER / "numbers.json").write_text(text + "\n")
-    np.savez_compressed(FOLDER / "selections.npz", **selections)
+    np.savez_compressed(FOLDER / "selections.npz", allow_pickle=False, **selections)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ if __name__ == "__main__":  # a bare checkout works too, as for run.py
     sys.path[0] = str(ROOT / ".types")
 
 from topkbench.analysis import style  # noqa: E402
-from topkbench.analysis.lines import Comparison, compare  # noqa: E402
+from topkbench.analysis.configurations import Comparison, compare  # noqa: E402
 from topkbench.analysis.matched import MATCHED, matched_table  # noqa: E402
 from topkbench.analysis.metrics import METRICS  # noqa: E402
 from topkbench.analysis.plots import draw_all  # noqa: E402

@@ -146,9 +146,9 @@ def costs(method: TopKMethod) -> str:
         said.append("Learns before it is used.")
     if method.needs:
         said.append(f"Needs {' and '.join(NEEDS[one] for one in sorted(method.needs))}.")
-    if method.adaptive:
+    if method.history_dependent:
         said.append("Its index depends on what was decoded since the prompt.")
-    if method.ragged:
+    if method.variable_budget:
         said.append("May select fewer than `k` tokens.")
     return " ".join(said)
 

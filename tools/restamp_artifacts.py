@@ -3,7 +3,7 @@
 python tools/restamp_artifacts.py
 
 An artifact is found by its model, settings, calibration and the version of its fit. When one of
-these is told in another way, nothing has to be learnt anew: this writes each file of
+these is told in another way, nothing has to be learned anew: this writes each file of
 models/tiny/artifacts under its new name, with the digest of the code as it is now, and checks that
 its tensors are the same to the last bit. Run ``pytest tests/tools/test_refit.py`` beside it, which
 learns a layer of each kind again and compares.
@@ -33,7 +33,7 @@ FACTS = {"method", "model_digest", "fit_version", "dtype", "calibration"}
 
 
 def method_of(spec: dict[str, Any]) -> TopKMethod:
-    """Return the method that learnt an artifact, as it was set then."""
+    """Return the method that learned an artifact, as it was set then."""
     target = OmegaConf.load(ROOT / "conf" / "method" / f"{spec['method']}.yaml")._target_
     kind: Any = get_class(target)
     fields = {field.name for field in dataclasses.fields(kind) if field.init}
@@ -44,7 +44,7 @@ def restamp(path: Path, loaded: LoadedModel) -> Path:
     """Write one artifact under the name that it has now; return its path.
 
     Raises:
-        ValueError: If the file is damaged, or was learnt with other settings than it would be now.
+        ValueError: If the file is damaged, or was learned with other settings than it would be now.
     """
     old = artifact.load(path)
     told = old.provenance

@@ -24,7 +24,7 @@ from topkbench.analysis.break_even import (
     step_bound,
     step_ms,
 )
-from topkbench.analysis.lines import compare
+from topkbench.analysis.configurations import compare
 from topkbench.analysis.record import RecordError, Row, frame
 
 RowMaker = Callable[..., Row]

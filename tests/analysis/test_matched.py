@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from topkbench.analysis import report, style
-from topkbench.analysis.lines import Comparison, compare
+from topkbench.analysis.configurations import Comparison, compare
 from topkbench.analysis.matched import MATCHED, at_cost, levels, matched_table
 from topkbench.analysis.pareto import pareto, pareto_pair
 from topkbench.analysis.record import Row, frame

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from topkbench.analysis.lines import compare
+from topkbench.analysis.configurations import compare
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.report import load
 from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from topkbench.analysis.lines import compare
+from topkbench.analysis.configurations import compare
 from topkbench.analysis.paper import FOLDER, beside, left_out, published, published_table
 from topkbench.analysis.record import frame
 from topkbench.analysis.report import main

@@ -12,8 +12,8 @@ import pytest
 
 from topkbench.analysis import report
 from topkbench.analysis.bars import ablation
+from topkbench.analysis.configurations import compare
 from topkbench.analysis.curves import context_curve, curve
-from topkbench.analysis.lines import compare
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.pareto import on_front, pareto
 from topkbench.analysis.plots import draw_all

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from topkbench.analysis.bars import stages
+from topkbench.analysis.configurations import compare
 from topkbench.analysis.curves import context_curve, curve
-from topkbench.analysis.lines import compare
 from topkbench.analysis.matched import matched_table
 from topkbench.analysis.pareto import pareto_pair
 from topkbench.analysis.plots import draw_all
@@ -19,7 +19,7 @@ from topkbench.analysis.record import Row, frame
 from topkbench.analysis.report import build, load
 from topkbench.analysis.tables import league_table, main_table, summary_table
 from topkbench.analysis.timings import timed_text
-from topkbench.analysis.tracked import curves, summary
+from topkbench.analysis.wandb_payload import curves, summary
 
 RowMaker = Callable[..., Row]
 MEASURED = Path(__file__).parents[2] / "analysis" / "measured" / "epyc_2_threads"

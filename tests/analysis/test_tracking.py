@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from topkbench.analysis import report, tracking
 from topkbench.analysis.record import Row, Sweep, frame
 from topkbench.analysis.sweep_callback import ReportCallback
-from topkbench.analysis.tracked import cell_config, curves, plain_config, run_name, summary
 from topkbench.analysis.tracking import NoTracker, WandbTracker, account_configured, dashboard
+from topkbench.analysis.wandb_payload import cell_config, curves, plain_config, run_name, summary
 
 
 @pytest.fixture

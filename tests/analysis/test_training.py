@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from topkbench.analysis import report
-from topkbench.analysis.lines import compare
+from topkbench.analysis.configurations import compare
 from topkbench.analysis.record import Row, Sweep, frame
 from topkbench.analysis.tables import main_table
 from topkbench.analysis.training import loss_curve, loss_points, losses

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from topkbench.analysis.bars import needle_heatmap
-from topkbench.analysis.lines import compare
+from topkbench.analysis.configurations import compare
 from topkbench.analysis.plots import draw_all
 from topkbench.analysis.record import frame
 from topkbench.analysis.report import build

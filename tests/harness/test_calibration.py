@@ -320,7 +320,7 @@ def test_never_more_is_held_than_the_limit(loaded: LoadedModel, layers_at_once: 
     method = Witness(rbit=32, epochs=1, steps_per_epoch=1)
     calibration = Calibration.draw(loaded, method, CalibrationPrompts(seed=3), 4, LENGTH)
     calibration.memory_limit = layers_at_once * calibration.num_bytes(0)
-    learnt = 4 * 2 * 16 * 32  # the weights of the layers before, float32
+    learned = 4 * 2 * 16 * 32  # the weights of the layers before, float32
     # Those of before are kept: were one freed, a new tensor at its address would not be counted.
     kept, held = tensors(), []
     before = storages(kept)
@@ -337,8 +337,8 @@ def test_never_more_is_held_than_the_limit(loaded: LoadedModel, layers_at_once: 
     groups = 2 // layers_at_once
     assert len(held) == 4 * groups + 2  # before each prompt, and before each layer learns
     ids = 8 * LENGTH  # the tokens of the prompt at hand
-    assert max(held) <= calibration.memory_limit + learnt + ids
+    assert max(held) <= calibration.memory_limit + learned + ids
     # A whole group is there when its first layer learns; so the measure sees what it should.
     assert held[4] >= calibration.memory_limit
     # The next group begins with nothing of the one before.
-    assert held[5] <= (learnt + ids if layers_at_once == 1 else calibration.num_bytes(1) + learnt)
+    assert held[5] <= (learned + ids if layers_at_once == 1 else calibration.num_bytes(1) + learned)

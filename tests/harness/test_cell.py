@@ -78,13 +78,13 @@ def test_an_artifact_is_fitted_once_and_found_again(
     assert (again.digest, again.path, again.provenance) == (first.digest, first.path, told)
     assert method.artifact_digest == first.digest
     with pytest.raises(AssertionError, match="nothing was to be fitted"):
-        prepare_method(loaded, quick(), TEXTS, tmp_path / "new", anew=True)
+        prepare_method(loaded, quick(), TEXTS, tmp_path / "new", refit=True)
 
 
 def test_fitting_anew_gives_the_same_digest(loaded: LoadedModel, tmp_path: Path) -> None:
     first = prepare_method(loaded, quick(), TEXTS, tmp_path)
     written = next(tmp_path.glob("*.safetensors")).stat().st_mtime_ns
-    again = prepare_method(loaded, quick(), TEXTS, tmp_path, anew=True, memory_limit=2**20)
+    again = prepare_method(loaded, quick(), TEXTS, tmp_path, refit=True, memory_limit=2**20)
     assert next(tmp_path.glob("*.safetensors")).stat().st_mtime_ns > written
     assert first is not None
     assert again is not None
@@ -204,7 +204,7 @@ def test_a_fit_that_was_found_took_no_seconds(loaded: LoadedModel, tmp_path: Pat
     fitted = [
         prepare_method(loaded, quick(), TEXTS, tmp_path),
         prepare_method(loaded, quick(), TEXTS, tmp_path),
-        prepare_method(loaded, quick(), TEXTS, tmp_path, anew=True),
+        prepare_method(loaded, quick(), TEXTS, tmp_path, refit=True),
     ]
     seconds = []
     for one in fitted:

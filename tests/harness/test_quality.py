@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from topkbench.harness.evaluation import Counter
-from topkbench.harness.quality import SelectionMeter, Truth, quality
+from topkbench.harness.quality import DenseReference, SelectionMeter, quality
 from topkbench.methods.base import CacheView, Selection, StepResult
 
 # Two queries of one KV head. Each looks at one channel, in which the keys hold logarithms, so that
@@ -23,13 +23,15 @@ def pick(*slots: int, **more: object) -> Selection:
 
 
 def judged(selection: Selection, k: int, out: torch.Tensor = FULL_OUT) -> tuple[float, ...]:
-    found = quality(Truth.of(QUERIES, CACHE, 1.0), CACHE, StepResult(out, None, selection, None), k)
+    found = quality(
+        DenseReference.of(QUERIES, CACHE, 1.0), CACHE, StepResult(out, None, selection, None), k
+    )
     parts = (found.recall_at_k, found.attention_mass, found.output_rel_error, found.tokens)
     return tuple(round(part.item(), 5) for part in parts)
 
 
 def test_full_attention_is_the_truth() -> None:
-    truth = Truth.of(QUERIES, CACHE, 1.0)
+    truth = DenseReference.of(QUERIES, CACHE, 1.0)
     expected = torch.tensor([[[[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.1, 0.7]]]])
     torch.testing.assert_close(truth.weights, expected)
     torch.testing.assert_close(truth.group_weights, torch.tensor([[[0.5, 0.4, 0.3, 0.8]]]))
@@ -37,7 +39,7 @@ def test_full_attention_is_the_truth() -> None:
 
 
 def test_capped_logits_are_the_truth_of_a_model_that_caps_them() -> None:
-    truth = Truth.of(QUERIES, CACHE, 1.0, softcap=1.0)
+    truth = DenseReference.of(QUERIES, CACHE, 1.0, softcap=1.0)
     capped = [math.exp(math.tanh(math.log(part))) for part in (4, 3, 2, 1)]
     torch.testing.assert_close(truth.weights[0, 0, 0], torch.tensor(capped) / sum(capped))
 
@@ -46,7 +48,7 @@ def test_capped_logits_are_the_truth_of_a_model_that_caps_them() -> None:
     ("k", "expected"), [(1, [3]), (2, [0, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3])]
 )
 def test_the_exact_top_k_is_of_the_groups_sum(k: int, expected: list[int]) -> None:
-    exact = Truth.of(QUERIES, CACHE, 1.0).exact(k)
+    exact = DenseReference.of(QUERIES, CACHE, 1.0).exact(k)
     assert exact[0, 0].nonzero().flatten().tolist() == expected
 
 
@@ -103,7 +105,7 @@ def test_the_judge_and_the_counter_agree_on_what_was_read(selection: Selection |
     result = StepResult(FULL_OUT, None, selection, None)
     counter = Counter()
     counter.on_step(0, QUERIES, CACHE, result, 1.0, None)
-    found = quality(Truth.of(QUERIES, CACHE, 1.0), CACHE, result, 2)
+    found = quality(DenseReference.of(QUERIES, CACHE, 1.0), CACHE, result, 2)
     assert counter.density == found.tokens.mean().item() / 4
 
 
@@ -111,7 +113,7 @@ def test_slots_outside_a_row_are_neither_exact_nor_chosen() -> None:
     keys, values = KEYS.repeat(2, 1, 1, 1), VALUES.repeat(2, 1, 1, 1)
     kv_len = torch.tensor([4, 3], dtype=torch.int32)
     cache = CacheView(keys, values, None, kv_len)
-    truth = Truth.of(QUERIES.repeat(2, 1, 1, 1), cache, 1.0)
+    truth = DenseReference.of(QUERIES.repeat(2, 1, 1, 1), cache, 1.0)
     torch.testing.assert_close(truth.weights[1, 0, 0], torch.tensor([4 / 9, 3 / 9, 2 / 9, 0.0]))
     assert truth.exact(4)[:, 0].tolist() == [[True] * 4, [True, True, True, False]]
     both = Selection(torch.tensor([[[2, 3]], [[2, 3]]], dtype=torch.int32))

@@ -41,7 +41,7 @@ def test_scores_by_hand(aggregation: Any, wanted: list[float]) -> None:
     method = BlockOracle(page_size=2)
     index = method.build_index(inputs(keys))
     scores = method.score(method.encode(queries, index), index)
-    found = method.scoped(scores, Policy(k=2, aggregation=aggregation, **FREE), 1.0)
+    found = method.aggregate_over_group(scores, Policy(k=2, aggregation=aggregation, **FREE), 1.0)
     torch.testing.assert_close(found, torch.tensor([[wanted]]), atol=2e-4, rtol=0)
 
 
@@ -80,7 +80,7 @@ def test_pages_begin_at_the_first_token_of_a_row() -> None:
     start = torch.tensor([3], dtype=torch.int32)
     method = BlockOracle(page_size=2)
     index = method.build_index(inputs(keys, start))
-    scores = method.scoped(
+    scores = method.aggregate_over_group(
         method.score(torch.ones(1, 1, 1, 1), index),
         Policy(k=2, head_scope="query_head", **FREE),
         1.0,
@@ -105,7 +105,7 @@ def test_bytes_are_what_is_read(geometry: Any) -> None:
     keys = torch.zeros(1, 2, 100, 32)
     index = method.build_index(inputs(keys))
     scores = method.score(torch.zeros(1, 2, 3, 32), index)
-    scoped = method.scoped(scores, Policy(k=40), 1.0)
+    scoped = method.aggregate_over_group(scores, Policy(k=40), 1.0)
     selection = method.select(scoped, None, index, Policy(k=40))  # type: ignore[arg-type]
     chosen = selection.indices.shape[2] * selection.unit_size
     touched = index.key_states.nbytes + 2 * chosen * 2 * 32 * 4

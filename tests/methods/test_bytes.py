@@ -113,10 +113,10 @@ def test_what_a_step_reads_is_what_its_model_says(
     inner = {"base": {"impl": "reference"}} if name == "twilight" else {}
     plain = {} if name == "full" else {"impl": "reference"}
     method: TopKMethod = make_method(name, **plain, **inner)
-    policy = method.policy_in_force(Policy(k=K, protocol=protocol))
+    policy = method.effective_policy(Policy(k=K, protocol=protocol))
     # In place of a slot that is not there the reference looks at the first, which is kept here.
     policy = replace(policy, num_sink=max(1, policy.num_sink))
-    method = method.under(policy)
+    method = method.with_policy(policy)
     if isinstance(method, Twilight):  # whose base has its own policy
         method.base.native = {**method.base.native, "num_sink": 1}
     queries, keys, values = states(1, N)

@@ -35,14 +35,14 @@ def selecting(method: TopKMethod) -> TopKMethod:
 
 @pytest.fixture
 def steady(selecting: TopKMethod) -> TopKMethod:
-    if selecting.adaptive:
+    if selecting.history_dependent:
         pytest.skip(f"{selecting.name} has a form of its own below")
     return selecting
 
 
 @pytest.fixture
-def adaptive(selecting: TopKMethod) -> TopKMethod:
-    if not selecting.adaptive:
+def with_history(selecting: TopKMethod) -> TopKMethod:
+    if not selecting.history_dependent:
         pytest.skip(f"{selecting.name} has the stricter form above")
     return selecting
 
@@ -80,14 +80,14 @@ def test_selects_at_most_k_distinct_slots_in_range(
     selecting: TopKMethod, states: States, build: Build, n: int, k: int, protocol: Any
 ) -> None:
     queries, keys, values = states(2, n)
-    policy = selecting.policy_in_force(Policy(k=k, protocol=protocol))
-    selecting = selecting.under(policy)
+    policy = selecting.effective_policy(Policy(k=k, protocol=protocol))
+    selecting = selecting.with_policy(policy)
     index = build(selecting, keys, values)
     step = selecting.step(queries, index, CacheView(keys, values), policy, SCALE)
     assert step.selection is not None
     size = step.selection.unit_size
-    is_ragged = selecting.ragged and (protocol == "native" or selecting.name in FEWER)
-    exactly = size == 1 and not is_ragged
+    may_keep_fewer = selecting.variable_budget and (protocol == "native" or selecting.name in FEWER)
+    exactly = size == 1 and not may_keep_fewer
     # As published, MagicPIG's tables and Twilight's mass say how many, and nothing caps them.
     uncapped = protocol == "native" and selecting.name in FEWER
     most = n if uncapped else max(k, size)
@@ -126,7 +126,7 @@ def test_select_itself_keeps_everything_where_k_is_n(
     queries, keys, values = states(2, 64)
     view, policy, index = CacheView(keys, values), Policy(k=64), build(of_k, keys, values)
     encoded = of_k.encode(queries, index)
-    scores = of_k.scoped(of_k.score(encoded, index), policy, SCALE)
+    scores = of_k.aggregate_over_group(of_k.score(encoded, index), policy, SCALE)
     selection = of_k.select(scores, encoded, index, policy)
     assert selection.slots(view).all()
     out, _ = of_k.attend(queries, view, selection, SCALE)
@@ -188,17 +188,17 @@ def test_appending_equals_rebuilding(
 @pytest.mark.parametrize("protocol", ["unified", "native"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_an_adaptive_row_learns_and_appends_as_alone(
-    adaptive: TopKMethod, states: States, build: Build, padded: bool, protocol: Any
+    with_history: TopKMethod, states: States, build: Build, padded: bool, protocol: Any
 ) -> None:
     """Eight steps, each of which may teach the next: what neighbours attended to plays no part."""
-    policy = adaptive.policy_in_force(Policy(k=20, protocol=protocol))
+    policy = with_history.effective_policy(Policy(k=20, protocol=protocol))
     queries, keys, values = states(3, 48)
     starts = int32(0, 5, 18) if padded else None
     ends = None if padded else int32(40, 38, 33)
     rows = [(0, 40), (5, 40), (18, 40)] if padded else [(0, 40), (0, 38), (0, 33)]
-    index = build(adaptive, keys[:, :, :40], values[:, :, :40], starts, ends, capacity=48)
+    index = build(with_history, keys[:, :, :40], values[:, :, :40], starts, ends, capacity=48)
     alone = [
-        build(adaptive, keys[[row], :, start:end], values[[row], :, start:end], capacity=48)
+        build(with_history, keys[[row], :, start:end], values[[row], :, start:end], capacity=48)
         for row, (start, end) in enumerate(rows)
     ]
     for done in range(1, 9):
@@ -206,12 +206,12 @@ def test_an_adaptive_row_learns_and_appends_as_alone(
         slots = [end + done - 1 for _, end in rows]
         view = CacheView(keys[:, :, : 40 + done], values[:, :, : 40 + done], starts, now)
         newest = (keys[[0, 1, 2], :, slots, None], values[[0, 1, 2], :, slots, None])
-        adaptive.append(index, *newest)
-        together = adaptive.step(queries, index, view, policy, SCALE)
+        with_history.append(index, *newest)
+        together = with_history.step(queries, index, view, policy, SCALE)
         for row, (start, end) in enumerate(rows):
             own = (keys[[row], :, start : end + done], values[[row], :, start : end + done])
-            adaptive.append(alone[row], own[0][:, :, -1:], own[1][:, :, -1:])
-            step = adaptive.step(queries[[row]], alone[row], CacheView(*own), policy, SCALE)
+            with_history.append(alone[row], own[0][:, :, -1:], own[1][:, :, -1:])
+            step = with_history.step(queries[[row]], alone[row], CacheView(*own), policy, SCALE)
             torch.testing.assert_close(together.out[[row]], step.out, atol=2e-6, rtol=1e-5)
             assert step.selection is not None
             assert together.selection is not None
@@ -221,7 +221,7 @@ def test_an_adaptive_row_learns_and_appends_as_alone(
 
 
 def test_appending_without_a_step_learns_nothing(
-    adaptive: TopKMethod, states: States, build: Build
+    with_history: TopKMethod, states: States, build: Build
 ) -> None:
     """What ranks by column sums is as if built later, with the sums of the prompt alone.
 
@@ -230,22 +230,22 @@ def test_appending_without_a_step_learns_nothing(
     are new at each length).
     """
     queries, keys, values = states(2, 55)
-    index = build(adaptive, keys[:, :, :40], values[:, :, :40], capacity=55)
+    index = build(with_history, keys[:, :, :40], values[:, :, :40], capacity=55)
     for at in range(40, 55):  # so many that H2O's recents, half of k, are not all of them
-        adaptive.append(index, keys[:, :, at, None], values[:, :, at, None])
+        with_history.append(index, keys[:, :, at, None], values[:, :, at, None])
     view, policy = CacheView(keys, values), Policy(k=24, num_recent=0)
-    found = adaptive.step(queries, index, view, policy, SCALE)
+    found = with_history.step(queries, index, view, policy, SCALE)
     assert found.selection is not None
-    if "column_sums" in adaptive.needs:
-        later = build(adaptive, keys, values, captured=40)
-        wanted = adaptive.step(queries, later, view, policy, SCALE)
+    if "column_sums" in with_history.needs:
+        later = build(with_history, keys, values, captured=40)
+        wanted = with_history.step(queries, later, view, policy, SCALE)
         assert wanted.selection is not None
         assert torch.equal(found.selection.slots(view), wanted.selection.slots(view))
         return
     assert found.selection.slots(view)[:, :, 40:].all()
-    read = build(adaptive, keys[:, :, :40], values[:, :, :40])
+    read = build(with_history, keys[:, :, :40], values[:, :, :40])
     prompt = CacheView(keys[:, :, :40], values[:, :, :40])
-    wanted = adaptive.step(queries, read, prompt, replace(policy, k=9), SCALE)
+    wanted = with_history.step(queries, read, prompt, replace(policy, k=9), SCALE)
     assert wanted.selection is not None
     if found.scores is not None and wanted.scores is not None:
         assert torch.equal(found.scores[..., :40], wanted.scores)
@@ -269,7 +269,7 @@ def test_a_token_taken_back_can_be_appended_again(
     for _ in range(3):
         selecting.append(index, *newest)
         steps.append(selecting.step(queries, index, view, Policy(k=20), SCALE))
-        index.take_back()
+        index.undo_append()
     assert torch.equal(steps[0].out, steps[2].out)
     assert steps[0].selection is not None
     assert torch.equal(steps[0].selection.indices, steps[2].selection.indices)
@@ -290,7 +290,7 @@ def test_finds_a_planted_needle(
     selecting: TopKMethod, states: States, build: Build, appended: bool, protocol: Any
 ) -> None:
     """One of the prompt, and one that was decoded since, and is no recent token any more."""
-    policy = selecting.policy_in_force(Policy(k=48, protocol=protocol))
+    policy = selecting.effective_policy(Policy(k=48, protocol=protocol))
     queries, keys, values = states(1, 300)
     # One direction that all queries of a group share, and one key along it.
     direction = torch.nn.functional.normalize(queries[:, :, :1], dim=-1)
@@ -317,7 +317,7 @@ def test_a_constant_value_is_what_comes_out(
     method: TopKMethod, states: States, build: Build, k: int, protocol: Any
 ) -> None:
     """Weights sum to one, whatever is selected, weighted or stood in for; padding has no part."""
-    policy = method.policy_in_force(Policy(k=k, protocol=protocol))
+    policy = method.effective_policy(Policy(k=k, protocol=protocol))
     queries, keys, values = states(3, 90)
     starts = int32(0, 31, 74)
     constant = torch.linspace(-2, 3, 32)
@@ -352,8 +352,8 @@ def test_neighbours_and_padding_do_not_matter(
     method: TopKMethod, states: States, build: Build, k: int, protocol: Any
 ) -> None:
     """Rows of 17, 50 and 33 tokens, left-aligned, left-padded and alone, give the same."""
-    policy = method.policy_in_force(Policy(k=k, protocol=protocol))
-    method = method.under(policy)
+    policy = method.effective_policy(Policy(k=k, protocol=protocol))
+    method = method.with_policy(policy)
     queries, keys, values = states(3, 50)
     lengths = (17, 50, 33)
     ends = int32(*lengths)
@@ -435,7 +435,7 @@ def test_score_and_select_at_k_one_below_n(of_k: TopKMethod, states: States, bui
     policy = Policy(k=63)
     index = build(selecting, keys, values)
     encoded = selecting.encode(queries, index)
-    scores = selecting.scoped(selecting.score(encoded, index), policy, SCALE)
+    scores = selecting.aggregate_over_group(selecting.score(encoded, index), policy, SCALE)
     selection = selecting.select(scores, encoded, index, policy)
     for row in range(2):
         for head in range(2):
@@ -470,7 +470,7 @@ def held_bytes(index: Index) -> int:
 def test_index_bytes_are_the_analytic_ones(
     selecting: TopKMethod, geometry: Geometry, states: States, build: Build, protocol: Any
 ) -> None:
-    selecting = selecting.under(selecting.policy_in_force(Policy(k=32, protocol=protocol)))
+    selecting = selecting.with_policy(selecting.effective_policy(Policy(k=32, protocol=protocol)))
     _, keys, values = states(1, 45)
     held = [
         # What grows: a codebook or a mean takes the same for any length.
@@ -514,8 +514,8 @@ def test_reference_and_auto_agree(
 
 def test_the_native_policy_is_valid(method: TopKMethod) -> None:
     unified = Policy(k=64)
-    native = method.policy_in_force(replace(unified, protocol="native"))
-    assert method.policy_in_force(unified) == unified
+    native = method.effective_policy(replace(unified, protocol="native"))
+    assert method.effective_policy(unified) == unified
     assert native.k == 64
     assert native.protocol == "native"
     if method.selects:  # one that was made without its YAML's values would be the unified one
@@ -524,8 +524,8 @@ def test_the_native_policy_is_valid(method: TopKMethod) -> None:
 
 def test_native_policy_selects(selecting: TopKMethod, states: States, build: Build) -> None:
     queries, keys, values = states(2, 64)
-    policy = selecting.policy_in_force(Policy(k=32, protocol="native"))
-    selecting = selecting.under(policy)
+    policy = selecting.effective_policy(Policy(k=32, protocol="native"))
+    selecting = selecting.with_policy(policy)
     index = build(selecting, keys, values)
     step = selecting.step(queries, index, CacheView(keys, values), policy, SCALE)
     assert step.selection is not None
@@ -533,7 +533,7 @@ def test_native_policy_selects(selecting: TopKMethod, states: States, build: Bui
     assert step.selection.indices.shape[1] == heads
     # Three query heads that choose apart read what they choose together.
     read = step.selection.tokens_read(CacheView(keys, values))
-    assert (read >= (1 if selecting.ragged else 32)).all()
+    assert (read >= (1 if selecting.variable_budget else 32)).all()
     assert (read <= (64 if heads == 6 else 32)).all()
 
 

@@ -93,8 +93,8 @@ def test_labels_follow_the_protocol_unless_they_are_told(
 ) -> None:
     made = DoubleSparsity(channels=4, label_scope=given, native={"head_scope": "query_head"})
     made.load_artifact({"magnitude": random(1, 6, 16).abs()}, "digest")
-    policy = made.policy_in_force(Policy(k=16, protocol=protocol))
-    method = made.under(policy)
+    policy = made.effective_policy(Policy(k=16, protocol=protocol))
+    method = made.with_policy(policy)
     index = method.build_index(prefill(random(1, 2, 12, 16)))
     assert index.labels.shape == (1, heads, 16, 4)
     assert method.index_bytes_per_token(SHAPE) == heads * 4 * 4
@@ -111,8 +111,8 @@ def test_labels_inside_another_method_follow_its_policy() -> None:
     unified = Policy(k=8, **FREE)  # type: ignore[arg-type]
     keys, queries = random(1, 2, 60, 16), random(1, 2, 3, 16, seed=1)
     for protocol, heads in (("unified", 2), ("native", 6)):
-        policy = made.policy_in_force(replace(unified, protocol=protocol))
-        method = made.under(policy)
+        policy = made.effective_policy(replace(unified, protocol=protocol))
+        method = made.with_policy(policy)
         index = method.build_index(prefill(keys))
         assert index.base.labels.shape[1] == heads
         own = 2 * (16 / 2 + 4)

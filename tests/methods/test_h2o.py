@@ -135,7 +135,7 @@ def test_bad_settings_are_one_sentence() -> None:
 @pytest.mark.parametrize("mode", ["masked", "compact"])
 def test_sums_of_a_kv_head_serve_no_selection_per_query_head(mode: Any) -> None:
     method = H2O(mode=mode)
-    said = method.refuses(Policy(k=4, head_scope="query_head", **FREE))
+    said = method.policy_unsupported_reason(Policy(k=4, head_scope="query_head", **FREE))
     assert said is not None
     assert said.startswith("head_scope must be kv_head for h2o, whose sums are per KV head")
-    assert method.refuses(Policy(k=4, **FREE)) is None
+    assert method.policy_unsupported_reason(Policy(k=4, **FREE)) is None

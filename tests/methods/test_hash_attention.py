@@ -102,7 +102,7 @@ def test_queries_are_spread_and_late() -> None:
 
 
 def test_learns_what_a_query_looks_for() -> None:
-    """Keys far along a query's direction are its top; a learnt signature finds more of them."""
+    """Keys far along a query's direction are its top; a learned signature finds more of them."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(6, 16, generator=generator)
 
@@ -146,10 +146,10 @@ def test_learns_what_a_query_looks_for() -> None:
 def test_the_native_edges_are_inside_the_budget() -> None:
     method = HashAttention(native={"num_sink": 0, "num_recent": 0, "head_scope": "query_head"})
     for k, edge in ((2048, 128), (512, 128), (64, 16), (3, 0)):
-        native = method.policy_in_force(Policy(k=k, num_sink=0, num_recent=0, protocol="native"))
+        native = method.effective_policy(Policy(k=k, num_sink=0, num_recent=0, protocol="native"))
         assert (native.num_sink, native.num_recent) == (edge, edge)
     unified = Policy(k=64)
-    assert method.policy_in_force(unified) == unified
+    assert method.effective_policy(unified) == unified
 
 
 def test_reads_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,8 +53,8 @@ def test_rbit_is_a_multiple_of_32(rbit: int) -> None:
 
 
 def test_unknown_weights_are_refused() -> None:
-    with pytest.raises(ValueError, match="one of trained, random, orthonormal, got 'learnt'"):
-        HATA(weights="learnt")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="one of trained, random, orthonormal, got 'learned'"):
+        HATA(weights="learned")  # type: ignore[arg-type]
 
 
 def test_orthonormal_weights_are_orthonormal_in_blocks() -> None:

@@ -85,8 +85,8 @@ def test_three_in_ten_skewed_channels_find_most_of_the_top_keys() -> None:
         found = method.score(method.encode(queries, index), index).topk(64).indices
         return (found[..., None] == exact[..., None, :]).any(-1).double().mean().item()
 
-    learnt = InfiniGen().fit_layer(1, [(asked(200), torch.zeros(2, 200, 64))])["skew"]
-    assert recall(learnt) > 0.9
+    learned = InfiniGen().fit_layer(1, [(asked(200), torch.zeros(2, 200, 64))])["skew"]
+    assert recall(learned) > 0.9
     assert recall(torch.eye(64)) < 0.6
 
 
@@ -130,8 +130,8 @@ def test_the_strength_of_keys_is_of_the_skewed_ones_of_all_sequences() -> None:
     queries = Drawn().states(0)[0][0]
     first = torch.tensor([[[3.0, 4.0], [-6.0, -8.0]]])
     second = torch.tensor([[[24.0, -18.0]]])
-    learnt = InfiniGen().fit_layer(0, [(queries, first), (queries, second)])
-    torch.testing.assert_close(learnt["key_strength"], torch.tensor([[5.0, 10.0]]))
+    learned = InfiniGen().fit_layer(0, [(queries, first), (queries, second)])
+    torch.testing.assert_close(learned["key_strength"], torch.tensor([[5.0, 10.0]]))
 
 
 def test_foretold_queries_choose_and_the_real_ones_attend() -> None:

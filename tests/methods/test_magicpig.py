@@ -22,7 +22,7 @@ def inputs(keys: Tensor, **rows: Any) -> PrefillInputs:
 def choose(method: MagicPIG, queries: Tensor, keys: Tensor, policy: Policy) -> Selection:
     index = method.build_index(inputs(keys))
     encoded = method.encode(queries, index)
-    scores = method.scoped(method.score(encoded, index), policy, 1.0)
+    scores = method.aggregate_over_group(method.score(encoded, index), policy, 1.0)
     return method.select(scores, encoded, index, policy)
 
 

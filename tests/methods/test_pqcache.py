@@ -96,7 +96,7 @@ def test_a_row_is_what_it_is_alone() -> None:
 def test_the_native_window_is_a_share_of_the_budget() -> None:
     method = PQCache(native={"num_sink": 0, "num_recent": 0})
     for k, sinks, recents in ((512, 32, 256), (64, 16, 32), (3, 0, 1)):
-        native = method.policy_in_force(Policy(k=k, num_sink=0, num_recent=0, protocol="native"))
+        native = method.effective_policy(Policy(k=k, num_sink=0, num_recent=0, protocol="native"))
         assert (native.num_sink, native.num_recent) == (sinks, recents)
 
 
@@ -122,7 +122,7 @@ def test_natively_a_softmax_is_over_the_candidates_alone() -> None:
         (Policy(k=4, num_sink=0, num_recent=0, protocol="native"), [[0, 1, 3, 4], [1, 2, 4, 5]]),
         (Policy(k=4, num_sink=1, num_recent=2), [[0, 2, 3, 4], [1, 3, 4, 5]]),
     ):
-        in_force = method.policy_in_force(policy)
+        in_force = method.effective_policy(policy)
         assert (in_force.num_sink, in_force.num_recent) == (1, 2)
         view = CacheView(keys, keys, start, end)
         step = method.step(queries, index, view, in_force, 1.0)

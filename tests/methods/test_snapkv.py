@@ -187,8 +187,8 @@ def test_bad_settings_are_one_sentence(settings: dict[str, Any], said: str) -> N
 
 def test_compact_needs_one_selection_per_kv_head() -> None:
     policy = Policy(k=5, head_scope="query_head", **FREE)
-    said = SnapKV(mode="compact").refuses(policy)
+    said = SnapKV(mode="compact").policy_unsupported_reason(policy)
     assert said is not None
     assert said.startswith("head_scope must be kv_head for snapkv with mode=compact")
-    assert SnapKV(mode="compact").refuses(Policy(k=5, **FREE)) is None
-    assert SnapKV().refuses(policy) is None
+    assert SnapKV(mode="compact").policy_unsupported_reason(Policy(k=5, **FREE)) is None
+    assert SnapKV().policy_unsupported_reason(policy) is None

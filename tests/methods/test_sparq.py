@@ -103,7 +103,7 @@ def test_the_mean_is_of_valid_tokens_and_of_each_once() -> None:
     newest = random(2, 1, 1, 4, seed=2)
     for _ in range(3):  # the same token again, as where a step is timed
         method.append(index, newest, newest)
-        index.take_back()
+        index.undo_append()
     method.append(index, newest, newest)
     wanted = torch.stack([values[0, :, 2:5].sum(1), values[1, :, :4].sum(1)]) + newest[:, :, 0]
     torch.testing.assert_close(index.value_sum, wanted)
@@ -127,12 +127,12 @@ def test_a_short_row_has_no_remainder() -> None:
 
 def test_the_native_window_is_a_share_of_the_budget() -> None:
     method = SparQ(native={"num_sink": 0, "num_recent": 0, "aggregation": "sum_logit"})
-    native = method.policy_in_force(Policy(k=70, protocol="native"))
+    native = method.effective_policy(Policy(k=70, protocol="native"))
     assert (native.num_sink, native.num_recent, native.aggregation) == (0, 17, "sum_logit")
     unified = Policy(k=70)
-    assert method.policy_in_force(unified) == unified
+    assert method.effective_policy(unified) == unified
     whole = replace(method, local_share=1.0)
-    assert whole.policy_in_force(Policy(k=70, protocol="native")).num_recent == 70
+    assert whole.effective_policy(Policy(k=70, protocol="native")).num_recent == 70
 
 
 def test_reads_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:

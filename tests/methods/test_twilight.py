@@ -125,7 +125,7 @@ def test_scale_and_softcap_of_the_attention_decide_the_mass() -> None:
         # As where several budgets choose from one scoring, without a step.
         method.bind(index, view)
         encoded = method.encode(query, index)
-        scores = method.scoped(method.score(encoded, index), policy, scale, softcap)
+        scores = method.aggregate_over_group(method.score(encoded, index), policy, scale, softcap)
         selection = method.select(scores, encoded, index, policy)
         step = method.step(query, index, view, policy, scale, softcap)
         assert step.selection is not None
@@ -155,11 +155,11 @@ def test_what_the_base_learns_is_its_own(make_method: Callable[..., TopKMethod])
 def test_what_the_base_needs_is_needed() -> None:
     class Watching(ExactTopK):
         needs = frozenset({"query_tail"})
-        adaptive = True
+        history_dependent = True
 
     method = Twilight(base=Watching())
-    assert (method.needs, method.adaptive) == ({"query_tail"}, True)
-    assert (Twilight.needs, Twilight.adaptive) == (frozenset(), False)
+    assert (method.needs, method.history_dependent) == ({"query_tail"}, True)
+    assert (Twilight.needs, Twilight.history_dependent) == (frozenset(), False)
     assert Twilight(base=HATA(centre_keys=True)).fits_prompt
     assert not Twilight(base=HATA()).fits_prompt
 
@@ -193,7 +193,7 @@ def test_every_base_is_served_or_refused(
     newest = keys[rows, :, ends.long(), None], values[rows, :, ends.long(), None]
     method.append(index, *newest)
     view = CacheView(keys, values, None, ends + 1, previous_query=queries)
-    policy = method.policy_in_force(Policy(k=20, protocol=protocol))
+    policy = method.effective_policy(Policy(k=20, protocol=protocol))
     step = method.step(queries, index, view, policy, 0.2)
     assert step.out.isfinite().all()
     assert step.selection is not None
@@ -232,7 +232,7 @@ def test_a_token_taken_back_is_taken_from_the_base_too() -> None:
     index = method.build_index(inputs(keys))
     method.append(index, keys[:, :, :1], keys[:, :, :1])
     assert (index.length, index.base.length) == (21, 21)
-    index.take_back()
+    index.undo_append()
     assert (index.length, index.base.length) == (20, 20)
 
 

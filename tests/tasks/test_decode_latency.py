@@ -92,7 +92,7 @@ def test_a_right_step_has_every_time(
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_a_right_step(loaded: LoadedModel, store: PrefillStore, name: str) -> None:
-    """As its YAML makes it, but for what is learnt, which is learnt quickly."""
+    """As its YAML makes it, but for what is learned, which is learned quickly."""
     overrides = [f"method={name}", "rbit=64"]
     overrides += {
         "hata": ["method.weights=random"],

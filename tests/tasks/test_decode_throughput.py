@@ -133,7 +133,7 @@ def test_with_every_token_kept_the_logits_are_full_attentions(
     decode_throughput.fit_on_random_keys(method, given.geometry)
     twin = sharing_weights(loaded.model)
     with torch.inference_mode():
-        cache, _ = DecodeThroughput()._planted(given, 60)
+        cache, _ = DecodeThroughput()._random_cache(given, 60)
         buffers = [layer.keys.data_ptr() for layer in cache.layers]
         with (
             attach(loaded.model, method, Policy(k=60)) as all_kept,

@@ -1,4 +1,4 @@
-"""What ships is what its method learns today: a layer of each kind is learnt again and compared."""
+"""What ships is what its method learns today: a layer of each kind is fitted again."""
 
 import copy
 from dataclasses import replace
@@ -63,9 +63,9 @@ def test_what_ships_is_learnt_again(
     tiny: LoadedModel, first_layer: LoadedModel, method: TopKMethod
 ) -> None:
     kept = shipped(tiny, method).tensors
-    learnt = refitted(first_layer, method)
-    assert learnt.keys() == kept.keys()
-    for name, tensor in learnt.items():
+    learned = refitted(first_layer, method)
+    assert learned.keys() == kept.keys()
+    for name, tensor in learned.items():
         size = float(kept[name][LAYER].abs().max())
         assert torch.allclose(tensor, kept[name][LAYER], rtol=0, atol=1e-4 * size), name
 
@@ -76,13 +76,13 @@ def test_hash_weights_that_ship_are_learnt_again(
 ) -> None:
     """Its 300 steps of a steep loss enlarge a processor's rounding, so most bits agree, not all.
 
-    Bits that were drawn or learnt otherwise would have cosines within 0.5 of zero.
+    Bits that were drawn or learned otherwise would have cosines within 0.5 of zero.
     """
     method = HATA(rbit=32)
     kept = shipped(tiny, method).tensors["hash_weight"][LAYER]
-    learnt = refitted(first_layer, method)["hash_weight"]
-    cosines = torch.nn.functional.cosine_similarity(learnt, kept, dim=1)
-    assert learnt.shape == kept.shape
+    learned = refitted(first_layer, method)["hash_weight"]
+    cosines = torch.nn.functional.cosine_similarity(learned, kept, dim=1)
+    assert learned.shape == kept.shape
     assert float((cosines > 0.9).float().mean()) > 0.8
 
 

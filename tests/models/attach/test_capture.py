@@ -22,7 +22,7 @@ from topkbench.methods.base import (
 from topkbench.models.attach import attach
 from topkbench.models.cache import DecodeCache
 from topkbench.models.capture import Captured, watched_attention
-from topkbench.models.compat import cache_keyword, foretell_queries
+from topkbench.models.compat import cache_keyword, speculate_queries
 from topkbench.models.prefill import PrefillStore, prefill
 
 Make = Callable[..., Any]
@@ -214,7 +214,7 @@ def test_a_layers_own_input_foretells_its_own_queries(
         hook.remove()
     assert sorted(seen) == [0, 1]
     for layer, given in seen.items():
-        torch.testing.assert_close(foretell_queries(*given), queries[layer])
+        torch.testing.assert_close(speculate_queries(*given), queries[layer])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
@@ -236,7 +236,7 @@ def test_a_step_is_foretold_from_the_layer_before(
     real, foretold = method.asked[1]
     assert foretold is not None
     with torch.no_grad():
-        wanted = foretell_queries(modules[1], *seen[-1])[:, :, 0]
+        wanted = speculate_queries(modules[1], *seen[-1])[:, :, 0]
     torch.testing.assert_close(foretold.flatten(1, 2), wanted)
     assert not torch.allclose(foretold, real)
 

@@ -34,7 +34,7 @@ METHODS: dict[str, Callable[..., Evicting]] = {
 ADAPTIVE = sorted(
     path.stem
     for path in (Path(__file__).parents[3] / "conf" / "method").glob("*.yaml")
-    if getattr(get_class(OmegaConf.load(path)["_target_"]), "adaptive", False)
+    if getattr(get_class(OmegaConf.load(path)["_target_"]), "history_dependent", False)
 )
 LENGTHS = {1: (120,), 3: (120, 18, 70)}
 STEPS = 80

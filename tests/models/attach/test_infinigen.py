@@ -1,4 +1,4 @@
-"""InfiniGen in a model: the layer before foretells what a layer attends to."""
+"""InfiniGen in a model: the layer before speculates what a layer attends to."""
 
 import copy
 from collections.abc import Callable

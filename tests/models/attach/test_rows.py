@@ -172,7 +172,7 @@ def test_a_row_selects_in_a_batch_what_it_selects_alone(
         return
     assert by_padded.reads_less
     assert not torch.allclose(padded, dense, atol=1e-3)  # what was dropped mattered
-    in_force = method.policy_in_force(policy)
+    in_force = method.effective_policy(policy)
     selecting = set(range(3)) - in_force.resolve_dense_layers(3)
     assert set(by_padded.rows) == selecting
     # MagicPIG's query heads sample apart under either protocol.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from topkbench.analysis.lines import compare
+from topkbench.analysis.configurations import compare
 from topkbench.analysis.provenance import pinned_versions
 from topkbench.analysis.record import Row, Sweep, frame
 from topkbench.analysis.tables import failure_table, main_table, subtask_table, summary_table
@@ -327,9 +327,9 @@ def test_a_mix_of_versions_code_and_models_is_said(row: RowMaker) -> None:
     assert "Between these rows the code of quest changed." in notes
     assert "Between these rows the files of model tiny changed." in notes
     assert (
-        "What hata learnt was fitted before its code was as it is now, under the same version of"
+        "What hata learned was fitted before its code was as it is now, under the same version of"
         " the fit." in notes
     )
     assert not any("torch" in note and "mix" in note for note in notes)
     alone = compare(rows[rows["method"] == "loki"]).notes
-    assert not any("mix" in note or "changed" in note or "learnt" in note for note in alone)
+    assert not any("mix" in note or "changed" in note or "learned" in note for note in alone)

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pandas as pd
 
-from topkbench.analysis.lines import compare
+from topkbench.analysis.configurations import compare
 from topkbench.analysis.row import PARAMETER_PREFIX, Row
 from topkbench.analysis.stats import MEAN
 

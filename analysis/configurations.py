@@ -18,7 +18,7 @@ from topkbench.analysis.provenance import pinned_versions
 from topkbench.analysis.record import typed
 from topkbench.analysis.row import PARAMETER_PREFIX, Status
 
-YARDSTICKS = ("full", "exact", "block_oracle")
+BASELINES = ("full", "exact", "block_oracle")
 """Methods that others are measured against; they do not compete for the best line."""
 
 SETTING = ("model", "task", "question", "protocol", "device", "length")
@@ -110,7 +110,7 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
         rows: What `record.Sweep.rows` returns, of one sweep or of several.
         samples: What `record.Sweep.samples` returns; without them the rows' own intervals stand.
     """
-    data = _once(typed(rows))
+    data = _drop_duplicates(typed(rows))
     notes = _mixed(data) + _without_full(data)
     good = data[data["status"] == Status.OK.value] if len(data) else data
     if not len(good):
@@ -167,7 +167,7 @@ def _groups(
         yield values, data[(positions == key).to_numpy()]
 
 
-def _once(rows: pd.DataFrame) -> pd.DataFrame:
+def _drop_duplicates(rows: pd.DataFrame) -> pd.DataFrame:
     """Keep the latest of rows that say the same cell on the same machine."""
     if not len(rows):
         return rows
@@ -205,7 +205,7 @@ def _mixed(rows: pd.DataFrame) -> list[str]:
     refitted = rows.loc[rows["artifact_code"].isin(["other", "unknown"]), "method"]
     if len(refitted):
         notes.append(
-            f"What {', '.join(sorted(refitted.unique()))} learnt was fitted before its code was as"
+            f"What {', '.join(sorted(refitted.unique()))} learned was fitted before its code was as"
             " it is now, under the same version of the fit."
         )
     if rows["git_dirty"].eq(True).any():
@@ -425,7 +425,7 @@ def _best(lines: pd.DataFrame, pools: Mapping[str, pd.DataFrame]) -> pd.Series:
     Where nothing separates any line from the best one, none is marked.
     """
     marks = pd.Series(False, index=lines.index)
-    rivals = lines[~lines["method"].isin(YARDSTICKS) & lines["line"].isin(list(pools))]
+    rivals = lines[~lines["method"].isin(BASELINES) & lines["line"].isin(list(pools))]
     known: dict[tuple[str, str], pd.DataFrame] = {}
 
     def both(first: str, other: str, subtask: str) -> pd.DataFrame:
