@@ -104,7 +104,7 @@ def test_implementations_of_a_kernel_do_not_import_each_other() -> None:
     assert found == []
 
 
-def test_an_api_imports_its_implementations_inside_a_branch_alone() -> None:
+def test_an_api_imports_its_implementations_only_inside_a_branch() -> None:
     found = []
     for path in (ROOT / "kernels").glob("*/api.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -228,6 +228,6 @@ def test_the_readme_lists_every_method() -> None:
     assert sorted(listed) == METHODS
 
 
-def test_a_yaml_file_stands_for_a_file_of_code() -> None:
+def test_every_yaml_file_has_its_module() -> None:
     assert [name for name in METHODS if not (ROOT / "methods" / f"{name}.py").is_file()] == []
     assert [name for name in TASKS if not (ROOT / "tasks" / f"{name}.py").is_file()] == []

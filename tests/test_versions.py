@@ -15,7 +15,7 @@ RANGES = [Requirement(one) for one in PROJECT["dependencies"]]
 
 
 @pytest.mark.parametrize("wanted", RANGES, ids=lambda one: one.name)
-def test_a_range_has_an_end_just_above_what_was_tested(wanted: Requirement) -> None:
+def test_a_version_range_ends_just_above_the_tested_version(wanted: Requirement) -> None:
     tested = pinned_versions()[wanted.name]
     assert wanted.specifier.contains(tested)
     (end,) = [one.version for one in wanted.specifier if one.operator == "<"]

@@ -62,7 +62,7 @@ def page(rows: Path) -> str:
     # A section is of one question setting.
     notes = [note for note in compared(rows).notes if "question settings" not in note]
     parts += [f"{note}\n" for note in notes]
-    for key, lines in compared(rows).panels():
+    for key, lines in compared(rows).by_setting():
         league = league_table(lines)
         if league is not None:
             title = f"{key['protocol'].capitalize()}, {QUESTIONS[key['question']]}"
@@ -74,7 +74,7 @@ def page(rows: Path) -> str:
 
 def equal_costs(path: Path) -> str:
     """Return what the page says of methods at equal cost."""
-    lines = compared(ROOT / path).headline
+    lines = compared(ROOT / path).overall
     parts = [EQUAL.format(rows=path.as_posix())]
     for cost, words in MATCHED.items():
         found = matched_table(lines, cost, {})
@@ -110,7 +110,9 @@ def readme_table(lines: pd.DataFrame) -> Table:
                 cells.append(_score(own, asked, rules, k))
         known = _found(own, question, protocol, BUDGETS[0])
         line = known.iloc[0]
-        lost = lines[(lines["line"] == line["line"]) & lines["delta_full"].notna()]
+        lost = lines[
+            (lines["configuration_id"] == line["configuration_id"]) & lines["delta_full"].notna()
+        ]
         lost = lost[lost["subtask"] != MEAN].sort_values("delta_full", kind="stable")
         worst = "–"
         if len(lost):
@@ -144,7 +146,7 @@ def readme(rows: Path, text: str) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"README must hold the marks {BEGIN} and {END}, and lacks one.")
-    table = readme_table(compared(rows).lines).markdown()
+    table = readme_table(compared(rows).configurations).markdown()
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
@@ -160,6 +162,6 @@ if __name__ == "__main__":
     (ROOT / "docs" / "league.md").write_text(page(source), encoding="utf-8")
     document = ROOT / "README.md"
     document.write_text(readme(source, document.read_text(encoding="utf-8")), encoding="utf-8")
-    for key, lines in compared(source).panels():
+    for key, lines in compared(source).by_setting():
         draw(lines, figure_name(key))
-    draw(compared(source.with_name("matched_bytes.csv")).lines, "matched_bytes.png")
+    draw(compared(source.with_name("matched_bytes.csv")).configurations, "matched_bytes.png")

@@ -1,4 +1,4 @@
-"""What README, docs/hata.md and the model's card call measured is what the committed rows say."""
+"""The numbers in README, docs/hata.md and the model card are those of the committed rows."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ CORE = MEASURED / "epyc_1_thread"
 
 
 def rows(path: Path) -> pd.DataFrame:
-    """Read a file as a report does: columns that it was written without are empty."""
+    """Read a file of rows as a report does: columns missing from it are empty."""
     return load(path)[0]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_measured_rows_say_what_made_them(path: Path) -> None:
+def test_measured_rows_record_commit_and_machine(path: Path) -> None:
     data = rows(path)
     extra = set(data.columns) - set(COLUMNS)
     assert all(name.startswith(PARAMETER_PREFIX) for name in extra)
@@ -46,9 +46,9 @@ def numbers(line: str) -> list[str]:
 
 
 def test_the_readmes_table_is_the_main_jobs() -> None:
-    table = main_table(compare(rows(CPU / "main_job.csv")).headline)
-    wanted = ("Method", "k", "rbit", "Score (0–100)", "Δ full (points)", "Recall@k")
-    columns = [*(table.head.index(name) for name in wanted), table.head.index("Read/step (MiB)")]
+    table = main_table(compare(rows(CPU / "main_job.csv")).overall)
+    headings = ("Method", "k", "rbit", "Score (0–100)", "Δ full (points)", "Recall@k")
+    columns = [*(table.head.index(name) for name in headings), table.head.index("Read/step (MiB)")]
     expected = [[row[place] for place in columns] for row in table.rows]
     text = (ROOT / "README.md").read_text()
     block = text[text.index("| Method | `k` | `rbit` |") :].splitlines()
@@ -74,7 +74,7 @@ def test_the_readmes_latencies_are_the_measured_ones() -> None:
             assert cell == f"{taken} of {full} ({speedup:.1f}×†)"
 
 
-def test_the_cards_scores_are_the_measured_ones() -> None:
+def test_the_model_cards_scores_are_the_measured_ones() -> None:
     data = rows(CPU / "tiny_accuracy.csv")
     text = (ROOT / "models" / "tiny" / "README.md").read_text()
     block = text[text.index("| Sub-task |") :].splitlines()
@@ -94,7 +94,7 @@ def test_the_cards_scores_are_the_measured_ones() -> None:
     assert len(found) == 8
 
 
-def test_the_cards_recall_is_the_measured_one() -> None:
+def test_the_model_cards_recall_is_the_measured_one() -> None:
     data = rows(CPU / "hash_selection.csv")
     data = data[data["k"] == 256]
     text = (ROOT / "models" / "tiny" / "README.md").read_text()
@@ -104,7 +104,7 @@ def test_the_cards_recall_is_the_measured_one() -> None:
     for weights, use_norm, rbit, recall in (line[:4] for line in found):
         own = data[data["p_weights"].eq(weights) & data["rbit"].eq(int(rbit))]
         (row,) = own[own["p_use_norm"].astype(str) == use_norm].to_dict("records")
-        # A row weighs every step alike, the card's table every prompt: near, not the same.
+        # A row averages over steps, the card's table over prompts: close, but not equal.
         assert float(recall.split()[0]) == pytest.approx(row["recall_at_k"], abs=0.006)
 
 
@@ -123,8 +123,8 @@ def hata_page(head: str) -> list[list[str]]:
         ("recipe_ablation", "| Change | Δ recall@128 |", "ranking_late_share=0"),
     ],
 )
-def test_the_pages_ablations_are_the_measured_ones(file: str, head: str, setting: str) -> None:
-    table = difference_table(compare(rows(CORE / f"{file}.csv")).lines)
+def test_the_ablations_in_docs_are_the_measured_ones(file: str, head: str, setting: str) -> None:
+    table = difference_table(compare(rows(CORE / f"{file}.csv")).configurations)
     assert table is not None
     page = hata_page(head)
     assert sorted(line[1:] for line in page) == sorted(row[4:] for row in table.rows)
@@ -145,7 +145,7 @@ RUNGS = {
 }
 
 
-def test_the_pages_ladder_is_the_measured_one() -> None:
+def test_the_hash_ladder_in_docs_is_the_measured_one() -> None:
     both = [rows(CORE / f"hash_ladder{part}.csv") for part in ("", "_more")]
     data = pd.concat(both, ignore_index=True)
     data = data[data["task"].eq("selection") & data["k"].eq(128)]
@@ -177,7 +177,7 @@ def test_the_pages_ladder_is_the_measured_one() -> None:
         ("bit_ablation", "| Bits | Score |", "rbit"),
     ],
 )
-def test_the_pages_scores_are_the_measured_ones(file: str, head: str, axis: str) -> None:
+def test_the_scores_in_docs_are_the_measured_ones(file: str, head: str, axis: str) -> None:
     data = rows(CORE / f"{file}.csv")
     data = data[data["subtask"] == MEAN]
     methods = ("exact", "hata", "loki", "quest") if axis == "k" else ("hata",)
