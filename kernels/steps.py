@@ -1,7 +1,8 @@
-"""One decode step of each method, composed from the operators alone.
+"""One decode step of each method, composed of the operators alone.
 
-What `topkbench.kernels.experiments` times: the steps of ``methods/`` without models, policies and
-padding. Sinks, recents and aggregation are those of ``protocol=unified``.
+These are the steps of ``methods/`` without models, policies and padding, which
+`topkbench.kernels.experiments` times. Sinks, recent tokens and aggregation over a group are those
+of ``protocol=unified``.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +35,7 @@ StageTimer = Callable[[str], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Attention heads of a model's layer."""
+    """The attention heads of a layer."""
 
     num_heads: int
     num_kv_heads: int
@@ -46,13 +47,13 @@ class Geometry:
 
 @dataclass
 class Layer:
-    """One layer's random states at a decode step, the newest token cached.
+    """One layer's random states at a decode step, with the newest token in the cache.
 
     Attributes:
         query: ``[B, Hkv, G, d]``.
         keys: ``[B, Hkv, n, d]``.
         values: ``[B, Hkv, n, d]``.
-        rbit: Hash bits of a key.
+        rbit: Hash bits per key.
     """
 
     query: Tensor
@@ -70,7 +71,7 @@ class Layer:
         dtype: torch.dtype,
         device: torch.device,
     ) -> "Layer":
-        """Draw normal states head by head, so that nothing is needed beside them."""
+        """Draw normal states head by head, so that no temporary memory is needed."""
         generator = torch.Generator(device).manual_seed(0)
         heads, group = shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
 
@@ -90,16 +91,16 @@ class Layer:
 
     @property
     def k(self) -> int:
-        """Tokens to keep: 1.56% of the cached ones."""
+        """Tokens to select: 1.56% of the cached ones, at least ``LEAST_K``."""
         return min(self.n, max(LEAST_K, round(self.n * BUDGET)))
 
     def copy(self) -> "Layer":
-        """Return the same states in other memory."""
+        """Return a copy of the states in new memory."""
         return Layer(self.query.clone(), self.keys.clone(), self.values.clone(), self.rbit)
 
 
 class Step:
-    """A method's index over a layer and its decode step, which leaves both as they were.
+    """A method's index over a layer, and its decode step, which changes neither.
 
     Args:
         layer: The states.
@@ -112,26 +113,26 @@ class Step:
     def __init__(self, layer: Layer, impl: Mapping[str, Impl]) -> None:
         self.layer, self.impl = layer, impl
         self.scale = layer.keys.shape[-1] ** -0.5
-        self.read: list[Tensor] = []  # what a step reads beside the chosen tokens
+        self.read: list[Tensor] = []  # side information that a step reads
         self.build()
 
     def build(self) -> None:
         """Compute the side information of all keys."""
 
     def knobs(self) -> dict[str, Any]:
-        """Return what tells this step from another of the method, by the name of its column."""
+        """Return the settings that distinguish this step from others of the method, by column."""
         return {}
 
     def encode(self) -> Tensor:
-        """Write the newest key's side information, and return the queries as they are scored."""
+        """Write the newest key's side information; return the queries in the form for scoring."""
         return self.layer.query
 
     def score(self, encoded: Tensor) -> Tensor | None:
-        """Return ``[B, Hkv, U]``, higher is kept; None where the query plays no part."""
+        """Return ``[B, Hkv, U]``, higher is better; None if the selection ignores the query."""
         return None
 
     def select(self, scores: Tensor | None) -> Tensor:
-        """Return the chosen units ``[B, Hkv, m]``."""
+        """Return the selected units ``[B, Hkv, m]``."""
         assert scores is not None
         forced = (NUM_SINK, NUM_RECENT)
         return topk_select(scores, self.layer.k, *forced, impl=self.impl["topk_select"])
@@ -162,10 +163,10 @@ class Step:
         return sum(one.nbytes for one in self.read) // batch_size + chosen
 
     def check(self) -> None:
-        """Compare each stage with the reference, both fed alike.
+        """Compare each stage with the reference on the same inputs.
 
         Raises:
-            AssertionError: If one differs; no time of it means anything then.
+            AssertionError: If one differs; its times are then meaningless.
         """
         encoded = self.encode()
         scores = self.score(encoded)
@@ -177,11 +178,11 @@ class Step:
         self._near("output", self.attend(indices), self._by_reference(lambda: self.attend(indices)))
 
     def _by_reference(self, stage: Callable[[], Any]) -> Any:
-        own, self.impl = self.impl, _REFERENCE
+        impl, self.impl = self.impl, _REFERENCE
         try:
             return stage()
         finally:
-            self.impl = own
+            self.impl = impl
 
     def _near(self, what: str, found: Tensor, expected: Tensor) -> None:
         tolerance = 1e-3 if self.layer.keys.dtype == torch.float32 else 4e-2
@@ -207,11 +208,11 @@ class Full(Step):
         return (self.layer.keys.nbytes + self.layer.values.nbytes) // len(self.layer.keys)
 
     def check(self) -> None:
-        """SDPA is itself the reference."""
+        """Do nothing: SDPA is itself the reference."""
 
 
 class Exact(Step):
-    """The true top-k: every key is read to choose."""
+    """The exact top-k: every key is read to select."""
 
     name = "exact"
 
@@ -224,7 +225,7 @@ class Exact(Step):
 
 
 class Hata(Step):
-    """Hash codes, their agreement weighted by the keys' norms."""
+    """Hash codes; the number of matching bits is weighted by the keys' norms."""
 
     name = "hata"
     use_norm: ClassVar[bool] = True
@@ -266,7 +267,7 @@ class HataInteger(Hata):
 
 
 class Quest(Step):
-    """Pages of 16 tokens, by an upper bound on their logits."""
+    """Pages of 16 tokens, selected by an upper bound on their logits."""
 
     name = "quest"
     unit_size = PAGE_SIZE
@@ -297,7 +298,7 @@ class Quest(Step):
 
 
 class Loki(Step):
-    """A quarter of the keys' channels, rotated."""
+    """A quarter of the keys' channels after a rotation."""
 
     name = "loki"
 
@@ -306,7 +307,7 @@ class Loki(Step):
         head_dim = keys.shape[-1]
         generator = torch.Generator().manual_seed(2)
         drawn = torch.randn(keys.shape[1], head_dim, head_dim, generator=generator)
-        # Any rotation costs what the principal one does.
+        # A random rotation takes as long as one to the principal components.
         rotation = torch.linalg.qr(drawn).Q[:, :, : max(1, head_dim // 4)]
         self.rotation = rotation.to(keys.device, keys.dtype)
         self.reduced = keys @ self.rotation
@@ -322,7 +323,7 @@ class Loki(Step):
 
 
 class Streaming(Step):
-    """The first tokens and the last ones."""
+    """The first tokens and the most recent ones."""
 
     name = "streaming_llm"
 

@@ -133,7 +133,7 @@ def test_the_ablations_in_docs_are_the_measured_ones(file: str, head: str, setti
     assert worst[1:] == row[4:]
 
 
-RUNGS = {
+VARIANTS = {
     "Gaussian": ("random", None, False, False),
     "Orthonormal": ("orthonormal", None, False, False),
     "Orthonormal, centred keys": ("orthonormal", None, True, False),
@@ -150,9 +150,9 @@ def test_the_hash_ladder_in_docs_is_the_measured_one() -> None:
     data = pd.concat(both, ignore_index=True)
     data = data[data["task"].eq("selection") & data["k"].eq(128)]
     page = hata_page("| Recall@128 | 32 bits |")
-    assert [line[0] for line in page] == list(RUNGS)
+    assert [line[0] for line in page] == list(VARIANTS)
     for name, *cells in page:
-        weights, recipe, centred, normed = RUNGS[name]
+        weights, recipe, centred, normed = VARIANTS[name]
         own = data[data["p_weights"].eq(weights)]
         own = own[own["p_recipe"].eq(recipe)] if recipe else own
         own = own[own["p_centre_keys"].astype(str).eq(str(centred))]

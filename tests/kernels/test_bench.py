@@ -1,4 +1,4 @@
-"""The bench times what is right, skips what is too large, and runs without the other rooms."""
+"""The bench times only correct results, skips large shapes, and needs only the kernels folder."""
 
 import csv
 import subprocess
@@ -26,7 +26,7 @@ AUTO = dict.fromkeys(OPERATORS, "auto")
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the experiments run at a geometry, and with copies, that take no time."""
+    """Let the experiments run quickly: a small geometry, and few copies."""
     monkeypatch.setitem(GEOMETRIES, "llama31", SMALL)
     monkeypatch.setitem(GEOMETRIES, "llama2", Geometry(4, 4, 32))
     monkeypatch.setattr(experiments, "copies_needed", lambda num_bytes, device: 2)
@@ -81,7 +81,7 @@ def test_the_bench_gives_no_time_for_a_wrong_result(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_step_that_keeps_everything_is_full_attention(name: str) -> None:
+def test_a_step_that_selects_every_token_equals_full_attention(name: str) -> None:
     drawn = layer(64)
     assert drawn.k == 64
     full = full_attention(drawn.query.flatten(1, 2), drawn.keys, drawn.values, 32**-0.5)
@@ -90,7 +90,7 @@ def test_a_step_that_keeps_everything_is_full_attention(name: str) -> None:
 
 @pytest.mark.parametrize("n", [300, 512])
 @pytest.mark.parametrize("method", [ExactTopK(), Quest(), StreamingLLM()], ids=lambda one: one.name)
-def test_a_step_is_the_methods(method: TopKMethod, n: int) -> None:
+def test_a_step_agrees_with_the_methods_decode_step(method: TopKMethod, n: int) -> None:
     drawn = layer(n)
     index = method.build_index(
         PrefillInputs(
@@ -108,7 +108,7 @@ def test_a_step_is_the_methods(method: TopKMethod, n: int) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_step_leaves_its_index_as_it_was(name: str) -> None:
+def test_a_step_does_not_change_its_index(name: str) -> None:
     step = METHODS[name](layer(300, dtype=torch.bfloat16), AUTO)
     before = [one.clone() for one in step.read]
     first = step()
@@ -134,7 +134,7 @@ def test_bytes_read_by_hand() -> None:
 
 
 @pytest.mark.parametrize("stage", ["score", "select", "attend"])
-def test_a_wrong_stage_is_found(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+def test_a_wrong_stage_is_detected(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     step = METHODS["hata"](layer(300), dict.fromkeys(AUTO, "cpu"))
     right = getattr(Step if stage != "score" else METHODS["hata"], stage)
 
@@ -192,7 +192,7 @@ def test_an_experiment_prints_and_writes_a_row_for_each_method_and_shape(
 
 
 @pytest.mark.usefixtures("small")
-def test_a_wrong_method_has_no_speed_and_the_others_do(
+def test_a_wrong_method_has_no_speed_and_others_keep_theirs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(step: Step) -> None:
@@ -210,7 +210,7 @@ def test_a_wrong_method_has_no_speed_and_the_others_do(
 
 
 @pytest.mark.usefixtures("small")
-def test_what_exceeds_half_of_the_memory_is_skipped(
+def test_shapes_that_exceed_half_of_the_memory_are_skipped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(experiments, "free_bytes", lambda device: 2**19)
@@ -280,7 +280,7 @@ def test_the_named_experiments_are_those_of_the_configuration() -> None:
             assert f"batch_length: {experiment.batch_length}" in text
 
 
-def test_settings_that_make_no_sense_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_lengths_and_batch_sizes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert chosen("break_even", lengths=[100], methods=None).shapes == [(100, 1)]
     assert chosen("layer_latency", lengths=[100]).shapes == [(100, 1)]
     for wrong in (["--lengths", "64"], ["--batch-sizes", "0"]):
@@ -288,7 +288,7 @@ def test_settings_that_make_no_sense_are_refused(capsys: pytest.CaptureFixture[s
         assert "lengths must be more than 64 tokens and batch" in capsys.readouterr().err
 
 
-def test_the_bench_needs_no_library_of_the_other_rooms() -> None:
+def test_the_bench_needs_no_library_of_the_other_folders() -> None:
     refused = ("hydra", "omegaconf", "wandb", "pandas", "transformers", "psutil", "matplotlib")
     code = (
         f"import sys; sys.modules |= dict.fromkeys({refused!r})\n"
