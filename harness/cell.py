@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from filelock import FileLock
 
@@ -177,9 +179,13 @@ def peak_memory_mib(device: torch.device) -> float:
     found = re.search(r"VmHWM:\s*(\d+) kB", _read(Path("/proc/self/status")))
     if found is not None:
         return int(found[1]) / 1024
-    import resource
+    about = psutil.Process().memory_info()
+    if hasattr(about, "peak_wset"):  # Windows
+        return float(about.peak_wset) / 2**20
+    import resource  # which Windows has not
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -1,4 +1,8 @@
-"""The command: compose a model, a task and a method, run them, and record what came out."""
+"""The command ``topkbench``: compose a model, a task and a method, run them, record the results.
+
+``run.py`` calls it in a checkout. Everything here can be imported by name, so that a process that
+was started by a parallel launcher finds it.
+"""
 
 import contextlib
 import copy
@@ -15,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +55,11 @@ NOT_PARAMETERS = {"_target_", "rbit", "seed", "impl", "native", "backend"}
 POLICY_PARAMETERS = ("num_sink", "num_recent", "dense_layers", "head_scope", "aggregation")
 # Settings that say where things are kept, not what is computed.
 NOT_CONTENT = {"cache_dir"}
+# Hydra's options that are followed by a value.
+OPTIONS_WITH_VALUE = {
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--config-dir", "-cd", "--experimental-rerun"),
+}
 
 
 def progress(items: Sequence[Any], label: str) -> Iterable[Any]:
@@ -429,12 +439,11 @@ def track(cell: Cell, run: Run, sweep: Sweep) -> None:
 def describe(rows: Sequence[Row]) -> str:
     """Return one line on how a cell ended."""
     top = next((row for row in rows if row.subtask == "mean"), rows[0])
-    knobs = [f"{name}={getattr(top, name)}" for name in ("k", "rbit") if getattr(top, name)]
+    names = ("method", "k", "rbit", "protocol", "question")
+    settings = [f"{name}={getattr(top, name)}" for name in names if getattr(top, name)]
     score = "" if top.score is None else f": score {top.score:.1f}"
-    if score:
-        knobs += [word for word in (top.protocol, top.question) if word]
     status = "" if top.status.value == "ok" else f": {top.status.value}"
-    return " ".join((top.model, top.task, top.method, *knobs)) + score + status
+    return " ".join((top.model, top.task, *settings)) + score + status
 
 
 def sentence(error: BaseException) -> str:
@@ -449,17 +458,19 @@ _DONE: set[str] = set()
 _REPORTED: set[str] = set()
 
 
-def job(config: DictConfig) -> None:
-    """Run one cell of a sweep, or the only one."""
+def job(config: DictConfig) -> float | None:
+    """Run one cell of a sweep, or the only one; return its score, for sweepers that ask."""
     state = HydraConfig.get()
     folder = state.sweep.dir if state.mode == RunMode.MULTIRUN else state.run.dir
     sweep = Sweep.open(folder)
     try:
-        run_or_reuse(Run(config), sweep, _DONE)
+        rows = run_or_reuse(Run(config), sweep, _DONE).read()
     except Exception as error:
         # A configuration that cannot become a cell, or whose method cannot be fitted: it leaves a
         # row, its log has the traceback, and the other jobs go on.
         record_config_error(error, config, sweep)
+        return None
+    return next((row.score for row in rows if row.subtask == "mean"), None)
 
 
 def record_config_error(error: Exception, config: DictConfig, sweep: Sweep) -> None:
@@ -499,6 +510,8 @@ def unknown_option(text: str) -> str:
         group, _, _ = place.rpartition(".")
         files = sorted((CONF / group).glob("*.yaml"))
         having = {file.stem: {str(name) for name in OmegaConf.load(file)} for file in files}
+        if not group:  # the groups themselves stand in no file
+            having["groups"] = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
         owners = [option for option, names in having.items() if key in names]
         if owners:
             return f"there is no setting {place} here; {group}={' or '.join(owners)} has it."
@@ -525,10 +538,12 @@ def prefill_folder() -> Iterator[None]:
     if PREFILL_FOLDER in os.environ:  # a worker, or a user's choice
         yield
         return
-    temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
+    from topkbench.models.digests import is_of_this_user
+
+    temporary = Path(tempfile.gettempdir())
     for left in temporary.glob(f"{PREFILL_PREFIX}*"):
         with contextlib.suppress(OSError, filelock.Timeout):
-            if left.is_symlink() or left.stat().st_uid != os.geteuid():
+            if left.is_symlink() or not is_of_this_user(left.stat()):
                 continue
             with filelock.FileLock(left / "in use", timeout=0):
                 shutil.rmtree(left, ignore_errors=True)
@@ -543,8 +558,31 @@ def prefill_folder() -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def settings_first(arguments: Sequence[str]) -> list[str]:
+    """Put settings before options: Hydra's parser allows no option between two settings.
+
+    Args:
+        arguments: What follows the command's name.
+    """
+    settings: list[str] = []
+    options: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        if not argument.startswith("-"):
+            settings.append(argument)
+            continue
+        options.append(argument)
+        if argument in OPTIONS_WITH_VALUE:
+            options += [value for value in [next(waiting, None)] if value is not None]
+    return settings + options
+
+
 def main() -> None:
     """Run Hydra, and turn what a user did wrong into one sentence."""
+    if "--version" in sys.argv[1:]:
+        print(f"topkbench {own_version()}, Hydra {hydra.__version__}")
+        return
+    sys.argv[1:] = settings_first(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us whole, and are said in one line
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module="hydra")
@@ -558,3 +596,11 @@ def main() -> None:
         sys.exit(f"error: {sentence(error)}")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; what has ended is kept, and the same command goes on.")
+
+
+def own_version() -> str:
+    """Return topkbench's version, as it is installed."""
+    try:
+        return version("topkbench")
+    except PackageNotFoundError:
+        return "of a checkout that is not installed"
