@@ -10,13 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
+# Read when torch is imported: several processes at a time, one thread each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Read when huggingface_hub is imported, so it is set before any test is.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Read when numba is imported: commands with empty caches would compile every kernel anew.
 _cache = Path(os.environ.get("TOPKBENCH_CACHE") or "~/.cache/topkbench").expanduser()
 os.environ.setdefault("NUMBA_CACHE_DIR", str(_cache / "numba"))
+import torch  # noqa: E402
+
 # Read when triton is imported, and when a kernel is decorated: they then run in Python on a CPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -5,6 +5,7 @@ so that tokens whose scores are nearly equal may change places.
 """
 
 import json
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -27,9 +28,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 @pytest.mark.parametrize("question", ["sparse", "dense"])
-def test_every_cell_gives_what_the_golden_file_holds(
-    machine: Machine, capsys: pytest.CaptureFixture[str], question: str
-) -> None:
+def test_every_cell_gives_what_the_golden_file_holds(machine: Machine, question: str) -> None:
     golden = json.loads((FOLDER / "numbers.json").read_text())
     assert sorted(golden["cells"]) == sorted("/".join(cell) for cell in CELLS)
     selections = np.load(FOLDER / "selections.npz")
@@ -55,10 +54,11 @@ def test_every_cell_gives_what_the_golden_file_holds(
         assert numbers["status"] == expected["status"], name
         for column in (*COUNTED, *JUDGED):
             assert numbers[column] == pytest.approx(expected[column], rel=2e-2, abs=1e-6), name
-    with capsys.disabled():
-        print(
-            f"\ngolden file: {differing} of {kept} selected tokens and {other_answers} of {answers}"
-            f" answers differ; made on {golden['made_on']}, tried on {machine.kind}"
+    if not same_kind:
+        warnings.warn(
+            f"golden file: {differing} of {kept} selected tokens and {other_answers} of {answers}"
+            f" answers differ; made on {golden['made_on']}, tried on {machine.kind}",
+            stacklevel=1,
         )
     assert kept > 100_000
     assert differing <= (0 if same_kind else kept // 1000)
