@@ -174,6 +174,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server() -> Iterator["subprocess.Popen[str]"]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # The checkout that is tested, which another one may be installed beside.
+    environment["PYTHONPATH"] = str(ROOT / ".types")
     environment.pop("TRITON_INTERPRET", None)  # a user's process has no interpreter switched on
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER],
@@ -396,7 +398,7 @@ def test_a_fit_is_kept_found_and_made_anew(commands: Commands) -> None:
     # Another budget is the same fit; and a task that uses the method finds the artifact.
     assert commands.run(*quick, "k=16,32", "-m") == 0, commands.text("err")
     assert len(commands.cells) == 1
-    said = "tiny fit hata rbit=32: found, and not fitted again"
+    said = "tiny fit method=hata rbit=32: found, and not fitted again"
     assert commands.text("out").count(said) == 1
     assert commands.run(*quick[:2], "method=hata", "rbit=32", "k=16") == 0, commands.text("err")
     assert path.stat().st_mtime_ns == written
