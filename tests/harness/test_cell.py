@@ -226,5 +226,5 @@ def test_an_artifact_without_losses_still_has_its_rows(loaded: LoadedModel, tmp_
 def test_what_learns_nothing_is_refused_in_one_sentence(
     loaded: LoadedModel, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="needs a method that learns, and exact as it is set here"):
+    with pytest.raises(ValueError, match="a method that learns, but exact with these settings"):
         Fit().run(context(loaded, ExactTopK(), tmp_path, None))

@@ -131,7 +131,7 @@ def test_following_shows_the_given_tokens(loaded: LoadedModel, store: PrefillSto
     forced = [5, 9, 300]
     decoder = Decoder(loaded, store, [prompt], len(forced))
     with attach(loaded.model, FullAttention(), Policy(k=24)):
-        decoder.follow([forced])
+        decoder.teacher_force([forced])
     assert decoder.cache.n == len(prompt.prefill_ids) + len(prompt.decode_ids) + 3
     ids = torch.tensor([[*prompt.prefill_ids, *prompt.decode_ids, *forced]])
     whole = DynamicCache()

@@ -8,7 +8,13 @@ import torch
 
 from topkbench.harness.cell import prepare_method, run_cell
 from topkbench.harness.decoding import Prompt
-from topkbench.harness.evaluation import Context, Outcome, TaskRow, spread, tokenised
+from topkbench.harness.evaluation import (
+    Context,
+    Outcome,
+    TaskRow,
+    spread_over_subtasks,
+    tokenise_all,
+)
 from topkbench.harness.task import Sample
 from topkbench.methods.base import Policy, TopKMethod
 from topkbench.methods.double_sparsity import DoubleSparsity
@@ -145,7 +151,7 @@ def test_what_is_kept_beside_the_budget_is_charged(
     method = SnapKV(window=8, mode=mode)
     context = Context(loaded, store, method, policy, FullAttention(), None, 1e9)
     outcome = run_cell(context, task)
-    (prompt,) = tokenised(loaded, task.samples(loaded), "sparse")
+    (prompt,) = tokenise_all(loaded, task.samples(loaded), "sparse")
     # The question's tokens are decoded, and of the answer all but the last.
     steps = len(prompt.decode_ids) + outcome.samples[0]["num_generated"] - 1
     read = outcome.rows[-1].values["bytes_read_per_step"]
@@ -283,5 +289,5 @@ def test_few_prompts_are_spread_over_the_subtasks() -> None:
         return Prompt(sample, (), ())
 
     given = [prompt("a", "vt"), prompt("b", "vt"), prompt("c", "cwe"), prompt("d", "fwe")]
-    assert [one.sample.sample_id for one in spread(given, 3)] == ["a", "c", "d"]
-    assert [one.sample.sample_id for one in spread(given, 9)] == ["a", "c", "d", "b"]
+    assert [one.sample.sample_id for one in spread_over_subtasks(given, 3)] == ["a", "c", "d"]
+    assert [one.sample.sample_id for one in spread_over_subtasks(given, 9)] == ["a", "c", "d", "b"]

@@ -17,7 +17,7 @@ from topkbench.harness.evaluation import (
     Outcome,
     density_of_all_layers,
     speed,
-    tokenised,
+    tokenise_all,
 )
 from topkbench.harness.quality import check_finite
 from topkbench.methods.base import Policy, TopKMethod
@@ -205,7 +205,7 @@ def test_timed_steps_without_numbers_have_no_time(own: LoadedModel, tmp_path: Pa
     task = ruler(tmp_path)
     context = context_of(own, tmp_path, ExactTopK())
     check_acting(context)
-    (prompt,) = tokenised(own, task.samples(own), "sparse")
+    (prompt,) = tokenise_all(own, task.samples(own), "sparse")
     token = int(context.store.get(prompt.prefill_ids).logits.argmax())
     assert token not in prompt.decode_ids
     with torch.no_grad():

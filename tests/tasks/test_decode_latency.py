@@ -376,7 +376,7 @@ def test_copies_count_towards_the_memory(
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"lengths": (1,)}, r"task\.lengths must be numbers of cached tokens from 2 on, got"),
+        ({"lengths": (1,)}, r"task\.lengths must be numbers of cached tokens of at least 2, got"),
         ({"lengths": ()}, r"task\.lengths must be"),
         ({"batch_sizes": (2,), "batch_length": 1}, r"and batch_length=1\."),
         ({"batch_sizes": (0,)}, r"task\.batch_sizes must be"),

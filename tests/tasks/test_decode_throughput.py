@@ -248,8 +248,8 @@ def test_a_whole_step_records_into_a_graph(tmp_path: Path, loaded: LoadedModel) 
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"lengths": ()}, r"task\.lengths must be numbers of cached tokens from 2 on, got \(\)"),
-        ({"lengths": (1, 8)}, r"task\.lengths must be numbers of cached tokens from 2 on"),
+        ({"lengths": ()}, r"task\.lengths must be numbers of cached tokens of at least 2, got \("),
+        ({"lengths": (1, 8)}, r"task\.lengths must be numbers of cached tokens of at least 2"),
         ({"budget": 0}, r"task\.budget must be a share above 0 and up to 1, got 0"),
         ({"trials": 0}, r"task\.trials must be at least 1, got 0"),
         ({"batch_size": 0}, r"task\.batch_size must be at least 1, got 0"),

@@ -57,9 +57,9 @@ def test_a_length_past_the_window_is_refused(loaded: LoadedModel, tmp_path: Path
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"lengths": ()}, "task.lengths must be one number of tokens or more"),
+        ({"lengths": ()}, "task.lengths must be one or more numbers of tokens"),
         ({"lengths": (0,)}, "task.lengths must be"),
-        ({"depths": ()}, "task.depths must be one percentage or more"),
+        ({"depths": ()}, "task.depths must be one or more percentages"),
         ({"depths": (0, 101)}, "task.depths must be"),
     ],
 )

@@ -410,7 +410,7 @@ def test_an_official_prompt_beyond_the_window_names_the_setting(
     short, long = read_official(path, 2, "sparse", 0)
     assert tokenise(loaded, short, "sparse").sample == short
     message = (
-        r"fit the window of 1024 tokens of random, got \d+ in sample vt\.jsonl:2; let task\.source"
+        r"fit the window of 1024 tokens of random, got \d+ in sample vt\.jsonl:2; use shorter pro"
     )
     with pytest.raises(TaskDoesNotFit, match=message):
         tokenise(loaded, long, "sparse")
