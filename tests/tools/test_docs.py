@@ -82,8 +82,8 @@ def test_every_method_that_learns_says_what_it_is_calibrated_on(maker: ModuleTyp
         "hash_attention": "256 queries of each head.",
     }
     for line in shown.values():
-        assert line.startswith("14 prompts of 4,096 tokens, less where")
-        assert "in turn, seed 90210; of their own 512 words, and of the half of the random" in line
+        assert line.startswith("14 prompts of 4,096 tokens, fewer if")
+        assert "in turn, seed 90210; made of 512 words, and of the half of the random" in line
 
 
 def test_a_docstring_is_told_by_its_sections(maker: ModuleType) -> None:
