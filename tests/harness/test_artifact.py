@@ -30,7 +30,7 @@ def path(tmp_path: Path, spec: dict[str, Any]) -> Path:
     return artifact.save(tmp_path / artifact.file_name(spec), tensors, told)
 
 
-def test_round_trip(path: Path, spec: dict[str, Any]) -> None:
+def test_a_saved_artifact_loads_with_the_same_content(path: Path, spec: dict[str, Any]) -> None:
     loaded = artifact.load(path, expect=spec)
     assert loaded.tensors["hash_weight"].flatten()[:3].tolist() == [0.0, 1.0, 2.0]
     assert loaded.provenance["data"] == "thirteen prompts of noise"
@@ -41,14 +41,16 @@ def test_round_trip(path: Path, spec: dict[str, Any]) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing unfinished is left
 
 
-def test_digest_depends_on_contents_alone() -> None:
+def test_the_digest_depends_on_the_tensors_and_not_on_their_order() -> None:
     one = {"a": torch.zeros(2, 3), "b": torch.ones(1)}
     assert artifact.digest_of(one) == artifact.digest_of(dict(reversed(one.items())))
     assert artifact.digest_of(one) != artifact.digest_of({**one, "a": torch.zeros(3, 2)})
     assert artifact.digest_of(one) != artifact.digest_of({**one, "b": torch.zeros(1)})
 
 
-def test_is_found_by_its_settings(path: Path, spec: dict[str, Any], tmp_path: Path) -> None:
+def test_an_artifact_is_found_by_its_settings(
+    path: Path, spec: dict[str, Any], tmp_path: Path
+) -> None:
     assert path.name.startswith("hata-")
     assert artifact.find(spec, [tmp_path / "nowhere", path.parent]) == path
     assert artifact.find({**spec, "rbit": 64}, [path.parent]) is None
@@ -59,7 +61,7 @@ def test_other_settings_are_refused(path: Path) -> None:
         artifact.load(path, expect={"model_digest": "xyz"})
 
 
-def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="found no file"):
         artifact.load(tmp_path / "none.safetensors")
 
@@ -85,7 +87,7 @@ def test_a_file_truncated_at_any_byte_is_refused(small: bytes, part: int, tmp_pa
 
 
 @pytest.mark.parametrize("extra", [b"\0", b"more"])
-def test_a_file_with_something_at_its_end_is_refused(
+def test_a_file_with_extra_bytes_at_its_end_is_refused(
     small: bytes, extra: bytes, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.safetensors"
@@ -115,7 +117,7 @@ artifact.save(path, {"hash_weight": torch.zeros(64)}, artifact.provenance(spec, 
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["no file", "an older file"])
-def test_a_write_that_is_killed_leaves_what_was_there(tmp_path: Path, before: bool) -> None:
+def test_a_killed_write_leaves_the_previous_file(tmp_path: Path, before: bool) -> None:
     spec = {"method": "hata"}
     path = tmp_path / artifact.file_name(spec)
     told = artifact.provenance(spec, "", 0)

@@ -126,7 +126,7 @@ def whole(sample: Sample) -> str:
     return f"{sample.context} {sample.question} {sample.answer_prefix} {' '.join(sample.answers)}"
 
 
-def test_what_calibration_and_tests_may_draw_is_disjoint() -> None:
+def test_the_words_and_names_of_calibration_and_tests_are_disjoint() -> None:
     test_words, calibration_words = map(set, word_pools())
     assert not test_words & calibration_words
     for letters, upper in ((5, True), (6, False)):
@@ -135,7 +135,7 @@ def test_what_calibration_and_tests_may_draw_is_disjoint() -> None:
         assert not set(names[TEST_NAMES]) & set(names[CALIBRATION_NAMES])
 
 
-def test_calibration_draws_from_its_own_alone(texts: list[str]) -> None:
+def test_calibration_uses_only_its_own_words_and_names(texts: list[str]) -> None:
     names = [random_names(5, True)[CALIBRATION_NAMES], random_names(6, False)[CALIBRATION_NAMES]]
     allowed = {*word_pools()[1], *names[0], *names[1], *CALIBRATION_NUMBERS}
     found = set().union(*map(content, texts))
@@ -144,7 +144,7 @@ def test_calibration_draws_from_its_own_alone(texts: list[str]) -> None:
     assert len(found) > 400
 
 
-def test_tests_draw_from_their_own_alone(samples: list[Sample]) -> None:
+def test_test_samples_use_only_their_own_words_and_names(samples: list[Sample]) -> None:
     names = [random_names(5, True)[TEST_NAMES], random_names(6, False, 999)[TEST_NAMES]]
     allowed = {*word_pools()[0], *names[0], *names[1]}
     found = set().union(*(content(whole(sample)) for sample in samples))
@@ -167,7 +167,7 @@ def test_no_key_value_or_run_of_words_of_calibration_is_in_a_test(
     assert not runs & set().union(*map(grams, tested))
 
 
-def test_a_number_of_calibration_is_drawn_again(
+def test_a_test_sample_never_uses_a_number_of_calibration(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def number(folder: str) -> str:
@@ -180,7 +180,7 @@ def test_a_number_of_calibration_is_drawn_again(
     assert number("second") != first
 
 
-def test_no_seed_of_a_test_is_calibrations(
+def test_no_random_seed_is_shared_by_tests_and_calibration(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Randomness begins with a text: a test's with its seed, calibration's with a word."""
@@ -213,7 +213,7 @@ def test_texts_depend_on_the_seed_alone(loaded: LoadedModel) -> None:
     assert all(len(loaded.tokenizer.encode(text)) <= LENGTH for text in texts)
 
 
-def test_captured_keys_are_the_caches(
+def test_captured_keys_equal_those_of_the_cache(
     loaded: LoadedModel, captured: dict[int, list[tuple[Tensor, Tensor]]]
 ) -> None:
     texts = CalibrationPrompts(seed=3).texts(loaded, LENGTH, 7)
@@ -247,7 +247,7 @@ def test_captured_queries_give_the_models_own_attention(
         torch.testing.assert_close(logits.softmax(-1), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_only_the_queries_that_a_method_names_are_kept(
+def test_only_the_queries_that_a_method_asks_for_are_captured(
     loaded: LoadedModel,
     calibration: Calibration,
     captured: dict[int, list[tuple[Tensor, Tensor]]],
@@ -266,13 +266,13 @@ def test_only_the_queries_that_a_method_names_are_kept(
         assert queries.shape == (4, 0, 16)
 
 
-def test_the_model_is_given_back_unchanged(
+def test_capturing_leaves_the_model_unchanged(
     loaded: LoadedModel, captured: dict[int, list[tuple[Tensor, Tensor]]]
 ) -> None:
     assert loaded.model.config._attn_implementation == "sdpa"
 
 
-def test_the_description_says_what_was_read(calibration: Calibration) -> None:
+def test_the_description_names_prompts_seed_and_words(calibration: Calibration) -> None:
     assert calibration.description.startswith("7 prompts of 260 tokens, niah_single, niah_multikey")
     assert calibration.description.endswith("seed 3, 512 words that no test uses")
 
@@ -285,7 +285,7 @@ def test_a_small_window_shortens_the_prompts(loaded: LoadedModel) -> None:
 # The bound on memory -------------------------------------------------------------------------
 
 
-def test_layers_are_grouped_by_what_fits(loaded: LoadedModel) -> None:
+def test_layers_are_grouped_by_the_memory_limit(loaded: LoadedModel) -> None:
     def groups(limit: int) -> list[list[int]]:
         prompts = [list(range(1, 11)), list(range(1, 21))]
         return Calibration(loaded, HATA(rbit=32), prompts, limit, "").groups()
@@ -308,7 +308,9 @@ class Witness(HATA):
 
 
 @pytest.mark.parametrize("layers_at_once", [1, 2])
-def test_never_more_is_held_than_the_limit(loaded: LoadedModel, layers_at_once: int) -> None:
+def test_queries_and_keys_never_exceed_the_memory_limit(
+    loaded: LoadedModel, layers_at_once: int
+) -> None:
     """Counts the bytes of all tensors in the process that were not there before."""
 
     def tensors() -> list[Tensor]:

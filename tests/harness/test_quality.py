@@ -30,7 +30,7 @@ def judged(selection: Selection, k: int, out: torch.Tensor = FULL_OUT) -> tuple[
     return tuple(round(part.item(), 5) for part in parts)
 
 
-def test_full_attention_is_the_truth() -> None:
+def test_full_attention_is_the_reference() -> None:
     truth = DenseReference.of(QUERIES, CACHE, 1.0)
     expected = torch.tensor([[[[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.1, 0.7]]]])
     torch.testing.assert_close(truth.weights, expected)
@@ -38,7 +38,7 @@ def test_full_attention_is_the_truth() -> None:
     torch.testing.assert_close(truth.out[:, 0], FULL_OUT)
 
 
-def test_capped_logits_are_the_truth_of_a_model_that_caps_them() -> None:
+def test_the_reference_of_a_model_with_softcap_has_capped_logits() -> None:
     truth = DenseReference.of(QUERIES, CACHE, 1.0, softcap=1.0)
     capped = [math.exp(math.tanh(math.log(part))) for part in (4, 3, 2, 1)]
     torch.testing.assert_close(truth.weights[0, 0, 0], torch.tensor(capped) / sum(capped))
@@ -47,7 +47,7 @@ def test_capped_logits_are_the_truth_of_a_model_that_caps_them() -> None:
 @pytest.mark.parametrize(
     ("k", "expected"), [(1, [3]), (2, [0, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3])]
 )
-def test_the_exact_top_k_is_of_the_groups_sum(k: int, expected: list[int]) -> None:
+def test_the_exact_top_k_ranks_by_the_groups_summed_weights(k: int, expected: list[int]) -> None:
     exact = DenseReference.of(QUERIES, CACHE, 1.0).exact(k)
     assert exact[0, 0].nonzero().flatten().tolist() == expected
 
@@ -65,25 +65,25 @@ def test_recall_and_mass(slots: tuple[int, ...], recall: float, mass: float) -> 
     assert judged(pick(*slots), 2) == pytest.approx((recall, mass, 0.0, len(slots)), abs=1e-5)
 
 
-def test_the_error_is_relative_to_each_querys_output() -> None:
+def test_the_output_error_is_relative_to_each_querys_output() -> None:
     out = torch.tensor([[[0.4, 0.0], [0.1, 0.1]]])
     # |(0, 0.3)| / |(0.4, 0.3)| = 0.6 for the first query, 0 for the second
     assert judged(pick(0), 1, out)[2] == pytest.approx(0.3, abs=1e-5)
 
 
-def test_a_page_stands_for_its_tokens() -> None:
+def test_a_selected_page_counts_as_its_tokens() -> None:
     assert judged(pick(1, unit_size=2), 2) == pytest.approx((0.5, (0.3 + 0.8) / 2, 0.0, 2.0))
     # The second page of three reaches past the last token.
     assert judged(pick(1, unit_size=3), 2) == pytest.approx((0.5, (0.1 + 0.7) / 2, 0.0, 1.0))
 
 
-def test_what_is_no_unit_does_not_count() -> None:
+def test_padding_in_a_selection_does_not_count() -> None:
     assert judged(pick(3, -1), 1) == pytest.approx((1.0, (0.1 + 0.7) / 2, 0.0, 1.0))
     few = pick(3, 0, count=torch.tensor([[1]], dtype=torch.int32))
     assert judged(few, 1) == pytest.approx((1.0, (0.1 + 0.7) / 2, 0.0, 1.0))
 
 
-def test_a_selection_of_each_query_head_is_judged_by_head() -> None:
+def test_selections_per_query_head_are_measured_per_head() -> None:
     selection = Selection(torch.tensor([[[0, 3], [1, 2]]], dtype=torch.int32))
     # Read are the tokens of both heads.
     expected = ((1.0 + 0.0) / 2, (0.5 + 0.2) / 2, 0.0, 4.0)
@@ -101,7 +101,7 @@ def test_a_selection_of_each_query_head_is_judged_by_head() -> None:
         Selection(torch.tensor([[[0, 3], [1, 3]]], dtype=torch.int32)),
     ],
 )
-def test_the_judge_and_the_counter_agree_on_what_was_read(selection: Selection | None) -> None:
+def test_quality_and_counter_agree_on_the_tokens_read(selection: Selection | None) -> None:
     result = StepResult(FULL_OUT, None, selection, None)
     counter = Counter()
     counter.on_step(0, QUERIES, CACHE, result, 1.0, None)
@@ -109,7 +109,7 @@ def test_the_judge_and_the_counter_agree_on_what_was_read(selection: Selection |
     assert counter.density == found.tokens.mean().item() / 4
 
 
-def test_slots_outside_a_row_are_neither_exact_nor_chosen() -> None:
+def test_slots_outside_a_row_are_neither_exact_nor_selected() -> None:
     keys, values = KEYS.repeat(2, 1, 1, 1), VALUES.repeat(2, 1, 1, 1)
     kv_len = torch.tensor([4, 3], dtype=torch.int32)
     cache = CacheView(keys, values, None, kv_len)

@@ -74,7 +74,7 @@ def edited(path: Path) -> None:
     path.write_text(path.read_text() + "\n1 + 1\n")
 
 
-def test_what_a_method_uses_counts(checkout: Path) -> None:
+def test_editing_code_that_a_method_uses_changes_its_digest(checkout: Path) -> None:
     quest = "topkbench.methods.quest"
     before = digest(checkout, quest)
     assert len(before) == 16
@@ -93,7 +93,7 @@ def test_what_a_method_uses_counts(checkout: Path) -> None:
     assert len(seen) == len(used) + 1
 
 
-def test_what_a_method_does_not_use_does_not_count(checkout: Path) -> None:
+def test_editing_code_that_a_method_does_not_use_keeps_its_digest(checkout: Path) -> None:
     before = digest(checkout, "topkbench.methods.quest")
     for name in (
         *("methods/loki.py", "kernels/hash_encode/cpu.py", "kernels/bench.py"),
@@ -104,7 +104,7 @@ def test_what_a_method_does_not_use_does_not_count(checkout: Path) -> None:
     assert digest(checkout, "topkbench.methods.loki") != before
 
 
-def test_a_users_own_files_count(checkout: Path) -> None:
+def test_editing_a_users_own_files_changes_the_digest(checkout: Path) -> None:
     before = digest(checkout, "mine")
     own = checkout.parent / "own"
     seen = {before}
@@ -118,7 +118,7 @@ def test_a_users_own_files_count(checkout: Path) -> None:
     assert digest(checkout, "mine") == after
 
 
-def test_an_installed_library_does_not_count_but_a_method_in_one_does(checkout: Path) -> None:
+def test_an_installed_library_is_ignored_but_a_method_in_one_is_not(checkout: Path) -> None:
     """An overlay of ``pip install --target``: notes on each package stand beside it."""
     own = checkout.parent / "own"
     (own / "pieces-1.0.dist-info").mkdir()

@@ -75,7 +75,7 @@ def rows(
     ],
     ids=lambda method: method.name,
 )
-def test_a_right_step_has_every_time(
+def test_a_correct_step_has_all_times(
     loaded: LoadedModel, store: PrefillStore, method: TopKMethod
 ) -> None:
     found = rows(loaded, store, method, task(lengths=(300, 513)))
@@ -91,7 +91,9 @@ def test_a_right_step_has_every_time(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_has_a_right_step(loaded: LoadedModel, store: PrefillStore, name: str) -> None:
+def test_every_method_has_a_correct_step(
+    loaded: LoadedModel, store: PrefillStore, name: str
+) -> None:
     """As its YAML makes it, but for what is learned, which is learned quickly."""
     overrides = [f"method={name}", "rbit=64"]
     overrides += {
@@ -114,7 +116,7 @@ def test_full_attention_is_timed_by_the_same_task(loaded: LoadedModel, store: Pr
     assert values["bytes_read_per_step"] == 2 * 300 * 2 * 32 * 4
 
 
-def test_what_a_step_read_is_charged_and_not_the_budget(
+def test_the_tokens_that_a_step_read_are_charged_not_the_budget(
     loaded: LoadedModel, store: PrefillStore
 ) -> None:
     shape = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
@@ -146,7 +148,7 @@ def test_what_a_step_read_is_charged_and_not_the_budget(
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_attention_received_is_captured_from_the_queries_of_all_positions(
+def test_column_sums_are_captured_from_queries_at_all_positions(
     monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
     monkeypatch.setattr("topkbench.harness.planted.BLOCK", 128)
@@ -172,7 +174,7 @@ def layer_of(method: TopKMethod, states: PlantedStates) -> decode_latency._Layer
 
 
 @pytest.mark.parametrize("method", [H2O(), SnapKV()], ids=lambda method: method.name)
-def test_what_is_captured_at_prefill_counts_as_building(method: TopKMethod) -> None:
+def test_capturing_at_prefill_counts_as_build_time(method: TopKMethod) -> None:
     layer = layer_of(method, planted(2, 100))
     assert set(layer.captured.milliseconds) == set(method.needs)
     layer.captured.milliseconds = dict.fromkeys(method.needs, 1e6)
@@ -180,7 +182,7 @@ def test_what_is_captured_at_prefill_counts_as_building(method: TopKMethod) -> N
     assert layer.copy().captured is layer.captured  # and is not captured again
 
 
-def test_queries_are_foretold_within_the_step() -> None:
+def test_a_step_includes_speculating_its_queries() -> None:
     """By one projection for each row, as wide as all query heads together."""
     method, states = InfiniGen(), planted(2, 100)
     method.load_artifact(method.fit(PlantedCalibration.of(states)))
@@ -236,7 +238,7 @@ def test_nan_is_wrong(loaded: LoadedModel, store: PrefillStore) -> None:
 
 
 @pytest.mark.parametrize(("budget", "k"), [(0.5, 150), (0.001, 64), (None, 16)])
-def test_the_budget_is_a_share_or_the_cells(
+def test_k_is_a_share_of_the_length_or_the_cells(
     loaded: LoadedModel, store: PrefillStore, budget: float | None, k: int
 ) -> None:
     (row,) = rows(loaded, store, ExactTopK(), task(budget=budget))
@@ -249,13 +251,15 @@ def test_a_trained_method_is_fitted_on_the_states(loaded: LoadedModel, store: Pr
     assert row.status == "ok"
 
 
-def test_what_does_not_fit_into_memory_is_skipped(loaded: LoadedModel, store: PrefillStore) -> None:
+def test_a_length_that_does_not_fit_into_memory_is_skipped(
+    loaded: LoadedModel, store: PrefillStore
+) -> None:
     found = rows(loaded, store, ExactTopK(), task(lengths=(300, 10**12)))
     assert [row.status for row in found] == ["ok", "skipped"]
     assert found[1].reason.endswith("GiB of states exceed half of the free memory.")
 
 
-def test_captured_states_are_the_models_own(
+def test_captured_states_equal_the_models(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
     made = task(lengths=(200,), states="captured", layer=1, cache_dir=str(tmp_path))
@@ -280,7 +284,7 @@ def test_captured_states_are_the_models_own(
     assert row.values["index_bytes_per_token"] == 0
 
 
-def test_a_layer_that_the_model_has_not(
+def test_a_layer_that_the_model_does_not_have_is_refused(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
     made = task(lengths=(200,), states="captured", layer=2, cache_dir=str(tmp_path))
@@ -325,7 +329,7 @@ class Places(ExactTopK):
         return super().step(query_states, *args, **kwargs)
 
 
-def test_cold_steps_take_copies_in_turn_and_warm_ones_stay(
+def test_cold_steps_rotate_over_copies_and_warm_steps_use_one(
     loaded: LoadedModel, store: PrefillStore
 ) -> None:
     method = Places()
@@ -358,7 +362,7 @@ def test_each_length_is_a_row_and_each_batch_at_one_length(
     assert found[2].values["bandwidth_gb_s"] == 1.0
 
 
-def test_copies_count_towards_the_memory(
+def test_all_copies_count_towards_the_memory_needed(
     monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, store: PrefillStore
 ) -> None:
     cached = 2 * 300 * 2 * 32 * 4  # keys and values of 2 heads of 32 in float32
@@ -383,7 +387,7 @@ def test_copies_count_towards_the_memory(
         ({"batch_sizes": (2,), "states": "captured"}, r"must be \[\] or \[1\] with captured"),
     ],
 )
-def test_shapes_that_make_no_sense_are_refused(knobs: dict[str, Any], message: str) -> None:
+def test_invalid_shapes_are_refused(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         task(**knobs)
 
@@ -417,7 +421,7 @@ def test_repeated_blocks_are_keys_of_their_own() -> None:
     assert keys.std().item() == pytest.approx(1.0, abs=0.02)
 
 
-def test_a_row_has_its_own_full_attention_an_interval_and_what_others_did(
+def test_a_row_has_paired_full_attention_an_interval_and_other_load(
     loaded: LoadedModel, store: PrefillStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OtherLoad, "share", lambda self: 0.381)

@@ -84,7 +84,7 @@ def test_the_budget_is_a_share_of_the_length(
     assert row.values["k"] == k
 
 
-def test_what_is_captured_at_prefill_counts_as_building(
+def test_capturing_at_prefill_counts_as_build_time(
     loaded: LoadedModel, store: PrefillStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def captured(*given: Any) -> Captured:
@@ -114,7 +114,9 @@ class Recorded(ExactTopK):
         return super().step(query_states, index, cache, *args, **kwargs)
 
 
-def test_every_step_is_the_same_step(loaded: LoadedModel, store: PrefillStore) -> None:
+def test_every_step_decodes_the_same_position_of_one_buffer(
+    loaded: LoadedModel, store: PrefillStore
+) -> None:
     method = Recorded()
     (row,) = rows(loaded, store, method, trials=5)
     assert row.status == "ok"
@@ -152,7 +154,7 @@ def test_with_every_token_kept_the_logits_are_full_attentions(
     assert [layer.keys.data_ptr() for layer in cache.layers] == buffers
 
 
-def test_the_twin_has_the_weights_and_nothing_else_of_the_model(loaded: LoadedModel) -> None:
+def test_the_second_model_shares_only_the_weights(loaded: LoadedModel) -> None:
     twin = sharing_weights(loaded.model)
     pairs = zip(twin.parameters(), loaded.model.parameters(), strict=True)
     assert all(mine is its for mine, its in pairs)
@@ -197,7 +199,7 @@ def test_wrong_logits_have_no_speed(
     assert not {*SPEED, "build_ms"} & set(row.values)
 
 
-def test_what_does_not_fit_is_skipped(
+def test_a_length_beyond_window_or_memory_is_skipped(
     loaded: LoadedModel, store: PrefillStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Of 300 tokens the caches hold 300 KiB, of 900 three times as much; the weights about as much.
@@ -212,7 +214,7 @@ def test_what_does_not_fit_is_skipped(
     assert found[1].values == {"kv_len": 1800, "length": 1800, "batch_size": 1}
 
 
-def test_a_step_that_no_graph_records_is_skipped(
+def test_a_step_that_cannot_be_captured_in_a_graph_is_skipped(
     loaded: LoadedModel, store: PrefillStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
@@ -237,7 +239,7 @@ def test_a_step_that_no_graph_records_is_skipped(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_whole_step_records_into_a_graph(tmp_path: Path, loaded: LoadedModel) -> None:
+def test_a_whole_step_can_be_captured_in_a_graph(tmp_path: Path, loaded: LoadedModel) -> None:
     moved = replace(loaded, model=copy.deepcopy(loaded.model).to("cuda", torch.bfloat16))
     store = PrefillStore(moved.model, tmp_path, 0)
     for make in (FullAttention, *METHODS.values()):
@@ -255,6 +257,6 @@ def test_a_whole_step_records_into_a_graph(tmp_path: Path, loaded: LoadedModel) 
         ({"batch_size": 0}, r"task\.batch_size must be at least 1, got 0"),
     ],
 )
-def test_a_bad_knob_is_one_sentence(knobs: dict[str, Any], message: str) -> None:
+def test_an_invalid_setting_is_refused_in_one_line(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DecodeThroughput(**knobs)

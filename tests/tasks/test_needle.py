@@ -38,7 +38,7 @@ def test_the_needle_is_at_its_depth(
     assert sentences[places[0]].endswith(sample.answers[0])
 
 
-def test_a_deeper_needle_is_another_prompt_and_more_samples_keep_the_first(
+def test_depths_give_different_prompts_and_more_samples_keep_the_first(
     loaded: LoadedModel, tmp_path: Path
 ) -> None:
     few = task(tmp_path, lengths=(200,)).samples(loaded)
@@ -63,8 +63,6 @@ def test_a_length_past_the_window_is_refused(loaded: LoadedModel, tmp_path: Path
         ({"depths": (0, 101)}, "task.depths must be"),
     ],
 )
-def test_a_grid_that_is_none_is_refused(
-    tmp_path: Path, knobs: dict[str, object], message: str
-) -> None:
+def test_an_invalid_grid_is_refused(tmp_path: Path, knobs: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         task(tmp_path, **knobs)

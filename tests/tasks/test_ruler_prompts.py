@@ -45,7 +45,7 @@ def test_a_prompt_fills_its_budget(subtask: str, budget: int, count: Count) -> N
 
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
-def test_the_reference_holds_every_answer(subtask: str, count: Count) -> None:
+def test_the_reference_contains_every_answer(subtask: str, count: Count) -> None:
     prompt = draw(subtask, 600, count)
     written = prompt.answer_prefix + prompt.reference
     assert string_match_all(prompt.reference, prompt.answers) == 100.0
@@ -78,7 +78,7 @@ def test_a_solved_example_comes_first_where_ruler_has_one(subtask: str, count: C
 
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
-def test_randomness_is_the_samples_own(subtask: str, count: Count) -> None:
+def test_a_prompt_depends_only_on_its_own_random_generator(subtask: str, count: Count) -> None:
     random.seed(1)
     first = draw(subtask, 500, count)
     random.seed(2)
@@ -108,7 +108,7 @@ def test_a_multikey_haystack_is_other_needles(count: Count) -> None:
     assert NEEDLE.sub("", prompt.context.split("\n", 1)[1]).strip() == ""
 
 
-def test_multivalue_hides_four_values_of_one_key(count: Count) -> None:
+def test_multivalue_has_four_values_of_one_key(count: Count) -> None:
     prompt = draw("niah_multivalue", 800, count)
     found = NEEDLE.findall(prompt.context)
     assert len({key for key, _ in found}) == 1
@@ -119,7 +119,7 @@ def test_multivalue_hides_four_values_of_one_key(count: Count) -> None:
     assert (prompt.question, prompt.answer_prefix, prompt.reference) == asked
 
 
-def test_multiquery_hides_and_asks_four_keys(count: Count) -> None:
+def test_multiquery_has_and_asks_for_four_keys(count: Count) -> None:
     prompt = draw("niah_multiquery", 800, count)
     found = dict(NEEDLE.findall(prompt.context))
     assert sorted(found.values()) == sorted(prompt.answers)
@@ -128,7 +128,7 @@ def test_multiquery_hides_and_asks_four_keys(count: Count) -> None:
     assert (prompt.question, prompt.answer_prefix, prompt.reference) == asked
 
 
-def test_other_needles_do_not_run_out(count: Count) -> None:
+def test_distractor_needles_do_not_run_out(count: Count) -> None:
     # A pool of calibration's size is spent long before the budget; pairs of words follow.
     rng = random.Random(0)
     prompt = make_prompt("niah_multikey", rng, word_pools()[1], 6000, count)
@@ -140,7 +140,7 @@ def test_other_needles_do_not_run_out(count: Count) -> None:
     assert 19_900 < size(letters, len) <= 20_000
 
 
-def test_needles_stand_at_any_depth(count: Count) -> None:
+def test_needles_are_at_any_depth(count: Count) -> None:
     depths = []
     for seed in range(60):
         context = draw("niah_single", 400, count, seed).context
@@ -164,7 +164,7 @@ def test_variables_are_one_chain_of_four_hops_in_order(count: Count) -> None:
     assert prompt.question == f"\nWhich variables hold the value {value}?"
 
 
-def test_common_words_stand_30_times_and_others_3(count: Count) -> None:
+def test_common_words_occur_30_times_and_others_3(count: Count) -> None:
     prompt = draw("cwe", 4000, count)
     entries = re.findall(r"(\d+)\. (\w+)", prompt.context)
     assert [int(number) for number, _ in entries] == list(range(1, len(entries) + 1))
@@ -204,14 +204,14 @@ def test_the_third_most_frequent_word_is_never_a_tie(budget: int, count: Count) 
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
 @pytest.mark.parametrize("budget", [-3, 0, 1, 25])
-def test_too_small_a_budget_is_one_sentence(subtask: str, budget: int, count: Count) -> None:
+def test_too_small_a_budget_is_refused(subtask: str, budget: int, count: Count) -> None:
     with pytest.raises(TaskDoesNotFit, match=r"use a larger task\.length\.$"):
         draw(subtask, budget, count)
 
 
 @settings(max_examples=40, deadline=None)
 @given(subtask=st.sampled_from(SUBTASKS), budget=st.integers(26, 420), seed=st.integers(0, 9))
-def test_a_prompt_fits_or_says_that_it_does_not(
+def test_a_prompt_fits_its_budget_or_raises(
     count: Count, subtask: str, budget: int, seed: int
 ) -> None:
     try:

@@ -48,7 +48,7 @@ def test_exact_top_k_recalls_everything(
     assert first["density"] == pytest.approx(16 / 190, abs=0.02)
 
 
-def test_a_layer_that_stays_dense_is_not_judged(
+def test_a_dense_layer_is_not_measured(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
     policy = Policy(k=16, dense_layers=1)
@@ -64,7 +64,7 @@ def test_sinks_and_recents_recall_less(
         assert 0 < row.values["recall_at_k"] < 0.9
 
 
-def test_a_budget_of_everything_is_a_skipped_row(
+def test_a_budget_of_all_tokens_is_a_skipped_row(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
     given = context(loaded, store, ExactTopK(), BARE)
@@ -74,7 +74,7 @@ def test_a_budget_of_everything_is_a_skipped_row(
     assert rows[1].reason == "no decode step had more than k=500 cached tokens to choose from."
 
 
-def test_full_attention_selects_nothing(
+def test_full_attention_is_skipped_since_it_selects_nothing(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
     (row,) = task(tmp_path).run(context(loaded, store, FullAttention(), BARE)).rows

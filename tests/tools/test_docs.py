@@ -28,7 +28,7 @@ def maker() -> ModuleType:
     return script("make_methods")
 
 
-def test_the_league_is_the_measured_one() -> None:
+def test_the_league_is_what_its_script_makes_from_the_rows() -> None:
     """In README and on its page; a score that is worked out from the rows stands in both."""
     league = script("make_league")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -56,7 +56,7 @@ def test_every_method_is_on_the_page_with_its_source(maker: ModuleType) -> None:
     assert lacking == ["Full attention"]
 
 
-def test_every_method_says_what_of_the_authors_code_it_was_compared_with(maker: ModuleType) -> None:
+def test_every_method_names_the_authors_code_that_it_was_compared_with(maker: ModuleType) -> None:
     """It names a file of a repository, or says that there is none to compare with."""
     for entry in maker.page().split("\n## ")[1:]:
         title = entry.splitlines()[0]
@@ -66,7 +66,7 @@ def test_every_method_says_what_of_the_authors_code_it_was_compared_with(maker: 
         assert names_a_file or told.group(1).startswith("None to compare with: "), title
 
 
-def test_every_method_that_learns_says_what_it_is_calibrated_on(maker: ModuleType) -> None:
+def test_every_method_that_learns_has_its_calibration_on_the_page(maker: ModuleType) -> None:
     entries = {
         one.split("`method=")[1].split("`")[0]: one for one in maker.page().split("\n## ")[1:]
     }
@@ -86,7 +86,7 @@ def test_every_method_that_learns_says_what_it_is_calibrated_on(maker: ModuleTyp
         assert "in turn, seed 90210; made of 512 words, and of the half of the random" in line
 
 
-def test_a_docstring_is_told_by_its_sections(maker: ModuleType) -> None:
+def test_a_docstring_is_split_into_its_sections(maker: ModuleType) -> None:
     class Example:
         """Keep ``k`` tokens
         or fewer.
@@ -112,7 +112,7 @@ def test_a_docstring_is_told_by_its_sections(maker: ModuleType) -> None:
     }
 
 
-def test_knobs_are_the_settings_that_are_a_methods_own(maker: ModuleType) -> None:
+def test_knobs_are_the_methods_own_settings(maker: ModuleType) -> None:
     own = "rank: ${x}  # channels | more\n# Apart\nflag: true\n"
     other = "defaults:\n  - /method@base: quest  # another method\n  - _self_\n"
     text = f"{other}_target_: a.B\n{own}impl: ${{impl}}\nnative:\n  num_sink: 0\n"
@@ -123,7 +123,7 @@ def test_knobs_are_the_settings_that_are_a_methods_own(maker: ModuleType) -> Non
     ]
 
 
-def test_every_test_that_the_page_on_trust_names_is_there() -> None:
+def test_every_test_named_in_trust_md_exists() -> None:
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "trust.md").read_text()))
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     found = set(re.findall(r"^def (test_\w+)", tests, re.MULTILINE))
