@@ -1,4 +1,4 @@
-"""RULER's scoring, with values written out."""
+"""RULER's scoring functions, compared with expected values."""
 
 import pytest
 

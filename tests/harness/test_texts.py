@@ -1,4 +1,4 @@
-"""Plain texts to fit methods on: what every machine has, in halves, or a user's files."""
+"""Calibration texts from files: Python's documentation in two halves, or a user's files."""
 
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -42,8 +42,8 @@ def test_the_description_contains_the_digest_of_the_files(
     before = Calibration.draw(loaded, Loki(), texts).digest
     file.write_text("and are each word")
     assert Calibration.draw(loaded, Loki(), texts).digest != before
-    told = TextFiles().describe(4096, 14)
-    assert told.startswith(
+    description = TextFiles().describe(4096, 14)
+    assert description.startswith(
         "14 texts of at most 4096 tokens of Python's documentation topics, first"
     )
 
