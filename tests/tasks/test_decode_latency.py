@@ -1,4 +1,4 @@
-"""One decode step of one layer: timed only where it is right."""
+"""One decode step of one layer: timed only if its result is correct."""
 
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ SPEED = (
 
 @pytest.fixture(autouse=True)
 def two_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rotate over two copies: those that a real cache asks for at such lengths take seconds."""
+    """Rotate over two copies: at these lengths, exceeding a real cache takes many, and seconds."""
     monkeypatch.setattr(decode_latency, "copies_needed", lambda num_bytes, device: 2)
 
 
@@ -59,10 +59,14 @@ def task(**knobs: Any) -> DecodeLatency:
 
 
 def rows(
-    loaded: LoadedModel, store: PrefillStore, method: TopKMethod, made: DecodeLatency, k: int = 16
+    loaded: LoadedModel,
+    store: PrefillStore,
+    method: TopKMethod,
+    latency_task: DecodeLatency,
+    k: int = 16,
 ) -> list[TaskRow]:
     context = Context(loaded, store, method, Policy(k=k), FullAttention(), None, 1e9)
-    return made.run(context).rows
+    return latency_task.run(context).rows
 
 
 @pytest.mark.parametrize(
@@ -71,7 +75,7 @@ def rows(
         ExactTopK(),
         HATA(weights="random", rbit=64),
         Quest(page_size=8),
-        Twilight(base=Quest(page_size=8), p=1.0),  # an index inside an index is set back too
+        Twilight(base=Quest(page_size=8), p=1.0),  # the inner index's append is undone too
     ],
     ids=lambda method: method.name,
 )
@@ -86,7 +90,7 @@ def test_a_correct_step_has_all_times(
     values = found[0].values
     assert all(values[column] > 0 for column in (*SPEED, "score_ms", "select_ms", "append_ms"))
     assert (values["kv_len"], values["length"], values["batch_size"]) == (300, 300, 1)
-    # Whole pages of 8, of which the last is half full: 9 pages at most, one of 4 tokens.
+    # At most 9 pages of 8 tokens, the last of which has only 4.
     assert 68 / 300 <= values["density"] <= 75 / 300
 
 
@@ -94,7 +98,7 @@ def test_a_correct_step_has_all_times(
 def test_every_method_has_a_correct_step(
     loaded: LoadedModel, store: PrefillStore, name: str
 ) -> None:
-    """As its YAML makes it, but for what is learned, which is learned quickly."""
+    """Methods are as their YAML configures them, except for shorter training."""
     overrides = [f"method={name}", "rbit=64"]
     overrides += {
         "hata": ["method.weights=random"],
@@ -136,11 +140,11 @@ def test_the_tokens_that_a_step_read_are_charged_not_the_budget(
         )
         index = method.build_index(prefill)
         method.append(index, states.key_states[:, :, -1:], states.value_states[:, :, -1:])
-        chosen = method.step(states.query_states, index, cache, policy, 32**-0.5).selection
-        assert chosen is not None
-        assert chosen.scanned is not None
-        read = round(chosen.tokens_read(cache).double().mean().item())
-        scanned = round(chosen.scanned.double().mean().item())
+        selection = method.step(states.query_states, index, cache, policy, 32**-0.5).selection
+        assert selection is not None
+        assert selection.scanned is not None
+        read = round(selection.tokens_read(cache).double().mean().item())
+        scanned = round(selection.scanned.double().mean().item())
         (row,) = rows(loaded, store, method, task())
         expected = method.bytes_read_by(shape, 300, read, scanned)
         assert expected != method.bytes_read_per_step(shape, 300, 75)
@@ -155,18 +159,18 @@ def test_column_sums_are_captured_from_queries_at_all_positions(
     monkeypatch.setattr("topkbench.models.capture.WEIGHTS", 6 * 300 * 50)
     keys = planted(batch_size, 300).key_states
     both = frozenset({"column_sums", "query_tail"})
-    found = capture(both, keys, 6, 32**-0.5)
-    assert found.column_sums is not None
-    assert found.query_tail is not None
-    assert found.column_sums.shape == (batch_size, 6, 300)
-    # Every query spreads a weight of one.
-    torch.testing.assert_close(found.column_sums.sum(-1), torch.full((batch_size, 6), 300.0))
-    assert found.query_tail.shape == (batch_size, 6, 64, 32)
-    assert set(found.milliseconds) == both
-    alone = capture(frozenset({"query_tail"}), keys[:, :, :40], 6, 32**-0.5)
-    assert alone.query_tail is not None
-    assert alone.query_tail.shape == (batch_size, 6, 40, 32)
-    assert alone.column_sums is None
+    captured = capture(both, keys, 6, 32**-0.5)
+    assert captured.column_sums is not None
+    assert captured.query_tail is not None
+    assert captured.column_sums.shape == (batch_size, 6, 300)
+    # Each query's attention weights sum to one.
+    torch.testing.assert_close(captured.column_sums.sum(-1), torch.full((batch_size, 6), 300.0))
+    assert captured.query_tail.shape == (batch_size, 6, 64, 32)
+    assert set(captured.milliseconds) == both
+    tail = capture(frozenset({"query_tail"}), keys[:, :, :40], 6, 32**-0.5)
+    assert tail.query_tail is not None
+    assert tail.query_tail.shape == (batch_size, 6, 40, 32)
+    assert tail.column_sums is None
 
 
 def layer_of(method: TopKMethod, states: PlantedStates) -> decode_latency._Layer:
@@ -179,18 +183,18 @@ def test_capturing_at_prefill_counts_as_build_time(method: TopKMethod) -> None:
     assert set(layer.captured.milliseconds) == set(method.needs)
     layer.captured.milliseconds = dict.fromkeys(method.needs, 1e6)
     assert 1e6 < layer.build_ms(1) < 1.1e6
-    assert layer.copy().captured is layer.captured  # and is not captured again
+    assert layer.copy().captured is layer.captured  # it is not captured again
 
 
 def test_a_step_includes_speculating_its_queries() -> None:
-    """By one projection for each row, as wide as all query heads together."""
+    """The step has one projection per row, as wide as all query heads together."""
     method, states = InfiniGen(), planted(2, 100)
     method.load_artifact(method.fit(PlantedCalibration.of(states)))
     layer = layer_of(method, states)
     for one in (layer, layer.copy()):
-        with FlopCounterMode(display=False) as counted:
+        with FlopCounterMode(display=False) as counter:
             one.step()
-        assert counted.get_flop_counts()["Global"][torch.ops.aten.mm] == 2 * 2 * (6 * 32) ** 2
+        assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] == 2 * 2 * (6 * 32) ** 2
 
 
 def test_the_parts_of_a_stage_add_up_within_a_step() -> None:
@@ -211,7 +215,7 @@ def test_the_parts_of_a_stage_add_up_within_a_step() -> None:
 
 
 class Broken(ExactTopK):
-    """Right by its reference, wrong where it is fast."""
+    """Correct with impl=reference, wrong with the fast implementation."""
 
     def attend(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         out, lse = super().attend(*args, **kwargs)
@@ -262,23 +266,23 @@ def test_a_length_that_does_not_fit_into_memory_is_skipped(
 def test_captured_states_equal_the_models(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
-    made = task(lengths=(200,), states="captured", layer=1, cache_dir=str(tmp_path))
+    latency_task = task(lengths=(200,), states="captured", layer=1, cache_dir=str(tmp_path))
     context = Context(loaded, store, ExactTopK(), Policy(k=16), FullAttention())
-    states = made._captured(context, 200)
+    states = latency_task._captured(context, 200)
     (sample,) = (tmp_path / "samples").iterdir()
     n = states.key_states.shape[2]
     assert 180 < n <= 200
     assert sample.exists()
-    # The last token's keys and values are what full attention of the model itself would see.
+    # Attention over the captured states gives the output of the model's own attention layer.
     weights = (states.query_states @ states.key_states.mT * 16**-0.5).softmax(-1)
-    found: list[Tensor] = []
-    attention = loaded.model.model.layers[1].self_attn.o_proj
-    hook = attention.register_forward_pre_hook(lambda _, given: found.append(given[0][0, -1]))
-    made._captured(context, 200)
+    outputs: list[Tensor] = []
+    projection = loaded.model.model.layers[1].self_attn.o_proj
+    hook = projection.register_forward_pre_hook(lambda _, args: outputs.append(args[0][0, -1]))
+    latency_task._captured(context, 200)
     hook.remove()
-    own = (weights @ states.value_states).flatten()
-    torch.testing.assert_close(own, found[0], rtol=1e-4, atol=1e-5)
-    (row,) = made.run(context).rows
+    expected = (weights @ states.value_states).flatten()
+    torch.testing.assert_close(expected, outputs[0], rtol=1e-4, atol=1e-5)
+    (row,) = latency_task.run(context).rows
     assert (row.status, row.subtask) == ("ok", "200")
     assert (row.values["kv_len"], row.values["length"]) == (n, 200)
     assert row.values["index_bytes_per_token"] == 0
@@ -287,13 +291,13 @@ def test_captured_states_equal_the_models(
 def test_a_layer_that_the_model_does_not_have_is_refused(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
-    made = task(lengths=(200,), states="captured", layer=2, cache_dir=str(tmp_path))
+    latency_task = task(lengths=(200,), states="captured", layer=2, cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"task\.layer must lie between 0 and 1, got 2"):
-        rows(loaded, store, ExactTopK(), made)
+        rows(loaded, store, ExactTopK(), latency_task)
 
 
 class Rounded(ExactTopK):
-    """Scores that differ from the reference's in their last bits, so that ties fall otherwise."""
+    """Returns scores that differ from the reference's in the last bits, which breaks near ties."""
 
     def score(self, *args: Any, **kwargs: Any) -> Tensor:
         scores = super().score(*args, **kwargs)
@@ -306,13 +310,13 @@ def test_a_near_tie_is_not_wrong(loaded: LoadedModel, store: PrefillStore) -> No
 
 
 class Shifted(ExactTopK):
-    """Chooses the neighbour of each token that it should choose."""
+    """Selects the left neighbour of each token that it should select."""
 
     def select(self, *args: Any, **kwargs: Any) -> Selection:
-        chosen = super().select(*args, **kwargs)
+        selection = super().select(*args, **kwargs)
         if self.impl != "reference":
-            chosen.indices = (chosen.indices - 1).clamp_min(0)
-        return chosen
+            selection.indices = (selection.indices - 1).clamp_min(0)
+        return selection
 
 
 def test_a_wrong_selection_has_no_time(loaded: LoadedModel, store: PrefillStore) -> None:
@@ -321,23 +325,23 @@ def test_a_wrong_selection_has_no_time(loaded: LoadedModel, store: PrefillStore)
     assert row.reason.startswith("the selection must be the reference's")
 
 
-class Places(ExactTopK):
-    """Notes where the keys of each step lie."""
+class RecordedAddresses(ExactTopK):
+    """Records the memory address of each step's queries."""
 
     def step(self, query_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.seen.append(query_states.data_ptr())
+        self.addresses.append(query_states.data_ptr())
         return super().step(query_states, *args, **kwargs)
 
 
 def test_cold_steps_rotate_over_copies_and_warm_steps_use_one(
     loaded: LoadedModel, store: PrefillStore
 ) -> None:
-    method = Places()
-    method.seen = []
+    method = RecordedAddresses()
+    method.addresses = []
     (row,) = rows(loaded, store, method, task(trials=4))
     assert row.status == "ok"
-    first, *others = method.seen  # one step for the density
-    cold, warm, stages = others[:9], others[9:18], others[18:]  # 5 of them warm up
+    first, *others = method.addresses  # the first step counts the density
+    cold, warm, stages = others[:9], others[9:18], others[18:]  # 5 of the 9 are warm-up
     second = cold[1]
     assert second != first
     assert cold == [first, second] * 4 + [first]
@@ -348,13 +352,13 @@ def test_cold_steps_rotate_over_copies_and_warm_steps_use_one(
 def test_each_length_is_a_row_and_each_batch_at_one_length(
     loaded: LoadedModel, store: PrefillStore
 ) -> None:
-    made = task(lengths=(300, 128), batch_sizes=(1, 3), batch_length=128)
-    found = rows(loaded, store, HATA(weights="random", rbit=32), made)
+    latency_task = task(lengths=(300, 128), batch_sizes=(1, 3), batch_length=128)
+    found = rows(loaded, store, HATA(weights="random", rbit=32), latency_task)
     known = [(row.values["length"], row.values["batch_size"]) for row in found]
     assert known == [(300, 1), (128, 1), (128, 3)]
     assert [row.subtask for row in found] == ["300", "128", "128 x 3"]
     assert {row.status for row in found} == {"ok"}
-    # Bytes are those of one prompt; the share of the bandwidth is the batch's.
+    # Bytes are per prompt; the bandwidth fraction is that of the whole batch.
     reads = [row.values["bytes_read_per_step"] for row in found]
     assert reads[1] == reads[2]
     seconds = found[2].values["decode_ms_p50"] * 1e-3
@@ -367,7 +371,7 @@ def test_all_copies_count_towards_the_memory_needed(
 ) -> None:
     cached = 2 * 300 * 2 * 32 * 4  # keys and values of 2 heads of 32 in float32
     monkeypatch.setattr(decode_latency, "free_bytes", lambda device: 2 * 3 * cached)
-    (row,) = rows(loaded, store, ExactTopK(), task())  # two copies and one to work with
+    (row,) = rows(loaded, store, ExactTopK(), task())  # two copies and one temporary copy
     assert row.status == "ok"
     monkeypatch.setattr(decode_latency, "free_bytes", lambda device: 2 * 3 * cached - 2)
     (row,) = rows(loaded, store, ExactTopK(), task())
@@ -384,7 +388,7 @@ def test_all_copies_count_towards_the_memory_needed(
         ({"lengths": ()}, r"task\.lengths must be"),
         ({"batch_sizes": (2,), "batch_length": 1}, r"and batch_length=1\."),
         ({"batch_sizes": (0,)}, r"task\.batch_sizes must be"),
-        ({"batch_sizes": (2,), "states": "captured"}, r"must be \[\] or \[1\] with captured"),
+        ({"batch_sizes": (2,), "states": "captured"}, r"must be \[\] or \[1\] with states=captured"),
     ],
 )
 def test_invalid_shapes_are_refused(knobs: dict[str, Any], message: str) -> None:

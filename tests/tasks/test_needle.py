@@ -1,4 +1,4 @@
-"""The needle task: every length and depth of the grid, the needle where it is said to be."""
+"""The needle task: all lengths and depths of the grid, with the needle at its depth."""
 
 from pathlib import Path
 
@@ -22,8 +22,8 @@ def test_the_grid_is_lengths_by_depths(loaded: LoadedModel, tmp_path: Path) -> N
     ]
     assert len({sample.sample_id for sample in samples}) == len(samples) == 12
     for sample in samples:
-        wanted = int(sample.subtask.partition(" x ")[0])
-        assert wanted - 20 < sample.length <= wanted
+        length = int(sample.subtask.partition(" x ")[0])
+        assert length - 20 < sample.length <= length
 
 
 @pytest.mark.parametrize(("depth", "low", "high"), [(0, 0.0, 0.0), (25, 0.2, 0.3), (100, 1.0, 1.0)])
@@ -32,10 +32,10 @@ def test_the_needle_is_at_its_depth(
 ) -> None:
     (sample,) = task(tmp_path, lengths=(600,), depths=(depth,), num_samples=1).samples(loaded)
     sentences = sample.context.split("\n", 1)[1].removesuffix(".").split(".")
-    places = [i for i, text in enumerate(sentences) if "secret words" in text]
-    assert len(places) == 1
-    assert low <= places[0] / (len(sentences) - 1) <= high
-    assert sentences[places[0]].endswith(sample.answers[0])
+    positions = [i for i, text in enumerate(sentences) if "secret words" in text]
+    assert len(positions) == 1
+    assert low <= positions[0] / (len(sentences) - 1) <= high
+    assert sentences[positions[0]].endswith(sample.answers[0])
 
 
 def test_depths_give_different_prompts_and_more_samples_keep_the_first(

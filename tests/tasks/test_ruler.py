@@ -1,4 +1,4 @@
-"""The ruler task: samples that are the same for all, and NVIDIA's own files."""
+"""The ruler task: generated samples, the same for all methods, and NVIDIA's official files."""
 
 import json
 from collections.abc import Callable
@@ -74,9 +74,9 @@ def test_a_model_trained_to_end_its_answers_gets_8_extra_tokens(
     expected = {"niah_single": 128, "vt": 30, "cwe": 120, "fwe": 50}
     samples = make(length=1000, subtasks=tuple(expected)).samples(other)
     assert {one.subtask: one.max_new_tokens for one in samples} == expected
-    # It was not trained on these prompts, so it is shown an example where RULER shows one.
-    shown = {one.subtask for one in samples if one.context.count("\n\n")}
-    assert shown == {"vt", "cwe"}
+    # It was not trained on these prompts, so they begin with an example where RULER's do.
+    with_example = {one.subtask for one in samples if one.context.count("\n\n")}
+    assert with_example == {"vt", "cwe"}
 
 
 def test_values_are_two_tokens_so_that_one_is_decoded(loaded: LoadedModel, make: MakeTask) -> None:
@@ -120,7 +120,7 @@ def test_a_damaged_cache_is_generated_again(
     made = task.samples(loaded)
     (path,) = (tmp_path / "samples").glob("*.jsonl")
     whole = path.read_text()
-    # Elsewhere, since a process reads a file once.
+    # In another folder, since a process reads each file once.
     task = make(subtasks=("vt",), num_samples=3, seed=11, cache_dir=str(tmp_path / "other"))
     path = tmp_path / "other" / "samples" / path.name
     path.parent.mkdir(parents=True)
@@ -128,7 +128,7 @@ def test_a_damaged_cache_is_generated_again(
     assert path.read_text() != whole
     assert task.samples(loaded) == made
     assert path.read_text() == whole
-    assert list(path.parent.iterdir()) == [path]  # nothing unfinished is left
+    assert list(path.parent.iterdir()) == [path]  # no temporary file is left
 
 
 def test_a_length_above_the_window_is_refused(loaded: LoadedModel, make: MakeTask) -> None:
@@ -186,7 +186,7 @@ def test_the_stems_of_the_generator_are_found(tmp_path: Path, stem: str) -> None
 
 
 def test_a_folder_contains_one_file_per_subtask(tmp_path: Path) -> None:
-    # RULER's index is an offset, which repeats.
+    # RULER's index is an offset that may repeat.
     write(tmp_path / "qa_1" / "validation.jsonl", entry(5), entry(5), entry(6))
     write(tmp_path / "cwe.jsonl", entry(0))
     samples = read_official(tmp_path, 2, "dense", 0)
@@ -217,7 +217,7 @@ def test_a_folder_contains_one_file_per_subtask(tmp_path: Path) -> None:
         ("qa-1.jsonl", "qa_1", 32),
         ("qa_2-131072.jsonl", "qa_2", 32),
         ("qa_4096.jsonl", "qa", 32),
-        ("vt/qa_1.jsonl", "qa_1", 32),  # the file's own name goes first
+        ("vt/qa_1.jsonl", "qa_1", 32),  # the file's own name takes precedence
     ],
 )
 def test_the_subtask_comes_from_the_name_of_the_file_or_its_folder(
@@ -261,9 +261,9 @@ def test_qa_needs_one_reference_and_other_subtasks_need_all(
     predictions: dict[str, str] = {}
     absent = "an answer that nobody gives"
     assert scores(absent) == {"qa_1": 0.0, "vt": 0.0, "mean": 0.0}
-    # What both begin with, since the prompts are the same.
-    given = predictions["vt"].split()[0]
-    assert scores(given, absent) == {"qa_1": 100.0, "vt": 50.0, "mean": 75.0}
+    # The prompts are the same, so both predictions begin with the same word.
+    predicted = predictions["vt"].split()[0]
+    assert scores(predicted, absent) == {"qa_1": 100.0, "vt": 50.0, "mean": 75.0}
 
 
 def test_without_a_stem_the_question_is_split_by_count(loaded: LoadedModel, tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_a_malformed_line_is_refused_before_a_model_is_loaded(
     beginning = r"^line 3 of .*vt\.jsonl must be a JSON object with input and outputs, as RULER"
     with pytest.raises(ValueError, match=f"{beginning} writes it: {problem}\\.$"):
         Ruler(source=str(path), question="dense")
-    # What is not asked for is not read.
+    # Lines beyond num_samples are not read.
     assert len(Ruler(source=str(path), question="dense", num_samples=1)._official) == 1
 
 
@@ -353,7 +353,7 @@ def test_a_line_ends_at_a_line_feed_and_at_no_other_character(tmp_path: Path, ma
 @pytest.mark.parametrize(
     ("content", "numbers"),
     [
-        ("{0}\n{0}\n", [1, 2]),  # one line twice is two samples
+        ("{0}\n{0}\n", [1, 2]),  # two equal lines are two samples
         ("{0}\n{0}", [1, 2]),
         ("{0}\r\n{0}\r\n", [1, 2]),
         ("\n{0}\n  \n\r\n{0}\n\n", [2, 5]),

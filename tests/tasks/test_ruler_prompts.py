@@ -1,4 +1,4 @@
-"""The prompts of the seven sub-tasks: what they hold, how often, and that they fit."""
+"""The prompts of the seven sub-tasks: their content, its frequencies, and their length."""
 
 import random
 import re
@@ -22,7 +22,7 @@ from topkbench.tasks.ruler_prompts import (
 from topkbench.tasks.words import TEST_NAMES, word_pools
 
 Count = Callable[[str], int]
-# However a needle is worded, it is a key and a value in one sentence.
+# Made from the template, so that it matches needles whatever their wording is.
 KEY, VALUE = r"([\w-]+)", r"(\w+ \w+)"
 NEEDLE = re.compile(re.escape(needle("KEY", "VALUE")).replace("KEY", KEY).replace("VALUE", VALUE))
 
@@ -52,29 +52,29 @@ def test_the_reference_contains_every_answer(subtask: str, count: Count) -> None
     assert written.endswith(".")
     assert prompt.question.startswith("\n")
     assert prompt.question.endswith("?")
-    # The question itself must not hold an answer, nor the prefix.
+    # Neither the question nor the prefix contains an answer.
     assert string_match_all(prompt.question + prompt.answer_prefix, prompt.answers) == 0.0
 
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
 def test_a_solved_example_comes_first_where_ruler_has_one(subtask: str, count: Count) -> None:
     words, rngs = word_pools()[0], [random.Random("test-0") for _ in range(2)]
-    plain, shown = (
+    plain, with_example = (
         make_prompt(subtask, rng, words, 4000, count, TEST_NAMES, example)
         for rng, example in zip(rngs, (False, True), strict=True)
     )
     if subtask not in ("vt", "cwe"):
-        assert shown == plain
+        assert with_example == plain
         return
-    assert 0.8 * 4000 < size(shown, count) <= 4000
-    example, asked = shown.context.split("\n\n")
+    assert 0.8 * 4000 < size(with_example, count) <= 4000
+    example, prompt = with_example.context.split("\n\n")
     assert 150 < count(example) <= 500
-    begins = plain.context.splitlines()[0]
-    assert (example.splitlines()[0], asked.splitlines()[0]) == (begins, begins)
+    first_line = plain.context.splitlines()[0]
+    assert (example.splitlines()[0], prompt.splitlines()[0]) == (first_line, first_line)
     solved = example.rpartition(":")[2]
-    assert string_match_all(solved, shown.answers) == 0.0  # another question's answers
+    assert string_match_all(solved, with_example.answers) == 0.0  # another question's answers
     assert solved.endswith(".")
-    assert solved.count(",") == len(shown.answers) - 1
+    assert solved.count(",") == len(with_example.answers) - 1
 
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
@@ -104,7 +104,7 @@ def test_a_multikey_haystack_is_other_needles(count: Count) -> None:
     assert len(set(keys)) == len(keys)
     (key,) = [key for key, value in found if value == prompt.answers[0]]
     assert prompt.question == ask_one(key, prompt.answers[0])[0]
-    # Nothing but needles stands after the instruction.
+    # The text after the instruction consists of needles only.
     assert NEEDLE.sub("", prompt.context.split("\n", 1)[1]).strip() == ""
 
 
@@ -129,13 +129,13 @@ def test_multiquery_has_and_asks_for_four_keys(count: Count) -> None:
 
 
 def test_distractor_needles_do_not_run_out(count: Count) -> None:
-    # A pool of calibration's size is spent long before the budget; pairs of words follow.
+    # The calibration pool is used up long before the budget; then keys are pairs of words.
     rng = random.Random(0)
     prompt = make_prompt("niah_multikey", rng, word_pools()[1], 6000, count)
     keys = [key for key, _ in NEEDLE.findall(prompt.context)]
     assert len(keys) > 500
     assert len(set(keys)) == len(keys)
-    # Nor where the tokens of a needle vary: letters.
+    # The same if a needle's number of tokens varies: here letters are counted.
     letters = make_prompt("niah_multikey", random.Random(1), word_pools()[0], 20_000, len)
     assert 19_900 < size(letters, len) <= 20_000
 
@@ -183,7 +183,7 @@ def test_a_short_list_still_has_ten_most_common_words(count: Count) -> None:
 
 
 def test_coded_words_follow_the_zeta_distribution(count: Count) -> None:
-    # RULER: the word of rank r stands floor(N * r**-2 / zeta(2)) times; the first is noise.
+    # RULER: the word of rank r occurs floor(N * r**-2 / zeta(2)) times; the first is noise.
     prompt = draw("fwe", 4000, count)
     words = re.findall(r"[a-z]{6}|\.\.\.", prompt.context.split("\n", 1)[1])
     ranked = Counter(words).most_common()

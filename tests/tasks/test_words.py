@@ -1,4 +1,4 @@
-"""Words of tests and of calibration: always the same, never shared."""
+"""The words and names of tests and calibration: the same in every process, and disjoint."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What the shipped model is trained on, and that the recipe writes down what it did."""
+"""The training sequences of the shipped model, and the recipe that training records."""
 
 import json
 from pathlib import Path
