@@ -388,7 +388,7 @@ def test_all_copies_count_towards_the_memory_needed(
         ({"lengths": ()}, r"task\.lengths must be"),
         ({"batch_sizes": (2,), "batch_length": 1}, r"and batch_length=1\."),
         ({"batch_sizes": (0,)}, r"task\.batch_sizes must be"),
-        ({"batch_sizes": (2,), "states": "captured"}, r"must be \[\] or \[1\] with states=captured"),
+        ({"batch_sizes": (2,), "states": "captured"}, r"\[\] or \[1\] with states=captured"),
     ],
 )
 def test_invalid_shapes_are_refused(knobs: dict[str, Any], message: str) -> None:
