@@ -38,7 +38,9 @@ def test_the_description_contains_the_digest_of_the_files(
     file.write_text("and are each list")
     texts = TextFiles(files=[str(file)])
     # printf 'and are each list' | sha256sum
-    assert texts.describe(4096, 14) == "14 texts of at most 4096 tokens of mine.txt ({digest})"
+    assert (
+        texts.describe(4096, 14) == "14 texts of at most 4096 tokens of mine.txt (ca0e005ce5ceef46)"
+    )
     before = Calibration.draw(loaded, Loki(), texts).digest
     file.write_text("and are each word")
     assert Calibration.draw(loaded, Loki(), texts).digest != before
