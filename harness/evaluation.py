@@ -334,7 +334,7 @@ class GenerationTask(Task):
     parts: ClassVar[Mapping[str, frozenset[str]]] = {
         "answers": frozenset({"timed_prompts", "judged_prompts"}),
         "selections": frozenset({"timed_prompts"}),
-        # The bandwidth fraction uses the bytes counted in the answers, so nothing else is free.
+        # bandwidth_fraction uses the bytes counted in the answers, so it depends on their settings.
         "speed": frozenset({"judged_prompts"}),
     }
 

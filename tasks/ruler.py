@@ -274,7 +274,7 @@ def read_official(
 
 def _official_subtask(file: Path) -> tuple[str, str]:
     """Return a file's sub-task, and the part of its path that contains it, to identify samples."""
-    path = file.absolute()  # of a link, the name of the link and not of its target
+    path = file.absolute()  # a symbolic link counts by its own name, not by its target's
     for name, file_id in (
         (path.stem, path.name),
         (path.parent.name, f"{path.parent.name}/{path.name}"),

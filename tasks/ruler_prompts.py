@@ -164,7 +164,7 @@ def scatter(rng: random.Random, haystack: list[str], needles: Sequence[str], ord
 def fill(
     budget: int, count: CountTokens, draw_sentence: Callable[[], str], minimum: int = 1
 ) -> list[str]:
-    """Return random sentences that together fit into ``budget`` tokens, as many as possible.
+    """Return random sentences, drawn until the next one would exceed ``budget`` tokens in total.
 
     Raises:
         TaskDoesNotFit: If fewer than ``minimum`` sentences fit.

@@ -99,7 +99,7 @@ def test_an_artifact_depends_on_weights_dtype_calibration_and_fit_version(
     monkeypatch.setattr("topkbench.harness.cell.fit_layers", fail)
 
     class Later(HATA):
-        """Whose fit learns something else."""
+        """HATA with a later fit version."""
 
         fit_version = HATA.fit_version + 1
 

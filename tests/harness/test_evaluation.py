@@ -85,14 +85,14 @@ def test_freeing_tokens_changes_no_answer_and_reduces_the_reported_cache(
     compact = run(loaded, store, tmp_path, H2O(mode="compact"))
     answers = [[one["tokens"] for one in outcome.samples] for outcome in (masked, compact)]
     assert answers[0] == answers[1]
-    whole, part = masked.rows[-1].values, compact.rows[-1].values
-    assert part["density"] == pytest.approx(whole["density"])
+    masked_row, compact_row = masked.rows[-1].values, compact.rows[-1].values
+    assert compact_row["density"] == pytest.approx(masked_row["density"])
     # 2 layers of 2 heads of 16 channels: 24 tokens, and 32 slots that are filled until tokens are
     # freed again.
-    assert part["kv_cache_mib"] == 2 * 2 * 2 * 16 * 4 * (24 + 32) / 2**20
-    assert whole["kv_cache_mib"] > 4 * part["kv_cache_mib"]
-    assert {"recall_at_k": 0.5, **part}["recall_at_k"] == 0.5  # the row has no recall
-    assert whole["recall_at_k"] > 0
+    assert compact_row["kv_cache_mib"] == 2 * 2 * 2 * 16 * 4 * (24 + 32) / 2**20
+    assert masked_row["kv_cache_mib"] > 4 * compact_row["kv_cache_mib"]
+    assert {"recall_at_k": 0.5, **compact_row}["recall_at_k"] == 0.5  # the row has no recall
+    assert masked_row["recall_at_k"] > 0
 
 
 @pytest.mark.parametrize("task", [SelectionTask, DecodeLatency, DecodeThroughput])
@@ -239,9 +239,13 @@ def test_an_unsupported_model_is_skipped_with_a_reason(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = ExactTopK()
-    monkeypatch.setattr(method, "unsupported", lambda geometry: "exact must have ears.")
+    monkeypatch.setattr(
+        method, "unsupported", lambda geometry: "exact does not support this model."
+    )
     outcome = run(loaded, store, tmp_path, method)
-    assert outcome == Outcome([TaskRow("mean", {}, "skipped", "exact must have ears.")], [])
+    assert outcome == Outcome(
+        [TaskRow("mean", {}, "skipped", "exact does not support this model.")], []
+    )
 
 
 def test_running_out_of_memory_is_a_status(

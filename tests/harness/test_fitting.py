@@ -93,9 +93,9 @@ def test_an_error_on_a_device_propagates(loaded: LoadedModel) -> None:
         def fit_layer(
             self, layer: int, states: LayerStates, report: LossReport | None = None
         ) -> dict[str, torch.Tensor]:
-            raise RuntimeError(f"layer {layer} is out of luck")
+            raise RuntimeError(f"layer {layer} failed")
 
-    with pytest.raises(RuntimeError, match="layer 0 is out of luck"):
+    with pytest.raises(RuntimeError, match="layer 0 failed"):
         fit_layers(Failing(), drawn(loaded, Failing()), [CPU, CPU])
 
 

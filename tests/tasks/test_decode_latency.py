@@ -49,7 +49,7 @@ SPEED = (
 
 @pytest.fixture(autouse=True)
 def two_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rotate over two copies: at these lengths, exceeding a real cache takes many, and seconds."""
+    """Rotate over two copies only: exceeding a real cache at these lengths takes many copies."""
     monkeypatch.setattr(decode_latency, "copies_needed", lambda num_bytes, device: 2)
 
 
