@@ -14,7 +14,7 @@ import torch
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from topkbench.tools.make_golden import CELLS, COUNTED, FOLDER, JUDGED, ROOT, Machine
+from topkbench.tools.make_golden import CELLS, COUNTED, FOLDER, QUALITY, ROOT, Machine
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_every_cell_gives_what_the_golden_file_holds(machine: Machine, question:
             assert {**numbers, "slots": len(slots)} == expected, name
             continue
         assert numbers["status"] == expected["status"], name
-        for column in (*COUNTED, *JUDGED):
+        for column in (*COUNTED, *QUALITY):
             assert numbers[column] == pytest.approx(expected[column], rel=2e-2, abs=1e-6), name
     if not same_kind:
         warnings.warn(
