@@ -179,9 +179,9 @@ def peak_memory_mib(device: torch.device) -> float:
     peak = re.search(r"VmHWM:\s*(\d+) kB", _read(Path("/proc/self/status")))
     if peak is not None:
         return int(peak[1]) / 1024
-    about = psutil.Process().memory_info()
-    if hasattr(about, "peak_wset"):  # Windows
-        return float(about.peak_wset) / 2**20
+    windows = getattr(psutil.Process().memory_info(), "peak_wset", None)
+    if windows is not None:
+        return int(windows) / 2**20
     import resource  # which Windows has not
 
     unit = 1 if sys.platform == "darwin" else 1024
