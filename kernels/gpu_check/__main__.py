@@ -39,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.toy:
         os.environ["TRITON_INTERPRET"] = "1"  # read by the processes that are started
+    try:
+        commit = commit_of(Path(__file__).resolve().parents[2], options.commit)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     libraries = [name for name in ("flashinfer",) if find_spec(name) is not None]
     plan = make_plan(_workers(options), options.toy, libraries)
     try:
@@ -55,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "cpu" if options.toy else options.device,
         options.toy,
         options.trials,
-        _commit() | ({"git_commit": options.commit} if options.commit else {}),
+        commit,
         _say,
     )
     supervisor.run()
@@ -114,17 +119,36 @@ def _workers(options: argparse.Namespace) -> int:
     return max(1, min(_MOST_WORKERS, (cores or 1) - 1, int(memory // _GIB_PER_WORKER)))
 
 
-def _commit() -> dict[str, Any]:
-    """Return the commit of the code and whether it was changed since; nothing outside of git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True)
-    except OSError:
-        return {}
-    if head.returncode:
-        return {}
-    return {"git_commit": head.stdout.strip(), "git_dirty": bool(changed.stdout.strip())}
+def commit_of(folder: Path, stated: str | None) -> dict[str, Any]:
+    """Return the columns ``git_commit`` and ``git_dirty`` of the code in a checkout.
+
+    Args:
+        folder: The checkout's root. Where it is not one, as in site-packages, git is not asked:
+            a repository further up is another project's.
+        stated: The commit that the user names, for code outside of git; may be abbreviated.
+
+    Returns:
+        The commit, and whether a file that git knows was changed since; without git the stated
+        commit alone, or nothing.
+
+    Raises:
+        ValueError: If the stated commit is not the one that is checked out.
+    """
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(folder), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError:
+            return None
+        return None if done.returncode else done.stdout.strip()
+
+    root, head = git("rev-parse", "--show-toplevel"), git("rev-parse", "HEAD")
+    if root is None or head is None or Path(root).resolve() != folder.resolve():
+        return {"git_commit": stated} if stated else {}
+    if stated and not head.startswith(stated):
+        raise ValueError(f"--commit must be the checked out {head}, got {stated}.")
+    return {"git_commit": head, "git_dirty": git("status", "--porcelain", "-uno") != ""}
 
 
 def _say(text: str) -> None:

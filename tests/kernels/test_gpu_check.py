@@ -400,6 +400,31 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(
     assert "must be a folder without rows.csv that can be written" in capsys.readouterr().err
 
 
+def test_a_commit_is_that_of_the_whole_checkout(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        done = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(done, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = tmp_path / "kernels" / "hamming_score" / "fused.py"
+    changed.parent.mkdir(parents=True)
+    changed.write_text("right\n")
+    assert script.commit_of(tmp_path, None) == {}
+    assert script.commit_of(tmp_path, "abc") == {"git_commit": "abc"}
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "first")
+    head = git("rev-parse", "HEAD")
+    (tmp_path / "rows.csv").write_text("what runs leave is no change of the code\n")
+    assert script.commit_of(tmp_path, head[:9]) == {"git_commit": head, "git_dirty": False}
+    changed.write_text("wrong\n")
+    assert script.commit_of(tmp_path, None) == {"git_commit": head, "git_dirty": True}
+    with pytest.raises(ValueError, match=f"--commit must be the checked out {head}, got abc"):
+        script.commit_of(tmp_path, "abc")
+    # Code inside another project's repository is not that project's.
+    assert script.commit_of(tmp_path / "kernels", None) == {}
+
+
 def test_the_columns_are_those_of_every_row() -> None:
     assert [name for name in COLUMNS if name not in ROW_COLUMNS and name[:2] != "p_"] == []
     assert set(CHECKED) == {path.parent.name for path in (ROOT / "kernels").glob("*/fused.py")}
