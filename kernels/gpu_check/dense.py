@@ -91,7 +91,7 @@ def _triton(tile_bytes: int, warps: int, stages: int) -> Baseline:
         states, blocks = _states(layer), fused.Blocks(tile_bytes, warps, stages)
         return lambda: fused.full_attention(*states, None, None, None, blocks)
 
-    return Baseline(lambda: f"topkbench's, triton {version('triton')}", make)
+    return Baseline(lambda: version("triton"), make)
 
 
 BASELINES: dict[str, Baseline] = {
