@@ -33,7 +33,7 @@ IN_SHORT = {
     "check operators: bfloat16, head_dim 64, 2 x 8 heads": {*CHECKED} - {"topk_select"},
     "time of each operator: 32/8 heads of 128, 131,072 tokens, batch 1": {*CHECKED},
     "every dense baseline: 32/8 heads of 128, 131,072 tokens, batch 1": {*BASELINES},
-    "check operators: float32, head_dim 128, 2 x 8 heads, code_score to full_attention": ATTENTION,
+    "check operators: float32, head_dim 128, 2 x 8 heads": ATTENTION,
 }
 """Jobs and their parts that are compiled without ``--all``: every kernel with bounds and without
 but selection, which is the same for all, attention with each tile, and in float32."""

@@ -162,10 +162,6 @@ def test_the_plan_fits_eight_minutes_and_begins_with_what_matters_most() -> None
     first = settings[: settings.index(("bfloat16", 128, 8))]
     for one, other in itertools.combinations(range(3), 2):
         assert {(s[one], s[other]) for s in first} == {(s[one], s[other]) for s in settings}
-    # Every setting has all operators, however it is divided.
-    parts = [(setting, part) for setting, job in zip(settings, checks, strict=True)
-             for part in job.parts if job.options["num_kv_heads"] == 2]  # fmt: skip
-    assert sorted(parts) == sorted(itertools.product(set(settings), CHECKED))
     assert "(no time)" not in plan.text(8)
     assert plan.text(2).count("(no time)") > 20
 
@@ -205,10 +201,10 @@ def test_a_plan_counts_compiling_and_what_must_be_alone() -> None:
     def starts(jobs: list[Job], workers: int = 2) -> list[float]:
         return [start for start, _ in Plan(jobs, workers).steps]
 
-    parallel = [job(10, False, 5), job(10, False), job(10, False)]
+    parallel = [job(10, False, 8), job(10, False), job(10, False)]
     assert starts(parallel) == [15, 15, 25]
-    assert Plan(parallel, 2).total_s == 35  # five kernels of 2 s and 10 s; or twice 10 s
-    assert job(10, False, 5, "float32").estimate_s == 30
+    assert Plan(parallel, 2).total_s == 35  # eight kernels of 1.25 s and 10 s; or twice 10 s
+    assert job(10, False, 8, "float32").estimate_s == 24
     # The other processes are ended before timing, which one process does, and started anew after.
     assert starts([*parallel, job(7, True)]) == [15, 15, 25, 40]
     assert starts([job(7, True), job(1, False)]) == [15, 37]
