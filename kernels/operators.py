@@ -70,8 +70,8 @@ class Operators:
         dtype: Of queries, keys and values.
         impl: Which implementation runs.
         bounded: Rows begin and end somewhere inside the cache, each elsewhere.
-        planted: A few keys, the first and the last among them, outweigh all others, so that one
-            that is left out shows in the output.
+        planted: A few keys, the first and the last among them, outweigh all others: one of them
+            that is left out shows in the output, and others that are left out do not.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Operators:
         return start, end
 
     def _plant(self) -> None:
-        """Make a few keys of each row weigh as much as all others together."""
+        """Make each of nine keys of a row weigh more than all that are not planted together."""
         for row, (start, end) in enumerate(zip(*(e.tolist() for e in self._ends()), strict=True)):
             places = torch.linspace(start, end - 1, 9).long().tolist()
             mean = self.query[row].float().mean(1)

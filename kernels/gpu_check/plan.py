@@ -46,8 +46,8 @@ class Size(NamedTuple):
         tokens: Cached tokens.
         rows: Batch rows.
         bounded: Rows begin and end inside the cache: fewer tokens count.
-        planted: A few keys weigh as much as all others together, which shows when one of them is
-            left out; else all weigh about alike, which shows when a tile of any others is.
+        planted: A few keys carry most of the weight, which shows when one of them is left out;
+            else all weigh about alike, which shows when a tile of any others is.
     """
 
     tokens: int

@@ -537,7 +537,7 @@ def test_what_fails_before_any_part_is_a_row_for_each(monkeypatch: pytest.Monkey
         yield
 
     place, job = Workplace(torch.device("cpu"), True, 1), job_of("a", "b")
-    place.at = "a part of the job before"
+    place.at = "b"  # of the job before
     for function, alive, reason in (
         (fail, True, "RuntimeError: no states."),
         (lose, False, "DeviceLost: no answer."),
