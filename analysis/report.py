@@ -66,6 +66,10 @@ _HOW_TO_COMPARE = (
 )
 
 
+_ROWS = ("rows.parquet", "rows.csv")
+"""Files of rows, of which the first that exists is read."""
+
+
 def load(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return rows and samples of a sweep's folder, a results folder, or a file of rows.
 
@@ -87,9 +91,7 @@ def load(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     if (folder / "cells").is_dir():
         cells = CellStore(folder).cells()
         return frame([row for cell in cells for row in cell.read()]), samples_of(cells)
-    names = ("rows.parquet", "rows.csv")
-    files = [folder] if folder.is_file() else [folder / name for name in names]
-    for file in files:
+    for file in [folder] if folder.is_file() else [folder / name for name in _ROWS]:
         if file.is_file() and file.suffix in (".parquet", ".csv"):
             return _read_rows(file), _read_samples(file.with_name("samples.parquet"))
     raise RecordError(
@@ -137,7 +139,7 @@ def build(
     Args:
         sources: One or more of what `load` reads.
         out: Folder to write to; by default the sweep's own, or ``merged`` beside the first of
-            several.
+            several. If rows were read from a file in that folder, none are written.
         models: Whole models for which the bound on a decode step is shown.
         published: Show the paper's published numbers beside ours; all of them, with the reasons why
             they are not comparable, go to ``published.csv``.
@@ -166,9 +168,10 @@ def build(
     ordered = [name for name in rows.columns if not name.startswith(PARAMETER_PREFIX)]
     parameters = sorted(set(rows.columns) - set(ordered))
     rows = typed(_merge([compared.rows, of_kernels]))[[*ordered, *parameters]]
-    write_atomic(folder / "rows.parquet", rows.to_parquet(None, index=False))
-    write_atomic(folder / "rows.csv", rows.to_csv(index=False, lineterminator="\n").encode())
-    write_atomic(folder / "samples.parquet", _plain(samples).to_parquet(None, index=False))
+    if not any(_is_read_from(path, folder) for path in paths):
+        write_atomic(folder / "rows.parquet", rows.to_parquet(None, index=False))
+        write_atomic(folder / "rows.csv", rows.to_csv(index=False, lineterminator="\n").encode())
+        write_atomic(folder / "samples.parquet", _plain(samples).to_parquet(None, index=False))
     content = _content(compared, rows, samples, folder, models)
     commands = [one for path in paths if path.is_dir() for one in Sweep.open(path).commands()]
     content["ran"] += [f"Command: {one}" for one in dict.fromkeys(commands)]
@@ -181,6 +184,14 @@ def build(
     path = folder / "report.html"
     write_atomic(path, _html(content).encode())
     return path
+
+
+def _is_read_from(path: Path, folder: Path) -> bool:
+    """Return whether a source is read from a file that a report in a folder would overwrite."""
+    file = path.absolute()
+    if file.is_dir() and not (file / "cells.json").is_file() and not (file / "cells").is_dir():
+        file = next(file / name for name in _ROWS if (file / name).is_file())
+    return file.parent == folder and file.name in _ROWS
 
 
 def _plain(samples: pd.DataFrame) -> pd.DataFrame:
@@ -266,6 +277,7 @@ def _kernels(rows: pd.DataFrame, folder: Path) -> dict[str, Any] | None:
         ("Are they right?", kernels.check_table(found)),
         ("Operators", kernels.time_table(found, kernels.TIMES)),
         ("Dense attention", kernels.time_table(found, kernels.DENSE)),
+        ("Decode steps", kernels.speedup_table(rows)),
     )
     return {
         "tables": [(title, table) for title, table in tabled if table is not None],

@@ -17,6 +17,7 @@ from topkbench.kernels import experiments
 from topkbench.kernels.dispatch import resolve
 from topkbench.kernels.operators import Geometry, Operators
 from topkbench.kernels.steps import METHODS
+from topkbench.kernels.testing import WrongResult
 from topkbench.kernels.timing import OtherLoad, Timing, measure, read_bandwidth, speed_columns
 
 _DTYPES = {
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             operators = Operators(shape, device, dtype, options.impl)
             _report(operators, options, device, memory.ceiling_gb_s)
-        except AssertionError as error:
+        except WrongResult as error:
             print(f"wrong result, no times: {error}", file=sys.stderr)
             return 1
     return 0

@@ -22,6 +22,7 @@ import torch
 
 from topkbench.kernels.dispatch import OPERATORS, Impl, resolve
 from topkbench.kernels.steps import LEAST_K, METHODS, Geometry, Layer, Step
+from topkbench.kernels.testing import WrongResult
 from topkbench.kernels.timing import (
     OtherLoad,
     Stages,
@@ -180,7 +181,7 @@ def _shape(
         }
         try:
             steps[name][0].check()
-        except AssertionError as error:
+        except WrongResult as error:
             del steps[name]
             rows[name] |= {"status": "wrong", "reason": str(error)}
             print(f"{name}: wrong result, no times: {error}", file=sys.stderr)

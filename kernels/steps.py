@@ -21,7 +21,7 @@ from topkbench.kernels.hash_encode.api import encode_step, hash_encode
 from topkbench.kernels.lowrank_score.api import lowrank_score
 from topkbench.kernels.page_score.api import page_score
 from topkbench.kernels.sparse_attention.api import sparse_attention
-from topkbench.kernels.testing import assert_same_bits
+from topkbench.kernels.testing import WrongResult, assert_same, assert_same_bits, require
 from topkbench.kernels.topk_select.api import topk_select
 
 NUM_SINK, NUM_RECENT = 4, 8
@@ -29,6 +29,12 @@ PAGE_SIZE = 16
 BUDGET = 1 / 64
 LEAST_K = 64
 _REFERENCE: Mapping[str, Impl] = dict.fromkeys(OPERATORS, "reference")
+
+
+def budget(n: int) -> int:
+    """Return how many of ``n`` cached tokens to select: 1.56%, but at least 64 if there are."""
+    return min(n, max(LEAST_K, round(n * BUDGET)))
+
 
 StageTimer = Callable[[str], AbstractContextManager[Any]]
 
@@ -91,8 +97,8 @@ class Layer:
 
     @property
     def k(self) -> int:
-        """Tokens to select: 1.56% of the cached ones, at least ``LEAST_K``."""
-        return min(self.n, max(LEAST_K, round(self.n * BUDGET)))
+        """Tokens to select."""
+        return budget(self.n)
 
     def copy(self) -> "Layer":
         """Return a copy of the states in new memory."""
@@ -166,16 +172,16 @@ class Step:
         """Compare each stage with the reference on the same inputs.
 
         Raises:
-            AssertionError: If one differs; its times are then meaningless.
+            WrongResult: If one differs; its times are then meaningless.
         """
         encoded = self.encode()
         scores = self.score(encoded)
         exact = self._by_reference(lambda: self.score(encoded))
         if scores is not None and exact is not None:
-            self._near("scores", scores, exact)
+            self._same("scores", scores, exact)
         indices = self._by_reference(lambda: self.select(exact))
-        assert torch.equal(self.select(exact), indices), "the selection is not the reference's."
-        self._near("output", self.attend(indices), self._by_reference(lambda: self.attend(indices)))
+        require(torch.equal(self.select(exact), indices), "the selection is not the reference's.")
+        self._same("output", self.attend(indices), self._by_reference(lambda: self.attend(indices)))
 
     def _by_reference(self, stage: Callable[[], Any]) -> Any:
         impl, self.impl = self.impl, _REFERENCE
@@ -184,10 +190,11 @@ class Step:
         finally:
             self.impl = impl
 
-    def _near(self, what: str, found: Tensor, expected: Tensor) -> None:
-        tolerance = 1e-3 if self.layer.keys.dtype == torch.float32 else 4e-2
-        error = ((found.float() - expected.float()).norm() / expected.float().norm()).item()
-        assert error <= tolerance, f"the {what} differ by {error:.3g}, more than {tolerance}."
+    def _same(self, what: str, found: Tensor, expected: Tensor) -> None:
+        try:
+            assert_same(found, expected)
+        except WrongResult as error:
+            raise WrongResult(f"the {what} of the step: {error}") from None
 
     def _softmaxed(self, products: Tensor) -> Tensor:
         """Sum the softmax of ``[B, Hkv, G, n]`` dot products over the group."""

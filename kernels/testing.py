@@ -6,6 +6,16 @@ from torch import Tensor
 from topkbench.kernels.sparse_attention.api import sparse_attention
 
 
+class WrongResult(AssertionError):
+    """A result that disagrees with the reference; other AssertionErrors do not concern results."""
+
+
+def require(right: bool, message: str) -> None:
+    """Raise WrongResult with the message unless a result is right."""
+    if not right:
+        raise WrongResult(message)
+
+
 def assert_same_selection(
     indices: Tensor, expected: Tensor, scores: Tensor, tolerance: float = 0.0
 ) -> None:
@@ -19,27 +29,29 @@ def assert_same_selection(
             were rounded differently.
 
     Raises:
-        AssertionError: If an index is out of range or repeated, a row's number of units differs,
+        WrongResult: If an index is out of range or repeated, a row's number of units differs,
             or a score does.
     """
     num_units = scores.shape[-1]
     chosen = []
     for name, selected in (("indices", indices), ("expected", expected)):
-        assert bool((selected >= -1).all() and (selected < num_units).all()), (
-            f"{name} must lie in -1 to {num_units - 1}, got {selected.min()} to {selected.max()}."
+        require(
+            bool((selected >= -1).all() and (selected < num_units).all()),
+            f"{name} must lie in -1 to {num_units - 1}, got {selected.min()} to {selected.max()}.",
         )
         ordered = selected.sort(-1).values
         repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
-        assert not bool(repeated.any()), f"{name} must be distinct, got a unit twice."
+        require(not bool(repeated.any()), f"{name} must be distinct, got a unit twice.")
         selected_scores = scores.double().gather(-1, selected.clamp(min=0).long())
         chosen.append(selected_scores.masked_fill(selected < 0, -torch.inf).sort(-1).values)
     counts = [(selected >= 0).sum(-1) for selected in (indices, expected)]
-    assert torch.equal(*counts), f"rows must hold {counts[1]} units, got {counts[0]}."
+    require(torch.equal(*counts), f"rows must hold {counts[1]} units, got {counts[0]}.")
     both = torch.isfinite(chosen[0]) & torch.isfinite(chosen[1])
     difference = torch.where(both, (chosen[0] - chosen[1]).abs(), 0.0)
     same = (difference <= tolerance) & (both | (chosen[0] == chosen[1]))
-    assert bool(same.all()), (
-        f"selected scores must agree within {tolerance}, differ by {difference.max()}."
+    require(
+        bool(same.all()),
+        f"selected scores must agree within {tolerance}, differ by {difference.max()}.",
     )
 
 
@@ -73,11 +85,12 @@ def assert_within_bound(result: Tensor, exact: Tensor, bound: Tensor | float) ->
             is infinite.
 
     Raises:
-        AssertionError: If an infinite element differs, or an element's error exceeds its bound.
+        WrongResult: If an infinite element differs, or an element's error exceeds its bound.
     """
     finite = torch.isfinite(exact)
-    assert torch.equal(result.double()[~finite], exact.double()[~finite]), (
-        "the result must be infinite exactly where the exact one is."
+    require(
+        torch.equal(result.double()[~finite], exact.double()[~finite]),
+        "the result must be infinite exactly where the exact one is.",
     )
     limits = torch.finfo(result.dtype)
     smallest = limits.smallest_normal * limits.eps
@@ -87,7 +100,7 @@ def assert_within_bound(result: Tensor, exact: Tensor, bound: Tensor | float) ->
     wrong = finite & ~(error <= allowed)
     if bool(wrong.any()):
         worst = torch.where(wrong, error / allowed, 0.0).nan_to_num(torch.inf).argmax()
-        raise AssertionError(
+        raise WrongResult(
             f"the error must be at most {allowed.flatten()[worst]:.3g}, got "
             f"{error.flatten()[worst]:.3g} in element {int(worst)} of {list(result.shape)}; "
             f"{int(wrong.sum())} elements are wrong."
@@ -138,7 +151,7 @@ def assert_attended(
         softcap: See the api.
 
     Raises:
-        AssertionError: If an element's error exceeds its bound.
+        WrongResult: If an element's error exceeds its bound.
     """
     head_dim, num_tokens = query_states.shape[-1], indices.shape[-1] * unit_size
     query, keys, values = (states.double() for states in (query_states, key_states, value_states))
@@ -213,14 +226,27 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
     could cause an error within them.
 
     Raises:
-        AssertionError: If the error's norm is more than a thousandth of the result's in float32, or
+        WrongResult: If the error's norm is more than a thousandth of the result's in float32, or
             a hundredth in a 16-bit dtype.
     """
     tolerance = 1e-3 if found.dtype == torch.float32 else 1e-2
     error = ((found.double() - expected.double()).norm() / expected.double().norm()).item()
-    assert error <= tolerance, (  # false for NaN
-        f"the error's norm must be at most {tolerance} of the result's, got {error:.3g}."
+    require(
+        error <= tolerance,  # false for NaN
+        f"the error's norm must be at most {tolerance} of the result's, got {error:.3g}.",
     )
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """Check that two results agree: integers exactly, floating point within `assert_near`.
+
+    Raises:
+        WrongResult: If an integer differs, or `assert_near` finds an error.
+    """
+    if found.is_floating_point():
+        assert_near(found, expected)
+    else:
+        require(torch.equal(found, expected), "whole numbers must be the same, but differ.")
 
 
 def assert_same_bits(codes: Tensor, states: Tensor, hash_weight: Tensor) -> None:
@@ -232,7 +258,7 @@ def assert_same_bits(codes: Tensor, states: Tensor, hash_weight: Tensor) -> None
         hash_weight: ``[Hkv, d, rbit]``.
 
     Raises:
-        AssertionError: If a bit differs although its projection is further from zero than the error
+        WrongResult: If a bit differs although its projection is further from zero than the error
             of ``d`` roundings of its terms.
     """
     exact_states, exact_weight = states.double(), hash_weight.double()
@@ -242,4 +268,4 @@ def assert_same_bits(codes: Tensor, states: Tensor, hash_weight: Tensor) -> None
     shifts = torch.arange(32, device=codes.device)
     bits = (codes.long()[..., None] >> shifts & 1).flatten(-2).bool()
     wrong = (bits != (projected > 0)) & (projected.abs() > noise)
-    assert not bool(wrong.any()), f"{int(wrong.sum())} bits must differ only at rounding level."
+    require(not bool(wrong.any()), f"{int(wrong.sum())} bits must differ only at rounding level.")

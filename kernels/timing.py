@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ import torch
 _PROBE_BYTES = 2**28
 # The size assumed for the last-level cache if the machine does not report it: 64 MiB, above most.
 _ASSUMED_CACHE_BYTES = 2**26
+
+T = TypeVar("T")
 
 LEAST_PAIRS = 6
 """A speed-up of fewer pairs than this has no interval: not even the smallest and the largest ratio
@@ -280,7 +282,7 @@ def measure(
             rotation[turn % len(rotation)]()
     if cuda_graph:
         rotations = {
-            name: [_captured(function, device) for function in rotation[: warmup + trials]]
+            name: [captured(function, device) for function in rotation[: warmup + trials]]
             for name, rotation in rotations.items()
         }
     clock = _time_cuda if device.type == "cuda" else _time_cpu
@@ -320,8 +322,12 @@ def _time_cuda(
         return began.elapsed_time(ended)
 
 
-def _captured(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """Capture a function into a CUDA graph and return its replay."""
+def captured(function: Callable[[], T], device: torch.device) -> Callable[[], T]:
+    """Capture a function into a CUDA graph.
+
+    Returns:
+        The graph's replay, which returns the same output tensors each time, overwritten.
+    """
     with torch.cuda.device(device):
         # Capture needs its warm-up on a side stream.
         side = torch.cuda.Stream()
@@ -331,8 +337,13 @@ def _captured(function: Callable[[], object], device: torch.device) -> Callable[
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            function()
-    return graph.replay
+            out = function()
+
+    def replay() -> T:
+        graph.replay()
+        return out
+
+    return replay
 
 
 @dataclass(frozen=True)

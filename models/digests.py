@@ -142,11 +142,16 @@ def _read_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_of_this_user(status: os.stat_result) -> bool:
+    """Return whether a file belongs to the user who runs this; True where files have no user."""
+    return not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+
+
 def _kept_hash(note: Path, status: dict[str, Any]) -> str | None:
     """Return the hash that this user noted for a file in just this state, else None."""
     try:
         about = note.lstat()
-        if about.st_uid != os.geteuid() or about.st_mode & 0o022:
+        if not is_of_this_user(about) or about.st_mode & 0o022:
             return None
         content = json.loads(note.read_bytes())
         noted, check = content["noted"], content["digest"]

@@ -42,7 +42,7 @@ ALLOWED = {
     "analysis": ("numpy", "pandas", "matplotlib", "jinja2", "pyarrow", "filelock", "tabulate"),
     "tools": (
         *("torch", "transformers", "tokenizers", "safetensors", "hydra", "omegaconf"),
-        *("pandas", "matplotlib", "tqdm"),
+        *("numpy", "pandas", "matplotlib", "tqdm", "llvmlite"),
         *(f"topkbench.{folder}" for folder in FOLDERS if folder != "tools"),
     ),
 }

@@ -14,6 +14,7 @@ from topkbench.kernels.dispatch import OPERATORS
 from topkbench.kernels.experiments import EXPERIMENTS, GEOMETRIES, chosen, faster_from
 from topkbench.kernels.full_attention.api import full_attention
 from topkbench.kernels.steps import METHODS, Geometry, Layer, Step
+from topkbench.kernels.testing import WrongResult
 from topkbench.kernels.timing import Bandwidth
 from topkbench.methods.base import CacheView, Policy, PrefillInputs, TopKMethod
 from topkbench.methods.exact import ExactTopK
@@ -145,7 +146,30 @@ def test_a_wrong_stage_is_detected(monkeypatch: pytest.MonkeyPatch, stage: str) 
         return (found - 1).clamp_min(0) if stage == "select" else found * 1.01
 
     monkeypatch.setattr(METHODS["hata"], stage, wrong)
-    with pytest.raises(AssertionError, match=r"differ by 0\.0|selection is not the reference"):
+    with pytest.raises(AssertionError, match=r"must be at most|selection is not the reference"):
+        step.check()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [("hata_integer", 1, "whole numbers"), ("loki", 2e-3, "norm must be at most 0.001")],
+)
+def test_a_slightly_wrong_score_is_also_detected_in_16_bits(
+    monkeypatch: pytest.MonkeyPatch, name: str, change: float, message: str
+) -> None:
+    step = METHODS[name](layer(300, dtype=torch.bfloat16), dict.fromkeys(AUTO, "cpu"))
+    right = METHODS[name].score
+
+    def wrong(self: Step, encoded: Tensor) -> Tensor | None:
+        found = right(self, encoded)
+        if found is not None and self.impl["topk_select"] != "reference":
+            found = found * (1 + change) if found.is_floating_point() else found.clone()
+            found[0, 0, 7] += change
+        return found
+
+    step.check()
+    monkeypatch.setattr(METHODS[name], "score", wrong)
+    with pytest.raises(WrongResult, match=f"the scores of the step: .*{message}"):
         step.check()
 
 
@@ -196,7 +220,7 @@ def test_a_wrong_method_has_no_speed_and_others_keep_theirs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(step: Step) -> None:
-        raise AssertionError("the output differ by 1, more than 0.001.")
+        raise WrongResult("the output differ by 1, more than 0.001.")
 
     monkeypatch.setattr(METHODS["quest"], "check", refuse)
     file = tmp_path / "rows.csv"
