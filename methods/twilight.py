@@ -255,7 +255,7 @@ class Twilight(TopKMethod):
         if scores is not None and scores.shape[1] == index.cache.key_states.shape[1]:
             wider = replace(wider, head_scope="kv_head")
         selection = self.base.select(scores, encoded.base, index.base, wider)
-        return selection.with_short_rows_whole(index.cache, wider.k)
+        return selection.with_all_of_short_rows(index.cache, wider.k)
 
     def _policy_of_base(self, policy: Policy) -> Policy:
         return self.base.effective_policy(replace(policy, k=self.base_k * policy.k))

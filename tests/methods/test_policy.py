@@ -101,7 +101,7 @@ def test_everything_of_ragged_rows() -> None:
 def test_short_rows_keep_every_page() -> None:
     view = cache([0, 3], [12, 8], 12)
     chosen = Selection(torch.tensor([[[2]], [[0]]], dtype=torch.int32), unit_size=4)
-    whole = chosen.with_short_rows_whole(view, 7)
+    whole = chosen.with_all_of_short_rows(view, 7)
     # The second row has five tokens: pages 0 and 1, of which one token is in page 1.
     assert whole.indices.tolist() == [[[2, -1]], [[0, 1]]]
     assert whole.tokens_read(view).tolist() == [[4], [5]]
