@@ -214,7 +214,7 @@ class PrefillStore:
         captured = self._compute(self.model, token_ids, needs - found.needs).captured
         if found.captured:
             pairs = zip(found.captured, captured, strict=True)
-            captured = tuple(old.joined(new) for old, new in pairs)
+            captured = tuple(old.merged(new) for old, new in pairs)
         return replace(found, captured=captured)
 
 
