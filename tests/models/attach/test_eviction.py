@@ -134,11 +134,11 @@ def test_a_growing_cache_outgrows_no_index(
 
 def test_other_caches_are_refused(llama: PreTrainedModel, prompt: Make) -> None:
     ids = prompt(1, 30)
-    said = "mode=compact frees memory of topkbench's own DecodeCache alone, got a DynamicCache"
+    message = "mode=compact can free memory only of topkbench's own DecodeCache, got a DynamicCache"
     with attach(llama, H2O(mode="compact"), Policy(k=16)), torch.no_grad():
         cache = DynamicCache(config=llama.config)
         llama(ids[:, :-1], **cache_keyword(llama, cache))
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             llama(ids[:, -1:], **cache_keyword(llama, cache))
 
 
@@ -147,11 +147,11 @@ def test_a_cache_with_freed_tokens_is_refused_by_another_session(llama: PreTrain
     cache.capacity += 1
     cache.extend()
     ids = {"input_ids": torch.ones(1, 1, dtype=torch.long), "position_ids": cache.positions}
-    said = "streaming_llm must see the whole prompt, and tokens of this cache have been freed"
+    message = "streaming_llm must see the whole prompt, and tokens of this cache have been freed"
     with (
         attach(llama, StreamingLLM(), Policy(k=16)),
         torch.no_grad(),
-        pytest.raises(ValueError, match=said),
+        pytest.raises(ValueError, match=message),
     ):
         llama(**ids, **cache_keyword(llama, cache))
 
