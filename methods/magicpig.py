@@ -300,7 +300,7 @@ class MagicPIG(TopKMethod):
         Args:
             collision: ``[..., m]`` success probability of a trial.
             least: ``[...]`` number of collisions.
-            share: ``[...]`` share of the tokens with exactly ``least`` collisions that is kept, 0 to 1.
+            share: ``[...]`` share of tokens with exactly ``least`` collisions that is kept, 0 to 1.
         """
         # Sum up to ``least`` hits and subtract from 1, rather than sum up to num_tables.
         hits = torch.arange(int(least.max()) + 1, device=collision.device)

@@ -18,8 +18,8 @@ from topkbench.methods.base import (
 )
 from topkbench.methods.states import slots_within
 
-# Distances computed at once: on a CPU as many as fit its L2 cache, on a GPU enough to need few kernel
-# launches.
+# Distances computed at once: on a CPU as many as fit its L2 cache, on a GPU enough to need only few
+# kernel launches.
 CPU_BLOCK, BLOCK = 2**18, 2**26
 
 
