@@ -107,7 +107,7 @@ def side_information(index: Index) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
-def test_what_a_step_reads_is_what_its_model_says(
+def test_bytes_of_a_step_equal_the_reads_counted(
     name: str, make_method: Make, states: Make, build: Make, geometry: Geometry, protocol: Any
 ) -> None:
     inner = {"base": {"impl": "reference"}} if name == "twilight" else {}

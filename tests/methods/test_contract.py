@@ -119,9 +119,7 @@ def test_with_k_at_or_above_n_equals_full_attention(
         assert (step.selection.tokens_read(CacheView(keys, values)) == 29).all()
 
 
-def test_select_itself_keeps_everything_where_k_is_n(
-    of_k: TopKMethod, states: States, build: Build
-) -> None:
+def test_select_keeps_everything_if_k_is_n(of_k: TopKMethod, states: States, build: Build) -> None:
     """Not by the step's leave, which does not ask a method for all there is."""
     queries, keys, values = states(2, 64)
     view, policy, index = CacheView(keys, values), Policy(k=64), build(of_k, keys, values)
@@ -187,7 +185,7 @@ def test_appending_equals_rebuilding(
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_an_adaptive_row_learns_and_appends_as_alone(
+def test_a_history_dependent_row_in_a_batch_equals_the_row_alone(
     with_history: TopKMethod, states: States, build: Build, padded: bool, protocol: Any
 ) -> None:
     """Eight steps, each of which may teach the next: what neighbours attended to plays no part."""
@@ -220,7 +218,7 @@ def test_an_adaptive_row_learns_and_appends_as_alone(
             assert torch.equal(found, slots_alone)
 
 
-def test_appending_without_a_step_learns_nothing(
+def test_appending_without_a_step_adds_no_history(
     with_history: TopKMethod, states: States, build: Build
 ) -> None:
     """What ranks by column sums is as if built later, with the sums of the prompt alone.
@@ -256,7 +254,7 @@ def test_appending_without_a_step_learns_nothing(
 
 
 @pytest.mark.parametrize("ends", [None, int32(40, 33, 38)])
-def test_a_token_taken_back_can_be_appended_again(
+def test_an_undone_append_can_be_repeated(
     selecting: TopKMethod, states: States, build: Build, ends: Tensor | None
 ) -> None:
     queries, keys, values = states(3, 41)
@@ -313,7 +311,7 @@ def test_finds_a_planted_needle(
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
 @pytest.mark.parametrize("k", [20, 100])
-def test_a_constant_value_is_what_comes_out(
+def test_constant_values_give_a_constant_output(
     method: TopKMethod, states: States, build: Build, k: int, protocol: Any
 ) -> None:
     """Weights sum to one, whatever is selected, weighted or stood in for; padding has no part."""
@@ -348,7 +346,7 @@ def test_keeps_sinks_and_the_current_token(
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
 @pytest.mark.parametrize("k", [16, 22, 40])
-def test_neighbours_and_padding_do_not_matter(
+def test_other_rows_and_padding_do_not_matter(
     method: TopKMethod, states: States, build: Build, k: int, protocol: Any
 ) -> None:
     """Rows of 17, 50 and 33 tokens, left-aligned, left-padded and alone, give the same."""
@@ -385,7 +383,7 @@ def test_neighbours_and_padding_do_not_matter(
             assert moved == slots
 
 
-def test_same_seed_same_answer(
+def test_the_same_seed_gives_the_same_output(
     name: str, make_method: Callable[..., TopKMethod], states: States, build: Build
 ) -> None:
     queries, keys, values = states(1, 45)
@@ -467,7 +465,7 @@ def held_bytes(index: Index) -> int:
 
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
-def test_index_bytes_are_the_analytic_ones(
+def test_index_bytes_equal_the_formula(
     selecting: TopKMethod, geometry: Geometry, states: States, build: Build, protocol: Any
 ) -> None:
     selecting = selecting.with_policy(selecting.effective_policy(Policy(k=32, protocol=protocol)))
@@ -537,12 +535,12 @@ def test_native_policy_selects(selecting: TopKMethod, states: States, build: Bui
     assert (read <= (64 if heads == 6 else 32)).all()
 
 
-def test_serves_an_ordinary_model(method: TopKMethod, geometry: Geometry) -> None:
+def test_supports_an_ordinary_model(method: TopKMethod, geometry: Geometry) -> None:
     assert method.unsupported(geometry) is None
     method.check_ready(geometry)
 
 
-def test_an_artifact_is_what_its_layout_says(
+def test_an_artifact_matches_its_layout(
     name: str, make_method: Callable[..., TopKMethod], geometry: Geometry
 ) -> None:
     fitted = make_method(name)
@@ -561,7 +559,7 @@ def test_an_artifact_is_what_its_layout_says(
             fitted.check_ready(geometry)
 
 
-def test_the_queries_that_are_learnt_from_are_named_before(
+def test_query_positions_are_fixed_and_equally_many_in_each_layer(
     name: str, make_method: Callable[..., TopKMethod], geometry: Geometry
 ) -> None:
     method = make_method(name)

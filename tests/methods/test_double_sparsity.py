@@ -88,7 +88,7 @@ def test_scores_by_hand(scope: str, wanted: list[list[float]]) -> None:
         ("query_head", "unified", 6),
     ],
 )
-def test_labels_follow_the_protocol_unless_they_are_told(
+def test_labels_follow_the_protocol_unless_label_scope_is_set(
     given: Any, protocol: Any, heads: int
 ) -> None:
     made = DoubleSparsity(channels=4, label_scope=given, native={"head_scope": "query_head"})
@@ -166,7 +166,9 @@ def test_four_bit_labels_are_off_by_half_a_level() -> None:
 
 @pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("scope", ["kv_head", "query_head"])
-def test_reads_what_it_says(scope: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_equal_the_reads_counted(
+    scope: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The labels of every token, and the chosen tokens, counted in bytes."""
     queries, keys = random(1, 2, 3, 16), random(1, 2, 60, 16, seed=1)
     seen: list[Tensor] = []
@@ -196,7 +198,7 @@ def test_reads_what_it_says(scope: str, bits: int, monkeypatch: pytest.MonkeyPat
     assert method.bytes_read_per_step(SHAPE, 60, 0) == labels
 
 
-def test_refuses_what_does_not_fit() -> None:
+def test_bad_settings_and_artifacts_are_refused() -> None:
     with pytest.raises(ValueError, match="channels must be at least 1, got 0"):
         DoubleSparsity(channels=0)
     with pytest.raises(ValueError, match="label_bits must be 4 or 16, got 8"):

@@ -108,7 +108,7 @@ def test_an_evicted_token_never_returns(start: Tensor | None) -> None:
     assert changed == 20
 
 
-def test_bytes_read_are_what_the_reference_touches() -> None:
+def test_bytes_equal_the_reads_of_the_reference() -> None:
     geometry = Geometry(num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, dtype_bytes=4)
     inputs = prefill(torch.rand(1, 4, 40), 64)
     keys = torch.randn(1, 2, 41, 8)
@@ -133,7 +133,7 @@ def test_bad_settings_are_one_sentence() -> None:
 
 
 @pytest.mark.parametrize("mode", ["masked", "compact"])
-def test_sums_of_a_kv_head_serve_no_selection_per_query_head(mode: Any) -> None:
+def test_selection_per_query_head_is_refused(mode: Any) -> None:
     method = H2O(mode=mode)
     said = method.policy_unsupported_reason(Policy(k=4, head_scope="query_head", **FREE))
     assert said is not None

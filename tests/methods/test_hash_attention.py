@@ -47,7 +47,7 @@ def network(states: Tensor, layers: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("bits", [32, 64])
-def test_scores_are_agreeing_signs_less_others(bits: int) -> None:
+def test_scores_are_equal_signs_minus_different_ones(bits: int) -> None:
     method = drawn(bits=bits)
     queries, keys = random(2, 2, 3, 16), random(2, 2, 11, 16, seed=1)
     index = method.build_index(prefill(keys))
@@ -88,7 +88,7 @@ def test_the_loss_by_hand() -> None:
     assert loss.item() == pytest.approx((beside + top) / 12, rel=1e-4)
 
 
-def test_what_a_query_is_trained_on() -> None:
+def test_training_leaves_out_forced_and_future_keys() -> None:
     past = hash_attention._past(torch.tensor([0, 3, 4, 9, 12, 13]), torch.tensor([20, 12]))
     assert past.tolist() == [
         [False, False, True, True, True, False],
@@ -96,12 +96,12 @@ def test_what_a_query_is_trained_on() -> None:
     ]
 
 
-def test_queries_are_spread_and_late() -> None:
+def test_query_positions_are_evenly_spaced_and_at_the_end() -> None:
     method = HashAttention(queries_per_sequence=52)
     assert method.query_positions(0, [3, 100]) == [[0, 1, 2], [0, 13, 26, 39, *range(52, 100)]]
 
 
-def test_learns_what_a_query_looks_for() -> None:
+def test_training_improves_recall() -> None:
     """Keys far along a query's direction are its top; a learned signature finds more of them."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(6, 16, generator=generator)
@@ -143,7 +143,7 @@ def test_learns_what_a_query_looks_for() -> None:
     assert recall(fitted) > 0.5  # a tenth by chance
 
 
-def test_the_native_edges_are_inside_the_budget() -> None:
+def test_the_native_edges_count_towards_the_budget() -> None:
     method = HashAttention(native={"num_sink": 0, "num_recent": 0, "head_scope": "query_head"})
     for k, edge in ((2048, 128), (512, 128), (64, 16), (3, 0)):
         native = method.effective_policy(Policy(k=k, num_sink=0, num_recent=0, protocol="native"))
@@ -152,7 +152,7 @@ def test_the_native_edges_are_inside_the_budget() -> None:
     assert method.effective_policy(unified) == unified
 
 
-def test_reads_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_equal_the_reads_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Signatures of every query head, both networks, and the chosen tokens, counted in bytes."""
     queries, keys = random(1, 2, 3, 16), random(1, 2, 60, 16, seed=1)
     read = 0
@@ -174,7 +174,7 @@ def test_reads_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert method.bytes_read_per_step(SHAPE, 60, 16) == read
 
 
-def test_refuses_what_does_not_fit() -> None:
+def test_bad_settings_and_artifacts_are_refused() -> None:
     with pytest.raises(ValueError, match="bits must be a positive multiple of 32, got 48"):
         HashAttention(bits=48)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):

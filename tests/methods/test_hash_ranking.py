@@ -103,7 +103,7 @@ def kept(made: RankingRecipe, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     ]
 
 
-def test_queries_kept_are_of_the_second_half_and_the_last() -> None:
+def test_queries_kept_are_from_the_second_half_and_the_end() -> None:
     made = recipe(pool=300)
     short, longer = made.positions([10, 200], torch.Generator().manual_seed(0))
     assert set(short[:300]) == set(range(5, 10))
@@ -114,7 +114,7 @@ def test_queries_kept_are_of_the_second_half_and_the_last() -> None:
     assert longer[300:] == list(range(152, 200))
 
 
-def test_a_batch_is_of_one_sequence_and_its_top_is_attentions() -> None:
+def test_a_batch_is_from_one_sequence_and_its_top_keys_are_those_of_attention() -> None:
     made = recipe(keys=10_000)
     lengths, late, shares = set(), 0, set()
     for seed in range(30):
@@ -181,7 +181,7 @@ def test_loss_by_hand(query_codes: int, use_norm: bool) -> None:
     assert found.item() == pytest.approx(wanted / 10, rel=1e-5)
 
 
-def test_a_sign_has_the_slope_of_tanh() -> None:
+def test_a_sign_has_the_gradient_of_tanh() -> None:
     at = torch.tensor([-2.0, -0.0, 0.0, 0.5], requires_grad=True)
     found = signs(at)
     assert found.tolist() == pytest.approx([-1.0, -1.0, -1.0, 1.0])
@@ -232,7 +232,7 @@ def test_codes_of_a_query_are_summed_by_hand() -> None:
     assert found.tolist() == [[[-32 - 32, 32 + 32]]]
 
 
-def test_centred_keys_are_hashed_less_the_mean_of_each_rows_own() -> None:
+def test_centred_keys_are_hashed_after_subtracting_the_rows_mean() -> None:
     method = HATA(rbit=32, weights="random", centre_keys=True)
     plain = HATA(rbit=32, weights="random")
     assert (method.fits_prompt, plain.fits_prompt) == (True, False)
@@ -278,7 +278,7 @@ def test_centring_undoes_a_shift_of_all_keys() -> None:
     assert recall(on, shift) == pytest.approx(recall(on), abs=0.02)
 
 
-def test_each_recipe_has_artifacts_of_its_own() -> None:
+def test_each_recipe_has_its_own_artifacts() -> None:
     geometry = Geometry(num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16)
     published = HATA().artifact_spec(geometry)
     assert published is not None

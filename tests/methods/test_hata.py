@@ -116,7 +116,7 @@ def test_labels_by_hand() -> None:
     assert method._labels(logits).tolist() == [[wanted]]
 
 
-def test_pairs_are_a_prefix_and_its_last_query() -> None:
+def test_pairs_join_a_query_with_the_keys_of_its_prefix() -> None:
     queries = torch.arange(20.0)[None, :, None].expand(2, -1, 4)
     keys = torch.arange(20.0)[None, :, None].expand(1, -1, 4)
     drawn = set()
@@ -177,7 +177,7 @@ def test_loss_and_gradient_equal_the_definition(
     torch.testing.assert_close(gradient, torch.autograd.grad(wanted, weight)[0])
 
 
-def test_chunks_are_drawn_without_repetition() -> None:
+def test_chunks_are_drawn_without_replacement() -> None:
     keys = torch.arange(10.0)[None, :, None].expand(1, -1, 4)
     pairs = HashPairs(
         torch.zeros(1, 1, 1, 4), keys, torch.zeros(1, 1, 10), torch.zeros(10, dtype=torch.long)
@@ -241,7 +241,7 @@ def test_training_repeats_itself_by_its_seed() -> None:
     assert not torch.equal(first["hash_weight"], other["hash_weight"])
 
 
-def test_every_step_tells_its_loss() -> None:
+def test_every_step_reports_its_loss() -> None:
     method = HATA(rbit=32, epochs=2, steps_per_epoch=3)
     states = Skewed().states(0)
     positions = method.query_positions(0, [256] * 6)

@@ -93,7 +93,7 @@ def test_three_in_ten_skewed_channels_find_most_of_the_top_keys() -> None:
 @pytest.mark.parametrize(
     ("head_dim", "channels"), [(128, 25), (64, 12), (32, 6), (10, 2), (5, 1), (2, 1)]
 )
-def test_channels_are_rounded_down_and_never_none(head_dim: int, channels: int) -> None:
+def test_channels_are_rounded_down_to_at_least_one(head_dim: int, channels: int) -> None:
     assert InfiniGen().channels(head_dim) == channels
 
 
@@ -125,7 +125,7 @@ def test_channels_are_those_of_the_largest_queries_and_those_of_the_largest_keys
     assert InfiniGen(partial_ratio=0.25).index_bytes_per_token(geometry) == 2 * 2 * 4
 
 
-def test_the_strength_of_keys_is_of_the_skewed_ones_of_all_sequences() -> None:
+def test_key_strength_is_of_skewed_keys_over_all_sequences() -> None:
     """Along (3, 4) they are 5 and -10 long, beside it 0 and 0; then 0, and 30 beside it."""
     queries = Drawn().states(0)[0][0]
     first = torch.tensor([[[3.0, 4.0], [-6.0, -8.0]]])
@@ -134,7 +134,7 @@ def test_the_strength_of_keys_is_of_the_skewed_ones_of_all_sequences() -> None:
     torch.testing.assert_close(learned["key_strength"], torch.tensor([[5.0, 10.0]]))
 
 
-def test_foretold_queries_choose_and_the_real_ones_attend() -> None:
+def test_speculated_queries_select_and_the_real_ones_attend() -> None:
     keys = torch.tensor([[3.0, 4.0], [-3.0, -4.0], [0.0, 0.0]])[None, None]
     values = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])[None, None]
     query = torch.tensor([[[[0.6, 0.8], [0.6, 0.8]]]])
@@ -175,7 +175,9 @@ def test_heads_share_the_mean_count_and_k_is_its_cap() -> None:
 
 
 @pytest.mark.parametrize(("softcap", "wanted"), [(None, 2), (4.0, 6)])
-def test_alpha_is_a_distance_of_the_layers_own_logits(softcap: float | None, wanted: int) -> None:
+def test_alpha_is_a_distance_between_scaled_and_capped_logits(
+    softcap: float | None, wanted: int
+) -> None:
     along = torch.tensor([0.6, 0.8])
     places = torch.tensor([10.0, 9.0, 8.0, 3.0, 2.0, 1.0, -2.0, -3.0])
     keys = (places[:, None] * along)[None, None]
@@ -229,7 +231,7 @@ def test_bad_settings_are_one_sentence(settings: dict[str, Any], said: str) -> N
         InfiniGen(**settings)
 
 
-def test_an_artifact_must_fit() -> None:
+def test_an_artifact_must_match_the_model() -> None:
     with pytest.raises(ValueError, match=r"skew .* = \[2, 1, 2, 2\], got none; fit it on this"):
         InfiniGen().build_index(prefill(torch.zeros(1, 1, 3, 2), 3))
     with pytest.raises(ValueError, match=r"= \[2, 2, 2, 2\], got \[2, 1, 2, 2\]; fit it"):

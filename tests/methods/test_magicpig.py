@@ -155,7 +155,7 @@ def test_natively_the_local_tokens_are_the_prompts_last_at_every_step() -> None:
     ]
 
 
-def test_a_budget_keeps_the_most_collisions_and_shares_the_rest() -> None:
+def test_a_budget_keeps_the_most_collisions_and_draws_among_ties() -> None:
     """32 equal keys collide alike; of 10 that fit, each is drawn with its share in the weight."""
     query = torch.ones(1, 1, 1, 4)
     keys = torch.ones(1, 1, 40, 4)
@@ -201,7 +201,7 @@ def test_the_tables_count_the_codes_that_agree() -> None:
         assert torch.equal(found[row], wanted)
 
 
-def test_bytes_are_what_is_read() -> None:
+def test_bytes_equal_the_reads_counted() -> None:
     """Counted: isotropic keys collide as right angles do on average, keys near the query more."""
     geometry = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=256, dtype_bytes=4)
     generator = torch.Generator().manual_seed(0)

@@ -47,7 +47,7 @@ def test_exact_ranks_by_summed_weights() -> None:
     assert step.selection.indices.tolist() == [[[0], [1]]]
 
 
-def test_exact_must_see_the_cache() -> None:
+def test_exact_must_be_bound_to_the_cache() -> None:
     keys = torch.zeros(1, 1, 3, 2)
     method = ExactTopK()
     index = method.build_index(prefill(keys, 4))
@@ -180,7 +180,7 @@ def test_loki_of_full_rank_is_exact() -> None:
     torch.testing.assert_close(found, queries @ keys.mT, atol=1e-5, rtol=1e-5)
 
 
-def test_loki_refuses_what_does_not_fit() -> None:
+def test_loki_refuses_bad_settings_and_artifacts() -> None:
     geometry = Geometry(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2)
     with pytest.raises(ValueError, match="rank must be at most head_dim=2, got 3"):
         Loki(rank=3).check_ready(geometry)

@@ -56,7 +56,7 @@ def test_votes_by_hand() -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_votes_are_of_the_layers_own_scale_and_softcap(softcap: float | None) -> None:
+def test_votes_use_the_layers_scale_and_softcap(softcap: float | None) -> None:
     """Twice a logarithm is that of the square; a cap c makes ``c tanh(x / c)`` of it."""
     method = SnapKV(window=2, kernel=1)
     index = method.build_index(prompt({1: 5.0}, n=6, scale=2.0, softcap=softcap))
@@ -95,7 +95,7 @@ def test_keeps_exactly_k_of_the_prompt_with_its_window() -> None:
     assert chosen(method, index, Policy(k=1, **FREE)) == [[19]]
 
 
-def test_what_is_generated_takes_the_place_of_the_least_important() -> None:
+def test_generated_tokens_replace_the_least_important() -> None:
     peaks = {3: 50.0, 7: 40.0, 11: 30.0, 15: 20.0}
     method, policy = SnapKV(window=2, kernel=1), Policy(k=6, num_sink=1, num_recent=1)
     index = method.build_index(prompt(peaks))
@@ -111,7 +111,7 @@ def test_what_is_generated_takes_the_place_of_the_least_important() -> None:
     ]
 
 
-def test_under_the_native_protocol_what_is_generated_comes_on_top() -> None:
+def test_natively_generated_tokens_are_kept_in_addition() -> None:
     peaks = {3: 50.0, 7: 40.0, 11: 30.0, 15: 20.0}
     method, policy = SnapKV(window=2, kernel=1), Policy(k=4, protocol="native", **FREE)
     index = method.build_index(prompt(peaks))
@@ -127,7 +127,7 @@ def test_a_short_prompt_is_kept_whole() -> None:
     assert chosen(method, index, native, 4) == [list(range(12))]
 
 
-def test_one_selection_per_query_head_or_their_sum() -> None:
+def test_one_selection_per_query_head_or_per_group() -> None:
     """Each query of the group looks at a channel of its own."""
     keys = torch.zeros(1, 1, 9, 2)
     keys[0, 0, 2] = torch.tensor([3 * LOG, 0.0])

@@ -63,7 +63,7 @@ def test_later_layers_add_to_the_importance() -> None:
 
 
 @pytest.mark.parametrize("last_keep", [0.4, 1.0])
-def test_kept_sets_are_nested_over_layers_and_nothing_comes_back(last_keep: float) -> None:
+def test_kept_sets_are_nested_over_layers_and_dropped_tokens_never_return(last_keep: float) -> None:
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(2, 2, 70, 8, generator=generator)
     sums = torch.rand(2, 6, 60, generator=generator)
@@ -90,7 +90,7 @@ def test_kept_sets_are_nested_over_layers_and_nothing_comes_back(last_keep: floa
             above = kept
 
 
-def test_heads_are_pruned_by_what_they_gave_and_stay_pruned() -> None:
+def test_heads_are_pruned_by_their_outputs_and_stay_pruned() -> None:
     """Six heads; the last layer keeps half of them, once their outputs are known."""
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(1, 2, 30, 8, generator=generator)
@@ -115,7 +115,7 @@ def test_heads_are_pruned_by_what_they_gave_and_stay_pruned() -> None:
             assert [len(kept) for kept in alive] == [6, 4, 3]
 
 
-def test_flat_heads_are_attended_to_with_whole_keys() -> None:
+def test_flat_heads_attend_with_full_precision_keys() -> None:
     """A head that is sure of a token takes 4 bits, one that is not takes the keys themselves."""
     few = [[7.0, 0.4, 3.3, 0.0], [0.4, 7.0, 0.0, 3.3], [-7.0, -3.4, 0.0, 0.0]]
     keys = torch.tensor(few)[None, None]
@@ -139,7 +139,7 @@ def test_bytes_by_hand(geometry: Geometry) -> None:
     assert SpAtten().bytes_read_per_step(geometry, 1000, 32) == read
 
 
-def test_bytes_are_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_equal_the_reads_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two KV heads one has a query head that is not sure, and its keys alone are fetched."""
     geometry = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
     generator = torch.Generator().manual_seed(0)
@@ -182,7 +182,7 @@ def test_bytes_are_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert method.index_bytes_per_token(geometry) == 4 + 1 + per_token
 
 
-def test_rounded_keys_are_as_if_built_with_what_was_appended() -> None:
+def test_appended_4_bit_keys_equal_rebuilt_ones() -> None:
     keys = torch.randn(1, 2, 9, 8, generator=torch.Generator().manual_seed(0))
     method = SpAtten(requantise_below=0.5)
     (whole,) = stack(method, keys, torch.rand(1, 4, 9), 1, 12)
@@ -197,7 +197,7 @@ def test_rounded_keys_are_as_if_built_with_what_was_appended() -> None:
     assert torch.equal(whole.ranges, grown.ranges)
 
 
-def test_importance_is_of_the_probabilities_that_were_taken() -> None:
+def test_importance_adds_the_probabilities_used_in_attention() -> None:
     """Rounded keys leave each head a softmax: what a step adds sums up to its heads."""
     keys = torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(0))
     method = SpAtten(requantise_below=1e-6)
@@ -208,7 +208,7 @@ def test_importance_is_of_the_probabilities_that_were_taken() -> None:
     assert (index.importance - before).sum().item() == pytest.approx(6.0, abs=1e-4)
 
 
-def test_a_row_that_is_kept_whole_is_full_attention() -> None:
+def test_a_row_with_all_tokens_selected_equals_full_attention() -> None:
     """Beside a longer row one of nine tokens, of which all are kept, takes whole keys."""
     keys = torch.randn(2, 1, 30, 8, generator=torch.Generator().manual_seed(0))
     queries = 2 * torch.randn(2, 1, 2, 8, generator=torch.Generator().manual_seed(1))
@@ -253,7 +253,7 @@ def test_layers_on_several_devices_are_refused() -> None:
         SpAtten().build_index(prefill)
 
 
-def test_an_odd_head_has_no_keys_in_4_bits() -> None:
+def test_an_odd_head_dim_with_4_bit_keys_is_refused() -> None:
     geometry = Geometry(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=15)
     assert SpAtten().unsupported(geometry) is None
     with pytest.raises(ValueError, match="head_dim must be even for spatten's 4-bit keys, got 15"):

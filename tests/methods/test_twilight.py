@@ -51,7 +51,7 @@ def test_the_smallest_set_by_hand(p: float, k: int, wanted: list[int]) -> None:
     assert kept[0, 0].nonzero().flatten().tolist() == wanted
 
 
-def test_the_smallest_set_with_what_is_forced_and_what_is_not_there() -> None:
+def test_the_smallest_set_with_forced_tokens_and_padding() -> None:
     weights = torch.tensor([[[0.25, 0.5, 0.125, 0.125, 0.0]]])
     held = torch.tensor([[[True, True, True, True, False]]])
     forced = torch.tensor([[[False, False, False, True, False]]])
@@ -88,7 +88,7 @@ def test_keeps_the_smallest_set_with_the_mass() -> None:
 
 
 @pytest.mark.parametrize(("protocol", "wanted"), [("unified", 6), ("native", 18)])
-def test_natively_the_mass_alone_bounds_the_set(protocol: Protocol, wanted: int) -> None:
+def test_natively_only_the_mass_bounds_the_set(protocol: Protocol, wanted: int) -> None:
     """Flat attention: three quarters of the base's 24 tokens hold 0.75, and k is 6."""
     keys = torch.zeros(1, 1, 60, 8)
     method = Twilight(base=ExactTopK(), base_k=4, p=0.75)
@@ -114,7 +114,7 @@ def test_natively_the_base_has_its_own_policy() -> None:
     assert newest == {"unified": False, "native": True}
 
 
-def test_scale_and_softcap_of_the_attention_decide_the_mass() -> None:
+def test_the_mass_depends_on_the_attentions_scale_and_softcap() -> None:
     keys = torch.tensor([[0.0, 15.0], [2.0, 15.0], [4.0, 15.0], [15.0, 0.0]])[None, None]
     query = torch.tensor([[[[1.0, 0.0]]]])
     method = Twilight(base=ExactTopK(), p=0.9)
@@ -134,7 +134,7 @@ def test_scale_and_softcap_of_the_attention_decide_the_mass() -> None:
     assert sizes == [1, 3, 3]
 
 
-def test_what_the_base_learns_is_its_own(make_method: Callable[..., TopKMethod]) -> None:
+def test_twilight_uses_the_bases_artifact(make_method: Callable[..., TopKMethod]) -> None:
     geometry = Geometry(num_layers=2, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
     loki = make_method("loki")
     method = Twilight(base=Loki())
@@ -152,7 +152,7 @@ def test_what_the_base_learns_is_its_own(make_method: Callable[..., TopKMethod])
     assert {0, 1, 2, 3, *range(42, 50)} <= set(step.selection.indices[0, 0].tolist())
 
 
-def test_what_the_base_needs_is_needed() -> None:
+def test_twilight_declares_what_the_base_declares() -> None:
     class Watching(ExactTopK):
         needs = frozenset({"query_tail"})
         history_dependent = True
@@ -165,7 +165,7 @@ def test_what_the_base_needs_is_needed() -> None:
 
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
-def test_every_base_is_served_or_refused(
+def test_every_base_is_supported_or_refused(
     name: str,
     protocol: Protocol,
     methods: dict[str, TopKMethod],
@@ -215,7 +215,7 @@ def test_bases_that_free_memory_are_refused(base: TopKMethod) -> None:
         Twilight(base=base)
 
 
-def test_room_grows_for_the_base_too() -> None:
+def test_growing_the_index_grows_the_bases_too() -> None:
     keys = torch.randn(1, 2, 20, 8)
     method = Twilight(base=SnapKV(window=4))
     index = method.build_index(inputs(keys, query_tail=torch.randn(1, 6, 4, 8)))
@@ -226,7 +226,7 @@ def test_room_grows_for_the_base_too() -> None:
     assert (index.length, index.base.length) == (24, 24)
 
 
-def test_a_token_taken_back_is_taken_from_the_base_too() -> None:
+def test_undoing_an_append_undoes_it_in_the_base_too() -> None:
     keys = torch.randn(1, 2, 20, 8)
     method = Twilight(base=Quest())
     index = method.build_index(inputs(keys))
@@ -236,7 +236,7 @@ def test_a_token_taken_back_is_taken_from_the_base_too() -> None:
     assert (index.length, index.base.length) == (20, 20)
 
 
-def test_bytes_are_what_is_read() -> None:
+def test_bytes_equal_the_reads_counted() -> None:
     """The base's own, the 4-bit keys of what it selects, and keys and values of what is kept."""
     geometry = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
     keys = torch.randn(1, 2, 400, 32)
@@ -251,7 +251,7 @@ def test_bytes_are_what_is_read() -> None:
 
 
 @pytest.mark.parametrize("base", [ExactTopK(), Quest(page_size=16)])
-def test_query_heads_are_charged_for_all_candidates(
+def test_bytes_include_the_candidates_of_all_query_heads(
     base: TopKMethod, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three query heads a KV head, each with candidates of its own, of which few are kept."""

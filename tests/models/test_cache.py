@@ -112,7 +112,7 @@ def test_the_prompts_states_are_copied(model: LlamaForCausalLM) -> None:
 # The store ------------------------------------------------------------------------------------
 
 
-def test_a_prefill_is_the_models_own(model: LlamaForCausalLM) -> None:
+def test_a_prefill_equals_the_models_forward(model: LlamaForCausalLM) -> None:
     ids = list(range(1, 12))
     found = prefill(model, ids)
     cache = DynamicCache()
@@ -142,7 +142,7 @@ def test_each_prompt_is_computed_once(model: LlamaForCausalLM, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("limit", [0, 3 * 256 + 100])
-def test_what_does_not_fit_spills_and_is_shared(
+def test_prefills_beyond_the_limit_go_to_shared_files(
     model: LlamaForCausalLM, tmp_path: Path, limit: int
 ) -> None:
     prompts: list[Sequence[int]] = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [3, 2, 1]]

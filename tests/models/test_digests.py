@@ -56,7 +56,7 @@ def test_one_byte_anywhere_in_a_large_file_counts(sharded: Path, name: str, plac
     assert weights_digest(sharded) == before
 
 
-def test_the_digest_is_of_contents_and_names(copy: Path) -> None:
+def test_the_weights_digest_depends_on_contents_and_not_on_the_folder(copy: Path) -> None:
     digest = weights_digest(TINY)
     assert weights_digest(copy) == digest  # wherever they lie
     change(copy / "model.safetensors", 4321)
@@ -69,7 +69,7 @@ def test_the_digest_is_of_contents_and_names(copy: Path) -> None:
     assert weights_digest(copy) != digest
 
 
-def test_a_kept_hash_is_used_for_an_untouched_file_alone(sharded: Path, tmp_path: Path) -> None:
+def test_a_cached_hash_is_used_only_for_an_unchanged_file(sharded: Path, tmp_path: Path) -> None:
     path, cache = sharded / "model-1.safetensors", tmp_path / "cache"
     digest = weights_digest(sharded, cache)
     assert not (cache / "hashes").exists()  # so fresh that another change may show no other time
@@ -88,7 +88,7 @@ def test_a_kept_hash_is_used_for_an_untouched_file_alone(sharded: Path, tmp_path
 
 
 @pytest.mark.parametrize("damage", ["edited", "cut short", "others may write", "of another file"])
-def test_a_kept_hash_that_may_be_anothers_is_not_believed(
+def test_a_cached_hash_that_may_be_forged_is_not_used(
     sharded: Path, tmp_path: Path, damage: str
 ) -> None:
     cache = tmp_path / "cache"
@@ -110,7 +110,9 @@ def test_a_kept_hash_that_may_be_anothers_is_not_believed(
     assert weights_digest(sharded, cache) == digest
 
 
-def test_a_place_that_cannot_be_written_costs_time_alone(sharded: Path, tmp_path: Path) -> None:
+def test_without_a_writable_cache_folder_the_digest_is_the_same(
+    sharded: Path, tmp_path: Path
+) -> None:
     (tmp_path / "cache").write_text("in the way")
     time.sleep(2.1)
     assert weights_digest(sharded, tmp_path / "cache") == weights_digest(sharded)
@@ -139,7 +141,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("edit", CHANGES.values(), ids=CHANGES)
-def test_a_model_is_another_with_other(copy: Path, edit: Callable[[Path], object]) -> None:
+def test_the_model_digest_changes_with(copy: Path, edit: Callable[[Path], object]) -> None:
     before = load_model("tiny", str(copy))
     assert model_digest(before) == model_digest(load_model("tiny", str(TINY)))
     edit(copy)
@@ -147,14 +149,14 @@ def test_a_model_is_another_with_other(copy: Path, edit: Callable[[Path], object
     assert model_digest(after) != model_digest(before)
 
 
-def test_generation_settings_are_not_of_the_weights(copy: Path) -> None:
+def test_the_weights_digest_excludes_generation_settings(copy: Path) -> None:
     digest = weights_digest(copy)
     settings(copy, "generation_config.json", eos_token_id=1220)
     settings(copy, "tokenizer.json", normalizer={"type": "Lowercase"})
     assert weights_digest(copy) == digest
 
 
-def test_dtype_and_wrapping_are_of_the_model() -> None:
+def test_the_model_digest_includes_dtype_and_prompt_wrapping() -> None:
     found = {
         model_digest(load_model("tiny", "tiny", **knobs))  # type: ignore[arg-type]
         for knobs in ({}, {"dtype": "bfloat16"}, {"chat": True}, {"short_answers": True})
@@ -179,7 +181,7 @@ def test_a_hub_snapshot_counts_every_byte_too(
     assert load_model("tiny", "owner/name").digest != before.digest
 
 
-def test_tokenizers_are_told_apart_by_rules_and_template() -> None:
+def test_the_tokenizer_digest_depends_on_rules_and_template() -> None:
     plain = build_tokenizer([" one", " two"], 64)
     assert tokenizer_digest(plain) == tokenizer_digest(build_tokenizer([" one", " two"], 64))
     other = build_tokenizer([" one", " three"], 64)

@@ -70,7 +70,7 @@ def test_all_layers_would_be_fitted_within_five_minutes_and_a_layer_again_is_the
 
 @pytest.mark.parametrize("question", ["sparse", "dense"])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_budget_for_everything_answers_as_full_attention_does(
+def test_a_budget_of_all_tokens_gives_full_attentions_answers(
     tiny: LoadedModel, name: str, question: Question, tmp_path: Path
 ) -> None:
     task = Ruler(length=400, num_samples=1, cache_dir=str(tmp_path), question=question)

@@ -98,7 +98,7 @@ def importance_when_built(method: SpAtten, heads: int) -> list[float]:
     return seen
 
 
-def test_layers_that_share_are_dropped_together_on_a_crop(
+def test_indices_that_share_state_are_dropped_together_on_a_crop(
     llama: PreTrainedModel, prompt: Make
 ) -> None:
     """A row of a softmax adds up to 1: 30 queries a layer, and one step of the layer before."""
@@ -113,7 +113,7 @@ def test_layers_that_share_are_dropped_together_on_a_crop(
     torch.testing.assert_close(again, first)
 
 
-def test_layers_that_share_are_dropped_together_by_beam_search(
+def test_indices_that_share_state_are_dropped_together_by_beam_search(
     llama: PreTrainedModel, prompt: Make
 ) -> None:
     method = SpAtten()
@@ -125,7 +125,7 @@ def test_layers_that_share_are_dropped_together_by_beam_search(
 
 @pytest.mark.parametrize("which", ["full", "exact", "hata", "quest", "loki", "streaming_llm"])
 @pytest.mark.parametrize("k", [16, 200])
-def test_a_static_cache_gives_what_a_growing_one_gives(
+def test_a_static_cache_gives_the_same_as_a_growing_one(
     llama: PreTrainedModel,
     which: str,
     k: int,

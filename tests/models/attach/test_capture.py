@@ -97,7 +97,7 @@ def run(model: PreTrainedModel, method: TopKMethod, parts: list[Tensor], **more:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cut", [0, 14, 1])
-def test_a_prompt_leaves_its_last_queries_and_column_sums(
+def test_a_prompts_last_queries_and_column_sums_are_captured(
     models: dict[str, PreTrainedModel], prompt: Make, family: str, cut: int
 ) -> None:
     model, ids, method = models[family], prompt(2, 90), Needy()
@@ -118,7 +118,7 @@ def test_a_prompt_leaves_its_last_queries_and_column_sums(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_asks_nothing_and_is_not_asked(
+def test_padding_is_left_out_of_what_is_captured(
     models: dict[str, PreTrainedModel], padded_batch: Make, family: str
 ) -> None:
     model, (ids, mask), method = models[family], padded_batch(), Needy()
@@ -147,7 +147,9 @@ def test_a_prompt_of_one_token_is_captured(llama: PreTrainedModel, prompt: Make)
     assert method.built[0].column_sums.tolist() == [[[1.0]] * 4]
 
 
-def test_a_new_prompt_in_the_same_cache_begins_anew(llama: PreTrainedModel, prompt: Make) -> None:
+def test_a_new_prompt_in_the_same_cache_restarts_the_capture(
+    llama: PreTrainedModel, prompt: Make
+) -> None:
     ids, method = prompt(2, 40), Needy()
     whole = truth(llama, ids[:, :30])
     cache = DynamicCache(config=llama.config)
@@ -175,7 +177,7 @@ def test_a_tail_holds_queries_of_consecutive_tokens(llama: PreTrainedModel, prom
     torch.testing.assert_close(built.column_sums.sum(-1), torch.full((2, 4), 32.0))
 
 
-def test_a_cache_filled_before_is_refused(llama: PreTrainedModel, prompt: Make) -> None:
+def test_a_cache_filled_outside_the_block_is_refused(llama: PreTrainedModel, prompt: Make) -> None:
     ids = prompt(1, 30)
     cache = DynamicCache(config=llama.config)
     with torch.no_grad():
@@ -189,7 +191,7 @@ def test_a_cache_filled_before_is_refused(llama: PreTrainedModel, prompt: Make) 
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen2", "mistral", "gemma3"])
-def test_a_layers_own_input_foretells_its_own_queries(
+def test_speculating_from_a_layers_own_input_gives_its_own_queries(
     models: dict[str, PreTrainedModel], prompt: Make, family: str
 ) -> None:
     model, ids = models[family], prompt(2, 12)
@@ -218,7 +220,7 @@ def test_a_layers_own_input_foretells_its_own_queries(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
-def test_a_step_is_foretold_from_the_layer_before(
+def test_queries_are_speculated_from_the_previous_layer(
     models: dict[str, PreTrainedModel], prompt: Make, family: str
 ) -> None:
     model, ids, method = models[family], prompt(2, 30), Needy()
@@ -253,7 +255,7 @@ def same(one: Captured | None, other: Captured | None) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("limit", [None, 0])
-def test_the_store_holds_what_attach_captures(
+def test_the_store_captures_the_same_as_attach(
     models: dict[str, PreTrainedModel], prompt: Make, tmp_path: Path, family: str, limit: int | None
 ) -> None:
     model, ids, method = models[family], prompt(1, 80), Needy()
@@ -280,7 +282,7 @@ def test_the_store_holds_what_attach_captures(
 
 
 @pytest.mark.parametrize("limit", [None, 0])
-def test_what_two_methods_need_is_kept_together(
+def test_captures_for_two_methods_are_kept_together(
     llama: PreTrainedModel, tmp_path: Path, limit: int | None
 ) -> None:
     store = PrefillStore(llama, tmp_path, limit)
@@ -292,7 +294,7 @@ def test_what_two_methods_need_is_kept_together(
     assert store.forwards == 3
 
 
-def test_rows_of_different_lengths_keep_their_own(llama: PreTrainedModel) -> None:
+def test_captures_of_rows_of_different_lengths_are_right_aligned(llama: PreTrainedModel) -> None:
     short, long = list(range(1, 20)), list(range(30, 60))
     rows = [prefill(llama, ids, NEEDS) for ids in (short, long)]
     cache = DecodeCache(rows, 1)

@@ -67,7 +67,7 @@ def decode(
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
 @pytest.mark.parametrize("which", sorted(METHODS))
-def test_compact_gives_what_masked_gives_and_holds_less(
+def test_compact_gives_the_same_as_masked_in_less_memory(
     models: dict[str, PreTrainedModel],
     make_method: Make,
     which: str,
@@ -109,7 +109,7 @@ def test_dense_layers_free_nothing(llama: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("which", sorted(METHODS))
-def test_a_budget_for_everything_frees_nothing(llama: PreTrainedModel, which: str) -> None:
+def test_a_budget_of_all_tokens_frees_nothing(llama: PreTrainedModel, which: str) -> None:
     logits, cache, _ = decode(llama, METHODS[which](mode="compact"), Policy(k=99), texts(40), 20)
     wanted, _, _ = decode(llama, METHODS[which](), Policy(k=99), texts(40), 20)
     assert torch.equal(logits, wanted)
@@ -117,7 +117,7 @@ def test_a_budget_for_everything_frees_nothing(llama: PreTrainedModel, which: st
 
 
 @pytest.mark.parametrize("which", [*ADAPTIVE, "twilight"])
-def test_a_growing_cache_outgrows_no_index(
+def test_an_index_grows_with_the_cache(
     llama: PreTrainedModel, make_method: Make, prompt: Make, make_counter: Make, which: str
 ) -> None:
     """A cache of transformers grows beyond any room: what was evicted stays so."""
@@ -156,7 +156,7 @@ def test_a_cache_with_freed_tokens_is_refused_by_another_session(llama: PreTrain
         llama(**ids, **cache_keyword(llama, cache))
 
 
-def test_methods_stay_as_they_are(llama: PreTrainedModel) -> None:
+def test_decoding_does_not_change_the_method(llama: PreTrainedModel) -> None:
     """A method keeps no state of a prompt."""
     method = SnapKV(window=8)
     before = copy.deepcopy(method)

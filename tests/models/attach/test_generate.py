@@ -17,7 +17,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 
 
 @pytest.mark.parametrize("which", ["full", "exact", "hata", "quest", "loki", "streaming_llm"])
-def test_k_above_n_generates_what_the_model_generates(
+def test_k_above_n_generates_the_same_as_the_model(
     model: PreTrainedModel, which: str, method_for: Make, padded_batch: Make
 ) -> None:
     ids, mask = padded_batch()

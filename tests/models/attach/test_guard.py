@@ -38,7 +38,7 @@ def test_steps_are_counted_by_layer(llama: PreTrainedModel, prompt: Make) -> Non
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_dense_layer_and_short_prompts_are_no_fault(llama: PreTrainedModel, prompt: Make) -> None:
+def test_dense_layers_and_short_prompts_do_not_raise(llama: PreTrainedModel, prompt: Make) -> None:
     with attach(llama, ExactTopK(), Policy(k=33, dense_layers=1)) as session:
         llama.generate(prompt(1, 30), **GREEDY)
     # 31 to 37 cached tokens: three steps have no more than k, four have.
@@ -50,7 +50,7 @@ def test_a_dense_layer_and_short_prompts_are_no_fault(llama: PreTrainedModel, pr
     assert session.count.share_taken == 4 / 14
 
 
-def test_a_mask_with_holes_warns_once_and_raises_in_the_end(
+def test_a_mask_with_holes_warns_once_and_raises_when_the_block_ends(
     llama: PreTrainedModel, method_for: Make, prompt: Make, make_counter: Make
 ) -> None:
     ids = prompt(1, 30)
@@ -78,7 +78,7 @@ def test_a_mask_with_holes_warns_once_and_raises_in_the_end(
     [{"use_cache": False}, {"prompt_lookup_num_tokens": 3, "eos_token_id": 60}],
     ids=lambda one: next(iter(one)),
 )
-def test_generating_past_the_method_raises(
+def test_generating_without_the_method_raises(
     llama: PreTrainedModel, prompt: Make, options: dict[str, Any]
 ) -> None:
     ids = prompt(1, 30).repeat(1, 3)  # whatever comes, something like it came before
@@ -112,7 +112,9 @@ def test_a_likelihood_in_one_forward_raises(llama: PreTrainedModel, prompt: Make
 
 
 @pytest.mark.filterwarnings("ignore:.*does not act")
-def test_a_later_turn_raises_unless_it_is_meant(llama: PreTrainedModel, prompt: Make) -> None:
+def test_a_later_turn_raises_unless_dense_forwards_are_allowed(
+    llama: PreTrainedModel, prompt: Make
+) -> None:
     ids = prompt(1, 40)
 
     def converse(**options: Any) -> Counter[int]:
@@ -128,7 +130,7 @@ def test_a_later_turn_raises_unless_it_is_meant(llama: PreTrainedModel, prompt: 
 
 
 @pytest.mark.filterwarnings("error")
-def test_reading_a_prompt_in_parts_is_honest(llama: PreTrainedModel, prompt: Make) -> None:
+def test_chunked_prefill_does_not_raise(llama: PreTrainedModel, prompt: Make) -> None:
     ids, cache = prompt(1, 40), DynamicCache()
     with torch.no_grad(), attach(llama, ExactTopK(), Policy(k=16)) as session:
         for part in ids.split([16, 16, 6, 1, 1], 1):
@@ -137,7 +139,7 @@ def test_reading_a_prompt_in_parts_is_honest(llama: PreTrainedModel, prompt: Mak
 
 
 @pytest.mark.filterwarnings("ignore:.*does not act")
-def test_parts_that_were_cropped_away_are_no_prompt(llama: PreTrainedModel, prompt: Make) -> None:
+def test_cropped_chunks_do_not_count_as_a_prompt(llama: PreTrainedModel, prompt: Make) -> None:
     """Two candidates are scored on one context, and then one token is decoded."""
     ids, cache = prompt(1, 40), DynamicCache()
 
@@ -155,14 +157,16 @@ def test_parts_that_were_cropped_away_are_no_prompt(llama: PreTrainedModel, prom
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_block_that_only_reads_a_prompt_is_honest(llama: PreTrainedModel, prompt: Make) -> None:
+def test_a_block_that_only_runs_a_prefill_does_not_raise(
+    llama: PreTrainedModel, prompt: Make
+) -> None:
     with torch.no_grad(), attach(llama, ExactTopK(), Policy(k=16)) as session:
         llama(prompt(1, 40), **cache_keyword(llama, DynamicCache()))
     assert session.count.share_taken is None
 
 
 @pytest.mark.filterwarnings("error")
-def test_full_attention_has_nothing_to_pass_by(llama: PreTrainedModel, prompt: Make) -> None:
+def test_full_attention_cannot_be_bypassed(llama: PreTrainedModel, prompt: Make) -> None:
     with attach(llama, FullAttention(), Policy(k=16)):
         llama.generate(prompt(1, 30), use_cache=False, **GREEDY)
 
@@ -207,7 +211,7 @@ class Passing(nn.Module):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_cache_that_no_argument_carries_is_seen_where_it_is_written(
+def test_a_cache_passed_by_no_argument_is_found_when_it_is_written(
     seeded: Make, small: dict[str, Any], prompt: Make
 ) -> None:
     plain = seeded(lambda: LlamaForCausalLM(LlamaConfig(**small)))
@@ -318,7 +322,7 @@ def test_a_likelihood_of_a_whole_text_raises(llama: PreTrainedModel, prompt: Mak
 # Layers that see a part of the past -----------------------------------------------------------
 
 
-def test_what_a_sliding_layer_sees(models: dict[str, PreTrainedModel]) -> None:
+def test_a_sliding_layer_attends_to_its_window(models: dict[str, PreTrainedModel]) -> None:
     first: Any = models["gemma2"].get_submodule("model.layers.0.self_attn")
     second: Any = models["gemma2"].get_submodule("model.layers.1.self_attn")
     kind = partial_attention(first)

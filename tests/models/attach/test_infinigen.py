@@ -55,7 +55,7 @@ class Views(Observer):
 
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
-def test_the_layer_before_foretells(
+def test_queries_are_speculated_in_all_layers_but_the_first(
     seeded: Make, small: dict[str, Any], make_method: Make, prompt: Make, protocol: Any
 ) -> None:
     """Natively the first two layers are dense; under unified rules the first has own queries."""

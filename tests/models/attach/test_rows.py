@@ -183,7 +183,7 @@ def test_a_row_selects_in_a_batch_what_it_selects_alone(
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
 @pytest.mark.parametrize("which", ["h2o", "snapkv", "spatten"])
-def test_a_prompt_shorter_than_the_window_does_not_cut_its_neighbours(
+def test_a_prompt_shorter_than_the_window_does_not_shorten_other_rows(
     deep: dict[str, PreTrainedModel], method_in: Make, which: str, protocol: Any
 ) -> None:
     """Rows of 120 and 18 tokens: of the second all is kept, of the first what it keeps alone."""

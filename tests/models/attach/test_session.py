@@ -62,7 +62,7 @@ def test_dense_layers_follow_the_policy(
     assert counter.count("attend", 1) == 7
 
 
-def test_the_model_is_given_back_unchanged(model: PreTrainedModel, prompt: Make) -> None:
+def test_the_model_is_restored_after_the_block(model: PreTrainedModel, prompt: Make) -> None:
     ids = prompt()
     names = [c._attn_implementation for c in (model.config,)]
     wanted = model.generate(ids, **GREEDY)
@@ -132,7 +132,7 @@ def test_native_protocol_is_in_force(llama: PreTrainedModel, prompt: Make) -> No
     assert set(session.dense) == {1}
 
 
-def test_an_index_is_told_the_layers_scale_and_softcap(
+def test_an_index_gets_the_layers_scale_and_softcap(
     models: dict[str, PreTrainedModel], prompt: Make
 ) -> None:
     told = []
