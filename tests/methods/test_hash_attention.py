@@ -25,7 +25,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def drawn(**settings: object) -> HashAttention:
-    """Return a method with networks as a training starts with."""
+    """Return a method with randomly initialised networks."""
     method = HashAttention(impl="reference", **settings)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(3)
     method.load_artifact(
@@ -38,7 +38,7 @@ def drawn(**settings: object) -> HashAttention:
 
 
 def network(states: Tensor, layers: list[Tensor]) -> Tensor:
-    """Return what a head's network gives ``[n, d]`` states, in the plainest way."""
+    """Return a head's network output for ``[n, d]`` states, computed layer by layer."""
     for i, weight in enumerate(layers):
         states = states @ weight[:-1] + weight[-1]
         if i < 2:
@@ -56,9 +56,10 @@ def test_scores_are_equal_signs_minus_different_ones(bits: int) -> None:
     for row in range(2):
         for head in range(6):
             own = [[layers[0, head] for layers in self_layers] for self_layers in sides(method)]
-            asked = network(queries[row, head // 3, head % 3, None], own[0]).sign()
-            held = network(keys[row, head // 3], own[1]).sign()
-            assert scores[row, head // 3, head % 3].tolist() == (asked @ held.T)[0].tolist()
+            query_signs = network(queries[row, head // 3, head % 3, None], own[0]).sign()
+            key_signs = network(keys[row, head // 3], own[1]).sign()
+            wanted = (query_signs @ key_signs.T)[0]
+            assert scores[row, head // 3, head % 3].tolist() == wanted.tolist()
     assert len(scores.unique()) > 5
 
 
@@ -68,17 +69,17 @@ def sides(method: HashAttention) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def test_the_loss_by_hand() -> None:
-    """One head, networks that pass a large state on: signatures of all 32 bits alike."""
+    """One head, networks that pass a large state through: all 32 bits of a signature are equal."""
     method = HashAttention(positives=1)
     one = torch.zeros(1, 2, 1)
     one[0, 0, 0] = 1.0
     last = torch.zeros(1, 2, 32)
     last[0, 0] = 0.05
     layers = [one, one, last]
-    # silu of 20 is 20, of -20 nothing: signatures tanh(1) and 0 in each bit.
+    # silu of 20 is 20, of -20 it is 0: signatures are tanh(1) and 0 in each bit.
     queries, keys = torch.tensor([[[20.0]]]), torch.tensor([[[20.0]] * 8 + [[-20.0]] * 8])
     keys = keys.reshape(1, 16, 1)
-    keys[0, 3] = 21.0  # the top one, two of whose neighbours are the query's future
+    keys[0, 3] = 21.0  # the top key; keys 4 to 7 are in the query's future
     past = torch.ones(1, 16, dtype=torch.bool)
     past[0, 4:8] = False
     low, high = math.tanh(1.0), math.tanh(1.05)
@@ -102,7 +103,7 @@ def test_query_positions_are_evenly_spaced_and_at_the_end() -> None:
 
 
 def test_training_improves_recall() -> None:
-    """Keys far along a query's direction are its top; a learned signature finds more of them."""
+    """Keys along a query's direction are its top keys; learned signatures find them."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(6, 16, generator=generator)
 
@@ -140,7 +141,7 @@ def test_training_improves_recall() -> None:
         true = (newest @ keys[None].mT).topk(40).indices
         return (found[..., None] == true[..., None, :]).any(-1).float().mean().item()
 
-    assert recall(fitted) > 0.5  # a tenth by chance
+    assert recall(fitted) > 0.5  # chance is a tenth
 
 
 def test_the_native_edges_count_towards_the_budget() -> None:
@@ -153,7 +154,7 @@ def test_the_native_edges_count_towards_the_budget() -> None:
 
 
 def test_bytes_equal_the_reads_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Signatures of every query head, both networks, and the chosen tokens, counted in bytes."""
+    """Signatures of every query head, both networks and the selected tokens, counted in bytes."""
     queries, keys = random(1, 2, 3, 16), random(1, 2, 60, 16, seed=1)
     read = 0
     plain: Callable[..., Tensor] = hash_attention.hamming_score

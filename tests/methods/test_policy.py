@@ -1,4 +1,4 @@
-"""The rules around the budget, and how a group's scores become one."""
+"""The rules around the budget, and the aggregation of a group's scores."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What is particular to random selection: uniform, and a function of place and length alone."""
+"""Random selection: it is uniform, and depends on position and length only."""
 
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +45,7 @@ def test_every_token_is_drawn_equally_often() -> None:
     counts = selected(torch.zeros(1, 4000, 20, 1), Policy(k=5, **FREE)).flatten().bincount()
     assert counts.sum() == 20_000
     assert (counts - 1000).abs().max() < 4 * 27.4
-    # Also pairs are drawn alike: 4 / 19 of the heads that drew a token drew another given one.
+    # Pairs are uniform too: 4 / 19 of the heads that drew a token also drew a given other one.
     both = selected(torch.zeros(1, 4000, 20, 1), Policy(k=5, **FREE))[0]
     chosen = torch.zeros(4000, 20).scatter_(1, both.long(), 1.0)
     pairs = (chosen.mT @ chosen)[~torch.eye(20, dtype=torch.bool)]

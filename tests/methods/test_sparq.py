@@ -30,7 +30,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_the_group_selects_its_channels_together() -> None:
-    # |q| summed over the group: 4, 5, 6, 1. Alone the first query would take channels 0 and 1.
+    # |q| summed over the group: 4, 5, 6, 1. The first query alone would select channels 0 and 1.
     queries = torch.tensor([[3.0, -3.0, 1.0, 0.0], [-1.0, 2.0, 5.0, -1.0]])[None, None]
     keys = torch.tensor([[9.0, 1.0, 2.0, 9.0], [9.0, -1.0, 0.5, 9.0]])[None, None]
     method = SparQ(rank=2)
@@ -101,7 +101,7 @@ def test_the_mean_counts_each_valid_token_once() -> None:
     method = SparQ()
     index = method.build_index(prefill(keys, values, kv_start=start, kv_len=end))
     newest = random(2, 1, 1, 4, seed=2)
-    for _ in range(3):  # the same token again, as where a step is timed
+    for _ in range(3):  # the same token repeatedly, as when a step is timed
         method.append(index, newest, newest)
         index.undo_append()
     method.append(index, newest, newest)
@@ -136,7 +136,7 @@ def test_the_native_window_is_a_share_of_the_budget() -> None:
 
 
 def test_bytes_equal_the_reads_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quarter of the channels, the mean and the chosen tokens, counted in bytes."""
+    """A quarter of the channels, the mean and the selected tokens, counted in bytes."""
     queries, keys = random(1, 2, 3, 16), random(1, 2, 60, 16, seed=1)
     read = 0
     plain: Callable[..., Tensor] = sparq.channel_score

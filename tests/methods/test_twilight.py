@@ -1,4 +1,4 @@
-"""What is particular to Twilight: the fewest tokens that hold the mass, of what a base selects."""
+"""Twilight: the fewest tokens of a base's selection that hold the mass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -53,19 +53,19 @@ def test_the_smallest_set_by_hand(p: float, k: int, wanted: list[int]) -> None:
 
 def test_the_smallest_set_with_forced_tokens_and_padding() -> None:
     weights = torch.tensor([[[0.25, 0.5, 0.125, 0.125, 0.0]]])
-    held = torch.tensor([[[True, True, True, True, False]]])
+    is_token = torch.tensor([[[True, True, True, True, False]]])
     forced = torch.tensor([[[False, False, False, True, False]]])
     # The forced 0.125 counts: 0.5 more reaches 0.6.
-    assert smallest_set(weights, held, forced, 0.6, 4)[0, 0].tolist() == [0, 1, 0, 1, 0]
-    assert smallest_set(weights, held, forced, 1.0, 5)[0, 0].tolist() == [1, 1, 1, 1, 0]
-    # Of equals the first.
+    assert smallest_set(weights, is_token, forced, 0.6, 4)[0, 0].tolist() == [0, 1, 0, 1, 0]
+    assert smallest_set(weights, is_token, forced, 1.0, 5)[0, 0].tolist() == [1, 1, 1, 1, 0]
+    # Of equal weights the first is kept.
     equal = torch.full((1, 1, 4), 0.25)
     some, none = equal > 0, equal < 0
     assert smallest_set(equal, some, none, 0.5, 4)[0, 0].tolist() == [1, 1, 0, 0]
 
 
 def test_keeps_the_smallest_set_with_the_mass() -> None:
-    """With exact candidates and keys that 4 bits hold exactly: not one token fewer would do."""
+    """With exact candidates and keys that 4 bits represent exactly, the set is the smallest."""
     generator = torch.Generator().manual_seed(0)
     keys = torch.randint(0, 16, (1, 2, 60, 8), generator=generator).float()
     keys[..., 0], keys[..., 1] = 0, 15  # every token's range
@@ -100,7 +100,7 @@ def test_natively_only_the_mass_bounds_the_set(protocol: Protocol, wanted: int) 
 
 
 def test_natively_the_base_has_its_own_policy() -> None:
-    """Quest always reads the page being filled; unified, nothing is forced here."""
+    """Natively Quest always keeps the page being filled; the unified policy here forces nothing."""
     keys = torch.zeros(1, 1, 66, 8)
     keys[:, :, :60] = torch.randint(1, 9, (60, 8), generator=torch.Generator().manual_seed(0))
     method = Twilight(base=Quest(page_size=4, native={"num_recent": 1}), base_k=2, p=1.0)
@@ -122,7 +122,7 @@ def test_the_mass_depends_on_the_attentions_scale_and_softcap() -> None:
     sizes = []
     for scale, softcap in ((1.0, None), (0.01, None), (1.0, 0.1)):
         index = method.build_index(inputs(keys, scale=scale, softcap=softcap))
-        # As where several budgets choose from one scoring, without a step.
+        # Select from scores without a step, as when several budgets share one scoring.
         method.bind(index, view)
         encoded = method.encode(query, index)
         scores = method.aggregate_over_group(method.score(encoded, index), policy, scale, softcap)
@@ -176,8 +176,8 @@ def test_every_base_is_supported_or_refused(
     refused = {
         "full": "another method that selects, got full",
         "twilight": "another method that selects, got twilight",
-        "h2o": "must not learn from what was attended to, which h2o does",
-        "spatten": "must not learn from what was attended to, which spatten does",
+        "h2o": "must not update its index by attention, as h2o does",
+        "spatten": "must not update its index by attention, as spatten does",
     }
     if name in refused:
         with pytest.raises(ValueError, match=refused[name]):
@@ -201,7 +201,7 @@ def test_every_base_is_supported_or_refused(
     assert scanned is not None
     sizes = step.selection.slots(view).sum(-1)
     assert sizes.shape[1] == 6 if protocol == "native" else sizes.shape[1] in (2, 6)
-    # The short row is kept whole, and nothing is chosen in it.
+    # Every token of the short row is kept, without reading the index.
     assert sizes[1].tolist() == [17] * sizes.shape[1]
     assert scanned[1].tolist() == [0, 0]
     if protocol == "unified":
@@ -237,7 +237,7 @@ def test_undoing_an_append_undoes_it_in_the_base_too() -> None:
 
 
 def test_bytes_equal_the_reads_counted() -> None:
-    """The base's own, the 4-bit keys of what it selects, and keys and values of what is kept."""
+    """The base's reads, the 4-bit keys of its selection, and keys and values of the kept tokens."""
     geometry = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
     keys = torch.randn(1, 2, 400, 32)
     method = Twilight(base=Quest(page_size=16), base_k=4)
@@ -254,7 +254,7 @@ def test_bytes_equal_the_reads_counted() -> None:
 def test_bytes_include_the_candidates_of_all_query_heads(
     base: TopKMethod, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three query heads a KV head, each with candidates of its own, of which few are kept."""
+    """Three query heads per KV head, each with its own candidates, of which few are kept."""
     geometry = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(1, 2, 405, 32, generator=generator)
@@ -263,11 +263,11 @@ def test_bytes_include_the_candidates_of_all_query_heads(
     touched: list[set[int]] = []
     estimate = method.estimate
 
-    def watched(query_states: Tensor, index: Any, slots: Tensor, held: Tensor) -> Tensor:
+    def watched(query_states: Tensor, index: Any, slots: Tensor, is_token: Tensor) -> Tensor:
         for head in range(2):
             own = slice(3 * head, 3 * head + 3)
-            touched.append(set(slots[0, own][held[0, own]].tolist()))
-        return estimate(query_states, index, slots, held)
+            touched.append(set(slots[0, own][is_token[0, own]].tolist()))
+        return estimate(query_states, index, slots, is_token)
 
     monkeypatch.setattr(method, "estimate", watched)
     index = method.build_index(inputs(keys))

@@ -53,7 +53,7 @@ def test_rows_are_written_in_place_where_each_ends() -> None:
         cache.extend()
         assert cache.positions.tolist() == [[2 + step], [4 + step]]
         keys, values = layer.update(token(first, second), token(-first, -second))
-        assert keys.data_ptr() == address  # a view, whatever was appended
+        assert keys.data_ptr() == address  # still a view of the same buffer
         assert keys.shape == (2, KV_HEADS, 5 + step, HEAD_DIM)
         assert torch.equal(values, -keys)
     assert layer.keys[0, 0, :, 0].tolist() == [1, 1, 1, 10, 11, 0, 0]
@@ -152,7 +152,7 @@ def test_prefills_beyond_the_limit_go_to_shared_files(
     assert first.forwards == 4
     assert len(list(tmp_path.glob("*.safetensors"))) == 4 - kept
     for ids, states_ in zip(prompts, made, strict=True):
-        same(first.get(ids), states_)  # from memory or from disk alike
+        same(first.get(ids), states_)  # from memory or from disk
     assert first.forwards == 4
     second = PrefillStore(model, tmp_path, limit)
     for ids, states_ in zip(reversed(prompts), reversed(made), strict=True):
@@ -177,7 +177,7 @@ def test_a_prefill_of_other_weights_is_never_used(model: LlamaForCausalLM, tmp_p
     assert not torch.equal(second.get([1, 2, 3]).logits, first.logits)
     assert second.forwards == 1
     same(PrefillStore(model, tmp_path, 0).get([1, 2, 3]), first)
-    # Nor is one that was made under another identity, of code or libraries.
+    # Nor is a prefill of another identity, of code or libraries.
     named = [PrefillStore(model, tmp_path, 0, identity) for identity in ("a", "b", "a")]
     for store in named:
         store.get([1, 2, 3])

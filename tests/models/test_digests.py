@@ -1,4 +1,4 @@
-"""What identifies a model changes with every byte and every setting that its answers depend on."""
+"""A model's digest changes with every byte and setting that its answers depend on."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def change(path: Path, place: int) -> None:
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """Two shards of 80 MiB of nothing, which take no room on the disk."""
+    """Return a folder with two sparse shards of 80 MiB, which take no space on disk."""
     folder = tmp_path / "sharded"
     (folder / "more").mkdir(parents=True)
     (folder / "config.json").write_text("{}")
@@ -58,7 +58,7 @@ def test_one_byte_anywhere_in_a_large_file_counts(sharded: Path, name: str, plac
 
 def test_the_weights_digest_depends_on_contents_and_not_on_the_folder(copy: Path) -> None:
     digest = weights_digest(TINY)
-    assert weights_digest(copy) == digest  # wherever they lie
+    assert weights_digest(copy) == digest  # in another folder
     change(copy / "model.safetensors", 4321)
     assert weights_digest(copy) != digest
     change(copy / "model.safetensors", 4321)
@@ -72,18 +72,18 @@ def test_the_weights_digest_depends_on_contents_and_not_on_the_folder(copy: Path
 def test_a_cached_hash_is_used_only_for_an_unchanged_file(sharded: Path, tmp_path: Path) -> None:
     path, cache = sharded / "model-1.safetensors", tmp_path / "cache"
     digest = weights_digest(sharded, cache)
-    assert not (cache / "hashes").exists()  # so fresh that another change may show no other time
+    assert not (cache / "hashes").exists()  # so recent that a change may keep the timestamp
     time.sleep(2.1)
     assert weights_digest(sharded, cache) == digest
     notes = sorted((cache / "hashes").iterdir())
     assert len(notes) == 2  # of the shards; small files are read each time
     assert [oct(one.stat().st_mode & 0o777) for one in notes] == ["0o600"] * 2
     assert weights_digest(sharded, cache) == digest
-    # Another byte, and the times of before: the time of the change itself tells.
-    about = path.stat()
+    # A changed byte with the old mtime restored: the ctime reveals it.
+    status = path.stat()
     change(path, 50 * 2**20)
-    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
-    assert path.stat().st_mtime_ns == about.st_mtime_ns
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
     assert weights_digest(sharded, cache) == weights_digest(sharded) != digest
 
 
@@ -167,7 +167,7 @@ def test_the_model_digest_includes_dtype_and_prompt_wrapping() -> None:
 def test_a_hub_snapshot_counts_every_byte_too(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A snapshot of the hub's cache, laid out as it is there."""
+    """A snapshot in the layout of the hub's cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     repo = tmp_path / "hub" / "models--owner--name"
     snapshot = repo / "snapshots" / ("0" * 39 + "1")

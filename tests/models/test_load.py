@@ -1,4 +1,4 @@
-"""Loading a model: what goes wrong is one sentence."""
+"""Loading a model; every failure is one sentence."""
 
 import shutil
 from collections.abc import Callable
@@ -233,7 +233,7 @@ def test_bad_architectures(
 def test_a_random_model_has_the_size_it_is_named_for(
     name: str, billions: float, tied: bool
 ) -> None:
-    """Parameters as the published models' cards give them, without drawing any."""
+    """Parameter counts equal those of the published models' cards; no weights are drawn."""
     config = OmegaConf.load(CONF / "model" / f"{name}.yaml")
     architecture = OmegaConf.to_container(config.architecture)
     assert isinstance(architecture, dict)

@@ -1,4 +1,4 @@
-"""The tokenizer of the shipped model: lossless, a token a word."""
+"""The tokenizer of the shipped model: lossless, one token per known word."""
 
 from itertools import product
 

@@ -1,4 +1,4 @@
-"""What is captured beyond keys and values, against a computation of one's own."""
+"""What is captured beyond keys and values, against an independent computation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,14 +32,14 @@ FAMILIES = ["llama", "qwen3", "phi3", "gemma2"]
 
 @dataclass(kw_only=True)
 class Needy(TopKMethod):
-    """Ranks all tokens alike, and keeps what its indices were built from."""
+    """Scores all tokens equally, and records what its indices were built from."""
 
     name: ClassVar[str] = "needy"
     needs: ClassVar[frozenset[str]] = NEEDS | {"previous_query"}
 
     def __post_init__(self) -> None:
         self.built: dict[int, PrefillInputs] = {}
-        self.asked: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self.step_queries: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def build_index(self, prefill: PrefillInputs) -> Index:
         self.built[prefill.layer] = prefill
@@ -51,10 +51,10 @@ class Needy(TopKMethod):
         index.advance()
 
     def bind(self, index: Any, cache: CacheView) -> None:
-        self.asked[index.layer] = (torch.empty(0), cache.previous_query)
+        self.step_queries[index.layer] = (torch.empty(0), cache.previous_query)
 
     def encode(self, query_states: Tensor, index: Any) -> Tensor:
-        self.asked[index.layer] = (query_states, self.asked[index.layer][1])
+        self.step_queries[index.layer] = (query_states, self.step_queries[index.layer][1])
         return query_states
 
     def score(self, encoded: Tensor, index: Index) -> Tensor:
@@ -64,7 +64,7 @@ class Needy(TopKMethod):
 def truth(
     model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """Return each layer's queries and attention weights: a forward of eager attention."""
+    """Return each layer's queries and attention weights, from a forward with eager attention."""
     queries: dict[int, Tensor] = {}
     with (
         torch.no_grad(),
@@ -82,7 +82,7 @@ def truth(
 
 
 def expected(weights: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum the weights over the queries, those of padding left out."""
+    """Sum the weights over the queries, without those of padding."""
     if mask is not None:
         weights = weights * mask[:, None, :, None]
     return weights.sum(2)
@@ -166,14 +166,14 @@ def test_a_new_prompt_in_the_same_cache_restarts_the_capture(
 
 
 def test_a_tail_holds_queries_of_consecutive_tokens(llama: PreTrainedModel, prompt: Make) -> None:
-    """A second turn after decoded tokens: the first turn's queries are not next to its own."""
+    """A second turn follows decoded tokens: the tail must not include the first turn's queries."""
     ids, method = prompt(2, 40), Needy()
     run(llama, method, [ids[:, :20], ids[:, 20:21], ids[:, 21:22], ids[:, 22:34], ids[:, 34:35]])
     built = method.built[1]
     assert built.query_tail is not None
     assert built.query_tail.shape[2] == 12
     assert built.column_sums is not None
-    # 32 queries of two prompts asked, the two decoded tokens' did not.
+    # 32 queries of the two turns are summed, those of the two decoded tokens are not.
     torch.testing.assert_close(built.column_sums.sum(-1), torch.full((2, 4), 32.0))
 
 
@@ -182,11 +182,11 @@ def test_a_cache_filled_outside_the_block_is_refused(llama: PreTrainedModel, pro
     cache = DynamicCache(config=llama.config)
     with torch.no_grad():
         llama(ids[:, :-1], **cache_keyword(llama, cache))
-        said = (
+        message = (
             "needy needs column_sums and query_tail of the prompt, and this cache was filled "
-            "without; prefill it inside the with block of attach"
+            "without capturing them; prefill it inside the with block of attach"
         )
-        with attach(llama, Needy(), Policy(k=16)), pytest.raises(ValueError, match=said):
+        with attach(llama, Needy(), Policy(k=16)), pytest.raises(ValueError, match=message):
             llama(ids[:, -1:], **cache_keyword(llama, cache))
 
 
@@ -234,16 +234,16 @@ def test_queries_are_speculated_from_the_previous_layer(
     )
     run(model, method, [ids[:, :-1], ids[:, -1:]])
     hook.remove()
-    assert method.asked[0][1] is None
-    real, foretold = method.asked[1]
-    assert foretold is not None
+    assert method.step_queries[0][1] is None
+    real, speculated = method.step_queries[1]
+    assert speculated is not None
     with torch.no_grad():
         wanted = speculate_queries(modules[1], *seen[-1])[:, :, 0]
-    torch.testing.assert_close(foretold.flatten(1, 2), wanted)
-    assert not torch.allclose(foretold, real)
+    torch.testing.assert_close(speculated.flatten(1, 2), wanted)
+    assert not torch.allclose(speculated, real)
 
 
-# The harness's own path -----------------------------------------------------------------------
+# The harness's path ---------------------------------------------------------------------------
 
 
 def same(one: Captured | None, other: Captured | None) -> None:
@@ -305,11 +305,11 @@ def test_captures_of_rows_of_different_lengths_are_right_aligned(llama: PreTrain
     own = [row.captured[1] for row in rows]
     assert own[0].query_tail is not None
     assert own[1].query_tail is not None
-    assert kept.query_tail.shape[2] == 30  # a row's tail is not cut to its neighbour's
+    assert kept.query_tail.shape[2] == 30  # the longest row's, not cut to the shorter one's
     assert torch.equal(kept.query_tail[:1, :, 11:], own[0].query_tail)
     assert (kept.query_tail[0, :, :11] == 0).all()
     assert torch.equal(kept.query_tail[1:], own[1].query_tail)
     assert torch.equal(kept.column_sums[:1, :, :19], own[0].column_sums)  # type: ignore[arg-type]
     assert (kept.column_sums[0, :, 19:] == 0).all()
-    # Tokens decoded since were asked by nobody.
+    # Tokens decoded after the prompt have column sums of zero.
     assert kept.inputs(32)["column_sums"].shape == (2, 4, 32)

@@ -75,7 +75,7 @@ def test_compact_gives_the_same_as_masked_in_less_memory(
     rows: int,
     protocol: Any,
 ) -> None:
-    """As published, but that SnapKV selects for KV heads: only theirs is memory to be freed."""
+    """As published, except that SnapKV selects per KV head, as memory is freed per KV head."""
     model, lengths = models[family], LENGTHS[rows]
     policy = Policy(k=24, protocol=protocol)
     results = {}
@@ -90,7 +90,7 @@ def test_compact_gives_the_same_as_masked_in_less_memory(
     grown = STEPS if (which, protocol) == ("snapkv", "native") else 0
     for layer in compact[1].layers:
         assert layer.keys.shape[2] <= 24 + grown + SPARE
-        assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes  # no view of the old
+        assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes  # not a view
     assert compact[1].num_bytes < (0.9 if grown else 0.3) * masked[1].num_bytes
 
 
@@ -120,15 +120,15 @@ def test_a_budget_of_all_tokens_frees_nothing(llama: PreTrainedModel, which: str
 def test_an_index_grows_with_the_cache(
     llama: PreTrainedModel, make_method: Make, prompt: Make, make_counter: Make, which: str
 ) -> None:
-    """A cache of transformers grows beyond any room: what was evicted stays so."""
+    """A transformers cache outgrows the index's capacity; evicted tokens stay evicted."""
     ids, counter = prompt(1, 30), make_counter()
     method = Twilight(base=SnapKV()) if which == "twilight" else make_method(which)
     greedy: dict[str, Any] = {"max_new_tokens": 300, "do_sample": False}
     with attach(llama, method, Policy(k=16), counter):
         found = llama.generate(ids, **greedy)
-    logits, _, _ = decode(llama, method, Policy(k=16), ids.tolist(), 299)  # room for everything
+    logits, _, _ = decode(llama, method, Policy(k=16), ids.tolist(), 299)  # allocated in advance
     assert found[0, 31:].tolist() == logits[:, 0].argmax(-1).tolist()
-    # What is captured of the prompt counts as building, and the index is built once.
+    # Capturing counts as a build stage too; the index itself is built once.
     assert counter.count("build", 0) == 1 + bool(method.needs)
 
 

@@ -1,4 +1,4 @@
-"""What attaching does to a model, what it refuses, and what an observer sees."""
+"""What attach does to a model, what it refuses, and what an observer receives."""
 
 from collections.abc import Callable
 from typing import Any
@@ -135,13 +135,13 @@ def test_native_protocol_is_in_force(llama: PreTrainedModel, prompt: Make) -> No
 def test_an_index_gets_the_layers_scale_and_softcap(
     models: dict[str, PreTrainedModel], prompt: Make
 ) -> None:
-    told = []
+    received = []
 
-    class Told(SparQ):
+    class Recording(SparQ):
         def build_index(self, prefill: PrefillInputs) -> SparQIndex:
-            told.append((prefill.layer, prefill.scale, prefill.softcap))
+            received.append((prefill.layer, prefill.scale, prefill.softcap))
             return super().build_index(prefill)
 
-    with attach(models["gemma2"], Told(), Policy(k=16)):
+    with attach(models["gemma2"], Recording(), Policy(k=16)):
         models["gemma2"].generate(prompt(1), **GREEDY)
-    assert told == [(1, pytest.approx(24**-0.5), 2.0)]
+    assert received == [(1, pytest.approx(24**-0.5), 2.0)]
