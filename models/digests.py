@@ -134,8 +134,8 @@ def _status(path: Path) -> dict[str, Any]:
     """Return what identifies a file's state; ctime changes with it and cannot be set back."""
     stat = path.stat()
     times = {"mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
-    place = {"path": str(path.resolve()), "device": stat.st_dev, "inode": stat.st_ino}
-    return {**place, "size": stat.st_size, **times}
+    location = {"path": str(path.resolve()), "device": stat.st_dev, "inode": stat.st_ino}
+    return {**location, "size": stat.st_size, **times}
 
 
 def _read_hash(path: Path) -> str:

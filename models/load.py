@@ -185,8 +185,8 @@ def _draw(name: str, architecture: Mapping[str, Any], dtype: str, device: str) -
         ModelNotAvailable: If transformers has no such architecture, or memory is too small.
     """
 
-    def make(place: torch.device) -> PreTrainedModel:
-        with place:
+    def make(target: torch.device) -> PreTrainedModel:
+        with target:
             made: PreTrainedModel = AutoModelForCausalLM.from_config(
                 AutoConfig.for_model(**architecture),
                 dtype=getattr(torch, dtype),
@@ -194,7 +194,7 @@ def _draw(name: str, architecture: Mapping[str, Any], dtype: str, device: str) -
             )
         return made
 
-    place = torch.device(device)
+    target = torch.device(device)
     try:
         need = make(torch.device("meta")).get_memory_footprint()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -203,16 +203,16 @@ def _draw(name: str, architecture: Mapping[str, Any], dtype: str, device: str) -
             f"model.architecture must be the fields of a transformers configuration, model_type"
             f" among them, got {type(error).__name__}: {reason}"
         ) from error
-    free = free_bytes(place)
+    free = free_bytes(target)
     if need > free:
         raise ModelNotAvailable(
             f"the weights of {name} must fit the free memory of {free / 2**30:.1f} GiB, got"
             f" {need / 2**30:.1f} GiB; use a smaller model or dtype=bfloat16."
         )
-    with torch.random.fork_rng([place] if place.type == "cuda" else []):
+    with torch.random.fork_rng([target] if target.type == "cuda" else []):
         torch.manual_seed(0)
-        model = make(place)
-    text = json.dumps({**architecture, "dtype": dtype, "drawn on": place.type}, sort_keys=True)
+        model = make(target)
+    text = json.dumps({**architecture, "dtype": dtype, "drawn on": target.type}, sort_keys=True)
     return LoadedModel(
         name=name,
         model=model.eval().requires_grad_(False),

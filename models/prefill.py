@@ -160,27 +160,27 @@ class PrefillStore:
                 states = self._in_memory[key] = self._run(token_ids, needs, states)
             return states
         spilled = not self._bytes_left or self.folder.exists()
-        found = self._load(self._path(key)) if spilled else None
-        if found is not None and needs <= found.needs:
-            return found
-        if found is None and self._bytes_left > 0:
+        stored = self._load(self._path(key)) if spilled else None
+        if stored is not None and needs <= stored.needs:
+            return stored
+        if stored is None and self._bytes_left > 0:
             states = self._run(token_ids, needs)
             if states.num_bytes <= self._bytes_left:
                 self._bytes_left -= states.num_bytes
                 self._in_memory[key] = states
                 return states
             self._bytes_left = (
-                0  # from here on everything spills, so that files are found by all workers
+                0  # from here on everything spills, so that files are stored by all workers
             )
             _save(states, self._path(key))
             return states
         path = self._path(key)
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            found = self._load(path)
-            if found is not None and needs <= found.needs:
-                return found
-            states = self._run(token_ids, needs, found)
+            stored = self._load(path)
+            if stored is not None and needs <= stored.needs:
+                return stored
+            states = self._run(token_ids, needs, stored)
             _save(states, path)
             return states
 
@@ -198,28 +198,28 @@ class PrefillStore:
         """
         try:
             status = path.stat()
-            found, metadata = _read(path)
+            stored, metadata = _read(path)
             state = (path, status.st_ino, status.st_ctime_ns)
             if state not in self._checked:
-                if metadata != _metadata(found, path):
+                if metadata != _metadata(stored, path):
                     return None
                 self._checked.add(state)
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
-        return found
+        return stored
 
     def _run(
-        self, token_ids: Sequence[int], needs: frozenset[str], found: Prefill | None = None
+        self, token_ids: Sequence[int], needs: frozenset[str], stored: Prefill | None = None
     ) -> Prefill:
-        """Compute a prefill, or only the captures that ``found`` lacks."""
+        """Compute a prefill, or only the captures that ``stored`` lacks."""
         self.forwards += 1
-        if found is None:
+        if stored is None:
             return self._compute(self.model, token_ids, needs)
-        captured = self._compute(self.model, token_ids, needs - found.needs).captured
-        if found.captured:
-            pairs = zip(found.captured, captured, strict=True)
+        captured = self._compute(self.model, token_ids, needs - stored.needs).captured
+        if stored.captured:
+            pairs = zip(stored.captured, captured, strict=True)
             captured = tuple(old.merged(new) for old, new in pairs)
-        return replace(found, captured=captured)
+        return replace(stored, captured=captured)
 
 
 def _save(states: Prefill, path: Path) -> None:
@@ -268,11 +268,11 @@ def _read(path: Path) -> tuple[Prefill, dict[str, str]]:
             tensors = {need: file.get_tensor(f"{need}.{layer}") for need in needs}
             took = {need: float(file.get_tensor(f"{need}_ms.{layer}")) for need in needs}
             captured.append(Captured(needs, milliseconds=took, **tensors))
-        found = Prefill(
+        stored = Prefill(
             tuple(file.get_tensor(f"keys.{layer}") for layer in range(num_layers)),
             tuple(file.get_tensor(f"values.{layer}") for layer in range(num_layers)),
             file.get_tensor("logits"),
             float(file.get_tensor("milliseconds")),
             tuple(captured),
         )
-        return found, dict(file.metadata() or {})
+        return stored, dict(file.metadata() or {})
