@@ -28,7 +28,7 @@ class FullAttention(TopKMethod):
             ``"flashinfer"``. It is used for timing only; answers always come from ``"sdpa"``.
 
     Compared with the authors' code:
-        Nothing to compare with: it is torch's attention, or that of the named package.
+        None to compare with: it is torch's attention, or that of the named package.
     """
 
     name: ClassVar[str] = "full"

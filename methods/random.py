@@ -37,7 +37,7 @@ class RandomSelection(TopKMethod):
         None: it is a baseline. A method that does not beat it selects no better than chance.
 
     Compared with the authors' code:
-        Nothing to compare with: it is not a published method.
+        None to compare with: it is not a published method.
     """
 
     name: ClassVar[str] = "random"

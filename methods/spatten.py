@@ -130,7 +130,7 @@ class SpAtten(TopKMethod):
         no cascade, no heads, no quantisation) and is not followed.
 
     Compared with the authors' code:
-        Nothing to compare with: the released ``spatten_llm`` (mit-han-lab/spatten-llm) is another
+        None to compare with: the released ``spatten_llm`` (mit-han-lab/spatten-llm) is another
         method, and the other code is of a hardware simulator. Written from the paper.
 
     The bytes counted are the importance and the pruned flags of all tokens in each layer, and a

@@ -169,9 +169,8 @@ class PrefillStore:
                 self._bytes_left -= states.num_bytes
                 self._in_memory[key] = states
                 return states
-            self._bytes_left = (
-                0  # from here on everything spills, so that files are stored by all workers
-            )
+            # From here on every prompt goes to a file, so that all workers can use it.
+            self._bytes_left = 0
             _save(states, self._path(key))
             return states
         path = self._path(key)
