@@ -69,9 +69,10 @@ class InfiniGen(TopKMethod):
         alpha: Distance from the largest logit, after the attention's scale and softcap.
 
     Source:
-        InfiniGen (arXiv:2406.19707), section 4; 0.2 and 4 (OPT) to 5 (Llama-2) as in the released
-        scripts. There the skewing matrix is per query head; here it is per KV head, from the
-        queries of its group, so that a KV head keeps one partial key cache. The released code
+        InfiniGen (arXiv:2406.19707), section 4; ``partial_ratio`` of 0.2 and ``alpha`` of 4 (OPT)
+        to 5 (Llama-2) as in the released scripts. There the skewing matrix is per query head; here
+        it is per KV head, from the queries of its group, so that a KV head keeps one partial key
+        cache. The released code
         scatters the singular vectors by an argsort of two sorted spectra, which only reverses them.
         Channels are chosen as in its accuracy code, by sums over all tokens, of one short text
         there and of the calibration prompts here; its speed code chooses them by the queries of

@@ -225,6 +225,7 @@ class Session:
         self._reading = PromptReading(self._miss)
         self._allow_dense_forwards = allow_dense_forwards
         self._running = threading.local()
+        # By layer, the queries of an attention call that has not reached ``attend`` yet.
         self._unfinished_queries: dict[int, int] = {}
         self.scores_text = False
         if method.selects and len(self.dense) == self.geometry.num_layers:

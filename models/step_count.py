@@ -107,7 +107,7 @@ def _require_equal(method: str, k: int, counts: dict[int, int], steps: int) -> N
     raise MethodBypassedError(
         f"{len(counts)} layers must take {steps} decode steps each through {method} with k={k}, "
         f"{steps * len(counts)} in all, got {sum(counts.values())}: layer {fewest} took "
-        f"{counts[fewest]}, the others of its steps never reached the method."
+        f"{counts[fewest]}, the rest of its steps never reached the method."
     )
 
 
