@@ -1,12 +1,13 @@
-"""Where a method begins to pay: its break-even length, and what a whole decode step can gain.
+"""Break-even: from which length a method is faster, and how much a whole decode step can gain.
 
-All of it follows from rows of one layer's decode step (``task=decode_latency``) at several lengths.
-A step of a whole model is bounded from below by reading its weights once, at the memory bandwidth
-that was measured, and by its layers' attention steps as they were timed; the speed-up of that sum
-is the most that a method can give the step, since whatever else a step does only dilutes it.
+Both follow from rows of one layer's decode step (``task=decode_latency``) at several lengths. The
+time of a whole model's step is at least that of reading its weights once, at the measured memory
+bandwidth, plus the measured attention step of every layer. The speed-up of that sum is an upper
+bound on the speed-up of the step, since everything else in a step takes the same time with any
+method.
 
-All of it has the intervals of the speed-ups: a method is faster from a length on for certain where
-the lower ends are above 1 from there, and may be from where the upper ends are.
+Intervals follow from those of the speed-ups. The break-even length lies between the length from
+which the upper ends stay above 1 and the length from which the lower ends do.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ _DTYPE_BYTES = {"float32": 4}  # every other dtype of a model is of 16 bits
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model as the bound sees it.
+    """The size of a model, as far as the bound on a decode step needs it.
 
     Attributes:
-        parameters: Weights, all read once a step.
-        layers: Decoder layers, each with an attention step as it was timed.
+        parameters: Number of weights, all read once per step.
+        layers: Number of decoder layers, each taking the measured attention step.
     """
 
     parameters: float
@@ -66,14 +67,14 @@ MODELS: Mapping[str, ModelSize] = {
     "8B": ModelSize(8.03e9, 32),
     "70B": ModelSize(70.6e9, 80),
 }
-"""Sizes of Llama 3.1 and 3.2. The layer is the one that was timed, whatever the model's own."""
+"""Sizes of Llama 3.1 and 3.2; the layer is always the one that was timed."""
 
 
 def model_sizes(texts: Sequence[str]) -> dict[str, ModelSize]:
-    """Read models from a command line: ``8B=8.03e9/32`` is a name, its parameters and layers.
+    """Parse models given on a command line as NAME=PARAMETERS/LAYERS, such as ``8B=8.03e9/32``.
 
     Raises:
-        RecordError: If a text does not read so.
+        RecordError: If a text has another form.
     """
     sizes = {}
     for text in texts:
@@ -90,9 +91,9 @@ def model_sizes(texts: Sequence[str]) -> dict[str, ModelSize]:
 
 
 def crossing(lengths: Sequence[float], speedups: Sequence[float]) -> float:
-    """Return the length from which on the speed-up is never below 1.
+    """Return the length from which the speed-up stays at or above 1.
 
-    Between two measured lengths it is interpolated, both axes logarithmic.
+    Between two measured lengths it is interpolated on logarithmic axes.
 
     Args:
         lengths: Measured lengths, ascending.
@@ -113,13 +114,11 @@ def crossing(lengths: Sequence[float], speedups: Sequence[float]) -> float:
 
 
 def crossing_interval(points: pd.DataFrame) -> tuple[float, float] | None:
-    """Return the ends of the interval of a curve's `crossing`.
-
-    They are the crossings of the speed-ups' upper and lower ends.
+    """Return the interval of a curve's `crossing`: where the ends of the speed-ups cross 1.
 
     Returns:
-        The first length from which the method may be faster, and the first from which it is; None
-        where a speed-up has no interval.
+        The crossing of the speed-ups' upper ends and that of their lower ends; None if a speed-up
+        has no interval.
     """
     if lacks_interval(points).any():
         return None
@@ -131,7 +130,7 @@ def crossing_interval(points: pd.DataFrame) -> tuple[float, float] | None:
 def faster_from(points: pd.DataFrame) -> str:
     """Return in words from which length a method is faster, with the interval or a mark.
 
-    Always and never are said only where the whole interval and steady times say so.
+    The words always and never are used only if the whole interval agrees and the times are steady.
     """
     lengths = list(points["length"])
     place = crossing(lengths, list(points["speedup_vs_full"]))
@@ -151,17 +150,19 @@ def faster_from(points: pd.DataFrame) -> str:
     return text(place) + interval + (UNSTEADY if unsteady else "")
 
 
-def curves(lines: pd.DataFrame) -> list[tuple[pd.Series, pd.DataFrame]]:
-    """Return each method's points over the length, for those that have two or more.
+def curves(configurations: pd.DataFrame) -> list[tuple[pd.Series, pd.DataFrame]]:
+    """Return each method's points over the length, for methods that have two or more.
 
     Args:
-        lines: Lines of one setting and of one batch size.
+        configurations: Configurations of one setting and one batch size.
 
     Returns:
-        The first line, which names the method, and its points with ``full_ms`` beside the columns
-        of a line: full attention's step, timed in turn with the method's.
+        For each method its first configuration, which names it, and its points, with an added
+        column ``full_ms``: full attention's step, timed alternately with the method's.
     """
-    data = lines[lines["speedup_vs_full"].notna() & lines["length"].notna()]
+    data = configurations[
+        configurations["speedup_vs_full"].notna() & configurations["length"].notna()
+    ]
     data = data.assign(full_ms=data["full_ms_p50"])
     groups = data.groupby(["label", "rbit"], dropna=False, sort=False)
     found = [(part.iloc[0], part.sort_values("length")) for _, part in groups]
@@ -169,7 +170,7 @@ def curves(lines: pd.DataFrame) -> list[tuple[pd.Series, pd.DataFrame]]:
 
 
 def step_ms(points: pd.DataFrame, attention: str, size: ModelSize) -> pd.Series:
-    """Return the least milliseconds of a whole step: weights read once, and all layers' attention.
+    """Return the least time of a whole step, milliseconds: weights read once, all attention.
 
     Args:
         points: What `curves` returns.
@@ -181,57 +182,59 @@ def step_ms(points: pd.DataFrame, attention: str, size: ModelSize) -> pd.Series:
     return weights + size.layers * points[attention]
 
 
-def _bounded(lines: pd.DataFrame) -> list[tuple[pd.Series, pd.DataFrame]]:
-    """Return the curves whose rows say the machine's bandwidth."""
+def _bounded(configurations: pd.DataFrame) -> list[tuple[pd.Series, pd.DataFrame]]:
+    """Return the curves of rows that record the machine's memory bandwidth."""
     return [
         one
-        for one in curves(lines)
-        if one[1]["bandwidth_gb_s"].notna().all() and "p_dtype" in lines
+        for one in curves(configurations)
+        if one[1]["bandwidth_gb_s"].notna().all() and "p_dtype" in configurations
     ]
 
 
-def break_even_table(lines: pd.DataFrame, models: Mapping[str, ModelSize] = MODELS) -> Table | None:
-    """Return from which length each method is faster, and the bound at the longest.
+def break_even_table(
+    configurations: pd.DataFrame, models: Mapping[str, ModelSize] = MODELS
+) -> Table | None:
+    """Return a table of each method's break-even length and its bound at the longest length.
 
     Args:
-        lines: Lines of one setting and of one batch size.
-        models: Whole models that the bound is told for.
+        configurations: Configurations of one setting and one batch size.
+        models: Whole models for which the bound is shown.
     """
-    found = curves(lines)
+    found = curves(configurations)
     if not found:
         return None
-    bounded = {line["line"] for line, _ in _bounded(lines)}
+    bounded = {configuration["configuration_id"] for configuration, _ in _bounded(configurations)}
     longest = max(int(points["length"].iloc[-1]) for _, points in found)
     heads = ["Method", "Faster than full from (tokens)", f"Speed-up at {longest:,} (×)"]
     for name, size in models.items() if bounded else ():
         shares = [
             size.layers * points["full_ms"].iloc[-1] / step_ms(points, "full_ms", size).iloc[-1]
-            for line, points in found
-            if line["line"] in bounded and points["length"].iloc[-1] == longest
+            for configuration, points in found
+            if configuration["configuration_id"] in bounded and points["length"].iloc[-1] == longest
         ]
         share = f", of which attention {np.median(shares):.0%}" if shares else ""
         heads.append(f"At most, {name} step{share} (×)")
     rows = []
-    for line, points in found:
+    for configuration, points in found:
         last = points.tail(1)
         at_end = int(last["length"].iloc[0]) == longest
-        cells = [_named(line), faster_from(points)]
+        cells = [_curve_name(configuration), faster_from(points)]
         cells += timed_text(last, "speedup_vs_full") if at_end else ["–"]
         for size in models.values() if bounded else ():
-            known = at_end and line["line"] in bounded
+            known = at_end and configuration["configuration_id"] in bounded
             cells += timed_text(_step_speedup(last, size), "speedup_vs_full") if known else ["–"]
         rows.append(cells)
     every = pd.concat([points for _, points in found])
     return Table(heads, rows, words={0, 1}, notes=timing_notes(every))
 
 
-def _named(line: pd.Series) -> str:
-    bits = "" if pd.isna(line["rbit"]) else f", {line['rbit']} bits"
-    return f"{line['label']}{bits}"
+def _curve_name(configuration: pd.Series) -> str:
+    bits = "" if pd.isna(configuration["rbit"]) else f", {configuration['rbit']} bits"
+    return f"{configuration['label']}{bits}"
 
 
 def _step_speedup(points: pd.DataFrame, size: ModelSize) -> pd.DataFrame:
-    """Return the points with a whole step's speed-up, and its interval, in place of a layer's."""
+    """Return the points with the layer's speed-up and interval replaced by the whole step's."""
     whole = step_ms(points, "full_ms", size)
     gains = {"speedup_vs_full": whole / step_ms(points, "decode_ms_p50", size)}
     for end in ("speedup_ci_low", "speedup_ci_high"):
@@ -240,17 +243,17 @@ def _step_speedup(points: pd.DataFrame, size: ModelSize) -> pd.DataFrame:
     return points.assign(**gains)
 
 
-def break_even(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
-    """Draw each method's speed-up over full attention against the length, crossings marked."""
-    found = curves(lines)
+def break_even(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw each method's speed-up over full attention against length, break-even marked."""
+    found = curves(configurations)
     if not found:
         return None
     figure = Figure(figsize=(7.2, 4.1))
     axes = figure.add_subplot()
     axes.axhline(1, color=style.style("full").colour, lw=1.4, label=style.style("full").label)
     parts = []
-    for line, points in found:
-        look = style.style(line["method"])
+    for configuration, points in found:
+        look = style.style(configuration["method"])
         lengths = points["length"].astype(float)
         axes.errorbar(
             lengths,
@@ -261,7 +264,7 @@ def break_even(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
             linestyle=look.line,
             elinewidth=0.9,
             capsize=1.8,
-            label=_named(line),
+            label=_curve_name(configuration),
         )
         hollow(axes, points, "length", "speedup_vs_full")
         place = crossing(list(lengths), list(points["speedup_vs_full"]))
@@ -291,15 +294,15 @@ def break_even(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
 
 
 def step_bound(
-    lines: pd.DataFrame, models: Mapping[str, ModelSize] = MODELS
+    configurations: pd.DataFrame, models: Mapping[str, ModelSize] = MODELS
 ) -> tuple[Figure, pd.DataFrame] | None:
-    """Draw attention's share of a whole step, and the most that a method can speed it up.
+    """Draw attention's share of a whole step, and the bound on each method's speed-up of it.
 
     Args:
-        lines: Lines of one setting and of one batch size.
+        configurations: Configurations of one setting and one batch size.
         models: Whole models, one panel each.
     """
-    found = _bounded(lines)
+    found = _bounded(configurations)
     if not found or not models:
         return None
     figure = Figure(figsize=(2.3 * (len(models) + 1) + 1.4, 3.5))
@@ -319,8 +322,8 @@ def step_bound(
             fontsize=8,
         )
         axes.axhline(1, color=style.style("full").colour, lw=1.4)
-        for line, points in found:
-            look = style.style(line["method"])
+        for configuration, points in found:
+            look = style.style(configuration["method"])
             gain = _step_speedup(points, size)
             axes.errorbar(
                 points["length"].astype(float),
@@ -331,7 +334,7 @@ def step_bound(
                 linestyle=look.line,
                 elinewidth=0.9,
                 capsize=1.8,
-                label=_named(line),
+                label=_curve_name(configuration),
             )
             hollow(axes, gain, "length", "speedup_vs_full")
             names = ["method", "variant", "rbit", "length", "decode_ms_p50", "full_ms"]
@@ -347,7 +350,7 @@ def step_bound(
             )
         axes.set_title(f"{name}, {size.layers} layers", fontsize=9, fontweight="normal")
         axes.set_ylim(bottom=0)
-    # One scale for all models: a small one's gain must not look like a large one's.
+    # One scale for all models, so that a small gain does not look like a large one.
     highest = max(axes.get_ylim()[1] for axes in others)
     for axes in others:
         axes.set_ylim(0, highest)

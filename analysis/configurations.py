@@ -1,7 +1,7 @@
-"""Rows and samples made comparable: one line per configuration, paired with full attention.
+"""Pool the rows of a sweep into configurations and pair each with full attention.
 
-Cells that differ only in their seed are one line; cells of different machines never are, nor two
-of one seed.
+Cells that differ only in their seed belong to one configuration. Cells of different machines, or
+two cells of one seed, never share one.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from topkbench.analysis.record import typed
 from topkbench.analysis.row import PARAMETER_PREFIX, Status
 
 BASELINES = ("full", "exact", "block_oracle")
-"""Methods that others are measured against; they do not compete for the best line."""
+"""Methods that serve as references; they do not compete for the best score."""
 
 SETTING = ("model", "task", "question", "protocol", "device", "length")
-"""What must agree before two lines are compared; full attention has no protocol and suits any."""
+"""Columns that must agree in compared configurations; full attention suits any protocol."""
 _CONFIGURATION = (
     *("method", "k", "rbit", "impl", "full_backend", "batch_size", "config_digest"),
     "artifact",
 )
 _LIBRARIES = ("torch", "numba", "triton", "transformers", "tokenizers", "numpy")
 _MOST_NAMED = 3
-"""Where more parameters than these vary, a line is named by what is unusual about it."""
+"""If more parameters than this vary, a label names only those with an unusual value."""
 _NAMED_APART = ("artifact", "config_digest")
-"""What tells two lines apart only where nothing a reader knows by name does."""
+"""Digests that are added to a label only if nothing else distinguishes two configurations."""
 _MEANS = (
     *("recall_at_k", "attention_mass", "output_rel_error", "density", "bytes_read_per_step"),
     *("index_bytes_per_token", "peak_memory_mib", "bandwidth_fraction"),
@@ -46,7 +46,7 @@ _RATIO_ENDS = tuple(
     f"{name}_{end}" for name in ("speedup_ci", "decode_vs_full_ci") for end in ("low", "high")
 )
 OVER_SEEDS = ("recall_at_k", "attention_mass", "output_rel_error")
-"""Metrics without samples of their own: their intervals are over the seeds of a line."""
+"""Metrics that are not recorded per sample: their intervals are over a configuration's seeds."""
 _ENDS = tuple(f"{name}_ci_{end}" for name in OVER_SEEDS for end in ("low", "high"))
 _SCORES = (
     *("score", "score_ci_low", "score_ci_high"),
@@ -56,78 +56,83 @@ _SCORES = (
 
 @dataclass
 class Comparison:
-    """Lines that can be shown side by side.
+    """Configurations that can be shown side by side.
 
     Attributes:
-        rows: The rows behind the lines, each cell of a machine once.
-        lines: One line per setting, configuration and sub-task: the setting, the configuration,
-            ``label``, ``variant``, scores with intervals, metrics, the decode step in times full
-            attention's ``decode_vs_full`` with its interval, why the times cannot be relied on
-            ``timing_note``, the selection's quality ``by_seed`` (metric to seed to
-            value), ``n`` samples, ``cells``, their ``run_ids``, and ``best``.
-        notes: Sentences about what could not be compared or is mixed.
-        answers: The scored samples of each line that has any, with their seeds.
+        rows: The rows behind the configurations, without repeated cells of one machine.
+        configurations: One entry per setting, configuration and sub-task: the columns that name
+            them, ``configuration_id``, ``label``, ``variant``, scores with intervals, metrics,
+            ``decode_vs_full`` (decode time relative to full attention) with its interval,
+            ``timing_note`` (why the times are unreliable), ``by_seed`` (the selection's quality:
+            metric to seed to value), ``n`` samples, ``cells``, their ``run_ids``, and ``best``.
+        notes: Sentences about what is mixed or could not be compared.
+        answers: The scored samples of each configuration that has any, with their seeds.
     """
 
     rows: pd.DataFrame
-    lines: pd.DataFrame
+    configurations: pd.DataFrame
     notes: list[str] = field(default_factory=list)
     answers: dict[str, pd.DataFrame] = field(default_factory=dict)
 
     @property
-    def headline(self) -> pd.DataFrame:
-        """The mean of each cell, or every sub-task of a cell without a mean."""
-        if not len(self.lines):
-            return self.lines
-        is_mean = self.lines["subtask"] == stats.MEAN
-        with_mean = set(self.lines.loc[is_mean, "line"])
-        return self.lines[is_mean | ~self.lines["line"].isin(with_mean)]
+    def overall(self) -> pd.DataFrame:
+        """One entry per configuration: its mean, or each sub-task where there is no mean."""
+        if not len(self.configurations):
+            return self.configurations
+        is_mean = self.configurations["subtask"] == stats.MEAN
+        with_mean = set(self.configurations.loc[is_mean, "configuration_id"])
+        return self.configurations[
+            is_mean | ~self.configurations["configuration_id"].isin(with_mean)
+        ]
 
-    def panels(self) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-        """Yield each setting with its lines; lengths stand together where nothing is scored.
+    def by_setting(self) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+        """Yield each setting with its configurations.
 
-        What has no protocol stands in the setting of each protocol.
+        Where answers are scored, each length is a setting of its own; else all lengths share one.
+        Configurations without a protocol appear in the setting of every protocol.
         """
-        for key, part in self._settings():
+        for key, part in self._by_setting_of_all_lengths():
             if part["score"].notna().any():
                 for length, one in _groups(part, ("length",)):
                     yield {**key, **length}, one
             elif len(part):
                 yield {**key, "length": None}, part
 
-    def _settings(self) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-        """Yield all of a setting but the length, with its lines."""
-        for key, part in _groups(self.lines, ("model", "task", "question", "device")):
+    def _by_setting_of_all_lengths(self) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+        """Yield each setting, lengths not separated, with its configurations."""
+        for key, part in _groups(self.configurations, ("model", "task", "question", "device")):
             free = part["protocol"].isna()
             for name in sorted(part["protocol"].dropna().unique(), reverse=True) or [None]:
                 yield {**key, "protocol": name}, part[free | (part["protocol"] == name)]
 
 
 def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparison:
-    """Gather rows into lines and pair them with full attention on the same samples.
+    """Pool rows into configurations and pair these with full attention on the same samples.
 
     Args:
         rows: What `record.Sweep.rows` returns, of one sweep or of several.
-        samples: What `record.Sweep.samples` returns; without them the rows' own intervals stand.
+        samples: What `record.Sweep.samples` returns; without them the rows' own intervals are used.
     """
     data = _drop_duplicates(typed(rows))
     notes = _mixed(data) + _without_full(data)
     good = data[data["status"] == Status.OK.value] if len(data) else data
     if not len(good):
-        return Comparison(data, pd.DataFrame(columns=["line", "subtask", "score"]), notes)
+        return Comparison(
+            data, pd.DataFrame(columns=["configuration_id", "subtask", "score"]), notes
+        )
     parameters = [name for name in good.columns if name.startswith(PARAMETER_PREFIX)]
     outcomes = _with_seed(samples, good)
     records: list[dict[str, Any]] = []
     pools: dict[str, pd.DataFrame] = {}
-    # A task without a length has its context as an axis instead.
+    # A task without a prompt length is grouped by its number of cached tokens instead.
     context = good["length"].where(good["length"].notna(), good["kv_len"])
-    # A copy in one piece: rows of many methods have hundreds of columns, put in one by one.
+    # Copied to defragment: rows of many methods have hundreds of columns, added one by one.
     good = good.copy().assign(context=context)
     good = good.assign(artifact=_refitted(good, parameters))
     for index, (key, cells) in enumerate(
         _groups(good, (*SETTING, *_CONFIGURATION, *parameters, "context"))
     ):
-        name = f"line{index:04d}"
+        name = f"configuration{index:04d}"
         pool = outcomes[outcomes["run_id"].isin(cells["run_id"])]
         full = _full_samples(cells, good, outcomes) if key["method"] != "full" else None
         scores: dict[str, dict[str, float | None]] = {}
@@ -139,18 +144,18 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
                 notes.append(f"{key['method']} (k={key['k']}) is not paired: {error}")
         for subtask, part in _groups(cells, ("subtask",)):
             own = scores.get(subtask["subtask"]) or _own_scores(part)
-            known = {"line": name, "run_ids": tuple(cells["run_id"].unique())}
+            known = {"configuration_id": name, "run_ids": tuple(cells["run_id"].unique())}
             records.append({**known, **key, **subtask, **own, **_metrics(part)})
-    lines = _labelled(pd.DataFrame.from_records(records), parameters)
-    lines["n"] = _count(lines, pools)
-    lines["best"] = _best(lines, pools)
-    return Comparison(data, _sorted(lines), notes, pools)
+    configurations = _labelled(pd.DataFrame.from_records(records), parameters)
+    configurations["n"] = _count(configurations, pools)
+    configurations["best"] = _best(configurations, pools)
+    return Comparison(data, _sorted(configurations), notes, pools)
 
 
 def _groups(
     data: pd.DataFrame, columns: tuple[str, ...]
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """Yield the parts of a frame that agree in some columns; a missing value is a value."""
+    """Yield the groups of rows that agree in some columns; missing values equal each other."""
     if not len(data):
         return
     plain = pd.DataFrame(
@@ -168,17 +173,17 @@ def _groups(
 
 
 def _drop_duplicates(rows: pd.DataFrame) -> pd.DataFrame:
-    """Keep the latest of rows that say the same cell on the same machine."""
+    """Keep the latest of the rows of one cell on one machine."""
     if not len(rows):
         return rows
     ordered = rows.sort_values("started_at", kind="stable", na_position="first")
-    # One cell of a task that covers all budgets has a mean for each.
+    # A cell whose task covers all budgets has one mean per budget.
     kept = ordered.drop_duplicates(["run_id", "subtask", "k", "device"], keep="last")
     return rows.loc[sorted(kept.index)] if rows.index.is_unique else kept
 
 
 def _mixed(rows: pd.DataFrame) -> list[str]:
-    """Return a sentence for each thing that should be one in a report and is several."""
+    """Return a sentence for each property that should be the same in all rows and is not."""
     if not len(rows):
         return []
     notes = []
@@ -205,8 +210,8 @@ def _mixed(rows: pd.DataFrame) -> list[str]:
     refitted = rows.loc[rows["artifact_code"].isin(["other", "unknown"]), "method"]
     if len(refitted):
         notes.append(
-            f"What {', '.join(sorted(refitted.unique()))} learned was fitted before its code was as"
-            " it is now, under the same version of the fit."
+            f"The artifact of {', '.join(sorted(refitted.unique()))} was fitted by an earlier state"
+            " of its code, under the same version of the fit."
         )
     if rows["git_dirty"].eq(True).any():
         notes.append("Some rows were made with uncommitted changes in the working tree.")
@@ -214,7 +219,7 @@ def _mixed(rows: pd.DataFrame) -> list[str]:
 
 
 def _untested(rows: pd.DataFrame) -> list[str]:
-    """Return a sentence if rows were made with other versions than the tests passed with."""
+    """Return a sentence if rows were made with versions other than those of constraints.txt."""
     tested = pinned_versions()
     others = []
     for package in ("torch", "transformers", "numba", "triton"):
@@ -226,23 +231,23 @@ def _untested(rows: pd.DataFrame) -> list[str]:
             others.append(f"{package} {', '.join(sorted(found))} (tested: {tested[package]})")
     if not others:
         return []
-    return [f"Made with other versions than constraints.txt has: {'; '.join(others)}."]
+    return [f"Made with versions other than those of constraints.txt: {'; '.join(others)}."]
 
 
 def _without_full(rows: pd.DataFrame) -> list[str]:
-    """Return a sentence for each reason why a difference to full attention tells nothing."""
+    """Return a sentence per reason why a difference to full attention is not informative."""
     if not len(rows) or "full_note" not in rows:
         return []
-    told = rows[rows["full_note"].notna() & rows["method"].ne("full")]
+    noted = rows[rows["full_note"].notna() & rows["method"].ne("full")]
     notes = []
-    for note, part in told.groupby("full_note", sort=False):
+    for note, part in noted.groupby("full_note", sort=False):
         where = ", ".join(sorted({f"{row.task}/{row.subtask}" for row in part.itertuples()}))
         notes.append(f"{where}: {note}")
     return notes
 
 
 def _refitted(rows: pd.DataFrame, parameters: list[str]) -> pd.Series:
-    """Name the artifact of each row whose configuration has several for one seed, else None."""
+    """Return an artifact name for rows whose configuration has several per seed, else None."""
     names = pd.Series(None, index=rows.index, dtype=object)
     known = [name for name in _CONFIGURATION if name != "artifact"]
     for _, part in _groups(rows, (*SETTING, *known, *parameters, "seed", "subtask", "context")):
@@ -265,42 +270,45 @@ def _with_seed(samples: pd.DataFrame | None, rows: pd.DataFrame) -> pd.DataFrame
 def _full_samples(
     cells: pd.DataFrame, rows: pd.DataFrame, outcomes: pd.DataFrame
 ) -> pd.DataFrame | None:
-    """Return full attention's samples for each seed of a line.
+    """Return full attention's samples for each seed of a configuration.
 
-    The row says which cell it was compared with. Where that one is not among the rows, as after a
-    merge, it is the one that answered most of the same prompts, of the same machine if it can be.
+    They are those of the cell that the row names as its reference. If that cell is not among the
+    rows, as after a merge, they are those of the cell that answered most of the same prompts,
+    preferably on the same machine.
     """
     chosen: list[str] = []
     full = rows[rows["method"] == "full"]
     for seed in cells["seed"].unique():
         first = cells[cells["seed"].eq(seed) | (cells["seed"].isna() & pd.isna(seed))].iloc[0]
         candidates = full[full["run_id"].isin(outcomes["run_id"])]
-        told = candidates["run_id"] == first["full_run_id"]
-        if told.any():
+        is_recorded = candidates["run_id"] == first["full_run_id"]
+        if is_recorded.any():
             chosen.append(str(first["full_run_id"]))
             continue
-        asked = _named(outcomes, first["run_id"])
+        answered = _sample_names(outcomes, first["run_id"])
         for name in ("model", "task", "length", "question", "seed"):
             same = candidates[name].eq(first[name]).fillna(False).astype(bool)
             candidates = candidates[candidates[name].isna() if pd.isna(first[name]) else same]
         if len(candidates):
             rank = candidates.assign(
                 near=candidates["device"] == first["device"],
-                common=[len(asked & _named(outcomes, one)) for one in candidates["run_id"]],
+                common=[
+                    len(answered & _sample_names(outcomes, one)) for one in candidates["run_id"]
+                ],
             )
             rank = rank.sort_values(["common", "near", "num_samples", "started_at"], kind="stable")
             chosen.append(str(rank.iloc[-1]["run_id"]))
     return outcomes[outcomes["run_id"].isin(chosen)] if chosen else None
 
 
-def _named(outcomes: pd.DataFrame, run_id: str) -> set[tuple[str, str]]:
-    """Return what names the samples of a cell."""
+def _sample_names(outcomes: pd.DataFrame, run_id: str) -> set[tuple[str, str]]:
+    """Return the (sub-task, sample_id) of each sample of a cell."""
     own = outcomes[outcomes["run_id"] == run_id]
     return set(zip(own["subtask"], own["sample_id"], strict=True)) if len(own) else set()
 
 
 def _own_scores(part: pd.DataFrame) -> dict[str, float | None]:
-    """Return the rows' own score columns; over several seeds only the mean score can stand."""
+    """Return the score columns of the rows; over several seeds, means without intervals."""
     if len(part) == 1:
         return {name: _number(part.iloc[0][name]) for name in _SCORES}
     return {
@@ -324,7 +332,7 @@ def _metrics(part: pd.DataFrame) -> dict[str, Any]:
     values["by_seed"] = {
         name: dict(zip(part["seed"], part[name], strict=True)) for name in OVER_SEEDS
     }
-    values |= _beside_full(part, values)
+    values |= _relative_to_full(part, values)
     kv_len, samples = part["kv_len"].mean(), part["num_samples"].sum()
     values["kv_len"] = None if pd.isna(kv_len) else round(float(kv_len))
     values["num_samples"] = int(samples)
@@ -333,11 +341,12 @@ def _metrics(part: pd.DataFrame) -> dict[str, Any]:
     return values
 
 
-def _beside_full(part: pd.DataFrame, values: dict[str, Any]) -> dict[str, Any]:
-    """Return what compares a line's decode step with the full attention timed in turn with it.
+def _relative_to_full(part: pd.DataFrame, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns that compare a decode step with full attention timed alternately with it.
 
-    The milliseconds of full attention's own cell were taken at another time, and may differ by more
-    than methods do. Over several seeds an interval is from the lowest end to the highest.
+    The times of full attention's own cell are not used: they were measured at another moment, and
+    moments may differ by more than methods do. Over several seeds an interval reaches from the
+    lowest end to the highest.
     """
     found: dict[str, Any] = dict.fromkeys((*_RATIO_ENDS, "decode_vs_full"))
     notes = part["timing_note"].dropna()
@@ -350,7 +359,7 @@ def _beside_full(part: pd.DataFrame, values: dict[str, Any]) -> dict[str, Any]:
         return found
     found["decode_vs_full"] = 1 / speedup
     if values["full_ms_p50"] is None and step is not None:
-        found["full_ms_p50"] = step * speedup  # an older row has it only so
+        found["full_ms_p50"] = step * speedup  # older rows lack the column
     ends = part.loc[part["speedup_vs_full"].notna(), ["speedup_ci_low", "speedup_ci_high"]]
     if ends.notna().all(axis=None):
         low, high = float(ends["speedup_ci_low"].min()), float(ends["speedup_ci_high"].max())
@@ -359,55 +368,58 @@ def _beside_full(part: pd.DataFrame, values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _labelled(lines: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
-    """Name each line by its method and by those parameters that vary within the method."""
-    lines = lines.drop(columns="context")
+def _labelled(configurations: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
+    """Label each configuration by its method and the parameters that vary within the method."""
+    configurations = configurations.drop(columns="context")
     for name in ("k", "rbit", "length", "kv_len", "batch_size", *parameters):
-        if pd.api.types.is_float_dtype(lines[name]) and name not in parameters:
-            lines[name] = lines[name].astype("Int64")
+        if pd.api.types.is_float_dtype(configurations[name]) and name not in parameters:
+            configurations[name] = configurations[name].astype("Int64")
     for name in ("k", "rbit", "length", "kv_len", "batch_size"):
-        lines[name] = pd.to_numeric(lines[name]).astype("Int64")
+        configurations[name] = pd.to_numeric(configurations[name]).astype("Int64")
     for name in (*_SCORES, *_MEANS, *_MEDIANS, *_ENDS, *_RATIO_ENDS, "decode_vs_full"):
-        lines[name] = pd.to_numeric(lines[name]).astype("float64")
+        configurations[name] = pd.to_numeric(configurations[name]).astype("float64")
     variants: dict[Hashable, str] = {}
-    for _, part in _groups(lines, ("model", "task", "protocol", "method")):
+    for _, part in _groups(configurations, ("model", "task", "protocol", "method")):
         options = [*parameters, "impl", "full_backend"]
         varying = [name for name in options if part[name].astype(str).nunique() > 1]
         usual = {name: part[name].astype(str).mode()[0] for name in varying}
-        # object: a row of numbers alone would turn whole ones to floats
-        for index, line in part[varying].astype(object).iterrows():
+        # object: rows of numbers alone would have their integers turned into floats
+        for index, configuration in part[varying].astype(object).iterrows():
             variants[index] = ", ".join(
-                _word(name, value)
-                for name, value in line.items()
+                _setting_text(name, value)
+                for name, value in configuration.items()
                 if not pd.isna(value)
                 and (len(varying) <= _MOST_NAMED or str(value) != usual[str(name)])
             )
-    lines["variant"] = pd.Series(variants)
+    configurations["variant"] = pd.Series(variants)
     for name in _NAMED_APART:
-        same = lines.duplicated(
+        same = configurations.duplicated(
             [*SETTING, "method", "k", "rbit", "kv_len", "batch_size", "subtask", "variant"],
             keep=False,
         )
-        for index in lines.index[same & lines[name].notna()]:
-            apart = f"{name.partition('_')[0]} {str(lines.at[index, name])[:8]}"
-            before = str(lines.at[index, "variant"])
-            lines.at[index, "variant"] = f"{before}, {apart}" if before else apart
-    lines["label"] = [
+        for index in configurations.index[same & configurations[name].notna()]:
+            apart = f"{name.partition('_')[0]} {str(configurations.at[index, name])[:8]}"
+            before = str(configurations.at[index, "variant"])
+            configurations.at[index, "variant"] = f"{before}, {apart}" if before else apart
+    configurations["label"] = [
         style.style(method).label + (f" ({variant})" if variant else "")
-        for method, variant in zip(lines["method"], lines["variant"], strict=True)
+        for method, variant in zip(configurations["method"], configurations["variant"], strict=True)
     ]
-    return lines
+    return configurations
 
 
-def _word(name: Hashable, value: Any) -> str:
+def _setting_text(name: Hashable, value: Any) -> str:
     plain = str(name).removeprefix(PARAMETER_PREFIX)
     return str(value) if isinstance(value, str) else f"{plain}={value}"
 
 
-def _count(lines: pd.DataFrame, pools: Mapping[str, pd.DataFrame]) -> pd.Series:
+def _count(configurations: pd.DataFrame, pools: Mapping[str, pd.DataFrame]) -> pd.Series:
     counts = []
     for name, subtask, stated in zip(
-        lines["line"], lines["subtask"], lines["num_samples"], strict=True
+        configurations["configuration_id"],
+        configurations["subtask"],
+        configurations["num_samples"],
+        strict=True,
     ):
         pool = pools.get(name)
         if pool is None:
@@ -416,16 +428,19 @@ def _count(lines: pd.DataFrame, pools: Mapping[str, pd.DataFrame]) -> pd.Series:
             counts.append(
                 len(pool) if subtask == stats.MEAN else int((pool["subtask"] == subtask).sum())
             )
-    return pd.Series(counts, index=lines.index, dtype="Int64")
+    return pd.Series(counts, index=configurations.index, dtype="Int64")
 
 
-def _best(lines: pd.DataFrame, pools: Mapping[str, pd.DataFrame]) -> pd.Series:
-    """Mark, at each setting and budget, the best line and those no worse beyond doubt.
+def _best(configurations: pd.DataFrame, pools: Mapping[str, pd.DataFrame]) -> pd.Series:
+    """Mark, per setting and budget, the best score and those not significantly below it.
 
-    Where nothing separates any line from the best one, none is marked.
+    If none is significantly below the best, none is marked.
     """
-    marks = pd.Series(False, index=lines.index)
-    rivals = lines[~lines["method"].isin(BASELINES) & lines["line"].isin(list(pools))]
+    marks = pd.Series(False, index=configurations.index)
+    rivals = configurations[
+        ~configurations["method"].isin(BASELINES)
+        & configurations["configuration_id"].isin(list(pools))
+    ]
     known: dict[tuple[str, str], pd.DataFrame] = {}
 
     def both(first: str, other: str, subtask: str) -> pd.DataFrame:
@@ -438,10 +453,10 @@ def _best(lines: pd.DataFrame, pools: Mapping[str, pd.DataFrame]) -> pd.Series:
         if len(part) < 2 or not part["score"].notna().all():
             continue
         ranked = part.sort_values("score", ascending=False, kind="stable")
-        top = str(ranked.iloc[0]["line"])
+        top = str(ranked.iloc[0]["configuration_id"])
         tied = [ranked.index[0]]
-        for index, line in ranked.iloc[1:].iterrows():
-            pairs = both(top, str(line["line"]), key["subtask"])
+        for index, configuration in ranked.iloc[1:].iterrows():
+            pairs = both(top, str(configuration["configuration_id"]), key["subtask"])
             gap = (
                 stats.paired_interval(pairs["score"], pairs["other"], pairs["subtask"])
                 if len(pairs)
@@ -454,10 +469,10 @@ def _best(lines: pd.DataFrame, pools: Mapping[str, pd.DataFrame]) -> pd.Series:
     return marks
 
 
-def _sorted(lines: pd.DataFrame) -> pd.DataFrame:
-    methods = sorted(lines["method"].unique(), key=style.order)
-    rank = lines["method"].map({name: place for place, name in enumerate(methods)})
-    ordered = lines.assign(rank=rank).sort_values(
+def _sorted(configurations: pd.DataFrame) -> pd.DataFrame:
+    methods = sorted(configurations["method"].unique(), key=style.order)
+    rank = configurations["method"].map({name: place for place, name in enumerate(methods)})
+    ordered = configurations.assign(rank=rank).sort_values(
         [
             *("model", "task", "question", "device", "length"),
             *("rank", "variant", "k", "rbit", "batch_size"),

@@ -1,4 +1,4 @@
-"""Figures with a metric on each axis: curves over a knob, a length or a batch size."""
+"""Figures with a metric on each axis: curves over a budget, hash bits, length or batch size."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def new_figure(width: float = 7.2, height: float = 4.1) -> tuple[Figure, Axes]:
 
 
 def log2_axis(axis: Any, values: Sequence[float], number: str = ",.0f", most: int = 9) -> None:
-    """Put plain numbers at the values themselves; thin them out where they would touch.
+    """Label an axis with plain numbers at given values, every second one where they would touch.
 
     Args:
         axis: The axis.
-        values: Where a tick may stand.
+        values: Candidate positions of ticks.
         number: Format of the numbers; ``"k"`` counts in units of 1,024.
-        most: How many ticks have room.
+        most: Largest number of ticks.
     """
     ticks = sorted(set(values))
     while len(ticks) > most:
@@ -47,46 +47,49 @@ def log2_axis(axis: Any, values: Sequence[float], number: str = ",.0f", most: in
 
 
 def _series(
-    lines: pd.DataFrame, x: str, fixed: Sequence[str]
+    configurations: pd.DataFrame, x: str, fixed: Sequence[str]
 ) -> list[tuple[str, str, pd.DataFrame, float, Any]]:
-    """Split lines into curves over `x`, one for each value of the ``fixed`` knobs.
+    """Split configurations into curves over `x`, one per value of the ``fixed`` columns.
 
     Returns:
         (method, label, points, lightness, line style) of each.
     """
     other = fixed[0]
     found: list[tuple[str, str, pd.DataFrame, float, Any]] = []
-    for method in sorted(lines["method"].unique(), key=style.order):
-        own = lines[lines["method"] == method]
+    for method in sorted(configurations["method"].unique(), key=style.order):
+        own = configurations[configurations["method"] == method]
         kept = sorted((int(v) for v in own[other].dropna().unique()), reverse=True)
-        texts = own.apply(lambda line: curve_label(line, fixed, "subtask" in line), axis=1)
+        texts = own.apply(
+            lambda configuration: curve_label(configuration, fixed, "subtask" in configuration),
+            axis=1,
+        )
         for position, text in enumerate(dict.fromkeys(texts)):
             points = own[texts == text].sort_values(x, kind="stable")
             value = points[other].iloc[0]
             rank = 0 if pd.isna(value) else kept.index(int(value))
             lightness = rank / max(len(kept) - 1, 1) if len(kept) > 1 else 0.0
-            line = style.style(method).line
+            line_style = style.style(method).line
             if len(kept) > 1 or len(set(texts)) > 1:
-                line = style.turn(max(rank, position if len(kept) <= 1 else 0))
-            found.append((method, text, points, lightness, line))
+                line_style = style.turn(max(rank, position if len(kept) <= 1 else 0))
+            found.append((method, text, points, lightness, line_style))
     return found
 
 
-def curve_label(line: pd.Series, fixed: Sequence[str], with_subtask: bool) -> str:
-    """Name a line by its label and by the knobs that are fixed along its curve."""
-    words = [str(line["label"])]
-    if with_subtask and line["subtask"] not in (MEAN, "", line["task"]):
-        words.append(str(line["subtask"]))
-    if "rbit" in fixed and not pd.isna(line["rbit"]):
-        words.append(f"{line['rbit']} bits")
-    if "k" in fixed and not pd.isna(line["k"]):
-        words.append(f"k = {line['k']}")
+def curve_label(configuration: pd.Series, fixed: Sequence[str], with_subtask: bool) -> str:
+    """Return the name of a configuration's curve: its label and the settings fixed along it."""
+    words = [str(configuration["label"])]
+    if with_subtask and configuration["subtask"] not in (MEAN, "", configuration["task"]):
+        words.append(str(configuration["subtask"]))
+    if "rbit" in fixed and not pd.isna(configuration["rbit"]):
+        words.append(f"{configuration['rbit']} bits")
+    if "k" in fixed and not pd.isna(configuration["k"]):
+        words.append(f"k = {configuration['k']}")
     return ", ".join(words)
 
 
 def spread(points: pd.DataFrame, y: str) -> np.ndarray | None:
     """Return the distances from each point to the ends of its interval, [2, points]."""
-    if y == "tokens_per_s":  # as many tokens a step, whatever it took
+    if y == "tokens_per_s":  # inversely proportional to the step's time
         slow, fast = (
             points["decode_ms_p50"] / points[f"decode_ms_{end}"] for end in ("p80", "p20")
         )
@@ -103,13 +106,13 @@ def spread(points: pd.DataFrame, y: str) -> np.ndarray | None:
         return None
     missing = points[list(ends)].isna()
     if missing.all(axis=None) if y in RATIOS else missing.any(axis=None):
-        return None  # a ratio without an interval stands beside those that have one
+        return None  # of ratios, some may lack an interval
     low, high = points[y] - points[ends[0]], points[ends[1]] - points[y]
     return np.clip(np.array([low, high], dtype=float), 0, None)
 
 
 def hollow(axes: Axes, points: pd.DataFrame, x: str, y: str) -> None:
-    """Draw the points whose times are unsteady as hollow ones, over the full ones."""
+    """Draw hollow markers over the points whose times are unsteady."""
     for _, point in points[is_unsteady(points)].iterrows():
         look = style.style(point["method"])
         axes.plot(
@@ -125,40 +128,48 @@ def hollow(axes: Axes, points: pd.DataFrame, x: str, y: str) -> None:
 
 
 def legend(figure: Figure, axes: Axes) -> None:
-    """Put the legend beside the axes, where it hides nothing."""
+    """Put the legend outside the axes, where it covers nothing."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
 
 
-def curve(lines: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.DataFrame] | None:
-    """Draw a metric over the budget or the hash bits, one curve per method and other knob.
+def curve(configurations: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw a metric over the budget or the hash bits, a curve per method and value of the other.
 
     Args:
-        lines: The headline lines of one setting.
+        configurations: `Comparison.overall` of one setting.
         y: ``score``, ``recall_at_k`` or ``decode_vs_full``.
         x: ``k`` or ``rbit``.
 
     Returns:
         The figure and its data, or None where no curve has two points.
     """
-    data = lines[lines[y].notna() & lines[x].notna()]
+    data = configurations[configurations[y].notna() & configurations[x].notna()]
     if data.groupby("method")[x].nunique().max() in (0, 1) or not len(data):
         return None
     figure, axes = new_figure()
-    full = lines[(lines["method"] == "full") & lines[y].notna()] if y != "recall_at_k" else data[:0]
-    for _, line in full.head(1).iterrows():
+    full = (
+        configurations[(configurations["method"] == "full") & configurations[y].notna()]
+        if y != "recall_at_k"
+        else data[:0]
+    )
+    for _, configuration in full.head(1).iterrows():
         look = style.style("full")
         ends = spread(full.head(1), y)
         if ends is not None:
             axes.axhspan(
-                line[y] - ends[0, 0], line[y] + ends[1, 0], color=look.colour, alpha=0.14, lw=0
+                configuration[y] - ends[0, 0],
+                configuration[y] + ends[1, 0],
+                color=look.colour,
+                alpha=0.14,
+                lw=0,
             )
-        axes.axhline(line[y], color=look.colour, lw=1.4, label=look.label)
+        axes.axhline(configuration[y], color=look.colour, lw=1.4, label=look.label)
     curves = _series(data, x, ("rbit",) if x == "k" else ("k",))
     for place, (method, label, points, lightness, line_style) in enumerate(curves):
         look = style.style(method)
         colour = style.shade(look.colour, lightness)
-        # A small shift, the same for each figure, keeps intervals from hiding one another.
+        # A small horizontal shift per curve keeps intervals from covering one another.
         shift = 2.0 ** (0.035 * (place - (len(curves) - 1) / 2) / max(len(curves) / 6, 1))
         axes.errorbar(
             points[x].astype(float) * shift,
@@ -190,22 +201,25 @@ def curve(lines: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.DataFrame] | 
     return figure, table(pd.concat([full.head(1), data]), x, y)
 
 
-def whole_axis(axes: Axes, lowest: float, whole: float, room: float = 0.02) -> None:
-    """Let the vertical axis end just above the whole and begin at a tenth below all points."""
+def whole_axis(axes: Axes, lowest: float, whole: float, margin: float = 0.02) -> None:
+    """End the vertical axis just above ``whole``; begin it at a tenth of it, below all points."""
     bottom = math.floor(10 * (lowest / whole - 0.08)) / 10 * whole
-    axes.set_ylim(max(bottom, -0.02 * whole), (1.0 + room) * whole)
+    axes.set_ylim(max(bottom, -0.02 * whole), (1.0 + margin) * whole)
 
 
-def called_by_shape(lines: pd.DataFrame) -> pd.Series:
-    """Return for each line whether its sub-task is only its length, or length and batch size."""
-    return lines["subtask"].str.partition(" x ")[0] == lines["length"].astype(str)
+def called_by_shape(configurations: pd.DataFrame) -> pd.Series:
+    """Return for each configuration whether its sub-task names only its length or its shape.
+
+    A shape is ``LENGTH x BATCH``.
+    """
+    return configurations["subtask"].str.partition(" x ")[0] == configurations["length"].astype(str)
 
 
 _TIMES = ("decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "full_ms_p50", "timing_note")
 
 
-def table(lines: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """Return the columns that a figure shows, with what names a line."""
+def table(configurations: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """Return the columns that a figure shows, with those that name a configuration."""
     extra = {
         "score": ("score_ci_low", "score_ci_high"),
         "decode_ms_p50": _TIMES[1:],
@@ -215,24 +229,24 @@ def table(lines: pd.DataFrame, *columns: str) -> pd.DataFrame:
     }
     names = ["method", "variant", "subtask", "k", "rbit"]
     names += [name for one in columns for name in (one, *extra.get(one, ())) if name not in names]
-    return lines[names].reset_index(drop=True)
+    return configurations[names].reset_index(drop=True)
 
 
 def context_curve(
-    lines: pd.DataFrame, y: str, x: str = "kv_len"
+    configurations: pd.DataFrame, y: str, x: str = "kv_len"
 ) -> tuple[Figure, pd.DataFrame] | None:
-    """Draw the decode step, or its throughput, over the context's length or the batch's size.
+    """Draw decode latency or throughput over context length or batch size.
 
-    Full attention is drawn as it was timed in turn with each method, once for each: its own cell's
-    times are of another moment. Where the fraction of the memory bandwidth is known, a thin dashed
-    line shows the time that the same bytes would take at all of it.
+    Full attention is drawn once per method, as timed alternately with it: the times of its own
+    cell were measured at another moment. If the achieved fraction of the memory bandwidth is known,
+    a thin dashed line shows the time that the same bytes would take at the full bandwidth.
 
     Args:
-        lines: Lines of one setting, and of one batch size or length.
+        configurations: Configurations of one setting, and of one batch size or length.
         y: ``decode_ms_p50`` or ``tokens_per_s``.
         x: ``kv_len`` or ``batch_size``.
     """
-    data = lines[lines[x].notna() & lines[y].notna()]
+    data = configurations[configurations[x].notna() & configurations[y].notna()]
     if not len(data) or data.groupby("method")[x].nunique().max() < 2:
         return None
     figure, axes = new_figure()
@@ -241,7 +255,7 @@ def context_curve(
     is_full = data["method"] == "full"
     if data.loc[~is_full, "full_ms_p50"].notna().any():
         data = data[~is_full]
-    # A row of each shape is called by it, and a budget may grow with the length.
+    # A sub-task that only names the shape must not split a curve; a budget may grow with length.
     data = data.assign(subtask=data["subtask"].mask(called_by_shape(data), ""))
     budgets = data.groupby(["label", "rbit", x], dropna=False)["k"].nunique()
     series = _series(data, x, ("k", "rbit") if budgets.max() > 1 else ("rbit",))
@@ -273,7 +287,7 @@ def context_curve(
                 lw=0.9,
                 alpha=0.6,
                 zorder=1.5,
-                label=None if drawn_full else f"{look.label}, timed in turn with each",
+                label=None if drawn_full else f"{look.label}, timed alternately with each",
             )
             drawn_full = True
             highest, lowest = max(highest, other.max()), min(lowest, other.min())
@@ -283,14 +297,16 @@ def context_curve(
             bounded = True
     if bounded:
         speed = data["bandwidth_gb_s"].median()
-        told = "" if pd.isna(speed) else f" ({speed:.0f} GB/s)"
-        axes.plot([], [], color="#444444", lw=0.9, ls=(0, (3, 2)), label=f"bandwidth bound{told}")
+        speed_text = "" if pd.isna(speed) else f" ({speed:.0f} GB/s)"
+        axes.plot(
+            [], [], color="#444444", lw=0.9, ls=(0, (3, 2)), label=f"bandwidth bound{speed_text}"
+        )
     axes.set_xscale("log", base=2)
     log2_axis(axes.xaxis, [float(v) for v in data[x]])
     if highest >= 10 * lowest:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-    else:  # a logarithmic axis would make little of it look like much
+    else:  # on a logarithmic axis a small difference would look large
         axes.set_ylim(bottom=0)
     axes.set_xlabel(METRICS[x].axis)
     axes.set_ylabel(METRICS[y].axis)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and locks that die with their process."""
+"""Atomic file writes, and file locks that the system releases when their process ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from topkbench.analysis.row import RecordError
 
 @contextlib.contextmanager
 def translate_os_error(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal into one sentence."""
+    """Turn an OSError into a RecordError of one sentence."""
     try:
         yield
     except OSError as error:
@@ -28,7 +28,7 @@ def translate_os_error(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a crash.
+    """Write a file atomically: after a crash it is either complete or absent.
 
     Raises:
         RecordError: If the folder cannot be written.
@@ -41,20 +41,20 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-        # The rename itself is durable only once the folder is.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if os.name == "posix":  # the rename is durable only once the folder is synced
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 @contextlib.contextmanager
 def locked(path: Path, timeout_s: float) -> Iterator[None]:
-    """Hold a file lock; the system releases it when the process dies, however it dies.
+    """Hold a file lock; the system releases it when the process ends, even by a crash.
 
     Raises:
-        RecordError: If the folder cannot be written, or the lock is not had in time.
+        RecordError: If the folder cannot be written, or the lock is not acquired in time.
     """
     lock = filelock.FileLock(path)
     with translate_os_error(path.parent):
@@ -83,7 +83,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """Return a JSON file's value, or None where it is missing, cut short or not JSON."""
+    """Return a JSON file's value, or None if it is missing, truncated or not JSON."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):

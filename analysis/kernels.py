@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -18,14 +19,20 @@ from topkbench.analysis.row import Status
 from topkbench.analysis.tables import Table
 from topkbench.analysis.timings import UNSTEADY, is_unsteady
 
+GOAL_PERCENT = 70
+"""Share of the memory's bandwidth that the Hamming score is to reach on a GPU."""
+
 CHECK, TIMES, DENSE = "kernel_check", "kernel_times", "kernel_dense"
 """Tasks of the rows that are about kernels; those of methods' steps are like any other's."""
+
+_TITLE_WIDTH = 32  # letters over a panel
 
 HOW_TO_READ = (
     "Right: it agrees with its reference at every length tried, within the bound of its "
     "arithmetic, and its whole result as near as its dtype allows. Times are medians of replayed "
     "CUDA graphs with the caches emptied before each; the share is of the bandwidth measured in "
-    "the same process. A wrong result has no time."
+    "the same process. A wrong result has no time. A speed-up is over the fastest of the dense "
+    "kernels that were timed in turn with the step."
 )
 
 
@@ -87,6 +94,29 @@ def time_table(rows: pd.DataFrame, task: str) -> Table | None:
     return Table(heads, cells, words={0, 1}, notes=_notes(timed))
 
 
+def speedup_table(rows: pd.DataFrame) -> Table | None:
+    """Return each method's step and the dense attention it is compared with; None without any.
+
+    Args:
+        rows: All rows of a report.
+    """
+    compared = _compared(rows)
+    if not len(compared):
+        return None
+    heads = ["Method", "Heads", "Tokens", "Batch", "Fastest dense attention", "Step (ms)"]
+    heads += ["Dense (ms)", "Speed-up"]
+    cells = []
+    for _, row in compared.iterrows():
+        place = [str(row["model"]), f"{int(row['length']):,}", str(row["batch_size"])]
+        speedup = f"{row['speedup_vs_full']:.2f}"
+        if pd.notna(row["speedup_ci_low"]):
+            speedup += f" [{row['speedup_ci_low']:.2f}, {row['speedup_ci_high']:.2f}]"
+        speedup += "" if pd.isna(row["timing_note"]) else UNSTEADY
+        times = [f"{row[name]:.4f}" for name in ("decode_ms_p50", "full_ms_p50")]
+        cells.append([row["name"], *place, str(row["full_backend"]), *times, speedup])
+    return Table(heads, cells, words={0, 1, 4}, notes=_notes(compared))
+
+
 def draw(rows: pd.DataFrame, folder: Path, context: str) -> list[Drawn]:
     """Draw what was timed: methods against the best dense baseline, baselines, operators.
 
@@ -111,13 +141,14 @@ def draw(rows: pd.DataFrame, folder: Path, context: str) -> list[Drawn]:
         (
             "dense_baselines",
             "Dense attention: share of the memory bandwidth",
-            "The fastest of each shape is what methods are compared with.",
+            "Each timed alone. Orange: the fastest of its shape, of the steady ones if there are.",
             lambda: _shares(rows[rows["task"] == DENSE]),
         ),
         (
             "operator_bandwidth",
             "Operators: share of the memory bandwidth",
-            "Bytes that the operator cannot do without, over its time and the measured bandwidth.",
+            "Bytes that the operator cannot do without, over its time and the measured bandwidth. "
+            f"The dashed line is the goal of the Hamming score, {GOAL_PERCENT}%.",
             lambda: _shares(rows[rows["task"] == TIMES]),
         ),
     ]
@@ -159,15 +190,22 @@ def _panels(count: int, bars: int) -> tuple[Figure, list[Axes]]:
     return figure, list(axes)
 
 
-def _speedups(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+def _compared(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the steps that were timed in turn with dense attention, their methods' names added."""
     data = _timed(rows[rows["task"] == "decode_latency"])
     data = data[data["speedup_vs_full"].notna()].copy()
+    if len(data):
+        data["name"] = [
+            _method_name(method, norm)
+            for method, norm in zip(data["method"], data["p_use_norm"], strict=True)
+        ]
+    return data
+
+
+def _speedups(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+    data = _compared(rows)
     if not len(data):
         return None
-    data["name"] = [
-        _method_name(method, norm)
-        for method, norm in zip(data["method"], data["p_use_norm"], strict=True)
-    ]
     order = sorted(data["method"].unique(), key=style.order)
     names = list(dict.fromkeys(n for m in order for n in data.loc[data["method"] == m, "name"]))
     colours = {name: style.style(data.loc[data["name"] == name, "method"].iloc[0]).colour
@@ -178,8 +216,9 @@ def _speedups(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
         found = part.drop_duplicates("name", keep="last").set_index("name").reindex(names)
         _bars(axes, found, "speedup_vs_full", [colours[name] for name in names], "{:.1f}")
         axes.axvline(1, color="#444444", lw=0.9)
-        backend = ", ".join(dict.fromkeys(part["full_backend"].dropna().astype(str)))
-        axes.set_title(f"{title}\nagainst {backend}", fontsize=8.5, fontweight="normal")
+        backends = " or ".join(dict.fromkeys(part["full_backend"].dropna().astype(str)))
+        against = textwrap.fill(f"against {backends}", _TITLE_WIDTH)
+        axes.set_title(f"{title}\n{against}", fontsize=8.5, fontweight="normal")
         axes.set_xlabel(METRICS["speedup_vs_full"].axis)
     columns = ["model", "length", "batch_size", "name", "full_backend", "decode_ms_p50"]
     columns += ["full_ms_p50", "speedup_vs_full", "speedup_ci_low", "speedup_ci_high"]
@@ -198,11 +237,15 @@ def _shares(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     figure, panels = _panels(len(shapes), len(names))
     for axes, (title, part) in zip(panels, shapes, strict=True):
         found = part.drop_duplicates("name", keep="last").set_index("name").reindex(names)
-        best = part.sort_values("decode_ms_p50")["name"].iloc[0] if dense else None
+        ranked = part.assign(unsteady=is_unsteady(part)).sort_values(["unsteady", "decode_ms_p50"])
+        best = ranked["name"].iloc[0] if dense else None
         colours = [style.RED if name == best else style.BLUE for name in names]
         _bars(axes, found, "percent", colours, "{:.0f}")
         axes.set_title(title, fontsize=8.5, fontweight="normal")
         axes.set_xlabel("of the bandwidth (%)")
+        axes.set_xlim(0, 1.18 * max(100.0, float(data["percent"].max())))
+        if not dense:
+            axes.axvline(GOAL_PERCENT, color="#444444", lw=0.9, ls="--")
     columns = ["model", "length", "batch_size", "name", "decode_ms_p50", "percent", "timing_note"]
     return figure, data[columns].reset_index(drop=True)
 

@@ -1,12 +1,13 @@
-"""Methods at equal cost: each one's score between its own budgets, at bytes or times all share.
+"""Scores at equal cost: each method's score interpolated at common bytes read or decode times.
 
-A score is read off the straight line between the two budgets whose costs lie around the wanted
-one, over the logarithm of the cost, and never beyond a method's cheapest or dearest budget. What is
-interpolated is the score of each sample, so intervals and differences are paired as elsewhere.
+A score is interpolated linearly, over the logarithm of the cost, between the two budgets whose
+costs enclose the target. It is never extrapolated beyond a method's cheapest or most expensive
+budget. The score of each sample is interpolated, so that intervals and differences are paired as
+elsewhere.
 
-A larger budget costs no less: where it was measured to, by noise, it is taken to cost what the
-smaller one does (the running maximum over ``k``). A method that reads as many bytes whatever its
-budget is one point: its score counts as reached at every cost not below its own.
+A larger budget is taken to cost no less than a smaller one: where noise says otherwise, its cost is
+that of the smaller one (the running maximum over ``k``). A method that reads the same number of
+bytes at every budget is a single point: its score counts at every cost that is not below its own.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ from topkbench.analysis.timings import (
 
 MATCHED = {
     "bytes_read_per_step": "bytes read per step",
-    "decode_vs_full": "decode time, times full attention's (timed in turn)",
+    "decode_vs_full": "decode time relative to full attention (timed alternately)",
 }
-"""The costs at which methods are compared, beside the budget itself, in words."""
+"""Costs, other than the budget, at which methods are compared, with their names."""
 
-Found = tuple[float, pd.DataFrame | None]
-"""A score, and the samples' scores that it is the mean of, where they are known."""
+ScoreAtCost = tuple[float, pd.DataFrame | None]
+"""A score, and the scores of the samples behind it where they are known."""
 
 _FINEST = 16
-"""Levels of one doubling at most."""
+"""Most levels per factor of two in cost."""
 _FEWEST, _MOST = 4, 6
-"""Levels of a table, if they are not to be finer than that."""
+"""Fewest and most levels of a table; fewer where ``_FINEST`` allows no more."""
 
 
 def levels(ranges: Sequence[tuple[float, float]]) -> list[float]:
-    """Return costs that at least two methods reach: powers of two, or of its roots where few are.
+    """Return costs that at least two methods reach: powers of two, or of a root of two if few are.
 
     Args:
         ranges: Each method's lowest and highest cost.
@@ -70,34 +71,34 @@ def levels(ranges: Sequence[tuple[float, float]]) -> list[float]:
 
 
 def at_cost(
-    points: pd.DataFrame, cost: str, wanted: float, answers: Mapping[str, pd.DataFrame]
-) -> Found | None:
+    points: pd.DataFrame, cost: str, target: float, answers: Mapping[str, pd.DataFrame]
+) -> ScoreAtCost | None:
     """Return a method's score at a cost, and the scores of its samples there.
 
     Args:
-        points: Lines of one method that differ in their budget alone.
-        cost: A column of theirs.
-        wanted: The cost.
-        answers: Samples by line, as `lines.Comparison.answers`.
+        points: Configurations of one method that differ only in their budget.
+        cost: Column of the cost.
+        target: The cost.
+        answers: Samples by configuration, as `Comparison.answers`.
 
     Returns:
-        The score, and the samples or None where some are missing; None where the cost lies outside
-        the method's own, or below it if that is one.
+        The score and its samples, the latter None where some are missing; None if the cost lies
+        outside the method's range, or below it for a method whose cost is a single point.
     """
     ordered = points.sort_values("k", kind="stable").reset_index(drop=True)
-    costs = _rising(ordered, cost)
+    costs = _non_decreasing_costs(ordered, cost)
     if _is_point(points):
-        wanted = min(wanted, costs[-1])
-    if not len(costs) or not costs[0] <= wanted <= costs[-1]:
+        target = min(target, costs[-1])
+    if not len(costs) or not costs[0] <= target <= costs[-1]:
         return None
-    below = int(np.searchsorted(costs, wanted, side="right")) - 1  # of equal costs the last budget
-    above = below if costs[below] == wanted else below + 1
+    below = int(np.searchsorted(costs, target, side="right")) - 1  # of equal costs the last budget
+    above = below if costs[below] == target else below + 1
     share = 0.0
     if below != above:
-        share = math.log(wanted / costs[below]) / math.log(costs[above] / costs[below])
+        share = math.log(target / costs[below]) / math.log(costs[above] / costs[below])
     first, second = ordered.iloc[below], ordered.iloc[above]
     score = (1 - share) * float(first["score"]) + share * float(second["score"])
-    pools = [answers.get(str(one["line"])) for one in (first, second)]
+    pools = [answers.get(str(one["configuration_id"])) for one in (first, second)]
     if pools[0] is None or pools[1] is None:
         return score, None
     if below == above:
@@ -109,12 +110,12 @@ def at_cost(
 
 
 def _is_point(points: pd.DataFrame) -> bool:
-    """Whether a method has budgets that make no difference to what it reads."""
+    """Return whether a method reads the same number of bytes at each of several budgets."""
     return points["k"].nunique() > 1 and points["bytes_read_per_step"].nunique() == 1
 
 
-def _rising(points: pd.DataFrame, cost: str) -> NDArray[np.float64]:
-    """Return the costs of a method's lines, the smallest budget first, none below one before."""
+def _non_decreasing_costs(points: pd.DataFrame, cost: str) -> NDArray[np.float64]:
+    """Return a method's costs by increasing budget, each at least that of the budget before."""
     costs = points.sort_values("k", kind="stable")[cost].to_numpy(dtype=float)
     if _is_point(points):
         return np.full(len(costs), np.median(costs))
@@ -122,33 +123,38 @@ def _rising(points: pd.DataFrame, cost: str) -> NDArray[np.float64]:
 
 
 def matched_table(
-    lines: pd.DataFrame, cost: str, answers: Mapping[str, pd.DataFrame]
+    configurations: pd.DataFrame, cost: str, answers: Mapping[str, pd.DataFrame]
 ) -> Table | None:
-    """Return each method's score at costs that several methods reach.
+    """Return a table of each method's score at costs that several methods reach.
 
     Bold, at each cost: the best score and those whose paired difference to it does not exclude 0.
-    A method with a time that is unsteady, or has no interval, is marked and never bold at equal
-    time.
+    At equal time, a method with an unsteady time, or one without an interval, is marked and never
+    bold.
 
     Args:
-        lines: Headline lines of one setting.
+        configurations: `Comparison.overall` of one setting.
         cost: One of ``MATCHED``.
-        answers: Samples by line.
+        answers: Samples by configuration.
 
     Returns:
-        None where there is no method of two costs or more, or no other to compare it with.
+        None if no method has two or more costs, or there is no other to compare it with.
     """
-    data = lines[lines["k"].notna() & lines["score"].notna() & (lines[cost] > 0)]
+    data = configurations[
+        configurations["k"].notna() & configurations["score"].notna() & (configurations[cost] > 0)
+    ]
     curves = [
         part
         for _, part in data.groupby(["label", "rbit"], sort=False, dropna=False)
         if part[cost].nunique() > 1 or _is_point(part)
     ]
     divisor = METRICS[cost].divisor
-    ranges = [(costs[0], costs[-1]) for costs in (_rising(part, cost) / divisor for part in curves)]
-    dearest = max((high for _, high in ranges), default=0.0)
     ranges = [
-        (low, dearest if _is_point(part) else high)
+        (costs[0], costs[-1])
+        for costs in (_non_decreasing_costs(part, cost) / divisor for part in curves)
+    ]
+    highest = max((high for _, high in ranges), default=0.0)
+    ranges = [
+        (low, highest if _is_point(part) else high)
         for (low, high), part in zip(ranges, curves, strict=True)
     ]
     grid = levels(ranges)
@@ -156,23 +162,23 @@ def matched_table(
         return None
     widths = data["rbit"].nunique()
     rows: list[list[str]] = []
-    found: list[list[Found | None]] = []
+    found: list[list[ScoreAtCost | None]] = []
     rivals: list[int] = []
     shown: list[pd.DataFrame] = []
     for part in curves:
-        line = part.iloc[0]
+        configuration = part.iloc[0]
         known = [at_cost(part, cost, level * divisor, answers) for level in grid]
-        if not any(known):  # between two of these costs, or dearer than others reach
+        if not any(known):  # between two of these costs, or above all of them
             continue
-        name = str(line["label"])
-        if widths > 1 and not pd.isna(line["rbit"]):
-            name += f", {line['rbit']} bits"
+        name = str(configuration["label"])
+        if widths > 1 and not pd.isna(configuration["rbit"]):
+            name += f", {configuration['rbit']} bits"
         marks = ""
         if cost in RATIOS:
             marks += NO_INTERVAL if lacks_interval(part).any() else ""
             marks += UNSTEADY if is_unsteady(part).any() else ""
             shown.append(part)
-        if line["method"] not in BASELINES and not marks:
+        if configuration["method"] not in BASELINES and not marks:
             rivals.append(len(rows))
         rows.append([name + marks, *(_text(one) for one in known)])
         found.append(known)
@@ -183,7 +189,7 @@ def matched_table(
     return Table(heads, rows, strong, notes=notes)
 
 
-def _text(found: Found | None) -> str:
+def _text(found: ScoreAtCost | None) -> str:
     if found is None:
         return "–"
     score, samples = found
@@ -194,17 +200,19 @@ def _text(found: Found | None) -> str:
     return f"{estimate} [{low}, {high}]"
 
 
-def _best(found: Mapping[int, Found | None]) -> list[int]:
-    """Return the best and those no worse beyond doubt; none where nothing can be told apart."""
+def _best(found: Mapping[int, ScoreAtCost | None]) -> list[int]:
+    """Return the best and those not significantly below it; none if that would be all."""
     reached = {i: one for i, one in found.items() if one is not None}
     if len(reached) < 2:
         return []
     top = max(reached, key=lambda i: reached[i][0])
-    tied = [i for i in reached if i == top or not _told_apart(reached[top][1], reached[i][1])]
+    tied = [
+        i for i in reached if i == top or not _differ_significantly(reached[top][1], reached[i][1])
+    ]
     return tied if len(tied) < len(reached) else []
 
 
-def _told_apart(first: pd.DataFrame | None, other: pd.DataFrame | None) -> bool:
+def _differ_significantly(first: pd.DataFrame | None, other: pd.DataFrame | None) -> bool:
     if first is None or other is None:
         return False
     pairs = stats.pair(first, other)

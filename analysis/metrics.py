@@ -1,4 +1,4 @@
-"""Metrics as data: what a column is called, its unit, which way is better, how it is drawn."""
+"""Metrics: the label, unit, better direction, number format and axis scale of each column."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import pandas as pd
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """How one column of the row is shown."""
+    """How one column of a row is shown."""
 
     label: str
-    """Words for an axis or a heading, without the unit."""
+    """Label of an axis or a heading, without the unit."""
     unit: str = ""
-    """Unit of the shown value, empty for a plain ratio or count."""
+    """Unit of the shown value, empty for a ratio or a count."""
     better: Literal["higher", "lower"] | None = None
-    """Which way is better; None where neither is."""
+    """Whether higher or lower is better; None if neither is."""
     format: str = ".1f"
     """Format of the shown value."""
     scale: Literal["linear", "log"] = "linear"
     """Scale of an axis."""
     divisor: float = 1.0
-    """The column's value divided by this is the shown value."""
+    """Divisor that turns the column's value into the shown value."""
 
     @property
     def axis(self) -> str:
@@ -31,11 +31,11 @@ class Metric:
         return f"{self.label} ({self.unit})" if self.unit else self.label
 
     def text(self, value: Any) -> str:
-        """Return the shown value as text, a dash where there is none."""
+        """Return the shown value as text, a dash for a missing one."""
         if value is None or pd.isna(value):
             return "–"
         text = format(value / self.divisor, self.format)
-        # What rounds to zero has no sign: "-0.0" would read as a loss.
+        # A value that rounds to zero gets no sign: "-0.0" would read as a loss.
         return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
@@ -58,7 +58,7 @@ METRICS: dict[str, Metric] = {
         label="Decode step, median", unit="ms", better="lower", format=".3g", scale="log"
     ),
     "full_ms_p50": Metric(
-        label="Full attention's step, timed in turn", unit="ms", better="lower", format=".3g"
+        label="Full attention's step, timed alternately", unit="ms", better="lower", format=".3g"
     ),
     "decode_ms_warm_p50": Metric(
         label="Decode step, warm", unit="ms", better="lower", format=".3g", scale="log"
@@ -71,7 +71,7 @@ METRICS: dict[str, Metric] = {
     "tokens_per_s": Metric(label="Throughput", unit="tokens/s", better="higher", scale="log"),
     "speedup_vs_full": Metric(label="Speed-up over full", unit="×", better="higher", format=".2f"),
     "decode_vs_full": Metric(
-        label="Decode time, times full attention's (timed in turn)",
+        label="Decode time relative to full attention (timed alternately)",
         better="lower",
         format=".3g",
         scale="log",
@@ -88,7 +88,7 @@ METRICS: dict[str, Metric] = {
         label="Side information", unit="bytes/token", better="lower", format=".4g", scale="log"
     ),
     "kv_cache_mib": Metric(
-        label="Keys and values held", unit="MiB", better="lower", format=".3g", scale="log"
+        label="KV cache in memory", unit="MiB", better="lower", format=".3g", scale="log"
     ),
     "peak_memory_mib": Metric(label="Peak memory", unit="MiB", better="lower", scale="log"),
     "bandwidth_fraction": Metric(
@@ -101,14 +101,14 @@ METRICS: dict[str, Metric] = {
     "fit_s": Metric(label="Fit", unit="s", better="lower", format=".3g", scale="log"),
     "loss_first": Metric(label="First loss", better="lower", format=".4g"),
     "loss_last": Metric(label="Last loss", better="lower", format=".4g"),
-    "step": Metric(label="Step of the training", format=".0f"),
+    "step": Metric(label="Training step", format=".0f"),
     "loss": Metric(label="Training loss", better="lower", format=".4g", scale="log"),
     "k": Metric(label="Budget k", unit="tokens kept per KV head", format=".0f", scale="log"),
     "rbit": Metric(label="Hash bits, rbit", unit="bits per key", format=".0f", scale="log"),
     "batch_size": Metric(label="Batch size", format=".0f", scale="log"),
     "kv_len": Metric(label="Context length", unit="cached tokens", format=".0f", scale="log"),
 }
-"""Every column that a table or a figure shows."""
+"""All columns that a table or a figure shows."""
 
 STAGES = ("encode_ms", "append_ms", "score_ms", "select_ms", "attend_ms")
-"""The parts of a decode step in the order they run."""
+"""The stages of a decode step in the order in which they run."""

@@ -1,4 +1,4 @@
-"""A paper's published numbers, and ours beside them: what can be compared, and what not and why."""
+"""Compare a paper's published numbers with ours, and say why where they are not comparable."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from topkbench.analysis.tables import Table
 
 FOLDER = Path(__file__).with_name("published")
 SAME_LENGTH = 0.05
-"""Lengths that differ by less than this share are one: prompts do not fill theirs exactly."""
+"""Lengths within this fraction count as equal, since prompts do not fill theirs exactly."""
 
-# The paper's layers, by the attention geometry that our timings are called by.
+# The paper's layers, by the attention geometry that names our timings.
 _GEOMETRIES = {"32/32 heads of 128": "llama2_7b_32k", "32/8 heads of 128": "llama31_8b"}
 # The paper prefills the question, keeps no sinks or recents, and leaves the first layers dense.
 _QUESTION, _PROTOCOL = "dense", "native"
@@ -27,12 +27,12 @@ _QUESTION, _PROTOCOL = "dense", "native"
 
 @dataclass(frozen=True)
 class _Benchmark:
-    """How a published benchmark is found among our rows."""
+    """The task of ours that corresponds to a published benchmark."""
 
     task: str
     """Our task."""
     difference: str = ""
-    """What always tells the two apart, if anything does."""
+    """A difference between the two that always holds, if there is one."""
 
 
 _BENCHMARKS = {
@@ -40,7 +40,7 @@ _BENCHMARKS = {
     "niah": _Benchmark("needle", "haystack: books there, random words here"),
     "layer_latency": _Benchmark("decode_latency"),
 }
-# Our column of a published metric, and what the published value is multiplied by.
+# Our column for each published metric, and the factor that converts the published value.
 _METRICS = {
     "score": ("score", 1.0),
     "cells_of_150": ("score", 100 / 150),
@@ -61,29 +61,31 @@ def _read() -> pd.DataFrame:
 
 
 def published() -> pd.DataFrame:
-    """Return every published number: one line each, with the columns of the folder's README."""
+    """Return all published numbers, one per row; the folder's README describes the columns."""
     return _read().copy()
 
 
-def beside(lines: pd.DataFrame, numbers: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Lay the nearest of our lines beside each published number.
+def beside(configurations: pd.DataFrame, numbers: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Return each published number with the most similar of our configurations.
 
     Args:
-        lines: Lines of a comparison (`lines.Comparison.lines`), sub-tasks included.
+        configurations: `Comparison.configurations`, sub-tasks included.
         numbers: What `published` returns, or some of it.
 
     Returns:
         The numbers with ``published`` (in our unit), ``ours``, ``ours_is`` (its setting in words),
-        ``comparable``, and ``why`` not, every difference after the word for it.
+        ``comparable``, and ``why`` not: each difference as ``KIND: DETAILS``.
     """
     data = published() if numbers is None else numbers
-    parts = [_beside(line, lines, data) for _, line in data.iterrows()]
+    parts = [_beside(configuration, configurations, data) for _, configuration in data.iterrows()]
     return pd.concat(
         [data.reset_index(drop=True), pd.DataFrame.from_records(parts)], axis=1
     ).astype({"ours": "float64", "published": "float64"})
 
 
-def _beside(number: pd.Series, lines: pd.DataFrame, numbers: pd.DataFrame) -> dict[str, Any]:
+def _beside(
+    number: pd.Series, configurations: pd.DataFrame, numbers: pd.DataFrame
+) -> dict[str, Any]:
     metric, factor = _METRICS.get(number["metric"], ("", 1.0))
     known: dict[str, Any] = {"published": number["value"] * factor, "ours": None, "ours_is": ""}
     benchmark = _BENCHMARKS.get(number["benchmark"])
@@ -91,7 +93,9 @@ def _beside(number: pd.Series, lines: pd.DataFrame, numbers: pd.DataFrame) -> di
     if benchmark is None:
         reasons = [f"{number['benchmark']} is no task of this project"]
     else:
-        found = lines[(lines["task"] == benchmark.task) & lines[metric].notna()]
+        found = configurations[
+            (configurations["task"] == benchmark.task) & configurations[metric].notna()
+        ]
         steps = (
             (f"task={benchmark.task} was not run", found.index == found.index),
             (f"method={number['method']} was not run", found["method"] == number["method"]),
@@ -104,94 +108,107 @@ def _beside(number: pd.Series, lines: pd.DataFrame, numbers: pd.DataFrame) -> di
                 reasons = [reason]
                 break
         else:
-            nearest = min((line for _, line in found.iterrows()), key=partial(_distance, number))
+            nearest = min(
+                (configuration for _, configuration in found.iterrows()),
+                key=partial(_distance, number),
+            )
             known |= {"ours": float(nearest[metric]), "ours_is": _setting(nearest)}
-            reasons = _differences(number, nearest, lines, numbers)
+            reasons = _differences(number, nearest, configurations, numbers)
             reasons += [benchmark.difference] if benchmark.difference else []
     return {**known, "comparable": not reasons, "why": "; ".join(reasons)}
 
 
-def _same_subtask(number: pd.Series, lines: pd.DataFrame) -> pd.Series:
+def _same_subtask(number: pd.Series, configurations: pd.DataFrame) -> pd.Series:
     task = str(number["task"])
     if task.startswith("batch_"):
-        return (lines["batch_size"] == int(task.removeprefix("batch_"))).fillna(False)
-    return lines["subtask"] == (MEAN if task == "mean" else task)
+        return (configurations["batch_size"] == int(task.removeprefix("batch_"))).fillna(False)
+    return configurations["subtask"] == (MEAN if task == "mean" else task)
 
 
-def _model(line: pd.Series) -> str:
-    return _GEOMETRIES.get(str(line["model"]), str(line["model"]))
+def _model(configuration: pd.Series) -> str:
+    return _GEOMETRIES.get(str(configuration["model"]), str(configuration["model"]))
 
 
-def _length(line: pd.Series) -> float:
-    """Return a line's length, of its own or as cached; NaN where neither is known."""
+def _length(configuration: pd.Series) -> float:
+    """Return the prompt length, or else the cached tokens; NaN if neither is known."""
     for name in ("length", "kv_len"):
-        if not pd.isna(line[name]):
-            return float(line[name])
+        if not pd.isna(configuration[name]):
+            return float(configuration[name])
     return math.nan
 
 
 def _share(k: Any, length: Any) -> float:
-    """Return a budget as a share of the context, or of one token where no length is known."""
+    """Return a budget as a fraction of the context; the budget itself if no length is known."""
     if pd.isna(k):
         return math.nan
     return float(k) / (1.0 if pd.isna(length) else float(length))
 
 
-def _apart(first: float, second: float) -> float:
-    """Return how many times two numbers differ, as a logarithm; 0 where one is unknown."""
+def _log_ratio(first: float, second: float) -> float:
+    """Return the absolute logarithm of the ratio of two numbers; 0 if one is unknown."""
     if math.isnan(first) or math.isnan(second):
         return 0.0
     return abs(math.log(first / second))
 
 
-def _distance(number: pd.Series, line: pd.Series) -> tuple[float, ...]:
-    """Rank our lines by how near they are: in model, length, share of the context and bits."""
+def _distance(number: pd.Series, configuration: pd.Series) -> tuple[float, ...]:
+    """Return a sort key, smallest for the most similar: model, length, relative budget, bits."""
     length = math.nan if pd.isna(number["length"]) else float(number["length"])
-    near = _apart(length, _length(line))
-    budget = _apart(_share(number["k"], number["length"]), _share(line["k"], _length(line)))
-    bits = abs(float(number["rbit"]) - float(line["rbit"])) if _both(number, line, "rbit") else 0.0
-    return float(_model(line) != number["model"]), near, budget, bits
+    length_distance = _log_ratio(length, _length(configuration))
+    budget = _log_ratio(
+        _share(number["k"], number["length"]), _share(configuration["k"], _length(configuration))
+    )
+    bits = (
+        abs(float(number["rbit"]) - float(configuration["rbit"]))
+        if _both(number, configuration, "rbit")
+        else 0.0
+    )
+    return float(_model(configuration) != number["model"]), length_distance, budget, bits
 
 
-def _both(number: pd.Series, line: pd.Series, name: str) -> bool:
-    return not pd.isna(number[name]) and not pd.isna(line[name])
+def _both(number: pd.Series, configuration: pd.Series, name: str) -> bool:
+    return not pd.isna(number[name]) and not pd.isna(configuration[name])
 
 
 def _differences(
-    number: pd.Series, line: pd.Series, lines: pd.DataFrame, numbers: pd.DataFrame
+    number: pd.Series, configuration: pd.Series, configurations: pd.DataFrame, numbers: pd.DataFrame
 ) -> list[str]:
-    """Return every reason why a line of ours cannot be held against a published number."""
+    """Return every reason why a configuration of ours is not comparable to a published number."""
     reasons = []
-    if _model(line) != number["model"]:
-        reasons.append(f"model: {number['model']} there, {line['model']} here")
-    length = _length(line)
+    if _model(configuration) != number["model"]:
+        reasons.append(f"model: {number['model']} there, {configuration['model']} here")
+    length = _length(configuration)
     if not pd.isna(number["length"]) and not (
         abs(length - number["length"]) <= SAME_LENGTH * number["length"]
     ):
         here = "unknown" if math.isnan(length) else f"{length:,.0f}"
         reasons.append(f"length: {number['length']:,} tokens there, {here} here")
     for name in ("k", "rbit"):
-        if _both(number, line, name) and number[name] != line[name]:
-            reasons.append(f"{name}: {number[name]} there, {line[name]} here")
+        if _both(number, configuration, name) and number[name] != configuration[name]:
+            reasons.append(f"{name}: {number[name]} there, {configuration[name]} here")
     if number["metric"] == "latency_ms":
-        if not pd.isna(line["timing_note"]):
-            reasons.append(f"time: unsteady here, {line['timing_note']}")
-        return [*reasons, f"machine: {line['device']} here"]
+        if not pd.isna(configuration["timing_note"]):
+            reasons.append(f"time: unsteady here, {configuration['timing_note']}")
+        return [*reasons, f"machine: {configuration['device']} here"]
     if number["task"] == "mean" and number["benchmark"] == "ruler":
         there = _subtasks(numbers, number)
-        here_tasks = set(lines.loc[lines["line"] == line["line"], "subtask"]) - {MEAN}
+        here_tasks = set(
+            configurations.loc[
+                configurations["configuration_id"] == configuration["configuration_id"], "subtask"
+            ]
+        ) - {MEAN}
         if here_tasks != there:
             reasons.append(
                 f"sub-tasks: {len(there)} of RULER's 13 in the mean there, {len(here_tasks)} here"
             )
-    if number["benchmark"] == "ruler" and not pd.isna(line["length"]):
+    if number["benchmark"] == "ruler" and not pd.isna(configuration["length"]):
         reasons.append(
-            "prompts: of RULER's generator there, of ours here (task.source reads theirs)"
+            "prompts: RULER's generator there, ours here (task.source reads RULER's files)"
         )
-    if line["question"] != _QUESTION:
-        reasons.append(f"question: prefilled there, {line['question']} here")
-    if not pd.isna(line["protocol"]) and line["protocol"] != _PROTOCOL:
-        reasons.append(f"rules: the paper's there, protocol={line['protocol']} here")
+    if configuration["question"] != _QUESTION:
+        reasons.append(f"question: prefilled there, {configuration['question']} here")
+    if not pd.isna(configuration["protocol"]) and configuration["protocol"] != _PROTOCOL:
+        reasons.append(f"protocol: the paper's there, protocol={configuration['protocol']} here")
     return reasons
 
 
@@ -204,16 +221,20 @@ def _subtasks(numbers: pd.DataFrame, number: pd.Series) -> set[str]:
     return set(same["task"]) - {"mean"}
 
 
-def _setting(line: pd.Series) -> str:
-    words = [str(line["model"])]
-    length = _length(line)
+def _setting(configuration: pd.Series) -> str:
+    words = [str(configuration["model"])]
+    length = _length(configuration)
     words += [] if math.isnan(length) else [f"{length:,.0f} tokens"]
-    words += [f"{name}={line[name]}" for name in ("k", "rbit") if not pd.isna(line[name])]
+    words += [
+        f"{name}={configuration[name]}"
+        for name in ("k", "rbit")
+        if not pd.isna(configuration[name])
+    ]
     return ", ".join(words)
 
 
 def published_table(compared: pd.DataFrame) -> Table | None:
-    """Return the published numbers that have one of ours beside them; None where none has."""
+    """Return the table of published numbers that have one of ours beside them; None if none has."""
     data = compared[compared["ours"].notna()]
     if not len(data):
         return None
@@ -225,29 +246,29 @@ def published_table(compared: pd.DataFrame) -> Table | None:
         named = (one["place"], one["model"], one["benchmark"], one["task"], _whole(one["length"]))
         knobs = (one["method"], _whole(one["k"]), _whole(one["rbit"]), METRICS[metric].axis)
         text = METRICS[metric].text
-        told = (text(one["published"]), text(one["ours"]), one["ours_is"])
+        values = (text(one["published"]), text(one["ours"]), one["ours_is"])
         differs = ", ".join(reason.partition(":")[0] for reason in one["why"].split("; "))
         verdict = "yes" if one["comparable"] else "no"
-        rows.append([*named, *knobs, *told, verdict, differs, one["caveat"]])
+        rows.append([*named, *knobs, *values, verdict, differs, one["caveat"]])
     return Table(heads, rows, words={0, 1, 2, 3, 5, 8, 11, 12, 13, 14})
 
 
 def left_out(compared: pd.DataFrame) -> list[str]:
-    """Return, for each table or figure, a sentence on its numbers with none of ours beside them."""
+    """Return, per table or figure, a sentence on its numbers without a counterpart of ours."""
     data = compared[compared["ours"].isna()]
     sentences = []
     for place in sorted(data["place"].unique(), key=_by_kind):
         part = data[data["place"] == place]
-        reasons = _each(part["why"])
-        caveats = _each(caveat for caveat in part["caveat"] if caveat)
-        told = f" Caveats: {'; '.join(caveats)}." if caveats else ""
+        reasons = _distinct(part["why"])
+        caveats = _distinct(caveat for caveat in part["caveat"] if caveat)
+        caveat_text = f" Caveats: {'; '.join(caveats)}." if caveats else ""
         sentences.append(
-            f"{place}: {len(part)} numbers without one of ours: {'; '.join(reasons)}.{told}"
+            f"{place}: {len(part)} numbers without one of ours: {'; '.join(reasons)}.{caveat_text}"
         )
     return sentences
 
 
-def _each(words: Iterable[str]) -> list[str]:
+def _distinct(words: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(words))
 
 

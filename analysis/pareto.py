@@ -1,7 +1,7 @@
-"""Score against cost, with the Pareto front: bytes read by a decode step, and its time.
+"""Score against cost with the Pareto front; costs are bytes read per decode step, and its time.
 
-Times are in times full attention's, timed in turn with each method: cells run minutes apart, and
-their milliseconds differ by what else the machine did.
+Times are relative to full attention timed alternately with each method. Milliseconds of different
+cells are not comparable: cells run minutes apart, under different loads of the machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from topkbench.analysis.timings import is_unsteady
 
 COSTS = ("bytes_read_per_step", "decode_vs_full")
 
-# Where a label may stand beside its point: shift in points, and what of it is at the shifted place.
+# Positions of a label at its point: offset in points, horizontal and vertical alignment.
 _PLACES = (
     ((0, 6), "center", "bottom"),
     ((-6, 3), "right", "bottom"),
@@ -39,17 +39,17 @@ _PLACES = (
     ((6, 0), "left", "center"),
     ((-6, 0), "right", "center"),
 )
-_POINT = 5.0  # half of the width that a point keeps free of labels, in points
-_ALONG = 60  # places of the front's line, between two of its points, that are kept free
-_HIDDEN = 5.0  # points that are nearer than this hide one another, in points
-_BESIDE = 6.5  # and are set this far apart, in points:
-_TURNS = (0, 1, -1)  # at the first of these sides that is free; else where they are
+_POINT = 5.0  # half the width of the area around a point that is kept free of labels, in points
+_ALONG = 60  # positions between two points of the front that are kept free of labels
+_OVERLAP = 5.0  # points nearer than this overlap, in points of length,
+_SHIFT = 6.5  # and one of them is shifted by this much, in points of length,
+_SIDES = (0, 1, -1)  # to the first of these sides that is free; if none is, it is not shifted
 
 
 def on_front(cost: Sequence[float], gain: Sequence[float]) -> list[bool]:
-    """Return for each point whether no other costs at most as much and gains at least as much.
+    """Return for each point whether it is on the Pareto front, that is, not dominated.
 
-    Equal points are all on the front.
+    Of equal points on the front all are on it.
     """
     return [
         not any(
@@ -60,13 +60,13 @@ def on_front(cost: Sequence[float], gain: Sequence[float]) -> list[bool]:
     ]
 
 
-def pareto(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
-    """Draw score against bytes read by a decode step, the front marked.
+def pareto(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw score against bytes read per decode step, with the Pareto front.
 
     Returns:
         The figure and its data, or None for fewer than three points.
     """
-    data = _priced(lines, COSTS[:1])
+    data = _with_costs(configurations, COSTS[:1])
     if len(data) < 3:
         return None
     figure, axes = new_figure(7.6, 4.4)
@@ -75,13 +75,13 @@ def pareto(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     return figure, table(data.assign(on_front=front), COSTS[0], "score", "on_front")
 
 
-def pareto_pair(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
-    """Draw score against bytes and against the time of a decode step, the fronts marked.
+def pareto_pair(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw score against bytes read and against decode time, each with its Pareto front.
 
     Returns:
-        The figure and its data, or None where ``tables.LEAGUE`` methods or fewer have both.
+        The figure and its data, or None if ``tables.LEAGUE`` methods or fewer have both costs.
     """
-    data = _priced(lines, COSTS)
+    data = _with_costs(configurations, COSTS)
     if data["method"].nunique() <= LEAGUE:
         return None
     figure = Figure(figsize=(12.0, 4.8))
@@ -94,11 +94,12 @@ def pareto_pair(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     return figure, table(marked, *COSTS, "score", "on_front_of_bytes", "on_front_of_time")
 
 
-def _priced(lines: pd.DataFrame, costs: Sequence[str]) -> pd.DataFrame:
-    known = lines["score"].notna()
+def _with_costs(configurations: pd.DataFrame, costs: Sequence[str]) -> pd.DataFrame:
+    """Return the configurations that have a score and each of the costs."""
+    known = configurations["score"].notna()
     for cost in costs:
-        known &= lines[cost].fillna(0) > 0
-    return lines[known]
+        known &= configurations[cost].fillna(0) > 0
+    return configurations[known]
 
 
 def _draw(axes: Axes, data: pd.DataFrame, cost: str) -> tuple[pd.Series, pd.Series]:
@@ -108,20 +109,20 @@ def _draw(axes: Axes, data: pd.DataFrame, cost: str) -> tuple[pd.Series, pd.Seri
         Which points are on the front, and where on the cost axis each is drawn.
     """
     price = data[cost] / METRICS[cost].divisor
-    # The oracles that read every key to choose are bounds, not candidates.
+    # Oracles read every key to select: they are bounds, not candidates for the front.
     rivals = data[~data["method"].isin(BASELINES) | (data["method"] == "full")]
     hollow = pd.Series(False, index=data.index)
-    if cost == "decode_vs_full":  # a time that cannot be relied on beats none
+    if cost == "decode_vs_full":  # an unreliable time dominates no other point
         hollow = is_unsteady(data)
         rivals = rivals[~hollow[rivals.index]]
     marks = on_front(list(price[rivals.index]), list(rivals["score"]))
     front = pd.Series(marks, index=rivals.index).reindex(data.index, fill_value=False)
     _cost_axis(axes, price)
     bottom, top = (10 * part for part in (data["score"].min() // 10, -(-data["score"].max() // 10)))
-    top = max(top, bottom + 10)  # scores may all be alike
-    room = 0.06 * (top - bottom)
-    axes.set_ylim(bottom - room, top + room)
-    shown = _apart(axes, price, data["score"], front)
+    top = max(top, bottom + 10)  # all scores may be equal
+    margin = 0.06 * (top - bottom)
+    axes.set_ylim(bottom - margin, top + margin)
+    shown = _without_overlap(axes, price, data["score"], front)
     ordered = data[front].assign(price=price[front]).sort_values(["price", "score"])
     axes.plot(
         shown[ordered.index],
@@ -196,13 +197,13 @@ def _draw(axes: Axes, data: pd.DataFrame, cost: str) -> tuple[pd.Series, pd.Seri
     return front, shown
 
 
-def _apart(axes: Axes, price: pd.Series, score: pd.Series, front: pd.Series) -> pd.Series:
-    """Return where on the cost axis each point is drawn: beside another that it would hide.
+def _without_overlap(axes: Axes, price: pd.Series, score: pd.Series, front: pd.Series) -> pd.Series:
+    """Return each point's position on the cost axis, shifted where it would overlap another.
 
-    Points of the front choose first; each moves as little as it must, either way.
+    Points of the front are placed first.
     """
     whole, pixels = axes.figure.bbox, axes.figure.dpi / 72
-    width = 0.72 * whole.width / pixels / len(axes.figure.axes)  # less the legend, about
+    width = 0.72 * whole.width / pixels / len(axes.figure.axes)  # roughly, without the legend
     height = 0.8 * whole.height / pixels
     low, high = (math.log2(end) for end in axes.get_xlim())
     bottom, top = axes.get_ylim()
@@ -210,9 +211,9 @@ def _apart(axes: Axes, price: pd.Series, score: pd.Series, front: pd.Series) -> 
     along = (score.astype(float) - bottom) / (top - bottom) * height
     found: dict[Any, float] = {}
     for index in [*front.index[front], *front.index[~front]]:
-        for turn in _TURNS:
-            x, y = across[index] + turn * _BESIDE, along[index]
-            if all(math.hypot(x - found[i], y - along[i]) >= _HIDDEN for i in found):
+        for side in _SIDES:
+            x, y = across[index] + side * _SHIFT, along[index]
+            if all(math.hypot(x - found[i], y - along[i]) >= _OVERLAP for i in found):
                 break
         else:
             x = across[index]
@@ -221,7 +222,7 @@ def _apart(axes: Axes, price: pd.Series, score: pd.Series, front: pd.Series) -> 
 
 
 def _cost_axis(axes: Axes, price: pd.Series) -> None:
-    """Put ticks at powers of two, or at round numbers where these would be few."""
+    """Put ticks at powers of two, or at round numbers if there would be few of these."""
     axes.set_xscale("log", base=2)
     low, high = math.log2(float(price.min())), math.log2(float(price.max()))
     if high - low >= 3:
@@ -233,8 +234,8 @@ def _cost_axis(axes: Axes, price: pd.Series) -> None:
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-    room = 0.08 * (high - low) + 0.03
-    axes.set_xlim(2.0 ** (low - room), 2.0 ** (high + room))
+    margin = 0.08 * (high - low) + 0.03
+    axes.set_xlim(2.0 ** (low - margin), 2.0 ** (high + margin))
 
 
 def _finish(
@@ -243,26 +244,26 @@ def _finish(
     data: pd.DataFrame,
     drawn: Sequence[tuple[pd.Series, pd.Series]],
 ) -> None:
-    """Add the legend, lay out, and label points where there is room."""
+    """Add the legend, lay the figure out, and label points where there is space."""
     legend(figure, axes[0])
     renderer = FigureCanvasAgg(figure).get_renderer()
-    figure.draw_without_rendering()  # where labels have room is known once all has its place
+    figure.draw_without_rendering()  # the space for labels is known only after layout
     for one, (front, shown) in zip(axes, drawn, strict=True):
         _label(one, data.assign(shown=shown), front, renderer)
 
 
 def _label(axes: Axes, data: pd.DataFrame, front: pd.Series, renderer: RendererAgg) -> None:
-    """Write names and settings beside points, where they touch nothing and are nearest to theirs.
+    """Label points with names and settings, where a label overlaps nothing and is not ambiguous.
 
-    That is at every point of the front, and once for each other method, at its dearest that has
-    room.
+    Every point of the front is labelled, and of each other method the most expensive point that has
+    space for a label.
     """
     knobs = [name for name in ("k", "rbit") if data.loc[front, name].nunique() > 1]
     is_one = data.loc[data["method"] != "full", "method"].nunique() == 1
     pixels = axes.figure.dpi / 72
 
-    def around(x: float, y: float, room: float) -> Bbox:
-        return Bbox([[x - room, y - room], [x + room, y + room]])
+    def around(x: float, y: float, radius: float) -> Bbox:
+        return Bbox([[x - radius, y - radius], [x + radius, y + radius]])
 
     points = axes.transData.transform(data[["shown", "score"]].astype(float).to_numpy())
     places = dict(zip(data.index, points, strict=True))
@@ -272,42 +273,49 @@ def _label(axes: Axes, data: pd.DataFrame, front: pd.Series, renderer: RendererA
         taken += [around(x, y, pixels) for x, y in np.linspace(first, second, _ALONG)]
     inside = axes.get_window_extent(renderer)
 
-    def fits(text: str, line: pd.Series) -> bool:
+    def fits(text: str, configuration: pd.Series) -> bool:
         for shift, across, along in _PLACES if text else ():
             label = axes.annotate(
                 text,
-                (line["shown"], line["score"]),
+                (configuration["shown"], configuration["score"]),
                 xytext=shift,
                 textcoords="offset points",
                 ha=across,
                 va=along,
                 fontsize=7,
-                color=style.style(line["method"]).colour,
+                color=style.style(configuration["method"]).colour,
             )
             label.set_in_layout(False)
             box = label.get_window_extent(renderer)
             free = inside.x0 <= box.x0 and box.x1 <= inside.x1
             gaps = {index: _gap(box, *place) for index, place in places.items()}
-            is_nearest = gaps.pop(line.name) < min(gaps.values(), default=math.inf) - pixels
+            is_nearest = (
+                gaps.pop(configuration.name) < min(gaps.values(), default=math.inf) - pixels
+            )
             if free and is_nearest and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 return True
             label.remove()
         return False
 
-    for _, line in data[front].iterrows():
-        settings = [f"{name}={line[name]}" for name in knobs if not pd.isna(line[name])]
-        name = [] if is_one else [style.style(line["method"]).label]
-        if not fits(", ".join([*name, *settings]), line):
-            fits(", ".join(settings), line)
+    for _, configuration in data[front].iterrows():
+        settings = [
+            f"{name}={configuration[name]}" for name in knobs if not pd.isna(configuration[name])
+        ]
+        name = [] if is_one else [style.style(configuration["method"]).label]
+        if not fits(", ".join([*name, *settings]), configuration):
+            fits(", ".join(settings), configuration)
     if is_one:
         return
     named = set(data.loc[front, "method"])
     rest = data[~data["method"].isin(named)].sort_values("shown", ascending=False, kind="stable")
     for method, own in rest.groupby("method", sort=False):
-        any(fits(style.style(str(method)).label, line) for _, line in own.iterrows())
+        any(
+            fits(style.style(str(method)).label, configuration)
+            for _, configuration in own.iterrows()
+        )
 
 
 def _gap(box: Bbox, x: float, y: float) -> float:
-    """Return how far a point is from a box."""
+    """Return the distance of a point from a box."""
     return math.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1))

@@ -1,6 +1,6 @@
-"""Figures, each from one tidy frame, each saved as PNG and SVG with the CSV it was drawn from.
+"""Figures, each saved as PNG and SVG together with a CSV of its data.
 
-A figure is drawn only where its data vary: a curve needs two points, a comparison two lines.
+A figure is drawn only if its data vary: a curve needs two points, a comparison two configurations.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ OVER_LENGTHS = (
     "break_even",
     "step_bound",
 )
-"""The figures that show more than the longest length of the smallest batch."""
+"""Figures over lengths or batch sizes; all others show the longest length and smallest batch."""
 
 RATIOS = ("break_even", "step_bound", "decode_vs_k", "decode_vs_rbit", "score_vs_cost", "ablation")
-"""The figures of times in full attention's, with intervals."""
+"""Figures that show decode times relative to full attention, with intervals."""
 
 TIMED = (*OVER_LENGTHS, *RATIOS, "stages")
-"""The figures of times, whose captions say which of them do not count."""
+"""Figures of times, whose captions say which times are unreliable."""
 
 
 @dataclass(frozen=True)
@@ -47,31 +47,31 @@ class Drawn:
     """A figure on disk."""
 
     name: str
-    """File name without its ending."""
+    """File name without its suffix."""
     title: str
-    """What is shown, in words."""
+    """What the figure shows."""
     caption: str
-    """How to read it, and what it was measured on."""
+    """How to read the figure, and what it was measured on."""
     folder: Path
 
     @property
     def png(self) -> Path:
-        """The picture in pixels."""
+        """Path of the PNG file."""
         return self.folder / f"{self.name}.png"
 
     @property
     def svg(self) -> Path:
-        """The picture in vectors."""
+        """Path of the SVG file."""
         return self.folder / f"{self.name}.svg"
 
     @property
     def csv(self) -> Path:
-        """The numbers it was drawn from."""
+        """Path of the CSV file with the figure's data."""
         return self.folder / f"{self.name}.csv"
 
 
 def draw_all(
-    lines: pd.DataFrame,
+    configurations: pd.DataFrame,
     folder: Path,
     context: str,
     suffix: str = "",
@@ -79,26 +79,28 @@ def draw_all(
     samples: pd.DataFrame | None = None,
     only: str | None = None,
 ) -> list[Drawn]:
-    """Draw every figure that the lines of one setting allow.
+    """Draw every figure that the configurations of one setting allow.
 
     Args:
-        lines: Lines of one setting (`lines.Comparison.panels`), sub-tasks included.
-        folder: Where the files go.
+        configurations: Those of one setting (`Comparison.by_setting`), sub-tasks included.
+        folder: Folder of the files.
         context: What was measured: model, task, length, question, samples, machine, commit.
-        suffix: End of the files' names, where a report has several settings.
-        models: Whole models that the bound on a step is drawn for.
-        samples: The samples behind the lines, for what is drawn from them.
-        only: Name of the one figure that is wanted; None for all.
+        suffix: Suffix of the files' names, for a report of several settings.
+        models: Whole models for which the bound on a decode step is drawn.
+        samples: The samples behind the configurations, for the figures that need them.
+        only: Name of the only figure to draw; None for all.
 
     Returns:
-        The figures drawn, in the order they are shown.
+        The figures drawn, in the order in which they are shown.
     """
-    with_mean = set(lines.loc[lines["subtask"] == MEAN, "line"])
-    top = lines[(lines["subtask"] == MEAN) | ~lines["line"].isin(with_mean)]
+    with_mean = set(configurations.loc[configurations["subtask"] == MEAN, "configuration_id"])
+    top = configurations[
+        (configurations["subtask"] == MEAN) | ~configurations["configuration_id"].isin(with_mean)
+    ]
     batched = at_one_length(top)
     top = smallest_batch(top)
-    # Lengths stand together only where they are an axis; the other figures show the longest.
-    every, lengths = top, sorted(int(one) for one in top["length"].dropna().unique())
+    # Only figures with length as an axis show all lengths; the others show the longest.
+    every_length, lengths = top, sorted(int(one) for one in top["length"].dropna().unique())
     if len(lengths) > 1:
         top = top[top["length"] == lengths[-1]]
     at = f" At {lengths[-1]:,} tokens." if len(lengths) > 1 else ""
@@ -129,55 +131,58 @@ def draw_all(
         ),
         (
             "hash_ladder",
-            "Selections against hash bits, rung by rung",
+            "Quality of the selection against hash bits, by ablation variant",
             "Recall and attention mass are means over layers, KV heads and steps; bars: 95% "
             "intervals, over seeds or, of scores, over samples.",
             lambda: ladder(top),
         ),
         (
             "arms",
-            "Selections of each arm",
-            "An arm departs from the configuration in what its name says (dashed: as configured); "
-            "bars: 95% intervals over seeds.",
+            "Quality of the selection, by ablation arm",
+            "Each arm changes only the settings that its name lists (dashed: none changed); bars: "
+            "95% intervals over seeds.",
             lambda: arms(top),
         ),
         (
             "decode_vs_k",
             "Decode latency against budget",
-            "In times full attention's, timed in turn with each; bars: 95% intervals over pairs.",
+            "Relative to full attention, timed alternately with each method; bars: 95% intervals "
+            "over pairs.",
             lambda: curve(top, "decode_vs_full", "k"),
         ),
         (
             "decode_vs_rbit",
             "Decode latency against hash bits",
-            "In times full attention's, timed in turn with each; bars: 95% intervals over pairs.",
+            "Relative to full attention, timed alternately with each method; bars: 95% intervals "
+            "over pairs.",
             lambda: curve(top, "decode_vs_full", "rbit"),
         ),
         (
             "score_vs_bytes",
             "Score against bytes read",
             "Up and to the left is better; the Pareto front is joined, dominated points are faint; "
-            "points that would hide one another stand side by side.",
+            "points that would overlap are drawn side by side.",
             lambda: pareto(top),
         ),
         (
             "score_vs_cost",
             "Score against bytes read, and against the decode step",
             "Up and to the left is better; Pareto fronts are joined, dominated points are faint; "
-            "points that would hide one another stand side by side. Bars: 95% intervals of times.",
+            "points that would overlap are drawn side by side. Bars: 95% intervals of times.",
             lambda: pareto_pair(top),
         ),
         (
             "stages",
             "Decode step by stage",
-            "Medians within one decode step; grey mark: full attention, timed in turn with it.",
+            "Medians within one decode step; grey mark: full attention, timed alternately.",
             lambda: stages(top),
         ),
         (
             "ablation",
             "What each fast operator adds",
-            "Medians within one decode step, each bar with the operators of those above; times "
-            "faster than the first, by their speed-ups over full attention, with 95% intervals; "
+            "Medians within one decode step; each bar also has the fast operators of the bars "
+            "above. ×: times faster than the first bar, the quotient of their speed-ups over full "
+            "attention, with 95% intervals; "
             f"{', '.join(dict.fromkeys(top['impl'].dropna().astype(str)))}.",
             lambda: ablation(top),
         ),
@@ -185,13 +190,13 @@ def draw_all(
             "latency_vs_context",
             "Decode latency against context length",
             "Median; thin dashes: the same bytes at the machine's measured memory bandwidth.",
-            lambda: context_curve(every, "decode_ms_p50"),
+            lambda: context_curve(every_length, "decode_ms_p50"),
         ),
         (
             "throughput_vs_context",
             "Decode throughput against context length",
             "Median of the whole model's step; bars: 20th to 80th percentile. Higher is better.",
-            lambda: context_curve(every, "tokens_per_s"),
+            lambda: context_curve(every_length, "tokens_per_s"),
         ),
         (
             "latency_vs_batch",
@@ -203,45 +208,49 @@ def draw_all(
         (
             "break_even",
             "Speed-up of one layer's decode step",
-            "Over full attention timed in turn; bars: 95% intervals over pairs; on the line of 1: "
-            "where it breaks even, with its interval.",
-            lambda: break_even(every),
+            "Over full attention, timed alternately; bars: 95% intervals over pairs; marks on the "
+            "line of 1: the break-even length with its interval.",
+            lambda: break_even(every_length),
         ),
         (
             "step_bound",
-            "Whole decode step: a bound",
-            "Weights read once at the measured bandwidth, and every layer's attention as timed; "
-            "nothing else is counted, so no method can speed up a step by more.",
-            lambda: step_bound(every, models),
+            "Upper bound on the speed-up of a whole decode step",
+            "Counts reading the weights once at the measured bandwidth and the measured attention "
+            "of every layer, and nothing else: no method can speed up a step by more.",
+            lambda: step_bound(every_length, models),
         ),
         (
             "needle_heatmap",
             "Needle found, by context length and depth",
             "Mean score of each length and depth; darker is better.",
-            lambda: needle_heatmap(lines),
+            lambda: needle_heatmap(configurations),
         ),
         (
             "subtasks",
             "Score by sub-task",
             "Mean score; darker is better.",
-            lambda: None if needle_heatmap(lines) else heat_table(lines[lines["subtask"] != MEAN]),
+            lambda: (
+                None
+                if needle_heatmap(configurations)
+                else heat_table(configurations[configurations["subtask"] != MEAN])
+            ),
         ),
         (
             "fit_loss",
             "Training loss",
-            "Mean over layers, a running one over a fiftieth of the steps; faint: each layer.",
+            "Mean over layers, smoothed over a fiftieth of the steps; faint: each layer.",
             lambda: None if samples is None else loss_curve(top, samples),
         ),
     ]
     drawn: list[Drawn] = []
-    # rc_context, never rcParams: drawing must not change a caller's own figures.
+    # rc_context, not rcParams: drawing must not change the style of a caller's figures.
     with matplotlib.rc_context(cast(Any, style.RC_PARAMS)):
         for name, title, reading, make in plans:
             made = make() if only in (None, name) else None
             if made is not None:
                 figure, data = made
                 figure.axes[0].set_title(title)
-                shown = every if name in OVER_LENGTHS else top
+                shown = every_length if name in OVER_LENGTHS else top
                 words = figure_words(shown, name in RATIOS) if name in TIMED else ""
                 one = Drawn(
                     name + suffix,
@@ -254,28 +263,28 @@ def draw_all(
     return drawn
 
 
-def smallest_batch(lines: pd.DataFrame) -> pd.DataFrame:
-    """Return the lines of the smallest batch size, and those that have none."""
-    sizes = lines["batch_size"]
-    return lines[sizes.isna() | (sizes == sizes.min()).fillna(False)]
+def smallest_batch(configurations: pd.DataFrame) -> pd.DataFrame:
+    """Return the configurations of the smallest batch size, and those without one."""
+    sizes = configurations["batch_size"]
+    return configurations[sizes.isna() | (sizes == sizes.min()).fillna(False)]
 
 
-def at_one_length(lines: pd.DataFrame) -> pd.DataFrame:
-    """Return the lines of the length at which most batch sizes were timed; none of one size."""
-    sizes = lines.groupby("length")["batch_size"].nunique()
+def at_one_length(configurations: pd.DataFrame) -> pd.DataFrame:
+    """Return the configurations of the length with most batch sizes; none if it has only one."""
+    sizes = configurations.groupby("length")["batch_size"].nunique()
     if not len(sizes) or sizes.max() < 2:
-        return lines[:0]
-    return lines[lines["length"] == sizes.idxmax()]
+        return configurations[:0]
+    return configurations[configurations["length"] == sizes.idxmax()]
 
 
 def save(figure: Figure, data: pd.DataFrame, drawn: Drawn) -> None:
-    """Write a figure as PNG and SVG, with the CSV it was drawn from."""
+    """Write a figure as PNG and SVG, and its data as CSV."""
     drawn.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(drawn.csv, data.to_csv(index=False, lineterminator="\n").encode())
     FigureCanvasAgg(figure)
-    # Lay out once: constrained layout is most of the cost of a file, and there are two.
+    # Lay out once: constrained layout takes most of the time of each of the two files.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    # No date and no version: the same rows give the same bytes.
+    # No date and no version, so that the same rows give the same bytes.
     figure.savefig(drawn.png, metadata={"Software": None})
     figure.savefig(drawn.svg, metadata={"Date": None, "Creator": None})

@@ -1,4 +1,4 @@
-"""Which code ran: its commit, whether it was changed, and what the tests passed with."""
+"""The commit of the code, whether it has uncommitted changes, and the tested library versions."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "conf" / "constraints.txt"
-"""The exact versions that all tests passed with; in a checkout a link to the file at its root."""
+"""The exact versions that passed all tests; in a checkout a link to the file at its root."""
 
 
 def pinned_versions() -> dict[str, str]:
-    """Return the version of each package that all tests passed with; empty where nobody tells."""
+    """Return the tested version of each package; empty if the constraints file is missing."""
     if not CONSTRAINTS.is_file():
         return {}
     lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
@@ -20,7 +20,7 @@ def pinned_versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """Return ``git_commit`` and ``git_dirty`` of a checkout; both None where there is none.
+    """Return ``git_commit`` and ``git_dirty`` of a checkout; both None if it is none.
 
     Args:
         folder: The checkout's root.

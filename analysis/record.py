@@ -1,4 +1,4 @@
-"""What a sweep leaves on disk: cells that are written once and whole, and lists of them."""
+"""The results on disk: cells, each written atomically, and sweeps, which are lists of cells."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _IDENTITY = re.compile(r"[0-9a-f]{16}")
 
 
 def identity(payload: Mapping[str, Any]) -> str:
-    """Return 16 hexadecimal digits that name a payload, the same in every process.
+    """Return a digest of 16 hexadecimal digits that names a payload, the same in every process.
 
     Args:
         payload: Mappings with string keys, sequences, strings, numbers, booleans and None. The
@@ -78,15 +78,15 @@ def _canonical(value: Any, where: str) -> Any:
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """Return rows as a frame: the columns of the row in order, then ``p_*`` sorted by name."""
+    """Return rows as a frame: the columns of `Row` in order, then ``p_*`` sorted by name."""
     flat = [row.flat() for row in rows]
     extra = sorted({name for row in flat for name in row if name.startswith(PARAMETER_PREFIX)})
-    # object: numpy would turn whole numbers to floats where one row lacks a value
+    # object: numpy would turn integers into floats where a row lacks a value
     return typed(pd.DataFrame(flat, columns=[*COLUMNS, *extra], dtype=object))
 
 
 def typed(data: pd.DataFrame) -> pd.DataFrame:
-    """Give the columns of rows the same types whatever is missing: Int64, float64 or object."""
+    """Return rows whose column types, Int64, float64 or object, do not depend on missing values."""
     data = data.copy()
     for name in data.columns:
         kind = Row.__annotations__.get(name, "")
@@ -109,24 +109,24 @@ def typed(data: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Cell:
-    """One folder ``results/cells/<identity>/``; ``rows.json`` exists only once all else does."""
+    """One folder ``results/cells/<identity>/``; ``rows.json`` is written last."""
 
     folder: Path
 
     @property
     def identity(self) -> str:
-        """The identity that names the folder."""
+        """The identity, which is the folder's name."""
         return self.folder.name
 
     def lock(self, timeout_s: float = -1) -> contextlib.AbstractContextManager[None]:
-        """Return a context that holds the cell alone; waits forever by default (-1)."""
+        """Return a context that locks the cell for one process; waits forever by default (-1)."""
         return locked(self.folder / "lock", timeout_s)
 
     def begin(self, row: Row) -> int:
-        """Note that an attempt begins, so that a killed one leaves a row. Call it locked.
+        """Record that an attempt begins, so that a killed one leaves a row. Hold the lock.
 
         Args:
-            row: What is known already: names and parameters. Its status and reason are replaced.
+            row: The names and parameters known so far. Its status and reason are replaced.
 
         Returns:
             The number of this attempt, from 1.
@@ -134,12 +134,12 @@ class Cell:
         attempt = self.attempt + 1
         placeholder = row.replace(
             status=Status.INTERRUPTED,
-            reason="the attempt had not ended when the report was made.",
+            reason="the attempt had not finished when the report was made.",
             **dict.fromkeys((*SPEED_COLUMNS, *RESULT_COLUMNS, *PAIRED_COLUMNS)),
         )
         content = {"attempt": attempt, "row": placeholder.flat()}
         write_atomic(self.folder / "begun.json", json_bytes(content))
-        # A new attempt unmakes the old result: otherwise a kill would leave a stale one.
+        # A new attempt deletes the old result: otherwise a kill would leave a stale one.
         with translate_os_error(self.folder):
             (self.folder / "rows.json").unlink(missing_ok=True)
             (self.folder / "tracked").unlink(missing_ok=True)
@@ -147,35 +147,35 @@ class Cell:
 
     @property
     def tracked(self) -> bool:
-        """Whether the tracker was told how the cell ended; false if a kill came in between."""
+        """Whether the tracker has a copy of the finished cell; false if killed before that."""
         return (self.folder / "tracked").exists()
 
     def mark_tracked(self) -> None:
-        """Note that the tracker was told."""
+        """Record that the tracker has a copy of the cell."""
         write_atomic(self.folder / "tracked", b"")
 
     @property
     def attempt(self) -> int:
-        """How many attempts have begun, 0 for none."""
+        """The number of attempts begun so far."""
         begun = read_json(self.folder / "begun.json")
         return int(begun["attempt"]) if isinstance(begun, dict) and "attempt" in begun else 0
 
     def read(self) -> list[Row]:
         """Return the rows of the last attempt, one ``interrupted`` row, or an empty list."""
-        rows = self._ended()
+        rows = self._intact_rows()
         if rows is not None:
             return rows
         begun = read_json(self.folder / "begun.json")
         try:
             row = Row.from_flat(begun["row"])
             if (self.folder / "rows.json").exists():
-                row.reason = "what the cell wrote was changed since; run the command again."
+                row.reason = "the cell's files were changed after it ended; run the command again."
             return [row]
         except (TypeError, KeyError, RecordError):
             return []
 
-    def _ended(self) -> list[Row] | None:
-        """Return the rows of an attempt that is whole and as it was written, else None."""
+    def _intact_rows(self) -> list[Row] | None:
+        """Return the rows of a finished attempt whose files are unchanged, else None."""
         content = read_json(self.folder / "rows.json")
         try:
             if content["digest"] != _digest(content["rows"], content["files"]):
@@ -189,24 +189,24 @@ class Cell:
 
     @property
     def status(self) -> Status | None:
-        """The worst status of the cell's rows; None where no attempt began."""
+        """The worst status of the cell's rows; None if no attempt has begun."""
         found = {row.status for row in self.read()}
         order = [s for s in reversed(Status) if not s.settled] + [Status.OK, Status.SKIPPED]
         return next((status for status in order if status in found), None)
 
     def finished(self) -> bool:
-        """Return whether the cell need not run again: written whole, and ok or skipped."""
+        """Return whether the cell need not run again: complete, and ok or skipped."""
         status = self.status
         return status is not None and status.settled
 
     def samples(self) -> pd.DataFrame:
-        """Return what `write` was given, one line per sample; empty where there is none."""
-        if self._ended() is None:
+        """Return the samples passed to `write`, one row each; empty if there are none."""
+        if self._intact_rows() is None:
             return pd.DataFrame()
         return pd.read_parquet(self.folder / "samples.parquet")
 
     def config(self) -> dict[str, Any]:
-        """Return the resolved configuration, empty where there is none."""
+        """Return the resolved configuration, empty if there is none."""
         found = read_json(self.folder / "config.json")
         return found if isinstance(found, dict) else {}
 
@@ -217,12 +217,12 @@ class Cell:
         config: Mapping[str, Any],
         log: str,
     ) -> None:
-        """Write how the cell ended, all or nothing. Call it locked.
+        """Write the cell's results atomically. Hold the lock.
 
         Args:
             rows: One per sub-task and one for the mean; at least one.
             samples: One mapping per sample: sample_id, subtask, length, score (0 to 100),
-                prediction, references (a list, kept as JSON), num_generated and whatever else.
+                prediction, references (a list, stored as JSON), num_generated and any others.
             config: The resolved configuration, plain values only.
             log: Text of the cell's log.
 
@@ -248,13 +248,13 @@ class Cell:
 
 
 def _digest(rows: Sequence[Mapping[str, Any]], files: Mapping[str, str]) -> str:
-    """Return what tells whether rows, and the files named beside them, were changed since."""
+    """Return a digest of rows and of the digests of the cell's other files."""
     text = json.dumps([list(rows), dict(files)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _samples_bytes(samples: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return the samples as parquet; lists and mappings become JSON text."""
+    """Return the samples as Parquet; lists and mappings become JSON text."""
     plain = [
         {
             name: json.dumps(value) if isinstance(value, list | tuple | Mapping) else value
@@ -275,7 +275,7 @@ class CellStore:
         self.folder = Path(results_dir) / "cells"
 
     def cell(self, identity: str) -> Cell:
-        """Return the cell of an identity, whether or not it exists yet.
+        """Return the cell of an identity; it need not exist yet.
 
         Raises:
             RecordError: If the identity is not 16 hexadecimal digits.
@@ -285,7 +285,7 @@ class CellStore:
         return Cell(self.folder / identity)
 
     def cells(self) -> list[Cell]:
-        """Return every cell there is, by identity."""
+        """Return all cells, sorted by identity."""
         if not self.folder.is_dir():
             return []
         return [
@@ -294,27 +294,27 @@ class CellStore:
 
 
 class PartStore:
-    """The folder ``results/parts/``: what parts of cells gave, each a file named by its key."""
+    """The folder ``results/parts/``: results of parts of cells, one file per part and key."""
 
     def __init__(self, results_dir: str | Path) -> None:
         self.folder = Path(results_dir) / "parts"
 
     def read(self, part: str, key: str) -> dict[str, Any] | None:
-        """Return what a part gave, or None where nobody has computed it or the file is not whole.
+        """Return a part's result, or None if it was never computed or its file is damaged.
 
         Args:
-            part: Its name.
-            key: Digest of all that it depends on.
+            part: Name of the part.
+            key: Digest of everything that the result depends on.
         """
         found = read_json(self._path(part, key))
         try:
-            whole = found["digest"] == _digest([found["content"]], {part: key})
+            intact = found["digest"] == _digest([found["content"]], {part: key})
         except (TypeError, KeyError):
             return None
-        return dict(found["content"]) if whole else None
+        return dict(found["content"]) if intact else None
 
     def write(self, part: str, key: str, content: Mapping[str, Any]) -> None:
-        """Keep what a part gave, whole or not at all; what is not finite is not kept.
+        """Store a part's result atomically; a result with a number that is not finite is dropped.
 
         Raises:
             RecordError: If the folder cannot be written.
@@ -323,8 +323,8 @@ class PartStore:
             plain = json.loads(json.dumps(content, allow_nan=False))
         except ValueError:
             return
-        told = {"digest": _digest([plain], {part: key}), "content": plain}
-        write_atomic(self._path(part, key), json_bytes(told))
+        stored = {"digest": _digest([plain], {part: key}), "content": plain}
+        write_atomic(self._path(part, key), json_bytes(stored))
 
     def _path(self, part: str, key: str) -> Path:
         return self.folder / f"{part}-{key}.json"
@@ -353,10 +353,10 @@ class Sweep:
         return self.folder / "cells.json"
 
     def identities(self) -> list[str]:
-        """Return the identities of the sweep's cells in the order they were first asked for.
+        """Return the identities of the sweep's cells in the order in which they were added.
 
         Raises:
-            RecordError: If the list is there but cannot be read.
+            RecordError: If the list exists but cannot be read.
         """
         if not self._list.exists():
             return []
@@ -369,7 +369,7 @@ class Sweep:
         return found
 
     def append(self, identity: str) -> None:
-        """Add a cell to the sweep; adding it twice is adding it once. Safe between processes."""
+        """Add a cell to the sweep unless it is in it. Safe between processes."""
         self.store.cell(identity)
         with locked(self.folder / ".cells.lock", timeout_s=60):
             known = self.identities()
@@ -377,12 +377,12 @@ class Sweep:
                 write_atomic(self._list, json_bytes([*known, identity]))
 
     def commands(self) -> list[str]:
-        """Return the command lines that the sweep was run by, in order."""
+        """Return the command lines that ran the sweep, in order."""
         path = self.folder / "commands.txt"
         return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
     def note_command(self, command: str) -> None:
-        """Add a command line; adding it twice is adding it once. Safe between processes."""
+        """Add a command line unless it is recorded. Safe between processes."""
         with locked(self.folder / ".cells.lock", timeout_s=60):
             known = self.commands()
             if command not in known:
@@ -393,11 +393,11 @@ class Sweep:
         return [self.store.cell(one) for one in self.identities()]
 
     def rows(self) -> pd.DataFrame:
-        """Return every row of the sweep; an interrupted cell has one, a cell never begun none."""
+        """Return all rows of the sweep: one of an interrupted cell, none of a cell not begun."""
         return frame([row for cell in self.cells() for row in cell.read()])
 
     def samples(self) -> pd.DataFrame:
-        """Return every sample of the sweep, with its cell as ``run_id`` in the first column."""
+        """Return all samples of the sweep, with the cell as ``run_id`` in the first column."""
         return samples_of(self.cells())
 
 

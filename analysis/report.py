@@ -1,6 +1,6 @@
 """Build a sweep's report: ``python -m topkbench.analysis.report RESULTS... [--out DIR]``.
 
-Needs neither torch nor the model: it reads the rows and samples that the cells left.
+Needs neither torch nor the model: it reads the rows and samples that the cells wrote.
 """
 
 from __future__ import annotations
@@ -39,31 +39,35 @@ _HOW_TO_READ = (
     "bootstrap of 10,000 resamples drawn within each sub-task; those of recall, attention mass and "
     "output error are Student's over seeds, where there are several. Δ full is paired with full "
     "attention on the same samples. Bold: the best score at each budget and those whose paired "
-    "difference to it does not exclude 0; nothing is bold where nothing can be told apart, and "
-    "full attention and the oracles, exact top-k and exact pages, are yardsticks that do not "
-    "compete. Bold is about scores: no time and no speed-up is ever bold. A speed-up is the ratio "
-    "of the medians of full attention and the method, timed in turn, with a bootstrap interval "
-    "over those pairs. k counts all kept tokens per KV head, sinks and recent ones included."
+    "difference to it does not exclude 0; nothing is bold if that holds for all. Full attention "
+    "and the oracles, exact top-k and exact pages, are references and never bold; nor are times "
+    "and speed-ups. A speed-up is the ratio of the median times of full attention and the method, "
+    "timed alternately, with a bootstrap interval over those pairs. k counts all selected tokens "
+    "per KV head, including sinks and recent tokens."
 )
 
 _HOW_TO_RANK = (
-    "Ranked by score at each budget. The worst sub-task is the one that lost most to full "
-    "attention, and how much."
+    "Ranked by score at each budget. The worst sub-task is the one with the largest loss to full "
+    "attention."
 )
 
 _HOW_TO_MATCH = (
-    "Each method's score is read off between its own budgets, over the logarithm of the cost, "
-    "sample by sample; – where no budget of it costs as little or as much. Bold as above, but "
-    "at equal decode time only methods whose times are steady and have intervals compete: what "
-    "lies nearer together than those cannot be told apart."
+    "Each method's score is interpolated between its budgets, over the logarithm of the cost, "
+    "sample by sample; – where the cost lies outside the range of its budgets. Bold as above, but "
+    "at equal decode time only among methods whose times are steady and have intervals; costs "
+    "closer together than these intervals cannot be distinguished."
 )
 
 _HOW_TO_COMPARE = (
-    "Beside each number the paper published stands the nearest of ours: same method and sub-task, "
-    "then model, length, budget as a share of the context, and bits. Where the two differ in "
-    "anything that decides results they are not comparable; published.csv says each difference in "
-    "full."
+    "Each number that the paper published is shown beside the most similar of ours: the same "
+    "method and sub-task, then the nearest model, length, budget relative to the context, and bits."
+    " The two are not comparable if they differ in anything that affects results; published.csv "
+    "lists each difference in full."
 )
+
+
+_ROWS = ("rows.parquet", "rows.csv")
+"""Files of rows, of which the first that exists is read."""
 
 
 def load(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -81,15 +85,13 @@ def load(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         raise RecordError(f"results must be a folder or a file of rows, but {path} does not exist.")
     if (folder / "cells.json").is_file():
         sweep = Sweep.open(folder)
-        # A copied report has no store beside it: then its own tables are what there is.
+        # A report copied without results/cells/ is read from its own tables.
         if sweep.store.folder.is_dir() or not (folder / "rows.parquet").is_file():
             return sweep.rows(), sweep.samples()
     if (folder / "cells").is_dir():
         cells = CellStore(folder).cells()
         return frame([row for cell in cells for row in cell.read()]), samples_of(cells)
-    names = ("rows.parquet", "rows.csv")
-    files = [folder] if folder.is_file() else [folder / name for name in names]
-    for file in files:
+    for file in [folder] if folder.is_file() else [folder / name for name in _ROWS]:
         if file.is_file() and file.suffix in (".parquet", ".csv"):
             return _read_rows(file), _read_samples(file.with_name("samples.parquet"))
     raise RecordError(
@@ -100,7 +102,7 @@ def load(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def _read_rows(file: Path) -> pd.DataFrame:
     try:
-        # Named: an identity of digits only would be read as a number.
+        # Text columns are named, since an identity of only digits would be read as a number.
         words = {name: str for name in COLUMNS if Row.__annotations__[name].startswith("str")}
         data = (
             pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file, dtype=words)
@@ -112,7 +114,7 @@ def _read_rows(file: Path) -> pd.DataFrame:
     missing = [name for name in required if name not in data.columns]
     if missing:
         raise RecordError(f"{file} must have {', '.join(required)}, but lacks {missing[0]}.")
-    # What was not recorded when the file was written, or where, is empty.
+    # Columns that are newer than the file are added, empty.
     extra = [name for name in data.columns if name not in COLUMNS]
     return typed(data.reindex(columns=[*COLUMNS, *extra]))
 
@@ -136,11 +138,11 @@ def build(
 
     Args:
         sources: One or more of what `load` reads.
-        out: Where to write; by default into the sweep's folder, or ``merged`` beside the
-            first of several.
-        models: Whole models that the bound on a decode step is told for.
-        published: Lay the paper's published numbers beside ours; all of them, with what makes each
-            comparable or not, go to ``published.csv``.
+        out: Folder to write to; by default the sweep's own, or ``merged`` beside the first of
+            several. If rows were read from a file in that folder, none are written.
+        models: Whole models for which the bound on a decode step is shown.
+        published: Show the paper's published numbers beside ours; all of them, with the reasons why
+            they are not comparable, go to ``published.csv``.
 
     Returns:
         The absolute path of ``report.html``.
@@ -166,14 +168,15 @@ def build(
     ordered = [name for name in rows.columns if not name.startswith(PARAMETER_PREFIX)]
     parameters = sorted(set(rows.columns) - set(ordered))
     rows = typed(_merge([compared.rows, of_kernels]))[[*ordered, *parameters]]
-    write_atomic(folder / "rows.parquet", rows.to_parquet(None, index=False))
-    write_atomic(folder / "rows.csv", rows.to_csv(index=False, lineterminator="\n").encode())
-    write_atomic(folder / "samples.parquet", _plain(samples).to_parquet(None, index=False))
+    if not any(_is_read_from(path, folder) for path in paths):
+        write_atomic(folder / "rows.parquet", rows.to_parquet(None, index=False))
+        write_atomic(folder / "rows.csv", rows.to_csv(index=False, lineterminator="\n").encode())
+        write_atomic(folder / "samples.parquet", _plain(samples).to_parquet(None, index=False))
     content = _content(compared, rows, samples, folder, models)
     commands = [one for path in paths if path.is_dir() for one in Sweep.open(path).commands()]
     content["ran"] += [f"Command: {one}" for one in dict.fromkeys(commands)]
     if published:
-        numbers = beside(compared.lines)
+        numbers = beside(compared.configurations)
         content |= {"published": published_table(numbers), "left_out": left_out(numbers)}
         text = numbers.to_csv(index=False, lineterminator="\n")
         write_atomic(folder / "published.csv", text.encode())
@@ -183,8 +186,16 @@ def build(
     return path
 
 
+def _is_read_from(path: Path, folder: Path) -> bool:
+    """Return whether a source is read from a file that a report in a folder would overwrite."""
+    file = path.absolute()
+    if file.is_dir() and not (file / "cells.json").is_file() and not (file / "cells").is_dir():
+        file = next(file / name for name in _ROWS if (file / name).is_file())
+    return file.parent == folder and file.name in _ROWS
+
+
 def _plain(samples: pd.DataFrame) -> pd.DataFrame:
-    """Make columns of several types text: tasks may give one name to different things."""
+    """Turn columns of mixed types into text: two tasks may use one name for different types."""
     data = samples.copy()
     for name in data.columns:
         if data[name].dtype == object:
@@ -201,27 +212,27 @@ def _content(
     folder: Path,
     models: Mapping[str, ModelSize],
 ) -> dict[str, Any]:
-    """Return what a report says, in the order it says it."""
+    """Return the contents of a report, in order."""
     panels: list[dict[str, Any]] = []
-    settings = list(compared.panels())
-    for place, (key, lines) in enumerate(settings):
+    settings = list(compared.by_setting())
+    for place, (key, configurations) in enumerate(settings):
         words = tables.setting(key)
-        top = lines[lines.index.isin(compared.headline.index)]
+        top = configurations[configurations.index.isin(compared.overall.index)]
         suffix = f"-{place + 1}" if len(settings) > 1 else ""
         context = _context(words, top)
-        drawn = draw_all(lines, folder / "figures", context, suffix, models, samples)
+        drawn = draw_all(configurations, folder / "figures", context, suffix, models, samples)
         panels.append(
             {
                 "title": words,
                 "slug": f"setting-{place + 1}",
                 "table": tables.main_table(top),
-                "league": tables.league_table(lines),
+                "league": tables.league_table(configurations),
                 "matched": [
                     (f"Score at equal {words}", found)
                     for cost, words in MATCHED.items()
                     if (found := matched_table(top, cost, compared.answers)) is not None
                 ],
-                "subtasks": tables.subtask_table(lines),
+                "subtasks": tables.subtask_table(configurations),
                 "differences": difference_table(top),
                 "break_even": break_even_table(smallest_batch(top), models),
                 "figures": drawn,
@@ -255,7 +266,7 @@ def _content(
 
 
 def _kernels(rows: pd.DataFrame, folder: Path) -> dict[str, Any] | None:
-    """Return what a check of the kernels on a GPU found, or None without one."""
+    """Return the results of the kernels' check on a GPU, or None if there are none."""
     found = rows[kernels.of_kernels(rows)]
     if not len(found):
         return None
@@ -266,6 +277,7 @@ def _kernels(rows: pd.DataFrame, folder: Path) -> dict[str, Any] | None:
         ("Are they right?", kernels.check_table(found)),
         ("Operators", kernels.time_table(found, kernels.TIMES)),
         ("Dense attention", kernels.time_table(found, kernels.DENSE)),
+        ("Decode steps", kernels.speedup_table(rows)),
     )
     return {
         "tables": [(title, table) for title, table in tabled if table is not None],
@@ -274,13 +286,15 @@ def _kernels(rows: pd.DataFrame, folder: Path) -> dict[str, Any] | None:
     }
 
 
-def _context(words: str, lines: pd.DataFrame) -> str:
+def _context(words: str, configurations: pd.DataFrame) -> str:
     parts = [words]
-    counts = sorted({int(one) for one in lines["n"].dropna()})
-    if counts and lines["score"].notna().any():
+    counts = sorted({int(one) for one in configurations["n"].dropna()})
+    if counts and configurations["score"].notna().any():
         shown = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         parts.append(f"n = {shown} samples")
-    commits = sorted({part for one in lines["git_commit"] for part in one.split(", ") if part})
+    commits = sorted(
+        {part for one in configurations["git_commit"] for part in one.split(", ") if part}
+    )
     return "; ".join([*parts, f"commit {', '.join(commits) or 'unknown'}"]) + "."
 
 
@@ -337,7 +351,7 @@ def _html(content: dict[str, Any]) -> str:
 
 
 def _picture(drawn: Drawn) -> str:
-    """Return a figure as a data address: the file needs nothing beside it."""
+    """Return a figure as a data URI, so that the report is a single file."""
     data = base64.b64encode(drawn.svg.read_bytes()).decode()
     return html.escape(f"data:image/svg+xml;base64,{data}")
 
@@ -355,12 +369,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         metavar="NAME=PARAMETERS/LAYERS",
         default=[f"{name}={one.parameters:g}/{one.layers}" for name, one in MODELS.items()],
-        help="whole models that the bound on a decode step is told for (default: %(default)s)",
+        help="whole models for which the bound on a decode step is shown (default: %(default)s)",
     )
     parser.add_argument(
         "--published",
         action="store_true",
-        help="lay the paper's published numbers beside ours, and say what can be compared",
+        help="show the paper's published numbers beside ours, and say which are comparable",
     )
     options = parser.parse_args(arguments)
     try:

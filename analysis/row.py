@@ -1,4 +1,4 @@
-"""The row: everything that is said about one cell and one sub-task, with units."""
+"""The row: everything that is recorded of one cell and one sub-task, with units."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARAMETER_PREFIX = "p_"
 
 
 class RecordError(Exception):
-    """What must hold for a record, what was found, and the way out, in one sentence."""
+    """A record that breaks a rule; the message says the rule, the finding and the remedy."""
 
 
 class Status(enum.StrEnum):
@@ -31,7 +31,7 @@ class Status(enum.StrEnum):
 
     @property
     def settled(self) -> bool:
-        """Whether running the cell again would only repeat what is known."""
+        """Whether the cell need not run again, since it would end the same way."""
         return self in (Status.OK, Status.SKIPPED)
 
 
@@ -61,7 +61,7 @@ SPEED_COLUMNS = (
 """Columns that stay empty unless the status is ok: a wrong result has no speed."""
 
 RESULT_COLUMNS = ("score", "recall_at_k", "attention_mass", "output_rel_error")
-"""Columns that stay empty, too, unless the status is ok: what did not act has no result."""
+"""Columns that also stay empty unless the status is ok: no other cell has a valid result."""
 
 PAIRED_COLUMNS = (
     "score_ci_low",
@@ -77,7 +77,7 @@ PAIRED_COLUMNS = (
 class Row:
     """One cell and one sub-task; a task with sub-tasks also has a row for their mean.
 
-    Every column but the first nine may be None: not asked for, not measured, or not meaningful.
+    A value of None means not requested, not measured or not meaningful.
     """
 
     run_id: str
@@ -87,25 +87,25 @@ class Row:
     reason: str = ""
     """One sentence for every status but ok; empty for ok."""
     model: str
-    """Name of the model's configuration; a layer's shape where the model plays no part."""
+    """Name of the model's configuration; a layer's shape for tasks without a model."""
     task: str
     """Name of the task's configuration."""
     subtask: str
     """Name of the sub-task, or ``mean`` for the mean over a cell's sub-tasks."""
     length: int | None = None
-    """Prompt length asked for, in tokens of the model."""
+    """Requested prompt length, in tokens of the model."""
     method: str
     """Name of the method's configuration."""
     impl: str | None = None
     """Kernel implementation that ran: reference, cpu, triton, or one per operator."""
     full_backend: str | None = None
-    """Kernel of full attention that ran, or that a method was timed against: sdpa, triton, ..."""
+    """Kernel of full attention that ran, or that the method was timed against: sdpa, triton, ..."""
     protocol: str | None = None
-    """Name of the policy every method shares; None where the method selects nothing."""
+    """Name of the selection policy; None for a method that selects nothing."""
     question: str | None = None
     """``dense``: the question is prefilled; ``sparse``: it is decoded with the method."""
     k: int | None = None
-    """Kept tokens per KV head and decode step, sinks and recent ones included."""
+    """Selected tokens per KV head and decode step, including sinks and recent tokens."""
     kv_len: int | None = None
     """Cached tokens at the measured decode step."""
     batch_size: int | None = None
@@ -113,9 +113,9 @@ class Row:
     rbit: int | None = None
     """Hash bits per key and KV head."""
     seed: int | None = None
-    """Seed of the data and of whatever the method draws."""
+    """Seed of the data and of the method's random draws."""
     num_samples: int | None = None
-    """Samples behind the score; for the mean, over all sub-tasks."""
+    """Number of scored samples; for the mean, of all sub-tasks."""
     parameters: dict[str, Scalar] = field(default_factory=dict)
     """Other parameters of the method, flattened to columns ``p_<name>``."""
 
@@ -132,20 +132,21 @@ class Row:
     delta_ci_high: float | None = None
     """Upper end of the paired difference's 95% interval, points."""
     full_note: str | None = None
-    """Why a difference to full attention is missing or says little: it failed, or scored 0."""
+    """Why the difference is missing or not informative: full attention failed, or scored 0."""
     recall_at_k: float | None = None
-    """Share of the exact top-k that was chosen, 0 to 1; mean over layers, KV heads and steps."""
+    """Fraction of the exact top-k that was selected, 0 to 1; mean over layers, KV heads, steps."""
     attention_mass: float | None = None
-    """Softmax mass of full attention on the chosen tokens, 0 to 1."""
+    """Softmax mass of full attention on the selected tokens, 0 to 1."""
     output_rel_error: float | None = None
-    """Norm of the output's error over the norm of full attention's output, a ratio."""
+    """Norm of the output's error divided by the norm of full attention's output."""
     density: float | None = None
-    """Fraction of the cached tokens that the layers left to the method read, 0 to 1, measured."""
+    """Fraction of the cached tokens read by the layers that use the method, 0 to 1, measured."""
     density_all: float | None = None
-    """Fraction of the cached tokens that all layers read, dense and sliding ones too, 0 to 1."""
+    """Fraction of the cached tokens read by all layers, dense and sliding-window included, 0 to 1.
+    """
     sparse_step_share: float | None = None
-    """Share of the decode steps of single layers that went through the method, 0 to 1; the others
-    had no more than k tokens, or are of layers that the policy or the model's design keeps dense.
+    """Fraction of (layer, decode step) pairs that used the method, 0 to 1; the others had at most
+    k tokens, or belong to layers that the policy or the model's design keeps dense.
     """
 
     prefill_ms: float | None = None
@@ -159,7 +160,7 @@ class Row:
     decode_ms_p80: float | None = None
     """One decode step, 80th percentile, milliseconds."""
     decode_ms_warm_p50: float | None = None
-    """One decode step repeated alone on the same data, median, milliseconds."""
+    """One decode step repeated on the same data with warm caches, median, milliseconds."""
     encode_ms: float | None = None
     """Encoding the query within one decode step, milliseconds."""
     append_ms: float | None = None
@@ -167,57 +168,59 @@ class Row:
     score_ms: float | None = None
     """Scoring the cached units within one decode step, milliseconds."""
     select_ms: float | None = None
-    """Choosing the units within one decode step, milliseconds."""
+    """Selecting the units within one decode step, milliseconds."""
     attend_ms: float | None = None
-    """Attention over the chosen tokens within one decode step, milliseconds."""
+    """Attention over the selected tokens within one decode step, milliseconds."""
     tokens_per_s: float | None = None
     """Decoded tokens a second over the whole batch."""
     full_ms_p50: float | None = None
-    """Full attention's decode step timed in turn with this one, median, milliseconds."""
+    """Full attention's decode step timed alternately with this one, median, milliseconds."""
     full_ms_p20: float | None = None
-    """Full attention's decode step timed in turn with this one, 20th percentile, milliseconds."""
+    """Full attention's decode step timed alternately with this one, 20th percentile, milliseconds.
+    """
     full_ms_p80: float | None = None
-    """Full attention's decode step timed in turn with this one, 80th percentile, milliseconds."""
+    """Full attention's decode step timed alternately with this one, 80th percentile, milliseconds.
+    """
     speedup_vs_full: float | None = None
-    """``full_ms_p50`` over ``decode_ms_p50``, timed in turn, a ratio."""
+    """``full_ms_p50`` divided by ``decode_ms_p50``, timed alternately."""
     speedup_ci_low: float | None = None
-    """Lower end of the speed-up's 95% interval over pairs timed in turn, a ratio."""
+    """Lower end of the speed-up's 95% interval over pairs timed alternately, a ratio."""
     speedup_ci_high: float | None = None
-    """Upper end of the speed-up's 95% interval over pairs timed in turn, a ratio."""
+    """Upper end of the speed-up's 95% interval over pairs timed alternately, a ratio."""
     other_load: float | None = None
-    """Share of the processors' time that others took meanwhile, 0 to 1; None where unknown."""
+    """Share of processor time that other processes took during timing, 0 to 1; None if unknown."""
     timing_note: str | None = None
-    """Why the times cannot be relied on; None where nothing speaks against them."""
+    """Why the times are unreliable; None if they are reliable."""
     bytes_read_per_step: float | None = None
-    """Bytes of cache and side information read by one decode step, all layers, one prompt."""
+    """Bytes of KV cache and side information that one decode step reads, all layers, one prompt."""
     index_bytes_per_token: float | None = None
     """Bytes of side information per cached token, all layers and KV heads."""
     kv_cache_mib: float | None = None
-    """Keys and values held while a prompt is decoded, all layers, MiB; less than full attention's
-    where a method frees what it drops."""
+    """Keys and values in memory while a prompt is decoded, all layers, MiB; less than full
+    attention's if the method frees the tokens that it drops."""
     peak_memory_mib: float | None = None
-    """Peak memory of the cell, MiB (2**20 bytes); empty where a part of it was found."""
+    """Peak memory of the cell, MiB (2**20 bytes); empty if a part of the cell was reused."""
     bandwidth_fraction: float | None = None
-    """Achieved over measured memory bandwidth; above 1 only where the states fit into a cache."""
+    """Achieved divided by measured memory bandwidth; above 1 only if the states fit in a cache."""
     bandwidth_gb_s: float | None = None
-    """Measured memory bandwidth that the fraction is of, 1e9 bytes a second."""
+    """Measured memory bandwidth, 1e9 bytes a second: the denominator of ``bandwidth_fraction``."""
 
     fit_s: float | None = None
-    """Wall time of the fit that made the artifact, calibration included, seconds; empty where the
-    artifact was found."""
+    """Wall time of the fit that made the artifact, calibration included, seconds; empty if the
+    artifact existed before."""
     loss_first: float | None = None
     """Training loss at the first step; for the mean, over layers."""
     loss_last: float | None = None
     """Training loss at the last step; for the mean, over layers."""
     calibration: str | None = None
-    """What the artifact was fitted on."""
+    """Description of the calibration data that the artifact was fitted on."""
     artifact_path: str | None = None
-    """Where the artifact is."""
+    """Path of the artifact."""
 
     device: str | None = None
     """The machine: name of the processor or accelerator."""
     clock_mhz: float | None = None
-    """Clock of the processor or accelerator just after timing, MHz; None where it is not told."""
+    """Clock of the processor or accelerator just after timing, MHz; None if unknown."""
     driver: str | None = None
     """Version of the accelerator's driver; None without one."""
     torch: str | None = None
@@ -227,7 +230,7 @@ class Row:
     numba: str | None = None
     """Version of numba."""
     triton: str | None = None
-    """Version of triton; None where it is not installed."""
+    """Version of triton; None if it is not installed."""
     transformers: str | None = None
     """Version of transformers."""
     tokenizers: str | None = None
@@ -245,16 +248,16 @@ class Row:
     model_digest: str | None = None
     """Digest of weights, configuration, tokenizer, chat template and generation settings."""
     reused: str | None = None
-    """Parts of the cell that were computed before and found: answers, selections, speed."""
+    """Parts of the cell that were reused from earlier cells: answers, selections, speed."""
     artifact_code: str | None = None
-    """``same`` if the artifact was fitted by the code of now, ``other`` or ``unknown`` if not; None
+    """``same`` if the artifact was fitted by the present code, else ``other`` or ``unknown``; None
     for a method that learns nothing."""
     artifact_digest: str | None = None
-    """Digest of what the method learned, None for a method that learns nothing."""
+    """Digest of the method's artifact; None for a method that learns nothing."""
     config_digest: str | None = None
-    """Digest of the configuration without its seeds: cells that agree in it differ by seed."""
+    """Digest of the configuration without its seeds: cells that share it differ only by seed."""
     full_run_id: str | None = None
-    """Identity of the full attention that the differences are to; None where there is none."""
+    """Identity of the full-attention cell that the differences refer to; None if there is none."""
 
     def __post_init__(self) -> None:
         """Check types, the status's rules and the parameters' names.
@@ -299,7 +302,7 @@ class Row:
                 )
 
     def flat(self) -> dict[str, Scalar]:
-        """Return the row as one flat mapping, parameters as ``p_<name>`` at the end."""
+        """Return the row as a flat mapping, with parameters as ``p_<name>`` at the end."""
         values: dict[str, Scalar] = {name: getattr(self, name) for name in COLUMNS}
         values["status"] = self.status.value
         for name in sorted(self.parameters):
@@ -337,18 +340,18 @@ class Row:
 COLUMNS: tuple[str, ...] = tuple(
     item.name for item in dataclasses.fields(Row) if item.name != "parameters"
 )
-"""Every column of a row in its order, but the method's own parameters."""
+"""All columns of a row in order, without the method's parameters."""
 
 
 def _field_types() -> dict[str, tuple[tuple[type, ...], str]]:
-    """Return, for each column, the accepted classes and how they are called in a message."""
+    """Return, for each column, the accepted classes and their names for error messages."""
     accepted: dict[str, tuple[tuple[type, ...], str]] = {}
     for name, hint in typing.get_type_hints(Row).items():
         if name == "parameters":
             continue
         options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         words = " or ".join("None" if one is type(None) else one.__name__ for one in options)
-        # An int is a legal float everywhere in Python; a bool is checked apart.
+        # An int is accepted as a float, as everywhere in Python; a bool is checked separately.
         accepted[name] = ((*options, int) if float in options else tuple(options), words)
     return accepted
 

@@ -1,10 +1,10 @@
 """Intervals for scores and for paired differences to full attention.
 
-Scores are 0 to 100. The mean over sub-tasks weighs each sub-task the same, and is resampled within
-each. Source: Miller 2024 (arXiv:2411.00640) for pairing and resampling over questions; Newcombe
-1998 for Wilson's interval and for adding intervals of independent parts. We differ where a
-bootstrap cannot see any spread (all samples alike): there a width of zero would claim certainty
-from a few samples, so the width is Wilson's for an outcome that was never seen in n samples.
+Scores are 0 to 100. The mean over sub-tasks gives each sub-task the same weight, and is resampled
+within each. Source: Miller 2024 (arXiv:2411.00640) for pairing and resampling over questions;
+Newcombe 1998 for Wilson's interval and for combining the intervals of independent parts. We differ
+if all samples are equal, so that a bootstrap has no spread: a width of zero would claim certainty
+from a few samples, so the width is Wilson's for an outcome that never occurred in n samples.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Z_95 = 1.959963984540054
 # 97.5% points of Student's t for 1 to 10 degrees of freedom.
 _STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 MEAN = "mean"
-"""Name of the sub-task that stands for the mean over sub-tasks."""
+"""Name, in the column ``subtask``, of the mean over sub-tasks."""
 
 
 class Interval(NamedTuple):
@@ -73,7 +73,7 @@ def _resampled_means(values: Array, stratum: int, resamples: int, seed: int) -> 
     if len(values) <= 256:
         means: Array = _counts(len(values), stratum, resamples, seed) @ values / len(values)
         return means
-    # Many samples: the table of draws would not fit, so draw in parts and keep nothing.
+    # Many samples: the table of draws would be too large, so draw in parts and cache nothing.
     generator = np.random.default_rng([seed, stratum, len(values)])
     parts = [
         values[generator.integers(len(values), size=(250, len(values)))].mean(axis=1)
@@ -90,9 +90,10 @@ def _split(values: Array, strata: ArrayLike | None) -> list[Array]:
 
 
 def _unseen_half_width(parts: Sequence[Array], weight: float) -> float:
-    """Return the half width of parts that show no spread, on a scale of 0 to 1.
+    """Return the half width, on a scale of 0 to 1, of a mean of parts that have no spread.
 
-    It is that of an outcome never seen in so many samples; ``weight`` is each part's in the mean.
+    Each part's is that of an outcome that never occurred in its samples; ``weight`` is the weight
+    of each part in the mean.
     """
     return math.sqrt(sum((weight * wilson(0, len(part))[1]) ** 2 for part in parts))
 
@@ -110,9 +111,9 @@ def bootstrap(
 
     Args:
         values: ``[n]`` one value per sample.
-        strata: ``[n]`` labels; every stratum weighs the same in the mean. None: one stratum.
-        bounds: Lowest and highest value that is possible, to which the interval is cut.
-        scale: What a whole is: the width of the interval where all values are alike rests on it.
+        strata: ``[n]`` labels; every stratum has the same weight in the mean. None: one stratum.
+        bounds: Lowest and highest possible value, to which the interval is clipped.
+        scale: Range of a value; scales the width of the interval if all values are equal.
         resamples: Number of resamples.
         seed: Seed of the resampling.
 
@@ -132,16 +133,16 @@ def bootstrap(
         means = np.mean(
             [_resampled_means(part, i, resamples, seed) for i, part in enumerate(parts)], axis=0
         )
-        # Rounding must not turn an end that is zero into one that excludes zero.
+        # Rounding errors must not make an interval that ends at zero exclude zero.
         low, high = (round(float(end), 9) for end in np.percentile(means, [2.5, 97.5]))
     low, high = min(low, estimate), max(high, estimate)
     return Interval(estimate, max(low, bounds[0]), min(high, bounds[1]), data.size)
 
 
 def seed_interval(values: ArrayLike) -> Interval:
-    """Return the mean over seeds with Student's interval: few values, each of a draw of its own.
+    """Return the mean over seeds with Student's t interval.
 
-    Two seeds give a wide interval, as they must; one gives none.
+    The interval of two seeds is wide; one seed has none.
 
     Args:
         values: ``[n]`` one value per seed.
@@ -158,7 +159,7 @@ def seed_interval(values: ArrayLike) -> Interval:
     estimate, freedom = float(data.mean()), data.size - 1
     if not freedom:
         return Interval(estimate, math.nan, math.nan, 1)
-    # Past the table, the first terms of the expansion about the normal one (within 0.003).
+    # Beyond the table: first terms of the expansion about the normal quantile (within 0.003).
     point = (
         _STUDENT[freedom - 1]
         if freedom <= len(_STUDENT)
@@ -171,29 +172,30 @@ def seed_interval(values: ArrayLike) -> Interval:
 def quotient(first: Iterable[float], second: Iterable[float]) -> tuple[float, float, float]:
     """Return the ratio of two positive, independent estimates with its 95% interval.
 
-    Each side of the interval adds the distances of the two intervals' ends, on a logarithmic scale,
+    On each side, the distances to the ends of the two intervals are combined on a logarithmic scale
     by Newcombe's rule. Source: Donner and Zou 2012 (Stat. Methods Med. Res. 21, 347), section 3.
 
     Args:
-        first: An estimate, the lower and the upper end of its interval.
-        second: The same of what it is divided by.
+        first: The numerator, and the lower and upper end of its interval.
+        second: The same of the denominator.
 
     Returns:
-        The ratio and its ends, which are NaN where an end is.
+        The ratio and the ends of its interval, NaN where an end of the inputs is.
     """
-    (top, top_low, top_high), (under, under_low, under_high) = first, second
-    ratio = top / under
-    down = math.hypot(math.log(top / top_low), math.log(under_high / under))
-    up = math.hypot(math.log(top_high / top), math.log(under / under_low))
+    (top, top_low, top_high), (bottom, bottom_low, bottom_high) = first, second
+    ratio = top / bottom
+    down = math.hypot(math.log(top / top_low), math.log(bottom_high / bottom))
+    up = math.hypot(math.log(top_high / top), math.log(bottom / bottom_low))
     return ratio, ratio * math.exp(-down), ratio * math.exp(up)
 
 
 def score_interval(
     scores: ArrayLike, strata: ArrayLike | None = None, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
-    """Return the mean score with its interval: Wilson's for right or wrong, else a bootstrap.
+    """Return the mean score with its interval: Wilson's for scores of 0 or 100, else a bootstrap.
 
-    Sub-tasks without spread add their width to the mean's by Newcombe's rule, each on its side.
+    Sub-tasks without spread widen the interval by Newcombe's rule: its lower end if they score
+    above 0, its upper end if they score below 100.
 
     Args:
         scores: ``[n]`` 0 to 100.
@@ -211,7 +213,7 @@ def score_interval(
     flat = [part for part in parts if np.ptp(part) == 0]
     if len(flat) == len(parts):
         return seen
-    # A sub-task whose samples are all right may still fail on others, and one all wrong succeed.
+    # A sub-task that is all correct may fail on other samples, and one all wrong may succeed.
     below = [part for part in flat if part[0] > 0]
     above = [part for part in flat if part[0] < SCALE]
     down, up = (SCALE * _unseen_half_width(side, 1.0 / len(parts)) for side in (below, above))
@@ -249,21 +251,20 @@ def paired_interval(
 
 
 def pair(samples: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
-    """Join two sets of samples on what names one: seed where present, sub-task and sample_id.
+    """Join two sets of samples on seed (where present), sub-task and sample_id.
 
     Returns:
-        What names a sample, its sub-task included, score and other; one line per sample that both
-        have.
+        These columns, ``score`` and ``other`` (the second set's score), one row per common sample.
 
     Raises:
-        ValueError: If one name stands for two samples, or the references of a sample differ.
+        ValueError: If a set has a sample twice, or the references of a sample differ.
     """
     keys = [name for name in ("seed", "subtask", "sample_id") if name in samples and name in others]
     keep = [*keys, "score", *(["references"] if "references" in samples else [])]
     others = others[[name for name in keep if name in others]]
     for part in (samples, others):
         if part.duplicated(keys).any():
-            raise ValueError("a sample_id must stand for one sample of its sub-task, got two.")
+            raise ValueError("a sample_id must name one sample of its sub-task, got two.")
     joined = samples[keep].merge(others, on=keys, suffixes=("", "_other"), how="inner")
     joined = joined.dropna(subset=["score", "score_other"]).sort_values(keys, kind="stable")
     if "references_other" in joined:
@@ -287,7 +288,7 @@ def paired_columns(
 
     Args:
         samples: The cell's samples: sample_id, subtask, score (0 to 100), references.
-        full_samples: Full attention's on the same prompts; None or empty where there are none.
+        full_samples: Full attention's samples on the same prompts; None or empty if there are none.
         resamples: Number of resamples.
         seed: Seed of the resampling.
 
@@ -327,10 +328,10 @@ def paired_columns(
 
 
 def full_note(rows: Sequence[Row], subtask: str) -> str | None:
-    """Say why a sub-task's difference to full attention is missing or tells nothing, or None.
+    """Return why a sub-task's difference to full attention is missing or not informative, or None.
 
     Args:
-        rows: Full attention's rows; a cell that did not end well has one for the mean alone.
+        rows: Full attention's rows; a cell that is not ok has only one, for the mean.
         subtask: The sub-task, or ``mean``.
     """
     found = {row.subtask: row for row in rows}
@@ -348,7 +349,7 @@ def full_note(rows: Sequence[Row], subtask: str) -> str | None:
 
 
 def _with_text(samples: pd.DataFrame | Sequence[Mapping[str, Any]] | None) -> pd.DataFrame:
-    """Return samples as a frame in which references compare, whether lists or JSON text."""
+    """Return samples as a frame with references as JSON text, so that they can be compared."""
     if samples is None:
         return pd.DataFrame()
     data = samples.copy() if isinstance(samples, pd.DataFrame) else pd.DataFrame(list(samples))

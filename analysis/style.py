@@ -1,8 +1,8 @@
-"""The one style table: a method looks the same in every figure of every report.
+"""The style table: a method looks the same in every figure of every report.
 
-Colours are Okabe and Ito's (Color Universal Design, 2008), with an indigo and a brown as far from
-them for all common kinds of colour vision; no two methods share colour and marker, and those that
-share a colour differ in line, too.
+Colours are Okabe and Ito's (Color Universal Design, 2008), plus an indigo and a brown that are as
+distinct from them with all common kinds of colour vision. No two methods share colour and marker;
+those that share a colour also differ in line style.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ STYLES: dict[str, Style] = {
     "pqcache": Style("PQCache", GREEN, "h", DOTTED),
     "random": Style("Random", GREY, "X", DOTTED),
 }
-"""Methods by the name of their configuration; the order is the order of every legend."""
+"""Styles by method name, in the order of every legend."""
 
 PROJECTIONS: dict[str, tuple[str, str]] = {
     "random": ("Gaussian", GREY),
     "orthonormal": ("Orthonormal", BLUE),
     "trained": ("Learned as published", RED),
 }
-"""Label and colour of a hash projection by how its weights came about; others are green."""
+"""Label and colour of a hash projection by the source of its weights; others are green."""
 
 ADDITIONS: dict[tuple[bool, bool], tuple[str, str, Line]] = {
     (False, False): ("", "o", SOLID),
@@ -68,7 +68,7 @@ ADDITIONS: dict[tuple[bool, bool], tuple[str, str, Line]] = {
     (False, True): (", key norms", "^", DOTTED),
     (True, True): (", centred keys, key norms", "D", DASH_DOT),
 }
-"""Words, marker and line of what is added to a projection: centred keys, and key norms."""
+"""Label, marker and line style by (centred keys, key norms), the additions to a projection."""
 
 STAGE_COLOURS: dict[str, str] = {
     "encode_ms": "#88CCEE",
@@ -77,7 +77,7 @@ STAGE_COLOURS: dict[str, str] = {
     "select_ms": "#117733",
     "attend_ms": "#332288",
 }
-"""Colours of the stages of a decode step (Tol's muted scheme), apart from the methods'."""
+"""Colours of the stages of a decode step (Tol's muted scheme), distinct from the methods'."""
 
 _COLOURS = (RED, BLUE, GREEN, ORANGE, PINK, SKY)
 _MARKERS = ("o", "^", "v", "s", "P", "X", "<", ">", "h", "p", "d", "*")
@@ -109,14 +109,14 @@ RC_PARAMS: dict[str, Any] = {
     "lines.linewidth": 1.7,
     "lines.markersize": 5.5,
     "svg.fonttype": "path",
-    # Fixed: a figure drawn again from the same rows is the same file.
+    # Fixed, so that a figure drawn twice from the same rows gives the same file.
     "svg.hashsalt": "topkbench",
 }
-"""Settings of every figure."""
+"""Matplotlib settings of every figure."""
 
 
 def style(method: str) -> Style:
-    """Return a method's style; an unknown name always gets the same one, from its digest."""
+    """Return a method's style; that of an unknown name is derived from the digest of the name."""
     if method in STYLES:
         return STYLES[method]
     digest = hashlib.sha256(method.encode()).digest()
@@ -129,17 +129,17 @@ def style(method: str) -> Style:
 
 
 def turn(place: int) -> Line:
-    """Return the line of the ``place``-th curve of one method, from 0."""
+    """Return the line style of the ``place``-th curve of one method, counted from 0."""
     return (SOLID, DASHED, DASH_DOT, DOTTED)[place % 4]
 
 
 def ablation_variant(projection: str, centred: bool, normed: bool) -> Style:
-    """Return the style of one rung of the ladder of hashes: colour says what hashes the keys.
+    """Return the style of an ablation variant of a hash: the colour shows the projection.
 
     Args:
-        projection: How the weights came about: a key of ``PROJECTIONS``, or a recipe's name.
-        centred: Keys are centred before they are hashed.
-        normed: Agreeing bits are weighed by the key's length.
+        projection: Source of the weights: a key of ``PROJECTIONS``, or a recipe's name.
+        centred: Whether keys are centred before they are hashed.
+        normed: Whether matching bits are weighted by the key's norm.
     """
     words, colour = PROJECTIONS.get(projection, (f"Learned, {projection}", GREEN))
     addition, marker, line = ADDITIONS[centred, normed]
@@ -147,13 +147,13 @@ def ablation_variant(projection: str, centred: bool, normed: bool) -> Style:
 
 
 def order(method: str) -> tuple[int, str]:
-    """Return a key that sorts methods as the table does, unknown ones last by name."""
+    """Return a sort key in the order of ``STYLES``, unknown methods last by name."""
     known = list(STYLES)
     return (known.index(method) if method in STYLES else len(known), method)
 
 
 def shade(colour: str, position: float) -> str:
-    """Return a colour made lighter; 0 keeps it, 1 is the lightest that still reads on white."""
+    """Return a lighter colour: 0 keeps it, 1 is the lightest that is still readable on white."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     share = 0.5 * min(max(position, 0.0), 1.0)
     mixed = (round(part + (255 - part) * share) for part in (red, green, blue))

@@ -1,4 +1,4 @@
-"""When a sweep ends: the report, the tracker's sweep run, the table, the exit status."""
+"""The end of a sweep: build the report, copy it to the tracker, print a table, set exit status."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from topkbench.analysis.row import Status
 from topkbench.analysis.tracking import NoTracker, Tracker
 
 FAILED_STATUS = 3
-"""Exit status of a sweep in which a cell failed, was wrong, ran out of memory or was cut short."""
+"""Exit status of a sweep in which a cell failed, was wrong, out of memory or interrupted."""
 
 
 class ReportCallback(Callback):
     """Builds the report of the folder that Hydra ran in, ``results/<experiment>/<name>/``.
 
-    Hydra turns an exception of a callback into a warning; SystemExit passes, so that is how a
-    failed cell reaches the shell.
+    Hydra turns exceptions of a callback into warnings, but not SystemExit, which is therefore
+    raised to report a failed cell to the shell.
 
     Args:
-        models: ``NAME=PARAMETERS/LAYERS`` of the whole models that the bound on a decode step is
-            told for; None for the usual ones.
-        published: Lay a paper's published numbers beside ours.
+        models: ``NAME=PARAMETERS/LAYERS`` of the whole models for which the bound on a decode step
+            is shown; None for ``MODELS``.
+        published: Show a paper's published numbers beside ours.
     """
 
     def __init__(self, models: Sequence[str] | None = None, published: bool = False) -> None:
@@ -50,7 +50,7 @@ class ReportCallback(Callback):
     ) -> None:
         """Report on a single run."""
         if job_return is not None and job_return.status is JobStatus.FAILED:
-            return  # Hydra raises the job's own error next; a report must not hide it.
+            return  # Hydra raises the job's error next; a report must not hide it.
         self._end(Path(config.hydra.run.dir), config)
 
     def _end(self, folder: Path, config: DictConfig) -> None:
@@ -65,7 +65,7 @@ class ReportCallback(Callback):
         except RecordError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
-        with contextlib.suppress(InstantiationException):  # every cell has said it already
+        with contextlib.suppress(InstantiationException):  # every cell has reported it already
             self._tracker(config).log_sweep(folder, sweep.title, rows, samples)
         print(f"\n{summary_table(rows, samples)}\n")
         print(path, flush=True)
@@ -82,7 +82,7 @@ class ReportCallback(Callback):
 
 
 def _command(config: DictConfig) -> str:
-    """Return the command line of a run or a sweep, as a shell takes it."""
-    given = config.hydra.overrides
-    words = ["-m" if word == "hydra.mode=MULTIRUN" else word for word in given.hydra]
-    return shlex.join(["python", "run.py", *given.task, *words])
+    """Return the command line of a run or a sweep, quoted for a shell."""
+    overrides = config.hydra.overrides
+    words = ["-m" if word == "hydra.mode=MULTIRUN" else word for word in overrides.hydra]
+    return shlex.join(["python", "run.py", *overrides.task, *words])

@@ -1,4 +1,4 @@
-"""The tables of a report: the same cells as text, as Markdown and as HTML."""
+"""The tables of a report, to be shown as text, Markdown or HTML."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from topkbench.analysis.stats import MEAN
 from topkbench.analysis.timings import TIMED, timed_text, timing_notes
 
 LEAGUE = 6
-"""More methods than these are ranked in a table of their own."""
+"""If a setting has more methods than this, they are also ranked in a table."""
 
 _METRICS = (
     ("recall_at_k", "Recall@k"),
@@ -28,7 +28,7 @@ _METRICS = (
     ("decode_ms_p50", "Decode step"),
     ("decode_ms_warm_p50", "Warm step"),
     ("tokens_per_s", "Throughput"),
-    ("full_ms_p50", "Full in turn"),
+    ("full_ms_p50", "Full attention"),
     ("speedup_vs_full", "Speed-up"),
     ("bandwidth_fraction", "Bandwidth"),
     ("fit_s", "Fit"),
@@ -39,14 +39,14 @@ _METRICS = (
 
 @dataclass
 class Table:
-    """Text in rows; ``strong`` holds the (row, column) places that are set bold.
+    """A table of text.
 
     Attributes:
         head: Column headings, units included.
         rows: Cells as text.
-        strong: Places of bold cells.
-        words: Columns of words, aligned to the left; the others are numbers.
-        notes: Sentences that stand under the table, such as what its marks mean.
+        strong: (row, column) of each bold cell.
+        words: Columns of text, aligned to the left; the others are numbers.
+        notes: Sentences under the table, such as the meaning of its marks.
     """
 
     head: list[str]
@@ -61,7 +61,7 @@ class Table:
         return "\n".join([grid, *self.notes])
 
     def markdown(self) -> str:
-        """Return the table in Markdown, bold where it is strong."""
+        """Return the table in Markdown, ``strong`` cells in bold."""
         rows = [
             [
                 f"**{text}**" if (i, j) in self.strong else text.replace("|", "\\|")
@@ -74,77 +74,81 @@ class Table:
 
     @property
     def _side(self) -> list[str] | None:
-        # tabulate rejects alignments where there are no rows
+        # tabulate rejects alignments if there are no rows
         sides = ["left" if j in self.words else "right" for j in range(len(self.head))]
         return sides if self.rows else None
 
 
-def main_table(lines: pd.DataFrame) -> Table:
+def main_table(configurations: pd.DataFrame) -> Table:
     """Return one row per configuration: score and difference with intervals, quality, cost.
 
-    Each method's step stands beside the full attention that was timed in turn with it; full
-    attention's own times, taken minutes before or after, are then left out.
+    Each method's decode step is shown with that of full attention timed alternately with it; the
+    times of full attention's own cell, measured minutes before or after, are then omitted.
 
     Args:
-        lines: Headline lines of one setting.
+        configurations: `Comparison.overall` of one setting.
     """
-    columns: list[tuple[str, list[str]]] = [("Method", [str(one) for one in lines["label"]])]
+    columns: list[tuple[str, list[str]]] = [
+        ("Method", [str(one) for one in configurations["label"]])
+    ]
     words = {0}
-    named = (lines["subtask"] != MEAN) & ~called_by_shape(lines)
-    if named.any() and lines["subtask"].nunique() > 1:
+    named = (configurations["subtask"] != MEAN) & ~called_by_shape(configurations)
+    if named.any() and configurations["subtask"].nunique() > 1:
         words.add(len(columns))
-        columns.append(("Sub-task", [str(one) for one in lines["subtask"]]))
+        columns.append(("Sub-task", [str(one) for one in configurations["subtask"]]))
     for name, head in (("length", "Length"), ("kv_len", "Context")):
-        if lines[name].nunique() > 1 and (name == "length" or not lines["length"].nunique() > 1):
-            columns.append((f"{head} (tokens)", [_whole(one) for one in lines[name]]))
-    if lines["batch_size"].nunique() > 1:
-        columns.append(("Batch", [_whole(one) for one in lines["batch_size"]]))
+        if configurations[name].nunique() > 1 and (
+            name == "length" or not configurations["length"].nunique() > 1
+        ):
+            columns.append((f"{head} (tokens)", [_whole(one) for one in configurations[name]]))
+    if configurations["batch_size"].nunique() > 1:
+        columns.append(("Batch", [_whole(one) for one in configurations["batch_size"]]))
     for name in ("k", "rbit"):
-        if lines[name].notna().any():
-            columns.append((name, [_whole(one) for one in lines[name]]))
+        if configurations[name].notna().any():
+            columns.append((name, [_whole(one) for one in configurations[name]]))
     place = len(columns)
-    if lines["score"].notna().any():
-        columns.append(("Score (0–100)", with_interval(lines, "score", "score_ci")))
-    if lines["delta_full"].notna().any():
-        columns.append(("Δ full (points)", with_interval(lines, "delta_full", "delta_ci")))
-    if lines["score"].notna().any():
-        columns.append(("n", [_whole(one) for one in lines["n"]]))
-    fits = lines["task"].eq("fit")
-    is_full = lines["method"].eq("full")
-    paired = bool(lines.loc[~is_full, "full_ms_p50"].notna().any())
+    if configurations["score"].notna().any():
+        columns.append(("Score (0–100)", with_interval(configurations, "score", "score_ci")))
+    if configurations["delta_full"].notna().any():
+        columns.append(("Δ full (points)", with_interval(configurations, "delta_full", "delta_ci")))
+    if configurations["score"].notna().any():
+        columns.append(("n", [_whole(one) for one in configurations["n"]]))
+    fits = configurations["task"].eq("fit")
+    is_full = configurations["method"].eq("full")
+    paired = bool(configurations.loc[~is_full, "full_ms_p50"].notna().any())
     for name, head in _METRICS:
         if name == "full_ms_p50" and not paired:
             continue
-        if lines[name].notna().any() or (name == "fit_s" and fits.any()):
+        if configurations[name].notna().any() or (name == "fit_s" and fits.any()):
             unit = METRICS[name].unit
             label = f"{head} ({unit})" if unit else head
             if name in TIMED:
-                shown = lines.assign(**{name: lines[name].mask(is_full & paired)})
+                shown = configurations.assign(**{name: configurations[name].mask(is_full & paired)})
                 cells = timed_text(shown, name)
             else:
-                cells = with_interval(lines, name, f"{name}_ci")
+                cells = with_interval(configurations, name, f"{name}_ci")
             if name == "fit_s":
-                was_found = fits & lines[name].isna()
+                was_found = fits & configurations[name].isna()
                 cells = [
                     "found" if one else cell for one, cell in zip(was_found, cells, strict=True)
                 ]
             columns.append((label, cells))
     heads = [head for head, _ in columns]
     rows = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
-    strong = {(i, place) for i, best in enumerate(lines["best"]) if best}
-    return Table(heads, rows, strong, words, timing_notes(lines))
+    strong = {(i, place) for i, best in enumerate(configurations["best"]) if best}
+    return Table(heads, rows, strong, words, timing_notes(configurations))
 
 
-def subtask_table(lines: pd.DataFrame) -> Table | None:
-    """Return scores by sub-task, one row per configuration; None for fewer than two sub-tasks."""
-    data = lines[(lines["subtask"] != MEAN) & lines["score"].notna()]
+def subtask_table(configurations: pd.DataFrame) -> Table | None:
+    """Return scores by sub-task, one row per configuration; None if there are fewer than two."""
+    data = configurations[(configurations["subtask"] != MEAN) & configurations["score"].notna()]
     if data["subtask"].nunique() < 2:
         return None
     subtasks = list(dict.fromkeys(data["subtask"]))
     heads = ["Method", "k", "rbit", *subtasks]
     rows: list[list[str]] = []
     strong: set[tuple[int, int]] = set()
-    for _, part in data.groupby("line", sort=False):
+    for _, part in data.groupby("configuration_id", sort=False):
         first = part.iloc[0]
         cells = [str(first["label"]), _whole(first["k"]), _whole(first["rbit"])]
         found = part.set_index("subtask")
@@ -159,26 +163,30 @@ def subtask_table(lines: pd.DataFrame) -> Table | None:
     return Table(heads, rows, strong)
 
 
-def league_table(lines: pd.DataFrame) -> Table | None:
-    """Return the configurations ranked by score at each budget, with what each loses at worst.
+def league_table(configurations: pd.DataFrame) -> Table | None:
+    """Return the configurations ranked by score at each budget, with each one's worst sub-task.
 
     Args:
-        lines: Lines of one setting, sub-tasks included.
+        configurations: Configurations of one setting, sub-tasks included.
 
     Returns:
-        None where ``LEAGUE`` methods or fewer answer questions.
+        None if ``LEAGUE`` methods or fewer have scores.
     """
-    top = lines[(lines["subtask"] == MEAN) & lines["score"].notna()]
+    top = configurations[(configurations["subtask"] == MEAN) & configurations["score"].notna()]
     if top["method"].nunique() <= LEAGUE:
         return None
     top = top.sort_values(
         ["k", "score"], ascending=[True, False], kind="stable", na_position="first"
     )
-    subtasks = lines[(lines["subtask"] != MEAN) & lines["delta_full"].notna()]
-    worst = subtasks.sort_values("delta_full", kind="stable").drop_duplicates("line")
+    subtasks = configurations[
+        (configurations["subtask"] != MEAN) & configurations["delta_full"].notna()
+    ]
+    worst = subtasks.sort_values("delta_full", kind="stable").drop_duplicates("configuration_id")
     losses = {
-        str(line["line"]): f"{METRICS['delta_full'].text(line['delta_full'])} ({line['subtask']})"
-        for _, line in worst.iterrows()
+        str(
+            configuration["configuration_id"]
+        ): f"{METRICS['delta_full'].text(configuration['delta_full'])} ({configuration['subtask']})"
+        for _, configuration in worst.iterrows()
     }
     columns = [("k", [_whole(one) for one in top["k"]])]
     columns.append(("Method", [str(one) for one in top["label"]]))
@@ -187,20 +195,22 @@ def league_table(lines: pd.DataFrame) -> Table | None:
     place = len(columns)
     columns.append(("Score (0–100)", with_interval(top, "score", "score_ci")))
     columns.append(("Δ full (points)", with_interval(top, "delta_full", "delta_ci")))
-    columns.append(("Worst sub-task (points)", [losses.get(str(one), "–") for one in top["line"]]))
+    columns.append(
+        ("Worst sub-task (points)", [losses.get(str(one), "–") for one in top["configuration_id"]])
+    )
     if top["bytes_read_per_step"].notna().any():
         read = METRICS["bytes_read_per_step"]
         cells = [read.text(one) for one in top["bytes_read_per_step"]]
         columns.append((f"Read/step ({read.unit})", cells))
     if top["decode_vs_full"].notna().any():
-        columns.append(("Decode time (times full's)", timed_text(top, "decode_vs_full")))
+        columns.append(("Decode time (× full attention)", timed_text(top, "decode_vs_full")))
     rows = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
     strong = {(i, place) for i, best in enumerate(top["best"]) if best}
     return Table([head for head, _ in columns], rows, strong, {1}, timing_notes(top))
 
 
 def failure_table(rows: pd.DataFrame) -> Table | None:
-    """Return the cells that did not end well, with the reason; None where all did."""
+    """Return the cells that are not ok, with the reason; None if all are."""
     bad = rows[rows["status"] != Status.OK.value] if len(rows) else rows
     if not len(bad):
         return None
@@ -218,7 +228,7 @@ def failure_table(rows: pd.DataFrame) -> Table | None:
 
 
 def environment_table(rows: pd.DataFrame) -> Table:
-    """Return what the rows were made with, each value that occurs."""
+    """Return the machine and software of the rows, with all values that occur."""
     names = {
         "device": "Machine",
         "threads": "Threads",
@@ -249,9 +259,10 @@ def environment_table(rows: pd.DataFrame) -> Table:
     return Table(["", ""], cells, words={0, 1})
 
 
-_IN_TURN = (
-    "Speed-ups are over full attention timed in turn with each method, in brackets their 95% "
-    "intervals over those pairs; the milliseconds of two rows are minutes apart."
+_SPEEDUP_NOTE = (
+    "Speed-ups are over full attention timed alternately with each method, in brackets their 95% "
+    "intervals over those pairs. Do not compare the milliseconds of two rows: they were measured "
+    "minutes apart."
 )
 
 
@@ -260,15 +271,15 @@ def summary_table(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> st
 
     Args:
         rows: The sweep's rows.
-        samples: Its samples, for intervals over several seeds and for the best lines.
+        samples: The sweep's samples, for intervals over several seeds and for bold scores.
     """
     compared = compare(rows, samples)
     parts: list[str] = []
-    for key, lines in compared.panels():
-        top = lines[lines.index.isin(compared.headline.index)]
+    for key, configurations in compared.by_setting():
+        top = configurations[configurations.index.isin(compared.overall.index)]
         parts.append(f"{setting(key)}\n\n{_narrow(main_table(top)).text()}")
-    if compared.lines.get("speedup_vs_full", pd.Series(dtype=float)).notna().any():
-        parts.append(_IN_TURN)
+    if compared.configurations.get("speedup_vs_full", pd.Series(dtype=float)).notna().any():
+        parts.append(_SPEEDUP_NOTE)
     failures = failure_table(compared.rows)
     if failures is not None:
         parts.append(f"Not ok:\n\n{failures.text()}")
@@ -290,10 +301,10 @@ def setting(key: dict[str, Any]) -> str:
 
 
 def _narrow(table: Table) -> Table:
-    """Leave out what a terminal of usual width has no room for."""
+    """Return the table without the columns that do not fit a terminal."""
     names = [head.split(" (")[0] for head in table.head]
     dropped = {"Mass", "Output error", "Side info", "Bandwidth", "Density", "n"}
-    if "Score" in names:  # else speed is all that the table is about
+    if "Score" in names:  # otherwise the table is about speed
         dropped.add("Throughput")
     keep = [j for j, name in enumerate(names) if name not in dropped]
     rows = [[row[j] for j in keep] for row in table.rows]
@@ -305,14 +316,17 @@ def _whole(value: Any) -> str:
     return "–" if pd.isna(value) else f"{int(value)}"
 
 
-def with_interval(lines: pd.DataFrame, name: str, interval: str) -> list[str]:
-    """Return a column as text, with the interval of a line that has one."""
+def with_interval(configurations: pd.DataFrame, name: str, interval: str) -> list[str]:
+    """Return a column as text, with intervals where there are any."""
     metric = METRICS[name]
-    if f"{interval}_low" not in lines:
-        return [metric.text(one) for one in lines[name]]
+    if f"{interval}_low" not in configurations:
+        return [metric.text(one) for one in configurations[name]]
     return [
         metric.text(value) + ("" if pd.isna(low) else f" [{metric.text(low)}, {metric.text(high)}]")
         for value, low, high in zip(
-            lines[name], lines[f"{interval}_low"], lines[f"{interval}_high"], strict=True
+            configurations[name],
+            configurations[f"{interval}_low"],
+            configurations[f"{interval}_high"],
+            strict=True,
         )
     ]

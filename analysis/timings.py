@@ -1,8 +1,8 @@
-"""Times and speed-ups as text: with their intervals, and with a mark where they do not count.
+"""Format times and speed-ups with their intervals, and mark those that are unreliable.
 
-A speed-up compares a step with the full attention that was timed in turn with it, never with
-another row's. Its interval is over those pairs. What a row calls unsteady is marked beside every
-number, stands under the table with its reason, and is never bold, on a front or in a headline.
+A speed-up compares a step with full attention timed alternately with it, never with another row's
+time; its interval is over those pairs. Unsteady times are marked at each number and explained under
+the table, and are never bold or on a Pareto front.
 """
 
 from __future__ import annotations
@@ -13,85 +13,92 @@ from topkbench.analysis.metrics import METRICS
 
 NO_INTERVAL, UNSTEADY = "†", "‡"
 RATIOS = ("speedup_vs_full", "decode_vs_full")
-"""Columns that compare a step with full attention's, and have an interval."""
+"""Columns that compare a step with full attention, with an interval."""
 TIMED = ("decode_ms_p50", "decode_ms_warm_p50", "full_ms_p50", "tokens_per_s", *RATIOS)
-"""Columns that an unsteady line's mark stands beside."""
+"""Columns of times, which are marked if they are unsteady."""
 _MOST_NAMED = 8
-"""Unsteady lines that are named under a table."""
+"""Largest number of unsteady configurations named under a table."""
 
 
-def is_unsteady(lines: pd.DataFrame) -> pd.Series:
-    """Return for each line whether its times cannot be relied on."""
-    return lines["timing_note"].notna()
+def is_unsteady(configurations: pd.DataFrame) -> pd.Series:
+    """Return for each configuration whether its times are unreliable."""
+    return configurations["timing_note"].notna()
 
 
-def lacks_interval(lines: pd.DataFrame) -> pd.Series:
-    """Return for each line whether it has a speed-up without an interval."""
-    return lines["speedup_vs_full"].notna() & lines["speedup_ci_low"].isna()
+def lacks_interval(configurations: pd.DataFrame) -> pd.Series:
+    """Return for each configuration whether it has a speed-up without an interval."""
+    return configurations["speedup_vs_full"].notna() & configurations["speedup_ci_low"].isna()
 
 
-def timed_text(lines: pd.DataFrame, name: str) -> list[str]:
-    """Return a column of ``TIMED`` as text: the interval and the marks beside each number."""
+def timed_text(configurations: pd.DataFrame, name: str) -> list[str]:
+    """Return a column of ``TIMED`` as text, each number with its interval and marks."""
     text = METRICS[name].text
-    cells = [text(value) for value in lines[name]]
+    cells = [text(value) for value in configurations[name]]
     if name in RATIOS:
-        low, high = (lines[f"{interval_of(name)}_{end}"] for end in ("low", "high"))
+        low, high = (configurations[f"{interval_of(name)}_{end}"] for end in ("low", "high"))
         ends = [
             "" if pd.isna(one) else f" [{text(one)}, {text(two)}]"
             for one, two in zip(low, high, strict=True)
         ]
-        without = (NO_INTERVAL if lacks else "" for lacks in lacks_interval(lines))
+        without = (NO_INTERVAL if lacks else "" for lacks in lacks_interval(configurations))
         cells = ["".join(parts) for parts in zip(cells, ends, without, strict=True)]
     return [
         cell + (UNSTEADY if unsteady and not pd.isna(value) else "")
-        for cell, value, unsteady in zip(cells, lines[name], is_unsteady(lines), strict=True)
+        for cell, value, unsteady in zip(
+            cells, configurations[name], is_unsteady(configurations), strict=True
+        )
     ]
 
 
 def interval_of(name: str) -> str:
-    """Return what the columns of a ratio's interval begin with."""
+    """Return the prefix of the columns of a ratio's interval."""
     return {"speedup_vs_full": "speedup_ci", "decode_vs_full": "decode_vs_full_ci"}[name]
 
 
-def timing_notes(lines: pd.DataFrame) -> list[str]:
-    """Return what the marks beside some lines' numbers mean, one sentence each; none if unused."""
+def timing_notes(configurations: pd.DataFrame) -> list[str]:
+    """Return the meaning of the marks that occur, one sentence each."""
     notes = []
-    if lacks_interval(lines).any():
+    if lacks_interval(configurations).any():
         notes.append(
             f"{NO_INTERVAL} No interval was recorded: the row is older than intervals, or too few "
             "pairs were timed."
         )
-    unsteady = lines[is_unsteady(lines)].drop_duplicates(["line", "timing_note"])
-    for _, line in unsteady.head(_MOST_NAMED).iterrows():
-        notes.append(f"{UNSTEADY} Unsteady, not to be quoted: {_named(line)}: {line.timing_note}.")
+    unsteady = configurations[is_unsteady(configurations)].drop_duplicates(
+        ["configuration_id", "timing_note"]
+    )
+    for _, configuration in unsteady.head(_MOST_NAMED).iterrows():
+        notes.append(
+            f"{UNSTEADY} Unsteady, not to be quoted: {_description(configuration)}: "
+            f"{configuration.timing_note}."
+        )
     if len(unsteady) > _MOST_NAMED:
         more = len(unsteady) - _MOST_NAMED
         notes.append(f"{UNSTEADY} So are {more} more; the column timing_note says why.")
     return notes
 
 
-def _named(line: pd.Series) -> str:
-    words = [str(line["label"])]
-    if not pd.isna(line["kv_len"]):
-        words.append(f"{line['kv_len']:,} tokens")
+def _description(configuration: pd.Series) -> str:
+    words = [str(configuration["label"])]
+    if not pd.isna(configuration["kv_len"]):
+        words.append(f"{configuration['kv_len']:,} tokens")
     for name in ("k", "rbit"):
-        if not pd.isna(line[name]):
-            words.append(f"{name}={line[name]}")
-    if not pd.isna(line["batch_size"]) and line["batch_size"] != 1:
-        words.append(f"batch {line['batch_size']}")
+        if not pd.isna(configuration[name]):
+            words.append(f"{name}={configuration[name]}")
+    if not pd.isna(configuration["batch_size"]) and configuration["batch_size"] != 1:
+        words.append(f"batch {configuration['batch_size']}")
     return ", ".join(words)
 
 
-def figure_words(lines: pd.DataFrame, of_ratios: bool) -> str:
-    """Return what a caption of a figure of times adds, with a leading space; nothing if nothing.
+def figure_words(configurations: pd.DataFrame, of_ratios: bool) -> str:
+    """Return the meaning of a figure's marks for its caption, with a leading space; else "".
 
     Args:
-        lines: What the figure shows.
-        of_ratios: Whether it shows times in full attention's, whose intervals it draws.
+        configurations: The configurations that the figure shows.
+        of_ratios: Whether it shows times relative to full attention, with intervals.
     """
     words = ""
-    if of_ratios and lacks_interval(lines).any():
+    if of_ratios and lacks_interval(configurations).any():
         words += f" {NO_INTERVAL} or without a bar: no interval was recorded."
-    if is_unsteady(lines).any():
+    if is_unsteady(configurations).any():
         words += f" Hollow or {UNSTEADY}: unsteady times, not to be quoted."
     return words

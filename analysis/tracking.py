@@ -1,6 +1,6 @@
-"""Weights & Biases: a copy of what the sweep's folder holds; losing it loses nothing.
+"""Copy results to Weights & Biases; the results folder remains the original.
 
-One run per cell, grouped by sweep, and one run for the sweep with its curves and figures.
+There is one run per cell, grouped by sweep, and one run for the sweep with its curves and figures.
 ``python -m topkbench.analysis.tracking dashboard`` builds the project's workspace.
 """
 
@@ -40,7 +40,7 @@ _MOST_SAMPLES = 10_000
 
 
 class Tracker(Protocol):
-    """Where a sweep is copied to. No call ever raises into a run."""
+    """A destination that a sweep is copied to. No call raises an exception."""
 
     def log_cell(
         self,
@@ -51,7 +51,7 @@ class Tracker(Protocol):
         config: Mapping[str, Any],
         attempt: int = 1,
     ) -> bool:
-        """Copy a cell that ended; return whether it was copied.
+        """Copy a finished cell; return whether it was copied.
 
         Args:
             folder: The sweep's folder.
@@ -68,7 +68,7 @@ class Tracker(Protocol):
         """Copy the sweep's curves and the figures of its report.
 
         Args:
-            folder: The sweep's folder, its report built.
+            folder: The sweep's folder, with its report.
             sweep: Name of the sweep.
             rows: The sweep's rows.
             samples: The sweep's samples.
@@ -76,7 +76,7 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    """Copies nothing."""
+    """A tracker that copies nothing."""
 
     def log_cell(self, *arguments: Any, **keywords: Any) -> bool:
         """Do nothing."""
@@ -87,10 +87,10 @@ class NoTracker:
 
 
 def account_configured(environment: Mapping[str, str] | None = None) -> bool:
-    """Return whether W&B would find an account: an API key, or a netrc entry of its host.
+    """Return whether W&B would find an account: an API key, or a netrc entry for its host.
 
     Args:
-        environment: Environment variables; None for the process's own.
+        environment: Environment variables; None for those of the process.
     """
     known = os.environ if environment is None else environment
     if known.get("WANDB_API_KEY"):
@@ -107,12 +107,12 @@ def account_configured(environment: Mapping[str, str] | None = None) -> bool:
 
 
 class WandbTracker:
-    """Copies cells and sweeps to W&B.
+    """A tracker that copies cells and sweeps to W&B.
 
     Args:
         project: Name of the project.
         entity: Team or user; None for the account's default.
-        mode: ``auto`` is online where an account is configured, else offline; WANDB_MODE wins.
+        mode: ``auto`` is online if an account is configured, else offline; WANDB_MODE overrides it.
     """
 
     def __init__(
@@ -136,10 +136,10 @@ class WandbTracker:
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Turn any failure into one warning: what is tracked is only a copy."""
+        """Turn any exception into one warning, since what is tracked is only a copy."""
         try:
             yield
-        # Whatever W&B raises must not cost a run whose rows are safely on disk.
+        # An exception of W&B must not end a run whose rows are safely on disk.
         except Exception as error:
             if not self._broken:
                 self._broken = True
@@ -177,7 +177,7 @@ class WandbTracker:
         config: Mapping[str, Any],
         attempt: int = 1,
     ) -> bool:
-        """Copy a cell that ended: configuration, summary, samples and the losses of a training."""
+        """Copy a finished cell: configuration, summary, samples and training losses."""
         if self._broken or not rows:
             return False
         with self._guarded():
@@ -235,13 +235,13 @@ class WandbTracker:
 
 
 def dashboard(entity: str, project: str) -> Any:
-    """Return the project's workspace, not saved: needs no account and no network.
+    """Return the project's workspace without saving it; needs neither account nor network.
 
     Args:
         entity: Team or user that owns the project.
         project: Name of the project.
     """
-    # By name: what these modules export is put together when they are imported.
+    # Imported by name, since these modules build their exports at import.
     panels: Any = importlib.import_module("wandb_workspaces.reports.v2")
     spaces: Any = importlib.import_module("wandb_workspaces.workspaces")
     expressions: Any = importlib.import_module("wandb_workspaces.expr")
@@ -347,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not account_configured():
         print(
-            "error: a workspace is saved to an account, and none is configured; "
+            "error: a workspace is saved to an account, but none is configured; "
             "run `wandb login` first.",
             file=sys.stderr,
         )
@@ -358,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         entity = options.entity or wandb.Api().default_entity or ""
         workspace = dashboard(entity, options.project)
         workspace.save()
-    # A network, a key or a server that refuses: all of them are one sentence to the user.
+    # Whether the network, the key or the server fails, the user gets one sentence.
     except Exception as error:
         print(f"error: the workspace could not be saved: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""How a training went: the loss at each step, of each layer and in the mean over layers."""
+"""Training curves: the loss at each step, per layer and as the mean over layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BY = ["layer", "step"]
 
 
 def losses(samples: pd.DataFrame) -> pd.DataFrame:
-    """Return the samples that are losses, one a layer and step: means where several seeds ran."""
+    """Return the recorded losses, one per layer and step; means if there are several seeds."""
     if not {*_BY, "loss"} <= set(samples.columns):
         return pd.DataFrame(columns=[*_BY, "loss"])
     found = samples[samples["loss"].notna()]
@@ -24,7 +24,7 @@ def losses(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def loss_points(samples: pd.DataFrame) -> list[dict[str, float]]:
-    """Return one mapping a step: ``step``, ``loss/layer_00``, ..., and their ``loss/mean``."""
+    """Return one mapping per step: ``step``, ``loss/layer_00``, ..., and their ``loss/mean``."""
     points: list[dict[str, float]] = []
     for step, part in losses(samples).groupby("step"):
         found = dict(zip(part["layer"].astype(int), part["loss"].astype(float), strict=True))
@@ -34,46 +34,52 @@ def loss_points(samples: pd.DataFrame) -> list[dict[str, float]]:
     return points
 
 
-def loss_curve(lines: pd.DataFrame, samples: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
-    """Draw the loss over the steps: the mean over layers of each configuration, layers faint.
+def loss_curve(
+    configurations: pd.DataFrame, samples: pd.DataFrame
+) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw each configuration's loss over the steps: the mean over layers, and faintly each layer.
 
-    The mean is a running one over a fiftieth of the steps: where each step draws its own queries
-    and keys, single losses hide the trend. The data are every step's.
+    The mean is smoothed by a running mean over a fiftieth of the steps: if each step samples its
+    own queries and keys, single losses hide the trend. The returned data are not smoothed.
 
     Args:
-        lines: The headline lines of one setting.
+        configurations: `Comparison.overall` of one setting.
         samples: The samples of their cells.
 
     Returns:
-        The figure and its data, or None where nothing was trained in steps.
+        The figure and its data, or None if nothing was trained in steps.
     """
     found: list[tuple[Any, pd.DataFrame]] = []
-    for _, line in lines.iterrows():
-        curves = losses(samples[samples["run_id"].isin(line["run_ids"])])
+    for _, configuration in configurations.iterrows():
+        curves = losses(samples[samples["run_id"].isin(configuration["run_ids"])])
         if len(curves):
-            found.append((line, curves))
+            found.append((configuration, curves))
     if not found:
         return None
     figure, axes = new_figure()
     data: list[pd.DataFrame] = []
-    for place, (line, curves) in enumerate(found):
-        look = style.style(str(line["method"]))
+    for place, (configuration, curves) in enumerate(found):
+        look = style.style(str(configuration["method"]))
         colour = style.shade(look.colour, place / max(len(found) - 1, 1))
         table = curves.pivot(index="step", columns="layer", values="loss")
         axes.plot(table.index, table.to_numpy(), color=colour, lw=0.5, alpha=0.2)
-        label = curve_label(line, ("rbit",), with_subtask=False)
+        label = curve_label(configuration, ("rbit",), with_subtask=False)
         window = max(1, len(table) // 50)
         mean = table.mean(axis=1).rolling(window, min_periods=1, center=True).mean()
         axes.plot(table.index, mean, color=colour, ls=style.turn(place), label=label)
         data.append(
-            curves.assign(method=line["method"], variant=line["variant"], rbit=line["rbit"])
+            curves.assign(
+                method=configuration["method"],
+                variant=configuration["variant"],
+                rbit=configuration["rbit"],
+            )
         )
     table = pd.concat(data, ignore_index=True)
     if (table["loss"] > 0).all():
         axes.set_yscale(METRICS["loss"].scale)
         low, high = axes.get_ylim()
         axes.yaxis.set_major_formatter("{x:g}")
-        # Within less than a decade a logarithmic axis has hardly a major tick to read.
+        # Over less than a decade a logarithmic axis has hardly any major tick.
         axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
     axes.set_xlabel(METRICS["step"].axis)
     axes.set_ylabel(METRICS["loss"].axis)

@@ -1,7 +1,7 @@
-"""Variants of one method beside each other: the rungs of a ladder, the arms of an ablation.
+"""Compare ablation variants of one method: hash functions over bits, and changed settings (arms).
 
-What is compared is the quality of the selections, with intervals over seeds; differences are
-paired by seed, since the cells of one seed read the same prompts.
+Compared is the quality of the selections, with intervals over seeds. Differences are paired by
+seed, since the cells of one seed use the same prompts.
 """
 
 from __future__ import annotations
@@ -23,23 +23,25 @@ from topkbench.analysis.tables import Table
 MEASURES = ("recall_at_k", "attention_mass")
 UNTRAINED = ("random", "orthonormal")
 _PUBLISHED = "published"
-_WIDEST_ARM = 46  # characters; a wider name leaves no room for the dots
+_WIDEST_ARM = 46  # characters; a longer name leaves no space for the dots
 
 
-def _text(line: pd.Series, name: str) -> str:
-    value = line.get(name)
+def _text(configuration: pd.Series, name: str) -> str:
+    value = configuration.get(name)
     return "" if value is None or pd.isna(value) else str(value)
 
 
-def ablation_variant(line: pd.Series) -> style.Style | None:
-    """Return how a line's hash is drawn, None where the method has no hash."""
-    projection = _text(line, "p_weights")
+def ablation_variant(configuration: pd.Series) -> style.Style | None:
+    """Return the style of a configuration's hash; None if the method has no hash."""
+    projection = _text(configuration, "p_weights")
     if not projection:
         return None
-    recipe = _text(line, "p_recipe")
+    recipe = _text(configuration, "p_recipe")
     if projection not in UNTRAINED and recipe not in ("", _PUBLISHED):
         projection = recipe
-    centred, normed = (_text(line, name) == "True" for name in ("p_centre_keys", "p_use_norm"))
+    centred, normed = (
+        _text(configuration, name) == "True" for name in ("p_centre_keys", "p_use_norm")
+    )
     return style.ablation_variant(projection, centred, normed)
 
 
@@ -48,33 +50,35 @@ def _two_axes(width: float, height: float, **shared: Any) -> tuple[Figure, list[
     return figure, list(figure.subplots(1, 2, **shared))
 
 
-def _at_one_budget(lines: pd.DataFrame) -> pd.DataFrame:
-    """Return the lines with a recall of the middle budget."""
-    data = lines[lines["recall_at_k"].notna() & lines["rbit"].notna()]
+def _at_one_budget(configurations: pd.DataFrame) -> pd.DataFrame:
+    """Return the configurations of the middle budget that have a recall."""
+    data = configurations[configurations["recall_at_k"].notna() & configurations["rbit"].notna()]
     budgets = sorted(data["k"].dropna().unique())
     return data[data["k"] == budgets[len(budgets) // 2]] if budgets else data
 
 
-def _name(measure: str, lines: pd.DataFrame) -> str:
-    """Return the axis of a measure, the budget in it."""
-    k = int(lines["k"].iloc[0])
+def _axis_label(measure: str, configurations: pd.DataFrame) -> str:
+    """Return the axis label of a measure, with the budget."""
+    k = int(configurations["k"].iloc[0])
     return f"Recall@{k}" if measure == "recall_at_k" else f"{METRICS[measure].axis}, k = {k}"
 
 
-def ladder(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
-    """Draw the quality of selections against hash bits, one line a rung.
+def ladder(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw the quality of selections against hash bits, one curve per ablation variant.
 
-    That is recall and attention mass, or the score and recall where answers are scored.
+    Drawn are recall and attention mass, or score and recall if answers are scored.
 
     Returns:
-        The figure and its data, or None where fewer than two rungs have two widths each.
+        The figure and its data, or None if fewer than two variants have two widths each.
     """
-    data = _at_one_budget(lines)
-    looks = {index: ablation_variant(line) for index, line in data.iterrows()}
+    data = _at_one_budget(configurations)
+    looks = {index: ablation_variant(configuration) for index, configuration in data.iterrows()}
     data = data[[looks[index] is not None for index in data.index]]
     names = pd.Series({index: cast(style.Style, looks[index]).label for index in data.index})
     widths = data.groupby(names)["rbit"].nunique() if len(data) else pd.Series(dtype=int)
-    if (widths > 1).sum() < 2 or data.groupby(names)["line"].nunique().max() > widths.max():
+    if (widths > 1).sum() < 2 or data.groupby(names)[
+        "configuration_id"
+    ].nunique().max() > widths.max():
         return None
     figure, axes = _two_axes(9.6, 4.1)
     order = sorted(names.unique(), key=_rank)
@@ -100,28 +104,28 @@ def ladder(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
         axis.set_xscale("log", base=2)
         log2_axis(axis.xaxis, [float(one) for one in data["rbit"]])
         axis.set_xlabel(METRICS["rbit"].axis)
-        axis.set_ylabel(_name(measure, data))
+        axis.set_ylabel(_axis_label(measure, data))
     legend(figure, axes[0])
     return figure, table(data.assign(variant=names), *measures)
 
 
 def _rank(label: str) -> tuple[int, int, str]:
-    """Sort rungs by their projection, then by what is added to it."""
+    """Return a sort key of an ablation variant: its projection, then the additions to it."""
     projections = [words for words, _ in style.PROJECTIONS.values()]
     found = [i for i, words in enumerate(projections) if label.startswith(words)]
     return (found[0] if found else len(projections)), label.count(","), label
 
 
-def arms(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+def arms(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     """Draw recall and attention mass of each arm of an ablation as a dot with its interval.
 
-    A vertical line goes through the arm that the others depart from.
+    A vertical line marks the reference arm, whose settings the other arms change.
 
     Returns:
-        The figure and its data, or None where there is no such arm, or fewer than two others.
+        The figure and its data, or None if there is no reference arm, or fewer than two others.
     """
-    data = _at_one_budget(lines)
-    if data["variant"].nunique() < 3 or not (data["variant"] == "").any() or ladder(lines):
+    data = _at_one_budget(configurations)
+    if data["variant"].nunique() < 3 or not (data["variant"] == "").any() or ladder(configurations):
         return None
     labels = sorted(set(data["variant"]), key=_by_number)
     widths = sorted(int(one) for one in data["rbit"].unique())
@@ -144,9 +148,9 @@ def arms(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
                 label=f"{width} bits",
             )
             if "" in part.index:
-                usual = part[measure].loc[""]
-                axis.axvline(float(usual), color=colour, lw=0.8, ls=(0, (3, 2)), zorder=0)
-        axis.set_xlabel(_name(measure, data))
+                reference = part[measure].loc[""]
+                axis.axvline(float(reference), color=colour, lw=0.8, ls=(0, (3, 2)), zorder=0)
+        axis.set_xlabel(_axis_label(measure, data))
         axis.grid(axis="y", visible=False)
     axes[0].set_yticks(
         range(len(labels)), [textwrap.fill(one or "as configured", _WIDEST_ARM) for one in labels]
@@ -160,7 +164,7 @@ def arms(lines: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
 
 
 def _by_number(variant: str) -> tuple[str, float, str]:
-    """Sort arms by what they change, then by its value; the one that changes nothing first."""
+    """Return a sort key of an arm: the changed setting, then its value; the reference is first."""
     name, _, value = variant.partition("=")
     try:
         return name, float(value), variant
@@ -169,41 +173,49 @@ def _by_number(variant: str) -> tuple[str, float, str]:
 
 
 def _reference(part: pd.DataFrame) -> pd.Series | None:
-    """Return the line that the others of one width and budget are compared with.
+    """Return the configuration that the others of one width and budget are compared with.
 
-    Beside learned hashes it is the best that was not; else the arm that the others depart from.
+    Where projections vary it is the best untrained one, else the arm that changes nothing.
     """
     if "p_weights" in part and part["p_weights"].nunique() > 1:
         untrained = part[part["p_weights"].isin(UNTRAINED)]
         return untrained.sort_values("recall_at_k", kind="stable").iloc[-1]
-    usual = part[part["variant"] == ""]
-    return usual.iloc[0] if len(usual) and part["variant"].nunique() > 1 else None
+    unchanged = part[part["variant"] == ""]
+    return unchanged.iloc[0] if len(unchanged) and part["variant"].nunique() > 1 else None
 
 
-def _called(line: pd.Series) -> str:
-    """Return a line's name: its rung's, where it is told from others by what makes a rung."""
-    look = ablation_variant(line)
-    words = (one.partition("=")[0] for one in str(line["variant"]).split(", "))
+def _display_name(configuration: pd.Series) -> str:
+    """Return the name of a configuration's ablation variant, or its label if it is none.
+
+    It is one if its variant lists only projections, key norms and centred keys.
+    """
+    look = ablation_variant(configuration)
+    words = (one.partition("=")[0] for one in str(configuration["variant"]).split(", "))
     on_ladder = set(words) <= {*style.PROJECTIONS, "use_norm", "centre_keys"}
-    return look.label if look is not None and on_ladder else str(line["label"])
+    return look.label if look is not None and on_ladder else str(configuration["label"])
 
 
-def difference_table(lines: pd.DataFrame) -> Table | None:
-    """Return each variant's difference to the one it is measured against, at the middle budget.
+def difference_table(configurations: pd.DataFrame) -> Table | None:
+    """Return a table of each variant's difference to its reference, at the middle budget.
 
-    Differences are paired by seed. None where a method has no variants, or no two seeds.
+    Differences are paired by seed. None if no method has variants and two common seeds.
     """
     rows: list[list[str]] = []
-    for _, part in _at_one_budget(lines).groupby(["method", "rbit"], sort=True):
+    for _, part in _at_one_budget(configurations).groupby(["method", "rbit"], sort=True):
         reference = _reference(part)
         if reference is None:
             continue
-        for index, line in part.iterrows():
+        for index, configuration in part.iterrows():
             if index == reference.name:
                 continue
-            cells = [_called(line), f"{line['k']}", f"{line['rbit']}", _called(reference)]
+            cells = [
+                _display_name(configuration),
+                f"{configuration['k']}",
+                f"{configuration['rbit']}",
+                _display_name(reference),
+            ]
             for measure in MEASURES:
-                own, other = line["by_seed"][measure], reference["by_seed"][measure]
+                own, other = configuration["by_seed"][measure], reference["by_seed"][measure]
                 both = sorted(set(own) & set(other))
                 gaps = [own[seed] - other[seed] for seed in both]
                 cells.append(_signed([gap for gap in gaps if not math.isnan(gap)]))

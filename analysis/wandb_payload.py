@@ -1,4 +1,4 @@
-"""What a tracker is told: names, configuration, summary and curves, as plain values."""
+"""The data that is copied to W&B: names, configuration, summary and curves, as plain values."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from topkbench.analysis.row import PARAMETER_PREFIX, Row
 from topkbench.analysis.stats import MEAN
 
 NAMES = ("model", "task", "length", "method", "impl", "protocol", "question", "k", "rbit", "seed")
-"""Columns of the row by which a run is found, at the top of its configuration."""
+"""Columns of the row at the top level of a run's configuration, to find it by."""
 
 PER_ROW = (
     *("score", "recall_at_k", "attention_mass", "output_rel_error"),
     *("decode_ms_p50", "full_ms_p50", "speedup_vs_full", "speedup_ci_low", "speedup_ci_high"),
     *("bandwidth_fraction", "timing_note"),
 )
-"""Metrics that the summary has for each row of a cell."""
+"""Metrics that the summary lists for each row of a cell."""
 
 UNSTEADY = (
     *("decode_ms_p50", "decode_ms_warm_p50", "tokens_per_s"),
     *("speedup_vs_full", "speedup_ci_low", "speedup_ci_high"),
 )
-"""Metrics that are called ``unsteady/NAME`` where a row's times cannot be relied on, so that no
-panel draws them."""
+"""Metrics that are renamed ``unsteady/NAME`` if a row's times are unreliable, so that no panel
+draws them."""
 
 CURVES = ("score", "recall_at_k", "decode_ms_p50")
-"""Metrics that a sweep's run draws over k and rbit."""
+"""Metrics that the sweep's run shows over k and rbit."""
 
 
 def plain_config(value: Any) -> Any:
-    """Return a configuration that W&B takes: string keys without dots, lists for tuples."""
+    """Return a configuration in the form of W&B: string keys without dots, lists for tuples."""
     if isinstance(value, Mapping):
         return {str(key).replace(".", "_"): plain_config(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -44,14 +44,14 @@ def plain_config(value: Any) -> Any:
 
 
 def table_value(value: Any) -> Any:
-    """Return what a W&B table takes: numbers, truth values and text."""
+    """Return a value in a type that W&B tables accept: number, boolean or text."""
     if isinstance(value, str | int | float | bool) or value is None:
         return value
     return value.item() if hasattr(value, "item") else str(value)
 
 
 def run_name(row: Row) -> str:
-    """Return a cell's name in words that sort well."""
+    """Return a cell's name: method, task, length, k and rbit."""
     words = [row.method, row.task]
     words += [f"L{row.length}"] if row.length is not None else []
     words += [f"k{row.k}"] if row.k is not None else []
@@ -68,7 +68,7 @@ def tags(row: Row) -> list[str]:
 
 
 def cell_config(row: Row, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run is found by: the row's names at the top, the rest under ``resolved``."""
+    """Return a run's configuration: the row's names at the top level, the rest in ``resolved``."""
     names: dict[str, Any] = {name: getattr(row, name) for name in NAMES}
     names |= {PARAMETER_PREFIX + name: value for name, value in row.parameters.items()}
     names |= {"git_commit": row.git_commit, "device": row.device, "cell": row.run_id}
@@ -77,52 +77,58 @@ def cell_config(row: Row, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return a cell's metrics: those of its mean by name, those of its other rows by ``NAME/ROW``.
+    """Return a cell's metrics: those of its mean as ``NAME``, of its other rows as ``NAME/ROW``.
 
-    A row is called by its sub-task (a length, where one is timed), or by its budget where a cell
-    covers several. Times that cannot be relied on are called so: ``unsteady/NAME``.
+    A row is named by its sub-task (a length in timing tasks), or by its budget if the cell covers
+    several. Unreliable times are named ``unsteady/NAME``.
     """
     top = next((row for row in rows if row.subtask == MEAN), rows[0])
     skipped = {*NAMES, "run_id", "task", "subtask", "git_commit", "device"}
     values = {
-        _called(name, top): value
+        _metric_name(name, top): value
         for name, value in top.flat().items()
         if name not in skipped and not name.startswith(PARAMETER_PREFIX) and value is not None
     }
     for row in rows:
-        called = f"k{row.k}" if row.subtask == MEAN else row.subtask
+        row_name = f"k{row.k}" if row.subtask == MEAN else row.subtask
         for name in PER_ROW:
             value = getattr(row, name)
             if row is not top and value is not None:
-                values[f"{_called(name, row)}/{called}"] = value
+                values[f"{_metric_name(name, row)}/{row_name}"] = value
     return values
 
 
-def _called(name: str, row: Row) -> str:
+def _metric_name(name: str, row: Row) -> str:
     return f"unsteady/{name}" if row.timing_note and name in UNSTEADY else name
 
 
 def curves(rows: pd.DataFrame, samples: pd.DataFrame) -> list[dict[str, float]]:
-    """Return the points of the sweep's curves, one mapping per place on an axis.
+    """Return the points of the sweep's curves, one mapping per value of k, then per value of rbit.
 
     Returns:
-        ``{"k": 64, "by_k/score/hata-r128": 91.2, ...}`` for each k, then the same over rbit.
+        ``{"k": 64, "by_k/score/hata-r128": 91.2, ...}`` for each k, then the same for each rbit.
     """
-    lines = compare(rows, samples).headline
+    configurations = compare(rows, samples).overall
     points: list[dict[str, float]] = []
     for x, other, letter in (("k", "rbit", "r"), ("rbit", "k", "k")):
-        if not len(lines) or lines[x].nunique() < 2:
+        if not len(configurations) or configurations[x].nunique() < 2:
             continue
-        for value, part in lines[lines[x].notna()].groupby(x):
+        for value, part in configurations[configurations[x].notna()].groupby(x):
             point: dict[str, float] = {x: float(cast(float, value))}
-            for _, line in part.iterrows():
-                words = [line["method"], line["variant"], line["subtask"]]
+            for _, configuration in part.iterrows():
+                words = [
+                    configuration["method"],
+                    configuration["variant"],
+                    configuration["subtask"],
+                ]
                 words = [str(word) for word in words if word and word != MEAN]
-                words += [f"{letter}{line[other]}"] if not pd.isna(line[other]) else []
+                words += (
+                    [f"{letter}{configuration[other]}"] if not pd.isna(configuration[other]) else []
+                )
                 series = re.sub(r"[^A-Za-z0-9_=-]+", "_", "-".join(words))
                 for metric in CURVES:
-                    unsteady = metric in UNSTEADY and not pd.isna(line["timing_note"])
-                    if not math.isnan(line[metric]) and not unsteady:
-                        point[f"by_{x}/{metric}/{series}"] = float(line[metric])
+                    unsteady = metric in UNSTEADY and not pd.isna(configuration["timing_note"])
+                    if not math.isnan(configuration[metric]) and not unsteady:
+                        point[f"by_{x}/{metric}/{series}"] = float(configuration[metric])
             points.append(point)
     return points

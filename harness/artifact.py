@@ -1,4 +1,4 @@
-"""What a method has learned, on disk: safetensors with where it came from and a digest."""
+"""Artifacts on disk: a method's learned tensors as safetensors, with provenance and a digest."""
 
 import hashlib
 import json
@@ -23,11 +23,11 @@ class Artifact:
     """A loaded artifact.
 
     Attributes:
-        tensors: What ``fit`` returned.
-        provenance: How it came about; see ``provenance``.
+        tensors: The learned tensors, as ``fit`` returned them.
+        provenance: How the artifact was made; see the function ``provenance``.
         digest: sha256 of the tensors, 64 hex digits.
-        path: Where it was read.
-        fitted: Whether it was fitted just now, and not found.
+        path: The file it was read from.
+        fitted: Whether it was fitted in this run rather than found on disk.
     """
 
     tensors: dict[str, Tensor]
@@ -38,14 +38,14 @@ class Artifact:
 
 
 def provenance(spec: Mapping[str, Any], data: str, seed: int | None, **fit: Any) -> dict[str, Any]:
-    """Describe how an artifact came about.
+    """Return a description of how an artifact was made; it does not enter the artifact's digest.
 
     Args:
         spec: The settings that identify it, from the method's ``artifact_spec``.
-        data: What it was fitted on, in words.
-        seed: The seed of the data, None if nothing was drawn.
-        fit: What else is known of the fit: ``model``, ``machine``, ``seconds``, and ``losses`` at
-            each step of each layer. The digest is of what was learned, and not of this.
+        data: Description of the texts it was fitted on.
+        seed: The seed of the texts; None if nothing was drawn at random.
+        fit: Further facts about the fit: ``model``, ``machine``, ``source``, ``seconds``, and
+            ``losses`` at each step of each layer.
     """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -57,13 +57,13 @@ def provenance(spec: Mapping[str, Any], data: str, seed: int | None, **fit: Any)
 
 
 def file_name(spec: Mapping[str, Any]) -> str:
-    """Return the file's name: the method and 12 hex digits of its settings."""
+    """Return an artifact's file name: the method and 12 hex digits of a digest of its settings."""
     text = json.dumps(spec, sort_keys=True, default=str)
     return f"{spec['method']}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.safetensors"
 
 
 def find(spec: Mapping[str, Any], folders: Iterable[str | Path]) -> Path | None:
-    """Return the first folder's file with these settings, or None."""
+    """Return the artifact with these settings from the first folder that has it, or None."""
     for folder in folders:
         path = Path(folder).expanduser() / file_name(spec)
         if path.is_file():
@@ -82,26 +82,26 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> Path:
-    """Write an artifact so that no reader ever sees half of it.
+    """Write an artifact atomically, so that no reader sees a partial file.
 
     Args:
-        path: The file; its folder is made.
-        tensors: What ``fit`` returned.
-        provenance: From ``provenance``.
+        path: The file; its folder is created if missing.
+        tensors: The learned tensors, as ``fit`` returned them.
+        provenance: From the function ``provenance``.
 
     Returns:
         The path.
     """
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "provenance": json.dumps(provenance, sort_keys=True, default=str),
-        "digest": digest_of(kept),
+        "digest": digest_of(on_cpu),
     }
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        save_file(kept, unfinished, metadata=metadata)
+        save_file(on_cpu, unfinished, metadata=metadata)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -109,22 +109,22 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[st
 
 
 def load(path: str | Path, expect: Mapping[str, Any] | None = None) -> Artifact:
-    """Read an artifact and make sure that it is whole and the one that is wanted.
+    """Read an artifact, and check that it is undamaged and has the expected settings.
 
     Args:
         path: The file.
-        expect: Settings that its ``spec`` must have, or None to take any.
+        expect: Settings that its ``spec`` must have; None to accept any.
 
     Raises:
-        ValueError: If the file is missing, damaged, not an artifact, or of other settings.
+        ValueError: If the file is missing, damaged, not an artifact, or has other settings.
     """
     path = Path(path).expanduser()
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found = json.loads(metadata["provenance"])
-        spec = found["spec"]
+        origin = json.loads(metadata["provenance"])
+        spec = origin["spec"]
     except FileNotFoundError:
         raise ValueError(f"the artifact must exist, found no file {path}.") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -138,10 +138,10 @@ def load(path: str | Path, expect: Mapping[str, Any] | None = None) -> Artifact:
             f"the artifact {path} must have the digest it was written with, got other contents; "
             "delete it and fit again."
         )
-    for key, wanted in (expect or {}).items():
-        if spec.get(key) != json.loads(json.dumps(wanted, default=str)):
+    for key, expected in (expect or {}).items():
+        if spec.get(key) != json.loads(json.dumps(expected, default=str)):
             raise ValueError(
-                f"the artifact {path} must have {key}={wanted!r}, got {spec.get(key)!r}; "
+                f"the artifact {path} must have {key}={expected!r}, got {spec.get(key)!r}; "
                 "fit one for these settings."
             )
-    return Artifact(tensors, found, digest, path)
+    return Artifact(tensors, origin, digest, path)

@@ -1,4 +1,4 @@
-"""The states that methods are fitted on: of texts that no test uses, read by the model.
+"""The queries and keys that methods are fitted on, captured while the model reads texts.
 
 Source: HATA samples its pairs from long documents (arXiv:2506.02572, appendix B.1). Its documents
 come from the benchmark it is evaluated on; here the configuration names the texts
@@ -29,38 +29,38 @@ class CalibrationTexts(Protocol):
 
     @property
     def name(self) -> str:
-        """What rows call them."""
+        """The texts' name in rows."""
 
     @property
     def seed(self) -> int | None:
-        """Of what is drawn; None if nothing is."""
+        """Seed of random texts; None if nothing is drawn at random."""
 
     def sequences(self, loaded: LoadedModel, length: int, count: int) -> list[list[int]]:
         """Return the token ids of ``count`` texts of at most ``length`` tokens each."""
 
     def describe(self, length: int, count: int) -> str:
-        """Say what they are, in words, with a digest of what was read from outside."""
+        """Return a description of the texts, with a digest of any files they were read from."""
 
 
 @dataclass
 class Calibration:
-    """Calibration prompts, and the states that a method learns from, a few layers at a time.
+    """Calibration prompts, and the states that a method is fitted on, a few layers at a time.
 
     The states of all layers may exceed a machine's memory, so the model reads the prompts once for
-    each group of layers. Of queries and keys never more than ``memory_limit`` bytes are held: a
-    group is as many layers as fit, their keys whole, their queries at the positions that the method
-    asks for, all in the model's dtype. Beside them stand what one forward of the model needs, and
-    on each device that learns, one layer's states and what the method makes of them.
+    each group of layers. Queries and keys never take more than ``memory_limit`` bytes: a group is
+    as many layers as fit, with all their keys, and their queries at the positions that the method
+    asks for, in the model's dtype. In addition there is what one forward pass of the model needs,
+    and on each fitting device, one layer's states and what the method computes from them.
 
     Attributes:
         loaded: The model.
-        method: Says which queries are kept.
+        method: Selects which queries are kept.
         prompts: Token ids of each prompt.
-        memory_limit: Bytes of queries and keys that may be held at once.
-        description: What the prompts are, for an artifact's provenance.
+        memory_limit: Bytes of queries and keys that may be in memory at once.
+        description: Description of the prompts, for an artifact's provenance.
 
-    Artifacts are tied to ``digest``, so to the tokens of the prompts and with them to the
-    tokenizer.
+    An artifact's identity includes ``digest``, and so depends on the prompts' tokens and therefore
+    on the tokenizer.
     """
 
     loaded: LoadedModel
@@ -79,14 +79,14 @@ class Calibration:
         max_length: int = MAX_LENGTH,
         memory_limit: int | None = None,
     ) -> "Calibration":
-        """Make the prompts; nothing is read yet.
+        """Make the prompts; the model does not read them yet.
 
         Args:
             loaded: The model.
-            method: The method that learns.
-            texts: What the model reads.
-            num_sequences: Texts.
-            max_length: Tokens of a text at most; less where the model's window is smaller.
+            method: The method to be fitted.
+            texts: The texts that the model will read.
+            num_sequences: Number of texts.
+            max_length: At most this many tokens per text, and no more than the model's window.
             memory_limit: See the class; None for half of the free memory.
         """
         length = min(max_length, loaded.window)
@@ -102,76 +102,76 @@ class Calibration:
 
     @property
     def digest(self) -> str:
-        """16 hex digits of the prompts' tokens: of all that a fit reads beside the model."""
+        """Digest of the prompts' tokens, all that a fit reads besides the model; 16 hex digits."""
         return hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()[:16]
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model."""
+        """Number of the model's layers."""
         return geometry_of(self.loaded.model).num_layers
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each prompt."""
+        """Number of tokens of each prompt."""
         return [len(ids) for ids in self.prompts]
 
     def num_bytes(self, layer: int) -> int:
-        """Return the bytes of one layer's queries and keys that are held while it is learned."""
-        shape = geometry_of(self.loaded.model)
+        """Return the bytes of one layer's queries and keys that fitting it keeps in memory."""
+        geometry = geometry_of(self.loaded.model)
         queries = sum(map(len, self.method.query_positions(layer, self.lengths)))
-        rows = shape.num_kv_heads * sum(self.lengths) + shape.num_heads * queries
-        return rows * shape.head_dim * shape.dtype_bytes
+        rows = geometry.num_kv_heads * sum(self.lengths) + geometry.num_heads * queries
+        return rows * geometry.head_dim * geometry.dtype_bytes
 
     def groups(self) -> list[list[int]]:
-        """Return the layers in groups, in order, each within the memory limit.
+        """Return the layers, in order, in groups that each fit the memory limit.
 
         Raises:
             ValueError: If a single layer exceeds it.
         """
         groups: list[list[int]] = []
-        room = 0
+        bytes_left = 0
         for layer in range(self.num_layers):
             need = self.num_bytes(layer)
             if need > self.memory_limit:
                 raise ValueError(
                     f"the queries and keys of a layer must fit calibration_memory_gib, got"
                     f" {need / 2**30:.3g} GiB for {self.memory_limit / 2**30:.3g} GiB; raise it, or"
-                    " fit where there is more memory and point artifact_dir at what it wrote."
+                    " fit on a machine with more memory and set artifact_dir to its artifacts."
                 )
-            if not groups or need > room:
+            if not groups or need > bytes_left:
                 groups.append([])
-                room = self.memory_limit
+                bytes_left = self.memory_limit
             groups[-1].append(layer)
-            room -= need
+            bytes_left -= need
         return groups
 
     @torch.no_grad()
     def capture(
         self, layers: Sequence[int], progress: Progress | None = None
     ) -> dict[int, LayerStates]:
-        """Let the model read the prompts, and return the states of some layers, on the CPU.
+        """Run the model on the prompts and return the states of the given layers, on the CPU.
 
         Args:
             layers: Indices of the layers.
-            progress: Called with the prompts read and how many there are.
+            progress: Called with the number of prompts read and their total.
         """
         model = self.loaded.model
-        wanted = {layer: self.method.query_positions(layer, self.lengths) for layer in layers}
-        held: dict[int, LayerStates] = {layer: [] for layer in layers}
+        positions = {layer: self.method.query_positions(layer, self.lengths) for layer in layers}
+        captured: dict[int, LayerStates] = {layer: [] for layer in layers}
 
         def keep(call: LayerCall) -> None:
-            if call.layer in held:
-                states = held[call.layer]
-                chosen = call.query_states[0][:, wanted[call.layer][len(states)]]
-                states.append((own(chosen), own(call.key_states[0])))
+            if call.layer in captured:
+                states = captured[call.layer]
+                queries = call.query_states[0][:, positions[call.layer][len(states)]]
+                states.append((copied(queries), copied(call.key_states[0])))
 
-        def own(states: Tensor) -> Tensor:
+        def copied(states: Tensor) -> Tensor:
             return states.to("cpu", model.dtype, copy=True)
 
         with watched_attention(model, keep):
             for done, ids in enumerate(self.prompts, start=1):
-                given = torch.tensor([ids], device=model.device)
-                model.base_model(input_ids=given, use_cache=False)
+                input_ids = torch.tensor([ids], device=model.device)
+                model.base_model(input_ids=input_ids, use_cache=False)
                 if progress is not None:
                     progress(done, len(self.prompts))
-        return held
+        return captured

@@ -1,4 +1,7 @@
-"""A few decode steps before a model's first cell: does what a method selects reach the logits?"""
+"""A check before a model's first cell: does a selection change the logits?
+
+The check decodes a few steps with a canary, a method whose selections have a known effect.
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,18 +21,18 @@ from topkbench.models.step_count import MethodBypassedError
 
 PROMPT = 48  # tokens, drawn at random
 STEPS = 3
-FEW = 2  # tokens that a selection keeps which must change the logits
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the logits' norm; 5e-2 otherwise
+FEW = 2  # tokens; a selection this small must change the logits
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # relative to the logits' norm; else 5e-2
 
 _CHECKED: "WeakSet[Any]" = WeakSet()
 
 
 @dataclass(kw_only=True)
 class Canary(TopKMethod):
-    """Selects every token, or the first few alone, by a selection of its own.
+    """Selects every token or only the first few, ignoring the policy.
 
     Attributes:
-        keep: Tokens that are selected; None for all.
+        keep: Number of tokens to select; None for all.
     """
 
     name: ClassVar[str] = "canary"
@@ -48,23 +51,24 @@ class Canary(TopKMethod):
     def select(
         self, scores: Tensor | None, encoded: Tensor, index: Index, policy: Policy
     ) -> Selection:
-        kept = index.length if self.keep is None else self.keep
-        slots = torch.arange(kept, dtype=torch.int32, device=encoded.device)
+        num_kept = index.length if self.keep is None else self.keep
+        slots = torch.arange(num_kept, dtype=torch.int32, device=encoded.device)
         batch_size, num_kv_heads = encoded.shape[:2]
         return Selection(slots.expand(batch_size, num_kv_heads, -1).contiguous())
 
 
 def check_acting(context: Context) -> None:
-    """Make sure, once for each loaded model, that a selection decides what a decode step computes.
+    """Check, once for each loaded model, that a decode step attends to the selected tokens only.
 
-    A selection of everything must give full attention's logits, and a selection of two tokens must
-    not: equal answers of a method prove nothing, since a good one is meant to give them.
+    Selecting all tokens must give full attention's logits, and selecting two tokens must not. That
+    a method's answers equal full attention's would not show this, since a good method's do too.
 
     Args:
-        context: The cell's; its method plays no part.
+        context: The cell's context; its method is not used.
 
     Raises:
-        MethodBypassedError: If selecting a few tokens changes nothing, or all of them something.
+        MethodBypassedError: If selecting a few tokens does not change the logits, or selecting all
+            tokens does.
         NotFiniteError: If full attention's logits are not finite.
     """
     loaded = context.loaded
@@ -78,20 +82,20 @@ def check_acting(context: Context) -> None:
             f" {str(loaded.model.dtype).removeprefix('torch.')}; use dtype=float32, or check the"
             " weights."
         )
-    whole = _logits(context, Canary())
+    every = _logits(context, Canary())
     few = _logits(context, Canary(keep=FEW))
     tolerance = TOLERANCE.get(loaded.model.dtype, 5e-2)
-    error, change = ((one - dense).norm() / dense.norm() for one in (whole, few))
+    error, change = ((one - dense).norm() / dense.norm() for one in (every, few))
     if not error <= tolerance:
         raise MethodBypassedError(
             f"with every token selected the logits of {loaded.name} must be full attention's within"
-            f" {tolerance}, got a difference of {error:.3g}; topkbench does not serve this model."
+            f" {tolerance}, got a difference of {error:.3g}; topkbench does not support this model."
         )
     if not change > 2 * error:
         raise MethodBypassedError(
             f"with {FEW} of {PROMPT} tokens selected the logits of {loaded.name} must differ from"
             f" full attention's by more than with all of them ({error:.3g}), got {change:.3g}: what"
-            " a method selects does not reach them; topkbench does not serve this model."
+            " a method selects does not reach them; topkbench does not support this model."
         )
     _CHECKED.add(loaded.model)
 
@@ -105,11 +109,11 @@ def _logits(context: Context, method: TopKMethod) -> Tensor:
     ids = torch.randint(vocabulary, (PROMPT + STEPS,), generator=generator).tolist()
     cache = DecodeCache([prefill(model, ids[:PROMPT])], STEPS, layer_devices(model))
     policy = Policy(k=FEW, num_sink=0, num_recent=0, dense_layers=0)
-    found = []
+    logits = []
     with attach(model, method, policy) as session:
         for token in ids[PROMPT:]:
             cache.extend()
-            given = torch.tensor([[token]], device=model.device)
-            found.append(token_logits(model, given, cache, cache.positions)[0].float())
+            input_ids = torch.tensor([[token]], device=model.device)
+            logits.append(token_logits(model, input_ids, cache, cache.positions)[0].float())
     session.require_steps(STEPS)
-    return torch.stack(found)
+    return torch.stack(logits)

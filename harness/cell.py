@@ -1,7 +1,8 @@
-"""Runs one cell: a model, a task and a method, the artifact fitted first where one is missing."""
+"""Run one cell: a model, a task and a method, whose artifact is fitted first if it is missing."""
 
 import contextlib
 import re
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from filelock import FileLock
 
@@ -29,10 +31,10 @@ from topkbench.models.step_count import MethodBypassedError
 def artifact_spec(
     loaded: LoadedModel, method: TopKMethod, texts: CalibrationTexts
 ) -> dict[str, Any] | None:
-    """Return what names the artifact that a method needs, or None if it learns nothing.
+    """Return the settings that identify a method's artifact, or None if the method learns nothing.
 
-    That is the model's weights and dtype, the tokens of the calibration texts, and the method's
-    settings and version of its fit.
+    They are the model's weights and dtype, the tokens of the calibration texts, and the method's
+    settings and fit version.
     """
     spec = method.artifact_spec(geometry_of(loaded.model, loaded.digest))
     if spec is None:
@@ -42,7 +44,7 @@ def artifact_spec(
 
 
 def fit_source(method: TopKMethod) -> str:
-    """Return the digest of the code that a method learns by, less what all methods share."""
+    """Return the digest of the code that fits a method, without the code that all methods share."""
     return code_digest(modules_of(method), folders=("methods",), without=[TopKMethod.__module__])
 
 
@@ -55,40 +57,41 @@ def prepare_method(
     memory_limit: int | None = None,
     refit: bool = False,
 ) -> Artifact | None:
-    """Load the artifact that a method needs; fit it under a lock where nobody has.
+    """Load the artifact that a method needs; if there is none, fit it under a lock.
 
     Args:
-        loaded: The model it serves.
-        method: Gets its artifact loaded.
-        texts: What it is fitted on.
-        artifact_dir: Where fitted artifacts are kept, and looked up before the shipped ones.
-        progress: Called with units of work done and in all while fitting.
-        memory_limit: Bytes of queries and keys that a fit may hold; see ``Calibration``.
-        refit: Fit also where there is an artifact; the one in ``artifact_dir`` is replaced.
+        loaded: The model.
+        method: The method into which the artifact is loaded.
+        texts: The texts that the method is fitted on.
+        artifact_dir: Folder of fitted artifacts; searched before the shipped ones.
+        progress: Called with the units of work done and their total while fitting.
+        memory_limit: Bytes of queries and keys that a fit may keep in memory; see ``Calibration``.
+        refit: Fit even if there is an artifact, and replace the one in ``artifact_dir``.
 
     Returns:
         The artifact, or None if the method learns nothing.
 
     Raises:
-        ValueError: If the method cannot serve the model, or an artifact is damaged or another's.
+        ValueError: If the method does not support the model, or the artifact is damaged or was
+            fitted with other settings.
     """
     spec = artifact_spec(loaded, method, texts)
     if spec is None:
         return None
-    own = Path(artifact_dir).expanduser()
-    path = None if refit else artifact.find(spec, (own, *loaded.artifact_folders))
+    folder = Path(artifact_dir).expanduser()
+    path = None if refit else artifact.find(spec, (folder, *loaded.artifact_folders))
     fitted = False
     if path is None:
-        path = own / artifact.file_name(spec)
-        own.mkdir(parents=True, exist_ok=True)
+        path = folder / artifact.file_name(spec)
+        folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if refit or not path.is_file():
                 fit_method(loaded, method, texts, path, spec, progress, memory_limit)
                 fitted = True
-    found = replace(artifact.load(path, expect=spec), fitted=fitted)
-    method.load_artifact(found.tensors, found.digest)
+    learned = replace(artifact.load(path, expect=spec), fitted=fitted)
+    method.load_artifact(learned.tensors, learned.digest)
     method.check_ready(geometry_of(loaded.model, loaded.digest))
-    return found
+    return learned
 
 
 def fit_method(
@@ -100,30 +103,30 @@ def fit_method(
     progress: Progress | None = None,
     memory_limit: int | None = None,
 ) -> None:
-    """Fit a method on calibration texts and save the artifact that ``spec`` names at ``path``."""
-    began = time.perf_counter()
+    """Fit a method on calibration texts and save the artifact of ``spec`` at ``path``."""
+    start = time.perf_counter()
     calibration = Calibration.draw(loaded, method, texts, memory_limit=memory_limit)
     devices = learning_devices(loaded.model.device)
     tensors, losses = fit_layers(method, calibration, devices, progress)
-    told = artifact.provenance(
+    provenance = artifact.provenance(
         spec,
         calibration.description,
         texts.seed,
         model=loaded.name,
         machine=machine_name(loaded.model.device),
         source=fit_source(method),
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - start,
         losses=losses,
     )
-    artifact.save(path, tensors, told)
+    artifact.save(path, tensors, provenance)
 
 
 def run_cell(context: Context, task: Task) -> Outcome:
-    """Run one cell and turn what is no error of the program into rows.
+    """Run one cell; failures that are not program errors become rows.
 
-    A model that a method cannot serve, and a policy that it cannot follow, are ``skipped`` before
-    the task computes anything; a cell whose decode steps did not all go through its method is
-    ``wrong``; running out of memory is a status of its own. Anything else is raised.
+    If the method does not support the model or the policy, the cell is ``skipped`` before the task
+    computes anything. If decode steps did not all go through the method, it is ``wrong``; if memory
+    runs out, ``out_of_memory``. Any other exception propagates.
     """
     reset_peak_memory(context.loaded.model.device)
     method = context.method
@@ -131,7 +134,7 @@ def run_cell(context: Context, task: Task) -> Outcome:
     reason = method.unsupported(context.geometry) or method.policy_unsupported_reason(policy)
     if reason is None and task.uses_model and method.selects and not layers_read(context, 1)[0]:
         reason = (
-            f"at least one layer must be left to {method.name}, and the policy and the design of "
+            f"at least one layer must be left to {method.name}, but the policy and the design of "
             f"{context.loaded.name} keep all of them dense."
         )
     if reason is not None:
@@ -144,48 +147,51 @@ def run_cell(context: Context, task: Task) -> Outcome:
         return Outcome([TaskRow("mean", status="wrong", reason=_sentence(error, 500))], [])
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if type(error) is RuntimeError and "can't allocate memory" not in str(error):
-            raise  # torch has no class of its own for a CPU's memory
+            raise  # torch has no separate exception class for running out of CPU memory
         return Outcome([TaskRow("mean", status="out_of_memory", reason=_sentence(error))], [])
 
 
 def environment(loaded: LoadedModel) -> dict[str, Any]:
     """Return the columns of a row that describe machine and libraries."""
-    found = versions()
     return {
         "device": machine_name(loaded.model.device),
         "threads": torch.get_num_threads(),
-        "driver": found["driver"],
+        "driver": versions()["driver"],
         **libraries(),
     }
 
 
 def libraries() -> dict[str, str | None]:
-    """Return the versions of the libraries that a result depends on; None where there is none."""
-    found: dict[str, str | None] = {}
+    """Return the versions of the libraries that results depend on; None if not installed."""
+    installed: dict[str, str | None] = {}
     for name in ("torch", "numba", "triton", "transformers", "tokenizers", "numpy"):
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Return the peak memory in MiB since `reset_peak_memory`: of the accelerator or process."""
+    """Return the peak memory of the accelerator or process since ``reset_peak_memory``, in MiB."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device)) / 2**20
-    found = re.search(r"VmHWM:\s*(\d+) kB", _read(Path("/proc/self/status")))
-    if found is not None:
-        return int(found[1]) / 1024
-    import resource
+    peak = re.search(r"VmHWM:\s*(\d+) kB", _read(Path("/proc/self/status")))
+    if peak is not None:
+        return int(peak[1]) / 1024
+    windows = getattr(psutil.Process().memory_info(), "peak_wset", None)
+    if windows is not None:
+        return int(windows) / 2**20
+    import resource  # which Windows has not
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let the peak begin again, so that it is a cell's own and not its process's.
+    """Reset the peak memory, so that each cell reports its own peak.
 
-    On a CPU this is Linux's; elsewhere the peak stays the process's.
+    For a CPU this works on Linux only; elsewhere the peak is that of the whole process.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -198,5 +204,5 @@ def _read(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def _sentence(error: BaseException, most: int = 200) -> str:
-    return " ".join(str(error).split())[:most] or type(error).__name__
+def _sentence(error: BaseException, max_chars: int = 200) -> str:
+    return " ".join(str(error).split())[:max_chars] or type(error).__name__

@@ -1,4 +1,4 @@
-"""The one loop: prefill once, decode many."""
+"""The decoding loop that all methods share: prefill once, then decode step by step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,21 +17,21 @@ Question = Literal["sparse", "dense"]
 
 
 class NotFiniteError(ValueError):
-    """A model or a method computed infinity or NaN; the message is one sentence."""
+    """A model or a method computed infinity or NaN."""
 
 
-_SPLIT = "\u241e"  # marks where the context ends inside a chat template; in no prompt of ours
+_SPLIT = "\u241e"  # marks where the context ends inside a chat template; occurs in no prompt
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sample in tokens, split where dense reading ends.
+    """A sample as token ids, split into a prefilled and a decoded part.
 
     Attributes:
         sample: The sample.
-        prefill_ids: Read densely, once for all methods.
-        decode_ids: Decoded one by one with the method, before the answer; empty under
-            ``question="dense"``.
+        prefill_ids: Tokens that are prefilled with dense attention, once for all methods.
+        decode_ids: Question tokens that are decoded one by one with the method, before the answer;
+            empty under ``question="dense"``.
     """
 
     sample: Sample
@@ -40,12 +40,12 @@ class Prompt:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of context and question."""
+        """Number of tokens of context and question."""
         return len(self.prefill_ids) + len(self.decode_ids)
 
     @property
     def most_cached(self) -> int:
-        """Cached tokens at the last decode step of the longest answer; 0 if there is no step."""
+        """Cached tokens at the last decode step of the longest answer; 0 without decode steps."""
         if not self.decode_ids and self.sample.max_new_tokens < 2:
             return 0
         # The last token of an answer is never fed back.
@@ -53,7 +53,7 @@ class Prompt:
 
 
 def tokenise(loaded: LoadedModel, sample: Sample, question: Question) -> Prompt:
-    """Encode a sample for a model, and split it for an evaluation setup.
+    """Encode a sample for a model and split it into a prefilled and a decoded part.
 
     Args:
         loaded: The model.
@@ -63,6 +63,7 @@ def tokenise(loaded: LoadedModel, sample: Sample, question: Question) -> Prompt:
 
     Raises:
         TaskDoesNotFit: If prompt and answer exceed the model's window.
+        ValueError: If the sample cannot be split as ``question`` asks.
     """
     if question not in ("sparse", "dense"):
         raise ValueError(f"question must be sparse or dense, got {question!r}.")
@@ -75,39 +76,39 @@ def tokenise(loaded: LoadedModel, sample: Sample, question: Question) -> Prompt:
         )
         context, rest = str(text).split(_SPLIT)
         rest += sample.answer_prefix
-    # A rendered chat template holds its special tokens as text already, ours or a file's.
-    begun = bool(loaded.tokenizer.bos_token) and context.startswith(loaded.tokenizer.bos_token)
-    first = loaded.tokenizer.encode(context, add_special_tokens=not chat and not begun)
-    last = loaded.tokenizer.encode(rest, add_special_tokens=False) if rest else []
-    total = len(first) + len(last) + sample.max_new_tokens
+    # A chat template, rendered here or in an official file, already contains the special tokens.
+    has_bos = bool(loaded.tokenizer.bos_token) and context.startswith(loaded.tokenizer.bos_token)
+    prefill_ids = loaded.tokenizer.encode(context, add_special_tokens=not chat and not has_bos)
+    decode_ids = loaded.tokenizer.encode(rest, add_special_tokens=False) if rest else []
+    total = len(prefill_ids) + len(decode_ids) + sample.max_new_tokens
     if total > loaded.window:
-        smaller = (
-            "let task.source have shorter prompts" if sample.as_is else "use a smaller task.length"
+        remedy = (
+            "use shorter prompts in task.source" if sample.as_is else "use a smaller task.length"
         )
         raise TaskDoesNotFit(
             f"prompt and answer must fit the window of {loaded.window} tokens of {loaded.name}, got"
-            f" {total} in sample {sample.sample_id}; {smaller}."
+            f" {total} in sample {sample.sample_id}; {remedy}."
         )
-    if sample.question_tokens >= len(first):
+    if sample.question_tokens >= len(prefill_ids):
         raise ValueError(
             f"task.question_tokens must leave a context, got {sample.question_tokens} with"
-            f" {len(first)} tokens in sample {sample.sample_id}."
+            f" {len(prefill_ids)} tokens in sample {sample.sample_id}."
         )
     if sample.question_tokens:
-        cut = len(first) - sample.question_tokens
-        first, last = first[:cut], first[cut:] + last
-    if question == "sparse" and not last:
+        cut = len(prefill_ids) - sample.question_tokens
+        prefill_ids, decode_ids = prefill_ids[:cut], prefill_ids[cut:] + decode_ids
+    if question == "sparse" and not decode_ids:
         raise ValueError(
-            f"question=sparse needs the question apart from the context, and sample"
+            f"question=sparse needs a question that is separate from the context, but sample"
             f" {sample.sample_id} has none; set task.question_tokens or question=dense."
         )
     if question == "dense":
-        first, last = first + last, []
-    return Prompt(sample, tuple(first), tuple(last))
+        prefill_ids, decode_ids = prefill_ids + decode_ids, []
+    return Prompt(sample, tuple(prefill_ids), tuple(decode_ids))
 
 
 def batches(prompts: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:
-    """Group prompts that decode as many question tokens, in order, at most ``batch_size`` each."""
+    """Group prompts of one sub-task and question length, at most ``batch_size`` to a batch."""
     groups: dict[tuple[str, int], list[Prompt]] = {}
     for prompt in prompts:
         groups.setdefault((prompt.sample.subtask, len(prompt.decode_ids)), []).append(prompt)
@@ -119,17 +120,18 @@ def batches(prompts: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:
 
 
 class Decoder:
-    """Decodes a batch of prompts from their prefills; whatever method is attached is used.
+    """Decodes a batch of prompts from their prefills, with the method that is attached.
 
     Args:
         loaded: The model.
-        store: Where the prompts' prefills are.
-        prompts: A batch that decodes as many question tokens in each row.
-        new_tokens: Room for tokens after the question.
+        store: Stores the prompts' prefills.
+        prompts: A batch whose rows have the same number of question tokens to decode.
+        new_tokens: Cache slots for tokens after the question.
         needs: What the method needs beyond keys and values.
 
     Attributes:
-        lengths: Cached tokens of the longest row at each step so far, the step's own among them.
+        lengths: For each step so far, the cached tokens of the longest row, including the step's
+            own token.
 
     Raises:
         NotFiniteError: If the prefill's logits, or later a step's, are not finite.
@@ -149,21 +151,21 @@ class Decoder:
         self.prompts = prompts
         self.prefill_ms = [states.milliseconds for states in prefills]
         self.needs_ms = [states.needs_ms(needs) for states in prefills]
-        room = len(prompts[0].decode_ids) + new_tokens
-        self.cache = DecodeCache(prefills, room, layer_devices(loaded.model))
+        free_slots = len(prompts[0].decode_ids) + new_tokens
+        self.cache = DecodeCache(prefills, free_slots, layer_devices(loaded.model))
         self.first_logits = torch.stack([states.logits for states in prefills]).to(self.device)
         self.lengths: list[int] = []
         self.check(self.first_logits)
 
     def steps_over(self, k: int, since: int = 0) -> int:
-        """Return how many steps, after the first ``since``, had more than ``k`` cached tokens."""
+        """Return the number of steps over more than ``k`` cached tokens, from step ``since`` on."""
         return sum(n > k for n in self.lengths[since:])
 
     def check(self, logits: Tensor, done: Sequence[bool] | None = None) -> Tensor:
-        """Return a step's logits, if those of the rows that are not done are all finite.
+        """Return a step's logits after checking that they are finite in rows that are not done.
 
         Raises:
-            NotFiniteError: If not, with the sample.
+            NotFiniteError: If they are not; the message names the sample.
         """
         finite = logits.isfinite().all(-1)
         if done is not None:
@@ -179,7 +181,7 @@ class Decoder:
         return logits
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Decode one token a row, ``[B]``; return the logits ``[B, vocabulary]``."""
+        """Decode one token per row, ``[B]``; return the logits ``[B, vocabulary]``."""
         self.cache.extend()
         self.lengths.append(self.cache.n)
         return token_logits(self.loaded.model, tokens[:, None], self.cache, self.cache.positions)
@@ -193,7 +195,7 @@ class Decoder:
         return logits
 
     def generate(self) -> list[list[int]]:
-        """Read the question and answer greedily; return each row's tokens, without the EOS."""
+        """Decode the question, then answer greedily; return each row's tokens, without the EOS."""
         eos = eos_ids(self.loaded)
         limits = [prompt.sample.max_new_tokens for prompt in self.prompts]
         answers: list[list[int]] = [[] for _ in self.prompts]
@@ -210,8 +212,8 @@ class Decoder:
                 return answers
             tokens = self.check(self.step(tokens), done).argmax(-1)
 
-    def follow(self, answers: Sequence[Sequence[int]]) -> None:
-        """Read the question, then given answers of equal length, whatever is predicted."""
+    def teacher_force(self, answers: Sequence[Sequence[int]]) -> None:
+        """Decode the question, then the given answers (of equal length) instead of predictions."""
         self.read_question()
         forced = torch.tensor([list(answer) for answer in answers], device=self.device)
         for column in range(forced.shape[1]):
@@ -221,7 +223,7 @@ class Decoder:
 def eos_ids(loaded: LoadedModel) -> frozenset[int]:
     """Return the tokens that end an answer."""
     config = getattr(loaded.model, "generation_config", None)
-    found = getattr(config, "eos_token_id", None)
-    if found is None:
-        found = loaded.tokenizer.eos_token_id
-    return frozenset([found] if isinstance(found, int) else found or [])
+    ids = getattr(config, "eos_token_id", None)
+    if ids is None:
+        ids = loaded.tokenizer.eos_token_id
+    return frozenset([ids] if isinstance(ids, int) else ids or [])

@@ -1,8 +1,9 @@
-"""What every task is handed and returns, and how a task of questions and answers is run.
+"""The interface of a task, and the question-answering tasks built on it.
 
-A cell of such a task makes three passes over its prompts: answers and their scores (batched),
-speed (alone, full attention and the method in turn), and the quality of the selections (untimed).
-What each gives is kept under a key of its own, so that it is computed again only when it must be.
+A cell of a question-answering task makes three passes over its prompts: it generates and scores the
+answers (in batches), times decode steps (one prompt at a time, full attention and the method in
+turn), and measures the quality of the selections (untimed). Each result is stored under its own
+key, so a pass runs again only if something that it depends on has changed.
 """
 
 import math
@@ -45,7 +46,8 @@ from topkbench.models.step_count import StepCount
 T = TypeVar("T")
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 Keep = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
-"""Given the name of a part of a cell and how to compute it, returns it, found or computed."""
+"""Takes the name of a part of a cell and a function that computes it; returns the stored or
+computed result."""
 
 TIMED_ROUNDS = 3
 TIMED_STEPS = 8
@@ -53,13 +55,13 @@ WARM_UP_STEPS = 2
 STAGES = ("encode", "append", "score", "select", "attend")
 
 
-def untracked(items: Sequence[Any], label: str) -> Iterable[Any]:
-    """Show no progress."""
+def no_progress(items: Sequence[Any], label: str) -> Iterable[Any]:
+    """Return the items without showing progress."""
     return items
 
 
-def unkept(part: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Compute a part of a cell, whatever was computed before."""
+def always_compute(part: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Compute a part of a cell, ignoring stored results."""
     return compute()
 
 
@@ -69,15 +71,16 @@ class Context:
 
     Attributes:
         loaded: The model.
-        store: The model's prefills.
+        store: Stores the model's prefills.
         method: The method, its artifact loaded.
         policy: Budget and rules.
-        full: Full attention, to compare and to time against.
-        full_answers: Full attention's tokens by sample id; None where this cell is full attention.
-        bandwidth: Measured memory bandwidth of the machine in bytes a second; None where unknown.
+        full: Full attention, the baseline for answers and time.
+        full_answers: Full attention's answer tokens by sample id; None if this cell is full
+            attention.
+        bandwidth: Measured memory bandwidth of the machine in bytes per second; None if unknown.
         track: Shows progress over a sequence.
-        artifact: What the method has learned; None if nothing, or if the task fits it.
-        keep: Finds the parts of the cell that were computed before, and keeps the others.
+        artifact: What the method has learned; None if it learns nothing or the task fits it.
+        keep: Returns parts of the cell that are stored; computes and stores the others.
     """
 
     loaded: LoadedModel
@@ -87,9 +90,9 @@ class Context:
     full: TopKMethod
     full_answers: Mapping[str, Sequence[int]] | None = None
     bandwidth: float | None = None
-    track: Track = untracked
+    track: Track = no_progress
     artifact: Artifact | None = None
-    keep: Keep = unkept
+    keep: Keep = always_compute
 
     @property
     def geometry(self) -> Geometry:
@@ -97,10 +100,10 @@ class Context:
         return geometry_of(self.loaded.model, self.loaded.digest)
 
     def full_answer(self, prompt: Prompt) -> list[int]:
-        """Return full attention's tokens for a prompt, decoding them if no cell has."""
-        known = (self.full_answers or {}).get(prompt.sample.sample_id)
-        if known is not None:
-            return list(known)
+        """Return full attention's answer tokens, decoded here if no full-attention cell has run."""
+        answer = (self.full_answers or {}).get(prompt.sample.sample_id)
+        if answer is not None:
+            return list(answer)
         decoder = Decoder(self.loaded, self.store, [prompt], prompt.sample.max_new_tokens + 1)
         with self.attached(decoder, self.full.answering()):
             return decoder.generate()[0]
@@ -109,25 +112,25 @@ class Context:
     def attached(
         self, decoder: Decoder, method: TopKMethod, observer: Observer | None = None
     ) -> Iterator[Session]:
-        """Attach a method while a decoder runs, and make sure that it took the decoder's steps.
+        """Attach a method while a decoder runs, and check that every step went through the method.
 
         Args:
             decoder: Counts the steps that are run inside the block.
             method: The method.
-            observer: Watches stages and steps.
+            observer: Called at each stage and step.
 
         Raises:
             MethodBypassedError: When the block ends, if steps did not go through the method.
         """
-        before = len(decoder.lengths)
+        steps_before = len(decoder.lengths)
         with attach(self.loaded.model, method, self.policy, observer) as session:
             yield session
-        session.require_steps(decoder.steps_over(session.policy.k, before))
+        session.require_steps(decoder.steps_over(session.policy.k, steps_before))
 
 
 @dataclass
 class TaskRow:
-    """The columns of a row that the task knows; the others come from the configuration."""
+    """The columns of a row that the task fills in; the others come from the configuration."""
 
     subtask: str
     values: dict[str, Any] = field(default_factory=dict)
@@ -140,8 +143,8 @@ class Outcome:
     """What a task returns.
 
     Attributes:
-        rows: One a sub-task, and the mean.
-        samples: One mapping a sample, for paired statistics and re-scoring.
+        rows: One row per sub-task, and their mean.
+        samples: One mapping per sample, for paired statistics and re-scoring.
     """
 
     rows: list[TaskRow]
@@ -152,16 +155,17 @@ class Task(ABC):
     """What a cell runs.
 
     Attributes:
-        name: What rows call the task.
-        all_budgets: One cell covers every budget, so ``k`` is no axis of the task.
-        needs_full: Full attention's answers are compared with, or forced.
-        uses_model: The model's weights matter to the result.
-        fits_methods: A method that learns comes fitted on the model; else the task fits it.
-        refits: Running finished cells again fits again, too.
-        subject: What rows name in the model's place where they do not.
-        parts: The parts of a cell that are kept apart (``answers``, ``selections``, ``speed``) and,
-            of each, the settings of the task that it does not depend on. Only ``speed`` depends on
-            the machine and on full attention's backend.
+        name: The task's name in rows.
+        all_budgets: Whether one cell covers every budget, so that ``k`` is not swept.
+        needs_full: Whether full attention's answers are needed, to compare with or to force.
+        uses_model: Whether the result depends on the model's weights.
+        fits_methods: Whether a method that learns is fitted on the model before the task runs;
+            otherwise the task fits it.
+        refits: Whether ``force=true`` also fits the method again.
+        subject: Shown in the row's model column if ``uses_model`` is false.
+        parts: The parts of a cell that are stored separately (``answers``, ``selections``,
+            ``speed``), each with the task settings that it does not depend on. Only ``speed``
+            depends on the machine and on full attention's backend.
     """
 
     name: str
@@ -174,7 +178,7 @@ class Task(ABC):
     parts: ClassVar[Mapping[str, frozenset[str]]] = {"answers": frozenset()}
 
     def inputs_digest(self, loaded: LoadedModel) -> str:
-        """Return a digest of everything that is read beyond the configuration."""
+        """Return a digest of all inputs that the configuration does not contain."""
         return ""
 
     @abstractmethod
@@ -187,20 +191,20 @@ class Reads:
     """What a KV head reads in one step of one sparse layer, on average.
 
     Attributes:
-        tokens: Different cached tokens.
-        scanned: Entries of side information; None where their number does not depend on the data.
+        tokens: Distinct cached tokens.
+        scanned: Index entries; None if their number does not depend on the data.
     """
 
     tokens: float
     scanned: float | None = None
 
     @classmethod
-    def mean(cls, counted: Sequence["Reads"]) -> "Reads | None":
-        """Return the mean; None of nothing."""
-        if not counted:
+    def mean(cls, reads: Sequence["Reads"]) -> "Reads | None":
+        """Return the mean, or None for an empty sequence."""
+        if not reads:
             return None
-        scanned = [one.scanned for one in counted if one.scanned is not None]
-        tokens = statistics.fmean(one.tokens for one in counted)
+        scanned = [one.scanned for one in reads if one.scanned is not None]
+        tokens = statistics.fmean(one.tokens for one in reads)
         return cls(tokens, statistics.fmean(scanned) if scanned else None)
 
 
@@ -208,14 +212,15 @@ class Counter(Observer):
     """Counts what a KV head reads in the sparse layers of decode steps.
 
     Attributes:
-        steps: Decode steps that the method took, and did not, by layer; a caller adds a session's.
-        longest: Most cached tokens at a step; a caller adds a decoder's.
+        steps: Decode steps by layer, those that went through the method and those that did not; the
+            caller adds the session's.
+        longest: Most cached tokens at any step; the caller takes them from the decoder.
     """
 
     def __init__(self) -> None:
         self.steps = StepCount()
         self.longest = 0
-        self.seen = 0  # steps of single layers
+        self.layer_steps = 0  # each step counts once per layer
         self.read = 0.0
         self.scanned: float | None = None
         self.cached = 0.0
@@ -234,7 +239,7 @@ class Counter(Observer):
         cached = (end - start).double().mean().item()
         if cache.freed is not None:
             cached += cache.freed.double().mean().item()
-        self.seen += 1
+        self.layer_steps += 1
         self.cached += cached
         if result.selection is None:
             self.read += cached
@@ -246,20 +251,21 @@ class Counter(Observer):
 
     @property
     def density(self) -> float | None:
-        """Share of the cached tokens that was read, 0 to 1; None before the first step."""
+        """Share of the cached tokens that were read, 0 to 1; None before the first step."""
         return self.read / self.cached if self.cached else None
 
     @property
     def step_reads(self) -> "Reads | None":
-        """What a KV head read in a step, on average; None before the first step."""
-        if not self.seen:
+        """What a KV head read per step, on average; None before the first step."""
+        if not self.layer_steps:
             return None
         return Reads(
-            self.read / self.seen, None if self.scanned is None else self.scanned / self.seen
+            self.read / self.layer_steps,
+            None if self.scanned is None else self.scanned / self.layer_steps,
         )
 
-    def told(self) -> dict[str, Any]:
-        """Return what was counted, as plain values."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return the counts as plain values that JSON can hold."""
         reads = self.step_reads
         return {
             "density": self.density,
@@ -271,7 +277,7 @@ class Counter(Observer):
 
 
 class StageWatch(Observer):
-    """Times the stages of decode steps with the common stopwatch."""
+    """Times the stages of decode steps."""
 
     def __init__(self, device: torch.device) -> None:
         self.stages = Stages(device)
@@ -280,31 +286,33 @@ class StageWatch(Observer):
         return self.stages(name)
 
 
-def needs_all_tokens(task: str) -> str:
-    """Return the sentence with which a task refuses a method that frees tokens."""
+def compact_unsupported_reason(task: str) -> str:
+    """Return why a task does not support a method that frees tokens (``mode=compact``)."""
     return (
         f"task={task} needs all tokens in the cache at every step, and mode=compact frees some; "
-        "mode=masked selects the same."
+        "use mode=masked, which selects the same tokens."
     )
 
 
-def tokenised(loaded: LoadedModel, samples: Sequence[Sample], question: Question) -> list[Prompt]:
+def tokenise_all(
+    loaded: LoadedModel, samples: Sequence[Sample], question: Question
+) -> list[Prompt]:
     """Encode samples for a model."""
     return [tokenise(loaded, sample, question) for sample in samples]
 
 
-def spread(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
-    """Return at most ``most`` prompts, of as many sub-tasks as there are, the same every time."""
-    waiting: dict[str, list[Prompt]] = {}
+def spread_over_subtasks(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
+    """Return at most ``limit`` prompts, taken from the sub-tasks in turn; deterministic."""
+    remaining: dict[str, list[Prompt]] = {}
     for prompt in prompts:
-        waiting.setdefault(prompt.sample.subtask, []).append(prompt)
+        remaining.setdefault(prompt.sample.subtask, []).append(prompt)
     chosen: list[Prompt] = []
-    while waiting and len(chosen) < most:
-        for subtask in list(waiting):
-            chosen.append(waiting[subtask].pop(0))
-            if not waiting[subtask]:
-                del waiting[subtask]
-    return chosen[:most]
+    while remaining and len(chosen) < limit:
+        for subtask in list(remaining):
+            chosen.append(remaining[subtask].pop(0))
+            if not remaining[subtask]:
+                del remaining[subtask]
+    return chosen[:limit]
 
 
 @dataclass(kw_only=True)
@@ -313,9 +321,9 @@ class GenerationTask(Task):
 
     Attributes:
         question: ``"sparse"`` decodes the question with the method, ``"dense"`` prefills it.
-        batch_size: Most prompts that decode together.
-        timed_prompts: Prompts that the speed is measured on.
-        judged_prompts: Prompts that the quality of the selections is measured on.
+        batch_size: At most this many prompts decode together.
+        timed_prompts: Number of prompts on which speed is measured.
+        judged_prompts: Number of prompts on which selection quality is measured.
     """
 
     name: str = "generation"
@@ -326,7 +334,8 @@ class GenerationTask(Task):
     parts: ClassVar[Mapping[str, frozenset[str]]] = {
         "answers": frozenset({"timed_prompts", "judged_prompts"}),
         "selections": frozenset({"timed_prompts"}),
-        "speed": frozenset({"judged_prompts"}),  # its bandwidth is of the bytes that answers read
+        # bandwidth_fraction uses the bytes counted in the answers, so it depends on their settings.
+        "speed": frozenset({"judged_prompts"}),
     }
 
     def __post_init__(self) -> None:
@@ -340,74 +349,76 @@ class GenerationTask(Task):
         """Return the samples for a model; the same for every method."""
 
     def run(self, context: Context) -> Outcome:
-        prompts = tokenised(context.loaded, self.samples(context.loaded), self.question)
+        prompts = tokenise_all(context.loaded, self.samples(context.loaded), self.question)
         k = context.method.effective_policy(context.policy).k
-        choosing = prompts
+        sparse_prompts = prompts
         if context.method.selects:
-            choosing = [prompt for prompt in prompts if prompt.most_cached > k]
-            if not choosing:
-                most = max(prompt.most_cached for prompt in prompts)
-                return Outcome([TaskRow("mean", {}, "skipped", never_more_than(k, most))], [])
+            sparse_prompts = [prompt for prompt in prompts if prompt.most_cached > k]
+            if not sparse_prompts:
+                longest = max(prompt.most_cached for prompt in prompts)
+                reason = no_sparse_step_reason(k, longest)
+                return Outcome([TaskRow("mean", {}, "skipped", reason)], [])
         answered = context.keep("answers", lambda: self._answer(context, prompts))
-        samples, counted = answered["samples"], answered["subtasks"]
+        samples, counts = answered["samples"], answered["subtasks"]
         if context.full_answers is None and not context.method.selects:
             context.full_answers = {one["sample_id"]: one["tokens"] for one in samples}
-        if context.method.selects and not any(one["steps_taken"] for one in counted.values()):
-            most = max(one["longest"] for one in counted.values())
-            return Outcome([TaskRow("mean", {}, "skipped", never_more_than(k, most))], [])
+        if context.method.selects and not any(one["steps_taken"] for one in counts.values()):
+            longest = max(one["longest"] for one in counts.values())
+            reason = no_sparse_step_reason(k, longest)
+            return Outcome([TaskRow("mean", {}, "skipped", reason)], [])
         prompts, samples = list(prompts), list(samples)
         rows = []
-        # Where no step of a sub-task had more than k tokens the method did not act: no number of it
-        # stands anywhere, and the mean is of the others.
-        for subtask, told in counted.items() if context.method.selects else ():
-            if not told["steps_taken"]:
-                reason = never_more_than(k, told["longest"])
+        # In a sub-task without a step over more than k tokens the method did nothing: the sub-task
+        # is skipped, and the mean is over the others.
+        for subtask, count in counts.items() if context.method.selects else ():
+            if not count["steps_taken"]:
+                reason = no_sparse_step_reason(k, count["longest"])
                 rows.append(TaskRow(subtask, {}, "skipped", reason))
                 prompts = [one for one in prompts if one.sample.subtask != subtask]
                 samples = [one for one in samples if one["subtask"] != subtask]
-        counted = {one["subtask"]: counted[one["subtask"]] for one in samples}
-        read = [one["density"] for one in counted.values() if one["density"] is not None]
-        density = statistics.fmean(read) if read else None
-        reads = [Reads(**one["reads"]) for one in counted.values() if one["reads"] is not None]
+        counts = {one["subtask"]: counts[one["subtask"]] for one in samples}
+        densities = [one["density"] for one in counts.values() if one["density"] is not None]
+        density = statistics.fmean(densities) if densities else None
+        reads = [Reads(**one["reads"]) for one in counts.values() if one["reads"] is not None]
         shared: dict[str, Any] = {"batch_size": 1, "density": density}
         if context.method.selects:
             shared["sparse_step_share"] = statistics.fmean(
-                one["sparse_step_share"] for one in counted.values()
+                one["sparse_step_share"] for one in counts.values()
             )
         lengths = (len(prompt.prefill_ids) + len(prompt.decode_ids) for prompt in prompts)
         shared |= accounting(context, round(statistics.fmean(lengths)), Reads.mean(reads))
         shared["density_all"] = density_of_all_layers(context, shared["kv_len"], density)
-        # A step that keeps everything says nothing of how fast or how good a selection is.
-        timed = [prompt for prompt in choosing if prompt.num_tokens >= k]
+        # A step over at most k tokens selects nothing, so it is not timed or measured.
+        timed = [prompt for prompt in sparse_prompts if prompt.num_tokens >= k]
         if timed or not context.method.selects:
-            timed = spread(timed or prompts, self.timed_prompts)
+            timed = spread_over_subtasks(timed or prompts, self.timed_prompts)
             bytes_read = shared["bytes_read_per_step"]
             shared |= context.keep("speed", lambda: speed(context, timed, bytes_read))
-        # What was freed cannot be compared with what full attention chose.
+        # A method that frees tokens cannot be compared with full attention over all of them.
         if context.method.selects and not context.method.compacts:
-            judged = spread(choosing, self.judged_prompts)
-            shared |= context.keep("selections", lambda: measure_selection(context, judged))
+            measured = spread_over_subtasks(sparse_prompts, self.judged_prompts)
+            shared |= context.keep("selections", lambda: measure_selection(context, measured))
         scored = []
-        for subtask in counted:
+        for subtask in counts:
             scores = [one["score"] for one in samples if one["subtask"] == subtask]
             values: dict[str, Any] = {
                 "score": statistics.fmean(scores),
                 "num_samples": len(scores),
             }
-            # What tells configurations apart stands in all rows of a cell.
+            # Columns that identify a configuration are in all rows of a cell.
             values |= {name: shared.get(name) for name in ("batch_size", "kv_len", "full_backend")}
-            values["density"] = counted[subtask]["density"]
+            values["density"] = counts[subtask]["density"]
             if context.method.selects:
-                values["sparse_step_share"] = counted[subtask]["sparse_step_share"]
+                values["sparse_step_share"] = counts[subtask]["sparse_step_share"]
             scored.append(TaskRow(subtask, values))
         mean = statistics.fmean(row.values["score"] for row in scored)
         scored.append(TaskRow("mean", {"score": mean, "num_samples": len(samples), **shared}))
         return Outcome([*rows, *scored], samples)
 
     def _answer(self, context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """Decode all prompts; return scored samples and what each sub-task read, as plain values.
+        """Decode all prompts; return scored samples and each sub-task's counts, as plain values.
 
-        Full attention answers by one kernel, whatever it is timed with.
+        Full attention always answers with the same kernel, whatever backend it is timed with.
         """
         context = replace(context, method=context.method.answering())
         for prompt in context.track(prompts, "prefill"):
@@ -417,9 +428,9 @@ class GenerationTask(Task):
         samples = []
         label = context.method.name
         for batch in context.track(batches(prompts, self.batch_size), label):
-            most = max(prompt.sample.max_new_tokens for prompt in batch)
+            most_new = max(prompt.sample.max_new_tokens for prompt in batch)
             needs = context.method.needs
-            decoder = Decoder(context.loaded, context.store, batch, most + 1, needs)
+            decoder = Decoder(context.loaded, context.store, batch, most_new + 1, needs)
             counter = counters.setdefault(batch[0].sample.subtask, Counter())
             with context.attached(decoder, context.method, counter) as session:
                 answers = decoder.generate()
@@ -444,39 +455,39 @@ class GenerationTask(Task):
                         "prefill_ms": milliseconds,
                     }
                 )
-        order = {prompt.sample.sample_id: place for place, prompt in enumerate(prompts)}
+        order = {prompt.sample.sample_id: position for position, prompt in enumerate(prompts)}
         samples.sort(key=lambda one: order[one["sample_id"]])
         return {
             "samples": samples,
-            "subtasks": {subtask: counter.told() for subtask, counter in counters.items()},
+            "subtasks": {subtask: counter.as_dict() for subtask, counter in counters.items()},
         }
 
 
 def accounting(context: Context, n: int, reads: Reads | None) -> dict[str, Any]:
-    """Return the bytes that a decode step over ``n`` tokens reads, from each method's own model.
+    """Return the columns for the bytes read by a decode step, from the method's own cost model.
 
     Args:
-        context: The cell's.
+        context: The cell's context.
         n: Cached tokens.
-        reads: What was counted; None if no step was.
+        reads: Counted reads; None if no step was counted.
     """
     geometry, method = context.geometry, context.method
     k = method.effective_policy(context.policy).k
     sparse, dense = layers_read(context, n)
-    in_layer = layer_bytes_read(method, geometry, n, k, reads)
-    read = sparse * in_layer + sum(kv_bytes(geometry, tokens) for tokens in dense)
+    layer_bytes = layer_bytes_read(method, geometry, n, k, reads)
+    total = sparse * layer_bytes + sum(kv_bytes(geometry, tokens) for tokens in dense)
     return {
         "kv_len": n,
-        "bytes_read_per_step": float(read),
+        "bytes_read_per_step": float(total),
         "index_bytes_per_token": float(sparse * method.index_bytes_per_token(geometry)),
     }
 
 
 def layers_read(context: Context, n: int) -> tuple[int, list[int]]:
-    """Return how many layers are left to the method, and the tokens of ``n`` that each other reads.
+    """Return the number of sparse layers, and how many of ``n`` tokens each dense layer reads.
 
-    A layer is not left to it if the policy keeps it dense, or the model's design does: one that
-    slides reads no more than its window.
+    A layer is dense if the policy or the model's design keeps it dense; a sliding-window layer
+    reads no more than its window.
     """
     num_layers, method = context.geometry.num_layers, context.method
     dense: dict[int, int] = {}
@@ -489,12 +500,12 @@ def layers_read(context: Context, n: int) -> tuple[int, list[int]]:
 
 
 def density_of_all_layers(context: Context, n: int, density: float | None) -> float | None:
-    """Return the share of ``n`` cached tokens that all layers read, from that of the sparse ones.
+    """Return the share of ``n`` cached tokens read by all layers, given that of the sparse layers.
 
     Args:
-        context: The cell's.
+        context: The cell's context.
         n: Cached tokens.
-        density: Share that the layers read that are left to the method; None if nobody counted.
+        density: Share read by the sparse layers; None if it was not counted.
     """
     sparse, dense = layers_read(context, n)
     if sparse and density is None:
@@ -502,11 +513,11 @@ def density_of_all_layers(context: Context, n: int, density: float | None) -> fl
     return (sparse * (density or 0.0) + sum(dense) / n) / (sparse + len(dense))
 
 
-def never_more_than(k: int, most: int) -> str:
-    """Return the sentence of a cell in which no decode step had more than ``k`` cached tokens."""
+def no_sparse_step_reason(k: int, longest: int) -> str:
+    """Return why a cell is skipped in which no decode step had more than ``k`` cached tokens."""
     return (
         f"a method acts at decode steps over more than k tokens, and no step had more than k={k} "
-        f"(at most {most} were cached), where it would equal full attention; use a smaller k or "
+        f"(at most {longest} were cached), so it would equal full attention; use a smaller k or "
         "longer prompts."
     )
 
@@ -514,18 +525,18 @@ def never_more_than(k: int, most: int) -> str:
 def layer_bytes_read(
     method: TopKMethod, geometry: Geometry, n: int, k: int, reads: Reads | None
 ) -> int:
-    """Return the bytes of one decode step of one sparse layer, for one batch row.
+    """Return the bytes that one decode step of one sparse layer reads, for one batch row.
 
-    With room for everything a step reads everything and asks no index. Else it reads what was
-    counted: a budget is not what a step reads where heads choose apart, where fewer are enough,
-    where a page is half full, or where what was generated comes on top.
+    If ``k >= n`` a step reads all keys and values and no index. Otherwise the counted reads are
+    charged, which differ from ``k`` if query heads select separately, if fewer tokens are enough,
+    if a page is partly filled, or if generated tokens are kept on top of the budget.
 
     Args:
         method: The method.
-        geometry: The model's.
+        geometry: The model's geometry.
         n: Cached tokens.
         k: The budget.
-        reads: What was counted; None if no step was, and the budget stands for it.
+        reads: Counted reads; if None, the budget is charged.
     """
     if not method.selects or k >= n:
         return kv_bytes(geometry, n)
@@ -538,74 +549,75 @@ def layer_bytes_read(
 def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dict[str, Any]:
     """Time decode steps of single prompts, full attention and the method in turn.
 
-    Medians over steps; the first steps of each turn, which build the index, warm up. Few prompts
-    take more turns, as many as an interval needs. The stages are timed in turns of their own, since
-    a stopwatch in a step also costs time.
+    Times are medians over steps. The first steps of each turn build the index and are discarded as
+    warm-up. With few prompts, each takes more turns, to give enough pairs for a confidence
+    interval. Stages are timed in separate turns, since timers inside a step cost time.
     """
     device = context.loaded.model.device
     load = OtherLoad(device)
     rounds = max(TIMED_ROUNDS, math.ceil(LEAST_PAIRS / len(prompts)))
     per_round = 3 * (WARM_UP_STEPS + TIMED_STEPS)
-    took: dict[str, list[list[float]]] = {"full": [], "method": []}
+    turn_ms: dict[str, list[list[float]]] = {"full": [], "method": []}
     stages: dict[str, list[float]] = {}
     prefill_ms = []
-    held: list[int] = []
-    room = rounds * per_round + 1
+    cache_bytes: list[int] = []
+    new_tokens = rounds * per_round + 1
     for prompt in context.track(prompts, "speed"):
-        decoder = decoder_after_question(context, prompt, room)
+        decoder = decoder_after_question(context, prompt, new_tokens)
         prefill_ms += decoder.prefill_ms
-        # The same token at every step: nothing but time is looked at.
+        # Every step decodes the same token, since only the time matters.
         token = decoder.first_logits.argmax(-1)
         turns = {"full": context.full, "method": context.method}
         for _ in range(rounds):
             for name, method in turns.items():
-                # A method that frees memory leaves nothing for the next turn.
-                used = decoder_after_question(context, prompt, room) if method.compacts else decoder
-                took[name].append(_timed_steps(context, used, method, token, Observer()))
+                used = decoder
+                if method.compacts:  # it frees tokens that the next turn needs, so use a fresh one
+                    used = decoder_after_question(context, prompt, new_tokens)
+                turn_ms[name].append(_timed_steps(context, used, method, token, Observer()))
                 if name == "method":
-                    held.append(used.cache.num_bytes)
+                    cache_bytes.append(used.cache.num_bytes)
             watch = StageWatch(device)
             if context.method.compacts:
-                used = decoder_after_question(context, prompt, room)
+                used = decoder_after_question(context, prompt, new_tokens)
             _timed_steps(context, used, context.method, token, watch)
             steps = WARM_UP_STEPS + TIMED_STEPS
             for stage, milliseconds in watch.stages.times().items():
                 if stage == "build":
-                    # What was captured for the method at prefill is part of building its index.
-                    built = sum(milliseconds) + decoder.needs_ms[0]
-                    stages.setdefault(stage, []).append(built)
+                    # The time to capture what the method needs at prefill counts as build time.
+                    build_ms = sum(milliseconds) + decoder.needs_ms[0]
+                    stages.setdefault(stage, []).append(build_ms)
                     continue
-                layers = len(milliseconds) // steps  # the layers that go through this stage
+                layers = len(milliseconds) // steps  # the layers that have this stage
                 per_step = [
                     sum(milliseconds[step * layers : (step + 1) * layers])
                     for step in range(WARM_UP_STEPS, steps)
                 ]
                 stages.setdefault(stage, []).extend(per_step)
-    full = took["full"] if context.method.selects else None
-    timed = speed_columns(took["method"], full, load.share())
+    full = turn_ms["full"] if context.method.selects else None
+    timed = speed_columns(turn_ms["method"], full, load.share())
     columns: dict[str, Any] = {
         "speedup_vs_full": None,
         **timed,
         "prefill_ms": statistics.median(prefill_ms),
         "tokens_per_s": 1e3 / timed["decode_ms_p50"],
         "full_backend": getattr(context.full, "backend", None),
-        "kv_cache_mib": statistics.fmean(held) / 2**20,
+        "kv_cache_mib": statistics.fmean(cache_bytes) / 2**20,
     }
     for stage in ("build", *STAGES):
         columns[f"{stage}_ms"] = statistics.median(stages[stage]) if stage in stages else None
     if not context.method.selects and "full" in stages:
         columns["attend_ms"] = statistics.median(stages["full"])
     attention = sum(columns[f"{stage}_ms"] or 0.0 for stage in STAGES)
-    if context.method.selects and "full" in stages:  # the layers that the policy leaves dense
+    if context.method.selects and "full" in stages:  # the layers that the policy keeps dense
         attention += statistics.median(stages["full"])
     if context.bandwidth and attention:
         columns["bandwidth_fraction"] = bytes_read / (attention * 1e-3) / context.bandwidth
     return columns
 
 
-def decoder_after_question(context: Context, prompt: Prompt, room: int) -> Decoder:
-    """Return a decoder that has read a prompt and its question, densely."""
-    decoder = Decoder(context.loaded, context.store, [prompt], room, context.method.needs)
+def decoder_after_question(context: Context, prompt: Prompt, new_tokens: int) -> Decoder:
+    """Return a decoder that has read a prompt and its question with dense attention."""
+    decoder = Decoder(context.loaded, context.store, [prompt], new_tokens, context.method.needs)
     decoder.read_question()
     return decoder
 
@@ -613,23 +625,23 @@ def decoder_after_question(context: Context, prompt: Prompt, room: int) -> Decod
 def _timed_steps(
     context: Context, decoder: Decoder, method: TopKMethod, token: torch.Tensor, watch: Observer
 ) -> list[float]:
-    """Run one turn; return the milliseconds of its steps after the warm-up."""
+    """Run one turn; return the milliseconds of each step after the warm-up."""
     stages = Stages(decoder.device)
     with context.attached(decoder, method, watch):
         for _ in range(WARM_UP_STEPS + TIMED_STEPS):
             with stages("step"):
                 logits = decoder.step(token)
-    decoder.check(logits)  # what is no number stays none, so the last step tells of all
+    decoder.check(logits)  # NaN and infinity persist, so checking the last step is enough
     return stages.times()["step"][WARM_UP_STEPS:]
 
 
 def measure_selection(context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Judge the method's selections over the prompts, full attention's answers forced."""
+    """Measure the quality of the method's selections while it decodes full attention's answers."""
     meter = SelectionMeter(context.method.effective_policy(context.policy).k)
     for prompt in context.track(prompts, "selections"):
         answer = context.full_answer(prompt)
         needs = context.method.needs
         decoder = Decoder(context.loaded, context.store, [prompt], len(answer) + 1, needs)
         with context.attached(decoder, context.method, meter):
-            decoder.follow([answer])
+            decoder.teacher_force([answer])
     return dict(meter.means())

@@ -1,4 +1,4 @@
-"""Lets a method learn a model's layers: captured group by group, spread over the devices."""
+"""Fit a method on all layers of a model: captured group by group, distributed over devices."""
 
 import threading
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from topkbench.methods.base import LayerStates, Progress, TopKMethod, stack_laye
 
 
 def learning_devices(model_device: torch.device) -> list[torch.device]:
-    """Return where layers are learned: on every accelerator if the model runs on one, else here."""
+    """Return the devices to fit layers on: all GPUs if the model is on a GPU, else the CPU."""
     if model_device.type != "cuda":
         return [torch.device("cpu")]
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -24,62 +24,64 @@ def fit_layers(
     devices: Sequence[torch.device],
     progress: Progress | None = None,
 ) -> tuple[dict[str, Tensor], list[list[float]]]:
-    """Let a method learn every layer of a model.
+    """Fit a method on every layer of a model.
 
-    The layers of a group are dealt to the devices in turn, and each device learns its own one after
-    another; what a layer learns does not depend on the others, so neither does the result.
+    The layers of a group are assigned to the devices round-robin, and each device fits its layers
+    one after another. A layer's fit does not depend on the other layers, so the result does not
+    depend on the devices.
 
     Args:
-        method: Learns; it is not changed.
-        calibration: The prompts, of the same method.
-        devices: Where layers are learned; one may stand several times.
-        progress: Called with units of work done and in all: prompts read, and hundredths of layers.
+        method: The method to fit; it is not changed.
+        calibration: The prompts, drawn for the same method.
+        devices: Devices to fit on; one may be listed several times.
+        progress: Called with the units of work done and their total; a prompt read counts as 1, a
+            fitted layer as 100.
 
     Returns:
-        The artifact's tensors, and the loss at each step of each layer; a method that takes no
-        steps has no losses.
+        The artifact's tensors, and for each layer the loss at each training step; the losses are
+        empty if the method is not trained in steps.
 
     Raises:
-        ValueError: If a layer exceeds the memory limit, or what was learned is not finite.
+        ValueError: If a layer exceeds the memory limit, or a fitted tensor is not finite.
     """
     groups, num_layers = calibration.groups(), calibration.num_layers
     read, total = 0, len(groups) * len(calibration.prompts) + 100 * num_layers
     fitted: dict[int, dict[str, Tensor]] = {}
     losses: list[list[float]] = [[] for _ in range(num_layers)]
     shares = [0.0] * num_layers
-    turn = threading.Lock()
+    lock = threading.Lock()
 
-    def tell(prompts: int = 0) -> None:
+    def report_progress(prompts: int = 0) -> None:
         if progress is not None:
-            with turn:
+            with lock:
                 progress(read + prompts + round(100 * sum(shares)), total)
 
-    def learn(held: dict[int, LayerStates], layer: int, device: torch.device) -> None:
-        def report(step: int, steps: int, loss: float) -> None:
+    def fit_one(captured: dict[int, LayerStates], layer: int, device: torch.device) -> None:
+        def report_loss(step: int, steps: int, loss: float) -> None:
             losses[layer].append(loss)
             shares[layer] = step / steps
-            tell()
+            report_progress()
 
-        states = [(queries.to(device), keys.to(device)) for queries, keys in held.pop(layer)]
-        fitted[layer] = method.fit_layer(layer, states, report)
+        states = [(queries.to(device), keys.to(device)) for queries, keys in captured.pop(layer)]
+        fitted[layer] = method.fit_layer(layer, states, report_loss)
         shares[layer] = 1.0
-        tell()
+        report_progress()
 
-    def learn_all(
-        held: dict[int, LayerStates], layers: Sequence[int], device: torch.device
+    def fit_several(
+        captured: dict[int, LayerStates], layers: Sequence[int], device: torch.device
     ) -> None:
         for layer in layers:
-            learn(held, layer, device)
+            fit_one(captured, layer, device)
 
     for group in groups:
-        held = calibration.capture(group, lambda done, _: tell(done))
+        captured = calibration.capture(group, lambda done, _: report_progress(done))
         read += len(calibration.prompts)
         if len(devices) == 1:
-            learn_all(held, group, devices[0])
+            fit_several(captured, group, devices[0])
         else:
-            dealt = [group[place :: len(devices)] for place in range(len(devices))]
+            assigned = [group[first :: len(devices)] for first in range(len(devices))]
             with ThreadPoolExecutor(len(devices)) as pool:
-                list(pool.map(learn_all, [held] * len(devices), dealt, devices))
+                list(pool.map(fit_several, [captured] * len(devices), assigned, devices))
 
     tensors = stack_layers([fitted[layer] for layer in range(num_layers)])
     for name, tensor in tensors.items():

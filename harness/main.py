@@ -1,4 +1,8 @@
-"""The command: compose a model, a task and a method, run them, and record what came out."""
+"""The command ``topkbench``: compose a model, a task and a method, run them, record the results.
+
+``run.py`` calls it in a checkout. Everything here can be imported by name, so that a process that
+was started by a parallel launcher finds it.
+"""
 
 import contextlib
 import copy
@@ -15,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +55,15 @@ NOT_PARAMETERS = {"_target_", "rbit", "seed", "impl", "native", "backend"}
 POLICY_PARAMETERS = ("num_sink", "num_recent", "dense_layers", "head_scope", "aggregation")
 # Settings that say where things are kept, not what is computed.
 NOT_CONTENT = {"cache_dir"}
+# Hydra's options that are followed by a value.
+OPTIONS_WITH_VALUE = {
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--config-dir", "-cd", "--experimental-rerun"),
+}
 
 
 def progress(items: Sequence[Any], label: str) -> Iterable[Any]:
-    """Show a bar over a sequence, on a terminal alone."""
+    """Show a progress bar over a sequence, where standard error is a terminal."""
     return tqdm(items, desc=label, disable=None, leave=False)
 
 
@@ -62,10 +72,10 @@ _FITTED: set[str] = set()
 
 
 def model_and_store(model_config: str, cache_dir: str, memory_gib: float | None) -> tuple[Any, Any]:
-    """Load a model once a process, with the store of its prefills.
+    """Return a model, loaded once in a process, and the store of its prefills.
 
-    A sweep over models comes back to each of them, so they are kept while there is room for one
-    more; else all are dropped before the next is loaded.
+    A sweep over models comes back to each of them, so loaded models are kept as long as there is
+    memory for one more; else all of them are dropped before the next is loaded.
     """
     if model_config not in _MODELS:
         sizes = [loaded.model.get_memory_footprint() for loaded, _ in _MODELS.values()]
@@ -101,14 +111,14 @@ def bandwidth(device: str) -> float:
 
 
 class Run:
-    """One composed configuration made into objects: what runs, and what identifies it."""
+    """The objects of one composed configuration, and the keys that identify its results."""
 
     def __init__(self, config: DictConfig) -> None:
         self.config = config
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         assert isinstance(resolved, dict)
         self.settings: dict[str, Any] = {str(name): value for name, value in resolved.items()}
-        # What is cheap to refuse is refused first, before a model is loaded.
+        # Bad settings of these are errors at once, before a model is loaded.
         self.method = hydra.utils.instantiate(config.method)
         self.policy = hydra.utils.instantiate(config.protocol)
         self.task = hydra.utils.instantiate(config.task)
@@ -119,19 +129,19 @@ class Run:
         self.loaded, self.store = model_and_store(
             json.dumps(self.settings["model"]),
             self.settings["cache_dir"],
-            # Workers beside this one find prefills only where all of them look: in the folder.
+            # Processes of a parallel launcher share prefills through files alone.
             self.settings["prefill_memory_gib"] if alone else 0.0,
         )
         self.artifact = self._prepare(self.method)
 
     def _prepare(self, method: Any) -> Any:
-        """Give a method its artifact, found or learned now; return it, or None if it needs none."""
+        """Load the artifact that a method needs, fitted first if there is none, and return it."""
         from topkbench.harness.cell import prepare_method
 
         if not (self.task.uses_model and self.task.fits_methods):
             return None
         memory_gib = self.settings["calibration_memory_gib"]
-        # Other axes lead to the same artifact; a process fits it again once.
+        # Several cells use the same artifact; with force=true a process fits it once.
         name = identity({part: self.settings[part] for part in ("model", "method", "calibration")})
         refit = self.settings["force"] and self.task.refits and name not in _FITTED
         _FITTED.add(name)
@@ -153,7 +163,7 @@ class Run:
 
     @functools.cached_property
     def payload(self) -> dict[str, Any]:
-        """The settings that the result depends on, and what they lead to; not what computes it."""
+        """The settings that a result depends on, and digests of model, inputs and artifact."""
         from topkbench.kernels.dispatch import OPERATORS, resolve
         from topkbench.models.digests import model_digest
 
@@ -184,10 +194,10 @@ class Run:
 
     @functools.cached_property
     def code(self) -> str:
-        """Digest of the code that computes the cell: of method, task, models and kernels."""
+        """Digest of the code that computes the cell: method, task, harness, models and kernels."""
         from topkbench.harness.sources import code_digest, modules_of
 
-        # Each is compared with full attention, and timed beside it.
+        # Every method is compared with full attention and timed beside it.
         full = OmegaConf.load(CONF / "method" / "full.yaml")._target_
         loader = self.settings["model"]["_target_"]
         named = {target.rpartition(".")[0] for target in (full, loader)}
@@ -196,7 +206,7 @@ class Run:
 
     @functools.cached_property
     def keys(self) -> dict[str, str]:
-        """The key of each part of the cell: a digest of all that this part depends on."""
+        """The key of each part of the cell (answers, selections, speed): a digest of its inputs."""
         from topkbench.harness.cell import environment, libraries
 
         keys = {}
@@ -206,7 +216,7 @@ class Run:
             known["task"] = {name: one for name, one in known["task"].items() if name not in free}
             if part == "speed":
                 known["machine"] = environment(self.loaded)
-            else:  # full attention answers by one kernel, whatever it is timed with
+            else:  # full attention's answers come from one backend, whichever one is timed
                 known.pop("full_backend")
                 known["method"].pop("backend", None)
             keys[part] = identity(known)
@@ -214,17 +224,17 @@ class Run:
 
     @property
     def dtype(self) -> str:
-        """What the states of the run are kept in: the task's choice, or the model's."""
+        """The dtype of the run's keys and values: the task's setting, or the model's dtype."""
         chosen = str(self.settings["task"].get("dtype", "auto"))
         return str(self.loaded.model.dtype).removeprefix("torch.") if chosen == "auto" else chosen
 
     @property
     def identity(self) -> str:
-        """The cell's name, the same in every process: a digest of its parts' keys."""
+        """The cell's identity, the same in every process: a digest of its parts' keys."""
         return identity({"task": self.task.name, **self.keys})
 
     def row(self, full_run_id: str | None = None) -> Row:
-        """Return the columns that are known before anything has run."""
+        """Return a row with the columns that are known before anything has run."""
         from topkbench.harness.cell import environment
 
         method, task = self.settings["method"], self.settings["task"]
@@ -266,7 +276,7 @@ class Run:
         )
 
     def _artifact_code(self) -> str | None:
-        """Say whether the artifact was fitted by the code that would fit it now."""
+        """Compare the code that fitted the artifact with the present: same, other, unknown."""
         from topkbench.harness.cell import fit_source
 
         if self.artifact is None:
@@ -314,7 +324,7 @@ class Run:
         scored = [one for one in outcome.samples if "score" in one]
         paired = paired_columns(scored, compared)
         full_rows = full_cell.read() if full_cell is not None else []
-        # What was found took no memory now.
+        # A part that was read from disk took no memory in this run.
         peak = None if found else peak_memory_mib(self.loaded.model.device)
         rows = [
             known.replace(
@@ -335,7 +345,10 @@ class Run:
 
 
 def parameters(method: dict[str, Any]) -> dict[str, Any]:
-    """Return a method's settings that are columns of no name; of one inside it, with its place."""
+    """Return the settings of a method that have no column of their own.
+
+    Those of a method inside a method are prefixed with its setting's name, as in ``base_rank``.
+    """
     found: dict[str, Any] = {}
     for name, value in method.items():
         if isinstance(value, dict) and "_target_" in value:
@@ -348,16 +361,16 @@ def parameters(method: dict[str, Any]) -> dict[str, Any]:
 
 
 def implementations(chosen: dict[str, str]) -> str:
-    """Name the implementation that most operators run, and what the others run."""
+    """Return the implementation of most operators, and which operators have another one."""
     kinds = list(chosen.values())
     common = max(sorted(set(kinds)), key=kinds.count)
     others = [op for op, kind in chosen.items() if kind != common]
-    # There is one other at most beside a GPU's or a CPU's own: the reference in torch.
+    # Where an operator lacks the fast implementation, it runs the reference.
     return common + (f", {chosen[others[0]]}: {' '.join(others)}" if others else "")
 
 
 def without_seeds(payload: dict[str, Any]) -> dict[str, Any]:
-    """Return what a result depends on, less its seeds and what was drawn or fitted with them."""
+    """Return a payload without its seeds and what was drawn or fitted with them."""
     drawn = {"seed", "inputs", "artifact"}
     return {
         part: {name: value for name, value in settings.items() if name not in drawn}
@@ -368,7 +381,7 @@ def without_seeds(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def compared_with(run: Run) -> Run:
-    """Return the run that everything is compared with, of the same model and task."""
+    """Return full attention's run of the same model and task, with which every run is compared."""
     if not run.method.selects:
         return run
     config = copy.deepcopy(run.config)
@@ -377,7 +390,7 @@ def compared_with(run: Run) -> Run:
 
 
 def run_or_reuse(run: Run, sweep: Sweep, done: set[str]) -> Cell:
-    """Make sure that a cell has ended: run it, unless it has or another process does."""
+    """Return a finished cell: found on disk or run now, one process at a time."""
     cell = sweep.store.cell(run.identity)
     sweep.append(cell.identity)
     full = compared_with(run)
@@ -385,7 +398,8 @@ def run_or_reuse(run: Run, sweep: Sweep, done: set[str]) -> Cell:
     if run.task.needs_full and full is not run:
         full_cell = run_or_reuse(full, sweep, done)
     with cell.lock():
-        # Also one that failed is not run again by this process: other axes lead to the same cell.
+        # Several combinations of settings lead to one cell, which a process runs once, even if it
+        # fails.
         ended = cell.identity in done or (cell.finished() and not run.settings["force"])
         if ended:
             if run.task.refits and cell.identity not in done:
@@ -401,7 +415,7 @@ def run_or_reuse(run: Run, sweep: Sweep, done: set[str]) -> Cell:
             rows, samples = run.execute(full, full_cell, PartStore(sweep.store.folder.parent))
         except KeyboardInterrupt:
             raise
-        except Exception as error:  # a sweep goes on, and the row says why this cell has no result
+        except Exception as error:  # the row says why the cell failed, and the sweep goes on
             log.append(traceback.format_exc())
             failed = run.row().replace(status=Status.FAILED, reason=sentence(error))
             rows, samples = [failed], []
@@ -417,7 +431,7 @@ def run_or_reuse(run: Run, sweep: Sweep, done: set[str]) -> Cell:
 
 
 def track(cell: Cell, run: Run, sweep: Sweep) -> None:
-    """Tell the tracker how a cell ended, once; also what a killed process could not tell it."""
+    """Log a finished cell to the tracker, unless that was done; a killed process may not have."""
     if cell.tracked:
         return
     if run.tracker.log_cell(
@@ -427,18 +441,17 @@ def track(cell: Cell, run: Run, sweep: Sweep) -> None:
 
 
 def describe(rows: Sequence[Row]) -> str:
-    """Return one line on how a cell ended."""
+    """Return one line with a cell's settings and score or status."""
     top = next((row for row in rows if row.subtask == "mean"), rows[0])
-    knobs = [f"{name}={getattr(top, name)}" for name in ("k", "rbit") if getattr(top, name)]
+    names = ("method", "k", "rbit", "protocol", "question")
+    settings = [f"{name}={getattr(top, name)}" for name in names if getattr(top, name)]
     score = "" if top.score is None else f": score {top.score:.1f}"
-    if score:
-        knobs += [word for word in (top.protocol, top.question) if word]
     status = "" if top.status.value == "ok" else f": {top.status.value}"
-    return " ".join((top.model, top.task, top.method, *knobs)) + score + status
+    return " ".join((top.model, top.task, *settings)) + score + status
 
 
 def sentence(error: BaseException) -> str:
-    """Return what an error says in one line: of the cause, where a library wrapped it."""
+    """Return an error's message in one line; of its cause, where Hydra wrapped it."""
     while isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split())
@@ -449,21 +462,23 @@ _DONE: set[str] = set()
 _REPORTED: set[str] = set()
 
 
-def job(config: DictConfig) -> None:
-    """Run one cell of a sweep, or the only one."""
+def job(config: DictConfig) -> float | None:
+    """Run one cell of a sweep, or the only one; return its score, for sweepers that ask."""
     state = HydraConfig.get()
     folder = state.sweep.dir if state.mode == RunMode.MULTIRUN else state.run.dir
     sweep = Sweep.open(folder)
     try:
-        run_or_reuse(Run(config), sweep, _DONE)
+        rows = run_or_reuse(Run(config), sweep, _DONE).read()
     except Exception as error:
-        # A configuration that cannot become a cell, or whose method cannot be fitted: it leaves a
-        # row, its log has the traceback, and the other jobs go on.
+        # The configuration is wrong, or its method cannot be fitted: a row says so, its log has the
+        # traceback, and the sweep goes on.
         record_config_error(error, config, sweep)
+        return None
+    return next((row.score for row in rows if row.subtask == "mean"), None)
 
 
 def record_config_error(error: Exception, config: DictConfig, sweep: Sweep) -> None:
-    """Say once why a configuration cannot be run, and leave a row that says it too."""
+    """Print once why a configuration cannot be run, and write a row with the same reason."""
     reason = sentence(error)
     if reason not in _REPORTED:
         _REPORTED.add(reason)
@@ -492,13 +507,15 @@ def record_config_error(error: Exception, config: DictConfig, sweep: Sweep) -> N
 
 
 def unknown_option(text: str) -> str:
-    """Shorten Hydra's words on an option that is not there, and name the nearest one."""
+    """Return Hydra's message on an unknown setting, shortened, with the nearest name."""
     strange = re.search(r"Key '(\w+)' is not in struct full_key: ([\w.]+)", text)
     if strange is not None:
         key, place = strange.groups()
         group, _, _ = place.rpartition(".")
         files = sorted((CONF / group).glob("*.yaml"))
         having = {file.stem: {str(name) for name in OmegaConf.load(file)} for file in files}
+        if not group:  # the groups themselves stand in no file
+            having["groups"] = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
         owners = [option for option, names in having.items() if key in names]
         if owners:
             return f"there is no setting {place} here; {group}={' or '.join(owners)} has it."
@@ -517,22 +534,24 @@ def unknown_option(text: str) -> str:
 
 @contextlib.contextmanager
 def prefill_folder() -> Iterator[None]:
-    """Give all workers of a sweep one folder for prefills that do not fit into memory.
+    """Make a private temporary folder for prefills that do not fit into memory.
 
-    Nobody else can guess its name or look into it. Its lock is held for as long as the sweep runs,
-    so that the next one can tell, and remove, what a killed one left.
+    All processes of a sweep use it. It is locked while the sweep runs, so that the next sweep can
+    tell, and remove, the folder that a killed one left behind.
     """
-    if PREFILL_FOLDER in os.environ:  # a worker, or a user's choice
+    if PREFILL_FOLDER in os.environ:  # set by the parent process, or by the user
         yield
         return
-    temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
+    from topkbench.models.digests import is_of_this_user
+
+    temporary = Path(tempfile.gettempdir())
     for left in temporary.glob(f"{PREFILL_PREFIX}*"):
         with contextlib.suppress(OSError, filelock.Timeout):
-            if left.is_symlink() or left.stat().st_uid != os.geteuid():
+            if left.is_symlink() or not is_of_this_user(left.stat()):
                 continue
             with filelock.FileLock(left / "in use", timeout=0):
                 shutil.rmtree(left, ignore_errors=True)
-    # Named so that others clean it up only once it is locked.
+    # It gets the name by which others find it once it is locked.
     made = Path(tempfile.mkdtemp(prefix=f".{PREFILL_PREFIX}", dir=temporary))
     with filelock.FileLock(made / "in use"):
         folder = made.rename(made.with_name(made.name[1:]))
@@ -543,8 +562,31 @@ def prefill_folder() -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def settings_first(arguments: Sequence[str]) -> list[str]:
+    """Put settings before options: Hydra's parser allows no option between two settings.
+
+    Args:
+        arguments: What follows the command's name.
+    """
+    settings: list[str] = []
+    options: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        if not argument.startswith("-"):
+            settings.append(argument)
+            continue
+        options.append(argument)
+        if argument in OPTIONS_WITH_VALUE:
+            options += [value for value in [next(waiting, None)] if value is not None]
+    return settings + options
+
+
 def main() -> None:
-    """Run Hydra, and turn what a user did wrong into one sentence."""
+    """Run the command; a user's mistake ends it with one sentence instead of a traceback."""
+    if "--version" in sys.argv[1:]:
+        print(f"topkbench {own_version()}, Hydra {hydra.__version__}")
+        return
+    sys.argv[1:] = settings_first(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us whole, and are said in one line
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module="hydra")
@@ -558,3 +600,11 @@ def main() -> None:
         sys.exit(f"error: {sentence(error)}")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; what has ended is kept, and the same command goes on.")
+
+
+def own_version() -> str:
+    """Return topkbench's version, as it is installed."""
+    try:
+        return version("topkbench")
+    except PackageNotFoundError:
+        return "of a checkout that is not installed"

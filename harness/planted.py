@@ -1,4 +1,4 @@
-"""Random attention states with something to find, at any geometry; no model is needed."""
+"""Random attention states with a few planted needles, at any geometry; no model is needed."""
 
 from dataclasses import dataclass, field
 
@@ -9,14 +9,14 @@ from topkbench.methods.base import QUERY_TAIL, Geometry
 from topkbench.models.capture import Captured
 
 NEEDLES = 8
-MEMORY_SHARE = 0.5  # of the free memory; what needs more is skipped
-BLOCK = 4096  # tokens that are drawn; more are made of them
+MEMORY_SHARE = 0.5  # of the free memory; rows that need more are skipped
+BLOCK = 4096  # tokens that are drawn at random; longer states repeat them
 CALIBRATION_TOKENS = 256
 
 
 @dataclass
 class PlantedStates:
-    """Random keys, and queries that look for a few of them: attention with something to find.
+    """Random keys and values, and queries that attend strongly to a few of the keys.
 
     Attributes:
         query_states: ``[B, Hkv, G, d]``.
@@ -36,10 +36,10 @@ class PlantedStates:
 
         A needle is a key near one of the group's queries. Drawing hundreds of millions of numbers
         takes longer than timing them, so one block of tokens is drawn for the heads of a row and
-        repeated over slots and rows, each time with the signs of other channels turned: states stay
-        normal, no key occurs twice, and the logits of two repetitions are nearly independent, so
-        that a selection is spread as among keys drawn one by one. All is written in place and in
-        its dtype; beside the states there is never more than one block.
+        repeated over slots and rows, each time with the signs of random channels flipped: states
+        stay normal, no key occurs twice, and the logits of two repetitions are nearly independent,
+        so a selection is spread as if every key had been drawn independently. States are written in
+        place in their dtype; besides them, there is never more than one block in memory.
         """
         generator = torch.Generator().manual_seed(seed)
         heads, d, device = geometry.num_kv_heads, geometry.head_dim, geometry.device
@@ -47,50 +47,51 @@ class PlantedStates:
         queries = torch.randn(batch_size, heads, group, d, generator=generator).to(device, dtype)
         states = []
         for _ in range(2):
-            drawn = torch.randn(heads, min(n, BLOCK), d, generator=generator).to(device, dtype)
-            held = torch.empty(batch_size, heads, n, d, dtype=dtype, device=device)
-            for row in held:
+            block = torch.randn(heads, min(n, BLOCK), d, generator=generator).to(device, dtype)
+            whole = torch.empty(batch_size, heads, n, d, dtype=dtype, device=device)
+            for row in whole:
                 for part in row.split(BLOCK, dim=1):
-                    turns = torch.randint(2, (heads, 1, d), generator=generator) * 2 - 1
-                    torch.mul(drawn[:, : part.shape[1]], turns.to(device, dtype), out=part)
-            states.append(held)
+                    signs = torch.randint(2, (heads, 1, d), generator=generator) * 2 - 1
+                    torch.mul(block[:, : part.shape[1]], signs.to(device, dtype), out=part)
+            states.append(whole)
         keys, values = states
         needles = torch.randperm(n, generator=generator)[:NEEDLES]
-        for place, slot in enumerate(needles.tolist()):
-            keys[:, :, slot] += 2 * queries[:, :, place % group]
+        for number, slot in enumerate(needles.tolist()):
+            keys[:, :, slot] += 2 * queries[:, :, number % group]
         return cls(queries, keys, values)
 
     def copy(self) -> "PlantedStates":
-        """Return the same states in other memory."""
+        """Return a copy of the states in new memory."""
         return PlantedStates(
             self.query_states.clone(), self.key_states.clone(), self.value_states.clone()
         )
 
 
 def capture(needs: frozenset[str], key_states: Tensor, num_heads: int, scale: float) -> Captured:
-    """Capture what a method needs of prompts that nobody read, in the time that real ones take.
+    """Capture what a method needs at prefill, from random queries, in the time that real ones take.
 
-    The queries are random: whose they are does not matter to the time. The attention that tokens
-    received is that of queries at all positions; a query tail takes the last ones alone. Prompts
-    are read one by one, so the milliseconds of a batch are the sum of its rows'.
+    The time does not depend on the queries' values. Column sums use queries at all positions, a
+    query tail only the last ones. Prompts are captured one by one, so the milliseconds of a batch
+    are the sum over its rows.
 
     Args:
-        needs: One of ``PREFILL_NEEDS`` or more.
+        needs: A subset of ``PREFILL_NEEDS``, not empty.
         key_states: ``[B, Hkv, n, d]``.
         num_heads: Query heads.
-        scale: The attention's factor on dot products.
+        scale: Factor on the dot products of the attention.
     """
     n, head_dim = key_states.shape[2:]
-    wanted = n if "column_sums" in needs else min(n, QUERY_TAIL)
+    num_queries = n if "column_sums" in needs else min(n, QUERY_TAIL)
     generator = torch.Generator().manual_seed(0)
-    shape = (1, num_heads, min(wanted, BLOCK), head_dim)
-    # Drawn once, as all queries would take more room than the keys.
+    shape = (1, num_heads, min(num_queries, BLOCK), head_dim)
+    # One block is drawn and reused, as queries at all positions would take more memory than the
+    # keys.
     queries = torch.randn(shape, generator=generator).to(key_states)
-    Captured(needs).update(queries[:, :, :QUERY_TAIL], key_states[:1], scale)  # the first is slower
+    Captured(needs).update(queries[:, :, :QUERY_TAIL], key_states[:1], scale)  # warm-up
     rows = []
     for row in key_states.split(1):
         captured = Captured(needs)
-        for begin in range(n - wanted, n, BLOCK):
+        for begin in range(n - num_queries, n, BLOCK):
             end = min(begin + BLOCK, n)
             captured.update(queries[:, :, : end - begin], row[:, :, :end], scale)
         rows.append(captured)
@@ -101,10 +102,10 @@ def capture(needs: frozenset[str], key_states: Tensor, num_heads: int, scale: fl
 
 @dataclass
 class PlantedCalibration:
-    """Short planted sequences for methods that must be fitted to run at all.
+    """Short planted sequences for methods that cannot run without being fitted.
 
-    What is learned from them is no better than chance and costs what a good one costs: the time is
-    the same.
+    A method fitted on them selects no better than chance, but takes the same time as a well-fitted
+    one.
     """
 
     sequences: int
@@ -113,7 +114,7 @@ class PlantedCalibration:
 
     @classmethod
     def of(cls, planted: PlantedStates) -> "PlantedCalibration":
-        """Cut two short sequences out of planted states, so that a fit takes seconds."""
+        """Return two short sequences cut out of planted states, so that a fit takes seconds."""
         keys, group = planted.key_states[0], planted.query_states.shape[2]
         size = min(CALIBRATION_TOKENS, keys.shape[1])
         pieces = [keys[:, begin : begin + size].float() for begin in (0, keys.shape[1] - size)]

@@ -1,4 +1,4 @@
-"""How good a selection is: recall of the exact top-k, attention kept, error of the output."""
+"""Selection quality: recall of the exact top-k, attention mass, and error of the output."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +27,9 @@ class DenseReference:
 
     Attributes:
         weights: ``[B, Hkv, G, n]`` softmax of full attention; 0 outside a row's valid slots.
-        group_weights: ``[B, Hkv, n]``, summed over the group; -1 outside, so never among the top.
-        out: ``[B, Hkv, G, d]``.
+        group_weights: ``[B, Hkv, n]``, summed over the group; -1 outside the valid slots, so that
+            they are never among the top k.
+        out: ``[B, Hkv, G, d]`` output of full attention.
     """
 
     weights: Tensor
@@ -49,7 +50,7 @@ class DenseReference:
         return cls(weights, grouped, torch.matmul(weights, cache.value_states.float()))
 
     def exact(self, k: int) -> Tensor:
-        """Return bool ``[B, Hkv, n]``: the top ``k`` of the group's summed weights."""
+        """Return the exact top ``k`` by the group's summed weights, as bool ``[B, Hkv, n]``."""
         indices = topk_select(self.group_weights, k, impl="auto")
         chosen = torch.zeros_like(self.group_weights, dtype=torch.bool)
         chosen.scatter_(-1, indices.long(), True)
@@ -58,13 +59,13 @@ class DenseReference:
 
 @dataclass(frozen=True)
 class Quality:
-    """What one decode step of one layer kept, ``[B, Hkv]`` each.
+    """Quality of the selection at one decode step of one layer, ``[B, Hkv]`` each.
 
     Attributes:
-        recall_at_k: Share of the exact top-k that was chosen.
-        attention_mass: Softmax mass of full attention on what was chosen.
+        recall_at_k: Share of the exact top-k that was selected.
+        attention_mass: Softmax mass of full attention on the selected tokens.
         output_rel_error: Norm of the output's error over the norm of full attention's output.
-        tokens: Different tokens that the group's queries read together.
+        tokens: Distinct tokens that the group's queries read together.
     """
 
     recall_at_k: Tensor
@@ -73,29 +74,29 @@ class Quality:
     tokens: Tensor
 
 
-def quality(truth: DenseReference, cache: CacheView, result: StepResult, k: int) -> Quality:
+def quality(reference: DenseReference, cache: CacheView, result: StepResult, k: int) -> Quality:
     """Compare one step with full attention on the same states.
 
-    A selection per query head is judged for each head, against the group's exact top-k, and the
-    mean over the group is returned; its tokens are those that the heads read together.
+    If each query head has its own selection, each is compared with the group's exact top-k and the
+    mean over the group is returned; ``tokens`` counts those that the heads read together.
     """
-    batch, kv_heads, group = truth.out.shape[:3]
+    batch, kv_heads, group = reference.out.shape[:3]
     selection = result.selection or Selection.everything(cache)
     per_query = selection.slots(cache).view(batch, kv_heads, -1, cache.n).expand(-1, -1, group, -1)
-    exact = truth.exact(k)[:, :, None]
+    exact = reference.exact(k)[:, :, None]
     hits = (per_query & exact).sum(-1).float() / exact.sum(-1).clamp_min(1)
-    mass = (truth.weights * per_query).sum(-1)
-    out = result.out.float().view_as(truth.out)
-    error = (out - truth.out).norm(dim=-1) / truth.out.norm(dim=-1).clamp_min(1e-12)
+    mass = (reference.weights * per_query).sum(-1)
+    out = result.out.float().view_as(reference.out)
+    error = (out - reference.out).norm(dim=-1) / reference.out.norm(dim=-1).clamp_min(1e-12)
     tokens = selection.tokens_read(cache).float()
     return Quality(hits.mean(-1), mass.mean(-1), error.mean(-1), tokens)
 
 
 def check_finite(result: StepResult, layer: int) -> None:
-    """Refuse a step's scores and output that are not finite; a slot without a token scores -inf.
+    """Check that a step's scores and output are finite; slots without a token may score -inf.
 
     Raises:
-        NotFiniteError: In one sentence.
+        NotFiniteError: If they are not.
     """
     for scores in (result.raw_scores, result.scores):
         if scores is None or not bool((scores.isnan() | scores.isposinf()).any()):
@@ -113,10 +114,10 @@ def check_finite(result: StepResult, layer: int) -> None:
 
 @dataclass
 class SelectionMeter(Observer):
-    """Judges an attached method's steps over more than ``k`` tokens, on the states it runs on."""
+    """Measures selection quality at an attached method's steps over more than ``k`` tokens."""
 
     k: int
-    seen: list[tuple[int, Quality]] = field(default_factory=list)
+    measured: list[tuple[int, Quality]] = field(default_factory=list)
 
     def on_step(
         self,
@@ -129,27 +130,28 @@ class SelectionMeter(Observer):
     ) -> None:
         check_finite(result, layer)
         if self.k >= cache.n:
-            return  # everything was kept, before the method was asked
-        truth = DenseReference.of(query_states, cache, scale, softcap)
-        self.seen.append((layer, quality(truth, cache, result, self.k)))
+            return  # all tokens are attended to without calling the method
+        reference = DenseReference.of(query_states, cache, scale, softcap)
+        self.measured.append((layer, quality(reference, cache, result, self.k)))
 
     def means(self) -> dict[str, float | None]:
-        """Return the mean over steps, layers and heads of each measure."""
+        """Return each measure's mean over steps, layers and heads; None without steps."""
         names = ("recall_at_k", "attention_mass", "output_rel_error")
-        if not self.seen:
+        if not self.measured:
             return dict.fromkeys(names)
         return {
-            name: torch.stack([getattr(one, name).mean() for _, one in self.seen]).mean().item()
+            name: torch.stack([getattr(one, name).mean() for _, one in self.measured]).mean().item()
             for name in names
         }
 
 
 class OffPolicyObserver(Observer):
-    """Runs a method beside full attention, on full attention's states, at every budget at once.
+    """Measures a method's selections on full attention's states, at all budgets in one pass.
 
-    One index and one scoring a step serve all budgets: only the selection depends on ``k``. Where a
-    selection depends on what was attended to before, each budget has an index of its own. Layers
-    that the policies leave dense select nothing, and are not judged.
+    The model decodes with full attention; at each step the method selects on the same queries and
+    cache. One index and one scoring per step serve all budgets, since only the selection depends on
+    ``k``. If a method's state depends on earlier selections, each budget has its own index. Layers
+    that the policies keep dense are not measured.
     """
 
     def __init__(
@@ -166,11 +168,11 @@ class OffPolicyObserver(Observer):
         self.capacity = capacity
         self.captured = captured
         self.dense = policies[0].resolve_dense_layers(num_layers)
-        apart = [[policy] for policy in policies]
-        self.groups = apart if method.history_dependent else [list(policies)]
-        self.shared: list[dict[str, Any]] = [{} for _ in self.groups]
+        single = [[policy] for policy in policies]
+        self.policy_groups = single if method.history_dependent else [list(policies)]
+        self.shared: list[dict[str, Any]] = [{} for _ in self.policy_groups]
         self.indices: dict[tuple[int, int], Any] = {}
-        self.seen: list[tuple[int, int, int, Quality]] = []
+        self.measured: list[tuple[int, int, int, Quality]] = []
         self.steps: dict[int, int] = {}
 
     def on_step(
@@ -185,37 +187,37 @@ class OffPolicyObserver(Observer):
         if layer in self.dense:
             return
         self.steps[layer] = self.steps.get(layer, -1) + 1
-        truth = DenseReference.of(query_states, cache, scale, softcap)
-        for place, policies in enumerate(self.groups):
-            index = self._index(layer, place, cache, scale, softcap)
-            steps = self._history_dependent if self.method.history_dependent else self._together
+        reference = DenseReference.of(query_states, cache, scale, softcap)
+        for policy_group, policies in enumerate(self.policy_groups):
+            index = self._index(layer, policy_group, cache, scale, softcap)
+            steps = self._step_each if self.method.history_dependent else self._score_once
             for policy, outcome in steps(query_states, index, cache, policies, scale, softcap):
                 check_finite(outcome, layer)
-                found = quality(truth, cache, outcome, policy.k)
-                self.seen.append((policy.k, layer, self.steps[layer], found))
+                measures = quality(reference, cache, outcome, policy.k)
+                self.measured.append((policy.k, layer, self.steps[layer], measures))
 
     def _index(
-        self, layer: int, place: int, cache: CacheView, scale: float, softcap: float | None
+        self, layer: int, policy_group: int, cache: CacheView, scale: float, softcap: float | None
     ) -> Any:
-        """Return a layer's index with the current token in it."""
+        """Return a layer's index with the current token appended."""
         method = self.method
         _, end = cache.bounds()
-        if (layer, place) not in self.indices:
+        if (layer, policy_group) not in self.indices:
             captured = self.captured(layer)
-            before = PrefillInputs(
+            prefill = PrefillInputs(
                 key_states=cache.key_states[:, :, :-1],
                 value_states=cache.value_states[:, :, :-1],
                 capacity=self.capacity,
                 layer=layer,
                 num_layers=self.num_layers,
                 kv_len=end - 1,
-                shared=self.shared[place],
+                shared=self.shared[policy_group],
                 scale=scale,
                 softcap=softcap,
                 **({} if captured is None else captured.inputs(cache.n - 1)),
             )
-            self.indices[layer, place] = method.build_index(before)
-        index = self.indices[layer, place]
+            self.indices[layer, policy_group] = method.build_index(prefill)
+        index = self.indices[layer, policy_group]
         rows = torch.arange(len(end), device=cache.device)
         newest = end.long() - 1
         method.append(
@@ -225,7 +227,7 @@ class OffPolicyObserver(Observer):
         )
         return index
 
-    def _together(
+    def _score_once(
         self,
         query_states: Tensor,
         index: Any,
@@ -234,7 +236,7 @@ class OffPolicyObserver(Observer):
         scale: float,
         softcap: float | None,
     ) -> Iterator[tuple[Policy, StepResult]]:
-        """Yield what each budget gives, from one scoring."""
+        """Yield each budget's result, computed from the same scores."""
         method = self.method
         method.bind(index, cache)
         encoded = method.encode(query_states, index)
@@ -246,7 +248,7 @@ class OffPolicyObserver(Observer):
                 out, lse = method.attend(query_states, cache, chosen, scale, softcap)
                 yield policy, StepResult(out, lse, chosen, scores, raw)
 
-    def _history_dependent(
+    def _step_each(
         self,
         query_states: Tensor,
         index: Any,
@@ -255,7 +257,7 @@ class OffPolicyObserver(Observer):
         scale: float,
         softcap: float | None,
     ) -> Iterator[tuple[Policy, StepResult]]:
-        """Yield what each budget gives by whole steps, after which the index has learned."""
+        """Yield each budget's result, from a complete step that updates that budget's index."""
         for policy in policies:
             result = self.method.step(query_states, index, cache, policy, scale, softcap)
             if policy.k < cache.n:

@@ -1,4 +1,4 @@
-"""Digests of the code that a result was computed by: the files of a module and all it imports."""
+"""Digests of the code that computed a result: the files of modules and all that they import."""
 
 import ast
 import functools
@@ -11,7 +11,7 @@ from pathlib import Path
 
 PACKAGE = "topkbench"
 ROOT = Path(__file__).resolve().parents[1]
-# The folders whose code computes; what reads results, or tests them, changes none.
+# The folders whose code affects results; analysis, tools and tests do not.
 FOLDERS = ("kernels", "methods", "models", "harness", "tasks")
 
 
@@ -20,42 +20,42 @@ def code_digest(
     folders: Collection[str] = FOLDERS,
     without: Collection[str] = (),
 ) -> str:
-    """Return 16 hex digits of the sources of some modules and of whatever they import.
+    """Return a digest of the sources of modules and of all that they import; 16 hex digits.
 
-    Imports are followed into topkbench's own folders, and elsewhere into all that is no installed
-    library: a method that stands in a user's folder, and what it imports from there, by whatever
-    means. Files that are no code do not count. A file is read once a process.
+    Imports are followed within topkbench's folders and into files that are not part of an installed
+    library: a method in a user's folder, and all modules loaded from that folder, however they were
+    imported. Data files do not count. Each file is read once per process.
 
     Args:
-        modules: Dotted names of modules that are imported; of an installed package, all that it
-            holds itself counts.
+        modules: Dotted names of imported modules. If one is in an installed package, its imports
+            within that package are followed, too.
         folders: The folders of topkbench that are followed.
-        without: Modules that are left out, with what they alone import.
+        without: Modules to leave out, with all that only they import.
     """
-    waiting = list(modules)
-    own = {name.partition(".")[0] for name in waiting}
-    found: dict[str, Path] = {}
-    while waiting:
-        name = waiting.pop()
+    pending = list(modules)
+    named_packages = {name.partition(".")[0] for name in pending}
+    files: dict[str, Path] = {}
+    while pending:
+        name = pending.pop()
         path = (
             None
-            if not name or name in found or name in without
-            else _file(name, name.partition(".")[0] in own)
+            if not name or name in files or name in without
+            else _file(name, name.partition(".")[0] in named_packages)
         )
         if path is None or (name.startswith(f"{PACKAGE}.") and name.split(".")[1] not in folders):
             continue
-        found[name] = path
-        # A package runs whenever a module in it is imported.
-        waiting += [*_source(path, name)[1], name.rpartition(".")[0]]
-    outside = {path.parent for path in found.values() if not path.is_relative_to(ROOT)}
+        files[name] = path
+        # Importing a module also runs its package.
+        pending += [*_source(path, name)[1], name.rpartition(".")[0]]
+    outside = {path.parent for path in files.values() if not path.is_relative_to(ROOT)}
     for name, path in _loaded_from(outside).items():
-        found.setdefault(name, path)
-    text = "".join(f"{name} {_source(found[name], name)[0]}\n" for name in sorted(found))
+        files.setdefault(name, path)
+    text = "".join(f"{name} {_source(files[name], name)[0]}\n" for name in sorted(files))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _loaded_from(folders: Collection[Path]) -> dict[str, Path]:
-    """Return the files of modules that were loaded from some folders, however they were named."""
+    """Return the files of all modules that were loaded from the folders, by module name."""
     loaded = [(name, getattr(one, "__file__", None)) for name, one in list(sys.modules.items())]
     files = {name: Path(file) for name, file in loaded if file}
     return {
@@ -66,30 +66,30 @@ def _loaded_from(folders: Collection[Path]) -> dict[str, Path]:
 
 
 def modules_of(*objects: object) -> set[str]:
-    """Return the modules of methods, tasks and other objects of topkbench's, or derived from them.
+    """Return the modules of objects whose class is, or derives from, a class of topkbench.
 
-    Those that such an object holds count, too: a method inside a method.
+    Objects in their attributes are included, such as a method inside a method.
     """
-    found: set[str] = set()
-    waiting, seen = list(objects), dict[int, object]()
-    while waiting:
-        one = waiting.pop()
-        if id(one) in seen:
+    modules: set[str] = set()
+    pending, visited = list(objects), dict[int, object]()
+    while pending:
+        one = pending.pop()
+        if id(one) in visited:
             continue
-        seen[id(one)] = one
+        visited[id(one)] = one
         if isinstance(one, dict):
-            waiting += one.values()
+            pending += one.values()
         elif isinstance(one, list | tuple):
-            waiting += one
+            pending += one
         elif any(kind.__module__.startswith(f"{PACKAGE}.") for kind in type(one).__mro__):
-            found.add(type(one).__module__)
-            waiting += vars(one).values() if hasattr(one, "__dict__") else ()
-    return found
+            modules.add(type(one).__module__)
+            pending += vars(one).values() if hasattr(one, "__dict__") else ()
+    return modules
 
 
 @functools.cache
 def _source(path: Path, name: str) -> tuple[str, tuple[str, ...]]:
-    """Return the sha256 of a file, and the names of what it imports, wherever in it."""
+    """Return the sha256 of a file, and the names that it imports, at any place in it."""
     content = path.read_bytes()
     imports = tuple(_imports(content, path, name)) if path.suffix == ".py" else ()
     return hashlib.sha256(content).hexdigest(), imports
@@ -108,12 +108,12 @@ def _imports(content: bytes, path: Path, name: str) -> Iterator[str]:
 
 
 @functools.cache
-def _file(name: str, owned: bool) -> Path | None:
-    """Return a module's file; None if there is none, or it is of Python or an installed library.
+def _file(name: str, even_if_installed: bool) -> Path | None:
+    """Return a module's file, or None if it has none or belongs to Python or an installed library.
 
     Args:
         name: Dotted name.
-        owned: Follow it even if it is installed.
+        even_if_installed: Return the file even if it belongs to an installed library.
     """
     top, *rest = name.split(".")
     if top in sys.stdlib_module_names:
@@ -125,22 +125,22 @@ def _file(name: str, owned: bool) -> Path | None:
         spec: ModuleSpec | None = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return None
-    if spec is None or (not owned and _is_library(spec)):
+    if spec is None or (not even_if_installed and _is_library(spec)):
         return None
-    for place in range(len(rest)):  # without importing a package on the way
+    for depth in range(len(rest)):  # find_spec of a dotted name would import its packages
         if spec is None or spec.submodule_search_locations is None:
             return None
-        inner = ".".join([top, *rest[: place + 1]])
+        inner = ".".join([top, *rest[: depth + 1]])
         spec = PathFinder.find_spec(inner, spec.submodule_search_locations)
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 
 
 def _is_library(spec: ModuleSpec) -> bool:
-    """Whether a package is where an installer puts packages, with notes on each beside them."""
-    places = [Path(place).parent for place in spec.submodule_search_locations or ()]
-    if spec.has_location and spec.origin and not places:
-        places = [Path(spec.origin).parent]
-    return not places or any(_has_installed(place) for place in places)
+    """Return whether a package is installed, that is, lies beside ``*.dist-info`` folders."""
+    folders = [Path(location).parent for location in spec.submodule_search_locations or ()]
+    if spec.has_location and spec.origin and not folders:
+        folders = [Path(spec.origin).parent]
+    return not folders or any(_has_installed(folder) for folder in folders)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What a task is made of: samples with their parts apart, and the score of a prediction."""
+"""Samples, whose parts are kept separate, and the scoring of predictions."""
 
 import hashlib
 import json
@@ -7,26 +7,26 @@ from dataclasses import asdict, dataclass
 
 
 class TaskDoesNotFit(ValueError):
-    """The task cannot be built at the wanted length."""
+    """The task cannot be built at the requested length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One prompt with its parts apart, because which part is decoded sparsely decides results.
+    """One prompt, with context and question separate: results depend on which is decoded sparsely.
 
     Attributes:
         sample_id: Unique within a task's samples, stable between runs.
-        subtask: The row that the sample counts for.
-        context: What is read before the question is known.
-        question: The question, beginning where the context ends.
+        subtask: The sub-task, whose row the sample counts for.
+        context: The text before the question.
+        question: The question, which directly follows the context.
         answer_prefix: The beginning of the answer, given to the model.
-        answers: Strings that a right answer contains.
-        max_new_tokens: Tokens that the model may generate.
-        length: Tokens of the whole, generated ones included; None where it was not made for a
+        answers: Strings that a correct answer contains.
+        max_new_tokens: Number of tokens that the model may generate.
+        length: Tokens of prompt and answer together; None if the sample was not made for the
             model's tokenizer.
-        question_tokens: Where a flat prompt is split by count: tokens of ``context`` that belong
-            to the question. 0 where question and context are already apart.
-        as_is: The text has all the wrapping that its maker wanted; no chat template is put around.
+        question_tokens: Number of last tokens of ``context`` that are the question, for a prompt
+            that is split by count; 0 if question and context are already separate.
+        as_is: Whether the text is already complete, so that no chat template is applied.
     """
 
     sample_id: str
@@ -42,13 +42,13 @@ class Sample:
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
-    """Return the hex digest of the samples' content, the same in every process."""
+    """Return a digest of the samples' content, the same in every process; 16 hex digits."""
     payload = json.dumps([asdict(sample) for sample in samples], sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()[:16]
 
 
 def clean_prediction(prediction: str) -> str:
-    """Strip a prediction and turn its control characters into line breaks, as RULER does."""
+    """Return a prediction stripped, its control characters replaced by line breaks, as in RULER."""
     return "".join(c if ord(c) >= 32 else "\n" for c in prediction).strip()
 
 

@@ -1,4 +1,4 @@
-"""Plain texts that every machine has, or a user's own: what methods may be fitted on."""
+"""Calibration texts from files: Python's own documentation, or files that the user names."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,16 +15,15 @@ from topkbench.models.load import LoadedModel
 def python_topics(half: Literal["first", "second"]) -> str:
     """Return half of the topics of Python's own documentation, as ``help()`` shows them.
 
-    Methods are fitted on the first half, so haystacks and test texts take the second. A topic
-    belongs to one half as a whole: in the order of their names, those that begin before half of all
-    characters are the first.
+    Methods are fitted on the first half; haystacks and test texts use the second. Topics are sorted
+    by name and not divided: those that begin before half of all characters are the first half.
     """
     ordered = [topics[name] for name in sorted(topics)]
     half_length = sum(map(len, ordered)) / 2
-    before, halves = 0, {"first": "", "second": ""}
+    position, halves = 0, {"first": "", "second": ""}
     for text in ordered:
-        halves["first" if before < half_length else "second"] += text
-        before += len(text)
+        halves["first" if position < half_length else "second"] += text
+        position += len(text)
     return halves[half]
 
 
@@ -32,8 +31,8 @@ def python_topics(half: Literal["first", "second"]) -> str:
 class TextFiles:
     """Calibration texts from files; by default the first half of Python's documentation topics.
 
-    The files are read one after another, as UTF-8, and cut into texts at even distances; where
-    there are fewer tokens than wanted, neighbours overlap.
+    The files are read as UTF-8 and joined, and texts are taken from them at even distances; if
+    there are fewer tokens than requested, neighbouring texts overlap.
 
     Attributes:
         files: Paths; None for Python's documentation topics.
@@ -55,7 +54,7 @@ class TextFiles:
         """Return the token ids of ``count`` texts of at most ``length`` tokens each.
 
         Raises:
-            ValueError: If a file cannot be read, or they hold too little.
+            ValueError: If a file cannot be read, or the files contain fewer than 2 tokens.
         """
         ids = list(loaded.tokenizer.encode(self._text()))
         if len(ids) < 2:
@@ -67,7 +66,7 @@ class TextFiles:
         return [ids[start : start + length] for start in starts]
 
     def describe(self, length: int, count: int) -> str:
-        """Say what they are, in words, with a digest of what was read from outside."""
+        """Return a description of the texts, with a digest of their content."""
         text = self._text()
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         source = "Python's documentation topics, first half"

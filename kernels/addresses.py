@@ -1,4 +1,4 @@
-"""What the CPU operators read off a tensor before they hand it to numba."""
+"""Checks and addresses of tensors that the CPU operators pass to numba."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,12 @@ def bound_address(bound: Tensor | None) -> tuple[int, Tensor | None]:
     """Return the address of an int32 ``[B]`` bound, 0 for None, and the tensor to keep alive."""
     if bound is None:
         return 0, None
-    whole = bound.contiguous()
-    return whole.data_ptr(), whole
+    contiguous = bound.contiguous()
+    return contiguous.data_ptr(), contiguous
 
 
 def check_rows(argument: str, tensor: Tensor) -> None:
-    """Refuse a tensor whose last axis has gaps.
+    """Refuse a tensor whose last axis is not contiguous.
 
     Raises:
         ValueError: If the last axis is strided.

@@ -1,10 +1,10 @@
 """Time the operators and a whole decode step: ``python -m topkbench.kernels.bench``.
 
-Each operator's latency and its share of the memory's measured bandwidth, and one decode step
-(encode, score, select, attend) against full attention by SDPA, all timed in turn in one process. A
-result is checked against the reference before its time is printed; a wrong one stops the program.
-``--experiment NAME`` runs a named experiment over all methods instead: see
-`topkbench.kernels.experiments`.
+Prints each operator's latency and the fraction of the measured memory bandwidth that it reaches,
+and compares one decode step (encode, score, select, attend) with full attention by SDPA. All are
+timed alternately in one process. Each result is checked against the reference before its time is
+printed; a wrong one stops the program. ``--experiment NAME`` runs a named experiment over all
+methods instead: see `topkbench.kernels.experiments`.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from topkbench.kernels import experiments
 from topkbench.kernels.dispatch import resolve
 from topkbench.kernels.operators import Geometry, Operators
 from topkbench.kernels.steps import METHODS
+from topkbench.kernels.testing import WrongResult
 from topkbench.kernels.timing import OtherLoad, Timing, measure, read_bandwidth, speed_columns
 
 _DTYPES = {
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             operators = Operators(shape, device, dtype, options.impl)
             _report(operators, options, device, memory.ceiling_gb_s)
-        except AssertionError as error:
+        except WrongResult as error:
             print(f"wrong result, no times: {error}", file=sys.stderr)
             return 1
     return 0
@@ -75,13 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--threads", type=int, help="default: torch's own")
     parser.add_argument("--cuda-graph", action="store_true", help="time graph replays")
-    named = parser.add_argument_group("named experiments", "their settings, where not the own ones")
+    named = parser.add_argument_group("named experiments", "options that override the experiment's")
     named.add_argument("--experiment", choices=tuple(experiments.EXPERIMENTS))
     named.add_argument("--methods", nargs="+", choices=tuple(METHODS))
     named.add_argument("--geometry", nargs="+", choices=tuple(experiments.GEOMETRIES))
     named.add_argument("--lengths", type=int, nargs="+", help="cached tokens at batch 1")
     named.add_argument("--batch-sizes", type=int, nargs="+", help="at 32,768 tokens")
-    named.add_argument("--out", metavar="FILE.csv", help="where the rows go")
+    named.add_argument("--out", metavar="FILE.csv", help="file to write the rows to")
     return parser
 
 
@@ -117,10 +118,10 @@ def _experiment(options: argparse.Namespace, device: torch.device, dtype: torch.
 def _report(
     operators: Operators, options: argparse.Namespace, device: torch.device, bandwidth: float
 ) -> None:
-    """Check one geometry, time it and print its table; ``bandwidth`` is the memory's, in GB/s."""
+    """Check one geometry, time it and print its table; ``bandwidth`` is the memory's in GB/s."""
     operators.check()
     shape, calls = operators.shape, operators.calls()
-    # Full attention first: what it reads leaves nothing of the operators' inputs in the caches.
+    # Full attention first: it reads so much that it evicts the operators' inputs from the caches.
     timings = measure(
         {"full_attention": calls.pop("full_attention"), **calls},
         options.trials,
@@ -145,16 +146,17 @@ def _report(
         )
     print(_line("decode step", against["decode step"]))
     full, step_timing = against["full_attention"], against["decode step"]
-    found = speed_columns(step_timing.turns, full.turns, load.share())
-    ends = "no interval: too few trials"
-    if "speedup_ci_low" in found:
-        ends = f"95% interval {found['speedup_ci_low']:.1f} to {found['speedup_ci_high']:.1f}"
+    columns = speed_columns(step_timing.turns, full.turns, load.share())
+    interval = "no interval: too few trials"
+    if "speedup_ci_low" in columns:
+        low, high = columns["speedup_ci_low"], columns["speedup_ci_high"]
+        interval = f"95% interval {low:.1f} to {high:.1f}"
     print(
-        f"speedup of the decode step over full attention, timed in turn: "
-        f"{found['speedup_vs_full']:.1f} ({ends}; full attention {full.p50_ms:.3f} ms)"
+        f"speedup of the decode step over full attention, timed alternately: "
+        f"{columns['speedup_vs_full']:.1f} ({interval}; full attention {full.p50_ms:.3f} ms)"
     )
-    if found["timing_note"]:
-        print(f"unsteady: {found['timing_note']}")
+    if columns["timing_note"]:
+        print(f"unsteady: {columns['timing_note']}")
 
 
 def _line(name: str, timing: Timing) -> str:

@@ -1,18 +1,19 @@
-"""Compiles the CPU operators' entry points, and keeps their machine code between processes.
+"""Compile the CPU operators' entry points, and cache their machine code between processes.
 
-Numba's own cache knows a function by the file that it stands in: what that function calls in other
-files is compiled into it, and an edit there goes unnoticed. Here machine code lies in a folder
-named by a digest of everything that it is made from: the sources of all kernels, the versions of
-Python, numba, llvmlite and numpy, and numba's settings. A file in it is named by the function, the
-types of its arguments and the processor, and begins with a digest of its content.
+Numba's own cache checks only the file that a function is defined in. Functions that it calls in
+other files are compiled into it, and an edit to those goes unnoticed. Here machine code is kept in
+a folder named by a digest of everything that it depends on: the sources of all kernels, the
+versions of Python, numba, llvmlite and numpy, and numba's settings. Each file in it is named by the
+function, the types of its arguments and the processor, and begins with a digest of its content.
 
-Numba tells functions of one name and type apart (here: what a factory makes for one, two and four
-queries) by a number that it counts up from 1 in every process, in the order of compilation. Where
-code of two processes meets, the linker takes equal names for the same function, so a kernel would
-call the helper of another. Hence each process counts from a random number on.
+Numba distinguishes functions of the same name and type (here: those that a factory makes for one,
+two and four queries) by a number that counts up from 1 in every process, in the order of
+compilation. If cached code of two processes is loaded into one, the linker takes equal names for
+the same function, so that a kernel would call another one's helper. Therefore each process starts
+to count at a random number.
 
 The folder is ``numba/`` in ``TOPKBENCH_CACHE`` or ``~/.cache/topkbench``, or ``topkbench/`` in
-``NUMBA_CACHE_DIR`` where that is set.
+``NUMBA_CACHE_DIR`` if that is set.
 """
 
 import contextlib
@@ -40,24 +41,24 @@ from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
 _KERNELS = Path(__file__).parent
-# Numba's settings that change what it compiles; the processor is in each file's name.
+# Settings that change what numba compiles; the processor is part of each file's name.
 _SETTINGS = (
     *("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "ENABLE_AVX", "USING_SVML"),
     *("BOUNDSCHECK", "DEBUGINFO_DEFAULT"),
 )
 FunctionIdentity._unique_ids = itertools.count(secrets.randbits(62))
-_UNUSED_SECONDS = 30 * 24 * 3600  # after which the machine code of other sources is removed
+_UNUSED_SECONDS = 30 * 24 * 3600  # after which unused machine code is removed
 
 
 def entry_point(function: Callable[..., Any]) -> Any:
-    """Compile a function that Python calls: parallel, without the interpreter's lock, and kept."""
+    """Compile a function that Python calls: parallel, without the GIL, and cached on disk."""
     compiled = njit(parallel=True, nogil=True)(function)
     compiled._cache = _MachineCode(f"{function.__module__}.{function.__qualname__}")
     return compiled
 
 
 def _source_digest() -> str:
-    """Return the digest of the kernels' sources as they are on disk."""
+    """Return the digest of the kernels' sources on disk."""
     digest = hashlib.sha256()
     for path in sorted(_KERNELS.rglob("*.py")):
         place = path.relative_to(_KERNELS).as_posix()
@@ -65,19 +66,19 @@ def _source_digest() -> str:
     return digest.hexdigest()
 
 
-_IMPORTED = _source_digest()  # what this process runs, whatever happens to the files meanwhile
+_IMPORTED = _source_digest()  # of the code that this process runs, even if files change later
 
 
 class _MachineCode(NullCache):  # type: ignore[misc]  # numba is untyped
-    """What numba asks for a function before it compiles it, and hands it to afterwards."""
+    """The cache that numba reads before it compiles a function, and writes to afterwards."""
 
-    writable = True  # until a process finds out
+    writable = True  # until a write fails
 
     def __init__(self, function: str) -> None:
         self.function = function
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
-        """Return the function for these types of arguments, or None where it must be compiled."""
+        """Return the cached function for these argument types, or None if there is none."""
         target_context.refresh()
         try:
             path = self._path(signature, target_context.codegen())
@@ -86,19 +87,19 @@ class _MachineCode(NullCache):  # type: ignore[misc]  # numba is untyped
                 return None
         except OSError:
             return None
-        with contextlib.suppress(OSError):  # it may be somebody else's
+        with contextlib.suppress(OSError):  # the folder may belong to another user
             os.utime(path.parent)
         return CompileResult._rebuild(target_context, *pickle.loads(content))
 
     def save_overload(self, signature: Any, result: Any) -> None:
-        """Keep a function that was compiled, or say once that it cannot be kept."""
-        # Not what holds addresses of this process.
+        """Write a compiled function to the cache; warn once if that is impossible."""
+        # Code that contains addresses of this process cannot be cached.
         if not _MachineCode.writable or result.library.has_dynamic_globals:
             return
         content = dumps(result._reduce())
         try:
             if _source_digest() != _IMPORTED:
-                return  # some modules may have been imported before the edit, and some after it
+                return  # edited meanwhile: modules may have been imported before and after the edit
             path = self._path(signature, result.codegen)
             if not path.parent.is_dir():
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,8 +109,8 @@ class _MachineCode(NullCache):  # type: ignore[misc]  # numba is untyped
             _MachineCode.writable = False
             variable = "NUMBA_CACHE_DIR" if config.CACHE_DIR else "TOPKBENCH_CACHE"
             warnings.warn(
-                f"compiled kernels cannot be kept, so each process compiles them anew: {error};"
-                f" let {variable} name a folder that can be written.",
+                f"compiled kernels cannot be cached, so each process compiles them again: {error};"
+                f" set {variable} to a writable folder.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -124,10 +125,10 @@ def _digest(content: bytes) -> bytes:
 
 
 def _folder() -> Path:
-    """Return the folder of the machine code that this process may run.
+    """Return the cache folder for the sources, versions and settings of this process.
 
     Raises:
-        OSError: If there is no home folder to put it into.
+        OSError: If there is no home folder.
     """
     versions = (sys.version, numba.__version__, llvmlite.__version__, np.__version__)
     settings = [str(getattr(config, name, None)) for name in _SETTINGS]
@@ -142,7 +143,7 @@ def _folder() -> Path:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, whoever else writes it."""
+    """Write a file atomically, also if other processes write it at the same time."""
     unfinished = path.with_name(f".{secrets.token_hex(16)}")
     try:
         unfinished.write_bytes(content)
@@ -153,7 +154,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _remove_unused(folders: Path) -> None:
-    """Remove what no process has used for long; one that does now compiles what is gone."""
+    """Remove folders that have not been used for long; a process that needs one recompiles."""
     for folder in folders.iterdir():
         with contextlib.suppress(OSError):
             if time.time() - folder.stat().st_mtime > _UNUSED_SECONDS:

@@ -1,11 +1,11 @@
-"""The named experiments on the operators alone: what ``kernels.bench --experiment NAME`` runs.
+"""Named experiments on the operators alone, run by ``kernels.bench --experiment NAME``.
 
-They run where there is no Hydra and no W&B, on a bare GPU machine. The rules are those of
-``task=decode_latency``: each method is timed in turn with full attention, cold; the result of each
-stage is compared with the reference first, and a wrong one has no speed; what exceeds half of the
-free memory is skipped. The rows have that task's columns, so that
+They need neither Hydra nor W&B, for use on a bare GPU machine. The rules are those of
+``task=decode_latency``: each method is timed alternately with full attention, with cold caches. The
+result of each stage is first compared with the reference, and a wrong one gets no time. Shapes that
+need more than half of the free memory are skipped. The rows have that task's columns, so that
 ``python -m topkbench.analysis.report FILE.csv`` draws its figures from them. Stages are timed
-launch by launch, also where steps are graph replays.
+launch by launch, even if whole steps are graph replays.
 """
 
 import csv
@@ -22,6 +22,7 @@ import torch
 
 from topkbench.kernels.dispatch import OPERATORS, Impl, resolve
 from topkbench.kernels.steps import LEAST_K, METHODS, Geometry, Layer, Step
+from topkbench.kernels.testing import WrongResult
 from topkbench.kernels.timing import (
     OtherLoad,
     Stages,
@@ -35,7 +36,7 @@ from topkbench.kernels.timing import (
 )
 
 MEMORY_SHARE = 0.5
-INDEX_SHARE = 0.3  # of the cache: more than the indices of all methods take together
+INDEX_SHARE = 0.3  # of the KV cache: more than the indices of all methods together need
 STAGES = ("encode", "score", "select", "attend")
 
 GEOMETRIES = {"llama2": Geometry(32, 32, 128), "llama31": Geometry(32, 8, 128)}
@@ -44,14 +45,14 @@ GEOMETRIES = {"llama2": Geometry(32, 32, 128), "llama31": Geometry(32, 8, 128)}
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What is timed.
+    """The shapes and methods that an experiment times.
 
     Attributes:
-        geometries: Names out of ``GEOMETRIES``.
-        lengths: Cached tokens, at batch 1.
-        batch_sizes: Batch rows, at ``batch_length``.
-        batch_length: Cached tokens where the batch varies.
-        methods: Names out of ``METHODS``; full attention is timed with them in any case.
+        geometries: Names in ``GEOMETRIES``.
+        lengths: Numbers of cached tokens, at batch size 1.
+        batch_sizes: Batch sizes, at ``batch_length``.
+        batch_length: Cached tokens for the batch sizes.
+        methods: Names in ``METHODS``; full attention is always timed as well.
         slow: For each variant of the methods, the operators that run in torch.
     """
 
@@ -64,13 +65,13 @@ class Experiment:
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """Cached tokens and batch rows, none twice."""
+        """Pairs of cached tokens and batch size, without duplicates."""
         batches = [(self.batch_length, size) for size in self.batch_sizes]
         return list(dict.fromkeys([*((length, 1) for length in self.lengths), *batches]))
 
     @property
     def variants(self) -> list[tuple[str, Sequence[str]]]:
-        """Each method with the operators that run in torch; full attention first and once."""
+        """Pairs of a method and its operators that run in torch; full attention once, first."""
         selecting = [method for method in self.methods if method != "full"]
         return [("full", ()), *((method, slow) for method in selecting for slow in self.slow)]
 
@@ -94,12 +95,12 @@ EXPERIMENTS = {
         ),
     ),
 }
-"""The named experiments, as ``conf/experiment/`` has them."""
+"""The named experiments, as in ``conf/experiment/``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """How it is timed."""
+    """Device, dtype and settings of the timing."""
 
     device: torch.device
     dtype: torch.dtype
@@ -110,7 +111,7 @@ class Conditions:
 
 
 def run(experiment: Experiment, conditions: Conditions) -> list[dict[str, Any]]:
-    """Time an experiment, printing each shape as it ends; return its rows, one a step."""
+    """Time an experiment and print each shape's table; return one row per shape and method."""
     device = conditions.device
     bandwidth = read_bandwidth(device).ceiling_gb_s
     known = {
@@ -125,13 +126,13 @@ def run(experiment: Experiment, conditions: Conditions) -> list[dict[str, Any]]:
         shape = GEOMETRIES[name]
         for length, batch_size in experiment.shapes:
             print(f"\n{name} ({shape}), {length:,} tokens, batch {batch_size}", flush=True)
-            called = str(length) if batch_size == 1 else f"{length} x {batch_size}"
+            subtask = str(length) if batch_size == 1 else f"{length} x {batch_size}"
             place = {
-                **{"model": str(shape), "task": "decode_latency", "subtask": called},
+                **{"model": str(shape), "task": "decode_latency", "subtask": subtask},
                 **{"length": length, "kv_len": length, "batch_size": batch_size},
             }
             for row in _shape(experiment, conditions, shape, length, batch_size, bandwidth):
-                key = repr([known["device"], place["model"], called, row, conditions])
+                key = repr([known["device"], place["model"], subtask, row, conditions])
                 run_id = sha256(key.encode()).hexdigest()[:16]
                 rows.append({"run_id": run_id, **known, **place, **row})
     return rows
@@ -150,7 +151,7 @@ def _shape(
     width = torch.empty(0, dtype=dtype).element_size()
     cached = 2 * batch_size * length * shape.num_kv_heads * shape.head_dim * width
     copies = copies_needed(cached, device)
-    # Building indices and checking them take temporary copies of the keys.
+    # Building and checking indices needs temporary copies of the keys.
     need, free = (copies * (1 + INDEX_SHARE) + 1) * cached, free_bytes(device)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     if free is not None and need > MEMORY_SHARE * free:
@@ -180,7 +181,7 @@ def _shape(
         }
         try:
             steps[name][0].check()
-        except AssertionError as error:
+        except WrongResult as error:
             del steps[name]
             rows[name] |= {"status": "wrong", "reason": str(error)}
             print(f"{name}: wrong result, no times: {error}", file=sys.stderr)
@@ -191,8 +192,8 @@ def _shape(
         row["bytes_read_per_step"] = float(read)
         row["bandwidth_fraction"] = read * batch_size / seconds / 1e9 / bandwidth
     _print(rows)
-    unasked = {"full"} - set(experiment.methods)
-    return [row for name, row in rows.items() if name not in unasked]
+    not_requested = {"full"} - set(experiment.methods)
+    return [row for name, row in rows.items() if name not in not_requested]
 
 
 def _time(
@@ -200,10 +201,10 @@ def _time(
     rows: Mapping[str, dict[str, Any]],
     conditions: Conditions,
 ) -> None:
-    """Write the times of every step into its row: cold, warm, and by stage.
+    """Add the times of every step to its row: cold, warm, and by stage.
 
-    Each is timed in turn with full attention, which leaves nothing of it in the caches; after
-    another method's step it would find that one's tokens there.
+    Each is timed alternately with full attention, which evicts the step's data from the caches;
+    after another method's step, tokens that both select would still be cached.
     """
     device, trials = conditions.device, conditions.trials
     graph = conditions.cuda_graph
@@ -221,14 +222,14 @@ def _time(
             continue
         stages = Stages(device)
         for trial in range(trials):
-            steps["full"][trial % len(made)]()  # leaves the caches as it does between whole steps
+            steps["full"][trial % len(made)]()  # evicts the caches, as between whole steps
             made[trial % len(made)](stages)
         row |= {f"{stage}_ms": taken for stage, taken in stages.medians().items()}
         row |= speed_columns(step.turns, cold["full"].turns, load.share())
 
 
 def _implementations(impl: Mapping[str, Impl], device: torch.device) -> str:
-    """Name the implementation of most operators, and those that run in torch instead."""
+    """Return the name of the fast implementation, and the operators that run in torch instead."""
     ran = {op: resolve(op, one, device) for op, one in impl.items()}
     fast = sorted(set(ran.values()) - {"reference"})
     slow = [op for op in OPERATORS if ran[op] == "reference"]
@@ -257,13 +258,13 @@ def _print(rows: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def faster_from(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a sentence for each geometry and method: the measured length from which it is faster.
+    """Return a sentence per geometry and method: the measured length from which it is faster.
 
-    The length has a 95% interval where the speed-ups have: from the first length from which every
-    speed-up may be above 1, to the first from which each is.
+    The length has a 95% interval if the speed-ups have: from the length from which all upper ends
+    are at least 1, to the length from which all lower ends are.
 
     Args:
-        rows: What `run` returned; only those of batch 1 count.
+        rows: What `run` returned; only those of batch size 1 count.
     """
     found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -280,21 +281,21 @@ def faster_from(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             ends = [_from(points, f"speedup_ci_{end}") for end in ("high", "low")]
             if set(ends) != {where}:
                 where += f" (95% interval: {ends[0]}, to {ends[1]})"
-        loud = [f"{row['length']:,}" for row in points if row.get("timing_note")]
-        where += f"; unsteady at {', '.join(loud)}" if loud else ""
+        unsteady = [f"{row['length']:,}" for row in points if row.get("timing_note")]
+        where += f"; unsteady at {', '.join(unsteady)}" if unsteady else ""
         sentences.append(f"{model}, {method}: faster than full attention {where}")
     return sentences
 
 
 def _from(points: Sequence[Mapping[str, Any]], column: str) -> str:
-    """Return in words the first of the lengths from which on a speed-up is never below 1."""
+    """Return in words the shortest length from which a speed-up stays at or above 1."""
     slower = [row["length"] for row in points if row[column] < 1]
     faster = [row["length"] for row in points if not slower or row["length"] > slower[-1]]
     return f"from {faster[0]:,} tokens on" if faster else f"nowhere up to {slower[-1]:,}"
 
 
 def write(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Write rows as CSV, columns as in a sweep's ``rows.csv``, those without any value left out."""
+    """Write rows as CSV with the columns of a sweep's ``rows.csv``, omitting empty columns."""
     names = dict.fromkeys(name for row in rows for name in row)
     with Path(path).open("w", newline="") as file:
         writer = csv.DictWriter(file, list(names), restval="", lineterminator="\n")
@@ -314,17 +315,17 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def chosen(name: str, **changes: Sequence[Any] | None) -> Experiment:
-    """Return a named experiment, with what was asked for instead of its own settings.
+    """Return a named experiment with some settings replaced.
 
-    Lengths that are asked for without batch sizes are all that runs.
+    If lengths are given without batch sizes, only these lengths run, at batch size 1.
 
     Raises:
         ValueError: If a length is too short for the least budget, or a batch size is not positive.
     """
-    given: dict[str, Any] = {key: value for key, value in changes.items() if value}
-    if "lengths" in given:
-        given.setdefault("batch_sizes", ())
-    experiment = replace(EXPERIMENTS[name], **given)
+    replaced: dict[str, Any] = {key: value for key, value in changes.items() if value}
+    if "lengths" in replaced:
+        replaced.setdefault("batch_sizes", ())
+    experiment = replace(EXPERIMENTS[name], **replaced)
     for length, batch_size in experiment.shapes:
         if length <= LEAST_K or batch_size < 1:
             raise ValueError(

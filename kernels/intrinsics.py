@@ -1,9 +1,9 @@
-"""What numba's language lacks: raw addresses, 16-lane vectors, bfloat16, popcount, prefetch.
+"""Operations that numba lacks: raw addresses, 16-lane vectors, bfloat16, popcount, prefetch.
 
 The CPU operators get addresses and strides instead of numpy arrays: a view of a larger cache would
 be an array of unknown layout, which LLVM does not vectorise, and numpy has no bfloat16. Vectors are
-explicit where a loop reads several rows at once, because LLVM gives up on it when it cannot prove
-that the rows do not overlap. LLVM splits 16 lanes into whatever registers the machine has.
+explicit where a loop reads several rows at once, because LLVM does not vectorise it if it cannot
+prove that the rows do not overlap. LLVM splits 16 lanes into the registers that the machine has.
 
 Every ``index`` counts elements of the type that is read or written; every ``address`` is in bytes.
 """
@@ -17,7 +17,8 @@ from numba.extending import intrinsic, models, register_model
 
 LANES = 16
 
-# Of every tensor of at least 32 bits; words of 64 bits and vectors lie in these too.
+# Bytes; the alignment of every tensor of at least 32 bits, from which 64-bit words and vectors are
+# read as well.
 _ALIGNMENT = 4
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -104,7 +105,7 @@ def _loader(element: Any, returned: Any, read_as: Any = None) -> Callable[..., A
     def load(typing_context: Any, address: Any, index: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             pointer = _element(builder, arguments[0], arguments[1], element, read_as or element)
-            # A row of a view starts wherever it starts: promise the tensor's alignment only.
+            # A row of a view may start anywhere: promise only the tensor's alignment.
             return builder.load(pointer, align=min(_ALIGNMENT, _bytes(element)))
 
         return returned(types.int64, types.int64), generate
@@ -153,7 +154,7 @@ def load_bfloat16(typing_context: Any, address: Any, index: Any) -> Any:
 
 @intrinsic
 def store_bfloat16(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
-    """Store a float32 as the nearest bfloat16, the even one of two."""
+    """Store a float32 as the nearest bfloat16, ties to even."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, index, value = arguments
@@ -214,7 +215,7 @@ def popcount(typing_context: Any, word: Any) -> Any:
 
 @intrinsic
 def bits_float(typing_context: Any, bits: Any) -> Any:
-    """Return the float32 that an int32's bits spell."""
+    """Reinterpret an int32's bits as a float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], _F32)
@@ -224,17 +225,17 @@ def bits_float(typing_context: Any, bits: Any) -> Any:
 
 @intrinsic
 def prefetch(typing_context: Any, address: Any) -> Any:
-    """Ask for a cache line that will be read soon; any address is allowed.
+    """Prefetch a cache line that will be read soon; any address is allowed.
 
-    It comes into the second-level cache: the first holds too few lines on their way at a time (for
-    rows of a large cache at random, half the time of asking for the first was measured).
+    It goes to the second-level cache, because the first allows too few pending lines: random rows
+    of a large cache took half the time of a prefetch to the first.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
         function = builder.module.declare_intrinsic("llvm.prefetch.p0", (), kind)
-        # for reading, into the second level, data
+        # a read, to the second level, of data
         flags = [ir.Constant(_I32, flag) for flag in (0, 2, 1)]
         builder.call(function, [builder.inttoptr(arguments[0], byte), *flags])
         return context.get_dummy_value()
@@ -248,9 +249,10 @@ KEYS = 8
 def weighed_distances(pairs: int, num_planes: int) -> Any:
     """Make an intrinsic ``(keys, table, out, best, double)``: the scores of eight keys in a row.
 
-    A key is ``pairs`` 64-bit words; its score, int32, is ``best`` less the weighed distance shifted
-    by ``double``. ``table`` holds the majority's words, then each plane's (``hamming_score``). It
-    is written in vectors because LLVM, left to itself, counts bits word by word.
+    A key has ``pairs`` 64-bit words; its int32 score is ``best`` minus the weighted distance,
+    shifted left by ``double``. ``table`` holds the majority's words, then each plane's (see
+    ``hamming_score``). It is written with vectors because LLVM by itself would count bits word by
+    word.
     """
     lanes = ir.VectorType(_I64, KEYS * pairs)
 
@@ -304,7 +306,7 @@ def weighed_distances(pairs: int, num_planes: int) -> Any:
 
 
 Kind = Literal["int16", "int32", "float32"]
-"""What sixteen scores are read as."""
+"""Types that sixteen scores can be read as."""
 
 _KINDS: dict[Kind, tuple[Any, Any]] = {
     "int16": (_I16, types.int16),
@@ -374,7 +376,7 @@ def column_maxima(kind: Kind) -> Any:
 
 @intrinsic
 def lowest_bit(typing_context: Any, word: Any) -> Any:
-    """Return the place of the lowest bit that is set in an int32."""
+    """Return the position of the lowest set bit of an int32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
@@ -397,10 +399,10 @@ def sums_of_rows(num_queries: int, narrow: bool) -> Any:
 
     ``(block, query, query_stride, rows, whole)`` takes the first ``whole`` channels, a multiple of
     sixteen, of ``num_queries`` float32 queries, ``query_stride`` elements apart, and of
-    ``16 // num_queries`` rows, whose addresses stand at ``rows``; they are bfloat16 where
+    ``16 // num_queries`` rows, whose addresses are stored at ``rows``; rows are bfloat16 if
     ``narrow``. Vector ``q * height + r`` of the block belongs to query ``q`` and row ``r``.
-    Four sums are under way at a time, which hides how long an addition takes: few rows side by side
-    keep the memory's own prefetching going.
+    Four sums are computed at a time, which hides the latency of an addition; reading only few rows
+    at once keeps the hardware prefetcher effective.
     """
     height = LANES // num_queries
     together = 4 // num_queries
@@ -498,9 +500,9 @@ def looked_up_sums(
     stride: Any,
     queries: Any,
 ) -> Any:
-    """Write the sums of what sixteen keys' codes name in the tables of up to four queries.
+    """Write, for sixteen keys and up to four queries, the sums of the table entries of the codes.
 
-    A key has ``parts`` codes of a byte, the next key's ``code_stride`` bytes behind; ``table`` is
+    A key has ``parts`` codes of one byte, and keys are ``code_stride`` bytes apart; ``table`` is
     ``[parts, count, 4]`` float32. ``queries`` rows of sixteen float32, ``stride`` elements apart,
     are written at ``out``.
     """

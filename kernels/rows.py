@@ -1,8 +1,9 @@
 """Products of cached rows with the queries of their group, shared by the CPU operators.
 
-Compiled by numba; addresses and counts as in ``intrinsics``. Work is done in blocks of sixteen sums
-that stay in registers: what is read of a row serves several queries, and what is read of a query
-several rows. A group of any size is taken by fours, then twos, then ones.
+Compiled by numba; addresses and counts are as in ``intrinsics``. Work is done in blocks of sixteen
+sums that stay in registers, so that each value read from a row serves several queries, and each
+value read from a query several rows. A group is processed four queries at a time, then two, then
+one.
 """
 
 from collections.abc import Callable
@@ -27,12 +28,12 @@ from topkbench.kernels.intrinsics import (
     weighted_sums,
 )
 
-_VECTORS = 4  # of channels that are added up in one pass over the rows
+_VECTORS = 4  # vectors of channels that one pass over the rows adds up
 
 
 @njit(nogil=True)
 def clipped(address: int, row: int, size: int, missing: int) -> int:
-    """Return entry ``row`` of an int32 bound, clipped to the axis; ``missing`` at address 0."""
+    """Return entry ``row`` of an int32 bound, clipped to the axis; ``missing`` if address is 0."""
     if address == 0:
         return missing
     return min(max(int(load_int32(address, row)), 0), size)
@@ -42,15 +43,15 @@ def clipped(address: int, row: int, size: int, missing: int) -> int:
 def scored_span(
     scores: int, group: int, size: int, row: int, start: int, end: int, first: int, last: int
 ) -> tuple[int, int]:
-    """Return what is valid of the units ``first`` to ``last``, the others being scored -inf.
+    """Return the valid part of the units ``first`` to ``last``; write -inf scores for the rest.
 
     Args:
         scores: ``[group, size]`` float32.
-        group: Queries.
+        group: Number of queries.
         size: Units of the whole axis.
         row: Row of the batch.
-        start: Address of the int32 bound of the rows' first units, or 0.
-        end: Address of that of their ends, or 0.
+        start: Address of the int32 first valid unit of each row, or 0.
+        end: Address of the int32 end of each row's valid units, or 0.
         first: First unit of the span.
         last: End of the span.
     """
@@ -66,9 +67,10 @@ def scored_span(
 
 @njit(nogil=True)
 def widen(states: int, count: int, wide: int) -> int:
-    """Write ``count`` bfloat16 as float32 at ``wide``, and return that.
+    """Write ``count`` bfloat16 as float32 to ``wide``, and return ``wide``.
 
-    Within a kernel because a decode step's few states cost torch more to convert than to use.
+    This is done within a kernel because converting a decode step's few states in torch would take
+    longer than using them.
     """
     for i in range(count):
         store_float32(wide, i, load_bfloat16(states, i))
@@ -77,7 +79,7 @@ def widen(states: int, count: int, wide: int) -> int:
 
 @njit(nogil=True)
 def prefetch_rows(rows: int, count: int, row_bytes: int) -> None:
-    """Ask for whole rows, whose ``count`` addresses stand at ``rows``."""
+    """Prefetch whole rows, whose ``count`` addresses are stored at ``rows``."""
     for place in range(count):
         row = load_int64(rows, place)
         for line in range(0, row_bytes, 64):
@@ -85,7 +87,7 @@ def prefetch_rows(rows: int, count: int, row_bytes: int) -> None:
 
 
 def _scorer(num_queries: int, narrow: bool) -> Callable[..., None]:
-    """Compile the dot products of sixteen rows with so many queries."""
+    """Compile the dot products of sixteen rows with ``num_queries`` queries."""
     step, store = sums_of_rows(num_queries, narrow), store_row_sums(num_queries)
     load = load_bfloat16 if narrow else load_float32
     height = LANES // num_queries
@@ -145,16 +147,16 @@ def score_rows(
 
     Args:
         query: ``[group, size]`` float32.
-        rows: Sixteen int64 addresses of rows of ``size`` channels; any may be the same.
+        rows: Sixteen int64 addresses of rows of ``size`` channels; they may repeat.
         size: Channels.
         group: Queries.
         narrow: The rows are bfloat16, not float32.
         out: A row of sixteen float32 for each query, ``stride`` elements apart.
         stride: See ``out``.
-        low_query: Queries whose products with ``low_rows`` are added, or 0.
+        low_query: Address of queries whose products with ``low_rows`` are added, or 0.
         low_rows: See ``low_query``.
         soon: Sixteen addresses of rows to prefetch meanwhile, or 0.
-        later: The same.
+        later: Sixteen more, or 0.
     """
     g = 0
     while g < group:
@@ -204,24 +206,24 @@ def score_span(
 
     Args:
         query: As in ``score_rows``, as are ``size``, ``group``, ``narrow`` and ``low_query``.
-        rows: Address of row 0; the next is ``row_bytes`` behind.
+        rows: Address of row 0; rows are ``row_bytes`` apart.
         row_bytes: See ``rows``.
         first: The first row to score.
-        last: Behind the last row to score.
+        last: End of the rows to score.
         size: Channels.
         group: Queries.
         narrow: The rows are bfloat16, not float32.
-        out: The first query's score of row 0; the next query's is ``stride`` elements behind.
+        out: Address of the first query's score of row 0; queries are ``stride`` elements apart.
         stride: See ``out``.
-        work: Room for ``span_work(group)`` bytes.
+        work: Address of ``span_work(group)`` bytes of scratch memory.
         low_query: See ``score_rows``.
-        low_rows: Address of the other row 0, whose next is ``low_bytes`` behind, or 0.
+        low_rows: Address of row 0 of the rows for ``low_query``, ``low_bytes`` apart, or 0.
         low_bytes: See ``low_rows``.
     """
     lows = work + 8 * LANES
     spare = lows + 8 * LANES
     for begin in range(first, last, LANES):
-        # The last sixteen overlap those before them, or are filled up by repetition.
+        # The last sixteen rows overlap those before; if there are fewer, the last one is repeated.
         place = max(min(begin, last - LANES), first)
         for lane in range(LANES):
             row = min(place + lane, last - 1)
@@ -247,12 +249,12 @@ def score_span(
 
 @njit(nogil=True)
 def span_work(group: int) -> int:
-    """Return the bytes that ``score_span`` works in."""
+    """Return the bytes of scratch memory that ``score_span`` needs."""
     return 2 * 8 * LANES + 4 * group * LANES
 
 
 def _adder(num_queries: int, narrow: bool) -> Callable[..., None]:
-    """Compile the weighted sum of some rows for so many queries."""
+    """Compile the weighted sum of rows for ``num_queries`` queries."""
     wide_step = weighted_sums(num_queries, _VECTORS, narrow)
     wide_load = load_sums(num_queries, _VECTORS)
     wide_store = store_sums(num_queries, _VECTORS)

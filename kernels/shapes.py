@@ -1,4 +1,4 @@
-"""Checks of the operators' arguments: cheap when they pass, one sentence when they do not."""
+"""Checks of the operators' arguments: cheap if they pass, an error of one sentence if not."""
 
 import torch
 from torch import Tensor
@@ -9,17 +9,17 @@ def check_shape(argument: str, tensor: Tensor, notation: str, *sizes: int | None
 
     Args:
         argument: The argument's name, for the message.
-        tensor: What was passed.
+        tensor: The argument's value.
         notation: The shape in letters, such as ``"[B, Hkv, n, d]"``.
-        sizes: The wanted size of each axis; ``None`` accepts any.
+        sizes: The required size of each axis; ``None`` accepts any.
 
     Raises:
         ValueError: If the number of axes or a size differs.
     """
     shape = tensor.shape
     if len(shape) == len(sizes):
-        for size, wanted in zip(shape, sizes, strict=True):
-            if wanted is not None and size != wanted:
+        for size, required in zip(shape, sizes, strict=True):
+            if required is not None and size != required:
                 break
         else:
             return
@@ -27,23 +27,23 @@ def check_shape(argument: str, tensor: Tensor, notation: str, *sizes: int | None
     raise ValueError(f"{argument} must be {notation} = [{stars}], got {list(shape)}.")
 
 
-def check_dtype(argument: str, tensor: Tensor, *wanted: torch.dtype) -> None:
+def check_dtype(argument: str, tensor: Tensor, *accepted: torch.dtype) -> None:
     """Refuse a tensor of another dtype.
 
     Raises:
-        TypeError: If the dtype is none of ``wanted``.
+        TypeError: If the dtype is none of ``accepted``.
     """
-    if tensor.dtype not in wanted:
-        words = " or ".join(str(dtype).removeprefix("torch.") for dtype in wanted)
+    if tensor.dtype not in accepted:
+        words = " or ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
         found = str(tensor.dtype).removeprefix("torch.")
         raise TypeError(f"{argument} must be {words}, got {found}.")
 
 
 def check_floating(argument: str, tensor: Tensor) -> None:
-    """Refuse a tensor of whole numbers.
+    """Refuse a tensor that is not floating point.
 
     Raises:
-        TypeError: If the dtype is not a floating one.
+        TypeError: If the dtype is not a floating point one.
     """
     if not tensor.is_floating_point():
         found = str(tensor.dtype).removeprefix("torch.")
@@ -77,9 +77,10 @@ def check_device(argument: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def count_dtype(group: int, words: int) -> torch.dtype:
-    """Return the narrowest dtype of a sum over ``group`` queries of ``32 * words`` bits each.
+    """Return the narrowest dtype for a sum over ``group`` queries of ``32 * words`` bits each.
 
-    int16 halves what a selection reads; its lowest value stays free to mark what is not there.
+    int16 halves the bytes that a selection reads; its lowest value is never a score, and marks
+    units outside the valid range.
     """
     return torch.int16 if group * 32 * words < 2**15 else torch.int32
 
@@ -87,7 +88,7 @@ def count_dtype(group: int, words: int) -> torch.dtype:
 def valid_slots(
     kv_start: Tensor | None, kv_len: Tensor | None, num_slots: int, device: torch.device
 ) -> Tensor:
-    """Mark the slots of each row that hold a token: ``kv_start <= slot < kv_len``.
+    """Return which slots of each row hold a token: ``kv_start <= slot < kv_len``.
 
     Returns:
         ``[B, n]`` bool, or ``[1, n]`` when neither bound is given.

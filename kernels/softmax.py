@@ -8,7 +8,7 @@ from numba import njit
 
 from topkbench.kernels.intrinsics import bits_float, load_float32, load_int32, store_float32
 
-# Any order of additions will do, which lets LLVM use vectors.
+# Additions may be reordered, so that LLVM can use vectors.
 _ANY_ORDER = {"reassoc", "nsz"}
 
 
@@ -16,17 +16,17 @@ _ANY_ORDER = {"reassoc", "nsz"}
 def exp(x: Any) -> Any:
     """Return e to a power of at most 0, within 2 units in the last place; below e^-87, 0.
 
-    NaN stays NaN: every comparison is written so that it fails.
+    NaN stays NaN, since every comparison with it is false.
 
-    Written out because LLVM turns it into vector code, which it cannot do with a library's. The
-    power is split as ``2^whole * e^rest`` with ``|rest| <= ln(2) / 2``, and the series of
-    ``e^rest`` is cut where its next term, ``rest^8 / 8!``, is below float32's precision.
+    It is written out because LLVM can vectorise it, but not a call of a library. The power is split
+    as ``2^whole * e^rest`` with ``|rest| <= ln(2) / 2``, and the series of ``e^rest`` is truncated
+    where its next term, ``rest^8 / 8!``, is below float32's precision.
     """
     floor = np.float32(-87.0)
     bounded: Any = floor if x < floor else x
     whole = np.int32(bounded * np.float32(1.4426950408889634) - np.float32(0.5))
     steps = np.float32(whole)
-    # ln(2) in two parts, the first exact in few bits, so that the difference loses nothing.
+    # ln(2) in two parts, the first with few bits, so that the subtraction is exact.
     rest = (bounded - steps * np.float32(0.693359375)) - steps * np.float32(-2.12194440054690583e-4)
     series = np.float32(1.0 / 5040.0)
     series = series * rest + np.float32(1.0 / 720.0)
@@ -42,13 +42,13 @@ def exp(x: Any) -> Any:
 
 @njit(nogil=True)
 def scale_and_cap(products: int, logits: int, count: int, scale: float, softcap: float) -> None:
-    """Write ``count`` logits of as many dot products: scaled, and capped unless the cap is 0."""
+    """Turn ``count`` dot products into logits: scaled, and capped unless the cap is 0."""
     for place in range(count):
         store_float32(logits, place, load_float32(products, place) * scale)
     if softcap > np.float32(0.0):
         for place in range(count):
             logit = load_float32(logits, place)
-            if logit > np.float32(-np.inf):  # what is not there stays out
+            if logit > np.float32(-np.inf):  # -inf marks an absent unit
                 store_float32(logits, place, softcap * np.float32(math.tanh(logit / softcap)))
 
 
@@ -56,8 +56,8 @@ def scale_and_cap(products: int, logits: int, count: int, scale: float, softcap:
 def largest(values: int, count: int) -> Any:
     """Return the largest of ``count`` float32, -inf if there is none.
 
-    Bits are compared as integers of the floats' order, because LLVM turns that into vectors (0.03
-    ns instead of 0.53 a value were measured); it leaves a maximum of floats alone.
+    Bits are compared as integers in the same order as the floats, because LLVM vectorises that, but
+    not a maximum of floats (measured: 0.03 instead of 0.53 ns per value).
     """
     found = _ordered(np.int32(-8388608))  # the bits of -inf
     for place in range(count):
@@ -67,7 +67,7 @@ def largest(values: int, count: int) -> Any:
 
 @njit(nogil=True)
 def _ordered(bits: Any) -> Any:
-    """Turn a float32's bits into an int32 of the floats' order, or back: its own inverse.
+    """Map a float32's bits to an int32 with the same order, or back: it is its own inverse.
 
     Any NaN becomes a positive one, above all numbers.
     """

@@ -1,4 +1,4 @@
-"""What the Triton kernels of attention share: the soft cap, and the merging of split-K's parts."""
+"""Shared by the Triton attention kernels: the soft cap's tanh, and the merging of split-K parts."""
 
 import triton
 import triton.language as tl
@@ -12,10 +12,10 @@ def merge(means: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, together: i
 
     Args:
         means: ``[parts, B, Hq, d]`` float32, each part's weighted mean of the values.
-        part_lse: ``[parts, B, Hq]`` float32, each part's log-sum-exp; -inf where it holds nothing.
-        out: ``[B, Hq, d]``, written; zeros where no part holds anything.
+        part_lse: ``[parts, B, Hq]`` float32, each part's log-sum-exp; -inf for an empty part.
+        out: ``[B, Hq, d]``, written; zeros where all parts are empty.
         lse: ``[B, Hq]`` float32, written.
-        together: How many parts are read at a time, a power of two.
+        together: Number of parts read at a time, a power of two.
     """
     parts, batch_size, num_heads, head_dim = means.shape
     with on_device_of(out):
@@ -27,10 +27,11 @@ def merge(means: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, together: i
 
 @triton.jit
 def tanh(x: tl.tensor) -> tl.tensor:
-    """Return the hyperbolic tangent to float32's precision, of small numbers too.
+    """Return the hyperbolic tangent to float32's precision, also of small numbers.
 
-    Near zero by the continued fraction ``x / (1 + x^2 / (3 + x^2 / (5 + x^2 / (7 + x^2 / 9))))``,
-    multiplied out; elsewhere by the exponential, which would cancel there.
+    Near zero it uses the continued fraction
+    ``x / (1 + x^2 / (3 + x^2 / (5 + x^2 / (7 + x^2 / 9))))``, multiplied out; elsewhere the
+    exponential, which near zero would lose digits to cancellation.
     """
     square = x * x
     above = 945.0 + square * (105.0 + square)

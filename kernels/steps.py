@@ -1,7 +1,8 @@
-"""One decode step of each method, composed from the operators alone.
+"""One decode step of each method, composed of the operators alone.
 
-What `topkbench.kernels.experiments` times: the steps of ``methods/`` without models, policies and
-padding. Sinks, recents and aggregation are those of ``protocol=unified``.
+These are the steps of ``methods/`` without models, policies and padding, which
+`topkbench.kernels.experiments` times. Sinks, recent tokens and aggregation over a group are those
+of ``protocol=unified``.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from topkbench.kernels.hash_encode.api import encode_step, hash_encode
 from topkbench.kernels.lowrank_score.api import lowrank_score
 from topkbench.kernels.page_score.api import page_score
 from topkbench.kernels.sparse_attention.api import sparse_attention
-from topkbench.kernels.testing import assert_same_bits
+from topkbench.kernels.testing import WrongResult, assert_same, assert_same_bits, require
 from topkbench.kernels.topk_select.api import topk_select
 
 NUM_SINK, NUM_RECENT = 4, 8
@@ -29,12 +30,18 @@ BUDGET = 1 / 64
 LEAST_K = 64
 _REFERENCE: Mapping[str, Impl] = dict.fromkeys(OPERATORS, "reference")
 
+
+def budget(n: int) -> int:
+    """Return how many of ``n`` cached tokens to select: 1.56%, but at least 64 if there are."""
+    return min(n, max(LEAST_K, round(n * BUDGET)))
+
+
 StageTimer = Callable[[str], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Attention heads of a model's layer."""
+    """The attention heads of a layer."""
 
     num_heads: int
     num_kv_heads: int
@@ -46,13 +53,13 @@ class Geometry:
 
 @dataclass
 class Layer:
-    """One layer's random states at a decode step, the newest token cached.
+    """One layer's random states at a decode step, with the newest token in the cache.
 
     Attributes:
         query: ``[B, Hkv, G, d]``.
         keys: ``[B, Hkv, n, d]``.
         values: ``[B, Hkv, n, d]``.
-        rbit: Hash bits of a key.
+        rbit: Hash bits per key.
     """
 
     query: Tensor
@@ -70,7 +77,7 @@ class Layer:
         dtype: torch.dtype,
         device: torch.device,
     ) -> "Layer":
-        """Draw normal states head by head, so that nothing is needed beside them."""
+        """Draw normal states head by head, so that no temporary memory is needed."""
         generator = torch.Generator(device).manual_seed(0)
         heads, group = shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
 
@@ -90,16 +97,16 @@ class Layer:
 
     @property
     def k(self) -> int:
-        """Tokens to keep: 1.56% of the cached ones."""
-        return min(self.n, max(LEAST_K, round(self.n * BUDGET)))
+        """Tokens to select."""
+        return budget(self.n)
 
     def copy(self) -> "Layer":
-        """Return the same states in other memory."""
+        """Return a copy of the states in new memory."""
         return Layer(self.query.clone(), self.keys.clone(), self.values.clone(), self.rbit)
 
 
 class Step:
-    """A method's index over a layer and its decode step, which leaves both as they were.
+    """A method's index over a layer, and its decode step, which changes neither.
 
     Args:
         layer: The states.
@@ -112,26 +119,26 @@ class Step:
     def __init__(self, layer: Layer, impl: Mapping[str, Impl]) -> None:
         self.layer, self.impl = layer, impl
         self.scale = layer.keys.shape[-1] ** -0.5
-        self.read: list[Tensor] = []  # what a step reads beside the chosen tokens
+        self.read: list[Tensor] = []  # side information that a step reads
         self.build()
 
     def build(self) -> None:
         """Compute the side information of all keys."""
 
     def knobs(self) -> dict[str, Any]:
-        """Return what tells this step from another of the method, by the name of its column."""
+        """Return the settings that distinguish this step from others of the method, by column."""
         return {}
 
     def encode(self) -> Tensor:
-        """Write the newest key's side information, and return the queries as they are scored."""
+        """Write the newest key's side information; return the queries in the form for scoring."""
         return self.layer.query
 
     def score(self, encoded: Tensor) -> Tensor | None:
-        """Return ``[B, Hkv, U]``, higher is kept; None where the query plays no part."""
+        """Return ``[B, Hkv, U]``, higher is better; None if the selection ignores the query."""
         return None
 
     def select(self, scores: Tensor | None) -> Tensor:
-        """Return the chosen units ``[B, Hkv, m]``."""
+        """Return the selected units ``[B, Hkv, m]``."""
         assert scores is not None
         forced = (NUM_SINK, NUM_RECENT)
         return topk_select(scores, self.layer.k, *forced, impl=self.impl["topk_select"])
@@ -162,31 +169,32 @@ class Step:
         return sum(one.nbytes for one in self.read) // batch_size + chosen
 
     def check(self) -> None:
-        """Compare each stage with the reference, both fed alike.
+        """Compare each stage with the reference on the same inputs.
 
         Raises:
-            AssertionError: If one differs; no time of it means anything then.
+            WrongResult: If one differs; its times are then meaningless.
         """
         encoded = self.encode()
         scores = self.score(encoded)
         exact = self._by_reference(lambda: self.score(encoded))
         if scores is not None and exact is not None:
-            self._near("scores", scores, exact)
+            self._same("scores", scores, exact)
         indices = self._by_reference(lambda: self.select(exact))
-        assert torch.equal(self.select(exact), indices), "the selection is not the reference's."
-        self._near("output", self.attend(indices), self._by_reference(lambda: self.attend(indices)))
+        require(torch.equal(self.select(exact), indices), "the selection is not the reference's.")
+        self._same("output", self.attend(indices), self._by_reference(lambda: self.attend(indices)))
 
     def _by_reference(self, stage: Callable[[], Any]) -> Any:
-        own, self.impl = self.impl, _REFERENCE
+        impl, self.impl = self.impl, _REFERENCE
         try:
             return stage()
         finally:
-            self.impl = own
+            self.impl = impl
 
-    def _near(self, what: str, found: Tensor, expected: Tensor) -> None:
-        tolerance = 1e-3 if self.layer.keys.dtype == torch.float32 else 4e-2
-        error = ((found.float() - expected.float()).norm() / expected.float().norm()).item()
-        assert error <= tolerance, f"the {what} differ by {error:.3g}, more than {tolerance}."
+    def _same(self, what: str, found: Tensor, expected: Tensor) -> None:
+        try:
+            assert_same(found, expected)
+        except WrongResult as error:
+            raise WrongResult(f"the {what} of the step: {error}") from None
 
     def _softmaxed(self, products: Tensor) -> Tensor:
         """Sum the softmax of ``[B, Hkv, G, n]`` dot products over the group."""
@@ -207,11 +215,11 @@ class Full(Step):
         return (self.layer.keys.nbytes + self.layer.values.nbytes) // len(self.layer.keys)
 
     def check(self) -> None:
-        """SDPA is itself the reference."""
+        """Do nothing: SDPA is itself the reference."""
 
 
 class Exact(Step):
-    """The true top-k: every key is read to choose."""
+    """The exact top-k: every key is read to select."""
 
     name = "exact"
 
@@ -224,7 +232,7 @@ class Exact(Step):
 
 
 class Hata(Step):
-    """Hash codes, their agreement weighted by the keys' norms."""
+    """Hash codes; the number of matching bits is weighted by the keys' norms."""
 
     name = "hata"
     use_norm: ClassVar[bool] = True
@@ -266,7 +274,7 @@ class HataInteger(Hata):
 
 
 class Quest(Step):
-    """Pages of 16 tokens, by an upper bound on their logits."""
+    """Pages of 16 tokens, selected by an upper bound on their logits."""
 
     name = "quest"
     unit_size = PAGE_SIZE
@@ -297,7 +305,7 @@ class Quest(Step):
 
 
 class Loki(Step):
-    """A quarter of the keys' channels, rotated."""
+    """A quarter of the keys' channels after a rotation."""
 
     name = "loki"
 
@@ -306,7 +314,7 @@ class Loki(Step):
         head_dim = keys.shape[-1]
         generator = torch.Generator().manual_seed(2)
         drawn = torch.randn(keys.shape[1], head_dim, head_dim, generator=generator)
-        # Any rotation costs what the principal one does.
+        # A random rotation takes as long as one to the principal components.
         rotation = torch.linalg.qr(drawn).Q[:, :, : max(1, head_dim // 4)]
         self.rotation = rotation.to(keys.device, keys.dtype)
         self.reduced = keys @ self.rotation
@@ -322,7 +330,7 @@ class Loki(Step):
 
 
 class Streaming(Step):
-    """The first tokens and the last ones."""
+    """The first tokens and the most recent ones."""
 
     name = "streaming_llm"
 

@@ -1,4 +1,4 @@
-"""Checks that tests and benchmarks share: what makes two results of an operator the same."""
+"""Checks shared by tests and benchmarks of whether two results of an operator agree."""
 
 import torch
 from torch import Tensor
@@ -6,88 +6,101 @@ from torch import Tensor
 from topkbench.kernels.sparse_attention.api import sparse_attention
 
 
+class WrongResult(AssertionError):
+    """A result that disagrees with the reference; other AssertionErrors do not concern results."""
+
+
+def require(right: bool, message: str) -> None:
+    """Raise WrongResult with the message unless a result is right."""
+    if not right:
+        raise WrongResult(message)
+
+
 def assert_same_selection(
     indices: Tensor, expected: Tensor, scores: Tensor, tolerance: float = 0.0
 ) -> None:
-    """Check that two selections are equally good: the same scores, whichever units hold them.
+    """Check that two selections are equally good: their units have the same scores.
 
     Args:
         indices: ``[B, H, m]`` selected units, -1 for none, in any order.
         expected: ``[B, H, m]`` likewise.
         scores: ``[B, H, U]`` that both were selected by.
-        tolerance: How far sorted scores may differ; above 0 only where the scores themselves were
-            rounded differently.
+        tolerance: Largest difference between sorted scores; above 0 only if the scores themselves
+            were rounded differently.
 
     Raises:
-        AssertionError: If an index is out of range or repeated, a row's number of units differs,
+        WrongResult: If an index is out of range or repeated, a row's number of units differs,
             or a score does.
     """
     num_units = scores.shape[-1]
     chosen = []
     for name, selected in (("indices", indices), ("expected", expected)):
-        assert bool((selected >= -1).all() and (selected < num_units).all()), (
-            f"{name} must lie in -1 to {num_units - 1}, got {selected.min()} to {selected.max()}."
+        require(
+            bool((selected >= -1).all() and (selected < num_units).all()),
+            f"{name} must lie in -1 to {num_units - 1}, got {selected.min()} to {selected.max()}.",
         )
         ordered = selected.sort(-1).values
         repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
-        assert not bool(repeated.any()), f"{name} must be distinct, got a unit twice."
-        held = scores.double().gather(-1, selected.clamp(min=0).long())
-        chosen.append(held.masked_fill(selected < 0, -torch.inf).sort(-1).values)
+        require(not bool(repeated.any()), f"{name} must be distinct, got a unit twice.")
+        selected_scores = scores.double().gather(-1, selected.clamp(min=0).long())
+        chosen.append(selected_scores.masked_fill(selected < 0, -torch.inf).sort(-1).values)
     counts = [(selected >= 0).sum(-1) for selected in (indices, expected)]
-    assert torch.equal(*counts), f"rows must hold {counts[1]} units, got {counts[0]}."
+    require(torch.equal(*counts), f"rows must hold {counts[1]} units, got {counts[0]}.")
     both = torch.isfinite(chosen[0]) & torch.isfinite(chosen[1])
     difference = torch.where(both, (chosen[0] - chosen[1]).abs(), 0.0)
     same = (difference <= tolerance) & (both | (chosen[0] == chosen[1]))
-    assert bool(same.all()), (
-        f"selected scores must agree within {tolerance}, differ by {difference.max()}."
+    require(
+        bool(same.all()),
+        f"selected scores must agree within {tolerance}, differ by {difference.max()}.",
     )
 
 
 def gamma(num_roundings: int) -> float:
-    """Bound the relative error that so many float32 operations in a row leave in a product or sum.
+    """Return a bound on the relative error of ``num_roundings`` successive float32 operations.
 
-    A sum of ``n`` terms, added in any order, errs by at most ``gamma(n)`` times the sum of the
-    terms' absolute values, however much of it cancels.
+    A sum of ``n`` terms, added in any order, has an error of at most ``gamma(n)`` times the sum of
+    the terms' absolute values, however much of it cancels.
 
     Source:
         Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, lemma 3.1 and section
-        3.1. There the unit is half of ours: an operation here may cut off instead of rounding to
-        nearest, as matrix units do.
+        3.1. The unit roundoff there is half of ours, since an operation here may truncate instead
+        of rounding to nearest, as matrix units do.
     """
     relative = num_roundings * torch.finfo(torch.float32).eps
     return relative / (1 - relative)
 
 
 def assert_within_bound(result: Tensor, exact: Tensor, bound: Tensor | float) -> None:
-    """Check that a result errs by no more than its computation's bound and its own rounding.
+    """Check that a result's error is within a bound on its computation, plus its final rounding.
 
-    ``|result - exact| <= bound + u * |exact|`` for every element, ``u`` being half the distance of
-    1 to the next number in the result's dtype. A bound is ``gamma(n)`` times the sum of the terms'
-    absolute values, which the specification gives for absolute inputs: not times the result, from
-    which terms may have cancelled.
+    ``|result - exact| <= bound + u * |exact|`` must hold for every element; ``u`` is half the
+    distance from 1 to the next number in the result's dtype. A bound is ``gamma(n)`` times the sum
+    of the terms' absolute values, which is the specification's result for absolute inputs. It is
+    not proportional to the result, in which terms may have cancelled.
 
     Args:
-        result: What is checked, of any shape.
+        result: The result to check, of any shape.
         exact: The specification's result in float64. Where it is infinite, so must be ``result``.
-        bound: Of the error before the result is rounded to its dtype; read where ``exact`` is
-            finite.
+        bound: Bound on the error before the result is rounded to its dtype; ignored where ``exact``
+            is infinite.
 
     Raises:
-        AssertionError: If an infinite element differs, or an element errs by more than its bound.
+        WrongResult: If an infinite element differs, or an element's error exceeds its bound.
     """
     finite = torch.isfinite(exact)
-    assert torch.equal(result.double()[~finite], exact.double()[~finite]), (
-        "infinite elements must stand where the exact result has them."
+    require(
+        torch.equal(result.double()[~finite], exact.double()[~finite]),
+        "the result must be infinite exactly where the exact one is.",
     )
     limits = torch.finfo(result.dtype)
     smallest = limits.smallest_normal * limits.eps
     allowed = bound + limits.eps / 2 * exact.double().abs() + smallest / 2
     error = (result.double() - exact).abs()
-    # As a negation, so that NaN is wrong.
+    # Negated, so that NaN counts as wrong.
     wrong = finite & ~(error <= allowed)
     if bool(wrong.any()):
         worst = torch.where(wrong, error / allowed, 0.0).nan_to_num(torch.inf).argmax()
-        raise AssertionError(
+        raise WrongResult(
             f"the error must be at most {allowed.flatten()[worst]:.3g}, got "
             f"{error.flatten()[worst]:.3g} in element {int(worst)} of {list(result.shape)}; "
             f"{int(wrong.sum())} elements are wrong."
@@ -111,19 +124,20 @@ def assert_attended(
 ) -> None:
     """Check a decode step's output, and its log-sum-exp if given, against float64.
 
-    A logit is a sum of ``d`` products; let ``A`` be the largest sum of their absolute values, with
-    the log weight's. The logit errs by ``gamma(d) * A``, the exponential of its distance to the
-    maximum, which is at most ``2 * A``, by as much again relatively, and the sums over ``t`` tokens
-    by ``gamma(t)``. With ``n = d + t + 16``, 16 being the single operations on the way (scale,
-    cap, exponential, logarithm, merging), the log-sum-exp errs by at most ``gamma(n) * (1 + A)``
-    and the output by twice that times ``sum_t w_t |v_t|``, since its weights and their denominator
-    err alike. The weights may be rounded to the states' dtype before they multiply the values, as
-    matrix units need them: another ``u`` times that sum. (Those that are subnormal in float16 are
-    rounded more coarsely; they are too small to count unless thousands make up the sum.)
+    A logit is a sum of ``d`` products; let ``A`` be the largest sum of their absolute values, plus
+    that of the log weight. The logit's error is at most ``gamma(d) * A``. The exponential of its
+    distance to the maximum, which is at most ``2 * A``, has a relative error of as much again, and
+    the sums over ``t`` tokens one of ``gamma(t)``. With ``n = d + t + 16``, where 16 counts the
+    single operations on the way (scale, cap, exponential, logarithm, merging), the log-sum-exp's
+    error is at most ``gamma(n) * (1 + A)``, and the output's is twice that times
+    ``sum_t w_t |v_t|``, since its weights and their denominator have the same bound. The weights
+    may be rounded to the states' dtype before they multiply the values, as matrix units need them,
+    which adds ``u`` times that sum. (Weights that are subnormal in float16 are rounded more
+    coarsely; they are too small to matter unless thousands make up the sum.)
 
     Args:
-        out: ``[B, Hq, d]`` what is checked.
-        lse: ``[B, Hq]`` likewise, or None.
+        out: ``[B, Hq, d]`` the output to check.
+        lse: ``[B, Hq]`` the log-sum-exp to check, or None.
         query_states: This and all that follow: the operator's arguments.
         key_states: See the api.
         value_states: See the api.
@@ -137,15 +151,15 @@ def assert_attended(
         softcap: See the api.
 
     Raises:
-        AssertionError: If an element errs by more than its bound.
+        WrongResult: If an element's error exceeds its bound.
     """
     head_dim, num_tokens = query_states.shape[-1], indices.shape[-1] * unit_size
     query, keys, values = (states.double() for states in (query_states, key_states, value_states))
     where = (unit_size, kv_start, kv_len)
-    given = (indices, scale, count, log_weight, *where, softcap)
-    exact, exact_lse = sparse_attention(query, keys, values, *given, impl="reference")
-    magnitude, _ = sparse_attention(query, keys, values.abs(), *given, impl="reference")
-    if log_weight is not None:  # one of -inf leaves its unit out
+    arguments = (indices, scale, count, log_weight, *where, softcap)
+    exact, exact_lse = sparse_attention(query, keys, values, *arguments, impl="reference")
+    magnitude, _ = sparse_attention(query, keys, values.abs(), *arguments, impl="reference")
+    if log_weight is not None:  # -inf excludes its unit
         log_weight = torch.where(log_weight == -torch.inf, log_weight, log_weight.abs())
     sizes = (indices, abs(scale), count, log_weight, *where)
     # The log-sum-exp of the absolute logits is no smaller than the largest of them.
@@ -167,8 +181,8 @@ def full_attention_bound(
 ) -> tuple[Tensor, Tensor]:
     """Return full attention in float64 and the bound on a kernel's error, for every element.
 
-    The bound is that of `assert_attended`. KV heads are taken one after the other, so that a cache
-    of several GiB needs little beside it.
+    The bound is that of `assert_attended`. KV heads are processed one after the other, so that a
+    cache of several GiB needs little additional memory.
 
     Args:
         query_states: ``[B, Hq, d]``.
@@ -205,25 +219,38 @@ def full_attention_bound(
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
-    """Check that a whole result is as near as its dtype allows, by the norm of its error.
+    """Check that the norm of a result's error is as small as its dtype allows.
 
-    The bounds on single elements allow for the worst that rounding can do, which grows with the
-    number of tokens; rounding does not do its worst everywhere at once, and what a kernel leaves
-    out or counts twice would hide below them.
+    The bounds on single elements cover the worst case of rounding, which grows with the number of
+    tokens and never occurs in all elements at once. A token that a kernel skips or counts twice
+    could cause an error within them.
 
     Raises:
-        AssertionError: If the error's norm is more than a thousandth of the result's in float32, or
+        WrongResult: If the error's norm is more than a thousandth of the result's in float32, or
             a hundredth in a 16-bit dtype.
     """
     tolerance = 1e-3 if found.dtype == torch.float32 else 1e-2
     error = ((found.double() - expected.double()).norm() / expected.double().norm()).item()
-    assert error <= tolerance, (  # false for NaN
-        f"the error's norm must be at most {tolerance} of the result's, got {error:.3g}."
+    require(
+        error <= tolerance,  # false for NaN
+        f"the error's norm must be at most {tolerance} of the result's, got {error:.3g}.",
     )
 
 
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """Check that two results agree: integers exactly, floating point within `assert_near`.
+
+    Raises:
+        WrongResult: If an integer differs, or `assert_near` finds an error.
+    """
+    if found.is_floating_point():
+        assert_near(found, expected)
+    else:
+        require(torch.equal(found, expected), "whole numbers must be the same, but differ.")
+
+
 def assert_same_bits(codes: Tensor, states: Tensor, hash_weight: Tensor) -> None:
-    """Check hash codes against float64, except bits whose projection is zero up to rounding.
+    """Check hash codes against float64, except for bits whose projection is zero up to rounding.
 
     Args:
         codes: ``[B, Hkv, n, rbit // 32]`` int32.
@@ -231,8 +258,8 @@ def assert_same_bits(codes: Tensor, states: Tensor, hash_weight: Tensor) -> None
         hash_weight: ``[Hkv, d, rbit]``.
 
     Raises:
-        AssertionError: If a bit differs whose projection is further from zero than ``d`` roundings
-            of its terms could move it.
+        WrongResult: If a bit differs although its projection is further from zero than the error
+            of ``d`` roundings of its terms.
     """
     exact_states, exact_weight = states.double(), hash_weight.double()
     projected = exact_states @ exact_weight
@@ -241,4 +268,4 @@ def assert_same_bits(codes: Tensor, states: Tensor, hash_weight: Tensor) -> None
     shifts = torch.arange(32, device=codes.device)
     bits = (codes.long()[..., None] >> shifts & 1).flatten(-2).bool()
     wrong = (bits != (projected > 0)) & (projected.abs() > noise)
-    assert not bool(wrong.any()), f"{int(wrong.sum())} bits must differ only at rounding level."
+    require(not bool(wrong.any()), f"{int(wrong.sum())} bits must differ only at rounding level.")

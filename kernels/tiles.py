@@ -1,11 +1,11 @@
-"""What the Triton kernels share: the valid range of a row, bit counts, and their launches' choices.
+"""Shared by the Triton kernels: a row's valid range, bit counts, and choices made at launch.
 
-A kernel is decorated when its file is imported. With ``TRITON_INTERPRET=1`` in the environment by
-then, Triton runs it in Python on a CPU, which is how it is tested where there is no GPU.
+A kernel is decorated when its file is imported. If ``TRITON_INTERPRET=1`` is in the environment by
+then, Triton runs it in Python on a CPU, which is how it is tested without a GPU.
 
-Parameters of a kernel in lower case are its arguments: pointers, strides and sizes, of which those
-that change from step to step are not specialised on, so that no step compiles anew. Those in upper
-case are compiled in.
+Parameters of a kernel in lower case are its arguments: pointers, strides and sizes. Kernels are not
+specialised on those that change from step to step, so that no step recompiles. Parameters in upper
+case are compile-time constants.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +27,7 @@ _DTYPES = {
 def valid_range(
     kv_start: tl.tensor, kv_len: tl.tensor, batch: tl.tensor, size: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return a row's first valid unit and their end, inside 0 to ``size``; bounds may be None."""
+    """Return a row's valid range, clipped to 0 to ``size``; either bound may be None."""
     start = 0
     end = size
     if kv_start is not None:
@@ -39,7 +39,7 @@ def valid_range(
 
 @triton.jit
 def popcount(words: tl.tensor) -> tl.tensor:
-    """Count the set bits of int32 words; LLVM turns this very form into the GPU's instruction."""
+    """Count the set bits of int32 words; LLVM recognises this form as the GPU's instruction."""
     count = words.to(tl.uint32, bitcast=True)
     count = count - ((count >> 1) & 0x55555555)
     count = (count & 0x33333333) + ((count >> 2) & 0x33333333)
@@ -54,7 +54,7 @@ def check_readable(argument: str, tensor: Tensor) -> None:
     """Refuse a floating dtype that the kernels do not read.
 
     Raises:
-        TypeError: If the tensor is float64, say.
+        TypeError: If the dtype is not float32, bfloat16 or float16.
     """
     if tensor.dtype not in _DTYPES:
         found = str(tensor.dtype).removeprefix("torch.")
@@ -65,17 +65,17 @@ def check_readable(argument: str, tensor: Tensor) -> None:
 
 
 def product_dtype(*tensors: Tensor) -> Any:
-    """Return the dtype in which tensors are multiplied: their own if it is one, else float32.
+    """Return the dtype in which tensors are multiplied: theirs if they share one, else float32.
 
-    Products of 16-bit numbers are exact in the matrix units, which add them up in float32.
-    The interpreter, which keeps bfloat16 as its bits, multiplies in float32.
+    Products of 16-bit numbers are exact in the matrix units, which accumulate in float32. The
+    interpreter, which stores bfloat16 as its bits, multiplies in float32.
     """
     dtypes = {tensor.dtype for tensor in tensors}
     return tl.float32 if _INTERPRETED or len(dtypes) > 1 else _DTYPES[dtypes.pop()]
 
 
 def padded(size: int) -> int:
-    """Return the tile size that holds an axis: a power of two, at least a matrix unit's 16."""
+    """Return the tile size for an axis: a power of two, at least 16 as matrix units need."""
     return max(16, triton.next_power_of_2(size))
 
 

@@ -1,7 +1,7 @@
-"""The only stopwatch: interleaved medians, stages, and what the machine was while it was timed.
+"""All timing: interleaved trials, stages, and the state of the machine during them.
 
-A speed-up is a ratio of two medians whose times were taken in turn, and has an interval over those
-pairs: `speed_columns` makes both, with a note where the times cannot be relied on.
+A speed-up is a ratio of two medians whose times were measured alternately, and has an interval over
+those pairs: `speed_columns` computes both, with a note if the times are unreliable.
 """
 
 import math
@@ -15,40 +15,42 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-# Large enough that no cache holds it: 256 MiB.
+# Larger than any cache: 256 MiB.
 _PROBE_BYTES = 2**28
-# Taken for the last-level cache's size where the machine does not tell it: 64 MiB, more than most.
+# The size assumed for the last-level cache if the machine does not report it: 64 MiB, above most.
 _ASSUMED_CACHE_BYTES = 2**26
 
+T = TypeVar("T")
+
 LEAST_PAIRS = 6
-"""Pairs below which a speed-up has no interval: of fewer, not even the smallest and the largest
-ratio enclose the median with 95%."""
+"""A speed-up of fewer pairs than this has no interval: not even the smallest and the largest ratio
+would enclose the median with 95%."""
 WIDE_SPREAD = 2.0
-"""A time whose 80th percentile is more than this many times its 20th is unsteady. On a quiet
-machine it was at most 1.4 in 165 rows of layers and of whole models, and 1.9 in 274 rows of the
-small model's steps."""
+"""Times are unsteady if their 80th percentile is more than this many times their 20th. On a quiet
+machine the ratio was at most 1.4 in 165 rows of layers and of whole models, and 1.9 in 274 rows of
+the small model's steps."""
 MUCH_LOAD = 0.1
-"""Times are unsteady if others took more than this share of the processors while they were taken.
-An idle system takes one or two hundredths."""
-_LEAST_SECONDS = 0.25  # Linux counts in hundredths of a second: of less, a share says little
+"""Times are unsteady if other processes took more than this fraction of the processors' time
+meanwhile. An idle system takes one or two hundredths."""
+_LEAST_SECONDS = 0.25  # Linux counts in hundredths of a second, too coarse for shorter times
 _RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long one function took, in milliseconds, over all trials."""
+    """The times of one function over all trials, in milliseconds."""
 
     p50_ms: float
     p20_ms: float
     p80_ms: float
     trials: int
     taken_ms: tuple[float, ...]
-    """The times themselves, in the order they were taken."""
+    """The times of the trials, in order."""
 
     @staticmethod
     def of(milliseconds: Sequence[float]) -> "Timing":
@@ -69,12 +71,12 @@ class Timing:
 
     @property
     def turns(self) -> list[list[float]]:
-        """The times as `speed_columns` takes them: each trial was a turn of its own."""
+        """The times in the form of `speed_columns`, each trial as a turn of its own."""
         return [[taken] for taken in self.taken_ms]
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Return the value below which a share of the values lies, interpolated linearly."""
+    """Return the quantile of some values at ``share``, 0 to 1, interpolated linearly."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     below = int(place)
@@ -85,24 +87,24 @@ def quantile(values: Sequence[float], share: float) -> float:
 def speedup_interval(
     full: Sequence[Sequence[float]], step: Sequence[Sequence[float]], seed: int = 0
 ) -> tuple[float, float] | None:
-    """Return the 95% interval of the ratio of medians of two things that were timed in turn.
+    """Return the 95% interval of the ratio of medians of two functions timed alternately.
 
-    Pairs of turns are drawn with replacement, each with all of its times, so what slows both turns
-    of a pair, or a whole turn, does not pass for precision. The interval is the percentile
+    A turn is an uninterrupted run of times of one function; turns come in pairs. Pairs are drawn
+    with replacement, each with all of its times, so that a disturbance of a whole turn, or of both
+    turns of a pair, does not make the interval too narrow. The interval is the percentile
     bootstrap's (Efron and Tibshirani 1993, chapter 13; whole turns: Davison and Hinkley 1997,
     section 3.8). It covers 92 to 99% with 6 to 30 pairs of noisy, bursty or drifting times.
 
     Args:
         full: Milliseconds of full attention, turn by turn.
-        step: Milliseconds of what is compared, each turn taken just after full attention's.
-        seed: Of the resampling.
+        step: Milliseconds of the compared step, each turn measured just after full attention's.
+        seed: Seed of the resampling.
 
     Returns:
-        Both ends, the ratio itself between them; None with fewer than ``LEAST_PAIRS`` pairs.
+        Both ends, with the ratio between them; None with fewer than ``LEAST_PAIRS`` pairs.
 
     Raises:
-        ValueError: If there are not as many turns of one as of the other, or turns differ in
-            length.
+        ValueError: If the two have different numbers of turns, or turns differ in length.
     """
     if len(full) != len(step):
         raise ValueError(f"turns must come in pairs, got {len(full)} and {len(step)}.")
@@ -114,7 +116,7 @@ def speedup_interval(
     drawn = np.random.default_rng(seed).integers(len(full), size=(_RESAMPLES, len(full)))
     ratios = [
         np.median(first[one], axis=(1, 2)) / np.median(second[one], axis=(1, 2))
-        for one in np.array_split(drawn, 20)  # not all at once: turns may be long
+        for one in np.array_split(drawn, 20)  # in parts, since turns may be long
     ]
     low, high = np.percentile(np.concatenate(ratios), [2.5, 97.5])
     ratio = float(np.median(first) / np.median(second))
@@ -122,11 +124,11 @@ def speedup_interval(
 
 
 def unsteady(step: Timing, full: Timing | None, other_load: float | None) -> str | None:
-    """Return why times cannot be relied on, in words; None where nothing speaks against them.
+    """Return in words why times are unreliable; None if they are reliable.
 
     Args:
-        step: What was timed.
-        full: Full attention, timed in turn with it; None where the step is full attention's.
+        step: Times of the step.
+        full: Times of full attention, measured alternately; None if the step is full attention's.
         other_load: What `OtherLoad.share` returned.
     """
     reasons = []
@@ -144,49 +146,49 @@ def speed_columns(
     full: Sequence[Sequence[float]] | None,
     other_load: float | None = None,
 ) -> dict[str, Any]:
-    """Return what a row says of a timed step and of the full attention timed in turn with it.
+    """Return a row's columns on a timed step and on full attention timed alternately with it.
 
     Args:
-        step: Milliseconds of the steps, turn by turn.
-        full: Full attention's, each turn taken just before the step's; None where the step is full
-            attention's own, which has no speed-up.
+        step: Milliseconds of the step, turn by turn.
+        full: Milliseconds of full attention, each turn measured just before the step's; None if the
+            step is full attention's, which has no speed-up.
         other_load: What `OtherLoad.share` returned.
 
     Returns:
         The columns ``decode_ms_*``, ``full_ms_*``, ``speedup_vs_full`` with its interval,
         ``other_load`` and ``timing_note``, by name.
     """
-    own = Timing.of([taken for turn in step for taken in turn])
-    against = None if full is None else Timing.of([taken for turn in full for taken in turn])
+    step_timing = Timing.of([taken for turn in step for taken in turn])
+    full_timing = None if full is None else Timing.of([taken for turn in full for taken in turn])
     columns: dict[str, Any] = {}
-    for name, timing in (("decode_ms", own), ("full_ms", against or own)):
+    for name, timing in (("decode_ms", step_timing), ("full_ms", full_timing or step_timing)):
         columns[f"{name}_p20"] = timing.p20_ms
         columns[f"{name}_p50"] = timing.p50_ms
         columns[f"{name}_p80"] = timing.p80_ms
-    if full is not None and against is not None:
-        columns["speedup_vs_full"] = against.p50_ms / own.p50_ms
-        ends = speedup_interval(full, step)
-        if ends is not None:
-            columns["speedup_ci_low"], columns["speedup_ci_high"] = ends
+    if full is not None and full_timing is not None:
+        columns["speedup_vs_full"] = full_timing.p50_ms / step_timing.p50_ms
+        interval = speedup_interval(full, step)
+        if interval is not None:
+            columns["speedup_ci_low"], columns["speedup_ci_high"] = interval
     columns["other_load"] = other_load
-    columns["timing_note"] = unsteady(own, against, other_load)
+    columns["timing_note"] = unsteady(step_timing, full_timing, other_load)
     return columns
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Seconds up to some moment, and the processors that this process may run on."""
+    """Processor usage up to some moment, in seconds, on the processors this process may use."""
 
     wall_s: float
     own_s: float
     """Processor time of this process, all threads."""
     busy_s: float
-    """Time in which those processors worked for anyone, or were taken by the host."""
+    """Time in which those processors were busy for any process, or were taken by the host."""
     processors: int
 
 
 def usage() -> Usage | None:
-    """Return the processors' usage so far, from Linux's ``/proc/stat``; None elsewhere."""
+    """Return the processors' usage so far from Linux's ``/proc/stat``; None on other systems."""
     try:
         allowed = os.sched_getaffinity(0)
         tick = os.sysconf("SC_CLK_TCK")
@@ -198,16 +200,16 @@ def usage() -> Usage | None:
     for counts in ours:
         user, nice, system, _idle, _waiting, interrupt, soft, stolen = map(int, counts[:8])
         busy += user + nice + system + interrupt + soft + stolen
-    if not busy:  # some sandboxes count nothing
+    if not busy:  # some sandboxes do not count
         return None
     return Usage(time.perf_counter(), time.process_time(), busy / tick, len(ours))
 
 
 def other_share(before: Usage | None, after: Usage | None) -> float | None:
-    """Return the share of the processors' time that went to others between two moments, 0 to 1.
+    """Return the fraction of processor time that other processes took between two moments.
 
-    That is the time in which processors were busy, less this process's own. None where it is not
-    told, or the moments are too near together to tell.
+    It is the time in which processors were busy, minus this process's own; 0 to 1. None if it is
+    not known, or the moments are too close together.
     """
     if before is None or after is None:
         return None
@@ -219,10 +221,11 @@ def other_share(before: Usage | None, after: Usage | None) -> float | None:
 
 
 class OtherLoad:
-    """Watches, from when it is made, what else the processors do.
+    """Measures, from its construction on, how busy other processes keep the processors.
 
     Args:
-        device: Where the work is done; a GPU's events do not measure the processors.
+        device: Device of the timed work; on a GPU nothing is measured, since its events do not
+            depend on the processors.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -230,7 +233,7 @@ class OtherLoad:
         self._before = usage() if self._watched else None
 
     def share(self) -> float | None:
-        """Return the share of the processors' time that others took, 0 to 1; None if unknown."""
+        """Return the fraction of processor time that others took, 0 to 1; None if unknown."""
         return other_share(self._before, usage()) if self._watched else None
 
 
@@ -242,26 +245,27 @@ def measure(
     cuda_graph: bool = False,
     before: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
-    """Time functions in turn: every trial runs each of them once, so drift hits all alike.
+    """Time functions interleaved: each trial runs each of them once, so drift affects all equally.
 
     Args:
-        functions: What to time, by name. A sequence of functions is a rotation: copies that do the
-            same on different memory, taken in turn, so that a trial finds its data out of cache;
-            `copies_needed` says how many. A function alone is timed warm.
-        trials: How often each is timed.
-        warmup: How often each is run untimed before: compilation, first touch of memory.
-        device: Where the functions work. On CUDA the time is the device's, between two events.
+        functions: The functions by name. A sequence of functions is a rotation: copies that do the
+            same on different memory, called one after the other, so that a trial's data are not in
+            the cache; `copies_needed` returns how many this takes. A single function is timed warm.
+        trials: Number of timed calls of each.
+        warmup: Number of untimed calls of each before, for compilation and first touch of memory.
+        device: Device of the functions. On CUDA the time is the device's, between two events.
         cuda_graph: Capture each function once and time the replay, without launch overhead; its
             inputs and outputs must stay where they are. CUDA only.
-        before: What runs untimed before each timed call, to empty the caches, say. A CUDA device
-            is not waited for in between: it is still busy when the timed call is launched, which
-            hides the time that launching takes.
+        before: A function that runs untimed before each timed call, for example to empty the
+            caches. On CUDA there is no wait in between: the device is still busy when the timed
+            call is launched, which hides the launch's time.
 
     Returns:
         A ``Timing`` for each name.
 
     Raises:
-        ValueError: If nothing is to be measured, or a graph is wanted on another device than CUDA.
+        ValueError: If nothing is to be measured, or a graph is requested on a device other than
+            CUDA.
     """
     device = torch.device(device)
     if trials < 1 or warmup < 0:
@@ -269,8 +273,8 @@ def measure(
     if cuda_graph and device.type != "cuda":
         raise ValueError(f"cuda_graph needs a cuda device, got {device.type}.")
     rotations: dict[str, list[Callable[[], object]]] = {}
-    for name, given in functions.items():
-        rotations[name] = [given] if callable(given) else list(given)
+    for name, value in functions.items():
+        rotations[name] = [value] if callable(value) else list(value)
         if not rotations[name]:
             raise ValueError(f"functions[{name!r}] must hold at least one function, got none.")
     for turn in range(warmup):
@@ -278,12 +282,12 @@ def measure(
             rotation[turn % len(rotation)]()
     if cuda_graph:
         rotations = {
-            name: [_captured(function, device) for function in rotation[: warmup + trials]]
+            name: [captured(function, device) for function in rotation[: warmup + trials]]
             for name, rotation in rotations.items()
         }
     clock = _time_cuda if device.type == "cuda" else _time_cpu
     taken: dict[str, list[float]] = {name: [] for name in rotations}
-    # Where the warm-up ended: from the start again would find what it has just read.
+    # Continue where the warm-up ended: the first copies may still be in the cache.
     for turn in range(warmup, warmup + trials):
         for name, rotation in rotations.items():
             taken[name].append(clock(rotation[turn % len(rotation)], device, before))
@@ -318,10 +322,14 @@ def _time_cuda(
         return began.elapsed_time(ended)
 
 
-def _captured(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """Capture a function into a CUDA graph and return its replay."""
+def captured(function: Callable[[], T], device: torch.device) -> Callable[[], T]:
+    """Capture a function into a CUDA graph.
+
+    Returns:
+        The graph's replay, which returns the same output tensors each time, overwritten.
+    """
     with torch.cuda.device(device):
-        # Capture wants its warm-up on a side stream.
+        # Capture needs its warm-up on a side stream.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -329,8 +337,13 @@ def _captured(function: Callable[[], object], device: torch.device) -> Callable[
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            function()
-    return graph.replay
+            out = function()
+
+    def replay() -> T:
+        graph.replay()
+        return out
+
+    return replay
 
 
 @dataclass(frozen=True)
@@ -342,22 +355,22 @@ class Bandwidth:
 
     @property
     def ceiling_gb_s(self) -> float:
-        """The faster of both, which no kernel is expected to exceed."""
+        """The higher of both, which no kernel is expected to exceed."""
         return max(self.read_gb_s, self.copy_gb_s)
 
 
 def read_bandwidth(
     device: torch.device | str = "cpu", num_bytes: int = _PROBE_BYTES, trials: int = 5
 ) -> Bandwidth:
-    """Measure how fast torch reads (sums) and copies memory that no cache holds.
+    """Measure how fast torch reads (sums) and copies a buffer larger than any cache.
 
     Args:
-        device: Whose memory.
+        device: Device of the memory.
         num_bytes: Size of the buffer; a copy needs two.
-        trials: How often each is timed; the median counts.
+        trials: Number of timed calls of each; the median is used.
 
     Returns:
-        Bytes read a second, and bytes read and written a second by a copy.
+        Bytes read per second, and bytes read and written per second by a copy.
     """
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(source)
@@ -370,16 +383,16 @@ def read_bandwidth(
 
 
 def cache_emptier(device: torch.device | str) -> Callable[[], object]:
-    """Return what reads 256 MiB, so that no cache holds what was there before.
+    """Return a function that reads 256 MiB, which evicts everything else from the caches.
 
-    It reads and does not write: what it leaves behind costs nobody a write-back.
+    It only reads, so that the lines it leaves in the cache need no write-back later.
     """
     buffer = torch.ones(_PROBE_BYTES // 4, device=device)
     return buffer.sum
 
 
 def cache_bytes(device: torch.device | str = "cpu") -> int | None:
-    """Return the size of the device's last-level cache in bytes; None where it does not tell it.
+    """Return the size of the device's last-level cache in bytes; None if it is not reported.
 
     A CPU's is read from Linux's ``/sys``, a CUDA device's L2 from its properties.
     """
@@ -397,9 +410,9 @@ def cache_bytes(device: torch.device | str = "cpu") -> int | None:
 
 
 def copies_needed(num_bytes: int, device: torch.device | str = "cpu") -> int:
-    """Return how many distinct copies of some data make a rotation that finds them out of cache.
+    """Return how many copies of some data a rotation needs for each to be out of cache when used.
 
-    Together they are at least twice the last-level cache; one that exceeds it is enough alone.
+    Together they fill at least twice the last-level cache; a single copy larger than it suffices.
 
     Raises:
         ValueError: If there is no data.
@@ -411,9 +424,10 @@ def copies_needed(num_bytes: int, device: torch.device | str = "cpu") -> int:
 
 
 def clock_mhz(device: torch.device | str = "cpu") -> float | None:
-    """Return the clock at this moment in MHz: of the fastest core, or of a GPU's SMs; or None.
+    """Return the present clock in MHz of the fastest core, or of a GPU's SMs; None if unknown.
 
-    A CPU's is Linux's; a virtual machine may state its nominal clock. A GPU's needs nvidia-ml-py.
+    That of a CPU comes from Linux; a virtual machine may report its nominal clock. That of a GPU
+    needs nvidia-ml-py.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -426,7 +440,7 @@ def clock_mhz(device: torch.device | str = "cpu") -> float | None:
 
 
 def machine_name(device: torch.device) -> str:
-    """Return what the machine calls itself: the accelerator, or the processor and its cores."""
+    """Return the name of the accelerator, or of the processor with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = re.findall(r"model name\s*:\s*(.+)", _read(Path("/proc/cpuinfo")))
@@ -435,7 +449,7 @@ def machine_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions that a time depends on, None for what is not there.
+    """Return the versions that a time depends on, None for what is not installed.
 
     Returns:
         ``python``, ``torch``, ``numba``, ``triton``, ``cuda`` (torch's own) and ``driver``.
@@ -454,7 +468,7 @@ def versions() -> dict[str, str | None]:
 
 
 def _read(path: Path) -> str:
-    """Return a system file's text without its last newline, or nothing."""
+    """Return a system file's text without surrounding whitespace, or "" if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:
@@ -465,12 +479,12 @@ def _read(path: Path) -> str:
 class Stages:
     """Collects the milliseconds of named stages: ``with stages("score"): ...``.
 
-    On CUDA each stage is enclosed in events, which are read when a summary is asked for, so that
-    timing a stage does not wait for the device.
+    On CUDA each stage is enclosed in events, which are read only for a summary, so that timing a
+    stage does not wait for the device.
 
     Attributes:
-        device: Where the stages work.
-        taken_ms: Times of each stage in the order they ended, as far as they were read.
+        device: Device of the stages.
+        taken_ms: Times of each stage in order; on CUDA those that have been read.
     """
 
     device: torch.device | str = "cpu"

@@ -143,11 +143,16 @@ def _read_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_of_this_user(status: os.stat_result) -> bool:
+    """Return whether a file belongs to the user who runs this; True where files have no user."""
+    return not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+
+
 def _cached_hash(note: Path, status: dict[str, Any]) -> str | None:
     """Return the hash that this user cached for a file in exactly this state, else None."""
     try:
         note_status = note.lstat()
-        if note_status.st_uid != os.geteuid() or note_status.st_mode & 0o022:
+        if not is_of_this_user(note_status) or note_status.st_mode & 0o022:
             return None
         content = json.loads(note.read_bytes())
         noted, check = content["noted"], content["digest"]

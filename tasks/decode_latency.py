@@ -1,4 +1,4 @@
-"""What one decode step of one layer costs, at any geometry and length, stages timed apart."""
+"""Time of one decode step of one layer, at any geometry and length, in total and by stage."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,10 +16,10 @@ from topkbench.harness.evaluation import (
     Outcome,
     Task,
     TaskRow,
+    compact_unsupported_reason,
     layer_bytes_read,
-    needs_all_tokens,
-    never_more_than,
-    tokenised,
+    no_sparse_step_reason,
+    tokenise_all,
 )
 from topkbench.harness.planted import MEMORY_SHARE, PlantedCalibration, PlantedStates, capture
 from topkbench.kernels.timing import (
@@ -60,32 +60,34 @@ T = TypeVar("T")
 class DecodeLatency(Task):
     """One decode step of one attention layer: encode, append, score, select, attend.
 
-    Full attention and the method are timed in turn, in one process, on as many copies of states and
-    index as it takes to find them out of cache, where a model's other layers would leave them; the
-    method's warm time, its step repeated alone on one copy, stands beside. Before a time is
-    reported, the method's output is compared with its reference implementation; a wrong one has no
-    time.
+    Full attention and the method are timed in turn, in one process. They rotate over enough copies
+    of states and index that each step finds its data out of the CPU or GPU cache, as it does in a
+    model with other layers. The method's warm time, the same step repeated on one copy, is reported
+    as well. Before timing, the method's result is compared with its reference implementation; if it
+    is wrong, no time is reported.
 
-    What a method needs beside keys and values takes its time here too. What it captures at prefill
-    is captured of random queries, at all positions where it sums over them, and counts as building.
-    Where it speculates queries (InfiniGen), a step begins with a whole query projection of random
-    weights, as many rows as columns; the rotation after it is left out. Charged are the rows that
-    the method's paper computes, so its share of the bandwidth is too low rather than too high.
+    The time includes what a method needs beyond keys and values. What it captures at prefill is
+    captured from random queries, at all positions if it sums over them, and counts as build time.
+    If it speculates queries (InfiniGen), each step begins with a full query projection by a square
+    matrix of random weights, without the rotation that follows. The bytes charged are those of the
+    rows that the method's paper computes, so the bandwidth fraction is too low rather than too
+    high.
 
     Attributes:
-        lengths: Cached tokens, one row each, of one batch row.
-        batch_sizes: Batch rows, one row of the report each, at ``batch_length``.
-        batch_length: Cached tokens where the batch varies.
-        budget: Share of the tokens that ``k`` is, at least 64 tokens; None takes the cell's ``k``.
+        lengths: Cached tokens; one row of the report each, with batch size 1.
+        batch_sizes: Batch sizes; one row of the report each, at ``batch_length``.
+        batch_length: Cached tokens for the rows of ``batch_sizes``.
+        budget: ``k`` as a share of the cached tokens, at least 64 tokens; None uses the cell's
+            ``k``.
         states: ``"planted"`` at the geometry below, or ``"captured"`` from the cell's model.
-        layer: With ``"captured"``: which layer.
+        layer: The layer to capture with ``states="captured"``.
         num_heads: Query heads.
         num_kv_heads: KV heads.
         head_dim: Channels of a head.
-        dtype: Of the states; ``"auto"`` is the model's.
-        seed: Of the states.
-        trials: Timed steps of each row.
-        cache_dir: Where generated samples are kept.
+        dtype: Dtype of the states; ``"auto"`` is the model's.
+        seed: Seed of the states.
+        trials: Timed steps per row.
+        cache_dir: Folder in which generated samples are cached.
     """
 
     name: str = "decode_latency"
@@ -106,7 +108,7 @@ class DecodeLatency(Task):
     needs_full: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        self.all_budgets = self.budget is not None  # k follows from the length then
+        self.all_budgets = self.budget is not None  # then k follows from the length
         self.uses_model = self.states == "captured"
         self.subject = f"{self.num_heads}/{self.num_kv_heads} heads of {self.head_dim}"
         if self.states not in ("planted", "captured"):
@@ -115,15 +117,15 @@ class DecodeLatency(Task):
             check_whole(f"task.{knob}", getattr(self, knob))
         if not self.shapes or min(length for length, _ in self.shapes) < 2:
             raise ValueError(
-                f"task.lengths must be numbers of cached tokens from 2 on, got {self.lengths}"
+                f"task.lengths must be numbers of cached tokens of at least 2, got {self.lengths}"
                 f"{f' and batch_length={self.batch_length}' if self.batch_sizes else ''}."
             )
         for size in self.batch_sizes:
             check_whole("task.batch_sizes", size)
             if size > 1 and self.states == "captured":
                 raise ValueError(
-                    f"task.batch_sizes must be [] or [1] with captured states, got {size}; a"
-                    " prompt is one row."
+                    f"task.batch_sizes must be [] or [1] with states=captured, got {size}; states"
+                    " are captured from one prompt."
                 )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -139,7 +141,7 @@ class DecodeLatency(Task):
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """Cached tokens and batch rows of each row of the report, none twice."""
+        """Cached tokens and batch size of each row of the report, without duplicates."""
         lengths = [(int(length), 1) for length in self.lengths]
         batches = [(int(self.batch_length), int(size)) for size in self.batch_sizes]
         return list(dict.fromkeys([*lengths, *batches]))
@@ -149,24 +151,24 @@ class DecodeLatency(Task):
 
     def _row(self, context: Context, length: int, batch_size: int) -> TaskRow:
         name = str(length) if batch_size == 1 else f"{length} x {batch_size}"
-        known = {"kv_len": length, "length": length, "batch_size": batch_size}
+        columns = {"kv_len": length, "length": length, "batch_size": batch_size}
         if context.method.compacts:
-            return TaskRow(name, known, "skipped", needs_all_tokens(self.name))
+            return TaskRow(name, columns, "skipped", compact_unsupported_reason(self.name))
         if self.states == "captured":
             geometry = replace(context.geometry, num_layers=1)
-            place = (self.layer, context.geometry.num_layers)
+            position = (self.layer, context.geometry.num_layers)
         else:
-            geometry, place = self._planted_geometry(context), (0, 1)
+            geometry, position = self._planted_geometry(context), (0, 1)
         cached = batch_size * kv_bytes(geometry, length)
         index = round(batch_size * length * context.method.index_bytes_per_token(geometry))
         speculates = PREVIOUS_QUERY in context.method.needs
         width = geometry.num_heads * geometry.head_dim if speculates else 0
         copies = copies_needed(cached, geometry.device)
-        # Building an index, and checking it, take temporary copies of the keys.
+        # Building and checking an index takes temporary copies of the keys.
         need = copies * (cached + index + width**2 * geometry.dtype_bytes) + cached
         if need > MEMORY_SHARE * free_bytes(geometry.device):
             reason = f"{need / 2**30:.1f} GiB of states exceed half of the free memory."
-            return TaskRow(name, known, "skipped", reason)
+            return TaskRow(name, columns, "skipped", reason)
         if self.states == "captured":
             states = self._captured(context, length)
         else:
@@ -180,10 +182,10 @@ class DecodeLatency(Task):
             policy = replace(policy, k=max(64, round(n * self.budget)))
         policy = context.method.effective_policy(policy)
         if context.method.selects and policy.k >= n:
-            return TaskRow(name, known, "skipped", never_more_than(policy.k, n))
-        layer = _Layer(context.method, context.full, policy, states, place)
+            return TaskRow(name, columns, "skipped", no_sparse_step_reason(policy.k, n))
+        layer = _Layer(context.method, context.full, policy, states, position)
         values, status, reason = self._time(context, layer, geometry, copies)
-        return TaskRow(name, {**known, **values, "kv_len": n}, status, reason)
+        return TaskRow(name, {**columns, **values, "kv_len": n}, status, reason)
 
     def _time(
         self, context: Context, layer: "_Layer", geometry: Geometry, copies: int
@@ -198,15 +200,15 @@ class DecodeLatency(Task):
         counter = Counter()
         if method.selects:
             values["k"] = layer.policy.k
-            wrong = layer.disagreement()
-            if wrong is not None:
-                return values, "wrong", wrong
+            mismatch = layer.mismatch()
+            if mismatch is not None:
+                return values, "wrong", mismatch
             states = layer.states.query_states
             counter.on_step(0, states, layer.cache, layer.step(), layer.scale, None)
             values["density"] = counter.density
             values["build_ms"] = layer.build_ms(BUILDS)
-        read = layer_bytes_read(method, geometry, n, layer.policy.k, counter.step_reads)
-        values["bytes_read_per_step"] = float(read)
+        bytes_read = layer_bytes_read(method, geometry, n, layer.policy.k, counter.step_reads)
+        values["bytes_read_per_step"] = float(bytes_read)
         layers = [layer, *(layer.copy() for _ in range(copies - 1))]
         timed = measure(
             {"full": [one.full for one in layers], "method": [one.step for one in layers]},
@@ -217,17 +219,17 @@ class DecodeLatency(Task):
         warm = measure({"warm": layer.step}, trials=self.trials, device=device)["warm"]
         values["decode_ms_warm_p50"] = warm.p50_ms
         values["clock_mhz"] = clock_mhz(device)
-        values["attend_ms"] = step.p50_ms  # full attention does nothing else
+        values["attend_ms"] = step.p50_ms  # full attention has no other stage
         if method.selects:
             medians = _stage_medians(layers, self.trials)
-            values |= {f"{stage}_ms": taken for stage, taken in medians.items()}
+            values |= {f"{stage}_ms": milliseconds for stage, milliseconds in medians.items()}
         full = timed["full"].turns if method.selects else None
         values |= speed_columns(step.turns, full, load.share())
         if context.bandwidth:
             values["bandwidth_gb_s"] = context.bandwidth / 1e9
             seconds = step.p50_ms * 1e-3
-            moved = read * len(layer.states.query_states)
-            values["bandwidth_fraction"] = moved / seconds / context.bandwidth
+            batch_bytes = bytes_read * len(layer.states.query_states)
+            values["bandwidth_fraction"] = batch_bytes / seconds / context.bandwidth
         return values, "ok", ""
 
     def _dtype(self, context: Context) -> torch.dtype:
@@ -247,10 +249,10 @@ class DecodeLatency(Task):
 
     @torch.no_grad()
     def _captured(self, context: Context, length: int) -> PlantedStates:
-        """Take one layer's states of a RULER prompt, its last token being the one decoded.
+        """Return one layer's states for a RULER prompt, whose last token is the one decoded.
 
         Raises:
-            ValueError: If the model has no such layer.
+            ValueError: If the model does not have the layer.
         """
         loaded = context.loaded
         if not 0 <= self.layer < context.geometry.num_layers:
@@ -265,25 +267,26 @@ class DecodeLatency(Task):
             seed=self.seed,
             cache_dir=self.cache_dir,
         )
-        prompt = tokenised(loaded, task.samples(loaded), "dense")[0]
-        found: list[PlantedStates] = []
+        prompt = tokenise_all(loaded, task.samples(loaded), "dense")[0]
+        captured: list[PlantedStates] = []
 
         def keep(call: LayerCall) -> None:
             if call.layer == self.layer:
                 key = call.key_states
                 grouped = call.query_states[:, :, -1].unflatten(1, (key.shape[1], -1))
-                found.append(PlantedStates(grouped, key, call.value_states))
+                captured.append(PlantedStates(grouped, key, call.value_states))
 
         with watched_attention(loaded.model, keep):
             ids = torch.tensor([prompt.prefill_ids], device=loaded.model.device)
             loaded.model.base_model(input_ids=ids, use_cache=False)
         dtype, device = self._dtype(context), loaded.model.device
-        states = (found[0].query_states, found[0].key_states, found[0].value_states)
+        first = captured[0]
+        states = (first.query_states, first.key_states, first.value_states)
         return PlantedStates(*(one.to(device, dtype).contiguous() for one in states))
 
 
 class _Layer:
-    """A method's index over some states, and one decode step that leaves it as it was."""
+    """A method's index over given states, and a decode step that leaves the index unchanged."""
 
     def __init__(
         self,
@@ -291,11 +294,12 @@ class _Layer:
         full_method: TopKMethod,
         policy: Policy,
         states: PlantedStates,
-        place: tuple[int, int],
+        position: tuple[int, int],
         captured: Captured | None = None,
     ) -> None:
         self.method, self.full_method = method, full_method
-        self.policy, self.states, self.place = policy, states, place
+        self.policy, self.states = policy, states
+        self.position = position  # the layer's number, and the number of layers
         self.scale = states.key_states.shape[-1] ** -0.5
         self.cache = CacheView(states.key_states, states.value_states)
         self.newest = (states.key_states[:, :, -1:], states.value_states[:, :, -1:])
@@ -317,22 +321,24 @@ class _Layer:
                 key_states=self.states.key_states[:, :, : n - 1],
                 value_states=self.states.value_states[:, :, : n - 1],
                 capacity=n,
-                layer=self.place[0],
-                num_layers=self.place[1],
+                layer=self.position[0],
+                num_layers=self.position[1],
                 scale=self.scale,
                 **self.captured.inputs(n - 1),
             )
         )
 
     def copy(self) -> "_Layer":
-        """Return the same in other memory."""
+        """Return a copy in new memory."""
         states = self.states.copy()
-        return _Layer(self.method, self.full_method, self.policy, states, self.place, self.captured)
+        return _Layer(
+            self.method, self.full_method, self.policy, states, self.position, self.captured
+        )
 
     def build_ms(self, trials: int) -> float:
-        """Return the milliseconds of building the index, which has been built before.
+        """Return the median milliseconds of building the index, plus those of the capture for it.
 
-        That is the median, and what was captured for it, once.
+        The index has been built before, so nothing is compiled here.
         """
         stages = Stages(self.cache.key_states.device)
         for _ in range(trials):
@@ -341,10 +347,10 @@ class _Layer:
         return stages.medians()["build"] + sum(self.captured.milliseconds.values())
 
     def step(self, watch: StageTimer | None = None) -> Any:
-        """Append the newest token and decode; the index is set back, so each step is the same."""
+        """Append the newest token, decode, and undo the append, so that all steps are the same."""
         method, index = self.method, self.index
         if self.projection is not None:
-            # The step goes on with its own queries: how well they are foretold takes no time.
+            # Only the projection's time matters: the step goes on with the real queries.
             with watch("encode") if watch else nullcontext():
                 torch.mm(self.states.query_states.flatten(1), self.projection)
         if index is not None:
@@ -362,11 +368,11 @@ class _Layer:
         query = self.states.query_states
         return self.full_method.step(query, None, self.cache, self.policy, self.scale)
 
-    def disagreement(self) -> str | None:
-        """Return one sentence if a stage's result differs from the reference implementation's.
+    def mismatch(self) -> str | None:
+        """Return a reason if a stage's result differs from the reference implementation's, or None.
 
-        Each stage gets the same input in both, since a near tie may be decided either way by scores
-        that differ in their last bit, and two outputs of two selections then say nothing.
+        Both implementations of a stage get the same input: scores that differ in the last bit may
+        break a near tie either way, and the outputs of different selections cannot be compared.
         """
         method, index = self.method, self.index
         method.append(index, *self.newest)
@@ -375,20 +381,23 @@ class _Layer:
                 method.bind(index, self.cache)
                 scores, expected = self._both(self._scores)
                 if scores is not None and expected is not None:
-                    error = _distance(scores, expected)
+                    error = _relative_error(scores, expected)
                     if not error <= self._tolerance:
-                        return self._sentence("scores", error)
-                mine, theirs = self._both(lambda: self._select(expected))
-                if not torch.equal(_kept(mine), _kept(theirs)):
-                    return "the selection must be the reference's for the same scores, got another."
+                        return self._mismatch_reason("scores", error)
+                fast, reference = self._both(lambda: self._select(expected))
+                if not torch.equal(_sorted_units(fast), _sorted_units(reference)):
+                    return (
+                        "the selection must be the reference's for the same scores, got a"
+                        " different one."
+                    )
             else:
-                theirs = Selection.everything(self.cache)
+                reference = Selection.everything(self.cache)
             states = self.states.query_states
             out, expected_out = self._both(
-                lambda: method.attend(states, self.cache, theirs, self.scale)[0]
+                lambda: method.attend(states, self.cache, reference, self.scale)[0]
             )
-            error = _distance(out, expected_out)
-            return None if error <= self._tolerance else self._sentence("output", error)
+            error = _relative_error(out, expected_out)
+            return None if error <= self._tolerance else self._mismatch_reason("output", error)
         finally:
             index.undo_append()
 
@@ -400,46 +409,46 @@ class _Layer:
 
     def _select(self, scores: Tensor | None) -> Selection:
         encoded = self.method.encode(self.states.query_states, self.index)
-        self.method.score(encoded, self.index)  # a method may keep more of it than it returns
+        self.method.score(encoded, self.index)  # a method may also store results for select
         return self.method.select(scores, encoded, self.index, self.policy)
 
     def _both(self, stage: Callable[[], T]) -> tuple[T, T]:
-        """Return what a stage gives as configured, and by the reference implementation."""
+        """Return a stage's result by the configured and by the reference implementation."""
         fast = stage()
-        chosen, self.method.impl = self.method.impl, "reference"
+        configured, self.method.impl = self.method.impl, "reference"
         try:
             return fast, stage()
         finally:
-            self.method.impl = chosen
+            self.method.impl = configured
 
     @property
     def _tolerance(self) -> float:
         return 1e-3 if self.states.key_states.dtype == torch.float32 else 4e-2
 
-    def _sentence(self, what: str, error: float) -> str:
+    def _mismatch_reason(self, name: str, error: float) -> str:
         return (
-            f"the {what} must be the reference's within {self._tolerance}, got a difference of "
+            f"the {name} must be the reference's within {self._tolerance}, got a difference of "
             f"{error:.3g}."
         )
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
     """Return the norm of the difference over the norm; slots scored -inf do not count."""
-    usable = ~expected.isinf()
-    found, expected = found.float()[usable], expected.float()[usable]
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+    finite = ~expected.isinf()
+    actual, expected = actual.float()[finite], expected.float()[finite]
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
-def _kept(selection: Selection) -> Tensor:
-    """Return the units of a selection in order of their slots."""
+def _sorted_units(selection: Selection) -> Tensor:
+    """Return the selected units in order of their slots."""
     return selection.indices.sort(-1).values
 
 
 def _stage_medians(layers: Sequence[_Layer], trials: int) -> dict[str, float]:
-    """Return the median milliseconds of each stage over some steps, cold as whole steps are timed.
+    """Return the median milliseconds of each stage, under the same cold conditions as whole steps.
 
-    Full attention runs before each step, as it does there: what it leaves in the caches is part of
-    a step's cost.
+    Full attention runs before each step, as it does when whole steps are timed, since the contents
+    of the caches affect a step's time.
     """
     stages = Stages(layers[0].cache.key_states.device)
     for trial in range(trials):
@@ -447,8 +456,8 @@ def _stage_medians(layers: Sequence[_Layer], trials: int) -> dict[str, float]:
         layer.full()
         layer.step(stages)
     medians = {}
-    for name, taken in stages.times().items():
-        parts = len(taken) // trials  # encoding may have two
-        steps = [sum(taken[begin : begin + parts]) for begin in range(0, len(taken), parts)]
+    for name, times in stages.times().items():
+        parts = len(times) // trials  # a stage may be timed in parts; encode has up to two
+        steps = [sum(times[begin : begin + parts]) for begin in range(0, len(times), parts)]
         medians[name] = median(steps)
-    return {name: taken for name, taken in medians.items() if name in STAGES}
+    return {name: milliseconds for name, milliseconds in medians.items() if name in STAGES}

@@ -1,4 +1,4 @@
-"""How many tokens a second a whole model decodes, at any context length."""
+"""Tokens per second that a whole model decodes, at any context length."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +18,9 @@ from topkbench.harness.evaluation import (
     Task,
     TaskRow,
     accounting,
+    compact_unsupported_reason,
     density_of_all_layers,
-    needs_all_tokens,
-    never_more_than,
+    no_sparse_step_reason,
 )
 from topkbench.harness.planted import MEMORY_SHARE, PlantedCalibration, capture
 from topkbench.kernels.timing import OtherLoad, Stages, measure, speed_columns
@@ -43,25 +43,26 @@ CALIBRATION_TOKENS = 128
 
 @dataclass(kw_only=True)
 class DecodeThroughput(Task):
-    """Decode steps of the cell's whole model, over a planted cache of any length.
+    """Decode steps of the cell's whole model, over a random cache of any length.
 
     Full attention and the method decode in turn, in one process, over one cache that is allocated
-    once. Each step decodes the same token at the same position and is then taken back, so that all
-    cost the same. The cache holds random keys and values, the same in every layer, since reading
-    such contexts takes hours on a CPU; the method builds its index from them, and one that learns
-    is fitted on random keys too: what it picks is no better than chance, and costs as much.
+    once. Each step decodes the same token at the same position and is then undone, so that all
+    steps cost the same. The cache holds random keys and values, the same in every layer, since
+    prefilling such contexts takes hours on a CPU. The method builds its index from them, and a
+    method that learns is fitted on random keys: it selects no better than chance, in the same time.
 
-    Before a time is reported, the logits must be finite, and with ``k`` at the whole cache they
-    must be full attention's.
+    Before timing, the logits must be finite, and with ``k`` equal to the cache length they must
+    match full attention's.
 
     Attributes:
-        lengths: Cached tokens, the decoded one included, one row each.
-        budget: Share of the tokens that ``k`` is, at least 64 tokens; None takes the cell's ``k``.
+        lengths: Cached tokens, including the decoded one; one row each.
+        budget: ``k`` as a share of the cached tokens, at least 64 tokens; None uses the cell's
+            ``k``.
         batch_size: Rows that decode together.
-        seed: Of the planted states.
-        trials: Timed steps of each length.
-        cuda_graph: On a GPU, time the replay of a CUDA graph; a step that cannot be captured is
-            skipped, never timed otherwise.
+        seed: Seed of the random states.
+        trials: Timed steps per length.
+        cuda_graph: On a GPU, time the replay of a CUDA graph; if a step cannot be captured, its row
+            is skipped.
     """
 
     name: str = "decode_throughput"
@@ -76,12 +77,12 @@ class DecodeThroughput(Task):
     fits_methods: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        self.all_budgets = self.budget is not None  # k follows from the length then
+        self.all_budgets = self.budget is not None  # then k follows from the length
         for knob in ("batch_size", "trials"):
             check_whole(f"task.{knob}", getattr(self, knob))
         if not self.lengths or min(self.lengths) < 2:
             raise ValueError(
-                f"task.lengths must be numbers of cached tokens from 2 on, got {self.lengths}."
+                f"task.lengths must be numbers of cached tokens of at least 2, got {self.lengths}."
             )
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ValueError(f"task.budget must be a share above 0 and up to 1, got {self.budget}.")
@@ -94,7 +95,7 @@ class DecodeThroughput(Task):
         values: dict[str, Any] = {"kv_len": length, "length": length, "batch_size": self.batch_size}
         reason = self._too_long(context, length)
         if context.method.compacts:
-            reason = needs_all_tokens(self.name)
+            reason = compact_unsupported_reason(self.name)
         if reason is not None:
             return TaskRow(str(length), values, "skipped", reason)
         policy = context.policy
@@ -102,7 +103,7 @@ class DecodeThroughput(Task):
             policy = replace(policy, k=max(64, round(length * self.budget)))
         policy = context.method.effective_policy(policy)
         if context.method.selects and policy.k >= length:
-            return TaskRow(str(length), values, "skipped", never_more_than(policy.k, length))
+            return TaskRow(str(length), values, "skipped", no_sparse_step_reason(policy.k, length))
         device = context.loaded.model.device
         reset_peak_memory(device)
         fit_on_random_keys(context.method, context.geometry)
@@ -115,13 +116,13 @@ class DecodeThroughput(Task):
         return TaskRow(str(length), values, status, reason)
 
     def _too_long(self, context: Context, length: int) -> str | None:
-        """Return one sentence if the model has no such window, or the machine no such memory."""
+        """Return a reason if the length exceeds the model's window or the free memory, or None."""
         loaded, geometry = context.loaded, context.geometry
         if length > loaded.window:
             return f"{length} tokens exceed the window of {loaded.window} tokens of {loaded.name}."
         device = loaded.model.device
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # what earlier lengths gave back is free
+            torch.cuda.empty_cache()  # counts memory that earlier lengths freed as free
         per_token = kv_bytes(geometry, 1) + context.method.index_bytes_per_token(geometry)
         weights = loaded.model.get_memory_footprint()
         need = weights + self.batch_size * length * geometry.num_layers * per_token
@@ -131,7 +132,7 @@ class DecodeThroughput(Task):
 
     @torch.inference_mode()
     def _time(self, context: Context, length: int) -> tuple[dict[str, Any], str, str]:
-        """Return what one length's row says beside its length, its status and reason."""
+        """Return the values (besides the length), the status and the reason of one length's row."""
         model, method, policy = context.loaded.model, context.method, context.policy
         load = OtherLoad(model.device)
         cache, needs_ms = self._random_cache(context, length)
@@ -146,40 +147,40 @@ class DecodeThroughput(Task):
             turns: dict[str, Callable[[], Tensor]] = {"step": partial(step, model, session, cache)}
             if method.selects:
                 turns = {"full": partial(step, twin, full_session, cache), **turns}
-            read, build_ms = self._watched(context, session, cache, turns["step"])
-            values |= read
-            wrong = disagreement(turns, session, length)
-            if wrong is not None:
-                return values, "wrong", wrong
+            counts, build_ms = self._count_reads(context, session, cache, turns["step"])
+            values |= counts
+            difference = mismatch(turns, session, length)
+            if difference is not None:
+                return values, "wrong", difference
             graph = self._graph(model.device)
             try:
                 timed = measure(turns, self.trials, 2, model.device, cuda_graph=graph)
             except RuntimeError as error:
                 if not graph or isinstance(error, torch.OutOfMemoryError):
                     raise
-                said = " ".join(str(error).split())[:200]
+                message = " ".join(str(error).split())[:200]
                 reason = (
-                    f"the step must record into a CUDA graph, got {said};"
+                    f"the step must record into a CUDA graph, got {message};"
                     " task.cuda_graph=false times it kernel by kernel."
                 )
                 return values, "skipped", reason
-        took = timed["step"]
+        step_timing = timed["step"]
         full = timed["full"].turns if method.selects else None
-        values |= speed_columns(took.turns, full, load.share())
-        values["tokens_per_s"] = 1e3 * self.batch_size / took.p50_ms
+        values |= speed_columns(step_timing.turns, full, load.share())
+        values["tokens_per_s"] = 1e3 * self.batch_size / step_timing.p50_ms
         if method.selects:
             values["build_ms"] = build_ms + needs_ms
         return values, "ok", ""
 
     def _graph(self, device: torch.device) -> bool:
-        """Whether steps are replayed from a CUDA graph."""
+        """Return whether steps are replayed from a CUDA graph."""
         return self.cuda_graph and device.type == "cuda"
 
     def _random_cache(self, context: Context, length: int) -> tuple[DecodeCache, float]:
-        """Return a cache of random states with the last slot open for the token to decode.
+        """Return a cache of random states, and the milliseconds of capturing what the method needs.
 
-        And the milliseconds that capturing what the method needs would have taken at prefill: one
-        prompt's layer is captured, and stands for all.
+        The cache's last slot is free for the token to decode. The capture is measured on one
+        layer of one prompt and counted for all layers and prompts.
         """
         geometry, model = context.geometry, context.loaded.model
         generator = torch.Generator(model.device).manual_seed(self.seed)
@@ -198,30 +199,30 @@ class DecodeThroughput(Task):
         cache.extend()
         return cache, self.batch_size * prefill.needs_ms(needs)
 
-    def _watched(
+    def _count_reads(
         self, context: Context, session: Session, cache: DecodeCache, run: Callable[[], Tensor]
     ) -> tuple[dict[str, Any], float]:
-        """Return what an untimed step reads, and the milliseconds of building its index.
+        """Return the columns of what an untimed step reads, and the index's build milliseconds.
 
         Raises:
             MethodBypassedError: If the steps did not go through the method in each of its layers.
         """
         run()  # compiles
         session.forget(cache)
-        session.observer = watch = BuildWatch(context.loaded.model.device)
+        session.observer = observer = TimedCounter(context.loaded.model.device)
         run()
         session.observer = Observer()
         session.require_steps(2)
-        read = accounting(context, cache.n, watch.step_reads)
-        read |= {"density": watch.density}
-        read["density_all"] = density_of_all_layers(context, cache.n, watch.density)
+        columns = accounting(context, cache.n, observer.step_reads)
+        columns |= {"density": observer.density}
+        columns["density_all"] = density_of_all_layers(context, cache.n, observer.density)
         if session.method.selects:
-            read["sparse_step_share"] = session.count.share_taken
-        return read, sum(watch.stages.times().get("build", ()))
+            columns["sparse_step_share"] = session.count.share_taken
+        return columns, sum(observer.stages.times().get("build", ()))
 
 
-class BuildWatch(Counter):
-    """Counts what a step reads, and times its stages."""
+class TimedCounter(Counter):
+    """Counts what a step reads and times its stages."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -232,30 +233,28 @@ class BuildWatch(Counter):
 
 
 def step(model: PreTrainedModel, session: Session, cache: DecodeCache) -> Tensor:
-    """Decode the first token of the vocabulary in each row and take it back; return the logits."""
+    """Decode token 0 in each row, undo the step, and return the logits."""
     tokens = torch.zeros_like(cache.positions)
     logits = token_logits(model, tokens, cache, cache.positions)
     session.undo_append(cache)
     return logits
 
 
-def disagreement(
-    turns: dict[str, Callable[[], Tensor]], session: Session, length: int
-) -> str | None:
-    """Return one sentence if the logits are not full attention's with all tokens.
+def mismatch(turns: dict[str, Callable[[], Tensor]], session: Session, length: int) -> str | None:
+    """Return a reason if, with all tokens selected, the logits differ from full attention's.
 
     Raises:
-        NotFiniteError: If they are not finite.
+        NotFiniteError: If the logits are not finite.
     """
     logits = turns["step"]()
     if not logits.isfinite().all():
         raise NotFiniteError("the logits must be finite, got infinity or NaN.")
     if "full" not in turns:
         return None
-    chosen, session.policy = session.policy, replace(session.policy, k=length)
-    whole, expected = turns["step"]().float(), turns["full"]().float()
-    session.policy = chosen
-    error = float((whole - expected).norm() / expected.norm())
+    policy, session.policy = session.policy, replace(session.policy, k=length)
+    actual, expected = turns["step"]().float(), turns["full"]().float()
+    session.policy = policy
+    error = float((actual - expected).norm() / expected.norm())
     tolerance = 1e-3 if logits.dtype == torch.float32 else 5e-2
     if error <= tolerance:
         return None
@@ -266,13 +265,13 @@ def disagreement(
 
 
 def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a second model on the same weights, so that two methods are attached at once."""
+    """Return a second model with shared weights, so that two methods can be attached at once."""
     shared = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def fit_on_random_keys(method: TopKMethod, geometry: Geometry) -> None:
-    """Fit a method that must be, on a few random keys, the same in every layer."""
+    """Fit a method that needs an artifact on a few random keys, the same in every layer."""
     if method.artifact_spec(geometry) is None or method.artifact:
         return
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What a method learns beforehand, and what that took."""
+"""Report how a method was fitted: its losses and the time it took."""
 
 import statistics
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from topkbench.harness.evaluation import Context, Outcome, Task, TaskRow
 
 @dataclass(kw_only=True)
 class Fit(Task):
-    """The artifact of a method: its seconds, its losses, one row a layer and one for their mean.
+    """The losses and the seconds of a method's fit: one row per layer, and one for their mean.
 
-    A cell's method comes fitted, here as for every task: the artifact is found where it was fitted
-    before, or its seconds are recorded if it was fitted now. ``force=true`` fits it again.
+    The method is fitted before the task runs, as for every task. The seconds are recorded only if
+    it was fitted in this run, not if its artifact was found. ``force=true`` fits it again.
     """
 
     name: str = "fit"
@@ -21,28 +21,28 @@ class Fit(Task):
     refits: ClassVar[bool] = True
 
     def run(self, context: Context) -> Outcome:
-        found = context.artifact
-        if found is None:
+        artifact = context.artifact
+        if artifact is None:
             raise ValueError(
-                f"task={self.name} needs a method that learns, and {context.method.name} as it is"
-                " set here learns nothing; choose another."
+                f"task={self.name} needs a method that learns, but {context.method.name} with these"
+                " settings learns nothing; choose another."
             )
-        told = found.provenance
+        provenance = artifact.provenance
         num_layers = context.geometry.num_layers
-        # What was fitted before losses were kept has none.
-        losses: list[list[float]] = told.get("losses") or [[] for _ in range(num_layers)]
+        # Artifacts of older versions have no losses.
+        losses: list[list[float]] = provenance.get("losses") or [[] for _ in range(num_layers)]
         shared: dict[str, Any] = {
-            "calibration": told["data"],
-            "artifact_path": str(found.path),
-            "peak_memory_mib": None,  # the fit is over when the cell begins
+            "calibration": provenance["data"],
+            "artifact_path": str(artifact.path),
+            "peak_memory_mib": None,  # the fit has ended before the cell begins
         }
         rows = [
-            TaskRow(f"layer {layer}", {**shared, **ends(steps)})
+            TaskRow(f"layer {layer}", {**shared, **first_and_last(steps)})
             for layer, steps in enumerate(losses)
         ]
         mean = [statistics.fmean(step) for step in zip(*losses, strict=True)]
-        seconds = told.get("seconds") if found.fitted else None
-        rows.append(TaskRow("mean", {**shared, **ends(mean), "fit_s": seconds}))
+        seconds = provenance.get("seconds") if artifact.fitted else None
+        rows.append(TaskRow("mean", {**shared, **first_and_last(mean), "fit_s": seconds}))
         samples = [
             {"layer": layer, "step": step, "loss": loss}
             for layer, steps in enumerate(losses)
@@ -51,7 +51,7 @@ class Fit(Task):
         return Outcome(rows, samples)
 
 
-def ends(losses: list[float]) -> dict[str, float | None]:
-    """Return the columns of the first and the last loss, empty where there were no steps."""
+def first_and_last(losses: list[float]) -> dict[str, float | None]:
+    """Return the columns of the first and the last loss; None if there were no steps."""
     first, last = (losses[0], losses[-1]) if losses else (None, None)
     return {"loss_first": first, "loss_last": last}

@@ -1,4 +1,4 @@
-"""One needle in a haystack, over a grid of context lengths and of the needle's depths."""
+"""One needle in a haystack, over a grid of context lengths and needle depths."""
 
 import functools
 from collections.abc import Sequence
@@ -14,14 +14,15 @@ from topkbench.tasks.words import word_pools
 
 @dataclass(kw_only=True)
 class Needle(Ruler):
-    """niah_single with the needle's place chosen: one row a length and depth, and their mean.
+    """niah_single with the needle at a given depth: one row per length and depth, and their mean.
 
-    Source: HATA's Figure 6 (arXiv:2506.02572) has 15 lengths and 10 depths with one sample each,
-    in a haystack of books; ours is of random words, as in ``task=ruler``, and several samples.
+    Source: HATA's Figure 6 (arXiv:2506.02572) has 15 lengths and 10 depths with one sample each, in
+    a haystack of books; here the haystack is random words, as in ``task=ruler``, and there are
+    several samples.
 
     Attributes:
-        lengths: Tokens of a prompt with its answer.
-        depths: Percentages of the haystack before the needle, 0 to 100.
+        lengths: Tokens of prompt and answer together.
+        depths: Percentage of the haystack that precedes the needle, 0 to 100.
     """
 
     name: str = "needle"
@@ -32,12 +33,12 @@ class Needle(Ruler):
         super().__post_init__()
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(
-                f"task.lengths must be one number of tokens or more, each at least 1, got"
+                f"task.lengths must be one or more numbers of tokens of at least 1, got"
                 f" {self.lengths}."
             )
         if not self.depths or min(self.depths) < 0 or max(self.depths) > 100:
             raise ValueError(
-                f"task.depths must be one percentage or more, each 0 to 100, got {self.depths}."
+                f"task.depths must be one or more percentages from 0 to 100, got {self.depths}."
             )
         self.length = max(self.lengths)
 

@@ -25,17 +25,17 @@ from topkbench.tasks.words import TEST_NAMES, word_pools
 # Called with rng, budget and count; see ``make_prompt``.
 WritePrompt = Callable[..., Prompt]
 
-# Tokens that RULER lets a model generate, by the family that a sub-task's name begins with.
+# Tokens that RULER lets a model generate, by the prefix of the sub-task's name.
 NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
-# A model that ends its answers itself gets the reference answer's length and a few tokens more.
+# A model trained to end its answers may generate this many tokens more than the reference answer.
 SPARE_TOKENS = 8
-# A sub-task in the name of an official file or of its folder, whatever else stands there.
+# The name of a sub-task within the name of an official file or of its folder.
 OFFICIAL_SUBTASK = re.compile(
     r"(?<![a-z0-9])"
     r"(niah(?:_(?:single|multikey)(?:_\d)?|_multivalue|_multiquery)?|vt|cwe|fwe|qa(?:_\d)?)"
     r"(?![a-z0-9])"
 )
-# Where the question begins in the prompts of NVIDIA's generator: the last line that opens so.
+# In prompts of NVIDIA's generator the question is the last line that begins with one of these.
 QUESTION_STEM = re.compile(r"\n(?=(?:What|Which|Question:|Answer the question)[^\n]*)")
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -46,17 +46,18 @@ class Ruler(GenerationTask):
     """The seven synthetic sub-tasks of RULER (arXiv:2404.06654), one row each and their mean.
 
     Attributes:
-        length: Tokens of a prompt with its answer, in the model's own tokens.
-        num_samples: Samples of each sub-task.
-        seed: Of the samples; sample ``i`` is the same whatever ``num_samples`` is.
-        subtasks: Which sub-tasks.
-        source: A file or folder of JSON lines from RULER's own generator, instead of ours; see
-            ``read_official``. ``length``, ``seed``, ``subtasks`` and ``example`` play no part.
-        question_tokens: With ``source``: how many last tokens of a prompt are the question, where
-            its beginning cannot be found.
-        example: Show a solved example first where RULER does (vt, cwe); None shows it to every
-            model but one that was trained on the prompts without, the shipped one.
-        cache_dir: Where generated samples are kept.
+        length: Tokens of prompt and answer together, in the model's own tokens.
+        num_samples: Samples per sub-task.
+        seed: Seed of the samples; sample ``i`` does not depend on ``num_samples``.
+        subtasks: The sub-tasks to run.
+        source: A file or folder of JSON lines from RULER's own generator, used instead of generated
+            prompts; see ``read_official``. ``length``, ``seed``, ``subtasks`` and ``example`` are
+            then ignored.
+        question_tokens: With ``source``: the number of last tokens of a prompt that are the
+            question; 0 finds the question by its first words.
+        example: Whether a solved example precedes the prompt where RULER has one (vt, cwe); None
+            shows it to all models except those trained on prompts without it, as the shipped one.
+        cache_dir: Folder in which generated samples are cached.
     """
 
     name: str = "ruler"
@@ -79,7 +80,7 @@ class Ruler(GenerationTask):
             )
         for knob in ("length", "num_samples"):
             check_whole(knob, getattr(self, knob))
-        if self.source is not None:  # now, since a bad file is to be refused before a model loads
+        if self.source is not None:  # read now, so that a bad file fails before a model is loaded
             self._official = read_official(
                 Path(self.source), self.num_samples, self.question, self.question_tokens
             )
@@ -88,7 +89,7 @@ class Ruler(GenerationTask):
         return samples_digest(self.samples(loaded))
 
     def samples(self, loaded: LoadedModel) -> list[Sample]:
-        """Return the samples for a model, from the cache if they were made before."""
+        """Return the samples for a model, from the cache if they are there."""
         if self.source is not None:
             return self._official
         if self.length > loaded.window:
@@ -96,16 +97,18 @@ class Ruler(GenerationTask):
                 f"task.length must be at most the window of {loaded.window} tokens of"
                 f" {loaded.name}, got {self.length}."
             )
-        # An index of its own for each sample: more samples never change the first ones.
         path = self._cache_file(loaded)
-        found = _read_cache(path)
-        if found is None:
-            found = _READ[path] = self._draw(loaded)
-            _write_cache(path, found)
-        return found
+        samples = _read_cache(path)
+        if samples is None:
+            samples = _READ[path] = self._draw(loaded)
+            _write_cache(path, samples)
+        return samples
 
     def _draw(self, loaded: LoadedModel) -> list[Sample]:
-        """Make the samples, those of a sub-task together."""
+        """Return newly generated samples, sub-task by sub-task.
+
+        Each sample's randomness depends on its index, so more samples never change the first ones.
+        """
         samples = []
         for subtask in self.subtasks:
             write = functools.partial(
@@ -120,7 +123,7 @@ class Ruler(GenerationTask):
         return samples
 
     def _content(self) -> dict[str, Any]:
-        """Return the settings that tell these samples from those of other settings."""
+        """Return the settings of the subclass that the samples depend on."""
         return {"subtasks": list(self.subtasks), "length": self.length}
 
     def _cache_file(self, loaded: LoadedModel) -> Path:
@@ -156,11 +159,11 @@ class Ruler(GenerationTask):
                 [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True
             )
             wrapping = count(str(text))
-        # A sub-task of no family of its own is a needle in a haystack.
-        family = NEW_TOKENS.get(subtask.split("_")[0], NEW_TOKENS["niah"])
-        allowed = SPARE_TOKENS if loaded.short_answers else family
-        prompt = write(rng=rng, budget=length - wrapping - allowed, count=count)
-        new_tokens = count(prompt.reference) + allowed if loaded.short_answers else allowed
+        # The needle task's sub-tasks, such as "4096 x 50%", have no prefix: they count as niah.
+        official = NEW_TOKENS.get(subtask.split("_")[0], NEW_TOKENS["niah"])
+        reserved = SPARE_TOKENS if loaded.short_answers else official
+        prompt = write(rng=rng, budget=length - wrapping - reserved, count=count)
+        new_tokens = count(prompt.reference) + reserved if loaded.short_answers else reserved
         parts = (prompt.context, prompt.question + prompt.answer_prefix)
         return Sample(
             sample_id=f"{subtask}-{length}-{self.seed}-{index}",
@@ -174,20 +177,20 @@ class Ruler(GenerationTask):
         )
 
 
-# What this process has read, since every cell of a sweep asks for the same samples.
+# Samples that this process has read or made, since all cells of a sweep use the same ones.
 _READ: dict[Path, list[Sample]] = {}
 
 
 def _read_cache(path: Path) -> list[Sample] | None:
-    """Return the samples of a file that is whole, else None."""
+    """Return the samples of a cache file, or None if it is missing or damaged."""
     if path not in _READ:
         try:
             head, *lines = path.read_text(encoding="utf-8").splitlines()
             if json.loads(head) != _head(lines):
                 return None
-            found = [json.loads(line) for line in lines]
+            entries = [json.loads(line) for line in lines]
             _READ[path] = [
-                Sample(**{**entry, "answers": tuple(entry["answers"])}) for entry in found
+                Sample(**{**entry, "answers": tuple(entry["answers"])}) for entry in entries
             ]
         except (OSError, ValueError, TypeError, KeyError):
             return None
@@ -195,7 +198,7 @@ def _read_cache(path: Path) -> list[Sample] | None:
 
 
 def _write_cache(path: Path, samples: Sequence[Sample]) -> None:
-    """Write samples, one a line, below a line that tells whether all are there as they were."""
+    """Write samples, one per line, after a first line with their number and sha256."""
     lines = [json.dumps(asdict(sample)) for sample in samples]
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
@@ -211,27 +214,27 @@ def _head(lines: Sequence[str]) -> dict[str, Any]:
 def read_official(
     path: Path, num_samples: int, question: Question, question_tokens: int
 ) -> list[Sample]:
-    """Read prompts that NVIDIA's generator wrote, with the template it was told to write.
+    """Read prompts written by NVIDIA's generator, including any chat template that it added.
 
-    A file has one JSON object a line, in UTF-8: ``input``, the prompt; ``outputs``, the references;
-    and ``answer_prefix``, with which the answer begins, where it is not in the prompt. The other
-    keys are not read: ``index`` is an offset that repeats, and ``length`` counts the tokens of the
-    generator's tokenizer. A sample is named by its file and line.
+    A file has one JSON object per line, in UTF-8: ``input``, the prompt; ``outputs``, the
+    references; and optionally ``answer_prefix``, the beginning of the answer, if the prompt does
+    not end with it. Other keys are ignored: ``index`` is an offset that repeats, and ``length``
+    counts tokens of the generator's tokenizer. A sample is identified by its file and line.
 
-    The sub-task, which sets the score and the tokens that may be generated, stands in the file's
-    name or, where it does not, in its folder's: ``qa_1/validation.jsonl`` as the generator writes
-    them, ``qa_1.jsonl``, ``qa_1-4096.jsonl``, ``4096/qa_1.jsonl``.
+    The sub-task, which determines the score and the number of tokens to generate, is taken from the
+    file's name or else from its folder's: ``qa_1/validation.jsonl`` as the generator writes them,
+    ``qa_1.jsonl``, ``qa_1-4096.jsonl``, ``4096/qa_1.jsonl``.
 
     Args:
         path: A file of JSON lines, or a folder with one such ``.jsonl`` file for each sub-task.
-        num_samples: At most so many of each file, its first.
-        question: With ``"sparse"`` the question is split off where its beginning is found.
-        question_tokens: Splits by count where it is not.
+        num_samples: At most this many samples are read from the beginning of each file.
+        question: With ``"sparse"`` the question is split off where its first words are found.
+        question_tokens: If not 0, this many last tokens are split off as the question instead.
 
     Raises:
-        ValueError: If there are no files, a file has no sample, its sub-task cannot be told or is
-            another file's too, a line is not as described, a reference is empty, or a question is
-            wanted apart and cannot be found.
+        ValueError: If there are no files, a file has no sample, its sub-task is unknown or the same
+            as another file's, a line is not as described, a reference is empty, or a question is to
+            be split off and cannot be found.
     """
     files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
@@ -246,7 +249,7 @@ def read_official(
             raise ValueError(
                 f"task.source must hold at least one sample in each file, found none in {file}."
             )
-        subtask, name = _official_subtask(file)
+        subtask, file_id = _official_subtask(file)
         if subtask in file_of:
             raise ValueError(
                 f"task.source must hold one file of each sub-task, found {file_of[subtask]} and"
@@ -255,7 +258,7 @@ def read_official(
         file_of[subtask] = file
         for number, text, answer_prefix, answers in prompts:
             sample = Sample(
-                sample_id=f"{name}:{number}",
+                sample_id=f"{file_id}:{number}",
                 subtask=subtask,
                 context=text,
                 question="",
@@ -270,16 +273,16 @@ def read_official(
 
 
 def _official_subtask(file: Path) -> tuple[str, str]:
-    """Return a file's sub-task, and the part of its path that tells it."""
-    whole = file.absolute()  # a link's own name counts, not its target's
-    for told_by, name in (
-        (whole.stem, whole.name),
-        (whole.parent.name, f"{whole.parent.name}/{whole.name}"),
+    """Return a file's sub-task, and the part of its path that contains it, to identify samples."""
+    path = file.absolute()  # a symbolic link counts by its own name, not by its target's
+    for name, file_id in (
+        (path.stem, path.name),
+        (path.parent.name, f"{path.parent.name}/{path.name}"),
     ):
-        found = set(OFFICIAL_SUBTASK.findall(told_by.lower().replace("-", "_")))
-        if len(found) == 1:
-            return found.pop(), name
-        if found:
+        subtasks = set(OFFICIAL_SUBTASK.findall(name.lower().replace("-", "_")))
+        if len(subtasks) == 1:
+            return subtasks.pop(), file_id
+        if subtasks:
             break
     raise ValueError(
         "task.source must name each file or its folder after one sub-task of RULER (niah_single_1,"
@@ -288,9 +291,9 @@ def _official_subtask(file: Path) -> tuple[str, str]:
 
 
 def _read_lines(file: Path, num_samples: int) -> Iterator[tuple[int, str, str, tuple[str, ...]]]:
-    """Yield the number, prompt, answer prefix and references of a file's first samples."""
+    """Yield the line number, prompt, answer prefix and references of a file's first samples."""
     count = 0
-    with file.open("rb") as lines:  # as bytes, lines end at "\n" and at no other character
+    with file.open("rb") as lines:  # in binary mode, lines end at "\n" only
         for number, line in enumerate(lines, start=1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
@@ -302,48 +305,48 @@ def _read_lines(file: Path, num_samples: int) -> Iterator[tuple[int, str, str, t
                 return
 
 
-def _parse_line(line: bytes, place: str) -> tuple[str, str, tuple[str, ...]]:
+def _parse_line(line: bytes, location: str) -> tuple[str, str, tuple[str, ...]]:
     """Return the prompt, answer prefix and references of one line.
 
     Raises:
-        ValueError: If there is no such thing in it; the sentence begins with ``place``.
+        ValueError: If the line is malformed; the message begins with ``location``.
     """
 
-    def refuse(wanted: str, found: object) -> ValueError:
+    def malformed(requirement: str, value: object) -> ValueError:
         return ValueError(
-            f"{place} must be a JSON object with input and outputs, as RULER writes it: {wanted},"
-            f" got {json.dumps(found)[:60]}."
+            f"{location} must be a JSON object with input and outputs, as RULER writes it:"
+            f" {requirement}, got {json.dumps(value)[:60]}."
         )
 
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{place} must be UTF-8, got byte 0x{line[error.start]:02x} at {error.start};"
+            f"{location} must be UTF-8, got byte 0x{line[error.start]:02x} at {error.start};"
             " convert the file, for example with iconv -t utf-8."
         ) from None
     try:
         entry = json.loads(text)
     except ValueError:
-        raise refuse("it must be JSON", text.strip()) from None
+        raise malformed("it must be JSON", text.strip()) from None
     if not isinstance(entry, dict):
-        raise refuse("it must be an object", entry)
+        raise malformed("it must be an object", entry)
     prompt, outputs = entry.get("input"), entry.get("outputs")
     prefix = entry.get("answer_prefix")
     prefix = "" if prefix is None else prefix
     if not isinstance(prompt, str) or not prompt.strip():
-        raise refuse("input must be a text and not empty", prompt)
+        raise malformed("input must be a text and not empty", prompt)
     if not isinstance(outputs, list) or not outputs:
-        raise refuse("outputs must be a list of references", outputs)
+        raise malformed("outputs must be a list of references", outputs)
     for answer in outputs:
-        # Every prediction has an empty one in it.
+        # An empty reference would match every prediction.
         if not isinstance(answer, str) or not answer.strip():
-            raise refuse("a reference in outputs must be a text and not empty", answer)
+            raise malformed("a reference in outputs must be a text and not empty", answer)
     if not isinstance(prefix, str):
-        raise refuse("answer_prefix must be a text", prefix)
+        raise malformed("answer_prefix must be a text", prefix)
     for value in (prompt, prefix, *outputs):
-        if _SURROGATE.search(value):  # JSON can write half of a pair, which no tokenizer takes
-            raise refuse("its texts must be Unicode without lone surrogates", value)
+        if _SURROGATE.search(value):  # JSON allows lone surrogates, but tokenizers do not
+            raise malformed("its texts must be Unicode without lone surrogates", value)
     return prompt, prefix, tuple(outputs)
 
 
@@ -352,11 +355,11 @@ def _split(sample: Sample, question: Question, question_tokens: int) -> Sample:
         return sample
     if question_tokens:
         return replace(sample, question_tokens=question_tokens)
-    begins = [match.start() for match in QUESTION_STEM.finditer(sample.context)]
-    if not begins or not sample.context[: begins[-1]].strip():
+    starts = [match.start() for match in QUESTION_STEM.finditer(sample.context)]
+    if not starts or not sample.context[: starts[-1]].strip():
         raise ValueError(
             f"question=sparse needs the question's beginning after a context, and none was found in"
             f" sample {sample.sample_id}; set task.question_tokens or question=dense."
         )
-    cut = begins[-1]
+    cut = starts[-1]
     return replace(sample, context=sample.context[:cut], question=sample.context[cut:])

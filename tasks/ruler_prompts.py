@@ -47,9 +47,9 @@ CODED = "Read the coded text below and remember the most frequent coded words.\n
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt before it is given an identity: see :class:`topkbench.harness.task.Sample`.
+    """A prompt without the identity of a sample; see :class:`topkbench.harness.task.Sample`.
 
-    ``reference`` is the whole answer as the shipped model is trained to write it.
+    ``reference`` is the complete answer, as the shipped model is trained to write it.
     """
 
     context: str
@@ -135,7 +135,7 @@ def two_words(rng: random.Random, words: Sequence[str]) -> str:
 
 
 def spare_keys(rng: random.Random, words: Sequence[str]) -> Iterator[str]:
-    """Yield distinct keys without end: single words while the pool lasts, then pairs."""
+    """Yield distinct keys forever: all single words of the pool, then pairs of words."""
     yield from rng.sample(words, len(words))
     pairs: set[str] = set()
     while True:
@@ -146,43 +146,43 @@ def spare_keys(rng: random.Random, words: Sequence[str]) -> Iterator[str]:
 
 
 def assignment_chain(rng: random.Random, names: Sequence[str], value: str) -> list[str]:
-    """Return the statements of one chain, in order: the first assigns the value."""
+    """Return the assignments of one chain in order; the first assigns the value."""
     statements = [f" VAR {names[0]} = {value}."]
     statements += [f" VAR {new} = VAR {old}." for old, new in itertools.pairwise(names)]
     return statements
 
 
 def scatter(rng: random.Random, haystack: list[str], needles: Sequence[str], ordered: bool) -> str:
-    """Put the needles at random places between the haystack's sentences."""
-    places = sorted(rng.choices(range(len(haystack) + 1), k=len(needles)))
+    """Return the haystack with the needles inserted at random positions between its sentences."""
+    positions = sorted(rng.choices(range(len(haystack) + 1), k=len(needles)))
     order = list(needles) if ordered else rng.sample(list(needles), len(needles))
-    for place, sentence in zip(reversed(places), reversed(order), strict=True):
-        haystack.insert(place, sentence)
+    for position, sentence in zip(reversed(positions), reversed(order), strict=True):
+        haystack.insert(position, sentence)
     return "".join(haystack)
 
 
 def fill(
-    budget: int, count: CountTokens, sentences: Callable[[], str], least: int = 1
+    budget: int, count: CountTokens, draw_sentence: Callable[[], str], minimum: int = 1
 ) -> list[str]:
-    """Draw sentences while they fit into ``budget`` tokens.
+    """Return random sentences, drawn until the next one would exceed ``budget`` tokens in total.
 
     Raises:
-        TaskDoesNotFit: If fewer than ``least`` sentences fit.
+        TaskDoesNotFit: If fewer than ``minimum`` sentences fit.
     """
-    drawn: list[str] = []
+    sentences: list[str] = []
     used = 0
     while True:
-        sentence = sentences()
+        sentence = draw_sentence()
         used += count(sentence)
         if used > budget:
             break
-        drawn.append(sentence)
-    if len(drawn) < least:
+        sentences.append(sentence)
+    if len(sentences) < minimum:
         raise TaskDoesNotFit(
-            f"the haystack must hold at least {least} sentences, found room for {budget} tokens;"
-            " use a larger task.length."
+            f"the haystack must hold at least {minimum} sentences, but {budget} tokens are left for"
+            " it; use a larger task.length."
         )
-    return drawn
+    return sentences
 
 
 def _niah(
@@ -194,7 +194,8 @@ def _niah(
     keys = rng.sample(key_words, num_keys)
     values = [two_words(rng, value_words) for _ in range(num_keys * num_values)]
     if len({value.split()[0] for value in values}) < len(values):
-        return _niah(rng, words, budget, count, subtask)  # a shared first word would be ambiguous
+        # Values must differ in their first word, or an answer would be ambiguous: draw again.
+        return _niah(rng, words, budget, count, subtask)
     if subtask == "niah_multivalue":
         question, prefix, reference = ask_all_values(keys[0], values)
         needles = [needle(keys[0], value) for value in values]
@@ -203,12 +204,12 @@ def _niah(
         ask = ask_one(keys[0], values[0]) if num_keys == 1 else ask_many(keys, values)
         question, prefix, reference = ask
     others = [word for word in words if word not in keys]
-    room = budget - sum(map(count, (FACTS, question, prefix, reference, *needles)))
+    left = budget - sum(map(count, (FACTS, question, prefix, reference, *needles)))
     if subtask == "niah_multikey":
         spare = spare_keys(rng, [word for word in key_words if word not in keys])
-        haystack = fill(room, count, lambda: needle(next(spare), two_words(rng, value_words)))
+        haystack = fill(left, count, lambda: needle(next(spare), two_words(rng, value_words)))
     else:
-        haystack = fill(room, count, lambda: filler(rng, others))
+        haystack = fill(left, count, lambda: filler(rng, others))
     context = FACTS + scatter(rng, haystack, needles, ordered=False)
     return Prompt(
         context=context,
@@ -228,8 +229,8 @@ def _vt(
     value = next(number for number in numbers if number not in reserved)
     statements = assignment_chain(rng, names, value)
     question, prefix, reference = ask_variables(value, names)
-    room = budget - sum(map(count, (VARIABLES, question, prefix, reference, *statements)))
-    haystack = fill(room, count, lambda: filler(rng, words))
+    left = budget - sum(map(count, (VARIABLES, question, prefix, reference, *statements)))
+    haystack = fill(left, count, lambda: filler(rng, words))
     return Prompt(
         context=VARIABLES + scatter(rng, haystack, statements, ordered=True),
         question=question,
@@ -242,7 +243,7 @@ def _vt(
 def numbered_list(
     rng: random.Random, common: Sequence[str], rare: Sequence[str], frequent: int, seldom: int
 ) -> list[str]:
-    """Return the shuffled, numbered entries: ``common`` each ``frequent`` times, and so on."""
+    """Return shuffled, numbered entries: common words ``frequent`` times, rare ones ``seldom``."""
     entries = list(common) * frequent + list(rare) * seldom
     rng.shuffle(entries)
     return [f" {number}. {word}" for number, word in enumerate(entries, start=1)]
@@ -252,19 +253,20 @@ def _cwe(rng: random.Random, words: Sequence[str], budget: int, count: CountToke
     order = rng.sample(words, len(words))
     common, others = order[:CWE_COMMON], order[CWE_COMMON:]
     question, prefix, reference = ask_common(common)
-    room = budget - sum(map(count, (NUMBERED, question, prefix, reference)))
-    # Entries cost nearly the same: the count follows from one of them, then shrinks to fit.
+    left = budget - sum(map(count, (NUMBERED, question, prefix, reference)))
+    # All entries have nearly the same number of tokens, so one of them gives a first estimate of
+    # the number of entries, which then shrinks until the list fits.
     frequent = CWE_FREQUENT if budget >= 2048 else max(4, CWE_FREQUENT * budget // 2048)
     per_entry = max(1, count(f" 1000. {common[0]}"))
-    num_entries = max(0, room // per_entry)
-    # Past what the pool of words can fill, every word is repeated more often, in proportion.
+    num_entries = max(0, left // per_entry)
+    # If the pool has too few words for the budget, all words are repeated proportionally more.
     repeat = 1 + num_entries // (CWE_COMMON * frequent + CWE_RARE * len(others))
     num_rare = min(len(others), max(1, (num_entries // repeat - CWE_COMMON * frequent) // CWE_RARE))
     while num_rare > 0:
         entries = numbered_list(
             rng, common, others[:num_rare], frequent * repeat, CWE_RARE * repeat
         )
-        if count("".join(entries)) <= room:
+        if count("".join(entries)) <= left:
             return Prompt(
                 context=NUMBERED + "".join(entries),
                 question=question,
@@ -274,25 +276,25 @@ def _cwe(rng: random.Random, words: Sequence[str], budget: int, count: CountToke
             )
         num_rare -= 1 + num_rare // 50
     raise TaskDoesNotFit(
-        f"cwe must hold {CWE_COMMON} common words {frequent} times and at least one other,"
-        f" found room for {room} tokens; use a larger task.length."
+        f"cwe must hold {CWE_COMMON} common words {frequent} times and at least one other word,"
+        f" but {left} tokens are left for them; use a larger task.length."
     )
 
 
 def _fwe(rng: random.Random, budget: int, count: CountTokens, share: slice) -> Prompt:
     num_coded = max(8, budget // 50)
-    # Twice as many as needed, for a share may be one half of them.
+    # Twice as many as needed, since ``share`` may select half of them.
     coded = random_names(6, upper=False, count=max(256, 2 * num_coded))[share]
     vocabulary = rng.sample(coded, num_coded)
     answers = vocabulary[1:4]
     question, prefix, reference = ask_frequent(answers)
-    room = budget - sum(map(count, (CODED, question, prefix, reference)))
+    left = budget - sum(map(count, (CODED, question, prefix, reference)))
     ranks = range(1, len(vocabulary) + 1)
     zeta = sum(rank**-FWE_ALPHA for rank in range(1, 100_000))
-    num_words = room // max(1, count(f" {vocabulary[0]}"))
+    num_words = left // max(1, count(f" {vocabulary[0]}"))
     while num_words > 16:
         times = [int(num_words * rank**-FWE_ALPHA / zeta) for rank in ranks]
-        if times[3] == times[4]:  # a few words leave the third answer undecided
+        if times[3] == times[4]:  # the third answer would tie with the next word
             num_words -= 1
             continue
         text = [
@@ -302,7 +304,7 @@ def _fwe(rng: random.Random, budget: int, count: CountTokens, share: slice) -> P
         ]
         rng.shuffle(text)
         body = "".join(f" {word}" for word in text) + "."
-        if count(body) <= room:
+        if count(body) <= left:
             return Prompt(
                 context=CODED + body,
                 question=question,
@@ -312,7 +314,7 @@ def _fwe(rng: random.Random, budget: int, count: CountTokens, share: slice) -> P
             )
         num_words -= 1 + num_words // 50
     raise TaskDoesNotFit(
-        f"fwe must hold at least 16 coded words, found room for {room} tokens;"
+        f"fwe must hold more than 16 coded words, but {left} tokens are left for them;"
         " use a larger task.length."
     )
 
@@ -320,25 +322,25 @@ def _fwe(rng: random.Random, budget: int, count: CountTokens, share: slice) -> P
 def needle_prompt(
     rng: random.Random, words: Sequence[str], budget: int, count: CountTokens, depth: float
 ) -> Prompt:
-    """Return a prompt of one needle at a known depth of its haystack.
+    """Return a prompt with one needle at a given depth of its haystack.
 
     Args:
-        rng: The sample's private randomness.
+        rng: The sample's own random generator.
         words: The pool that key, value and fillers are drawn from.
         budget: Tokens for the context, the question, the prefix and the reference answer.
-        count: Tokens of a piece of text, without special tokens.
-        depth: Share of the haystack's sentences before the needle, 0 to 1.
+        count: Returns the number of tokens of a text, without special tokens.
+        depth: Share of the haystack's sentences that precede the needle, 0 to 1.
 
     Raises:
-        TaskDoesNotFit: If no sentence fits beside the needle.
+        TaskDoesNotFit: If no sentence fits besides the needle.
     """
     key_words, value_words = halves(words)
     key, value = rng.choice(key_words), two_words(rng, value_words)
     question, prefix, reference = ask_one(key, value)
     hidden = needle(key, value)
     others = [word for word in words if word != key]
-    room = budget - sum(map(count, (FACTS, question, prefix, reference, hidden)))
-    haystack = fill(room, count, lambda: filler(rng, others))
+    left = budget - sum(map(count, (FACTS, question, prefix, reference, hidden)))
+    haystack = fill(left, count, lambda: filler(rng, others))
     haystack.insert(round(depth * len(haystack)), hidden)
     return Prompt(
         context=FACTS + "".join(haystack),
@@ -358,28 +360,29 @@ def make_prompt(
     share: slice = slice(None),
     example: bool = False,
 ) -> Prompt:
-    """Return one prompt of ``subtask`` that fills ``budget`` tokens and does not exceed them.
+    """Return one prompt of ``subtask`` that fills, but does not exceed, ``budget`` tokens.
 
     Args:
         subtask: One of ``SUBTASKS``.
-        rng: The sample's private randomness.
+        rng: The sample's own random generator.
         words: The pool that keys, values and fillers are drawn from.
         budget: Tokens for the context, the question, the prefix and the reference answer.
-        count: Tokens of a piece of text, without special tokens.
-        share: Which of the random names, variables and coded words, the prompt may use.
-        example: Where RULER does, vt and cwe, put a short solved prompt of the same kind first.
+        count: Returns the number of tokens of a text, without special tokens.
+        share: The part of the random names (variables and coded words) that the prompt may use.
+        example: Whether a short solved prompt of the same sub-task comes first, for the sub-tasks
+            where RULER has one (vt and cwe).
 
     Raises:
         TaskDoesNotFit: If the smallest prompt of the sub-task needs more than ``budget``.
     """
     if not example or subtask not in WITH_EXAMPLE:
         return _make(subtask, rng, words, budget, count, share)
-    shown = _make(subtask, rng, words, min(EXAMPLE_TOKENS, budget // 4), count, share)
-    text = shown.context + shown.question + shown.answer_prefix + shown.reference + "\n\n"
+    solved = _make(subtask, rng, words, min(EXAMPLE_TOKENS, budget // 4), count, share)
+    text = solved.context + solved.question + solved.answer_prefix + solved.reference + "\n\n"
     while True:
-        asked = _make(subtask, rng, words, budget - count(text), count, share)
-        if not set(asked.answers) & set(shown.answers):
-            return replace(asked, context=text + asked.context)
+        prompt = _make(subtask, rng, words, budget - count(text), count, share)
+        if not set(prompt.answers) & set(solved.answers):
+            return replace(prompt, context=text + prompt.context)
 
 
 def _make(
@@ -401,10 +404,10 @@ def _make(
 
 @dataclass(kw_only=True)
 class CalibrationPrompts:
-    """Calibration texts: prompts with their answers, of words that no test uses.
+    """Calibration texts: prompts with their answers, made of words that no test uses.
 
     Attributes:
-        seed: Of the prompts.
+        seed: Seed of the prompts.
     """
 
     seed: int = 90210
@@ -421,7 +424,7 @@ class CalibrationPrompts:
         return _CALIBRATION[key]
 
     def texts(self, loaded: LoadedModel, length: int, count: int) -> list[str]:
-        """Return the prompts with their answers, the sub-tasks in turn."""
+        """Return prompts with their answers, cycling through the sub-tasks."""
 
         def count_tokens(text: str) -> int:
             return len(loaded.tokenizer.encode(text, add_special_tokens=False))
@@ -435,12 +438,12 @@ class CalibrationPrompts:
         return texts
 
     def describe(self, length: int, count: int) -> str:
-        """Say what they are, in words."""
+        """Return a description of the prompts."""
         return (
             f"{count} prompts of {length} tokens, {', '.join(SUBTASKS)} in turn, seed"
             f" {self.seed}, {len(word_pools()[1])} words that no test uses"
         )
 
 
-# Made in this process, since every cell of a sweep asks which artifact it needs.
+# Cached per process, since every cell of a sweep needs the digest of the prompts' tokens.
 _CALIBRATION: dict[tuple[str, int, int, int], list[list[int]]] = {}

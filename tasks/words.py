@@ -1,7 +1,6 @@
-"""The words that prompts are made of, and which of them belong to whom.
+"""The words and names that prompts are made of, in disjoint pools for tests and for calibration.
 
-Tests and calibration draw from disjoint pools, so that nothing a method is fitted on can be in a
-prompt that it is tested on.
+Since the pools are disjoint, no test prompt contains a word or name that a method was fitted on.
 """
 
 import random
@@ -10,7 +9,7 @@ from functools import cache
 
 from wonderwords import RandomWord
 
-# The prompts' own wording. A key or a value that is one of these would make a prompt ambiguous.
+# The words of the prompt templates. A key or value among them would make a prompt ambiguous.
 TEMPLATE_WORDS = frozenset(
     {"and", "answer", "are", "assigned", "below", "coded", "common", "each", "every"}
     | {"facts", "following", "frequent", "hidden", "hold", "its", "list", "most", "numbered"}
@@ -22,15 +21,15 @@ NUM_TEST_WORDS = 2048
 NUM_CALIBRATION_WORDS = 512
 NUM_NAMES = 256
 ORDER_SEED = 20260601
-# Of the random names, as of the words, each has its own.
+# Tests and calibration use disjoint halves of the random names.
 TEST_NAMES, CALIBRATION_NAMES = slice(0, None, 2), slice(1, None, 2)
-# What calibration prompts assign to their variables; a test's prompts never do.
+# The values that calibration prompts assign to variables; test prompts never use them.
 CALIBRATION_NUMBERS = frozenset({"83476", "47950"})
 
 
 @cache
 def word_pools() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the (test, calibration) pools: lower-case words of 3 to 9 letters, disjoint."""
+    """Return the disjoint (test, calibration) pools of lower-case words of 3 to 9 letters."""
     words = sorted(set(RandomWord().filter(regex="[a-z]{3,9}")) - TEMPLATE_WORDS)
     random.Random(ORDER_SEED).shuffle(words)
     end = NUM_TEST_WORDS + NUM_CALIBRATION_WORDS
@@ -39,7 +38,7 @@ def word_pools() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @cache
 def random_names(letters: int, upper: bool, count: int = NUM_NAMES) -> tuple[str, ...]:
-    """Return ``count`` distinct random letter strings: RULER's variables and coded words."""
+    """Return ``count`` distinct random letter strings, for RULER's variables and coded words."""
     rng = random.Random(f"{ORDER_SEED}-{letters}-{upper}")
     alphabet = string.ascii_uppercase if upper else string.ascii_lowercase
     names: dict[str, None] = {}

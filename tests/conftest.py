@@ -1,7 +1,8 @@
-"""What every test runs under, and what the tests of several folders share.
+"""The environment of all tests, and the fixtures that several folders share.
 
-No network, whatever the machine has, and Triton without a GPU; a small model of random weights with
-a tokenizer of the prompts' own words; every method as its YAML makes it, fitted on small states.
+Tests use no network, and Triton's interpreter if there is no GPU. The fixtures are a small model
+with random weights and a tokenizer of the prompts' words, and every method as its YAML configures
+it, fitted on small random states.
 """
 
 import os
@@ -10,14 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-# Read when huggingface_hub is imported, so it is set before any test is.
+# Read when torch is imported: several processes at a time, one thread each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read when huggingface_hub is imported, so it is set before any test is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Read when numba is imported: commands with empty caches would compile every kernel anew.
+# Read when numba is imported; keeps compiled kernels for commands that use an empty cache_dir.
 _cache = Path(os.environ.get("TOPKBENCH_CACHE") or "~/.cache/topkbench").expanduser()
 os.environ.setdefault("NUMBA_CACHE_DIR", str(_cache / "numba"))
-# Read when triton is imported, and when a kernel is decorated: they then run in Python on a CPU.
+import torch  # noqa: E402
+
+# Read when triton is imported and when a kernel is decorated; kernels then run in Python on a CPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -35,9 +39,9 @@ from topkbench.tasks.words import TEMPLATE_WORDS, random_names, word_pools  # no
 
 WINDOW = 1024
 METHOD_CONFIGS = Path(__file__).parents[1] / "conf" / "method"
-# Thousands of steps are taken once; that they lead to the same again, its own tests say.
+# Methods that train for thousands of steps are fitted once; their own tests check that fits repeat.
 SLOW = ("hash_attention",)
-LEARNT: dict[str, dict[str, Tensor]] = {}
+FITTED: dict[str, dict[str, Tensor]] = {}
 GEOMETRY = Geometry(
     num_layers=2,
     num_heads=6,
@@ -65,23 +69,23 @@ class Calibration:
 
 
 def make(name: str, fit: bool = True, **overrides: Any) -> TopKMethod:
-    """Make a method from its YAML, with its artifact where it needs one."""
+    """Return a method made from its YAML, fitted if it needs an artifact."""
     root = OmegaConf.create(
         {"rbit": 64, "seed": 0, "impl": "auto", "full_backend": "sdpa", "k": 16}
     )
     node = OmegaConf.load(METHOD_CONFIGS / f"{name}.yaml")
     assert isinstance(node, DictConfig)
-    for option in node.pop("defaults", []):  # a method inside a method: /method@PLACE: NAME
+    for option in node.pop("defaults", []):  # an inner method: /method@ATTRIBUTE: NAME
         if option != "_self_":
-            ((place, inner),) = option.items()
-            node[place.removeprefix("/method@")] = OmegaConf.load(METHOD_CONFIGS / f"{inner}.yaml")
+            ((key, inner),) = option.items()
+            node[key.removeprefix("/method@")] = OmegaConf.load(METHOD_CONFIGS / f"{inner}.yaml")
     root["method"] = OmegaConf.merge(node, overrides)
     method: TopKMethod = instantiate(root["method"])
     spec = method.artifact_spec(GEOMETRY) if fit else None
     if spec is not None:
-        learned = LEARNT.get(str(spec)) or method.fit(Calibration())
+        learned = FITTED.get(str(spec)) or method.fit(Calibration())
         if name in SLOW:
-            LEARNT[str(spec)] = learned
+            FITTED[str(spec)] = learned
         method.load_artifact(learned)
     return method
 
@@ -133,7 +137,7 @@ def store(loaded: LoadedModel, tmp_path: Path) -> PrefillStore:
 
 @pytest.fixture(scope="session")
 def count() -> Callable[[str], int]:
-    """Count words and marks: tokens that add up over pieces of text."""
+    """A token count that is additive over pieces of text: words and punctuation marks."""
 
     def count_words(text: str) -> int:
         return len(re.findall(r"\w+|[^\w\s]", text))

@@ -5,6 +5,7 @@ so that tokens whose scores are nearly equal may change places.
 """
 
 import json
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from topkbench.tools.make_golden import CELLS, COUNTED, FOLDER, JUDGED, ROOT, Machine
+from topkbench.tools.make_golden import CELLS, COUNTED, FOLDER, QUALITY, ROOT, Machine
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 @pytest.mark.parametrize("question", ["sparse", "dense"])
-def test_every_cell_gives_what_the_golden_file_holds(
-    machine: Machine, capsys: pytest.CaptureFixture[str], question: str
-) -> None:
+def test_every_cell_gives_what_the_golden_file_holds(machine: Machine, question: str) -> None:
     golden = json.loads((FOLDER / "numbers.json").read_text())
     assert sorted(golden["cells"]) == sorted("/".join(cell) for cell in CELLS)
     selections = np.load(FOLDER / "selections.npz")
@@ -53,12 +52,13 @@ def test_every_cell_gives_what_the_golden_file_holds(
             assert {**numbers, "slots": len(slots)} == expected, name
             continue
         assert numbers["status"] == expected["status"], name
-        for column in (*COUNTED, *JUDGED):
+        for column in (*COUNTED, *QUALITY):
             assert numbers[column] == pytest.approx(expected[column], rel=2e-2, abs=1e-6), name
-    with capsys.disabled():
-        print(
-            f"\ngolden file: {differing} of {kept} selected tokens and {other_answers} of {answers}"
-            f" answers differ; made on {golden['made_on']}, tried on {machine.kind}"
+    if not same_kind:
+        warnings.warn(
+            f"golden file: {differing} of {kept} selected tokens and {other_answers} of {answers}"
+            f" answers differ; made on {golden['made_on']}, tried on {machine.kind}",
+            stacklevel=1,
         )
     assert kept > 100_000
     assert differing <= (0 if same_kind else kept // 1000)

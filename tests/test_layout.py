@@ -1,4 +1,4 @@
-"""The layout is a rule: who imports whom, what is packaged, and what the README says of it."""
+"""Rules of the layout: allowed imports between folders, what is packaged, the README's table."""
 
 import ast
 import re
@@ -14,14 +14,14 @@ FOLDERS = ("kernels", "methods", "models", "harness", "tasks", "analysis", "tool
 PACKAGED = tuple(folder for folder in FOLDERS if folder != "tools")
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
 ENTRY_POINT = ROOT / "harness" / "main.py"
-PLAIN_WORDS = {"full", "exact", "random"}  # methods whose names are English words, too
+PLAIN_WORDS = {"full", "exact", "random"}  # methods whose names are also English words
 TASKS = sorted(path.stem for path in (ROOT / "conf" / "task").glob("*.yaml"))
 KERNEL_APIS = tuple(
     f"topkbench.kernels.{path.parent.name}.api" for path in (ROOT / "kernels").glob("*/api.py")
 )
 
 CONTRACT = tuple(f"topkbench.methods.{name}" for name in ("base", "policy", "softcap", "states"))
-# What a folder may import of others, and of the world; its own modules are checked apart.
+# What each folder may import besides its own modules and the standard library.
 ALLOWED = {
     "kernels": ("torch", "triton", "numba", "llvmlite", "numpy"),
     "methods": ("torch", *KERNEL_APIS, "topkbench.kernels.dispatch"),
@@ -42,11 +42,11 @@ ALLOWED = {
     "analysis": ("numpy", "pandas", "matplotlib", "jinja2", "pyarrow", "filelock", "tabulate"),
     "tools": (
         *("torch", "transformers", "tokenizers", "safetensors", "hydra", "omegaconf"),
-        *("pandas", "matplotlib", "tqdm"),
+        *("numpy", "pandas", "matplotlib", "tqdm", "llvmlite"),
         *(f"topkbench.{folder}" for folder in FOLDERS if folder != "tools"),
     ),
 }
-# What one file of a folder may import on top.
+# What single files may import in addition.
 ALLOWED_TO_ONE = {
     "kernels/full_attention/libraries.py": ("flash_attn", "flash_attn_interface", "flashinfer"),
     "methods/magicpig.py": ("numpy",),
@@ -57,7 +57,7 @@ ALLOWED_TO_ONE = {
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Yield every dotted name that a file imports, wherever in it; ``from a import b`` is a.b."""
+    """Yield every dotted name that a file imports anywhere; ``from a import b`` gives a.b."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -80,7 +80,7 @@ def own_code() -> list[Path]:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folder_imports_what_the_table_allows(folder: str) -> None:
-    strangers = []
+    not_allowed = []
     for path in code_of(folder):
         place = path.relative_to(ROOT).as_posix()
         allowed = (
@@ -88,8 +88,8 @@ def test_a_folder_imports_what_the_table_allows(folder: str) -> None:
             f"topkbench.{folder}",
             *sys.stdlib_module_names,
         )
-        strangers += [f"{place}: {name}" for name in imports(path) if not is_under(name, allowed)]
-    assert strangers == []
+        not_allowed += [f"{place}: {name}" for name in imports(path) if not is_under(name, allowed)]
+    assert not_allowed == []
 
 
 def test_implementations_of_a_kernel_do_not_import_each_other() -> None:
@@ -104,7 +104,7 @@ def test_implementations_of_a_kernel_do_not_import_each_other() -> None:
     assert found == []
 
 
-def test_an_api_imports_its_implementations_inside_a_branch_alone() -> None:
+def test_an_api_imports_its_implementations_only_inside_a_branch() -> None:
     found = []
     for path in (ROOT / "kernels").glob("*/api.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -114,7 +114,7 @@ def test_an_api_imports_its_implementations_inside_a_branch_alone() -> None:
     assert found == []
 
 
-def test_no_method_and_no_task_is_imported_by_another_folder_and_no_method_by_another() -> None:
+def test_methods_and_tasks_are_not_imported_by_other_folders_nor_methods_by_each_other() -> None:
     found = []
     for path in own_code():
         place = path.relative_to(ROOT)
@@ -143,7 +143,7 @@ def test_tests_import_no_folder_by_its_flat_name() -> None:
 
 
 def words_of_code(path: Path) -> set[str]:
-    """Return the identifiers and the words of the strings of a file, without its docstrings."""
+    """Return a file's identifiers and the words of its strings, without docstrings."""
     words: set[str] = set()
     tree = ast.parse(path.read_text(encoding="utf-8"))
     docstrings = {
@@ -166,7 +166,7 @@ def words_of_code(path: Path) -> set[str]:
 
 def test_the_entry_point_names_no_method_and_no_task() -> None:
     text = ENTRY_POINT.read_text(encoding="utf-8")
-    # A plain word that is a method's name would be a string of its own, as a value.
+    # A method whose name is a plain word would appear as a whole string.
     strings = {
         node.value
         for node in ast.walk(ast.parse(text))
@@ -203,7 +203,7 @@ def test_every_folder_with_code_is_packaged() -> None:
     packages = set(setuptools["packages"])
     assert with_code <= packages
     assert {"topkbench.conf", "topkbench.models.tiny"} <= packages
-    # Each package is under a folder that is mapped to the import root.
+    # Every folder of packages is mapped to the import root.
     mapped = {f"topkbench.{folder}": folder for folder in (*PACKAGED, "conf")}
     assert setuptools["package-dir"] == mapped
     folders = [ROOT.joinpath(*name.split(".")[1:]) for name in packages]
@@ -228,6 +228,6 @@ def test_the_readme_lists_every_method() -> None:
     assert sorted(listed) == METHODS
 
 
-def test_a_yaml_file_stands_for_a_file_of_code() -> None:
+def test_every_yaml_file_has_its_module() -> None:
     assert [name for name in METHODS if not (ROOT / "methods" / f"{name}.py").is_file()] == []
     assert [name for name in TASKS if not (ROOT / "tasks" / f"{name}.py").is_file()] == []

@@ -66,6 +66,7 @@ def test_a_method_outside_the_repository_takes_two_files(tmp_path: Path) -> None
             *(sys.executable, str(ROOT / "run.py"), "--config-dir", str(mine)),
             *("method=toy", "k=16,32", "rbit=32", "method.power=0.5"),
             *("task.length=256", "task.subtasks=[niah_single]", "num_samples=1"),
+            *("task.timed_prompts=1", "task.judged_prompts=1"),
             *("tracker=none", f"results_dir={tmp_path / 'results'}", "-m"),
         ],
         cwd=tmp_path,
@@ -108,6 +109,7 @@ def test_an_edited_method_outside_the_repository_runs_again(tmp_path: Path) -> N
             [
                 *(sys.executable, str(ROOT / "run.py"), "--config-dir", str(mine), "method=toy"),
                 *("k=32", "task.length=256", "task.subtasks=[niah_single]", "num_samples=1"),
+                *("task.timed_prompts=1", "task.judged_prompts=1"),
                 *("tracker=none", f"results_dir={tmp_path / 'results'}"),
             ],
             cwd=tmp_path,

@@ -1,4 +1,4 @@
-"""The ranges of pyproject.toml, and the versions of constraints.txt, tell the same."""
+"""The version ranges of pyproject.toml agree with the versions in constraints.txt."""
 
 import tomllib
 from importlib.metadata import version
@@ -14,11 +14,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RANGES = [Requirement(one) for one in PROJECT["dependencies"]]
 
 
-@pytest.mark.parametrize("wanted", RANGES, ids=lambda one: one.name)
-def test_a_range_has_an_end_just_above_what_was_tested(wanted: Requirement) -> None:
-    tested = pinned_versions()[wanted.name]
-    assert wanted.specifier.contains(tested)
-    (end,) = [one.version for one in wanted.specifier if one.operator == "<"]
+@pytest.mark.parametrize("requirement", RANGES, ids=lambda one: one.name)
+def test_a_version_range_ends_just_above_the_tested_version(requirement: Requirement) -> None:
+    tested = pinned_versions()[requirement.name]
+    assert requirement.specifier.contains(tested)
+    (end,) = [one.version for one in requirement.specifier if one.operator == "<"]
     major, minor = (int(part) for part in [*tested.split("."), "0"][:2])
     found = [int(part) for part in end.split(".")]
     assert found in ([major + 1], [major, minor + 1])
@@ -26,14 +26,14 @@ def test_a_range_has_an_end_just_above_what_was_tested(wanted: Requirement) -> N
 
 def test_every_package_of_the_tests_is_pinned() -> None:
     pins = pinned_versions()
-    for wanted in map(
+    for requirement in map(
         Requirement, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
     ):
-        assert wanted.name in pins
-        assert version(wanted.name)
+        assert requirement.name in pins
+        assert version(requirement.name)
 
 
-def test_readme_installs_what_was_tested() -> None:
+def test_the_readme_installs_the_tested_versions() -> None:
     readme = (ROOT / "README.md").read_text()
     assert "pip install -e . -c constraints.txt && python run.py method=hata k=512 -m" in readme
     assert 'pip install -e ".[dev]" -c constraints.txt && pytest' in readme

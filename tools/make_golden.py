@@ -2,11 +2,11 @@
 
 python tools/make_golden.py
 
-The file in ``tests/golden`` holds, for every method, question and protocol, what came out for two
-prompts of 512 tokens at ``k=64`` in float32 on one thread: the tokens of the answers, what was
-read, recall, bytes, and which tokens each head attended to at each decode step.
-``tests/test_golden.py`` compares. Make it again for a change that is meant to change results, and
-say in the commit which.
+The file in ``tests/golden`` holds, for every method, question and protocol, the results for two
+prompts of 512 tokens at ``k=64`` in float32 on one thread: the answer tokens, densities, bytes,
+selection quality, and which tokens each head attended to at each decode step.
+``tests/test_golden.py`` compares new results with it. Make it again after a change that is meant to
+change results, and describe the change in the commit message.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":  # a bare checkout works too
+if __name__ == "__main__":  # lets the script run without installing the package
     sys.path[0] = str(ROOT / ".types")
 
 import llvmlite.binding  # noqa: E402
@@ -29,7 +29,7 @@ from torch import Tensor  # noqa: E402
 
 from topkbench.harness.cell import prepare_method, run_cell  # noqa: E402
 from topkbench.harness.decoding import Decoder, Question  # noqa: E402
-from topkbench.harness.evaluation import Context, tokenised  # noqa: E402
+from topkbench.harness.evaluation import Context, tokenise_all  # noqa: E402
 from topkbench.harness.quality import SelectionMeter  # noqa: E402
 from topkbench.methods.base import CacheView, StepResult  # noqa: E402
 from topkbench.models.attach import attach  # noqa: E402
@@ -45,15 +45,15 @@ SETTINGS = (
     *(f"k={K}", "rbit=128", "dtype=float32", "tracker=none"),
 )
 COUNTED = ("density", "density_all", "bytes_read_per_step", "index_bytes_per_token")
-JUDGED = ("recall_at_k", "attention_mass", "output_rel_error")
+QUALITY = ("recall_at_k", "attention_mass", "output_rel_error")
 
 
 class Recorder(SelectionMeter):
-    """Measures the selections, and keeps which tokens each head of each layer attended to."""
+    """Measures selection quality, and records which tokens each head of each layer attended to."""
 
     def __init__(self, k: int) -> None:
         super().__init__(k)
-        self.kept: list[np.ndarray] = []
+        self.attended: list[np.ndarray] = []
 
     def on_step(
         self,
@@ -66,15 +66,16 @@ class Recorder(SelectionMeter):
     ) -> None:
         super().on_step(layer, query_states, cache, result, scale, softcap)
         if result.selection is not None:
-            (slots,) = result.selection.slots(cache)  # of the only row
-            self.kept.append(slots.numpy().ravel())
+            (slots,) = result.selection.slots(cache)  # the batch has one row
+            self.attended.append(slots.numpy().ravel())
 
 
 class Machine:
     """The shipped model on one thread of this machine.
 
     Attributes:
-        kind: What rounds sums: the processor, as LLVM and torch tell it, and torch.
+        kind: What determines the rounding of sums: the processor, as identified by LLVM and torch,
+            and the version of torch.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -91,9 +92,9 @@ class Machine:
     def run(
         self, name: str, question: Question, protocol: str
     ) -> tuple[dict[str, Any], np.ndarray]:
-        """Run one cell; return its numbers, and the kept tokens of all steps as one row."""
-        chosen = (f"method={name}", f"task.question={question}", f"protocol={protocol}")
-        config = compose("config", overrides=[*SETTINGS, *chosen])
+        """Run one cell; return its numbers, and the attended tokens of all steps as one row."""
+        overrides = (f"method={name}", f"task.question={question}", f"protocol={protocol}")
+        config = compose("config", overrides=[*SETTINGS, *overrides])
         method, policy, task = (
             instantiate(config[part]) for part in ("method", "protocol", "task")
         )
@@ -115,7 +116,7 @@ class Machine:
             "tokens": tokens,
             **{column: mean.values.get(column) for column in COUNTED},
         }
-        prompts = tokenised(self._loaded, task.samples(self._loaded), question)
+        prompts = tokenise_all(self._loaded, task.samples(self._loaded), question)
         if question not in self._full:
             self._full[question] = {
                 prompt.sample.sample_id: context.full_answer(prompt) for prompt in prompts
@@ -123,12 +124,12 @@ class Machine:
         recorder = Recorder(K)
         for prompt in prompts if method.selects else ():
             answer = self._full[question][prompt.sample.sample_id]
-            room = len(answer) + 1
-            decoder = Decoder(self._loaded, self._store, [prompt], room, method.needs)
+            new_tokens = len(answer) + 1
+            decoder = Decoder(self._loaded, self._store, [prompt], new_tokens, method.needs)
             with attach(self._loaded.model, method, policy, recorder):
-                decoder.follow([answer])
-        numbers |= {column: recorder.means().get(column) for column in JUDGED}
-        return numbers, np.concatenate(recorder.kept or [np.zeros(0, dtype=bool)])
+                decoder.teacher_force([answer])
+        numbers |= {column: recorder.means().get(column) for column in QUALITY}
+        return numbers, np.concatenate(recorder.attended or [np.zeros(0, dtype=bool)])
 
 
 def main() -> None:

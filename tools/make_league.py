@@ -1,8 +1,8 @@
-"""Write README's league, ``docs/league.md`` and its figures from the rows of a league.
-
-The rows of ``experiment=matched_bytes`` stand beside it.
+"""Write the league table in README, ``docs/league.md`` and its figures from measured rows.
 
 python tools/make_league.py analysis/measured/MACHINE/league.csv
+
+The rows of ``experiment=matched_bytes`` are read from ``matched_bytes.csv`` in the same folder.
 """
 
 import functools
@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":  # a bare checkout works too, as for run.py
+if __name__ == "__main__":  # lets the script run without installing the package, as run.py does
     sys.path[0] = str(ROOT / ".types")
 
 from topkbench.analysis import style  # noqa: E402
@@ -28,7 +28,7 @@ from topkbench.analysis.tables import Table, league_table, with_interval  # noqa
 from topkbench.analysis.timings import timed_text, timing_notes  # noqa: E402
 
 BEGIN, END = "<!-- league: made by tools/make_league.py -->", "<!-- end of league -->"
-BUDGETS = (64, 512)  # that README shows; the page has all
+BUDGETS = (64, 512)  # the budgets that README shows; the page has all
 SHOWN = (
     ("Unified", "sparse", "unified"),
     ("Native", "sparse", "native"),
@@ -37,19 +37,20 @@ SHOWN = (
 QUESTIONS = {"sparse": "the question decoded with the method", "dense": "the question prefilled"}
 HEAD = """# League
 
-Made from the rows in [`{rows}`](../{rows}) by `python tools/make_league.py {rows}`; what made them
-is said [beside them](../{folder}/README.md). Scores are means over the sub-tasks of RULER with 95%
-intervals over samples; the worst sub-task is the one where a method loses most to full attention.
-Decode time is that of the whole model's step, in multiples of full attention's, timed in turn with
-it, with 95% intervals over those pairs; below 1 is faster. In the figures faint points are
-dominated, and points that coincide step aside.
+Made by `python tools/make_league.py {rows}` from the rows in [`{rows}`](../{rows}); their
+[README](../{folder}/README.md) names the machine and the commands that measured them. Scores are
+means over the sub-tasks of RULER with 95% intervals over samples; the worst sub-task is the one
+where a method loses most to full attention. Decode time is that of the whole model's step as a
+multiple of full attention's, timed alternately with it, with 95% intervals over those pairs; below
+1 is faster. In the figures, faint points are dominated, and points that coincide are drawn side by
+side.
 """
 EQUAL = """## At equal cost
 
-The same, unified and with the question decoded, at budgets from 32 to 1,024 tokens
-([rows](../{rows})): each method's score between its own budgets, over the logarithm of the cost;
-– where no budget of it costs as little or as much. The report of `experiment=matched_bytes` has
-intervals over samples, too.
+The unified protocol with the question decoded, at budgets from 32 to 1,024 tokens
+([rows](../{rows})): each method's score at a given cost, interpolated between its budgets over the
+logarithm of the cost; – if all its budgets cost more or all cost less. The report of
+`experiment=matched_bytes` also has intervals over samples.
 
 ![Score against cost, six budgets](matched_bytes.png)
 """
@@ -59,11 +60,11 @@ def page(rows: Path) -> str:
     """Return the whole page."""
     path = rows.resolve().relative_to(ROOT)
     parts = [HEAD.format(rows=path.as_posix(), folder=path.parent.as_posix())]
-    # A section is of one question setting.
+    # Each section has one question setting, so notes on a mix of them do not apply.
     notes = [note for note in compared(rows).notes if "question settings" not in note]
     parts += [f"{note}\n" for note in notes]
-    for key, lines in compared(rows).panels():
-        league = league_table(lines)
+    for key, configurations in compared(rows).by_setting():
+        league = league_table(configurations)
         if league is not None:
             title = f"{key['protocol'].capitalize()}, {QUESTIONS[key['question']]}"
             figure = f"![{title}: score against cost]({figure_name(key)})"
@@ -73,85 +74,88 @@ def page(rows: Path) -> str:
 
 
 def equal_costs(path: Path) -> str:
-    """Return what the page says of methods at equal cost."""
-    lines = compared(ROOT / path).headline
+    """Return the page's section that compares methods at equal cost."""
+    configurations = compared(ROOT / path).overall
     parts = [EQUAL.format(rows=path.as_posix())]
-    for cost, words in MATCHED.items():
-        found = matched_table(lines, cost, {})
-        assert found is not None  # budgets are swept
-        parts.append(f"### Score at equal {words}\n\n{found.markdown()}\n")
+    for cost, label in MATCHED.items():
+        table = matched_table(configurations, cost, {})
+        assert table is not None  # budgets are swept
+        parts.append(f"### Score at equal {label}\n\n{table.markdown()}\n")
     return "\n".join(parts)
 
 
 @functools.cache
 def compared(rows: Path) -> Comparison:
-    """Return the lines of a file of rows."""
+    """Return the comparison computed from a file of rows."""
     return compare(load(rows)[0])
 
 
 def figure_name(key: dict[str, str]) -> str:
-    """Return the file name of a setting's figure."""
+    """Return the file name of the figure for a protocol and question setting."""
     return f"league_{key['protocol']}_{key['question']}.png"
 
 
-def readme_table(lines: pd.DataFrame) -> Table:
-    """Return the league in short: each method's scores, its worst sub-task, and what it costs."""
-    means = lines[lines["subtask"] == MEAN]
+def readme_table(configurations: pd.DataFrame) -> Table:
+    """Return README's table: each method's scores, worst sub-task, bytes and time."""
+    means = configurations[configurations["subtask"] == MEAN]
     first, question, protocol = SHOWN[0]
     heads = ["Method", *(f"{name}, `k={k}`" for name, _, _ in SHOWN for k in BUDGETS)]
     heads += [f"{first}, `k={BUDGETS[0]}`: worst sub-task", "Read/step (MiB)", "Step (× full)"]
     ranked: list[tuple[float, list[str]]] = []
-    priced: list[pd.DataFrame] = []
+    timed: list[pd.DataFrame] = []
     for method in means["method"].unique():
-        own = means[means["method"] == method]
+        of_method = means[means["method"] == method]
         cells = [style.style(method).label]
-        for _, asked, rules in SHOWN:
+        for _, shown_question, shown_protocol in SHOWN:
             for k in BUDGETS:
-                cells.append(_score(own, asked, rules, k))
-        known = _found(own, question, protocol, BUDGETS[0])
-        line = known.iloc[0]
-        lost = lines[(lines["line"] == line["line"]) & lines["delta_full"].notna()]
-        lost = lost[lost["subtask"] != MEAN].sort_values("delta_full", kind="stable")
+                cells.append(_score(of_method, shown_question, shown_protocol, k))
+        at_budget = _at_budget(of_method, question, protocol, BUDGETS[0])
+        configuration = at_budget.iloc[0]
+        losses = configurations[
+            (configurations["configuration_id"] == configuration["configuration_id"])
+            & configurations["delta_full"].notna()
+        ]
+        losses = losses[losses["subtask"] != MEAN].sort_values("delta_full", kind="stable")
         worst = "–"
-        if len(lost):
-            points = METRICS["delta_full"].text(lost["delta_full"].iloc[0])
-            worst = f"{points} ({lost['subtask'].iloc[0]})"
-        cells += [worst, METRICS["bytes_read_per_step"].text(line["bytes_read_per_step"])]
-        cells += timed_text(known.head(1), "decode_vs_full")
-        priced.append(known.head(1))
-        ranked.append((-1 if method == "full" else 100 - line["score"], cells))
+        if len(losses):
+            points = METRICS["delta_full"].text(losses["delta_full"].iloc[0])
+            worst = f"{points} ({losses['subtask'].iloc[0]})"
+        cells += [worst, METRICS["bytes_read_per_step"].text(configuration["bytes_read_per_step"])]
+        cells += timed_text(at_budget.head(1), "decode_vs_full")
+        timed.append(at_budget.head(1))
+        ranked.append((-1 if method == "full" else 100 - configuration["score"], cells))
     rows = [cells for _, cells in sorted(ranked)]
-    notes = timing_notes(pd.concat(priced))
+    notes = timing_notes(pd.concat(timed))
     return Table(heads, rows, words={0, len(heads) - 3}, notes=notes)
 
 
-def _found(own: pd.DataFrame, question: str, protocol: str, k: int) -> pd.DataFrame:
-    """Return a method's line at a budget; full attention has one for all of them."""
-    chosen = own[own["question"] == question]
-    if own["k"].isna().all():
-        return chosen
-    return chosen[(chosen["protocol"] == protocol) & (chosen["k"] == k)]
+def _at_budget(of_method: pd.DataFrame, question: str, protocol: str, k: int) -> pd.DataFrame:
+    """Return a method's configuration at a budget; full attention has one for all budgets."""
+    configurations = of_method[of_method["question"] == question]
+    if of_method["k"].isna().all():
+        return configurations
+    return configurations[(configurations["protocol"] == protocol) & (configurations["k"] == k)]
 
 
-def _score(own: pd.DataFrame, question: str, protocol: str, k: int) -> str:
-    chosen = _found(own, question, protocol, k)
-    return with_interval(chosen, "score", "score_ci")[0] if len(chosen) else "–"
+def _score(of_method: pd.DataFrame, question: str, protocol: str, k: int) -> str:
+    configurations = _at_budget(of_method, question, protocol, k)
+    return with_interval(configurations, "score", "score_ci")[0] if len(configurations) else "–"
 
 
 def readme(rows: Path, text: str) -> str:
-    """Return README with the league between its marks."""
+    """Return README's text with the league table between its marks."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README must hold the marks {BEGIN} and {END}, and lacks one.")
-    table = readme_table(compared(rows).lines).markdown()
+        raise ValueError(f"README must contain the marks {BEGIN} and {END}, but lacks one.")
+    table = readme_table(compared(rows).configurations).markdown()
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
-def draw(lines: pd.DataFrame, name: str) -> None:
-    """Draw a setting's figure of score against cost."""
+def draw(configurations: pd.DataFrame, name: str) -> None:
+    """Draw the figure of score against cost and copy it to ``docs/``."""
     with tempfile.TemporaryDirectory() as folder:
-        (figure,) = draw_all(lines, Path(folder), "", only="score_vs_cost")
+        (figure,) = draw_all(configurations, Path(folder), "", only="score_vs_cost")
         shutil.copy(figure.png, ROOT / "docs" / name)
 
 
@@ -160,6 +164,6 @@ if __name__ == "__main__":
     (ROOT / "docs" / "league.md").write_text(page(source), encoding="utf-8")
     document = ROOT / "README.md"
     document.write_text(readme(source, document.read_text(encoding="utf-8")), encoding="utf-8")
-    for key, lines in compared(source).panels():
-        draw(lines, figure_name(key))
-    draw(compared(source.with_name("matched_bytes.csv")).lines, "matched_bytes.png")
+    for key, configurations in compared(source).by_setting():
+        draw(configurations, figure_name(key))
+    draw(compared(source.with_name("matched_bytes.csv")).configurations, "matched_bytes.png")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":  # a bare checkout works too, as for run.py
+if __name__ == "__main__":  # lets the script run without installing the package, as run.py does
     sys.path[0] = str(ROOT / ".types")
 
 from hydra import compose, initialize_config_dir  # noqa: E402
@@ -25,30 +25,30 @@ from topkbench.tasks.words import word_pools  # noqa: E402
 PAGE = ROOT / "docs" / "methods.md"
 LLAMA = Geometry(num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128)
 LENGTH, BUDGET = 131_072, 2_048
-# Settings that are the same for every method, or have a paragraph of their own.
+# Settings that are the same for every method, or described in a separate paragraph.
 NO_KNOB = {"_target_", "impl", "native", "defaults"}
 NEEDS = {
     "query_tail": "the prompt's last queries",
     "column_sums": "the attention that each token of the prompt received",
-    "previous_query": "this layer's queries, foretold from the layer before",
+    "previous_query": "this layer's queries, speculated from the previous layer",
 }
 SECTION = re.compile(r"^([A-Z][\w' ]*):$")
 
 HEAD = f"""# Methods
 
-Made from the methods' docstrings and from `conf/method/` by `python tools/make_methods.py`; edit
-those, not this page. How to compare them is in the [README](../README.md), what a method
-consists of in [CONTRIBUTING.md](../CONTRIBUTING.md#a-method).
+Generated from the methods' docstrings and from `conf/method/` by `python tools/make_methods.py`;
+edit those, not this page. The [README](../README.md) describes how to compare methods,
+[CONTRIBUTING.md](../CONTRIBUTING.md#a-method) what a method consists of.
 
-Bytes are those of one layer at Llama-3.1-8B's geometry in 16 bits ({LLAMA.num_kv_heads} KV
-heads of {LLAMA.head_dim}), where a token's keys and values take {kv_bytes(LLAMA, 1):,}. What a
-step reads is at {LENGTH:,} tokens and `k={BUDGET}`, one selection per KV head, as a share of
-what full attention reads. The policy of `protocol=native` is what a method's file names; under
-`protocol=unified` all share `conf/protocol/unified.yaml`.
+Bytes are given for one layer at Llama-3.1-8B's geometry in 16 bits ({LLAMA.num_kv_heads} KV
+heads of {LLAMA.head_dim}), where a token's keys and values take {kv_bytes(LLAMA, 1):,}. The bytes
+that a step reads are given at {LENGTH:,} tokens and `k={BUDGET}` with one selection per KV head,
+as a share of what full attention reads. The policy of `protocol=native` is in each method's
+configuration file; under `protocol=unified` all methods share `conf/protocol/unified.yaml`.
 
 A method that learns is fitted on the texts that `calibration=` names: by default prompts that
-share no key, value or filler word with any test (`tasks/ruler_prompts.py`). What is captured at
-prefill, or computed from it, is timed in `build_ms`.
+share no key, value or filler word with any test (`tasks/ruler_prompts.py`). The time to capture
+data at prefill and to compute on it is part of `build_ms`.
 """
 
 
@@ -66,7 +66,7 @@ def page() -> str:
 
 
 def entry(name: str) -> str:
-    """Return what the page says of one method."""
+    """Return the page's section on one method."""
     text = (ROOT / "conf" / "method" / f"{name}.yaml").read_text(encoding="utf-8")
     config = compose("config", overrides=[f"method={name}"]).method
     method: TopKMethod = instantiate(config)
@@ -74,22 +74,22 @@ def entry(name: str) -> str:
     parts = [f"## {style.style(name).label}", f"`method={name}`, [code](../methods/{name}.py)"]
     parts.append(sections.pop(""))
     sections.pop("Attributes", None)
-    parts += [f"**{title}.** {words}" for title, words in sections.items()]
+    parts += [f"**{title}.** {content}" for title, content in sections.items()]
     if rows := knobs(text, config):
         parts.append("\n".join(["| Knob | Default | Meaning |", "|---|---|---|", *rows]))
     parts.append(f"**Costs.** {costs(method)}")
     if method.artifact_spec(LLAMA) is not None:
         parts.append(f"**Calibration.** {calibration(method)}")
     if method.selects:
-        own = ", ".join(f"`{key}={value}`" for key, value in config.native.items())
-        parts.append(f"**Native policy.** {own or 'The defaults of `protocol=native`.'}")
+        native = ", ".join(f"`{key}={value}`" for key, value in config.native.items())
+        parts.append(f"**Native policy.** {native or 'The defaults of `protocol=native`.'}")
     return "\n\n".join(parts) + "\n"
 
 
 def docstring(kind: type) -> dict[str, str]:
-    """Return the sections of a docstring by their titles, the description under an empty one.
+    """Return the sections of a docstring by title; the description has the empty title.
 
-    Paragraphs are one line each; the name in double backquotes is one in single ones.
+    Each paragraph becomes one line, and double backquotes become single ones.
     """
     sections: dict[str, list[str]] = {"": []}
     title = ""
@@ -98,7 +98,7 @@ def docstring(kind: type) -> dict[str, str]:
             title = found.group(1)
             sections[title] = []
         elif line and not line.startswith(" ") and title:
-            title = ""  # back to the description
+            title = ""  # an unindented line continues the description
             sections[title] += ["", line]
         else:
             sections[title].append(line)
@@ -106,16 +106,16 @@ def docstring(kind: type) -> dict[str, str]:
 
 
 def joined(lines: list[str]) -> str:
-    """Return paragraphs, each in one line."""
+    """Return text with each paragraph joined into one line."""
     text = textwrap.dedent("\n".join(lines)).strip().replace("``", "`")
     return "\n\n".join(" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
 
 
 def knobs(text: str, config: DictConfig) -> list[str]:
-    """Return a row for each setting, with the comment of its line."""
+    """Return a table row for each setting, with the comment on its line as the meaning."""
     rows = []
     for line in text.splitlines():
-        # A setting, or another method that is set in the list of defaults.
+        # A setting, or an inner method that the list of defaults includes.
         found = re.match(r"(?:  - /method@)?(\w+):\s*(.*?)(?:\s+#\s*(.*))?$", line)
         if found is None or found.group(1) in NO_KNOB:
             continue
@@ -127,45 +127,43 @@ def knobs(text: str, config: DictConfig) -> list[str]:
 
 def shown(value: Any) -> str:
     """Return a default as YAML writes it."""
-    words = {None: "null", True: "true", False: "false"}
-    return f"`{words[value] if value is None or isinstance(value, bool) else value}`"
+    names = {None: "null", True: "true", False: "false"}
+    return f"`{names[value] if value is None or isinstance(value, bool) else value}`"
 
 
 def costs(method: TopKMethod) -> str:
-    """Return what a method keeps and reads, and what it needs beforehand."""
-    said = []
+    """Return sentences on what a method stores, reads per step, and needs beforehand."""
+    sentences = []
     per_token = method.index_bytes_per_token(LLAMA)
     if per_token:
-        said.append(f"Side information: {per_token:,.4g} bytes a token.")
+        sentences.append(f"The index takes {per_token:,.4g} bytes per token.")
     else:
-        said.append("No side information that grows with the context.")
+        sentences.append("No index that grows with the context.")
     if method.selects:
         share = method.bytes_read_per_step(LLAMA, LENGTH, BUDGET) / kv_bytes(LLAMA, LENGTH)
-        said.append(f"A step reads {share:.1%} of what full attention does.")
+        sentences.append(f"A step reads {share:.1%} of what full attention does.")
     if method.artifact_spec(LLAMA) is not None:
-        said.append("Learns before it is used.")
+        sentences.append("Must be fitted before use.")
     if method.needs:
-        said.append(f"Needs {' and '.join(NEEDS[one] for one in sorted(method.needs))}.")
+        sentences.append(f"Needs {' and '.join(NEEDS[one] for one in sorted(method.needs))}.")
     if method.history_dependent:
-        said.append("Its index depends on what was decoded since the prompt.")
+        sentences.append("Its index depends on the decode steps so far.")
     if method.variable_budget:
-        said.append("May select fewer than `k` tokens.")
-    return " ".join(said)
+        sentences.append("May select fewer than `k` tokens.")
+    return " ".join(sentences)
 
 
 def calibration(method: TopKMethod) -> str:
-    """Return what a method that learns is fitted on, with its default settings."""
+    """Return a sentence on what a method that learns is fitted on by default."""
     positions = method.query_positions(0, [MAX_LENGTH] * NUM_SEQUENCES)
-    (queries,) = {len(at) for at in positions}
-    seen = (
-        f"{queries:,} quer{'y' if queries == 1 else 'ies'} of each head" if queries else "no query"
-    )
+    (count,) = {len(at) for at in positions}
+    queries = f"{count:,} quer{'y' if count == 1 else 'ies'} of each head" if count else "no query"
     return (
-        f"{NUM_SEQUENCES} prompts of {MAX_LENGTH:,} tokens, less where the model's window is"
+        f"{NUM_SEQUENCES} prompts of {MAX_LENGTH:,} tokens, fewer if the model's window is"
         f" smaller: {', '.join(f'`{name}`' for name in SUBTASKS)} in turn, seed"
-        f" {CalibrationPrompts().seed}; of their own {len(word_pools()[1])} words, and of the half"
-        " of the random names that no test sample draws from. In each layer it is shown every key"
-        f" of a prompt and {seen}."
+        f" {CalibrationPrompts().seed}; made of {len(word_pools()[1])} words, and of the half of"
+        " the random names, that no test sample draws from. In each layer it is fitted on every key"
+        f" of a prompt and {queries}."
     )
 
 

@@ -1,12 +1,12 @@
-"""Name the artifacts that ship again, where what names them has changed and what they hold has not.
+"""Rename the shipped artifacts after a change of their identifying settings but not their tensors.
 
 python tools/restamp_artifacts.py
 
-An artifact is found by its model, settings, calibration and the version of its fit. When one of
-these is told in another way, nothing has to be learned anew: this writes each file of
-models/tiny/artifacts under its new name, with the digest of the code as it is now, and checks that
-its tensors are the same to the last bit. Run ``pytest tests/tools/test_refit.py`` beside it, which
-learns a layer of each kind again and compares.
+An artifact is found by its model, settings, calibration and fit version. If only the way these are
+recorded changes, nothing needs to be refitted: this script writes each file of
+models/tiny/artifacts under its new name, with the digest of the current code, and checks that its
+tensors are bit-identical. Also run ``pytest tests/tools/test_refit.py``, which refits a layer for
+each method and compares.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":  # a bare checkout works too
+if __name__ == "__main__":  # lets the script run without installing the package
     sys.path[0] = str(ROOT / ".types")
 
 from hydra.utils import get_class  # noqa: E402
@@ -28,12 +28,12 @@ from topkbench.models.load import LoadedModel, load_model  # noqa: E402
 from topkbench.tasks.ruler_prompts import CalibrationPrompts  # noqa: E402
 
 ARTIFACTS = ROOT / "models" / "tiny" / "artifacts"
-# What an artifact is told by that is no setting of its method.
-FACTS = {"method", "model_digest", "fit_version", "dtype", "calibration"}
+# The identifying settings of an artifact that are not settings of its method.
+NOT_METHOD_SETTINGS = {"method", "model_digest", "fit_version", "dtype", "calibration"}
 
 
 def method_of(spec: dict[str, Any]) -> TopKMethod:
-    """Return the method that learned an artifact, as it was set then."""
+    """Return the method that an artifact was fitted with, with the same settings."""
     target = OmegaConf.load(ROOT / "conf" / "method" / f"{spec['method']}.yaml")._target_
     kind: Any = get_class(target)
     fields = {field.name for field in dataclasses.fields(kind) if field.init}
@@ -41,32 +41,32 @@ def method_of(spec: dict[str, Any]) -> TopKMethod:
 
 
 def restamp(path: Path, loaded: LoadedModel) -> Path:
-    """Write one artifact under the name that it has now; return its path.
+    """Write one artifact under its current name; return its path.
 
     Raises:
-        ValueError: If the file is damaged, or was learned with other settings than it would be now.
+        ValueError: If the file is damaged, or was fitted with settings other than the current ones.
     """
     old = artifact.load(path)
-    told = old.provenance
-    method = method_of(told["spec"])
+    provenance = old.provenance
+    method = method_of(provenance["spec"])
     spec = artifact_spec(loaded, method, CalibrationPrompts()) or {}
-    for name in told["spec"].keys() - FACTS:
-        if told["spec"][name] != spec.get(name):
+    for name in provenance["spec"].keys() - NOT_METHOD_SETTINGS:
+        if provenance["spec"][name] != spec.get(name):
             raise ValueError(
-                f"{path.name} must be of the settings of now, got {name}={told['spec'][name]!r}"
-                f" for {spec.get(name)!r}; fit it again."
+                f"{path.name} must have {name}={spec.get(name)!r}, got"
+                f" {provenance['spec'][name]!r}; fit it again."
             )
-    told |= {"spec": spec, "source": fit_source(method)}
-    new = artifact.save(ARTIFACTS / artifact.file_name(spec), old.tensors, told)
+    provenance |= {"spec": spec, "source": fit_source(method)}
+    new = artifact.save(ARTIFACTS / artifact.file_name(spec), old.tensors, provenance)
     if artifact.load(new, expect=spec).digest != old.digest:
-        raise ValueError(f"{new.name} must hold the tensors of {path.name}, got others.")
+        raise ValueError(f"{new.name} must have the tensors of {path.name}, got different ones.")
     if new != path:
         path.unlink()
     return new
 
 
 def main() -> None:
-    """Restamp every artifact that ships."""
+    """Restamp every shipped artifact."""
     loaded = load_model("tiny", "tiny")
     for path in sorted(ARTIFACTS.glob("*.safetensors")):
         new = restamp(path, loaded)

@@ -1,12 +1,13 @@
-"""Make the shipped model from nothing: its tokenizer, then its weights.
+"""Train the shipped model from scratch: its tokenizer, then its weights.
 
     python tools/train_tiny.py --out models/tiny
 
-The recipe is a curriculum. Dense copying comes first (random segments, repeated): it makes the
-attention heads that recall is built from, which recall in noise alone does not within thousands
-of steps. Then the prompts of ``ruler_prompts``, with many questions a context, at growing lengths.
-A question with several right answers is trained on all that remain (the loss is the mass they get
-together), in random order, so the model is free to choose and cannot rely on an order.
+Training is a curriculum. It begins with copying (random segments, repeated), which forms the
+attention heads that retrieval needs; training on retrieval from noise alone does not form them
+within thousands of steps. The prompts of ``ruler_prompts`` follow, with many questions per context,
+at growing lengths. Where a question has several right answers, every answer not yet given counts as
+right (the loss is on the total probability of their first tokens), and the answers are drawn in
+random order, so that the model may choose any and cannot rely on an order.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-if __name__ == "__main__":  # a bare checkout works too
+if __name__ == "__main__":  # lets the script run without installing the package
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".types")
 
 from topkbench.models.tiny_tokenizer import build_tokenizer
@@ -40,7 +41,7 @@ MAX_ALTERNATIVES = prompts.CWE_COMMON
 
 @dataclass(frozen=True)
 class Phase:
-    """One step of the curriculum; it ends early once recall reaches ``target``."""
+    """One phase of the curriculum; it ends early at a share ``target`` of right tokens."""
 
     kind: str
     length: int
@@ -73,7 +74,7 @@ CURRICULUM = (
 
 
 def vocabulary() -> list[str]:
-    """Return the pieces that the tokenizer knows as one token: the prompts' wording and words."""
+    """Return the strings that become single tokens: pieces of the prompt templates, and words."""
     test, calibration = word_pools()
     asks = (
         prompts.ask_one("", ""),
@@ -95,17 +96,17 @@ def vocabulary() -> list[str]:
 
 @dataclass
 class Sequence:
-    """A token sequence under construction, with the acceptable next tokens where it is trained."""
+    """A token sequence under construction, with the accepted next tokens at trained positions."""
 
     ids: list[int] = field(default_factory=list)
     targets: list[tuple[int, list[int]]] = field(default_factory=list)
 
     def read(self, ids: list[int]) -> None:
-        """Append tokens that are given, not learned."""
+        """Append tokens that are input only and not trained on."""
         self.ids += ids
 
     def write(self, ids: list[int], alternatives: list[int] | None = None) -> None:
-        """Append tokens that are learned; the first may be any of ``alternatives``."""
+        """Append tokens to be predicted; for the first, any of ``alternatives`` is accepted."""
         for position, token in enumerate(ids):
             accepted = alternatives if alternatives and position == 0 else [token]
             self.targets.append((len(self.ids) - 1, accepted))
@@ -130,7 +131,7 @@ class Corpus:
         return len(self.encode(text))
 
     def copy(self, length: int) -> Sequence:
-        """A random segment, repeated; its length varies, so that no fixed offset can be learned."""
+        """Return a repeated random segment of random length, so that no fixed offset is learned."""
         sequence = Sequence()
         size = self.rng.randint(length // 8, length // 2)
         segment = [self.rng.randrange(3, len(self.tokenizer)) for _ in range(size)]
@@ -143,9 +144,9 @@ class Corpus:
     def ask(
         self, sequence: Sequence, question: str, prefix: str, answers: list[str], link: str = ","
     ) -> None:
-        """Append a question whose ``answers`` are right in any order, ``link`` before each.
+        """Append a question whose ``answers`` are right in any order, with ``link`` between them.
 
-        The first token of an answer may be that of any answer not given yet.
+        As the first token of an answer, that of any answer not given yet is accepted.
         """
         sequence.read(self.encode(question + prefix))
         encoded = [self.encode(f" {answer}") for answer in answers]
@@ -158,21 +159,22 @@ class Corpus:
     def recall(
         self, length: int, listed: float = 0.3, fewest: int = prompts.NUM_NEEDLES
     ) -> Sequence:
-        """Secrets in a haystack, then as many questions about them as fit.
+        """Return a haystack with needles, followed by as many questions about them as fit.
 
-        ``listed`` is the share of the secrets whose key has several: from ``fewest`` to four.
+        ``listed`` is the share of the needles whose key has several values: ``fewest`` to four.
         """
         rng = self.rng
-        questions = min(length * 9 // 20, 640)
-        most = (length - questions - 16) // 8  # needles that fill the context
+        questions = min(length * 9 // 20, 640)  # tokens for the questions
+        full = (length - questions - 16) // 8  # number of needles that fill the context
         dense = rng.random() < 0.5
-        total = int(most * rng.uniform(0.6, 1.0)) if dense else rng.randint(8, max(8, most // 6))
+        total = int(full * rng.uniform(0.6, 1.0)) if dense else rng.randint(8, max(8, full // 6))
         num_values = [rng.randint(fewest, prompts.NUM_NEEDLES) for _ in range(total)]
         num_many = max(1, round(listed * total / 3))
         num_single = max(prompts.NUM_NEEDLES, total - sum(num_values[:num_many]))
         counts = num_values[:num_many] + [1] * num_single
         keys = rng.sample(self.key_words, len(counts))
-        # Only the values of one key begin differently: those of others must be told apart by key.
+        # Values of the same key differ in their first word. Those of different keys may share it,
+        # so that the model must use the key.
         values = {
             key: [
                 f"{first} {rng.choice(self.value_words)}"
@@ -180,14 +182,14 @@ class Corpus:
             ]
             for key, count in zip(keys, counts, strict=True)
         }
-        needles = [prompts.needle(key, value) for key, found in values.items() for value in found]
-        taken = set(keys)
-        others = [word for word in rng.sample(self.words, 600) if word not in taken]
-        room = length - questions - 8 * len(needles) - 16
+        needles = [prompts.needle(key, value) for key, of_key in values.items() for value in of_key]
+        used = set(keys)
+        others = [word for word in rng.sample(self.words, 600) if word not in used]
+        tokens_left = length - questions - 8 * len(needles) - 16
         haystack = []
-        while room > 0:
+        while tokens_left > 0:
             haystack.append(prompts.filler(rng, others))
-            room -= prompts.SENTENCE_WORDS + 1
+            tokens_left -= prompts.SENTENCE_WORDS + 1
         sequence = Sequence()
         body = prompts.FACTS + prompts.scatter(rng, haystack, needles, ordered=False)
         sequence.read([self.bos, *self.encode(body)])
@@ -198,9 +200,9 @@ class Corpus:
             kind = rng.random()
             if kind < max(0.5, listed) and many:
                 key = many.pop()
-                found = rng.sample(values[key], len(values[key]))
-                question, prefix, _ = prompts.ask_all_values(key, found)
-                self.ask(sequence, question, prefix, found, link=f", {key}")
+                answers = rng.sample(values[key], len(values[key]))
+                question, prefix, _ = prompts.ask_all_values(key, answers)
+                self.ask(sequence, question, prefix, answers, link=f", {key}")
             elif kind < 0.75 and len(single) >= prompts.NUM_NEEDLES:
                 chosen = [single.pop() for _ in range(prompts.NUM_NEEDLES)]
                 question, prefix, reference = prompts.ask_many(
@@ -218,7 +220,7 @@ class Corpus:
         return sequence
 
     def variables(self, length: int) -> Sequence:
-        """Chains of assignments in noise, then a question for each."""
+        """Return chains of assignments in noise, followed by a question about each chain."""
         rng = self.rng
         num_chains = rng.randint(1, max(1, min(6, length // 160)))
         names = rng.sample(random_names(5, upper=True), num_chains * (prompts.VT_HOPS + 1))
@@ -227,11 +229,12 @@ class Corpus:
         values = [str(number) for number in rng.sample(range(10000, 100000), num_chains)]
         statements: list[str] = []
         for chain, value in zip(chains, values, strict=True):
-            fresh = prompts.assignment_chain(rng, chain, value)
-            statements = merge(rng, statements, fresh)
-        room = length - sum(map(self.count, statements)) - 32 * num_chains - 20
+            assignments = prompts.assignment_chain(rng, chain, value)
+            statements = merge(rng, statements, assignments)
+        tokens_left = length - sum(map(self.count, statements)) - 32 * num_chains - 20
         haystack = [
-            prompts.filler(rng, self.words) for _ in range(room // (prompts.SENTENCE_WORDS + 1))
+            prompts.filler(rng, self.words)
+            for _ in range(tokens_left // (prompts.SENTENCE_WORDS + 1))
         ]
         sequence = Sequence()
         body = prompts.VARIABLES + prompts.scatter(rng, haystack, statements, ordered=True)
@@ -243,7 +246,7 @@ class Corpus:
         return sequence
 
     def counting(self, length: int) -> Sequence:
-        """The most common words of a list, or the most frequent coded words of a text."""
+        """Return a question for the most common words of a list or coded words of a text."""
         subtask = self.rng.choice(("cwe", "fwe"))
         prompt = prompts.make_prompt(subtask, self.rng, self.words, length - 1, self.count)
         sequence = Sequence()
@@ -264,11 +267,14 @@ class Corpus:
             "counting": self.counting,
         }[kind]
         sequence = make(length)
-        kept = [(position, ids) for position, ids in sequence.targets if position < length - 1]
-        return Sequence(sequence.ids[:length], kept)
+        targets = [(position, ids) for position, ids in sequence.targets if position < length - 1]
+        return Sequence(sequence.ids[:length], targets)
 
     def batches(self, kind: str, length: int, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
-        """Yield (ids [B, L], positions [P] into the flat batch, alternatives [P, 10], -1 none)."""
+        """Yield batches: ids [B, L], positions [P] in the flat batch, accepted tokens [P, 10].
+
+        Unused entries of the accepted tokens are -1.
+        """
         while True:
             ids = torch.full((batch_size, length), int(self.tokenizer.pad_token_id))
             positions: list[int] = []
@@ -283,7 +289,7 @@ class Corpus:
 
 
 def merge(rng: random.Random, first: list[str], second: list[str]) -> list[str]:
-    """Interleave two lists at random, each in its own order."""
+    """Return two lists interleaved at random, keeping the order within each."""
     turns = [0] * len(first) + [1] * len(second)
     rng.shuffle(turns)
     sources = (iter(first), iter(second))
@@ -312,9 +318,10 @@ def config(vocab_size: int) -> LlamaConfig:
 def forward(
     model: LlamaForCausalLM, ids: Tensor, positions: Tensor, accepted: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (loss, hits [P] bool, hard [P] bool); hard are the targets that need retrieval.
+    """Return (loss, hits [P] bool, open_ended [P] bool).
 
-    The loss is minus the log of the mass that the accepted tokens get together.
+    ``hits`` marks right predictions, ``open_ended`` targets with several accepted tokens. The loss
+    is minus the log of the total probability of the accepted tokens.
     """
     hidden = model.model(input_ids=ids).last_hidden_state.flatten(0, 1)[positions]
     logits = model.lm_head(hidden)
@@ -325,7 +332,7 @@ def forward(
 
 
 def recall(model: LlamaForCausalLM, corpus: Corpus, phase: Phase) -> tuple[float, float]:
-    """Return the shares of right tokens on fresh sequences: of all, of those with alternatives."""
+    """Return the shares of right tokens on new sequences: of all, and of the open-ended ones."""
     model.eval()
     with torch.no_grad():
         batch = next(corpus.batches(phase.kind, phase.length, max(4, phase.batch_size)))
@@ -345,27 +352,27 @@ def train(out: Path, seed: int, first_phase: int, steps_scale: float) -> None:
         else LlamaForCausalLM(config(len(tokenizer)))
     )
     log.info("%.2f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
-    corpus, held_out = Corpus(tokenizer, seed), Corpus(tokenizer, seed + 1)
+    corpus, validation = Corpus(tokenizer, seed), Corpus(tokenizer, seed + 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.01)
-    began = time.perf_counter()
-    known = out / "recipe.json"
-    history = json.loads(known.read_text()).get("history", []) if first_phase else []
+    start = time.perf_counter()
+    recipe = out / "recipe.json"
+    history = json.loads(recipe.read_text()).get("history", []) if first_phase else []
     for number, phase in enumerate(CURRICULUM[first_phase:], start=first_phase):
         batches = corpus.batches(phase.kind, phase.length, phase.batch_size)
         steps = max(1, round(phase.steps * steps_scale))
         last = number == len(CURRICULUM) - 1
         for step in range(steps):
-            left = 1 - step / steps if last else 1.0
+            decay = 1 - step / steps if last else 1.0
             for group in optimizer.param_groups:
-                group["lr"] = phase.learning_rate * min(1.0, (step + 1) / 100) * left
+                group["lr"] = phase.learning_rate * min(1.0, (step + 1) / 100) * decay
             loss, _, _ = forward(model, *next(batches))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             if (step + 1) % 50 == 0 or step == steps - 1:
-                share, many = recall(model, held_out, phase)
-                seconds = time.perf_counter() - began
+                share, many = recall(model, validation, phase)
+                seconds = time.perf_counter() - start
                 log.info(
                     "%5.0f s  phase %d %s %d  step %d  loss %.3f  right %.3f  open %.3f",
                     *(seconds, number, phase.kind, phase.length, step + 1),
@@ -393,11 +400,11 @@ def save(
 
 
 def main() -> None:
-    """Read the command line and train."""
+    """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder for model and tokenizer")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first-phase", type=int, default=0, help="go on from a saved phase")
+    parser.add_argument("--first-phase", type=int, default=0, help="continue from a saved phase")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="scale every phase's steps")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

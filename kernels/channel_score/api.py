@@ -1,4 +1,4 @@
-"""Dot products of queries with a few channels of the keys, which lie channel by channel."""
+"""Dot products of queries with a few channels of the keys, which are stored channel by channel."""
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ def channel_score(
     kv_len: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Score each key by its dot product with each query over chosen channels, in float32.
+    """Score each key by its dot product with each query over selected channels, in float32.
 
-    Only the chosen channels are read.
+    Only the selected channels are read.
 
     Args:
         query: ``[B, Hkv, G, r]`` the queries in these channels.

@@ -1,8 +1,8 @@
 """channel_score on a CPU: vectors along the tokens, a few channels at a time.
 
-The sums of a block of tokens stay in the first-level cache while the channels go by, eight at a
-time: a channel is read in long pieces, and a sum loaded and stored once for eight products. The
-next eight, which lie anywhere, are asked for meanwhile.
+The sums of a block of tokens stay in the first-level cache while channels are added, eight at a
+time: a channel is read in long runs, and a sum is loaded and stored once per eight products.
+Meanwhile the next eight channels, which may be anywhere, are prefetched.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""channel_score in Triton: the chosen channels are read once, in place, for all queries."""
+"""channel_score in Triton: the selected channels are read once, in place, for all queries."""
 
 import torch
 import triton
@@ -13,8 +13,8 @@ from topkbench.kernels.tiles import (
     valid_range,
 )
 
-# Keys and channels in one product: of 16-bit numbers, for the matrix units; of float32 ones, which
-# stand in registers and would not all fit there.
+# Keys and channels per matrix product: for 16-bit numbers, in the matrix units; for float32, which
+# are kept in registers and would not all fit.
 _NARROW, _FLOAT32 = (128, 64), (64, 32)
 
 
@@ -48,7 +48,7 @@ def channel_score(
 @triton.jit(
     do_not_specialize=(
         "num_slots",
-        # These grow with a cache's room.
+        # These grow with the cache's capacity.
         "batch_stride",
         "head_stride",
         "channel_stride",

@@ -1,4 +1,4 @@
-"""Scores looked up by product-quantised codes: a sum of table entries for each key."""
+"""Scores from product-quantised codes: for each key, a sum of table entries."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def code_score(
     kv_len: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Score each key for each query by the sum of what its parts' codes name in the tables.
+    """Score each key for each query by the sum, over its parts, of the code's table entry.
 
     Args:
         tables: ``[B, Hkv, m, G, C]`` float32: for each of ``m`` parts, each query's product with
@@ -28,8 +28,8 @@ def code_score(
         impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; never falls back.
 
     Returns:
-        ``[B, Hkv, G, n]`` float32, the parts added up from the first on, so that every
-        implementation rounds alike; -inf outside the valid range.
+        ``[B, Hkv, G, n]`` float32, the parts added in order, so that all implementations round
+        equally; -inf outside the valid range.
 
     Raises:
         ValueError: If a shape or device does not fit, or there are more than 256 centroids.

@@ -1,7 +1,7 @@
-"""code_score on a CPU: one code fetches the products of four queries at a time.
+"""code_score on a CPU: one lookup per code fetches the products of four queries.
 
-The tables are turned so that a centroid's products with four queries lie side by side: a code is
-read once for them, and sixteen keys' sums stand in registers until they are turned back.
+The tables are transposed so that a centroid's products with four queries are adjacent: a code is
+read once for the four, and sixteen keys' sums stay in registers until they are transposed back.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ from topkbench.kernels.intrinsics import (
 )
 from topkbench.kernels.rows import scored_span
 
-_BLOCK = 2048  # tokens in one piece of work
+_BLOCK = 2048  # tokens per task
 _QUERIES = 4
 
 
@@ -36,7 +36,7 @@ def code_score(
     start, _start = bound_address(kv_start)
     end, _end = bound_address(kv_len)
     fours = -(-group // _QUERIES)
-    # Filled in by the kernel; what pads the last four queries is never stored.
+    # Written by the kernel; results of the queries that pad the last four are never stored.
     turned = torch.empty(batch_size * num_heads, fours, parts, count, _QUERIES)
     sizes = (batch_size, num_heads, parts, group, count, num_slots)
     _score(

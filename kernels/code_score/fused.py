@@ -1,4 +1,4 @@
-"""code_score in Triton: codes and tables are looked up where they lie."""
+"""code_score in Triton: codes and tables are read in place."""
 
 import torch
 import triton
@@ -30,7 +30,7 @@ def code_score(
     return out
 
 
-# The first two grow with a cache's room.
+# The first two grow with the cache's capacity.
 @triton.jit(do_not_specialize=("batch_stride", "head_stride", "num_slots"))
 def _score(
     tables: tl.tensor,
@@ -56,8 +56,8 @@ def _score(
     valid = (slots >= start) & (slots < end)
     offsets = slots.to(tl.int64)
     keys = key_codes + batch * batch_stride + head * head_stride + offsets * SLOT_STRIDE
-    # The tables are small and stay in the first-level cache; codes are read from there again for
-    # each query but the first.
+    # The tables are small and stay in the first-level cache; every query but the first reads the
+    # codes from there as well.
     for query in range(GROUP):
         scores = tl.zeros([TILE], tl.float32)
         for part in tl.static_range(PARTS):

@@ -16,7 +16,7 @@ def code_score(
     score = tables.new_zeros(batch_size, num_heads, group, num_slots)
     for part in range(parts):
         codes = key_codes[:, :, None, :, part].long()
-        # What is outside the valid range may name no centroid.
+        # Codes outside the valid range may not be indices of centroids.
         codes = codes.masked_fill(invalid, 0).expand(-1, -1, group, -1)
         score += tables[:, :, part].gather(3, codes)
     return score.masked_fill(invalid, -torch.inf)

@@ -1,4 +1,4 @@
-"""One decode step of attention over the whole cache: what every method is compared with."""
+"""One decode step of attention over the whole cache, with which every method is compared."""
 
 from typing import Literal, get_args
 
@@ -30,7 +30,7 @@ def full_attention(
         scale: Factor on the dot products.
         kv_start: ``[B]`` int32 first valid slot of each row, or None for 0.
         kv_len: ``[B]`` int32 end of each row's valid slots, or None for ``n``.
-        softcap: Logits become ``softcap * tanh(logits / softcap)``; None leaves them.
+        softcap: Logits become ``softcap * tanh(logits / softcap)``; None for no cap.
         backend: ``"sdpa"`` (torch, any device), or on CUDA ``"triton"`` (our own split-K),
             ``"flash_attn"``, ``"flash_attn_3"`` or ``"flashinfer"``; never falls back.
 
@@ -39,7 +39,7 @@ def full_attention(
 
     Raises:
         ValueError: If a shape or device does not fit, or the backend is unknown, not installed or
-            asked to run on another device than CUDA.
+            cannot run on the tensors' device.
         TypeError: If the states are not floating point.
     """
     check_shape("query_states", query_states, "[B, Hq, d]", None, None, None)

@@ -1,12 +1,12 @@
 """full_attention in Triton: split-K, so that a decode step of few heads occupies the whole GPU.
 
-One program takes a part of a KV head's tokens. The queries of the group stand in one tile of at
-least 16 rows, so each tile of keys and values is loaded once for all of them; a running maximum,
-denominator and weighted sum are kept (online softmax), and a second kernel merges the parts by
-their log-sum-exp. The parts are cut out of the valid range on the device.
+One program processes a part of a KV head's tokens. The queries of the group form one tile of at
+least 16 rows, so that each tile of keys and values is loaded once for all of them. The program
+keeps a running maximum, denominator and weighted sum (online softmax), and a second kernel merges
+the parts by their log-sum-exp. The valid range is divided into parts on the device.
 
-It is there so that a machine with torch and Triton alone has a dense decode step to be measured
-against; torch's own kernels need not split the keys.
+It provides a dense decode step as the baseline on machines that have only torch and Triton, where
+torch's kernels may not split the keys.
 """
 
 from dataclasses import dataclass
@@ -25,20 +25,20 @@ from topkbench.kernels.tiles import (
     valid_range,
 )
 
-# Fewer tokens than this are not worth a part of their own.
+# Least number of tokens per part.
 _PART = 256
-_MERGED = 32  # there are more parts here than of a selection
+_MERGED = 32  # parts merged at a time; there are more parts than in sparse_attention
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the work is cut: fixed sizes, none of which changes a result but in its rounding.
+    """Sizes of the pieces of work, which affect results only in their rounding.
 
     Attributes:
-        tile_bytes: Keys that are read at a time, and as much of values.
-        warps: Warps of a program.
-        stages: Tiles under way at once.
-        programs: How many programs to cut the work into; about four waves on a large GPU.
+        tile_bytes: Bytes of keys read at a time, and as many of values.
+        warps: Warps per program.
+        stages: Tiles in flight at once.
+        programs: Number of programs; about four waves on a large GPU.
     """
 
     tile_bytes: int = 2**14

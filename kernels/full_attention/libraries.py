@@ -1,4 +1,4 @@
-"""Full attention by the CUDA libraries that serving systems use."""
+"""Full attention by the CUDA libraries of serving systems."""
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +24,7 @@ def flash_attn(
         FlashAttention-2 (arXiv:2307.08691), ``flash_attn_with_kvcache``.
     """
     library = _library("flash_attn", "flash-attn")
-    # The library wants lengths wherever it is told of left padding.
+    # The library needs lengths if there is left padding.
     if kv_start is not None and kv_len is None:
         kv_len = torch.full_like(kv_start, key_states.shape[2])
     out: Tensor = library.flash_attn_with_kvcache(
@@ -81,8 +81,8 @@ def flashinfer(
 ) -> Tensor:
     """Return ``[B, Hq, d]`` from FlashInfer's single-request decoding kernel, row by row.
 
-    Its batched kernel wants a paged cache, which ours is not. Ranges are read on the host, one
-    synchronisation a call.
+    Its batched kernel needs a paged cache, which ours is not. Valid ranges are read on the host,
+    with one synchronisation per call.
 
     Source:
         FlashInfer (arXiv:2501.01005), ``single_decode_with_kv_cache``.
@@ -108,7 +108,7 @@ def flashinfer(
 class FlashInferBatch:
     """FlashInfer's batched decoding kernel over a paged copy of the cache, planned once.
 
-    Calling it reads nothing back to the host, so it can be recorded into a CUDA graph.
+    A call reads nothing back to the host, so that it can be captured in a CUDA graph.
 
     Args:
         query_states: ``[B, Hq, d]``, read again at each call.
@@ -175,7 +175,7 @@ def library_version(module: str, distribution: str) -> str:
     """Return an optional library's version.
 
     Raises:
-        ValueError: If it cannot be imported, with the reason.
+        ValueError: If it cannot be imported; the message has the reason.
     """
     library = _library(module, distribution)
     try:
@@ -185,7 +185,7 @@ def library_version(module: str, distribution: str) -> str:
 
 
 def _library(module: str, distribution: str) -> ModuleType:
-    """Import an optional library, or say in one sentence that it is missing."""
+    """Import an optional library, or raise a ValueError of one sentence if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -18,8 +18,9 @@ def full_attention(
 ) -> Tensor:
     """Return ``[B, Hq, d]``; see the api for the arguments.
 
-    The queries of a KV head stand where a sequence of queries would: each key is then read once
-    for the whole group, which ``enable_gqa`` does not do on a CPU (measured 3 to 10 times slower).
+    The queries of a KV head are passed as if they were a sequence of queries, so that each key is
+    read once for the whole group. ``enable_gqa`` does not do that on a CPU (measured 3 to 10 times
+    slower).
     """
     num_kv_heads, num_slots = key_states.shape[1:3]
     grouped = query_states.unflatten(1, (num_kv_heads, -1))
@@ -39,6 +40,6 @@ def full_attention(
             logits = logits.masked_fill(~mask, -torch.inf)
         out = (logits.softmax(-1) @ value_states.to(wide)).to(query_states.dtype)
     if mask is not None:
-        # A softmax over nothing is undefined, and torch's backends answer it differently.
+        # A softmax over no slot is undefined, and torch's backends return different values.
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return out.flatten(1, 2)

@@ -4,6 +4,7 @@ The fastest of them that is right is the baseline. Each takes its time on the sa
 alone needs a paged copy of it.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -45,17 +46,27 @@ def _sdpa(backend: SDPBackend) -> Baseline:
         states = _states(layer)
 
         def call() -> Tensor:
-            try:
-                with sdpa_kernel(backend):
-                    return full_attention(*states)
-            except RuntimeError as error:
-                if str(error).startswith(_NO_KERNEL):
-                    raise Unavailable(f"this torch has no such kernel here: {error}") from None
-                raise
+            with sdpa_kernel(backend):
+                return full_attention(*states)
 
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                call()
+            except RuntimeError as error:
+                if not str(error).startswith(_NO_KERNEL):
+                    raise
+                # What each kernel lacks is told by warnings alone.
+                why = [str(one.message).partition(" (Triggered")[0] for one in said]
+                words = " ".join([str(error), *why])
+                raise Unavailable(f"this torch has no such kernel here: {words}") from None
         return call
 
-    return Baseline(lambda: f"torch {torch.__version__}", make)
+    def named() -> str:
+        own = torch.backends.cudnn.version() if backend == SDPBackend.CUDNN_ATTENTION else None
+        return f"torch {torch.__version__}" + (f", cudnn {own}" if own else "")
+
+    return Baseline(named, make)
 
 
 def _library(backend: Backend, module: str, distribution: str) -> Baseline:
@@ -80,7 +91,7 @@ def _triton(tile_bytes: int, warps: int, stages: int) -> Baseline:
         states, blocks = _states(layer), fused.Blocks(tile_bytes, warps, stages)
         return lambda: fused.full_attention(*states, None, None, None, blocks)
 
-    return Baseline(lambda: f"topkbench's, triton {version('triton')}", make)
+    return Baseline(lambda: version("triton"), make)
 
 
 BASELINES: dict[str, Baseline] = {

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from topkbench.kernels.testing import WrongResult
 from topkbench.kernels.timing import Timing, speed_columns
 
 COLUMNS = (
@@ -42,7 +43,7 @@ class DeviceLost(Exception):
 
 def outcome(error: BaseException) -> dict[str, str]:
     """Return the status and the reason that an exception stands for."""
-    if isinstance(error, AssertionError):
+    if isinstance(error, WrongResult):
         status = "wrong"
     elif isinstance(error, torch.OutOfMemoryError | MemoryError):
         status = "out_of_memory"

@@ -1,6 +1,7 @@
 """A process that does one job after the other on the device, and says what came out as it goes.
 
-It sends ``("at", part)`` before each part of a job, ``("row", part, columns)`` after it, and
+It sends ``("hello", columns)`` when it can begin, or ``("broken", reason)`` and ends. Then
+``("at", part)`` before each part of a job, ``("row", part, columns)`` after it, and
 ``("done", alive)`` at the end; where the device answers nothing but errors, ``alive`` is false and
 the process ends. `topkbench.kernels.gpu_check.supervisor` is at the other end.
 """
@@ -49,8 +50,12 @@ def serve(channel: Channel, device: str, toy: bool, trials: int) -> None:
         trials: How often each thing is timed.
     """
     os.setsid()  # so that it can be ended with all that it started
-    place = Workplace(torch.device(device), toy, trials)
-    channel.send(("hello", known(place.device, toy)))
+    try:
+        place = Workplace(torch.device(device), toy, trials)
+        channel.send(("hello", known(place.device, toy)))
+    except Exception as error:
+        channel.send(("broken", outcome(error)["reason"]))
+        return
     while (given := channel.recv()) is not None:
         job, rows = given
         alive = run(place, job, rows, channel)
@@ -60,16 +65,21 @@ def serve(channel: Channel, device: str, toy: bool, trials: int) -> None:
 
 
 def run(place: Workplace, job: Job, rows: Sequence[Mapping[str, Any]], channel: Channel) -> bool:
-    """Do one job; return whether the device still answers."""
+    """Do one job, a row for each of its parts; return whether the device still answers."""
     place.announce = lambda part: channel.send(("at", part))
+    place.at = None
+    left = list(job.left)
     try:
         for part, columns in JOBS[job.kind](place, job, rows):
             channel.send(("row", part, columns))
+            left.remove(part)
     except DeviceLost as error:
-        channel.send(("row", place.at, outcome(error)))
+        for lost in [place.at] if place.at in left else left:
+            channel.send(("row", lost, outcome(error)))
         return False
     except Exception as error:
-        channel.send(("row", None, outcome(error)))
+        for part in left:
+            channel.send(("row", part, outcome(error)))
     try:
         place.recover()
     except DeviceLost:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from topkbench.kernels.gpu_check.rows import DeviceLost, outcome
-from topkbench.kernels.timing import Timing, cache_emptier, measure, read_bandwidth
+from topkbench.kernels.testing import WrongResult, assert_same
+from topkbench.kernels.timing import Timing, cache_emptier, captured, measure, read_bandwidth
 
 DTYPES = {
     "float32": torch.float32,
@@ -19,7 +21,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 
-_PROBE_BYTES = 2**31
+_PROBE_BYTES = (2**31, 2**28)  # the second where there is no memory for the first
 
 
 class Workplace:
@@ -35,30 +37,44 @@ class Workplace:
         self.device, self.toy, self.trials = device, toy, trials
         self.announce: Callable[[str], None] = lambda part: None
         self.at: str | None = None
-        self.kept: dict[Any, Any] = {}
-        """What later jobs use again, of one shape at a time."""
+        self._shape: Any = None
+        self._kept: dict[str, Any] = {}
 
     @cached_property
     def bandwidth_gb_s(self) -> float:
-        """The memory's measured bandwidth; of so much that launching does not count."""
-        return read_bandwidth(self.device, _PROBE_BYTES).ceiling_gb_s
+        """The memory's measured bandwidth; of so much that launching does not count.
+
+        Not measured before it is asked for: at a process's start others run beside it.
+        """
+        most, least = _PROBE_BYTES
+        try:
+            return read_bandwidth(self.device, most).ceiling_gb_s
+        except torch.OutOfMemoryError:
+            return read_bandwidth(self.device, least).ceiling_gb_s
 
     @cached_property
     def _emptier(self) -> Callable[[], object]:
         return cache_emptier(self.device)
 
-    def timed(
-        self, functions: dict[str, Callable[[], object]], trials: int | None = None
-    ) -> dict[str, Timing]:
-        """Time functions in turn as CUDA graphs, each with the caches emptied before it."""
-        return measure(
-            functions,
-            trials or self.trials,
-            warmup=3,
-            device=self.device,
-            cuda_graph=self.device.type == "cuda",
-            before=self._emptier,
-        )
+    def timed(self, functions: Mapping[str, Callable[[], Tensor]]) -> dict[str, Timing]:
+        """Time functions in turn as CUDA graphs, each with the caches emptied before it.
+
+        Raises:
+            WrongResult: If what a graph left after the last replay is not what its function
+                returns, which was checked before.
+        """
+        on_gpu = self.device.type == "cuda"
+        calls = {
+            name: captured(function, self.device) if on_gpu else function
+            for name, function in functions.items()
+        }
+        taken = measure(calls, self.trials, 3, self.device, before=self._emptier)
+        for name, function in functions.items():
+            try:
+                assert_same(calls[name](), function())
+            except WrongResult as error:
+                raise WrongResult(f"{name} as it was timed: {error}") from None
+        return taken
 
     @contextmanager
     def part(self, name: str, found: dict[str, Any]) -> Iterator[None]:
@@ -98,12 +114,18 @@ class Workplace:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def forget(self, key: Any) -> None:
-        """Let go of what was kept for another shape than this."""
-        if self.kept.get("key") != key:
-            self.kept.clear()
+    def keep(self, shape: Any, name: str, make: Callable[[], Any]) -> Any:
+        """Return what was kept under a name for a shape, made now if it was not.
+
+        What was kept for another shape is let go of before.
+        """
+        if self._shape != shape:
+            self._kept.clear()
             self.recover()
-            self.kept["key"] = key
+            self._shape = shape
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
 
 
 def wrong_operators(rows: Sequence[Any], dtype: str, head_dim: int, group: int) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""One score for a group's queries: the attention weight that their logits would give."""
+"""One score per unit for a group of queries: the attention weight from their logits."""
 
 from typing import Literal
 
@@ -19,19 +19,19 @@ def group_softmax(
 ) -> Tensor:
     """Reduce the logits of a group's queries to one score per KV head.
 
-    Each query's logits become its softmax over the units; the softmaxes are added up, or the
-    largest is taken, so that no query outweighs the others by the length of its vector.
+    Each query's logits become its softmax over the units; the softmaxes are summed, or their
+    maximum is taken, so that no query dominates by the norm of its vector.
 
     Args:
-        scores: ``[B, Hkv, G, U]`` dot products; -inf marks a unit that is not there.
+        scores: ``[B, Hkv, G, U]`` dot products; -inf marks an absent unit.
         scale: Factor on the dot products.
         rule: ``"sum"`` or ``"max"`` over the group.
-        softcap: Logits become ``softcap * tanh(logits / softcap)``; None leaves them.
+        softcap: Logits become ``softcap * tanh(logits / softcap)``; None for no cap.
         impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; never falls back.
 
     Returns:
-        ``[B, Hkv, U]`` float32 (float64 from the reference, given it); 0 for a unit that is not
-        there.
+        ``[B, Hkv, U]`` float32 (float64 from the reference if the scores are); 0 for an absent
+        unit.
 
     Raises:
         ValueError: If a shape does not fit, or ``rule`` or ``softcap`` is out of range.

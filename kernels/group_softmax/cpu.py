@@ -1,7 +1,7 @@
-"""group_softmax on a CPU: two passes over the scores, a block at a time in the first-level cache.
+"""group_softmax on a CPU: two passes over the scores, in blocks that fit the first-level cache.
 
-The first finds each query's log-sum-exp, the second adds up ``exp(logit - lse)`` over the group;
-taking every power twice costs less than keeping them.
+The first computes each query's log-sum-exp, the second sums ``exp(logit - lse)`` over the group.
+Computing every exponential twice takes less time than storing them.
 """
 
 import math
@@ -73,7 +73,7 @@ def _reduce(
             scale_and_cap(
                 scores + 4 * (row * num_units + first), logits, count, factor, cap
             )  # fmt: skip
-            # A log-sum-exp is rounded, so a logit may exceed it by that much.
+            # The log-sum-exp is rounded, so that a logit may exceed it slightly.
             if adds:
                 for place in range(count):
                     weight = exp(min(load_float32(logits, place) - whole, np.float32(0.0)))
@@ -86,7 +86,7 @@ def _reduce(
 
 @njit(nogil=True)
 def _log_sum_exp(row: int, count: int, scale: float, softcap: float, logits: int) -> Any:
-    """Return the log-sum-exp of a row's logits, -inf if no unit is there."""
+    """Return the log-sum-exp of a row's logits, -inf if all units are absent."""
     maximum, denominator = np.float32(-np.inf), np.float32(0.0)
     for first in range(0, count, _BLOCK):
         size = min(_BLOCK, count - first)

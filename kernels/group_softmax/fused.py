@@ -1,7 +1,7 @@
-"""group_softmax in Triton: tiles find each query's maximum and sum, then add up the weights.
+"""group_softmax in Triton: one kernel for each tile's maximum and sum, one for the weights.
 
-Each program of the second kernel merges the tiles' sums of its head's queries for itself, which
-costs less than a kernel between.
+Each program of the second kernel merges the tiles' sums of its head's queries itself, which takes
+less time than a third kernel in between.
 """
 
 import torch

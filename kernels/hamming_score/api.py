@@ -1,4 +1,4 @@
-"""How many hash bits of each key agree with the queries of its group."""
+"""Scores by the number of hash bits that a key shares with the queries of its group."""
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ def hamming_score(
 ) -> Tensor:
     """Score keys by the hash bits they share with the group's queries, summed over the group.
 
-    Without norms: ``sum_g (rbit - 2 * ham_g)``, in int16, or in int32 where ``G * rbit`` reaches
+    Without norms: ``sum_g (rbit - 2 * ham_g)``, in int16, or in int32 if ``G * rbit`` is at least
     2**15. With norms: float32 ``sum_g (rbit - 2 * ham_g) / rbit * norm``, rounded in that order by
-    every implementation, so that all of them rank alike.
+    every implementation, so that all of them rank equally.
 
     Args:
         query_codes: ``[B, Hkv, G, W]`` int32, ``W = rbit // 32``.
@@ -30,7 +30,7 @@ def hamming_score(
         impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; never falls back.
 
     Returns:
-        ``[B, Hkv, n]``, higher is nearer; outside the valid range the dtype's lowest value.
+        ``[B, Hkv, n]``, higher is more similar; the dtype's lowest value outside the valid range.
 
     Raises:
         ValueError: If a shape or device does not fit.

@@ -1,13 +1,14 @@
 """hamming_score on a CPU, by majority codes and bit planes.
 
-Where ``c`` of a group's ``G`` queries have a bit set, a key's bit adds ``G - c`` to the distance if
-it is set and ``c`` if not: that is ``min(c, G - c)`` whatever the key holds, and ``|G - 2c|`` more
-if the key's bit differs from the majority's. So
+If ``c`` of a group's ``G`` queries have a bit set, a key's bit adds ``G - c`` to the distance if it
+is set and ``c`` if not. That is ``min(c, G - c)`` in either case, plus ``|G - 2c|`` if the key's
+bit differs from the majority's. So
 
     sum_g ham_g = base + sum_j 2^j * popcount((key ^ majority) & plane_j) * (1 if G is odd else 2)
 
-with ``plane_j`` the j-th binary digit of the weights ``|G - 2c|`` (halved when ``G`` is even, which
-makes them even). Four queries cost two popcounts a word instead of four, eight cost three.
+where ``plane_j`` holds the j-th binary digit of the weights ``|G - 2c|`` (halved if ``G`` is even,
+since they are then even). Four queries take two popcounts per word instead of four, eight take
+three.
 """
 
 from collections.abc import Callable
@@ -33,8 +34,8 @@ from topkbench.kernels.intrinsics import (
 from topkbench.kernels.rows import clipped
 from topkbench.kernels.shapes import count_dtype
 
-# Tokens in one piece of work: the scores of a block stay in the first-level cache until they are
-# narrowed, or weighed by the norms.
+# Tokens per task: the scores of a block stay in the first-level cache until they are narrowed, or
+# weighted by the norms.
 _BLOCK = 4096
 
 
@@ -60,7 +61,7 @@ def hamming_score(
     if key_norms is not None:
         norms, norm_strides = key_norms.data_ptr(), key_norms.stride()
     num_planes = (group if group % 2 else group // 2).bit_length()
-    # The majority code and base of each head, and its planes, filled in by the kernel.
+    # The base, majority code and planes of each head, written by the kernel.
     tables = torch.empty(batch_size * num_heads, 2 + words * (1 + num_planes), dtype=torch.int32)
     sizes = (batch_size, num_heads, group, num_slots, words, num_planes)
     _score(
@@ -165,7 +166,7 @@ def _set_bit(table: int, index: int, bit: int) -> None:
 
 
 def _specialised(pairs: int, num_planes: int) -> Callable[..., None]:
-    """Compile the scoring loop for so many 64-bit words and planes, both unrolled by LLVM."""
+    """Compile the scoring loop for fixed numbers of 64-bit words and planes, unrolled by LLVM."""
     score_keys = weighed_distances(pairs, num_planes)
 
     @njit(nogil=True)
@@ -226,9 +227,9 @@ def _score_block(
     words: int,
     num_planes: int,
 ) -> None:
-    """Write the int32 scores of ``count`` keys from the address ``keys`` on."""
+    """Write the int32 scores of ``count`` keys, starting at the address ``keys``."""
     best = group * 32 * words - 2 * load_int32(table, 0)
-    # The distance counts twice in the score, and weights were halved when the group is even.
+    # The distance counts twice in the score, and weights are halved if the group is even.
     double = 2 - group % 2
     case = 10 * words + num_planes
     if case == 21:

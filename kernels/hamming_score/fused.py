@@ -1,14 +1,14 @@
-"""hamming_score in Triton: one pass over the codes, as wide as the memory reads them.
+"""hamming_score in Triton: one pass over the codes, in reads of 16 bytes.
 
-Scoring a key against each of ``G`` queries would count bits ``G`` times a word. Where ``c`` of the
-queries have a bit set, a key's bit adds ``min(c, G - c)`` to the distance whatever it is, and
-``|G - 2c|`` more if it differs from the majority's, so
+Scoring a key against each of ``G`` queries would count bits ``G`` times per word. If ``c`` of the
+queries have a bit set, a key's bit adds ``min(c, G - c)`` to the distance in either case, plus
+``|G - 2c|`` if it differs from the majority's, so
 
     sum_g ham_g = base + unit * sum_j 2^j * popcount((key ^ majority) & plane_j)
 
 where ``plane_j`` holds the j-th binary digit of the weights ``|G - 2c| / unit``, and ``unit`` is 2
-for an even ``G``, whose weights are even, else 1. Four queries cost two counts a word, sixteen cost
-four. Every program works the planes out for itself, from the few words of its head's queries.
+for an even ``G``, whose weights are even, else 1. Four queries take two counts per word, sixteen
+take four. Every program computes the planes itself, from the few words of its head's queries.
 """
 
 import math
@@ -21,7 +21,7 @@ from torch import Tensor
 from topkbench.kernels.shapes import count_dtype
 from topkbench.kernels.tiles import on_device_of, popcount, valid_range
 
-# Words of keys in one program: 16 KiB, 128 bytes to each of 128 threads.
+# Words of keys per program: 16 KiB, 128 bytes for each of 128 threads.
 _TILE_WORDS = 4096
 
 
@@ -58,7 +58,7 @@ def hamming_score(
 @triton.jit(
     do_not_specialize=(
         "num_slots",
-        # These grow with a cache's room; what they promise of alignment, ALIGNED says.
+        # These grow with the cache's capacity; ALIGNED promises their alignment instead.
         "key_batch_stride",
         "key_head_stride",
         "norm_batch_stride",
@@ -95,7 +95,7 @@ def _score(
     valid = (slots >= start) & (slots < end)
     offsets = slots.to(tl.int64)
     words = tl.arange(0, PADDED_WORDS)
-    # With the last strides written out and this promise, LLVM may read 16 bytes at a time.
+    # With the last strides as constants and this promise, LLVM may read 16 bytes at a time.
     first = tl.multiple_of(batch * key_batch_stride + head * key_head_stride, ALIGNED)
     keys = tl.load(
         key_codes + first + offsets[:, None] * SLOT_STRIDE + words[None, :] * WORD_STRIDE,
@@ -103,7 +103,7 @@ def _score(
         other=0,
     )
 
-    # How many queries have each bit set: [PADDED_WORDS, 32]. A word that pads is 0 in every code.
+    # Number of queries that have each bit set: [PADDED_WORDS, 32]. Padding words are 0.
     bits = tl.arange(0, 32)[None, :]
     ones = tl.zeros([PADDED_WORDS, 32], tl.int32)
     for query in tl.static_range(GROUP):
@@ -139,6 +139,6 @@ def _score(
         )
         if WORDS == PADDED_WORDS:  # multiplying by a power of two's reciprocal is exact
             share = scores.to(tl.float32) * (1.0 / (32 * WORDS))
-        else:  # as IEEE says, not by the GPU's faster approximation: ties must stay ties
+        else:  # IEEE division, not the GPU's faster approximation: ties must stay ties
             share = tl.div_rn(scores.to(tl.float32), tl.full([TILE], 32 * WORDS, tl.float32))
         tl.store(place, tl.where(valid, share * norms, float("-inf")), mask=slots < num_slots)

@@ -17,7 +17,7 @@ def hamming_score(
     _, _, group, words = query_codes.shape
     num_slots = key_codes.shape[2]
     rbit = 32 * words
-    # One query at a time: the [B, Hkv, G, n, W] product of all would be the largest tensor here.
+    # One query at a time: the [B, Hkv, G, n, W] result for all would be the largest tensor here.
     distance = torch.zeros(key_codes.shape[:3], dtype=torch.int32, device=key_codes.device)
     for query in range(group):
         distance += _popcount(query_codes[:, :, query, None] ^ key_codes).sum(-1).int()
@@ -31,7 +31,7 @@ def hamming_score(
 
 def _popcount(words: Tensor) -> Tensor:
     """Count the set bits of each int32 by adding neighbours of 1, 2, 4, 8 and 16 bits."""
-    # int64 and a mask, because >> on int32 repeats the sign.
+    # int64 and a mask, because >> on int32 extends the sign.
     count = words.long() & 0xFFFFFFFF
     count = (count & 0x55555555) + (count >> 1 & 0x55555555)
     count = (count & 0x33333333) + (count >> 2 & 0x33333333)

@@ -1,4 +1,4 @@
-"""Hash codes of keys and queries: the sign bits of a projection, 32 to a word."""
+"""Hash codes of keys and queries: the sign bits of a projection, 32 per word."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ def hash_encode(states: Tensor, hash_weight: Tensor, impl: Impl = "auto") -> Ten
     """Encode states as the signs of their projections.
 
     Bit ``j`` of word ``w`` is ``(states @ hash_weight)[32 * w + j] > 0``, accumulated in float32.
-    Another order of summation may turn a bit whose projection is zero up to rounding.
+    Another order of summation may flip a bit whose projection is zero up to rounding.
 
     Args:
         states: ``[B, Hkv, n, d]`` keys, or ``[B, Hkv, G, d]`` queries; any floating dtype.
@@ -57,11 +57,11 @@ def encode_step(
     key_norms: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Encode a decode step's queries and write its new key's code, and norm, into the cache.
+    """Encode a decode step's queries, and write its new key's code and norm into the cache.
 
-    The key is the last one that ``kv_len`` counts: it belongs to slot ``kv_len[b] - 1`` of row
-    ``b``. ``cpu`` and ``triton`` do all of it in one kernel; nothing is read back to the host.
-    Without a query, ``G = 0``, it is the append alone.
+    The new key belongs to slot ``kv_len[b] - 1`` of row ``b``, so ``kv_len`` already counts it.
+    ``cpu`` and ``triton`` do everything in one kernel; nothing is read back to the host. With no
+    query, ``G = 0``, only the key is appended.
 
     Args:
         query_states: ``[B, Hkv, G, d]``.

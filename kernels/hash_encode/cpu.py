@@ -20,9 +20,9 @@ from topkbench.kernels.intrinsics import (
 )
 from topkbench.kernels.rows import widen
 
-# Up to so many states a head, the fused kernel beats a matrix product and its reshaping.
+# Up to this many states per head the fused kernel is faster than a matrix product and reshaping.
 _FEW = 16
-# Projections held at a time, in float32 elements: 32 MiB.
+# Projections in memory at a time, in float32 elements: 32 MiB.
 _CHUNK = 2**23
 
 
@@ -83,7 +83,7 @@ def encode_step(
 
 
 def _readable(states: Tensor) -> Tensor:
-    """Return a decode step's states as the kernels read them: bfloat16 or float32, without gaps."""
+    """Return a decode step's states in the form of the kernels: contiguous bfloat16 or float32."""
     return (states if states.dtype == torch.bfloat16 else states.float()).contiguous()
 
 
@@ -113,7 +113,7 @@ def _encode_few(
     codes: int,
     sizes: tuple[int, int, int, int, int],
 ) -> None:
-    """Project and pack a few states of each head; ``rows`` has room for one of each in float32."""
+    """Project and pack a few states per head; ``rows`` is float32 scratch memory for one each."""
     batch_size, num_heads, num_states, head_dim, rbit = sizes
     for task in prange(batch_size * num_heads):
         head_weight = weight + 4 * (task % num_heads) * head_dim * rbit
@@ -141,7 +141,7 @@ def _encode_step(
     sizes: tuple[int, int, int, int, int],
     capacity: int,
 ) -> None:
-    """Project and pack the queries and the new key of each head, and measure the key."""
+    """Project and pack the queries and the new key of each head, and store the key's norm."""
     batch_size, num_heads, group, head_dim, rbit = sizes
     for task in prange(batch_size * num_heads):
         batch, head = task // num_heads, task % num_heads
@@ -152,7 +152,7 @@ def _encode_step(
             code = codes + place * rbit // 8
             _encode_row(row, head_weight, code, head_dim, rbit)
         slot = np.int64(load_int32(kv_len, batch)) - 1
-        if slot < 0 or slot >= capacity:  # no place of this row: nothing is written
+        if slot < 0 or slot >= capacity:  # no such slot: nothing is written
             continue
         key = _row(keys, task, head_dim, narrow_keys, rows + 4 * task * head_dim)
         place = batch * code_strides[0] + head * code_strides[1] + slot * code_strides[2]
@@ -167,7 +167,7 @@ def _encode_step(
 
 @njit(nogil=True)
 def _row(states: int, place: int, head_dim: int, narrow: bool, wide: int) -> int:
-    """Return the address of one state as float32; ``wide`` has room for it."""
+    """Return the address of one state as float32; ``wide`` is scratch memory for it."""
     if narrow:
         return widen(states + 2 * place * head_dim, head_dim, wide)
     return states + 4 * place * head_dim

@@ -1,8 +1,8 @@
 """hash_encode in Triton: projection, signs and packing in one kernel, which may write the cache.
 
 A decode step hashes a few queries and one new key with the same weight. ``encode_step`` puts them
-into one tile, so that the weight is read once, and writes the key's code and norm where they
-belong; the slot is read from the device, so that a recorded step serves every length.
+into one tile, so that the weight is read once, and writes the key's code and norm into the cache.
+The slot is read on the device, so that a step captured in a CUDA graph works for every length.
 """
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from topkbench.kernels.tiles import check_readable, on_device_of, padded, product_dtype
 
-# States, bits and channels in one product, for a prompt. A decode step has few states, and one
-# word to a program, to occupy as much of the GPU as it can.
+# States, bits and channels per matrix product, for a prompt. In a decode step, which has few
+# states, each program computes one word, to occupy as much of the GPU as possible.
 _STATES, _BITS, _CHANNELS = 64, 64, 32
 
 
@@ -60,7 +60,7 @@ def _launch(
     key_norms: Tensor | None = None,
     kv_len: Tensor | None = None,
 ) -> None:
-    """Encode the states into ``codes`` and, where given, the newest key into the cache."""
+    """Encode the states into ``codes`` and, if given, the newest key into the cache."""
     batch_size, num_heads, num_states, head_dim = states.shape
     rbit = hash_weight.shape[2]
     num_rows = num_states if key_states is None else num_states + 1
@@ -94,7 +94,7 @@ def _launch(
     do_not_specialize=(
         "num_states",
         "capacity",
-        # These grow with a cache's room.
+        # These grow with the cache's capacity.
         "code_batch_stride",
         "code_head_stride",
         "norm_batch_stride",
@@ -139,7 +139,7 @@ def _encode(
     """Encode a tile of a head's states; the new key, if any, is the state after the last."""
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // num_heads, row % num_heads
-    # Programs that share states follow each other, so that these come from the second-level cache.
+    # Programs that share states are adjacent, so that they read these from the second-level cache.
     chunks: tl.constexpr = WORDS * 32 // BITS
     state = tl.program_id(0) // chunks * TILE + tl.arange(0, TILE)
     first_bit = tl.program_id(0) % chunks * BITS
@@ -197,7 +197,7 @@ def _encode(
         )
         if key_norms is not None:
             head_norms = key_norms + batch * norm_batch_stride + head * norm_head_stride
-            if first_bit == 0:  # one program of those that share the key
+            if first_bit == 0:  # only one of the programs that share the key
                 tl.store(
                     head_norms + slots * norm_slot_stride, tl.sqrt_rn(squares), mask=is_written
                 )

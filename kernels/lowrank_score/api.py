@@ -16,7 +16,7 @@ def lowrank_score(
     """Score each key by its dot product with each query, accumulated in float32.
 
     Args:
-        query: ``[B, Hkv, G, r]``, ``r`` channels: all of them for the exact logits.
+        query: ``[B, Hkv, G, r]``; with all channels the scores are the exact logits.
         keys: ``[B, Hkv, n, r]``; may be a strided view of a larger cache.
         kv_start: ``[B]`` int32 first valid slot of each row, or None for 0.
         kv_len: ``[B]`` int32 end of each row's valid slots, or None for ``n``.

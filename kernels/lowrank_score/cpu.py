@@ -8,8 +8,8 @@ from topkbench.kernels.addresses import bound_address, check_cache
 from topkbench.kernels.compiled import entry_point
 from topkbench.kernels.rows import score_span, scored_span, span_work
 
-# Tokens in one piece of work: small enough to occupy all cores at batch 1, large enough that
-# handing it out costs nothing.
+# Tokens per task: few enough to occupy all cores at batch size 1, many enough that scheduling
+# takes no noticeable time.
 _BLOCK = 512
 
 

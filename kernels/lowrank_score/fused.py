@@ -13,8 +13,8 @@ from topkbench.kernels.tiles import (
     valid_range,
 )
 
-# Keys and channels in one product: of 16-bit numbers, for the matrix units; of float32 ones, which
-# stand in registers and would not all fit there.
+# Keys and channels per matrix product: for 16-bit numbers, in the matrix units; for float32, which
+# are kept in registers and would not all fit.
 _NARROW, _FLOAT32 = (128, 64), (64, 32)
 
 

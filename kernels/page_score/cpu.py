@@ -13,7 +13,7 @@ from topkbench.kernels.addresses import bound_address, check_cache
 from topkbench.kernels.compiled import entry_point
 from topkbench.kernels.rows import score_span, scored_span, span_work
 
-# Pages in one piece of work.
+# Pages per task.
 _BLOCK = 256
 
 

@@ -18,8 +18,8 @@ from topkbench.kernels.tiles import (
     valid_range,
 )
 
-# Pages in one product, and channels: of 16-bit numbers, for the matrix units; of float32 ones,
-# which stand in registers and would not all fit there.
+# Pages per matrix product, and channels: for 16-bit numbers, in the matrix units; for float32,
+# which are kept in registers and would not all fit.
 _PAGES, _CHANNELS, _FLOAT32_CHANNELS = 64, 128, 32
 
 

@@ -29,9 +29,9 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attend from one query per head to the selected slots of the cache.
 
-    With ``unit_size == 1`` an index is a cache slot. Otherwise unit ``u`` of row ``b`` stands for
-    slots ``kv_start[b] + u * unit_size`` onward, so a left-padded row has the pages of an unpadded
-    one. Slots outside the valid range and negative indices are skipped.
+    With ``unit_size == 1`` an index is a cache slot. Otherwise unit ``u`` of row ``b`` begins at
+    slot ``kv_start[b] + u * unit_size``, so that a left-padded row has the same pages as an
+    unpadded one. Slots outside the valid range and negative indices are skipped.
 
     Args:
         query_states: ``[B, Hq, d]``.
@@ -40,12 +40,12 @@ def sparse_attention(
         indices: ``[B, H, m]`` int32, ``H`` being ``Hkv`` (one selection for a group) or ``Hq``;
             query head ``h`` belongs to KV head ``h // (Hq // Hkv)``.
         scale: Factor on the dot products, before ``softcap`` and ``log_weight``.
-        count: ``[B, H]`` int32, how many leading entries of ``indices`` to read, or None for all.
+        count: ``[B, H]`` int32, number of leading entries of ``indices`` to use, or None for all.
         log_weight: ``[B, Hq, m]`` float32 added to the logits of a unit's tokens, or None.
         unit_size: Tokens in a unit, at least 1.
         kv_start: ``[B]`` int32 first valid slot of each row, or None for 0.
         kv_len: ``[B]`` int32 end of each row's valid slots, or None for ``n``.
-        softcap: Logits become ``softcap * tanh(logits / softcap)``; None leaves them.
+        softcap: Logits become ``softcap * tanh(logits / softcap)``; None for no cap.
         impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; never falls back.
 
     Returns:

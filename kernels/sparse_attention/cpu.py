@@ -1,9 +1,9 @@
 """sparse_attention on a CPU: one fused pass over the selected rows of the cache.
 
-Work is split over index heads and, where these do not occupy all cores, over parts of a head's
+Work is split over index heads and, if these do not occupy all cores, over parts of a head's
 selection. Each part keeps a running maximum, denominator and weighted sum (online softmax); parts
-are merged by their log-sum-exp. Rows are read where they lie, once for all queries that share them,
-with the next ones prefetched: the selection jumps through memory, so no hardware prefetcher helps.
+are merged by their log-sum-exp. Rows are read in place, once for all queries that share them, and
+the next ones are prefetched, since no hardware prefetcher can follow the selection.
 """
 
 import math
@@ -28,9 +28,9 @@ from topkbench.kernels.intrinsics import (
 from topkbench.kernels.rows import add_rows, clipped, score_rows, widen
 from topkbench.kernels.softmax import exp, larger, largest, scale_and_cap, total
 
-# Tokens whose logits are held before they enter the sum: their values stay in the first cache.
+# Tokens whose logits are computed before they enter the sum; their values stay in the first cache.
 _TILE = 32
-# Fewer tokens than this are not worth a part of their own.
+# Least number of tokens per part.
 _PART = 128
 _LOWEST, _TINY = np.finfo(np.float32).min, np.finfo(np.float32).tiny
 
@@ -61,8 +61,8 @@ def sparse_attention(
 
     out = torch.empty(batch_size, num_heads, head_dim, dtype=query.dtype)
     lse = torch.empty(batch_size, num_heads)
-    # For each part: sums, maxima, denominators, a tile's logits and the addresses of its rows (two
-    # tiles' of keys), the queries as float32, then the tokens' slots and entries.
+    # For each part: sums, maxima, denominators, a tile's logits and the addresses of its rows (keys
+    # of two tiles), the queries as float32, then the tokens' slots and entries.
     tokens = -(-num_units // parts) * unit_size
     part_size = group * (2 * head_dim + 2 + _TILE) + 2 * 3 * _TILE + 2 * tokens
     part_size += part_size % 2
@@ -82,12 +82,12 @@ def sparse_attention(
 
 
 def _num_parts(num_tasks: int, num_tokens: int) -> int:
-    """Say into how many parts to cut each head's selection, so that all cores have work."""
+    """Return the number of parts of each head's selection, so that all cores have work."""
     threads = torch.get_num_threads()
     if num_tasks == 0 or num_tasks % threads == 0 or num_tasks >= 4 * threads:
         return 1
-    wanted = -(-4 * threads // num_tasks)
-    return max(1, min(wanted, num_tokens // _PART))
+    parts = -(-4 * threads // num_tasks)
+    return max(1, min(parts, num_tokens // _PART))
 
 
 @entry_point
@@ -218,8 +218,8 @@ def _attend_part(
         if place + _TILE < tokens:
             later = key_rows + (8 * _TILE - half)
             _fill_rows(later, keys, key_bytes, slots, place + _TILE, tokens)
-        # The selection jumps through memory, so no hardware prefetcher helps: a tile's values are
-        # asked for while its keys are scored, and so are the next tile's keys.
+        # No hardware prefetcher can follow the selection: a tile's values and the next tile's keys
+        # are prefetched while its keys are scored.
         for first in range(0, filled, LANES):
             score_rows(
                 query, now + 8 * first, head_dim, group, narrow, logits + 4 * first, _TILE, 0, 0,
@@ -236,7 +236,7 @@ def _attend_part(
 
 @njit(nogil=True)
 def _fill_rows(rows: int, states: int, row_bytes: int, slots: int, place: int, tokens: int) -> None:
-    """Write the addresses of a tile's rows; the last one is repeated behind the last token."""
+    """Write the addresses of a tile's rows; after the last token its row is repeated."""
     for lane in range(_TILE):
         slot = np.int64(load_int32(slots, min(place + lane, tokens - 1)))
         store_int64(rows, lane, states + row_bytes * slot)
@@ -264,7 +264,7 @@ def _soften(
             store_float32(logits, place, load_float32(logits, place) + weight)
     old = load_float32(maximum, 0)
     new = larger(old, largest(logits, filled))
-    if new == np.float32(-np.inf):  # log weights of -inf: nothing counts yet
+    if new == np.float32(-np.inf):  # all log weights so far are -inf
         for place in range(filled):
             store_float32(logits, place, zero)
         return
@@ -290,19 +290,19 @@ def _merge(
     head_dim: int,
     narrow: bool,
 ) -> None:
-    """Merge the parts of one index head, into those of the first, and write its outputs."""
+    """Merge the parts of one index head into its first part, and write its outputs."""
     for g in range(group):
         maximum = np.float32(-np.inf)
         for part in range(parts):
             base = work + 4 * part * part_size
             maximum = max(maximum, load_float32(base, group * head_dim + g))
-        level = max(maximum, _LOWEST)  # finite: where nothing counts, all shares are then 0
+        level = max(maximum, _LOWEST)  # finite, so that all shares are 0 if nothing is selected
         denominator = np.float32(0.0)
         for part in range(parts):
             base = work + 4 * part * part_size
             share = exp(load_float32(base, group * head_dim + g) - level)
             denominator += share * load_float32(base, group * (head_dim + 1) + g)
-        if denominator < _TINY:  # and NaN stays NaN
+        if denominator < _TINY:  # false for NaN, which stays
             denominator = _TINY
         for part in range(parts):
             base = work + 4 * part * part_size

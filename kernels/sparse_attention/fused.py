@@ -1,10 +1,10 @@
-"""sparse_attention in Triton: the gather inside split-K attention.
+"""sparse_attention in Triton: split-K attention that gathers keys and values itself.
 
-One program takes a part of an index head's selection. It reads keys and values where they lie, once
-for all the queries that share them, which stand in one tile of at least 16 rows; it keeps a running
+One program processes a part of an index head's selection. It reads keys and values in place, once
+for all the queries that share them, which form one tile of at least 16 rows, and keeps a running
 maximum, denominator and weighted sum (online softmax). A second kernel merges the parts by their
-log-sum-exp. The parts are cut out of what ``count`` says is there, on the device: nothing about the
-lengths is known on the host.
+log-sum-exp. The selection, of the length in ``count``, is divided into parts on the device: the
+host never knows the lengths.
 """
 
 import torch
@@ -23,7 +23,7 @@ from topkbench.kernels.tiles import (
 
 # Programs that occupy a large GPU: about four on each of its multiprocessors.
 _PROGRAMS = 512
-# Fewer tokens than this are not worth a part of their own.
+# Least number of tokens per part.
 _PART = 128
 _MOST_PARTS = 128
 
@@ -79,9 +79,9 @@ def sparse_attention(
 
 
 def _num_parts(num_rows: int, num_tokens: int) -> int:
-    """Say into how many parts to cut each selection, so that the GPU is occupied."""
-    wanted = -(-_PROGRAMS // num_rows)
-    return max(1, min(wanted, -(-num_tokens // _PART), _MOST_PARTS))
+    """Return the number of parts of each selection, so that the GPU is occupied."""
+    parts = -(-_PROGRAMS // num_rows)
+    return max(1, min(parts, -(-num_tokens // _PART), _MOST_PARTS))
 
 
 def _tile(padded_dim: int, dtype: torch.dtype) -> int:
@@ -200,7 +200,7 @@ def _attend_part(
         logits = tl.where(kept[None, :], logits, float("-inf"))
 
         raised = tl.maximum(maximum, tl.max(logits, axis=1))
-        # While nothing counts the maximum is -inf, and subtracting it would give NaN.
+        # Until a token counts, the maximum is -inf, and subtracting it would give NaN.
         shift = tl.where(raised == float("-inf"), 0.0, raised)
         weights = tl.exp(logits - shift[:, None])
         shrink = tl.exp(maximum - shift)

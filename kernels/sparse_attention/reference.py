@@ -32,7 +32,7 @@ def sparse_attention(
         entries = torch.arange(units.shape[2], device=device)
         kept &= entries < count.repeat_interleave(repeats, dim=1)[..., None]
 
-    # The slots of each unit, laid out as [B, Hq, m * unit_size].
+    # The slots of all units: [B, Hq, m * unit_size].
     zero = torch.zeros(batch_size, dtype=torch.int32, device=device)
     start = (zero if kv_start is None else kv_start).clamp(min=0)[:, None, None]
     end = (zero + num_slots if kv_len is None else kv_len).clamp(max=num_slots)[:, None, None]
@@ -40,12 +40,12 @@ def sparse_attention(
     slots = slots.flatten(-2) + (start if unit_size > 1 else 0)
     kept = kept.repeat_interleave(unit_size, dim=-1) & (slots >= start) & (slots < end)
     gather = slots.where(kept, 0)[..., None].expand(-1, -1, -1, head_dim)
-    if num_slots == 0:  # nothing to gather from, and nothing kept
+    if num_slots == 0:  # an empty cache
         gather = gather[:, :, :0]
         kept = kept[:, :, :0]
 
     def chosen(states: Tensor) -> Tensor:
-        """Gather from each query head's states, without a copy of them for each."""
+        """Gather the selected states of each query head, without a copy of all states for each."""
         shared = states[:, :, None].expand(-1, -1, group, -1, -1)
         return shared.gather(3, gather.unflatten(1, (-1, group))).flatten(1, 2).to(wide)
 

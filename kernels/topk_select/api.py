@@ -1,4 +1,4 @@
-"""The k best units of each head, ties to the lower index, sinks and recent ones forced in."""
+"""The k best units of each head; ties go to the lower index, sinks and recent units are forced."""
 
 import torch
 from torch import Tensor
@@ -18,15 +18,15 @@ def topk_select(
 ) -> Tensor:
     """Select the ``k`` highest scores of each head; among equal scores the lower index wins.
 
-    The first ``num_sink`` and last ``num_recent`` units of a row's valid range are kept whatever
-    they score, inside ``k``. A score of -inf, or of an integer dtype's lowest value, marks a unit
-    that is not there: it is never chosen, unless it is forced.
+    The first ``num_sink`` and last ``num_recent`` units of a row's valid range are selected
+    whatever they score, and count towards ``k``. A score of -inf, or an integer dtype's lowest
+    value, marks an absent unit, which is never selected unless it is forced.
 
     Args:
         scores: ``[B, H, U]`` float32, bfloat16, float16, float64, int16 or int32, without NaN.
-        k: How many units to keep per head, at least 1.
-        num_sink: Units kept from ``kv_start`` on.
-        num_recent: Units kept back from ``kv_len``.
+        k: Number of units to select per head, at least 1.
+        num_sink: Units forced at the start of the valid range.
+        num_recent: Units forced at its end.
         kv_start: ``[B]`` int32 first valid unit of each row, or None for 0.
         kv_len: ``[B]`` int32 end of each row's valid units, or None for ``U``.
         impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; never falls back.

@@ -1,10 +1,11 @@
 """topk_select on a CPU, without sorting, sixteen units at a time.
 
-The threshold, the k-th largest score, is found by halving the range of scores and counting how many
-reach its middle. Counting all units so often would be slow, so candidates are found first: of every
-sixteen units one is the largest, and the k-th largest of these maxima is no higher than the
-threshold. What reaches it is collected, a few times k, and the threshold is sought among that. A
-last pass emits, in ascending order, everything above it and as many equal to it as are left.
+The threshold, the k-th largest score, is found by bisection: the range of scores is halved
+repeatedly, each time counting how many scores reach its middle. To avoid counting all units each
+time, candidates are found first: the k-th largest of the maxima of every sixteen units is at most
+the threshold, so all units that reach it, a few times k, are collected, and the threshold is
+searched among them. A last pass writes, in ascending order, all units above the threshold and as
+many equal to it as are left.
 """
 
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def topk_select(
     out = torch.empty(batch_size, num_heads, kept, dtype=torch.int32)
     start, _start = bound_address(kv_start)
     end, _end = bound_address(kv_len)
-    # For each head: maxima, candidates and their units, both up to a whole vector.
+    # For each head: maxima, candidates and their units, the last two padded to a whole vector.
     room = num_units + LANES
     work = torch.empty(batch_size * num_heads, 3 * room, dtype=torch.int32)
     kind = {torch.int16: 0, torch.int32: 1, torch.float32: 2}[scores.dtype]
@@ -82,15 +83,15 @@ def _as_int32(key: int) -> Any:
 
 @njit(nogil=True)
 def _as_float32(key: int) -> Any:
-    """Return the float32 that stands at a place in the order of all of them; 0 is 0.0."""
+    """Return the float32 at a position in the order of all float32; position 0 is 0.0."""
     bits = np.int32(key)
     return bits_float(bits if bits >= 0 else np.int32(bits ^ np.int32(2**31 - 1)))
 
 
-_FLOAT_KEYS = 0x7F800000  # infinity's place in that order
+_FLOAT_KEYS = 0x7F800000  # infinity's position in that order
 
-# Of each kind: what makes a score of a key, the keys of the lowest score that is there and of the
-# highest, how one score is loaded and stored, the kind of a candidate, and the mark of no score.
+# For each kind: the function from key to score, the keys of the lowest present score and of the
+# highest, the functions that load and store a score, and the kind of a candidate.
 _KINDS: dict[Kind, tuple[Any, ...]] = {
     "int16": (_as_int16, 1 - 2**15, 2**15 - 1, load_int16, store_int32, "int32"),
     "int32": (_as_int32, 1 - 2**31, 2**31 - 1, load_int32, store_int32, "int32"),
@@ -130,7 +131,7 @@ _threshold = {kind: _seeker(kind) for kind in _KINDS}
 
 
 def _chooser(kind: Kind) -> Callable[..., int]:
-    """Compile the choice among scores of one kind."""
+    """Compile the selection among scores of one kind."""
     as_kind, lowest, _, load, store, found_kind = _KINDS[kind]
     as_found, lowest_found, *_ = _KINDS[found_kind]
     item = 2 if kind == "int16" else 4
@@ -168,7 +169,7 @@ def _chooser(kind: Kind) -> Callable[..., int]:
                 store(candidates, found, as_found(0) + score)
                 store_int32(units, found, np.int32(place))
                 found += 1
-        # Up to a whole vector, lower than any threshold.
+        # Pad to a whole vector with a value below any threshold.
         for place in range(found, found + LANES):
             store(candidates, place, as_found(lowest_found - 1))
 
@@ -219,7 +220,7 @@ def _select(
         chosen = out + 4 * task * kept
         own_work = work + 4 * task * 3 * room
         row = scores + (2 if kind == 0 else 4) * (batch * strides[0] + head * strides[1])
-        # Units before `middle` and from `late` on are forced; api allows k at most.
+        # Units before `middle` and from `late` on are forced; the api allows at most k of them.
         middle = min(first + num_sink, last)
         late = max(middle, last - num_recent)
         done = 0

@@ -1,13 +1,13 @@
 """topk_select in Triton, without sorting: a radix threshold, then compaction in index order.
 
-Scores become uint32 keys of the same order, 0 for a unit that is not there. Four passes find the
-key of the last unit to be chosen, eight bits each from the top: a pass counts, over tiles of units
-in as many programs, the next digit of the keys that share the digits found so far; each program of
-the following pass reads the row's 256 counts and finds the digit for itself, which costs less than
-a kernel of its own. Of the units that equal the threshold as many are taken as are left, lowest
-first: tiles count what they hold above it and at it, and each then writes its units behind those of
-the tiles before it. Forced units are counted as chosen from the start. Adding up integers is the
-same in any order, so the atomic additions leave nothing to chance.
+Scores become uint32 keys of the same order, 0 for an absent unit. Four passes find the threshold,
+the key of the last selected unit, eight bits (a digit) each from the top. In each pass, one program
+per tile of units counts the next digit of the keys that share the digits found so far. Each program
+of the following pass reads the row's 256 counts and finds the digit itself, which takes less time
+than a separate kernel. Of the units equal to the threshold, as many are selected as are left,
+lowest index first: tiles count their units above and at the threshold, and each then writes its
+selected units after those of the tiles before it. Forced units count as selected from the start.
+The atomic additions are deterministic, since integers are added.
 """
 
 import torch
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from topkbench.kernels.tiles import check_readable, on_device_of, valid_range
 
-# Units in one program: few enough to occupy the GPU with one sequence's heads, many enough that
-# adding up its 256 counts is little beside reading them.
+# Units per program: few enough to occupy the GPU with one sequence's heads, many enough that adding
+# its 256 counts takes little time compared with reading them.
 _TILE = 2048
-# What changes from step to step: the strides too, of scores that have no room to spare.
+# Arguments that change from step to step, including the strides of scores without spare capacity.
 _GROWING = ("batch_stride", "head_stride", "num_units", "kept", "num_sink", "num_recent")
 
 
@@ -37,15 +37,15 @@ def topk_select(
         check_readable("scores", scores)
     batch_size, num_heads, num_units = scores.shape
     kept, rows, device = min(k, num_units), batch_size * num_heads, scores.device
-    # Rows that are short keep the -1.
+    # Short rows keep the -1.
     out = torch.full((batch_size, num_heads, kept), -1, dtype=torch.int32, device=device)
     if out.numel() == 0:
         return out
     tiles = triton.cdiv(num_units, _TILE)
     histograms = torch.zeros(rows, 4, 256, dtype=torch.int32, device=device)
-    # Before each pass: the digits found so far, and how many units are still to be chosen.
+    # Before each pass: the digits found so far, and the number of units still to be selected.
     states = torch.empty(rows, 4, 2, dtype=torch.int32, device=device)
-    # In each tile: the units that are chosen whatever ties do, and those at the threshold.
+    # For each tile: the units selected independently of ties, and those at the threshold.
     counts = torch.empty(rows, 2, tiles, dtype=torch.int32, device=device)
     where = (kv_start, kv_len, *scores.stride(), num_heads, num_units, kept, num_sink, num_recent)
     grid = (tiles, rows)
@@ -74,7 +74,7 @@ def _split(
 
 @triton.jit
 def _ordered_keys(pointers: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """Read scores as uint32 keys of the same order; absent units, and those masked out, are 0."""
+    """Load scores as uint32 keys of the same order; absent and masked units are 0."""
     values = tl.load(pointers, mask=mask, other=0)
     if values.dtype == tl.int32:
         keys = values.to(tl.uint32, bitcast=True) ^ 0x80000000
@@ -93,10 +93,10 @@ def _ordered_keys(pointers: tl.tensor, mask: tl.tensor) -> tl.tensor:
 def _after(
     histograms: tl.tensor, states: tl.tensor, place: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the digits up to and with a pass's own, and how many units with just them to choose.
+    """Return the threshold's digits after a pass, and the units with these digits left to select.
 
-    The digit sought is the smallest with fewer larger ones than are still to be chosen; there is
-    none when nothing is, and then the largest keeps everything out.
+    The pass's digit is the smallest one for which fewer units have a larger digit than are still to
+    be selected. If none are left to select there is no such digit, and 255 excludes all units.
     """
     prefix = tl.load(states + 2 * place).to(tl.uint32, bitcast=True)
     remaining = tl.load(states + 2 * place + 1)
@@ -126,7 +126,7 @@ def _count_digits(
     DIGIT: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Count the keys' digit number DIGIT, from the top, among those with the digits before it."""
+    """Count digit number DIGIT, from the top, of the keys that share the digits found before it."""
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = row // num_heads, row % num_heads
     start, middle, late, end = _split(kv_start, kv_len, batch, num_units, num_sink, num_recent)
@@ -141,7 +141,7 @@ def _count_digits(
         tl.store(states + 2 * place + 1, remaining)
 
     first = tile * TILE
-    if (first < late) & (first + TILE > middle):  # else nothing here to choose from
+    if (first < late) & (first + TILE > middle):  # otherwise the tile has no unit to select from
         units = first + tl.arange(0, TILE)
         free = (units >= middle) & (units < late)
         offsets = batch * batch_stride + head * head_stride + units.to(tl.int64) * unit_stride
@@ -150,7 +150,7 @@ def _count_digits(
         if DIGIT > 0:
             counted = counted & ((keys >> (32 - 8 * DIGIT)) == prefix)
         digit = ((keys >> (24 - 8 * DIGIT)) & 255).to(tl.int32)
-        # Every unit falls into some bin: take those that do not count out of the one they are in.
+        # The histogram counts every unit: subtract those that do not count from their bin, 0.
         digits = tl.arange(0, 256)
         counts = tl.histogram(tl.where(counted, digit, 0), 256)
         left_out = TILE - tl.sum(counted.to(tl.int32), axis=0)
@@ -169,7 +169,7 @@ def _chosen(
     end: tl.tensor,
     unit_stride: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Mark the units that are forced or above the threshold, and those at it."""
+    """Return masks of the units that are forced or above the threshold, and of those at it."""
     free = (units >= middle) & (units < late)
     forced = (units >= start) & (units < end) & ((units < middle) | (units >= late))
     keys = _ordered_keys(scores + units.to(tl.int64) * unit_stride, free)
@@ -194,7 +194,7 @@ def _count_chosen(
     num_recent: tl.tensor,
     TILE: tl.constexpr,
 ) -> None:
-    """Count what each tile holds above the threshold, or forced, and at it."""
+    """Count each tile's units that are forced or above the threshold, and those at it."""
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = row // num_heads, row % num_heads
     start, middle, late, end = _split(kv_start, kv_len, batch, num_units, num_sink, num_recent)
@@ -226,7 +226,7 @@ def _write_chosen(
     num_recent: tl.tensor,
     TILE: tl.constexpr,
 ) -> None:
-    """Write each tile's chosen units behind those of the tiles before it."""
+    """Write each tile's selected units after those of the tiles before it."""
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = row // num_heads, row % num_heads
     start, middle, late, end = _split(kv_start, kv_len, batch, num_units, num_sink, num_recent)

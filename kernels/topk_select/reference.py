@@ -28,8 +28,8 @@ def topk_select(
         absent = scores == -torch.inf
     else:
         absent = scores == torch.iinfo(scores.dtype).min
-    # Forced units first, then by score, absent ones last; each sort is stable, so the lower index
-    # comes first among equals.
+    # Forced units first, then by score, absent units last; each sort is stable, so that the lower
+    # index comes first among equals.
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     rank = torch.where(forced[:, None], 0, torch.where(absent | ~valid[:, None], 2, 1))
     by_rank = torch.sort(rank.gather(-1, order), dim=-1, stable=True)

@@ -1,4 +1,4 @@
-"""A sweep as the tiny model leaves it: literal settings, scores drawn once from a fixed seed."""
+"""Sweeps like those of the tiny model: literal settings, scores drawn from a fixed seed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make_row(**changes: Any) -> Row:
 
 
 def loss(method: str, k: int, rbit: int | None) -> float:
-    """Share of right answers lost, roughly as methods lose them on the tiny model."""
+    """Return the fraction of correct answers lost, roughly that of methods on the tiny model."""
     budget = {32: 1.0, 64: 0.6, 128: 0.35, 256: 0.15, 512: 0.05}[k]
     bits = {None: 0.0, 32: 0.7, 64: 0.3, 128: 0.08, 256: 0.03}[rbit]
     base = {"exact": 0.01, "hata": 0.02, "quest": 0.8, "loki": 0.05, "streaming_llm": 1.0}[method]
@@ -65,15 +65,15 @@ def make_cell(
     samples: list[dict[str, Any]] = []
     for subtask, i in itertools.product(SUBTASKS, range(N)):
         shared = np.random.default_rng([SUBTASKS.index(subtask), i]).random()
-        right = shared > HARDNESS[subtask]
+        correct = shared > HARDNESS[subtask]
         if method != "full" and k is not None:
-            right = right and generator.random() > loss(method, k, rbit)
+            correct = correct and generator.random() > loss(method, k, rbit)
         samples.append(
             {
                 "sample_id": f"{subtask}-{i}",
                 "subtask": subtask,
                 "length": 4096,
-                "score": 100.0 if right else 0.0,
+                "score": 100.0 if correct else 0.0,
                 "prediction": "w1",
                 "references": ["w1"],
                 "num_generated": 3,
@@ -159,7 +159,7 @@ def big_sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
 
 @pytest.fixture
 def small_sweep(tmp_path: Path) -> Sweep:
-    """What ``method=hata k=512 -m`` leaves: four bit widths beside full attention."""
+    """The sweep of ``method=hata k=512 -m``: four bit widths, and full attention."""
     sweep = Sweep(tmp_path / "results", "default", "first")
     fill(sweep, ("hata",), (512,), (32, 64, 128, 256))
     return sweep

@@ -1,4 +1,4 @@
-"""Where a method begins to pay, and the most that a whole step can gain: by hand."""
+"""Break-even lengths and bounds on the speed-up of a whole step, checked by hand."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RowMaker = Callable[..., Row]
         ([0.5, 0.7, 0.99], math.inf),
         ([0.5, 2.0, 4.0], 2048.0),  # halfway between 1,024 and 4,096, both axes logarithmic
         ([0.25, 0.5, 2.0], 8192.0),
-        ([2.0, 0.5, 2.0], 8192.0),  # an early win that is lost again does not count
+        ([2.0, 0.5, 2.0], 8192.0),  # being faster only at a shorter length does not count
         ([0.5, 1.0, 2.0], 4096.0),
     ],
 )
@@ -50,7 +50,7 @@ def test_the_crossing_is_interpolated_on_logarithmic_axes(
 def latency_lines(
     row: RowMaker, dtype: str = "float32", width: float | None = 0.1, **columns: Any
 ) -> pd.DataFrame:
-    """Full attention takes 1 ms at 1,024 tokens; the speed-ups are given, and their intervals."""
+    """Full attention takes 1 ms at 1,024 tokens; speed-ups and their intervals are fixed."""
     speedups = {"hata": (0.5, 2.0, 4.0), "loki": (0.2, 0.4, 0.8), "quest": (1.5, 2.0, 3.0)}
     rows = [
         row(
@@ -72,20 +72,20 @@ def latency_lines(
         for place, (method, values) in enumerate([("full", (None,) * 3), *speedups.items()])
         for length, speedup in zip((1024, 4096, 16384), values, strict=True)
     ]
-    return compare(frame(rows)).headline
+    return compare(frame(rows)).overall
 
 
-def test_a_step_is_its_weights_and_its_layers(row: RowMaker) -> None:
+def test_a_step_takes_the_time_of_its_weights_and_its_layers(row: RowMaker) -> None:
     (_, hata), *_ = curves(latency_lines(row))
     size = ModelSize(parameters=1e7, layers=4)
-    # 40 MB at 10 GB/s are 4 ms; four layers of 1, 4 and 16 ms, or a speed-up's share of them.
+    # 40 MB at 10 GB/s take 4 ms; four layers take 1, 4 and 16 ms each, divided by the speed-up.
     assert step_ms(hata, "full_ms", size).tolist() == pytest.approx([8.0, 20.0, 68.0])
     assert step_ms(hata, "decode_ms_p50", size).tolist() == pytest.approx([12.0, 12.0, 20.0])
     (_, half), *_ = curves(latency_lines(row, dtype="bfloat16"))
     assert step_ms(half, "full_ms", size).tolist() == pytest.approx([6.0, 18.0, 66.0])
 
 
-def test_the_table_says_where_and_how_much(row: RowMaker) -> None:
+def test_the_break_even_table(row: RowMaker) -> None:
     table = break_even_table(latency_lines(row), {"10M": ModelSize(1e7, 4)})
     assert table is not None
     assert table.head == [
@@ -120,7 +120,7 @@ def test_rows_without_intervals_are_marked_and_say_neither_always_nor_never(row:
     [
         ((1.5, 2.0, 3.0), 0.2, None, "always, 1,024 and more"),
         ((1.5, 2.0, 3.0), 0.2, "others", "≤ 1,024 [≤ 1,024, ≤ 1,024]‡"),
-        # 32 times faster at the median, and perhaps no faster: not always.
+        # 32 times faster at the median, but perhaps not faster at all: not always.
         ((32.8, 32.8, 32.8), 0.98, None, "≤ 1,024 [≤ 1,024, > 16,384]"),
         ((1.1, 2.0, 4.0), 0.5, None, "≤ 1,024 [≤ 1,024, 4,096]"),
         ((0.2, 0.4, 0.8), 0.1, None, "never, up to 16,384"),
@@ -128,7 +128,7 @@ def test_rows_without_intervals_are_marked_and_say_neither_always_nor_never(row:
         ((0.5, 2.0, 4.0), 0.1, "others", "2,048 [1,862, 2,276]‡"),
     ],
 )
-def test_always_and_never_are_said_where_the_interval_says_so(
+def test_always_and_never_require_the_whole_interval(
     speedups: tuple[float, ...], width: float, note: str | None, expected: str
 ) -> None:
     points = pd.DataFrame(
@@ -145,9 +145,9 @@ def test_always_and_never_are_said_where_the_interval_says_so(
     assert crossing_interval(points) is None
 
 
-def test_the_figures_show_what_the_table_says(row: RowMaker) -> None:
-    lines = latency_lines(row)
-    made = break_even(lines)
+def test_the_figures_agree_with_the_table(row: RowMaker) -> None:
+    configurations = latency_lines(row)
+    made = break_even(configurations)
     assert made is not None
     figure, data = made
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
@@ -164,7 +164,7 @@ def test_the_figures_show_what_the_table_says(row: RowMaker) -> None:
     assert data.groupby("method")["faster_from"].first().to_dict() == pytest.approx(
         {"hata": 2048.0, "loki": math.inf, "quest": 0.0}
     )
-    bound = step_bound(lines, {"10M": ModelSize(1e7, 4), "10G": ModelSize(1e10, 4)})
+    bound = step_bound(configurations, {"10M": ModelSize(1e7, 4), "10G": ModelSize(1e10, 4)})
     assert bound is not None
     figure, data = bound
     assert [axes.get_title() for axes in figure.axes] == ["", "10M, 4 layers", "10G, 4 layers"]
@@ -174,27 +174,29 @@ def test_the_figures_show_what_the_table_says(row: RowMaker) -> None:
     assert small["step_speedup_low"].iloc[-1] == pytest.approx(68 / (4 + 64 / 3.6))
     assert small["step_speedup_high"].iloc[-1] == pytest.approx(68 / (4 + 64 / 4.4))
     large = data[data["model"] == "10G"]
-    assert large["step_speedup"].between(0.98, 1.02).all()  # 4 s of weights hide it
+    assert (
+        large["step_speedup"].between(0.98, 1.02).all()
+    )  # reading the weights takes 4 s, so that attention hardly matters
 
 
 def test_rows_without_a_bandwidth_have_no_bound(row: RowMaker) -> None:
-    lines = latency_lines(row).assign(bandwidth_gb_s=math.nan)
-    table = break_even_table(lines)
+    configurations = latency_lines(row).assign(bandwidth_gb_s=math.nan)
+    table = break_even_table(configurations)
     assert table is not None
     assert table.head[-1] == "Speed-up at 16,384 (×)"
-    assert step_bound(lines) is None
+    assert step_bound(configurations) is None
 
 
 def test_one_length_has_no_break_even(row: RowMaker) -> None:
-    lines = latency_lines(row)
-    lines = lines[lines["length"] == 4096]
-    assert break_even_table(lines) is None
-    assert break_even(lines) is None
-    assert step_bound(lines) is None
+    configurations = latency_lines(row)
+    configurations = configurations[configurations["length"] == 4096]
+    assert break_even_table(configurations) is None
+    assert break_even(configurations) is None
+    assert step_bound(configurations) is None
 
 
 @pytest.mark.parametrize("text", ["8B", "8B=8e9", "8B=8e9/", "8B=many/32", "8B=8e9/1.5"])
-def test_a_model_that_does_not_read_is_refused(text: str) -> None:
+def test_a_model_size_in_another_form_is_refused(text: str) -> None:
     with pytest.raises(RecordError, match=r"NAME=PARAMETERS/LAYERS, such as 8B=8.03e9/32, got"):
         model_sizes([text])
 
@@ -218,8 +220,8 @@ def test_a_report_of_few_columns_has_the_section(
             known = ["a" * 16, "ok", "32/8 heads of 128", "decode_latency", length, length, length]
             writer.writerow([*known, "hata", length / 1024 / speedup, speedup, 10, "float32"])
     out = tmp_path / "out"
-    given = [str(file), "--out", str(out), "--models", "10M=1e7/4"]
-    assert report.main(given) == 0, capsys.readouterr().err
+    arguments = [str(file), "--out", str(out), "--models", "10M=1e7/4"]
+    assert report.main(arguments) == 0, capsys.readouterr().err
     text = (out / "report.md").read_text()
     assert "### Break-even" in text
     assert "| HATA     | 2,048" in text

@@ -45,8 +45,8 @@ def trio(row: RowMaker) -> tuple[pd.DataFrame, pd.DataFrame]:
     return rows, outcomes
 
 
-def test_a_small_frame_becomes_this_table(trio: tuple[pd.DataFrame, pd.DataFrame]) -> None:
-    table = main_table(compare(*trio).headline)
+def test_a_small_frame_gives_the_expected_table(trio: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    table = main_table(compare(*trio).overall)
     assert table.head == [
         "Method",
         "k",
@@ -70,28 +70,28 @@ def test_a_small_frame_becomes_this_table(trio: tuple[pd.DataFrame, pd.DataFrame
     assert "**90.0 [69.9, 97.2]**" in table.markdown()
 
 
-def test_a_tie_is_bold_together_and_nothing_is_where_nothing_differs(
+def test_ties_are_all_bold_and_nothing_is_bold_without_a_difference(
     trio: tuple[pd.DataFrame, pd.DataFrame], row: RowMaker
 ) -> None:
     rows, outcomes = trio
     rows = pd.concat([rows, frame([row(run_id="c" * 16, method="loki", k=64)])])
     outcomes = pd.concat([outcomes, samples("c" * 16, [100.0] * 17 + [0.0] * 3)])
-    lines = compare(rows.reset_index(drop=True), outcomes).headline
-    assert lines.loc[lines["best"], "method"].tolist() == ["hata", "loki"]
+    configurations = compare(rows.reset_index(drop=True), outcomes).overall
+    assert configurations.loc[configurations["best"], "method"].tolist() == ["hata", "loki"]
     without = rows["method"] != "quest"
-    lines = compare(rows[without].reset_index(drop=True), outcomes).headline
-    assert not lines["best"].any()
+    configurations = compare(rows[without].reset_index(drop=True), outcomes).overall
+    assert not configurations["best"].any()
 
 
-def test_yardsticks_do_not_compete(trio: tuple[pd.DataFrame, pd.DataFrame], row: RowMaker) -> None:
+def test_oracles_are_never_bold(trio: tuple[pd.DataFrame, pd.DataFrame], row: RowMaker) -> None:
     rows, outcomes = trio
     rows = pd.concat([rows, frame([row(run_id="c" * 16, method="exact", k=64)])])
     outcomes = pd.concat([outcomes, samples("c" * 16, [100.0] * 20)])
-    lines = compare(rows.reset_index(drop=True), outcomes).headline
-    assert lines.loc[lines["best"], "method"].tolist() == ["hata"]
+    configurations = compare(rows.reset_index(drop=True), outcomes).overall
+    assert configurations.loc[configurations["best"], "method"].tolist() == ["hata"]
 
 
-def test_seeds_are_pooled_and_paired_each_with_its_own(row: RowMaker) -> None:
+def test_seeds_are_pooled_and_each_is_paired_with_its_own_full_attention(row: RowMaker) -> None:
     rows = frame(
         [
             row(run_id=name * 16, method=method, k=k, seed=seed, decode_ms_p50=ms)
@@ -111,14 +111,14 @@ def test_seeds_are_pooled_and_paired_each_with_its_own(row: RowMaker) -> None:
             samples("4" * 16, [0.0] * 3 + [100.0]),
         ]
     )
-    lines = compare(rows, outcomes).headline
-    hata = lines[lines["method"] == "hata"].iloc[0]
+    configurations = compare(rows, outcomes).overall
+    hata = configurations[configurations["method"] == "hata"].iloc[0]
     assert (hata["cells"], hata["n"], hata["score"], hata["decode_ms_p50"]) == (2, 8, 62.5, 2.0)
     assert hata["delta_full"] == 12.5
 
 
 def test_two_cells_of_one_seed_are_never_pooled(row: RowMaker) -> None:
-    """Another configuration, or another artifact of the same one: what else the row says agrees."""
+    """Cells that differ only in their configuration's or their artifact's digest stay apart."""
     rows = frame(
         [
             row(run_id="f" * 16),
@@ -137,8 +137,8 @@ def test_two_cells_of_one_seed_are_never_pooled(row: RowMaker) -> None:
             samples("4" * 16, [0.0] * 4),
         ]
     )
-    lines = compare(rows, outcomes).headline
-    assert lines[["label", "cells", "score"]].values.tolist() == [
+    configurations = compare(rows, outcomes).overall
+    assert configurations[["label", "cells", "score"]].values.tolist() == [
         ["Full attention", 1, 100.0],
         ["Quest (config dddddddd)", 1, 100.0],
         ["Quest (config eeeeeeee)", 1, 0.0],
@@ -148,7 +148,7 @@ def test_two_cells_of_one_seed_are_never_pooled(row: RowMaker) -> None:
 
 
 def test_a_cell_is_paired_with_the_full_attention_that_answered_its_prompts(row: RowMaker) -> None:
-    """Full attention may have run twice, once over other sub-tasks and more samples."""
+    """Full attention may have run twice, once on other sub-tasks with more samples."""
     rows = frame(
         [
             row(run_id="1" * 16, num_samples=9, config_digest="a"),
@@ -163,12 +163,12 @@ def test_a_cell_is_paired_with_the_full_attention_that_answered_its_prompts(row:
             samples("3" * 16, [50.0] * 4),
         ]
     )
-    lines = compare(rows, outcomes).headline
-    assert lines.loc[lines["method"] == "quest", "delta_full"].tolist() == [-50.0]
+    configurations = compare(rows, outcomes).overall
+    assert configurations.loc[configurations["method"] == "quest", "delta_full"].tolist() == [-50.0]
 
 
 def test_a_cell_is_paired_with_the_full_attention_that_it_names(row: RowMaker) -> None:
-    """Two dtypes, or a model before and after retraining: the same prompts, other answers."""
+    """Two dtypes, or a model before and after retraining: same prompts, different answers."""
     rows = frame(
         [
             row(run_id="1" * 16, parameters={"dtype": "float32"}),
@@ -185,11 +185,14 @@ def test_a_cell_is_paired_with_the_full_attention_that_it_names(row: RowMaker) -
             samples("4" * 16, [50.0] * 4),
         ]
     )
-    lines = compare(rows, outcomes).headline
-    assert lines.loc[lines["method"] == "quest", "delta_full"].tolist() == [0.0, 0.0]
+    configurations = compare(rows, outcomes).overall
+    assert configurations.loc[configurations["method"] == "quest", "delta_full"].tolist() == [
+        0.0,
+        0.0,
+    ]
 
 
-def test_machines_are_never_averaged_and_a_mix_is_said(row: RowMaker) -> None:
+def test_machines_are_never_averaged_and_a_mix_is_reported(row: RowMaker) -> None:
     rows = frame(
         [
             row(method="quest", k=64, device="A", decode_ms_p50=1.0),
@@ -197,22 +200,22 @@ def test_machines_are_never_averaged_and_a_mix_is_said(row: RowMaker) -> None:
         ]
     )
     found = compare(rows)
-    assert found.lines["decode_ms_p50"].tolist() == [1.0, 9.0]
+    assert found.configurations["decode_ms_p50"].tolist() == [1.0, 9.0]
     assert found.notes == [
         "These rows mix commits: 000000000000, fb6212e9d0c1.",
         "These rows mix machines: A, B.",
     ]
-    assert [key["device"] for key, _ in found.panels()] == ["A", "B"]
+    assert [key["device"] for key, _ in found.by_setting()] == ["A", "B"]
 
 
-def test_the_latest_of_the_same_cell_counts(row: RowMaker) -> None:
+def test_of_repeated_cells_the_latest_counts(row: RowMaker) -> None:
     rows = frame(
         [row(score=10.0, started_at="2026-01-02"), row(score=20.0, started_at="2026-01-01")]
     )
-    assert compare(rows).lines["score"].tolist() == [10.0]
+    assert compare(rows).configurations["score"].tolist() == [10.0]
 
 
-def test_other_parameters_that_vary_stand_in_the_label(row: RowMaker) -> None:
+def test_other_parameters_that_vary_are_in_the_label(row: RowMaker) -> None:
     rows = frame(
         [
             row(
@@ -224,13 +227,13 @@ def test_other_parameters_that_vary_stand_in_the_label(row: RowMaker) -> None:
             for name, word in (("1", "trained"), ("2", "random"))
         ]
     )
-    assert compare(rows).lines["label"].tolist() == ["HATA (random)", "HATA (trained)"]
+    assert compare(rows).configurations["label"].tolist() == ["HATA (random)", "HATA (trained)"]
 
 
-def test_failures_are_listed_with_their_reason_and_leave_the_lines(row: RowMaker) -> None:
+def test_failures_are_listed_with_their_reason_and_not_compared(row: RowMaker) -> None:
     rows = frame([row(), row(run_id="b" * 16, method="quest", status="failed", reason="It broke.")])
     found = compare(rows)
-    assert found.lines["method"].tolist() == ["full"]
+    assert found.configurations["method"].tolist() == ["full"]
     table = failure_table(found.rows)
     assert table is not None
     assert table.rows[0][:2] == ["failed", "quest"]
@@ -239,12 +242,12 @@ def test_failures_are_listed_with_their_reason_and_leave_the_lines(row: RowMaker
     assert "It broke." in summary_table(rows)
 
 
-def test_nothing_ran_is_said() -> None:
+def test_an_empty_report_says_that_nothing_ran() -> None:
     assert summary_table(frame([])) == "No cell has a row yet."
-    assert compare(frame([])).headline.empty
+    assert compare(frame([])).overall.empty
 
 
-def test_samples_that_cannot_be_paired_are_a_note(
+def test_samples_that_cannot_be_paired_give_a_note(
     trio: tuple[pd.DataFrame, pd.DataFrame],
 ) -> None:
     rows, outcomes = trio
@@ -256,58 +259,60 @@ def test_samples_that_cannot_be_paired_are_a_note(
     assert notes[0].startswith("quest (k=64) is not paired: paired samples must have the same")
 
 
-def test_the_rows_own_intervals_stand_without_samples(row: RowMaker) -> None:
+def test_without_samples_the_rows_intervals_are_shown(row: RowMaker) -> None:
     rows = frame([row(score=50.0, score_ci_low=40.0, score_ci_high=60.0)])
-    assert main_table(compare(rows).headline).rows[0][1] == "50.0 [40.0, 60.0]"
+    assert main_table(compare(rows).overall).rows[0][1] == "50.0 [40.0, 60.0]"
 
 
 def test_sub_tasks_of_a_sweep(big_sweep: Sweep) -> None:
     found = compare(big_sweep.rows(), big_sweep.samples())
-    assert len(found.headline) == 33
-    assert set(found.headline["subtask"]) == {"mean"}
-    table = subtask_table(found.lines)
+    assert len(found.overall) == 33
+    assert set(found.overall["subtask"]) == {"mean"}
+    table = subtask_table(found.configurations)
     assert table is not None
     assert table.head[3:] == ["niah_single", "niah_multikey", "niah_multivalue", "vt", "cwe"]
     assert table.rows[0] == ["Full attention", "–", "–", "100.0", "92.0", "92.0", "60.0", "56.0"]
 
 
-def test_what_a_cell_computed_itself_is_what_the_report_computes(small_sweep: Sweep) -> None:
+def test_the_report_computes_the_same_intervals_as_the_cells(small_sweep: Sweep) -> None:
     rows = small_sweep.rows()
-    lines = compare(rows, small_sweep.samples()).headline
+    configurations = compare(rows, small_sweep.samples()).overall
     means = rows[rows["subtask"] == "mean"]
     for name in ("score_ci_low", "score_ci_high", "delta_full", "delta_ci_low", "delta_ci_high"):
         expected = means.set_index("rbit")[name].dropna()
-        assert lines.set_index("rbit")[name].dropna().to_dict() == pytest.approx(expected.to_dict())
+        assert configurations.set_index("rbit")[name].dropna().to_dict() == pytest.approx(
+            expected.to_dict()
+        )
 
 
-def test_a_missing_folder_of_samples_is_no_error(tmp_path: Path, row: RowMaker) -> None:
+def test_missing_samples_are_no_error(tmp_path: Path, row: RowMaker) -> None:
     sweep = Sweep(tmp_path, "a", "b")
     assert sweep.samples().columns.tolist() == ["run_id"]
-    assert compare(frame([row()]), sweep.samples()).lines["method"].tolist() == ["full"]
+    assert compare(frame([row()]), sweep.samples()).configurations["method"].tolist() == ["full"]
 
 
-# With what the rows were made -----------------------------------------------------------------
+# Versions, code and models of the rows ----------------------------------------------------------
 
 
-def test_versions_that_were_not_tested_are_said(row: RowMaker) -> None:
+def test_untested_versions_are_reported(row: RowMaker) -> None:
     tested = pinned_versions()
     pinned = {name: tested[name] for name in ("torch", "transformers")}
     same = frame([row(run_id="f" * 16, torch=f"{pinned['torch']}+cpu", triton=None)])
     assert not any("constraints.txt" in note for note in compare(same).notes)
     other = frame([row(run_id="f" * 16, torch=pinned["torch"], transformers="5.6.0")])
     assert (
-        "Made with other versions than constraints.txt has: transformers 5.6.0 (tested: "
+        "Made with versions other than those of constraints.txt: transformers 5.6.0 (tested: "
         f"{pinned['transformers']})."
     ) in compare(other).notes
 
 
-def test_full_attention_that_failed_is_said(row: RowMaker) -> None:
+def test_a_failure_of_full_attention_is_reported(row: RowMaker) -> None:
     note = "full attention ended failed here, so there is no difference to it: NaN."
     rows = frame([row(run_id="a" * 16, method="quest", k=64, full_note=note)])
     assert f"ruler/mean: {note}" in compare(rows).notes
 
 
-def test_a_mix_of_versions_code_and_models_is_said(row: RowMaker) -> None:
+def test_a_mix_of_versions_code_and_models_is_reported(row: RowMaker) -> None:
     first = {"torch": "2.13.0", "tokenizers": "0.22.1", "code_digest": "a" * 16}
     rows = frame(
         [
@@ -327,9 +332,9 @@ def test_a_mix_of_versions_code_and_models_is_said(row: RowMaker) -> None:
     assert "Between these rows the code of quest changed." in notes
     assert "Between these rows the files of model tiny changed." in notes
     assert (
-        "What hata learned was fitted before its code was as it is now, under the same version of"
+        "The artifact of hata was fitted by an earlier state of its code, under the same version of"
         " the fit." in notes
     )
     assert not any("torch" in note and "mix" in note for note in notes)
     alone = compare(rows[rows["method"] == "loki"]).notes
-    assert not any("mix" in note or "changed" in note or "learned" in note for note in alone)
+    assert not any("mix" in note or "changed" in note or "artifact" in note for note in alone)

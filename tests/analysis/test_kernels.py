@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from topkbench.analysis import kernels, report
+from topkbench.analysis import kernels, report, style
 from topkbench.analysis.record import Row
 
 MADE_UP = {"device": "Made-up GPU", "torch": "2.11.0", "git_commit": "0123456789abcdef"}
@@ -26,9 +28,10 @@ def row(task: str, method: str, number: int, **changes: Any) -> dict[str, Any]:
 
 def timed(task: str, method: str, number: int, ms: float, **changes: Any) -> dict[str, Any]:
     place = {"length": 131072, "kv_len": 131072, "batch_size": 1}
-    times = {"decode_ms_p50": ms, "decode_ms_p20": 0.9 * ms, "decode_ms_p80": 1.1 * ms}
+    times = {"full_ms_p50": 0.2} if task == "decode_latency" else {}
+    times |= {"decode_ms_p50": ms, "decode_ms_p20": 0.9 * ms, "decode_ms_p80": 1.1 * ms}
     share = {"bandwidth_fraction": 0.1 / ms, "bandwidth_gb_s": 1000.0, "bytes_read_per_step": 1e6}
-    return row(task, method, number, **place, **times, **share, **changes)
+    return row(task, method, number, **{**place, **times, **share, **changes})
 
 
 def made_up() -> list[dict[str, Any]]:
@@ -46,10 +49,11 @@ def made_up() -> list[dict[str, Any]]:
         timed("kernel_dense", "full", 6, 0.2, **best),
         timed("kernel_dense", "full", 7, 0.8, full_backend="sdpa math, torch 2.11.0"),
         timed("decode_latency", "hata", 8, 0.02, k=2048, speedup_vs_full=10.0, p_use_norm=True)
-        | best,
+        | {**best, "speedup_ci_low": 9.0, "speedup_ci_high": 11.0},
         timed("decode_latency", "hata", 9, 0.016, k=2048, speedup_vs_full=12.5, p_use_norm=False)
         | best,
-        timed("decode_latency", "quest", 10, 0.05, k=2048, speedup_vs_full=4.0) | best | unsteady,
+        timed("decode_latency", "quest", 10, 0.05, k=2048, speedup_vs_full=4.0)
+        | {**best, **unsteady, "speedup_ci_low": 3.0, "speedup_ci_high": 5.0},
         timed("kernel_dense", "full", 11, 1.0, **best) | second | {"batch_size": 8},
         timed("decode_latency", "quest", 12, 0.1, k=512, speedup_vs_full=10.0)
         | {**best, **second, "batch_size": 8},
@@ -107,7 +111,7 @@ def test_the_figures_show_each_shape_against_its_fastest_dense(folder: Path) -> 
     ]
     assert shown["timing_note"].notna().tolist() == [False, False, True, False]
     page = (folder / "report.html").read_text()
-    assert page.count("‡ Unsteady, not to be quoted; the column timing_note says why.") == 1
+    assert page.count("‡ Unsteady, not to be quoted; the column timing_note says why.") == 2
     dense = pd.read_csv(folder / "figures" / "dense_baselines.csv")
     assert dense["percent"].tolist() == pytest.approx([50.0, 12.5, 10.0])
     operators = pd.read_csv(folder / "figures" / "operator_bandwidth.csv")
@@ -121,6 +125,87 @@ def test_rows_without_times_have_tables_and_no_figures(tmp_path: Path) -> None:
     assert report.main([str(tmp_path)]) == 0
     assert "### Are they right?" in (tmp_path / "report.md").read_text()
     assert list((tmp_path / "figures").iterdir()) == []
+
+
+def test_a_time_in_a_row_that_is_not_ok_is_shown_nowhere(tmp_path: Path) -> None:
+    wrong = {"status": "wrong", "reason": "off by 1."}
+    rows = [*made_up(), timed("kernel_times", "hamming_score", 20, 0.7654, **wrong)]
+    rows.append(timed("kernel_dense", "full", 21, 0.0001, full_backend="broken, 1", **wrong))
+    pd.DataFrame(rows).to_csv(tmp_path / "rows.csv", index=False)
+    assert report.main([str(tmp_path)]) == 0
+    assert "0.7654" not in (tmp_path / "report.md").read_text()
+    for name in ("operator_bandwidth", "dense_baselines"):
+        shown = pd.read_csv(tmp_path / "figures" / f"{name}.csv")
+        assert not {"hamming_score", "broken, 1"} & set(shown["name"])
+
+
+def test_a_report_does_not_write_over_the_rows_it_was_made_of(folder: Path) -> None:
+    before = (folder / "rows.csv").read_bytes()
+    assert report.main([str(folder)]) == 0
+    assert (folder / "rows.csv").read_bytes() == before
+    assert not (folder / "rows.parquet").exists()
+    assert report.main([str(folder / "rows.csv")]) == 0
+    assert (folder / "rows.csv").read_bytes() == before
+    assert report.main([str(folder), "--out", str(folder / "elsewhere")]) == 0
+    assert (folder / "elsewhere" / "rows.csv").is_file()
+
+
+def test_each_step_stands_beside_the_dense_attention_it_is_compared_with(folder: Path) -> None:
+    table = kernels.speedup_table(report.load(folder)[0])
+    assert table is not None
+    assert table.rows[0] == [
+        *("HATA, norms", "32/8 heads of 128", "131,072", "1", "sdpa cudnn, torch 2.11.0"),
+        *("0.0200", "0.2000", "10.00 [9.00, 11.00]"),
+    ]
+    assert [row[-1] for row in table.rows[2:]] == ["4.00 [3.00, 5.00]‡", "10.00"]
+
+
+def test_an_unsteady_baseline_is_the_fastest_only_where_no_other_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(kernels, "_bars", lambda axes, found, column, colours, number:
+                        drawn.append(colours))  # fmt: skip
+    note = {"timing_note": "spread"}
+    rows = pd.DataFrame(
+        [
+            timed("kernel_dense", "full", 1, 0.1, full_backend="a", **note),
+            timed("kernel_dense", "full", 2, 0.2, full_backend="b"),
+        ]
+    )
+    kernels._shares(rows)
+    kernels._shares(rows[:1])
+    assert drawn == [[style.BLUE, style.RED], [style.RED]]
+
+
+def test_operators_share_one_scale_with_the_goal_on_it() -> None:
+    rows = pd.DataFrame(
+        [
+            timed("kernel_times", "hash_encode", 1, 0.25, timing_note=None),
+            timed("kernel_times", "hash_encode", 2, 10.0, timing_note=None, batch_size=8),
+        ]
+    )
+    made = kernels._shares(rows)
+    assert made is not None
+    for axes in made[0].axes:
+        assert axes.get_xlim() == (0, 118)
+        assert [list(line.get_xdata()) for line in axes.lines] == [[70, 70]]
+
+
+def test_titles_of_panels_do_not_run_over_each_other() -> None:
+    long = {
+        "full_backend": "triton, tiles of 32 KiB, 3.6.0+a.very.long.version",
+        "p_use_norm": None,
+    }
+    more = {**long, "timing_note": None, "speedup_ci_low": None, "speedup_ci_high": None}
+    rows = [timed("decode_latency", "quest", n, 0.1, speedup_vs_full=2.0, batch_size=n, **more)
+            for n in (1, 2, 3, 4)]  # fmt: skip
+    made = kernels._speedups(pd.DataFrame(rows))
+    assert made is not None
+    figure = made[0]
+    FigureCanvasAgg(figure).draw()
+    ends = [axes.title.get_window_extent() for axes in figure.axes]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(ends))
 
 
 def test_the_made_up_rows_are_rows() -> None:

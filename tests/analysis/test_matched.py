@@ -1,4 +1,4 @@
-"""Methods at equal cost, and the league: numbers that can be worked out by hand."""
+"""Methods at equal cost, and the league, checked by hand."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def samples_of(name: str, scores: dict[str, list[float]]) -> list[dict[str, obje
 
 
 class Results:
-    """Cells whose answers, bytes and times are written out."""
+    """Cells with literal scores, bytes and times."""
 
     def __init__(self, row: Callable[..., Row]) -> None:
         self.row = row
@@ -82,7 +82,7 @@ def results(row: Callable[..., Row]) -> Results:
 
 def test_levels_are_costs_that_two_methods_reach() -> None:
     assert levels([(1.0, 19.0), (2.0, 40.0), (3.9, 8.0)]) == [2.0, 4.0, 8.0, 16.0]
-    # Too near for powers of two: their roots.
+    # A range too narrow for four powers of two: powers of the root of two.
     assert levels([(1.0, 4.1), (1.3, 4.1)]) == pytest.approx([2**0.5, 2.0, 2**1.5, 4.0])
     assert levels([(1.0, 2.0), (3.0, 4.0)]) == []
     assert levels([]) == []
@@ -90,27 +90,29 @@ def test_levels_are_costs_that_two_methods_reach() -> None:
     assert (len(many), many[0], many[-1]) == (6, 1.0, 2.0**20)
 
 
-def test_a_score_is_read_off_over_the_logarithm_of_the_cost(results: Results) -> None:
+def test_a_score_is_interpolated_over_the_logarithm_of_the_cost(results: Results) -> None:
     results.add("quest", 64, {"vt": [0, 0, 100, 100]}, mib=1)
     results.add("quest", 128, {"vt": [0, 100, 100, 100]}, mib=4)
     found = results.compared
-    lines = found.headline
+    configurations = found.overall
     cost = "bytes_read_per_step"
-    # Two is halfway from one to four; each sample is halfway too.
-    score, samples = at_cost(lines, cost, 2 * MIB, found.answers) or (None, None)
+    # On the logarithmic axis two is halfway between one and four, and so is each sample's score.
+    score, samples = at_cost(configurations, cost, 2 * MIB, found.answers) or (None, None)
     assert score == pytest.approx(62.5)
     assert samples is not None
     assert samples.sort_values("sample_id")["score"].tolist() == [0, 50, 100, 100]
-    score, samples = at_cost(lines, cost, 4 * MIB, found.answers) or (None, None)
+    score, samples = at_cost(configurations, cost, 4 * MIB, found.answers) or (None, None)
     assert score == 75
     assert samples is not None
     assert samples["score"].tolist() == [0, 100, 100, 100]
     for outside in (0.99, 4.01):
-        assert at_cost(lines, cost, outside * MIB, found.answers) is None
-    assert at_cost(lines, cost, 2 * MIB, {}) == (pytest.approx(62.5), None)
+        assert at_cost(configurations, cost, outside * MIB, found.answers) is None
+    assert at_cost(configurations, cost, 2 * MIB, {}) == (pytest.approx(62.5), None)
 
 
-def test_a_table_at_equal_bytes_leaves_out_what_no_budget_reaches(results: Results) -> None:
+def test_a_table_at_equal_bytes_omits_methods_whose_costs_no_other_reaches(
+    results: Results,
+) -> None:
     right, wrong = {"vt": [100.0] * 20}, {"vt": [0.0] * 20}
     results.add("full", None, right, mib=64)
     for place, k in enumerate((64, 128, 256)):
@@ -118,52 +120,54 @@ def test_a_table_at_equal_bytes_leaves_out_what_no_budget_reaches(results: Resul
         results.add("h2o", k, wrong, mib=2 ** (place + 1))
         results.add("exact", k, right, mib=30 + k / 64)
     found = results.compared
-    table = matched_table(found.headline, "bytes_read_per_step", found.answers)
+    table = matched_table(found.overall, "bytes_read_per_step", found.answers)
     assert table is not None
-    # Full attention has no budget; the exact top-k is alone at its costs, and left out.
+    # Full attention has no budget; no other method reaches the exact top-k's costs.
     assert table.head == ["Method", "2 MiB", "2.38 MiB", "2.83 MiB", "3.36 MiB", "4 MiB"]
     cells = {row[0]: [one.split(" ")[0] for one in row[1:]] for row in table.rows}
     assert cells == {"Quest": ["100.0"] * 5, "H2O": ["0.0"] * 5}
     quest = [row[0] for row in table.rows].index("Quest")
     assert table.strong == {(quest, place) for place in range(1, 6)}
-    assert re.fullmatch(r"100\.0 \[83\.9, 100\.0\]", table.rows[quest][1])  # Wilson's of 20
-    # At equal times they cannot be compared: every step took the same.
-    assert matched_table(found.headline, "decode_vs_full", found.answers) is None
+    assert re.fullmatch(
+        r"100\.0 \[83\.9, 100\.0\]", table.rows[quest][1]
+    )  # Wilson's interval of 20 samples
+    # No comparison at equal times, since all steps took equally long.
+    assert matched_table(found.overall, "decode_vs_full", found.answers) is None
 
 
-def test_times_are_full_attentions_timed_in_turn(results: Results) -> None:
-    """The machine had slowed down when the second method ran, and full attention with it."""
+def test_times_are_relative_to_full_attention_timed_alternately(results: Results) -> None:
+    """The machine was slower while the second method ran, for full attention as well."""
     some = {"vt": [0.0, 100.0]}
     results.add("full", None, some, mib=64, milliseconds=4.0)
     for k, speedup in ((64, 4.0), (256, 1.0)):
         results.add("quest", k, some, mib=k / 64, milliseconds=4 / speedup, speedup=speedup)
         results.add("h2o", k, some, mib=k / 64, milliseconds=80 / speedup, speedup=speedup)
-    lines = results.compared.headline
-    taken = {name: list(part) for name, part in lines.groupby("method")["decode_vs_full"]}
+    configurations = results.compared.overall
+    taken = {name: list(part) for name, part in configurations.groupby("method")["decode_vs_full"]}
     assert taken == {"full": [1.0], "quest": [0.25, 1.0], "h2o": [0.25, 1.0]}
-    table = matched_table(lines, "decode_vs_full", results.compared.answers)
+    table = matched_table(configurations, "decode_vs_full", results.compared.answers)
     assert table is not None
     assert table.head == ["Method", "0.25", "0.354", "0.5", "0.707", "1"]
-    assert [row[0] for row in table.rows] == ["Quest†", "H2O†"]  # of speed-ups without intervals
+    assert [row[0] for row in table.rows] == ["Quest†", "H2O†"]  # marked: no intervals
 
 
 def test_the_time_axis_is_named_and_begins_with_full_attention(results: Results) -> None:
     results.add("full", None, {"vt": [100.0] * 20}, mib=64, milliseconds=9.0)
     league(results, MANY)
-    made = pareto_pair(results.compared.headline)
+    made = pareto_pair(results.compared.overall)
     assert made is not None
     figure, data = made
     words = [axes.get_xlabel() for axes in figure.axes]
-    assert words[1] == "Decode time, times full attention's (timed in turn)"
+    assert words[1] == "Decode time relative to full attention (timed alternately)"
     assert data.loc[data["method"] == "full", "decode_vs_full"].tolist() == [1.0]
 
 
-def test_points_that_would_hide_one_another_stand_side_by_side(results: Results) -> None:
-    """Three methods that read the same and answer nothing; the data say where they are."""
+def test_overlapping_points_are_drawn_side_by_side(results: Results) -> None:
+    """Three methods with the same bytes and score; the CSV keeps their true positions."""
     for method in ("random", "streaming_llm", "snapkv"):
         results.add(method, 64, {"vt": [0.0] * 20}, mib=1)
     results.add("exact", 64, {"vt": [100.0] * 20}, mib=8)
-    made = pareto(results.compared.headline)
+    made = pareto(results.compared.overall)
     assert made is not None
     figure, data = made
     (axes,) = figure.axes
@@ -176,18 +180,18 @@ def test_points_that_would_hide_one_another_stand_side_by_side(results: Results)
     assert sorted(data["bytes_read_per_step"] / MIB) == [1, 1, 1, 8]
 
 
-def test_a_budget_that_was_faster_than_a_smaller_one_costs_as_much(results: Results) -> None:
+def test_a_larger_budget_that_was_faster_is_taken_to_cost_as_much(results: Results) -> None:
     for k, milliseconds, right in ((64, 2.0, 0), (128, 1.0, 1), (256, 8.0, 3)):
         answers = {"vt": [100.0] * right + [0.0] * (4 - right)}
         results.add("quest", k, answers, mib=k / 64, milliseconds=milliseconds)
     found = results.compared
     cost = "decode_ms_p50"
 
-    def score(wanted: float) -> float | None:
-        known = at_cost(found.headline, cost, wanted, found.answers)
+    def score(target: float) -> float | None:
+        known = at_cost(found.overall, cost, target, found.answers)
         return None if known is None else known[0]
 
-    # The second budget costs what the first does, and a quarter is right there.
+    # The second budget is taken to cost what the first does; its score there is 25.
     assert score(2.0) == 25
     assert score(4.0) == pytest.approx(50)  # halfway from 2 to 8 ms
     assert score(8.0) == 75
@@ -195,16 +199,16 @@ def test_a_budget_that_was_faster_than_a_smaller_one_costs_as_much(results: Resu
     assert score(8.1) is None
 
 
-def test_a_method_that_no_budget_makes_dearer_is_one_point(results: Results) -> None:
+def test_a_method_with_the_same_bytes_at_every_budget_is_one_point(results: Results) -> None:
     right, wrong = {"vt": [100.0] * 20}, {"vt": [0.0] * 20}
     for place, k in enumerate((64, 128, 256, 512)):
         results.add("quest", k, wrong, mib=2**place, milliseconds=2**place)
         noise = (0.1, -0.1, 0.0, 0.2)[place]
         results.add("magicpig", k, right, mib=2.5, milliseconds=3 + noise)
-    results.add("loki", 64, wrong, mib=1, milliseconds=1)  # one budget tells nothing of others
+    results.add("loki", 64, wrong, mib=1, milliseconds=1)  # one budget alone is not interpolated
     found = results.compared
     for cost, name in (("bytes_read_per_step", "MiB"), ("decode_ms_p50", "ms")):
-        table = matched_table(found.headline, cost, found.answers)
+        table = matched_table(found.overall, cost, found.answers)
         assert table is not None
         cells = {row[0]: [one.split(" ")[0] for one in row[1:]] for row in table.rows}
         costs = [float(head.removesuffix(f" {name}")) for head in table.head[1:]]
@@ -212,7 +216,7 @@ def test_a_method_that_no_budget_makes_dearer_is_one_point(results: Results) -> 
         assert min(costs) >= 2.5
         assert max(costs) == 8
         assert cells == {"Quest": ["0.0"] * len(costs), "MagicPIG": ["100.0"] * len(costs)}
-    points = found.headline[found.headline["method"] == "magicpig"]
+    points = found.overall[found.overall["method"] == "magicpig"]
     below = [at_cost(points, "decode_ms_p50", one, found.answers) for one in (2.9, 3.04)]
     assert below == [None, None]
     known = at_cost(points, "decode_ms_p50", 3.05, found.answers)  # the median of its times
@@ -220,13 +224,13 @@ def test_a_method_that_no_budget_makes_dearer_is_one_point(results: Results) -> 
     assert known[0] == 100
 
 
-def test_points_alone_are_not_compared(results: Results) -> None:
+def test_methods_with_a_single_cost_are_not_compared(results: Results) -> None:
     for k in (64, 128):
         results.add("quest", k, {"vt": [0.0] * 20}, mib=1, milliseconds=k)
         results.add("magicpig", k, {"vt": [100.0] * 20}, mib=1, milliseconds=k)
     found = results.compared
     for cost in ("bytes_read_per_step", "decode_ms_p50"):
-        assert matched_table(found.headline, cost, found.answers) is None
+        assert matched_table(found.overall, cost, found.answers) is None
 
 
 def league(results: Results, methods: tuple[str, ...], **columns: object) -> None:
@@ -249,8 +253,8 @@ def league(results: Results, methods: tuple[str, ...], **columns: object) -> Non
 
 
 def table_of(found: Comparison, place: int = 0) -> Table:
-    _, lines = list(found.panels())[place]
-    table = league_table(lines)
+    _, configurations = list(found.by_setting())[place]
+    table = league_table(configurations)
     assert table is not None
     return table
 
@@ -273,9 +277,9 @@ def test_the_league_ranks_by_score_and_names_the_worst_sub_task(results: Results
 
 def test_few_methods_make_no_league(results: Results) -> None:
     league(results, MANY[:6])
-    ((_, lines),) = results.compared.panels()
-    assert league_table(lines) is None
-    assert pareto_pair(lines[lines["subtask"] == "mean"]) is None
+    ((_, configurations),) = results.compared.by_setting()
+    assert league_table(configurations) is None
+    assert pareto_pair(configurations[configurations["subtask"] == "mean"]) is None
 
 
 def test_each_protocol_is_a_setting_with_full_attention_in_it(results: Results) -> None:
@@ -283,13 +287,13 @@ def test_each_protocol_is_a_setting_with_full_attention_in_it(results: Results) 
     for protocol, sinks in (("unified", 4), ("native", 0)):
         columns = {"protocol": protocol, "parameters": {"num_sink": sinks}}
         league(results, MANY[:6], **columns)
-    panels = list(results.compared.panels())
-    assert [key["protocol"] for key, _ in panels] == ["unified", "native"]
-    for _, lines in panels:
-        top = lines[lines["subtask"] == "mean"]
+    settings = list(results.compared.by_setting())
+    assert [key["protocol"] for key, _ in settings] == ["unified", "native"]
+    for _, configurations in settings:
+        top = configurations[configurations["subtask"] == "mean"]
         assert len(top) == 1 + 12
         assert set(top["method"]) == {"full", *MANY[:6]}
-        assert set(top["variant"]) == {""}  # the title says the protocol
+        assert set(top["variant"]) == {""}  # the protocol is in the section's title
         assert top.loc[top["method"] != "full", "delta_full"].notna().all()
 
 
@@ -311,12 +315,12 @@ def test_a_league_is_in_the_report(results: Results, tmp_path: Path) -> None:
     assert set(COLUMNS) >= {"bytes_read_per_step", "score"} & set(data.columns)
 
 
-def test_labels_of_the_front_touch_neither_points_nor_labels(results: Results) -> None:
+def test_labels_of_the_front_overlap_neither_points_nor_labels(results: Results) -> None:
     for place, k in enumerate((64, 72, 80, 88, 128, 512)):
         right = 10 + place
         results.add("quest", k, {"vt": [100.0] * right + [0.0] * (20 - right)}, mib=k / 64)
     results.add("h2o", 512, {"vt": [0.0] * 20}, mib=20)
-    made = pareto(results.compared.headline)
+    made = pareto(results.compared.overall)
     assert made is not None
     (axes,) = made[0].axes
     renderer = made[0].canvas.get_renderer()  # type: ignore[attr-defined]

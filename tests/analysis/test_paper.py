@@ -1,4 +1,4 @@
-"""Published numbers: they are the paper's, each has its place, and what differs is said."""
+"""Published numbers are the paper's, name their table or figure, and are compared correctly."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def number(place: str, model: str, task: str, method: str, **knobs: int) -> floa
         ("Figure 9", "llama2_7b_32k", "plus_encode", "hata", {}, 264.74),
     ],
 )
-def test_a_number_is_the_papers(
+def test_a_published_number_is_the_papers(
     place: str, model: str, task: str, method: str, knobs: dict[str, int], value: float
 ) -> None:
     assert number(place, model, task, method, **knobs) == value
@@ -76,7 +76,7 @@ def test_every_number_has_its_source() -> None:
     assert set(twice["length"]) == {32768}
 
 
-def test_printed_averages_are_those_of_their_entries_but_for_one() -> None:
+def test_published_averages_match_their_entries_with_one_exception() -> None:
     data = published()
     data = data[(data["origin"] == "printed") & (data["metric"] == "score")]
     data = data[data["place"] != "Table 7"]  # its total weighs by the number of questions
@@ -96,7 +96,7 @@ def ruler_rows(row: RowMaker, subtasks: tuple[str, ...], **settings: object) -> 
 
 
 def verdict(rows: pd.DataFrame, task: str = "mean") -> pd.Series:
-    compared = beside(compare(rows).lines)
+    compared = beside(compare(rows).configurations)
     named = (compared["place"] == "Table 2") & (compared["model"] == "llama31_8b")
     (found,) = [
         one
@@ -123,19 +123,21 @@ def test_the_papers_own_setting_is_comparable(row: RowMaker) -> None:
         ({"k": 512}, "k: 2048 there, 512 here"),
         ({"rbit": 256}, "rbit: 128 there, 256 here"),
         ({"question": "sparse"}, "question: prefilled there, sparse here"),
-        ({"protocol": "unified"}, "rules: the paper's there, protocol=unified here"),
+        ({"protocol": "unified"}, "protocol: the paper's there, protocol=unified here"),
         (
             {"length": 131072},
-            "prompts: of RULER's generator there, of ours here (task.source reads theirs)",
+            "prompts: RULER's generator there, ours here (task.source reads RULER's files)",
         ),
     ],
 )
-def test_each_difference_is_said(row: RowMaker, settings: dict[str, object], why: str) -> None:
+def test_each_difference_to_the_paper_is_reported(
+    row: RowMaker, settings: dict[str, object], why: str
+) -> None:
     found = verdict(ruler_rows(row, RULER_11, **settings))
     assert (found["comparable"], found["why"]) == (False, why)
 
 
-def test_a_mean_over_other_sub_tasks_is_said(row: RowMaker) -> None:
+def test_a_mean_over_other_sub_tasks_is_reported_as_a_difference(row: RowMaker) -> None:
     rows = ruler_rows(row, ("vt", "fwe", "cwe"))
     why = "sub-tasks: 11 of RULER's 13 in the mean there, 3 here"
     assert verdict(rows)["why"] == why
@@ -145,7 +147,7 @@ def test_a_mean_over_other_sub_tasks_is_said(row: RowMaker) -> None:
     assert missing["why"] == "the sub-task was not run"
 
 
-def test_the_nearest_of_ours_stands_beside(row: RowMaker) -> None:
+def test_a_published_number_is_compared_with_our_nearest(row: RowMaker) -> None:
     parts = [
         ruler_rows(row, RULER_11, run_id=name * 16, k=k, model=model)
         for name, k, model in (("1", 2048, "tiny"), ("2", 512, "llama31_8b"))
@@ -153,16 +155,16 @@ def test_the_nearest_of_ours_stands_beside(row: RowMaker) -> None:
     assert verdict(pd.concat(parts, ignore_index=True))["ours_is"].startswith("llama31_8b")
 
 
-def test_what_has_nothing_beside_it_is_said_by_table(row: RowMaker) -> None:
-    sentences = left_out(beside(compare(ruler_rows(row, RULER_11)).lines))
+def test_numbers_without_a_counterpart_are_listed_by_table(row: RowMaker) -> None:
+    sentences = left_out(beside(compare(ruler_rows(row, RULER_11)).configurations))
     assert sentences[-1].startswith("Table 10: 24 numbers without one of ours")
     first = next(one for one in sentences if one.startswith("Table 1:"))
     assert "longbench_e is no task of this project" in first
     assert "Caveats: samples of more than 4,096 tokens alone" in first
-    assert published_table(beside(compare(frame([row(task="none")])).lines)) is None
+    assert published_table(beside(compare(frame([row(task="none")])).configurations)) is None
 
 
-def test_the_report_shows_them_when_asked(row: RowMaker, tmp_path: Path) -> None:
+def test_the_report_shows_published_numbers_on_request(row: RowMaker, tmp_path: Path) -> None:
     rows = ruler_rows(row, ("vt", "fwe"), model="tiny")
     rows.to_csv(tmp_path / "rows.csv", index=False)
     assert main([str(tmp_path), "--published", "--out", str(tmp_path / "out")]) == 0

@@ -43,7 +43,7 @@ PLAIN = st.recursive(
 )
 
 
-def test_identity_is_written_out_and_does_not_depend_on_the_order_of_keys() -> None:
+def test_identity_is_fixed_and_independent_of_the_order_of_keys() -> None:
     assert identity({"k": 512, "method": "hata"}) == "58c565b0c26a178b"
     assert identity({"method": "hata", "k": 512}) == identity({"k": 512, "method": "hata"})
     assert identity({"k": 1}) != identity({"k": 1.0})
@@ -68,7 +68,7 @@ def test_identity_is_the_same_in_another_process() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), Path("x"), {1: 2}, object()])
-def test_identity_refuses_what_has_no_canonical_form(value: object) -> None:
+def test_identity_refuses_values_without_a_canonical_form(value: object) -> None:
     with pytest.raises(RecordError, match=r"payload\.a"):
         identity({"a": value})
 
@@ -95,7 +95,7 @@ def test_a_row_has_exactly_the_columns_of_the_design() -> None:
     assert list(COLUMNS) == DESIGN.split()
 
 
-def test_every_column_says_what_it_is() -> None:
+def test_every_column_has_a_docstring() -> None:
     source = (Path(__file__).parents[2] / "analysis" / "row.py").read_text()
     lines = source.split("class Row:")[1].split("def __post_init__")[0].splitlines()
     for name in COLUMNS:
@@ -120,14 +120,14 @@ def test_a_wrong_result_has_no_speed(row: Callable[..., Row]) -> None:
         ({"parameters": {"a": [1]}}, "parameter a must be a number"),
     ],
 )
-def test_a_row_refuses_what_does_not_fit(
+def test_a_row_refuses_invalid_values(
     row: Callable[..., Row], changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(RecordError, match=message):
         row(**changes)
 
 
-def test_a_row_survives_being_flat(row: Callable[..., Row]) -> None:
+def test_a_row_can_be_flattened_and_rebuilt(row: Callable[..., Row]) -> None:
     one = row(method="hata", k=64, score=float("nan"), parameters={"use_norm": True, "alpha": 2})
     flat = one.flat()
     assert list(flat)[-2:] == ["p_alpha", "p_use_norm"]
@@ -200,14 +200,14 @@ def test_a_truncated_cell_is_not_finished(
     assert cell.samples().empty
 
 
-def test_a_new_attempt_unmakes_the_old_result(store: CellStore, row: Callable[..., Row]) -> None:
+def test_a_new_attempt_deletes_the_old_result(store: CellStore, row: Callable[..., Row]) -> None:
     cell = store.cell("0123456789abcdef")
     cell.write([row()], SAMPLES, {}, "")
     cell.begin(row())
     assert not cell.finished()
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(
+def test_a_folder_that_cannot_be_written_gives_an_error_of_one_sentence(
     tmp_path: Path, row: Callable[..., Row]
 ) -> None:
     (tmp_path / "results").write_text("in the way")
@@ -224,14 +224,16 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_one_sentence(tmp_path: Path, row: Callable[..., Row]) -> None:
+def test_a_read_only_folder_gives_an_error_of_one_sentence(
+    tmp_path: Path, row: Callable[..., Row]
+) -> None:
     tmp_path.chmod(0o500)
     cell = CellStore(tmp_path).cell("0123456789abcdef")
     with pytest.raises(RecordError, match="results folder must be writable"):
         cell.begin(row())
 
 
-def test_a_name_that_is_no_identity_is_refused(store: CellStore) -> None:
+def test_an_invalid_identity_is_refused(store: CellStore) -> None:
     with pytest.raises(RecordError, match="must be 16 hexadecimal digits"):
         store.cell("../x")
 
@@ -242,7 +244,7 @@ def spawn(code: str, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
+def test_a_lock_is_released_when_its_process_is_killed(tmp_path: Path) -> None:
     code = """
 import sys, time
 from topkbench.analysis.record import CellStore
@@ -277,7 +279,7 @@ for i in range(int(sys.argv[2]), int(sys.argv[2]) + 10):
     assert sorted(found) == [f"{i:016x}" for i in range(20)]
 
 
-def test_a_cell_killed_while_it_is_written_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_a_cell_killed_during_its_write_is_complete_or_absent(tmp_path: Path) -> None:
     code = """
 import sys
 from topkbench.analysis.record import CellStore, Row
@@ -314,7 +316,7 @@ def test_a_sweep_gathers_its_cells_in_order(tmp_path: Path, row: Callable[..., R
     assert isinstance(samples, pd.DataFrame)
 
 
-def test_a_damaged_list_is_one_sentence(tmp_path: Path) -> None:
+def test_a_damaged_list_gives_an_error_of_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "cells.json").write_text('["012')
     with pytest.raises(RecordError, match="must be a list of identities, but is damaged"):
@@ -322,7 +324,7 @@ def test_a_damaged_list_is_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("edit", ["score", "digest", "samples", "config"])
-def test_an_edited_cell_is_noticed(store: CellStore, row: Callable[..., Row], edit: str) -> None:
+def test_an_edited_cell_is_detected(store: CellStore, row: Callable[..., Row], edit: str) -> None:
     cell = store.cell("0123456789abcdef")
     cell.begin(row())
     cell.write([row(score=50.0)], SAMPLES, {"k": 4}, "")
@@ -344,14 +346,14 @@ def test_an_edited_cell_is_noticed(store: CellStore, row: Callable[..., Row], ed
     assert not cell.finished()
     (found,) = cell.read()
     assert (found.status, found.score) == (Status.INTERRUPTED, None)
-    assert found.reason == "what the cell wrote was changed since; run the command again."
+    assert found.reason == "the cell's files were changed after it ended; run the command again."
     assert cell.samples().empty
     cell.begin(row())
     cell.write([row(score=50.0)], SAMPLES, {"k": 4}, "")
     assert cell.finished()
 
 
-def test_a_part_is_found_under_its_key_as_it_was(tmp_path: Path) -> None:
+def test_an_intact_part_is_found_by_its_key(tmp_path: Path) -> None:
     parts = PartStore(tmp_path)
     content = {"samples": [{"score": 0.1 + 0.2, "tokens": [1, 2], "note": None}], "share": 1.0}
     assert parts.read("answers", "aa") is None
@@ -359,7 +361,7 @@ def test_a_part_is_found_under_its_key_as_it_was(tmp_path: Path) -> None:
     assert parts.read("answers", "aa") == content
     assert parts.read("answers", "bb") is None
     assert parts.read("speed", "aa") is None
-    # Neither an edit, nor a cut, nor a file under another name is believed.
+    # An edited, truncated or renamed file is not used.
     path = tmp_path / "parts" / "answers-aa.json"
     text = path.read_text()
     path.rename(tmp_path / "parts" / "answers-bb.json")

@@ -35,7 +35,7 @@ def built(big_sweep: Sweep) -> Path:
     return report.build(big_sweep.folder)
 
 
-def test_a_sweep_leaves_everything(built: Path) -> None:
+def test_a_report_writes_all_files(built: Path) -> None:
     folder = built.parent
     names = FIGURES | {"score_vs_k", "recall_vs_k", "decode_vs_k"}
     for name in ("rows.parquet", "rows.csv", "samples.parquet", "report.md", "report.html"):
@@ -46,7 +46,7 @@ def test_a_sweep_leaves_everything(built: Path) -> None:
     assert len(pd.read_parquet(folder / "samples.parquet")) == 33 * 125
 
 
-def test_the_page_needs_nothing_beside_it(built: Path) -> None:
+def test_the_html_report_is_a_single_file(built: Path) -> None:
     page = built.read_text()
     sources = re.findall(r'src="([^"]{5})', page)
     assert sources == ["data:"] * 9
@@ -69,7 +69,7 @@ def test_only_what_varies_is_drawn(small_sweep: Sweep) -> None:
     assert {one.stem for one in folder.glob("*.png")} == FIGURES
 
 
-def test_a_report_built_again_is_the_same_to_the_byte(small_sweep: Sweep, tmp_path: Path) -> None:
+def test_a_report_built_twice_is_identical_to_the_byte(small_sweep: Sweep, tmp_path: Path) -> None:
     folders = [tmp_path / "1", tmp_path / "2"]
     for folder in folders:
         report.build(small_sweep.folder, folder)
@@ -99,7 +99,7 @@ def test_reports_are_merged_and_rebuilt_from_their_own_tables(
         ("bad.csv", "must have run_id, status, model, task, subtask, method, but lacks"),
     ],
 )
-def test_what_is_no_result_is_one_sentence(
+def test_a_path_without_results_gives_an_error_of_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
 ) -> None:
     (tmp_path / "bad.csv").write_text("run_id,score\na,1\n")
@@ -109,7 +109,7 @@ def test_what_is_no_result_is_one_sentence(
     assert error.count("\n") == 1
 
 
-def test_an_empty_sweep_is_one_sentence(tmp_path: Path) -> None:
+def test_an_empty_sweep_gives_an_error_of_one_sentence(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, "a", "b")
     sweep.append("0" * 16)
     with pytest.raises(RecordError, match="at least one row"):
@@ -163,7 +163,7 @@ def latency_rows(
             row(
                 run_id=f"{place:016x}",
                 task="decode_latency",
-                # As the task leaves them: named by the shape, k a share of the length.
+                # As in the task's rows: named by the shape, k proportional to the length.
                 subtask=str(n) if batch == 1 else f"{n} x {batch}",
                 method=method,
                 k=None if method == "full" else n // 64,
@@ -193,41 +193,43 @@ def test_latency_over_context_is_one_setting_with_one_figure(
     tmp_path: Path, row: Callable[..., Row]
 ) -> None:
     found = compare(latency_rows(row))
-    ((key, lines),) = found.panels()
+    ((key, configurations),) = found.by_setting()
     assert key["length"] is None
-    drawn = {one.name: one for one in draw_all(lines, tmp_path, "words")}
+    drawn = {one.name: one for one in draw_all(configurations, tmp_path, "words")}
     assert set(drawn) == {"latency_vs_context", "stages", "break_even"}
     assert "At 131,072 tokens." in drawn["stages"].caption
     assert len(pd.read_csv(drawn["stages"].csv)) == 2
     data = pd.read_csv(drawn["latency_vs_context"].csv)
     assert data["kv_len"].tolist() == [4096, 16384, 65536, 131072] * 2
     assert data["method"].unique().tolist() == ["hata", "quest"]
-    made = context_curve(lines, "decode_ms_p50")
+    made = context_curve(configurations, "decode_ms_p50")
     assert made is not None
     legend = [text.get_text() for text in made[0].legends[0].get_texts()]
-    full = "Full attention, timed in turn with each"
+    full = "Full attention, timed alternately with each"
     assert legend == [full, "bandwidth bound", "HATA, 128 bits", "Quest"]
-    assert {"Sub-task", "Batch"} & set(main_table(lines).head) == set()
+    assert {"Sub-task", "Batch"} & set(main_table(configurations).head) == set()
 
 
-def test_the_bound_is_told_with_the_bandwidth(row: Callable[..., Row]) -> None:
-    made = context_curve(compare(latency_rows(row, bandwidth_gb_s=19.7)).lines, "decode_ms_p50")
+def test_the_bandwidth_bound_names_the_bandwidth(row: Callable[..., Row]) -> None:
+    made = context_curve(
+        compare(latency_rows(row, bandwidth_gb_s=19.7)).configurations, "decode_ms_p50"
+    )
     assert made is not None
     assert made[0].legends[0].get_texts()[1].get_text() == "bandwidth bound (20 GB/s)"
 
 
-def test_batch_sizes_are_an_axis_of_their_own(tmp_path: Path, row: Callable[..., Row]) -> None:
-    ((_, lines),) = compare(latency_rows(row, batches=(2, 8))).panels()
-    assert set(lines["label"]) == {"Full attention", "HATA", "Quest"}
-    table = main_table(lines)
+def test_batch_sizes_get_a_figure_of_their_own(tmp_path: Path, row: Callable[..., Row]) -> None:
+    ((_, configurations),) = compare(latency_rows(row, batches=(2, 8))).by_setting()
+    assert set(configurations["label"]) == {"Full attention", "HATA", "Quest"}
+    table = main_table(configurations)
     assert "Sub-task" not in table.head
     place = table.head.index("Batch")
     assert [cells[place] for cells in table.rows if cells[0] == "Quest"] == list("112811")
-    drawn = {one.name: one for one in draw_all(lines, tmp_path, "words")}
+    drawn = {one.name: one for one in draw_all(configurations, tmp_path, "words")}
     batches = pd.read_csv(drawn["latency_vs_batch"].csv)
     assert batches["batch_size"].tolist() == [1, 2, 8] * 2
     assert "At 16,384 tokens." in drawn["latency_vs_batch"].caption
-    # The other figures are of one row.
+    # The other figures show batch size 1.
     context = pd.read_csv(drawn["latency_vs_context"].csv)
     assert context["kv_len"].tolist() == [4096, 16384, 65536, 131072] * 2
     assert len(pd.read_csv(drawn["stages"].csv)) == 2
@@ -243,7 +245,7 @@ def ablation_rows(row: Callable[..., Row], impls: tuple[str, ...]) -> pd.DataFra
                 k=512,
                 rbit=128,
                 decode_ms_p50=8.0 / 2**place,
-                # The machine had slowed down to a fifth when the second step ran.
+                # The machine ran at a fifth of its speed during the second step.
                 speedup_vs_full=0.5 * 2**place * (5 if place == 1 else 1),
                 speedup_ci_low=0.4 * 2**place * (5 if place == 1 else 1) if place < 4 else None,
                 speedup_ci_high=0.6 * 2**place * (5 if place == 1 else 1) if place < 4 else None,
@@ -266,8 +268,8 @@ IMPLS = (
 
 
 def test_an_ablation_names_what_each_step_adds(tmp_path: Path, row: Callable[..., Row]) -> None:
-    lines = compare(ablation_rows(row, IMPLS)).headline
-    made = ablation(lines)
+    configurations = compare(ablation_rows(row, IMPLS)).overall
+    made = ablation(configurations)
     assert made is not None
     figure, data = made
     assert data["step"].tolist() == [
@@ -277,24 +279,24 @@ def test_an_ablation_names_what_each_step_adds(tmp_path: Path, row: Callable[...
     assert data["impl"].tolist() == list(IMPLS)
     assert [text.get_text() for text in figure.axes[0].texts] == [
         " 8 ms",
-        # Ends are 1.25 and 1.2 times away, of both steps: exp(hypot(ln 1.25, ln 1.2)) is 1.334.
+        # Both ends differ by factors 1.25 and 1.2: exp(hypot(ln 1.25, ln 1.2)) = 1.334.
         *(" 4 ms, 10.0× [7.5, 13.3]", " 2 ms, 4.0× [3.0, 5.3]"),
         *(" 1 ms, 8.0× [6.0, 10.7]‡", " 0.5 ms, 16.0×†"),
     ]
-    drawn = {one.name: one for one in draw_all(lines, tmp_path, "words")}
+    drawn = {one.name: one for one in draw_all(configurations, tmp_path, "words")}
     assert "stages" not in drawn
     assert "cpu, reference: topk_select" in drawn["ablation"].caption
 
 
-def test_what_is_no_chain_of_steps_is_no_ablation(row: Callable[..., Row]) -> None:
+def test_an_operator_ablation_needs_a_chain_of_steps(row: Callable[..., Row]) -> None:
     for impls in (
         IMPLS[:2],
         ("reference", "cpu, reference: topk_select", "cpu, reference: hash_encode"),
     ):
-        assert ablation(compare(ablation_rows(row, impls)).headline) is None
+        assert ablation(compare(ablation_rows(row, impls)).overall) is None
 
 
-def test_throughput_over_context_where_it_was_measured(
+def test_throughput_is_drawn_over_context_if_measured(
     tmp_path: Path, row: Callable[..., Row]
 ) -> None:
     rows = latency_rows(row).assign(task="decode_throughput", bandwidth_fraction=None)
@@ -305,22 +307,24 @@ def test_throughput_over_context_where_it_was_measured(
         rows["decode_ms_p50"] / 2,
         rows["decode_ms_p50"] * 4,
     )
-    ((_, lines),) = compare(rows).panels()
-    drawn = {one.name: one for one in draw_all(lines, tmp_path, "words")}
+    ((_, configurations),) = compare(rows).by_setting()
+    drawn = {one.name: one for one in draw_all(configurations, tmp_path, "words")}
     assert set(drawn) == {"latency_vs_context", "throughput_vs_context", "break_even", "stages"}
     assert "At 131,072" not in drawn["throughput_vs_context"].caption
     data = pd.read_csv(drawn["throughput_vs_context"].csv)
     assert data["tokens_per_s"].tolist()[:4] == [1000.0, 250.0, 62.5, 31.25]
-    made = context_curve(lines, "tokens_per_s")
+    made = context_curve(configurations, "tokens_per_s")
     assert made is not None
     (axes,) = made[0].axes
     assert axes.get_ylabel() == "Throughput (tokens/s)"
     assert axes.get_yscale() == "log"
-    near = context_curve(lines[lines["kv_len"].astype(int) < 30000], "tokens_per_s")
+    near = context_curve(
+        configurations[configurations["kv_len"].astype(int) < 30000], "tokens_per_s"
+    )
     assert near is not None
     assert near[0].axes[0].get_yscale() == "linear"
     assert near[0].axes[0].get_ylim()[0] == 0
-    # From a quarter of the median, where a step took four times as long, to its double.
+    # From a quarter of the median, as the slow end is four times as long, to twice the median.
     (bars,) = axes.containers[0].lines[2]
     ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
     assert ends == [[250.0, 2000.0], [62.5, 500.0], [15.625, 125.0], [7.8125, 62.5]]
@@ -333,7 +337,7 @@ def test_the_terminal_shows_throughput_where_nothing_is_scored(row: Callable[...
 
 
 def test_axes_and_legend_of_a_curve(big_sweep: Sweep) -> None:
-    made = curve(compare(big_sweep.rows(), big_sweep.samples()).headline, "score", "k")
+    made = curve(compare(big_sweep.rows(), big_sweep.samples()).overall, "score", "k")
     assert made is not None
     figure, data = made
     (axes,) = figure.axes
@@ -357,10 +361,10 @@ def test_axes_and_legend_of_a_curve(big_sweep: Sweep) -> None:
 
 
 def test_a_curve_needs_two_points(row: Callable[..., Row]) -> None:
-    lines = compare(frame([row(method="quest", k=64, score=1.0)])).headline
-    assert curve(lines, "score", "k") is None
-    assert curve(lines, "recall_at_k", "k") is None
-    assert pareto(lines) is None
+    configurations = compare(frame([row(method="quest", k=64, score=1.0)])).overall
+    assert curve(configurations, "score", "k") is None
+    assert curve(configurations, "recall_at_k", "k") is None
+    assert pareto(configurations) is None
 
 
 def test_the_pareto_front_by_hand() -> None:
@@ -368,7 +372,7 @@ def test_the_pareto_front_by_hand() -> None:
     assert on_front(cost, gain) == [True, True, False, False, True, True]
 
 
-def test_every_share_says_of_what() -> None:
+def test_a_percentage_says_of_what() -> None:
     assert METRICS["bandwidth_fraction"].text(0.314) == "31"
     assert METRICS["bandwidth_fraction"].axis == "Memory bandwidth reached (% of measured)"
 

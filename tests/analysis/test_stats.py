@@ -15,17 +15,17 @@ from topkbench.analysis.row import Row, Status
     ("successes", "n", "low", "high"),
     [(100, 100, 0.9630, 1.0), (0, 100, 0.0, 0.0370), (5, 10, 0.2366, 0.7634), (1, 1, 0.2065, 1.0)],
 )
-def test_wilson_as_published(successes: int, n: int, low: float, high: float) -> None:
+def test_wilsons_interval_as_published(successes: int, n: int, low: float, high: float) -> None:
     assert stats.wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
 
 
-def test_wilson_refuses_nothing_and_more_than_all() -> None:
+def test_wilsons_interval_refuses_invalid_counts() -> None:
     for successes, n in ((0, 0), (3, 2), (-1, 2)):
         with pytest.raises(ValueError, match="successes must lie in 0 to n"):
             stats.wilson(successes, n)
 
 
-def test_right_or_wrong_gets_wilson_and_partial_credit_a_bootstrap() -> None:
+def test_binary_scores_get_wilsons_interval_and_partial_credit_a_bootstrap() -> None:
     assert stats.score_interval([100.0] * 5 + [0.0] * 5)[:3] == pytest.approx(
         (50.0, 23.66, 76.34), abs=0.01
     )
@@ -35,7 +35,7 @@ def test_right_or_wrong_gets_wilson_and_partial_credit_a_bootstrap() -> None:
     assert found.high == pytest.approx(50 + 1.96 * 3.536, abs=0.6)
 
 
-def test_the_mean_weighs_sub_tasks_the_same() -> None:
+def test_the_mean_gives_sub_tasks_equal_weight() -> None:
     found = stats.score_interval([100.0] * 30 + [0.0, 100.0] * 5, ["a"] * 30 + ["b"] * 10)
     assert found.estimate == 75.0
     assert found.n == 40
@@ -46,11 +46,11 @@ def test_resampling_stays_within_sub_tasks() -> None:
     strata = ["easy"] * 50 + ["hard"] * 50
     within = stats.score_interval(scores, strata)
     across = stats.score_interval([*scores[:-1], 50.0])
-    # Wilson's width of 50 right ones, halved, and no more: not the spread between the sub-tasks.
+    # Half of Wilson's width of 50 correct samples, without the spread between the sub-tasks.
     assert within.high - within.low < 10 < across.high - across.low
 
 
-def test_samples_that_all_agree_do_not_give_certainty() -> None:
+def test_equal_samples_do_not_give_certainty() -> None:
     same = stats.paired_interval([100.0] * 25, [100.0] * 25)
     assert same.estimate == 0.0
     assert (same.low, same.high) == pytest.approx((-13.32, 13.32), abs=0.01)
@@ -69,7 +69,7 @@ def test_pairing_narrows_the_interval() -> None:
     assert -9 < paired.low < paired.high < 0
 
 
-def test_an_end_that_is_zero_does_not_exclude_zero() -> None:
+def test_an_interval_that_ends_at_zero_does_not_exclude_zero() -> None:
     full = np.array([100.0] * 124 + [0.0])
     method = np.array([100.0] * 123 + [0.0, 0.0])
     found = stats.paired_interval(method, full, np.repeat(list("abcde"), 25))
@@ -78,7 +78,7 @@ def test_an_end_that_is_zero_does_not_exclude_zero() -> None:
 
 
 @given(st.lists(st.sampled_from([0.0, 25.0, 50.0, 100.0]), min_size=1, max_size=40))
-def test_an_interval_holds_its_estimate_and_stays_in_range(scores: list[float]) -> None:
+def test_an_interval_contains_its_estimate_and_stays_in_range(scores: list[float]) -> None:
     found = stats.score_interval(scores, resamples=200)
     assert 0 <= found.low <= found.estimate <= found.high <= 100
     assert found == stats.score_interval(scores, resamples=200)
@@ -90,7 +90,7 @@ def test_many_samples_are_resampled_in_parts() -> None:
     assert found.high - found.low == pytest.approx(2 * 1.96 * 35.36 / np.sqrt(600), rel=0.15)
 
 
-def test_bad_values_are_one_sentence() -> None:
+def test_invalid_values_give_an_error_of_one_sentence() -> None:
     for values in ([], [np.nan], [[1.0]]):
         with pytest.raises(ValueError, match="one or more finite numbers"):
             stats.bootstrap(values, bounds=(0, 100))
@@ -98,7 +98,7 @@ def test_bad_values_are_one_sentence() -> None:
         stats.paired_interval([1.0], [1.0, 2.0])
 
 
-def test_the_interval_of_a_share_is_on_the_scale_of_a_share() -> None:
+def test_the_interval_of_a_fraction_is_on_its_scale() -> None:
     certain = stats.bootstrap([1.0] * 14, bounds=(0.0, 1.0), scale=1.0)
     assert (certain.estimate, certain.high) == (1.0, 1.0)
     assert certain.low == pytest.approx(1 - stats.wilson(0, 14)[1])
@@ -109,12 +109,12 @@ def test_the_means_interval_covers_its_mean_where_sub_tasks_are_saturated() -> N
     generator = np.random.default_rng(3)
     shares = (0.98, 0.95, 0.98, 0.5, 0.02, 0.05, 0.02)
     strata = np.repeat([str(i) for i in range(7)], 25)
-    held = 0
+    covered = 0
     for _ in range(200):
         right = np.concatenate([generator.random(25) < share for share in shares])
         found = stats.score_interval(100.0 * right, strata, resamples=1000)
-        held += found.low <= 100 * np.mean(shares) <= found.high
-    assert held >= 186
+        covered += found.low <= 100 * np.mean(shares) <= found.high
+    assert covered >= 186
 
 
 def sample(name: str, subtask: str, score: float, **more: object) -> dict[str, object]:
@@ -141,7 +141,7 @@ def test_paired_columns_by_sub_task_and_mean() -> None:
     }
 
 
-def test_without_full_attention_only_the_score_stands() -> None:
+def test_without_full_attention_there_is_only_the_score() -> None:
     mine = [sample("0", "a", 100.0), sample("1", "a", 0.0)]
     assert stats.paired_columns(mine, None)["a"]["delta_full"] is None
     missing = stats.paired_columns([*mine, sample("2", "b", 0.0)], mine)
@@ -150,10 +150,10 @@ def test_without_full_attention_only_the_score_stands() -> None:
     assert stats.paired_columns([], mine) == {}
 
 
-def test_samples_that_are_not_the_same_are_not_paired() -> None:
+def test_different_samples_are_not_paired() -> None:
     with pytest.raises(ValueError, match="same references, but 0 differs"):
         stats.paired_columns([sample("0", "a", 1.0)], [sample("0", "a", 1.0, references=["q"])])
-    with pytest.raises(ValueError, match="stand for one sample"):
+    with pytest.raises(ValueError, match="must name one sample"):
         stats.paired_columns([sample("0", "a", 1.0)] * 2, [sample("0", "a", 1.0)])
 
 
@@ -165,7 +165,7 @@ def test_samples_that_are_not_the_same_are_not_paired() -> None:
         ([0.0, 1.0] * 6, 2.20099 * 0.522233 / 12**0.5),  # t of 11 degrees of freedom
     ],
 )
-def test_the_interval_over_seeds_is_students(values: list[float], half: float) -> None:
+def test_the_interval_over_seeds_is_students_t(values: list[float], half: float) -> None:
     found = stats.seed_interval(values)
     assert found.estimate == pytest.approx(sum(values) / len(values))
     assert found.high - found.estimate == pytest.approx(half, rel=2e-3)
@@ -173,7 +173,7 @@ def test_the_interval_over_seeds_is_students(values: list[float], half: float) -
     assert found.n == len(values)
 
 
-def test_one_seed_has_no_interval_and_none_is_refused() -> None:
+def test_one_seed_has_no_interval_and_zero_seeds_are_refused() -> None:
     found = stats.seed_interval([0.5])
     assert (found.estimate, found.n) == (0.5, 1)
     assert math.isnan(found.low)
@@ -183,7 +183,7 @@ def test_one_seed_has_no_interval_and_none_is_refused() -> None:
             stats.seed_interval(values)
 
 
-def test_a_quotients_interval_adds_both_on_a_logarithmic_scale() -> None:
+def test_the_interval_of_a_quotient_combines_both_on_a_logarithmic_scale() -> None:
     # Each end is twice or half its estimate: exp(hypot(ln 2, ln 2)) is 2.665.
     found = stats.quotient((8.0, 4.0, 16.0), (2.0, 1.0, 4.0))
     assert found == pytest.approx((4.0, 4 / 2.665144, 4 * 2.665144))
@@ -194,10 +194,10 @@ def test_a_quotients_interval_adds_both_on_a_logarithmic_scale() -> None:
     assert math.isnan(high)
 
 
-# Where full attention says nothing ------------------------------------------------------------
+# Notes on differences to full attention ---------------------------------------------------------
 
 
-def test_a_difference_says_why_it_tells_nothing() -> None:
+def test_a_difference_says_why_it_is_not_informative() -> None:
     def row(subtask: str, score: float | None, status: str = "ok", reason: str = "") -> Row:
         return Row(
             run_id="0" * 16, status=Status(status), reason=reason, model="tiny", task="ruler",

@@ -1,4 +1,4 @@
-"""Methods look the same everywhere, and each unlike every other, to people of any colour vision."""
+"""Methods look the same everywhere and are distinguishable with any common colour vision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from topkbench.analysis import style
 
 METHODS = Path(__file__).parents[2] / "conf" / "method"
-# Linear RGB as others see it: Machado, Oliveira and Fernandes (2009), severity 1.
+# Simulated colour vision in linear RGB: Machado, Oliveira and Fernandes (2009), severity 1.
 VISIONS = {
     "normal": np.eye(3),
     "protanopia": np.array(
@@ -29,7 +29,7 @@ WHITE = TO_XYZ.sum(1)
 
 
 def lab(colour: str, vision: str) -> np.ndarray:
-    """Return a colour's CIE 1976 L*, a*, b* as somebody sees it."""
+    """Return a colour's CIE 1976 L*, a*, b* under a kind of colour vision."""
     parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
     x, y, z = TO_XYZ @ (VISIONS[vision] @ linear).clip(0, 1) / WHITE
@@ -49,7 +49,7 @@ def test_every_method_has_a_style_and_no_other_does() -> None:
 
 
 @pytest.mark.parametrize("vision", VISIONS)
-def test_methods_differ_in_marker_or_in_a_colour_that_is_seen(vision: str) -> None:
+def test_methods_differ_in_marker_or_in_a_distinguishable_colour(vision: str) -> None:
     for first, second in itertools.combinations(style.STYLES.values(), 2):
         apart = np.linalg.norm(lab(first.colour, vision) - lab(second.colour, vision))
         assert first.marker != second.marker or apart > 20, (first.label, second.label)

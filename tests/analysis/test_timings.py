@@ -1,4 +1,4 @@
-"""Noise is not a headline: times are paired, speed-ups have intervals, doubtful ones are marked."""
+"""Times are paired, speed-ups have intervals, and unreliable times are marked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from topkbench.analysis.plots import draw_all
 from topkbench.analysis.record import Row, frame
 from topkbench.analysis.report import build, load
 from topkbench.analysis.tables import league_table, main_table, summary_table
-from topkbench.analysis.timings import timed_text
+from topkbench.analysis.timings import lacks_interval, timed_text
 from topkbench.analysis.wandb_payload import curves, summary
 
 RowMaker = Callable[..., Row]
@@ -35,7 +35,7 @@ def timed(
     note: str | None = None,
     **columns: Any,
 ) -> Row:
-    """Return a row with its paired times; the interval is a share of the speed-up to each side."""
+    """Return a row with paired times; ``width`` is the interval's half width over the speed-up."""
     speedup = None if method == "full" else full / step
     known = {"task": "decode_latency", "method": method, "decode_ms_p50": step, **columns}
     known["run_id"] = f"{abs(hash((method, step, *columns.values()))):016x}"[:16]
@@ -52,7 +52,7 @@ def timed(
 
 
 def busy(row: RowMaker) -> pd.DataFrame:
-    """A machine that was busy while full attention's own cell ran, and while Quest did."""
+    """Rows of a machine that was busy while the cells of full attention and of Quest ran."""
     return frame(
         [
             timed(row, "full", 980.0, 980.0),
@@ -69,11 +69,11 @@ def cells(table: Any, *heads: str) -> dict[str, list[str]]:
     return {row[0]: [row[place] for place in places] for row in table.rows}
 
 
-def test_a_table_shows_the_full_attention_that_was_timed_in_turn(row: RowMaker) -> None:
-    table = main_table(compare(busy(row)).headline)
-    found = cells(table, "Decode step (ms)", "Full in turn (ms)", "Speed-up (×)")
+def test_a_table_shows_full_attention_timed_alternately_with_each_method(row: RowMaker) -> None:
+    table = main_table(compare(busy(row)).overall)
+    found = cells(table, "Decode step (ms)", "Full attention (ms)", "Speed-up (×)")
     assert found == {
-        "Full attention": ["–", "–", "–"],  # 980 ms beside the 66 of exact would be divided
+        "Full attention": ["–", "–", "–"],  # 980 ms must not be compared with exact's 66
         "Exact top-k": ["66", "66", "1.00 [0.90, 1.10]"],
         "HATA": ["2", "64", "32.00 [28.80, 35.20]"],
         "Quest": ["2‡", "65.6‡", "32.78 [3.28, 62.28]‡"],
@@ -86,13 +86,13 @@ def test_a_table_shows_the_full_attention_that_was_timed_in_turn(row: RowMaker) 
     assert table.strong == set()
 
 
-def test_full_attention_alone_shows_its_own_time(row: RowMaker) -> None:
-    table = main_table(compare(busy(row).head(1)).headline)
+def test_full_attention_without_methods_shows_the_time_of_its_cell(row: RowMaker) -> None:
+    table = main_table(compare(busy(row).head(1)).overall)
     assert cells(table, "Decode step (ms)") == {"Full attention": ["980"]}
     assert table.notes == []
 
 
-def test_console_and_report_say_it_beside_the_number(row: RowMaker, tmp_path: Path) -> None:
+def test_console_and_report_mark_unsteady_numbers(row: RowMaker, tmp_path: Path) -> None:
     busy(row).to_parquet(tmp_path / "rows.parquet")
     text = build(tmp_path, tmp_path / "out").read_text()
     for said in (summary_table(busy(row)), text, (tmp_path / "out" / "report.md").read_text()):
@@ -102,9 +102,9 @@ def test_console_and_report_say_it_beside_the_number(row: RowMaker, tmp_path: Pa
         assert "No interval was recorded" in said
 
 
-def test_many_unsteady_lines_are_counted(row: RowMaker) -> None:
+def test_many_unsteady_configurations_are_counted(row: RowMaker) -> None:
     rows = [timed(row, "hata", 2.0, 4.0, k=k, note=WILD) for k in range(64, 84)]
-    table = main_table(compare(frame(rows)).headline)
+    table = main_table(compare(frame(rows)).overall)
     assert len(table.notes) == 9
     assert table.notes[-1] == "‡ So are 12 more; the column timing_note says why."
 
@@ -114,16 +114,19 @@ def test_intervals_of_several_seeds_go_from_the_lowest_end_to_the_highest(row: R
         timed(row, "hata", 2.0, 4.0, k=64, seed=0, width=0.1),
         timed(row, "hata", 2.0, 6.0, k=64, seed=1, width=0.2, note=WILD),
     ]
-    (line,) = compare(frame(rows)).headline.to_dict("records")
-    assert line["speedup_vs_full"] == 2.5
-    assert (line["speedup_ci_low"], line["speedup_ci_high"]) == pytest.approx((1.8, 3.6))
-    assert (line["decode_vs_full_ci_low"], line["decode_vs_full_ci_high"]) == pytest.approx(
-        (1 / 3.6, 1 / 1.8)
+    (configuration,) = compare(frame(rows)).overall.to_dict("records")
+    assert configuration["speedup_vs_full"] == 2.5
+    assert (configuration["speedup_ci_low"], configuration["speedup_ci_high"]) == pytest.approx(
+        (1.8, 3.6)
     )
-    assert (line["timing_note"], line["full_ms_p50"]) == (WILD, 5)
+    assert (
+        configuration["decode_vs_full_ci_low"],
+        configuration["decode_vs_full_ci_high"],
+    ) == pytest.approx((1 / 3.6, 1 / 1.8))
+    assert (configuration["timing_note"], configuration["full_ms_p50"]) == (WILD, 5)
     rows.append(timed(row, "hata", 2.0, 4.0, k=64, seed=2, width=None))
-    (line,) = compare(frame(rows)).headline.to_dict("records")
-    assert pd.isna(line["speedup_ci_low"])
+    (configuration,) = compare(frame(rows)).overall.to_dict("records")
+    assert pd.isna(configuration["speedup_ci_low"])
 
 
 def over_lengths(row: RowMaker, note: str | None = None, width: float | None = 0.1) -> pd.DataFrame:
@@ -136,10 +139,10 @@ def over_lengths(row: RowMaker, note: str | None = None, width: float | None = 0
         for method, step, full in (("full", 9.0, 9.0), ("hata", 1.0, 4.0), ("quest", 2.0, 5.0))
         for n in (1, 4)
     ]
-    return compare(frame(rows)).headline
+    return compare(frame(rows)).overall
 
 
-def test_figures_over_lengths_draw_full_attention_as_timed_in_turn(row: RowMaker) -> None:
+def test_figures_over_lengths_draw_full_attention_timed_alternately(row: RowMaker) -> None:
     made = context_curve(over_lengths(row), "decode_ms_p50")
     assert made is not None
     drawn = [list(line.get_ydata()) for line in made[0].axes[0].lines]
@@ -147,17 +150,19 @@ def test_figures_over_lengths_draw_full_attention_as_timed_in_turn(row: RowMaker
     assert [5.0, 20.0] in drawn
     assert [9.0, 36.0] not in drawn
     assert made[1]["full_ms_p50"].tolist() == [4, 16, 5, 20]
-    lines = over_lengths(row).assign(tokens_per_s=lambda data: 1000 / data["decode_ms_p50"])
-    made = context_curve(lines, "tokens_per_s")
+    configurations = over_lengths(row).assign(
+        tokens_per_s=lambda data: 1000 / data["decode_ms_p50"]
+    )
+    made = context_curve(configurations, "tokens_per_s")
     assert made is not None
     drawn = [list(line.get_ydata()) for line in made[0].axes[0].lines]
     assert [250.0, 62.5] in drawn
     assert [pytest.approx(1000 / 9), pytest.approx(1000 / 36)] not in drawn
 
 
-def test_stages_stand_beside_the_full_attention_of_their_own_row(row: RowMaker) -> None:
-    lines = over_lengths(row, note=WILD)
-    made = stages(lines[lines["length"] == 4096])
+def test_stages_show_the_full_attention_of_their_own_row(row: RowMaker) -> None:
+    configurations = over_lengths(row, note=WILD)
+    made = stages(configurations[configurations["length"] == 4096])
     assert made is not None
     (marks,) = [line for line in made[0].axes[0].lines if line.get_marker() == "|"]
     assert list(marks.get_xdata()) == [16.0, 20.0]
@@ -181,10 +186,10 @@ def test_unsteady_points_are_hollow_and_captions_say_so(row: RowMaker, tmp_path:
     assert [list(line.get_ydata()) for line in hollow] == [[2.0], [8.0]]
 
 
-def test_time_over_budgets_is_in_times_full_attentions(row: RowMaker) -> None:
+def test_time_over_budgets_is_relative_to_full_attention(row: RowMaker) -> None:
     rows = [timed(row, "full", 980.0, 980.0)]
     rows += [timed(row, "hata", step, 8.0, k=k) for k, step in ((64, 2.0), (128, 4.0))]
-    made = curve(compare(frame(rows)).headline, "decode_vs_full", "k")
+    made = curve(compare(frame(rows)).overall, "decode_vs_full", "k")
     assert made is not None
     assert made[1]["decode_vs_full"].tolist() == [1.0, 0.25, 0.5]
     assert made[1]["decode_vs_full_ci_high"].dropna().tolist() == pytest.approx(
@@ -196,7 +201,7 @@ MANY = ("hata", "quest", "loki", "sparq", "h2o", "snapkv")
 
 
 def league(row: RowMaker, note: str | None, width: float | None = 0.1) -> pd.DataFrame:
-    """Seven methods of two budgets; Quest has the best score at the least time."""
+    """Seven methods at two budgets; Quest has the best score and the lowest time."""
     rows = [timed(row, "full", 9.0, 9.0, task="ruler", score=90.0, bytes_read_per_step=999.0)]
     for place, method in enumerate(MANY):
         for k, step in ((64, 1.0), (128, 2.0)):
@@ -209,13 +214,13 @@ def league(row: RowMaker, note: str | None, width: float | None = 0.1) -> pd.Dat
                     **{"bytes_read_per_step": float(k), "score": 80.0 if fast else 10.0 + place},
                 )
             )
-    return compare(frame(rows)).headline
+    return compare(frame(rows)).overall
 
 
-def test_a_league_has_intervals_of_times(row: RowMaker) -> None:
+def test_a_league_shows_intervals_of_times(row: RowMaker) -> None:
     table = league_table(league(row, WILD))
     assert table is not None
-    column = table.head.index("Decode time (times full's)")
+    column = table.head.index("Decode time (× full attention)")
     found = {(line[0], line[1]): line[column] for line in table.rows}
     assert found["–", "Full attention"] == "1"
     assert found["64", "HATA"] == "0.25 [0.227, 0.278]"
@@ -223,13 +228,13 @@ def test_a_league_has_intervals_of_times(row: RowMaker) -> None:
     assert any(WILD in note for note in table.notes)
 
 
-def test_an_unsteady_time_is_on_no_front(row: RowMaker) -> None:
+def test_an_unsteady_time_is_never_on_a_pareto_front(row: RowMaker) -> None:
     for note, expected in ((None, True), (WILD, False)):
         made = pareto_pair(league(row, note))
         assert made is not None
         data = made[1][(made[1]["method"] == "quest") & (made[1]["k"] == 64)]
         assert data["on_front_of_time"].tolist() == [expected]
-        assert data["on_front_of_bytes"].tolist() == [True]  # bytes are counted, not timed
+        assert data["on_front_of_bytes"].tolist() == [True]  # bytes are not affected by timing
 
 
 def test_nothing_unsteady_or_without_interval_is_bold_at_equal_time(row: RowMaker) -> None:
@@ -239,20 +244,20 @@ def test_nothing_unsteady_or_without_interval_is_bold_at_equal_time(row: RowMake
         return pd.DataFrame({"subtask": "vt", "sample_id": ids, "score": scores})
 
     for note, width, mark in ((None, 0.1, ""), (WILD, 0.1, "‡"), (None, None, "†")):
-        lines = league(row, note, width)
+        configurations = league(row, note, width)
         answers = {
-            line["line"]: pool(39 if line["method"] == "quest" else 2)
-            for _, line in lines.iterrows()
+            configuration["configuration_id"]: pool(39 if configuration["method"] == "quest" else 2)
+            for _, configuration in configurations.iterrows()
         }
-        # Over the times that they share; Quest's are half of the others'.
-        table = matched_table(lines, "decode_vs_full", answers)
+        # Over the range of times that both reach; Quest's times are half of the others'.
+        table = matched_table(configurations, "decode_vs_full", answers)
         assert table is not None
         place = [row[0] for row in table.rows].index(f"Quest{mark}")
         assert {i for i, _ in table.strong} == ({place} if mark == "" else set())
         assert bool(table.notes) == bool(mark)
 
 
-def test_what_is_tracked_calls_an_unsteady_speed_so(row: RowMaker) -> None:
+def test_unsteady_speeds_are_tracked_as_unsteady(row: RowMaker) -> None:
     rows = [
         timed(row, "quest", 2.0, 8.0, k=64, subtask=str(n), length=n, note=note)
         for n, note in ((1024, WILD), (4096, None))
@@ -273,9 +278,9 @@ def test_what_is_tracked_calls_an_unsteady_speed_so(row: RowMaker) -> None:
 
 @pytest.mark.parametrize("file", ["break_even", "layer_latency", "end_to_end", "league"])
 def test_older_rows_load_and_their_speed_ups_are_marked(file: str) -> None:
-    lines = compare(load(MEASURED / f"{file}.csv")[0]).headline
-    timed_lines = lines[lines["speedup_vs_full"].notna()]
-    assert len(timed_lines)
-    assert all(text.endswith("†") for text in timed_text(timed_lines, "speedup_vs_full"))
-    product = timed_lines["decode_ms_p50"] * timed_lines["speedup_vs_full"]
-    assert timed_lines["full_ms_p50"].tolist() == pytest.approx(product.tolist())
+    configurations = compare(load(MEASURED / f"{file}.csv")[0]).overall
+    without_interval = configurations[lacks_interval(configurations)]
+    assert len(without_interval)
+    assert all(text.endswith("†") for text in timed_text(without_interval, "speedup_vs_full"))
+    product = without_interval["decode_ms_p50"] * without_interval["speedup_vs_full"]
+    assert without_interval["full_ms_p50"].tolist() == pytest.approx(product.tolist())

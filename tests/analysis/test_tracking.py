@@ -28,7 +28,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def inspect(run: Path) -> dict[str, Any]:
-    """Read an offline run with W&B's own tool."""
+    """Read an offline run with W&B's command line tool."""
     found = subprocess.run(
         [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(run)],
         capture_output=True,
@@ -39,7 +39,7 @@ def inspect(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("offline")
-def test_cells_and_sweep_are_read_back_with_wandbs_own_tool(small_sweep: Sweep) -> None:
+def test_cells_and_sweep_are_read_back_with_wandbs_tool(small_sweep: Sweep) -> None:
     tracker = WandbTracker()
     cell = small_sweep.cells()[1]
     with warnings.catch_warnings():
@@ -75,7 +75,7 @@ def test_cells_and_sweep_are_read_back_with_wandbs_own_tool(small_sweep: Sweep) 
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_trainings_losses_are_read_back_step_by_step(
+def test_training_losses_are_read_back_step_by_step(
     small_sweep: Sweep, row: Callable[..., Row]
 ) -> None:
     losses = [
@@ -86,12 +86,12 @@ def test_a_trainings_losses_are_read_back_step_by_step(
     fitted = row(run_id="f" * 16, task="fit", method="hata", loss_last=1.5)
     assert WandbTracker().log_cell(small_sweep.folder, "fit", [fitted], losses, {})
     (run,) = (small_sweep.folder / "wandb").glob("offline-run-*")
-    told = inspect(run)["summary"]
-    assert (told["step"], told["loss/layer_00"], told["loss/layer_01"]) == (4, 1.0, 2.0)
-    assert (told["loss/mean"], told["loss_last"]) == (1.5, 1.5)
+    totals = inspect(run)["summary"]
+    assert (totals["step"], totals["loss/layer_00"], totals["loss/layer_01"]) == (4, 1.0, 2.0)
+    assert (totals["loss/mean"], totals["loss_last"]) == (1.5, 1.5)
 
 
-def test_a_tracker_that_fails_is_one_warning(
+def test_a_failing_tracker_gives_one_warning(
     small_sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "sideways")
@@ -213,7 +213,7 @@ def test_a_cell_that_failed_makes_the_sweep_fail(
     assert (sweep.folder / "report.html").exists()
 
 
-def test_a_report_that_cannot_be_written_is_one_sentence(
+def test_a_report_that_cannot_be_written_gives_an_error_of_one_sentence(
     small_sweep: Sweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (small_sweep.folder / "figures").write_text("in the way")
@@ -232,6 +232,6 @@ def test_nothing_is_reported_where_no_cell_ran_or_the_job_raised(
     assert capsys.readouterr().out == ""
 
 
-def test_no_tracker_takes_every_call() -> None:
+def test_the_empty_tracker_accepts_every_call() -> None:
     NoTracker().log_cell("f", "s", [], [], {}, 1)
     NoTracker().log_sweep("f", "s", None, None)

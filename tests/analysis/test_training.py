@@ -1,4 +1,4 @@
-"""Losses of a training: as points for a tracker, and drawn over the steps."""
+"""Training losses as points for a tracker, and as curves over the steps."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,12 +46,12 @@ def rows(row: Callable[..., Row]) -> list[Row]:
     ]
 
 
-def test_the_table_says_where_a_fit_was_found(rows: list[Row]) -> None:
+def test_the_table_says_which_fits_were_reused(rows: list[Row]) -> None:
     rows[-1] = rows[-1].replace(fit_s=None)
-    table = main_table(compare(frame(rows)).headline)
+    table = main_table(compare(frame(rows)).overall)
     place = table.head.index("Fit (s)")
     assert [row[place] for row in table.rows] == ["12", "found"]
-    alone = main_table(compare(frame(rows[3:])).headline)
+    alone = main_table(compare(frame(rows[3:])).overall)
     assert [row[alone.head.index("Fit (s)")] for row in alone.rows] == ["found"]
 
 
@@ -80,7 +80,7 @@ def test_samples_of_other_tasks_are_no_losses(samples: pd.DataFrame) -> None:
 
 def test_the_curve_has_each_configurations_losses(rows: list[Row]) -> None:
     samples = pd.DataFrame(samples_of("a") + samples_of("b"))
-    made = loss_curve(compare(frame(rows), samples).headline, samples)
+    made = loss_curve(compare(frame(rows), samples).overall, samples)
     assert made is not None
     figure, data = made
     assert len(data) == 12
@@ -98,7 +98,7 @@ def test_the_curve_has_each_configurations_losses(rows: list[Row]) -> None:
 def test_seeds_of_one_configuration_are_one_curve(rows: list[Row]) -> None:
     seeds = [one.replace(rbit=32, seed=("a", "b").index(one.run_id[-1])) for one in rows]
     samples = pd.DataFrame(samples_of("a") + samples_of("b"))
-    made = loss_curve(compare(frame(seeds), samples).headline, samples)
+    made = loss_curve(compare(frame(seeds), samples).overall, samples)
     assert made is not None
     assert made[1]["loss"].tolist() == [8.5, 4.5, 2.5, 6.5, 3.5, 1.0]
 
@@ -106,13 +106,13 @@ def test_seeds_of_one_configuration_are_one_curve(rows: list[Row]) -> None:
 def test_losses_below_zero_are_drawn_too(rows: list[Row]) -> None:
     samples = pd.DataFrame(samples_of("a"))
     samples["loss"] -= 5
-    made = loss_curve(compare(frame(rows), samples).headline, samples)
+    made = loss_curve(compare(frame(rows), samples).overall, samples)
     assert made is not None
     assert made[0].axes[0].get_yscale() == "linear"
 
 
-def test_nothing_trained_draws_nothing(rows: list[Row]) -> None:
-    assert loss_curve(compare(frame(rows)).headline, pd.DataFrame({"run_id": []})) is None
+def test_nothing_is_drawn_without_training_losses(rows: list[Row]) -> None:
+    assert loss_curve(compare(frame(rows)).overall, pd.DataFrame({"run_id": []})) is None
 
 
 def test_the_report_of_a_fit_has_its_figure_and_its_seconds(
@@ -121,12 +121,12 @@ def test_the_report_of_a_fit_has_its_figure_and_its_seconds(
     sweep = Sweep(tmp_path / "results", "fit", "first")
     for cell in ("a", "b"):
         own = [one for one in rows if one.run_id == identity_of(cell)]
-        held = sweep.store.cell(identity_of(cell))
-        with held.lock():
-            held.begin(own[0])
-            # The store knows whose samples they are.
-            told = pd.DataFrame(samples_of(cell)).drop(columns="run_id").to_dict("records")
-            held.write(own, told, {}, "")
+        cell_folder = sweep.store.cell(identity_of(cell))
+        with cell_folder.lock():
+            cell_folder.begin(own[0])
+            # run_id is added when the store is read.
+            samples = pd.DataFrame(samples_of(cell)).drop(columns="run_id").to_dict("records")
+            cell_folder.write(own, samples, {}, "")
         sweep.append(identity_of(cell))
     text = report.build(sweep.folder).with_suffix(".md").read_text()
     assert "![Training loss](figures/fit_loss.png)" in text

@@ -1,4 +1,4 @@
-"""Variants of a method side by side: rungs, arms, differences paired by seed, a grid of depths."""
+"""Ablation variants of a method, differences paired by seed, and the needle heat map."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def selection(row: RowMaker, settings: list[tuple[dict[str, object], int, int, f
 
 
 def ladder_rows(row: RowMaker) -> pd.DataFrame:
-    """Recall grows by 0.1 a rung and a doubling of the bits; the second seed's is 0.02 higher."""
+    """Recall grows by 0.1 per variant and per doubling of the bits, and by 0.02 for seed 1."""
     settings = []
-    for (rung, (weights, normed)), (place, rbit), seed in itertools.product(
+    for (rank, (weights, normed)), (place, rbit), seed in itertools.product(
         enumerate(RUNGS), enumerate((64, 128)), (0, 1)
     ):
         parameters = {"weights": weights, "use_norm": normed, "centre_keys": False}
-        settings.append((parameters, rbit, seed, 0.2 + 0.1 * (rung + place) + 0.02 * seed))
+        settings.append((parameters, rbit, seed, 0.2 + 0.1 * (rank + place) + 0.02 * seed))
     return selection(row, settings)  # type: ignore[return-value, arg-type]
 
 
 def arm_rows(row: RowMaker) -> pd.DataFrame:
-    usual = {"sigma": 0.1, "epsilon": 0.01, "balance_weight": 1.0, "epochs": 15}
+    unchanged = {"sigma": 0.1, "epsilon": 0.01, "balance_weight": 1.0, "epochs": 15}
     changes: list[dict[str, object]] = [
         {},
         {"epsilon": 0.0},
@@ -66,7 +66,7 @@ def arm_rows(row: RowMaker) -> pd.DataFrame:
     return selection(  # type: ignore[return-value]
         row,
         [
-            ({**usual, **change}, 128, seed, 0.4 - 0.01 * place + 0.02 * seed * (1 + place))
+            ({**unchanged, **change}, 128, seed, 0.4 - 0.01 * place + 0.02 * seed * (1 + place))
             for place, change in enumerate(changes)
             for seed in (0, 1, 2)
         ],
@@ -74,28 +74,30 @@ def arm_rows(row: RowMaker) -> pd.DataFrame:
 
 
 def test_seeds_give_recall_an_interval(row: RowMaker) -> None:
-    lines = compare(ladder_rows(row)).headline
-    first = lines[(lines["variant"] == "random") | lines["variant"].str.contains("random")].iloc[0]
+    configurations = compare(ladder_rows(row)).overall
+    first = configurations[
+        (configurations["variant"] == "random") | configurations["variant"].str.contains("random")
+    ].iloc[0]
     # 0.20 and 0.22: the mean, and 12.7062 * 0.0141421 / sqrt(2) on either side
     assert first["recall_at_k"] == pytest.approx(0.21)
     assert first["recall_at_k_ci_low"] == pytest.approx(0.21 - 0.127062, abs=1e-6)
     assert first["recall_at_k_ci_high"] == pytest.approx(0.21 + 0.127062, abs=1e-6)
-    table = main_table(lines)
+    table = main_table(configurations)
     assert table.rows[0][table.head.index("Recall@k")].count("[") == 1
 
 
 def test_one_seed_has_no_interval(row: RowMaker) -> None:
     rows = ladder_rows(row)
-    lines = compare(rows[rows["seed"] == 0].reset_index(drop=True)).headline
-    assert lines["recall_at_k_ci_low"].isna().all()
-    table = main_table(lines)
+    configurations = compare(rows[rows["seed"] == 0].reset_index(drop=True)).overall
+    assert configurations["recall_at_k_ci_low"].isna().all()
+    table = main_table(configurations)
     assert table.rows[0][table.head.index("Recall@k")].count("[") == 0
-    assert difference_table(lines) is None
+    assert difference_table(configurations) is None
 
 
-def test_the_ladder_is_one_line_a_rung(row: RowMaker, tmp_path: Path) -> None:
-    lines = compare(ladder_rows(row)).headline
-    made = ladder(lines)
+def test_the_hash_ladder_has_one_curve_per_variant(row: RowMaker, tmp_path: Path) -> None:
+    configurations = compare(ladder_rows(row)).overall
+    made = ladder(configurations)
     assert made is not None
     figure, data = made
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
@@ -105,38 +107,38 @@ def test_the_ladder_is_one_line_a_rung(row: RowMaker, tmp_path: Path) -> None:
         *("Recall@128", "Attention mass kept, k = 128"),
     ]
     assert len(data) == 8
-    drawn = {one.name for one in draw_all(lines, tmp_path, "words")}
+    drawn = {one.name for one in draw_all(configurations, tmp_path, "words")}
     assert "hash_ladder" in drawn
     assert not drawn & {"recall_vs_rbit", "recall_vs_k", "arms"}
 
 
-def test_a_ladder_of_answers_shows_their_scores(row: RowMaker) -> None:
+def test_a_hash_ladder_with_scored_answers_shows_scores(row: RowMaker) -> None:
     rows = ladder_rows(row).assign(task="ruler", score=50.0, score_ci_low=40.0, score_ci_high=60.0)
-    made = ladder(compare(rows).headline)
+    made = ladder(compare(rows).overall)
     assert made is not None
     labels = [axes.get_ylabel() for axes in made[0].axes]
     assert labels == ["Score (0–100), k = 128", "Recall@128"]
 
 
-def test_a_recipe_is_a_rung_of_its_own(row: RowMaker) -> None:
+def test_a_recipe_is_an_ablation_variant_of_its_own(row: RowMaker) -> None:
     rows = ladder_rows(row)
     trained = rows["p_weights"] == "trained"
     ours = rows[trained].assign(p_recipe="ranked")
     ours = ours.assign(run_id=[f"f{one[1:]}" for one in ours["run_id"]], config_digest="ours")
     both = pd.concat([rows.assign(p_recipe="published"), ours], ignore_index=True)
-    made = ladder(compare(both).headline)
+    made = ladder(compare(both).overall)
     assert made is not None
     labels = [text.get_text() for text in made[0].legends[0].get_texts()]
     assert labels[-2:] == ["Learned as published, key norms", "Learned, ranked, key norms"]
 
 
-def test_differences_on_the_ladder_are_to_the_best_untrained_rung(row: RowMaker) -> None:
-    table = difference_table(compare(ladder_rows(row)).headline)
+def test_differences_between_hashes_are_to_the_best_untrained_one(row: RowMaker) -> None:
+    table = difference_table(compare(ladder_rows(row)).overall)
     assert table is not None
     first = [line for line in table.rows if line[2] == "64"]
     assert {line[3] for line in first} == {"Orthonormal, key norms"}
     found = {line[0]: line[4] for line in first}
-    # The seeds' own part is the same on each rung, so that paired it is gone.
+    # Each seed has the same effect on all variants, which pairing removes.
     assert found == {
         "Gaussian": "−0.200 [−0.200, −0.200]",
         "Orthonormal": "−0.100 [−0.100, −0.100]",
@@ -146,8 +148,8 @@ def test_differences_on_the_ladder_are_to_the_best_untrained_rung(row: RowMaker)
 
 
 def test_an_arm_is_named_by_what_it_changes(row: RowMaker) -> None:
-    lines = compare(arm_rows(row)).headline
-    made = arms(lines)
+    configurations = compare(arm_rows(row)).overall
+    made = arms(configurations)
     assert made is not None
     figure, data = made
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
@@ -155,7 +157,7 @@ def test_an_arm_is_named_by_what_it_changes(row: RowMaker) -> None:
         *("sigma=0.3", "sigma=1.0"),
     ]
     assert len(data) == 6
-    table = difference_table(lines)
+    table = difference_table(configurations)
     assert table is not None
     assert {line[3] for line in table.rows} == {"HATA"}
     (epsilon,) = (line for line in table.rows if line[0] == "HATA (epsilon=0.0)")
@@ -163,10 +165,10 @@ def test_an_arm_is_named_by_what_it_changes(row: RowMaker) -> None:
     assert epsilon[4:] == ["+0.010 [−0.040, +0.060]", "+0.010 [−0.040, +0.060]", "3"]
 
 
-def test_what_is_no_ablation_has_no_arms(row: RowMaker) -> None:
+def test_an_ablation_needs_a_reference_and_two_arms(row: RowMaker) -> None:
     rows = arm_rows(row)
     two = rows[rows["p_epsilon"].eq(0.0) | rows["p_sigma"].eq(1.0)].reset_index(drop=True)
-    assert arms(compare(two).headline) is None
+    assert arms(compare(two).overall) is None
 
 
 def needle_rows(row: RowMaker) -> pd.DataFrame:
@@ -192,9 +194,9 @@ def needle_rows(row: RowMaker) -> pd.DataFrame:
     )
 
 
-def test_the_grid_of_depths_is_a_heatmap(row: RowMaker, tmp_path: Path) -> None:
-    lines = compare(needle_rows(row)).lines
-    made = needle_heatmap(lines)
+def test_lengths_and_depths_give_a_heatmap(row: RowMaker, tmp_path: Path) -> None:
+    configurations = compare(needle_rows(row)).configurations
+    made = needle_heatmap(configurations)
     assert made is not None
     figure, data = made
     full, hata, _ = figure.axes
@@ -203,7 +205,7 @@ def test_the_grid_of_depths_is_a_heatmap(row: RowMaker, tmp_path: Path) -> None:
     assert [text.get_text() for text in full.get_yticklabels()] == ["0%", "50%", "100%"]
     assert [text.get_text() for text in full.get_xticklabels()] == ["1K", "2K"]
     assert len(data) == 12
-    drawn = {one.name for one in draw_all(lines, tmp_path, "words")}
+    drawn = {one.name for one in draw_all(configurations, tmp_path, "words")}
     assert "needle_heatmap" in drawn
     assert "subtasks" not in drawn
 
@@ -211,11 +213,11 @@ def test_the_grid_of_depths_is_a_heatmap(row: RowMaker, tmp_path: Path) -> None:
 def test_one_depth_is_no_heatmap(row: RowMaker) -> None:
     rows = needle_rows(row)
     one = rows[rows["subtask"].isin(["1024 x 0%", "2048 x 0%"])].reset_index(drop=True)
-    assert needle_heatmap(compare(one).lines) is None
+    assert needle_heatmap(compare(one).configurations) is None
 
 
-def test_a_report_without_times_is_built(row: RowMaker, tmp_path: Path) -> None:
-    """The figure of kernels' stages has nothing to say there, and must not fail."""
+def test_a_report_can_be_built_without_times(row: RowMaker, tmp_path: Path) -> None:
+    """The figure of the stages is empty without times, and must not fail."""
     ladder_rows(row).to_csv(tmp_path / "rows.csv", index=False)
     text = build(tmp_path / "rows.csv", tmp_path / "out").with_name("report.md").read_text()
     assert "### Differences, paired by seed" in text

@@ -1,4 +1,4 @@
-"""Artifacts: what is written is what is read, and anything else is one sentence."""
+"""Artifacts: they load as they were saved; any other file is refused in one line."""
 
 import signal
 import subprocess
@@ -26,11 +26,11 @@ def spec() -> dict[str, Any]:
 @pytest.fixture
 def path(tmp_path: Path, spec: dict[str, Any]) -> Path:
     tensors = {"hash_weight": torch.arange(2.0 * 2 * 16 * 32).reshape(2, 2, 16, 32)}
-    told = artifact.provenance(spec, "thirteen prompts of noise", seed=3)
-    return artifact.save(tmp_path / artifact.file_name(spec), tensors, told)
+    provenance = artifact.provenance(spec, "thirteen prompts of noise", seed=3)
+    return artifact.save(tmp_path / artifact.file_name(spec), tensors, provenance)
 
 
-def test_round_trip(path: Path, spec: dict[str, Any]) -> None:
+def test_a_saved_artifact_loads_with_the_same_content(path: Path, spec: dict[str, Any]) -> None:
     loaded = artifact.load(path, expect=spec)
     assert loaded.tensors["hash_weight"].flatten()[:3].tolist() == [0.0, 1.0, 2.0]
     assert loaded.provenance["data"] == "thirteen prompts of noise"
@@ -38,17 +38,19 @@ def test_round_trip(path: Path, spec: dict[str, Any]) -> None:
     assert loaded.path == path
     assert set(loaded.provenance["versions"]) >= {"python", "torch", "transformers"}
     assert len(loaded.digest) == 64
-    assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing unfinished is left
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file is left
 
 
-def test_digest_depends_on_contents_alone() -> None:
+def test_the_digest_depends_on_the_tensors_and_not_on_their_order() -> None:
     one = {"a": torch.zeros(2, 3), "b": torch.ones(1)}
     assert artifact.digest_of(one) == artifact.digest_of(dict(reversed(one.items())))
     assert artifact.digest_of(one) != artifact.digest_of({**one, "a": torch.zeros(3, 2)})
     assert artifact.digest_of(one) != artifact.digest_of({**one, "b": torch.zeros(1)})
 
 
-def test_is_found_by_its_settings(path: Path, spec: dict[str, Any], tmp_path: Path) -> None:
+def test_an_artifact_is_found_by_its_settings(
+    path: Path, spec: dict[str, Any], tmp_path: Path
+) -> None:
     assert path.name.startswith("hata-")
     assert artifact.find(spec, [tmp_path / "nowhere", path.parent]) == path
     assert artifact.find({**spec, "rbit": 64}, [path.parent]) is None
@@ -59,17 +61,17 @@ def test_other_settings_are_refused(path: Path) -> None:
         artifact.load(path, expect={"model_digest": "xyz"})
 
 
-def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="found no file"):
         artifact.load(tmp_path / "none.safetensors")
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The bytes of a whole artifact, few enough to try them all."""
-    told = artifact.provenance({"method": "hata"}, "noise", 0, losses=[[2.0, 1.0]])
+    """The bytes of a complete artifact, small enough to truncate it at every byte."""
+    provenance = artifact.provenance({"method": "hata"}, "noise", 0, losses=[[2.0, 1.0]])
     tensors = {"hash_weight": torch.arange(32.0), "second": torch.ones(3)}
-    return artifact.save(tmp_path_factory.mktemp("small") / "a", tensors, told).read_bytes()
+    return artifact.save(tmp_path_factory.mktemp("small") / "a", tensors, provenance).read_bytes()
 
 
 @pytest.mark.parametrize("part", range(8))
@@ -85,7 +87,7 @@ def test_a_file_truncated_at_any_byte_is_refused(small: bytes, part: int, tmp_pa
 
 
 @pytest.mark.parametrize("extra", [b"\0", b"more"])
-def test_a_file_with_something_at_its_end_is_refused(
+def test_a_file_with_extra_bytes_at_its_end_is_refused(
     small: bytes, extra: bytes, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.safetensors"
@@ -115,12 +117,12 @@ artifact.save(path, {"hash_weight": torch.zeros(64)}, artifact.provenance(spec, 
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["no file", "an older file"])
-def test_a_write_that_is_killed_leaves_what_was_there(tmp_path: Path, before: bool) -> None:
+def test_a_killed_write_leaves_the_previous_file(tmp_path: Path, before: bool) -> None:
     spec = {"method": "hata"}
     path = tmp_path / artifact.file_name(spec)
-    told = artifact.provenance(spec, "", 0)
+    provenance = artifact.provenance(spec, "", 0)
     if before:
-        artifact.save(path, {"hash_weight": torch.ones(2)}, told)
+        artifact.save(path, {"hash_weight": torch.ones(2)}, provenance)
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
     assert done.returncode == -signal.SIGKILL
     found = artifact.find(spec, [tmp_path])
@@ -129,11 +131,11 @@ def test_a_write_that_is_killed_leaves_what_was_there(tmp_path: Path, before: bo
         assert artifact.load(path).tensors["hash_weight"].tolist() == [1.0, 1.0]
     else:
         assert found is None
-    for left in tmp_path.iterdir():  # what the killed one wrote does not load either
-        if left != path:
+    for other in tmp_path.iterdir():  # the unfinished file of the killed process does not load
+        if other != path:
             with pytest.raises(ValueError, match="damaged or foreign file"):
-                artifact.load(left)
-    artifact.save(path, {"hash_weight": torch.zeros(1)}, told)
+                artifact.load(other)
+    artifact.save(path, {"hash_weight": torch.zeros(1)}, provenance)
     assert artifact.load(path).tensors["hash_weight"].tolist() == [0.0]
 
 

@@ -1,4 +1,4 @@
-"""What methods are fitted on: prompts of their own words, states of the model itself."""
+"""Calibration: its prompts share no words with tests, its states are the model's."""
 
 import gc
 import random
@@ -60,13 +60,13 @@ def captured(calibration: Calibration) -> dict[int, list[tuple[Tensor, Tensor]]]
 
 
 def content(text: str) -> list[str]:
-    """Return a text's words, names and numbers without the prompts' own wording."""
-    # What counts the entries of a list is wording too; a variable's number has five digits.
+    """Return a text's words, names and numbers without the words of the prompt templates."""
+    # The numbers of a list's entries are part of the template; a variable's has five digits.
     words = re.findall(r"[A-Za-z]+|\d{5,}", text)
     return [word for word in words if word.lower() not in WORDING]
 
 
-# Beside TEMPLATE_WORDS; a pool has none of these but by the words' own right.
+# The templates also contain these words, which are not in TEMPLATE_WORDS.
 WORDING = {*TEMPLATE_WORDS, "all", "do", "in", "is", "it", "of", "ones", "that", "to"}
 
 
@@ -86,15 +86,15 @@ def axis(config: DictConfig, key: str, default: str) -> list[str]:
 
 
 def experiments_tasks(folder: Path) -> Iterator[Ruler]:
-    """Yield the tasks of conf/experiment that have prompts, at each length and seed, with few."""
+    """Yield the RULER tasks of conf/experiment at each length and seed, with few samples."""
     for name in sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose("config", [f"experiment={name}"], return_hydra_config=True)
             lengths = axis(config, "task.length", str(config.task.get("length")))
             for length, seed in product(lengths, axis(config, "seed", "0")):
-                given = [f"experiment={name}", f"seed={seed}", f"cache_dir={folder}"]
-                given += [f"task.length={length}"] if "length" in config.task else []
-                task = instantiate(compose("config", [*given, "num_samples=2"]).task)
+                overrides = [f"experiment={name}", f"seed={seed}", f"cache_dir={folder}"]
+                overrides += [f"task.length={length}"] if "length" in config.task else []
+                task = instantiate(compose("config", [*overrides, "num_samples=2"]).task)
                 if isinstance(task, Ruler):
                     task.num_samples = 2
                     yield task
@@ -102,13 +102,13 @@ def experiments_tasks(folder: Path) -> Iterator[Ruler]:
 
 @pytest.fixture(scope="module")
 def reader(loaded: LoadedModel) -> LoadedModel:
-    """The model with a window for every length; it is asked for its tokens alone."""
+    """The model with a window large enough for every length; only its tokenizer is used."""
     return replace(loaded, window=2**20)
 
 
 @pytest.fixture(scope="module")
 def texts(reader: LoadedModel) -> list[str]:
-    """The texts that every artifact is fitted on."""
+    """The texts that artifacts are fitted on by default."""
     return CalibrationPrompts().texts(reader, MAX_LENGTH, NUM_SEQUENCES)
 
 
@@ -116,8 +116,8 @@ def texts(reader: LoadedModel) -> list[str]:
 def samples(reader: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     """Samples of every length, seed and sub-task that an experiment uses."""
     folder = tmp_path_factory.mktemp("samples")
-    found = [task.samples(reader) for task in experiments_tasks(folder)]
-    every = {one.sample_id: one for samples in found for one in samples}
+    drawn = [task.samples(reader) for task in experiments_tasks(folder)]
+    every = {one.sample_id: one for samples in drawn for one in samples}
     assert {one.subtask for one in every.values()} >= set(SUBTASKS)
     return list(every.values())
 
@@ -126,25 +126,25 @@ def whole(sample: Sample) -> str:
     return f"{sample.context} {sample.question} {sample.answer_prefix} {' '.join(sample.answers)}"
 
 
-def test_what_calibration_and_tests_may_draw_is_disjoint() -> None:
+def test_the_words_and_names_of_calibration_and_tests_are_disjoint() -> None:
     test_words, calibration_words = map(set, word_pools())
     assert not test_words & calibration_words
     for letters, upper in ((5, True), (6, False)):
-        # More names begin with the same, so every other one is apart whatever their number is.
+        # A larger count extends the same sequence, so the halves are disjoint for any count.
         names = random_names(letters, upper, count=999)
         assert not set(names[TEST_NAMES]) & set(names[CALIBRATION_NAMES])
 
 
-def test_calibration_draws_from_its_own_alone(texts: list[str]) -> None:
+def test_calibration_uses_only_its_own_words_and_names(texts: list[str]) -> None:
     names = [random_names(5, True)[CALIBRATION_NAMES], random_names(6, False)[CALIBRATION_NAMES]]
     allowed = {*word_pools()[1], *names[0], *names[1], *CALIBRATION_NUMBERS}
     found = set().union(*map(content, texts))
     assert found <= allowed
-    assert found >= CALIBRATION_NUMBERS  # none is set aside for nothing
+    assert found >= CALIBRATION_NUMBERS  # all reserved numbers are used
     assert len(found) > 400
 
 
-def test_tests_draw_from_their_own_alone(samples: list[Sample]) -> None:
+def test_test_samples_use_only_their_own_words_and_names(samples: list[Sample]) -> None:
     names = [random_names(5, True)[TEST_NAMES], random_names(6, False, 999)[TEST_NAMES]]
     allowed = {*word_pools()[0], *names[0], *names[1]}
     found = set().union(*(content(whole(sample)) for sample in samples))
@@ -160,14 +160,14 @@ def test_no_key_value_or_run_of_words_of_calibration_is_in_a_test(
 ) -> None:
     fitted = [content(text) for text in texts]
     tested = [content(whole(sample)) for sample in samples]
-    # Keys, values, variables and coded words are all content; so none of them is shared.
+    # Content includes keys, values, variables and coded words, so none of them is shared.
     assert not set().union(*map(set, fitted)) & set().union(*map(set, tested))
     runs = set().union(*map(grams, fitted))
     assert len(runs) > 2000
     assert not runs & set().union(*map(grams, tested))
 
 
-def test_a_number_of_calibration_is_drawn_again(
+def test_a_test_sample_never_uses_a_number_of_calibration(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def number(folder: str) -> str:
@@ -180,21 +180,21 @@ def test_a_number_of_calibration_is_drawn_again(
     assert number("second") != first
 
 
-def test_no_seed_of_a_test_is_calibrations(
+def test_no_random_seed_is_shared_by_tests_and_calibration(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Randomness begins with a text: a test's with its seed, calibration's with a word."""
-    begun: list[str] = []
+    """Random generators are seeded by strings; only calibration's begin with "calibration-"."""
+    used: list[str] = []
 
-    class Watched(random.Random):
+    class RecordingRandom(random.Random):
         def __init__(self, seed: str) -> None:
-            begun.append(seed)
+            used.append(seed)
             super().__init__(seed)
 
-    monkeypatch.setattr("random.Random", Watched)
+    monkeypatch.setattr("random.Random", RecordingRandom)
     CalibrationPrompts().texts(loaded, 300, 7)
     Ruler(length=300, num_samples=1, seed=SEED, cache_dir=str(tmp_path)).samples(loaded)
-    calibration, test = begun[:7], begun[7:]
+    calibration, test = used[:7], used[7:]
     assert calibration[0] == f"calibration-{SEED}-0"
     assert test[0] == f"{SEED}-niah_single-300-0"
     assert len(test) == 7
@@ -202,7 +202,7 @@ def test_no_seed_of_a_test_is_calibrations(
     assert all(seed.split("-")[0] == str(SEED) for seed in test)
 
 
-# What is captured ----------------------------------------------------------------------------
+# The captured states -------------------------------------------------------------------------
 
 
 def test_texts_depend_on_the_seed_alone(loaded: LoadedModel) -> None:
@@ -213,17 +213,17 @@ def test_texts_depend_on_the_seed_alone(loaded: LoadedModel) -> None:
     assert all(len(loaded.tokenizer.encode(text)) <= LENGTH for text in texts)
 
 
-def test_captured_keys_are_the_caches(
+def test_captured_keys_equal_those_of_the_cache(
     loaded: LoadedModel, captured: dict[int, list[tuple[Tensor, Tensor]]]
 ) -> None:
     texts = CalibrationPrompts(seed=3).texts(loaded, LENGTH, 7)
     assert [len(states) for states in captured.values()] == [7, 7]
-    for place in (0, 6):
-        own = prefill(loaded.model, loaded.tokenizer.encode(texts[place]))
+    for number in (0, 6):
+        prefilled = prefill(loaded.model, loaded.tokenizer.encode(texts[number]))
         for layer in range(2):
-            _, keys = captured[layer][place]
+            _, keys = captured[layer][number]
             assert keys.dtype == loaded.model.dtype
-            torch.testing.assert_close(keys, own.key_states[layer], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(keys, prefilled.key_states[layer], rtol=1e-4, atol=1e-4)
 
 
 def test_captured_queries_give_the_models_own_attention(
@@ -247,7 +247,7 @@ def test_captured_queries_give_the_models_own_attention(
         torch.testing.assert_close(logits.softmax(-1), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_only_the_queries_that_a_method_names_are_kept(
+def test_only_the_queries_that_a_method_asks_for_are_captured(
     loaded: LoadedModel,
     calibration: Calibration,
     captured: dict[int, list[tuple[Tensor, Tensor]]],
@@ -266,13 +266,13 @@ def test_only_the_queries_that_a_method_names_are_kept(
         assert queries.shape == (4, 0, 16)
 
 
-def test_the_model_is_given_back_unchanged(
+def test_capturing_leaves_the_model_unchanged(
     loaded: LoadedModel, captured: dict[int, list[tuple[Tensor, Tensor]]]
 ) -> None:
     assert loaded.model.config._attn_implementation == "sdpa"
 
 
-def test_the_description_says_what_was_read(calibration: Calibration) -> None:
+def test_the_description_names_prompts_seed_and_words(calibration: Calibration) -> None:
     assert calibration.description.startswith("7 prompts of 260 tokens, niah_single, niah_multikey")
     assert calibration.description.endswith("seed 3, 512 words that no test uses")
 
@@ -285,7 +285,7 @@ def test_a_small_window_shortens_the_prompts(loaded: LoadedModel) -> None:
 # The bound on memory -------------------------------------------------------------------------
 
 
-def test_layers_are_grouped_by_what_fits(loaded: LoadedModel) -> None:
+def test_layers_are_grouped_by_the_memory_limit(loaded: LoadedModel) -> None:
     def groups(limit: int) -> list[list[int]]:
         prompts = [list(range(1, 11)), list(range(1, 21))]
         return Calibration(loaded, HATA(rbit=32), prompts, limit, "").groups()
@@ -299,17 +299,19 @@ def test_layers_are_grouped_by_what_fits(loaded: LoadedModel) -> None:
         groups(layer - 1)
 
 
-class Witness(HATA):
-    """Sees what is in memory when a layer begins to learn."""
+class MeasuredHATA(HATA):
+    """Measures the memory in use when the fit of a layer begins."""
 
     def fit_layer(self, layer, states, report=None):  # type: ignore[no-untyped-def]
-        self.look()
+        self.measure()
         return super().fit_layer(layer, states, report)
 
 
 @pytest.mark.parametrize("layers_at_once", [1, 2])
-def test_never_more_is_held_than_the_limit(loaded: LoadedModel, layers_at_once: int) -> None:
-    """Counts the bytes of all tensors in the process that were not there before."""
+def test_queries_and_keys_never_exceed_the_memory_limit(
+    loaded: LoadedModel, layers_at_once: int
+) -> None:
+    """Counts the bytes of all tensors that were created since the test began."""
 
     def tensors() -> list[Tensor]:
         return [one for one in gc.get_objects() if type(one) is Tensor and one.numel()]
@@ -317,28 +319,30 @@ def test_never_more_is_held_than_the_limit(loaded: LoadedModel, layers_at_once: 
     def storages(tensors: list[Tensor]) -> dict[int, int]:
         return {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
 
-    method = Witness(rbit=32, epochs=1, steps_per_epoch=1)
+    method = MeasuredHATA(rbit=32, epochs=1, steps_per_epoch=1)
     calibration = Calibration.draw(loaded, method, CalibrationPrompts(seed=3), 4, LENGTH)
     calibration.memory_limit = layers_at_once * calibration.num_bytes(0)
-    learned = 4 * 2 * 16 * 32  # the weights of the layers before, float32
-    # Those of before are kept: were one freed, a new tensor at its address would not be counted.
-    kept, held = tensors(), []
-    before = storages(kept)
+    learned = 4 * 2 * 16 * 32  # the weights of the layers fitted before, float32
+    # A reference keeps older tensors alive: if one were freed, a new tensor at its address would
+    # not be counted.
+    older, used = tensors(), []
+    before = storages(older)
 
-    def look(*_: object) -> None:
-        held.append(sum(size for place, size in storages(tensors()).items() if place not in before))
+    def measure(*_: object) -> None:
+        new = [size for address, size in storages(tensors()).items() if address not in before]
+        used.append(sum(new))
 
-    method.look = look  # type: ignore[attr-defined]
-    hook = loaded.model.base_model.register_forward_pre_hook(look)
+    method.measure = measure  # type: ignore[attr-defined]
+    hook = loaded.model.base_model.register_forward_pre_hook(measure)
     try:
         fit_layers(method, calibration, [torch.device("cpu")])
     finally:
         hook.remove()
     groups = 2 // layers_at_once
-    assert len(held) == 4 * groups + 2  # before each prompt, and before each layer learns
-    ids = 8 * LENGTH  # the tokens of the prompt at hand
-    assert max(held) <= calibration.memory_limit + learned + ids
-    # A whole group is there when its first layer learns; so the measure sees what it should.
-    assert held[4] >= calibration.memory_limit
-    # The next group begins with nothing of the one before.
-    assert held[5] <= (learned + ids if layers_at_once == 1 else calibration.num_bytes(1) + learned)
+    assert len(used) == 4 * groups + 2  # before each prompt, and before each layer is fitted
+    ids = 8 * LENGTH  # the token ids of the current prompt
+    assert max(used) <= calibration.memory_limit + learned + ids
+    # When the first layer is fitted, its whole group is in memory: the measurement works.
+    assert used[4] >= calibration.memory_limit
+    # When the next group begins, nothing of the previous one is left.
+    assert used[5] <= (learned + ids if layers_at_once == 1 else calibration.num_bytes(1) + learned)

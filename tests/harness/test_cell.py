@@ -1,4 +1,4 @@
-"""What a cell begins with, the method's artifact, and what is noted of its machine."""
+"""A cell's artifact and peak memory, and the fit task."""
 
 import copy
 from dataclasses import replace
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 TEXTS = CalibrationPrompts()
 
 
-def test_the_peak_is_of_what_ran_since_it_was_reset() -> None:
+def test_peak_memory_covers_only_what_ran_since_the_reset() -> None:
     reset_peak_memory(CPU)
     before = peak_memory_mib(CPU)
     large = torch.ones(128, 2**18)  # 128 MiB
@@ -57,8 +57,8 @@ def quick() -> HATA:
     return HATA(rbit=32, epochs=1, steps_per_epoch=4)
 
 
-def never(*_: Any) -> None:
-    raise AssertionError("nothing was to be fitted")
+def fail(*_: Any) -> None:
+    raise AssertionError("nothing must be fitted")
 
 
 def test_an_artifact_is_fitted_once_and_found_again(
@@ -66,22 +66,22 @@ def test_an_artifact_is_fitted_once_and_found_again(
 ) -> None:
     first = prepare_method(loaded, quick(), TEXTS, tmp_path / "new")
     assert first is not None
-    told = first.provenance
-    assert (told["model"], told["seed"]) == ("random", 90210)
-    assert told["seconds"] > 0
-    assert [len(steps) for steps in told["losses"]] == [4, 4]
-    assert told["data"].startswith("3 prompts of 260 tokens")
-    monkeypatch.setattr("topkbench.harness.cell.fit_layers", never)
+    provenance = first.provenance
+    assert (provenance["model"], provenance["seed"]) == ("random", 90210)
+    assert provenance["seconds"] > 0
+    assert [len(steps) for steps in provenance["losses"]] == [4, 4]
+    assert provenance["data"].startswith("3 prompts of 260 tokens")
+    monkeypatch.setattr("topkbench.harness.cell.fit_layers", fail)
     method = quick()
     again = prepare_method(loaded, method, TEXTS, tmp_path / "new")
     assert again is not None
-    assert (again.digest, again.path, again.provenance) == (first.digest, first.path, told)
+    assert (again.digest, again.path, again.provenance) == (first.digest, first.path, provenance)
     assert method.artifact_digest == first.digest
-    with pytest.raises(AssertionError, match="nothing was to be fitted"):
+    with pytest.raises(AssertionError, match="nothing must be fitted"):
         prepare_method(loaded, quick(), TEXTS, tmp_path / "new", refit=True)
 
 
-def test_fitting_anew_gives_the_same_digest(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_refitting_gives_the_same_digest(loaded: LoadedModel, tmp_path: Path) -> None:
     first = prepare_method(loaded, quick(), TEXTS, tmp_path)
     written = next(tmp_path.glob("*.safetensors")).stat().st_mtime_ns
     again = prepare_method(loaded, quick(), TEXTS, tmp_path, refit=True, memory_limit=2**20)
@@ -91,21 +91,21 @@ def test_fitting_anew_gives_the_same_digest(loaded: LoadedModel, tmp_path: Path)
     assert (again.digest, again.provenance["losses"]) == (first.digest, first.provenance["losses"])
 
 
-def test_an_artifact_is_of_weights_dtype_calibration_and_version_of_the_fit(
+def test_an_artifact_depends_on_weights_dtype_calibration_and_fit_version(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare_method(loaded, quick(), TEXTS, tmp_path)
     assert first is not None
-    monkeypatch.setattr("topkbench.harness.cell.fit_layers", never)
+    monkeypatch.setattr("topkbench.harness.cell.fit_layers", fail)
 
     class Later(HATA):
-        """Whose fit learns something else."""
+        """HATA with a later fit version."""
 
         fit_version = HATA.fit_version + 1
 
     half = replace(loaded, model=copy.deepcopy(loaded.model).to(torch.bfloat16))
     other = copy.deepcopy(loaded.tokenizer)
-    assert other.add_tokens(["is"]) == 1  # a token of its own inside words, too
+    assert other.add_tokens(["is"]) == 1  # also splits words that contain it
     settings = {"rbit": 32, "epochs": 1, "steps_per_epoch": 4}
     for changed, method in (
         (replace(loaded, digest="1" * 16), quick()),
@@ -114,32 +114,34 @@ def test_an_artifact_is_of_weights_dtype_calibration_and_version_of_the_fit(
         (loaded, Later(**settings)),
         (loaded, HATA(**{**settings, "seed": 1})),
     ):
-        with pytest.raises(AssertionError, match="nothing was to be fitted"):
+        with pytest.raises(AssertionError, match="nothing must be fitted"):
             prepare_method(changed, method, TEXTS, tmp_path)
-    # Neither a name nor what comes after the last layer is of the fit.
+    # The model's name and window do not matter.
     again = prepare_method(replace(loaded, name="other", window=900), quick(), TEXTS, tmp_path)
     assert again is not None
     assert again.digest == first.digest
 
 
-def test_the_code_that_fitted_is_told(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_the_provenance_contains_the_digest_of_the_fitting_code(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
     found = prepare_method(loaded, quick(), TEXTS, tmp_path)
     assert found is not None
     assert found.provenance["source"] == fit_source(quick())
     assert fit_source(quick()) != fit_source(ExactTopK())
 
 
-def test_a_method_that_learns_nothing_has_none(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_a_method_that_learns_nothing_has_no_artifact(loaded: LoadedModel, tmp_path: Path) -> None:
     assert prepare_method(loaded, ExactTopK(), TEXTS, tmp_path) is None
     assert list(tmp_path.iterdir()) == []
 
 
-def planted(loaded: LoadedModel, folder: Path, weight: torch.Tensor, **spec: Any) -> None:
-    """Write an artifact under the name of the wanted one."""
-    wanted = artifact_spec(loaded, quick(), TEXTS)
-    assert wanted is not None
-    told = artifact.provenance({**wanted, **spec}, "", 0)
-    artifact.save(folder / artifact.file_name(wanted), {"hash_weight": weight}, told)
+def save_mismatched(loaded: LoadedModel, folder: Path, weight: torch.Tensor, **spec: Any) -> None:
+    """Save an artifact with other contents under the name of the expected one."""
+    expected = artifact_spec(loaded, quick(), TEXTS)
+    assert expected is not None
+    provenance = artifact.provenance({**expected, **spec}, "", 0)
+    artifact.save(folder / artifact.file_name(expected), {"hash_weight": weight}, provenance)
 
 
 @pytest.mark.parametrize(
@@ -164,10 +166,10 @@ def planted(loaded: LoadedModel, folder: Path, weight: torch.Tensor, **spec: Any
     ],
     ids=["model", "layers", "channels", "dtype"],
 )
-def test_anothers_artifact_is_one_sentence(
+def test_an_artifact_that_does_not_match_is_refused_in_one_line(
     loaded: LoadedModel, tmp_path: Path, weight: torch.Tensor, spec: dict[str, Any], message: str
 ) -> None:
-    planted(loaded, tmp_path, weight, **spec)
+    save_mismatched(loaded, tmp_path, weight, **spec)
     with pytest.raises(ValueError, match=message) as refused:
         prepare_method(loaded, quick(), TEXTS, tmp_path)
     assert "\n" not in str(refused.value)
@@ -181,7 +183,9 @@ def context(loaded: LoadedModel, method: Any, folder: Path, found: Any) -> Conte
     return Context(loaded, store, method, Policy(k=16), ExactTopK(), artifact=found)
 
 
-def test_the_task_tells_of_every_layer_and_their_mean(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_the_fit_task_has_a_row_for_every_layer_and_their_mean(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
     found = artifact.Artifact(
         tensors={},
         provenance={"data": "noise", "seconds": 2.5, "losses": [[8.0, 4.0, 2.0], [6.0, 5.0, 1.0]]},
@@ -200,7 +204,7 @@ def test_the_task_tells_of_every_layer_and_their_mean(loaded: LoadedModel, tmp_p
     assert outcome.samples[4] == {"layer": 1, "step": 2, "loss": 5.0}
 
 
-def test_a_fit_that_was_found_took_no_seconds(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_an_artifact_that_was_found_has_no_fit_seconds(loaded: LoadedModel, tmp_path: Path) -> None:
     fitted = [
         prepare_method(loaded, quick(), TEXTS, tmp_path),
         prepare_method(loaded, quick(), TEXTS, tmp_path),
@@ -223,8 +227,8 @@ def test_an_artifact_without_losses_still_has_its_rows(loaded: LoadedModel, tmp_
     assert outcome.samples == []
 
 
-def test_what_learns_nothing_is_refused_in_one_sentence(
+def test_the_fit_task_refuses_a_method_that_learns_nothing(
     loaded: LoadedModel, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="needs a method that learns, and exact as it is set here"):
+    with pytest.raises(ValueError, match="a method that learns, but exact with these settings"):
         Fit().run(context(loaded, ExactTopK(), tmp_path, None))

@@ -1,4 +1,4 @@
-"""The loop: prefill and decode give what the model's own generate gives."""
+"""The decoding loop: prefill and decode give the same answers as the model's own generate."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from topkbench.models.compat import cache_keyword
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 
-# The first has far the most words, so that the rows of a batch end at different slots.
+# The first is by far the longest, so that the rows of a batch end at different slots.
 CONTEXTS = ("the secret of word " * 17, "hidden text and facts " * 6, "list every other value")
 QUESTION = " which word below"
 NEW_TOKENS = 12
@@ -52,33 +52,33 @@ def answer(
         return decoder.generate()
 
 
-def test_a_file_that_was_wrapped_by_its_maker_is_not_wrapped_again(loaded: LoadedModel) -> None:
-    chat = replace(loaded, chat=True)  # of a tokenizer that has no template to wrap with
+def test_no_chat_template_or_second_bos_is_added_to_an_official_prompt(loaded: LoadedModel) -> None:
+    chat = replace(loaded, chat=True)  # the tokenizer has no template, so applying one fails
     with pytest.raises(ValueError, match="chat_template"):
         tokenise(chat, sample(CONTEXTS[0]), "sparse")
     plain = tokenise(loaded, sample(CONTEXTS[0]), "sparse")
     as_is = replace(sample(CONTEXTS[0]), as_is=True)
     assert tokenise(chat, as_is, "sparse").prefill_ids == plain.prefill_ids
-    # Nor does it get a second token for the beginning.
+    # A text that begins with the BOS token does not get a second one.
     bos = loaded.tokenizer.bos_token
     assert isinstance(bos, str)
-    begun = replace(as_is, context=bos + as_is.context)
-    assert tokenise(chat, begun, "sparse").prefill_ids.count(1) == 1
+    with_bos = replace(as_is, context=bos + as_is.context)
+    assert tokenise(chat, with_bos, "sparse").prefill_ids.count(1) == 1
 
 
-def test_full_attention_generates_what_the_model_does(
+def test_full_attention_generates_what_the_models_generate_does(
     loaded: LoadedModel, store: PrefillStore
 ) -> None:
     for prompt in prompts(loaded, "dense"):
         ids = torch.tensor([prompt.prefill_ids])
-        own = loaded.model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS)
-        expected = own[0, ids.shape[1] :].tolist()
+        generated = loaded.model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS)
+        expected = generated[0, ids.shape[1] :].tolist()
         if expected[-1] in eos_ids(loaded):
             expected.pop()
         assert answer(loaded, store, [prompt], FullAttention()) == [expected]
 
 
-def test_a_sparse_question_read_by_full_attention_changes_nothing(
+def test_full_attention_answers_the_same_with_a_decoded_question(
     loaded: LoadedModel, store: PrefillStore
 ) -> None:
     for dense, sparse in zip(prompts(loaded, "dense"), prompts(loaded, "sparse"), strict=True):
@@ -91,7 +91,7 @@ def test_a_sparse_question_read_by_full_attention_changes_nothing(
     "method", [FullAttention(), ExactTopK(), Quest(page_size=4)], ids=lambda method: method.name
 )
 @pytest.mark.parametrize("question", ["sparse", "dense"])
-def test_a_batch_answers_as_its_prompts_alone(
+def test_a_batch_gives_the_same_answers_as_single_prompts(
     loaded: LoadedModel, store: PrefillStore, method: TopKMethod, question: Question
 ) -> None:
     together = prompts(loaded, question)
@@ -100,7 +100,9 @@ def test_a_batch_answers_as_its_prompts_alone(
     assert answer(loaded, store, together, method) == alone
 
 
-def test_a_budget_of_everything_is_full_attention(loaded: LoadedModel, store: PrefillStore) -> None:
+def test_a_budget_of_all_tokens_gives_full_attentions_answers(
+    loaded: LoadedModel, store: PrefillStore
+) -> None:
     together = prompts(loaded, "sparse")
     expected = answer(loaded, store, together, FullAttention())
     assert answer(loaded, store, together, Quest(page_size=4), k=500) == expected
@@ -116,7 +118,7 @@ def test_each_row_stops_at_its_own_limit(loaded: LoadedModel, store: PrefillStor
     assert found[2][:1] == found[1]
 
 
-def test_the_end_token_ends_an_answer_and_is_no_part_of_it(
+def test_the_eos_token_ends_an_answer_and_is_not_part_of_it(
     loaded: LoadedModel, store: PrefillStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (prompt, *_) = prompts(loaded, "dense")
@@ -126,12 +128,14 @@ def test_the_end_token_ends_an_answer_and_is_no_part_of_it(
     assert answer(loaded, store, [prompt], FullAttention()) == [tokens[: tokens.index(stop)]]
 
 
-def test_following_shows_the_given_tokens(loaded: LoadedModel, store: PrefillStore) -> None:
+def test_teacher_forcing_puts_the_given_tokens_into_the_cache(
+    loaded: LoadedModel, store: PrefillStore
+) -> None:
     (_, prompt, _) = prompts(loaded, "sparse")
     forced = [5, 9, 300]
     decoder = Decoder(loaded, store, [prompt], len(forced))
     with attach(loaded.model, FullAttention(), Policy(k=24)):
-        decoder.follow([forced])
+        decoder.teacher_force([forced])
     assert decoder.cache.n == len(prompt.prefill_ids) + len(prompt.decode_ids) + 3
     ids = torch.tensor([[*prompt.prefill_ids, *prompt.decode_ids, *forced]])
     whole = DynamicCache()
@@ -144,13 +148,13 @@ def test_following_shows_the_given_tokens(loaded: LoadedModel, store: PrefillSto
     )
 
 
-def test_batches_keep_question_lengths_and_subtasks_apart() -> None:
+def test_batches_do_not_mix_question_lengths_or_subtasks() -> None:
     def made(name: str, subtask: str, question: int) -> Prompt:
         return Prompt(sample("x", name, subtask), (1, 2), tuple(range(question)))
 
-    given = [made("a", "vt", 3), made("b", "vt", 4), made("c", "vt", 3), made("d", "cwe", 3)]
-    given += [made("e", "vt", 3)]
-    names = [[one.sample.sample_id for one in group] for group in batches(given, 2)]
+    all_prompts = [made("a", "vt", 3), made("b", "vt", 4), made("c", "vt", 3), made("d", "cwe", 3)]
+    all_prompts += [made("e", "vt", 3)]
+    names = [[one.sample.sample_id for one in group] for group in batches(all_prompts, 2)]
     assert names == [["a", "c"], ["e"], ["b"], ["d"]]
 
 
@@ -189,4 +193,4 @@ def test_prompts_shared_by_methods_are_prefilled_once(
             answer(loaded, store, together, method, k)
     assert store.forwards == 3
     answer(loaded, store, prompts(loaded, "dense"), FullAttention())
-    assert store.forwards == 6  # other tokens are prefilled, so these are other prompts
+    assert store.forwards == 6  # with question=dense other tokens are prefilled

@@ -1,4 +1,4 @@
-"""A cell of questions and answers: its rows, its samples, and what each pass costs."""
+"""A question-answering cell: its rows, its samples, and the bytes and times of each pass."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,13 @@ import torch
 
 from topkbench.harness.cell import prepare_method, run_cell
 from topkbench.harness.decoding import Prompt
-from topkbench.harness.evaluation import Context, Outcome, TaskRow, spread, tokenised
+from topkbench.harness.evaluation import (
+    Context,
+    Outcome,
+    TaskRow,
+    spread_over_subtasks,
+    tokenise_all,
+)
 from topkbench.harness.task import Sample
 from topkbench.methods.base import Policy, TopKMethod
 from topkbench.methods.double_sparsity import DoubleSparsity
@@ -41,7 +47,7 @@ def run(
     return run_cell(Context(loaded, store, method, policy, FullAttention(), None, 1e9), task)
 
 
-def test_a_cell_leaves_a_row_a_subtask_and_their_mean(
+def test_a_cell_has_a_row_per_subtask_and_their_mean(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
     outcome = run(loaded, store, tmp_path, ExactTopK())
@@ -59,7 +65,7 @@ def test_a_cell_leaves_a_row_a_subtask_and_their_mean(
     assert mean["decode_ms_p20"] <= mean["decode_ms_p50"] <= mean["decode_ms_p80"]
     assert mean["tokens_per_s"] == pytest.approx(1e3 / mean["decode_ms_p50"])
     assert mean["speedup_vs_full"] == mean["full_ms_p50"] / mean["decode_ms_p50"]
-    # However few prompts are timed, there are as many pairs of turns as an interval needs.
+    # Even if few prompts are timed, there are enough pairs of turns for an interval.
     assert mean["speedup_ci_low"] <= mean["speedup_vs_full"] <= mean["speedup_ci_high"]
     # 2 layers; each reads every key to score (2 heads of 16 channels of 4 bytes), then 24 tokens.
     n = mean["kv_len"]
@@ -67,30 +73,30 @@ def test_a_cell_leaves_a_row_a_subtask_and_their_mean(
     stages = ("encode_ms", "append_ms", "score_ms", "select_ms", "attend_ms")
     attention = sum(mean[stage] or 0.0 for stage in stages) * 1e-3
     assert mean["bandwidth_fraction"] == pytest.approx(
-        mean["bytes_read_per_step"] / attention / 1e9  # of the bandwidth that the context states
+        mean["bytes_read_per_step"] / attention / 1e9  # the context's bandwidth
     )
     assert store.forwards == 4
 
 
-def test_freed_memory_changes_no_answer_and_shows_in_the_row(
+def test_freeing_tokens_changes_no_answer_and_reduces_the_reported_cache(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
     masked = run(loaded, store, tmp_path, H2O())
     compact = run(loaded, store, tmp_path, H2O(mode="compact"))
     answers = [[one["tokens"] for one in outcome.samples] for outcome in (masked, compact)]
     assert answers[0] == answers[1]
-    whole, part = masked.rows[-1].values, compact.rows[-1].values
-    assert part["density"] == pytest.approx(whole["density"])
-    # 2 layers of 2 heads of 16 channels: 24 tokens and 32 slots that are filled before the next
-    # time that tokens are freed.
-    assert part["kv_cache_mib"] == 2 * 2 * 2 * 16 * 4 * (24 + 32) / 2**20
-    assert whole["kv_cache_mib"] > 4 * part["kv_cache_mib"]
-    assert {"recall_at_k": 0.5, **part}["recall_at_k"] == 0.5  # nothing to compare with
-    assert whole["recall_at_k"] > 0
+    masked_row, compact_row = masked.rows[-1].values, compact.rows[-1].values
+    assert compact_row["density"] == pytest.approx(masked_row["density"])
+    # 2 layers of 2 heads of 16 channels: 24 tokens, and 32 slots that are filled until tokens are
+    # freed again.
+    assert compact_row["kv_cache_mib"] == 2 * 2 * 2 * 16 * 4 * (24 + 32) / 2**20
+    assert masked_row["kv_cache_mib"] > 4 * compact_row["kv_cache_mib"]
+    assert {"recall_at_k": 0.5, **compact_row}["recall_at_k"] == 0.5  # the row has no recall
+    assert masked_row["recall_at_k"] > 0
 
 
 @pytest.mark.parametrize("task", [SelectionTask, DecodeLatency, DecodeThroughput])
-def test_what_needs_all_tokens_refuses_a_method_that_frees_some(
+def test_tasks_that_need_all_tokens_skip_a_method_that_frees_some(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path, task: Any
 ) -> None:
     made = task(cache_dir=str(tmp_path)) if task is not DecodeThroughput else task()
@@ -101,7 +107,7 @@ def test_what_needs_all_tokens_refuses_a_method_that_frees_some(
 
 
 @pytest.mark.parametrize("method", [SnapKV, StreamingLLM, H2O])
-def test_a_method_that_frees_tokens_skips_a_policy_of_query_heads_and_computes_nothing(
+def test_a_method_that_frees_tokens_is_skipped_for_a_policy_per_query_head(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path, method: Any
 ) -> None:
     made = method(mode="compact", native={"head_scope": "query_head"})
@@ -119,7 +125,7 @@ def test_a_method_that_frees_tokens_skips_a_policy_of_query_heads_and_computes_n
         pass
 
 
-def test_query_heads_that_choose_apart_are_charged_for_all_they_read(
+def test_query_heads_that_select_separately_are_charged_for_all_tokens_read(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
     native = {"head_scope": "query_head"}
@@ -128,34 +134,34 @@ def test_query_heads_that_choose_apart_are_charged_for_all_they_read(
     task = Ruler(**settings)  # type: ignore[arg-type]
     context = Context(loaded, store, ExactTopK(native=native), policy, FullAttention(), None, 1e9)
     mean = run_cell(context, task).rows[-1].values
-    together = (mean["bytes_read_per_step"] / 2 - mean["kv_len"] * 2 * 16 * 4) / (2 * 2 * 16 * 4)
-    assert together == round(together)
-    assert 24 < together <= 48  # two queries of each KV head
-    assert together == pytest.approx(mean["density"] * mean["kv_len"], rel=0.05)
+    tokens = (mean["bytes_read_per_step"] / 2 - mean["kv_len"] * 2 * 16 * 4) / (2 * 2 * 16 * 4)
+    assert tokens == round(tokens)
+    assert 24 < tokens <= 48  # two queries of each KV head
+    assert tokens == pytest.approx(mean["density"] * mean["kv_len"], rel=0.05)
 
 
 @pytest.mark.parametrize("mode", ["masked", "compact"])
-def test_what_is_kept_beside_the_budget_is_charged(
+def test_tokens_kept_on_top_of_the_budget_are_charged(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path, mode: Mode
 ) -> None:
-    """Natively SnapKV keeps k tokens of the prompt, and all that is generated."""
+    """With its native policy SnapKV keeps k tokens of the prompt, and all generated tokens."""
     policy = Policy(k=24, num_sink=0, num_recent=0, protocol="native")
     settings = {"length": 200, "num_samples": 1, "subtasks": ("vt",), "cache_dir": str(tmp_path)}
     task = Ruler(**settings)  # type: ignore[arg-type]
     method = SnapKV(window=8, mode=mode)
     context = Context(loaded, store, method, policy, FullAttention(), None, 1e9)
     outcome = run_cell(context, task)
-    (prompt,) = tokenised(loaded, task.samples(loaded), "sparse")
-    # The question's tokens are decoded, and of the answer all but the last.
+    (prompt,) = tokenise_all(loaded, task.samples(loaded), "sparse")
+    # The question's tokens are decoded, and all answer tokens but the last.
     steps = len(prompt.decode_ids) + outcome.samples[0]["num_generated"] - 1
     read = outcome.rows[-1].values["bytes_read_per_step"]
-    if mode == "compact":  # what is kept is moved every 32 steps
+    if mode == "compact":  # the kept tokens are moved every 32 steps
         read -= read // 33
     tokens = read / (2 * 2 * 2 * 16 * 4)
     assert tokens == pytest.approx(24 + (1 + steps) / 2, abs=0.6)
 
 
-def test_a_page_that_is_half_full_is_charged_for_what_it_holds(
+def test_a_partly_filled_page_is_charged_for_its_tokens_only(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
     settings = {"length": 200, "num_samples": 1, "subtasks": ("vt",), "cache_dir": str(tmp_path)}
@@ -165,10 +171,10 @@ def test_a_page_that_is_half_full_is_charged_for_what_it_holds(
     mean = run_cell(context, task).rows[-1].values
     pages = -(-mean["kv_len"] // 8)
     tokens = (mean["bytes_read_per_step"] / 2 - pages * 2 * 2 * 16 * 4) / (2 * 2 * 16 * 4)
-    assert 16 < tokens < 24  # two whole pages, and of the last on average half
+    assert 16 < tokens < 24  # two whole pages, and half of the last one on average
 
 
-def test_labels_of_each_query_head_are_built_and_charged_where_query_heads_select(
+def test_with_selections_per_query_head_labels_are_built_and_charged_per_query_head(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
     method = DoubleSparsity(channels=4, native={"head_scope": "query_head"})
@@ -187,7 +193,7 @@ def test_labels_of_each_query_head_are_built_and_charged_where_query_heads_selec
             assert session.method.index_bytes_per_token(session.geometry) == heads * 4 * 4
 
 
-def test_what_query_heads_choose_among_is_charged_too(
+def test_the_candidates_of_query_heads_are_charged_too(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
     policy = Policy(k=12, num_sink=0, num_recent=0, protocol="native")
@@ -197,14 +203,14 @@ def test_what_query_heads_choose_among_is_charged_too(
     context = Context(loaded, store, method, policy, FullAttention(), None, 1e9)
     mean = run_cell(context, task).rows[-1].values
     without_keys = mean["bytes_read_per_step"] / 2 - mean["kv_len"] * 2 * 16 * 4
-    # Keys in 4 bits of the candidates, whole keys and values of those that are kept.
-    together = mean["density"] * mean["kv_len"]
-    assert 2 * 12 < together <= 2 * 4 * 12  # the mass bounds it, not k
-    candidates = (without_keys - together * 2 * 2 * 16 * 4) / (2 * (16 / 2 + 4))
+    # Keys in 4 bits of the candidates, whole keys and values of the selected tokens.
+    tokens = mean["density"] * mean["kv_len"]
+    assert 2 * 12 < tokens <= 2 * 4 * 12  # bounded by the mass, not by k
+    candidates = (without_keys - tokens * 2 * 2 * 16 * 4) / (2 * (16 / 2 + 4))
     assert 4 * 12 < candidates <= 2 * 4 * 12  # two queries of each KV head
 
 
-def test_samples_carry_what_re_scoring_needs(
+def test_samples_contain_what_re_scoring_needs(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
     outcome = run(loaded, store, tmp_path, FullAttention())
@@ -217,7 +223,7 @@ def test_samples_carry_what_re_scoring_needs(
         assert one["references"]
 
 
-def test_full_attention_has_no_selection_to_judge(
+def test_full_attention_has_no_selection_quality(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
     mean = run(loaded, store, tmp_path, FullAttention(), num_samples=1).rows[-1].values
@@ -229,13 +235,17 @@ def test_full_attention_has_no_selection_to_judge(
     assert mean["bytes_read_per_step"] == 2 * mean["kv_len"] * 2 * 2 * 16 * 4
 
 
-def test_what_cannot_be_served_is_skipped_with_a_reason(
+def test_an_unsupported_model_is_skipped_with_a_reason(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = ExactTopK()
-    monkeypatch.setattr(method, "unsupported", lambda geometry: "exact must have ears.")
+    monkeypatch.setattr(
+        method, "unsupported", lambda geometry: "exact does not support this model."
+    )
     outcome = run(loaded, store, tmp_path, method)
-    assert outcome == Outcome([TaskRow("mean", {}, "skipped", "exact must have ears.")], [])
+    assert outcome == Outcome(
+        [TaskRow("mean", {}, "skipped", "exact does not support this model.")], []
+    )
 
 
 def test_running_out_of_memory_is_a_status(
@@ -244,17 +254,17 @@ def test_running_out_of_memory_is_a_status(
     method = ExactTopK()
 
     def build(prefill: object) -> None:
-        raise MemoryError("no room")
+        raise MemoryError("out of memory")
 
     monkeypatch.setattr(method, "build_index", build)
     (row,) = run(loaded, store, tmp_path, method).rows
-    assert (row.status, row.reason) == ("out_of_memory", "no room")
+    assert (row.status, row.reason) == ("out_of_memory", "out of memory")
 
 
-def test_a_cpu_without_room_is_out_of_memory_too(
+def test_a_failed_cpu_allocation_is_out_of_memory_too(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torch raises a plain RuntimeError there, and other plain ones are errors of the program."""
+    """Torch raises a plain RuntimeError for it; any other RuntimeError must propagate."""
     method = ExactTopK()
     monkeypatch.setattr(method, "build_index", lambda prefill: torch.empty(2**50))
     (row,) = run(loaded, store, tmp_path, method).rows
@@ -282,6 +292,11 @@ def test_few_prompts_are_spread_over_the_subtasks() -> None:
         )
         return Prompt(sample, (), ())
 
-    given = [prompt("a", "vt"), prompt("b", "vt"), prompt("c", "cwe"), prompt("d", "fwe")]
-    assert [one.sample.sample_id for one in spread(given, 3)] == ["a", "c", "d"]
-    assert [one.sample.sample_id for one in spread(given, 9)] == ["a", "c", "d", "b"]
+    prompts = [prompt("a", "vt"), prompt("b", "vt"), prompt("c", "cwe"), prompt("d", "fwe")]
+    assert [one.sample.sample_id for one in spread_over_subtasks(prompts, 3)] == ["a", "c", "d"]
+    assert [one.sample.sample_id for one in spread_over_subtasks(prompts, 9)] == [
+        "a",
+        "c",
+        "d",
+        "b",
+    ]

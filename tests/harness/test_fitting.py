@@ -1,4 +1,4 @@
-"""Learning a model's layers: the same in any order, on any number of devices, in any groups."""
+"""Fitting a model's layers: the same result for any grouping and any number of devices."""
 
 import threading
 from typing import Any
@@ -26,7 +26,7 @@ def drawn(loaded: LoadedModel, method: Any, limit: int | None = None) -> Calibra
     return Calibration.draw(loaded, method, CalibrationPrompts(seed=3), 3, 260, limit)
 
 
-def test_what_is_learnt_depends_on_the_seed_alone(loaded: LoadedModel) -> None:
+def test_the_fit_does_not_depend_on_groups_or_devices_but_on_the_seed(loaded: LoadedModel) -> None:
     method = quick()
     one_layer = drawn(loaded, method).num_bytes(0)
     found = {}
@@ -44,7 +44,7 @@ def test_what_is_learnt_depends_on_the_seed_alone(loaded: LoadedModel) -> None:
     assert digest_of(other) != found["once"][0]
 
 
-def test_layers_learn_what_each_learns_alone(loaded: LoadedModel) -> None:
+def test_fitting_all_layers_gives_what_fitting_each_layer_gives(loaded: LoadedModel) -> None:
     method = quick()
     calibration = drawn(loaded, method)
     tensors, losses = fit_layers(method, calibration, [CPU])
@@ -61,21 +61,21 @@ def test_a_method_without_steps_has_no_losses(loaded: LoadedModel) -> None:
     assert losses == [[], []]
 
 
-def test_layers_are_dealt_to_the_devices_in_turn(loaded: LoadedModel) -> None:
-    seen: dict[int, str] = {}
+def test_layers_are_assigned_to_devices_round_robin(loaded: LoadedModel) -> None:
+    device_types: dict[int, str] = {}
 
     class Placed(Loki):
         def fit_layer(
             self, layer: int, states: LayerStates, report: LossReport | None = None
         ) -> dict[str, torch.Tensor]:
-            seen[layer] = states[0][1].device.type
+            device_types[layer] = states[0][1].device.type
             return {"components": torch.zeros(1)}
 
     fit_layers(Placed(), drawn(loaded, Placed()), [CPU, torch.device("meta")])
-    assert seen == {0: "cpu", 1: "meta"}
+    assert device_types == {0: "cpu", 1: "meta"}
 
 
-def test_devices_learn_at_the_same_time(loaded: LoadedModel) -> None:
+def test_devices_fit_at_the_same_time(loaded: LoadedModel) -> None:
     meeting = threading.Barrier(2)
 
     class Waiting(Loki):
@@ -88,35 +88,35 @@ def test_devices_learn_at_the_same_time(loaded: LoadedModel) -> None:
     fit_layers(Waiting(), drawn(loaded, Waiting()), [CPU, CPU])
 
 
-def test_a_failure_on_a_device_is_raised(loaded: LoadedModel) -> None:
+def test_an_error_on_a_device_propagates(loaded: LoadedModel) -> None:
     class Failing(Loki):
         def fit_layer(
             self, layer: int, states: LayerStates, report: LossReport | None = None
         ) -> dict[str, torch.Tensor]:
-            raise RuntimeError(f"layer {layer} is out of luck")
+            raise RuntimeError(f"layer {layer} failed")
 
-    with pytest.raises(RuntimeError, match="layer 0 is out of luck"):
+    with pytest.raises(RuntimeError, match="layer 0 failed"):
         fit_layers(Failing(), drawn(loaded, Failing()), [CPU, CPU])
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_progress_ends_at_its_total_and_never_goes_back(loaded: LoadedModel, devices: int) -> None:
-    told: list[tuple[int, int]] = []
+def test_progress_never_decreases_and_ends_at_its_total(loaded: LoadedModel, devices: int) -> None:
+    calls: list[tuple[int, int]] = []
     method = quick()
     calibration = drawn(loaded, method, drawn(loaded, method).num_bytes(0))
-    fit_layers(method, calibration, [CPU] * devices, lambda *one: told.append(one))
-    # Three prompts are read for each of two groups; a layer counts as a hundred.
-    assert {total for _, total in told} == {206}
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
-    assert told[2] == (3, 206)
-    assert told[-1] == (206, 206)
+    fit_layers(method, calibration, [CPU] * devices, lambda *one: calls.append(one))
+    # Three prompts are read for each of two groups; a fitted layer counts as 100.
+    assert {total for _, total in calls} == {206}
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    assert calls[2] == (3, 206)
+    assert calls[-1] == (206, 206)
 
 
-def test_a_training_that_diverges_is_one_sentence(loaded: LoadedModel) -> None:
+def test_a_fit_that_diverges_raises_a_one_line_error(loaded: LoadedModel) -> None:
     method = quick(learning_rate=1e30)
     with pytest.raises(ValueError, match=r"hata must learn finite values, got .* in hash_weight"):
         fit_layers(method, drawn(loaded, method), [CPU])
 
 
-def test_a_model_on_the_cpu_learns_there() -> None:
+def test_a_model_on_the_cpu_is_fitted_there() -> None:
     assert learning_devices(CPU) == [CPU]

@@ -1,4 +1,4 @@
-"""No untrue number stands in a row: methods that did not act, and what is not finite."""
+"""Rows have no numbers if the method did not act or if a result is not finite."""
 
 import copy
 from dataclasses import replace
@@ -17,7 +17,7 @@ from topkbench.harness.evaluation import (
     Outcome,
     density_of_all_layers,
     speed,
-    tokenised,
+    tokenise_all,
 )
 from topkbench.harness.quality import check_finite
 from topkbench.methods.base import Policy, TopKMethod
@@ -51,33 +51,36 @@ def run(loaded: LoadedModel, tmp_path: Path, method: TopKMethod, **knobs: Any) -
 
 
 @pytest.fixture
-def own(loaded: LoadedModel) -> LoadedModel:
-    """Return a copy of the model that a test may break."""
+def breakable(loaded: LoadedModel) -> LoadedModel:
+    """Return a copy of the model that a test may modify."""
     return replace(loaded, model=copy.deepcopy(loaded.model))
 
 
-def let_attend_by_itself(loaded: LoadedModel, layer: int) -> None:
+def bypass_method(loaded: LoadedModel, layer: int) -> None:
+    """Make a layer use SDPA, whatever method is attached."""
     attention: Any = loaded.model.get_submodule(f"model.layers.{layer}.self_attn")
     forward = attention.forward
 
-    def by_itself(*args: Any, **kwargs: Any) -> Any:
-        chosen = attention.config._attn_implementation
+    def forward_by_sdpa(*args: Any, **kwargs: Any) -> Any:
+        attached = attention.config._attn_implementation
         attention.config._attn_implementation = "sdpa"
         try:
             return forward(*args, **kwargs)
         finally:
-            attention.config._attn_implementation = chosen
+            attention.config._attn_implementation = attached
 
-    attention.forward = by_itself
+    attention.forward = forward_by_sdpa
 
 
 # Did the method act? --------------------------------------------------------------------------
 
 
-def test_a_method_bypassed_in_one_layer_has_no_numbers(own: LoadedModel, tmp_path: Path) -> None:
-    context = context_of(own, tmp_path, ExactTopK())
-    check_acting(context)  # before the layer goes its own way
-    let_attend_by_itself(own, 1)
+def test_a_method_bypassed_in_one_layer_has_no_numbers(
+    breakable: LoadedModel, tmp_path: Path
+) -> None:
+    context = context_of(breakable, tmp_path, ExactTopK())
+    check_acting(context)  # passes before the layer is broken
+    bypass_method(breakable, 1)
     (row,) = run_cell(context, ruler(tmp_path)).rows
     assert row.status == "wrong"
     assert "of 64 steps of single layers 32 attended to everything" in row.reason
@@ -88,44 +91,44 @@ def test_a_method_bypassed_in_one_layer_has_no_numbers(own: LoadedModel, tmp_pat
 @pytest.mark.parametrize(
     "task", [SelectionTask, Ruler, DecodeThroughput], ids=lambda task: task.__name__
 )
-def test_the_canary_refuses_a_model_that_goes_its_own_way(
-    own: LoadedModel, tmp_path: Path, task: Any
+def test_the_canary_refuses_a_model_that_bypasses_the_method(
+    breakable: LoadedModel, tmp_path: Path, task: Any
 ) -> None:
     for layer in range(2):
-        let_attend_by_itself(own, layer)
+        bypass_method(breakable, layer)
     made = DecodeThroughput(lengths=(100,)) if task is DecodeThroughput else ruler(tmp_path)
-    (row,) = run_cell(context_of(own, tmp_path, ExactTopK()), made).rows
+    (row,) = run_cell(context_of(breakable, tmp_path, ExactTopK()), made).rows
     assert row.status == "wrong"
     assert "must go through canary, but of 6 steps of single layers 6 attended" in row.reason
 
 
-def test_the_canary_notices_that_a_selection_decides_nothing(
-    own: LoadedModel, tmp_path: Path
+def test_the_canary_detects_that_a_selection_has_no_effect(
+    breakable: LoadedModel, tmp_path: Path
 ) -> None:
-    """Attention whose output is thrown away is the same whatever is selected."""
+    """With a zero output projection the logits are the same for any selection."""
     for layer in range(2):
-        attention: Any = own.model.get_submodule(f"model.layers.{layer}.self_attn")
+        attention: Any = breakable.model.get_submodule(f"model.layers.{layer}.self_attn")
         torch.nn.init.zeros_(attention.o_proj.weight)
     with pytest.raises(
         MethodBypassedError, match=r"2 of 48 tokens selected .* got 0: what a method"
     ):
-        check_acting(context_of(own, tmp_path, ExactTopK()))
+        check_acting(context_of(breakable, tmp_path, ExactTopK()))
 
 
 def test_the_canary_compares_with_full_attention(
-    own: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    breakable: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Halved(FullAttention):
         def step(self, *args: Any, **kwargs: Any) -> Any:
             result = super().step(*args, **kwargs)
             return replace(result, out=result.out / 2)
 
-    context = replace(context_of(own, tmp_path, ExactTopK()), full=Halved())
+    context = replace(context_of(breakable, tmp_path, ExactTopK()), full=Halved())
     with pytest.raises(MethodBypassedError, match="with every token selected the logits of random"):
         check_acting(context)
 
 
-def test_the_canary_lets_a_sound_model_pass(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_the_canary_accepts_a_sound_model(loaded: LoadedModel, tmp_path: Path) -> None:
     check_acting(context_of(loaded, tmp_path, ExactTopK()))
 
 
@@ -150,16 +153,14 @@ def test_k_at_all_tokens_is_skipped(
         assert not any(row.values.get(name) for name in MEASURED)
 
 
-def test_one_token_more_than_k_is_a_step(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_one_token_more_than_k_is_a_sparse_step(loaded: LoadedModel, tmp_path: Path) -> None:
     task = DecodeThroughput(lengths=(201,), budget=None, trials=1)
     (row,) = run_cell(context_of(loaded, tmp_path, ExactTopK(), 200), task).rows
     assert row.status == "ok"
     assert row.values["sparse_step_share"] == 1.0
 
 
-def test_prompts_of_no_more_than_k_tokens_say_so_in_their_subtask(
-    loaded: LoadedModel, tmp_path: Path
-) -> None:
+def test_subtasks_of_at_most_k_tokens_are_skipped(loaded: LoadedModel, tmp_path: Path) -> None:
     from topkbench.tasks.needle import Needle
 
     task = Needle(lengths=(100, 300), depths=(50,), num_samples=1, cache_dir=str(tmp_path))
@@ -169,7 +170,7 @@ def test_prompts_of_no_more_than_k_tokens_say_so_in_their_subtask(
     assert (long.status, long.values["sparse_step_share"]) == ("ok", 1.0)
     for name in ("score", "density", "num_samples", "sparse_step_share"):
         assert mean.values[name] == long.values[name]
-    assert mean.values["kv_len"] > 250  # of the prompts on which the method acted
+    assert mean.values["kv_len"] > 250  # over the prompts on which the method acted
     assert {one["subtask"] for one in outcome.samples} == {"300 x 50%"}
 
 
@@ -179,37 +180,39 @@ def test_prompts_of_no_more_than_k_tokens_say_so_in_their_subtask(
 @pytest.mark.parametrize("method", [FullAttention(), ExactTopK()], ids=lambda one: one.name)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_one_weight_that_is_not_finite_fails(
-    own: LoadedModel, tmp_path: Path, method: TopKMethod, value: float
+    breakable: LoadedModel, tmp_path: Path, method: TopKMethod, value: float
 ) -> None:
     with torch.no_grad():
-        own.model.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] = value  # type: ignore[union-attr, index, operator]
+        breakable.model.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] = value  # type: ignore[union-attr, index, operator]
     with pytest.raises(NotFiniteError, match="must be finite, got infinity or NaN"):
-        run(own, tmp_path, method)
+        run(breakable, tmp_path, method)
 
 
-def test_a_token_that_makes_a_step_infinite_fails(own: LoadedModel, tmp_path: Path) -> None:
-    """The weight is of a token that only the question has: prefill and canary are finite."""
+def test_a_token_that_makes_a_step_infinite_fails(breakable: LoadedModel, tmp_path: Path) -> None:
+    """The NaN weight belongs to a token of the question only: prefill and canary are finite."""
     task = ruler(tmp_path)
-    (sample,) = task.samples(own)
-    asked = set(own.tokenizer.encode(sample.question, add_special_tokens=False))
-    (token,) = sorted(asked - set(own.tokenizer.encode(sample.context)))[:1]
-    check_acting(context_of(own, tmp_path, ExactTopK()))
+    (sample,) = task.samples(breakable)
+    question_ids = set(breakable.tokenizer.encode(sample.question, add_special_tokens=False))
+    (token,) = sorted(question_ids - set(breakable.tokenizer.encode(sample.context)))[:1]
+    check_acting(context_of(breakable, tmp_path, ExactTopK()))
     with torch.no_grad():
-        own.model.get_input_embeddings().weight[token] = float("nan")  # type: ignore[index, operator]
+        breakable.model.get_input_embeddings().weight[token] = float("nan")  # type: ignore[index, operator]
     with pytest.raises(NotFiniteError, match="must be finite, got infinity or NaN in layer 0"):
-        run_cell(context_of(own, tmp_path, ExactTopK()), task)
+        run_cell(context_of(breakable, tmp_path, ExactTopK()), task)
 
 
-def test_timed_steps_without_numbers_have_no_time(own: LoadedModel, tmp_path: Path) -> None:
-    """The timed steps decode the token that the context suggests, which no answer need have."""
+def test_timed_steps_that_are_not_finite_have_no_time(
+    breakable: LoadedModel, tmp_path: Path
+) -> None:
+    """Timed steps decode the most likely token after the context; only its weight is NaN."""
     task = ruler(tmp_path)
-    context = context_of(own, tmp_path, ExactTopK())
+    context = context_of(breakable, tmp_path, ExactTopK())
     check_acting(context)
-    (prompt,) = tokenised(own, task.samples(own), "sparse")
+    (prompt,) = tokenise_all(breakable, task.samples(breakable), "sparse")
     token = int(context.store.get(prompt.prefill_ids).logits.argmax())
     assert token not in prompt.decode_ids
     with torch.no_grad():
-        own.model.get_input_embeddings().weight[token] = float("nan")  # type: ignore[index, operator]
+        breakable.model.get_input_embeddings().weight[token] = float("nan")  # type: ignore[index, operator]
     with pytest.raises(NotFiniteError, match="must be finite"):
         speed(context, [prompt], 1.0)
 
@@ -222,8 +225,8 @@ def test_a_model_whose_layers_all_slide_is_skipped(olmo3: LoadedModel, tmp_path:
     assert row.reason.startswith("at least one layer must be left to exact")
 
 
-class NoNumber(ExactTopK):
-    """Scores that are no numbers where the output is one."""
+class NanScores(ExactTopK):
+    """Returns NaN scores although the output is finite."""
 
     def score(self, encoded: Any, index: Any) -> Any:
         scores = super().score(encoded, index)
@@ -231,19 +234,19 @@ class NoNumber(ExactTopK):
         return scores
 
 
-def test_logits_that_are_infinite_are_named_with_their_sample(
-    own: LoadedModel, tmp_path: Path
+def test_infinite_logits_are_reported_with_their_sample(
+    breakable: LoadedModel, tmp_path: Path
 ) -> None:
-    check_acting(context_of(own, tmp_path, ExactTopK()))
+    check_acting(context_of(breakable, tmp_path, ExactTopK()))
     with torch.no_grad():
-        own.model.get_output_embeddings().weight[7] = float("inf")  # type: ignore[index, operator]
+        breakable.model.get_output_embeddings().weight[7] = float("inf")  # type: ignore[index, operator]
     with pytest.raises(NotFiniteError, match=r"float32 at sample niah_single-200-0-0, 0 tokens af"):
-        run_cell(context_of(own, tmp_path, ExactTopK()), ruler(tmp_path))
+        run_cell(context_of(breakable, tmp_path, ExactTopK()), ruler(tmp_path))
 
 
-def test_scores_that_are_no_numbers_fail(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_scores_that_are_nan_fail(loaded: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(NotFiniteError, match="a method's scores must be finite"):
-        run(loaded, tmp_path, NoNumber())
+        run(loaded, tmp_path, NanScores())
 
 
 def test_slots_without_a_token_may_score_minus_infinity() -> None:
@@ -260,7 +263,7 @@ def test_slots_without_a_token_may_score_minus_infinity() -> None:
 
 @pytest.fixture(scope="session")
 def olmo3(loaded: LoadedModel) -> LoadedModel:
-    """Four layers, of which all but the last slide over 32 tokens."""
+    """Four layers, all but the last with a sliding window of 32 tokens."""
     torch.manual_seed(0)
     config = Olmo3Config(
         vocab_size=len(loaded.tokenizer), hidden_size=64, intermediate_size=96,
@@ -290,7 +293,7 @@ def test_full_attention_reads_the_window_of_a_sliding_layer(
     assert density_of_all_layers(context, 320, 1.0) == (320 + 3 * 32) / (4 * 320)
 
 
-def test_our_cache_shows_a_sliding_layer_its_window_alone(olmo3: LoadedModel) -> None:
+def test_our_cache_restricts_a_sliding_layer_to_its_window(olmo3: LoadedModel) -> None:
     from topkbench.models.cache import DecodeCache
     from topkbench.models.compat import token_logits
     from topkbench.models.prefill import prefill
@@ -302,6 +305,6 @@ def test_our_cache_shows_a_sliding_layer_its_window_alone(olmo3: LoadedModel) ->
     with attach(olmo3.model, FullAttention(), Policy(k=24)):
         for token in ids[50:]:
             cache.extend()
-            found = token_logits(olmo3.model, torch.tensor([[token]]), cache, cache.positions)
-    wanted = token_logits(olmo3.model, torch.tensor([ids]))
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+            decoded = token_logits(olmo3.model, torch.tensor([[token]]), cache, cache.positions)
+    expected = token_logits(olmo3.model, torch.tensor([ids]))
+    torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=1e-4)

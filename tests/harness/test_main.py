@@ -6,6 +6,7 @@ them costs more than the tiny cells do; what depends on a fresh interpreter gets
 
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -20,6 +21,8 @@ import filelock
 import pandas as pd
 import pytest
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
+
+from topkbench.harness.main import job, settings_first
 
 SMALL = ("num_hidden_layers=1", "hidden_size=64", "intermediate_size=64", "vocab_size=99")
 ROOT = Path(__file__).parents[2]
@@ -171,6 +174,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server() -> Iterator["subprocess.Popen[str]"]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # The checkout that is tested, which another one may be installed beside.
+    environment["PYTHONPATH"] = str(ROOT / ".types")
     environment.pop("TRITON_INTERPRET", None)  # a user's process has no interpreter switched on
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER],
@@ -393,7 +398,7 @@ def test_a_fit_is_kept_found_and_made_anew(commands: Commands) -> None:
     # Another budget is the same fit; and a task that uses the method finds the artifact.
     assert commands.run(*quick, "k=16,32", "-m") == 0, commands.text("err")
     assert len(commands.cells) == 1
-    said = "tiny fit hata rbit=32: found, and not fitted again"
+    said = "tiny fit method=hata rbit=32: found, and not fitted again"
     assert commands.text("out").count(said) == 1
     assert commands.run(*quick[:2], "method=hata", "rbit=32", "k=16") == 0, commands.text("err")
     assert path.stat().st_mtime_ns == written
@@ -772,3 +777,72 @@ print(ours.__file__)
     rows = pd.read_parquet(Path(done.stdout.split()[-1]).parent / "rows.parquet")
     assert set(rows["method"]) == {"full", "exact"}
     assert set(rows["status"]) == {"ok"}
+
+
+# The command -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "ordered"),
+    [
+        ("method=hata -m task.length=1024", "method=hata task.length=1024 -m"),
+        ("-m --config-dir own method=mine k=3", "method=mine k=3 -m --config-dir own"),
+        ("k=3 -cd own method=mine --cfg job", "k=3 method=mine -cd own --cfg job"),
+        ("method=hata k=1", "method=hata k=1"),
+        ("--multirun", "--multirun"),
+        ("k=3 --cfg", "k=3 --cfg"),
+    ],
+)
+def test_settings_come_before_options(given: str, ordered: str) -> None:
+    assert settings_first(given.split()) == ordered.split()
+
+
+def test_options_may_stand_between_settings(commands: Commands) -> None:
+    assert commands.run("method=exact", "-m", "k=16,32", "task.length=256") == 0
+    out = commands.text("out")
+    assert "method=exact k=16" in out
+    assert "method=exact k=32" in out
+
+
+def test_help_is_the_projects_own(commands: Commands) -> None:
+    assert commands.run("method=exact", "--help") == 0
+    out = commands.text("out")
+    assert out.startswith("topkbench measures top-k attention methods for LLM decoding")
+    for example in ("topkbench method=hata k=512 -m", "question=dense -m", "experiment=league"):
+        assert example in out
+    for group in ("calibration", "experiment", "method", "model", "protocol", "task", "tracker"):
+        assert f"\n{group}: " in out
+    assert 'eval "$(topkbench -sc install=bash)"' in out
+    assert "hydra.cc" not in out
+
+
+def test_the_version_is_printed(commands: Commands) -> None:
+    assert commands.run("--version") == 0
+    assert commands.text("out").startswith("topkbench ")
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("mehtod=hata", "method"),
+        ("exprimnt=league", "experiment"),
+        ("calibraton=text", "calibration"),
+    ],
+)
+def test_a_misspelt_group_gets_a_hint(commands: Commands, given: str, hint: str) -> None:
+    assert commands.run(given) == 1
+    one_sentence(commands, f"there is no setting {given.split('=')[0]}; did you mean {hint}.")
+
+
+def test_the_job_is_found_by_name_in_another_process() -> None:
+    """Launchers that run cells elsewhere pickle it, and must not pickle what it refers to."""
+    pickled = pickle.dumps(job)
+    assert len(pickled) < 100
+    code = "import pickle, sys; print(pickle.loads(bytes.fromhex(sys.argv[1])).__module__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, pickled.hex()],
+        env={**os.environ, "PYTHONPATH": str(ROOT / ".types")},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout.strip(), done.returncode) == ("topkbench.harness.main", 0), done.stderr

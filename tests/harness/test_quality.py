@@ -22,7 +22,7 @@ def pick(*slots: int, **more: object) -> Selection:
     return Selection(torch.tensor([[list(slots)]], dtype=torch.int32), **more)  # type: ignore[arg-type]
 
 
-def judged(selection: Selection, k: int, out: torch.Tensor = FULL_OUT) -> tuple[float, ...]:
+def measured(selection: Selection, k: int, out: torch.Tensor = FULL_OUT) -> tuple[float, ...]:
     found = quality(
         DenseReference.of(QUERIES, CACHE, 1.0), CACHE, StepResult(out, None, selection, None), k
     )
@@ -30,24 +30,24 @@ def judged(selection: Selection, k: int, out: torch.Tensor = FULL_OUT) -> tuple[
     return tuple(round(part.item(), 5) for part in parts)
 
 
-def test_full_attention_is_the_truth() -> None:
-    truth = DenseReference.of(QUERIES, CACHE, 1.0)
+def test_full_attention_is_the_reference() -> None:
+    reference = DenseReference.of(QUERIES, CACHE, 1.0)
     expected = torch.tensor([[[[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.1, 0.7]]]])
-    torch.testing.assert_close(truth.weights, expected)
-    torch.testing.assert_close(truth.group_weights, torch.tensor([[[0.5, 0.4, 0.3, 0.8]]]))
-    torch.testing.assert_close(truth.out[:, 0], FULL_OUT)
+    torch.testing.assert_close(reference.weights, expected)
+    torch.testing.assert_close(reference.group_weights, torch.tensor([[[0.5, 0.4, 0.3, 0.8]]]))
+    torch.testing.assert_close(reference.out[:, 0], FULL_OUT)
 
 
-def test_capped_logits_are_the_truth_of_a_model_that_caps_them() -> None:
-    truth = DenseReference.of(QUERIES, CACHE, 1.0, softcap=1.0)
+def test_the_reference_of_a_model_with_softcap_has_capped_logits() -> None:
+    reference = DenseReference.of(QUERIES, CACHE, 1.0, softcap=1.0)
     capped = [math.exp(math.tanh(math.log(part))) for part in (4, 3, 2, 1)]
-    torch.testing.assert_close(truth.weights[0, 0, 0], torch.tensor(capped) / sum(capped))
+    torch.testing.assert_close(reference.weights[0, 0, 0], torch.tensor(capped) / sum(capped))
 
 
 @pytest.mark.parametrize(
     ("k", "expected"), [(1, [3]), (2, [0, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3])]
 )
-def test_the_exact_top_k_is_of_the_groups_sum(k: int, expected: list[int]) -> None:
+def test_the_exact_top_k_ranks_by_the_groups_summed_weights(k: int, expected: list[int]) -> None:
     exact = DenseReference.of(QUERIES, CACHE, 1.0).exact(k)
     assert exact[0, 0].nonzero().flatten().tolist() == expected
 
@@ -62,34 +62,34 @@ def test_the_exact_top_k_is_of_the_groups_sum(k: int, expected: list[int]) -> No
     ],
 )
 def test_recall_and_mass(slots: tuple[int, ...], recall: float, mass: float) -> None:
-    assert judged(pick(*slots), 2) == pytest.approx((recall, mass, 0.0, len(slots)), abs=1e-5)
+    assert measured(pick(*slots), 2) == pytest.approx((recall, mass, 0.0, len(slots)), abs=1e-5)
 
 
-def test_the_error_is_relative_to_each_querys_output() -> None:
+def test_the_output_error_is_relative_to_each_querys_output() -> None:
     out = torch.tensor([[[0.4, 0.0], [0.1, 0.1]]])
     # |(0, 0.3)| / |(0.4, 0.3)| = 0.6 for the first query, 0 for the second
-    assert judged(pick(0), 1, out)[2] == pytest.approx(0.3, abs=1e-5)
+    assert measured(pick(0), 1, out)[2] == pytest.approx(0.3, abs=1e-5)
 
 
-def test_a_page_stands_for_its_tokens() -> None:
-    assert judged(pick(1, unit_size=2), 2) == pytest.approx((0.5, (0.3 + 0.8) / 2, 0.0, 2.0))
+def test_a_selected_page_counts_as_its_tokens() -> None:
+    assert measured(pick(1, unit_size=2), 2) == pytest.approx((0.5, (0.3 + 0.8) / 2, 0.0, 2.0))
     # The second page of three reaches past the last token.
-    assert judged(pick(1, unit_size=3), 2) == pytest.approx((0.5, (0.1 + 0.7) / 2, 0.0, 1.0))
+    assert measured(pick(1, unit_size=3), 2) == pytest.approx((0.5, (0.1 + 0.7) / 2, 0.0, 1.0))
 
 
-def test_what_is_no_unit_does_not_count() -> None:
-    assert judged(pick(3, -1), 1) == pytest.approx((1.0, (0.1 + 0.7) / 2, 0.0, 1.0))
+def test_padding_in_a_selection_does_not_count() -> None:
+    assert measured(pick(3, -1), 1) == pytest.approx((1.0, (0.1 + 0.7) / 2, 0.0, 1.0))
     few = pick(3, 0, count=torch.tensor([[1]], dtype=torch.int32))
-    assert judged(few, 1) == pytest.approx((1.0, (0.1 + 0.7) / 2, 0.0, 1.0))
+    assert measured(few, 1) == pytest.approx((1.0, (0.1 + 0.7) / 2, 0.0, 1.0))
 
 
-def test_a_selection_of_each_query_head_is_judged_by_head() -> None:
+def test_selections_per_query_head_are_measured_per_head() -> None:
     selection = Selection(torch.tensor([[[0, 3], [1, 2]]], dtype=torch.int32))
     # Read are the tokens of both heads.
     expected = ((1.0 + 0.0) / 2, (0.5 + 0.2) / 2, 0.0, 4.0)
-    assert judged(selection, 2) == pytest.approx(expected)
+    assert measured(selection, 2) == pytest.approx(expected)
     overlapping = Selection(torch.tensor([[[0, 3], [1, 3]]], dtype=torch.int32))
-    assert judged(overlapping, 2)[3] == 3
+    assert measured(overlapping, 2)[3] == 3
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_selection_of_each_query_head_is_judged_by_head() -> None:
         Selection(torch.tensor([[[0, 3], [1, 3]]], dtype=torch.int32)),
     ],
 )
-def test_the_judge_and_the_counter_agree_on_what_was_read(selection: Selection | None) -> None:
+def test_quality_and_counter_agree_on_the_tokens_read(selection: Selection | None) -> None:
     result = StepResult(FULL_OUT, None, selection, None)
     counter = Counter()
     counter.on_step(0, QUERIES, CACHE, result, 1.0, None)
@@ -109,13 +109,13 @@ def test_the_judge_and_the_counter_agree_on_what_was_read(selection: Selection |
     assert counter.density == found.tokens.mean().item() / 4
 
 
-def test_slots_outside_a_row_are_neither_exact_nor_chosen() -> None:
+def test_slots_outside_a_row_are_neither_exact_nor_selected() -> None:
     keys, values = KEYS.repeat(2, 1, 1, 1), VALUES.repeat(2, 1, 1, 1)
     kv_len = torch.tensor([4, 3], dtype=torch.int32)
     cache = CacheView(keys, values, None, kv_len)
-    truth = DenseReference.of(QUERIES.repeat(2, 1, 1, 1), cache, 1.0)
-    torch.testing.assert_close(truth.weights[1, 0, 0], torch.tensor([4 / 9, 3 / 9, 2 / 9, 0.0]))
-    assert truth.exact(4)[:, 0].tolist() == [[True] * 4, [True, True, True, False]]
+    reference = DenseReference.of(QUERIES.repeat(2, 1, 1, 1), cache, 1.0)
+    torch.testing.assert_close(reference.weights[1, 0, 0], torch.tensor([4 / 9, 3 / 9, 2 / 9, 0.0]))
+    assert reference.exact(4)[:, 0].tolist() == [[True] * 4, [True, True, True, False]]
     both = Selection(torch.tensor([[[2, 3]], [[2, 3]]], dtype=torch.int32))
     assert both.slots(cache)[:, 0].tolist() == [
         [False, False, True, True],

@@ -1,4 +1,4 @@
-"""RULER's scoring, with values written out."""
+"""RULER's scoring functions, compared with expected values."""
 
 import pytest
 
@@ -16,14 +16,16 @@ from topkbench.harness.task import clean_prediction, string_match_all, string_ma
         ("one\x00two", ("one\ntwo",), 100.0),
     ],
 )
-def test_all_answers_count(prediction: str, answers: tuple[str, ...], score: float) -> None:
+def test_string_match_all_is_the_share_of_answers_found(
+    prediction: str, answers: tuple[str, ...], score: float
+) -> None:
     assert string_match_all(prediction, answers) == score
 
 
 @pytest.mark.parametrize(
     ("prediction", "score"), [("In Paris.", 100.0), ("the CITY of light", 100.0), ("Rome", 0.0)]
 )
-def test_any_answer_is_enough_for_questions(prediction: str, score: float) -> None:
+def test_string_match_part_needs_any_answer(prediction: str, score: float) -> None:
     assert string_match_part(prediction, ("paris", "city of light")) == score
 
 

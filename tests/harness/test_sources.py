@@ -1,4 +1,4 @@
-"""The digest of code changes with every file that computes, wherever it stands, and no other."""
+"""The code digest changes with every file that affects results, and with no other file."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ FILES = {
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of the code, with a user's folder beside it."""
+    """A copy of the code, with a user's folder next to it."""
     root = tmp_path / "checkout"
     for folder in FOLDERS:
         shutil.copytree(
@@ -54,7 +54,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def digest(checkout: Path, *modules: str) -> str:
-    """Return the digest in a process of its own, which reads each file once."""
+    """Return the digest as computed by a new process, since a process reads each file once."""
     code = (
         "import sys; from topkbench.harness.sources import code_digest;"
         "print(code_digest(['topkbench.harness.cell', *sys.argv[1:]]))"
@@ -70,11 +70,11 @@ def digest(checkout: Path, *modules: str) -> str:
     return done.stdout.strip()
 
 
-def edited(path: Path) -> None:
+def edit(path: Path) -> None:
     path.write_text(path.read_text() + "\n1 + 1\n")
 
 
-def test_what_a_method_uses_counts(checkout: Path) -> None:
+def test_editing_code_that_a_method_uses_changes_its_digest(checkout: Path) -> None:
     quest = "topkbench.methods.quest"
     before = digest(checkout, quest)
     assert len(before) == 16
@@ -86,45 +86,45 @@ def test_what_a_method_uses_counts(checkout: Path) -> None:
         *("kernels/sparse_attention/fused.py", "models/prefill.py", "models/cache.py"),
         *("harness/decoding.py", "harness/evaluation.py", "harness/quality.py"),
     ]
-    seen = {before}
+    digests = {before}
     for name in used:
-        edited(checkout / name)
-        seen.add(digest(checkout, quest))
-    assert len(seen) == len(used) + 1
+        edit(checkout / name)
+        digests.add(digest(checkout, quest))
+    assert len(digests) == len(used) + 1
 
 
-def test_what_a_method_does_not_use_does_not_count(checkout: Path) -> None:
+def test_editing_code_that_a_method_does_not_use_keeps_its_digest(checkout: Path) -> None:
     before = digest(checkout, "topkbench.methods.quest")
     for name in (
         *("methods/loki.py", "kernels/hash_encode/cpu.py", "kernels/bench.py"),
         *("analysis/report.py", "analysis/record.py", "tools/train_tiny.py"),
     ):
-        edited(checkout / name)
+        edit(checkout / name)
     assert digest(checkout, "topkbench.methods.quest") == before
     assert digest(checkout, "topkbench.methods.loki") != before
 
 
-def test_a_users_own_files_count(checkout: Path) -> None:
+def test_editing_a_users_own_files_changes_the_digest(checkout: Path) -> None:
     before = digest(checkout, "mine")
     own = checkout.parent / "own"
-    seen = {before}
+    digests = {before}
     used = [name for name in FILES if name != "unused.py"]
     for name in (*used, "../checkout/methods/quest.py"):
-        edited(own / name)
-        seen.add(digest(checkout, "mine"))
-    assert len(seen) == len(used) + 2
+        edit(own / name)
+        digests.add(digest(checkout, "mine"))
+    assert len(digests) == len(used) + 2
     after = digest(checkout, "mine")
-    edited(own / "unused.py")
+    edit(own / "unused.py")
     assert digest(checkout, "mine") == after
 
 
-def test_an_installed_library_does_not_count_but_a_method_in_one_does(checkout: Path) -> None:
-    """An overlay of ``pip install --target``: notes on each package stand beside it."""
+def test_an_installed_library_is_ignored_but_a_method_in_one_is_not(checkout: Path) -> None:
+    """As with ``pip install --target``, a ``*.dist-info`` folder lies beside the packages."""
     own = checkout.parent / "own"
     (own / "pieces-1.0.dist-info").mkdir()
     before = digest(checkout, "mine")
-    edited(own / "pieces" / "factors.py")
-    edited(own / "inner.py")
+    edit(own / "pieces" / "factors.py")
+    edit(own / "inner.py")
     assert digest(checkout, "mine") == before
-    edited(own / "mine.py")
+    edit(own / "mine.py")
     assert digest(checkout, "mine") != before

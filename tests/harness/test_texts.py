@@ -1,4 +1,4 @@
-"""Plain texts to fit methods on: what every machine has, in halves, or a user's files."""
+"""Calibration texts from files: Python's documentation in two halves, or a user's files."""
 
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -11,7 +11,7 @@ from topkbench.methods.loki import Loki
 from topkbench.models.load import LoadedModel
 
 
-def test_the_halves_of_pythons_topics_share_no_topic_and_leave_none_out() -> None:
+def test_every_topic_of_pythons_documentation_is_in_exactly_one_half() -> None:
     first, second = python_topics("first"), python_topics("second")
     assert len(first) + len(second) == sum(map(len, topics.values()))
     assert 0.4 < len(first) / (len(first) + len(second)) < 0.6
@@ -19,7 +19,7 @@ def test_the_halves_of_pythons_topics_share_no_topic_and_leave_none_out() -> Non
         assert (text in first) != (text in second), name
 
 
-def test_texts_are_cut_at_even_distances(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_texts_are_taken_at_even_distances(loaded: LoadedModel, tmp_path: Path) -> None:
     text = " ".join(["and are each list"] * 8)  # 32 words that the tokenizer knows
     (tmp_path / "one.txt").write_text(text)
     texts = TextFiles(files=[str(tmp_path / "one.txt")])
@@ -31,17 +31,19 @@ def test_texts_are_cut_at_even_distances(loaded: LoadedModel, tmp_path: Path) ->
     assert texts.sequences(loaded, 10, 1) == [ids[:10]]
 
 
-def test_what_was_read_is_named_with_its_digest(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_the_description_contains_the_digest_of_the_files(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("and are each list")
     texts = TextFiles(files=[str(file)])
     # printf 'and are each list' | sha256sum
-    assert texts.describe(4096, 14) == "14 texts of at most 4096 tokens of mine.txt ({digest})"
+    assert texts.describe(4096, 14).endswith("4096 tokens of mine.txt (ca0e005ce5ceef46)")
     before = Calibration.draw(loaded, Loki(), texts).digest
     file.write_text("and are each word")
     assert Calibration.draw(loaded, Loki(), texts).digest != before
-    told = TextFiles().describe(4096, 14)
-    assert told.startswith(
+    description = TextFiles().describe(4096, 14)
+    assert description.startswith(
         "14 texts of at most 4096 tokens of Python's documentation topics, first"
     )
 
@@ -52,7 +54,9 @@ def test_files_must_be_a_list(files: object) -> None:
         TextFiles(files=files)  # type: ignore[arg-type]
 
 
-def test_a_file_that_cannot_be_read_is_one_sentence(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_refused_in_one_line(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"calibration\.files must be readable texts in UTF-8: .*"):
         TextFiles(files=[str(tmp_path / "none.txt")]).sequences(loaded, 10, 2)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")

@@ -1,25 +1,42 @@
-"""Compile every Triton kernel for a Hopper GPU, as it is launched, on a machine that has none.
+"""Compile the Triton kernels for a Hopper GPU, as they are launched, on a machine that has none.
 
-Run as a program, since the interpreter of the other tests must be off. Triton's compiler needs no
-GPU: only its driver is replaced, and every launch by its compilation. Prints the kernels' names.
+``python tests/kernels/compile_kernels.py [--all]``: a program, since the interpreter of the other
+tests must be off. Triton's compiler needs no GPU: only its driver is replaced, and every launch by
+its compilation. What is launched is what the jobs of `topkbench.kernels.gpu_check` launch: a part
+of them, or with ``--all`` every one, and options of the operators that they do not use. Prints the
+kernels' names.
 """
 
+import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from topkbench.kernels.channel_score import fused as channel
-from topkbench.kernels.code_score import fused as code
+from topkbench.kernels import dispatch, operators, steps
+from topkbench.kernels.full_attention import api as full_attention_api
 from topkbench.kernels.full_attention import fused as full
+from topkbench.kernels.gpu_check import decode, worker
+from topkbench.kernels.gpu_check.dense import BASELINES
+from topkbench.kernels.gpu_check.plan import CHECKED, Job, Size, make_plan
+from topkbench.kernels.gpu_check.workplace import Workplace
 from topkbench.kernels.group_softmax import fused as softmax
 from topkbench.kernels.hamming_score import fused as hamming
-from topkbench.kernels.hash_encode import fused as encode
-from topkbench.kernels.lowrank_score import fused as lowrank
-from topkbench.kernels.page_score import fused as page
 from topkbench.kernels.sparse_attention import fused as attention
-from topkbench.kernels.topk_select import fused as topk
+
+MOST_SHARED_BYTES = 232448
+"""Shared memory that a block can have on Hopper: 227 KiB."""
+ATTENTION = ("sparse_attention", "full_attention")
+IN_SHORT = {
+    "check operators: bfloat16, head_dim 64, 2 x 8 heads": {*CHECKED} - {"topk_select"},
+    "time of each operator: 32/8 heads of 128, 131,072 tokens, batch 1": {*CHECKED},
+    "every dense baseline: 32/8 heads of 128, 131,072 tokens, batch 1": {*BASELINES},
+    "check operators: float32, head_dim 128, 2 x 8 heads": ATTENTION,
+}
+"""Jobs and their parts that are compiled without ``--all``: every kernel with bounds and without
+but selection, which is the same for all, attention with each tile, and in float32."""
 
 
 class Hopper:
@@ -35,60 +52,92 @@ class Hopper:
         return 0
 
 
-def launch_all(size: int) -> None:
-    """Launch each operator over so many slots with the options that change what is compiled."""
+class Statuses(list[tuple[str, str]]):
+    """A channel that keeps how each part ended."""
+
+    def send(self, message: Any) -> None:
+        if message[0] == "row":
+            self.append((message[2]["status"], message[2].get("reason", "")))
+
+    def recv(self) -> None:
+        return None
+
+
+def launch(job: Job, tokens: int) -> None:
+    """Launch what a job launches, over so many tokens: their number is compiled into no kernel."""
+    options, parts = dict(job.options), job.parts
+    if job.kind == "check":
+        bounded = sorted({one.bounded for one in options["sizes"]})
+        options["sizes"] = [Size(tokens, 2, one, False) for one in bounded]
+    else:
+        options["length"] = tokens
+    if job.kind == "dense":
+        parts = tuple(part for part in parts if part.startswith("triton"))
+    ended = Statuses()
+    small = replace(job, options=options, parts=parts)
+    worker.run(Workplace(torch.device("cpu"), True, 1), small, [], ended)
+    assert {status for status, _ in ended} == {"ok"}, (job.name, ended)
+
+
+def in_short(job: Job) -> Job:
+    """Return the parts of a job that are compiled without ``--all``."""
+    sizes = [size for size in job.options.get("sizes", []) if size.bounded]
+    parts = tuple(part for part in job.parts if part in IN_SHORT[job.name])
+    return replace(job, options={**job.options, **({"sizes": sizes} if sizes else {})}, parts=parts)
+
+
+def launch_options() -> None:
+    """Launch operators with options that no job uses: soft caps, weights, other dimensions."""
     bound = torch.zeros(1, dtype=torch.int32)
-    codes, norms = torch.zeros(1, 2, size, 4, dtype=torch.int32), torch.zeros(1, 2, size)
-    for words in (3, 4):
-        for given in (None, norms):
-            hamming.hamming_score(codes[:, :, :4, :words], codes[..., :words], given, bound, bound)
-    tables, bytes_of_keys = torch.zeros(1, 2, 2, 4, 64), torch.zeros(1, 2, size, 2).byte()
-    code.code_score(tables, bytes_of_keys, bound, bound)
-    for scores in (norms, norms.bfloat16(), norms.int()):
-        topk.topk_select(scores, 8, 1, 1, bound, bound)
+    codes, norms = torch.zeros(1, 2, 77, 4, dtype=torch.int32), torch.zeros(1, 2, 77)
+    for given in (None, norms):
+        hamming.hamming_score(codes[:, :, :4, :3], codes[..., :3], given, bound, bound)
     for rule in ("sum", "max"):
-        for cap in (None, 30.0):
-            softmax.group_softmax(norms[:, :, None].expand(-1, -1, 4, -1), 0.1, rule, cap)
+        softmax.group_softmax(norms[:, :, None].expand(-1, -1, 4, -1), 0.1, rule, 30.0)
     for dtype, dim in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 256)):
-        weight, entries = torch.zeros(2, dim, 128), size // 8
-        query, cache = torch.zeros(1, 8, dim).to(dtype), torch.zeros(1, 2, size, dim).to(dtype)
-        grouped, indices = query.unflatten(1, (2, 4)), torch.zeros(1, 2, entries).int()
-        rest = (torch.zeros(1, 2).int(), torch.zeros(1, 8, entries), 16, bound, bound, 30.0)
+        query, cache = torch.zeros(1, 8, dim).to(dtype), torch.zeros(1, 2, 77, dim).to(dtype)
+        indices = torch.zeros(1, 2, 9).int()
+        rest = (torch.zeros(1, 2).int(), torch.zeros(1, 8, 9), 16, bound, bound, 30.0)
         attention.sparse_attention(query, cache, cache, indices, 1.0, *rest)
-        rest = (None, None, 1, None, bound, None)
-        attention.sparse_attention(query, cache, cache, indices, 1.0, *rest)
-        for bounds in ((bound, bound, 30.0), (None, None, None)):
-            full.full_attention(query, cache, cache, 1.0, *bounds)
-        page.page_score(grouped, cache, cache, bound, bound)
-        lowrank.lowrank_score(grouped[..., :32], cache[..., :32], bound, bound)
-        chosen = torch.zeros(1, 2, 32, dtype=torch.int64)
-        turned = cache.mT.contiguous()
-        channel.channel_score(grouped[..., :32], turned, chosen, bound, bound)
-        channel.channel_score(grouped[..., :32].float(), turned, chosen, bound, bound)
-        encode.hash_encode(cache, weight.to(dtype))
-        encode.encode_step(grouped, cache[:, :, :1], weight, codes, norms, bound)
+        full.full_attention(query, cache, cache, 1.0, bound, bound, 30.0)
 
 
-def main() -> None:
-    """Compile what a cache of 77 slots launches, then see that longer ones launch the same."""
+def main(everything: bool) -> None:
+    """Compile what short caches launch, then see that longer ones launch the same."""
     compiled: dict[str, set[str]] = {}
-    launch = JITFunction.run
+    run = JITFunction.run
 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        found = launch(kernel, *arguments, grid=grid, warmup=True, **options)
+        found = run(kernel, *arguments, grid=grid, warmup=True, **options)
         name = f"{kernel.__module__.split('.')[-2]}.{kernel.__name__}"
         compiled.setdefault(name, set()).add(found.hash)
+        shared = found.metadata.shared
+        assert shared <= MOST_SHARED_BYTES, f"{name} needs {shared} bytes of shared memory."
 
     driver.set_active(Hopper())
     JITFunction.run = compile_only
-    launch_all(77)
-    counts = {name: len(hashes) for name, hashes in compiled.items()}
-    for size in (96, 1000):  # a multiple of 16 and none
-        launch_all(size)
-        for name, hashes in compiled.items():
-            assert len(hashes) == counts[name], f"{name} compiles anew at {size} slots."
+    # Nothing is computed: every operator runs by Triton on a CPU's tensors, and none is compared.
+    dispatch._choose = lambda op, impl, *where: "reference" if impl == "reference" else "triton"
+    full_attention_api.interpreted = lambda: True
+    for module in (operators, steps, decode):
+        for name in ("require", "assert_attended", "assert_near", "assert_same",
+                     "assert_same_bits", "assert_within_bound"):  # fmt: skip
+            if hasattr(module, name):
+                setattr(module, name, lambda *results, **named: None)
+
+    jobs = make_plan(1, False, []).jobs
+    for job in jobs if everything else [in_short(job) for job in jobs if job.name in IN_SHORT]:
+        launch(job, 77)
+        counts = {name: len(hashes) for name, hashes in compiled.items()}
+        for tokens in (96, 1000):  # a multiple of 16 and none
+            launch(job, tokens)
+            for name, hashes in compiled.items():
+                assert len(hashes) == counts[name], f"{name} compiles anew at {tokens} tokens."
+        print(job.name, sum(counts.values()), file=sys.stderr, flush=True)
+    if everything:
+        launch_options()
     print(*sorted(compiled))
 
 
 if __name__ == "__main__":
-    main()
+    main("--all" in sys.argv[1:])

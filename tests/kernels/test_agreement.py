@@ -1,9 +1,10 @@
-"""One meaning, three implementations: on drawn shapes they select the same, and err no more than
-their derived bounds allow.
+"""The three implementations agree: on random shapes they select the same units, and their errors
+are within derived bounds.
 
-On a CPU the numba and the Triton kernels stand against the reference, Triton in its interpreter,
-where a launch takes a tenth of a second: examples are few, and the same in every run. On a GPU the
-compiled Triton kernels do. The references are held to brute force in each operator's own tests.
+On a CPU the numba and the Triton kernels are compared with the reference, Triton in its
+interpreter, where a launch takes a tenth of a second: examples are few, and the same in every run.
+On a GPU the compiled Triton kernels are. Each operator's own tests compare the reference with brute
+force.
 """
 
 import os
@@ -31,20 +32,20 @@ from topkbench.kernels.testing import (
 )
 from topkbench.kernels.topk_select.api import topk_select
 
-# A failing example is reported as drawn: making it smaller would take minutes in the interpreter.
+# A failing example is not shrunk, which would take minutes in the interpreter.
 PHASES = (Phase.explicit, Phase.generate)
 few = settings(max_examples=10, derandomize=True, phases=PHASES)
 many = settings(max_examples=20, derandomize=True, phases=PHASES)
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SIZES = st.sampled_from([1, 2, 15, 33, 64, 101, 257, 300])
-# Those of models, and others: a kernel's tile or vector may end anywhere.
+# Sizes of models, and others at which a kernel's tile or vector is not full.
 DIMS = st.one_of(st.integers(1, 16).map(lambda part: 16 * part), st.sampled_from([1, 20, 37]))
 RBITS = st.integers(1, 16).map(lambda words: 32 * words)
 
 
 class Place(NamedTuple):
-    """A device and the implementations that run there beside the reference."""
+    """A device and the implementations that run on it besides the reference."""
 
     device: torch.device
     impls: tuple[Impl, ...]
@@ -68,7 +69,7 @@ def place(request: pytest.FixtureRequest) -> Place:
 
 
 class Case(NamedTuple):
-    """The sizes that every operator on cached keys has, and its rows' valid ranges."""
+    """The sizes common to all operators on cached keys, and the rows' valid ranges."""
 
     batch: int
     heads: int
@@ -87,7 +88,7 @@ class Case(NamedTuple):
         return start, end
 
     def outside(self) -> Tensor:
-        """Mark what no kernel may read, ``[B, 1, n]``."""
+        """Return ``[B, 1, n]``, true where no kernel may read."""
         start, end = self.bounds(torch.device("cpu"))
         slots = torch.arange(self.size).expand(self.batch, 1, -1)
         outside = torch.zeros(slots.shape, dtype=torch.bool)
@@ -125,7 +126,7 @@ def cases(draw: st.DrawFn) -> Case:
         heads=draw(st.integers(1, 3)),
         group=draw(st.integers(1, 16)),
         size=size,
-        # Rows may be empty, and may end beyond the cache that was passed.
+        # Rows may be empty, and may end beyond the cache.
         starts=bounds(st.integers(0, size // 2)),
         ends=bounds(st.integers(size // 4, size + 2)),
         by_slots=draw(st.booleans()),
@@ -137,7 +138,7 @@ def random_codes(*shape: int) -> Tensor:
 
 
 def whole_numbers(*shape: int) -> Tensor:
-    """Return small whole numbers, whose products and sums no order of summation rounds."""
+    """Return small integers, whose products and sums are exact in any order of summation."""
     return torch.randint(-2, 3, shape).float()
 
 
@@ -162,7 +163,7 @@ def test_hash_codes_are_the_same_and_differ_from_float64_only_in_rounding(
 
 @few
 @given(cases(), DIMS, RBITS, DTYPES, st.booleans(), st.data())
-def test_an_encoded_step_leaves_the_same_cache(
+def test_every_encode_step_writes_the_same_cache(
     place: Place,
     case: Case,
     dim: int,
@@ -227,7 +228,7 @@ def test_hamming_scores_are_the_same_to_the_bit(
 
 @few
 @given(cases(), DIMS, DTYPES)
-def test_page_scores_err_within_their_bound(
+def test_errors_of_page_scores_are_within_their_bound(
     place: Place, case: Case, dim: int, dtype: torch.dtype
 ) -> None:
     query = torch.randn(case.batch, case.heads, case.group, dim).to(dtype).to(place.device)
@@ -246,7 +247,7 @@ def test_page_scores_err_within_their_bound(
 
 @few
 @given(cases(), DIMS, DTYPES, st.booleans())
-def test_lowrank_scores_err_within_their_bound(
+def test_errors_of_lowrank_scores_are_within_their_bound(
     place: Place, case: Case, rank: int, dtype: torch.dtype, mixed: bool
 ) -> None:
     query = torch.randn(case.batch, case.heads, case.group, rank).to(place.device)
@@ -265,13 +266,13 @@ def test_lowrank_scores_err_within_their_bound(
 
 @few
 @given(cases(), DIMS, DTYPES, st.booleans(), st.booleans())
-def test_channel_scores_err_within_their_bound(
+def test_errors_of_channel_scores_are_within_their_bound(
     place: Place, case: Case, rank: int, dtype: torch.dtype, mixed: bool, short: bool
 ) -> None:
     shape = (case.batch, case.heads)
     query = torch.randn(*shape, case.group, rank).to(place.device)
     query = query if mixed else query.to(dtype)
-    # As many channels again that nobody may read, and slots behind the last.
+    # As many channels again that no kernel may read, and slots beyond the last.
     channel_keys = torch.full((*shape, 2 * rank, case.size + 5), torch.nan)
     channels = torch.rand(*shape, 2 * rank).topk(rank, dim=-1).indices
     keys = torch.randn(*shape, rank, case.size)
@@ -314,7 +315,7 @@ KINDS = (
 
 
 def random_scores(kind: str, *shape: int) -> Tensor:
-    # The whole numbers that Hamming scores are, whichever dtype that is.
+    # Integers, as Hamming scores are in every dtype.
     whole = hamming_score(random_codes(1, 1, 1, 1), random_codes(1, 1, 1, 1)).dtype
     limits = torch.iinfo(whole)
     if kind == "equal":
@@ -340,7 +341,7 @@ def random_scores(kind: str, *shape: int) -> Tensor:
 
 @many
 @given(cases(), st.sampled_from(KINDS), st.sampled_from([0, 2000, 4097]), st.data())
-def test_selections_are_the_same_ties_included(
+def test_selections_are_the_same_including_ties(
     place: Place, case: Case, kind: str, more: int, data: st.DataObject
 ) -> None:
     size = case.size + more  # more than one tile of units
@@ -367,7 +368,7 @@ def test_selections_are_the_same_ties_included(
     st.booleans(),
     st.sampled_from([None, 5.0]),
 )
-def test_attention_errs_within_its_bound(
+def test_errors_of_sparse_attention_are_within_their_bound(
     place: Place,
     case: Case,
     dim: int,
@@ -383,7 +384,7 @@ def test_attention_errs_within_its_bound(
     index_heads = case.heads if shared else num_heads
     query = torch.randn(case.batch, num_heads, dim).to(dtype).to(place.device)
     states = torch.randn(2, case.batch, case.heads, case.size, dim)
-    # Large enough to be seen if it were read; the reference multiplies it by zero.
+    # Large enough to show up if it is read; the reference multiplies it by zero.
     states.masked_fill_(case.outside()[..., None], 1e4)
     keys, values = (case.cached(part.to(dtype), place) for part in states)
     indices = torch.randint(-1, case.size // unit + 1, (case.batch, index_heads, entries)).int()

@@ -17,7 +17,7 @@ def test_channel_score_written_out() -> None:
     query = torch.tensor([[[[1.0, 2.0], [0.0, -1.0]]]])
     channel_keys = torch.tensor([[[[3.0, 5.0, 0.0], [torch.nan] * 3, [4.0, 6.0, 1.0]]]])
     for dtype in (torch.int64, torch.int32):
-        channels = torch.tensor([[[0, 2]]], dtype=dtype)  # the one between is not looked at
+        channels = torch.tensor([[[0, 2]]], dtype=dtype)  # channel 1 is not read
         for impl in IMPLS:
             score = channel_score(query, channel_keys, channels, impl=impl)
             assert score.tolist() == [[[[11.0, 17.0, 2.0], [-4.0, -6.0, -1.0]]]]
@@ -25,7 +25,7 @@ def test_channel_score_written_out() -> None:
             assert bounded.tolist() == [[[[NONE, 17.0, NONE], [NONE, -6.0, NONE]]]]
 
 
-def test_all_channels_in_order_are_whole_dot_products() -> None:
+def test_all_channels_in_order_give_full_dot_products() -> None:
     torch.manual_seed(0)
     query, keys = torch.randn(2, 3, 5, 20), torch.randn(2, 3, 1100, 20)
     channels = torch.arange(20).expand(2, 3, 20)
@@ -40,7 +40,7 @@ def test_code_score_written_out() -> None:
     tables = torch.tensor([[[[1.0, 2.0, 3.0], [0.5, 0.0, -1.0]], [[10.0, 20.0, 30.0], [0, 4, 8]]]])
     codes = torch.tensor([[0, 2], [2, 2], [1, 0], [255, 255]], dtype=torch.uint8)
     for impl in IMPLS:
-        # The last key is outside the range, so its codes may name no centroid.
+        # The last key is outside the range, so its codes may be invalid.
         score = code_score(tables[None], codes[None, None], None, int32(3), impl)
         assert score.tolist() == [[[[31.0, 33.0, 12.0, NONE], [8.5, 7.0, 0.0, NONE]]]]
         later = code_score(tables[None], codes[None, None], int32(1), int32(2), impl)

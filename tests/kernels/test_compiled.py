@@ -1,4 +1,4 @@
-"""Machine code is kept by all that it is made of, and does without where nothing can be kept."""
+"""Machine code is cached by everything it depends on; without a cache kernels still work."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ def first(count):
     powers(out)
     return [round(float(one), 3) for one in out]
 """
-# Two functions of one name and type, too long to become a part of what calls them.
+# Two functions of the same name and type, too long to be inlined.
 STEP = "        state = (state ^ (state >> 3)) * 5 + value\n"
 HELPERS = f"""
 import numpy as np
@@ -66,7 +66,7 @@ POWER = "power = series *"
 
 
 class Checkout:
-    """A copy of the kernels with a small entry point of its own, and a folder for its code."""
+    """A copy of the kernels with a small entry point added, and a cache folder."""
 
     def __init__(self, folder: Path) -> None:
         self.kernels = folder / "topkbench" / "kernels"
@@ -77,7 +77,7 @@ class Checkout:
         self.softmax = self.kernels / "softmax.py"
 
     def run(self, program: str = RUN_PROBE, **settings: str) -> tuple[str, str]:
-        """Run a program in a new process; return what it prints and what it complains of."""
+        """Run a program in a new process; return its standard output and its warnings."""
         dropped = ("NUMBA_CACHE_DIR", "TOPKBENCH_CACHE")
         environment = {name: text for name, text in os.environ.items() if name not in dropped}
         environment |= {"TOPKBENCH_CACHE": str(self.cache), "OMP_NUM_THREADS": "1"}
@@ -98,13 +98,15 @@ def checkout(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path)
 
 
-def test_an_edit_of_what_a_kernel_calls_is_followed_and_so_is_its_end(checkout: Checkout) -> None:
+def test_an_edit_of_a_function_that_a_kernel_calls_and_its_undoing_take_effect(
+    checkout: Checkout,
+) -> None:
     before, text = checkout.softmax.stat(), checkout.softmax.read_text()
     assert text.count(POWER) == 1
     assert checkout.run() == (RIGHT, "")
     checkout.softmax.write_text(text.replace(POWER, "power = np.float32(2.0) * series *"))
     assert checkout.run() == (EDITED, "")
-    # As after a git checkout, but with the time that the file had at first.
+    # Undo the edit, as git checkout does, but with the file's first modification time.
     checkout.softmax.write_text(text)
     os.utime(checkout.softmax, (before.st_atime, before.st_mtime))
     kept = checkout.files()
@@ -112,45 +114,47 @@ def test_an_edit_of_what_a_kernel_calls_is_followed_and_so_is_its_end(checkout: 
     assert checkout.run() == (RIGHT, "")
     assert len(kept) == 2
     assert checkout.files() == kept
-    assert [path.stat().st_mtime_ns for path in kept] == times  # found, not compiled again
+    assert [path.stat().st_mtime_ns for path in kept] == times  # reused, not compiled again
 
 
-def test_kept_code_calls_its_own_helpers_beside_code_that_was_compiled_here(
+def test_cached_code_calls_its_own_helpers_next_to_newly_compiled_code(
     checkout: Checkout,
 ) -> None:
     (checkout.kernels / "helpers.py").write_text(HELPERS)
     load = "from topkbench.kernels.helpers import falling, rising, run;"
     quiet = "import numpy as np; np.seterr(over='ignore');"
     assert checkout.run(quiet + load + "run(rising)") == ("True", "")
-    # Here the helpers are compiled in another order, so numba would give each the other's name.
+    # This process compiles the helpers in another order, so numba would swap their names.
     assert checkout.run(quiet + load + "run(falling, rising)") == ("True\nTrue", "")
     assert checkout.run(quiet + load + "run(rising, falling)") == ("True\nTrue", "")
 
 
-def test_what_numba_is_told_to_compile_otherwise_is_kept_apart(checkout: Checkout) -> None:
+def test_code_for_other_numba_settings_is_cached_separately(checkout: Checkout) -> None:
     assert checkout.run() == (RIGHT, "")
     assert checkout.run(NUMBA_OPT="1") == (RIGHT, "")
     assert len({path.parent for path in checkout.files()}) == 2
 
 
-def test_without_a_place_to_write_it_compiles_and_says_so_once(checkout: Checkout) -> None:
+def test_without_a_writable_cache_it_compiles_and_warns_once(checkout: Checkout) -> None:
     checkout.cache.write_text("a file, so that no folder can be made here")
     twice = f"{RUN_PROBE}; import numpy as np; import topkbench.kernels.probe as probe;"
     twice += "out = np.zeros(2, np.float64); probe.powers(out); print(out.round(3).tolist())"
-    printed, said = checkout.run(twice)
+    printed, warned = checkout.run(twice)
     assert printed == f"{RIGHT}\n[1.0, 0.368]"
-    assert said.count("compiled kernels cannot be kept, so each process compiles them anew") == 1
-    assert "let TOPKBENCH_CACHE name a folder that can be written." in said
+    assert (
+        warned.count("compiled kernels cannot be cached, so each process compiles them again") == 1
+    )
+    assert "set TOPKBENCH_CACHE to a writable folder." in warned
     assert checkout.run("import topkbench.kernels.probe") == ("", "")
 
 
-def test_a_home_that_is_not_there_is_no_error(checkout: Checkout) -> None:
-    printed, said = checkout.run(TOPKBENCH_CACHE="", HOME="/dev/null")
+def test_a_missing_home_folder_is_no_error(checkout: Checkout) -> None:
+    printed, warned = checkout.run(TOPKBENCH_CACHE="", HOME="/dev/null")
     assert printed == RIGHT
-    assert said.count("compiled kernels cannot be kept") == 1
+    assert warned.count("compiled kernels cannot be cached") == 1
 
 
-def test_code_is_kept_outside_the_checkout_in_numbas_folder_where_the_user_names_one(
+def test_code_is_cached_in_numba_cache_dir_if_the_user_sets_it(
     checkout: Checkout, tmp_path: Path
 ) -> None:
     before = sorted(checkout.kernels.rglob("*"))
@@ -163,7 +167,7 @@ def test_code_is_kept_outside_the_checkout_in_numbas_folder_where_the_user_names
     assert checkout.files() == []
 
 
-def test_a_file_cut_short_is_compiled_anew(checkout: Checkout) -> None:
+def test_a_truncated_cache_file_is_compiled_again(checkout: Checkout) -> None:
     assert checkout.run() == (RIGHT, "")
     (path,) = checkout.files()
     whole = path.read_bytes()
@@ -173,14 +177,14 @@ def test_a_file_cut_short_is_compiled_anew(checkout: Checkout) -> None:
     assert len(path.read_bytes()) == len(whole)
 
 
-def test_what_is_edited_while_a_process_runs_is_not_kept(checkout: Checkout) -> None:
+def test_code_edited_while_a_process_runs_is_not_cached(checkout: Checkout) -> None:
     edit = "from topkbench.kernels.probe import first; import topkbench.kernels.softmax as softmax;"
     edit += "open(softmax.__file__, 'a').write('# edited'); print(first(3))"
     assert checkout.run(edit) == (RIGHT, "")
     assert checkout.files() == []
 
 
-def test_folders_that_were_not_used_for_long_are_removed(checkout: Checkout) -> None:
+def test_folders_unused_for_long_are_removed(checkout: Checkout) -> None:
     ages = {"old": 31, "young": 29}
     for name, days in ages.items():
         folder = checkout.cache / "numba" / name
@@ -192,13 +196,13 @@ def test_folders_that_were_not_used_for_long_are_removed(checkout: Checkout) -> 
     names = {path.name for path in (checkout.cache / "numba").iterdir()}
     (mine,) = {path.parent.name for path in checkout.files()} - {"young"}
     assert names == {"young", mine}
-    # What is read counts as used.
+    # Reading machine code counts as using it.
     folder = checkout.cache / "numba" / mine
     os.utime(folder, (0, 0))
     assert checkout.run() == (RIGHT, "")
     assert folder.stat().st_mtime > 0
 
 
-def test_no_kernel_is_left_to_numbas_own_cache() -> None:
+def test_no_kernel_uses_numbas_own_cache() -> None:
     found = [path for path in KERNELS.rglob("*.py") if "cache=True" in path.read_text()]
     assert found == []

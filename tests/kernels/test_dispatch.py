@@ -23,7 +23,7 @@ CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta"
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_auto_takes_what_is_there(op: str) -> None:
+def test_auto_takes_the_fastest_available(op: str) -> None:
     assert resolve(op, "auto", CPU) == "cpu"
     assert resolve(op, "auto", META) == "reference"
     has_triton = (ROOM / op / "fused.py").is_file()
@@ -31,7 +31,7 @@ def test_auto_takes_what_is_there(op: str) -> None:
     assert resolve(op, "reference", CPU) == "reference"
 
 
-def test_an_explicit_choice_is_obeyed_or_refused() -> None:
+def test_a_named_implementation_is_used_or_refused() -> None:
     with pytest.raises(ValueError, match="auto, reference, cpu, triton, got 'numba'"):
         resolve("topk_select", "numba", CPU)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'cpu' of topk_select needs tensors on a cpu device"):
@@ -39,7 +39,7 @@ def test_an_explicit_choice_is_obeyed_or_refused() -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_triton_runs_on_a_cpu_in_its_interpreter_alone(
+def test_triton_runs_on_a_cpu_only_in_its_interpreter(
     op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -80,7 +80,7 @@ def test_the_number_of_threads_follows_torch() -> None:
 def test_importing_every_api_loads_no_compiler() -> None:
     apis = sorted(f"topkbench.kernels.{path.parent.name}.api" for path in ROOM.glob("*/api.py"))
     assert len(apis) == 10
-    # torch itself may load triton where it is installed: what counts is that we add nothing.
+    # torch may load triton itself if it is installed: our modules must not add anything.
     program = (
         "import importlib, sys, torch\n"
         "before = set(sys.modules)\n"

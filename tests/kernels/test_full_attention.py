@@ -24,7 +24,7 @@ def test_full_equals_sparse_over_everything(
     out = full_attention(query, keys, values, 0.3, start, end, softcap)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     if ranged:
-        assert not bool(out[2].any())  # nothing is valid there
+        assert not bool(out[2].any())  # this row has no valid slot
 
 
 def test_bad_input_is_refused() -> None:
@@ -39,7 +39,7 @@ def test_bad_input_is_refused() -> None:
         full_attention(query, cache, cache[:, :, :8], 1.0)
 
 
-def test_a_missing_library_is_one_sentence() -> None:
+def test_a_missing_library_gives_an_error_of_one_sentence() -> None:
     from topkbench.kernels.full_attention import libraries
 
     with pytest.raises(ValueError, match=r"needs the package none-such.* use backend='sdpa'"):
@@ -51,13 +51,13 @@ def test_a_missing_library_is_one_sentence() -> None:
     ("dtype", "group", "dim"),
     [(torch.float32, 1, 64), (torch.bfloat16, 4, 128), (torch.float16, 5, 80)],
 )
-def test_split_k_errs_within_its_bound(
+def test_errors_of_split_k_attention_are_within_their_bound(
     triton_device: torch.device, group: int, dim: int, dtype: torch.dtype, softcap: float | None
 ) -> None:
     torch.manual_seed(0)
     query = torch.randn(3, group, dim).to(dtype).to(triton_device)
     states = torch.randn(2, 3, 1, 320, dim).to(dtype)
-    # Rows that begin and end anywhere, the last with nothing in it; no part may read beyond them.
+    # Rows with arbitrary ranges, the last one empty; no part may read beyond them.
     start, end = [0, 7, 200], [315, 213, 200]
     slots = torch.arange(320)
     outside = torch.stack([(slots < a) | (slots >= b) for a, b in zip(start, end, strict=True)])
@@ -73,13 +73,13 @@ def test_split_k_errs_within_its_bound(
     assert_attended(out, None, query, keys, values, *given)
 
 
-def test_how_the_work_is_cut_plays_no_part(triton_device: torch.device) -> None:
+def test_the_division_into_parts_does_not_change_the_result(triton_device: torch.device) -> None:
     from topkbench.kernels.full_attention import fused
 
     torch.manual_seed(0)
     query = torch.randn(1, 2, 16, device=triton_device)
     keys, values = torch.randn(2, 1, 1, 1100, 16, device=triton_device)
-    keys[0, 0, 1095] = 5 * query[0, 0]  # the largest logit lies in the last part
+    keys[0, 0, 1095] = 5 * query[0, 0]  # the largest logit is in the last part
     expected = full_attention(query, keys, values, 1.0)
     for blocks in (fused.Blocks(programs=1), fused.Blocks(2**12, programs=6), fused.Blocks(2**15)):
         rest = (keys, values, 1.0, None, None, None, blocks)

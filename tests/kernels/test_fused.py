@@ -1,4 +1,4 @@
-"""What is particular to the Triton kernels: in the interpreter, and on a GPU if there is one.
+"""Tests specific to the Triton kernels: in the interpreter, and on a GPU if there is one.
 
 That they agree with the references on drawn shapes is in ``test_agreement.py``.
 """
@@ -41,7 +41,7 @@ def test_many_hamming_scores_need_no_bounds(triton_device: torch.device) -> None
     assert torch.equal(actual, hamming_score(query_codes, key_codes, impl="reference"))
 
 
-def test_extreme_scores_are_chosen_or_absent(triton_device: torch.device) -> None:
+def test_extreme_scores_are_selected_or_absent(triton_device: torch.device) -> None:
     whole = torch.tensor([[[2**31 - 1, -(2**31), 2**31 - 1, -(2**31) + 1]]], dtype=torch.int32)
     tiny = torch.finfo(torch.float32).tiny
     real = torch.tensor([[[-torch.inf, torch.inf, -3e38, -tiny, 0.0, -0.0, tiny, torch.inf]]])
@@ -62,7 +62,7 @@ def test_parts_of_a_selection_merge_to_the_whole(triton_device: torch.device) ->
     torch.manual_seed(0)
     query = torch.randn(1, 3, 16, device=triton_device)
     keys, values = torch.randn(2, 1, 1, 1500, 16, device=triton_device)
-    # The largest logit lies in the last part, and one part holds nothing.
+    # The largest logit is in the last part, and one part is empty.
     keys[0, 0, 1490] = 5 * query[0, 0]
     indices = torch.arange(1500, dtype=torch.int32, device=triton_device)[None, None].clone()
     indices[..., :400] = -1
@@ -119,13 +119,13 @@ def test_a_step_writes_its_keys_code_and_norm_into_the_cache(
     expected = torch.zeros_like(norms)
     expected[rows, :, slots] = key[:, :, 0].norm(dim=-1)
     torch.testing.assert_close(norms, expected)
-    # No other slot is touched.
+    # No other slot is written.
     codes[rows, :, slots] = before[rows, :, slots]
     assert torch.equal(codes, before)
     assert torch.equal(encode_step(query, key, weight, codes, kv_len, impl=impl), query_codes)
 
 
-def test_what_the_kernels_do_not_read_is_refused(triton_device: torch.device) -> None:
+def test_dtypes_that_the_kernels_cannot_read_are_refused(triton_device: torch.device) -> None:
     states = torch.zeros(1, 2, 3, 16, device=triton_device).double()
     indices = torch.zeros(1, 2, 1, dtype=torch.int32, device=triton_device)
     match = "must be float32, bfloat16 or float16 for impl='triton', got float64"
@@ -148,7 +148,7 @@ def test_what_the_kernels_do_not_read_is_refused(triton_device: torch.device) ->
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_recorded_decode_step_serves_every_length() -> None:
+def test_a_captured_decode_step_works_for_every_length() -> None:
     torch.manual_seed(0)
     device = torch.device("cuda")
     batch, heads, group, dim, rbit, capacity = 2, 2, 4, 128, 128, 3000
@@ -191,14 +191,15 @@ def test_a_recorded_decode_step_serves_every_length() -> None:
 @pytest.mark.slow
 def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    types = str(Path(__file__).parents[2] / ".types")  # the checkout's own code
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": types}
     environment.pop("TRITON_INTERPRET", None)
     program = Path(__file__).with_name("compile_kernels.py")
     done = subprocess.run(
         [sys.executable, str(program)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    # The kernel that merges parts belongs to no one operator.
+    # The kernel that merges parts is shared by several operators.
     folders = {*dispatch.OPERATORS, "full_attention", "kernels"}
     assert {name.split(".")[0] for name in done.stdout.split()} == folders
     assert len(done.stdout.split()) == 14

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -10,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+import types
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +25,24 @@ from torch import Tensor
 from topkbench.analysis import report
 from topkbench.analysis.row import COLUMNS as ROW_COLUMNS
 from topkbench.analysis.row import SPEED_COLUMNS, Row
+from topkbench.kernels import operators, timing
+from topkbench.kernels.full_attention.api import full_attention
 from topkbench.kernels.gpu_check import __main__ as script
-from topkbench.kernels.gpu_check import decode, supervisor, worker
+from topkbench.kernels.gpu_check import checks, decode, dense, plan, supervisor, worker, workplace
 from topkbench.kernels.gpu_check.dense import BASELINES, Baseline
-from topkbench.kernels.gpu_check.plan import CHECKED, DTYPES, Job, Plan, make_plan
-from topkbench.kernels.gpu_check.rows import COLUMNS, Writer
+from topkbench.kernels.gpu_check.plan import (
+    CHECKED,
+    CHECKS_END_S,
+    DTYPES,
+    Job,
+    Plan,
+    make_plan,
+)
+from topkbench.kernels.gpu_check.rows import COLUMNS, DeviceLost, Writer, outcome
 from topkbench.kernels.gpu_check.supervisor import Supervisor
 from topkbench.kernels.gpu_check.workplace import Workplace
 from topkbench.kernels.steps import Layer
+from topkbench.kernels.testing import WrongResult
 from topkbench.kernels.timing import Timing
 
 ROOT = Path(__file__).parents[2]
@@ -136,8 +149,6 @@ def test_the_plan_fits_eight_minutes_and_begins_with_what_matters_most() -> None
     settings = [(job.options["dtype"], job.options["head_dim"], job.options["group"])
                 for job in checks]  # fmt: skip
     assert set(settings) == set(itertools.product(DTYPES, (64, 128), (1, 4, 8)))
-    lengths = [size for job in checks for size, _, _ in job.options["sizes"]]
-    assert (min(lengths), max(lengths)) == (128, 262144)
     kinds = [kind for kind, _ in itertools.groupby(job.kind for job in plan.jobs)]
     assert kinds == ["prepare", "check", "operators", *["dense", "method"] * 4, "check"]
     shapes = [job.about for job in plan.jobs if job.kind == "dense"]
@@ -155,42 +166,165 @@ def test_the_plan_fits_eight_minutes_and_begins_with_what_matters_most() -> None
     assert plan.text(2).count("(no time)") > 20
 
 
-def test_a_plan_counts_compiling_and_what_must_be_alone() -> None:
-    def job(seconds: float, alone: bool, compiles: int = 0) -> Job:
-        return Job("name", "check", {}, {}, ("a",), "", compiles, seconds, alone)
+def test_each_setting_is_checked_whole_and_bounded_planted_and_plain() -> None:
+    for job in make_plan(11, False, []).jobs:
+        if job.kind == "check" and job.options["num_kv_heads"] == 2:
+            sizes = job.options["sizes"]
+            assert [tokens for tokens, _ in itertools.groupby(one.tokens for one in sizes)] == [
+                *(128, 1000, 32768, 262144),
+            ]
+            for tokens in (128, 1000, 32768, 262144):
+                of_it = [one for one in sizes if one.tokens == tokens]
+                assert {one.bounded for one in of_it} == {one.planted for one in of_it}
+                assert {one.planted for one in of_it} == {True, False}
 
-    parallel = [job(10, False, 5), job(10, False), job(10, False)]
-    assert Plan(parallel, 2).starts_s == [15, 15, 25]
-    assert Plan(parallel, 2).total_s == 35  # five kernels of 2 s and 10 s; or twice 10 s
-    assert Plan([*parallel, job(7, True)], 2).starts_s == [15, 15, 25, 35]
-    # Timing is done by one process; the others are started anew.
-    assert Plan([job(7, True), job(1, False)], 2).starts_s == [15, 37]
+
+@pytest.mark.parametrize("workers", [3, 7])
+def test_with_few_processes_timing_begins_in_time_and_checks_go_on_after_it(workers: int) -> None:
+    plan = make_plan(workers, False, ["flashinfer"])
+    timed = [(start, job) for start, job in plan.steps if job.alone]
+    assert timed[0][0] <= CHECKS_END_S + 5
+    assert timed[-1][0] + timed[-1][1].estimate_s < 8 * 60
+    before = [job for start, job in plan.steps if start < timed[0][0]]
+    assert sum(job.about["p_dtype"] == "bfloat16" for job in before) == 5  # FlashInfer's is one
+    assert "float32" not in {job.about["p_dtype"] for job in before}
+    names = [job.name for _, job in plan.steps]
+    assert sorted(names) == sorted(job.name for job in plan.jobs)
+    kinds = [alone for alone, _ in itertools.groupby(job.alone for _, job in plan.steps)]
+    assert kinds == [False, True, False]
+
+
+def test_a_plan_counts_compiling_and_what_must_be_alone() -> None:
+    def job(seconds: float, alone: bool, compiles: int = 0, dtype: str = "float16") -> Job:
+        return Job("name", "check", {}, {"p_dtype": dtype}, ("a",), "", compiles, seconds, alone)
+
+    def starts(jobs: list[Job], workers: int = 2) -> list[float]:
+        return [start for start, _ in Plan(jobs, workers).steps]
+
+    parallel = [job(10, False, 8), job(10, False), job(10, False)]
+    assert starts(parallel) == [15, 15, 25]
+    assert Plan(parallel, 2).total_s == 35  # eight kernels of 1.25 s and 10 s; or twice 10 s
+    assert job(10, False, 8, "float32").estimate_s == 24
+    # The other processes are ended before timing, which one process does, and started anew after.
+    assert starts([*parallel, job(7, True)]) == [15, 15, 25, 40]
+    assert starts([job(7, True), job(1, False)]) == [15, 37]
+    # A check that would end too late waits until what is timed is done.
+    assert starts([job(CHECKS_END_S, False), job(7, True)], 1) == [15, 22]
+
+
+Times = Callable[[Mapping[str, Any]], None]
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> Times:
+    """Make up how long each call takes, or how it fails, by its name; 1 ms if nothing is said."""
+    told: dict[str, Any] = {}
+
+    def timed(place: Workplace, calls: Mapping[str, Any]) -> dict[str, Timing]:
+        taken = {}
+        for name in calls:
+            found = told.get(name.partition(",")[0], 1.0)
+            if isinstance(found, Exception):
+                raise found
+            taken[name] = Timing.of([found] * 8 if isinstance(found, float) else found)
+        return taken
+
+    monkeypatch.setattr(Workplace, "timed", timed)
+    monkeypatch.setattr(Workplace, "bandwidth_gb_s", 2.0)
+    return told.update
+
+
+def spoiled(result: Any) -> Any:
+    """Return another result than an operator's, of the same shape and dtype."""
+    if isinstance(result, tuple):
+        return spoiled(result[0]), *result[1:]
+    return result * 1.05 if result.is_floating_point() else result ^ 1
+
+
+@pytest.mark.parametrize("name", CHECKED)
+@pytest.mark.usefixtures("interpreted")
+def test_a_broken_kernel_is_wrong_without_a_speed_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, times: Times, name: str
+) -> None:
+    fused = importlib.import_module(f"topkbench.kernels.{name}.fused")
+    right = getattr(fused, name)
+    monkeypatch.setattr(fused, name, lambda *given, **named: spoiled(right(*given, **named)))
+    jobs = toy_jobs()
+    two = (name, "page_score" if name != "page_score" else "code_score")
+    checked = do(replace(jobs["check"], parts=two), [])
+    assert [(row["method"], row["status"]) for row in checked] == [
+        (two[0], "wrong"),
+        (two[1], "ok"),
+    ]
+    assert checked[0]["reason"].startswith("at 136 tokens, rows that end inside, planted keys: ")
+    timed = do(replace(jobs["operators"], parts=two), checked, toy=False)
+    assert [(row["status"], row.get("decode_ms_p50")) for row in timed] == [
+        ("wrong", None),
+        ("ok", 1.0),
+    ]
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_a_broken_kernel_is_wrong_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_with_a_broken_kernel_is_wrong_without_a_speed(
+    monkeypatch: pytest.MonkeyPatch, times: Times
+) -> None:
     from topkbench.kernels.hamming_score import fused
 
     right = fused.hamming_score
-
-    def broken(*arguments: Any) -> Tensor:
-        scores = right(*arguments)
-        scores[..., -20:] -= 3
-        return scores
-
-    monkeypatch.setattr(fused, "hamming_score", broken)
+    monkeypatch.setattr(fused, "hamming_score", lambda *given: spoiled(right(*given)))
     jobs = toy_jobs()
-    two = ("hamming_score", "page_score")
-    checked = do(replace(jobs["check"], parts=two), [])
-    assert [(row["method"], row["status"]) for row in checked] == [
-        ("hamming_score", "wrong"),
-        ("page_score", "ok"),
+    for method, status, ms in (("hata_integer", "wrong", None), ("streaming_llm", "ok", 1.0)):
+        row = do(jobs[method], [], toy=False)[0]
+        assert (row["status"], row.get("decode_ms_p50")) == (status, ms)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_tile_that_is_left_out_shows_where_no_key_is_planted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def leave_out(query: Tensor, keys: Tensor, values: Tensor, *rest: Any, **named: Any) -> Tensor:
+        kept = torch.cat([torch.arange(1100), torch.arange(1164, keys.shape[2])])
+        return full_attention(query, keys[:, :, kept], values[:, :, kept], *rest)
+
+    monkeypatch.setattr(operators, "full_attention", leave_out)
+    job = replace(toy_jobs()["check"], parts=("full_attention",))
+    sizes = [plan.Size(4096, 1, False, planted) for planted in (True, False)]
+    rows = do(replace(job, options={**job.options, "dtype": "bfloat16", "sizes": sizes}), [])
+    assert rows[0]["status"] == "wrong"
+    # The planted keys hide it: they carry most of the weight.
+    assert rows[0]["reason"].startswith("at 4,096 tokens: the error")
+    assert rows[0]["kv_len"] == 4096
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_check_says_how_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    class Small(operators.Operators):
+        def __init__(self, shape: operators.Geometry, *rest: Any) -> None:
+            made.append(shape.kv_len)
+            if shape.kv_len > 64:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            super().__init__(shape, *rest)
+
+    monkeypatch.setattr(checks, "Operators", Small)
+    job = replace(toy_jobs()["check"], parts=("hamming_score", "topk_select"))
+    sizes = [plan.Size(*one) for one in ((33, 2, False, False), (64, 1, True, True))]
+    two = replace(job, options={**job.options, "sizes": sizes})
+    assert [(row["status"], row["kv_len"]) for row in do(two, [])] == [("ok", 33)] * 2
+    assert made == [33, 64]  # once for all operators
+    more = [*sizes, plan.Size(65, 1, False, False)]
+    rows = do(replace(job, options={**job.options, "sizes": more}), [])
+    assert [(row["method"], row["status"], row["kv_len"]) for row in rows] == [
+        ("hamming_score", "out_of_memory", 33),
+        ("topk_select", "out_of_memory", 33),
     ]
-    assert checked[0]["reason"].startswith("at 136 tokens: hamming_score is wrong with integer")
-    timed = do(replace(jobs["operators"], parts=two), checked)
-    assert [row["status"] for row in timed] == ["wrong", "ok"]
-    assert do(jobs["hata_integer"], [])[0]["status"] == "wrong"
-    assert do(jobs["streaming_llm"], [])[0]["status"] == "ok"
+    assert rows[0]["reason"] == "at 65 tokens: OutOfMemoryError: CUDA out of memory."
+
+
+def test_only_a_comparison_calls_a_result_wrong() -> None:
+    assert outcome(WrongResult("off by 1."))["status"] == "wrong"
+    assert outcome(AssertionError("num_warps"))["status"] == "failed"
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -213,22 +347,6 @@ def test_what_was_wrong_before_has_no_speed_in_the_same_kernels(times: Times) ->
     assert [row["status"] for row in rows] == ["wrong", "ok"]
 
 
-Times = Callable[[Mapping[str, float]], None]
-
-
-@pytest.fixture
-def times(monkeypatch: pytest.MonkeyPatch) -> Times:
-    """Make up how long each call takes, by its name; 1 ms where nothing is said."""
-    told: dict[str, float] = {}
-
-    def timed(place: Workplace, calls: Mapping[str, Any], trials: int = 1) -> dict[str, Timing]:
-        return {name: Timing.of([told.get(name, 1.0)] * 8) for name in calls}
-
-    monkeypatch.setattr(Workplace, "timed", timed)
-    monkeypatch.setattr(Workplace, "bandwidth_gb_s", 2.0)
-    return told.update
-
-
 @pytest.mark.usefixtures("interpreted")
 def test_a_method_is_timed_against_the_fastest_dense_that_is_right(
     monkeypatch: pytest.MonkeyPatch, times: Times
@@ -239,7 +357,7 @@ def test_a_method_is_timed_against_the_fastest_dense_that_is_right(
 
     monkeypatch.setitem(BASELINES, "sdpa cudnn", Baseline(lambda: "torch 9", half))
     jobs = toy_jobs()
-    times({"sdpa cudnn": 0.1, "sdpa math": 4.0, "triton": 2.0, "full": 3.0, "hata": 0.5})
+    times({"sdpa cudnn": 0.1, "sdpa math": 4.0, "triton": 2.0, "hata": 0.5})
     dense = replace(jobs["dense"], parts=("sdpa cudnn", "sdpa math", "triton"))
     rows = do(dense, [], toy=False)
     found = {row["full_backend"].partition(",")[0]: row for row in rows}
@@ -248,14 +366,124 @@ def test_a_method_is_timed_against_the_fastest_dense_that_is_right(
     assert found["sdpa cudnn"].get("decode_ms_p50") is None
     read = 2 * 96 * 64 * 4  # keys and values of one head
     assert found["sdpa math"]["bandwidth_fraction"] == pytest.approx(read / 4e-3 / 2e9)
+    times({"sdpa math": 5.0, "triton": 3.0})  # when they are timed in turn with the step
     hata = do(jobs["hata"], rows, toy=False)[0]
-    assert hata["full_backend"].startswith("triton, topkbench's, triton ")
+    assert hata["full_backend"].startswith("triton, ")
     # Full attention as it was timed in turn with the step, not as in its own row.
     assert (hata["full_ms_p50"], hata["speedup_vs_full"]) == (3.0, 6.0)
     assert (hata["speedup_ci_low"], hata["speedup_ci_high"]) == (6.0, 6.0)
     assert (hata["k"], hata["rbit"], hata["p_use_norm"]) == (64, 128, True)
+    times({"sdpa math": 2.0})
+    assert do(jobs["quest"], rows, toy=False)[0]["full_backend"].startswith("sdpa math, ")
     alone = do(jobs["streaming_llm"], [row for row in rows if row["status"] != "ok"], toy=False)[0]
     assert (alone["status"], alone.get("speedup_vs_full")) == ("ok", None)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_baseline_that_cannot_be_timed_takes_no_other_with_it(times: Times) -> None:
+    jobs = toy_jobs()
+    unsteady = [0.1, 0.1, 0.1, 0.9, 0.9, 0.9]
+    times({"sdpa math": RuntimeError("not captured"), "sdpa flash": unsteady, "triton": 2.0})
+    parts = ("sdpa flash", "sdpa math", "triton")
+    rows = do(replace(jobs["dense"], parts=parts), [], toy=False)
+    assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
+    assert rows[1]["reason"] == "sdpa math: RuntimeError: not captured"
+    assert rows[0]["timing_note"]
+    # A steady one is the baseline, though the median of the unsteady one is less.
+    hata = do(jobs["hata"], rows, toy=False)[0]
+    assert (hata["full_backend"].partition(",")[0], hata["speedup_vs_full"]) == ("triton", 2.0)
+    assert decode._fastest(jobs["hata"], rows)[0].startswith("triton, ")
+
+
+def test_why_torch_refuses_a_backend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> Tensor:
+        warnings.warn(
+            "Flash attention needs 16 bits. (Triggered internally at a.cpp:1)", stacklevel=1
+        )
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    monkeypatch.setattr(dense, "full_attention", refuse)
+    row = do(replace(toy_jobs()["dense"], parts=("sdpa flash",)), [])[0]
+    assert (row["status"], row["reason"]) == (
+        "skipped",
+        "sdpa flash: this torch has no such kernel here: No available kernel. Aborting execution. "
+        "Flash attention needs 16 bits.",
+    )
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_what_is_timed_is_compared_once_more() -> None:
+    place = Workplace(torch.device("cpu"), False, 2)
+    vars(place)["_emptier"] = lambda: None
+    count = itertools.count()
+    right = {"a": lambda: torch.ones(3), "b": lambda: torch.arange(3)}
+    taken = place.timed(right)
+    assert [(timing.trials, timing.p50_ms > 0) for timing in taken.values()] == [(2, True)] * 2
+    with pytest.raises(WrongResult, match="c as it was timed: whole numbers must be the same"):
+        place.timed({**right, "c": lambda: torch.tensor(next(count))})
+
+
+def test_caches_are_emptied_before_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_PROBE_BYTES", 2**12)
+    place = Workplace(torch.device("cpu"), False, 2)
+    assert float(place._emptier()) == 2**10  # type: ignore[arg-type]
+
+
+def test_bandwidth_is_measured_with_less_where_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, asked = workplace.read_bandwidth, []
+
+    def short(device: torch.device, num_bytes: int) -> timing.Bandwidth:
+        asked.append(num_bytes)
+        if num_bytes > 2**20:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(device, num_bytes)
+
+    monkeypatch.setattr(workplace, "read_bandwidth", short)
+    monkeypatch.setattr(workplace, "_PROBE_BYTES", (2**21, 2**20))
+    place = Workplace(torch.device("cpu"), False, 2)
+    assert place.bandwidth_gb_s == place.bandwidth_gb_s > 0
+    assert asked == [2**21, 2**20]
+
+
+class PagedAttention:
+    """FlashInfer's wrapper as far as it is used, in torch."""
+
+    def __init__(self, workspace: Tensor, layout: str, **buffers: Any) -> None:
+        assert (layout, buffers["use_cuda_graph"], buffers["use_tensor_cores"]) == (
+            "HND",
+            True,
+            True,
+        )
+
+    def plan(self, *numbers: Any, sm_scale: float, **kinds: Any) -> None:
+        (self.offsets, self.indices, _, *sizes), self.scale = numbers, sm_scale
+        assert sizes[2:] == [128, 16]
+
+    def run(self, query: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
+        rows = []
+        for row, (first, last) in enumerate(itertools.pairwise(self.offsets.tolist())):
+            keys, values = (
+                one[self.indices[first:last].long()].transpose(0, 1).flatten(1, 2)[None]
+                for one in cache
+            )
+            rows.append(full_attention(query[row, None], keys, values, self.scale))
+        return torch.cat(rows)
+
+
+def test_flashinfer_is_prepared_by_its_batched_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = types.ModuleType("flashinfer")
+    library.BatchDecodeWithPagedKVCacheWrapper = PagedAttention  # type: ignore[attr-defined]
+    library.__version__ = "9.9"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flashinfer", library)
+    monkeypatch.setattr(decode, "_PREPARED", (2, 48))
+    (job,) = [job for job in make_plan(1, False, ["flashinfer"]).jobs if job.kind == "prepare"]
+    (row,) = do(job, [])
+    assert (row["status"], row["method"], row["kv_len"]) == ("ok", "flashinfer", 48)
+    assert row["subtask"] == "9.9"
+    monkeypatch.setattr(PagedAttention, "run", lambda own, query, cache: torch.zeros_like(query))
+    assert do(job, [])[0]["status"] == "wrong"
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -281,18 +509,50 @@ def test_a_missing_library_and_a_lack_of_memory_are_rows_with_their_reasons(
 
     monkeypatch.setattr(decode.Layer, "draw", draw)
     jobs = toy_jobs()
-    (dense,), (step,) = do(jobs["dense"], []), do(jobs["quest"], [])
-    assert dense["status"] == step["status"] == "out_of_memory"
+    rows = [*do(jobs["dense"], []), *do(jobs["quest"], [])]
+    # Each baseline that is there has its own row.
+    assert [row["status"] for row in rows].count("out_of_memory") == 8
+    assert rows[-1]["status"] == "out_of_memory"
 
 
-def test_a_library_that_was_not_ready_is_not_waited_for_again(times: Times) -> None:
-    row = {"task": "kernel_check", "method": "flashinfer", "status": "failed", "reason": "late."}
-    found = do(replace(toy_jobs()["dense"], parts=("flashinfer",)), [row])[0]
+@pytest.mark.parametrize("status", ["failed", "skipped", None])
+def test_a_library_that_was_not_ready_is_not_waited_for_again(
+    monkeypatch: pytest.MonkeyPatch, status: str | None
+) -> None:
+    monkeypatch.setattr(decode, "_version", lambda name: "9.9")
+    before = {"task": "kernel_check", "method": "flashinfer", "status": status, "reason": "late."}
+    dense = replace(toy_jobs()["dense"], parts=("flashinfer",))
+    found = do(dense, [before] if status else [])[0]
     assert found["status"] == "skipped"
+    assert found["reason"].startswith("flashinfer: flashinfer was not ready: ")
+
+
+def test_what_fails_before_any_part_is_a_row_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("no states.")
+        yield
+
+    def lose(*arguments: Any) -> Any:
+        raise DeviceLost("no answer.")
+        yield
+
+    place, job = Workplace(torch.device("cpu"), True, 1), job_of("a", "b")
+    place.at = "b"  # of the job before
+    for function, alive, reason in (
+        (fail, True, "RuntimeError: no states."),
+        (lose, False, "DeviceLost: no answer."),
+    ):
+        monkeypatch.setitem(worker.JOBS, "check", function)
+        sent = Sent()
+        assert worker.run(place, job, [], sent) == alive
+        assert sent == [("row", part, {"status": "failed", "reason": reason}) for part in "ab"]
 
 
 def fake_worker(channel: Any, device: str, toy: bool, trials: int) -> None:
     os.setsid()
+    if device == "broken":
+        channel.send(("broken", "RuntimeError: no device."))
+        return
     channel.send(("hello", {"device": device}))
     while (given := channel.recv()) is not None:
         job, _ = given
@@ -313,8 +573,13 @@ def fake_worker(channel: Any, device: str, toy: bool, trials: int) -> None:
 
 
 def supervised(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, jobs: list[Job], limit_s: float = 600
-) -> list[tuple[str, str, str]]:
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    jobs: Sequence[Job],
+    limit_s: float = 600,
+    device: str = "made up",
+) -> list[dict[str, str]]:
+    """Run jobs by processes that do nothing; return the rows of the file."""
     # Forked, so that the processes find the function above; none of them touches torch.
     monkeypatch.setattr(
         supervisor.multiprocessing, "get_context", lambda _, real=multiprocessing.get_context:
@@ -323,24 +588,28 @@ def supervised(
     monkeypatch.setattr(supervisor, "serve", fake_worker)
     writer = Writer(folder / "out")
     said: list[str] = []
-    Supervisor(Plan(jobs, 2), writer, limit_s, "made up", True, 1, {}, said.append).run()
+    Supervisor(Plan(jobs, 2), writer, limit_s, device, True, 1, {}, said.append).run()
     assert len(said) == len(writer.rows)
     with (folder / "out" / "rows.csv").open(newline="") as file:
         read = list(csv.DictReader(file))
     assert [row["method"] for row in read] == [row["method"] for row in writer.rows]
-    return [(row["method"], row["status"], row["reason"]) for row in read]
+    return read
 
 
-def job_of(*parts: str, alone: bool = True, seconds: float = 1) -> Job:
+def outcomes(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, str, str]]:
+    return [(row["method"], row["status"], row["reason"]) for row in rows]
+
+
+def job_of(*parts: str, alone: bool = True, seconds: float = 1, limit_s: float = 45) -> Job:
     about = {"task": "kernel_check", "model": "m", "subtask": parts[0]}
-    return Job("name", "check", {}, about, parts, "method", 0, seconds, alone)
+    return Job("name", "check", {}, about, parts, "method", 0, seconds, alone, part_limit_s=limit_s)
 
 
 def test_what_ends_a_process_is_a_row_and_the_rest_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     jobs = [job_of("a", "killer", "b", "lost", "c"), job_of("d", alone=False), job_of("e")]
-    assert supervised(monkeypatch, tmp_path, jobs) == [
+    assert outcomes(supervised(monkeypatch, tmp_path, jobs)) == [
         ("a", "ok", ""),
         ("killer", "failed", "the process ended with status -9 in killer."),
         ("b", "ok", ""),
@@ -351,11 +620,45 @@ def test_what_ends_a_process_is_a_row_and_the_rest_goes_on(
     ]
 
 
+def test_a_process_that_cannot_start_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reason = "the process could not start: RuntimeError: no device."
+    found = supervised(monkeypatch, tmp_path, [job_of("a", "b"), job_of("c")], device="broken")
+    assert outcomes(found) == [(part, "failed", reason) for part in "abc"]
+
+
+def test_why_a_process_cannot_start_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = Sent()
+    monkeypatch.setattr(os, "setsid", lambda: None)
+    worker.serve(sent, "nowhere", True, 1)
+    ((kind, reason),) = sent
+    assert kind == "broken"
+    assert reason.startswith("RuntimeError: ")
+
+
 def test_what_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(Job, "limit_s", 0.3)
-    assert supervised(monkeypatch, tmp_path, [job_of("sleeper", "a")]) == [
+    jobs = [job_of("sleeper", "a", limit_s=0.3)]
+    assert outcomes(supervised(monkeypatch, tmp_path, jobs)) == [
         ("sleeper", "failed", "still running after 0 s in sleeper."),
         ("a", "ok", ""),
+    ]
+
+
+def test_checks_that_take_too_long_go_on_after_what_is_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for module in (plan, supervisor):
+        monkeypatch.setattr(module, "CHECKS_END_S", 1.5)
+    monkeypatch.setattr(supervisor, "SECONDS_TO_START", 0)
+    hangs = job_of("a", "sleeper", "b", alone=False, limit_s=3)
+    long, timed = job_of("c", alone=False, seconds=2), job_of("d")
+    assert outcomes(supervised(monkeypatch, tmp_path, [hangs, long, timed])) == [
+        ("a", "ok", ""),
+        ("d", "ok", ""),
+        ("c", "ok", ""),  # beside the sleeper
+        ("sleeper", "failed", "still running after 3 s in sleeper."),
+        ("b", "ok", ""),
     ]
 
 
@@ -364,19 +667,110 @@ def test_what_there_is_no_time_for_is_dropped(
 ) -> None:
     began = time.monotonic()
     monkeypatch.setattr(supervisor, "SECONDS_TO_START", 0)
-    jobs = [job_of("a", seconds=1), job_of("b", seconds=900), job_of("c", "sleeper", "d")]
-    found = supervised(monkeypatch, tmp_path, jobs, limit_s=3)
+    jobs = [job_of("a", seconds=1), job_of("b", "e", seconds=900), job_of("c", "sleeper", "d")]
+    found = outcomes(supervised(monkeypatch, tmp_path, jobs, limit_s=3))
     assert time.monotonic() - began < 10
     assert [(method, status) for method, status, _ in found] == [
         ("a", "ok"),
-        ("all operators", "skipped"),
+        ("b", "skipped"),
+        ("e", "skipped"),
         ("c", "ok"),  # there is time for what comes later and is short
         ("sleeper", "failed"),
-        ("all operators", "skipped"),
+        ("d", "skipped"),
     ]
     assert found[1][2].startswith("dropped: 900 s needed, ")
-    assert found[3][2] == "still running when the time was up in sleeper."
-    assert found[4][2] == "dropped: 1 s needed, 0 s left."
+    assert found[4][2] == "still running when the time was up in sleeper."
+    assert found[5][2] == "dropped: 1 s needed, 0 s left."
+
+
+def test_a_plan_without_time_has_a_row_and_an_id_for_each_thing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    jobs = make_plan(3, False, ["flashinfer"]).jobs
+    rows = supervised(monkeypatch, tmp_path, jobs, limit_s=0)
+    assert len(rows) == sum(len(job.parts) for job in jobs) == len({row["run_id"] for row in rows})
+    assert {row["status"] for row in rows} == {"skipped"}
+    report.main([str(tmp_path / "out")])
+    assert len(report.load(tmp_path / "out")[0]) == len(rows)
+
+
+def test_methods_are_dropped_with_what_they_are_compared_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    dense = replace(job_of("a", seconds=900), name="dense")
+    methods = [replace(job_of(name), needs=needs) for name, needs in (("b", "dense"), ("c", ""))]
+    found = outcomes(supervised(monkeypatch, tmp_path, [dense, *methods]))
+    assert [(method, status) for method, status, _ in found] == [
+        ("a", "skipped"),
+        ("b", "skipped"),
+        ("c", "ok"),
+    ]
+    plans = make_plan(1, False, []).jobs
+    shapes = {job.name: job.about["subtask"] for job in plans if job.kind == "dense"}
+    assert all(shapes[job.needs] == job.about["subtask"] for job in plans if job.kind == "method")
+
+
+def test_idle_processes_are_told_to_end_before_any_is_waited_for(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    class Fake:
+        exitcode, pid = 0, 1
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def send(self, message: None) -> None:
+            done.append(f"tell {self.name}")
+
+        def join(self, seconds: float) -> None:
+            done.append(f"wait for {self.name}")
+
+        def is_alive(self) -> bool:
+            return False
+
+        def close(self) -> None:
+            pass
+
+    own = Supervisor(Plan([], 2), Writer(tmp_path), 1, "", True, 1, {}, done.append)
+    fakes = [Fake(name) for name in "ab"]
+    own.workers = [supervisor.Worker(fake, fake) for fake in fakes]  # type: ignore[arg-type]
+    own._end(*own.workers)
+    assert done == ["tell a", "tell b", "wait for a", "wait for b"]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status"),
+    [
+        (("ok", "skipped", "out_of_memory"), 0),
+        (("ok", "wrong"), 1),
+        (("ok", "failed"), 1),
+        (("skipped", "skipped"), 1),
+        ((), 1),
+    ],
+)
+def test_the_exit_status_says_whether_all_went_well(statuses: tuple[str, ...], status: int) -> None:
+    assert script.exit_status([{"status": one} for one in statuses]) == status
+
+
+def test_the_summary_lays_what_was_found_beside_the_goals() -> None:
+    jobs = make_plan(1, False, []).jobs
+    rows: list[dict[str, Any]] = []
+    for job in jobs:
+        if job.kind == "method" and job.about["method"] == "hata":
+            times = {"decode_ms_p50": 0.5, "speedup_vs_full": 9.0, "full_backend": "triton, 3"}
+            rows.append({**job.about, **times, "status": "ok"})
+        if job.kind == "operators":
+            found = {"method": "hamming_score", "bandwidth_fraction": 0.75, "status": "ok"}
+            rows.append({**job.about, **found})
+    text = script.summary(rows)
+    assert (
+        "32/32 heads of 128, 32768 x 8 tokens: at least 12 times the fastest dense: missed, 9.00"
+        in (text)
+    )
+    assert "32/8 heads of 128, 131072 tokens: at least 6 times the fastest dense: met, 9.00" in text
+    assert "hamming_score: at least 70% of the bandwidth: met, 75%, 75%" in text
+    assert "not measured" not in text
+    assert script.summary([]).count("not measured") == 5
 
 
 def test_what_cannot_be_run_is_refused_in_one_sentence(
@@ -388,16 +782,46 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(
     for arguments, said in (
         ([], "TRITON_INTERPRET=1 runs the kernels in Python, which measures nothing"),
         (["--toy", "--minutes", "0"], "--minutes must be positive and --trials at least 1, got 0"),
+        (["--toy", "--workers", "-1"], "--workers must be at least 1, got -1"),
+        (["--toy", "--commit", "abc"], "--commit must be the checked out "),
     ):
         assert script.main([*given, *arguments]) == 2
         assert said in capsys.readouterr().err
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for device in ("cpu", "nowhere"):
+        assert script.main([*given, "--device", device]) == 2
+        assert f"--device must be a CUDA device, got {device}" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert script.main(given) == 2
     assert "a CUDA device is needed, and there is none" in capsys.readouterr().err
     (tmp_path / "rows.csv").write_text("run_id\n")
     assert script.main([*given, "--toy"]) == 2
     assert "must be a folder without rows.csv that can be written" in capsys.readouterr().err
+
+
+def test_a_commit_is_that_of_the_whole_checkout(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        done = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(done, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = tmp_path / "kernels" / "hamming_score" / "fused.py"
+    changed.parent.mkdir(parents=True)
+    changed.write_text("right\n")
+    assert script.commit_of(tmp_path, None) == {}
+    assert script.commit_of(tmp_path, "abc") == {"git_commit": "abc"}
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "first")
+    head = git("rev-parse", "HEAD")
+    (tmp_path / "rows.csv").write_text("what runs leave is no change of the code\n")
+    assert script.commit_of(tmp_path, head[:9]) == {"git_commit": head, "git_dirty": False}
+    changed.write_text("wrong\n")
+    assert script.commit_of(tmp_path, None) == {"git_commit": head, "git_dirty": True}
+    with pytest.raises(ValueError, match=f"--commit must be the checked out {head}, got abc"):
+        script.commit_of(tmp_path, "abc")
+    # Code inside another project's repository is not that project's.
+    assert script.commit_of(tmp_path / "kernels", None) == {}
 
 
 def test_the_columns_are_those_of_every_row() -> None:

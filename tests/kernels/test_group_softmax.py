@@ -24,14 +24,14 @@ def test_written_out_weights(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_a_cap_leaves_absent_units_out(impl: str) -> None:
+def test_a_soft_cap_keeps_absent_units_out(impl: str) -> None:
     scores = torch.tensor([[[[1e9, 0.0, -torch.inf]]]])
     found = group_softmax(scores, 1.0, softcap=LN3, impl=impl)  # the first logit becomes ln 3
     torch.testing.assert_close(found, torch.tensor([[[0.75, 0.25, 0.0]]]))
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_nothing_there_weighs_nothing(impl: str) -> None:
+def test_absent_units_have_no_weight(impl: str) -> None:
     scores = torch.full((1, 2, 3, 5), -torch.inf)
     assert group_softmax(scores, 1.0, impl=impl).eq(0).all()
     assert group_softmax(scores[..., :0], 1.0, impl=impl).shape == (1, 2, 0)
@@ -62,7 +62,7 @@ def test_the_implementations_agree(
     scores[0, 0, 0] = -torch.inf
     scores = scores.to(dtype)
     exact = group_softmax(scores.double(), 0.3, rule, softcap, impl="reference")
-    # exp turns a rounding of its argument, at most 2^-24 of some 40, into a relative error.
+    # exp turns the rounding of its argument, at most 2^-24 of about 40, into a relative error.
     for impl in ("reference", "cpu", "triton"):
         found = group_softmax(scores, 0.3, rule, softcap, impl=impl)
         assert found.dtype == torch.float32

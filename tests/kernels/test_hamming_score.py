@@ -36,7 +36,7 @@ def test_written_out_scores() -> None:
     query_codes = torch.tensor([[[[0], [-1]]]], dtype=torch.int32)
     key_codes = torch.tensor([[[[0], [-1], [1], [0b111]]]], dtype=torch.int32)
     for impl in ("reference", "cpu"):
-        # against zeros and against ones: what one gains the other loses
+        # against zeros and against ones: the two scores are opposite
         both = hamming_score(query_codes, key_codes, impl=impl)
         assert both.tolist() == [[[0, 0, 0, 0]]]
         one = hamming_score(query_codes[:, :, :1], key_codes, impl=impl)

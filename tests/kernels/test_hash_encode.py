@@ -30,7 +30,7 @@ def test_bit_j_of_word_w_is_the_sign_of_projection_32w_plus_j() -> None:
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.integers(0, 999),
 )
-def test_cpu_differs_from_float64_only_where_a_projection_is_rounding(
+def test_cpu_differs_from_float64_only_where_a_projection_is_rounding_error(
     batch: int, heads: int, size: int, dim: int, rbit: int, dtype: torch.dtype, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -63,7 +63,7 @@ def test_bad_input_is_refused() -> None:
         hash_encode(states.int(), torch.zeros(4, 16, 32))
 
 
-def test_a_key_without_a_place_is_not_written() -> None:
+def test_a_key_beyond_the_cache_is_not_written() -> None:
     weight = torch.randn(2, 32, 64)
     codes = torch.full((2, 2, 5, 2), 7, dtype=torch.int32)
     norms = torch.full((2, 2, 5), 7.0)

@@ -28,7 +28,7 @@ def brute_force(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, float]:
-    """One head's step in float64, slot by slot; ``slots`` holds each slot and its log weight."""
+    """Compute one head's step in float64; ``slots`` has each slot with its log weight."""
     logits = []
     for slot, weight in slots:
         logit = scale * float(query.double() @ keys[slot].double())
@@ -101,7 +101,7 @@ def test_parts_of_one_head_merge_to_the_whole() -> None:
         torch.randn(1, 1, 3000, 16),
         torch.randn(1, 1, 3000, 16),
     )
-    # The largest logit lies in the last part, and one part holds nothing.
+    # The largest logit is in the last part, and one part is empty.
     keys[0, 0, 2990] = 5 * query[0, 0]
     indices = torch.arange(3000, dtype=torch.int32)[None, None].clone()
     indices[..., :800] = -1
@@ -165,7 +165,7 @@ def test_bad_input_is_refused() -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_what_is_not_a_number_is_not_hidden(impl: str) -> None:
+def test_nan_is_not_hidden(impl: str) -> None:
     draw = torch.Generator().manual_seed(0)
     query, keys = torch.randn(1, 2, 16, generator=draw), torch.randn(1, 1, 50, 16, generator=draw)
     indices = torch.arange(40, dtype=torch.int32)[None, None]

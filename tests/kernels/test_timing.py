@@ -38,13 +38,13 @@ def test_quantiles_are_interpolated() -> None:
         Timing.of([])
 
 
-def test_functions_run_in_turn() -> None:
+def test_functions_run_interleaved() -> None:
     calls: list[str] = []
     measure({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, 1)
     assert calls == ["a", "b", "a", "b", "a", "b"]
 
 
-def test_a_rotation_takes_its_copies_in_turn() -> None:
+def test_a_rotation_calls_its_copies_one_after_the_other() -> None:
     calls: list[int] = []
     copies = [lambda i=i: calls.append(i) for i in range(3)]
     measure({"cold": copies}, trials=4, warmup=3)
@@ -59,7 +59,7 @@ def test_what_runs_before_each_call_is_not_timed() -> None:
         time.sleep(0.05)
 
     found = measure({"a": lambda: calls.append("a")}, 2, 1, before=before)
-    assert calls == ["a", "before", "a", "before", "a"]  # the warm-up goes without
+    assert calls == ["a", "before", "a", "before", "a"]  # not before the warm-up
     assert found["a"].p50_ms < 25
 
 
@@ -105,7 +105,7 @@ def test_bandwidth_is_positive() -> None:
 
 
 def fake_system(monkeypatch: pytest.MonkeyPatch, folder: Path, files: dict[str, str]) -> None:
-    """Let the stopwatch read a system's files from a folder."""
+    """Let the timing module read system files from a folder."""
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -141,11 +141,11 @@ def test_an_unknown_machine_has_no_numbers(monkeypatch: pytest.MonkeyPatch, tmp_
     assert cache_bytes() is None
     assert clock_mhz() is None
     assert versions()["driver"] is None
-    assert copies_needed(2**26) == 2  # 64 MiB are assumed
+    assert copies_needed(2**26) == 2  # a cache of 64 MiB is assumed
     assert copies_needed(2**26 + 1) == 1
 
 
-def test_clock_and_versions_are_the_systems(
+def test_clock_and_versions_come_from_the_system(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     module = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build"
@@ -174,22 +174,22 @@ def test_a_speed_up_is_the_ratio_of_the_rows_own_medians() -> None:
     assert found["other_load"] == 0.02
 
 
-def test_full_attentions_own_row_has_its_time_and_no_speed_up() -> None:
+def test_full_attentions_row_has_its_time_and_no_speed_up() -> None:
     found = speed_columns(alone(1, 2, 3), None)
     assert (found["decode_ms_p50"], found["full_ms_p50"]) == (2, 2)
     assert not {"speedup_vs_full", "speedup_ci_low", "speedup_ci_high"} & set(found)
 
 
-def test_an_interval_over_pairs_knows_no_drift_that_both_share() -> None:
+def test_an_interval_over_pairs_ignores_drift_that_both_share() -> None:
     slow = [1, 1, 1, 1, 1, 7, 7, 7, 7, 7, 7]
     step, full = alone(*slow), alone(*(3 * one for one in slow))
     assert speedup_interval(full, step) == (3, 3)
-    # The same times, but not slowed together: their ratio may as well be 3/7 as 21.
+    # The same times, but not slowed together: the ratio may be anything from 3/7 to 21.
     assert speedup_interval(full[::-1], step) == (pytest.approx(3 / 7), 21)
 
 
 def test_the_times_of_a_turn_are_drawn_together() -> None:
-    # Six turns of four steps: one disturbed turn is not four independent bad steps.
+    # Six turns of four steps: a disturbed turn does not count as four independent slow steps.
     step = [[1.0] * 4, [1.0] * 4, [5.0] * 4, [1.0] * 4, [1.0] * 4, [1.0] * 4]
     full = [[2.0] * 4] * 6
     assert speedup_interval(full, step) == (pytest.approx(2 / 3), 2)
@@ -226,7 +226,7 @@ def test_the_interval_covers_the_true_ratio(pairs: int, kind: str) -> None:
     assert hit >= 180  # of 190; three standard deviations of 200 draws are 9
 
 
-def test_what_is_unsteady_says_why() -> None:
+def test_unsteady_times_say_why() -> None:
     calm = Timing.of([1.0, 1.1, 1.2, 1.3])
     wild = Timing.of([0.58, 0.58, 0.58, 0.58, 0.58, 12.95, 12.95, 12.95])
     assert unsteady(calm, calm, None) is None
@@ -237,23 +237,23 @@ def test_what_is_unsteady_says_why() -> None:
         "the processors' time"
     )
     twice = Timing(p50_ms=1.5, p20_ms=1.0, p80_ms=2.0, trials=9, taken_ms=())
-    assert unsteady(twice, None, None) is None  # at the limit, not beyond it
+    assert unsteady(twice, None, None) is None  # exactly at the limit
     assert speed_columns(alone(1, 1, 1, 1), None, 0.5)["timing_note"] == (
         "others took 50% of the processors' time"
     )
 
 
-def test_what_others_took_is_what_was_busy_less_our_own_time() -> None:
+def test_other_load_is_the_busy_time_minus_this_process() -> None:
     before = Usage(wall_s=10, own_s=3, busy_s=50, processors=2)
-    # 2 s of 2 processors are 4; 3.5 were busy, 1.5 of them ours.
+    # 2 s of 2 processors are 4 s; 3.5 s were busy, 1.5 s of them by this process.
     assert other_share(before, Usage(12, 4.5, 53.5, 2)) == 0.5
-    assert other_share(before, Usage(12, 6.9, 53.5, 2)) == 0  # clocks that differ a little
-    assert other_share(before, Usage(10.2, 3.1, 50.4, 2)) is None  # too short to tell
+    assert other_share(before, Usage(12, 6.9, 53.5, 2)) == 0  # the clocks differ slightly
+    assert other_share(before, Usage(10.2, 3.1, 50.4, 2)) is None  # too short to measure
     assert other_share(None, before) is None
     assert other_share(before, None) is None
 
 
-def test_the_processors_usage_is_read_for_those_we_may_run_on(
+def test_usage_is_read_of_the_processors_that_this_process_may_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     text = "cpu 1 1\ncpu0 100 10 40 900 7 3 2 5 50 0\ncpu1 9 9 9 9 9 9 9 9\ncpu2 100 0 0 1 1 0 0 0"
@@ -262,7 +262,7 @@ def test_the_processors_usage_is_read_for_those_we_may_run_on(
     monkeypatch.setattr(timing.os, "sysconf", lambda _: 100)
     found = usage()
     assert found is not None
-    # Idle and waiting times are not busy; a guest's is in the user's already.
+    # Idle and waiting times are not busy; a guest's time is part of the user's.
     assert (found.busy_s, found.processors) == (2.6, 2)
     for nothing in ("", "cpu0 0 0 0 0 0 0 0 0"):
         monkeypatch.setattr(timing, "_read", lambda path, text=nothing: text)
@@ -270,7 +270,7 @@ def test_the_processors_usage_is_read_for_those_we_may_run_on(
         assert OtherLoad().share() is None
 
 
-def test_other_load_is_watched_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_load_is_measured_only_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = iter([Usage(0, 0, 0, 4), Usage(1, 1, 3, 4)])
     monkeypatch.setattr(timing, "usage", lambda: next(moments))
     assert OtherLoad().share() == 0.5

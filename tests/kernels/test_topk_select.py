@@ -14,7 +14,7 @@ INT32_MIN = -(2**31)
 def brute_force(
     scores: list[float], k: int, sink: int, recent: int, start: int, end: int
 ) -> list[int]:
-    """Choose with Python's sort: forced first, then by score, then by index."""
+    """Select with Python's sort: forced units first, then by score, then by index."""
     units = range(start, end)
     forced = [u for u in units if u < start + sink or u >= end - recent]
     absent = (-torch.inf, INT32_MIN)

@@ -1,4 +1,4 @@
-"""One decode step of one layer: timed only where it is right."""
+"""One decode step of one layer: timed only if its result is correct."""
 
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ SPEED = (
 
 @pytest.fixture(autouse=True)
 def two_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rotate over two copies: those that a real cache asks for at such lengths take seconds."""
+    """Rotate over two copies only: exceeding a real cache at these lengths takes many copies."""
     monkeypatch.setattr(decode_latency, "copies_needed", lambda num_bytes, device: 2)
 
 
@@ -59,10 +59,14 @@ def task(**knobs: Any) -> DecodeLatency:
 
 
 def rows(
-    loaded: LoadedModel, store: PrefillStore, method: TopKMethod, made: DecodeLatency, k: int = 16
+    loaded: LoadedModel,
+    store: PrefillStore,
+    method: TopKMethod,
+    latency_task: DecodeLatency,
+    k: int = 16,
 ) -> list[TaskRow]:
     context = Context(loaded, store, method, Policy(k=k), FullAttention(), None, 1e9)
-    return made.run(context).rows
+    return latency_task.run(context).rows
 
 
 @pytest.mark.parametrize(
@@ -71,11 +75,11 @@ def rows(
         ExactTopK(),
         HATA(weights="random", rbit=64),
         Quest(page_size=8),
-        Twilight(base=Quest(page_size=8), p=1.0),  # an index inside an index is set back too
+        Twilight(base=Quest(page_size=8), p=1.0),  # the inner index's append is undone too
     ],
     ids=lambda method: method.name,
 )
-def test_a_right_step_has_every_time(
+def test_a_correct_step_has_all_times(
     loaded: LoadedModel, store: PrefillStore, method: TopKMethod
 ) -> None:
     found = rows(loaded, store, method, task(lengths=(300, 513)))
@@ -86,13 +90,15 @@ def test_a_right_step_has_every_time(
     values = found[0].values
     assert all(values[column] > 0 for column in (*SPEED, "score_ms", "select_ms", "append_ms"))
     assert (values["kv_len"], values["length"], values["batch_size"]) == (300, 300, 1)
-    # Whole pages of 8, of which the last is half full: 9 pages at most, one of 4 tokens.
+    # At most 9 pages of 8 tokens, the last of which has only 4.
     assert 68 / 300 <= values["density"] <= 75 / 300
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_has_a_right_step(loaded: LoadedModel, store: PrefillStore, name: str) -> None:
-    """As its YAML makes it, but for what is learned, which is learned quickly."""
+def test_every_method_has_a_correct_step(
+    loaded: LoadedModel, store: PrefillStore, name: str
+) -> None:
+    """Methods are as their YAML configures them, except for shorter training."""
     overrides = [f"method={name}", "rbit=64"]
     overrides += {
         "hata": ["method.weights=random"],
@@ -114,7 +120,7 @@ def test_full_attention_is_timed_by_the_same_task(loaded: LoadedModel, store: Pr
     assert values["bytes_read_per_step"] == 2 * 300 * 2 * 32 * 4
 
 
-def test_what_a_step_read_is_charged_and_not_the_budget(
+def test_the_tokens_that_a_step_read_are_charged_not_the_budget(
     loaded: LoadedModel, store: PrefillStore
 ) -> None:
     shape = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
@@ -134,11 +140,11 @@ def test_what_a_step_read_is_charged_and_not_the_budget(
         )
         index = method.build_index(prefill)
         method.append(index, states.key_states[:, :, -1:], states.value_states[:, :, -1:])
-        chosen = method.step(states.query_states, index, cache, policy, 32**-0.5).selection
-        assert chosen is not None
-        assert chosen.scanned is not None
-        read = round(chosen.tokens_read(cache).double().mean().item())
-        scanned = round(chosen.scanned.double().mean().item())
+        selection = method.step(states.query_states, index, cache, policy, 32**-0.5).selection
+        assert selection is not None
+        assert selection.scanned is not None
+        read = round(selection.tokens_read(cache).double().mean().item())
+        scanned = round(selection.scanned.double().mean().item())
         (row,) = rows(loaded, store, method, task())
         expected = method.bytes_read_by(shape, 300, read, scanned)
         assert expected != method.bytes_read_per_step(shape, 300, 75)
@@ -146,25 +152,25 @@ def test_what_a_step_read_is_charged_and_not_the_budget(
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_attention_received_is_captured_from_the_queries_of_all_positions(
+def test_column_sums_are_captured_from_queries_at_all_positions(
     monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
     monkeypatch.setattr("topkbench.harness.planted.BLOCK", 128)
     monkeypatch.setattr("topkbench.models.capture.WEIGHTS", 6 * 300 * 50)
     keys = planted(batch_size, 300).key_states
     both = frozenset({"column_sums", "query_tail"})
-    found = capture(both, keys, 6, 32**-0.5)
-    assert found.column_sums is not None
-    assert found.query_tail is not None
-    assert found.column_sums.shape == (batch_size, 6, 300)
-    # Every query spreads a weight of one.
-    torch.testing.assert_close(found.column_sums.sum(-1), torch.full((batch_size, 6), 300.0))
-    assert found.query_tail.shape == (batch_size, 6, 64, 32)
-    assert set(found.milliseconds) == both
-    alone = capture(frozenset({"query_tail"}), keys[:, :, :40], 6, 32**-0.5)
-    assert alone.query_tail is not None
-    assert alone.query_tail.shape == (batch_size, 6, 40, 32)
-    assert alone.column_sums is None
+    captured = capture(both, keys, 6, 32**-0.5)
+    assert captured.column_sums is not None
+    assert captured.query_tail is not None
+    assert captured.column_sums.shape == (batch_size, 6, 300)
+    # Each query's attention weights sum to one.
+    torch.testing.assert_close(captured.column_sums.sum(-1), torch.full((batch_size, 6), 300.0))
+    assert captured.query_tail.shape == (batch_size, 6, 64, 32)
+    assert set(captured.milliseconds) == both
+    tail = capture(frozenset({"query_tail"}), keys[:, :, :40], 6, 32**-0.5)
+    assert tail.query_tail is not None
+    assert tail.query_tail.shape == (batch_size, 6, 40, 32)
+    assert tail.column_sums is None
 
 
 def layer_of(method: TopKMethod, states: PlantedStates) -> decode_latency._Layer:
@@ -172,23 +178,23 @@ def layer_of(method: TopKMethod, states: PlantedStates) -> decode_latency._Layer
 
 
 @pytest.mark.parametrize("method", [H2O(), SnapKV()], ids=lambda method: method.name)
-def test_what_is_captured_at_prefill_counts_as_building(method: TopKMethod) -> None:
+def test_capturing_at_prefill_counts_as_build_time(method: TopKMethod) -> None:
     layer = layer_of(method, planted(2, 100))
     assert set(layer.captured.milliseconds) == set(method.needs)
     layer.captured.milliseconds = dict.fromkeys(method.needs, 1e6)
     assert 1e6 < layer.build_ms(1) < 1.1e6
-    assert layer.copy().captured is layer.captured  # and is not captured again
+    assert layer.copy().captured is layer.captured  # it is not captured again
 
 
-def test_queries_are_foretold_within_the_step() -> None:
-    """By one projection for each row, as wide as all query heads together."""
+def test_a_step_includes_speculating_its_queries() -> None:
+    """The step has one projection per row, as wide as all query heads together."""
     method, states = InfiniGen(), planted(2, 100)
     method.load_artifact(method.fit(PlantedCalibration.of(states)))
     layer = layer_of(method, states)
     for one in (layer, layer.copy()):
-        with FlopCounterMode(display=False) as counted:
+        with FlopCounterMode(display=False) as counter:
             one.step()
-        assert counted.get_flop_counts()["Global"][torch.ops.aten.mm] == 2 * 2 * (6 * 32) ** 2
+        assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] == 2 * 2 * (6 * 32) ** 2
 
 
 def test_the_parts_of_a_stage_add_up_within_a_step() -> None:
@@ -209,7 +215,7 @@ def test_the_parts_of_a_stage_add_up_within_a_step() -> None:
 
 
 class Broken(ExactTopK):
-    """Right by its reference, wrong where it is fast."""
+    """Correct with impl=reference, wrong with the fast implementation."""
 
     def attend(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         out, lse = super().attend(*args, **kwargs)
@@ -236,7 +242,7 @@ def test_nan_is_wrong(loaded: LoadedModel, store: PrefillStore) -> None:
 
 
 @pytest.mark.parametrize(("budget", "k"), [(0.5, 150), (0.001, 64), (None, 16)])
-def test_the_budget_is_a_share_or_the_cells(
+def test_k_is_a_share_of_the_length_or_the_cells(
     loaded: LoadedModel, store: PrefillStore, budget: float | None, k: int
 ) -> None:
     (row,) = rows(loaded, store, ExactTopK(), task(budget=budget))
@@ -249,47 +255,49 @@ def test_a_trained_method_is_fitted_on_the_states(loaded: LoadedModel, store: Pr
     assert row.status == "ok"
 
 
-def test_what_does_not_fit_into_memory_is_skipped(loaded: LoadedModel, store: PrefillStore) -> None:
+def test_a_length_that_does_not_fit_into_memory_is_skipped(
+    loaded: LoadedModel, store: PrefillStore
+) -> None:
     found = rows(loaded, store, ExactTopK(), task(lengths=(300, 10**12)))
     assert [row.status for row in found] == ["ok", "skipped"]
     assert found[1].reason.endswith("GiB of states exceed half of the free memory.")
 
 
-def test_captured_states_are_the_models_own(
+def test_captured_states_equal_the_models(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
-    made = task(lengths=(200,), states="captured", layer=1, cache_dir=str(tmp_path))
+    latency_task = task(lengths=(200,), states="captured", layer=1, cache_dir=str(tmp_path))
     context = Context(loaded, store, ExactTopK(), Policy(k=16), FullAttention())
-    states = made._captured(context, 200)
+    states = latency_task._captured(context, 200)
     (sample,) = (tmp_path / "samples").iterdir()
     n = states.key_states.shape[2]
     assert 180 < n <= 200
     assert sample.exists()
-    # The last token's keys and values are what full attention of the model itself would see.
+    # Attention over the captured states gives the output of the model's own attention layer.
     weights = (states.query_states @ states.key_states.mT * 16**-0.5).softmax(-1)
-    found: list[Tensor] = []
-    attention = loaded.model.model.layers[1].self_attn.o_proj
-    hook = attention.register_forward_pre_hook(lambda _, given: found.append(given[0][0, -1]))
-    made._captured(context, 200)
+    outputs: list[Tensor] = []
+    projection = loaded.model.model.layers[1].self_attn.o_proj
+    hook = projection.register_forward_pre_hook(lambda _, args: outputs.append(args[0][0, -1]))
+    latency_task._captured(context, 200)
     hook.remove()
-    own = (weights @ states.value_states).flatten()
-    torch.testing.assert_close(own, found[0], rtol=1e-4, atol=1e-5)
-    (row,) = made.run(context).rows
+    expected = (weights @ states.value_states).flatten()
+    torch.testing.assert_close(expected, outputs[0], rtol=1e-4, atol=1e-5)
+    (row,) = latency_task.run(context).rows
     assert (row.status, row.subtask) == ("ok", "200")
     assert (row.values["kv_len"], row.values["length"]) == (n, 200)
     assert row.values["index_bytes_per_token"] == 0
 
 
-def test_a_layer_that_the_model_has_not(
+def test_a_layer_that_the_model_does_not_have_is_refused(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
-    made = task(lengths=(200,), states="captured", layer=2, cache_dir=str(tmp_path))
+    latency_task = task(lengths=(200,), states="captured", layer=2, cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"task\.layer must lie between 0 and 1, got 2"):
-        rows(loaded, store, ExactTopK(), made)
+        rows(loaded, store, ExactTopK(), latency_task)
 
 
 class Rounded(ExactTopK):
-    """Scores that differ from the reference's in their last bits, so that ties fall otherwise."""
+    """Returns scores that differ from the reference's in the last bits, which breaks near ties."""
 
     def score(self, *args: Any, **kwargs: Any) -> Tensor:
         scores = super().score(*args, **kwargs)
@@ -302,13 +310,13 @@ def test_a_near_tie_is_not_wrong(loaded: LoadedModel, store: PrefillStore) -> No
 
 
 class Shifted(ExactTopK):
-    """Chooses the neighbour of each token that it should choose."""
+    """Selects the left neighbour of each token that it should select."""
 
     def select(self, *args: Any, **kwargs: Any) -> Selection:
-        chosen = super().select(*args, **kwargs)
+        selection = super().select(*args, **kwargs)
         if self.impl != "reference":
-            chosen.indices = (chosen.indices - 1).clamp_min(0)
-        return chosen
+            selection.indices = (selection.indices - 1).clamp_min(0)
+        return selection
 
 
 def test_a_wrong_selection_has_no_time(loaded: LoadedModel, store: PrefillStore) -> None:
@@ -317,23 +325,23 @@ def test_a_wrong_selection_has_no_time(loaded: LoadedModel, store: PrefillStore)
     assert row.reason.startswith("the selection must be the reference's")
 
 
-class Places(ExactTopK):
-    """Notes where the keys of each step lie."""
+class RecordedAddresses(ExactTopK):
+    """Records the memory address of each step's queries."""
 
     def step(self, query_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.seen.append(query_states.data_ptr())
+        self.addresses.append(query_states.data_ptr())
         return super().step(query_states, *args, **kwargs)
 
 
-def test_cold_steps_take_copies_in_turn_and_warm_ones_stay(
+def test_cold_steps_rotate_over_copies_and_warm_steps_use_one(
     loaded: LoadedModel, store: PrefillStore
 ) -> None:
-    method = Places()
-    method.seen = []
+    method = RecordedAddresses()
+    method.addresses = []
     (row,) = rows(loaded, store, method, task(trials=4))
     assert row.status == "ok"
-    first, *others = method.seen  # one step for the density
-    cold, warm, stages = others[:9], others[9:18], others[18:]  # 5 of them warm up
+    first, *others = method.addresses  # the first step counts the density
+    cold, warm, stages = others[:9], others[9:18], others[18:]  # 5 of the 9 are warm-up
     second = cold[1]
     assert second != first
     assert cold == [first, second] * 4 + [first]
@@ -344,13 +352,13 @@ def test_cold_steps_take_copies_in_turn_and_warm_ones_stay(
 def test_each_length_is_a_row_and_each_batch_at_one_length(
     loaded: LoadedModel, store: PrefillStore
 ) -> None:
-    made = task(lengths=(300, 128), batch_sizes=(1, 3), batch_length=128)
-    found = rows(loaded, store, HATA(weights="random", rbit=32), made)
+    latency_task = task(lengths=(300, 128), batch_sizes=(1, 3), batch_length=128)
+    found = rows(loaded, store, HATA(weights="random", rbit=32), latency_task)
     known = [(row.values["length"], row.values["batch_size"]) for row in found]
     assert known == [(300, 1), (128, 1), (128, 3)]
     assert [row.subtask for row in found] == ["300", "128", "128 x 3"]
     assert {row.status for row in found} == {"ok"}
-    # Bytes are those of one prompt; the share of the bandwidth is the batch's.
+    # Bytes are per prompt; the bandwidth fraction is that of the whole batch.
     reads = [row.values["bytes_read_per_step"] for row in found]
     assert reads[1] == reads[2]
     seconds = found[2].values["decode_ms_p50"] * 1e-3
@@ -358,12 +366,12 @@ def test_each_length_is_a_row_and_each_batch_at_one_length(
     assert found[2].values["bandwidth_gb_s"] == 1.0
 
 
-def test_copies_count_towards_the_memory(
+def test_all_copies_count_towards_the_memory_needed(
     monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, store: PrefillStore
 ) -> None:
     cached = 2 * 300 * 2 * 32 * 4  # keys and values of 2 heads of 32 in float32
     monkeypatch.setattr(decode_latency, "free_bytes", lambda device: 2 * 3 * cached)
-    (row,) = rows(loaded, store, ExactTopK(), task())  # two copies and one to work with
+    (row,) = rows(loaded, store, ExactTopK(), task())  # two copies and one temporary copy
     assert row.status == "ok"
     monkeypatch.setattr(decode_latency, "free_bytes", lambda device: 2 * 3 * cached - 2)
     (row,) = rows(loaded, store, ExactTopK(), task())
@@ -376,14 +384,14 @@ def test_copies_count_towards_the_memory(
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"lengths": (1,)}, r"task\.lengths must be numbers of cached tokens from 2 on, got"),
+        ({"lengths": (1,)}, r"task\.lengths must be numbers of cached tokens of at least 2, got"),
         ({"lengths": ()}, r"task\.lengths must be"),
         ({"batch_sizes": (2,), "batch_length": 1}, r"and batch_length=1\."),
         ({"batch_sizes": (0,)}, r"task\.batch_sizes must be"),
-        ({"batch_sizes": (2,), "states": "captured"}, r"must be \[\] or \[1\] with captured"),
+        ({"batch_sizes": (2,), "states": "captured"}, r"\[\] or \[1\] with states=captured"),
     ],
 )
-def test_shapes_that_make_no_sense_are_refused(knobs: dict[str, Any], message: str) -> None:
+def test_invalid_shapes_are_refused(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         task(**knobs)
 
@@ -417,7 +425,7 @@ def test_repeated_blocks_are_keys_of_their_own() -> None:
     assert keys.std().item() == pytest.approx(1.0, abs=0.02)
 
 
-def test_a_row_has_its_own_full_attention_an_interval_and_what_others_did(
+def test_a_row_has_paired_full_attention_an_interval_and_other_load(
     loaded: LoadedModel, store: PrefillStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OtherLoad, "share", lambda self: 0.381)

@@ -1,4 +1,4 @@
-"""Tokens a second of a whole model: every step the same, timed only where it is right."""
+"""Tokens per second of a whole model: all steps are the same, timed only if they are correct."""
 
 import copy
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def test_a_method_has_its_speed_beside_full_attention(
     assert values["speedup_vs_full"] == values["full_ms_p50"] / values["decode_ms_p50"]
     assert (values["kv_len"], values["length"], values["batch_size"]) == (300, 300, 3)
     assert (values["k"], values["full_backend"]) == (32, "sdpa")
-    # Of Quest's four pages of 8 the last holds 4 tokens.
+    # The last of Quest's four pages of 8 has only 4 tokens.
     assert values["density"] == pytest.approx((28 if name == "quest" else 32) / 300)
 
 
@@ -84,44 +84,46 @@ def test_the_budget_is_a_share_of_the_length(
     assert row.values["k"] == k
 
 
-def test_what_is_captured_at_prefill_counts_as_building(
+def test_capturing_at_prefill_counts_as_build_time(
     loaded: LoadedModel, store: PrefillStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def captured(*given: Any) -> Captured:
-        one = capture(*given)
-        one.milliseconds = {"column_sums": 1e6}
-        return one
+    def slow_capture(*args: Any) -> Captured:
+        captured = capture(*args)
+        captured.milliseconds = {"column_sums": 1e6}
+        return captured
 
-    monkeypatch.setattr(decode_throughput, "capture", captured)
+    monkeypatch.setattr(decode_throughput, "capture", slow_capture)
     (row,) = rows(loaded, store, H2O(), batch_size=3)
-    assert 6e6 < row.values["build_ms"] < 6.1e6  # of 3 prompts, in 2 layers
+    assert 6e6 < row.values["build_ms"] < 6.1e6  # 3 prompts, 2 layers
 
 
 class Recorded(ExactTopK):
-    """Counts the indices built, and the slots that steps found."""
+    """Records the number of indices built and the sizes and address of each step's cache."""
 
     def __init__(self) -> None:
         super().__init__()
         self.built = 0
-        self.seen: set[tuple[int, ...]] = set()
+        self.caches: set[tuple[int, ...]] = set()
 
     def build_index(self, prefill: Any) -> Any:
         self.built += 1
         return super().build_index(prefill)
 
     def step(self, query_states: Tensor, index: Any, cache: Any, *args: Any, **kwargs: Any) -> Any:
-        self.seen.add((index.length, index.capacity, cache.n, cache.key_states.data_ptr()))
+        self.caches.add((index.length, index.capacity, cache.n, cache.key_states.data_ptr()))
         return super().step(query_states, index, cache, *args, **kwargs)
 
 
-def test_every_step_is_the_same_step(loaded: LoadedModel, store: PrefillStore) -> None:
+def test_every_step_decodes_the_same_position_of_one_buffer(
+    loaded: LoadedModel, store: PrefillStore
+) -> None:
     method = Recorded()
     (row,) = rows(loaded, store, method, trials=5)
     assert row.status == "ok"
-    # The one buffer of each layer, however many steps, with no room to grow.
-    assert {entry[:3] for entry in method.seen} == {(300, 300, 300)}
-    assert len(method.seen) == 2
-    assert method.built == 4  # once to compile and once to be timed, in each of two layers
+    # All steps use the one buffer of each layer, which never grows.
+    assert {entry[:3] for entry in method.caches} == {(300, 300, 300)}
+    assert len(method.caches) == 2
+    assert method.built == 4  # once to compile and once to time, in each of two layers
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -129,11 +131,11 @@ def test_with_every_token_kept_the_logits_are_full_attentions(
     loaded: LoadedModel, store: PrefillStore, name: str
 ) -> None:
     method = METHODS[name]()
-    given = context(loaded, store, method)
-    decode_throughput.fit_on_random_keys(method, given.geometry)
+    cell = context(loaded, store, method)
+    decode_throughput.fit_on_random_keys(method, cell.geometry)
     twin = sharing_weights(loaded.model)
     with torch.inference_mode():
-        cache, _ = DecodeThroughput()._random_cache(given, 60)
+        cache, _ = DecodeThroughput()._random_cache(cell, 60)
         buffers = [layer.keys.data_ptr() for layer in cache.layers]
         with (
             attach(loaded.model, method, Policy(k=60)) as all_kept,
@@ -142,7 +144,7 @@ def test_with_every_token_kept_the_logits_are_full_attentions(
             expected = step(twin, full, cache)
             found = step(loaded.model, all_kept, cache)
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-            # A second time, and with full attention's step in between.
+            # Again, with full attention's step in between.
             assert torch.equal(step(twin, full, cache), expected)
             assert torch.equal(step(loaded.model, all_kept, cache), found)
             all_kept.policy = replace(all_kept.policy, k=12)
@@ -152,7 +154,7 @@ def test_with_every_token_kept_the_logits_are_full_attentions(
     assert [layer.keys.data_ptr() for layer in cache.layers] == buffers
 
 
-def test_the_twin_has_the_weights_and_nothing_else_of_the_model(loaded: LoadedModel) -> None:
+def test_the_second_model_shares_only_the_weights(loaded: LoadedModel) -> None:
     twin = sharing_weights(loaded.model)
     pairs = zip(twin.parameters(), loaded.model.parameters(), strict=True)
     assert all(mine is its for mine, its in pairs)
@@ -160,7 +162,7 @@ def test_the_twin_has_the_weights_and_nothing_else_of_the_model(loaded: LoadedMo
 
 
 class Broken(ExactTopK):
-    """Attends to its selection wrongly."""
+    """Returns a wrong attention output."""
 
     factor = 1.5
 
@@ -197,28 +199,28 @@ def test_wrong_logits_have_no_speed(
     assert not {*SPEED, "build_ms"} & set(row.values)
 
 
-def test_what_does_not_fit_is_skipped(
+def test_a_length_beyond_window_or_memory_is_skipped(
     loaded: LoadedModel, store: PrefillStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Of 300 tokens the caches hold 300 KiB, of 900 three times as much; the weights about as much.
+    # With 300 tokens the caches take 300 KiB, about as much as the weights.
     weights = loaded.model.get_memory_footprint()
     free = int(2 * (weights + 500 * 2**10)) - weights
     monkeypatch.setattr(decode_throughput, "free_bytes", lambda device: free)
-    given = replace(loaded, window=2000)
-    found = rows(given, store, ExactTopK(), lengths=(300, 1800, 4000))
+    with_window = replace(loaded, window=2000)
+    found = rows(with_window, store, ExactTopK(), lengths=(300, 1800, 4000))
     assert [row.status for row in found] == ["ok", "skipped", "skipped"]
     assert found[1].reason.endswith("GiB of weights and caches exceed half of the free memory.")
     assert found[2].reason == "4000 tokens exceed the window of 2000 tokens of random."
     assert found[1].values == {"kv_len": 1800, "length": 1800, "batch_size": 1}
 
 
-def test_a_step_that_no_graph_records_is_skipped(
+def test_a_step_that_cannot_be_captured_in_a_graph_is_skipped(
     loaded: LoadedModel, store: PrefillStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[bool] = []
+    graph_requests: list[bool] = []
 
     def measure(*args: Any, cuda_graph: bool) -> dict[str, Timing]:
-        asked.append(cuda_graph)
+        graph_requests.append(cuda_graph)
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     monkeypatch.setattr(decode_throughput, "measure", measure)
@@ -226,7 +228,7 @@ def test_a_step_that_no_graph_records_is_skipped(
         rows(loaded, store, ExactTopK())
     monkeypatch.setattr(DecodeThroughput, "_graph", lambda *_: True)
     (row,) = rows(loaded, store, ExactTopK())
-    assert asked == [False, True]
+    assert graph_requests == [False, True]
     assert row.status == "skipped"
     assert row.reason == (
         "the step must record into a CUDA graph, got operation not permitted when stream is"
@@ -237,7 +239,7 @@ def test_a_step_that_no_graph_records_is_skipped(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_whole_step_records_into_a_graph(tmp_path: Path, loaded: LoadedModel) -> None:
+def test_a_whole_step_can_be_captured_in_a_graph(tmp_path: Path, loaded: LoadedModel) -> None:
     moved = replace(loaded, model=copy.deepcopy(loaded.model).to("cuda", torch.bfloat16))
     store = PrefillStore(moved.model, tmp_path, 0)
     for make in (FullAttention, *METHODS.values()):
@@ -248,13 +250,13 @@ def test_a_whole_step_records_into_a_graph(tmp_path: Path, loaded: LoadedModel) 
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"lengths": ()}, r"task\.lengths must be numbers of cached tokens from 2 on, got \(\)"),
-        ({"lengths": (1, 8)}, r"task\.lengths must be numbers of cached tokens from 2 on"),
+        ({"lengths": ()}, r"task\.lengths must be numbers of cached tokens of at least 2, got \("),
+        ({"lengths": (1, 8)}, r"task\.lengths must be numbers of cached tokens of at least 2"),
         ({"budget": 0}, r"task\.budget must be a share above 0 and up to 1, got 0"),
         ({"trials": 0}, r"task\.trials must be at least 1, got 0"),
         ({"batch_size": 0}, r"task\.batch_size must be at least 1, got 0"),
     ],
 )
-def test_a_bad_knob_is_one_sentence(knobs: dict[str, Any], message: str) -> None:
+def test_an_invalid_setting_is_refused_in_one_line(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DecodeThroughput(**knobs)

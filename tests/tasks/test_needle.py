@@ -1,4 +1,4 @@
-"""The needle task: every length and depth of the grid, the needle where it is said to be."""
+"""The needle task: all lengths and depths of the grid, with the needle at its depth."""
 
 from pathlib import Path
 
@@ -22,8 +22,8 @@ def test_the_grid_is_lengths_by_depths(loaded: LoadedModel, tmp_path: Path) -> N
     ]
     assert len({sample.sample_id for sample in samples}) == len(samples) == 12
     for sample in samples:
-        wanted = int(sample.subtask.partition(" x ")[0])
-        assert wanted - 20 < sample.length <= wanted
+        length = int(sample.subtask.partition(" x ")[0])
+        assert length - 20 < sample.length <= length
 
 
 @pytest.mark.parametrize(("depth", "low", "high"), [(0, 0.0, 0.0), (25, 0.2, 0.3), (100, 1.0, 1.0)])
@@ -32,13 +32,13 @@ def test_the_needle_is_at_its_depth(
 ) -> None:
     (sample,) = task(tmp_path, lengths=(600,), depths=(depth,), num_samples=1).samples(loaded)
     sentences = sample.context.split("\n", 1)[1].removesuffix(".").split(".")
-    places = [i for i, text in enumerate(sentences) if "secret words" in text]
-    assert len(places) == 1
-    assert low <= places[0] / (len(sentences) - 1) <= high
-    assert sentences[places[0]].endswith(sample.answers[0])
+    positions = [i for i, text in enumerate(sentences) if "secret words" in text]
+    assert len(positions) == 1
+    assert low <= positions[0] / (len(sentences) - 1) <= high
+    assert sentences[positions[0]].endswith(sample.answers[0])
 
 
-def test_a_deeper_needle_is_another_prompt_and_more_samples_keep_the_first(
+def test_depths_give_different_prompts_and_more_samples_keep_the_first(
     loaded: LoadedModel, tmp_path: Path
 ) -> None:
     few = task(tmp_path, lengths=(200,)).samples(loaded)
@@ -57,14 +57,12 @@ def test_a_length_past_the_window_is_refused(loaded: LoadedModel, tmp_path: Path
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"lengths": ()}, "task.lengths must be one number of tokens or more"),
+        ({"lengths": ()}, "task.lengths must be one or more numbers of tokens"),
         ({"lengths": (0,)}, "task.lengths must be"),
-        ({"depths": ()}, "task.depths must be one percentage or more"),
+        ({"depths": ()}, "task.depths must be one or more percentages"),
         ({"depths": (0, 101)}, "task.depths must be"),
     ],
 )
-def test_a_grid_that_is_none_is_refused(
-    tmp_path: Path, knobs: dict[str, object], message: str
-) -> None:
+def test_an_invalid_grid_is_refused(tmp_path: Path, knobs: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         task(tmp_path, **knobs)

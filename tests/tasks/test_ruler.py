@@ -1,4 +1,4 @@
-"""The ruler task: samples that are the same for all, and NVIDIA's own files."""
+"""The ruler task: generated samples, the same for all methods, and NVIDIA's official files."""
 
 import json
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def make(tmp_path: Path) -> MakeTask:
     return make_task
 
 
-def test_a_sample_does_not_depend_on_how_many_there_are(
+def test_a_sample_does_not_depend_on_the_number_of_samples(
     loaded: LoadedModel, make: MakeTask
 ) -> None:
     few = make(num_samples=1).samples(loaded)
@@ -44,7 +44,7 @@ def test_a_sample_does_not_depend_on_how_many_there_are(
     assert alone == [sample for sample in more if sample.subtask == "vt"][:2]
 
 
-def test_seed_and_length_make_other_samples(loaded: LoadedModel, make: MakeTask) -> None:
+def test_seed_and_length_change_the_samples(loaded: LoadedModel, make: MakeTask) -> None:
     digests = {
         make(subtasks=("vt",), **knobs).inputs_digest(loaded)
         for knobs in ({}, {"seed": 1}, {"length": 310})
@@ -65,7 +65,7 @@ def test_prompt_and_answer_fill_the_length_exactly_as_stated(
         assert dense.decode_ids == ()
 
 
-def test_a_model_that_ends_its_answers_gets_8_tokens_more(
+def test_a_model_trained_to_end_its_answers_gets_8_extra_tokens(
     loaded: LoadedModel, make: MakeTask
 ) -> None:
     (sample,) = make(subtasks=("niah_single",)).samples(loaded)
@@ -74,9 +74,9 @@ def test_a_model_that_ends_its_answers_gets_8_tokens_more(
     expected = {"niah_single": 128, "vt": 30, "cwe": 120, "fwe": 50}
     samples = make(length=1000, subtasks=tuple(expected)).samples(other)
     assert {one.subtask: one.max_new_tokens for one in samples} == expected
-    # It was not trained on these prompts, so it is shown an example where RULER shows one.
-    shown = {one.subtask for one in samples if one.context.count("\n\n")}
-    assert shown == {"vt", "cwe"}
+    # It was not trained on these prompts, so they begin with an example where RULER's do.
+    with_example = {one.subtask for one in samples if one.context.count("\n\n")}
+    assert with_example == {"vt", "cwe"}
 
 
 def test_values_are_two_tokens_so_that_one_is_decoded(loaded: LoadedModel, make: MakeTask) -> None:
@@ -113,14 +113,14 @@ DAMAGES: dict[str, Callable[[list[str]], list[str]]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_cache_is_made_anew(
+def test_a_damaged_cache_is_generated_again(
     loaded: LoadedModel, make: MakeTask, tmp_path: Path, damage: Callable[[list[str]], list[str]]
 ) -> None:
     task = make(subtasks=("vt",), num_samples=3, seed=11)
     made = task.samples(loaded)
     (path,) = (tmp_path / "samples").glob("*.jsonl")
     whole = path.read_text()
-    # Elsewhere, since a process reads a file once.
+    # In another folder, since a process reads each file once.
     task = make(subtasks=("vt",), num_samples=3, seed=11, cache_dir=str(tmp_path / "other"))
     path = tmp_path / "other" / "samples" / path.name
     path.parent.mkdir(parents=True)
@@ -128,7 +128,7 @@ def test_a_damaged_cache_is_made_anew(
     assert path.read_text() != whole
     assert task.samples(loaded) == made
     assert path.read_text() == whole
-    assert list(path.parent.iterdir()) == [path]  # nothing unfinished is left
+    assert list(path.parent.iterdir()) == [path]  # no temporary file is left
 
 
 def test_a_length_above_the_window_is_refused(loaded: LoadedModel, make: MakeTask) -> None:
@@ -185,8 +185,8 @@ def test_the_stems_of_the_generator_are_found(tmp_path: Path, stem: str) -> None
     assert (sample.question, sample.max_new_tokens) == (stem, 30)
 
 
-def test_a_folder_holds_a_file_a_subtask(tmp_path: Path) -> None:
-    # RULER's index is an offset, which repeats.
+def test_a_folder_contains_one_file_per_subtask(tmp_path: Path) -> None:
+    # RULER's index is an offset that may repeat.
     write(tmp_path / "qa_1" / "validation.jsonl", entry(5), entry(5), entry(6))
     write(tmp_path / "cwe.jsonl", entry(0))
     samples = read_official(tmp_path, 2, "dense", 0)
@@ -217,10 +217,10 @@ def test_a_folder_holds_a_file_a_subtask(tmp_path: Path) -> None:
         ("qa-1.jsonl", "qa_1", 32),
         ("qa_2-131072.jsonl", "qa_2", 32),
         ("qa_4096.jsonl", "qa", 32),
-        ("vt/qa_1.jsonl", "qa_1", 32),  # the file's own name goes first
+        ("vt/qa_1.jsonl", "qa_1", 32),  # the file's own name takes precedence
     ],
 )
-def test_the_subtask_is_told_by_the_files_name_or_its_folders(
+def test_the_subtask_comes_from_the_name_of_the_file_or_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, subtask: str, new_tokens: int
 ) -> None:
     path = write(tmp_path / "data" / place, entry())
@@ -235,7 +235,9 @@ def test_the_subtask_is_told_by_the_files_name_or_its_folders(
     "place",
     ["validation.jsonl", "squad.jsonl", "vt_and_cwe.jsonl", "vtx.jsonl", "vt/cwe_fwe.jsonl"],
 )
-def test_a_file_whose_subtask_cannot_be_told_is_refused(tmp_path: Path, place: str) -> None:
+def test_a_file_without_exactly_one_subtask_in_its_name_is_refused(
+    tmp_path: Path, place: str
+) -> None:
     path = write(tmp_path / "data" / place, entry())
     with pytest.raises(
         ValueError, match=r"must name each file or its folder after one sub-task"
@@ -244,7 +246,7 @@ def test_a_file_whose_subtask_cannot_be_told_is_refused(tmp_path: Path, place: s
     assert str(path) in str(error.value)
 
 
-def test_qa_asks_for_one_reference_and_the_others_for_all(
+def test_qa_needs_one_reference_and_other_subtasks_need_all(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
     def scores(*outputs: str) -> dict[str, float]:
@@ -259,9 +261,9 @@ def test_qa_asks_for_one_reference_and_the_others_for_all(
     predictions: dict[str, str] = {}
     absent = "an answer that nobody gives"
     assert scores(absent) == {"qa_1": 0.0, "vt": 0.0, "mean": 0.0}
-    # What both begin with, since the prompts are the same.
-    given = predictions["vt"].split()[0]
-    assert scores(given, absent) == {"qa_1": 100.0, "vt": 50.0, "mean": 75.0}
+    # The prompts are the same, so both predictions begin with the same word.
+    predicted = predictions["vt"].split()[0]
+    assert scores(predicted, absent) == {"qa_1": 100.0, "vt": 50.0, "mean": 75.0}
 
 
 def test_without_a_stem_the_question_is_split_by_count(loaded: LoadedModel, tmp_path: Path) -> None:
@@ -279,7 +281,9 @@ def test_without_a_stem_the_question_is_split_by_count(loaded: LoadedModel, tmp_
     assert tokenise(loaded, dense, "dense").prefill_ids == tuple(whole)
 
 
-def test_more_question_than_prompt_is_refused(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_more_question_tokens_than_prompt_tokens_are_refused(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
     path = write(tmp_path / "fwe.jsonl", entry(input="one two three"))
     (sample,) = read_official(path, 1, "sparse", 5000)
     with pytest.raises(ValueError, match=r"task\.question_tokens must leave a context, got 5000"):
@@ -310,7 +314,7 @@ def test_more_question_than_prompt_is_refused(loaded: LoadedModel, tmp_path: Pat
         ),
     ],
 )
-def test_a_bad_line_is_one_sentence_before_a_model_is_loaded(
+def test_a_malformed_line_is_refused_before_a_model_is_loaded(
     tmp_path: Path, line: str, problem: str
 ) -> None:
     path = tmp_path / "vt.jsonl"
@@ -318,7 +322,7 @@ def test_a_bad_line_is_one_sentence_before_a_model_is_loaded(
     beginning = r"^line 3 of .*vt\.jsonl must be a JSON object with input and outputs, as RULER"
     with pytest.raises(ValueError, match=f"{beginning} writes it: {problem}\\.$"):
         Ruler(source=str(path), question="dense")
-    # What is not asked for is not read.
+    # Lines beyond num_samples are not read.
     assert len(Ruler(source=str(path), question="dense", num_samples=1)._official) == 1
 
 
@@ -326,7 +330,7 @@ def test_a_bad_line_is_one_sentence_before_a_model_is_loaded(
     ("encoding", "byte", "line"),
     [("latin-1", "0xf6", 2), ("cp1252", "0xf6", 2), ("utf-16", "0xff", 1)],
 )
-def test_another_encoding_is_one_sentence(
+def test_an_encoding_other_than_utf8_is_refused_in_one_line(
     tmp_path: Path, encoding: str, byte: str, line: int
 ) -> None:
     path = tmp_path / "vt.jsonl"
@@ -349,7 +353,7 @@ def test_a_line_ends_at_a_line_feed_and_at_no_other_character(tmp_path: Path, ma
 @pytest.mark.parametrize(
     ("content", "numbers"),
     [
-        ("{0}\n{0}\n", [1, 2]),  # one line twice is two samples
+        ("{0}\n{0}\n", [1, 2]),  # two equal lines are two samples
         ("{0}\n{0}", [1, 2]),
         ("{0}\r\n{0}\r\n", [1, 2]),
         ("\n{0}\n  \n\r\n{0}\n\n", [2, 5]),
@@ -357,7 +361,9 @@ def test_a_line_ends_at_a_line_feed_and_at_no_other_character(tmp_path: Path, ma
         ("\ufeff\n{0}\n", [2]),
     ],
 )
-def test_samples_are_named_by_their_lines(tmp_path: Path, content: str, numbers: list[int]) -> None:
+def test_samples_are_identified_by_their_line_numbers(
+    tmp_path: Path, content: str, numbers: list[int]
+) -> None:
     path = tmp_path / "vt.jsonl"
     path.write_bytes(content.format(json.dumps(entry())).encode())
     samples = read_official(path, 10, "dense", 0)
@@ -365,7 +371,7 @@ def test_samples_are_named_by_their_lines(tmp_path: Path, content: str, numbers:
     assert {one.context for one in samples} == {CONTEXT + STEM}
 
 
-def test_an_answer_prefix_that_is_null_or_missing_is_none(tmp_path: Path) -> None:
+def test_an_answer_prefix_that_is_null_or_missing_is_empty(tmp_path: Path) -> None:
     path = write(tmp_path / "vt.jsonl", entry(answer_prefix=None), entry(answer_prefix=" A: "))
     samples = [*read_official(path, 2, "dense", 0), *read_official(path, 1, "sparse", 0)]
     assert [one.answer_prefix for one in samples] == ["", " A: ", ""]
@@ -377,7 +383,7 @@ def test_a_question_without_a_context_before_it_is_refused(tmp_path: Path) -> No
         read_official(path, 1, "sparse", 0)
 
 
-def test_files_that_are_not_there_or_empty_are_refused(tmp_path: Path) -> None:
+def test_missing_or_empty_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"task\.source must be a JSON lines file or a folder"):
         read_official(tmp_path / "none", 1, "dense", 0)
     write(tmp_path / "vt.jsonl", entry())
@@ -410,13 +416,13 @@ def test_an_official_prompt_beyond_the_window_names_the_setting(
     short, long = read_official(path, 2, "sparse", 0)
     assert tokenise(loaded, short, "sparse").sample == short
     message = (
-        r"fit the window of 1024 tokens of random, got \d+ in sample vt\.jsonl:2; let task\.source"
+        r"fit the window of 1024 tokens of random, got \d+ in sample vt\.jsonl:2; use shorter pro"
     )
     with pytest.raises(TaskDoesNotFit, match=message):
         tokenise(loaded, long, "sparse")
 
 
-def test_an_official_file_is_run_through_the_task(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_the_task_reads_an_official_file(loaded: LoadedModel, tmp_path: Path) -> None:
     path = write(tmp_path / "niah_single_1.jsonl", entry(0))
     task = Ruler(source=str(path), subtasks=("niah_single",), question="sparse")
     (sample,) = task.samples(loaded)

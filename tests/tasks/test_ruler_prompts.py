@@ -1,4 +1,4 @@
-"""The prompts of the seven sub-tasks: what they hold, how often, and that they fit."""
+"""The prompts of the seven sub-tasks: their content, its frequencies, and their length."""
 
 import random
 import re
@@ -22,7 +22,7 @@ from topkbench.tasks.ruler_prompts import (
 from topkbench.tasks.words import TEST_NAMES, word_pools
 
 Count = Callable[[str], int]
-# However a needle is worded, it is a key and a value in one sentence.
+# Made from the template, so that it matches needles whatever their wording is.
 KEY, VALUE = r"([\w-]+)", r"(\w+ \w+)"
 NEEDLE = re.compile(re.escape(needle("KEY", "VALUE")).replace("KEY", KEY).replace("VALUE", VALUE))
 
@@ -45,40 +45,40 @@ def test_a_prompt_fills_its_budget(subtask: str, budget: int, count: Count) -> N
 
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
-def test_the_reference_holds_every_answer(subtask: str, count: Count) -> None:
+def test_the_reference_contains_every_answer(subtask: str, count: Count) -> None:
     prompt = draw(subtask, 600, count)
     written = prompt.answer_prefix + prompt.reference
     assert string_match_all(prompt.reference, prompt.answers) == 100.0
     assert written.endswith(".")
     assert prompt.question.startswith("\n")
     assert prompt.question.endswith("?")
-    # The question itself must not hold an answer, nor the prefix.
+    # Neither the question nor the prefix contains an answer.
     assert string_match_all(prompt.question + prompt.answer_prefix, prompt.answers) == 0.0
 
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
 def test_a_solved_example_comes_first_where_ruler_has_one(subtask: str, count: Count) -> None:
     words, rngs = word_pools()[0], [random.Random("test-0") for _ in range(2)]
-    plain, shown = (
+    plain, with_example = (
         make_prompt(subtask, rng, words, 4000, count, TEST_NAMES, example)
         for rng, example in zip(rngs, (False, True), strict=True)
     )
     if subtask not in ("vt", "cwe"):
-        assert shown == plain
+        assert with_example == plain
         return
-    assert 0.8 * 4000 < size(shown, count) <= 4000
-    example, asked = shown.context.split("\n\n")
+    assert 0.8 * 4000 < size(with_example, count) <= 4000
+    example, prompt = with_example.context.split("\n\n")
     assert 150 < count(example) <= 500
-    begins = plain.context.splitlines()[0]
-    assert (example.splitlines()[0], asked.splitlines()[0]) == (begins, begins)
+    first_line = plain.context.splitlines()[0]
+    assert (example.splitlines()[0], prompt.splitlines()[0]) == (first_line, first_line)
     solved = example.rpartition(":")[2]
-    assert string_match_all(solved, shown.answers) == 0.0  # another question's answers
+    assert string_match_all(solved, with_example.answers) == 0.0  # another question's answers
     assert solved.endswith(".")
-    assert solved.count(",") == len(shown.answers) - 1
+    assert solved.count(",") == len(with_example.answers) - 1
 
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
-def test_randomness_is_the_samples_own(subtask: str, count: Count) -> None:
+def test_a_prompt_depends_only_on_its_own_random_generator(subtask: str, count: Count) -> None:
     random.seed(1)
     first = draw(subtask, 500, count)
     random.seed(2)
@@ -104,11 +104,11 @@ def test_a_multikey_haystack_is_other_needles(count: Count) -> None:
     assert len(set(keys)) == len(keys)
     (key,) = [key for key, value in found if value == prompt.answers[0]]
     assert prompt.question == ask_one(key, prompt.answers[0])[0]
-    # Nothing but needles stands after the instruction.
+    # The text after the instruction consists of needles only.
     assert NEEDLE.sub("", prompt.context.split("\n", 1)[1]).strip() == ""
 
 
-def test_multivalue_hides_four_values_of_one_key(count: Count) -> None:
+def test_multivalue_has_four_values_of_one_key(count: Count) -> None:
     prompt = draw("niah_multivalue", 800, count)
     found = NEEDLE.findall(prompt.context)
     assert len({key for key, _ in found}) == 1
@@ -119,7 +119,7 @@ def test_multivalue_hides_four_values_of_one_key(count: Count) -> None:
     assert (prompt.question, prompt.answer_prefix, prompt.reference) == asked
 
 
-def test_multiquery_hides_and_asks_four_keys(count: Count) -> None:
+def test_multiquery_has_and_asks_for_four_keys(count: Count) -> None:
     prompt = draw("niah_multiquery", 800, count)
     found = dict(NEEDLE.findall(prompt.context))
     assert sorted(found.values()) == sorted(prompt.answers)
@@ -128,19 +128,19 @@ def test_multiquery_hides_and_asks_four_keys(count: Count) -> None:
     assert (prompt.question, prompt.answer_prefix, prompt.reference) == asked
 
 
-def test_other_needles_do_not_run_out(count: Count) -> None:
-    # A pool of calibration's size is spent long before the budget; pairs of words follow.
+def test_distractor_needles_do_not_run_out(count: Count) -> None:
+    # The calibration pool is used up long before the budget; then keys are pairs of words.
     rng = random.Random(0)
     prompt = make_prompt("niah_multikey", rng, word_pools()[1], 6000, count)
     keys = [key for key, _ in NEEDLE.findall(prompt.context)]
     assert len(keys) > 500
     assert len(set(keys)) == len(keys)
-    # Nor where the tokens of a needle vary: letters.
+    # The same if a needle's number of tokens varies: here letters are counted.
     letters = make_prompt("niah_multikey", random.Random(1), word_pools()[0], 20_000, len)
     assert 19_900 < size(letters, len) <= 20_000
 
 
-def test_needles_stand_at_any_depth(count: Count) -> None:
+def test_needles_are_at_any_depth(count: Count) -> None:
     depths = []
     for seed in range(60):
         context = draw("niah_single", 400, count, seed).context
@@ -164,7 +164,7 @@ def test_variables_are_one_chain_of_four_hops_in_order(count: Count) -> None:
     assert prompt.question == f"\nWhich variables hold the value {value}?"
 
 
-def test_common_words_stand_30_times_and_others_3(count: Count) -> None:
+def test_common_words_occur_30_times_and_others_3(count: Count) -> None:
     prompt = draw("cwe", 4000, count)
     entries = re.findall(r"(\d+)\. (\w+)", prompt.context)
     assert [int(number) for number, _ in entries] == list(range(1, len(entries) + 1))
@@ -183,7 +183,7 @@ def test_a_short_list_still_has_ten_most_common_words(count: Count) -> None:
 
 
 def test_coded_words_follow_the_zeta_distribution(count: Count) -> None:
-    # RULER: the word of rank r stands floor(N * r**-2 / zeta(2)) times; the first is noise.
+    # RULER: the word of rank r occurs floor(N * r**-2 / zeta(2)) times; the first is noise.
     prompt = draw("fwe", 4000, count)
     words = re.findall(r"[a-z]{6}|\.\.\.", prompt.context.split("\n", 1)[1])
     ranked = Counter(words).most_common()
@@ -204,14 +204,14 @@ def test_the_third_most_frequent_word_is_never_a_tie(budget: int, count: Count) 
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
 @pytest.mark.parametrize("budget", [-3, 0, 1, 25])
-def test_too_small_a_budget_is_one_sentence(subtask: str, budget: int, count: Count) -> None:
+def test_too_small_a_budget_is_refused(subtask: str, budget: int, count: Count) -> None:
     with pytest.raises(TaskDoesNotFit, match=r"use a larger task\.length\.$"):
         draw(subtask, budget, count)
 
 
 @settings(max_examples=40, deadline=None)
 @given(subtask=st.sampled_from(SUBTASKS), budget=st.integers(26, 420), seed=st.integers(0, 9))
-def test_a_prompt_fits_or_says_that_it_does_not(
+def test_a_prompt_fits_its_budget_or_raises(
     count: Count, subtask: str, budget: int, seed: int
 ) -> None:
     try:

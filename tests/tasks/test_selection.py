@@ -1,4 +1,4 @@
-"""The selection task: all budgets from one pass, judged on full attention's own states."""
+"""The selection task: all budgets in one pass, measured on full attention's states."""
 
 from pathlib import Path
 
@@ -41,14 +41,14 @@ def test_exact_top_k_recalls_everything(
     few, many = (row.values for row in outcome.rows)
     assert few["attention_mass"] < many["attention_mass"] < 1
     assert few["output_rel_error"] > many["output_rel_error"] > 0
-    assert store.forwards == 2  # one a prompt, for all budgets
+    assert store.forwards == 2  # one per prompt, for all budgets
     first = outcome.samples[0]
     assert {one["layer"] for one in outcome.samples} == {0, 1}
     assert {one["kv_head"] for one in outcome.samples} == {0, 1}
     assert first["density"] == pytest.approx(16 / 190, abs=0.02)
 
 
-def test_a_layer_that_stays_dense_is_not_judged(
+def test_a_dense_layer_is_not_measured(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
     policy = Policy(k=16, dense_layers=1)
@@ -59,22 +59,22 @@ def test_a_layer_that_stays_dense_is_not_judged(
 def test_sinks_and_recents_recall_less(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
-    given = context(loaded, store, StreamingLLM(), Policy(k=16))
-    for row in task(tmp_path).run(given).rows:
+    cell = context(loaded, store, StreamingLLM(), Policy(k=16))
+    for row in task(tmp_path).run(cell).rows:
         assert 0 < row.values["recall_at_k"] < 0.9
 
 
-def test_a_budget_of_everything_is_a_skipped_row(
+def test_a_budget_of_all_tokens_is_a_skipped_row(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
-    given = context(loaded, store, ExactTopK(), BARE)
-    rows = task(tmp_path, budgets=(16, 500)).run(given).rows
+    cell = context(loaded, store, ExactTopK(), BARE)
+    rows = task(tmp_path, budgets=(16, 500)).run(cell).rows
     assert [row.status for row in rows] == ["ok", "skipped"]
     assert rows[1].values == {"k": 500}
     assert rows[1].reason == "no decode step had more than k=500 cached tokens to choose from."
 
 
-def test_full_attention_selects_nothing(
+def test_full_attention_is_skipped_since_it_selects_nothing(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
     (row,) = task(tmp_path).run(context(loaded, store, FullAttention(), BARE)).rows

@@ -1,4 +1,4 @@
-"""Words of tests and of calibration: always the same, never shared."""
+"""The words and names of tests and calibration: the same in every process, and disjoint."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ def test_the_pools_are_disjoint_and_of_plain_words() -> None:
     assert all(word.isalpha() and word.islower() and 3 <= len(word) <= 9 for word in test)
 
 
-def test_the_shares_of_the_names_are_disjoint_and_together_all() -> None:
+def test_the_halves_of_the_names_are_disjoint_and_cover_all() -> None:
     names = random_names(5, upper=True)
     test, calibration = names[TEST_NAMES], names[CALIBRATION_NAMES]
     assert len(set(names)) == 256
@@ -31,7 +31,7 @@ def test_the_shares_of_the_names_are_disjoint_and_together_all() -> None:
     assert all(len(name) == 6 and name.islower() for name in random_names(6, upper=False))
 
 
-def test_more_names_begin_with_the_same() -> None:
+def test_more_names_extend_the_same_sequence() -> None:
     few, many = random_names(6, upper=False, count=20), random_names(6, upper=False, count=300)
     assert many[:20] == few
 

@@ -1,4 +1,4 @@
-"""The page of methods says what the code says, and the league what was measured."""
+"""docs/methods.md matches the code, and the league matches the measured rows."""
 
 import importlib.util
 import re
@@ -28,16 +28,16 @@ def maker() -> ModuleType:
     return script("make_methods")
 
 
-def test_the_league_is_the_measured_one() -> None:
-    """In README and on its page; a score that is worked out from the rows stands in both."""
+def test_the_league_is_what_its_script_makes_from_the_rows() -> None:
+    """README and the page are up to date, and a score read from the rows is in both."""
     league = script("make_league")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert league.readme(LEAGUE, text) == text, "run python tools/make_league.py"
     page = (ROOT / "docs" / "league.md").read_text(encoding="utf-8")
     assert league.page(LEAGUE) == page, "run python tools/make_league.py"
     rows = pd.read_csv(LEAGUE)
-    own = rows[(rows["method"] == "hata") & (rows["k"] == 64) & (rows["protocol"] == "unified")]
-    (row,) = own[(own["question"] == "sparse") & (own["subtask"] == "mean")].to_dict("records")
+    hata = rows[(rows["method"] == "hata") & (rows["k"] == 64) & (rows["protocol"] == "unified")]
+    (row,) = hata[(hata["question"] == "sparse") & (hata["subtask"] == "mean")].to_dict("records")
     score = f"{row['score']:.1f} [{row['score_ci_low']:.1f}, {row['score_ci_high']:.1f}]"
     assert score in text
     assert score in page
@@ -52,41 +52,41 @@ def test_every_method_is_on_the_page_with_its_source(maker: ModuleType) -> None:
     entries = maker.page().split("\n## ")[1:]
     names = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
     assert sorted(one.split("`method=")[1].split("`")[0] for one in entries) == names
-    lacking = [one.splitlines()[0] for one in entries if "**Source.**" not in one]
-    assert lacking == ["Full attention"]
+    without_source = [one.splitlines()[0] for one in entries if "**Source.**" not in one]
+    assert without_source == ["Full attention"]
 
 
-def test_every_method_says_what_of_the_authors_code_it_was_compared_with(maker: ModuleType) -> None:
-    """It names a file of a repository, or says that there is none to compare with."""
+def test_every_method_names_the_authors_code_that_it_was_compared_with(maker: ModuleType) -> None:
+    """The section names a file of a repository, or says that there is none to compare with."""
     for entry in maker.page().split("\n## ")[1:]:
         title = entry.splitlines()[0]
-        told = re.search(r"\*\*Compared with the authors' code\.\*\* (.*)", entry)
-        assert told is not None, f"{title} must have a section Compared with the authors' code"
-        names_a_file = re.search(r"`[\w./-]+`.*\([\w.-]+/[\w.-]+\)", told.group(1))
-        assert names_a_file or told.group(1).startswith("None to compare with: "), title
+        section = re.search(r"\*\*Compared with the authors' code\.\*\* (.*)", entry)
+        assert section is not None, f"{title} must have a section Compared with the authors' code"
+        names_a_file = re.search(r"`[\w./-]+`.*\([\w.-]+/[\w.-]+\)", section.group(1))
+        assert names_a_file or section.group(1).startswith("None to compare with: "), title
 
 
-def test_every_method_that_learns_says_what_it_is_calibrated_on(maker: ModuleType) -> None:
+def test_every_method_that_learns_has_its_calibration_on_the_page(maker: ModuleType) -> None:
     entries = {
         one.split("`method=")[1].split("`")[0]: one for one in maker.page().split("\n## ")[1:]
     }
-    told = {
+    sections = {
         name: re.search(r"\*\*Calibration\.\*\* (.*)", entry) for name, entry in entries.items()
     }
-    shown = {name: one.group(1) for name, one in told.items() if one is not None}
-    assert {name: line.rsplit(" and ", 1)[1] for name, line in shown.items()} == {
+    lines = {name: one.group(1) for name, one in sections.items() if one is not None}
+    assert {name: line.rsplit(" and ", 1)[1] for name, line in lines.items()} == {
         "hata": "1 query of each head.",
         "loki": "no query.",
         "double_sparsity": "512 queries of each head.",
         "infinigen": "256 queries of each head.",
         "hash_attention": "256 queries of each head.",
     }
-    for line in shown.values():
-        assert line.startswith("14 prompts of 4,096 tokens, less where")
-        assert "in turn, seed 90210; of their own 512 words, and of the half of the random" in line
+    for line in lines.values():
+        assert line.startswith("14 prompts of 4,096 tokens, fewer if")
+        assert "in turn, seed 90210; made of 512 words, and of the half of the random" in line
 
 
-def test_a_docstring_is_told_by_its_sections(maker: ModuleType) -> None:
+def test_a_docstring_is_split_into_its_sections(maker: ModuleType) -> None:
     class Example:
         """Keep ``k`` tokens
         or fewer.
@@ -112,10 +112,10 @@ def test_a_docstring_is_told_by_its_sections(maker: ModuleType) -> None:
     }
 
 
-def test_knobs_are_the_settings_that_are_a_methods_own(maker: ModuleType) -> None:
-    own = "rank: ${x}  # channels | more\n# Apart\nflag: true\n"
-    other = "defaults:\n  - /method@base: quest  # another method\n  - _self_\n"
-    text = f"{other}_target_: a.B\n{own}impl: ${{impl}}\nnative:\n  num_sink: 0\n"
+def test_knobs_are_the_methods_own_settings(maker: ModuleType) -> None:
+    settings = "rank: ${x}  # channels | more\n# Apart\nflag: true\n"
+    defaults = "defaults:\n  - /method@base: quest  # another method\n  - _self_\n"
+    text = f"{defaults}_target_: a.B\n{settings}impl: ${{impl}}\nnative:\n  num_sink: 0\n"
     assert maker.knobs(text, {"rank": None, "flag": True}) == [
         "| `base` | `quest` | another method |",
         "| `rank` | `null` | channels \\| more |",
@@ -123,7 +123,7 @@ def test_knobs_are_the_settings_that_are_a_methods_own(maker: ModuleType) -> Non
     ]
 
 
-def test_every_test_that_the_page_on_trust_names_is_there() -> None:
+def test_every_test_named_in_trust_md_exists() -> None:
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "trust.md").read_text()))
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     found = set(re.findall(r"^def (test_\w+)", tests, re.MULTILINE))

@@ -1,4 +1,4 @@
-"""What ships is what its method learns today: a layer of each kind is fitted again."""
+"""The shipped artifacts are what the current code learns: a layer of each method is refitted."""
 
 import copy
 from dataclasses import replace
@@ -21,7 +21,7 @@ from topkbench.models.load import LoadedModel, load_model
 from topkbench.tasks.ruler_prompts import CalibrationPrompts
 
 ARTIFACTS = Path(__file__).parents[2] / "models" / "tiny" / "artifacts"
-LAYER = 0  # whose states need no other layer
+LAYER = 0  # its states do not depend on other layers
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def shipped(loaded: LoadedModel, method: TopKMethod) -> artifact.Artifact:
     spec = artifact_spec(loaded, method, CalibrationPrompts())
     assert spec is not None
     path = artifact.find(spec, [ARTIFACTS])
-    assert path is not None, f"no artifact of {method.name} ships under its name of today"
+    assert path is not None, f"no artifact of {method.name} ships under its current name"
     return artifact.load(path, expect=spec)
 
 
@@ -59,7 +59,7 @@ def refitted(loaded: LoadedModel, method: TopKMethod) -> dict[str, torch.Tensor]
     ],
     ids=lambda method: method.name,
 )
-def test_what_ships_is_learnt_again(
+def test_refitting_gives_the_shipped_artifact(
     tiny: LoadedModel, first_layer: LoadedModel, method: TopKMethod
 ) -> None:
     kept = shipped(tiny, method).tensors
@@ -71,12 +71,12 @@ def test_what_ships_is_learnt_again(
 
 
 @pytest.mark.slow
-def test_hash_weights_that_ship_are_learnt_again(
+def test_refitting_gives_nearly_the_shipped_hash_weights(
     tiny: LoadedModel, first_layer: LoadedModel
 ) -> None:
-    """Its 300 steps of a steep loss enlarge a processor's rounding, so most bits agree, not all.
+    """Its 300 steps on a steep loss amplify rounding differences, so not all bits agree.
 
-    Bits that were drawn or learned otherwise would have cosines within 0.5 of zero.
+    Bits drawn with another seed or learned differently would have cosines within 0.5 of zero.
     """
     method = HATA(rbit=32)
     kept = shipped(tiny, method).tensors["hash_weight"][LAYER]
@@ -87,11 +87,11 @@ def test_hash_weights_that_ship_are_learnt_again(
 
 
 @pytest.mark.parametrize("rbit", [32, 64, 128, 256])
-def test_every_width_of_hash_ships_under_its_name(tiny: LoadedModel, rbit: int) -> None:
+def test_an_artifact_ships_for_every_number_of_hash_bits(tiny: LoadedModel, rbit: int) -> None:
     assert shipped(tiny, HATA(rbit=rbit)).tensors["hash_weight"].shape == (4, 2, 64, rbit)
 
 
-def test_nothing_ships_that_nobody_finds(tiny: LoadedModel) -> None:
+def test_every_shipped_artifact_belongs_to_a_method(tiny: LoadedModel) -> None:
     found = {shipped(tiny, HATA(rbit=rbit)).path for rbit in (32, 64, 128, 256)}
     found |= {shipped(tiny, one).path for one in (DoubleSparsity(), InfiniGen(), Loki())}
     assert found | {shipped(tiny, HashAttention()).path} == set(ARTIFACTS.glob("*.safetensors"))
@@ -100,6 +100,8 @@ def test_nothing_ships_that_nobody_finds(tiny: LoadedModel) -> None:
 @pytest.mark.parametrize(
     "method", [DoubleSparsity(), HATA(), HashAttention(), InfiniGen(), Loki()], ids=lambda m: m.name
 )
-def test_what_ships_tells_the_code_that_it_is_of(tiny: LoadedModel, method: TopKMethod) -> None:
-    """Where its code has changed: python tools/restamp_artifacts.py, once it fits the same."""
+def test_shipped_artifacts_have_the_digest_of_the_current_code(
+    tiny: LoadedModel, method: TopKMethod
+) -> None:
+    """If the code has changed but fits the same, run python tools/restamp_artifacts.py."""
     assert shipped(tiny, method).provenance["source"] == fit_source(method)

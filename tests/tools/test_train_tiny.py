@@ -1,4 +1,4 @@
-"""What the shipped model is trained on, and that the recipe writes down what it did."""
+"""The training sequences of the shipped model, and the recipe that training records."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("kind", ["copy", "recall", "lists", "variables", "mixed"])
 @pytest.mark.parametrize("length", [320, 600])
-def test_what_is_accepted_holds_what_comes_next(
+def test_the_next_token_is_always_accepted(
     tokenizer: PreTrainedTokenizerFast, kind: str, length: int
 ) -> None:
     corpus = Corpus(tokenizer, seed=1)
@@ -32,7 +32,7 @@ def test_what_is_accepted_holds_what_comes_next(
                 assert sequence.ids[position + 1] in accepted
 
 
-def test_an_answer_that_was_given_is_right_no_more(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_answer_already_given_is_no_longer_accepted(tokenizer: PreTrainedTokenizerFast) -> None:
     corpus = Corpus(tokenizer, seed=2)
     before: list[int] = []
     for _, accepted in corpus.draw("lists", 600).targets:
@@ -43,7 +43,7 @@ def test_an_answer_that_was_given_is_right_no_more(tokenizer: PreTrainedTokenize
             before = accepted
 
 
-def test_a_value_follows_its_key_in_the_context(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_answer_is_the_keys_value_in_the_context(tokenizer: PreTrainedTokenizerFast) -> None:
     corpus = Corpus(tokenizer, seed=3)
     sequence = corpus.draw("recall", 600)
     text = tokenizer.decode(sequence.ids)
@@ -57,7 +57,7 @@ def test_a_value_follows_its_key_in_the_context(tokenizer: PreTrainedTokenizerFa
         assert f"The secret words: {key} {answer}." in context
 
 
-def test_the_recipe_tells_what_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe_records_the_phases_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = (Phase("copy", 32, 2, 2, 1e-3, 2.0), Phase("recall", 320, 1, 1, 1e-3, 2.0))
     monkeypatch.setattr(train_tiny, "CURRICULUM", short[:1])
     train_tiny.train(tmp_path, seed=0, first_phase=0, steps_scale=1.0)
