@@ -1,4 +1,4 @@
-"""The contract between a top-k attention method and everything that runs one."""
+"""The interface of a top-k attention method: what it implements and what its callers rely on."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -48,36 +48,36 @@ StageTimer = Callable[[str], AbstractContextManager[Any]]
 """Given a stage's name, returns the context manager that times it."""
 
 Progress = Callable[[int, int], None]
-"""Called with how many units of work are done and how many there are."""
+"""Called with the units of work done so far and the total."""
 
 LayerStates = list[tuple[Tensor, Tensor]]
-"""Of each calibration sequence: ``[Hq, m, d]`` queries and ``[Hkv, n, d]`` keys of one layer."""
+"""One layer's ``[Hq, m, d]`` queries and ``[Hkv, n, d]`` keys, for each calibration sequence."""
 
 QUERY_TAIL = 64
-"""Queries of a prompt that are captured for ``query_tail``, its last."""
+"""How many of a prompt's last queries are captured for ``query_tail``."""
 
 PREFILL_NEEDS = frozenset({"query_tail", "column_sums"})
-"""What of a method's ``needs`` is captured while a prompt is read."""
+"""Those of a method's ``needs`` that are captured at prefill."""
 
 PREVIOUS_QUERY = "previous_query"
-"""What of a method's ``needs`` is captured at each decode step."""
+"""The one of a method's ``needs`` that is captured at each decode step."""
 
 LossReport = Callable[[int, int, float], None]
-"""Called after each step of a training: steps done, steps in all, and the step's loss."""
+"""Called after each training step with the steps done, the total and the step's loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """The shape of a model's attention, read from the model and never retyped.
+    """The shape of a model's attention, read from the model itself.
 
     Attributes:
-        num_layers: Decoder layers.
-        num_heads: Query heads of a layer.
-        num_kv_heads: KV heads of a layer.
-        head_dim: Channels of a head.
-        dtype_bytes: Bytes of one cached value.
-        device: Where the model runs.
-        model_digest: What identifies the weights, empty if unknown; artifacts are tied to it.
+        num_layers: Number of decoder layers.
+        num_heads: Query heads per layer.
+        num_kv_heads: KV heads per layer.
+        head_dim: Channels per head.
+        dtype_bytes: Bytes per cached number.
+        device: The model's device.
+        model_digest: Digest of the weights, empty if unknown; artifacts are tied to it.
     """
 
     num_layers: int
@@ -90,37 +90,37 @@ class Geometry:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What ties an artifact to a model: its digest and the shape of its attention."""
+        """The model's digest and attention shape, by which an artifact is tied to its model."""
         names = ("model_digest", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         return {name: getattr(self, name) for name in names}
 
 
 class CalibrationStates(Protocol):
-    """Queries and keys of the texts that a method is fitted on; disjoint from every test's."""
+    """Queries and keys of the texts a method is fitted on; no evaluation task uses these texts."""
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model."""
+        """Number of layers of the model."""
 
     @property
     def sequences(self) -> int:
-        """Calibration sequences."""
+        """Number of calibration sequences."""
 
     def states(self, layer: int) -> LayerStates:
-        """Return each sequence's post-RoPE states in one layer, the queries of all n positions."""
+        """Return one layer's post-RoPE queries and keys at all positions of each sequence."""
 
 
 class Observer:
-    """What a caller may watch; both parts do nothing unless overridden.
+    """Callbacks for timing stages and inspecting decode steps; by default they do nothing.
 
     Attributes:
-        needs: What the caches that it is shown must hold beyond keys and values.
+        needs: What ``on_step`` requires in its ``CacheView`` beyond keys and values.
     """
 
     needs: frozenset[str] = frozenset()
 
     def stage(self, name: str, layer: int) -> AbstractContextManager[Any]:
-        """Return a context manager around one stage of one layer.
+        """Return a context manager that is entered for one stage of one layer.
 
         Args:
             name: ``build``, ``append``, ``encode``, ``score``, ``select``, ``attend``, or ``full``
@@ -138,35 +138,35 @@ class Observer:
         scale: float,
         softcap: float | None,
     ) -> None:
-        """See one finished sparse decode step; ``query_states`` is ``[B, Hkv, G, d]``."""
+        """Inspect one finished sparse decode step; ``query_states`` is ``[B, Hkv, G, d]``."""
 
 
 @dataclass(kw_only=True)
 class TopKMethod(ABC):
     """A method that chooses, at every decode step, which cached tokens each head attends to.
 
-    A method keeps no state of a prompt: that is the index, one per layer, which ``build_index``
-    returns and ``append`` updates in place. A scoring method writes ``score`` and, if it keeps
-    side information, ``build_index`` and ``append``; the rest has defaults.
+    A method object holds no per-prompt state. That is in the index, one per layer, which
+    ``build_index`` returns and ``append`` updates in place. A scoring method implements ``score``
+    and, if it keeps side information, ``build_index`` and ``append``; the rest has defaults.
 
     Attributes:
-        name: What rows, files and figures call the method.
+        name: The method's name in rows, files and figures.
         selects: False for a method that reads the whole cache, and so has no budget.
-        score_kind: ``"logit"`` if scores are dot products up to the attention's scale (a softmax
-            over them means something), else ``"count"``.
+        score_kind: ``"logit"`` if scores are dot products up to the attention's scale (so that a
+            softmax over them is meaningful), else ``"count"``.
         needs: What must be captured beyond keys and values: at prefill ``query_tail`` and
             ``column_sums``, at every step ``previous_query``.
-        history_dependent: True if what is selected depends on what was attended to before, so that
-            ``append`` differs from building anew, and every budget has an index of its own.
+        history_dependent: True if a selection depends on earlier selections, so that appending
+            tokens differs from rebuilding the index, and each budget needs its own index.
         variable_budget: True if a head may select fewer tokens than ``k``.
-        fits_prompt: True if what the index knows of the prompt stays as it was built, so that
-            ``append`` differs from building anew.
-        fit_version: Of what ``fit_layer`` learns from the same states and settings; a number higher
-            once it learns something else. Artifacts of another version are not found.
+        fits_prompt: True if the index keeps statistics of the prompt alone (a mean, a codebook), so
+            that appending tokens differs from rebuilding the index.
+        fit_version: Version of ``fit_layer``; increased whenever it learns something else from
+            the same states and settings. Artifacts of other versions are not used.
         impl: Implementation of every operator, or a mapping from operator to implementation.
         native: The policy the method was published with: overrides of ``Policy`` fields.
         artifact: What ``fit`` returned, once loaded.
-        artifact_digest: Identifies the artifact, empty without one.
+        artifact_digest: Digest of the loaded artifact, empty without one.
     """
 
     name: ClassVar[str]
@@ -184,49 +184,51 @@ class TopKMethod(ABC):
     artifact_digest: str = field(default="", init=False, repr=False)
 
     def impl_for(self, op: str) -> Impl:
-        """Return the implementation that one operator is asked for."""
+        """Return the implementation requested for one operator."""
         return self.impl if isinstance(self.impl, str) else self.impl.get(op, "auto")
 
     def effective_policy(self, policy: Policy) -> Policy:
-        """Return the policy itself, or with the method's own values under the native protocol."""
+        """Return the policy, with the method's native values under the native protocol."""
         return replace(policy, **self.native) if policy.protocol == "native" else policy
 
     def with_policy(self, policy: Policy) -> Self:
-        """Return the method as it runs under a policy in force: itself, if no setting follows it.
+        """Return self, or a copy with its policy-dependent defaults filled in.
 
-        Whoever builds an index or counts its bytes asks this first. A copy has the artifact too.
+        Call it with the effective policy before building an index or counting bytes. A copy shares
+        the loaded artifact.
         """
         return self
 
     def answering(self) -> Self:
-        """Return the method as it answers: itself, but for what it is only timed with."""
+        """Return the method to generate answers with: self, unless a setting is for timing only."""
         return self
 
     def policy_unsupported_reason(self, policy: Policy) -> str | None:
-        """Return one sentence saying why a policy in force cannot be followed, or None."""
+        """Return one sentence saying why an effective policy is not supported, or None."""
         return None
 
-    # What a method learns beforehand ------------------------------------------------------------
+    # Fitting ------------------------------------------------------------------------------------
 
     def unsupported(self, geometry: Geometry) -> str | None:
-        """Return one sentence saying why a model cannot be served, or None."""
+        """Return one sentence saying why a model is not supported, or None."""
         return None
 
     def artifact_spec(self, geometry: Geometry) -> dict[str, Any] | None:
         """Return the settings that identify the artifact, or None if the method learns nothing.
 
-        ``fit_version`` is one of them, so that another fit has another artifact.
+        They include ``fit_version``, so that each version of the fit has its own artifact.
         """
         return None
 
     def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the float32 tensors that the artifact must hold, layers first."""
+        """Return the shapes of the artifact's float32 tensors; the first axis is the layer."""
         return {}
 
     def query_positions(self, layer: int, lengths: Sequence[int]) -> list[list[int]]:
         """Return the positions in each sequence whose queries ``fit_layer`` reads; none by default.
 
-        Nobody keeps the others: the queries of all positions are larger than the keys.
+        Only these are kept during calibration, as the queries of all positions need more memory
+        than the keys.
 
         Args:
             layer: Index of the layer.
@@ -237,47 +239,47 @@ class TopKMethod(ABC):
     def fit_layer(
         self, layer: int, states: LayerStates, report: LossReport | None = None
     ) -> dict[str, Tensor]:
-        """Learn one layer; layers are learned apart, in any order, and several at a time.
+        """Fit one layer. Layers are independent: any order, several at a time.
 
         Args:
             layer: Index of the layer.
-            states: Post-RoPE keys of each sequence, and its queries at ``query_positions`` in that
-                order; in the model's dtype, on the device that learns.
-            report: Told the loss of each step, if there are steps.
+            states: For each sequence, the post-RoPE queries at ``query_positions``, in that order,
+                and all keys; in the model's dtype, on the device that fits.
+            report: Called with the loss after each training step, if there are steps.
 
         Returns:
-            What the artifact holds of this layer, on the CPU.
+            The artifact's tensors for this layer, on the CPU.
         """
         raise ValueError(f"{self.name} learns nothing, so it has no fit.")
 
     def fit(self, calibration: CalibrationStates) -> dict[str, Tensor]:
-        """Learn every layer in turn from states that are at hand; return the artifact's tensors."""
+        """Fit every layer in turn from states in memory; return the artifact's tensors."""
         layers = []
         for layer in range(calibration.num_layers):
             states = calibration.states(layer)
             positions = self.query_positions(layer, [keys.shape[1] for _, keys in states])
-            chosen = [
+            needed = [
                 (queries[:, at], keys)
                 for (queries, keys), at in zip(states, positions, strict=True)
             ]
-            layers.append(self.fit_layer(layer, chosen))
+            layers.append(self.fit_layer(layer, needed))
         return stack_layers(layers)
 
     def load_artifact(self, tensors: dict[str, Tensor], digest: str = "") -> None:
-        """Take what ``fit`` returned, in this process or another.
+        """Load tensors that ``fit`` returned, in this process or an earlier one.
 
         Args:
             tensors: The artifact.
-            digest: Its digest, for the record.
+            digest: The artifact's digest, which is reported with the results.
         """
         self.artifact = dict(tensors)
         self.artifact_digest = digest
 
     def check_ready(self, geometry: Geometry) -> None:
-        """Refuse a model that the method cannot serve, or an artifact that is missing or another's.
+        """Check that the method supports the model and that a matching artifact is loaded.
 
         Raises:
-            ValueError: With the method's reason, or what the artifact must hold.
+            ValueError: With the reason, or with what the artifact must hold.
         """
         reason = self.unsupported(geometry)
         if reason is not None:
@@ -292,21 +294,24 @@ class TopKMethod(ABC):
         for name, shape in self.artifact_layout(geometry).items():
             tensor = self.artifact.get(name)
             if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
-                found = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+                actual = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
                 raise ValueError(
                     f"{self.name}'s artifact must hold {name} as torch.float32 {list(shape)} for"
-                    f" this model, got {found}; fit it on this model."
+                    f" this model, got {actual}; fit it on this model."
                 )
 
     # The index ----------------------------------------------------------------------------------
 
     @abstractmethod
     def build_index(self, prefill: PrefillInputs) -> Any:
-        """Return one layer's side information, an ``Index`` of ``prefill.capacity`` slots."""
+        """Return one layer's side information, an ``Index`` with ``prefill.capacity`` slots."""
 
     @abstractmethod
     def append(self, index: Any, key_states: Tensor, value_states: Tensor) -> None:
-        """Take one decoded token, in place; equals ``build_index`` on one token more.
+        """Add one decoded token to the index, in place.
+
+        The result equals ``build_index`` on the longer sequence, unless ``history_dependent`` or
+        ``fits_prompt`` is set.
 
         Args:
             index: What ``build_index`` returned.
@@ -320,16 +325,16 @@ class TopKMethod(ABC):
 
     @property
     def compacts(self) -> bool:
-        """Whether what a step did not select shall be freed; ``compact`` is then called."""
+        """Whether tokens that a step did not select are freed; ``compact`` is then called."""
         return False
 
     def compact(self, index: Any, kept: Tensor, capacity: int) -> None:
-        """Renumber the index, in place: of each KV head the cache now holds a few tokens only.
+        """Renumber the index, in place, after the cache has freed all but the kept tokens.
 
         Args:
             index: What ``build_index`` returned.
-            kept: int32 ``[B, Hkv, m]`` the slots that are left, ascending, -1 at the end for none;
-                they are now the first ``m``.
+            kept: int32 ``[B, Hkv, m]`` old slots of the kept tokens, ascending, padded with -1 at
+                the end; they have moved to the first ``m`` slots.
             capacity: Slots that the cache has now.
         """
         raise NotImplementedError(f"{self.name} frees nothing.")
@@ -337,7 +342,7 @@ class TopKMethod(ABC):
     # One decode step ----------------------------------------------------------------------------
 
     def encode(self, query_states: Tensor, index: Any) -> Any:
-        """Return what ``score`` compares with the index; by default the queries themselves.
+        """Return the queries in the form that ``score`` takes; by default unchanged.
 
         Args:
             query_states: ``[B, Hkv, G, d]``.
@@ -347,19 +352,19 @@ class TopKMethod(ABC):
 
     @abstractmethod
     def score(self, encoded: Any, index: Any) -> Tensor | None:
-        """Score every unit; higher is kept, always.
+        """Score every unit (token or page); the highest scores are kept.
 
         Returns:
-            ``[B, Hkv, G, U]``, or ``[B, Hkv, U]`` where the method sums over the group itself, or
-            None if the query plays no part.
+            ``[B, Hkv, G, U]``, or ``[B, Hkv, U]`` if the method sums over the group itself, or
+            None if the selection does not depend on the query.
         """
 
     def select(self, scores: Tensor | None, encoded: Any, index: Any, policy: Policy) -> Selection:
-        """Choose the units to attend to; by default sinks, recents and the best of the others.
+        """Choose the units to attend to; by default sinks, recents and the best of the rest.
 
         Args:
             scores: ``[B, H, U]``, ``H`` being the KV heads, or the query heads under
-                ``head_scope="query_head"``; or None where ``score`` returned None.
+                ``head_scope="query_head"``; None if ``score`` returned None.
             encoded: What ``encode`` returned.
             index: The layer's index.
             policy: Budget and forced tokens.
@@ -419,26 +424,26 @@ class TopKMethod(ABC):
         scale: float,
         softcap: float | None = None,
     ) -> None:
-        """Learn from a finished step, in place; for methods that keep score of what was attended.
+        """Update the index, in place, from a finished step; for methods that track attention.
 
         Args:
-            result: What the step gave.
+            result: The step's output, selection and scores.
             query_states: ``[B, Hkv, G, d]``.
             index: The layer's index.
             cache: The layer's cached states.
             policy: Budget and forced tokens.
             scale: The attention's factor on dot products.
-            softcap: As in attention, or None.
+            softcap: The attention's logit cap, or None.
         """
         return
 
     def aggregate_over_group(
         self, scores: Tensor | None, policy: Policy, scale: float, softcap: float | None = None
     ) -> Tensor | None:
-        """Bring scores to the heads that get a selection of their own: ``[B, H, U]``.
+        """Reduce scores to one row per selecting head: ``[B, H, U]``.
 
         Raises:
-            ValueError: If each query head shall select, but the method scores per KV head.
+            ValueError: If the policy selects per query head and the method scores per KV head.
         """
         if scores is None:
             return None
@@ -464,10 +469,10 @@ class TopKMethod(ABC):
         softcap: float | None = None,
         watch: StageTimer | None = None,
     ) -> StepResult:
-        """Run one decode step of one layer, the current token being cached and appended.
+        """Run one decode step of one layer; the current token is already cached and appended.
 
-        With ``k`` at or above the number of tokens every token is selected, before the method is
-        asked: every method then equals full attention. In a batch this holds for each row.
+        If ``k`` is at least the number of tokens, every token is selected and the method is not
+        called: every method then equals full attention. In a batch this holds for each row.
 
         Args:
             query_states: ``[B, Hkv, G, d]``.
@@ -475,7 +480,7 @@ class TopKMethod(ABC):
             cache: The layer's cached states.
             policy: Budget and forced tokens.
             scale: The attention's factor on dot products.
-            softcap: Logits become ``softcap * tanh(logits / softcap)``; None leaves them.
+            softcap: Logits become ``softcap * tanh(logits / softcap)``; None for no cap.
             watch: Times the stages ``encode``, ``score``, ``select`` and ``attend``.
         """
         watch = _unwatched if watch is None else watch
@@ -493,8 +498,8 @@ class TopKMethod(ABC):
                 scores = self.aggregate_over_group(raw, policy, scale, softcap)
             with watch("select"):
                 selection = self.select(scores, encoded, index, policy)
-                if type(self).select is not TopKMethod.select:  # the default keeps short rows
-                    selection = selection.with_short_rows_whole(cache, policy.k)
+                if type(self).select is not TopKMethod.select:  # the default does so already
+                    selection = selection.with_all_of_short_rows(cache, policy.k)
         with watch("attend"):
             out, lse = self.attend(query_states, cache, selection, scale, softcap)
             result = StepResult(out, lse, selection, scores, raw)
@@ -505,43 +510,43 @@ class TopKMethod(ABC):
     # Accounting ---------------------------------------------------------------------------------
 
     def index_bytes_per_token(self, geometry: Geometry) -> float:
-        """Return the bytes of side information per token, of one layer with all its KV heads."""
+        """Return the bytes of side information per token, in one layer, over all KV heads."""
         return 0.0
 
     def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
-        """Return the bytes one decode step of one layer reads, for one batch row.
+        """Return the bytes that one decode step of one layer reads, for one batch row.
 
-        That is the side information, whatever else scoring reads, and the keys and values of the
+        These are the side information, whatever else scoring reads, and the keys and values of the
         selected tokens, once per KV head.
 
         Args:
             geometry: The model's.
             n: Cached tokens.
-            k: Tokens that a KV head's queries attend to: the budget, or where each query head
-                selects its own, as many as they select together.
+            k: Tokens that a KV head's queries attend to: the budget, or the size of the union if
+                each query head selects its own.
         """
         return round(n * self.index_bytes_per_token(geometry)) + kv_bytes(geometry, min(k, n))
 
     def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int | None) -> int:
-        """Return what ``bytes_read_per_step`` does, of a step whose reads were counted.
+        """Return the same as ``bytes_read_per_step``, for a step whose reads were counted.
 
         Args:
             geometry: The model's.
             n: Cached tokens.
-            read: Different tokens that a KV head's queries attended to.
-            scanned: Tokens or entries of side information that a KV head read beside, as
-                ``Selection.scanned`` tells; None where nobody counted.
+            read: Distinct tokens that a KV head's queries attended to.
+            scanned: What else a KV head read, as counted in ``Selection.scanned``; None if it was
+                not counted.
         """
         return self.bytes_read_per_step(geometry, n, read)
 
 
 def stack_layers(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return an artifact's tensors, layers first, from what ``fit_layer`` returned for each."""
+    """Stack what ``fit_layer`` returned for each layer into the artifact's tensors."""
     return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 
 def kv_bytes(geometry: Geometry, tokens: int) -> int:
-    """Return the bytes of so many tokens' keys and values, of one layer with all its KV heads."""
+    """Return the bytes of the keys and values of ``tokens`` tokens, in one layer, all KV heads."""
     return 2 * tokens * geometry.num_kv_heads * geometry.head_dim * geometry.dtype_bytes
 
 

@@ -1,4 +1,4 @@
-"""Double Sparsity: keys ranked by a few channels, the same ones for every query, kept apart."""
+"""Double Sparsity: keys ranked by a few fixed channels, of which a separate copy is kept."""
 
 import copy
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ class DoubleSparsityIndex(Index):
     """The label cache: the keys' heavy channels. ``H`` is the KV heads, or the query heads.
 
     Attributes:
-        labels: ``[B, H, capacity, r]`` in the keys' dtype, or uint8 ``[B, H, capacity, r / 2]`` of
-            4-bit labels as ``four_bits.quantise`` packs them.
+        labels: ``[B, H, capacity, r]`` in the keys' dtype, or uint8 ``[B, H, capacity, r / 2]``
+            4-bit labels, packed by ``four_bits.quantise``.
         ranges: float16 ``[B, H, capacity, 2]`` a token's lowest label and the step between two
             levels; None for labels in the keys' dtype.
         channels: int64 ``[H, r]`` heavy channels of each head, ascending.
@@ -46,41 +46,42 @@ class DoubleSparsityIndex(Index):
 
 @dataclass(kw_only=True)
 class DoubleSparsity(TopKMethod):
-    """Rank keys by the dot product of the channels that calibration found heavy.
+    """Rank keys by the dot product over the channels that calibration found heavy.
 
-    Calibration measures, for each query head, how much each channel adds to a logit: the mean of
-    ``|q_c k_c|``, each token attending to itself. The channels that add most are heavy for good,
-    and their key entries are kept a second time, close together, as labels.
+    Calibration measures, for each query head, how much each channel contributes to a logit: the
+    mean of ``|q_c k_c|``, with each token's query and its own key. The channels that contribute
+    most are the heavy channels; a second, contiguous copy of their key entries is kept as labels.
 
     Attributes:
-        channels: Heavy channels of a head; None for a quarter of ``head_dim``.
-        label_scope: Whose channels they are. ``kv_head`` sums the statistics over the group, so
-            that a KV head has one label cache; ``query_head`` gives each query head its own, as
-            published, at as many times the bytes as a group has queries. None follows the protocol:
-            whoever selects has labels of its own, query heads in the native policy, KV heads in the
-            unified one and where no policy was asked.
+        channels: Heavy channels per head; None for a quarter of ``head_dim``.
+        label_scope: Which heads have channels of their own. ``kv_head`` sums the statistics over
+            the group, so that a KV head has one label cache; ``query_head`` gives each query head
+            its own, as published, which multiplies the bytes by the queries per group. None uses
+            the policy's ``head_scope``: query heads under the native policy, KV heads under the
+            unified one and without a policy.
         label_bits: 16 keeps labels in the keys' dtype; 4 rounds a token's labels to 16 levels
-            between the lowest and the highest of them, for a smaller index: a step here makes them
-            whole again before it scores, and takes longer than the bytes charged would.
-        calibration_queries: Tokens of each calibration sequence that are measured, spread evenly.
+            between their minimum and maximum, for a smaller index. Here each step dequantises them
+            before scoring, so that it takes longer than its bytes suggest.
+        calibration_queries: Tokens of each calibration sequence that are measured, evenly spaced.
 
     Source:
         Double Sparsity (arXiv:2408.07092), section 3, with the statistics that its code calls
-        ``qk``, post-RoPE like the keys that they are used on. That code overwrites them with each
-        block of 512 tokens, so that only the last counts; here all sequences do. Its ``q`` and
-        ``k`` statistics are pre-RoPE, and ``k``'s go astray with grouped queries: neither is
-        here. It keeps a quarter of the channels in 16 bits, or in 4; the paper's text a sixteenth
-        for each query head, the same bytes at four queries a group. It rounds queries too, where
-        this keeps them, and divides logits by the root of the channels kept: the order is the same
-        for one head, and summed over a group the attention's own scale is nearer to its weights.
-        Selection for each query head, with no sinks or recents, is the native policy.
+        ``qk``, post-RoPE like the keys that they apply to. That code overwrites them with each
+        block of 512 tokens, so that only the last block counts; here all sequences count. Its ``q``
+        and ``k`` statistics are not implemented here: they are pre-RoPE, and those of ``k`` are
+        wrong with grouped queries. The code keeps a quarter of the channels in 16 bits, or in 4;
+        the paper's text a sixteenth for each query head, the same bytes at four queries per group.
+        The code also rounds queries, which are not rounded here, and divides logits by the root of
+        the number of channels kept: for one head the order is the same, and for a sum over a group
+        attention's own scale, used here, is closer to its weights. The native policy selects per
+        query head, without sinks or recents.
 
     Compared with the authors' code:
         ``evaluation/modify_llama.py``, ``config/offline_calibration.py``
-        (andy-yang-1/DoubleSparse): run on the same tensors they agree. Differs: the statistics are
-        of all sequences, there of the last block; queries are not rounded.
+        (andy-yang-1/DoubleSparse): results agree when run on the same tensors. Differences: the
+        statistics are of all sequences, there of the last block; queries are not rounded.
         ``LongBench/longbench_ds.sh`` has other settings than the paper and these defaults: half of
-        the channels (``--group_factor 2``), 2 bits, and the queries' statistics alone (``--channel
+        the channels (``--group_factor 2``), 2 bits, and only the queries' statistics (``--channel
         q``).
     """
 
@@ -108,12 +109,12 @@ class DoubleSparsity(TopKMethod):
     def with_policy(self, policy: Policy) -> Self:
         if self.label_scope is not None:
             return self
-        settled = copy.copy(self)
-        settled.label_scope = policy.head_scope
-        return settled
+        resolved = copy.copy(self)
+        resolved.label_scope = policy.head_scope
+        return resolved
 
     def num_channels(self, head_dim: int) -> int:
-        """Return the number of heavy channels of a head of ``head_dim``."""
+        """Return the number of heavy channels for a head of size ``head_dim``."""
         return max(1, head_dim // 4) if self.channels is None else self.channels
 
     def unsupported(self, geometry: Geometry) -> str | None:
@@ -127,7 +128,7 @@ class DoubleSparsity(TopKMethod):
     # Calibration --------------------------------------------------------------------------------
 
     def artifact_spec(self, geometry: Geometry) -> dict[str, Any]:
-        # The statistics are kept, not the choice: one artifact serves every number of channels.
+        # It holds the statistics, not the channels: one artifact serves every number of channels.
         return {
             "method": self.name,
             "fit_version": self.fit_version,
@@ -150,20 +151,20 @@ class DoubleSparsity(TopKMethod):
     def fit_layer(
         self, layer: int, states: LayerStates, report: LossReport | None = None
     ) -> dict[str, Tensor]:
-        """Return ``magnitude [Hq, d]``, the mean of ``|q k|`` in each channel."""
+        """Return ``magnitude [Hq, d]``, the mean of ``|q_c k_c|`` for each channel."""
         positions = self.query_positions(layer, [keys.shape[1] for _, keys in states])
         total = torch.zeros(())
         for (queries, keys), at in zip(states, positions, strict=True):
             grouped = queries.float().unflatten(0, (len(keys), -1))
-            own = keys[:, None, at].float()
-            total = total.to(keys.device) + (grouped * own).abs().sum(2).flatten(0, 1)
+            same_tokens = keys[:, None, at].float()
+            total = total.to(keys.device) + (grouped * same_tokens).abs().sum(2).flatten(0, 1)
         return {"magnitude": (total / sum(map(len, positions))).cpu()}
 
     def heavy_channels(self, magnitude: Tensor, num_kv_heads: int) -> Tensor:
-        """Return int64 ``[H, r]``, the channels of most weight by a layer's ``[Hq, d]``."""
+        """Return int64 ``[H, r]``, the heavy channels by a layer's magnitudes ``[Hq, d]``."""
         if self.label_scope != "query_head":
             magnitude = magnitude.unflatten(0, (num_kv_heads, -1)).sum(1)
-        # A stable sort: of equal channels the lower one is kept.
+        # Stable sort: of equal channels the lower one is kept.
         order = magnitude.sort(dim=1, descending=True, stable=True).indices
         return order[:, : self.num_channels(magnitude.shape[1])].sort(dim=1).values
 
@@ -177,25 +178,25 @@ class DoubleSparsity(TopKMethod):
             raise ValueError(
                 "double_sparsity needs its statistics, got no artifact; call load_artifact first."
             )
-        found = tuple(magnitude.shape)
-        if found[0] != prefill.num_layers or found[1] % num_kv_heads or found[2] != head_dim:
+        shape = tuple(magnitude.shape)
+        if shape[0] != prefill.num_layers or shape[1] % num_kv_heads or shape[2] != head_dim:
             raise ValueError(
                 f"double_sparsity's magnitude must be [L, Hq, d] with L={prefill.num_layers}, Hq a "
-                f"multiple of {num_kv_heads} and d={head_dim}, got {list(found)}; fit it on this "
+                f"multiple of {num_kv_heads} and d={head_dim}, got {list(shape)}; fit it on this "
                 "model."
             )
         channels = self.heavy_channels(magnitude[prefill.layer], num_kv_heads).to(keys.device)
         labels, ranges = self._labels(keys, channels)
-        shape = (batch_size, len(channels), prefill.capacity)
-        held = labels.new_zeros(*shape, labels.shape[3])
-        held[:, :, :n] = labels
-        held_ranges = None
+        buffer_shape = (batch_size, len(channels), prefill.capacity)
+        label_buffer = labels.new_zeros(*buffer_shape, labels.shape[3])
+        label_buffer[:, :, :n] = labels
+        range_buffer = None
         if ranges is not None:
-            held_ranges = ranges.new_zeros(*shape, 2)
-            held_ranges[:, :, :n] = ranges
+            range_buffer = ranges.new_zeros(*buffer_shape, 2)
+            range_buffer[:, :, :n] = ranges
         return DoubleSparsityIndex(
-            labels=held,
-            ranges=held_ranges,
+            labels=label_buffer,
+            ranges=range_buffer,
             channels=channels,
             num_kv_heads=num_kv_heads,
             **Index.counts(prefill),
@@ -209,7 +210,7 @@ class DoubleSparsity(TopKMethod):
             index.put(index.ranges, slot, ranges[:, :, 0])
 
     def _labels(self, keys: Tensor, channels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the labels of ``[B, Hkv, n, d]`` keys and, of 4-bit ones, their ranges."""
+        """Return the labels of ``[B, Hkv, n, d]`` keys and, if 4-bit, their ranges, else None."""
         labels = _in_channels(keys[:, :, None], channels)
         return (labels, None) if self.label_bits == 16 else quantise(labels)
 
@@ -222,7 +223,7 @@ class DoubleSparsity(TopKMethod):
 
     def score(self, encoded: Tensor, index: DoubleSparsityIndex) -> Tensor:
         labels = index.labels[:, :, : index.length]
-        if index.ranges is not None:  # made anew at each step, which costs more than is charged
+        if index.ranges is not None:  # takes longer than the bytes counted for it suggest
             labels = dequantise(labels, index.ranges[:, :, : index.length])
         impl = self.impl_for("lowrank_score")
         scores = lowrank_score(encoded, labels, index.kv_start, index.kv_len, impl=impl)
@@ -241,11 +242,12 @@ class DoubleSparsity(TopKMethod):
 
 
 def _in_channels(states: Tensor, channels: Tensor) -> Tensor:
-    """Return chosen channels of ``[B, Hkv, G or 1, n, d]`` states: ``[B, H, n, r]``.
+    """Return selected channels of ``[B, Hkv, G or 1, n, d]`` states: ``[B, H, n, r]``.
 
-    ``channels [H, r]`` are of the KV heads or the query heads, which share their KV head's states.
+    ``channels [H, r]`` has one row per KV head, or per query head (which shares its KV head's
+    states).
     """
     grouped = channels.unflatten(0, (states.shape[1], -1))[None, :, :, None]
     shape = (len(states), states.shape[1], grouped.shape[2], states.shape[3])
-    held = states.expand(*shape, -1)
-    return held.gather(4, grouped.expand(*shape, -1)).flatten(1, 2)
+    expanded = states.expand(*shape, -1)
+    return expanded.gather(4, grouped.expand(*shape, -1)).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Numbers that look random and depend on what they are drawn for, and on nothing else."""
+"""Counter-based random numbers: each depends only on its seed and its number."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,13 @@ _STEP = -0x61C8864680B583EB
 
 
 def draw(seed: Tensor | int, number: Tensor) -> Tensor:
-    """Return int64 numbers, uniform over all of int64, one for each pair of seed and number.
+    """Return an int64, uniform over all of int64, for each pair of seed and number.
 
-    A stream of numbers that is drawn one after the other would depend on how many were drawn
-    before: on a row's neighbours, and on whether an index was appended to or built anew.
+    A sequential generator would make draws depend on how many were made before: on the other rows
+    of the batch, and on whether an index was appended to or rebuilt.
 
     Args:
-        seed: int64, broadcast with ``number``; what an earlier call returned is a good seed.
+        seed: int64, broadcast with ``number``; a result of this function is a good seed.
         number: Whole numbers.
 
     Source:
@@ -22,20 +22,20 @@ def draw(seed: Tensor | int, number: Tensor) -> Tensor:
     """
     mixed = seed + (number.long() + 1) * _STEP
     for shift, factor in _SHIFTS_AND_FACTORS:
-        mixed = (mixed ^ _shifted(mixed, shift)) * factor
-    return mixed ^ _shifted(mixed, 31)
+        mixed = (mixed ^ _logical_shift(mixed, shift)) * factor
+    return mixed ^ _logical_shift(mixed, 31)
 
 
 def draw_tokens(
     seed: int, layer: int, num_heads: int, n: int, start: Tensor, end: Tensor
 ) -> Tensor:
-    """Draw a number for each token, by its place in its row, and by the row's length.
+    """Draw a number for each token, from its position in its row and the row's length.
 
     Args:
-        seed: Of the draws.
+        seed: Seed of the draws.
         layer: Index of the layer.
-        num_heads: Heads that draw apart.
-        n: Slots.
+        num_heads: Number of heads, each with draws of its own.
+        n: Number of slots.
         start: ``[B]`` first slot of each row.
         end: ``[B]`` end of each row's slots.
 
@@ -45,10 +45,10 @@ def draw_tokens(
     heads = torch.arange(num_heads, device=start.device)
     seeds = draw(draw(seed, torch.tensor(layer, device=start.device)), heads)
     seeds = draw(seeds, (end - start)[:, None])
-    places = torch.arange(n, device=start.device) - start[:, None]
-    return draw(seeds[..., None], places[:, None])
+    positions = torch.arange(n, device=start.device) - start[:, None]
+    return draw(seeds[..., None], positions[:, None])
 
 
-def _shifted(numbers: Tensor, by: int) -> Tensor:
-    """Shift right and fill with zeros; int64's own shift repeats the sign."""
+def _logical_shift(numbers: Tensor, by: int) -> Tensor:
+    """Shift right and fill with zeros, as int64's own shift repeats the sign."""
     return torch.bitwise_and(numbers >> by, (1 << (64 - by)) - 1)

@@ -1,4 +1,4 @@
-"""What evicting methods share: a token once dropped is never attended to again."""
+"""Base of the evicting methods, in which a dropped token is never attended to again."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -10,16 +10,16 @@ from topkbench.methods.base import Geometry, Policy, TopKMethod, kv_bytes
 
 Mode = Literal["masked", "compact"]
 
-SPARE = 32  # steps between two times that kept tokens are moved together, by topkbench's cache
+SPARE = 32  # steps between two compactions of topkbench's cache
 
 
 @dataclass(kw_only=True)
 class Evicting(TopKMethod):
-    """A method that drops tokens for good, in its selection alone or in memory too.
+    """A method that drops tokens permanently.
 
     Attributes:
-        mode: ``"masked"`` leaves all keys and values in the cache and reads the kept ones, so that
-            every measure of a selection is defined; ``"compact"`` frees the others, with the same
+        mode: ``"masked"`` leaves all keys and values in the cache and reads only the kept ones, so
+            that selection quality can be measured; ``"compact"`` frees the others, with the same
             output. Compact needs topkbench's own cache and one selection per KV head.
     """
 
@@ -45,16 +45,16 @@ class Evicting(TopKMethod):
         return None
 
     def tokens_in_memory(self, n: int, k: int) -> int:
-        """Return the tokens of ``n`` that a budget of ``k`` leaves in memory, at most."""
+        """Return how many of ``n`` tokens a budget of ``k`` leaves in memory, at most."""
         return min(n, k + SPARE) if self.compacts else n
 
     def moved_bytes(self, geometry: Geometry, n: int, k: int) -> int:
-        """Return the bytes that a step reads to move kept tokens together, on average."""
+        """Return the bytes that a step reads for compaction, averaged over steps."""
         return kv_bytes(geometry, min(k, n)) // SPARE if self.compacts and n > k else 0
 
 
 def ascending(slots: Tensor) -> Tensor:
-    """Sort int32 ``[..., m]`` slots, those of -1 to the end."""
+    """Sort int32 ``[..., m]`` slots, with those of -1 at the end."""
     last = torch.iinfo(torch.int32).max
     ordered = slots.masked_fill(slots < 0, last).sort(-1).values
     return ordered.masked_fill(ordered == last, -1).to(torch.int32)

@@ -1,4 +1,4 @@
-"""Exact top-k: the oracle that ranks by true attention weights, reading every key to do so."""
+"""Exact top-k: the oracle that ranks by true attention weights, and so reads every key."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -18,7 +18,7 @@ from topkbench.methods.base import (
 
 @dataclass(kw_only=True)
 class ExactIndex(Index):
-    """The cached keys themselves: ``[B, Hkv, n, d]``, as of the last ``bind``."""
+    """The cached keys ``[B, Hkv, n, d]`` themselves, from the last ``bind``."""
 
     key_states: Tensor
 
@@ -28,12 +28,14 @@ class ExactTopK(TopKMethod):
     """Keep the tokens with the largest attention weight, summed over the group's queries.
 
     Source:
-        The KV-shared oracle of HATA's released code; ranks in float32, where that casts to half.
+        The oracle of HATA's released code that selects once per KV head. Here it ranks in float32,
+        there in half precision.
 
     Compared with the authors' code:
-        None of its own: the rule is that of HATA's ``python/myTransformer/cache/kvcache_topk.py``
-        (gpzlx1/HATA), which was read and not run. Differs: that forces 64 first and 96 last tokens
-        inside ``k`` in its scripts, and ranks in half precision.
+        It has no code of its own. The rule is that of HATA's
+        ``python/myTransformer/cache/kvcache_topk.py`` (gpzlx1/HATA), which was read, not run.
+        Differences: HATA's scripts force 64 first and 96 last tokens inside ``k``, and its code
+        ranks in half precision.
     """
 
     name: ClassVar[str] = "exact"
@@ -43,7 +45,7 @@ class ExactTopK(TopKMethod):
         return ExactIndex(key_states=prefill.key_states, **Index.counts(prefill))
 
     def append(self, index: ExactIndex, key_states: Tensor, value_states: Tensor) -> None:
-        index.advance()  # the key is in the cache, which bind shows
+        index.advance()  # the key itself is in the cache, see bind
 
     def bind(self, index: ExactIndex, cache: CacheView) -> None:
         index.key_states = cache.key_states
@@ -58,5 +60,5 @@ class ExactTopK(TopKMethod):
         return lowrank_score(encoded, index.key_states, index.kv_start, index.kv_len, impl=impl)
 
     def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
-        # Every key to score, then keys and values of the chosen ones: two passes.
+        # Two passes: every key for scoring, then keys and values of the selected tokens.
         return kv_bytes(geometry, n) // 2 + kv_bytes(geometry, min(k, n))

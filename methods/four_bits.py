@@ -1,11 +1,11 @@
-"""Keys in 4 bits a channel, and what they take."""
+"""4-bit quantisation of keys, per token."""
 
 import torch
 from torch import Tensor
 
 
 def bytes_per_token(head_dim: int) -> int:
-    """Return the bytes of one token's key of one head; ``head_dim`` is even."""
+    """Return the bytes of one head's quantised key; ``head_dim`` must be even."""
     return head_dim // 2 + 4
 
 
@@ -13,8 +13,9 @@ def quantise(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Round keys ``[..., d]`` to 16 levels between each token's lowest and highest channel.
 
     Returns:
-        uint8 ``[..., d / 2]``, channel ``j`` in the low half of byte ``j`` and ``j + d / 2`` in its
-        high half; and float16 ``[..., 2]``, lowest channel and step.
+        uint8 ``[..., d / 2]``, with channel ``j`` in the low half of byte ``j`` and channel
+        ``j + d / 2`` in its high half; and float16 ``[..., 2]``, the lowest channel's value and the
+        step between two levels.
     """
     wide = keys.float()
     low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
@@ -26,6 +27,6 @@ def quantise(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(codes: Tensor, ranges: Tensor) -> Tensor:
-    """Return float32 keys ``[..., d]`` from what ``quantise`` returned."""
+    """Return float32 keys ``[..., d]`` from the two results of ``quantise``."""
     low, step = ranges.float().split(1, -1)
     return torch.cat((codes & 15, codes >> 4), -1) * step + low

@@ -1,4 +1,4 @@
-"""Full attention: every cached token is read. What the methods are compared with."""
+"""Full attention over every cached token, the baseline of all comparisons."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
@@ -25,10 +25,10 @@ class FullAttention(TopKMethod):
 
     Attributes:
         backend: ``"sdpa"``, or on CUDA ``"triton"``, ``"flash_attn"``, ``"flash_attn_3"`` or
-            ``"flashinfer"``. What it is timed with; its answers are always those of ``"sdpa"``.
+            ``"flashinfer"``. It is used for timing only; answers always come from ``"sdpa"``.
 
     Compared with the authors' code:
-        None to compare with: it is torch's attention, or that of the package named.
+        None to compare with: it is torch's attention, or that of the named package.
     """
 
     name: ClassVar[str] = "full"
@@ -41,7 +41,7 @@ class FullAttention(TopKMethod):
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}.")
 
     def answering(self) -> Self:
-        return replace(self, backend="sdpa")  # so that answers do not depend on what is installed
+        return replace(self, backend="sdpa")  # answers must not depend on installed packages
 
     def build_index(self, prefill: PrefillInputs) -> Index:
         return Index.of(prefill)
@@ -62,7 +62,7 @@ class FullAttention(TopKMethod):
         softcap: float | None = None,
         watch: StageTimer | None = None,
     ) -> StepResult:
-        """Attend to the whole cache; ``index`` and ``policy`` play no part."""
+        """Attend to the whole cache; ``index`` and ``policy`` are ignored."""
         out = full_attention(
             query_states.flatten(1, 2),
             cache.key_states,

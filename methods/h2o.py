@@ -1,4 +1,4 @@
-"""H2O: the tokens that have gathered the most attention so far, and the last ones."""
+"""H2O: the tokens that have received the most attention so far, and the most recent ones."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,46 +23,48 @@ from topkbench.methods.softcap import capped
 
 @dataclass(kw_only=True)
 class H2OIndex(Index):
-    """The attention that each token has gathered.
+    """The attention that each token has received.
 
     Attributes:
         sums: float32 ``[B, Hkv, capacity]``, summed over all queries so far and over the group;
-            -inf marks a token that was evicted.
+            -inf marks an evicted token.
     """
 
     sums: Tensor
 
     def renumber(self, kept: Tensor, capacity: int) -> None:
-        gathered = self.sums.gather(2, kept.clamp(min=0).long())
+        kept_sums = self.sums.gather(2, kept.clamp(min=0).long())
         super().renumber(kept, capacity)
-        self.sums = gathered.new_zeros(*gathered.shape[:2], capacity)
-        self.sums[:, :, : gathered.shape[2]] = gathered
+        self.sums = kept_sums.new_zeros(*kept_sums.shape[:2], capacity)
+        self.sums[:, :, : kept_sums.shape[2]] = kept_sums
 
 
 @dataclass(kw_only=True)
 class H2O(Evicting):
-    """Keep the heavy hitters, the tokens with the largest sum of attention so far, and recents.
+    """Keep the heavy hitters (tokens with the largest sum of attention so far) and recents.
 
-    Of ``k`` tokens ``heavy_share`` are heavy hitters, the policy's sinks among them; the others are
-    the most recent, the current one included. What is evicted never returns. The sums begin with
-    those of all the prompt's queries; every step adds the probabilities of what it attended to.
+    A share ``heavy_share`` of the ``k`` tokens are heavy hitters, including the policy's sinks; the
+    others are the most recent tokens, including the current one. Evicted tokens never return. The
+    sums start with the attention of all the prompt's queries; every step adds the probabilities of
+    the tokens that it attended to.
 
     Attributes:
         heavy_share: Share of ``k`` that goes to heavy hitters.
 
     Source:
-        H2O (arXiv:2306.14048), section 4 and algorithm 1; 1:1 as in its experiments. The released
-        simulation sums columns over all queries, later ones too, and so looks into the answer; here
-        as in the paper a sum holds queries of the past alone. The paper's models have no groups:
-        under GQA the sums of a KV head are over its query heads. The released cache holds k tokens
-        and attends to them and the current one, here the current one is inside k. Keys keep their
-        positions, as in the released cache. The shared attention kernel returns no probabilities,
-        so the kept keys are read a second time for them, which is charged.
+        H2O (arXiv:2306.14048), section 4 and algorithm 1; half heavy hitters and half recents as in
+        its experiments. The released simulation sums columns over all queries, including later
+        ones, and so uses the answer's queries; here, as in the paper, a sum is over past queries
+        only. The paper's models have no groups: under GQA a KV head's sums are over its query
+        heads. The released cache holds k tokens and attends to them and the current one; here the
+        current one counts towards k. Keys keep their positions, as in the released cache. The
+        shared attention kernel returns no probabilities, so the kept keys are read a second time to
+        compute them; these reads are counted.
 
     Compared with the authors' code:
-        ``h2o_hf/utils_real_drop/modify_llama.py`` (FMInference/H2O): run on the same tensors it
-        agrees. Differs: the current token is inside ``k``, there beside it; a group's query heads
-        are summed, where that code has no groups.
+        ``h2o_hf/utils_real_drop/modify_llama.py`` (FMInference/H2O): results agree when run on the
+        same tensors. Differences: the current token counts towards ``k``, there it is additional; a
+        group's query heads are summed, where that code has no groups.
     """
 
     name: ClassVar[str] = "h2o"
@@ -128,7 +130,7 @@ class H2O(Evicting):
         if result.selection is None:
             return
         kept = result.selection.indices.long()
-        # A padding entry repeats the first one; it then writes what that one writes.
+        # A padding entry repeats the first slot, so it writes the same value there.
         slots = torch.where(kept >= 0, kept, kept[..., :1])
         keys = torch.take_along_dim(cache.key_states, slots[..., None], 2)
         logits = capped(query_states.float() @ keys.float().mT * scale, softcap)

@@ -1,4 +1,4 @@
-"""HashAttention: keys ranked by signatures, which networks of each query head make."""
+"""HashAttention: keys ranked by bit signatures, computed by small networks per query head."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,10 +22,10 @@ from topkbench.methods.base import (
     kv_bytes,
 )
 
-LINEAR_LAYERS = 3  # of a network
-LATE_QUERIES = 48  # kept of a sequence's end: its question and answer
-FORCED = (4, 8)  # first and last tokens of a query's past that it is not trained on
-BLOCK = 2048  # keys whose hidden layers are held at once
+LINEAR_LAYERS = 3  # per network
+LATE_QUERIES = 48  # queries from each sequence's end, where its question and answer are
+FORCED = (4, 8)  # how many first and last tokens of a query's past training leaves out
+BLOCK = 2048  # keys whose hidden layers are computed at once
 
 
 @dataclass(kw_only=True)
@@ -35,7 +35,7 @@ class HashAttentionIndex(Index):
     Attributes:
         key_codes: int32 ``[B, Hq, capacity, bits // 32]``.
         key_layers: float32 ``[Hq, inputs + 1, outputs]`` of each linear layer, the bias last.
-        query_layers: The same of the queries' networks.
+        query_layers: The same for the queries' networks.
     """
 
     key_codes: Tensor
@@ -48,43 +48,44 @@ class HashAttention(TopKMethod):
     """Rank keys by how many bits of a learned signature they share with the query.
 
     Each query head has two networks of three linear layers with SiLU between them, one for its
-    queries and one for its keys. The signs of what they return are the signature. In training
-    ``tanh`` stands for the sign: with ``z(q, k) = tanh(Q(q)) . tanh(K(k))``, the probability that a
-    key is among the query's top is ``sigmoid(z)``, and the loss is binary cross-entropy.
+    queries and one for its keys. A signature is the signs of a network's output. In training
+    ``tanh`` replaces the sign: with ``z(q, k) = tanh(Q(q)) . tanh(K(k))``, the probability that a
+    key is among the query's top keys is ``sigmoid(z)``, and the loss is binary cross-entropy.
 
     Attributes:
-        bits: Of a signature, a multiple of 32.
+        bits: Bits per signature, a multiple of 32.
         hidden: Width of the networks' two hidden layers; None for ``head_dim``.
-        seed: Draws the training's start, queries and keys.
-        learning_rate: Of Adam.
-        steps: Of Adam; each is of one sequence.
+        seed: Seed of the initial weights and of the queries and keys drawn in training.
+        learning_rate: Learning rate of Adam.
+        steps: Steps of Adam; each uses one sequence.
         queries_per_sequence: Queries kept of each calibration sequence: its last 48, and others
-            spread evenly over it.
-        step_queries: Queries drawn of these at a step.
-        step_keys: Keys drawn of the sequence at a step.
-        positives: Keys of those drawn that are a query's top, at most an eighth of them.
-        positive_weight: Weight of a positive in the loss; they are few.
-        edge: First tokens, and as many last ones, that the native policy keeps, at most a quarter
-            of ``k`` each.
+            evenly spaced over it.
+        step_queries: How many of these are drawn per step.
+        step_keys: Keys of the sequence drawn per step.
+        positives: How many of the drawn keys are a query's top keys, at most an eighth of them.
+        positive_weight: Weight of a positive in the loss, as positives are few.
+        edge: How many first tokens, and how many last tokens, the native policy keeps; at most a
+            quarter of ``k`` each.
 
     Source:
-        HashAttention (arXiv:2412.14468), section 4, and its code: 128 hidden units at a head of
-        128, 32 bits, Adam at 1e-3, the exact top 32 tokens as positives of weight 20, no threshold.
-        That trains on OpenWebText packed to 32 K tokens or more, with every query and all of its
-        past; this on the project's calibration texts, with draws of both: many steps of few keys
-        teach more in the same time than few of many, and a higher rate of Adam no more. The
-        defaults are what a small model learns in minutes on a CPU, not all that there is to learn:
-        more ``steps`` still find more. There the first and last 128 tokens are outside training and
-        the budget; here training leaves out the 4 and 8 that the unified policy keeps, and the
-        native policy counts them inside ``k``. Selection for each query head is native; for a KV
-        head the group's agreements are summed. There signatures are made anew at each step; here
-        they are kept, ``bits / 8`` bytes for each query head.
+        HashAttention (arXiv:2412.14468), section 4, and its code: 128 hidden units for heads of
+        size 128, 32 bits, Adam at 1e-3, the exact top 32 tokens as positives of weight 20, no
+        threshold. The authors train on OpenWebText packed to 32 K tokens or more, with every query
+        and all of its past; here training uses the project's calibration texts and draws queries
+        and keys: many steps with few keys teach more in the same time than few steps with many,
+        and a higher learning rate does not teach more. The defaults are what a small model learns
+        in minutes on a CPU; it still improves with more ``steps``. There the first and last 128
+        tokens are outside training and the budget; here training leaves out the 4 first and 8 last
+        that the unified policy keeps, and the tokens that the native policy keeps count towards
+        ``k``. Natively each query head selects; for one selection per KV head the group's
+        agreements are summed. There signatures are recomputed at each step; here they are kept,
+        ``bits / 8`` bytes for each query head.
 
     Compared with the authors' code:
-        ``hashattention/hashattention_llama.py`` (xAlg-ai/HashAttention-1.0): run on the same
-        tensors the scores agree. They have 33 values at 32 bits, so that ties decide 27% of the set
-        that is selected: here the lower index is kept, there any. Differs: the first and last
-        tokens are inside ``k``, there beside it; texts and draws of the training.
+        ``hashattention/hashattention_llama.py`` (xAlg-ai/HashAttention-1.0): the scores agree when
+        run on the same tensors. Scores have 33 values at 32 bits, so that ties decide 27% of the
+        selected set: here the lower index is kept, there any. Differences: the first and last
+        tokens count towards ``k``, there they are additional; the texts and the draws in training.
     """
 
     name: ClassVar[str] = "hash_attention"
@@ -172,15 +173,15 @@ class HashAttention(TopKMethod):
         for step in range(self.steps):
             which = int(torch.randint(len(states), (1,), generator=generator).item())
             queries, keys = states[which]
-            asked = _draw(len(positions[which]), self.step_queries, generator)
-            drawn = _draw(keys.shape[1], self.step_keys, generator)
-            places = torch.tensor(positions[which])[asked]
+            drawn_queries = _draw(len(positions[which]), self.step_queries, generator)
+            drawn_keys = _draw(keys.shape[1], self.step_keys, generator)
+            query_positions = torch.tensor(positions[which])[drawn_queries]
             loss = self.loss(
                 query_layers,
                 key_layers,
-                queries[:, asked.to(device)].float(),
-                keys[:, drawn.to(device)].float(),
-                _past(drawn, places).to(device),
+                queries[:, drawn_queries.to(device)].float(),
+                keys[:, drawn_keys.to(device)].float(),
+                _past(drawn_keys, query_positions).to(device),
             )
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -213,14 +214,14 @@ class HashAttention(TopKMethod):
         keys: Tensor,
         past: Tensor,
     ) -> Tensor:
-        """Return the cross-entropy between a head's top keys and what its signatures take for it.
+        """Return the cross-entropy between each query's exact top keys and the predicted ones.
 
         Args:
-            query_layers: Networks, as in the index.
-            key_layers: Networks, as in the index.
+            query_layers: The queries' networks, as in the index.
+            key_layers: The keys' networks, as in the index.
             queries: ``[Hq, Q, d]``.
             keys: ``[Hkv, K, d]``.
-            past: bool ``[Q, K]`` the keys that a query chooses from.
+            past: bool ``[Q, K]`` the keys that a query selects from.
         """
         shared = keys.repeat_interleave(len(queries) // len(keys), 0)
         logits = (queries @ shared.mT).masked_fill(~past, -torch.inf)
@@ -249,7 +250,7 @@ class HashAttention(TopKMethod):
         num_heads = len(key_layers[0])
         if num_heads % num_kv_heads:
             raise ValueError(
-                f"hash_attention's networks must be of a multiple of {num_kv_heads} heads, got "
+                f"hash_attention's networks must have a multiple of {num_kv_heads} heads, got "
                 f"{num_heads}; fit them on this model."
             )
         shape = (batch_size, num_heads, prefill.capacity, self.bits // 32)
@@ -298,7 +299,7 @@ class HashAttention(TopKMethod):
         return codes.view(*query_states.shape[:3], -1)
 
     def score(self, encoded: Tensor, index: HashAttentionIndex) -> Tensor:
-        # To the kernel every query head is a KV head of its own, with one query.
+        # The kernel treats each query head as a KV head with one query.
         scores = hamming_score(
             encoded.flatten(1, 2)[:, :, None],
             index.key_codes[:, :, : index.length],
@@ -315,13 +316,13 @@ class HashAttention(TopKMethod):
     def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
         widths = self._widths(geometry.head_dim)
         weights = sum((widths[i] + 1) * widths[i + 1] for i in range(LINEAR_LAYERS))
-        networks = 2 * 4 * geometry.num_heads * weights  # of the query, and of the new key
+        networks = 2 * 4 * geometry.num_heads * weights  # the query's, and the new key's
         side = round(n * self.index_bytes_per_token(geometry))
         return side + networks + kv_bytes(geometry, min(k, n))
 
 
 def _hidden(states: Tensor, layers: list[Tensor]) -> Tensor:
-    """Return the last hidden layer of ``[..., Hq, n, d]`` states, and a one for the bias."""
+    """Return the last hidden layer for ``[..., Hq, n, d]`` states, with a 1 appended for bias."""
     inner = pad(states.float(), (0, 1), value=1.0)
     for weight in layers[:-1]:
         inner = pad(silu(inner @ weight), (0, 1), value=1.0)
@@ -329,11 +330,11 @@ def _hidden(states: Tensor, layers: list[Tensor]) -> Tensor:
 
 
 def _draw(size: int, count: int, generator: torch.Generator) -> Tensor:
-    """Draw places without repetition, all of them if there are not so many."""
+    """Draw ``count`` of ``size`` positions without replacement, or all if there are fewer."""
     return torch.randperm(size, generator=generator)[:count]
 
 
-def _past(drawn: Tensor, places: Tensor) -> Tensor:
-    """Return bool ``[Q, K]``: the drawn keys in each query's past, less those kept anyway."""
+def _past(key_positions: Tensor, query_positions: Tensor) -> Tensor:
+    """Return bool ``[Q, K]``: the keys in each query's past, without the forced first and last."""
     first, last = FORCED
-    return (drawn >= first) & (drawn <= places[:, None] - last)
+    return (key_positions >= first) & (key_positions <= query_positions[:, None] - last)

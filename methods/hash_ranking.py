@@ -1,4 +1,4 @@
-"""The ranking recipe: hash projections learned from the order that attention gives to keys."""
+"""The ranking recipe: learns hash projections from the order of keys by attention weight."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,53 +9,54 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-# Share of the keys drawn that count as a query's top: from the budgets of long contexts, where one
-# key in a hundred is kept, to those of short ones.
+# Range of the share of drawn keys that count as a query's top keys: from the budgets of long
+# contexts, where one key in a hundred is kept, to those of short ones.
 TOP_SHARES = (1 / 128, 1 / 8)
-LATE_TOKENS = 48  # at a sequence's end: its question and answer
+LATE_TOKENS = 48  # tokens at a sequence's end, its question and answer
 WARM_UP = 20  # steps
-LAST_RATE = 0.02  # of the learning rate, at the last step
-TEMPERATURE_RATE = 0.125  # of the learning rate
+LAST_RATE = 0.02  # last step's learning rate, relative to the setting
+TEMPERATURE_RATE = 0.125  # learning rate of the factor t, relative to the setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankingRecipe:
     """Learn one layer's hash projections by ranking the keys of calibration sequences.
 
-    Keys and queries have projections of their own, ``W`` and ``V_1 .. V_c``, ``c`` being
-    ``query_codes``. A key is scored as it is when decoding, by the codes of its group's queries::
+    Keys and queries have separate projections, ``W`` and ``V_1 .. V_c``, where ``c`` is
+    ``query_codes``. A key is scored as in decoding, by the codes of its group's queries::
 
         s(k) = sum over the group's queries q, and i = 1 .. c, of  sign(q V_i) . sign(k W)
 
-    Of each sequence ``pool`` queries of its second half and its last 48 are kept. A step draws a
-    sequence, ``queries`` of those and ``keys`` of its keys. With T the keys
-    among them that attention ranks highest, by its softmax summed over the group, the loss is the
+    Of each sequence, ``pool`` queries of its second half and its last 48 queries are kept. A step
+    draws a sequence, ``queries`` of these queries and ``keys`` of its keys. Let T be the drawn keys
+    that attention ranks highest, by its softmax summed over the group. The loss is the
     cross-entropy between the uniform distribution on T and a softmax of the scores::
 
         loss = mean over queries of  -1 / |T| * sum over k in T of  log softmax(t s)(k)
 
-    where the factor ``t`` is learned too. The share of T is drawn anew at each step, evenly in its
-    logarithm, since one code serves all budgets. A sign has no slope and is given that of ``tanh``
-    (straight-through), so the loss is the true codes', and its gradient an estimate.
+    where the factor ``t`` is learned too. The share of keys in T is drawn again at each step,
+    log-uniformly, since one code serves all budgets. The sign's gradient is replaced by that of
+    ``tanh`` (straight-through), so the loss is that of the true codes and its gradient an estimate.
 
     Attributes:
-        rbit: Bits of a code.
-        query_codes: Codes of a query.
-        use_norm: Weigh scores by the keys' lengths, as they will be when decoding.
-        centre_keys: Hash keys less their sequence's mean, as they will be when decoding.
-        steps: Of Adam.
+        rbit: Bits per code.
+        query_codes: Codes per query.
+        use_norm: Multiply scores by the keys' norms, as in decoding.
+        centre_keys: Subtract the sequence's mean from its keys before hashing, as in decoding.
+        steps: Steps of Adam.
         learning_rate: For projections whose entries are about 1; it rises for 20 steps, then falls
             along half a cosine.
         pool: Queries drawn once from each sequence's second half.
-        queries: Drawn at a step.
-        keys: Drawn at a step; all where a sequence has fewer.
-        late_share: Share of a step's queries that are from a sequence's last 48 tokens, question
-            and answer, as those that decoding has to serve; the others are from the pool.
+        queries: Queries drawn per step.
+        keys: Keys drawn per step; all if a sequence has fewer.
+        late_share: Share of a step's queries from the sequence's last 48 tokens (question and
+            answer), which resemble the queries of decoding; the others are from the pool.
 
     Source:
-        Ours. HATA's own loss (arXiv:2506.02572, equation 9) weighs pairs, each by itself. Separate
-        codes for queries and keys are HashAttention's (arXiv:2412.14468), which learns networks by
-        binary cross-entropy. The slope is of arXiv:1308.3432.
+        Ours. HATA's loss (arXiv:2506.02572, equation 9) weighs each pair of query and key by
+        itself. Separate codes for queries and keys are from HashAttention (arXiv:2412.14468), which
+        trains networks by binary cross-entropy. The straight-through estimator is from
+        arXiv:1308.3432.
     """
 
     rbit: int
@@ -70,7 +71,7 @@ class RankingRecipe:
     late_share: float
 
     def positions(self, lengths: Sequence[int], generator: torch.Generator) -> list[list[int]]:
-        """Return the positions of the queries kept of each sequence: the pool, then the late."""
+        """Return the positions of each sequence's kept queries: the pool, then the last ones."""
         return [
             [
                 *torch.randint(length // 2, length, (self.pool,), generator=generator).tolist(),
@@ -90,9 +91,9 @@ class RankingRecipe:
         Args:
             states: One layer's ``[Hq, m, d]`` queries at the ``m`` positions of each sequence, and
                 its ``[Hkv, n, d]`` keys.
-            generator: Draws the rest, and the positions again: in the state in which they were
-                drawn before.
-            report: Told steps done, steps in all and the loss after each step.
+            generator: Must be in the state in which ``positions`` was called to choose the queries,
+                as it draws the same positions again; then draws the rest.
+            report: Called after each step with the steps done, the total and the loss.
         """
         num_kv_heads, _, head_dim = states[0][1].shape
         positions = self.positions([keys.shape[1] for _, keys in states], generator)
@@ -100,7 +101,7 @@ class RankingRecipe:
             (torch.tensor(at), queries, keys)
             for at, (queries, keys) in zip(positions, states, strict=True)
         ]
-        # A factor changes no sign; these bring what is projected to where a tanh has its slope.
+        # A factor changes no sign; these scale the projections to where tanh has its slope.
         first = self.draw(sequences, generator)
         shrink = (head_dim * first.keys.square().mean((1, 2), keepdim=True)).rsqrt()
         query_shrink = (head_dim * first.queries.square().mean((1, 2, 3))).rsqrt()[:, None, None]
@@ -130,12 +131,12 @@ class RankingRecipe:
     def _start(
         self, num_kv_heads: int, head_dim: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Draw Gaussian projections, alike for keys and queries; further codes are blurred."""
+        """Draw Gaussian projections, the same for keys and queries; extra codes get noise."""
         key_weight = torch.randn(num_kv_heads, head_dim, self.rbit, generator=generator)
-        further = self.query_codes - 1
-        blur = torch.randn(num_kv_heads, head_dim, further * self.rbit, generator=generator)
-        blurred = key_weight.repeat(1, 1, further) + 0.5 * blur
-        return key_weight, torch.cat([key_weight, blurred], 2)
+        extra = self.query_codes - 1
+        noise = torch.randn(num_kv_heads, head_dim, extra * self.rbit, generator=generator)
+        noisy = key_weight.repeat(1, 1, extra) + 0.5 * noise
+        return key_weight, torch.cat([key_weight, noisy], 2)
 
     def _rate(self, step: int) -> float:
         falling = 0.5 * (1 + math.cos(math.pi * step / self.steps))
@@ -144,11 +145,12 @@ class RankingRecipe:
     def draw(
         self, sequences: list[tuple[Tensor, Tensor, Tensor]], generator: torch.Generator
     ) -> "RankingBatch":
-        """Draw a sequence, some of its queries and keys, and how many keys are a query's top.
+        """Draw a sequence, some of its queries and keys, and the number of top keys.
 
         Args:
-            sequences: Of each: positions of its queries, as from ``positions``; its queries; keys.
-            generator: Draws.
+            sequences: For each sequence the positions of its queries, as returned by
+                ``positions``, its queries, and its keys.
+            generator: Random generator.
         """
         drawn = int(torch.randint(len(sequences), (1,), generator=generator).item())
         positions, query_states, key_states = sequences[drawn]
@@ -168,11 +170,11 @@ class RankingRecipe:
         queries = query_states[:, chosen.to(query_states.device)].float()
         queries = queries.unflatten(0, (num_kv_heads, -1))
         keys = key_states[:, slots.to(key_states.device)].float()
-        if self.centre_keys:  # attention ranks the same keys highest
+        if self.centre_keys:  # does not change attention's ranking of keys
             keys = keys - keys.mean(1, keepdim=True)
         logits = queries @ keys[:, None].mT * head_dim**-0.5
         weights = logits.masked_fill(~visible, -torch.inf).softmax(-1).sum(1)
-        # A top may hold no key that its query does not see.
+        # A query's top keys must be visible to it.
         count = min(max(1, int(share * len(slots))), int(visible.sum(1).min()))
         return RankingBatch(queries, keys, visible, weights.topk(count).indices)
 
@@ -184,7 +186,8 @@ class RankingRecipe:
         Args:
             key_weight: ``[Hkv, d, rbit]``.
             query_weight: ``[Hkv, d, c * rbit]``.
-            log_factor: ``[Hkv, 1, 1]`` logarithm of t; scores are divided by the codes summed.
+            log_factor: ``[Hkv, 1, 1]`` logarithm of t. Here scores are means over the group's
+                queries and codes, not sums.
             batch: What ``draw`` returned.
         """
         hashed = signs(batch.queries @ query_weight[:, None])
@@ -204,8 +207,8 @@ class RankingBatch:
     Attributes:
         queries: float32 ``[Hkv, G, Q, d]``.
         keys: float32 ``[Hkv, K, d]``.
-        visible: bool ``[Q, K]``: keys not behind the query.
-        top: int64 ``[Hkv, Q, m]`` indices of keys, highest first.
+        visible: bool ``[Q, K]``: keys at or before the query's position.
+        top: int64 ``[Hkv, Q, m]`` indices of the top keys, highest first.
     """
 
     queries: Tensor
@@ -215,6 +218,6 @@ class RankingBatch:
 
 
 def signs(projected: Tensor) -> Tensor:
-    """Return 1 where positive and -1 elsewhere, with the slope of ``tanh``."""
+    """Return 1 where positive and -1 elsewhere, with the gradient of ``tanh``."""
     relaxed = torch.tanh(projected)
     return relaxed + ((projected > 0).to(relaxed.dtype) * 2 - 1 - relaxed).detach()

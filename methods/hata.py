@@ -1,4 +1,4 @@
-"""HATA: keys ranked by hash codes, whose projection is learned from the model's own attention."""
+"""HATA: keys ranked by hash codes, whose projection is trained on the model's own attention."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from topkbench.methods.hash_ranking import RankingRecipe
 
 HashWeights = Literal["trained", "random", "orthonormal"]
 Recipe = Literal["published", "ranking"]
-BLOCK = 1024  # pairs whose hashes stay in a core's cache between the passes of a training step
+BLOCK = 1024  # pairs per block, so that their hashes stay in a core's cache during a training step
 
 
 @dataclass(kw_only=True)
@@ -33,11 +33,12 @@ class HATAIndex(Index):
 
     Attributes:
         key_codes: int32 ``[B, Hkv, capacity, rbit // 32]``.
-        key_norms: float32 ``[B, Hkv, capacity]`` lengths of the keys; None without ``use_norm``.
-        key_mean: ``[B, Hkv, 1, d]`` what keys are less of before hashing; None for nothing.
+        key_norms: float32 ``[B, Hkv, capacity]`` norms of the keys; None without ``use_norm``.
+        key_mean: ``[B, Hkv, 1, d]`` subtracted from keys before hashing; None without
+            ``centre_keys``.
         hash_weight: float32 ``[Hkv, d, rbit]`` projection of the layer's keys.
-        query_weight: float32 ``[Hkv, d, query_codes * rbit]`` of its queries; the same tensor, but
-            for the ranking recipe.
+        query_weight: float32 ``[Hkv, d, query_codes * rbit]`` projection of its queries; the same
+            tensor as ``hash_weight``, except for the ranking recipe.
     """
 
     key_codes: Tensor
@@ -49,13 +50,13 @@ class HATAIndex(Index):
 
 @dataclass
 class HashPairs:
-    """Labelled pairs of one layer: each key of a sequence's prefix with the query drawn from it.
+    """Labelled training pairs of one layer: a drawn query with each key of its prefix.
 
     Attributes:
         queries: float32 ``[Hkv, G, Q, d]``.
         keys: float32 ``[Hkv, N, d]``.
         labels: float32 ``[Hkv, G, N]``: high for keys that the query attends to most, else -1.
-        query_of: int64 ``[N]`` which of the Q queries a key is paired with.
+        query_of: int64 ``[N]`` index of the query that each key is paired with.
     """
 
     queries: Tensor
@@ -64,48 +65,51 @@ class HashPairs:
     query_of: Tensor
 
     def blocks(self) -> Iterator[tuple[int, slice]]:
-        """Yield (query, pairs) in runs of at most ``BLOCK`` neighbouring pairs of one query."""
+        """Yield (query, slice of pairs) for blocks of at most ``BLOCK`` pairs of one query."""
         begin = 0
-        owners, lengths = self.query_of.unique_consecutive(return_counts=True)
-        for owner, length in zip(owners.tolist(), lengths.tolist(), strict=True):
+        queries, lengths = self.query_of.unique_consecutive(return_counts=True)
+        for query, length in zip(queries.tolist(), lengths.tolist(), strict=True):
             for start in range(begin, begin + length, BLOCK):
-                yield owner, slice(start, min(start + BLOCK, begin + length))
+                yield query, slice(start, min(start + BLOCK, begin + length))
             begin += length
 
 
 @dataclass(kw_only=True)
 class HATA(TopKMethod):
-    """Keep the tokens whose keys share most hash bits with the group's queries.
+    """Keep the tokens whose keys share the most hash bits with the group's queries.
 
     Attributes:
-        rbit: Hash bits of a head, a multiple of 32.
+        rbit: Hash bits per key, a multiple of 32.
         weights: ``trained`` by ``fit``; ``random`` draws a Gaussian projection, ``orthonormal`` one
-            of orthonormal columns (in blocks of ``head_dim``), per layer and KV head.
+            with orthonormal columns (in blocks of ``head_dim``), per layer and KV head.
         recipe: How ``fit`` trains: as ``published``, or by ``ranking``, see `RankingRecipe`.
-        use_norm: Weigh the agreement by the key's length, as every released run of the authors.
-        centre_keys: Hash keys less the mean of the prompt's keys, which moves all scores of a
-            query alike before hashing; the length is then the centred key's. Decoded keys are less
-            the same mean, so an index built after they are cached is another one.
-        query_codes: Codes of a query, each of a projection of its own and all compared with the
-            one code of a key: as many times the work of counting bits, and not a byte more to read
-            of a key. More than one needs ``recipe="ranking"``.
-        seed: Draws untrained weights, and the training's start, queries and chunks.
+        use_norm: Multiply the number of equal bits by the key's norm, as in every released run of
+            the authors.
+        centre_keys: Subtract the mean of the prompt's keys from keys before hashing, which shifts
+            all exact scores of a query by the same amount; the norm is then that of the centred
+            key. Decoded keys use the same mean, so an index rebuilt later differs.
+        query_codes: Codes per query, each with its own projection and all compared with the one
+            code of a key: this multiplies the work of counting bits, but not the bytes read per
+            key. More than one needs ``recipe="ranking"``.
+        seed: Seed of untrained weights, and of the initial weights, queries and chunks in training.
         sigma: Sharpness of the relaxed hash ``2 * sigmoid(sigma * x W) - 1``.
         epsilon: Weight of the similarity term.
-        balance_weight: Weight of the bit-balance term; 1.0 in the code, 2.0 by the paper's text.
-        decorrelation_weight: Weight of ``||W'W - I||``; 2.0 in the code, 1.0 by the paper's text.
-        balance_queries: Balance queries' bits with the keys', as the code; the paper, keys alone.
-        learning_rate: Of SGD.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
-        epochs: Times that chunks are drawn.
+        balance_weight: Weight of the bit-balance term; 1.0 in the code, 2.0 in the paper's text.
+        decorrelation_weight: Weight of ``||W'W - I||``; 2.0 in the code, 1.0 in the paper's text.
+        balance_queries: Balance the queries' bits too, as in the code; the paper balances only the
+            keys'.
+        learning_rate: Learning rate of SGD.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD.
+        epochs: How often chunks are drawn.
         steps_per_epoch: Full-batch steps on the chunks drawn.
-        chunks_per_epoch: Chunks drawn at a time.
-        chunk_size: Pairs of a chunk.
+        chunks_per_epoch: Chunks drawn per epoch.
+        chunk_size: Pairs per chunk.
         positive_ratio: Share of a prefix's keys that are positives.
-        positive_label: Label of the best key; positives fall linearly to 1, the others are -1.
+        positive_label: Label of the best key; labels of positives fall linearly to 1, the others
+            are -1.
         queries_per_sequence: Queries drawn from the second half of each sequence.
-        ranking_steps: These six are `RankingRecipe`'s.
+        ranking_steps: As ``steps`` of `RankingRecipe`, like the next five.
         ranking_learning_rate: See there.
         ranking_pool: See there.
         ranking_queries: See there.
@@ -114,15 +118,15 @@ class HATA(TopKMethod):
 
     Source:
         HATA (arXiv:2506.02572), sections 3.1 and 3.2 and appendix B. Constants and the balance
-        term are those of the released code, whose names for the last two weights are swapped
-        against the paper's. We train in float32, where the code trains in bfloat16. Untrained
+        term are those of the released code, in which the names of the last two weights are swapped
+        compared to the paper. We train in float32, where the code trains in bfloat16. Untrained
         weights differ per layer and head; the production system that ships orthonormal ones
         shares a single one.
 
     Compared with the authors' code:
-        ``src/ham_dist.cu``, ``tasks/hash/learn_hash_weights.py`` (gpzlx1/HATA): run on the same
-        tensors they agree. Differs: training is in float32, there in bfloat16; of equal scores the
-        lower index is kept, there any.
+        ``src/ham_dist.cu``, ``tasks/hash/learn_hash_weights.py`` (gpzlx1/HATA): results agree when
+        run on the same tensors. Differences: training is in float32, there in bfloat16; of equal
+        scores the lower index is kept, there any.
     """
 
     name: ClassVar[str] = "hata"
@@ -155,7 +159,7 @@ class HATA(TopKMethod):
     ranking_queries: int = 32
     ranking_keys: int = 1024
     ranking_late_share: float = 0.5
-    _drawn: dict[tuple[str, int, torch.device], Tensor] = field(
+    _cache: dict[tuple[str, int, torch.device], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -185,8 +189,8 @@ class HATA(TopKMethod):
             raise ValueError(f"recipe must be one of {words}, got {self.recipe!r}.")
         if self.query_codes > 1 and not self._ranking:
             raise ValueError(
-                f"query_codes must be 1 for codes that ranking did not train, got "
-                f"{self.query_codes}; take weights=trained and recipe=ranking."
+                f"query_codes must be 1 unless codes are trained by ranking, got "
+                f"{self.query_codes}; set weights=trained and recipe=ranking."
             )
 
     def policy_unsupported_reason(self, policy: Policy) -> str | None:
@@ -226,20 +230,20 @@ class HATA(TopKMethod):
         return layout
 
     def load_artifact(self, tensors: dict[str, Tensor], digest: str = "") -> None:
-        wanted = {"hash_weight": self.rbit}
+        widths = {"hash_weight": self.rbit}
         if self._ranking:
-            wanted["query_weight"] = self.query_codes * self.rbit
-        for name, columns in wanted.items():
+            widths["query_weight"] = self.query_codes * self.rbit
+        for name, columns in widths.items():
             weight = tensors.get(name)
             if weight is None or weight.ndim != 4 or weight.shape[3] != columns:
-                found = "none" if weight is None else list(weight.shape)
-                share = "" if columns == self.rbit else f"{self.query_codes} * "
+                actual = "none" if weight is None else list(weight.shape)
+                factor = "" if columns == self.rbit else f"{self.query_codes} * "
                 raise ValueError(
-                    f"HATA's artifact must hold {name} [L, Hkv, d, {share}rbit] with "
-                    f"rbit={self.rbit}, got {found}."
+                    f"HATA's artifact must hold {name} [L, Hkv, d, {factor}rbit] with "
+                    f"rbit={self.rbit}, got {actual}."
                 )
         super().load_artifact(tensors, digest)
-        self._drawn.clear()
+        self._cache.clear()
 
     def hash_weight(
         self, layer: int, num_layers: int, num_kv_heads: int, head_dim: int, device: torch.device
@@ -247,7 +251,7 @@ class HATA(TopKMethod):
         """Return the projection of one layer's keys, float32 ``[Hkv, d, rbit]``.
 
         Raises:
-            ValueError: If it must be trained and is not, or belongs to a model of another shape.
+            ValueError: If trained weights are missing, or belong to a model of another shape.
         """
         shape = (num_layers, num_kv_heads, head_dim, self.rbit)
         return self._projection("hash_weight", layer, shape, device)
@@ -267,16 +271,16 @@ class HATA(TopKMethod):
     def _projection(
         self, name: str, layer: int, shape: tuple[int, ...], device: torch.device
     ) -> Tensor:
-        """Return one layer of a stack ``[L, Hkv, d, columns]``: of the artifact's, or drawn."""
-        known = self._drawn.get((name, layer, device))
-        if known is not None and known.shape == shape[1:]:
-            return known
+        """Return one layer of a stack ``[L, Hkv, d, columns]``: the artifact's, or drawn."""
+        cached = self._cache.get((name, layer, device))
+        if cached is not None and cached.shape == shape[1:]:
+            return cached
         if self.weights == "trained":
             stacked = self.artifact.get(name)
             if stacked is None:
                 raise ValueError(
                     f"HATA needs its trained {name}, got no artifact; call load_artifact "
-                    "first, or take weights=random or orthonormal."
+                    "first, or set weights=random or orthonormal."
                 )
             if stacked.shape != shape:
                 raise ValueError(
@@ -287,7 +291,7 @@ class HATA(TopKMethod):
         else:
             weight = self._draw(layer, shape[1], shape[2])
         weight = weight.to(device, torch.float32).contiguous()
-        self._drawn[name, layer, device] = weight
+        self._cache[name, layer, device] = weight
         return weight
 
     def _draw(self, layer: int, num_kv_heads: int, head_dim: int) -> Tensor:
@@ -297,7 +301,7 @@ class HATA(TopKMethod):
         blocks = -(-self.rbit // head_dim)
         gaussian = torch.randn(num_kv_heads, blocks, head_dim, head_dim, generator=generator)
         basis, upper = torch.linalg.qr(gaussian)
-        # The sign of R's diagonal makes the basis uniform over rotations and reflections.
+        # Fixing the sign of R's diagonal makes the basis uniform over the orthogonal group.
         basis = basis * upper.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
         return basis.transpose(1, 2).flatten(2)[..., : self.rbit]
 
@@ -359,7 +363,7 @@ class HATA(TopKMethod):
     def _draw_positions(
         self, lengths: Sequence[int], generator: torch.Generator
     ) -> list[list[int]]:
-        """Draw positions in the second half of each sequence."""
+        """Draw query positions in the second half of each sequence."""
         return [
             [
                 int(torch.randint(length // 2, length, (1,), generator=generator).item())
@@ -369,21 +373,22 @@ class HATA(TopKMethod):
         ]
 
     def draw_pairs(self, states: LayerStates, generator: torch.Generator) -> HashPairs:
-        """Label the keys before each query, the queries' positions being drawn anew.
+        """Pair each query with the keys of its prefix, and label them.
 
         Args:
-            states: Each sequence's queries at its drawn positions, and all its keys.
-            generator: Draws the positions; in the state in which they were drawn before.
+            states: Each sequence's queries at ``query_positions``, and all its keys.
+            generator: Must be in the state in which ``query_positions`` drew the positions, as it
+                draws the same ones again.
         """
         queries: list[Tensor] = []
         keys: list[Tensor] = []
         labels: list[Tensor] = []
         query_of: list[Tensor] = []
-        positions = self._draw_positions([held.shape[1] for _, held in states], generator)
+        positions = self._draw_positions([one.shape[1] for _, one in states], generator)
         for (query_states, key_states), drawn in zip(states, positions, strict=True):
             grouped = query_states.float().unflatten(0, (len(key_states), -1))
-            for place, last in enumerate(drawn):
-                query, prefix = grouped[:, :, place], key_states[:, : last + 1].float()
+            for i, last in enumerate(drawn):
+                query, prefix = grouped[:, :, i], key_states[:, : last + 1].float()
                 labels.append(self._labels(query @ prefix.mT))
                 query_of.append(torch.full((last + 1,), len(queries), device=query.device))
                 queries.append(query)
@@ -393,14 +398,14 @@ class HATA(TopKMethod):
         )
 
     def _labels(self, logits: Tensor) -> Tensor:
-        """Label the keys of one query by their rank; ``[Hkv, G, n]`` to the same."""
+        """Return the labels of one query's keys, by their rank; both ``[Hkv, G, n]``."""
         count = int(self.positive_ratio * logits.shape[2])
         best = logits.sort(dim=-1, descending=True, stable=True).indices[..., :count]
         falling = torch.linspace(self.positive_label, 1.0, count, device=logits.device)
         return torch.full_like(logits, -1.0).scatter_(2, best, falling.expand_as(best))
 
     def _batch(self, pairs: HashPairs, generator: torch.Generator) -> HashPairs:
-        """Draw the chunks of one epoch, without repetition."""
+        """Draw the chunks of one epoch, without replacement."""
         chunks = torch.arange(pairs.keys.shape[1]).split(self.chunk_size)
         order = torch.randperm(len(chunks), generator=generator).tolist()
         drawn = torch.cat([chunks[i] for i in sorted(order[: self.chunks_per_epoch])])
@@ -409,7 +414,7 @@ class HATA(TopKMethod):
         return HashPairs(pairs.queries, keys, labels, pairs.query_of[drawn])
 
     def loss_and_gradient(self, weight: Tensor, pairs: HashPairs) -> tuple[Tensor, Tensor]:
-        """Return the training loss of a projection ``[Hkv, d, rbit]`` and its gradient by it.
+        """Return the training loss of a projection ``[Hkv, d, rbit]``, and its gradient.
 
         With ``h(x) = 2 sigmoid(sigma x W) - 1`` and N pairs, the loss is the sum of::
 
@@ -417,31 +422,33 @@ class HATA(TopKMethod):
             balance_weight       * sum over heads of || sum over pairs of (h(q) + h(k)) / (N r) ||^2
             decorrelation_weight * ||W'W - I||, one norm over all heads of the layer
 
-        The gradient is written out, as a block of pairs is then read once and not kept; autograd
-        would keep every pair's hash.
+        The gradient is written out so that each block of pairs is read once and then dropped;
+        autograd would store every pair's hash.
         """
         num_pairs, rbit = pairs.keys.shape[1], weight.shape[2]
         similarity = weight.new_zeros(())
         by_similarity, by_bits = torch.zeros_like(weight), torch.zeros_like(weight)
-        # h(x) = 2 * sigmoid(sigma * xW) - 1 = tanh(sigma / 2 * xW), of slope 1 - h(x)^2.
+        # h(x) = 2 * sigmoid(sigma * xW) - 1 = tanh(sigma / 2 * xW), with tanh' = 1 - h(x)^2.
         query_hash = torch.tanh(0.5 * self.sigma * (pairs.queries @ weight[:, None]))
         by_query = torch.zeros_like(query_hash)
         counts = torch.bincount(pairs.query_of, minlength=query_hash.shape[2]).to(weight.dtype)
         key_bits = weight.new_zeros(weight.shape[0], rbit)
         for query, block in pairs.blocks():
             keys, labels = pairs.keys[:, block], pairs.labels[:, :, block]
-            own_hash, key_hash = (
+            one_query_hash, key_hash = (
                 query_hash[:, :, query],
                 torch.tanh(0.5 * self.sigma * (keys @ weight)),
             )
             squared = key_hash.square()
             query_labels, key_labels = labels.sum(2)[..., None], labels.sum(1)[..., None]
             labelled = labels @ key_hash
-            similarity += (query_labels * own_hash.square() - 2 * own_hash * labelled).sum()
+            similarity += (
+                query_labels * one_query_hash.square() - 2 * one_query_hash * labelled
+            ).sum()
             similarity += (key_labels * squared).sum()
-            by_query[:, :, query] += query_labels * own_hash - labelled
+            by_query[:, :, query] += query_labels * one_query_hash - labelled
             slope = 1 - squared
-            by_key = (key_labels * key_hash).baddbmm_(labels.mT, own_hash, alpha=-1)
+            by_key = (key_labels * key_hash).baddbmm_(labels.mT, one_query_hash, alpha=-1)
             by_similarity += keys.mT @ by_key.mul_(slope)
             by_bits += keys.mT @ slope
             key_bits += key_hash.sum(1)
@@ -458,17 +465,20 @@ class HATA(TopKMethod):
             + self.decorrelation_weight * distance
         )
 
-        pull = 2 * self.epsilon / num_pairs
-        push = 2 * self.balance_weight / (num_pairs * rbit)
-        by_query *= pull
+        similarity_factor = 2 * self.epsilon / num_pairs
+        balance_factor = 2 * self.balance_weight / (num_pairs * rbit)
+        by_query *= similarity_factor
         if self.balance_queries:
-            by_query += push * bits[:, :, None] * counts[:, None]
+            by_query += balance_factor * bits[:, :, None] * counts[:, None]
         by_query *= 1 - query_hash.square()
-        hashed = pull * by_similarity + push * bits.sum(1)[:, None] * by_bits
-        hashed += pairs.queries.flatten(1, 2).mT @ by_query.flatten(1, 2)
-        # The norm has no slope at zero; zero is in its subgradient.
-        turn = 2 * self.decorrelation_weight / distance.clamp_min(torch.finfo(weight.dtype).tiny)
-        return loss, 0.5 * self.sigma * hashed + turn * (weight @ excess)
+        by_hash = (
+            similarity_factor * by_similarity + balance_factor * bits.sum(1)[:, None] * by_bits
+        )
+        by_hash += pairs.queries.flatten(1, 2).mT @ by_query.flatten(1, 2)
+        # The norm has no gradient at zero; zero is in its subgradient.
+        tiny = torch.finfo(weight.dtype).tiny
+        decorrelation_factor = 2 * self.decorrelation_weight / distance.clamp_min(tiny)
+        return loss, 0.5 * self.sigma * by_hash + decorrelation_factor * (weight @ excess)
 
     # Decode -------------------------------------------------------------------------------------
 
@@ -517,7 +527,7 @@ class HATA(TopKMethod):
     def encode(self, query_states: Tensor, index: HATAIndex) -> Tensor:
         impl = self.impl_for("hash_encode")
         codes = hash_encode(query_states, index.query_weight, impl=impl)
-        # To the score, every code is a query of the group.
+        # For scoring, each code counts as a query of the group.
         return codes.unflatten(-1, (self.query_codes, -1)).flatten(2, 3)
 
     def score(self, encoded: Tensor, index: HATAIndex) -> Tensor:
@@ -546,11 +556,11 @@ def _mean(prefill: PrefillInputs) -> Tensor:
     """Return the mean of each row's valid keys, ``[B, Hkv, 1, d]`` in the keys' dtype."""
     keys = prefill.key_states
     valid = prefill.valid_slots()[:, None, :, None]
-    # A slot outside may hold anything, also what a product with zero does not remove.
+    # Mask rather than multiply: an invalid slot may hold NaN or infinity.
     total = keys.float().masked_fill(~valid, 0).sum(2, keepdim=True)
     return (total / valid.sum(2, keepdim=True).clamp_min(1)).to(keys.dtype)
 
 
 def _norm(states: Tensor) -> Tensor:
-    """Return the states' lengths, float32."""
+    """Return the states' norms, float32."""
     return torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)

@@ -34,21 +34,22 @@ class LokiIndex(Index):
 
 @dataclass(kw_only=True)
 class Loki(TopKMethod):
-    """Rank keys by the dot product of ``rank`` principal channels, then attend exactly.
+    """Rank keys by the dot product over ``rank`` principal components, then attend exactly.
 
     Attributes:
         rank: Channels scored; None for a quarter of ``head_dim``.
 
     Source:
-        Loki (arXiv:2406.02542), algorithm 1. The components are those of post-RoPE keys, centred,
-        per layer and KV head. The mean is not subtracted when scoring: it shifts all scores of a
-        query alike. Attention reads the original keys, so the rotated channels are side
-        information; the paper stores only rotated keys.
+        Loki (arXiv:2406.02542), algorithm 1. The components are those of centred post-RoPE keys,
+        per layer and KV head. The mean is not subtracted when scoring, as it shifts all scores of a
+        query by the same amount. Attention reads the original keys, so the rotated channels are
+        side information; the paper stores only rotated keys.
 
     Compared with the authors' code:
-        ``methods/pca_topk/modify_llama.py``, ``pca_analysis/pca.py`` (hpcgroup/loki): run on the
-        same tensors they agree. Differs: prompts are read densely, where that code selects for
-        their queries too; the rotated channels stand beside the keys, there in their place.
+        ``methods/pca_topk/modify_llama.py``, ``pca_analysis/pca.py`` (hpcgroup/loki): results agree
+        when run on the same tensors. Differences: prefill is dense, where that code selects for the
+        prompt's queries too; the rotated channels are stored in addition to the keys, there instead
+        of them.
     """
 
     name: ClassVar[str] = "loki"
@@ -61,7 +62,7 @@ class Loki(TopKMethod):
             check_whole("rank", self.rank)
 
     def channels(self, head_dim: int) -> int:
-        """Return the number of channels scored for a head of ``head_dim``."""
+        """Return the number of channels scored for a head of size ``head_dim``."""
         return max(1, head_dim // 4) if self.rank is None else self.rank
 
     def unsupported(self, geometry: Geometry) -> str | None:
@@ -70,7 +71,7 @@ class Loki(TopKMethod):
         return None
 
     def artifact_spec(self, geometry: Geometry) -> dict[str, Any]:
-        # All components are kept, so one artifact serves every rank.
+        # It holds all components, so one artifact serves every rank.
         return {
             "method": self.name,
             "fit_version": self.fit_version,
@@ -90,9 +91,9 @@ class Loki(TopKMethod):
     def fit_layer(
         self, layer: int, states: LayerStates, report: LossReport | None = None
     ) -> dict[str, Tensor]:
-        """Return ``components [Hkv, d, d]``, a column each, with ``mean`` and ``variance``."""
+        """Return ``components [Hkv, d, d]``, one per column, with ``mean`` and ``variance``."""
         tokens = sum(keys.shape[1] for _, keys in states)
-        # Sequence by sequence, so that no copy of all keys is made: [Hkv, 1, d], [Hkv, d, d].
+        # Sequence by sequence, to avoid a copy of all keys: [Hkv, 1, d], [Hkv, d, d].
         sums = [keys.double().sum(1, keepdim=True) for _, keys in states]
         mean = torch.stack(sums).sum(0) / tokens
         covariance = torch.zeros_like(mean) * mean.mT
@@ -101,7 +102,7 @@ class Loki(TopKMethod):
             covariance += centred.mT @ centred / tokens
         variance, components = torch.linalg.eigh(covariance)
         components = components.flip(-1)
-        # An eigenvector's sign is free; the largest entry is made positive.
+        # An eigenvector's sign is arbitrary; make the largest entry positive.
         largest = components.abs().argmax(1, keepdim=True)
         components = components * components.gather(1, largest).sign()
         return {
@@ -113,8 +114,8 @@ class Loki(TopKMethod):
     def load_artifact(self, tensors: dict[str, Tensor], digest: str = "") -> None:
         components = tensors.get("components")
         if components is None or components.ndim != 4 or components.shape[2] != components.shape[3]:
-            found = "none" if components is None else list(components.shape)
-            raise ValueError(f"Loki's artifact must hold components [L, Hkv, d, d], got {found}.")
+            actual = "none" if components is None else list(components.shape)
+            raise ValueError(f"Loki's artifact must hold components [L, Hkv, d, d], got {actual}.")
         super().load_artifact(tensors, digest)
 
     def build_index(self, prefill: PrefillInputs) -> LokiIndex:
@@ -125,10 +126,10 @@ class Loki(TopKMethod):
             raise ValueError(
                 "Loki needs its components, got no artifact; call load_artifact first."
             )
-        wanted = (prefill.num_layers, num_kv_heads, head_dim, head_dim)
-        if tuple(components.shape) != wanted:
+        expected = (prefill.num_layers, num_kv_heads, head_dim, head_dim)
+        if tuple(components.shape) != expected:
             raise ValueError(
-                f"Loki's components must be [L, Hkv, d, d] = {list(wanted)}, "
+                f"Loki's components must be [L, Hkv, d, d] = {list(expected)}, "
                 f"got {list(components.shape)}; fit them on this model."
             )
         rank = self.channels(head_dim)

@@ -1,4 +1,4 @@
-"""MagicPIG: keys sampled by locality-sensitive hashing, weighted by how likely they are drawn."""
+"""MagicPIG: keys sampled by locality-sensitive hashing, weighted by inverse probability."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,25 +25,25 @@ from topkbench.methods.draws import draw_tokens
 from topkbench.methods.states import at_slots
 
 FLOOR = 1e-4
-"""Added to an inclusion probability, so that no weight is beyond bounds."""
+"""Added to an inclusion probability, to bound the weights."""
 
 CODE_BITS = 16
-"""Bits that a bucket's number is kept in: more than it has, for one code of no token."""
+"""Bits that store a bucket's number: more than it has, so that one code can mark no token."""
 
 
 @dataclass(kw_only=True)
 class MagicPIGIndex(Index):
-    """The prompt's tokens in hash tables, a bucket after the other; later tokens are in none.
+    """Hash tables of the prompt's tokens; decoded tokens are in none.
 
     Attributes:
         entries: int32 ``[B, Hkv, L, capacity]`` slots, sorted by bucket; unused after the prompt.
         first: int32 ``[B * Hkv * L, 2**K + 1]`` where each bucket begins in its table, and the end.
-        mean: float32 ``[B * Hkv, d]`` of the prompt's keys.
-        planes: float32 ``[1, d, 16 L]`` normals of the hyperplanes, for each table K and then
-            zeros; a table more of zeros where L is odd.
+        mean: float32 ``[B * Hkv, d]`` mean of the prompt's keys.
+        planes: float32 ``[1, d, 16 L]`` normals of the hyperplanes: K per table, padded with zeros
+            to 16, and one more table of zeros if L is odd.
         prompt_end: int32 ``[B]`` end of each row's prompt.
         layer: Index of the layer.
-        key_states: ``[B, Hkv, n, d]`` the cached keys, as of the last ``bind``.
+        key_states: ``[B, Hkv, n, d]`` the cached keys, from the last ``bind``.
     """
 
     entries: Tensor
@@ -57,7 +57,7 @@ class MagicPIGIndex(Index):
 
 @dataclass
 class MagicPIGQuery:
-    """What a step's queries are.
+    """A step's queries and their buckets.
 
     Attributes:
         states: ``[B, Hkv, G, d]``.
@@ -70,60 +70,62 @@ class MagicPIGQuery:
 
 @dataclass(kw_only=True)
 class MagicPIG(TopKMethod):
-    """Attend to the keys that share buckets with the query, each divided by its chance to do so.
+    """Attend to the keys that share hash buckets with the query, weighted by inverse probability.
 
     A key of the prompt is sampled if all ``hash_bits`` bits agree with the query's in at least
-    ``min_collisions`` of ``num_tables`` tables. At an angle t between query and centred key that
-    has the probability ``w = P(X >= min_collisions)``, X being binomial of ``num_tables`` trials
-    at ``(1 - t / pi) ** hash_bits``; the key's logit is lowered by ``log(w + 1e-4)``, which makes
-    the attention over the sample an estimate of attention over everything. Sinks, recents and
-    every token decoded since the prompt are attended to as they are. Each query head samples for
-    itself, whatever ``head_scope`` says.
+    ``min_collisions`` of ``num_tables`` tables. At an angle t between query and centred key, its
+    probability is ``w = P(X >= min_collisions)``, where X is binomial with ``num_tables`` trials of
+    probability ``(1 - t / pi) ** hash_bits``. Subtracting ``log(w + 1e-4)`` from the key's logit
+    makes attention over the sample an estimate of attention over all keys. Sinks, recents and all
+    decoded tokens are attended to with weight 1. Each query head has its own sample, regardless of
+    ``head_scope``.
 
-    What ``k`` means: under ``protocol="native"`` nothing is capped. The sample is as large as the
-    hash tables make it, the prompt's last ``native_local`` tokens are kept at every step, and ``k``
-    plays no part. Under
-    ``protocol="unified"`` a query head may keep ``k`` tokens (``head_scope="query_head"``), or the
-    G heads of a group ``k`` together, the forced ones shared and the rest dealt out equally
-    (``kv_head``, so that a KV head never reads more than ``k``). Where the sample is larger, the
-    tokens with the most collisions are kept, and of those with the fewest kept, c, a uniform draw.
-    The probability then is ``P(X > c) + P(X = c) * drawn / tied``: exact for a threshold c given
-    beforehand, and slightly biased as c comes from the sample. Decoded tokens that exceed the
-    budget are cut, the oldest first.
+    What ``k`` means: under ``protocol="native"`` nothing is capped. The hash tables determine the
+    size of the sample, the prompt's last ``native_local`` tokens are kept at every step, and ``k``
+    has no effect. Under ``protocol="unified"`` a query head may keep ``k`` tokens
+    (``head_scope="query_head"``), or the G heads of a group ``k`` in all, with the forced tokens
+    shared and the rest of the budget divided equally (``kv_head``, so that a KV head never reads
+    more than ``k``). If the sample is larger, the tokens with the most collisions are kept. Let c
+    be the fewest collisions of a kept token: of the tokens with c collisions a uniform draw is
+    kept, and a token's probability becomes ``P(X > c) + P(X = c) * drawn / tied``. That is exact
+    for a threshold c fixed beforehand, and slightly biased since c comes from the sample. Decoded
+    tokens beyond the budget are dropped, the oldest first.
 
     Attributes:
         hash_bits: K, bits of a bucket's number.
-        num_tables: L, hash tables.
-        min_collisions: Tables in which a key must share the query's bucket.
+        num_tables: L, number of hash tables.
+        min_collisions: Number of tables in which a key must share the query's bucket.
         native_local: Last tokens of the prompt that the native protocol keeps, outside ``k``.
-        seed: Of the hyperplanes, and of draws among ties.
+        seed: Seed of the hyperplanes and of draws among ties.
 
     Source:
-        MagicPIG (arXiv:2410.16179), sections 4 and 5. Followed in its released code: keys are
-        centred and queries are not; two collisions; the floor of 1e-4; generated tokens exact and
-        in no table; one set of hyperplanes for all heads and layers, as its server has it (its
-        evaluation draws them per head, for 16 layers at a time). Different: the mean is of all
-        prompt keys, there of those between sinks and local ones; attention reads keys as cached,
-        since centring shifts all logits of a query alike; there is no cap there.
+        MagicPIG (arXiv:2410.16179), sections 4 and 5. As in its released code: keys are centred and
+        queries are not; two collisions; the floor of 1e-4; generated tokens are attended to exactly
+        and are in no table; one set of hyperplanes for all heads and layers, as in its server (its
+        evaluation draws them per head, for 16 layers at a time). Differences: the mean is over all
+        prompt keys, there over those between sinks and local tokens; attention reads keys as
+        cached, since centring shifts all logits of a query by the same amount; there is no cap
+        there.
 
     Compared with the authors' code:
         ``evaluations/RULER/pred/cache_ref.py`` (Infini-AI-Lab/MagicPIG): run on the same tensors
-        with the same hyperplanes and the same mean, the native output agrees to 5e-5, the local
-        tokens being the prompt's last 64 and all decoded tokens kept. Differs: the mean is of all
-        prompt keys, there of those between sinks and local tokens; there is no cap there.
+        with the same hyperplanes and the same mean, the native output agrees to 5e-5, where the
+        prompt's last 64 tokens are local and all decoded tokens are kept. Differences: the mean is
+        over all prompt keys, there over those between sinks and local tokens; there is no cap
+        there.
 
-    The bytes of a step are those of walking the tables: for each query head the two ends of L
-    buckets and the entries of 4 bytes in them, counted as they are walked, or before a step was
-    taken as many as L buckets hold at right angles, ``L n / 2**K``; then the hyperplanes, and the
-    chosen keys once more for their angles. The tables cost 4 L bytes a token, more than half
-    precision keys and values; their ``2**K + 1`` bucket ends each, the same for any
-    length, are in no figure of bytes per token. In each step their sizes go through the host, so
-    it cannot be captured in a CUDA graph.
+    The bytes of a step are those of reading the tables: for each query head both ends of L buckets
+    and the entries in them, of 4 bytes each. Entries are counted as they are read; before any step
+    they are estimated as those of L buckets for keys at right angles, ``L n / 2**K``. To these add
+    the hyperplanes, and a second read of the selected keys for their angles. The tables cost 4 L
+    bytes per token, more than half-precision keys and values; the ``2**K + 1`` bucket ends of each
+    table, independent of the length, are not included in bytes per token. At each step the buckets'
+    sizes are copied to the host, so a step cannot be captured in a CUDA graph.
     """
 
     name: ClassVar[str] = "magicpig"
     history_dependent: ClassVar[bool] = (
-        True  # decoded tokens are kept, and would be sampled if prefilled
+        True  # decoded tokens are always kept; as prompt tokens they would be sampled
     )
     variable_budget: ClassVar[bool] = True
 
@@ -137,7 +139,7 @@ class MagicPIG(TopKMethod):
         for setting in ("hash_bits", "num_tables", "min_collisions"):
             check_whole(setting, getattr(self, setting))
         check_whole("native_local", self.native_local, 0)
-        if self.hash_bits > CODE_BITS - 2:  # a sign, and the code of no token
+        if self.hash_bits > CODE_BITS - 2:  # one bit for the sign, one for the code of no token
             raise ValueError(f"hash_bits must be at most {CODE_BITS - 2}, got {self.hash_bits}.")
         if self.min_collisions > self.num_tables:
             raise ValueError(
@@ -156,16 +158,16 @@ class MagicPIG(TopKMethod):
         buckets = 2**self.hash_bits
         entries = torch.zeros(*shape, prefill.capacity, dtype=torch.int32, device=keys.device)
         first = torch.zeros(*shape, buckets + 1, dtype=torch.int32, device=keys.device)
-        # Where each table's sizes begin, of its buckets and of what is no token.
+        # Offset of each table in the flat counts: its buckets, and one entry for no token.
         tables = torch.arange(self.num_tables, device=keys.device)[:, None] * (buckets + 1)
-        for row in range(batch_size):  # the hashes of a head are many times its keys
+        for row in range(batch_size):  # one head at a time: its hashes are larger than its keys
             for head in range(num_kv_heads):
                 codes = self.codes(keys[row, head].float() - mean[row, head], planes)
-                # What is no token goes behind the last bucket, where no query looks.
+                # Invalid slots go behind the last bucket, which no query reads.
                 codes = codes.masked_fill(~valid[row, 0, :, None], buckets).mT.contiguous()
                 entries[row, head, :, :n] = _order(codes)
-                places = (codes + tables).flatten()
-                sizes = places.bincount(minlength=self.num_tables * (buckets + 1))
+                table_codes = (codes + tables).flatten()
+                sizes = table_codes.bincount(minlength=self.num_tables * (buckets + 1))
                 first[row, head, :, 1:] = sizes.view(-1, buckets + 1)[:, :-1].cumsum(1)
         return MagicPIGIndex(
             entries=entries,
@@ -179,13 +181,13 @@ class MagicPIG(TopKMethod):
         )
 
     def append(self, index: MagicPIGIndex, key_states: Tensor, value_states: Tensor) -> None:
-        index.advance()  # the key is in the cache, which bind shows
+        index.advance()  # the key itself is in the cache, see bind
 
     def bind(self, index: MagicPIGIndex, cache: CacheView) -> None:
         index.key_states = cache.key_states
 
     def codes(self, states: Tensor, planes: Tensor) -> Tensor:
-        """Return the bucket in each table, int16 ``[..., n, L]``, of states ``[..., n, d]``."""
+        """Return the states' bucket in each table: int16 ``[..., n, L]`` for ``[..., n, d]``."""
         rows = states.reshape(-1, 1, *states.shape[-2:])
         words = hash_encode(rows, planes, impl=self.impl_for("hash_encode"))
         codes = words.view(torch.int16)[..., : self.num_tables]
@@ -195,14 +197,14 @@ class MagicPIG(TopKMethod):
         return MagicPIGQuery(query_states, self.codes(query_states, index.planes).long())
 
     def walk(self, encoded: MagicPIGQuery, index: MagicPIGIndex) -> tuple[Tensor, Tensor]:
-        """Read the buckets that the queries are in.
+        """Read the entries of the queries' buckets.
 
         Returns:
-            The slots found, int64 ``[hits]``, and which query found each, int64 ``[hits]`` counted
-            over ``[B, Hkv, G]``.
+            Slots, int64 ``[hits]``, and the query of each, int64 ``[hits]``, as an index into the
+            flattened ``[B, Hkv, G]``.
         """
         batch_size, num_kv_heads, _, num_tables = encoded.codes.shape
-        # The table of each query and hash: [B, Hkv, G, L].
+        # Index of each query's table: [B, Hkv, G, L].
         tables = torch.arange(batch_size * num_kv_heads * num_tables, device=encoded.codes.device)
         tables = tables.view(batch_size, num_kv_heads, 1, num_tables).expand_as(encoded.codes)
         tables, codes = tables.flatten(), encoded.codes.flatten()
@@ -210,8 +212,8 @@ class MagicPIG(TopKMethod):
         size = index.first[tables, codes + 1] - begin
         bucket = torch.arange(len(size), device=size.device).repeat_interleave(size)
         before = size.cumsum(0) - size
-        place = torch.arange(len(bucket), device=size.device) - before[bucket] + begin[bucket]
-        slots = index.entries.flatten(0, 2)[tables[bucket], place].long()
+        entry = torch.arange(len(bucket), device=size.device) - before[bucket] + begin[bucket]
+        slots = index.entries.flatten(0, 2)[tables[bucket], entry].long()
         return slots, bucket // num_tables
 
     def score(self, encoded: MagicPIGQuery, index: MagicPIGIndex) -> Tensor:
@@ -231,56 +233,59 @@ class MagicPIG(TopKMethod):
     def select(
         self, scores: Tensor | None, encoded: MagicPIGQuery, index: MagicPIGIndex, policy: Policy
     ) -> Selection:
-        """Keep what is forced and what collided often enough; ``scores`` are ``[B, Hq, n]``."""
+        """Keep forced tokens and those with enough collisions; ``scores`` are ``[B, Hq, n]``."""
         assert scores is not None
         batch_size, num_heads, n = scores.shape
         group = encoded.states.shape[2]
         start, end = index.row_bounds(batch_size, scores.device)
         slots = torch.arange(n, device=scores.device)
         is_native = policy.protocol == "native"
-        # From here on a row is kept as it is: the end of the prompt, what was decoded since then,
-        # and recents.
+        # The first slot of each row's local tokens, which are all kept: the end of the prompt,
+        # decoded tokens and recents.
         local = self.native_local if is_native else 0
-        exact = torch.minimum(index.prompt_end - local, end - policy.num_recent)
+        local_start = torch.minimum(index.prompt_end - local, end - policy.num_recent)
         if not is_native:
-            exact = torch.maximum(exact, end - (policy.k - policy.num_sink))
+            local_start = torch.maximum(local_start, end - (policy.k - policy.num_sink))
         is_sink = slots < (start + policy.num_sink)[:, None]
         valid = (slots >= start[:, None]) & (slots < end[:, None])
-        forced = (valid & (is_sink | (slots >= exact[:, None])))[:, None]
-        found = (scores >= self.min_collisions) & ~forced & valid[:, None]
+        forced = (valid & (is_sink | (slots >= local_start[:, None])))[:, None]
+        sampled = (scores >= self.min_collisions) & ~forced & valid[:, None]
 
         least = torch.full((batch_size, num_heads), self.min_collisions, device=scores.device)
         share = torch.ones_like(least, dtype=torch.float32)
         if not is_native:
-            room = policy.k - forced.sum(-1)
-            room = room if policy.head_scope == "query_head" else room // group
-            # Whole numbers from the collisions, and a uniform fraction that settles ties.
+            budget = policy.k - forced.sum(-1)
+            budget = budget if policy.head_scope == "query_head" else budget // group
+            # The number of collisions plus a uniform fraction that breaks ties.
             drawn = draw_tokens(self.seed, index.layer, num_heads, n, start, end)
             fraction = torch.bitwise_and(drawn, 2**44 - 1).double() * 2.0**-44
-            ranked = (scores + fraction).where(found, -torch.inf)
+            ranked = (scores + fraction).where(sampled, -torch.inf)
             best = ranked.topk(min(policy.k, n)).values
-            last = best.gather(-1, (room - 1).clamp_min(0).expand(-1, num_heads)[..., None])
-            kept = found & (ranked >= last) & (room > 0)[..., None]
-            tied = found & (scores == last.floor())
-            is_cut = found.sum(-1) > kept.sum(-1)
+            last = best.gather(-1, (budget - 1).clamp_min(0).expand(-1, num_heads)[..., None])
+            kept = sampled & (ranked >= last) & (budget > 0)[..., None]
+            tied = sampled & (scores == last.floor())
+            is_cut = sampled.sum(-1) > kept.sum(-1)
             least = torch.where(is_cut, last[..., 0].floor().clamp_min(0), least)
-            among = (tied & kept).sum(-1) / tied.sum(-1).clamp_min(1)
-            share = torch.where(is_cut, among, share)
-            found = kept
-        chosen = found | forced
+            kept_share = (tied & kept).sum(-1) / tied.sum(-1).clamp_min(1)
+            share = torch.where(is_cut, kept_share, share)
+            sampled = kept
+        chosen = sampled | forced
         width = int(chosen.sum(-1).max())
         indices = slots.where(chosen, n).topk(width, largest=False).values
-        held = indices < n
-        indices = indices.where(held, 0)
-        sampled = held & found.gather(-1, indices)
-        chance = self.probability(self._collision(encoded, index, indices), least, share)
-        log_weight = torch.where(sampled, -torch.log(chance + FLOOR), 0.0)
+        is_token = indices < n
+        indices = indices.where(is_token, 0)
+        is_weighted = is_token & sampled.gather(-1, indices)
+        collision = self._collision_probability(encoded, index, indices)
+        inclusion = self.probability(collision, least, share)
+        log_weight = torch.where(is_weighted, -torch.log(inclusion + FLOOR), 0.0)
         entries = scores.unflatten(1, (-1, group)).sum((2, 3)).long()
-        slots = indices.where(held, -1).to(torch.int32)
+        slots = indices.where(is_token, -1).to(torch.int32)
         return Selection(slots, log_weight=log_weight, scanned=entries)
 
-    def _collision(self, encoded: MagicPIGQuery, index: MagicPIGIndex, slots: Tensor) -> Tensor:
-        """Return each slot's chance to share the query's bucket in one table, ``[B, Hq, m]``."""
+    def _collision_probability(
+        self, encoded: MagicPIGQuery, index: MagicPIGIndex, slots: Tensor
+    ) -> Tensor:
+        """Return each slot's probability to share the query's bucket in a table, ``[B, Hq, m]``."""
         batch_size, num_kv_heads, group, head_dim = encoded.states.shape
         keys = at_slots(index.key_states, slots.view(batch_size, num_kv_heads, -1)).float()
         keys = keys - index.mean.view(batch_size, num_kv_heads, 1, head_dim)
@@ -290,20 +295,20 @@ class MagicPIG(TopKMethod):
         return (1 - torch.acos(cosine) / torch.pi).pow(self.hash_bits).flatten(1, 2)
 
     def probability(self, collision: Tensor, least: Tensor, share: Tensor) -> Tensor:
-        """Return ``P(X > least) + share * P(X = least)`` of a binomial X of ``num_tables`` trials.
+        """Return ``P(X > least) + share * P(X = least)`` for a binomial X of ``num_tables`` trials.
 
         Args:
-            collision: ``[..., m]`` chance of a trial.
-            least: ``[...]`` collisions.
-            share: ``[...]`` how many of those with just ``least`` collisions are drawn, 0 to 1.
+            collision: ``[..., m]`` success probability of a trial.
+            least: ``[...]`` number of collisions.
+            share: ``[...]`` share of tokens with exactly ``least`` collisions that is kept, 0 to 1.
         """
-        # Up to that many hits, not all of num_tables: the rest of the mass is what remains of one.
+        # Sum up to ``least`` hits and subtract from 1, rather than sum up to num_tables.
         hits = torch.arange(int(least.max()) + 1, device=collision.device)
         ways = torch.lgamma(torch.tensor(self.num_tables + 1.0, dtype=torch.double))
         ways = ways - torch.lgamma(hits + 1.0) - torch.lgamma(self.num_tables - hits + 1.0)
-        chance = collision.double()[..., None]
-        tiny = torch.finfo(chance.dtype).tiny  # a logarithm that zero times it is zero
-        hit, miss = chance.clamp_min(tiny).log(), (1 - chance).clamp_min(tiny).log()
+        success = collision.double()[..., None]
+        tiny = torch.finfo(success.dtype).tiny  # keeps logarithms finite, so that 0 * log is 0
+        hit, miss = success.clamp_min(tiny).log(), (1 - success).clamp_min(tiny).log()
         log_mass = ways + hits * hit + (self.num_tables - hits) * miss
         least, share = least[..., None, None], share[..., None, None]
         left_out = torch.where(hits == least, 1 - share, (hits < least).float())
@@ -328,7 +333,7 @@ class MagicPIG(TopKMethod):
 
 @lru_cache(maxsize=8)
 def _normals(seed: int, head_dim: int, num_tables: int, hash_bits: int) -> Tensor:
-    """Draw the normals of hyperplanes, ``[d, L * K]``, and lay them out as the index has them."""
+    """Draw the hyperplanes' normals, ``[d, L * K]``, and pad them to the index's layout."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(head_dim, num_tables * hash_bits, generator=generator)
     drawn = drawn.view(head_dim, num_tables, hash_bits)
@@ -336,7 +341,7 @@ def _normals(seed: int, head_dim: int, num_tables: int, hash_bits: int) -> Tenso
 
 
 def _order(codes: Tensor) -> Tensor:
-    """Return the slots of each table by code, ``[L, n]``, those of one code ascending."""
-    if codes.device.type == "cpu":  # NumPy sorts 16 bits by radix, many times as fast as torch
+    """Return each table's slots sorted by code, ``[L, n]``; slots of one code are ascending."""
+    if codes.device.type == "cpu":  # NumPy's radix sort of 16 bits is many times faster than torch
         return torch.from_numpy(np.argsort(codes.numpy(), axis=1, kind="stable"))
     return codes.sort(dim=1, stable=True).indices

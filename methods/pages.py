@@ -1,4 +1,4 @@
-"""Pages of tokens: where they lie in a row, how many there are, and which are kept.
+"""Pages of consecutive tokens: their slots, their number, and their selection.
 
 Page ``p`` of a row starts at its first token, ``kv_start + p * page_size``, so that a left-padded
 row has the pages of an unpadded one.
@@ -20,14 +20,14 @@ class PagedIndex(Index):
     """An index whose units are pages.
 
     Attributes:
-        page_size: Tokens of a page.
+        page_size: Tokens per page.
     """
 
     page_size: int
 
     @property
     def num_pages(self) -> int:
-        """Pages in use in the longest row, the open one included."""
+        """Pages in use in the longest row, including the one being filled."""
         return -(-self.length // self.page_size)
 
     def page_count(self) -> Tensor | None:
@@ -52,25 +52,25 @@ def page_slots(
     """Return the slots of each row's pages, and which of them hold a token.
 
     Returns:
-        ``[B, pages * page_size]`` each, int64 slots below ``n``, and bool.
+        int64 slots below ``n`` and a bool mask, each ``[B, pages * page_size]``.
     """
     start, end = row_bounds(n, batch_size, device, kv_start, kv_len)
-    places = torch.arange(-(-n // page_size) * page_size, device=device)
-    slots = places + start[:, None].long()
+    positions = torch.arange(-(-n // page_size) * page_size, device=device)
+    slots = positions + start[:, None].long()
     return slots.clamp(max=max(n - 1, 0)), slots < end[:, None]
 
 
 def select_pages(scores: Tensor, index: PagedIndex, policy: Policy, impl: Impl) -> Selection:
     """Keep the ``k // page_size`` best pages, at least one.
 
-    With sinks in the policy the first page is kept, with recents the page being filled; where the
-    budget is one page, the one being filled. Older recents compete like every other token.
+    If the policy has sinks the first page is always kept, if it has recents the page being filled;
+    with a budget of one page it is the page being filled. Older recents compete like other tokens.
 
     Args:
         scores: ``[B, H, pages]``.
-        index: Says how many pages each row has.
+        index: The index, with the number of pages of each row.
         policy: Budget and forced tokens.
-        impl: Of ``topk_select``.
+        impl: Implementation of ``topk_select``.
     """
     budget = pages_kept(policy.k, index.page_size)
     num_recent = min(policy.num_recent, 1)
@@ -81,10 +81,10 @@ def select_pages(scores: Tensor, index: PagedIndex, policy: Policy, impl: Impl) 
 
 
 def pages_kept(k: int, page_size: int) -> int:
-    """Return how many pages a budget of ``k`` tokens buys: whole ones, at least one."""
+    """Return how many whole pages fit into a budget of ``k`` tokens, at least one."""
     return max(1, k // page_size)
 
 
 def page_tokens_read(n: int, k: int, page_size: int) -> int:
-    """Return the most tokens that the pages bought by ``k`` hold, of ``n``."""
+    """Return how many of ``n`` tokens the pages of a budget of ``k`` hold, at most."""
     return n if k >= n else min(pages_kept(k, page_size) * page_size, n)

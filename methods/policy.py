@@ -1,4 +1,4 @@
-"""How much a method may keep, and what every method keeps: the same rules for all of them."""
+"""The budget of a decode step and the tokens that are always kept, the same for every method."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ Protocol = Literal["unified", "native"]
 
 
 def check_whole(name: str, value: object, least: int = 1) -> None:
-    """Refuse a setting that is no whole number, or too small a one.
+    """Check that a setting is a whole number of at least ``least``.
 
     Raises:
-        ValueError: In one sentence, with the setting's name.
+        ValueError: One sentence that names the setting.
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{name} must be a whole number, got {value!r}.")
@@ -34,13 +34,13 @@ class Policy:
         k: Tokens kept per selecting head, sinks and recent ones included.
         num_sink: First tokens of the sequence that are always kept.
         num_recent: Last tokens that are always kept, the current one among them.
-        dense_layers: Layers that attend to everything: how many first ones, which, or a slice as
-            Python writes it, ``"::16"`` for each 16th. None takes the first 2 of a model with 16
-            layers or more, and none of a smaller one.
+        dense_layers: Layers that attend to everything: the number of first layers, a list of
+            indices, or a Python slice such as ``"::16"`` for every 16th. None means the first 2
+            layers if the model has 16 or more, and no layer of a smaller model.
         head_scope: One selection per KV head, shared by its queries, or one per query head.
-        aggregation: How the scores of a KV head's queries become one; ``"native"`` sums the
-            float32 softmax of logits, and sums scores that are not logits.
-        protocol: ``"unified"`` is these values; ``"native"`` puts the method's own in their place.
+        aggregation: How the scores of a KV head's queries are reduced to one; ``"native"`` sums
+            the float32 softmax of logits, and sums scores that are not logits.
+        protocol: ``"unified"`` uses these values; ``"native"`` replaces them by the method's own.
     """
 
     k: int
@@ -63,9 +63,9 @@ class Policy:
                 f"num_sink + num_recent must be at most k={self.k}, got {self.num_sink} + "
                 f"{self.num_recent}; raise k or lower them."
             )
-        _check_word("head_scope", self.head_scope, get_args(HeadScope))
-        _check_word("aggregation", self.aggregation, get_args(Aggregation))
-        _check_word("protocol", self.protocol, get_args(Protocol))
+        _check_choice("head_scope", self.head_scope, get_args(HeadScope))
+        _check_choice("aggregation", self.aggregation, get_args(Aggregation))
+        _check_choice("protocol", self.protocol, get_args(Protocol))
         if isinstance(self.dense_layers, str):
             _slice(self.dense_layers)
         elif isinstance(self.dense_layers, Sequence):  # a list from YAML
@@ -77,7 +77,7 @@ class Policy:
         """Return the indices of the layers that attend to everything.
 
         Raises:
-            ValueError: If a layer is named that the model does not have.
+            ValueError: If the model has no layer of a listed index.
         """
         if self.dense_layers is None:
             return frozenset(range(2 if num_layers >= 16 else 0))
@@ -105,12 +105,11 @@ def aggregate(
 
     Args:
         scores: ``[B, Hkv, G, U]`` float32.
-        rule: A value of ``Policy.aggregation``; ``"native"`` sums the softmax of logits and sums
-            anything else.
+        rule: A value of ``Policy.aggregation``.
         score_kind: ``"logit"`` or ``"count"``.
         scale: The attention's factor on dot products; a softmax is taken of scaled logits.
-        softcap: As in attention, or None.
-        impl: Of ``group_softmax``.
+        softcap: The attention's logit cap, or None.
+        impl: Implementation of ``group_softmax``.
 
     Returns:
         ``[B, Hkv, U]`` float32. An empty row gives zeros under a softmax.
@@ -122,13 +121,13 @@ def aggregate(
     return group_softmax(scores, scale, "sum" if rule == "sum_softmax" else "max", softcap, impl)
 
 
-def _check_word(argument: str, word: str, words: tuple[str, ...]) -> None:
+def _check_choice(argument: str, word: str, words: tuple[str, ...]) -> None:
     if word not in words:
         raise ValueError(f"{argument} must be one of {', '.join(words)}, got {word!r}.")
 
 
 def _slice(text: str) -> slice:
-    """Read a slice as Python writes it."""
+    """Parse a slice in Python's notation."""
     parts = text.split(":")
     try:
         numbers = [int(part) if part.strip() else None for part in parts]

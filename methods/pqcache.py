@@ -1,4 +1,4 @@
-"""PQCache: keys ranked by product-quantised codes, whose codebook is made of each prompt."""
+"""PQCache: keys ranked by product quantisation, with a codebook computed from each prompt."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -18,17 +18,18 @@ from topkbench.methods.base import (
 )
 from topkbench.methods.states import slots_within
 
-# Distances held at once: on a CPU what its second-level cache holds, elsewhere for few launches.
+# Distances computed at once: on a CPU as many as fit its L2 cache, on a GPU enough to need only few
+# kernel launches.
 CPU_BLOCK, BLOCK = 2**18, 2**26
 
 
 @dataclass(kw_only=True)
 class PQCacheIndex(Index):
-    """The keys' codes, and the centroids that they name.
+    """The keys' codes and the codebook.
 
     Attributes:
         key_codes: uint8 ``[B, Hkv, capacity, m]`` nearest centroid of each part of a key.
-        centroids: float32 ``[B, Hkv, m, 2 ** bits, d / m]``, of the prompt.
+        centroids: float32 ``[B, Hkv, m, 2 ** bits, d / m]``, computed from the prompt.
     """
 
     key_codes: Tensor
@@ -37,40 +38,42 @@ class PQCacheIndex(Index):
 
 @dataclass(kw_only=True)
 class PQCache(TopKMethod):
-    """Rank keys by the dot product of the query with the centroids that stand for them.
+    """Rank keys by the dot product of the query with their product-quantised approximations.
 
-    A key is cut into parts, and each part is known by the nearest of ``2 ** bits`` centroids, which
-    k-means finds among the prompt's keys, for each row, KV head and part. A step multiplies the
-    query with the centroids once, and a key's score is the sum of its parts' products. A group's
-    scores are the sum of its queries' softmax of them: under the native protocol over the
-    candidates, which are neither sinks nor recents, under the unified protocol over all tokens.
+    A key is split into parts, and each part is represented by the nearest of ``2 ** bits``
+    centroids, which k-means computes from the prompt's keys for each row, KV head and part. A step
+    multiplies the query with the centroids once, and a key's score is the sum of its parts'
+    products. A group's scores are the sum of its queries' softmax over these: under the native
+    protocol over the tokens that are neither sinks nor recents, under the unified protocol over all
+    tokens.
 
     Attributes:
         parts: Parts of a key, a divisor of ``head_dim``.
-        bits: Of a part's code, at most 8.
-        iterations: Of k-means, always as many.
-        seed: Draws the tokens that k-means starts from.
+        bits: Bits of a part's code, at most 8.
+        iterations: Iterations of k-means, a fixed number.
+        seed: Seed of the draw of k-means' initial centroids.
         sinks: First tokens that the native policy keeps, at most a quarter of ``k``.
-        local_share: Share of ``k`` that is the last tokens, under the native protocol alone.
+        local_share: Share of ``k`` for the last tokens, used under the native protocol only.
 
     Source:
         PQCache (arXiv:2407.12820), section 3, and its code: 2 parts of 6 bits, softmax of the
         approximate logits summed over the group, 32 sinks and half of the budget recent. There
         k-means runs on a CPU for as many iterations as the prefill leaves time for, on all keys
-        but the sinks, and codes are int64; here on all keys of the row, for a fixed number. There
-        the 32 sinks and the current token stand beside the budget. Here, as for every method, they
-        are inside ``k``: sinks take at most a quarter of it, and the current token is the last of
-        the recents. A code is a byte, where packed ones would
-        take ``bits / 8``. Tokens decoded later take the nearest centroid and move none, so building
-        anew with them gives other codes. The centroids, ``4 * 2 ** bits * d`` bytes for a KV head,
-        are the same for any length and in no figure of bytes per token; each step reads them.
+        except the sinks, and codes are int64; here it runs on all keys of the row, for a fixed
+        number of iterations. There the 32 sinks and the current token are additional to the budget.
+        Here, as for every method, they count towards ``k``: sinks take at most a quarter of it, and
+        the current token is the last of the recents. A code takes a byte, where packed codes would
+        take ``bits / 8``. Decoded tokens get the nearest centroid and do not change the centroids,
+        so rebuilding the index with them gives other codes. The centroids, ``4 * 2 ** bits * d``
+        bytes per KV head, are independent of the length and not included in bytes per token; each
+        step reads them.
 
     Compared with the authors' code:
         ``vq_method/retrieval_based/pq_search.py`` (HugoZHL/PQCache): run on the same codes and
-        centroids, the native selection agrees to 0.99 or more in each of 20 draws, ties decided
-        apart (the unified one to 0.61 at least). Differs: sinks and the current token are inside
-        ``k``, there beside it; k-means sees the sinks' keys too, and has a fixed number of
-        iterations.
+        centroids, the native selection agrees to 0.99 or more in each of 20 draws, apart from ties
+        (the unified one to 0.61 at least). Differences: sinks and the current token count towards
+        ``k``, there they are additional; k-means uses the sinks' keys too, and has a fixed number
+        of iterations.
     """
 
     name: ClassVar[str] = "pqcache"
@@ -113,15 +116,15 @@ class PQCache(TopKMethod):
         batch_size, num_kv_heads, n, _ = keys.shape
         start, end = prefill.bounds()
         valid = slots_within(n, start, end)
-        # What is outside the valid range may be anything, also not a number.
+        # Slots outside the valid range may hold anything, including NaN.
         parts = self._split(keys.float().masked_fill(~valid[:, None, :, None], 0))
         states = parts.flatten(0, 2)
-        held = valid[:, None, None].expand(parts.shape[:4]).flatten(0, 2).float()
-        places = self._start(start.long(), end.long()).clamp(max=max(n - 1, 0))
-        chosen = places[:, None, None, :, None].expand(*parts.shape[:3], -1, parts.shape[4])
-        centroids = parts.gather(3, chosen).flatten(0, 2)
+        is_token = valid[:, None, None].expand(parts.shape[:4]).flatten(0, 2).float()
+        initial = self._initial_slots(start.long(), end.long()).clamp(max=max(n - 1, 0))
+        initial = initial[:, None, None, :, None].expand(*parts.shape[:3], -1, parts.shape[4])
+        centroids = parts.gather(3, initial).flatten(0, 2)
         for _ in range(self.iterations):
-            centroids = _lloyd(states, held, centroids)
+            centroids = _lloyd(states, is_token, centroids)
         codes = torch.zeros(
             batch_size, num_kv_heads, prefill.capacity, self.parts,
             dtype=torch.uint8, device=keys.device,
@@ -132,13 +135,14 @@ class PQCache(TopKMethod):
         return PQCacheIndex(key_codes=codes, centroids=centroids, **Index.counts(prefill))
 
     def _split(self, states: Tensor) -> Tensor:
-        """Return ``[B, Hkv, m, n, d / m]`` of ``[B, Hkv, n, d]``."""
+        """Split states ``[B, Hkv, n, d]`` into parts ``[B, Hkv, m, n, d / m]``."""
         return states.unflatten(3, (self.parts, -1)).transpose(2, 3)
 
-    def _start(self, start: Tensor, end: Tensor) -> Tensor:
-        """Return int64 ``[B, 2 ** bits]`` slots to start from: one drawn of each stretch of a row.
+    def _initial_slots(self, start: Tensor, end: Tensor) -> Tensor:
+        """Return int64 ``[B, 2 ** bits]`` slots of the keys that k-means starts from.
 
-        A row with no more tokens than centroids has each of them.
+        One is drawn from each of ``2 ** bits`` equal stretches of a row. A row with no more tokens
+        than centroids uses all its tokens.
         """
         count = 2**self.bits
         generator = torch.Generator().manual_seed(self.seed)
@@ -169,11 +173,11 @@ class PQCache(TopKMethod):
     ) -> Tensor | None:
         assert scores is not None  # code_score always scores
         if policy.protocol == "native":
-            # A row's tokens are the same for all heads: what is absent scores minus infinity.
-            place = (scores[:, :1, :1] != -torch.inf).cumsum(-1)
-            last = place[..., -1:]
-            forced = (place <= policy.num_sink) | (place > last - policy.num_recent)
-            scores = scores.masked_fill(forced, -torch.inf)  # kept whatever they score
+            # Valid tokens are counted by their finite scores, which are the same for all heads.
+            position = (scores[:, :1, :1] != -torch.inf).cumsum(-1)
+            last = position[..., -1:]
+            forced = (position <= policy.num_sink) | (position > last - policy.num_recent)
+            scores = scores.masked_fill(forced, -torch.inf)  # select keeps them in any case
         return super().aggregate_over_group(scores, policy, scale, softcap)
 
     def index_bytes_per_token(self, geometry: Geometry) -> float:
@@ -186,10 +190,11 @@ class PQCache(TopKMethod):
 
 
 def _nearest(states: Tensor, centroids: Tensor) -> Tensor:
-    """Return the nearest of ``[P, C, e]`` centroids to ``[P, n, e]`` states; of equals the lower.
+    """Return the nearest of ``[P, C, e]`` centroids to each of ``[P, n, e]`` states.
 
-    On a CPU argmin looks at one number at a time. Here vectors do the same: what equals the least
-    distance is marked, the marks are weighed by their place, and the first is the least again.
+    Of equal distances the lower centroid is chosen. Equals argmin, which is not vectorised on a
+    CPU: entries equal to the minimum are marked, marks are multiplied by an index that is negative
+    and rises with the position, and the minimum of these is the first mark.
 
     Returns:
         int64 ``[P, n]``.
@@ -197,32 +202,34 @@ def _nearest(states: Tensor, centroids: Tensor) -> Tensor:
     problems, count, _ = centroids.shape
     # |x - c|^2 less |x|^2, which is the same for all centroids.
     norms = centroids.square().sum(2)[:, None]
-    places = torch.arange(1.0 - count, 1.0, device=states.device)
+    negative_index = torch.arange(1.0 - count, 1.0, device=states.device)
     distances = CPU_BLOCK if states.device.type == "cpu" else BLOCK
     size = max(64, distances // max(1, problems * count))
-    # The same memory for all blocks: fresh pages cost as much as the products.
-    room = states.new_empty(problems, min(size, states.shape[1]), count)
-    found = []
+    # One buffer for all blocks, as allocating new pages costs as much as the products.
+    buffer = states.new_empty(problems, min(size, states.shape[1]), count)
+    first_marks = []
     for block in states.split(size, dim=1):
-        distance = room[:, : block.shape[1]]
+        distance = buffer[:, : block.shape[1]]
         torch.baddbmm(norms, block, centroids.mT, alpha=-2, out=distance)
         marks = distance.eq_(distance.amin(2, keepdim=True))
-        found.append(marks.mul_(places).amin(2))
-    return torch.cat(found, dim=1).long() + (count - 1)
+        first_marks.append(marks.mul_(negative_index).amin(2))
+    return torch.cat(first_marks, dim=1).long() + (count - 1)
 
 
-def _lloyd(states: Tensor, held: Tensor, centroids: Tensor) -> Tensor:
-    """Return the means of the states nearest to each centroid; without any it stays.
+def _lloyd(states: Tensor, is_token: Tensor, centroids: Tensor) -> Tensor:
+    """Return each centroid's new position, the mean of its nearest states, after one iteration.
+
+    A centroid without states stays where it is.
 
     Args:
-        states: ``[P, n, e]``, zero where nothing is held.
-        held: ``[P, n]``, 1 for a valid token, else 0.
+        states: ``[P, n, e]``, zeros for invalid tokens.
+        is_token: ``[P, n]``, 1 for a valid token, else 0.
         centroids: ``[P, C, e]``.
     """
     problems, count, _ = centroids.shape
     first = torch.arange(0, problems * count, count, device=states.device)
     nearest = (_nearest(states, centroids) + first[:, None]).flatten()
     sums = torch.zeros_like(centroids).flatten(0, 1).index_add_(0, nearest, states.flatten(0, 1))
-    counts = torch.zeros_like(sums[:, :1]).index_add_(0, nearest, held.view(-1, 1))
+    counts = torch.zeros_like(sums[:, :1]).index_add_(0, nearest, is_token.view(-1, 1))
     means = sums / counts.clamp_min(1)
     return torch.where(counts > 0, means, centroids.flatten(0, 1)).view_as(centroids)

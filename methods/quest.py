@@ -1,4 +1,4 @@
-"""Quest: pages of keys, ranked by an upper bound on the logits inside."""
+"""Quest: pages of keys, ranked by an upper bound on their tokens' logits."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,11 +22,11 @@ from topkbench.methods.pages import PagedIndex, page_slots, page_tokens_read, se
 
 @dataclass(kw_only=True)
 class QuestIndex(PagedIndex):
-    """Channel-wise extremes of each page's keys.
+    """Minimum and maximum of each channel over each page's keys.
 
     Attributes:
-        page_min: ``[B, Hkv, pages, d]`` in the keys' dtype; zeros where a page has no key yet.
-        page_max: The same, largest.
+        page_min: ``[B, Hkv, pages, d]`` in the keys' dtype; zeros for a page without a key.
+        page_max: The same for the maximum.
     """
 
     page_min: Tensor
@@ -35,26 +35,26 @@ class QuestIndex(PagedIndex):
 
 @dataclass(kw_only=True)
 class Quest(TopKMethod):
-    """Keep the ``k // page_size`` pages, at least one, that may hold the largest logits.
+    """Keep the ``k // page_size`` pages, at least one, with the largest bounds on their logits.
 
-    With sinks in the policy the first page is kept, with recents the page being filled; where the
-    budget is one page, the one being filled. Older recents compete like every other token.
+    If the policy has sinks the first page is always kept, if it has recents the page being filled;
+    with a budget of one page it is the page being filled. Older recents compete like other tokens.
 
     Attributes:
-        page_size: Tokens of a page.
+        page_size: Tokens per page.
 
     Source:
-        Quest (arXiv:2406.10774), section 3.3. There the bound ranks pages for each query head,
-        which ``head_scope="query_head"`` does; the unified policy sums it over the group. Followed
-        in its kernels: the page being filled is always attended to. In its accuracy code that page
-        competes, and at least 3 pages are kept, where here a small budget buys fewer.
+        Quest (arXiv:2406.10774), section 3.3. There pages are ranked by the bound for each query
+        head, as here with ``head_scope="query_head"``; the unified policy sums the bound over the
+        group. As in its kernels, the page being filled is always attended to. In its accuracy code
+        that page competes, and at least 3 pages are kept; here a small budget keeps fewer.
 
     Compared with the authors' code:
         ``evaluation/quest_attention.py``, ``kernels/include/decode/decode_attn.cuh``
-        (mit-han-lab/Quest): run on the same tensors the bounds agree. The two codes select
-        differently and agree with each other only to 0.25 to 0.6 at ``k`` of 32 to 64: in the
-        evaluation code the page being filled competes and at least 3 pages are kept, in the kernels
-        it is always attended to, as here.
+        (mit-han-lab/Quest): the bounds agree when run on the same tensors. The authors' two
+        versions select differently and agree with each other only to 0.25 to 0.6 at ``k`` of 32 to
+        64: in the evaluation code the page being filled competes and at least 3 pages are kept; in
+        the kernels that page is always attended to, as here.
     """
 
     name: ClassVar[str] = "quest"
@@ -69,20 +69,22 @@ class Quest(TopKMethod):
         batch_size, num_kv_heads, n, head_dim = keys.shape
         size = self.page_size
         num_pages = -(-n // size)
-        slots, held = page_slots(n, batch_size, size, keys.device, prefill.kv_start, prefill.kv_len)
+        slots, is_token = page_slots(
+            n, batch_size, size, keys.device, prefill.kv_start, prefill.kv_len
+        )
         rows = torch.arange(batch_size, device=keys.device)[:, None]
         # [B, pages * size, Hkv, d], each row shifted to begin at its first token.
         shifted = keys.transpose(1, 2)[rows, slots]
-        held = held[..., None, None]
+        is_token = is_token[..., None, None]
 
         def extreme(fill: float) -> Tensor:
-            pages = shifted.masked_fill(~held, fill).unflatten(1, (num_pages, size))
-            found = pages.amin(2) if fill > 0 else pages.amax(2)
-            # A page without a key keeps zeros: infinity times a zero query would be NaN.
-            found = found.masked_fill(~held.unflatten(1, (num_pages, size)).any(2), 0.0)
-            pages_held = -(-prefill.capacity // size)
-            buffer = keys.new_zeros(batch_size, num_kv_heads, pages_held, head_dim)
-            buffer[:, :, :num_pages] = found.transpose(1, 2)
+            pages = shifted.masked_fill(~is_token, fill).unflatten(1, (num_pages, size))
+            values = pages.amin(2) if fill > 0 else pages.amax(2)
+            # A page without a key has zeros: infinity times a zero query would be NaN.
+            values = values.masked_fill(~is_token.unflatten(1, (num_pages, size)).any(2), 0.0)
+            page_capacity = -(-prefill.capacity // size)
+            buffer = keys.new_zeros(batch_size, num_kv_heads, page_capacity, head_dim)
+            buffer[:, :, :num_pages] = values.transpose(1, 2)
             return buffer
 
         counts = Index.counts(prefill)
@@ -91,10 +93,10 @@ class Quest(TopKMethod):
 
     def append(self, index: QuestIndex, key_states: Tensor, value_states: Tensor) -> None:
         slot = index.advance()
-        place = slot if index.kv_start is None else slot - index.kv_start
+        position = slot if index.kv_start is None else slot - index.kv_start
         key = key_states[:, :, 0]
-        if isinstance(place, int):
-            page, offset = divmod(place, self.page_size)
+        if isinstance(position, int):
+            page, offset = divmod(position, self.page_size)
             if offset == 0:
                 index.page_min[:, :, page] = key
                 index.page_max[:, :, page] = key
@@ -103,12 +105,12 @@ class Quest(TopKMethod):
                 torch.minimum(low, key, out=low)
                 torch.maximum(high, key, out=high)
             return
-        pages = torch.div(place, self.page_size, rounding_mode="floor").long()
-        opens = (place % self.page_size == 0)[:, None, None]
+        pages = torch.div(position, self.page_size, rounding_mode="floor").long()
+        is_first = (position % self.page_size == 0)[:, None, None]
         rows = torch.arange(len(key), device=key.device)
         low, high = index.page_min[rows, :, pages], index.page_max[rows, :, pages]
-        index.page_min[rows, :, pages] = torch.where(opens, key, torch.minimum(low, key))
-        index.page_max[rows, :, pages] = torch.where(opens, key, torch.maximum(high, key))
+        index.page_min[rows, :, pages] = torch.where(is_first, key, torch.minimum(low, key))
+        index.page_max[rows, :, pages] = torch.where(is_first, key, torch.maximum(high, key))
 
     def score(self, encoded: Tensor, index: QuestIndex) -> Tensor:
         used = index.num_pages

@@ -1,4 +1,4 @@
-"""Random selection: the floor that every method must rise above."""
+"""Random selection, the lower baseline that every method should beat."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,11 +12,11 @@ from topkbench.methods.draws import draw_tokens
 
 @dataclass(kw_only=True)
 class RandomIndex(Index):
-    """What a draw depends on beside a token's place.
+    """What a draw depends on besides a token's position.
 
     Attributes:
         layer: Index of the layer.
-        device: Where the selection is wanted.
+        device: Device of the selection.
     """
 
     layer: int
@@ -25,19 +25,19 @@ class RandomIndex(Index):
 
 @dataclass(kw_only=True)
 class RandomSelection(TopKMethod):
-    """Keep sinks, recents and a uniform draw of the other tokens, drawn anew at every step.
+    """Keep sinks, recents and a uniform sample of the other tokens, drawn again at every step.
 
-    A draw depends on the seed, the layer, the head, the token's place in its row and the row's
-    length: not on the batch, the padding, or what was drawn before.
+    A draw depends on the seed, the layer, the head, the token's position in its row and the row's
+    length, but not on the batch, the padding or earlier draws.
 
     Attributes:
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Source:
-        None: the floor of a comparison. A method that does not beat it has found nothing.
+        None: it is a baseline. A method that does not beat it selects no better than chance.
 
     Compared with the authors' code:
-        None to compare with: it is nobody's method.
+        None to compare with: it is not a published method.
     """
 
     name: ClassVar[str] = "random"
@@ -52,7 +52,7 @@ class RandomSelection(TopKMethod):
         index.advance()
 
     def encode(self, query_states: Tensor, index: RandomIndex) -> torch.Size:
-        """Return ``(B, Hkv, G)``: all that the selection needs to know of the queries."""
+        """Return ``(B, Hkv, G)``, all that the selection needs of the queries."""
         return query_states.shape[:3]
 
     def score(self, encoded: torch.Size, index: RandomIndex) -> None:
@@ -65,6 +65,6 @@ class RandomSelection(TopKMethod):
         num_heads = num_kv_heads * (group if policy.head_scope == "query_head" else 1)
         start, end = index.row_bounds(batch_size, index.device)
         drawn = draw_tokens(self.seed, index.layer, num_heads, index.length, start, end) >> 32
-        # int32's lowest value marks a unit that is not there.
+        # int32's lowest value is reserved for missing units.
         drawn = drawn.clamp(min=-(2**31) + 1).to(torch.int32)
         return super().select(drawn, encoded, index, policy)

@@ -1,4 +1,4 @@
-"""SnapKV: the tokens that the prompt's last queries attend to, chosen once."""
+"""SnapKV: the tokens that the prompt's last queries attend to, selected once."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -21,20 +21,20 @@ from topkbench.methods.eviction import Evicting, ascending
 from topkbench.methods.softcap import capped
 
 Pooling = Literal["avg", "max"]
-PROTECTED = 1e6  # above every importance; slots are added to it, exactly below 2**24
+PROTECTED = 1e6  # above every importance; float32 adds slots to it exactly below 2**24
 
 
 @dataclass(kw_only=True)
 class SnapKVIndex(Index):
-    """Which tokens of the prompt matter most.
+    """The importance and ranking of the prompt's tokens.
 
     Attributes:
         importance: float32 ``[B, Hq, capacity]`` pooled attention of the window's queries; None
             once the tokens are ranked.
-        ranked: int64 ``[B, H, m]`` the prompt's slots, best first, -1 where there are no more; None
-            before the first selection.
-        prompt: ``length`` when the index was built: what came since was generated.
-        window: Last tokens of the prompt that are kept whatever their importance.
+        ranked: int64 ``[B, H, m]`` the prompt's slots, best first, padded with -1; None before the
+            first selection.
+        prompt: ``length`` when the index was built; later tokens were generated.
+        window: Last tokens of the prompt, which are kept regardless of importance.
     """
 
     importance: Tensor | None
@@ -43,48 +43,48 @@ class SnapKVIndex(Index):
     window: int
 
     def renumber(self, kept: Tensor, capacity: int) -> None:
-        assert self.ranked is not None  # something was selected, and is now kept
+        assert self.ranked is not None  # only a selection leads to compaction
         generated = min(self.length - self.prompt, kept.shape[2])
-        there = kept.long().masked_fill(kept < 0, torch.iinfo(torch.int64).max)
-        place = torch.searchsorted(there, self.ranked.clamp(min=0))
-        place = place.clamp(max=kept.shape[2] - 1)
-        found = (there.gather(2, place) == self.ranked) & (self.ranked >= 0)
-        self.ranked = place.masked_fill(~found, -1)
+        old_slots = kept.long().masked_fill(kept < 0, torch.iinfo(torch.int64).max)
+        new_slots = torch.searchsorted(old_slots, self.ranked.clamp(min=0))
+        new_slots = new_slots.clamp(max=kept.shape[2] - 1)
+        is_kept = (old_slots.gather(2, new_slots) == self.ranked) & (self.ranked >= 0)
+        self.ranked = new_slots.masked_fill(~is_kept, -1)
         super().renumber(kept, capacity)
         self.prompt = self.length - generated
 
 
 @dataclass(kw_only=True)
 class SnapKV(Evicting):
-    """Keep the prompt tokens that its last queries attend to, those queries, and what follows.
+    """Keep the prompt tokens that the prompt's last queries attend to, and generated tokens.
 
-    When the prompt is read, each head sums the attention of the last ``window`` queries on every
-    earlier token and pools the sums along the sequence, so that neighbours of a peak are kept
-    too. Of the prompt stay the policy's sinks, the window, and the tokens with the largest pooled
-    sums; nothing is chosen again while decoding.
+    At prefill, each head sums the attention of the last ``window`` queries on every earlier token
+    and pools the sums along the sequence, so that a peak's neighbours are kept too. Kept of the
+    prompt are the policy's sinks, the window, and the tokens with the largest pooled sums. Prompt
+    tokens are not ranked again during decoding.
 
-    What ``k`` counts: under the unified protocol everything, as for every method. Each generated
-    token takes the place of the prompt's least important one, at last those of the window and of
-    older generated ones; sinks stay. Under the native protocol ``k`` is the paper's C, tokens kept
-    of the prompt, and everything generated is kept beside them. Tokens of a question that is
-    decoded (``question=sparse``) are generated ones.
+    What ``k`` counts: under the unified protocol all tokens, as for every method. Each generated
+    token replaces the least important remaining prompt token, then those of the window, then older
+    generated ones; sinks stay. Under the native protocol ``k`` is the paper's C, the tokens kept of
+    the prompt, and all generated tokens are kept in addition. The tokens of a question that is
+    decoded (``question=sparse``) count as generated.
 
     Attributes:
         window: Queries at the prompt's end that vote, at most 64; all of a shorter prompt.
-        kernel: Tokens that are pooled, odd.
+        kernel: Width of the pooling kernel in tokens, odd.
         pooling: ``"max"`` or ``"avg"``.
 
     Source:
-        SnapKV (arXiv:2404.14469), section 4; window 32, kernel 7, max pooling as the released
-        LongBench configurations (defaults of the released class: 64, 5, avg). It repeats the keys
-        and selects per query head, as ``head_scope="query_head"`` does; for one selection per KV
-        head the pooled sums are summed over the group. Attention has the layer's own scale and
-        softcap, there the root of head_dim and none.
+        SnapKV (arXiv:2404.14469), section 4; window 32, kernel 7 and max pooling as in the released
+        LongBench configurations (defaults of the released class: 64, 5, avg). The released code
+        repeats the keys and selects per query head, as ``head_scope="query_head"`` does; for one
+        selection per KV head the pooled sums are summed over the group. Attention is computed with
+        the layer's own scale and softcap; there with the root of head_dim and no cap.
 
     Compared with the authors' code:
-        ``snapkv/monkeypatch/snapkv_utils.py`` (FasterDecoding/SnapKV): run on the same tensors it
-        agrees, one selection per query head. Differs: under ``head_scope="kv_head"`` the group's
-        pooled sums are summed, which that code does not have.
+        ``snapkv/monkeypatch/snapkv_utils.py`` (FasterDecoding/SnapKV): results agree when run on
+        the same tensors with one selection per query head. Difference: ``head_scope="kv_head"``,
+        where the group's pooled sums are summed, does not exist there.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -118,12 +118,12 @@ class SnapKV(Evicting):
         scale = prefill.logit_scale
         start, end = prefill.bounds()
         slots = torch.arange(n, device=keys.device)
-        asking = end[:, None] - window + torch.arange(window, device=keys.device)  # [B, w]
-        seen = (slots <= asking[..., None]) & (slots >= start[:, None, None])
+        query_slots = end[:, None] - window + torch.arange(window, device=keys.device)  # [B, w]
+        visible = (slots <= query_slots[..., None]) & (slots >= start[:, None, None])
         grouped = queries.unflatten(1, (keys.shape[1], -1))
         logits = capped(grouped @ keys.float().mT[:, :, None] * scale, prefill.softcap)
-        weights = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
-        # A query before a row's first token sees nothing, and has no vote.
+        weights = logits.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1)
+        # A query before a row's first token attends to nothing: its softmax is NaN, its vote zero.
         votes = weights.nan_to_num(0.0).sum(3).flatten(1, 2)
         votes = votes.masked_fill((slots >= end[:, None] - window)[:, None], 0.0)
         half = self.kernel // 2
@@ -158,7 +158,7 @@ class SnapKV(Evicting):
         return Selection(ascending(torch.cat([ranked, newest], 2)))
 
     def _rank(self, index: SnapKVIndex, policy: Policy, num_kv_heads: int) -> Tensor:
-        """Return the prompt's ``k`` best slots, best first: sinks, the window, the others."""
+        """Return the prompt's ``k`` best slots: sinks, then the window, then by importance."""
         assert index.importance is not None
         n = index.prompt
         importance = index.importance[:, :, :n]
@@ -167,7 +167,7 @@ class SnapKV(Evicting):
             largest = policy.aggregation == "max_softmax"
             importance = grouped.amax(2) if largest else grouped.sum(2)
         start, end = index.row_bounds(len(importance), importance.device)
-        # Rows end where the prompt did, before what was generated.
+        # The end of each row's prompt, before the generated tokens.
         start, end = start[:, None, None], end[:, None, None] - (index.length - n)
         slots = torch.arange(n, device=importance.device)
         protected = slots >= end - max(index.window, policy.num_recent)
@@ -181,5 +181,5 @@ class SnapKV(Evicting):
         return 4.0 * geometry.num_heads
 
     def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
-        # The importance is read once, at the first step; later ones read what was chosen.
+        # The importance is read once, at the first step; later steps read the kept tokens only.
         return kv_bytes(geometry, min(k, n)) + self.moved_bytes(geometry, n, k)

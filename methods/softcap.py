@@ -1,12 +1,12 @@
-"""Capped logits, as some models have them."""
+"""Logit softcapping, as in Gemma 2."""
 
 import torch
 from torch import Tensor
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """Return ``softcap * tanh(logits / softcap)``, or the logits where there is no cap.
+    """Return ``softcap * tanh(logits / softcap)``, or the logits if there is no cap.
 
-    Logits of no token, minus infinity, are to be set afterwards: the cap makes them finite.
+    Mask invalid tokens with minus infinity afterwards, as the cap would make it finite.
     """
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -1,4 +1,4 @@
-"""SparQ: keys ranked by the few channels in which the query is largest, the rest by its mean."""
+"""SparQ: keys ranked by the query's largest channels; the mean value stands for the rest."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -23,37 +23,38 @@ from topkbench.methods.base import (
 
 @dataclass(kw_only=True)
 class SparQIndex(Index):
-    """The keys once more, channel by channel, and the sum of the values.
+    """A channel-major copy of the keys, and the sum of the values.
 
     Attributes:
         channel_keys: ``[B, Hkv, d, capacity]`` in the keys' dtype, so that a few channels of all
-            tokens are read without the others.
+            tokens can be read without the others.
         value_sum: float32 ``[B, Hkv, d]`` over the valid tokens.
         scale: The attention's factor on dot products.
-        softcap: As in attention, or None.
-        taken_back: Tokens that were taken back and come again: their values are in the sum.
+        softcap: The attention's logit cap, or None.
+        undone: Tokens removed by ``undo_append`` and not appended again yet; their values are still
+            in the sum.
     """
 
     channel_keys: Tensor
     value_sum: Tensor
     scale: float
     softcap: float | None
-    taken_back: int = 0
+    undone: int = 0
 
     def undo_append(self) -> None:
         super().undo_append()
-        self.taken_back += 1
+        self.undone += 1
 
 
 @dataclass
 class SparQQuery:
-    """A step's queries in the channels that were chosen for it.
+    """A step's queries in the channels selected for it.
 
     Attributes:
-        query: float32 ``[B, Hkv, G, r]``, so large that a dot product over the channels stands for
-            the whole one.
+        query: ``[B, Hkv, G, r]``, scaled up so that a dot product over these channels approximates
+            the full one.
         channels: int64 ``[B, Hkv, r]``.
-        scores: float32 ``[B, Hkv, G, n]`` as ``score`` left them.
+        scores: float32 ``[B, Hkv, G, n]``, set by ``score``.
     """
 
     query: Tensor
@@ -65,31 +66,33 @@ class SparQQuery:
 class SparQ(TopKMethod):
     """Rank keys by the ``rank`` channels in which the group's queries are largest.
 
-    The channels are those of the largest ``sum over the group of |q|``, chosen anew at each step.
-    A dot product over them stands for a whole one, divided by ``sqrt(d |q_r|_1 / |q|_1)`` where
-    attention divides by ``sqrt(d)``. What the chosen tokens lack of the softmax of these
-    approximate logits, over all tokens, goes to the mean of all cached values: with alpha the share
-    of the chosen ones the output is ``alpha * attention + (1 - alpha) * mean value``.
+    These are the channels with the largest ``sum over the group of |q|``, selected again at each
+    step. A dot product over them approximates the full one; it is divided by
+    ``sqrt(d |q_r|_1 / |q|_1)`` where attention divides by ``sqrt(d)``. Let alpha be the selected
+    tokens' share of the softmax of these approximate logits over all tokens. The output is
+    ``alpha * attention + (1 - alpha) * mean value``, with the mean over all cached values.
 
     Attributes:
         rank: Channels scored; None for a quarter of ``head_dim``.
-        mean_value: Give the missing share to the mean value; without it, attention's output stands.
-        local_share: Share of ``k`` that is the last tokens, under the native protocol alone: there
-            it takes the place of ``num_recent``, which is a number of tokens.
+        mean_value: Add the mean value with the weight that the selected tokens lack; if False, the
+            output is that of attention over the selected tokens.
+        local_share: Share of ``k`` for the last tokens, used under the native protocol only, where
+            it replaces ``num_recent``.
 
     Source:
-        SparQ Attention (arXiv:2312.04985), section 3 and algorithm 1. As in the released code,
-        queries of a group choose channels together and, natively, tokens by the plain sum of their
+        SparQ Attention (arXiv:2312.04985), section 3 and algorithm 1. As in the released code, the
+        queries of a group select channels together and, natively, tokens by the plain sum of their
         approximate logits; the unified policy sums their softmax. In that code the current token is
-        beside the budget and the window of ``k / 4`` inside it; here both are inside, the current
-        token being the last of the window. The mean is over all cached values, the chosen ones too.
-        Side information is a second copy of the keys, ``d`` values a token, channel by channel:
-        rows of whole keys would be read almost whole for a few channels. The mean is kept as one
-        float32 sum for each KV head.
+        additional to the budget, and the window of ``k / 4`` counts towards it; here both count
+        towards it, the current token being the last of the window. The mean is over all cached
+        values, including the selected ones. Side information is a second, channel-major copy of
+        the keys, ``d`` values per token: from the row-major keys a few channels could not be read
+        without reading almost everything. The mean is kept as one float32 sum per KV head.
 
     Compared with the authors' code:
-        ``llminference/methods/ann_attention.py`` (graphcore-research/llm-inference-research): run
-        on the same tensors it agrees. Differs: the current token is inside ``k``, there beside it.
+        ``llminference/methods/ann_attention.py`` (graphcore-research/llm-inference-research):
+        results agree when run on the same tensors. Difference: the current token counts towards
+        ``k``, there it is additional.
     """
 
     name: ClassVar[str] = "sparq"
@@ -138,8 +141,8 @@ class SparQ(TopKMethod):
     def append(self, index: SparQIndex, key_states: Tensor, value_states: Tensor) -> None:
         slot = index.advance()
         index.put(index.channel_keys.mT, slot, key_states[:, :, 0])
-        if index.taken_back:
-            index.taken_back -= 1
+        if index.undone:
+            index.undone -= 1
         else:
             index.value_sum += value_states[:, :, 0]
 
@@ -149,12 +152,12 @@ class SparQ(TopKMethod):
         channels = size.sum(2).topk(rank, dim=-1).indices
         shared = channels[:, :, None].expand(-1, -1, size.shape[2], -1)
         covered = size.gather(3, shared).sum(3, keepdim=True)
-        # 1 / sqrt(|q_r|_1 / |q|_1), taken into the few channels of the query instead of the scores
-        # of all tokens; a query of zeros has zeros for scores anyhow.
+        # The factor 1 / sqrt(|q_r|_1 / |q|_1) is applied to the query's few channels instead of all
+        # tokens' scores; a query of zeros scores zero in any case.
         tiny = torch.finfo(torch.float32).tiny
-        temper = (size.sum(3, keepdim=True) / covered.clamp_min(tiny)).sqrt()
-        tempered = (query_states.gather(3, shared) * temper).to(query_states.dtype)
-        return SparQQuery(tempered, channels)
+        factor = (size.sum(3, keepdim=True) / covered.clamp_min(tiny)).sqrt()
+        scaled = (query_states.gather(3, shared) * factor).to(query_states.dtype)
+        return SparQQuery(scaled, channels)
 
     def score(self, encoded: SparQQuery, index: SparQIndex) -> Tensor:
         keys = index.channel_keys[..., : index.length]
@@ -172,19 +175,19 @@ class SparQ(TopKMethod):
         return selection
 
     def _remainder(self, indices: Tensor, encoded: SparQQuery, index: SparQIndex) -> Remainder:
-        """Return the mean value, and what the chosen tokens lack of the approximate softmax."""
-        assert encoded.scores is not None  # select comes after score
+        """Return the mean value and its weight: the softmax mass of the tokens not selected."""
+        assert encoded.scores is not None  # score runs before select
         batch_size, num_kv_heads, group, _ = encoded.scores.shape
-        alone = encoded.scores.flatten(1, 2)[:, :, None]  # each query a group of its own
+        per_query = encoded.scores.flatten(1, 2)[:, :, None]  # each query is a group of one
         impl = self.impl_for("group_softmax")
-        weights = group_softmax(alone, index.scale, softcap=index.softcap, impl=impl)
+        weights = group_softmax(per_query, index.scale, softcap=index.softcap, impl=impl)
         chosen = indices.long().unflatten(1, (num_kv_heads, -1)).expand(-1, -1, group, -1)
-        # A short row names its first token again; an empty one has no weights.
+        # Padding repeats the row's first selected token; an empty row has no weights.
         chosen = torch.where(chosen < 0, chosen[..., :1].clamp_min(0), chosen)
-        lacking = weights.scatter_(2, chosen.flatten(1, 2), 0).sum(2)
+        remaining = weights.scatter_(2, chosen.flatten(1, 2), 0).sum(2)
         start, end = index.row_bounds(batch_size, weights.device)
         mean = index.value_sum / (end - start)[:, None, None]
-        return Remainder(mean, lacking.clamp(max=1))
+        return Remainder(mean, remaining.clamp(max=1))
 
     def index_bytes_per_token(self, geometry: Geometry) -> float:
         return float(geometry.num_kv_heads * geometry.head_dim * geometry.dtype_bytes)

@@ -1,4 +1,4 @@
-"""SpAtten: tokens and heads that got little so far are pruned, for good and in all later layers."""
+"""SpAtten: cascade pruning of the tokens and heads that mattered least so far."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -26,15 +26,15 @@ from topkbench.methods.states import at_slots
 
 @dataclass
 class Cascade:
-    """What the layers of one cache share.
+    """State shared by the layers of one cache.
 
     Attributes:
-        importance: float32 ``[B, 1, capacity]`` attention that each token got so far, from all
+        importance: float32 ``[B, 1, capacity]`` attention that each token received so far, from all
             queries of all heads and layers.
         head_importance: float32 ``[B, Hq]`` sum of each head's absolute outputs so far.
         layer: The layer that selected last; -1 before any.
-        tokens: bool ``[B, 1, capacity]`` what that layer kept.
-        heads: bool ``[B, Hq]`` the heads that it kept.
+        tokens: bool ``[B, 1, capacity]`` tokens that this layer kept.
+        heads: bool ``[B, Hq]`` heads that this layer kept.
     """
 
     importance: Tensor
@@ -44,25 +44,25 @@ class Cascade:
     heads: Tensor
 
     def grow(self, capacity: int) -> None:
-        """Make room for more slots, once for all layers."""
-        missing = (0, capacity - self.importance.shape[2])
-        self.importance, self.tokens = pad(self.importance, missing), pad(self.tokens, missing)
+        """Pad to a larger capacity; called once for all layers."""
+        padding = (0, capacity - self.importance.shape[2])
+        self.importance, self.tokens = pad(self.importance, padding), pad(self.tokens, padding)
 
 
 @dataclass(kw_only=True)
 class SpAttenIndex(Index):
-    """One layer's part in the cascade.
+    """One layer's part of the cascade.
 
     Attributes:
-        cascade: What the layers share.
-        importance: The cascade's, ``[B, 1, capacity]``.
+        cascade: The state shared by the layers.
+        importance: The cascade's importance, ``[B, 1, capacity]``, the same tensor.
         pruned: bool ``[B, 1, capacity]`` tokens that this layer dropped at some step.
-        pruned_heads: bool ``[B, Hq]``.
-        depth: Where the layer is, 0 for the first to 1 for the last.
+        pruned_heads: bool ``[B, Hq]`` heads that this layer dropped at some step.
+        depth: Relative depth of the layer, 0 for the first to 1 for the last.
         layer: Index of the layer.
         num_kv_heads: KV heads of the layer.
-        codes: uint8 ``[B, Hkv, capacity, d / 2]`` the keys in 4 bits, as ``quantise`` packs them;
-            None where whole keys alone are attended with.
+        codes: uint8 ``[B, Hkv, capacity, d / 2]`` 4-bit keys, packed by ``quantise``; None without
+            ``requantise_below``.
         ranges: float16 ``[B, Hkv, capacity, 2]`` their lowest channel and step; None likewise.
     """
 
@@ -80,17 +80,17 @@ class SpAttenIndex(Index):
         if self.cascade.importance.shape[2] < capacity:
             self.cascade.grow(capacity)
         super().grow(capacity)
-        self.importance = self.cascade.importance  # the layers' own, not a copy of it
+        self.importance = self.cascade.importance  # the shared tensor, not a padded copy
 
 
 @dataclass
 class RoundedSelection(Selection):
-    """Tokens whose keys in 4 bits are attended with first.
+    """A selection to attend to with 4-bit keys first.
 
     Attributes:
-        codes: uint8 ``[B, Hkv, capacity, d / 2]`` the keys of all tokens in 4 bits.
+        codes: uint8 ``[B, Hkv, capacity, d / 2]`` the 4-bit keys of all tokens.
         ranges: float16 ``[B, Hkv, capacity, 2]``.
-        probabilities: float32 ``[B, Hq, m]`` the softmax that attention took; None before it did.
+        probabilities: float32 ``[B, Hq, m]`` attention's softmax, set by ``attend``.
     """
 
     codes: Tensor = field(kw_only=True)
@@ -100,42 +100,44 @@ class RoundedSelection(Selection):
 
 @dataclass(kw_only=True)
 class SpAtten(TopKMethod):
-    """Keep the tokens with the most attention so far; what a layer drops, no later one sees again.
+    """Keep the tokens with the most attention so far; dropped tokens never return.
 
-    A token's importance is the attention that it got from all queries of the prompt and of the
-    decoded steps, summed over heads and over all layers up to now. All heads of a layer keep the
-    same tokens, out of those that the layer before kept in this step and that this layer has never
-    dropped; so the kept sets are nested over layers, and what is dropped does not come back. A
-    head's importance is the sum of its absolute outputs; pruned heads give zeros, nested likewise.
+    A token's importance is the attention that it received from all queries of the prompt and of the
+    decoded steps, summed over heads and over the layers so far. All heads of a layer keep the same
+    tokens. They are chosen among those that the previous layer kept in this step and that this
+    layer has never dropped, so the kept sets are nested over layers, and dropped tokens do not
+    return. A head's importance is the sum of its absolute outputs; pruned heads output zeros, and
+    the sets of kept heads are nested in the same way.
 
     Attributes:
         last_keep: Share of ``k`` that the last layer keeps, above 0 and at most 1; the first keeps
-            ``k``, those between fall on a line. Sinks and recents stay everywhere.
-        last_heads: Share of the heads that the last layer keeps, on a line from all of them.
-        requantise_below: Attend with keys in 4 bits, and anew with whole keys where a head's
-            largest probability is below this; None attends with whole keys alone. The keys in 4
-            bits are kept beside the cache, ``d / 2 + 4`` bytes each.
+            ``k``, with linear interpolation between. Sinks and recents are kept in every layer.
+        last_heads: Share of the heads that the last layer keeps; the first keeps all, with linear
+            interpolation between.
+        requantise_below: Attend with 4-bit keys, and again with full-precision keys where a head's
+            largest probability is below this; None attends with full-precision keys only. The
+            4-bit keys are kept beside the cache, ``d / 2 + 4`` bytes each.
 
     Source:
-        SpAtten (arXiv:2012.09852), sections 3.1, 3.2 and 3.4. Followed: cascade token and head
+        SpAtten (arXiv:2012.09852), sections 3.1, 3.2 and 3.4. Implemented: cascade token and head
         pruning, importance shared by layers, heads and steps, progressive quantisation by the
-        largest probability. Not followed: local value pruning (it saves a value's read and
-        no key's); ratios tuned for each task, of which these two lines stand in place, by default
-        flat, so that ``k`` means the same as elsewhere; 12-bit fixed point, whose high bits are
-        here 4 between each token's lowest and highest channel, and whose low bits the cached keys
-        themselves. The layers that the policy keeps dense take no part. The
-        released ``spatten_llm`` is another method (raw logits of the last forward, no cascade, no
-        heads, no quantisation) and is not followed.
+        largest probability. Not implemented: local value pruning (it saves reading a value but no
+        key); ratios tuned for each task, which ``last_keep`` and ``last_heads`` replace, by default
+        the same in all layers, so that ``k`` means the same as elsewhere; 12-bit fixed point, for
+        whose high bits 4 bits between each token's lowest and highest channel are used here, and
+        for whose low bits the cached keys themselves. Layers that the policy keeps dense do not
+        take part. The released ``spatten_llm`` is another method (raw logits of the last forward,
+        no cascade, no heads, no quantisation) and is not followed.
 
     Compared with the authors' code:
         None to compare with: the released ``spatten_llm`` (mit-han-lab/spatten-llm) is another
         method, and the other code is of a hardware simulator. Written from the paper.
 
-    Charged: importance and the pruned marks of all tokens in each layer, and the chosen keys a
-    second time for the probabilities that importance adds up. With ``requantise_below`` attending
-    leaves these behind: read are the chosen keys in 4 bits, their values, and the whole keys of
-    each KV head of which a query head was not sure, counted at every step. Where nothing was
-    counted, all are taken to be read.
+    The bytes counted are the importance and the pruned flags of all tokens in each layer, and a
+    second read of the selected keys to compute the probabilities that are added to importance. With
+    ``requantise_below`` attention itself yields these, and the reads are the selected 4-bit keys,
+    their values, and the full-precision keys of each KV head with a query head below the threshold,
+    counted at every step. Where nothing was counted, all are assumed to be read.
     """
 
     name: ClassVar[str] = "spatten"
@@ -183,7 +185,7 @@ class SpAtten(TopKMethod):
         cascade: Cascade = prefill.shared["cascade"]
         if cascade.importance.device != keys.device:
             raise ValueError(
-                "spatten's layers must be on one device, since they share what tokens are worth, "
+                "spatten's layers must be on one device, since they share the tokens' importance, "
                 f"got {cascade.importance.device} and {keys.device}."
             )
         cascade.importance[:, 0, : prefill.n] += sums.sum(1)
@@ -198,8 +200,8 @@ class SpAtten(TopKMethod):
             **Index.counts(prefill),
         )
         if self.requantise_below is not None:
-            room = (0, 0, 0, prefill.capacity - prefill.n)
-            index.codes, index.ranges = (pad(one, room) for one in quantise(keys))
+            padding = (0, 0, 0, prefill.capacity - prefill.n)
+            index.codes, index.ranges = (pad(one, padding) for one in quantise(keys))
         return index
 
     def append(self, index: SpAttenIndex, key_states: Tensor, value_states: Tensor) -> None:
@@ -221,13 +223,13 @@ class SpAtten(TopKMethod):
             cascade.heads = torch.ones_like(cascade.heads)
         cascade.layer = index.layer
         start, end = index.row_bounds(len(encoded), encoded.device)
-        is_short = (end - start <= policy.k)[:, None]  # such a row is kept whole
+        is_short = (end - start <= policy.k)[:, None]  # rows of which every token is kept
 
         keep = round(policy.k * (1 - index.depth * (1 - self.last_keep)))
         keep = max(keep, policy.num_sink + policy.num_recent, 1)
-        left = (cascade.tokens & ~index.pruned)[..., :n]
+        candidates = (cascade.tokens & ~index.pruned)[..., :n]
         kept = topk_select(
-            index.importance[..., :n].masked_fill(~left, -torch.inf),
+            index.importance[..., :n].masked_fill(~candidates, -torch.inf),
             keep,
             policy.num_sink,
             policy.num_recent,
@@ -235,11 +237,13 @@ class SpAtten(TopKMethod):
             index.kv_len,
             impl=self.impl_for("topk_select"),
         )
-        tokens = torch.zeros(*left.shape[:2], n + 1, dtype=torch.bool, device=left.device)
+        tokens = torch.zeros(
+            *candidates.shape[:2], n + 1, dtype=torch.bool, device=candidates.device
+        )
         tokens.scatter_(-1, kept.long().where(kept >= 0, n), True)
         cascade.tokens = torch.zeros_like(cascade.tokens)
         cascade.tokens[..., :n] = tokens[..., :n] | is_short[..., None]
-        slots = torch.arange(n, device=left.device)
+        slots = torch.arange(n, device=candidates.device)
         index.pruned[..., :n] |= ~cascade.tokens[..., :n] & (slots < end[:, None, None])
 
         indices = kept.expand(-1, index.num_kv_heads, -1).contiguous()
@@ -251,7 +255,7 @@ class SpAtten(TopKMethod):
         ranked = cascade.head_importance.masked_fill(~alive, -torch.inf)
         best = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :heads]
         chosen = torch.zeros_like(alive).scatter_(-1, best, True) & alive
-        # Before a first step no head has an output, and none is less than the others.
+        # Before the first step no head has an output, so none is pruned.
         is_new = cascade.head_importance.amax(-1, keepdim=True) == 0
         cascade.heads = torch.where(is_short | is_new, alive, chosen)
         index.pruned_heads |= ~cascade.heads
@@ -260,7 +264,7 @@ class SpAtten(TopKMethod):
     def _selection(
         self, indices: Tensor, index: SpAttenIndex, head_weight: Tensor | None = None
     ) -> Selection:
-        """Return what shall be attended to, with the keys in 4 bits where there are any."""
+        """Return the selection, with the 4-bit keys if the index has them."""
         if index.codes is None or index.ranges is None:
             return Selection(indices, head_weight=head_weight)
         return RoundedSelection(
@@ -287,15 +291,15 @@ class SpAtten(TopKMethod):
         unsure = logits.softmax(-1).amax(-1) < self.requantise_below
         if selection.head_weight is not None:
             unsure &= selection.head_weight > 0
-        # A row that is kept whole equals full attention, as it would alone.
+        # A row with every token selected must equal full attention, so it uses exact keys.
         start, end = cache.bounds()
-        is_whole = (slots >= 0).sum(-1) == (end - start)[:, None]
-        unsure |= is_whole.repeat_interleave(group, 1)
+        has_all = (slots >= 0).sum(-1) == (end - start)[:, None]
+        unsure |= has_all.repeat_interleave(group, 1)
         fetched = unsure.unflatten(1, (-1, group)).any(2)
-        # One token stands in where nothing is fetched, so that nobody waits to know the heads.
+        # Heads that fetch nothing read slot 0, which avoids waiting for the GPU to learn which.
         keys = at_slots(cache.key_states, slots.where(fetched[..., None], 0))
-        whole = logits_of(query_states, keys, slots, scale, softcap)
-        logits = whole.where(unsure[..., None], logits)
+        exact = logits_of(query_states, keys, slots, scale, softcap)
+        logits = exact.where(unsure[..., None], logits)
         selection.scanned = (slots >= 0).sum(-1) * fetched
         selection.probabilities = logits.softmax(-1)
         values = at_slots(cache.value_states, slots).float()
@@ -318,18 +322,18 @@ class SpAtten(TopKMethod):
         assert selection is not None
         if isinstance(selection, RoundedSelection):
             assert selection.probabilities is not None
-            found = selection.probabilities
+            probabilities = selection.probabilities
         else:
             assert result.lse is not None
             slots = selection.indices.long()
             keys = at_slots(cache.key_states, slots)
             logits = logits_of(query_states, keys, slots, scale, softcap)
-            found = (logits - result.lse[..., None]).exp()
+            probabilities = (logits - result.lse[..., None]).exp()
         if selection.head_weight is not None:
-            found = found * selection.head_weight[..., None]
-        got = found.unflatten(1, (selection.indices.shape[1], -1)).sum(2).flatten(1)
+            probabilities = probabilities * selection.head_weight[..., None]
+        per_token = probabilities.unflatten(1, (selection.indices.shape[1], -1)).sum(2).flatten(1)
         slots = selection.indices.long().clamp_min(0).flatten(1)
-        index.importance[:, 0].scatter_add_(1, slots, got)
+        index.importance[:, 0].scatter_add_(1, slots, per_token)
         index.cascade.head_importance += result.out.float().abs().sum(-1)
 
     def index_bytes_per_token(self, geometry: Geometry) -> float:
@@ -348,7 +352,7 @@ class SpAtten(TopKMethod):
         )
 
     def _rounded_bytes(self, geometry: Geometry) -> int:
-        """Return the bytes of one token's keys in 4 bits, of all KV heads."""
+        """Return the bytes of one token's 4-bit keys, over all KV heads."""
         if self.requantise_below is None:
             return 0
         return geometry.num_kv_heads * bytes_per_token(geometry.head_dim)
@@ -357,17 +361,17 @@ class SpAtten(TopKMethod):
 def logits_of(
     query_states: Tensor, keys: Tensor, slots: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
-    """Return the logits that attention takes the softmax of.
+    """Return attention's logits before the softmax.
 
     Args:
         query_states: ``[B, Hkv, G, d]``.
         keys: ``[B, Hkv, m, d]``.
-        slots: ``[B, Hkv, m]`` where they are, below 0 for none.
+        slots: ``[B, Hkv, m]`` the keys' slots, negative for padding.
         scale: The attention's factor on dot products.
-        softcap: As in attention, or None.
+        softcap: The attention's logit cap, or None.
 
     Returns:
-        float32 ``[B, Hq, m]``, minus infinity where there is no token.
+        float32 ``[B, Hq, m]``, minus infinity for padding.
     """
     logits = capped(query_states.float() @ keys.float().mT * scale, softcap)
     return logits.masked_fill((slots < 0)[:, :, None], -torch.inf).flatten(1, 2)

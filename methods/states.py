@@ -1,4 +1,4 @@
-"""What passes between a method and its caller: cached states, side information, selections."""
+"""The data passed between a method and its caller: cached states, indices, selections."""
 
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
@@ -10,24 +10,24 @@ from torch.nn.functional import pad
 
 @dataclass(kw_only=True)
 class PrefillInputs:
-    """One layer's prefilled states, from which an index is built.
+    """One layer's states after prefill, from which an index is built.
 
     Attributes:
         key_states: ``[B, Hkv, n, d]`` post-RoPE keys, a view of the cache's used part.
         value_states: ``[B, Hkv, n, d]``.
-        capacity: Slots that the side information must have room for, at least ``n``.
+        capacity: Slots to allocate in the index, at least ``n``.
         layer: Index of the layer.
         num_layers: Layers of the model.
         kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
         kv_len: int32 ``[B]`` end of each row's valid slots; None for ``n``.
-        query_tail: ``[B, Hq, w, d]`` last queries of the prompt, ending with it; those of a row of
-            fewer than ``w`` tokens follow others that are no token's. None unless declared as
-            needed.
-        column_sums: float32 ``[B, Hq, n]`` attention that each token got from all queries of the
-            prompt; None unless declared as needed.
-        shared: What the layers' indices of one cache share; empty when the first is built.
+        query_tail: ``[B, Hq, w, d]`` the prompt's last ``w`` queries; a row of fewer tokens has
+            padding before its queries. None unless the method needs it.
+        column_sums: float32 ``[B, Hq, n]`` attention weight that each token received, summed over
+            all queries of the prompt; None unless the method needs it.
+        shared: Objects shared by the indices of all layers of one cache; empty when the first
+            index is built.
         scale: The attention's factor on dot products; None for ``d ** -0.5``.
-        softcap: As in attention, or None.
+        softcap: The attention's logit cap, or None.
     """
 
     key_states: Tensor
@@ -50,7 +50,7 @@ class PrefillInputs:
 
     @property
     def logit_scale(self) -> float:
-        """The attention's factor on dot products, given or not."""
+        """The attention's factor on dot products, with the default filled in."""
         return self.key_states.shape[3] ** -0.5 if self.scale is None else self.scale
 
     def bounds(self) -> tuple[Tensor, Tensor]:
@@ -72,9 +72,9 @@ class CacheView:
         value_states: ``[B, Hkv, n, d]``.
         kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
         kv_len: int32 ``[B]`` end of each row's valid slots; None for ``n``.
-        previous_query: ``[B, Hkv, G, d]`` what this layer's queries would be, had it the input of
-            the layer before; None unless declared as needed, and in the first layer.
-        freed: int32 ``[B]`` tokens of each row that were here and whose memory was freed; None for
+        previous_query: ``[B, Hkv, G, d]`` this layer's query projection applied to the previous
+            layer's attention input; None unless the method needs it, and in the first layer.
+        freed: int32 ``[B]`` how many tokens of each row have been freed from the cache; None for
             none.
     """
 
@@ -87,7 +87,7 @@ class CacheView:
 
     @property
     def n(self) -> int:
-        """Slots in the view; no row has more valid tokens."""
+        """Slots in the view, an upper bound on the valid tokens of each row."""
         return self.key_states.shape[2]
 
     def bounds(self) -> tuple[Tensor, Tensor]:
@@ -100,36 +100,40 @@ class CacheView:
 
     @property
     def device(self) -> torch.device:
-        """Where the states are."""
+        """The device of the states."""
         return self.key_states.device
 
 
 def row_bounds(
     n: int, batch_size: int, device: torch.device, kv_start: Tensor | None, kv_len: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return int32 ``[B]`` first slot and end of each row, given or not."""
+    """Return int32 ``[B]`` first slot and end of each row, with the defaults filled in."""
     zero = torch.zeros(batch_size, dtype=torch.int32, device=device)
     return (zero if kv_start is None else kv_start), (zero + n if kv_len is None else kv_len)
 
 
 def at_slots(states: Tensor, slots: Tensor) -> Tensor:
-    """Return ``[B, Hkv, m, c]`` of ``states [B, Hkv, n, c]`` at int64 slots, below 0 for none."""
+    """Gather ``states [B, Hkv, n, c]`` at int64 ``slots [B, Hkv, m]``; negative ones read slot 0.
+
+    Returns:
+        ``[B, Hkv, m, c]``.
+    """
     at = slots.clamp_min(0)[..., None].expand(-1, -1, -1, states.shape[3])
     return states.gather(2, at)
 
 
 def slots_within(n: int, start: Tensor, end: Tensor) -> Tensor:
-    """Return bool ``[B, n]``: the slots from each row's first to before its end."""
+    """Return bool ``[B, n]``: whether a slot lies in its row's range ``[start, end)``."""
     slots = torch.arange(n, device=start.device)
     return (slots >= start[:, None]) & (slots < end[:, None])
 
 
 @dataclass(kw_only=True)
 class Index:
-    """What every method's index counts: which slots each row has filled.
+    """Base of every method's index: which slots each row has filled.
 
     Attributes:
-        capacity: Slots there is room for.
+        capacity: Allocated slots.
         length: Slots in use in the longest row (an upper bound where rows differ).
         kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
         kv_len: int32 ``[B]`` end of each row's valid slots; None for ``length``.
@@ -142,7 +146,7 @@ class Index:
 
     @classmethod
     def of(cls, prefill: PrefillInputs) -> Self:
-        """Count the slots of a prefilled cache.
+        """Return an index without side information for a prefilled cache.
 
         Raises:
             ValueError: If the capacity is below the slots in use.
@@ -151,12 +155,12 @@ class Index:
 
     @staticmethod
     def counts(prefill: PrefillInputs) -> dict[str, Any]:
-        """Return the attributes of ``Index``, for a subclass to add its own."""
+        """Return the attributes of ``Index`` as arguments for a subclass's constructor."""
         if prefill.capacity < prefill.n:
             raise ValueError(
                 f"capacity must be at least the {prefill.n} slots in use, got {prefill.capacity}."
             )
-        # The counter is the index's own: the cache moves its counter by itself.
+        # A copy, as the cache advances its own counter in place.
         kv_len = None if prefill.kv_len is None else prefill.kv_len.clone()
         return {
             "capacity": prefill.capacity,
@@ -170,10 +174,10 @@ class Index:
         return row_bounds(self.length, batch_size, device, self.kv_start, self.kv_len)
 
     def advance(self) -> int | Tensor:
-        """Count one token more in every row, and return the slot it goes to: one, or ``[B]``.
+        """Add one token to every row; return its slot, an int or, where rows differ, ``[B]``.
 
         Raises:
-            ValueError: If there is no room.
+            ValueError: If the capacity is used up.
         """
         if self.kv_len is not None:
             slot = self.kv_len.clone()
@@ -189,27 +193,27 @@ class Index:
         return self.length - 1
 
     def grow(self, capacity: int) -> None:
-        """Make room for more slots in every tensor ``[B, H, capacity, ...]``, filled with zeros."""
+        """Pad every tensor ``[B, H, capacity, ...]`` with zeros to a larger capacity."""
         for one in fields(self):
-            held = getattr(self, one.name)
-            if isinstance(held, Tensor) and held.ndim >= 3 and held.shape[2] == self.capacity:
-                behind = (0, 0) * (held.ndim - 3) + (0, capacity - self.capacity)
-                setattr(self, one.name, pad(held, behind))
+            value = getattr(self, one.name)
+            if isinstance(value, Tensor) and value.ndim >= 3 and value.shape[2] == self.capacity:
+                padding = (0, 0) * (value.ndim - 3) + (0, capacity - self.capacity)
+                setattr(self, one.name, pad(value, padding))
         self.capacity = capacity
 
     def undo_append(self) -> None:
-        """Count one token less in every row; its slot is written again by the next ``append``."""
+        """Remove the last token of every row; the next ``append`` overwrites its slot."""
         self.length -= 1
         if self.kv_len is not None:
             self.kv_len -= 1
 
     def renumber(self, kept: Tensor, capacity: int) -> None:
-        """Count anew where each KV head's cache holds only some of its slots, moved together.
+        """Update the counts after the cache moved its kept tokens to the first slots.
 
         Args:
-            kept: int32 ``[B, Hkv, m]`` the slots, ascending, as many for each head of a row; -1 at
-                the end marks none.
-            capacity: Slots that there are now.
+            kept: int32 ``[B, Hkv, m]`` old slots of the kept tokens, ascending, the same number for
+                each head of a row, padded with -1 at the end.
+            capacity: Slots that the cache has now.
         """
         if self.kv_start is not None or self.kv_len is not None:
             self.kv_len = (kept[:, 0] >= 0).sum(-1, dtype=torch.int32)
@@ -228,11 +232,11 @@ class Index:
 
 @dataclass
 class Remainder:
-    """One value that stands for all tokens, beside those that are attended to.
+    """One value vector that approximates the tokens that were not selected.
 
     Attributes:
         value: ``[B, Hkv, d]``.
-        weight: float32 ``[B, Hq]`` its share of the output, 0 to 1; the selection has the rest.
+        weight: float32 ``[B, Hq]`` its share of the output, 0 to 1; the rest goes to the selection.
     """
 
     value: Tensor
@@ -244,16 +248,17 @@ class Selection:
     """Which units each head attends to.
 
     Attributes:
-        indices: int32 ``[B, H, m]``, ``H`` KV heads or query heads; -1 marks no unit. With
+        indices: int32 ``[B, H, m]``, ``H`` KV heads or query heads; -1 is padding. With
             ``unit_size == 1`` a cache slot, else a page counted from the row's first slot.
-        count: int32 ``[B, H]`` how many leading entries count; None for all that are not -1.
+        count: int32 ``[B, H]`` how many leading entries are valid; None for all that are not -1.
         log_weight: float32 ``[B, Hq, m]`` added to the logits of a unit's tokens; None for zeros.
-        unit_size: Tokens in a unit.
-        remainder: What stands for the tokens not selected; None for nothing.
-        head_weight: float32 ``[B, Hq]`` factor of each head's output; None for ones.
-        scanned: int64 ``[B, Hkv]`` what a KV head read beside, where that depends on the data: in
-            tokens, whose side information was read after a first choice or whole keys after
-            rounded ones, or in entries of side information; None where it does not.
+        unit_size: Tokens per unit.
+        remainder: Approximates the tokens not selected; None to leave them out.
+        head_weight: float32 ``[B, Hq]`` factor on each head's output; None for ones.
+        scanned: int64 ``[B, Hkv]`` what else a KV head read, if that depends on the data. Counted
+            in tokens (whose side information was read after a first selection, or whose full keys
+            were read after quantised ones) or in entries of side information. None if it does not
+            depend on the data.
     """
 
     indices: Tensor
@@ -275,23 +280,23 @@ class Selection:
             slots = slots.masked_fill(slots >= end[:, None], -1)
         return cls(slots[:, None].expand(-1, cache.key_states.shape[1], -1).contiguous())
 
-    def with_short_rows_whole(self, cache: CacheView, k: int) -> Self:
-        """Select every token in the rows that have at most ``k``, and leave the others alone.
+    def with_all_of_short_rows(self, cache: CacheView, k: int) -> Self:
+        """Return the selection with every token of the rows that have at most ``k`` tokens.
 
-        Rows of a batch may differ in length; a row must not lose a token to its neighbours.
+        Rows of a batch may differ in length; a short row keeps every token, as it would alone.
         """
         if cache.kv_start is None and cache.kv_len is None:
             return self
         start, end = cache.bounds()
         valid = (end - start)[:, None, None]
         short = valid <= k
-        wanted = max(self.indices.shape[2], -(-k // self.unit_size))
-        missing = wanted - self.indices.shape[2]
+        width = max(self.indices.shape[2], -(-k // self.unit_size))
+        missing = width - self.indices.shape[2]
         kept = pad(self.indices, (0, missing), value=-1)
         if self.count is not None:
-            entries = torch.arange(wanted, device=kept.device)
+            entries = torch.arange(width, device=kept.device)
             kept = kept.masked_fill(entries >= self.count[..., None], -1)
-        units = torch.arange(wanted, dtype=torch.int32, device=kept.device)
+        units = torch.arange(width, dtype=torch.int32, device=kept.device)
         everything = (units * self.unit_size < valid).where(short, False)
         offset = start[:, None, None] if self.unit_size == 1 else 0
         whole = (units + offset).where(everything, -1).to(torch.int32)
@@ -303,7 +308,7 @@ class Selection:
             remainder = Remainder(remainder.value, remainder.weight.masked_fill(short[:, 0], 0.0))
         heads = self.head_weight
         heads = None if heads is None else heads.masked_fill(short[:, 0], 1.0)
-        # Alone such a row asks no index.
+        # Run alone, such a row would not read the index.
         scanned = None if self.scanned is None else self.scanned.masked_fill(short[:, 0], 0)
         indices = torch.where(short, whole, kept)
         return replace(
@@ -317,13 +322,13 @@ class Selection:
         )
 
     def slots(self, cache: CacheView) -> Tensor:
-        """Return bool ``[B, H, n]``: the tokens that each head attends to, pages expanded."""
+        """Return bool ``[B, H, n]``: the tokens that each head attends to; pages are expanded."""
         indices = self.indices.long()
         used = indices >= 0
         if self.count is not None:
             used &= torch.arange(indices.shape[-1], device=indices.device) < self.count[..., None]
         start, end = cache.bounds()
-        # A token is named by its slot, a page by its place in the row.
+        # A token's index is its slot, a page's its position in the row.
         first = indices if self.unit_size == 1 else start[:, None, None] + indices * self.unit_size
         slots = first[..., None] + torch.arange(self.unit_size, device=indices.device)
         used = used[..., None] & (slots < end[:, None, None, None])
@@ -334,21 +339,21 @@ class Selection:
         return chosen[..., :-1]
 
     def tokens_read(self, cache: CacheView) -> Tensor:
-        """Return int64 ``[B, Hkv]``: the different tokens that each KV head's queries read."""
+        """Return int64 ``[B, Hkv]``: the number of distinct tokens that each KV head reads."""
         heads = cache.key_states.shape[1]
         return self.slots(cache).unflatten(1, (heads, -1)).any(2).sum(-1)
 
 
 @dataclass
 class StepResult:
-    """What one decode step of one layer gave.
+    """The result of one decode step of one layer.
 
     Attributes:
         out: ``[B, Hq, d]`` in the query's dtype.
-        lse: float32 ``[B, Hq]`` log of the softmax's denominator; None where it is not computed.
-        selection: What was attended to; None stands for every token.
-        scores: ``[B, H, U]`` what the selection was made from; None where nothing was scored.
-        raw_scores: What the method's ``score`` returned, before a group's scores became one.
+        lse: float32 ``[B, Hq]`` log of the softmax's denominator; None if not computed.
+        selection: What was attended to; None for every token.
+        scores: ``[B, H, U]`` the scores that were selected by; None if nothing was scored.
+        raw_scores: What ``score`` returned, before aggregation over the group.
     """
 
     out: Tensor

@@ -1,4 +1,4 @@
-"""StreamingLLM: the first tokens and the last ones, whatever the query asks for."""
+"""StreamingLLM: the first and the last tokens, independent of the query."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,10 +12,11 @@ from topkbench.methods.eviction import Evicting
 
 @dataclass(kw_only=True)
 class StreamingIndex(Index):
-    """Where each row begins and ends, and how many selections to hand out.
+    """Each row's bounds, and the shape of the selection.
 
     Attributes:
         num_kv_heads: KV heads of the layer.
+        device: Device of the selection.
     """
 
     num_kv_heads: int
@@ -24,16 +25,16 @@ class StreamingIndex(Index):
 
 @dataclass(kw_only=True)
 class StreamingLLM(Evicting):
-    """Keep ``num_sink`` first tokens and the ``k - num_sink`` last ones.
+    """Keep the ``num_sink`` first tokens and the ``k - num_sink`` last ones.
 
     Source:
-        StreamingLLM (arXiv:2309.17453), section 3. Tokens keep their original positions, where the
-        paper re-rotates keys by their place in the rolling cache.
+        StreamingLLM (arXiv:2309.17453), section 3. Here tokens keep their original positions; the
+        paper rotates keys by their position in the rolling cache.
 
     Compared with the authors' code:
-        ``streaming_llm/kv_cache.py`` (mit-han-lab/streaming-llm): run on the same states it keeps
-        the same tokens. Differs: tokens keep their positions, which ``pos_shift/modify_llama.py``
-        renumbers.
+        ``streaming_llm/kv_cache.py`` (mit-han-lab/streaming-llm): keeps the same tokens when run on
+        the same states. Difference: tokens keep their positions, which
+        ``pos_shift/modify_llama.py`` renumbers.
     """
 
     name: ClassVar[str] = "streaming_llm"
@@ -47,7 +48,7 @@ class StreamingLLM(Evicting):
         index.advance()
 
     def encode(self, query_states: Tensor, index: StreamingIndex) -> int:
-        """Return the batch size: all that the selection needs to know of the queries."""
+        """Return the batch size, all that the selection needs of the queries."""
         return len(query_states)
 
     def score(self, encoded: int, index: StreamingIndex) -> None:
@@ -60,11 +61,11 @@ class StreamingLLM(Evicting):
         num_sink = min(policy.num_sink, kept)
         start, end = index.row_bounds(encoded, index.device)
         valid = (end - start)[:, None]
-        places = torch.arange(kept, dtype=torch.int32, device=index.device)
-        # Counted from the row's first token: 0, 1, ... num_sink - 1, then the last ones.
-        recent = valid - kept + places
-        place = torch.where((places < num_sink) | (valid <= kept), places, recent)
-        slots = torch.where(place < valid, place + start[:, None], -1).to(torch.int32)
+        entries = torch.arange(kept, dtype=torch.int32, device=index.device)
+        # Positions from the row's first token: 0, 1, ... num_sink - 1, then the last ones.
+        recent = valid - kept + entries
+        positions = torch.where((entries < num_sink) | (valid <= kept), entries, recent)
+        slots = torch.where(positions < valid, positions + start[:, None], -1).to(torch.int32)
         heads = slots[:, None].expand(-1, index.num_kv_heads, -1)
         return Selection(heads.contiguous())
 

@@ -1,4 +1,4 @@
-"""Twilight: of what another method selects, the fewest tokens that hold most of the attention."""
+"""Twilight: the fewest tokens of another method's selection that hold most of the attention."""
 
 import copy
 from collections.abc import Sequence
@@ -28,16 +28,16 @@ from topkbench.methods.states import at_slots
 
 @dataclass(kw_only=True)
 class TwilightIndex(Index):
-    """The base method's index, and the keys in 4 bits a channel.
+    """The base method's index, and the 4-bit keys.
 
     Attributes:
-        base: What the base method built.
+        base: The base method's index.
         codes: uint8 ``[B, Hkv, capacity, d / 2]``, channel ``j`` in the low half of byte ``j`` and
             channel ``j + d / 2`` in its high half.
-        ranges: float16 ``[B, Hkv, capacity, 2]`` of each token the lowest channel, and the step.
-        cache: This step's view of the cache, as of the last ``bind``.
-        scale: The attention's factor on dot products: the mass of a set depends on it.
-        softcap: As in attention, or None.
+        ranges: float16 ``[B, Hkv, capacity, 2]`` each token's lowest channel and step.
+        cache: This step's view of the cache, from the last ``bind``.
+        scale: The attention's factor on dot products, on which the mass of a set depends.
+        softcap: The attention's logit cap, or None.
     """
 
     base: Any
@@ -58,7 +58,7 @@ class TwilightIndex(Index):
 
 @dataclass
 class TwilightQuery:
-    """What a step's queries are: ``states [B, Hkv, G, d]``, and what the base made of them."""
+    """A step's queries: ``states [B, Hkv, G, d]``, and the base's encoding of them."""
 
     states: Tensor
     base: Any
@@ -66,38 +66,40 @@ class TwilightQuery:
 
 @dataclass(kw_only=True)
 class Twilight(TopKMethod):
-    """Let another method select ``base_k`` times ``k`` tokens; keep the fewest that hold ``p``.
+    """Let another method select ``base_k`` times ``k`` tokens; keep the fewest with mass ``p``.
 
-    The weights of the base's tokens are estimated from keys in 4 bits, by a softmax over these
-    tokens alone. Kept is the smallest set with a mass of at least ``p``: sinks and recents first,
-    then by falling weight. Under the unified protocol ``k`` caps it; natively the base's budget
-    alone does, and the base selects by its own native policy. Where a KV head selects for its
-    group, the weights are the group's mean; with ``head_scope="query_head"`` each query head keeps
-    its own set.
+    The attention weights of the base's tokens are estimated from 4-bit keys, by a softmax over
+    these tokens only. The smallest set with a mass of at least ``p`` is kept: sinks and recents
+    first, then by falling weight. Under the unified protocol it has at most ``k`` tokens; natively
+    only the base's budget limits it, and the base selects by its own native policy. Where a KV head
+    selects for its group, the weights are the group's mean; with ``head_scope="query_head"`` each
+    query head keeps its own set.
 
     Attributes:
-        base: The method that selects first, ``method@method.base=loki``: any other that does not
-            learn from what was attended to, as h2o and spatten do, nor free memory, as
-            ``mode=compact`` does. What it learns is learned, kept and found as its own. One that
-            ranks for KV heads alone, as hata, does so also where query heads keep their own sets.
+        base: The method that selects first, such as ``method@method.base=loki``: any that neither
+            updates its index by attention, as h2o and spatten do, nor frees memory, as
+            ``mode=compact`` does. Its artifact is fitted, stored and found as without Twilight. A
+            base that ranks per KV head only, such as hata, does so even if each query head keeps
+            its own set.
         base_k: The base's budget, in multiples of ``k``.
-        p: Mass to keep, of the base's tokens, above 0 and at most 1.
+        p: Share of the base's tokens' mass to keep, above 0 and at most 1.
 
     Source:
-        Twilight (arXiv:2502.02770), section 4. Followed in its released code: keys quantised per
-        token between their lowest and highest channel, mass relative to the base's selection,
-        p of 0.85. Different: the base's budget is a multiple of ``k``, there 8192 tokens or a
-        quarter of the context; the set is found by sorting, where its kernel searches a
-        threshold. Recents that the base selects are kept if they weigh enough. Whatever else a
-        base's selection carries, log weights or a remainder, is left out, and a base whose own
-        reads depend on the data, as MagicPIG's do, is charged what it would expect to read.
+        Twilight (arXiv:2502.02770), section 4. As in its released code: keys quantised per token
+        between their lowest and highest channel, mass relative to the base's selection, p of 0.85.
+        Differences: the base's budget is a multiple of ``k``, there 8192 tokens or a quarter of the
+        context; the set is found by sorting, where its kernel searches for a threshold. Recents
+        that only the base selects are kept if they weigh enough. Log weights and remainders of a
+        base's selection are ignored, and for a base whose own reads depend on the data, such as
+        MagicPIG, the expected reads are counted.
 
     Compared with the authors' code:
-        ``twilight/pyimpl`` (tsinghua-ideal/Twilight): run on the same tensors it agrees. Differs:
-        the base's budget is a multiple of ``k``; the set is found by sorting, there by a threshold.
+        ``twilight/pyimpl`` (tsinghua-ideal/Twilight): results agree when run on the same tensors.
+        Differences: the base's budget is a multiple of ``k``; the set is found by sorting, there by
+        a threshold.
 
-    A token's 4-bit key costs ``d / 2 + 4`` bytes beside the base's own, read for the base's
-    selection alone.
+    A token's 4-bit key costs ``d / 2 + 4`` bytes in addition to the base's index, and is read only
+    for tokens that the base selected.
     """
 
     name: ClassVar[str] = "twilight"
@@ -122,15 +124,16 @@ class Twilight(TopKMethod):
             )
         if type(self.base).update_after_step is not TopKMethod.update_after_step:
             raise ValueError(
-                f"base must not learn from what was attended to, which {self.base.name} does and "
-                "twilight makes less of than it selects; give method@method.base=quest, for one."
+                f"base must not update its index by attention, as {self.base.name} does, since "
+                "twilight attends to fewer tokens than the base selects; give "
+                "method@method.base=quest, for one."
             )
         if self.base.compacts:
             raise ValueError(
                 f"base must leave all tokens in the cache, and {self.base.name} with mode=compact "
                 "frees some; mode=masked selects the same."
             )
-        # What the base declares of its class, this method declares for itself.
+        # Class attributes of the base become attributes of this object.
         base = self.base
         vars(self).update(
             needs=base.needs, history_dependent=base.history_dependent, fits_prompt=base.fits_prompt
@@ -140,11 +143,11 @@ class Twilight(TopKMethod):
         base = self.base.with_policy(self._policy_of_base(policy))
         if base is self.base:
             return self
-        settled = copy.copy(self)
-        settled.base = base
-        return settled
+        resolved = copy.copy(self)
+        resolved.base = base
+        return resolved
 
-    # What the base learns -----------------------------------------------------------------------
+    # Fitting, by the base -----------------------------------------------------------------------
 
     def unsupported(self, geometry: Geometry) -> str | None:
         if geometry.head_dim % 2:
@@ -211,65 +214,68 @@ class Twilight(TopKMethod):
         self, scores: Tensor | None, policy: Policy, scale: float, softcap: float | None = None
     ) -> Tensor | None:
         policy = self._policy_of_base(policy)
-        if scores is not None and scores.ndim == 3:  # of KV heads, which then choose for the group
+        if scores is not None and scores.ndim == 3:  # scores per KV head, which selects for a group
             policy = replace(policy, head_scope="kv_head")
         return self.base.aggregate_over_group(scores, policy, scale, softcap)
 
     def select(
         self, scores: Tensor | None, encoded: TwilightQuery, index: TwilightIndex, policy: Policy
     ) -> Selection:
-        first = self._candidates(scores, encoded, index, policy)
-        chosen = first.slots(index.cache)
+        candidates = self._candidates(scores, encoded, index, policy)
+        chosen = candidates.slots(index.cache)
         n = index.cache.n
-        width = min(n, first.indices.shape[2] * first.unit_size)
+        width = min(n, candidates.indices.shape[2] * candidates.unit_size)
         slots = torch.arange(n, device=chosen.device).where(chosen, n)
         slots = slots.topk(width, largest=False).values
-        held = slots < n
-        slots = slots.where(held, 0)
-        weights = self.estimate(encoded.states, index, slots, held)
+        is_token = slots < n
+        slots = slots.where(is_token, 0)
+        weights = self.estimate(encoded.states, index, slots, is_token)
         group = weights.shape[2]
         budget = width if policy.protocol == "native" else policy.k
         if policy.head_scope == "query_head":
             weights = weights.flatten(1, 2)
-            if weights.shape[1] != slots.shape[1]:  # the base selects for the group all the same
-                slots, held = slots.repeat_interleave(group, 1), held.repeat_interleave(group, 1)
+            if weights.shape[1] != slots.shape[1]:  # the base selects per KV head nevertheless
+                slots, is_token = (
+                    slots.repeat_interleave(group, 1),
+                    is_token.repeat_interleave(group, 1),
+                )
         elif slots.shape[1] == weights.shape[1]:
             weights = weights.mean(2)
-        else:  # the base selects for query heads all the same, which share the group's budget
+        else:  # the base selects per query head nevertheless; they share the group's budget
             weights = weights.flatten(1, 2)
             budget = budget if policy.protocol == "native" else budget // group
         start, end = (bound[:, None, None] for bound in index.cache.bounds())
-        forced = held & ((slots < start + policy.num_sink) | (slots >= end - policy.num_recent))
-        kept = smallest_set(weights, held, forced, self.p, budget)
+        forced = is_token & ((slots < start + policy.num_sink) | (slots >= end - policy.num_recent))
+        kept = smallest_set(weights, is_token, forced, self.p, budget)
         kept_slots = slots.where(kept, n).sort(-1).values[..., :budget]
         indices = kept_slots.where(kept_slots < n, -1)
-        return Selection(indices.to(torch.int32), scanned=first.tokens_read(index.cache))
+        return Selection(indices.to(torch.int32), scanned=candidates.tokens_read(index.cache))
 
     def _candidates(
         self, scores: Tensor | None, encoded: TwilightQuery, index: TwilightIndex, policy: Policy
     ) -> Selection:
-        """Return what the base selects, as in a step of its own."""
+        """Return the base's selection, as in a step of the base itself."""
         wider = self._policy_of_base(policy)
         if wider.k >= index.cache.n:
             return Selection.everything(index.cache)
         if scores is not None and scores.shape[1] == index.cache.key_states.shape[1]:
             wider = replace(wider, head_scope="kv_head")
         selection = self.base.select(scores, encoded.base, index.base, wider)
-        return selection.with_short_rows_whole(index.cache, wider.k)
+        return selection.with_all_of_short_rows(index.cache, wider.k)
 
     def _policy_of_base(self, policy: Policy) -> Policy:
         return self.base.effective_policy(replace(policy, k=self.base_k * policy.k))
 
     def estimate(
-        self, query_states: Tensor, index: TwilightIndex, slots: Tensor, held: Tensor
+        self, query_states: Tensor, index: TwilightIndex, slots: Tensor, is_token: Tensor
     ) -> Tensor:
         """Estimate each query's softmax over some tokens from their 4-bit keys.
 
         Args:
             query_states: ``[B, Hkv, G, d]``.
-            index: Holds the keys.
+            index: The index, with the 4-bit keys.
             slots: int64 ``[B, H, m]``, of KV heads or query heads.
-            held: bool, which of them are tokens.
+            is_token: bool ``[B, H, m]``, False for padding.
 
         Returns:
             float32 ``[B, Hkv, G, m]``.
@@ -281,42 +287,42 @@ class Twilight(TopKMethod):
         keys = keys.unflatten(2, at.shape[2:])
         logits = (keys @ query_states.float()[..., None])[..., 0] * index.scale
         logits = capped(logits, index.softcap)
-        absent = ~held.unflatten(1, (num_kv_heads, -1))
+        absent = ~is_token.unflatten(1, (num_kv_heads, -1))
         return logits.masked_fill(absent, -torch.inf).softmax(-1).nan_to_num(0.0)
 
     def index_bytes_per_token(self, geometry: Geometry) -> float:
-        own = geometry.num_kv_heads * bytes_per_token(geometry.head_dim)
-        return self.base.index_bytes_per_token(geometry) + own
+        rounded_keys = geometry.num_kv_heads * bytes_per_token(geometry.head_dim)
+        return self.base.index_bytes_per_token(geometry) + rounded_keys
 
     def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
         return self.bytes_read_by(geometry, n, min(k, n), None)
 
     def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int | None) -> int:
         scanned = min(self.base_k * read, n) if scanned is None else scanned
-        # What the base reads to choose, its tokens' 4-bit keys, and what is kept of them.
-        chooses = self.base.bytes_read_by(geometry, n, scanned, None) - kv_bytes(geometry, scanned)
-        small = scanned * geometry.num_kv_heads * bytes_per_token(geometry.head_dim)
-        return chooses + small + kv_bytes(geometry, read)
+        # What the base reads to select, the 4-bit keys of its selection, and the kept tokens.
+        scoring = self.base.bytes_read_by(geometry, n, scanned, None) - kv_bytes(geometry, scanned)
+        rounded_keys = scanned * geometry.num_kv_heads * bytes_per_token(geometry.head_dim)
+        return scoring + rounded_keys + kv_bytes(geometry, read)
 
 
-def smallest_set(weights: Tensor, held: Tensor, forced: Tensor, p: float, k: int) -> Tensor:
-    """Return the fewest tokens whose weights add up to at least ``p``; at most ``k``.
+def smallest_set(weights: Tensor, is_token: Tensor, forced: Tensor, p: float, k: int) -> Tensor:
+    """Return the fewest tokens whose weights add up to at least ``p``, and at most ``k`` tokens.
 
     Args:
-        weights: ``[B, H, m]``, of sum 1.
-        held: bool, which are tokens.
-        forced: bool, which are in the set whatever they weigh.
+        weights: ``[B, H, m]``, with sum 1.
+        is_token: bool ``[B, H, m]``, False for padding.
+        forced: bool ``[B, H, m]``, tokens that are in the set regardless of weight.
         p: Mass to reach.
-        k: Tokens to keep at most.
+        k: Tokens to keep, at most.
 
     Returns:
         bool ``[B, H, m]``. Of equal weights the first is kept.
     """
-    ranked = weights.masked_fill(forced, torch.inf).masked_fill(~held, -torch.inf)
+    ranked = weights.masked_fill(forced, torch.inf).masked_fill(~is_token, -torch.inf)
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
-    falling = weights.gather(-1, order)
-    before = falling.cumsum(-1) - falling
-    wanted = (before < p) | forced.gather(-1, order)
-    wanted &= held.gather(-1, order)
-    wanted[..., k:] = False
-    return torch.zeros_like(held).scatter_(-1, order, wanted)
+    sorted_weights = weights.gather(-1, order)
+    mass_before = sorted_weights.cumsum(-1) - sorted_weights
+    is_kept = (mass_before < p) | forced.gather(-1, order)
+    is_kept &= is_token.gather(-1, order)
+    is_kept[..., k:] = False
+    return torch.zeros_like(is_token).scatter_(-1, order, is_kept)

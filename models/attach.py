@@ -1,4 +1,4 @@
-"""Put a method into a Hugging Face model for the length of a ``with`` block."""
+"""Replace a Hugging Face model's decode attention by a method, inside a ``with`` block."""
 
 import threading
 import warnings
@@ -29,7 +29,7 @@ from topkbench.models.cache_watch import (
     LengthReader,
     Lengths,
     can_watch,
-    is_own,
+    is_decode_cache,
 )
 from topkbench.models.capture import (
     Captured,
@@ -57,20 +57,21 @@ from topkbench.models.step_count import (
     HOLES,
     LIKELIHOOD,
     NO_CACHE,
+    REMEDIES,
     SMALL,
     UNREACHED,
-    WAYS_OUT,
     PromptReading,
     StepCount,
 )
 
 IMPLEMENTATION = "topkbench"
-"""The name under which transformers knows our attention."""
+"""The name under which our attention function is registered with transformers."""
 
-# Of a sink's logits, biases, pages and selections of the model's own no decode step here knows.
+# Attention inputs that a decode step here cannot honour: sink logits, biases, paged caches and the
+# model's own selections.
 _OTHER_INPUTS = ("s_aux", "position_bias", "cache", "indices")
 
-# Which session serves an attention module; transformers gives the attention function no more.
+# The session of each attention module: transformers passes the attention function only the module.
 _SESSIONS: "WeakKeyDictionary[nn.Module, Session]" = WeakKeyDictionary()
 
 
@@ -79,17 +80,17 @@ def geometry_of(model: PreTrainedModel, model_digest: str = "") -> Geometry:
 
     Args:
         model: A decoder-only model.
-        model_digest: What identifies its weights; artifacts are tied to it.
+        model_digest: Digest of its weights; artifacts are tied to it.
     """
     config = model.config.get_text_config(decoder=True)
     num_heads = int(config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    # Configurations name their KV heads in several ways or not at all; the modules must know.
+    # Configurations name the number of KV heads in several ways or not at all; read the modules.
     groups = {int(module.num_key_value_groups) for module in attention_modules(model)}  # type: ignore[arg-type]
     if len(groups) > 1:
         raise ValueError(
-            f"all layers must have as many query heads for a KV head, got {sorted(groups)} in "
-            f"{type(model).__name__}, which topkbench does not serve."
+            f"all layers must have the same number of query heads per KV head, got "
+            f"{sorted(groups)} in {type(model).__name__}, which topkbench does not support."
         )
     return Geometry(
         num_layers=int(config.num_hidden_layers),
@@ -112,37 +113,39 @@ def attach(
 ) -> Iterator["Session"]:
     """Let a method choose what a model's decode steps attend to, inside a ``with`` block.
 
-    A forward of one token over a longer cache is a decode step; everything else is dense, by
+    A forward of one token over a filled cache is a decode step; everything else runs dense, with
     torch's SDPA. No gradient flows through a decode step. Each layer's index is built at its first
-    decode step, lives with the cache object, and is built anew where the cache changed in between
-    (crop, reset, beam search). Layers with a sliding window stay dense, see ``Session.dense``.
+    decode step, lives as long as the cache object, and is rebuilt if the cache was changed in
+    between (crop, reset, beam search). Layers with a sliding window stay dense, see
+    ``Session.dense``.
 
-    Every decode step is counted (``Session.count``). If some over more than ``k`` tokens did not go
-    through the method, leaving the block raises: generation without a cache, a mask with holes, or
-    several tokens over a filled cache (a likelihood, prompt lookup, assisted decoding, a later
-    turn). A block that only reads a prompt raises nothing.
+    Every decode step is counted (``Session.count``). Leaving the block raises if decode steps over
+    more than ``k`` tokens did not go through the method. Causes are generation without a cache, a
+    mask with holes, and forwards of several tokens over a filled cache (computing a likelihood,
+    prompt lookup, assisted decoding, a later turn). A block that only runs a prefill does not
+    raise.
 
     Args:
         model: A decoder-only model of transformers 5, such as Llama, Mistral, Qwen2, Qwen3, Phi-3,
             Gemma-2 or Gemma-3.
         method: The method, its artifact loaded.
-        policy: Budget and rules; under the native protocol the method's own take their place.
-        observer: Watches stages and steps.
-        allow_dense_forwards: Several tokens over a filled cache are meant to attend to everything,
-            and are no error.
+        policy: Budget and rules; the native protocol replaces them by the method's own.
+        observer: Is called around stages and after steps.
+        allow_dense_forwards: Accept forwards of several tokens over a filled cache, which attend
+            to everything, instead of raising.
 
     Yields:
         The session.
 
     Raises:
-        ValueError: If the model, or the method on it, cannot be served, or the method cannot follow
-            the policy; one sentence says why.
+        ValueError: If the model is not supported, by attach or by the method, or the method does
+            not support the policy; one sentence says why.
         MethodBypassedError: When the block ends, if decode steps did not go through the method.
 
-    On leaving the block, also by an exception, the model is what it was.
+    When the block is left, also by an exception, the model is restored.
     """
     session = Session(model, method, policy, observer or Observer(), allow_dense_forwards)
-    # A graph compiler would trace through the bookkeeping; decode steps stay eager.
+    # Excluded from torch.compile, which would trace through the bookkeeping.
     eager = torch.compiler.disable
     register_attention(IMPLEMENTATION, eager(_attention))
     hooks = []
@@ -151,16 +154,16 @@ def attach(
             hook = eager(partial(_before_attention, session))
             hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             _SESSIONS[module] = session
-        asked = partial(_before_forward, session)
-        hooks.append(model.register_forward_pre_hook(asked, with_kwargs=True))
+        model_hook = partial(_before_forward, session)
+        hooks.append(model.register_forward_pre_hook(model_hook, with_kwargs=True))
         with using_attention(model, IMPLEMENTATION), watching_writes(session.before_write):
             yield session
         session.require_all_steps()
     finally:
         for module in session.modules:
             _SESSIONS.pop(module, None)
-        for registered in hooks:
-            registered.remove()
+        for hook_handle in hooks:
+            hook_handle.remove()
 
 
 class Session:
@@ -168,13 +171,14 @@ class Session:
 
     Attributes:
         geometry: The model's.
-        method: The method, as it runs under the policy.
-        policy: The policy in force.
-        dense: Why a layer is always dense, for each such layer.
-        partial: How layers attend that do not see the whole past.
+        method: The method, with its policy-dependent defaults filled in.
+        policy: The effective policy.
+        dense: The reason why a layer is always dense, for each such layer.
+        partial: The attention pattern of each layer that does not attend to the whole past.
         modules: The model's attention modules.
         count: The decode steps so far, by layer.
-        scores_text: Whether the forward that runs is asked for the likelihood of its own tokens.
+        scores_text: Whether the running forward was given ``labels``, and so computes the
+            likelihood of its own tokens.
     """
 
     def __init__(
@@ -187,7 +191,7 @@ class Session:
     ) -> None:
         if model.config.is_encoder_decoder:
             raise ValueError(
-                f"attach serves decoder-only models, got the encoder-decoder "
+                f"attach supports decoder-only models, got the encoder-decoder "
                 f"{type(model).__name__}."
             )
         self.geometry = geometry_of(model)
@@ -202,7 +206,10 @@ class Session:
                 f"{type(model).__name__}."
             )
         if any(module in _SESSIONS for module in self.modules):
-            raise ValueError("a model can have one method attached, and this one has; leave it.")
+            raise ValueError(
+                "a model can have one method attached at a time, and this one already has one; "
+                "leave the other attach block first."
+            )
         reason = method.policy_unsupported_reason(self.policy)
         if reason is not None:
             raise ValueError(reason)
@@ -218,7 +225,8 @@ class Session:
         self._reading = PromptReading(self._miss)
         self._allow_dense_forwards = allow_dense_forwards
         self._running = threading.local()
-        self._begun: dict[int, int] = {}
+        # By layer, the queries of an attention call that has not reached ``attend`` yet.
+        self._unfinished_queries: dict[int, int] = {}
         self.scores_text = False
         if method.selects and len(self.dense) == self.geometry.num_layers:
             raise ValueError(
@@ -233,12 +241,12 @@ class Session:
         self._warned: set[str] = set()
 
     def forget(self, cache: object) -> None:
-        """Drop the indices of a cache, for a caller that rewrote it unseen."""
+        """Drop the indices of a cache, for a caller that rewrote it where writes go unnoticed."""
         self.indices.forget(cache)
 
     @property
     def sparse_layers(self) -> list[int]:
-        """The layers that are left to the method; none if it does not select."""
+        """The layers in which the method selects; none if it reads the whole cache."""
         if not self.method.selects:
             return []
         return [layer for layer in range(self.geometry.num_layers) if layer not in self.dense]
@@ -247,17 +255,17 @@ class Session:
         """Raise if decode steps that should have gone through the method did not.
 
         Raises:
-            MethodBypassedError: With the counts, the reasons and the way out.
+            MethodBypassedError: With the counts, the reasons and the remedy.
         """
         if self.method.selects:
-            for layer in list(self._begun):
+            for layer in list(self._unfinished_queries):
                 self._end_unreached(layer)
             self._reading.end()
             layers = self.sparse_layers
             self.count.require_none_missed(self.method.name, self.policy.k, layers)
 
     def require_steps(self, steps: int) -> None:
-        """Raise unless each layer that is left to the method took exactly so many steps.
+        """Raise unless the method took exactly ``steps`` decode steps in each of its layers.
 
         Args:
             steps: Decode steps that the caller ran over more than ``k`` tokens.
@@ -269,47 +277,48 @@ class Session:
             self.count.require(self.method.name, self.policy.k, self.sparse_layers, steps)
 
     def undo_append(self, cache: object) -> None:
-        """Take the newest token back from the indices, for a caller that decodes it once more.
+        """Remove the newest token from the indices, for a caller that decodes it once more.
 
-        The token must be the same again: an index may have folded it into what it keeps. Only
-        where writes are not watched, in inference mode, are the indices then kept.
+        The same token must follow, as an index may have accumulated it already. The indices are
+        kept only for tensors made in inference mode, whose writes are not counted; elsewhere the
+        rewritten cache makes them be rebuilt.
         """
         self.indices.undo_append(cache)
 
     def _dense_layers(self) -> dict[int, str]:
         dense: dict[int, str] = {}
-        # A method that reads everything has no policy, and so none that could be wrong.
+        # A method that reads the whole cache ignores the policy, so do not validate it.
         if self.method.selects:
             for layer in sorted(self.policy.resolve_dense_layers(self.geometry.num_layers)):
                 dense[layer] = "dense by the policy"
         return dense | {layer: kind.reason for layer, kind in self.partial.items()}
 
     def before_attention(self, layer: int, call: AttentionCall) -> None:
-        """Note that a layer's attention begins, and its cache where an argument carries it.
+        """Record that a layer's attention begins, and its cache if it is among the arguments.
 
         Args:
             layer: Index of the layer.
-            call: What its attention module is called with.
+            call: The arguments of its attention module.
         """
         self._end_unreached(layer)
         self._running.layer = layer
         self._cache.pop(layer, None)
         if call.cache is not None:
             self._note_cache(layer, call.cache)
-        hidden, following = call.hidden_states, layer + 1
+        hidden, next_layer = call.hidden_states, layer + 1
         if hidden is not None:
-            self._begun[layer] = hidden.shape[1]
-        if PREVIOUS_QUERY not in self._needs or following >= len(self.modules) or hidden is None:
+            self._unfinished_queries[layer] = hidden.shape[1]
+        if PREVIOUS_QUERY not in self._needs or next_layer >= len(self.modules) or hidden is None:
             return
         if hidden.shape[1] == 1 and call.rotary is not None:
-            with torch.no_grad(), self.observer.stage("encode", following):
-                self._speculated[following] = speculate_queries(
-                    self.modules[following], hidden.detach(), call.rotary
+            with torch.no_grad(), self.observer.stage("encode", next_layer):
+                self._speculated[next_layer] = speculate_queries(
+                    self.modules[next_layer], hidden.detach(), call.rotary
                 )
 
     def _end_unreached(self, layer: int) -> None:
-        """Count what a layer's module began and never brought to the method, if it was a step."""
-        q_len = self._begun.pop(layer, None)
+        """Count a decode step as missed if the layer's module never called our attention."""
+        q_len = self._unfinished_queries.pop(layer, None)
         cache = self._cache.get(layer)
         if q_len is None or cache is None or layer in self.dense or not self.method.selects:
             return
@@ -318,7 +327,7 @@ class Session:
             self._miss(layer, UNREACHED)
 
     def before_write(self, cache: Any) -> None:
-        """Note which cache the running layer is about to write to, whatever carried it there."""
+        """Record which cache the running layer is about to write to, if no argument showed it."""
         layer = getattr(self._running, "layer", None)
         if layer is not None:
             self._note_cache(layer, cache)
@@ -340,27 +349,27 @@ class Session:
         """Attend from ``query [B, Hq, q, d]``; return ``[B, q, Hq, d]``."""
         layer, q_len = layer_of(module), query.shape[2]
         self._running.layer = None
-        self._begun.pop(layer, None)
+        self._unfinished_queries.pop(layer, None)
         cache = self._cache.pop(layer, None)
         lengths = None
-        if cache is not None and (q_len == 1 or is_own(cache)):
+        if cache is not None and (q_len == 1 or is_decode_cache(cache)):
             lengths = self._reader.lengths(cache, cache_layer(cache, layer), key, mask)
         self._count(layer, cache, lengths, q_len, key)
         is_step = q_len == 1 and lengths is not None and lengths.n > 1
         if not is_step or lengths is None or layer in self.partial:
             self.indices.drop(cache, layer)
-            if lengths is not None and lengths.is_own:
-                # Rows may end at different slots, which no mask of transformers knows.
+            if lengths is not None and lengths.is_decode_cache:
+                # Rows may end at different slots, which transformers' masks do not express.
                 kind = self.partial.get(layer)
                 mask = lengths.causal_mask(q_len, key.shape[2], kind)
                 if kind is not None and q_len == 1 and lengths.kv_start is lengths.kv_len is None:
-                    # All rows end together, so that no more than the window need be read.
+                    # All rows end at the same slot, so it is enough to read the window.
                     first = lengths.n - kind.tokens_read(lengths.n)
                     key, value, mask = key[:, :, first:], value[:, :, first:], None
                 mask = None if mask is None else mask.to(key.device)
             is_prompt = q_len > 1 or (lengths is not None and lengths.n == 1)
-            wanted = self.method.needs & PREFILL_NEEDS and layer not in self.dense
-            if cache is not None and is_prompt and wanted:
+            captures = self.method.needs & PREFILL_NEEDS and layer not in self.dense
+            if cache is not None and is_prompt and captures:
                 self._capture(layer, cache, query, key, mask, scale, options.get("softcap"))
             return _dense(module, query, key, value, mask, scale, options)
         with torch.no_grad():
@@ -370,7 +379,7 @@ class Session:
     def _count(
         self, layer: int, cache: Any, lengths: Lengths | None, q_len: int, key: Tensor
     ) -> None:
-        """Count what a layer is about to do, unless the method takes the step: see ``_step``."""
+        """Count a layer's forward as dense or missed; steps of the method count in ``_step``."""
         k = self.policy.k
         if not self.method.selects:
             return
@@ -385,7 +394,7 @@ class Session:
             elif not self._allow_dense_forwards:
                 cached = cached_tokens(cache, layer)
                 after = key.shape[2] if cached is None else cached
-                self._reading.several(cache, layer, after - q_len, after, k)
+                self._reading.multi_token_forward(cache, layer, after - q_len, after, k)
             return
         n = key.shape[2] if lengths is None else lengths.n
         if n <= 1:
@@ -401,13 +410,13 @@ class Session:
             self._reading.step(cache, layer, n)
 
     def _miss(self, layer: int, reason: str, steps: int = 1) -> None:
-        """Count steps that should have gone through the method, and say so at the first."""
+        """Count steps that should have gone through the method; warn once per reason."""
         self.count.missed[layer, reason] += steps
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(
                 f"{self.method.name} does not act on {reason}, which attends to everything: "
-                f"{WAYS_OUT[reason]}.",
+                f"{REMEDIES[reason]}.",
                 stacklevel=2,
             )
 
@@ -421,16 +430,17 @@ class Session:
         scale: float,
         softcap: float | None,
     ) -> None:
-        """Keep what the method needs of a dense forward, beside the cache."""
+        """Store what the method needs from a dense forward, alongside the cache."""
         newest = None if mask is None else mask[:, :, -1:]
         lengths = self._reader.lengths(cache, cache_layer(cache, layer), key, newest)
         if lengths is None or lengths.kv_len is not None:
             raise ValueError(
-                f"{self.method.name} reads queries of the prompt, whose rows must end together "
-                "without holes, got a mask that says otherwise; pad on the left."
+                f"{self.method.name} reads queries of the prompt, so all rows must end at the same "
+                "slot without holes, got a mask with holes or padding on the right; pad on the "
+                "left."
             )
-        held = self._captured.setdefault(cache, {})
-        captured = held.setdefault(layer, Captured(self.method.needs & PREFILL_NEEDS))
+        layers = self._captured.setdefault(cache, {})
+        captured = layers.setdefault(layer, Captured(self.method.needs & PREFILL_NEEDS))
         with torch.no_grad(), self.observer.stage("build", layer):
             captured.update(query, key[:, :, : lengths.n], scale, lengths.kv_start, softcap)
 
@@ -449,9 +459,9 @@ class Session:
         n, kv_start, kv_len = lengths.n, lengths.kv_start, lengths.kv_len
         view = CacheView(key[:, :, :n].detach(), value[:, :, :n].detach(), kv_start, kv_len)
         view.freed = getattr(cache_layer(cache, layer), "freed", None)
-        foretold = self._speculated.pop(layer, None)
-        if foretold is not None:
-            view.previous_query = foretold[:, :, 0].unflatten(1, (key.shape[1], -1))
+        speculated = self._speculated.pop(layer, None)
+        if speculated is not None:
+            view.previous_query = speculated[:, :, 0].unflatten(1, (key.shape[1], -1))
         softcap, method, policy = options.get("softcap"), self.method, self.policy
         query = query.detach()[:, :, 0]
         if layer in self.dense:
@@ -463,7 +473,7 @@ class Session:
             index = self._index(layer, cache, key, view, lengths, scale, softcap)
             watch = partial(self._stage, layer)
             result = method.step(grouped, index, view, policy, scale, softcap, watch)
-            # What was freed is not attended to either, however few tokens are left.
+            # Where tokens were freed the step is sparse, however few tokens are left.
             if view.n > policy.k or view.freed is not None:
                 self.count.taken[layer] += result.selection is not None
             else:
@@ -487,18 +497,18 @@ class Session:
         scale: float,
         softcap: float | None,
     ) -> Any:
-        """Return the layer's index with the current token in it."""
+        """Return the layer's index, built if needed, with the current token appended."""
         index = self.indices.get(cache, layer, lengths)
         capacity = 0 if index is None else self.indices.capacity(cache, layer)
         if capacity < lengths.n:
             capacity = _capacity(cache_layer(cache, layer), lengths.n)
             if index is not None and self.method.history_dependent:
-                index.grow(capacity)  # built anew it would have forgotten what it learned
+                index.grow(capacity)  # rebuilding would lose the accumulated history
             else:
                 index = None
         if index is None:
             self.indices.drop(cache, layer)
-            self._check_whole(cache, layer, key)
+            self._check_can_build(cache, layer, key)
             prefill = PrefillInputs(
                 key_states=view.key_states[:, :, :-1],
                 value_states=view.value_states[:, :, :-1],
@@ -519,19 +529,22 @@ class Session:
         self.indices.keep(cache, layer, index, capacity, key, lengths)
         return index
 
-    def _check_whole(self, cache: Any, layer: int, key: Tensor) -> None:
-        """Refuse to build an index that would miss tokens or steps, or could not free as it should.
+    def _check_can_build(self, cache: Any, layer: int, key: Tensor) -> None:
+        """Check that an index built now sees every token and, if it compacts, can free memory.
 
         Args:
             cache: The cache.
             layer: Index of the layer.
-            key: What the layer returned.
+            key: The keys that the cache's layer returned.
+
+        Raises:
+            ValueError: If steps would go unnoticed, tokens are missing, or the cache frees nothing.
         """
         if self.method.history_dependent and not can_watch(cache, layer, key):
             raise ValueError(
                 f"{self.method.name} needs its index kept from step to step, and a "
-                f"{type(cache).__name__} returns other keys than it stores, so that nobody sees it "
-                "change; use a DynamicCache or topkbench's DecodeCache."
+                f"{type(cache).__name__} returns other keys than it stores, so that changes to it "
+                "cannot be detected; use a DynamicCache or topkbench's DecodeCache."
             )
         stored = cache_layer(cache, layer)
         if getattr(stored, "freed", None) is not None:
@@ -541,14 +554,14 @@ class Session:
             )
         if self.method.compacts and not hasattr(cache, "topkbench_keep"):
             raise ValueError(
-                f"mode=compact frees memory of topkbench's own DecodeCache alone, got a "
+                f"mode=compact can free memory only of topkbench's own DecodeCache, got a "
                 f"{type(cache).__name__}; use mode=masked, which selects the same."
             )
 
     def _compact(
         self, layer: int, cache: Any, index: Any, selection: Selection, view: CacheView
     ) -> None:
-        """Free what a step did not select: at the first time, then when the slots are used up."""
+        """Free the tokens that a step did not select, at the first step and whenever full."""
         stored = cache_layer(cache, layer)
         kept = selection.indices
         is_due = kept.shape[2] < view.n if stored.freed is None else stored.is_full
@@ -563,23 +576,23 @@ class Session:
         self.indices.keep(cache, layer, index, capacity, stored.keys, lengths)
 
     def captured(self, cache: Any, layer: int, n: int) -> dict[str, Any]:
-        """Return what was captured of the first ``n`` slots: arguments of ``PrefillInputs``.
+        """Return what was captured for the first ``n`` slots, as arguments of ``PrefillInputs``.
 
         Raises:
-            ValueError: If the method needs what nobody captured.
+            ValueError: If something that the method needs was not captured.
         """
-        if is_own(cache):
-            kept = cache.topkbench_captured(layer)
+        if is_decode_cache(cache):
+            captured = cache.topkbench_captured(layer)
         else:
-            kept = self._captured.get(cache, {}).get(layer)
-        found = {} if kept is None else kept.inputs(n)
-        lacking = missing(self.method.needs, found)
+            captured = self._captured.get(cache, {}).get(layer)
+        inputs = {} if captured is None else captured.inputs(n)
+        lacking = missing(self.method.needs, inputs)
         if lacking:
             raise ValueError(
                 f"{self.method.name} needs {' and '.join(lacking)} of the prompt, and this cache "
-                "was filled without; prefill it inside the with block of attach."
+                "was filled without capturing them; prefill it inside the with block of attach."
             )
-        return found
+        return inputs
 
     def _stage(self, layer: int, stage: str) -> AbstractContextManager[Any]:
         return self.observer.stage(stage, layer)
@@ -594,17 +607,20 @@ def _attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The function transformers calls; ``query`` is ``[B, Hq, q, d]``, keys are not repeated."""
-    options = {name: given for name, given in options.items() if not is_cache(given)}
+    """The attention function that transformers calls, with queries ``[B, Hq, q, d]``.
+
+    Keys and values are ``[B, Hkv, n, d]``, not repeated for the query heads.
+    """
+    options = {name: value for name, value in options.items() if not is_cache(value)}
     for name in _OTHER_INPUTS:
         if options.get(name) is not None:
             raise ValueError(
-                f"attach serves attention of queries, keys and values alone, and "
+                f"attach supports attention of queries, keys and values only, and "
                 f"{type(module).__name__} also passes {name}."
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     session = _SESSIONS.get(module)
-    if session is None:  # another model that shares the config object
+    if session is None:  # a model that shares the config object but is not attached
         return _dense(module, query, key, value, attention_mask, scale, options), None
     return session.attend(module, query, key, value, attention_mask, scale, options), None
 
@@ -618,7 +634,7 @@ def _dense(
     scale: float,
     options: dict[str, Any],
 ) -> Tensor:
-    """Attend to everything the mask shows; return ``[B, q, Hq, d]``."""
+    """Attend to everything that the mask allows; return ``[B, q, Hq, d]``."""
     softcap = options.get("softcap")
     if softcap is not None:
         return softcap_attention(query, key, value, mask, scale, softcap).transpose(1, 2)
@@ -639,9 +655,9 @@ def _before_forward(
 
 
 def _capacity(stored: Any, n: int) -> int:
-    """Return the slots an index needs: the layer's, or some spare ones where the layer grows."""
-    told = max_slots(stored)
-    return n + max(256, n // 4) if told is None else max(told, n)
+    """Return the slots to allocate: the cache layer's, or ``n`` and spare ones if it grows."""
+    slots = max_slots(stored)
+    return n + max(256, n // 4) if slots is None else max(slots, n)
 
 
 def _newest(view: CacheView) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The cache that decoding writes to: allocated once, rows of different lengths, never joined."""
+"""The pre-allocated KV cache for decoding a batch of prompts of different lengths."""
 
 import weakref
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from topkbench.models.capture import Captured
 from topkbench.models.prefill import Prefill
 
-SPARE = 32  # slots a layer that was cut down has for new tokens, before it is cut down again
+SPARE = 32  # free slots in a compacted layer: it takes this many new tokens between compactions
 
 
 class DecodeLayer(CacheLayerMixin):
@@ -20,8 +20,8 @@ class DecodeLayer(CacheLayerMixin):
 
     Attributes:
         freed: int32 ``[B]`` tokens of each row that ``keep`` dropped; None before the first call.
-        kv_len: Only after ``keep``: int32 ``[B]`` end of each row's slots in this layer, None if
-            all rows end together.
+        kv_len: Set by ``keep``: int32 ``[B]`` end of each row's slots in this layer, None if all
+            rows end at the same slot.
     """
 
     keys: Tensor
@@ -31,7 +31,7 @@ class DecodeLayer(CacheLayerMixin):
 
     def __init__(self, owner: "DecodeCache", keys: Tensor, values: Tensor) -> None:
         super().__init__()
-        # Else the two would hold each other, and gigabytes wait for the garbage collector.
+        # A weak reference: a cycle would leave gigabytes to the garbage collector.
         self.owner = weakref.proxy(owner)
         self.keys = keys
         self.values = values
@@ -39,12 +39,12 @@ class DecodeLayer(CacheLayerMixin):
         self._n = 0  # slots in use after ``keep``
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the layer is allocated when it is made."""
+        """Do nothing: the layer is allocated on construction."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write one token a row to the slots that ``DecodeCache.extend`` opened.
+        """Write one token per row to the slots that ``DecodeCache.extend`` opened.
 
         Args:
             key_states: ``[B, Hkv, 1, d]``.
@@ -69,11 +69,11 @@ class DecodeLayer(CacheLayerMixin):
         return self.keys[:, :, :n], self.values[:, :, :n]
 
     def keep(self, slots: Tensor) -> None:
-        """Free all tokens but some, which move together to the first slots.
+        """Free all tokens except those at ``slots``, which move to the first slots.
 
         Args:
-            slots: int32 ``[B, Hkv, m]`` what each KV head keeps, ascending, as many in each head of
-                a row; -1 at the end marks none.
+            slots: int32 ``[B, Hkv, m]`` slots that each KV head keeps, ascending, the same number
+                for each head of a row, padded with -1 at the end.
         """
         batch_size, num_heads, m = slots.shape
         level = self.owner.topkbench_lengths[1] is None
@@ -87,7 +87,7 @@ class DecodeLayer(CacheLayerMixin):
             kept[:, :, :m] = torch.take_along_dim(states, at, 2)
             return kept
 
-        # One after the other, so that never more than one of the large buffers has a copy.
+        # One after the other, so that only one of the two large buffers is copied at a time.
         self.keys = moved(self.keys)
         self.values = moved(self.values)
         self.kv_len = None if level else count
@@ -103,11 +103,11 @@ class DecodeLayer(CacheLayerMixin):
 
     @property
     def is_full(self) -> bool:
-        """Whether there is no slot for another token."""
+        """Whether every slot is used."""
         return self.get_seq_length() >= self.keys.shape[2]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many slots a mask would cover, and where they begin."""
+        """Return how many slots a mask covers, and the offset of the first."""
         return self.owner.n, 0
 
     def get_seq_length(self) -> int:
@@ -115,22 +115,22 @@ class DecodeLayer(CacheLayerMixin):
         return self.owner.n if self.freed is None else self._n
 
     def get_max_length(self) -> int:
-        """Return the slots there are."""
+        """Return the number of allocated slots."""
         return self.keys.shape[2]
 
     get_max_cache_shape = get_max_length  # its name in transformers 5.5
 
 
 class DecodeCache(Cache):
-    """A batch of prefilled prompts, left-aligned, and room for what is decoded.
+    """A batch of prefilled prompts, left-aligned, with slots for the tokens to decode.
 
-    Row ``b`` uses the slots below ``kv_len[b]``; a slot is a position, so ``positions`` are RoPE's.
-    Call ``extend`` before each forward of one token a row.
+    Row ``b`` uses the slots below ``kv_len[b]``. A token's slot is its position, so ``positions``
+    are the position ids. Call ``extend`` before each forward of one token per row.
 
     Args:
-        prefills: One a row.
-        new_tokens: Tokens that will be decoded, the longest row counts.
-        devices: Where each layer's buffers live, the counters with the first; None for the CPU.
+        prefills: One per row.
+        new_tokens: Tokens to decode per row.
+        devices: Each layer's device; the counters are on the first layer's. None for the CPU.
     """
 
     def __init__(
@@ -162,19 +162,19 @@ class DecodeCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the keys and values that are held, unused slots included."""
+        """Bytes allocated for keys and values, unused slots included."""
         layers: list[Any] = self.layers
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
     def topkbench_keep(self, layer: int, slots: Tensor) -> None:
-        """Free all of a layer but ``slots``, see ``DecodeLayer.keep``, and what was captured."""
+        """Keep only ``slots`` of a layer, see ``DecodeLayer.keep``, and drop its captures."""
         stored: Any = self.layers[layer]
         stored.keep(slots)
         if self._captured:
             self._captured[layer] = None
 
     def topkbench_captured(self, layer: int) -> Captured | None:
-        """Return what was captured of a layer while the prompts were read, None if nothing."""
+        """Return what was captured of a layer at prefill, or None."""
         return self._captured[layer] if self._captured else None
 
     def _stack(self, rows: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -183,14 +183,14 @@ class DecodeCache(Cache):
         buffer = torch.empty(shape, dtype=rows[0].dtype, device=device)
         for index, states in enumerate(rows):
             buffer[index, :, : states.shape[1]] = states
-            buffer[index, :, states.shape[1] :].zero_()  # a slot never written must not hold NaN
+            buffer[index, :, states.shape[1] :].zero_()  # unwritten slots must not hold NaN
         return buffer
 
     def extend(self) -> None:
         """Open one slot in every row for the token that is decoded next.
 
         Raises:
-            ValueError: If there is no room.
+            ValueError: If all slots are used.
         """
         if self.n >= self.capacity:
             raise ValueError(
@@ -203,10 +203,10 @@ class DecodeCache(Cache):
 
     @property
     def positions(self) -> Tensor:
-        """int64 ``[B, 1]`` position of each row's newest token."""
+        """Position of each row's newest token, int64 ``[B, 1]``."""
         return self.slots[:, None]
 
     @property
     def topkbench_lengths(self) -> tuple[None, Tensor | None]:
-        """The valid slots of each row: from 0 to ``kv_len``, int32 ``[B]``; None if all are."""
+        """Bounds of each row's valid slots: (None for 0, int32 ``[B]`` ends or None for all)."""
         return None, None if self._level else self.kv_len

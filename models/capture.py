@@ -1,6 +1,7 @@
-"""What some methods need beyond keys and values: the prompt's queries, and queries foretold.
+"""Captures what some methods need of a prompt beyond keys and values.
 
-Nothing here runs unless a method declares it in ``needs``.
+That is its last queries and the attention that each token received. Captured only if a method
+declares it in ``needs``.
 """
 
 import time
@@ -25,13 +26,13 @@ from topkbench.models.compat import (
 from topkbench.models.softcap import softcap_attention
 
 WATCHED = "topkbench_watched"
-BLOCK = 256  # queries whose attention weights are held at once, at most
-WEIGHTS = 2**27  # attention weights that are held at once, if one query has no more
+BLOCK = 256  # queries per block, at most
+WEIGHTS = 2**27  # attention weights in memory at once, unless a single query has more
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a layer's attention is called with while a prompt is read.
+    """The inputs of one layer's attention at prefill.
 
     Attributes:
         layer: Index of the layer.
@@ -39,7 +40,7 @@ class LayerCall:
         key_states: ``[B, Hkv, n, d]``, post-RoPE.
         value_states: ``[B, Hkv, n, d]``.
         scale: The attention's factor on dot products.
-        softcap: As in attention, or None.
+        softcap: The attention's logit cap, or None.
     """
 
     layer: int
@@ -51,12 +52,14 @@ class LayerCall:
 
 
 @contextmanager
-def watched_attention(model: PreTrainedModel, see: Callable[[LayerCall], None]) -> Iterator[None]:
-    """Let ``see`` have each layer's post-RoPE states in every forward of the block.
+def watched_attention(
+    model: PreTrainedModel, observe: Callable[[LayerCall], None]
+) -> Iterator[None]:
+    """Call ``observe`` with each layer's post-RoPE states in every forward of the block.
 
     Args:
-        model: A decoder-only model; it is what it was once the block is left.
-        see: Called with what a layer's attention is called with.
+        model: A decoder-only model; it is restored when the block is left.
+        observe: Called with the inputs of each layer's attention.
     """
 
     def attend(
@@ -69,8 +72,8 @@ def watched_attention(model: PreTrainedModel, see: Callable[[LayerCall], None]) 
     ) -> tuple[Tensor, Tensor | None]:
         scale: Any = kwargs.get("scaling") or query.shape[-1] ** -0.5
         softcap: Any = kwargs.get("softcap")
-        see(LayerCall(layer_of(module), query, key, value, scale, softcap))
-        if softcap is not None:  # which SDPA does not know
+        observe(LayerCall(layer_of(module), query, key, value, scale, softcap))
+        if softcap is not None:  # SDPA has no softcap
             mask: Any = args[0] if args else kwargs.get("attention_mask")
             out = softcap_attention(query, key, value, mask, scale, softcap)
             return out.transpose(1, 2), None
@@ -83,15 +86,15 @@ def watched_attention(model: PreTrainedModel, see: Callable[[LayerCall], None]) 
 
 @dataclass
 class Captured:
-    """What a dense forward over a prompt leaves of one layer.
+    """What was captured of one layer during a dense forward over a prompt.
 
     Attributes:
-        needs: Which of the two are wanted.
-        query_tail: ``[B, Hq, w, d]`` the last queries, at most ``QUERY_TAIL``; None if not wanted.
-        column_sums: float32 ``[B, Hq, n]`` attention that each token got from all queries; None if
-            not wanted.
-        milliseconds: What each took.
-        end: Slots of the cache that were filled after the last part.
+        needs: Which of the two to capture.
+        query_tail: ``[B, Hq, w, d]`` the last queries, at most ``QUERY_TAIL``; None if not needed.
+        column_sums: float32 ``[B, Hq, n]`` attention weight that each token received, summed over
+            all queries; None if not needed.
+        milliseconds: How long capturing each took.
+        end: Slots of the cache that were filled after the last chunk.
     """
 
     needs: frozenset[str]
@@ -108,17 +111,18 @@ class Captured:
         kv_start: Tensor | None = None,
         softcap: float | None = None,
     ) -> None:
-        """Take the queries of the last ``m`` tokens; a prompt may come in several parts.
+        """Add the queries of the last ``m`` tokens; a prompt may be prefilled in several chunks.
 
-        A part that begins at the first slot begins a new prompt. After decoded or cropped tokens
-        the tail begins anew, for its queries must be those of consecutive tokens.
+        A chunk that begins at the first slot begins a new prompt. A chunk that does not follow the
+        previous one directly (after decoded or cropped tokens) restarts the tail, whose queries
+        must be those of consecutive tokens.
 
         Args:
             query: ``[B, Hq, m, d]``.
-            key: ``[B, Hkv, n, d]`` of all tokens so far, those of the queries the last.
+            key: ``[B, Hkv, n, d]`` of all tokens so far, ending with those of the queries.
             scale: The attention's factor on dot products.
             kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
-            softcap: As in attention, or None.
+            softcap: The attention's logit cap, or None.
         """
         begin = key.shape[2] - query.shape[2]
         if begin == 0:
@@ -153,13 +157,13 @@ class Captured:
         self.milliseconds[need] = self.milliseconds.get(need, 0.0) + took
 
     def to(self, device: torch.device) -> "Captured":
-        """Return the same on another device."""
+        """Return a copy on another device."""
         tail = None if self.query_tail is None else self.query_tail.to(device)
         sums = None if self.column_sums is None else self.column_sums.to(device)
         return Captured(self.needs, tail, sums, self.milliseconds)
 
-    def joined(self, other: "Captured") -> "Captured":
-        """Return what either has of the same prompt."""
+    def merged(self, other: "Captured") -> "Captured":
+        """Return the union of two captures of the same prompt."""
         return Captured(
             self.needs | other.needs,
             other.query_tail if self.query_tail is None else self.query_tail,
@@ -169,10 +173,9 @@ class Captured:
 
     @classmethod
     def batch(cls, rows: Sequence["Captured"], n: int, device: torch.device) -> "Captured":
-        """Join what was captured of single prompts into rows of ``n`` slots.
+        """Join captures of single prompts into one batch with rows of ``n`` slots.
 
-        Tails end together. A prompt shorter than the widest has zeros before its queries, where
-        there is no token: a row's neighbours do not cut what it has.
+        Query tails are right-aligned: shorter ones are padded with zeros in front.
         """
         tails = [row.query_tail for row in rows if row.query_tail is not None]
         sums = [row.column_sums for row in rows if row.column_sums is not None]
@@ -186,9 +189,9 @@ class Captured:
         return cls(rows[0].needs, tail, column)
 
     def inputs(self, n: int) -> dict[str, Any]:
-        """Return the arguments of ``PrefillInputs`` for the first ``n`` slots.
+        """Return arguments of ``PrefillInputs`` for the first ``n`` slots.
 
-        Tokens that were decoded since have column sums of zero.
+        Tokens decoded after the prompt have column sums of zero.
         """
         sums = self.column_sums
         if sums is not None:
@@ -210,7 +213,7 @@ def column_sums(
         key: ``[B, Hkv, n, d]``.
         scale: The attention's factor on dot products.
         kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
-        softcap: As in attention, or None.
+        softcap: The attention's logit cap, or None.
 
     Returns:
         float32 ``[B, Hq, n]``.
@@ -226,16 +229,17 @@ def column_sums(
     block = max(1, min(BLOCK, WEIGHTS // (batch_size * num_heads * n)))
     for begin in range(0, m, block):
         part = grouped[:, :, :, begin : begin + block]
-        places = n - m + begin + torch.arange(part.shape[3], device=key.device)
-        seen = int(places[-1]) + 1  # later keys are in nobody's past
-        logits = capped((part * scale) @ keys[..., :seen], softcap)
-        allowed = (slots[:seen] <= places[:, None]) & (slots[:seen] >= start[:, None, None])
+        positions = n - m + begin + torch.arange(part.shape[3], device=key.device)
+        visible = int(positions[-1]) + 1  # no query of the block sees later keys
+        logits = capped((part * scale) @ keys[..., :visible], softcap)
+        causal = slots[:visible] <= positions[:, None]
+        allowed = causal & (slots[:visible] >= start[:, None, None])
         weights = logits.masked_fill_(~allowed[:, None, None], -torch.inf).softmax(-1)
-        # A query of padding sees nothing, and counts for nothing.
-        total[..., :seen] += weights.nan_to_num(0.0).sum(3)
+        # A padding query attends to nothing: its softmax is NaN, and must add zero.
+        total[..., :visible] += weights.nan_to_num(0.0).sum(3)
     return total.flatten(1, 2)
 
 
-def missing(needs: frozenset[str], found: Mapping[str, Any]) -> list[str]:
-    """Return which of the prefill's needs were not captured."""
-    return sorted(need for need in needs & PREFILL_NEEDS if found.get(need) is None)
+def missing(needs: frozenset[str], captured: Mapping[str, Any]) -> list[str]:
+    """Return which of a method's prefill needs were not captured."""
+    return sorted(need for need in needs & PREFILL_NEEDS if captured.get(need) is None)

@@ -1,8 +1,8 @@
-"""What is taken from the insides of transformers, found by type and behaviour.
+"""Access to transformers' internals, by type and behaviour rather than by name.
 
-Releases rename arguments: 5.24 hands an attention module its cache as ``cache``, 5.23 as
-``past_key_values``, and some models under names of their own. So nothing here trusts a name where a
-type can be asked: a cache is an argument that is a cache, or is seen where it is written.
+Releases rename arguments: 5.24 passes an attention module its cache as ``cache``, 5.23 as
+``past_key_values``, and some models use other names. So a cache is recognised by its type among the
+arguments, or when it is written to.
 """
 
 import functools
@@ -43,7 +43,7 @@ __all__ = [
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Return a model's attention modules: those with a layer's index and groups of KV heads."""
+    """Return a model's attention modules: those with layer_idx and num_key_value_groups."""
     return [module for module in model.modules() if _is_attention(module)]
 
 
@@ -60,20 +60,20 @@ def _is_attention(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class PartialAttention:
-    """How a layer attends that does not see the whole past.
+    """The attention pattern of a layer that does not attend to the whole past.
 
     Attributes:
-        reason: What it does, in words.
-        size: Tokens of its window or chunk; None where that is unknown.
-        is_chunked: Whether it sees the tokens of its own chunk, instead of the last ones.
+        reason: The pattern, in words.
+        size: Tokens of its window or chunk; None if unknown.
+        is_chunked: True if a query sees the tokens of its own chunk, False if the last ``size``.
     """
 
     reason: str
     size: int | None
     is_chunked: bool = False
 
-    def first_seen(self, slots: Tensor) -> Tensor:
-        """Return the first slots that queries at some slots see, int64, of the same shape."""
+    def first_visible(self, slots: Tensor) -> Tensor:
+        """Return the first slot visible to the query at each slot, int64, of the same shape."""
         if self.size is None:
             return torch.zeros_like(slots)
         if self.is_chunked:
@@ -81,15 +81,15 @@ class PartialAttention:
         return (slots - self.size + 1).clamp_min(0)
 
     def tokens_read(self, n: int) -> int:
-        """Return how many of ``n`` cached tokens a step at the last of them sees."""
-        return n - int(self.first_seen(torch.tensor(n - 1)))
+        """Return how many of ``n`` cached tokens are visible to the last one."""
+        return n - int(self.first_visible(torch.tensor(n - 1)))
 
 
 def partial_attention(module: nn.Module) -> PartialAttention | None:
-    """Say how a layer attends that does not see the whole past, None if it sees all of it."""
+    """Return a layer's attention pattern, or None if it attends to the whole past."""
     config: Any = module.config
     kinds = getattr(config, "layer_types", None)
-    # A module that has the attribute knows best: None there is a layer that does not slide.
+    # A module's own attribute overrides the configuration: None there means no sliding window.
     window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
     if kinds is None:
         if window is None:
@@ -109,20 +109,20 @@ def partial_attention(module: nn.Module) -> PartialAttention | None:
 
 
 def partial_layers(model: PreTrainedModel) -> dict[int, PartialAttention]:
-    """Return how those of a model's layers attend that do not see the whole past."""
-    found = {layer_of(module): partial_attention(module) for module in attention_modules(model)}
-    return {layer: kind for layer, kind in found.items() if kind is not None}
+    """Return the attention patterns of the layers that do not attend to the whole past."""
+    kinds = {layer_of(module): partial_attention(module) for module in attention_modules(model)}
+    return {layer: kind for layer, kind in kinds.items() if kind is not None}
 
 
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:
-    """Return where each layer's attention runs: several devices, where a model is spread."""
-    found = {layer_of(one): next(one.parameters()).device for one in attention_modules(model)}
-    return [found[layer] for layer in sorted(found)]
+    """Return the device of each layer's attention, as a model may be spread over several."""
+    devices = {layer_of(one): next(one.parameters()).device for one in attention_modules(model)}
+    return [devices[layer] for layer in sorted(devices)]
 
 
 @contextmanager
 def using_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Let a model attend by a function that ``register_attention`` knows, inside the block."""
+    """Make a model use a registered attention function, inside the block."""
     configs = configs_of(model)
     before = [config._attn_implementation_internal for config in configs]
     model.set_attn_implementation(name)
@@ -134,24 +134,24 @@ def using_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def configs_of(model: PreTrainedModel) -> list[Any]:
-    """Return every config object that carries the model's attention implementation."""
-    found = {id(model.config): model.config}
+    """Return every config object that names the model's attention implementation."""
+    configs = {id(model.config): model.config}
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None:
-            found[id(config)] = config
-    for config in list(found.values()):
+            configs[id(config)] = config
+    for config in list(configs.values()):
         for name in getattr(config, "sub_configs", ()):
             part = getattr(config, name, None)
             if part is not None:
-                found[id(part)] = part
-    return [c for c in found.values() if hasattr(c, "_attn_implementation_internal")]
+                configs[id(part)] = part
+    return [c for c in configs.values() if hasattr(c, "_attn_implementation_internal")]
 
 
 def register_attention(name: str, attention: Callable[..., Any]) -> None:
-    """Let transformers know an attention function, and make its masks as for torch's SDPA.
+    """Register an attention function with transformers, with the same masks as torch's SDPA.
 
-    Without a mask function of that name transformers makes no mask, also for padded batches.
+    Without a mask function of that name transformers makes no mask, not even for padded batches.
     """
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, sdpa_mask)
@@ -167,13 +167,13 @@ def token_logits(
     cache: Any = None,
     position_ids: Tensor | None = None,
 ) -> Tensor:
-    """Run a model over tokens that follow a cache; return the last one's logits.
+    """Run a model over tokens that follow those in a cache; return the last token's logits.
 
     Args:
         model: A decoder-only model.
         token_ids: int64 ``[B, m]``.
-        cache: Is read and written; None to keep nothing.
-        position_ids: int64 ``[B, m]``; None to let the model count.
+        cache: Is read and written; None for no cache.
+        position_ids: int64 ``[B, m]``; None to let the model count them.
 
     Returns:
         ``[B, vocabulary]`` in the model's dtype.
@@ -182,19 +182,19 @@ def token_logits(
         ValueError: If the model's forward takes no cache.
     """
     names = inspect.signature(model.forward).parameters
-    given: dict[str, Any] = {"input_ids": token_ids, "use_cache": cache is not None}
+    arguments: dict[str, Any] = {"input_ids": token_ids, "use_cache": cache is not None}
     if cache is not None:
-        given |= cache_keyword(model, cache)
+        arguments |= cache_keyword(model, cache)
     if position_ids is not None:
-        given["position_ids"] = position_ids
+        arguments["position_ids"] = position_ids
     if "logits_to_keep" in names:
-        given["logits_to_keep"] = 1
-    logits: Tensor = model(**given).logits
+        arguments["logits_to_keep"] = 1
+    logits: Tensor = model(**arguments).logits
     return logits[:, -1]
 
 
 def cache_keyword(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
-    """Return a cache as the keyword argument by which a model's forward and output name it.
+    """Return ``{name: cache}``, with the name that the model's forward gives to its cache.
 
     Raises:
         ValueError: If no parameter of the forward is declared to be a cache.
@@ -203,13 +203,13 @@ def cache_keyword(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
         if _declares_cache(parameter.annotation):
             return {name: cache}
     raise ValueError(
-        f"a model's forward must declare a parameter of transformers' type Cache, and "
+        f"a model's forward must declare a parameter of transformers' type Cache, and that of "
         f"{type(model).__name__} has none; topkbench cannot decode with it."
     )
 
 
 def _declares_cache(annotation: Any) -> bool:
-    """Whether an annotation is, or offers, one of transformers' caches."""
+    """Return whether an annotation is, or includes, a cache class of transformers."""
     if isinstance(annotation, str):
         return "Cache" in annotation.replace("|", " ").replace("[", " ").replace("]", " ").split()
     if isinstance(annotation, type):
@@ -222,11 +222,11 @@ def _declares_cache(annotation: Any) -> bool:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What an attention module was called with.
+    """The arguments of an attention module's call that matter here.
 
     Attributes:
-        cache: The cache among the arguments; None if there is none.
-        hidden_states: ``[B, m, hidden]``, its first tensor of three dimensions.
+        cache: The cache; None if there is none.
+        hidden_states: ``[B, m, hidden]``, the first floating-point tensor of three dimensions.
         rotary: Cosines and sines of the tokens' positions; None if no pair of tensors was passed.
     """
 
@@ -236,7 +236,7 @@ class AttentionCall:
 
 
 def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionCall:
-    """Find by their types what matters among the arguments of an attention module."""
+    """Pick the arguments that matter from an attention module's call, by their types."""
     cache = hidden = rotary = None
     for value in (*args, *kwargs.values()):
         if cache is None:
@@ -250,7 +250,7 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionCall:
 
 
 def _cache_in(value: Any) -> Any:
-    """Return a value that is a cache, or a cache one level inside it; None if there is none."""
+    """Return the value if it is a cache, else a cache directly inside it; None if none."""
     if is_cache(value):
         return value
     inside: Iterable[Any] = ()
@@ -270,20 +270,20 @@ def _is_pair(value: Any) -> bool:
 
 
 def is_cache(value: Any) -> bool:
-    """Say whether a value is a cache: transformers' class, or what behaves as one."""
+    """Return whether a value is a transformers cache, or has a cache's methods."""
     if isinstance(value, Cache):
         return True
     return all(callable(getattr(value, name, None)) for name in ("update", "get_seq_length"))
 
 
 def cache_layer(cache: Any, layer: int) -> Any:
-    """Return the part of a transformers cache that holds a layer, None if it has none yet."""
+    """Return a transformers cache's object for one layer, or None if there is none yet."""
     layers = getattr(cache, "layers", None)
     return layers[layer] if layers is not None and layer < len(layers) else None
 
 
 def cached_tokens(cache: Any, layer: int) -> int | None:
-    """Return the tokens that a layer of a cache holds; None where it does not tell."""
+    """Return the number of tokens in a layer of a cache; None if it cannot be known."""
     stored = cache_layer(cache, layer)
     if stored is not None:
         return int(stored.get_seq_length())
@@ -291,31 +291,31 @@ def cached_tokens(cache: Any, layer: int) -> int | None:
 
 
 def written_slots(stored: Any) -> int | None:
-    """Return how far a layer of a static cache is written; None for one that grows."""
+    """Return the number of slots written in a static cache's layer; None for one that grows."""
     written = getattr(stored, "cumulative_length", None)
     return int(written) if isinstance(written, Tensor) else None
 
 
 def max_slots(stored: Any) -> int | None:
-    """Return the slots that a layer of a cache is allocated with; None if it grows."""
+    """Return the number of slots allocated in a layer of a cache; None if it grows."""
     for name in ("get_max_length", "get_max_cache_shape"):
-        ask = getattr(stored, name, None)
-        if ask is not None:
-            told = int(ask())
-            return told if told > 0 else None
+        length = getattr(stored, name, None)
+        if length is not None:
+            slots = int(length())
+            return slots if slots > 0 else None
     return None
 
 
-# Another layer's queries --------------------------------------------------------------------------
+# Speculated queries -------------------------------------------------------------------------------
 
 
 def speculate_queries(
     module: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """Return the post-RoPE queries that an attention module would make of another layer's input.
+    """Return the post-RoPE queries that an attention module computes from another layer's input.
 
     Args:
-        module: The attention module whose queries are wanted.
+        module: The attention module whose query projection is applied.
         hidden_states: ``[B, m, hidden]`` normed input of an earlier layer's attention.
         position_embeddings: The cosines and sines of the tokens, as transformers passes them.
 
@@ -325,18 +325,18 @@ def speculate_queries(
     Source:
         InfiniGen (arXiv:2406.19707), section 4.3: the inputs of neighbouring layers are alike.
     """
-    own: Any = module
-    device = own.o_proj.weight.device  # an earlier layer may lie on another
+    attention: Any = module
+    device = attention.o_proj.weight.device  # the earlier layer may be on another device
     hidden_states = hidden_states.to(device)
     cosines, sines = (one.to(device) for one in position_embeddings)
-    if hasattr(own, "q_proj"):
-        projected = own.q_proj(hidden_states)
+    if hasattr(attention, "q_proj"):
+        projected = attention.q_proj(hidden_states)
     else:
-        width = own.o_proj.in_features  # of the queries, the first of the joint projection
-        projected = own.qkv_proj(hidden_states)[..., :width]
-    queries = projected.unflatten(-1, (-1, own.head_dim))
-    if hasattr(own, "q_norm"):
-        queries = own.q_norm(queries)
+        width = attention.o_proj.in_features  # queries come first in the joint projection
+        projected = attention.qkv_proj(hidden_states)[..., :width]
+    queries = projected.unflatten(-1, (-1, attention.head_dim))
+    if hasattr(attention, "q_norm"):
+        queries = attention.q_norm(queries)
     queries = queries.transpose(1, 2)
     rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
     rotated: Tensor = rotate(queries, queries, cosines, sines)[0]
@@ -344,14 +344,14 @@ def speculate_queries(
 
 
 def speculation_unsupported_reason(module: nn.Module) -> str | None:
-    """Say why a module's queries cannot be foretold, None if they can."""
-    known = hasattr(module, "q_proj") or hasattr(module, "qkv_proj")
+    """Return one sentence saying why a module's queries cannot be speculated, or None."""
+    has_projection = hasattr(module, "q_proj") or hasattr(module, "qkv_proj")
     rotates = hasattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb")
-    if known and rotates and hasattr(module, "head_dim"):
+    if has_projection and rotates and hasattr(module, "head_dim"):
         return None
     return (
-        f"queries can be foretold where attention has q_proj or qkv_proj and rotary positions, and "
-        f"{type(module).__name__} has not."
+        f"queries can be speculated only if attention has q_proj or qkv_proj and rotary positions, "
+        f"which {type(module).__name__} has not."
     )
 
 
@@ -370,7 +370,7 @@ def watching_writes(listener: Callable[[Any], None]) -> Iterator[None]:
         for kind in _cache_classes():
             if kind not in _ORIGINAL:
                 _ORIGINAL[kind] = kind.__dict__["update"]
-                kind.update = _told(_ORIGINAL[kind])  # type: ignore[method-assign]
+                kind.update = _with_listeners(_ORIGINAL[kind])  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -383,17 +383,19 @@ def watching_writes(listener: Callable[[Any], None]) -> Iterator[None]:
 
 
 def _cache_classes() -> list[type[Cache]]:
-    """Return every class of caches that has an ``update`` of its own."""
-    found, waiting = [], [Cache]
+    """Return every cache class that defines its own ``update``."""
+    classes, waiting = [], [Cache]
     while waiting:
         kind = waiting.pop()
         waiting += kind.__subclasses__()
         if "update" in kind.__dict__:
-            found.append(kind)
-    return found
+            classes.append(kind)
+    return classes
 
 
-def _told(update: Callable[..., Any]) -> Callable[..., Any]:
+def _with_listeners(update: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a cache's ``update`` so that it calls every listener first."""
+
     @functools.wraps(update)
     def watched(self: Cache, *args: Any, **kwargs: Any) -> Any:
         for listener in tuple(_LISTENERS):

@@ -1,4 +1,4 @@
-"""What identifies a model: the bytes of its weights, and all that decides what it answers."""
+"""Digests of a model: of the bytes of its weights, and of all that its answers depend on."""
 
 import contextlib
 import functools
@@ -17,21 +17,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 if TYPE_CHECKING:
     from topkbench.models.load import LoadedModel
 
-# A file's hash is kept from this size on; reading a smaller one costs less than looking it up.
-KEPT_FROM_BYTES = 64 * 2**20
-# A file that changed this shortly ago may change once more without another time of change.
+# Hashes are cached for files of at least this size; smaller ones are faster to read again.
+CACHE_FROM_BYTES = 64 * 2**20
+# A file that changed less than this ago may change again with the same timestamp.
 SETTLED_S = 2.0
 
 
 def weights_digest(source: str | Path, cache_dir: str | Path | None = None) -> str:
-    """Return 16 hex digits of every byte of a model's weights and of the configuration beside them.
+    """Return 16 hex digits of all bytes of a model's weight files and configuration.
 
-    Whatever transformers may read weights from counts: all safetensors files of the folder, those
-    that an index names elsewhere, and an adapter's configuration.
+    Included is everything that transformers may load weights from: all safetensors files of the
+    folder, those that an index file names elsewhere, and an adapter's configuration.
 
     Args:
-        source: The model's folder; of a hub id, the snapshot's.
-        cache_dir: Hashes of large files are kept in its folder ``hashes``; None reads every file.
+        source: The model's folder; for a hub id, its snapshot's folder.
+        cache_dir: Hashes of large files are cached in its folder ``hashes``; None reads every file.
     """
     folder = Path(source)
     files = {*folder.glob("*.safetensors"), folder / "config.json"}
@@ -41,17 +41,17 @@ def weights_digest(source: str | Path, cache_dir: str | Path | None = None) -> s
         names = json.loads(index.read_bytes()).get("weight_map", {}).values()
         files |= {folder / name for name in names}
     named = sorted((path.relative_to(folder).as_posix(), path) for path in files)
-    kept = None if cache_dir is None else Path(cache_dir).expanduser() / "hashes"
+    cache = None if cache_dir is None else Path(cache_dir).expanduser() / "hashes"
     with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(functools.partial(_file_hash, kept=kept), [p for _, p in named]))
-    return _short([(name, found) for (name, _), found in zip(named, hashes, strict=True)])
+        hashes = list(pool.map(functools.partial(_file_hash, cache=cache), [p for _, p in named]))
+    return _short([(name, digest) for (name, _), digest in zip(named, hashes, strict=True)])
 
 
 def model_digest(loaded: "LoadedModel") -> str:
-    """Return 16 hex digits of all that decides what a model answers, as it was loaded.
+    """Return 16 hex digits of everything that a loaded model's answers depend on.
 
     That is its weights, configuration, dtype, tokenizer, chat template and generation settings, and
-    how prompts are wrapped for it. A hub snapshot is the same model as a folder of the same files.
+    how prompts are wrapped for it. A hub snapshot and a folder of the same files have one digest.
     """
     config, generation = loaded.model.config, getattr(loaded.model, "generation_config", None)
     return _short(
@@ -69,7 +69,7 @@ def model_digest(loaded: "LoadedModel") -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return 16 hex digits of how a tokenizer cuts, wraps and joins a text; of none, nothing."""
+    """Return 16 hex digits of a tokenizer's rules, chat template and settings; "" without one."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return ""
     fast: Any = getattr(tokenizer, "backend_tokenizer", None)
@@ -89,7 +89,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def states_digest(model: PreTrainedModel) -> str:
-    """Return 16 hex digits of a model's configuration and of all that it holds in memory."""
+    """Return 16 hex digits of a model's configuration and of its weights in memory."""
     digest = hashlib.sha256(_short(_settings(model.config.to_dict())).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
@@ -98,7 +98,8 @@ def states_digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-# Where a model or tokenizer was found, and by which release: nothing that an answer depends on.
+# Settings that say where a model was loaded from and by which release; answers do not depend on
+# them.
 _PLACES = {"_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "cache_dir"}
 _PLACES |= {"is_local", "local_files_only", "vocab_file", "merges_file", "tokenizer_file"}
 
@@ -112,29 +113,29 @@ def _short(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _file_hash(path: Path, kept: Path | None) -> str:
-    """Return the sha256 of a file, from what was kept if the file has not been touched since."""
+def _file_hash(path: Path, cache: Path | None) -> str:
+    """Return the sha256 of a file, from the cache if the file has not changed since."""
     status = _status(path)
-    if kept is None or status["size"] < KEPT_FROM_BYTES:
+    if cache is None or status["size"] < CACHE_FROM_BYTES:
         return _read_hash(path)
-    note = kept / f"{_short(status['path'])}.json"
-    found = _kept_hash(note, status)
-    if found is not None:
-        return found
+    note = cache / f"{_short(status['path'])}.json"
+    cached = _cached_hash(note, status)
+    if cached is not None:
+        return cached
     fresh = _read_hash(path)
     settled = time.time() - max(status["mtime_ns"], status["ctime_ns"]) / 1e9 > SETTLED_S
     if settled and _status(path) == status:
-        with contextlib.suppress(OSError):  # without a place for it, it is read again next time
-            _keep_hash(note, {**status, "sha256": fresh})
+        with contextlib.suppress(OSError):  # if it cannot be written, the file is read again
+            _cache_hash(note, {**status, "sha256": fresh})
     return fresh
 
 
 def _status(path: Path) -> dict[str, Any]:
-    """Return what changes whenever a file does: the time of its last change cannot be set back."""
-    found = path.stat()
-    times = {"mtime_ns": found.st_mtime_ns, "ctime_ns": found.st_ctime_ns}
-    place = {"path": str(path.resolve()), "device": found.st_dev, "inode": found.st_ino}
-    return {**place, "size": found.st_size, **times}
+    """Return what identifies a file's state; ctime changes with it and cannot be set back."""
+    stat = path.stat()
+    times = {"mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+    location = {"path": str(path.resolve()), "device": stat.st_dev, "inode": stat.st_ino}
+    return {**location, "size": stat.st_size, **times}
 
 
 def _read_hash(path: Path) -> str:
@@ -147,25 +148,25 @@ def is_of_this_user(status: os.stat_result) -> bool:
     return not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
 
 
-def _kept_hash(note: Path, status: dict[str, Any]) -> str | None:
-    """Return the hash that this user noted for a file in just this state, else None."""
+def _cached_hash(note: Path, status: dict[str, Any]) -> str | None:
+    """Return the hash that this user cached for a file in exactly this state, else None."""
     try:
-        about = note.lstat()
-        if not is_of_this_user(about) or about.st_mode & 0o022:
+        note_status = note.lstat()
+        if not is_of_this_user(note_status) or note_status.st_mode & 0o022:
             return None
         content = json.loads(note.read_bytes())
         noted, check = content["noted"], content["digest"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    whole = isinstance(noted, dict) and check == _short(noted)
+    intact = isinstance(noted, dict) and check == _short(noted)
     return (
-        str(noted["sha256"]) if whole and noted == {**status, "sha256": noted["sha256"]} else None
+        str(noted["sha256"]) if intact and noted == {**status, "sha256": noted["sha256"]} else None
     )
 
 
-def _keep_hash(note: Path, noted: dict[str, Any]) -> None:
+def _cache_hash(note: Path, noted: dict[str, Any]) -> None:
     note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(dir=note.parent)  # for this user's eyes alone
+    descriptor, unfinished = tempfile.mkstemp(dir=note.parent)  # readable by this user only
     with os.fdopen(descriptor, "w") as file:
         json.dump({"noted": noted, "digest": _short(noted)}, file)
     Path(unfinished).replace(note)

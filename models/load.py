@@ -1,4 +1,4 @@
-"""The one loader: a hub id, a local folder, the model that ships, or random weights."""
+"""Loads a model from a hub id, a local folder, the repository's own model, or random weights."""
 
 import hashlib
 import json
@@ -29,24 +29,24 @@ RANDOM = "random"
 
 
 class ModelNotAvailable(ValueError):
-    """The model cannot be loaded; the message is one sentence."""
+    """The model cannot be loaded; one sentence says why."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to decode, with what identifies it.
+    """A model ready to decode, with its digest.
 
     Attributes:
-        name: What rows and figures call it.
-        model: In evaluation mode.
-        tokenizer: Its tokenizer; that of random weights refuses whatever is asked of it.
-        digest: Identifies the weights, every byte of them, with the configuration they run by: 16
-            hex digits. What else decides an answer is in ``digests.model_digest``.
+        name: The model's name in rows and figures.
+        model: The model, in evaluation mode.
+        tokenizer: Its tokenizer; for random weights an object that raises on any use.
+        digest: 16 hex digits of all bytes of the weights and of the configuration. Everything else
+            that an answer depends on is in ``digests.model_digest``.
         window: Longest sequence in tokens.
-        chat: Prompts are wrapped in the tokenizer's chat template.
-        short_answers: The model ends its answers itself, so that a reference answer's length and
-            a few tokens more are enough to generate.
-        artifact_folders: Where fitted artifacts ship beside the model.
+        chat: Whether prompts are wrapped in the tokenizer's chat template.
+        short_answers: Whether the model ends its answers itself, so that it is enough to generate
+            as many tokens as the reference answer has, and a few more.
+        artifact_folders: Folders with fitted artifacts that ship with the model.
     """
 
     name: str
@@ -73,21 +73,21 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
-    Only safetensors are read and no code that comes with a model is run.
+    Only safetensors are read, and no code that comes with a model is run.
 
     Args:
-        name: What rows and figures call the model.
+        name: The model's name in rows and figures.
         path: A hub id, a local folder, the name of a shipped model, or ``"random"``.
         dtype: ``"auto"`` (as saved; bfloat16 for random weights), ``"float32"``, ``"bfloat16"`` or
             ``"float16"``.
         device: Where the model runs, such as ``"cpu"`` or ``"cuda:0"``.
         device_map: Passed to transformers to spread a model over several GPUs; needs accelerate.
-        revision: Of a hub id.
+        revision: Revision of a hub id.
         chat: Wrap prompts in the chat template.
         short_answers: See ``LoadedModel``.
         architecture: With ``path="random"``: the fields of a transformers configuration,
-            ``model_type`` among them. The weights are drawn on the device, the same every time.
-        cache_dir: Where hashes of large weight files are kept; see ``weights_digest``.
+            ``model_type`` among them. The weights are drawn on the device, with a fixed seed.
+        cache_dir: Folder in which hashes of large weight files are kept; see ``weights_digest``.
 
     Raises:
         ModelNotAvailable: If it cannot be reached, is damaged, or does not fit the device.
@@ -117,9 +117,9 @@ def load_model(
             source, revision=revision, trust_remote_code=False
         )
         if not set(tokenizer.encode("Hello, world 1")) - set(tokenizer.all_special_ids):
-            # Some releases make an empty one where a folder has none.
-            raise ValueError(f"a {type(tokenizer).__name__} that knows no word")
-        # Lengths are checked here, in one sentence; else the tokenizer would warn of its own.
+            # Some releases return an empty tokenizer if a folder has none.
+            raise ValueError(f"a {type(tokenizer).__name__} with an empty vocabulary")
+        # The tasks check lengths themselves; this silences the tokenizer's own warning.
         tokenizer.model_max_length = VERY_LARGE_INTEGER
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -131,19 +131,19 @@ def load_model(
             attn_implementation="sdpa",
             output_loading_info=True,
         )
-        model, found = loaded
+        model, info = loaded
         if partial_layers(model):
             raise ValueError(
-                "layers with a sliding window, which the harness's cache does not hold; attach"
-                " serves such a model in your own script"
+                "layers with a sliding window, which the harness's cache does not support; use"
+                " attach in your own script for such a model"
             )
-        # Transformers would draw the one at random and drop the other, each with a warning.
+        # Transformers only warns: it draws missing weights at random and drops unexpected ones.
         for kind, words in (
             ("missing", "no weights"),
             ("unexpected", "no place in the configuration"),
         ):
-            if found[f"{kind}_keys"]:
-                raise ValueError(f"{words} for {', '.join(sorted(found[f'{kind}_keys'])[:3])}.")
+            if info[f"{kind}_keys"]:
+                raise ValueError(f"{words} for {', '.join(sorted(info[f'{kind}_keys'])[:3])}.")
         digest = weights_digest(_snapshot(source, revision), cache_dir)
     except (OSError, SafetensorError, ValueError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -166,12 +166,12 @@ def load_model(
 
 
 class NoTokenizer:
-    """The tokenizer of a model that has none: one sentence, whatever is asked of it."""
+    """Stands for the tokenizer of a model without one: any use raises one sentence."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def __getattr__(self, asked: str) -> NoReturn:
+    def __getattr__(self, attribute: str) -> NoReturn:
         raise ModelNotAvailable(
             f"this task needs text, and {self._name} has random weights and no tokenizer; use"
             " task=decode_throughput, or a trained model."
@@ -179,14 +179,14 @@ class NoTokenizer:
 
 
 def _draw(name: str, architecture: Mapping[str, Any], dtype: str, device: str) -> LoadedModel:
-    """Make a model of random weights; no copy in another place or precision is made.
+    """Make a model with random weights, directly on its device and in its precision.
 
     Raises:
-        ModelNotAvailable: If transformers knows no such architecture, or there is no room.
+        ModelNotAvailable: If transformers has no such architecture, or memory is too small.
     """
 
-    def make(place: torch.device) -> PreTrainedModel:
-        with place:
+    def make(target: torch.device) -> PreTrainedModel:
+        with target:
             made: PreTrainedModel = AutoModelForCausalLM.from_config(
                 AutoConfig.for_model(**architecture),
                 dtype=getattr(torch, dtype),
@@ -194,7 +194,7 @@ def _draw(name: str, architecture: Mapping[str, Any], dtype: str, device: str) -
             )
         return made
 
-    place = torch.device(device)
+    target = torch.device(device)
     try:
         need = make(torch.device("meta")).get_memory_footprint()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -203,16 +203,16 @@ def _draw(name: str, architecture: Mapping[str, Any], dtype: str, device: str) -
             f"model.architecture must be the fields of a transformers configuration, model_type"
             f" among them, got {type(error).__name__}: {reason}"
         ) from error
-    free = free_bytes(place)
+    free = free_bytes(target)
     if need > free:
         raise ModelNotAvailable(
             f"the weights of {name} must fit the free memory of {free / 2**30:.1f} GiB, got"
             f" {need / 2**30:.1f} GiB; use a smaller model or dtype=bfloat16."
         )
-    with torch.random.fork_rng([place] if place.type == "cuda" else []):
+    with torch.random.fork_rng([target] if target.type == "cuda" else []):
         torch.manual_seed(0)
-        model = make(place)
-    text = json.dumps({**architecture, "dtype": dtype, "drawn on": place.type}, sort_keys=True)
+        model = make(target)
+    text = json.dumps({**architecture, "dtype": dtype, "drawn on": target.type}, sort_keys=True)
     return LoadedModel(
         name=name,
         model=model.eval().requires_grad_(False),
@@ -223,14 +223,14 @@ def _draw(name: str, architecture: Mapping[str, Any], dtype: str, device: str) -
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory that nobody uses: the accelerator's, or the machine's."""
+    """Return the free memory of the accelerator, or of the machine for the CPU."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
 
 def _snapshot(source: str, revision: str | None) -> Path:
-    """Return the folder that a model was read from: the source itself, or a hub id's snapshot."""
+    """Return the folder a model was loaded from: the source itself, or a hub id's snapshot."""
     if _is_local(source):
         return Path(source)
     config = cached_file(source, "config.json", revision=revision, local_files_only=True)
@@ -238,5 +238,5 @@ def _snapshot(source: str, revision: str | None) -> Path:
 
 
 def _is_local(path: str) -> bool:
-    """Whether a path names a folder rather than a hub id: ``owner/name`` that is no folder here."""
+    """Return whether a path is a folder rather than a hub id, ``owner/name``."""
     return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).is_dir()

@@ -1,4 +1,4 @@
-"""What one prompt's prefill leaves, computed once and shared by every cell that needs it."""
+"""A prompt's prefill: computed once and shared by every cell that needs it."""
 
 import hashlib
 import secrets
@@ -25,14 +25,15 @@ from topkbench.models.digests import states_digest
 
 @dataclass(frozen=True)
 class Prefill:
-    """The states of one prompt, in the machine's memory: many prompts exceed an accelerator's.
+    """The states of one prompt, in host memory, as many prompts exceed an accelerator's.
 
     Attributes:
         key_states: For each layer ``[Hkv, n, d]`` post-RoPE keys.
         value_states: For each layer ``[Hkv, n, d]``.
         logits: ``[vocabulary]`` of the last token.
-        milliseconds: What the forward took, without what is captured.
-        captured: For each layer, ``[1, Hq, w, d]`` and ``[1, Hq, n]`` of it; empty for nothing.
+        milliseconds: Time of the forward, without capturing.
+        captured: For each layer a query tail ``[1, Hq, w, d]`` and column sums ``[1, Hq, n]``;
+            empty if nothing was captured.
     """
 
     key_states: tuple[Tensor, ...]
@@ -43,21 +44,21 @@ class Prefill:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What was captured beside keys and values."""
+        """What was captured beyond keys and values."""
         return self.captured[0].needs if self.captured else frozenset()
 
     def needs_ms(self, needs: frozenset[str]) -> float:
-        """Return the milliseconds that capturing took, over all layers."""
+        """Return the milliseconds that capturing ``needs`` took, over all layers."""
         return sum(one.milliseconds.get(need, 0.0) for one in self.captured for need in needs)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prompt."""
+        """Number of tokens of the prompt."""
         return int(self.key_states[0].shape[1])
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model."""
+        """Number of layers of the model."""
         return len(self.key_states)
 
     @property
@@ -72,24 +73,24 @@ class Prefill:
 def prefill(
     model: PreTrainedModel, token_ids: Sequence[int], needs: frozenset[str] = frozenset()
 ) -> Prefill:
-    """Run the model densely over one prompt.
+    """Run the model over one prompt with dense attention.
 
     Args:
         model: A decoder-only model with an ordinary attention implementation.
         token_ids: The prompt, special tokens included.
-        needs: What to capture beside keys and values: ``query_tail``, ``column_sums``.
+        needs: What to capture beyond keys and values: ``query_tail``, ``column_sums``.
     """
     cache = DynamicCache()
     ids = torch.tensor([list(token_ids)], device=model.device)
     captured: list[Captured] = []
 
-    def see(call: LayerCall) -> None:
+    def capture(call: LayerCall) -> None:
         one = Captured(needs)
         one.update(call.query_states, call.key_states, call.scale, softcap=call.softcap)
         captured.append(one)
 
     began = time.perf_counter()
-    with watched_attention(model, see) if needs else nullcontext():
+    with watched_attention(model, capture) if needs else nullcontext():
         logits = token_logits(model, ids, cache)[0]
     if logits.is_cuda:
         torch.cuda.synchronize(logits.device)
@@ -106,22 +107,23 @@ def prefill(
 
 
 class PrefillStore:
-    """Prefills by prompt: in memory up to a limit, beyond it in files that workers share.
+    """Prefills by prompt: in memory up to a limit, then in files that several workers can share.
 
-    Every cell scans the prompts in the same order, so evicting would always drop what is needed
-    next. Past the limit later prompts therefore go to disk and stay there, memory-mapped.
+    Every cell goes through the prompts in the same order, so evicting the oldest would always drop
+    the one needed next. Prompts beyond the limit therefore go to disk, and are memory-mapped.
 
     Args:
-        model: The model; one store serves one model.
-        folder: Where spilled prompts live; stores that share it share them.
-        memory_limit: Bytes to hold in memory; None for half of what is free. 0 shares everything.
-        identity: Of everything that the states depend on beside the prompt: files are named by it,
-            so that stores share them only where it agrees. None for the model's configuration and
-            all its weights, which are then read once, and only if something spills.
-        compute: Stands in for ``prefill`` in tests.
+        model: The model; each store serves one model.
+        folder: Folder of the files; stores with the same folder share them.
+        memory_limit: Bytes to keep in memory; None for half of the free memory. With 0 every
+            prompt goes to a file.
+        identity: Digest of everything that the states depend on besides the prompt. Files are
+            named by it, so that stores share only files of the same identity. None to compute it
+            from the model's configuration and weights when the first file is needed.
+        compute: Replaces ``prefill`` in tests.
 
     Attributes:
-        forwards: Prompts computed by this store: the cost of a sweep that the cells share.
+        forwards: Number of prompts that this store computed.
     """
 
     def __init__(
@@ -138,92 +140,93 @@ class PrefillStore:
         self._compute = compute
         self._identity = identity
         self._checked: set[tuple[Path, int, int]] = set()
-        self._kept: dict[str, Prefill] = {}
-        self._room = (
+        self._in_memory: dict[str, Prefill] = {}
+        self._bytes_left = (
             psutil.virtual_memory().available // 2 if memory_limit is None else memory_limit
         )
 
     def get(self, token_ids: Sequence[int], needs: frozenset[str] = frozenset()) -> Prefill:
-        """Return the prompt's states, computing them if nobody has.
+        """Return the prompt's states, computing them unless a store has already.
 
         Args:
             token_ids: The prompt.
-            needs: What must have been captured; a prompt that lacks it is read once more.
+            needs: What must have been captured; if something is missing, the prefill runs again.
         """
         needs &= PREFILL_NEEDS
         key = hashlib.sha256(" ".join(map(str, token_ids)).encode()).hexdigest()[:32]
-        if key in self._kept:
-            states = self._kept[key]
+        if key in self._in_memory:
+            states = self._in_memory[key]
             if not needs <= states.needs:
-                states = self._kept[key] = self._run(token_ids, needs, states)
+                states = self._in_memory[key] = self._run(token_ids, needs, states)
             return states
-        spilled = not self._room or self.folder.exists()
-        found = self._load(self._path(key)) if spilled else None
-        if found is not None and needs <= found.needs:
-            return found
-        if found is None and self._room > 0:
+        spilled = not self._bytes_left or self.folder.exists()
+        stored = self._load(self._path(key)) if spilled else None
+        if stored is not None and needs <= stored.needs:
+            return stored
+        if stored is None and self._bytes_left > 0:
             states = self._run(token_ids, needs)
-            if states.num_bytes <= self._room:
-                self._room -= states.num_bytes
-                self._kept[key] = states
+            if states.num_bytes <= self._bytes_left:
+                self._bytes_left -= states.num_bytes
+                self._in_memory[key] = states
                 return states
-            self._room = 0  # from here on everything spills, so that files are found by all workers
+            # From here on every prompt goes to a file, so that all workers can use it.
+            self._bytes_left = 0
             _save(states, self._path(key))
             return states
         path = self._path(key)
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            found = self._load(path)
-            if found is not None and needs <= found.needs:
-                return found
-            states = self._run(token_ids, needs, found)
+            stored = self._load(path)
+            if stored is not None and needs <= stored.needs:
+                return stored
+            states = self._run(token_ids, needs, stored)
             _save(states, path)
             return states
 
     def _path(self, key: str) -> Path:
-        """Return the file of a prompt, named by all that its states depend on."""
+        """Return a prompt's file, named by everything that its states depend on."""
         if self._identity is None:
             self._identity = states_digest(self.model)
         digest = hashlib.sha256(f"{self._identity} {key}".encode()).hexdigest()[:32]
         return self.folder / f"{digest}.safetensors"
 
     def _load(self, path: Path) -> Prefill | None:
-        """Return what a file holds; None if there is none, or it is not whole or another's.
+        """Return a file's prefill; None if there is no file, it is damaged or of another prompt.
 
-        A file's bytes are checked once by each store, for as long as it is the same file.
+        Each store checks a file's digest once, and again if the file is replaced.
         """
         try:
-            about = path.stat()
-            found, told = _read(path)
-            state = (path, about.st_ino, about.st_ctime_ns)
+            status = path.stat()
+            stored, metadata = _read(path)
+            state = (path, status.st_ino, status.st_ctime_ns)
             if state not in self._checked:
-                if told != _told(found, path):
+                if metadata != _metadata(stored, path):
                     return None
                 self._checked.add(state)
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
-        return found
+        return stored
 
     def _run(
-        self, token_ids: Sequence[int], needs: frozenset[str], found: Prefill | None = None
+        self, token_ids: Sequence[int], needs: frozenset[str], stored: Prefill | None = None
     ) -> Prefill:
-        """Compute a prompt, or what ``found`` lacks of it."""
+        """Compute a prefill, or only the captures that ``stored`` lacks."""
         self.forwards += 1
-        if found is None:
+        if stored is None:
             return self._compute(self.model, token_ids, needs)
-        captured = self._compute(self.model, token_ids, needs - found.needs).captured
-        if found.captured:
-            pairs = zip(found.captured, captured, strict=True)
-            captured = tuple(old.joined(new) for old, new in pairs)
-        return replace(found, captured=captured)
+        captured = self._compute(self.model, token_ids, needs - stored.needs).captured
+        if stored.captured:
+            pairs = zip(stored.captured, captured, strict=True)
+            captured = tuple(old.merged(new) for old, new in pairs)
+        return replace(stored, captured=captured)
 
 
 def _save(states: Prefill, path: Path) -> None:
-    """Write a prefill so that no reader ever sees half of it."""
+    """Write a prefill to a temporary file and rename it, so that readers see only whole files."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        save_file(_tensors(states), unfinished, metadata=_told(states, path))
+        save_file(_tensors(states), unfinished, metadata=_metadata(states, path))
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -242,8 +245,8 @@ def _tensors(states: Prefill) -> dict[str, Tensor]:
     return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
 
 
-def _told(states: Prefill, path: Path) -> dict[str, str]:
-    """Return what a file tells: its name, how many tokens and tensors it holds, and a digest."""
+def _metadata(states: Prefill, path: Path) -> dict[str, str]:
+    """Return a file's metadata: its name, number of tokens and tensors, and a digest."""
     tensors = _tensors(states)
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -254,21 +257,21 @@ def _told(states: Prefill, path: Path) -> dict[str, str]:
 
 
 def _read(path: Path) -> tuple[Prefill, dict[str, str]]:
-    """Return what a file holds, and what it tells of it."""
+    """Return a file's prefill and its metadata."""
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         num_layers = sum(name.startswith("keys.") for name in names)
-        held = frozenset(need for need in PREFILL_NEEDS if f"{need}.0" in names)
+        needs = frozenset(need for need in PREFILL_NEEDS if f"{need}.0" in names)
         captured = []
-        for layer in range(num_layers if held else 0):
-            tensors = {need: file.get_tensor(f"{need}.{layer}") for need in held}
-            took = {need: float(file.get_tensor(f"{need}_ms.{layer}")) for need in held}
-            captured.append(Captured(held, milliseconds=took, **tensors))
-        found = Prefill(
+        for layer in range(num_layers if needs else 0):
+            tensors = {need: file.get_tensor(f"{need}.{layer}") for need in needs}
+            took = {need: float(file.get_tensor(f"{need}_ms.{layer}")) for need in needs}
+            captured.append(Captured(needs, milliseconds=took, **tensors))
+        stored = Prefill(
             tuple(file.get_tensor(f"keys.{layer}") for layer in range(num_layers)),
             tuple(file.get_tensor(f"values.{layer}") for layer in range(num_layers)),
             file.get_tensor("logits"),
             float(file.get_tensor("milliseconds")),
             tuple(captured),
         )
-        return found, dict(file.metadata() or {})
+        return stored, dict(file.metadata() or {})

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from topkbench.methods.softcap import capped
 
-# Queries handled at once: bounds the logits held in memory to this many rows per head.
+# Queries per block: bounds the logits in memory to this many rows per head.
 _QUERY_BLOCK = 256
 
 
@@ -49,7 +49,7 @@ def softcap_attention(
         logits = capped(block.unflatten(1, (num_kv_heads, -1)) @ keys.mT * scale, softcap)
         if mask is not None:
             hidden = ~mask[:, :, None, first : first + _QUERY_BLOCK]
-            # A finite floor: a padding query that sees nothing must not turn into NaN.
+            # Not -inf: a padding query with every key masked must not become NaN.
             logits = logits.masked_fill(hidden, torch.finfo(wide).min)
         weights = logits.softmax(-1).to(value_states.dtype)
         blocks.append((weights @ value_states[:, :, None]).flatten(1, 2))

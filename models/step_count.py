@@ -1,4 +1,4 @@
-"""Counts the decode steps that go through a method, and those that do not, and why."""
+"""Counts the decode steps that go through a method, those that bypass it, and the reasons."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ SEVERAL = "a forward of several tokens over a filled cache"
 LIKELIHOOD = "a likelihood of several tokens in one forward"
 UNREACHED = "an attention that never reached the method"
 SMALL = "k is at least the number of cached tokens"
-WAYS_OUT = {
+REMEDIES = {
     NO_CACHE: "generate with use_cache=True",
     HOLES: "pad on one side only",
     LIKELIHOOD: "read a context first, then one token at a time",
@@ -23,21 +23,20 @@ WAYS_OUT = {
 
 
 class MethodBypassedError(RuntimeError):
-    """Decode steps that should have gone through a method did not; the message is one sentence."""
+    """Decode steps that should have gone through a method did not; one sentence says why."""
 
 
 @dataclass
 class StepCount:
     """Decode steps of one attached method, by layer.
 
-    A step that the method takes has a selection. One that it does not take is either meant so (a
-    layer that the policy or the model's design leaves dense, or no more than ``k`` tokens) or
-    missed.
+    A step is taken if the method made a selection. Otherwise it is dense by design (the policy or
+    the model keeps the layer dense, or there are no more than ``k`` tokens), or it was missed.
 
     Attributes:
         taken: By layer, steps with a selection among more than ``k`` tokens.
-        dense: By layer and reason, steps that are dense as they should be.
-        missed: By layer and reason, steps that should have been taken and were not.
+        dense: By layer and reason, steps that are dense by design.
+        missed: By layer and reason, steps that should have gone through the method and did not.
     """
 
     taken: Counter[int] = field(default_factory=Counter)
@@ -45,14 +44,14 @@ class StepCount:
     missed: Counter[tuple[int, str]] = field(default_factory=Counter)
 
     def add(self, other: "StepCount") -> None:
-        """Add what another has counted."""
+        """Add the counts of another."""
         self.taken += other.taken
         self.dense += other.dense
         self.missed += other.missed
 
     @property
     def share_taken(self) -> float | None:
-        """Share of all steps of all layers that the method took; None before the first."""
+        """Share of all layers' steps that the method took; None before the first step."""
         all_steps = self.taken.total() + self.dense.total() + self.missed.total()
         return self.taken.total() / all_steps if all_steps else None
 
@@ -62,35 +61,35 @@ class StepCount:
         Args:
             method: Its name.
             k: The budget.
-            layers: The layers that are left to the method.
+            layers: The layers in which the method selects.
 
         Raises:
-            MethodBypassedError: With the counts and the way out.
+            MethodBypassedError: With the counts and the remedy.
         """
         layers = sorted(layers)
         reasons: Counter[str] = Counter()
         for (_, reason), steps in self.missed.items():
             reasons[reason] += steps
         if reasons:
-            told = "; ".join(f"{steps} by {reason}" for reason, steps in sorted(reasons.items()))
-            ways = "; ".join(WAYS_OUT[reason] for reason in sorted(reasons))
+            causes = "; ".join(f"{steps} by {reason}" for reason, steps in sorted(reasons.items()))
+            remedies = "; ".join(REMEDIES[reason] for reason in sorted(reasons))
             where = ", ".join(map(str, sorted({layer for layer, _ in self.missed})))
             raise MethodBypassedError(
                 f"every decode step over more than k={k} tokens must go through {method}, but of "
                 f"{self.taken.total() + reasons.total()} steps of single layers {reasons.total()} "
-                f"attended to everything ({told}; in layer {where}): {ways}."
+                f"attended to everything ({causes}; in layer {where}): {remedies}."
             )
-        # What the method took or needed not to.
-        seen = {layer: self.taken[layer] + self.dense[layer, SMALL] for layer in layers}
-        _require_equal(method, k, seen, max(seen.values(), default=0))
+        # Steps that were taken, or that had no more than k tokens.
+        counts = {layer: self.taken[layer] + self.dense[layer, SMALL] for layer in layers}
+        _require_equal(method, k, counts, max(counts.values(), default=0))
 
     def require(self, method: str, k: int, layers: Iterable[int], steps: int) -> None:
-        """Raise unless each of some layers took exactly as many steps as were run.
+        """Raise unless the method took exactly ``steps`` steps in each of the layers.
 
         Args:
             method: Its name.
             k: The budget.
-            layers: The layers that are left to the method.
+            layers: The layers in which the method selects.
             steps: Decode steps that were run over more than ``k`` tokens.
 
         Raises:
@@ -100,21 +99,27 @@ class StepCount:
         _require_equal(method, k, {layer: self.taken[layer] for layer in sorted(layers)}, steps)
 
 
-def _require_equal(method: str, k: int, found: dict[int, int], steps: int) -> None:
-    """Raise unless each layer has so many steps."""
-    if all(count == steps for count in found.values()):
+def _require_equal(method: str, k: int, counts: dict[int, int], steps: int) -> None:
+    """Raise unless each layer has exactly ``steps`` steps."""
+    if all(count == steps for count in counts.values()):
         return
-    fewest = min(found, key=lambda layer: (found[layer], layer))
+    fewest = min(counts, key=lambda layer: (counts[layer], layer))
     raise MethodBypassedError(
-        f"{len(found)} layers must take {steps} decode steps each through {method} with k={k}, "
-        f"{steps * len(found)} in all, got {sum(found.values())}: layer {fewest} took "
-        f"{found[fewest]}, the others of its steps never reached the method."
+        f"{len(counts)} layers must take {steps} decode steps each through {method} with k={k}, "
+        f"{steps * len(counts)} in all, got {sum(counts.values())}: layer {fewest} took "
+        f"{counts[fewest]}, the rest of its steps never reached the method."
     )
 
 
 @dataclass
-class _Filling:
-    """How far one layer of a cache has been read, and forwards that may have been its prompt's."""
+class _LayerProgress:
+    """How far one layer of a cache is filled.
+
+    Attributes:
+        length: Tokens in the cache.
+        decoding: Whether a decode step has followed the prompt.
+        pending: Multi-token forwards that may be chunks of a prompt, until a decode step follows.
+    """
 
     length: int = 0
     decoding: bool = False
@@ -122,11 +127,11 @@ class _Filling:
 
 
 class PromptReading:
-    """Tells a prompt that is read in parts from several tokens that should have been steps.
+    """Tells a chunked prefill from multi-token forwards that should have been decode steps.
 
-    Parts of a prompt follow one another from the first slot on, before the first decode step, and
-    decode steps follow them. Whatever else has several tokens over a filled cache (a likelihood,
-    the verification of a draft, a later turn of a conversation) is no part of a prompt.
+    Chunks of a prompt follow one another from the first slot on, before the first decode step, and
+    are followed by decode steps. Any other forward of several tokens over a filled cache (computing
+    a likelihood, verifying a draft, a later turn of a conversation) is not part of a prefill.
 
     Args:
         miss: Called with the layer, the reason, and how many forwards should have been steps.
@@ -134,11 +139,11 @@ class PromptReading:
 
     def __init__(self, miss: Callable[[int, str, int], None]) -> None:
         self._report = miss
-        self._seen: WeakKeyDictionary[Any, dict[int, _Filling]] = WeakKeyDictionary()
+        self._progress: WeakKeyDictionary[Any, dict[int, _LayerProgress]] = WeakKeyDictionary()
         self._unresolved: Counter[int] = Counter()
 
-    def several(self, cache: Any, layer: int, before: int, after: int, k: int) -> None:
-        """Note a forward of several tokens.
+    def multi_token_forward(self, cache: Any, layer: int, before: int, after: int, k: int) -> None:
+        """Record a forward of several tokens.
 
         Args:
             cache: The cache.
@@ -147,44 +152,47 @@ class PromptReading:
             after: Tokens that are cached now.
             k: The budget.
         """
-        filling = self._filling(cache, layer)
+        progress = self._of(cache, layer)
         if before == 0:
-            self._miss(layer, filling)
-            self._seen[cache][layer] = _Filling(after)
+            self._miss(layer, progress)
+            self._progress[cache][layer] = _LayerProgress(after)
             return
-        continues = not filling.decoding and before in (filling.length, filling.length or before)
+        continues = not progress.decoding and before in (
+            progress.length,
+            progress.length or before,
+        )
         if after > k:
             if continues:
-                filling.pending += 1
+                progress.pending += 1
                 self._unresolved[layer] += 1
             else:
-                self._miss(layer, filling)
+                self._miss(layer, progress)
                 self._report(layer, SEVERAL, 1)
-        filling.length = after
+        progress.length = after
 
     def step(self, cache: Any, layer: int, after: int) -> None:
-        """Note a decode step; ``after`` tokens are cached now."""
-        filling = self._filling(cache, layer)
-        if filling.pending and after != filling.length + 1:
-            self._miss(layer, filling)
-        self._unresolved[layer] -= filling.pending
-        filling.pending = 0
-        filling.decoding, filling.length = True, after
+        """Record a decode step; ``after`` tokens are cached now."""
+        progress = self._of(cache, layer)
+        if progress.pending and after != progress.length + 1:
+            self._miss(layer, progress)
+        self._unresolved[layer] -= progress.pending
+        progress.pending = 0
+        progress.decoding, progress.length = True, after
 
     def end(self) -> None:
-        """Count as missed what no decode step followed."""
+        """Count as missed the pending forwards that no decode step followed."""
         for layer, forwards in self._unresolved.items():
             if forwards:
                 self._report(layer, SEVERAL, forwards)
         self._unresolved.clear()
-        self._seen.clear()
+        self._progress.clear()
 
-    def _filling(self, cache: Any, layer: int) -> _Filling:
-        return self._seen.setdefault(cache, {}).setdefault(layer, _Filling())
+    def _of(self, cache: Any, layer: int) -> _LayerProgress:
+        return self._progress.setdefault(cache, {}).setdefault(layer, _LayerProgress())
 
-    def _miss(self, layer: int, filling: _Filling) -> None:
-        """Count as missed what was taken for parts of a prompt until now."""
-        if filling.pending:
-            self._report(layer, SEVERAL, filling.pending)
-            self._unresolved[layer] -= filling.pending
-            filling.pending = 0
+    def _miss(self, layer: int, progress: _LayerProgress) -> None:
+        """Count the pending forwards as missed."""
+        if progress.pending:
+            self._report(layer, SEVERAL, progress.pending)
+            self._unresolved[layer] -= progress.pending
+            progress.pending = 0

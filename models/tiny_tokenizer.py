@@ -1,4 +1,4 @@
-"""The tokenizer of the shipped model: whole words where it knows them, bytes elsewhere."""
+"""The tokenizer of the shipped model: known words are one token, other text becomes bytes."""
 
 from collections.abc import Iterable
 
@@ -12,12 +12,12 @@ MAX_VOCAB_SIZE = 4096
 def build_tokenizer(words: Iterable[str], window: int) -> PreTrainedTokenizerFast:
     """Return a lossless tokenizer in which each of ``words`` is one token.
 
-    A byte-level BPE without merges that may look whole pieces up: a piece is a word with its
-    leading space, one or two digits, or a run of punctuation. What is not in the vocabulary falls
-    apart into bytes, so every text can be encoded and decoded exactly.
+    A byte-level BPE without merges that looks up whole pieces: a word with its leading space, one
+    or two digits, or a run of punctuation. A piece outside the vocabulary is split into bytes, so
+    every text can be encoded and decoded exactly.
 
     Args:
-        words: Pieces to know as one token, a leading space included where they have one.
+        words: Pieces that become one token, with their leading space if they have one.
         window: The longest sequence of the model, in tokens.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the tests of methods share: every method, small random states, and an index over them."""
+"""Fixtures for the tests of methods: every method, small random states, and an index over them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from topkbench.models.capture import column_sums
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "method").glob("*.yaml"))
 
-TAIL = 16  # queries of the prompt's end
+TAIL = 16  # length of the query tail
 
 
 @pytest.fixture(scope="session")
@@ -58,26 +58,28 @@ def build(geometry: Geometry) -> Callable[..., Any]:
     ) -> Any:
         """Build layer 1's index and bind it to the same states.
 
-        The prompt's queries are its keys, once for each query head of a group. Of slots from
-        ``captured`` on nothing was captured: they were decoded.
+        The prompt's queries are its keys, repeated for each query head of a group. Slots from
+        ``captured`` on count as decoded: they are not part of what is captured.
         """
-        room = keys.shape[2] + 8 if capacity is None else capacity
+        slots = keys.shape[2] + 8 if capacity is None else capacity
         batch_size, _, n, _ = keys.shape
         starts = [0] * batch_size if kv_start is None else kv_start.tolist()
         ends = [n] * batch_size if kv_len is None else kv_len.tolist()
         tails, sums = [], []
         for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
             end = end if captured is None else min(end, captured)
-            own = keys[row : row + 1, :, start:end]
-            asked = own.repeat_interleave(geometry.num_heads // geometry.num_kv_heads, 1)
-            tail = asked[:, :, -TAIL:]
-            tails.append(pad(tail, (0, 0, TAIL - tail.shape[2], 0), value=7.0))  # no token's
-            sums.append(pad(column_sums(asked, own, geometry.head_dim**-0.5), (start, n - end)))
+            row_keys = keys[row : row + 1, :, start:end]
+            row_queries = row_keys.repeat_interleave(geometry.num_heads // geometry.num_kv_heads, 1)
+            tail = row_queries[:, :, -TAIL:]
+            tails.append(pad(tail, (0, 0, TAIL - tail.shape[2], 0), value=7.0))  # padding
+            sums.append(
+                pad(column_sums(row_queries, row_keys, geometry.head_dim**-0.5), (start, n - end))
+            )
         index = method.build_index(
             PrefillInputs(
                 key_states=keys,
                 value_states=values,
-                capacity=room,
+                capacity=slots,
                 layer=1,
                 num_layers=geometry.num_layers,
                 kv_start=kv_start,

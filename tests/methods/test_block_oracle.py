@@ -1,4 +1,4 @@
-"""What is particular to the oracle of pages, by hand."""
+"""Oracle page selection, by hand."""
 
 from typing import Any
 
@@ -58,8 +58,8 @@ def test_pages_of_one_are_the_exact_oracle() -> None:
     assert torch.equal(*found)
 
 
-def test_of_the_same_pages_it_keeps_the_largest_weight() -> None:
-    """No other choice of as many pages holds larger best tokens: Quest's bound does not."""
+def test_no_other_pages_have_larger_best_weights() -> None:
+    """Quest's selection of as many pages has no larger sum of best weights."""
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(1, 4, 300, 8, generator=generator)
     queries = torch.randn(1, 4, 3, 8, generator=generator)
@@ -99,8 +99,8 @@ def test_bad_settings_are_refused() -> None:
         method.score(torch.zeros(1, 1, 1, 2), index)
 
 
-def test_bytes_are_what_is_read(geometry: Any) -> None:
-    """All keys once, then keys and values of whole pages; counted by the tensors' shapes."""
+def test_bytes_equal_the_reads_counted(geometry: Any) -> None:
+    """All keys once, then keys and values of whole pages, counted from the tensors' shapes."""
     method = BlockOracle(page_size=16)
     keys = torch.zeros(1, 2, 100, 32)
     index = method.build_index(inputs(keys))

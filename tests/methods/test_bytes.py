@@ -1,4 +1,4 @@
-"""The bytes that a step reads, counted where the reference reads them, against each one's model."""
+"""The bytes of a step by each method's formula, against the reads of the reference counted."""
 
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -15,28 +15,28 @@ from topkbench.methods.twilight import Twilight
 Make = Callable[..., Any]
 N, K = 600, 48
 aten = torch.ops.aten
-# What an index holds and no model charges: it is no side information, or no larger than a token's.
-UNCHARGED = {
+# Tensors of an index that no formula counts: not side information, or no larger than one token's.
+UNCOUNTED = {
     "channels",  # Double Sparsity's list of a head's channels
     "mean",  # MagicPIG's mean key
-    "prompt_end",  # a number for each row
+    "prompt_end",  # one number per row
     "ranked",  # SnapKV's selection itself
 }
-# What a model charges that is in neither index nor cache: rows of the query projection, of which
-# 6 query heads need 12 each, the channels that random queries and keys choose.
+# Bytes that a formula counts and that are in neither index nor cache: rows of the query projection,
+# 12 for each of 6 query heads, the channels that random queries and keys choose.
 ELSEWHERE = {"infinigen": 6 * 12 * (6 * 32) * 4}
-# Zeros that fill a table's 10 columns up to 16, which the kernel is handed with the others.
+# Zeros that pad a table's 10 columns to 16; the kernel reads them too.
 PADDING = {"magicpig": 4 * 32 * 150 * (16 - 10)}
-# They look at a tensor's shape alone.
+# Operators that use only a tensor's shape.
 UNREAD = {"new_zeros", "new_empty", "new_full", "zeros_like", "ones_like", "empty_like"}
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes that torch's operators read of an index and of a cache, whoever calls them.
+    """Counts the bytes of an index and a cache that torch's operators read.
 
-    Side information counts once a step. Keys and values count once in each operator that reads
-    them, for all its queries: what is scored and then attended to comes from memory twice. What is
-    looked up entry by entry, as hash tables are, counts every time.
+    Side information counts once per step. Keys and values count once in each operator that reads
+    them, for all its queries: a key that is scored and then attended to is read twice. What is
+    looked up by entry, such as hash tables, counts each time.
     """
 
     def __init__(self, index: Index, cache: CacheView) -> None:
@@ -54,7 +54,7 @@ class Meter(TorchDispatchMode):
 
     @property
     def bytes(self) -> int:
-        """What was read since the meter was made."""
+        """Bytes read since the meter was created."""
         once = sum(int(seen.sum()) * self.sizes[at] for at, seen in self.seen.items())
         return once + self.repeated
 
@@ -94,27 +94,27 @@ def cache_states(cache: CacheView) -> list[Tensor]:
 
 
 def side_information(index: Index) -> list[Tensor]:
-    """Return the tensors of an index and of those inside it, but for the cached keys."""
+    """Return the tensors of an index and of indices inside it, except the cached keys."""
     found: list[Tensor] = []
     for one in fields(index):
         value = getattr(index, one.name)
         if isinstance(value, Index):
             found += side_information(value)
-        elif one.name not in UNCHARGED and one.name != "key_states":
+        elif one.name not in UNCOUNTED and one.name != "key_states":
             values = value if isinstance(value, list) else [value]
             found += [tensor for tensor in values if isinstance(tensor, Tensor)]
     return found
 
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
-def test_what_a_step_reads_is_what_its_model_says(
+def test_bytes_of_a_step_equal_the_reads_counted(
     name: str, make_method: Make, states: Make, build: Make, geometry: Geometry, protocol: Any
 ) -> None:
     inner = {"base": {"impl": "reference"}} if name == "twilight" else {}
     plain = {} if name == "full" else {"impl": "reference"}
     method: TopKMethod = make_method(name, **plain, **inner)
     policy = method.effective_policy(Policy(k=K, protocol=protocol))
-    # In place of a slot that is not there the reference looks at the first, which is kept here.
+    # The reference reads the first slot for padding; keep it, so that this adds no read.
     policy = replace(policy, num_sink=max(1, policy.num_sink))
     method = method.with_policy(policy)
     if isinstance(method, Twilight):  # whose base has its own policy
@@ -129,7 +129,7 @@ def test_what_a_step_reads_is_what_its_model_says(
 
     # The new token's own states come from the layer, not from the cache.
     tokens = [(keys[:, :, [at]].clone(), values[:, :, [at]].clone()) for at in (N - 2, N - 1)]
-    step(N - 1, tokens[0])  # a first step may do what later ones need not
+    step(N - 1, tokens[0])  # a first step may do extra work
     with Meter(index, CacheView(keys, values)) as meter:
         result = step(N, tokens[1])
     counted = meter.bytes + ELSEWHERE.get(name, 0) - PADDING.get(name, 0)
@@ -139,7 +139,7 @@ def test_what_a_step_reads_is_what_its_model_says(
     selection, view = result.selection, CacheView(keys, values)
     assert selection is not None
     read, scanned = selection.tokens_read(view).sum().item(), selection.scanned
-    # Both heads' mean, which need not be a whole number; the model is a line.
+    # The heads' mean need not be a whole number; the formula is linear, so interpolate.
     expected = 0.0
     for up in (0, 1):
         walked = None if scanned is None else (int(scanned.sum()) + up) // 2

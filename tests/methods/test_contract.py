@@ -1,4 +1,4 @@
-"""What every method of conf/method must do, whatever it is."""
+"""Properties that every method of conf/method must have."""
 
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -15,8 +15,8 @@ States = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Build = Callable[..., Any]
 
 FEWER = {
-    "magicpig": "its sample is as large as its tables make it",
-    "twilight": "it stops where the mass is reached",
+    "magicpig": "its hash tables determine the size of the sample",
+    "twilight": "it stops once the mass is reached",
 }
 """Why a method may select fewer than ``k`` tokens under the unified protocol."""
 
@@ -36,14 +36,14 @@ def selecting(method: TopKMethod) -> TopKMethod:
 @pytest.fixture
 def steady(selecting: TopKMethod) -> TopKMethod:
     if selecting.history_dependent:
-        pytest.skip(f"{selecting.name} has a form of its own below")
+        pytest.skip(f"{selecting.name} has its own test below")
     return selecting
 
 
 @pytest.fixture
 def with_history(selecting: TopKMethod) -> TopKMethod:
     if not selecting.history_dependent:
-        pytest.skip(f"{selecting.name} has the stricter form above")
+        pytest.skip(f"{selecting.name} has the stricter test above")
     return selecting
 
 
@@ -88,7 +88,7 @@ def test_selects_at_most_k_distinct_slots_in_range(
     size = step.selection.unit_size
     may_keep_fewer = selecting.variable_budget and (protocol == "native" or selecting.name in FEWER)
     exactly = size == 1 and not may_keep_fewer
-    # As published, MagicPIG's tables and Twilight's mass say how many, and nothing caps them.
+    # Natively MagicPIG's tables and Twilight's mass determine the number, without a cap.
     uncapped = protocol == "native" and selecting.name in FEWER
     most = n if uncapped else max(k, size)
     heads = step.selection.indices.shape[1]
@@ -101,7 +101,7 @@ def test_selects_at_most_k_distinct_slots_in_range(
             assert len(slots) == k if exactly else len(slots) <= most
     assert step.out.shape == (2, 6, 32)
     for read in step.selection.tokens_read(CacheView(keys, values)).flatten().tolist():
-        if heads == 6 and protocol == "native":  # query heads choose k each, and share some
+        if heads == 6 and protocol == "native":  # each query head selects k; some are shared
             assert (k if exactly else 1) <= read <= min(n, 3 * most)
         else:
             assert read == k if exactly else 0 < read <= most
@@ -119,10 +119,8 @@ def test_with_k_at_or_above_n_equals_full_attention(
         assert (step.selection.tokens_read(CacheView(keys, values)) == 29).all()
 
 
-def test_select_itself_keeps_everything_where_k_is_n(
-    of_k: TopKMethod, states: States, build: Build
-) -> None:
-    """Not by the step's leave, which does not ask a method for all there is."""
+def test_select_keeps_everything_if_k_is_n(of_k: TopKMethod, states: States, build: Build) -> None:
+    """Called directly, as step does not call select for a budget of all tokens."""
     queries, keys, values = states(2, 64)
     view, policy, index = CacheView(keys, values), Policy(k=64), build(of_k, keys, values)
     encoded = of_k.encode(queries, index)
@@ -149,7 +147,7 @@ def test_attends_to_its_selection_and_nothing_else(
             logits += selection.log_weight[0, head, selection.indices[0, own] >= 0]
         part = logits.softmax(-1) @ values[0, head // 3, slots].double()
         remainder = selection.remainder
-        if remainder is not None:  # of its share of the output, which is no token's
+        if remainder is not None:  # the output's share that belongs to no selected token
             share = remainder.weight[0, head].double()
             part = torch.lerp(part, remainder.value[0, head // 3].double(), share)
         torch.testing.assert_close(step.out[0, head].double(), part, atol=2e-6, rtol=1e-5)
@@ -187,10 +185,10 @@ def test_appending_equals_rebuilding(
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_an_adaptive_row_learns_and_appends_as_alone(
+def test_a_history_dependent_row_in_a_batch_equals_the_row_alone(
     with_history: TopKMethod, states: States, build: Build, padded: bool, protocol: Any
 ) -> None:
-    """Eight steps, each of which may teach the next: what neighbours attended to plays no part."""
+    """Eight steps, each of which may change the next; other rows have no influence."""
     policy = with_history.effective_policy(Policy(k=20, protocol=protocol))
     queries, keys, values = states(3, 48)
     starts = int32(0, 5, 18) if padded else None
@@ -220,18 +218,18 @@ def test_an_adaptive_row_learns_and_appends_as_alone(
             assert torch.equal(found, slots_alone)
 
 
-def test_appending_without_a_step_learns_nothing(
+def test_appending_without_a_step_adds_no_history(
     with_history: TopKMethod, states: States, build: Build
 ) -> None:
-    """What ranks by column sums is as if built later, with the sums of the prompt alone.
+    """Tokens are appended without steps in between.
 
-    What ranked the prompt when it was read keeps the newest tokens, and of the prompt what it would
-    have kept (SnapKV) or finds there what it would have found (MagicPIG, whose draws among equals
-    are new at each length).
+    A method that ranks by column sums then selects as if its index were built later, with the sums
+    of the prompt only. Others keep the newest tokens; of the prompt SnapKV keeps the same tokens as
+    before, and MagicPIG has the same scores (its draws among ties change with the length).
     """
     queries, keys, values = states(2, 55)
     index = build(with_history, keys[:, :, :40], values[:, :, :40], capacity=55)
-    for at in range(40, 55):  # so many that H2O's recents, half of k, are not all of them
+    for at in range(40, 55):  # more than H2O's recents, which are half of k
         with_history.append(index, keys[:, :, at, None], values[:, :, at, None])
     view, policy = CacheView(keys, values), Policy(k=24, num_recent=0)
     found = with_history.step(queries, index, view, policy, SCALE)
@@ -256,7 +254,7 @@ def test_appending_without_a_step_learns_nothing(
 
 
 @pytest.mark.parametrize("ends", [None, int32(40, 33, 38)])
-def test_a_token_taken_back_can_be_appended_again(
+def test_an_undone_append_can_be_repeated(
     selecting: TopKMethod, states: States, build: Build, ends: Tensor | None
 ) -> None:
     queries, keys, values = states(3, 41)
@@ -289,7 +287,7 @@ def test_appending_beyond_capacity_is_refused(
 def test_finds_a_planted_needle(
     selecting: TopKMethod, states: States, build: Build, appended: bool, protocol: Any
 ) -> None:
-    """One of the prompt, and one that was decoded since, and is no recent token any more."""
+    """A needle in the prompt, or among decoded tokens that are no longer recent."""
     policy = selecting.effective_policy(Policy(k=48, protocol=protocol))
     queries, keys, values = states(1, 300)
     # One direction that all queries of a group share, and one key along it.
@@ -304,19 +302,19 @@ def test_finds_a_planted_needle(
     step = selecting.step(queries, index, view, policy, SCALE)
     assert step.selection is not None
     if step.scores is None:
-        pytest.skip(f"{selecting.name} does not look at the query")
+        pytest.skip(f"{selecting.name} does not use the query")
     found = step.selection.slots(view)[..., needle]
-    if selecting.name == "hash_attention":  # 32 bits of one head, briefly trained, may miss it
+    if selecting.name == "hash_attention":  # one head's 32 bits, trained briefly, may miss it
         found = found.unflatten(1, (2, -1)).any(2)
     assert found.all()
 
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
 @pytest.mark.parametrize("k", [20, 100])
-def test_a_constant_value_is_what_comes_out(
+def test_constant_values_give_a_constant_output(
     method: TopKMethod, states: States, build: Build, k: int, protocol: Any
 ) -> None:
-    """Weights sum to one, whatever is selected, weighted or stood in for; padding has no part."""
+    """All weights, including log weights and remainders, sum to one; padding has none."""
     policy = method.effective_policy(Policy(k=k, protocol=protocol))
     queries, keys, values = states(3, 90)
     starts = int32(0, 31, 74)
@@ -348,10 +346,10 @@ def test_keeps_sinks_and_the_current_token(
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
 @pytest.mark.parametrize("k", [16, 22, 40])
-def test_neighbours_and_padding_do_not_matter(
+def test_other_rows_and_padding_do_not_matter(
     method: TopKMethod, states: States, build: Build, k: int, protocol: Any
 ) -> None:
-    """Rows of 17, 50 and 33 tokens, left-aligned, left-padded and alone, give the same."""
+    """Rows of 17, 50 and 33 tokens give the same left-aligned, left-padded and alone."""
     policy = method.effective_policy(Policy(k=k, protocol=protocol))
     method = method.with_policy(policy)
     queries, keys, values = states(3, 50)
@@ -385,7 +383,7 @@ def test_neighbours_and_padding_do_not_matter(
             assert moved == slots
 
 
-def test_same_seed_same_answer(
+def test_the_same_seed_gives_the_same_output(
     name: str, make_method: Callable[..., TopKMethod], states: States, build: Build
 ) -> None:
     queries, keys, values = states(1, 45)
@@ -429,7 +427,7 @@ def test_permuting_keys_permutes_scores(
 
 
 def test_score_and_select_at_k_one_below_n(of_k: TopKMethod, states: States, build: Build) -> None:
-    """The one token, or page, that is dropped is the worst of those that are not forced."""
+    """The single token or page that is dropped is the worst that is not forced."""
     selecting = of_k
     queries, keys, values = states(2, 64)
     policy = Policy(k=63)
@@ -445,7 +443,7 @@ def test_score_and_select_at_k_one_below_n(of_k: TopKMethod, states: States, bui
             free = range(4, 56) if units == 64 else range(1, units - 1)
             if scores is None:
                 if selecting.name == "streaming_llm":
-                    assert missing == {4}  # the oldest that is no sink
+                    assert missing == {4}  # the oldest token that is not a sink
                 assert missing <= set(free)
                 continue
             # Of equal scores the lower index wins, so the highest is dropped.
@@ -453,31 +451,31 @@ def test_score_and_select_at_k_one_below_n(of_k: TopKMethod, states: States, bui
             assert missing == {worst}
 
 
-def held_bytes(index: Index) -> int:
-    """Count the bytes of side information in an index, and in those inside it."""
-    held = 0
+def side_bytes(index: Index) -> int:
+    """Count the bytes of side information in an index and in indices inside it."""
+    total = 0
     for field in fields(index):
         value = getattr(index, field.name)
         if isinstance(value, Index):
-            held += held_bytes(value)
+            total += side_bytes(value)
         is_side = isinstance(value, Tensor) and value.ndim >= 3 and value.shape[0] == 1
         if is_side and field.name != "key_states":
-            held += value.nbytes
-    return held
+            total += value.nbytes
+    return total
 
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
-def test_index_bytes_are_the_analytic_ones(
+def test_index_bytes_equal_the_formula(
     selecting: TopKMethod, geometry: Geometry, states: States, build: Build, protocol: Any
 ) -> None:
     selecting = selecting.with_policy(selecting.effective_policy(Policy(k=32, protocol=protocol)))
     _, keys, values = states(1, 45)
-    held = [
-        # What grows: a codebook or a mean takes the same for any length.
-        held_bytes(build(selecting, keys, values, capacity=capacity))
+    sizes = [
+        # The difference leaves out what does not grow with the length, as a codebook or a mean.
+        side_bytes(build(selecting, keys, values, capacity=capacity))
         for capacity in (64, 128)
     ]
-    assert held[1] - held[0] == 64 * selecting.index_bytes_per_token(geometry)
+    assert sizes[1] - sizes[0] == 64 * selecting.index_bytes_per_token(geometry)
 
 
 def test_reads_more_with_more_tokens_and_less_than_full(
@@ -518,7 +516,7 @@ def test_the_native_policy_is_valid(method: TopKMethod) -> None:
     assert method.effective_policy(unified) == unified
     assert native.k == 64
     assert native.protocol == "native"
-    if method.selects:  # one that was made without its YAML's values would be the unified one
+    if method.selects:  # without the YAML file's values it would equal the unified policy
         assert replace(native, protocol="unified") != unified
 
 
@@ -531,18 +529,18 @@ def test_native_policy_selects(selecting: TopKMethod, states: States, build: Bui
     assert step.selection is not None
     heads = 6 if policy.head_scope == "query_head" else 2
     assert step.selection.indices.shape[1] == heads
-    # Three query heads that choose apart read what they choose together.
+    # Three query heads that select separately read the union.
     read = step.selection.tokens_read(CacheView(keys, values))
     assert (read >= (1 if selecting.variable_budget else 32)).all()
     assert (read <= (64 if heads == 6 else 32)).all()
 
 
-def test_serves_an_ordinary_model(method: TopKMethod, geometry: Geometry) -> None:
+def test_supports_an_ordinary_model(method: TopKMethod, geometry: Geometry) -> None:
     assert method.unsupported(geometry) is None
     method.check_ready(geometry)
 
 
-def test_an_artifact_is_what_its_layout_says(
+def test_an_artifact_matches_its_layout(
     name: str, make_method: Callable[..., TopKMethod], geometry: Geometry
 ) -> None:
     fitted = make_method(name)
@@ -561,7 +559,7 @@ def test_an_artifact_is_what_its_layout_says(
             fitted.check_ready(geometry)
 
 
-def test_the_queries_that_are_learnt_from_are_named_before(
+def test_query_positions_are_fixed_and_equally_many_in_each_layer(
     name: str, make_method: Callable[..., TopKMethod], geometry: Geometry
 ) -> None:
     method = make_method(name)
@@ -572,6 +570,6 @@ def test_the_queries_that_are_learnt_from_are_named_before(
     lengths = [33, 1, 48]
     named = [method.query_positions(layer, lengths) for layer in range(2)]
     assert named == [method.query_positions(layer, lengths) for layer in range(2)]
-    for positions in named:  # as many in each layer, for memory is planned by them
+    for positions in named:  # memory is planned for the same number in each layer
         assert [len(at) for at in positions] == [len(at) for at in named[0]]
         assert all(0 <= place < n for at, n in zip(positions, lengths, strict=True) for place in at)

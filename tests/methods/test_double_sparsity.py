@@ -80,7 +80,7 @@ def test_scores_by_hand(scope: str, wanted: list[list[float]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "protocol", "heads"),
+    ("label_scope", "protocol", "heads"),
     [
         (None, "unified", 2),
         (None, "native", 6),
@@ -88,10 +88,10 @@ def test_scores_by_hand(scope: str, wanted: list[list[float]]) -> None:
         ("query_head", "unified", 6),
     ],
 )
-def test_labels_follow_the_protocol_unless_they_are_told(
-    given: Any, protocol: Any, heads: int
+def test_labels_follow_the_protocol_unless_label_scope_is_set(
+    label_scope: Any, protocol: Any, heads: int
 ) -> None:
-    made = DoubleSparsity(channels=4, label_scope=given, native={"head_scope": "query_head"})
+    made = DoubleSparsity(channels=4, label_scope=label_scope, native={"head_scope": "query_head"})
     made.load_artifact({"magnitude": random(1, 6, 16).abs()}, "digest")
     policy = made.effective_policy(Policy(k=16, protocol=protocol))
     method = made.with_policy(policy)
@@ -99,9 +99,9 @@ def test_labels_follow_the_protocol_unless_they_are_told(
     assert index.labels.shape == (1, heads, 16, 4)
     assert method.index_bytes_per_token(SHAPE) == heads * 4 * 4
     assert method.bytes_read_per_step(SHAPE, 60, 0) == 60 * heads * 4 * 4
-    # One artifact serves both, and the method that was made is left as it was.
+    # One artifact serves both, and the original method is unchanged.
     assert method.artifact_spec(SHAPE) == made.artifact_spec(SHAPE)
-    assert (method.artifact_digest, made.label_scope) == ("digest", given)
+    assert (method.artifact_digest, made.label_scope) == ("digest", label_scope)
 
 
 def test_labels_inside_another_method_follow_its_policy() -> None:
@@ -166,8 +166,10 @@ def test_four_bit_labels_are_off_by_half_a_level() -> None:
 
 @pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("scope", ["kv_head", "query_head"])
-def test_reads_what_it_says(scope: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The labels of every token, and the chosen tokens, counted in bytes."""
+def test_bytes_equal_the_reads_counted(
+    scope: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The labels of every token and the selected tokens, counted in bytes."""
     queries, keys = random(1, 2, 3, 16), random(1, 2, 60, 16, seed=1)
     seen: list[Tensor] = []
     plain: Callable[..., Tensor] = double_sparsity.lowrank_score
@@ -186,7 +188,7 @@ def test_reads_what_it_says(scope: str, bits: int, monkeypatch: pytest.MonkeyPat
     step = method.step(queries, index, view, policy, 16**-0.5)
     assert step.selection is not None
     tokens = step.selection.tokens_read(view)
-    # Labels of 4 bits reach the kernel unpacked: half a byte each, and two halves a token.
+    # 4-bit labels reach the kernel unpacked; stored they are half a byte each, and 4 bytes a token.
     packed = seen[0].numel() // 2 + seen[0][..., 0].numel() * 4
     labels = packed if bits == 4 else seen[0].nbytes
     assert len(seen) == 1
@@ -196,7 +198,7 @@ def test_reads_what_it_says(scope: str, bits: int, monkeypatch: pytest.MonkeyPat
     assert method.bytes_read_per_step(SHAPE, 60, 0) == labels
 
 
-def test_refuses_what_does_not_fit() -> None:
+def test_bad_settings_and_artifacts_are_refused() -> None:
     with pytest.raises(ValueError, match="channels must be at least 1, got 0"):
         DoubleSparsity(channels=0)
     with pytest.raises(ValueError, match="label_bits must be 4 or 16, got 8"):

@@ -1,4 +1,4 @@
-"""Keys in 4 bits, written out."""
+"""4-bit keys, by hand."""
 
 import torch
 

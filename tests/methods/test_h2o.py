@@ -1,4 +1,4 @@
-"""H2O by hand: what is kept, what the sums become, and that nothing returns."""
+"""H2O by hand: what is kept, the sums after a step, and that evicted tokens never return."""
 
 import math
 from typing import Any
@@ -35,7 +35,7 @@ def step(method: H2O, index: H2OIndex, query: Tensor, keys: Tensor, policy: Poli
 
 
 def test_heavy_hitters_and_recents_are_half_each() -> None:
-    # Sums over the group: 5 1 4 2 9 3 0; the newest, slot 7, has none.
+    # Sums over the group: 5 1 4 2 9 3 0; the newest token, slot 7, has none.
     first = torch.tensor([[5.0, 0.0, 3.0, 1.0, 4.0, 2.0, 0.0]])
     second = torch.tensor([[0.0, 1.0, 1.0, 1.0, 5.0, 1.0, 0.0]])
     method = H2O()
@@ -67,7 +67,7 @@ def test_the_probabilities_of_what_is_attended_to_are_added() -> None:
 
 
 def test_sums_equal_column_sums_while_everything_is_attended_to() -> None:
-    """Decoding the last tokens with a budget for all gives what reading the whole prompt gives."""
+    """Decoding the last tokens with a budget of all tokens gives the sums of a full prefill."""
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(2, 2, 12, 8, generator=generator)
     queries = torch.randn(2, 4, 12, 8, generator=generator)
@@ -108,7 +108,7 @@ def test_an_evicted_token_never_returns(start: Tensor | None) -> None:
     assert changed == 20
 
 
-def test_bytes_read_are_what_the_reference_touches() -> None:
+def test_bytes_equal_the_reads_of_the_reference() -> None:
     geometry = Geometry(num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, dtype_bytes=4)
     inputs = prefill(torch.rand(1, 4, 40), 64)
     keys = torch.randn(1, 2, 41, 8)
@@ -133,9 +133,9 @@ def test_bad_settings_are_one_sentence() -> None:
 
 
 @pytest.mark.parametrize("mode", ["masked", "compact"])
-def test_sums_of_a_kv_head_serve_no_selection_per_query_head(mode: Any) -> None:
+def test_selection_per_query_head_is_refused(mode: Any) -> None:
     method = H2O(mode=mode)
-    said = method.policy_unsupported_reason(Policy(k=4, head_scope="query_head", **FREE))
-    assert said is not None
-    assert said.startswith("head_scope must be kv_head for h2o, whose sums are per KV head")
+    reason = method.policy_unsupported_reason(Policy(k=4, head_scope="query_head", **FREE))
+    assert reason is not None
+    assert reason.startswith("head_scope must be kv_head for h2o, whose sums are per KV head")
     assert method.policy_unsupported_reason(Policy(k=4, **FREE)) is None

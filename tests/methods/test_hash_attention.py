@@ -25,7 +25,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def drawn(**settings: object) -> HashAttention:
-    """Return a method with networks as a training starts with."""
+    """Return a method with randomly initialised networks."""
     method = HashAttention(impl="reference", **settings)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(3)
     method.load_artifact(
@@ -38,7 +38,7 @@ def drawn(**settings: object) -> HashAttention:
 
 
 def network(states: Tensor, layers: list[Tensor]) -> Tensor:
-    """Return what a head's network gives ``[n, d]`` states, in the plainest way."""
+    """Return a head's network output for ``[n, d]`` states, computed layer by layer."""
     for i, weight in enumerate(layers):
         states = states @ weight[:-1] + weight[-1]
         if i < 2:
@@ -47,7 +47,7 @@ def network(states: Tensor, layers: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("bits", [32, 64])
-def test_scores_are_agreeing_signs_less_others(bits: int) -> None:
+def test_scores_are_equal_signs_minus_different_ones(bits: int) -> None:
     method = drawn(bits=bits)
     queries, keys = random(2, 2, 3, 16), random(2, 2, 11, 16, seed=1)
     index = method.build_index(prefill(keys))
@@ -56,9 +56,10 @@ def test_scores_are_agreeing_signs_less_others(bits: int) -> None:
     for row in range(2):
         for head in range(6):
             own = [[layers[0, head] for layers in self_layers] for self_layers in sides(method)]
-            asked = network(queries[row, head // 3, head % 3, None], own[0]).sign()
-            held = network(keys[row, head // 3], own[1]).sign()
-            assert scores[row, head // 3, head % 3].tolist() == (asked @ held.T)[0].tolist()
+            query_signs = network(queries[row, head // 3, head % 3, None], own[0]).sign()
+            key_signs = network(keys[row, head // 3], own[1]).sign()
+            wanted = (query_signs @ key_signs.T)[0]
+            assert scores[row, head // 3, head % 3].tolist() == wanted.tolist()
     assert len(scores.unique()) > 5
 
 
@@ -68,17 +69,17 @@ def sides(method: HashAttention) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def test_the_loss_by_hand() -> None:
-    """One head, networks that pass a large state on: signatures of all 32 bits alike."""
+    """One head, networks that pass a large state through: all 32 bits of a signature are equal."""
     method = HashAttention(positives=1)
     one = torch.zeros(1, 2, 1)
     one[0, 0, 0] = 1.0
     last = torch.zeros(1, 2, 32)
     last[0, 0] = 0.05
     layers = [one, one, last]
-    # silu of 20 is 20, of -20 nothing: signatures tanh(1) and 0 in each bit.
+    # silu of 20 is 20, of -20 it is 0: signatures are tanh(1) and 0 in each bit.
     queries, keys = torch.tensor([[[20.0]]]), torch.tensor([[[20.0]] * 8 + [[-20.0]] * 8])
     keys = keys.reshape(1, 16, 1)
-    keys[0, 3] = 21.0  # the top one, two of whose neighbours are the query's future
+    keys[0, 3] = 21.0  # the top key; keys 4 to 7 are in the query's future
     past = torch.ones(1, 16, dtype=torch.bool)
     past[0, 4:8] = False
     low, high = math.tanh(1.0), math.tanh(1.05)
@@ -88,7 +89,7 @@ def test_the_loss_by_hand() -> None:
     assert loss.item() == pytest.approx((beside + top) / 12, rel=1e-4)
 
 
-def test_what_a_query_is_trained_on() -> None:
+def test_training_leaves_out_forced_and_future_keys() -> None:
     past = hash_attention._past(torch.tensor([0, 3, 4, 9, 12, 13]), torch.tensor([20, 12]))
     assert past.tolist() == [
         [False, False, True, True, True, False],
@@ -96,13 +97,13 @@ def test_what_a_query_is_trained_on() -> None:
     ]
 
 
-def test_queries_are_spread_and_late() -> None:
+def test_query_positions_are_evenly_spaced_and_at_the_end() -> None:
     method = HashAttention(queries_per_sequence=52)
     assert method.query_positions(0, [3, 100]) == [[0, 1, 2], [0, 13, 26, 39, *range(52, 100)]]
 
 
-def test_learns_what_a_query_looks_for() -> None:
-    """Keys far along a query's direction are its top; a learned signature finds more of them."""
+def test_training_improves_recall() -> None:
+    """Keys along a query's direction are its top keys; learned signatures find them."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(6, 16, generator=generator)
 
@@ -140,10 +141,10 @@ def test_learns_what_a_query_looks_for() -> None:
         true = (newest @ keys[None].mT).topk(40).indices
         return (found[..., None] == true[..., None, :]).any(-1).float().mean().item()
 
-    assert recall(fitted) > 0.5  # a tenth by chance
+    assert recall(fitted) > 0.5  # chance is a tenth
 
 
-def test_the_native_edges_are_inside_the_budget() -> None:
+def test_the_native_edges_count_towards_the_budget() -> None:
     method = HashAttention(native={"num_sink": 0, "num_recent": 0, "head_scope": "query_head"})
     for k, edge in ((2048, 128), (512, 128), (64, 16), (3, 0)):
         native = method.effective_policy(Policy(k=k, num_sink=0, num_recent=0, protocol="native"))
@@ -152,8 +153,8 @@ def test_the_native_edges_are_inside_the_budget() -> None:
     assert method.effective_policy(unified) == unified
 
 
-def test_reads_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Signatures of every query head, both networks, and the chosen tokens, counted in bytes."""
+def test_bytes_equal_the_reads_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signatures of every query head, both networks and the selected tokens, counted in bytes."""
     queries, keys = random(1, 2, 3, 16), random(1, 2, 60, 16, seed=1)
     read = 0
     plain: Callable[..., Tensor] = hash_attention.hamming_score
@@ -174,7 +175,7 @@ def test_reads_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert method.bytes_read_per_step(SHAPE, 60, 16) == read
 
 
-def test_refuses_what_does_not_fit() -> None:
+def test_bad_settings_and_artifacts_are_refused() -> None:
     with pytest.raises(ValueError, match="bits must be a positive multiple of 32, got 48"):
         HashAttention(bits=48)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):

@@ -1,4 +1,4 @@
-"""The ranking recipe: what it draws, its loss by hand, its gradient, and what it learns."""
+"""The ranking recipe: its draws, its loss by hand, its gradient, and the recall it reaches."""
 
 import math
 from typing import Any
@@ -32,7 +32,7 @@ def recipe(**settings: Any) -> RankingRecipe:
 
 
 class Skewed:
-    """Two query heads to a KV head; their dot products live in 4 loudly disturbed channels."""
+    """Two query heads per KV head; 4 of 16 channels decide dot products, the others are noise."""
 
     num_layers = 2
     sequences = 4
@@ -51,7 +51,7 @@ class Skewed:
 
 
 def recall(method: HATA, shift: float = 0.0) -> float:
-    """Return how much of the true top 32 of 512 keys the method keeps, mean over 40 queries."""
+    """Return the recall of the true top 32 of 512 keys, averaged over 40 queries."""
     queries, keys = Skewed.draw(512, seed=99)
     keys = keys[None] + shift
     index = method.build_index(
@@ -93,7 +93,7 @@ def test_shapes() -> None:
 
 
 def kept(made: RankingRecipe, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return positions, queries at them, and keys of each sequence."""
+    """Return each sequence's query positions, the queries there, and its keys."""
     states = Skewed().states(0)
     lengths = [keys.shape[1] for _, keys in states]
     positions = made.positions(lengths, torch.Generator().manual_seed(seed))
@@ -103,7 +103,7 @@ def kept(made: RankingRecipe, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     ]
 
 
-def test_queries_kept_are_of_the_second_half_and_the_last() -> None:
+def test_queries_kept_are_from_the_second_half_and_the_end() -> None:
     made = recipe(pool=300)
     short, longer = made.positions([10, 200], torch.Generator().manual_seed(0))
     assert set(short[:300]) == set(range(5, 10))
@@ -114,7 +114,7 @@ def test_queries_kept_are_of_the_second_half_and_the_last() -> None:
     assert longer[300:] == list(range(152, 200))
 
 
-def test_a_batch_is_of_one_sequence_and_its_top_is_attentions() -> None:
+def test_a_batch_is_from_one_sequence_and_its_top_keys_are_those_of_attention() -> None:
     made = recipe(keys=10_000)
     lengths, late, shares = set(), 0, set()
     for seed in range(30):
@@ -137,14 +137,14 @@ def test_a_batch_is_of_one_sequence_and_its_top_is_attentions() -> None:
         late += int((positions[:4] < length - 48).sum())
         shares.add(count)
     assert lengths == {200, 250, 300, 350}
-    assert late > 30  # of 120 queries of the second half, the others being late by chance
+    assert late > 30  # of 120 queries from the second half; by chance others are among the last 48
     assert len(shares) > 10
 
 
 @pytest.mark.parametrize("use_norm", [False, True])
 @pytest.mark.parametrize("query_codes", [1, 2])
 def test_loss_by_hand(query_codes: int, use_norm: bool) -> None:
-    """A loop over queries, members, codes and keys, with the scores that decoding computes."""
+    """Loops over queries, group members, codes and keys, with scores as in decoding."""
     generator = torch.Generator().manual_seed(3)
     queries = torch.randn(2, 3, 5, 4, generator=generator)
     keys = torch.randn(2, 7, 4, generator=generator)
@@ -181,7 +181,7 @@ def test_loss_by_hand(query_codes: int, use_norm: bool) -> None:
     assert found.item() == pytest.approx(wanted / 10, rel=1e-5)
 
 
-def test_a_sign_has_the_slope_of_tanh() -> None:
+def test_a_sign_has_the_gradient_of_tanh() -> None:
     at = torch.tensor([-2.0, -0.0, 0.0, 0.5], requires_grad=True)
     found = signs(at)
     assert found.tolist() == pytest.approx([-1.0, -1.0, -1.0, 1.0])
@@ -212,7 +212,7 @@ def test_the_rate_rises_and_falls() -> None:
 
 
 def test_codes_of_a_query_are_summed_by_hand() -> None:
-    """A key's code and a query's first look at the first channel, its second at the second."""
+    """A key's code and a query's first code use the first channel, its second code the second."""
     weight, query_weight = torch.zeros(1, 1, 2, 32), torch.zeros(1, 1, 2, 64)
     weight[..., 0, :] = 1.0
     query_weight[..., 0, :32] = 1.0
@@ -232,7 +232,7 @@ def test_codes_of_a_query_are_summed_by_hand() -> None:
     assert found.tolist() == [[[-32 - 32, 32 + 32]]]
 
 
-def test_centred_keys_are_hashed_less_the_mean_of_each_rows_own() -> None:
+def test_centred_keys_are_hashed_after_subtracting_the_rows_mean() -> None:
     method = HATA(rbit=32, weights="random", centre_keys=True)
     plain = HATA(rbit=32, weights="random")
     assert (method.fits_prompt, plain.fits_prompt) == (True, False)
@@ -261,7 +261,7 @@ def test_centred_keys_are_hashed_less_the_mean_of_each_rows_own() -> None:
         assert torch.equal(found.key_codes[row, :, rows], wanted.key_codes[0, :, :count])
         torch.testing.assert_close(found.key_norms[row, :, rows], wanted.key_norms[0, :, :count])
 
-    # A decoded key is less the same mean, whatever comes after.
+    # The same mean is subtracted from a decoded key.
     one = index(method, keys[:1, :, :7])
     new = torch.randn(1, 1, 1, 8, generator=generator) + 3.0
     method.append(one, new, new)
@@ -278,7 +278,7 @@ def test_centring_undoes_a_shift_of_all_keys() -> None:
     assert recall(on, shift) == pytest.approx(recall(on), abs=0.02)
 
 
-def test_each_recipe_has_artifacts_of_its_own() -> None:
+def test_each_recipe_has_its_own_artifacts() -> None:
     geometry = Geometry(num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16)
     published = HATA().artifact_spec(geometry)
     assert published is not None
@@ -290,7 +290,7 @@ def test_each_recipe_has_artifacts_of_its_own() -> None:
     for changed in ({"use_norm": False}, {"query_codes": 2}, {"ranking_steps": 7}, {"rbit": 64}):
         other = HATA(**{"recipe": "ranking"} | changed).artifact_spec(geometry)  # type: ignore[arg-type]
         assert other != ranking
-    # What only the published recipe has does not ask for another artifact.
+    # Settings of the published recipe do not change the artifact of the ranking recipe.
     assert ranking == HATA(recipe="ranking", sigma=0.5, epochs=3).artifact_spec(geometry)
 
 
@@ -307,10 +307,10 @@ def test_bytes_of_two_projections_by_hand() -> None:
     ("settings", "message"),
     [
         ({"recipe": "listwise"}, "recipe must be one of published, ranking, got 'listwise'"),
-        ({"query_codes": 2}, "query_codes must be 1 for codes that ranking did not train, got 2"),
+        ({"query_codes": 2}, "query_codes must be 1 unless codes are trained by ranking, got 2"),
         (
             {"query_codes": 2, "recipe": "ranking", "weights": "random"},
-            "query_codes must be 1 for codes that ranking did not train, got 2",
+            "query_codes must be 1 unless codes are trained by ranking, got 2",
         ),
         ({"ranking_keys": 64}, "ranking_keys must be at least 128, got 64"),
         ({"ranking_late_share": 1.5}, "ranking_late_share must be a share from 0 to 1, got 1.5"),
@@ -346,8 +346,10 @@ def test_short_sequences_and_other_heads_train(head_dim: int, length: int) -> No
     ]
     losses: list[tuple[int, int, float]] = []
     made = recipe(rbit=96, steps=3, query_codes=2)
-    weight, query_weight = made.fit_layer(states, generator, lambda *told: losses.append(told))
-    assert [told[:2] for told in losses] == [(1, 3), (2, 3), (3, 3)]
+    weight, query_weight = made.fit_layer(
+        states, generator, lambda *progress: losses.append(progress)
+    )
+    assert [progress[:2] for progress in losses] == [(1, 3), (2, 3), (3, 3)]
     assert weight.shape == (2, head_dim, 96)
     assert query_weight.shape == (2, head_dim, 192)
     assert weight.isfinite().all()
@@ -375,7 +377,7 @@ def test_appending_equals_rebuilding_with_several_codes(impl: Any) -> None:
     scores = method.score(method.encode(group, found), found)
     assert scores.shape == (1, 1, 40)
     torch.testing.assert_close(scores, method.score(method.encode(group, wanted), wanted))
-    # The sum over two queries of three codes each, every code by itself.
+    # The same sum over two queries of three codes each, one code at a time.
     weight = method.query_weight(1, 2, 1, 16, CPU)
     one_by_one = torch.zeros(40)
     for code in range(3):

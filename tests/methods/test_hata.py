@@ -1,4 +1,4 @@
-"""What is particular to HATA: its weights, its scores, its training."""
+"""HATA: its weights, its scores and its training."""
 
 import math
 
@@ -20,7 +20,7 @@ def with_weight(weight: Tensor, **settings: object) -> HATA:
 
 
 def signs() -> Tensor:
-    """Return ``[2, 32]``: 16 bits look at the first channel, 16 at the second."""
+    """Return ``[2, 32]``: 16 bits are the sign of the first channel, 16 of the second."""
     weight = torch.zeros(2, 32)
     weight[0, :16] = 1.0
     weight[1, 16:] = 1.0
@@ -37,10 +37,10 @@ def scores(method: HATA) -> Tensor:
 
 
 def test_scores_by_hand() -> None:
-    # Agreement of 32 bits less disagreement: query (+,+) with keys (+,+), (-,+), (-,-) gives
+    # Equal minus different bits of 32: query (+,+) with keys (+,+), (-,+), (-,-) gives
     # 32, 0, -32; query (+,-) gives 0, -32, 0.
     assert scores(with_weight(signs(), use_norm=False)).tolist() == [[[32, -32, -32]]]
-    # In shares of 32 bits, times the keys' lengths 5, sqrt(1.25) and 10.
+    # As shares of 32 bits, times the keys' norms 5, sqrt(1.25) and 10.
     found = scores(with_weight(signs(), use_norm=True))
     wanted = torch.tensor([[[5.0, -math.sqrt(1.25), -10.0]]])
     torch.testing.assert_close(found, wanted)
@@ -64,7 +64,7 @@ def test_orthonormal_weights_are_orthonormal_in_blocks() -> None:
         first, second = weight[head, :, :64], weight[head, :, 64:]
         torch.testing.assert_close(first.T @ first, torch.eye(64), atol=1e-5, rtol=0)
         torch.testing.assert_close(second.T @ second, torch.eye(32), atol=1e-5, rtol=0)
-        assert (first.T @ second).abs().max() > 0.01  # another draw, not the same one again
+        assert (first.T @ second).abs().max() > 0.01  # two different draws
 
 
 def test_untrained_weights_differ_by_layer_head_and_seed() -> None:
@@ -105,7 +105,7 @@ def test_only_trained_weights_have_an_artifact() -> None:
     spec = HATA(rbit=64).artifact_spec(GEOMETRY)
     assert spec is not None
     assert spec["rbit"] == 64
-    # What only decoding needs does not ask for another artifact.
+    # Settings of decoding do not change the artifact.
     assert spec == HATA(rbit=64, use_norm=False, impl="reference").artifact_spec(GEOMETRY)
 
 
@@ -116,7 +116,7 @@ def test_labels_by_hand() -> None:
     assert method._labels(logits).tolist() == [[wanted]]
 
 
-def test_pairs_are_a_prefix_and_its_last_query() -> None:
+def test_pairs_join_a_query_with_the_keys_of_its_prefix() -> None:
     queries = torch.arange(20.0)[None, :, None].expand(2, -1, 4)
     keys = torch.arange(20.0)[None, :, None].expand(1, -1, 4)
     drawn = set()
@@ -177,7 +177,7 @@ def test_loss_and_gradient_equal_the_definition(
     torch.testing.assert_close(gradient, torch.autograd.grad(wanted, weight)[0])
 
 
-def test_chunks_are_drawn_without_repetition() -> None:
+def test_chunks_are_drawn_without_replacement() -> None:
     keys = torch.arange(10.0)[None, :, None].expand(1, -1, 4)
     pairs = HashPairs(
         torch.zeros(1, 1, 1, 4), keys, torch.zeros(1, 1, 10), torch.zeros(10, dtype=torch.long)
@@ -191,7 +191,7 @@ def test_chunks_are_drawn_without_repetition() -> None:
 
 
 class Skewed:
-    """Keys and queries whose dot products live in 4 of 16 channels, under loud noise elsewhere."""
+    """Queries and keys of which 4 of 16 channels decide dot products; the others are noise."""
 
     num_layers = 1
     sequences = 6
@@ -210,7 +210,7 @@ class Skewed:
 
 
 def recall(method: HATA) -> float:
-    """Return how much of the true top 32 of 512 keys the method keeps, mean over 40 queries."""
+    """Return the recall of the true top 32 of 512 keys, averaged over 40 queries."""
     generator = torch.Generator().manual_seed(99)
     queries, keys = Skewed.draw(512, generator)
     keys = keys[None]
@@ -241,20 +241,20 @@ def test_training_repeats_itself_by_its_seed() -> None:
     assert not torch.equal(first["hash_weight"], other["hash_weight"])
 
 
-def test_every_step_tells_its_loss() -> None:
+def test_every_step_reports_its_loss() -> None:
     method = HATA(rbit=32, epochs=2, steps_per_epoch=3)
     states = Skewed().states(0)
     positions = method.query_positions(0, [256] * 6)
     chosen = [(queries[:, at], keys) for (queries, keys), at in zip(states, positions, strict=True)]
-    told: list[tuple[int, int, float]] = []
-    method.fit_layer(0, chosen, lambda *one: told.append(one))
-    assert [(step, steps) for step, steps, _ in told] == [(step, 6) for step in range(1, 7)]
-    # The first loss is that of the start, on all pairs: an epoch's chunks are more than there are.
+    reported: list[tuple[int, int, float]] = []
+    method.fit_layer(0, chosen, lambda *one: reported.append(one))
+    assert [(step, steps) for step, steps, _ in reported] == [(step, 6) for step in range(1, 7)]
+    # The first loss is that of the initial weights on all pairs, as one epoch's chunks cover them.
     generator = method._generator(0)
     pairs = method.draw_pairs(chosen, generator)
     start = torch.randn(1, 16, 32, generator=generator)
-    assert told[0][2] == pytest.approx(method.loss_and_gradient(start, pairs)[0].item())
-    assert told[-1][2] < told[0][2]
+    assert reported[0][2] == pytest.approx(method.loss_and_gradient(start, pairs)[0].item())
+    assert reported[-1][2] < reported[0][2]
 
 
 def test_bytes_by_hand() -> None:

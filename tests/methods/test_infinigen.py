@@ -1,4 +1,4 @@
-"""InfiniGen by hand: the skewing, whose queries are compared, and the count shared over heads."""
+"""InfiniGen by hand: the skewing matrix, which queries are used, and the count shared by heads."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ LLAMA = Geometry(num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128)
 
 
 class Drawn:
-    """Queries that are strong along (3, 4), weak along (4, -3); two queries a KV head."""
+    """Queries strong along (3, 4) and weak along (4, -3); two query heads per KV head."""
 
     num_layers = 2
     sequences = 1
@@ -47,7 +47,7 @@ def test_the_skewing_matrix_is_the_queries_singular_vectors() -> None:
     for head in range(2):
         stacked = queries[2 * head : 2 * head + 2].flatten(0, 1)
         vectors = torch.linalg.svd(stacked.double()).Vh.float()
-        # The same directions, whatever the signs, and the strongest ones first.
+        # The same directions up to sign, the strongest first.
         cosines = (vectors @ skew[head]).abs()
         torch.testing.assert_close(cosines.amax(0), torch.ones(8), atol=1e-4, rtol=0)
         strength = (stacked @ skew[head]).abs().sum(0)
@@ -65,16 +65,16 @@ def test_all_channels_give_exact_logits() -> None:
 
 
 def test_three_in_ten_skewed_channels_find_most_of_the_top_keys() -> None:
-    """Queries that lie in few directions: where skewing finds these, few channels are enough."""
+    """Queries span few directions; if the skewing matrix finds these, few channels suffice."""
     generator = torch.Generator().manual_seed(0)
     turn = torch.linalg.qr(torch.randn(64, 64, generator=generator)).Q
     strength = torch.exp(-torch.arange(64) / 6)
 
-    def asked(count: int) -> Tensor:
+    def draw_queries(count: int) -> Tensor:
         return torch.randn(4, count, 64, generator=generator) * strength @ turn
 
     keys = torch.randn(1, 2, 1000, 64, generator=generator)
-    queries = asked(50).unflatten(0, (2, 2))[None].flatten(2, 3)  # of a group, 100 in a row
+    queries = draw_queries(50).unflatten(0, (2, 2))[None].flatten(2, 3)  # of a group, 100 in a row
     exact = (queries @ keys.mT).topk(64).indices
 
     def recall(skew: Tensor) -> float:
@@ -85,7 +85,7 @@ def test_three_in_ten_skewed_channels_find_most_of_the_top_keys() -> None:
         found = method.score(method.encode(queries, index), index).topk(64).indices
         return (found[..., None] == exact[..., None, :]).any(-1).double().mean().item()
 
-    learned = InfiniGen().fit_layer(1, [(asked(200), torch.zeros(2, 200, 64))])["skew"]
+    learned = InfiniGen().fit_layer(1, [(draw_queries(200), torch.zeros(2, 200, 64))])["skew"]
     assert recall(learned) > 0.9
     assert recall(torch.eye(64)) < 0.6
 
@@ -93,12 +93,12 @@ def test_three_in_ten_skewed_channels_find_most_of_the_top_keys() -> None:
 @pytest.mark.parametrize(
     ("head_dim", "channels"), [(128, 25), (64, 12), (32, 6), (10, 2), (5, 1), (2, 1)]
 )
-def test_channels_are_rounded_down_and_never_none(head_dim: int, channels: int) -> None:
+def test_channels_are_rounded_down_to_at_least_one(head_dim: int, channels: int) -> None:
     assert InfiniGen().channels(head_dim) == channels
 
 
 def test_channels_are_those_of_the_largest_queries_and_those_of_the_largest_keys() -> None:
-    """Two of four by each: the first KV head compares 0, 1 and 3, the second 0 and 1 alone."""
+    """Two of four channels by each: the first KV head uses 0, 1 and 3, the second 0 and 1."""
     method = InfiniGen(partial_ratio=0.5)
     strength = torch.tensor([[1.0, 9.0, 2.0, 8.0], [5.0, 6.0, 1.0, 0.0]])
     method.load_artifact(
@@ -118,15 +118,15 @@ def test_channels_are_those_of_the_largest_queries_and_those_of_the_largest_keys
     assert method.score(method.encode(queries, index), index).tolist() == [
         [[[4021.0, 1034.0, 8065.0]], [[21.0, 34.0, 65.0]]]
     ]
-    # All KV heads have room for the three of the first; nobody knows it without an artifact.
+    # All KV heads keep as many channels as the first, three; without an artifact the upper bound.
     geometry = Geometry(num_layers=2, num_heads=2, num_kv_heads=2, head_dim=4, dtype_bytes=4)
     assert method.index_bytes_per_token(geometry) == 2 * 3 * 4
     assert InfiniGen(partial_ratio=0.5).index_bytes_per_token(geometry) == 2 * 4 * 4
     assert InfiniGen(partial_ratio=0.25).index_bytes_per_token(geometry) == 2 * 2 * 4
 
 
-def test_the_strength_of_keys_is_of_the_skewed_ones_of_all_sequences() -> None:
-    """Along (3, 4) they are 5 and -10 long, beside it 0 and 0; then 0, and 30 beside it."""
+def test_key_strength_is_of_skewed_keys_over_all_sequences() -> None:
+    """Components along (3, 4) are 5 and -10, orthogonal 0 and 0; then 0 along and 30 orthogonal."""
     queries = Drawn().states(0)[0][0]
     first = torch.tensor([[[3.0, 4.0], [-6.0, -8.0]]])
     second = torch.tensor([[[24.0, -18.0]]])
@@ -134,15 +134,15 @@ def test_the_strength_of_keys_is_of_the_skewed_ones_of_all_sequences() -> None:
     torch.testing.assert_close(learned["key_strength"], torch.tensor([[5.0, 10.0]]))
 
 
-def test_foretold_queries_choose_and_the_real_ones_attend() -> None:
+def test_speculated_queries_select_and_the_real_ones_attend() -> None:
     keys = torch.tensor([[3.0, 4.0], [-3.0, -4.0], [0.0, 0.0]])[None, None]
     values = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])[None, None]
     query = torch.tensor([[[[0.6, 0.8], [0.6, 0.8]]]])
     method = fitted()
     index = method.build_index(prefill(keys, 3))
     policy = Policy(k=1, num_sink=0, num_recent=0)
-    for foretold, wanted in ((None, 0), (-query, 1), (query, 0)):
-        view = CacheView(keys, values, previous_query=foretold)
+    for speculated, wanted in ((None, 0), (-query, 1), (query, 0)):
+        view = CacheView(keys, values, previous_query=speculated)
         found = method.step(query, index, view, policy, 1.0)
         assert found.selection is not None
         assert found.selection.indices.tolist() == [[[wanted]]]
@@ -169,13 +169,15 @@ def test_heads_share_the_mean_count_and_k_is_its_cap() -> None:
     native: dict[str, Any] = {"protocol": "native", "num_recent": 0}
     assert kept(7, **native) == [[0, 1, 2, 3, 4]] * 2
     assert kept(3, **native) == [[0, 1, 2]] * 2
-    # The current token takes a place, whatever it scores.
+    # The current token takes a place, regardless of its score.
     assert kept(7, protocol="native", num_recent=1) == [[0, 1, 2, 3, 7]] * 2
     assert kept(7, num_recent=0) == [[0, 1, 2, 3, 4, 5, 6]] * 2
 
 
 @pytest.mark.parametrize(("softcap", "wanted"), [(None, 2), (4.0, 6)])
-def test_alpha_is_a_distance_of_the_layers_own_logits(softcap: float | None, wanted: int) -> None:
+def test_alpha_is_a_distance_between_scaled_and_capped_logits(
+    softcap: float | None, wanted: int
+) -> None:
     along = torch.tensor([0.6, 0.8])
     places = torch.tensor([10.0, 9.0, 8.0, 3.0, 2.0, 1.0, -2.0, -3.0])
     keys = (places[:, None] * along)[None, None]
@@ -192,13 +194,13 @@ def test_alpha_is_a_distance_of_the_layers_own_logits(softcap: float | None, wan
 
 
 def test_bytes_by_hand() -> None:
-    """Half precision, 8 KV heads of 128 channels, at most 50 of them compared, 32 query heads."""
+    """Half precision, 8 KV heads of 128 channels, at most 50 of them used, 32 query heads."""
     token = 2 * 8 * 128 * 2
     side, skew, projection = 32768 * 8 * 50 * 2, 8 * 128 * 50 * 4, 32 * 50 * 4096 * 2
     method = InfiniGen()
     wanted = side + skew + projection + 512 * token
     assert method.bytes_read_per_step(LLAMA, 32768, 512) == wanted
-    # What scoring touches of the index is what is charged: one channel, which keys choose as well.
+    # The formula equals the index's tensors: one channel, chosen by queries and keys alike.
     geometry = Geometry(num_layers=2, num_heads=2, num_kv_heads=1, head_dim=2, dtype_bytes=4)
     method = fitted()
     index = method.build_index(prefill(torch.zeros(1, 1, 9, 2), 9))
@@ -217,19 +219,19 @@ def test_positions_are_spread_over_a_sequence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"partial_ratio": 0.0}, "partial_ratio must be a share above 0 and up to 1, got 0.0"),
         ({"partial_ratio": 1.5}, "partial_ratio must be a share above 0 and up to 1, got 1.5"),
         ({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
     ],
 )
-def test_bad_settings_are_one_sentence(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_bad_settings_are_one_sentence(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         InfiniGen(**settings)
 
 
-def test_an_artifact_must_fit() -> None:
+def test_an_artifact_must_match_the_model() -> None:
     with pytest.raises(ValueError, match=r"skew .* = \[2, 1, 2, 2\], got none; fit it on this"):
         InfiniGen().build_index(prefill(torch.zeros(1, 1, 3, 2), 3))
     with pytest.raises(ValueError, match=r"= \[2, 2, 2, 2\], got \[2, 1, 2, 2\]; fit it"):

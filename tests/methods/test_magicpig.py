@@ -1,4 +1,4 @@
-"""What is particular to MagicPIG: sampled as often as its weights say, and right on average."""
+"""MagicPIG: keys are sampled as often as their weights assume, and the mean output is right."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def choose(method: MagicPIG, queries: Tensor, keys: Tensor, policy: Policy) -> S
 
 
 def pairs_at(degrees: float, count: int, head_dim: int = 16) -> tuple[Tensor, Tensor]:
-    """Return a query, and unit keys at an angle to it, each followed by its opposite."""
+    """Return a query, and unit keys at an angle to it, each followed by its negative."""
     generator = torch.Generator().manual_seed(1)
     query = normalize(torch.randn(head_dim, generator=generator), dim=0)
     beside = torch.randn(count, head_dim, generator=generator)
@@ -42,7 +42,7 @@ def test_probability_by_hand() -> None:
     collision = torch.tensor([[(2 / 3) ** 10, 1.0, 0.0]])
     found = MagicPIG().probability(collision, torch.tensor([2]), torch.ones(1))
     torch.testing.assert_close(found, torch.tensor([[0.7355, 1.0, 0.0]]), atol=1e-4, rtol=0)
-    # Two fair coins: none 1/4, one 1/2, both 1/4; a third of those with one are drawn.
+    # Two fair coins: 0 hits 1/4, 1 hit 1/2, 2 hits 1/4; a third of those with 1 hit are kept.
     coins = MagicPIG(num_tables=2, min_collisions=1)
     found = coins.probability(torch.tensor([[0.5]]), torch.tensor([1]), torch.tensor([1 / 3]))
     torch.testing.assert_close(found, torch.tensor([[0.25 + 0.5 / 3]]))
@@ -50,7 +50,7 @@ def test_probability_by_hand() -> None:
 
 @pytest.mark.parametrize("degrees", [45.0, 60.0, 75.0])
 def test_keys_are_sampled_as_often_as_their_weights_say(degrees: float) -> None:
-    """Over hyperplanes, both for the keys at the angle and for their opposites."""
+    """Averaged over hyperplanes, both for the keys at the angle and for their negatives."""
     query, keys = pairs_at(degrees, 60)
     trials, included = 80, torch.zeros(120)
     for seed in range(trials):
@@ -60,14 +60,14 @@ def test_keys_are_sampled_as_often_as_their_weights_say(degrees: float) -> None:
     for part, angle in ((included[0::2], degrees), (included[1::2], 180 - degrees)):
         collision = torch.tensor([[(1 - angle / 180) ** 10]])
         wanted = MagicPIG().probability(collision, torch.tensor([2]), torch.ones(1)).item()
-        # Keys of one trial share hyperplanes: only the trials count as independent.
+        # Keys of one trial share hyperplanes, so only trials are independent.
         deviation = (wanted * (1 - wanted) / trials) ** 0.5
         assert abs(part.mean().item() / trials - wanted) < max(3 * deviation, 1e-3)
 
 
 def test_the_weights_are_of_the_angle_to_the_centred_key() -> None:
     query, keys = pairs_at(60.0, 20)
-    moved = keys + 5.0  # centring takes it away
+    moved = keys + 5.0  # removed again by centring
     selection = choose(MagicPIG(native_local=0), query, moved, NATIVE)
     assert selection.log_weight is not None
     near = selection.indices[0, 0] % 2 == 0
@@ -80,7 +80,7 @@ def test_the_weights_are_of_the_angle_to_the_centred_key() -> None:
 
 @pytest.mark.parametrize("k", [None, 24])
 def test_the_estimate_is_right_on_average(k: int | None) -> None:
-    """Averaged over hyperplanes it nears full attention, capped or not, and unweighted does not."""
+    """The mean over hyperplanes is close to full attention, capped or not; without weights not."""
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(1, 1, 100, 8, generator=generator)
     query = normalize(torch.randn(1, 1, 1, 8, generator=generator), dim=-1)
@@ -90,7 +90,7 @@ def test_the_estimate_is_right_on_average(k: int | None) -> None:
     full = ((query @ keys.mT).softmax(-1) @ values).flatten()
     weighted, plain = [], []
     for seed in range(60):
-        # Large samples: a quotient of two estimates is right for large samples alone.
+        # Large samples, as a quotient of two estimates is unbiased only for large samples.
         method = MagicPIG(hash_bits=4, num_tables=20, seed=seed, native_local=0)
         index = method.build_index(inputs(keys))
         step = method.step(query, index, view, policy, 1.0)
@@ -115,7 +115,7 @@ def test_sinks_recents_and_decoded_tokens_are_kept_without_a_weight() -> None:
     method.bind(index, view)
     queries = torch.randn(1, 2, 3, 8, generator=generator)
     for policy, first in (
-        # Natively the prompt's last five stay, however much was decoded since.
+        # Natively the prompt's last five stay, however many tokens were decoded since.
         (Policy(k=20, num_sink=2, num_recent=3, protocol="native"), 95),
         (Policy(k=20, num_sink=2, num_recent=3), 100),
         (Policy(k=8, num_sink=2, num_recent=3), 104),  # all but the newest six are cut
@@ -133,9 +133,9 @@ def test_sinks_recents_and_decoded_tokens_are_kept_without_a_weight() -> None:
 
 
 def test_natively_the_local_tokens_are_the_prompts_last_at_every_step() -> None:
-    """Four tokens of two rows of 8 and 6; what is decoded is kept beside them, never in place."""
+    """Four tokens of two rows of 8 and 6; decoded tokens are kept in addition."""
     keys = torch.full((2, 1, 12, 4), -4.0)
-    keys[:, :, 0] = 20.0  # the others are opposite to the query, once centred: none is found
+    keys[:, :, 0] = 20.0  # once centred, the others are opposite to the query and never sampled
     end = torch.tensor([8, 6], dtype=torch.int32)
     method = MagicPIG(native_local=4)
     index = method.build_index(inputs(keys[:, :, :8], kv_len=end, capacity=12))
@@ -155,8 +155,8 @@ def test_natively_the_local_tokens_are_the_prompts_last_at_every_step() -> None:
     ]
 
 
-def test_a_budget_keeps_the_most_collisions_and_shares_the_rest() -> None:
-    """32 equal keys collide alike; of 10 that fit, each is drawn with its share in the weight."""
+def test_a_budget_keeps_the_most_collisions_and_draws_among_ties() -> None:
+    """32 equal keys collide equally often; 10 are drawn, and weighted by the share 10 / 32."""
     query = torch.ones(1, 1, 1, 4)
     keys = torch.ones(1, 1, 40, 4)
     keys[:, :, 32:] = -4.0  # opposite, once centred: they never collide
@@ -167,7 +167,7 @@ def test_a_budget_keeps_the_most_collisions_and_shares_the_rest() -> None:
     assert selection.log_weight is not None
     wanted = torch.full((1, 1, 10), -torch.log(torch.tensor(10 / 32 + 1e-4)).item())
     torch.testing.assert_close(selection.log_weight, wanted, atol=1e-3, rtol=1e-3)
-    # Another length, another draw.
+    # Another length gives another draw.
     longer = choose(method, query, keys[:, :, :39], Policy(k=10, **FREE))
     assert not torch.equal(longer.indices, selection.indices)
 
@@ -201,8 +201,8 @@ def test_the_tables_count_the_codes_that_agree() -> None:
         assert torch.equal(found[row], wanted)
 
 
-def test_bytes_are_what_is_read() -> None:
-    """Counted: isotropic keys collide as right angles do on average, keys near the query more."""
+def test_bytes_equal_the_reads_counted() -> None:
+    """Isotropic keys collide on average as at right angles, keys near the query more often."""
     geometry = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=256, dtype_bytes=4)
     generator = torch.Generator().manual_seed(0)
     isotropic = torch.randn(1, 2, 3000, 256, generator=generator)

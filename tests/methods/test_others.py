@@ -1,4 +1,4 @@
-"""What is particular to exact top-k, Loki, Quest, StreamingLLM and full attention, by hand."""
+"""Exact top-k, Loki, Quest, StreamingLLM and full attention, by hand."""
 
 import pytest
 import torch
@@ -27,8 +27,8 @@ def prefill(keys: Tensor, capacity: int, kv_start: Tensor | None = None) -> Pref
 
 
 def test_exact_ranks_by_summed_weights() -> None:
-    # The first query is sure of key 0; the second prefers 1 to 2 a little. Sums of weights put
-    # 0 first and 1 second; sums of logits would put 1 behind 2.
+    # The first query puts nearly all weight on key 0; the second slightly prefers 1 to 2. Sums of
+    # weights rank 0 first and 1 second; sums of logits would rank 1 behind 2.
     queries = torch.tensor([[8.0, 0.0], [0.0, 1.0]])[None, None]
     keys = torch.tensor([[1.0, 0.0], [-2.0, 0.5], [0.0, 0.0]])[None, None]
     method = ExactTopK()
@@ -47,7 +47,7 @@ def test_exact_ranks_by_summed_weights() -> None:
     assert step.selection.indices.tolist() == [[[0], [1]]]
 
 
-def test_exact_must_see_the_cache() -> None:
+def test_exact_must_be_bound_to_the_cache() -> None:
     keys = torch.zeros(1, 1, 3, 2)
     method = ExactTopK()
     index = method.build_index(prefill(keys, 4))
@@ -66,7 +66,7 @@ def test_quest_extremes_by_hand() -> None:
     method.append(index, torch.tensor([[[[-1.0, 9.0]]]]), keys[:, :, :1])
     assert index.page_min[0, 0].tolist() == [[1, -5], [-2, 0], [7, -8], [-1, 9]]
     assert index.page_max[0, 0].tolist() == [[3, -1], [0, 4], [8, 7], [-1, 9]]
-    # Query (2, -1): 2 * max of channel 0 less the min of channel 1.
+    # Query (2, -1): 2 * max of channel 0 minus the min of channel 1.
     query = torch.tensor([[[[2.0, -1.0]]]])
     assert method.score(query, index).tolist() == [[[[11.0, 0.0, 24.0, -11.0]]]]
 
@@ -106,8 +106,8 @@ def test_quest_with_pages_of_one_is_exact() -> None:
 @pytest.mark.parametrize(
     ("k", "sinks", "recents", "wanted"),
     [
-        (16, 4, 8, [3]),  # a budget of one page: the open one
-        (5, 0, 0, [2]),  # below a page: still one
+        (16, 4, 8, [3]),  # a budget of one page: the page being filled
+        (5, 0, 0, [2]),  # below one page: still one page
         (32, 4, 8, [0, 3]),
         (48, 4, 8, [0, 2, 3]),
         (47, 4, 8, [0, 3]),
@@ -116,7 +116,7 @@ def test_quest_with_pages_of_one_is_exact() -> None:
     ],
 )
 def test_quest_budget_is_whole_pages(k: int, sinks: int, recents: int, wanted: list[int]) -> None:
-    # 60 tokens in pages of 16; a page's keys are alike and score 0, 5, 9, -1.
+    # 60 tokens in pages of 16; all keys of a page are equal and score 0, 5, 9, -1.
     keys = torch.tensor([0.0, 5.0, 9.0, -1.0]).repeat_interleave(16)[None, None, :60, None]
     query = torch.ones(1, 1, 1, 1)
     method = Quest(page_size=16)
@@ -135,7 +135,7 @@ def test_quest_page_size_must_be_positive() -> None:
 
 
 class Line:
-    """Keys on a line of direction (3, 4) around a far mean, with a little noise beside it."""
+    """Keys on a line of direction (3, 4) around a distant mean, with a little orthogonal noise."""
 
     num_layers = 1
     sequences = 2
@@ -180,7 +180,7 @@ def test_loki_of_full_rank_is_exact() -> None:
     torch.testing.assert_close(found, queries @ keys.mT, atol=1e-5, rtol=1e-5)
 
 
-def test_loki_refuses_what_does_not_fit() -> None:
+def test_loki_refuses_bad_settings_and_artifacts() -> None:
     geometry = Geometry(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2)
     with pytest.raises(ValueError, match="rank must be at most head_dim=2, got 3"):
         Loki(rank=3).check_ready(geometry)

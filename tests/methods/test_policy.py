@@ -1,4 +1,4 @@
-"""The rules around the budget, and how a group's scores become one."""
+"""The rules around the budget, and the aggregation of a group's scores."""
 
 import math
 
@@ -23,7 +23,7 @@ def test_forced_tokens_must_fit_into_k() -> None:
 @pytest.mark.parametrize(
     ("field", "word"), [("head_scope", "head"), ("aggregation", "mean"), ("protocol", "mine")]
 )
-def test_unknown_words_are_refused(field: str, word: str) -> None:
+def test_unknown_options_are_refused(field: str, word: str) -> None:
     with pytest.raises(ValueError, match=f"{field} must be one of .*, got '{word}'"):
         Policy(k=16, **{field: word})  # type: ignore[arg-type]
 
@@ -50,13 +50,13 @@ def test_dense_layers(
     assert Policy(k=16, dense_layers=dense).resolve_dense_layers(num_layers) == wanted
 
 
-def test_a_dense_layer_that_is_not_there_is_refused() -> None:
+def test_a_dense_layer_that_the_model_lacks_is_refused() -> None:
     with pytest.raises(ValueError, match="between 0 and 3, got 4"):
         Policy(k=16, dense_layers=(4,)).resolve_dense_layers(4)
 
 
 @pytest.mark.parametrize("text", ["16", "::0", "a:b", "1:2:3:4", ""])
-def test_what_is_no_slice_is_refused(text: str) -> None:
+def test_an_invalid_slice_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="a number, a list, or a slice such as '::16', got"):
         Policy(k=16, dense_layers=text)
 
@@ -91,7 +91,7 @@ def cache(kv_start: list[int], kv_len: list[int], n: int) -> CacheView:
     return CacheView(states, states, start, end)
 
 
-def test_everything_of_ragged_rows() -> None:
+def test_selecting_everything_in_rows_of_different_lengths() -> None:
     view = cache([0, 2], [3, 4], 4)
     selection = Selection.everything(view)
     assert selection.indices.tolist() == [[[0, 1, 2, -1]], [[2, 3, -1, -1]]]
@@ -101,7 +101,7 @@ def test_everything_of_ragged_rows() -> None:
 def test_short_rows_keep_every_page() -> None:
     view = cache([0, 3], [12, 8], 12)
     chosen = Selection(torch.tensor([[[2]], [[0]]], dtype=torch.int32), unit_size=4)
-    whole = chosen.with_short_rows_whole(view, 7)
+    whole = chosen.with_all_of_short_rows(view, 7)
     # The second row has five tokens: pages 0 and 1, of which one token is in page 1.
     assert whole.indices.tolist() == [[[2, -1]], [[0, 1]]]
     assert whole.tokens_read(view).tolist() == [[4], [5]]
@@ -115,7 +115,7 @@ def test_tokens_of_an_open_page_and_a_count() -> None:
     assert Selection(indices, count, unit_size=4).tokens_read(view).tolist() == [[6]]
 
 
-def test_query_heads_that_choose_apart_read_what_they_choose_together() -> None:
+def test_query_heads_that_select_separately_read_the_union() -> None:
     states = torch.zeros(1, 2, 8, 4)  # two KV heads of two queries each
     indices = torch.tensor([[[0, 1], [1, 2], [5, 6], [5, 6]]], dtype=torch.int32)
     assert Selection(indices).tokens_read(CacheView(states, states)).tolist() == [[3, 2]]

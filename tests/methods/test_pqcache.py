@@ -27,7 +27,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_two_clusters_of_each_part_by_hand() -> None:
-    # First channel near 0 or 10, second near -4 or 4: each its own part, of two centroids.
+    # First channel near 0 or 10, second near -4 or 4: each is a part with two centroids.
     keys = torch.tensor([[0.0, -5.0], [1.0, -3.0], [9.0, 5.0], [11.0, 3.0]])[None, None]
     method = PQCache(parts=2, bits=1)
     index = method.build_index(prefill(keys))
@@ -42,7 +42,7 @@ def test_two_clusters_of_each_part_by_hand() -> None:
     assert scores[0, 0, :, 4].tolist() == [5.0, -4.0]
 
 
-def test_a_centroid_for_each_key_is_exact() -> None:
+def test_scores_are_exact_if_each_key_has_its_own_centroid() -> None:
     queries, keys = random(2, 2, 3, 16), random(2, 2, 60, 16, seed=1)
     method = PQCache()
     index = method.build_index(prefill(keys))
@@ -50,8 +50,8 @@ def test_a_centroid_for_each_key_is_exact() -> None:
     torch.testing.assert_close(scores, queries @ keys.mT, atol=1e-5, rtol=1e-5)
 
 
-def test_of_equal_centroids_the_lower_has_the_keys() -> None:
-    # Three keys for four centroids: the fourth starts as the first once more.
+def test_of_equal_centroids_the_lower_is_chosen() -> None:
+    # Three keys for four centroids: the fourth starts as a copy of the first.
     keys = torch.tensor([3.0, -1.0, 8.0])[None, None, :, None]
     index = PQCache(parts=1, bits=2).build_index(prefill(keys))
     assert index.centroids.flatten().tolist() == [3.0, -1.0, 8.0, 3.0]
@@ -79,7 +79,7 @@ def test_centroids_are_the_means_of_their_keys() -> None:
         torch.testing.assert_close(centroids, means, atol=1e-4, rtol=1e-4)
 
 
-def test_a_row_is_what_it_is_alone() -> None:
+def test_a_row_in_a_batch_equals_the_row_alone() -> None:
     keys = random(2, 2, 300, 16)
     start = torch.tensor([40, 0], dtype=torch.int32)
     end = torch.tensor([300, 210], dtype=torch.int32)
@@ -100,13 +100,13 @@ def test_the_native_window_is_a_share_of_the_budget() -> None:
         assert (native.num_sink, native.num_recent) == (sinks, recents)
 
 
-def test_natively_a_softmax_is_over_the_candidates_alone() -> None:
+def test_natively_the_softmax_is_over_the_candidates_only() -> None:
     """Two queries, one of which has nearly all of its weight on the sink; k is 4.
 
     Over the candidates, the second and third token, the queries' weights are 4/5, 1/5 and 1/3,
-    2/3: together 17/15 and 13/15. Over all tokens the first query's come to nothing, and the
-    second's are 1/6 and 2/6. Natively a sink and two recents, the current token among them, are
-    inside k; under the unified protocol the same are forced here.
+    2/3, with sums 17/15 and 13/15. Over all tokens the first query's are nearly zero, and the
+    second's are 1/6 and 2/6. Natively a sink and two recents, including the current token, count
+    towards k; the unified policy forces the same tokens here.
     """
     tokens = torch.tensor([[9.0, 0.0], [4.0, 1.0], [1.0, 2.0], [1.0, 1.0], [1.0, 1.0]])
     tokens[1:] = tokens[1:].log()
@@ -130,8 +130,8 @@ def test_natively_a_softmax_is_over_the_candidates_alone() -> None:
         assert step.selection.indices[:, 0].tolist() == wanted
 
 
-def test_reads_what_it_says() -> None:
-    """A byte a part of every key, the centroids and the chosen tokens, counted."""
+def test_bytes_equal_the_reads_counted() -> None:
+    """A byte per part of every key, the centroids and the selected tokens, counted."""
     queries, keys = random(1, 2, 3, 16), random(1, 2, 60, 16, seed=1)
     method = PQCache()
     index = method.build_index(prefill(keys))

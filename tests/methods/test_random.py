@@ -1,4 +1,4 @@
-"""What is particular to random selection: uniform, and a function of place and length alone."""
+"""Random selection: it is uniform, and depends on position and length only."""
 
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +45,7 @@ def test_every_token_is_drawn_equally_often() -> None:
     counts = selected(torch.zeros(1, 4000, 20, 1), Policy(k=5, **FREE)).flatten().bincount()
     assert counts.sum() == 20_000
     assert (counts - 1000).abs().max() < 4 * 27.4
-    # Also pairs are drawn alike: 4 / 19 of the heads that drew a token drew another given one.
+    # Pairs are uniform too: 4 / 19 of the heads that drew a token also drew a given other one.
     both = selected(torch.zeros(1, 4000, 20, 1), Policy(k=5, **FREE))[0]
     chosen = torch.zeros(4000, 20).scatter_(1, both.long(), 1.0)
     pairs = (chosen.mT @ chosen)[~torch.eye(20, dtype=torch.bool)]
@@ -63,7 +63,7 @@ def test_a_draw_differs_by_seed_layer_head_and_length() -> None:
     assert not torch.equal(first, selected(keys[:, :, :199], policy))
 
 
-def test_a_draw_is_of_places_and_leaves_torchs_generator_alone() -> None:
+def test_a_draw_depends_on_positions_and_not_on_torchs_generator() -> None:
     policy = Policy(k=12)
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -75,7 +75,7 @@ def test_a_draw_is_of_places_and_leaves_torchs_generator_alone() -> None:
     assert {0, 1, 2, 3, *range(32, 40)} <= set(alone[0, 0].tolist())
 
 
-def test_each_query_head_draws_its_own() -> None:
+def test_each_query_head_draws_independently() -> None:
     policy = Policy(k=10, head_scope="query_head", **FREE)
     heads = selected(torch.zeros(1, 2, 200, 1), policy)
     assert heads.shape == (1, 6, 10)

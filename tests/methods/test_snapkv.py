@@ -14,7 +14,7 @@ LOG = math.log(10.0)
 
 
 def prompt(peaks: dict[int, float], n: int = 20, group: int = 1, **more: Any) -> PrefillInputs:
-    """Two last queries along channel 0, and keys that hold a little of it at the peaks."""
+    """Return a prompt with two last queries along channel 0, and keys with peaks along it."""
     keys = torch.zeros(1, 1, n, 1)
     for slot, weight in peaks.items():
         keys[0, 0, slot] = math.log(weight)
@@ -56,8 +56,8 @@ def test_votes_by_hand() -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_votes_are_of_the_layers_own_scale_and_softcap(softcap: float | None) -> None:
-    """Twice a logarithm is that of the square; a cap c makes ``c tanh(x / c)`` of it."""
+def test_votes_use_the_layers_scale_and_softcap(softcap: float | None) -> None:
+    """A scale of 2 squares the weight; a cap c replaces a logit x by ``c tanh(x / c)``."""
     method = SnapKV(window=2, kernel=1)
     index = method.build_index(prompt({1: 5.0}, n=6, scale=2.0, softcap=softcap))
     assert index.importance is not None
@@ -95,7 +95,7 @@ def test_keeps_exactly_k_of_the_prompt_with_its_window() -> None:
     assert chosen(method, index, Policy(k=1, **FREE)) == [[19]]
 
 
-def test_what_is_generated_takes_the_place_of_the_least_important() -> None:
+def test_generated_tokens_replace_the_least_important() -> None:
     peaks = {3: 50.0, 7: 40.0, 11: 30.0, 15: 20.0}
     method, policy = SnapKV(window=2, kernel=1), Policy(k=6, num_sink=1, num_recent=1)
     index = method.build_index(prompt(peaks))
@@ -111,7 +111,7 @@ def test_what_is_generated_takes_the_place_of_the_least_important() -> None:
     ]
 
 
-def test_under_the_native_protocol_what_is_generated_comes_on_top() -> None:
+def test_natively_generated_tokens_are_kept_in_addition() -> None:
     peaks = {3: 50.0, 7: 40.0, 11: 30.0, 15: 20.0}
     method, policy = SnapKV(window=2, kernel=1), Policy(k=4, protocol="native", **FREE)
     index = method.build_index(prompt(peaks))
@@ -127,8 +127,8 @@ def test_a_short_prompt_is_kept_whole() -> None:
     assert chosen(method, index, native, 4) == [list(range(12))]
 
 
-def test_one_selection_per_query_head_or_their_sum() -> None:
-    """Each query of the group looks at a channel of its own."""
+def test_one_selection_per_query_head_or_per_group() -> None:
+    """Each query of the group uses its own channel."""
     keys = torch.zeros(1, 1, 9, 2)
     keys[0, 0, 2] = torch.tensor([3 * LOG, 0.0])
     keys[0, 0, 4] = torch.tensor([0.0, 2.99 * LOG])  # a little less, so that nothing ties
@@ -162,7 +162,7 @@ def test_index_and_bytes() -> None:
     moved = 32 * 2 * 2 * 8 * 4 // 32  # once in 32 steps
     compact = SnapKV(mode="compact").bytes_read_per_step(geometry, 100, 32)
     assert compact == 32 * 2 * 2 * 8 * 4 + moved
-    # After the first step nothing is left of the importance.
+    # After the first step the importance has been freed.
     method = SnapKV(window=2)
     index = method.build_index(prompt({}))
     chosen(method, index, Policy(k=5, **FREE))
@@ -172,7 +172,7 @@ def test_index_and_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"window": 65}, "window must be at most 64, the queries that are captured .* got 65"),
         ({"window": 0}, "window must be at least 1, got 0"),
@@ -180,15 +180,15 @@ def test_index_and_bytes() -> None:
         ({"pooling": "sum"}, "pooling must be avg or max, got 'sum'"),
     ],
 )
-def test_bad_settings_are_one_sentence(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_bad_settings_are_one_sentence(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         SnapKV(**settings)
 
 
 def test_compact_needs_one_selection_per_kv_head() -> None:
     policy = Policy(k=5, head_scope="query_head", **FREE)
-    said = SnapKV(mode="compact").policy_unsupported_reason(policy)
-    assert said is not None
-    assert said.startswith("head_scope must be kv_head for snapkv with mode=compact")
+    message = SnapKV(mode="compact").policy_unsupported_reason(policy)
+    assert message is not None
+    assert message.startswith("head_scope must be kv_head for snapkv with mode=compact")
     assert SnapKV(mode="compact").policy_unsupported_reason(Policy(k=5, **FREE)) is None
     assert SnapKV().policy_unsupported_reason(policy) is None

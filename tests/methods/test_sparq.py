@@ -29,8 +29,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_group_chooses_its_channels_together() -> None:
-    # |q| summed over the group: 4, 5, 6, 1. Alone the first query would take channels 0 and 1.
+def test_the_group_selects_its_channels_together() -> None:
+    # |q| summed over the group: 4, 5, 6, 1. The first query alone would select channels 0 and 1.
     queries = torch.tensor([[3.0, -3.0, 1.0, 0.0], [-1.0, 2.0, 5.0, -1.0]])[None, None]
     keys = torch.tensor([[9.0, 1.0, 2.0, 9.0], [9.0, -1.0, 0.5, 9.0]])[None, None]
     method = SparQ(rank=2)
@@ -43,7 +43,7 @@ def test_the_group_chooses_its_channels_together() -> None:
     torch.testing.assert_close(scores, torch.tensor(wanted)[None, None])
 
 
-def test_the_mean_value_gets_what_the_chosen_lack() -> None:
+def test_the_mean_value_gets_the_weight_of_the_tokens_not_selected() -> None:
     # Logits ln 1, ln 2, ln 5: the best alone has 5 / 8 of the softmax, the best two 7 / 8.
     keys = torch.tensor([1.0, 2.0, 5.0]).log()[None, None, :, None]
     values = torch.tensor([[0.0], [4.0], [8.0]])[None, None]
@@ -58,7 +58,7 @@ def test_the_mean_value_gets_what_the_chosen_lack() -> None:
     assert without.out.item() == 8.0
 
 
-def test_the_share_is_of_the_layers_own_scale_and_softcap() -> None:
+def test_the_remainders_weight_uses_the_layers_scale_and_softcap() -> None:
     keys = torch.tensor([1.0, -1.0])[None, None, :, None]
     query, values = torch.ones(1, 1, 1, 1), torch.tensor([1.0, -1.0])[None, None, :, None]
     index = SparQ(rank=1).build_index(prefill(keys, values, scale=2.0, softcap=0.5))
@@ -80,7 +80,7 @@ def test_all_channels_are_exact_logits() -> None:
 
 
 @pytest.mark.parametrize("head_scope", ["kv_head", "query_head"])
-def test_a_constant_value_is_the_output(head_scope: str) -> None:
+def test_constant_values_give_a_constant_output(head_scope: str) -> None:
     queries, keys = random(2, 2, 3, 8), random(2, 2, 40, 8, seed=1)
     values = torch.tensor([0.5, -2.0, 0.0, 3.0, 1.0, 1.0, 1.0, 7.0]).expand(2, 2, 40, 8)
     method = SparQ(rank=2)
@@ -93,7 +93,7 @@ def test_a_constant_value_is_the_output(head_scope: str) -> None:
     torch.testing.assert_close(step.out, values[:, 0, :6])
 
 
-def test_the_mean_is_of_valid_tokens_and_of_each_once() -> None:
+def test_the_mean_counts_each_valid_token_once() -> None:
     keys, values = random(2, 1, 6, 4), random(2, 1, 6, 4, seed=1)
     values[0, :, :2] = torch.nan  # padding may hold anything
     start = torch.tensor([2, 0], dtype=torch.int32)
@@ -101,7 +101,7 @@ def test_the_mean_is_of_valid_tokens_and_of_each_once() -> None:
     method = SparQ()
     index = method.build_index(prefill(keys, values, kv_start=start, kv_len=end))
     newest = random(2, 1, 1, 4, seed=2)
-    for _ in range(3):  # the same token again, as where a step is timed
+    for _ in range(3):  # the same token repeatedly, as when a step is timed
         method.append(index, newest, newest)
         index.undo_append()
     method.append(index, newest, newest)
@@ -135,8 +135,8 @@ def test_the_native_window_is_a_share_of_the_budget() -> None:
     assert whole.effective_policy(Policy(k=70, protocol="native")).num_recent == 70
 
 
-def test_reads_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quarter of the channels, the mean and the chosen tokens, counted in bytes."""
+def test_bytes_equal_the_reads_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the channels, the mean and the selected tokens, counted in bytes."""
     queries, keys = random(1, 2, 3, 16), random(1, 2, 60, 16, seed=1)
     read = 0
     plain: Callable[..., Tensor] = sparq.channel_score

@@ -1,4 +1,4 @@
-"""What is particular to SpAtten: importance over layers and steps, and a cascade that is nested."""
+"""SpAtten: importance over layers and steps, and nested cascade pruning."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def run(
 
 
 def test_importance_by_hand() -> None:
-    # Column sums of two heads add up; then a step's probabilities are added, those of all heads.
+    # The column sums of two heads are added, then the step's probabilities of all heads.
     keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])[None, None]
     sums = torch.tensor([[[2.0, 0.5, 0.0], [1.0, 0.25, 0.125]]])
     method = SpAtten()
@@ -50,7 +50,7 @@ def test_importance_by_hand() -> None:
     assert index.importance.tolist() == [[[3.0, 0.75, 0.125]]]
     queries = torch.tensor([[[[0.0, 0.0], [0.0, torch.tensor(3.0).log()]]]])
     method.step(queries, index, CacheView(keys, keys), Policy(k=2, **FREE), 1.0)
-    # Of tokens 0 and 1: a half each, then a quarter and three of them; token 2 was dropped.
+    # Tokens 0 and 1 get 1/2 each, then 1/4 and 3/4; token 2 was dropped.
     torch.testing.assert_close(index.importance, torch.tensor([[[3.75, 2.0, 0.125]]]))
     assert index.pruned.tolist() == [[[False, False, True]]]
 
@@ -63,7 +63,7 @@ def test_later_layers_add_to_the_importance() -> None:
 
 
 @pytest.mark.parametrize("last_keep", [0.4, 1.0])
-def test_kept_sets_are_nested_over_layers_and_nothing_comes_back(last_keep: float) -> None:
+def test_kept_sets_are_nested_over_layers_and_dropped_tokens_never_return(last_keep: float) -> None:
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(2, 2, 70, 8, generator=generator)
     sums = torch.rand(2, 6, 60, generator=generator)
@@ -90,8 +90,8 @@ def test_kept_sets_are_nested_over_layers_and_nothing_comes_back(last_keep: floa
             above = kept
 
 
-def test_heads_are_pruned_by_what_they_gave_and_stay_pruned() -> None:
-    """Six heads; the last layer keeps half of them, once their outputs are known."""
+def test_heads_are_pruned_by_their_outputs_and_stay_pruned() -> None:
+    """Of six heads the last layer keeps half, once their outputs are known."""
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(1, 2, 30, 8, generator=generator)
     method = SpAtten(last_heads=0.5)
@@ -115,8 +115,8 @@ def test_heads_are_pruned_by_what_they_gave_and_stay_pruned() -> None:
             assert [len(kept) for kept in alive] == [6, 4, 3]
 
 
-def test_flat_heads_are_attended_to_with_whole_keys() -> None:
-    """A head that is sure of a token takes 4 bits, one that is not takes the keys themselves."""
+def test_flat_heads_attend_with_full_precision_keys() -> None:
+    """A head with one dominant token uses 4-bit keys, a head without the keys themselves."""
     few = [[7.0, 0.4, 3.3, 0.0], [0.4, 7.0, 0.0, 3.3], [-7.0, -3.4, 0.0, 0.0]]
     keys = torch.tensor(few)[None, None]
     queries = torch.tensor([[[[0.5, 0.1, 0.1, 0.0], [0.01, 0.02, 0.0, 0.0]]]])
@@ -134,18 +134,18 @@ def test_flat_heads_are_attended_to_with_whole_keys() -> None:
 
 
 def test_bytes_by_hand(geometry: Geometry) -> None:
-    # 4 bytes of importance and a mark a token; keys, values, and keys again of 32 tokens.
+    # 4 bytes of importance and a flag per token; keys, values, and keys again of 32 tokens.
     read = 1000 * 5 + 3 * 32 * 2 * 32 * 4
     assert SpAtten().bytes_read_per_step(geometry, 1000, 32) == read
 
 
-def test_bytes_are_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two KV heads one has a query head that is not sure, and its keys alone are fetched."""
+def test_bytes_equal_the_reads_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only one of two KV heads has a query head below the threshold, and fetches its keys."""
     geometry = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(1, 2, 60, 32, generator=generator)
     queries = keys[:, :, 7, None] * torch.tensor([4.0, 4.0, 4.0])[:, None]
-    queries[0, 1, 2] = 0.0  # as likely any token
+    queries[0, 1, 2] = 0.0  # uniform over tokens
     method = SpAtten(requantise_below=0.5)
     sums = torch.rand(1, 6, 60, generator=generator)
     sums[:, :, 7] = 2.0
@@ -161,20 +161,20 @@ def test_bytes_are_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(spatten, "at_slots", counted)
     method.step(queries, index, CacheView(keys, values), Policy(k=16, **FREE), 1.0)
-    # One key stands in for a head of which none is fetched.
+    # A head that fetches nothing reads one key instead.
     assert [counts for states, _, counts in touched if states is keys] == [[1, 16]]
     assert [id(states) for states, _, _ in touched] == [
         id(one) for one in (index.codes, index.ranges, keys, values)
     ]
     read = sum(size * sum(counts) for _, size, counts in touched) - 32 * 4
-    read += 60 * (4 + 1)  # importance and marks
+    read += 60 * (4 + 1)  # importance and flags
     assert index.codes is not None
     assert index.ranges is not None
     found = method.step(queries, index, CacheView(keys, values), Policy(k=16, **FREE), 1.0)
     assert found.selection is not None
     assert found.selection.scanned is not None
     assert found.selection.scanned.tolist() == [[0, 16]]
-    # A KV head fetches eight tokens in the mean.
+    # A KV head fetches eight tokens on average.
     assert method.bytes_read_by(geometry, 60, 16, 8) == read
     assert method.bytes_read_by(geometry, 60, 16, 8) == 300 + 2 * 16 * (128 + 20) + 2 * 8 * 128
     assert method.bytes_read_per_step(geometry, 60, 16) == read + 2 * 8 * 128
@@ -182,7 +182,7 @@ def test_bytes_are_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert method.index_bytes_per_token(geometry) == 4 + 1 + per_token
 
 
-def test_rounded_keys_are_as_if_built_with_what_was_appended() -> None:
+def test_appended_4_bit_keys_equal_rebuilt_ones() -> None:
     keys = torch.randn(1, 2, 9, 8, generator=torch.Generator().manual_seed(0))
     method = SpAtten(requantise_below=0.5)
     (whole,) = stack(method, keys, torch.rand(1, 4, 9), 1, 12)
@@ -197,8 +197,8 @@ def test_rounded_keys_are_as_if_built_with_what_was_appended() -> None:
     assert torch.equal(whole.ranges, grown.ranges)
 
 
-def test_importance_is_of_the_probabilities_that_were_taken() -> None:
-    """Rounded keys leave each head a softmax: what a step adds sums up to its heads."""
+def test_importance_adds_the_probabilities_used_in_attention() -> None:
+    """Each head's softmax with 4-bit keys sums to 1, so a step adds the number of heads."""
     keys = torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(0))
     method = SpAtten(requantise_below=1e-6)
     (index,) = stack(method, keys, torch.rand(1, 6, 40), 1, 40)
@@ -208,8 +208,8 @@ def test_importance_is_of_the_probabilities_that_were_taken() -> None:
     assert (index.importance - before).sum().item() == pytest.approx(6.0, abs=1e-4)
 
 
-def test_a_row_that_is_kept_whole_is_full_attention() -> None:
-    """Beside a longer row one of nine tokens, of which all are kept, takes whole keys."""
+def test_a_row_with_all_tokens_selected_equals_full_attention() -> None:
+    """A row of nine tokens, all of them kept, next to a longer row uses full-precision keys."""
     keys = torch.randn(2, 1, 30, 8, generator=torch.Generator().manual_seed(0))
     queries = 2 * torch.randn(2, 1, 2, 8, generator=torch.Generator().manual_seed(1))
     start = torch.tensor([0, 21], dtype=torch.int32)
@@ -253,7 +253,7 @@ def test_layers_on_several_devices_are_refused() -> None:
         SpAtten().build_index(prefill)
 
 
-def test_an_odd_head_has_no_keys_in_4_bits() -> None:
+def test_an_odd_head_dim_with_4_bit_keys_is_refused() -> None:
     geometry = Geometry(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=15)
     assert SpAtten().unsupported(geometry) is None
     with pytest.raises(ValueError, match="head_dim must be even for spatten's 4-bit keys, got 15"):

@@ -1,4 +1,4 @@
-"""What is particular to Twilight: the fewest tokens that hold the mass, of what a base selects."""
+"""Twilight: the fewest tokens of a base's selection that hold the mass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -51,21 +51,21 @@ def test_the_smallest_set_by_hand(p: float, k: int, wanted: list[int]) -> None:
     assert kept[0, 0].nonzero().flatten().tolist() == wanted
 
 
-def test_the_smallest_set_with_what_is_forced_and_what_is_not_there() -> None:
+def test_the_smallest_set_with_forced_tokens_and_padding() -> None:
     weights = torch.tensor([[[0.25, 0.5, 0.125, 0.125, 0.0]]])
-    held = torch.tensor([[[True, True, True, True, False]]])
+    is_token = torch.tensor([[[True, True, True, True, False]]])
     forced = torch.tensor([[[False, False, False, True, False]]])
     # The forced 0.125 counts: 0.5 more reaches 0.6.
-    assert smallest_set(weights, held, forced, 0.6, 4)[0, 0].tolist() == [0, 1, 0, 1, 0]
-    assert smallest_set(weights, held, forced, 1.0, 5)[0, 0].tolist() == [1, 1, 1, 1, 0]
-    # Of equals the first.
+    assert smallest_set(weights, is_token, forced, 0.6, 4)[0, 0].tolist() == [0, 1, 0, 1, 0]
+    assert smallest_set(weights, is_token, forced, 1.0, 5)[0, 0].tolist() == [1, 1, 1, 1, 0]
+    # Of equal weights the first is kept.
     equal = torch.full((1, 1, 4), 0.25)
     some, none = equal > 0, equal < 0
     assert smallest_set(equal, some, none, 0.5, 4)[0, 0].tolist() == [1, 1, 0, 0]
 
 
 def test_keeps_the_smallest_set_with_the_mass() -> None:
-    """With exact candidates and keys that 4 bits hold exactly: not one token fewer would do."""
+    """With exact candidates and keys that 4 bits represent exactly, the set is the smallest."""
     generator = torch.Generator().manual_seed(0)
     keys = torch.randint(0, 16, (1, 2, 60, 8), generator=generator).float()
     keys[..., 0], keys[..., 1] = 0, 15  # every token's range
@@ -88,7 +88,7 @@ def test_keeps_the_smallest_set_with_the_mass() -> None:
 
 
 @pytest.mark.parametrize(("protocol", "wanted"), [("unified", 6), ("native", 18)])
-def test_natively_the_mass_alone_bounds_the_set(protocol: Protocol, wanted: int) -> None:
+def test_natively_only_the_mass_bounds_the_set(protocol: Protocol, wanted: int) -> None:
     """Flat attention: three quarters of the base's 24 tokens hold 0.75, and k is 6."""
     keys = torch.zeros(1, 1, 60, 8)
     method = Twilight(base=ExactTopK(), base_k=4, p=0.75)
@@ -100,7 +100,7 @@ def test_natively_the_mass_alone_bounds_the_set(protocol: Protocol, wanted: int)
 
 
 def test_natively_the_base_has_its_own_policy() -> None:
-    """Quest always reads the page being filled; unified, nothing is forced here."""
+    """Natively Quest always keeps the page being filled; the unified policy here forces nothing."""
     keys = torch.zeros(1, 1, 66, 8)
     keys[:, :, :60] = torch.randint(1, 9, (60, 8), generator=torch.Generator().manual_seed(0))
     method = Twilight(base=Quest(page_size=4, native={"num_recent": 1}), base_k=2, p=1.0)
@@ -114,7 +114,7 @@ def test_natively_the_base_has_its_own_policy() -> None:
     assert newest == {"unified": False, "native": True}
 
 
-def test_scale_and_softcap_of_the_attention_decide_the_mass() -> None:
+def test_the_mass_depends_on_the_attentions_scale_and_softcap() -> None:
     keys = torch.tensor([[0.0, 15.0], [2.0, 15.0], [4.0, 15.0], [15.0, 0.0]])[None, None]
     query = torch.tensor([[[[1.0, 0.0]]]])
     method = Twilight(base=ExactTopK(), p=0.9)
@@ -122,7 +122,7 @@ def test_scale_and_softcap_of_the_attention_decide_the_mass() -> None:
     sizes = []
     for scale, softcap in ((1.0, None), (0.01, None), (1.0, 0.1)):
         index = method.build_index(inputs(keys, scale=scale, softcap=softcap))
-        # As where several budgets choose from one scoring, without a step.
+        # Select from scores without a step, as when several budgets share one scoring.
         method.bind(index, view)
         encoded = method.encode(query, index)
         scores = method.aggregate_over_group(method.score(encoded, index), policy, scale, softcap)
@@ -134,7 +134,7 @@ def test_scale_and_softcap_of_the_attention_decide_the_mass() -> None:
     assert sizes == [1, 3, 3]
 
 
-def test_what_the_base_learns_is_its_own(make_method: Callable[..., TopKMethod]) -> None:
+def test_twilight_uses_the_bases_artifact(make_method: Callable[..., TopKMethod]) -> None:
     geometry = Geometry(num_layers=2, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
     loki = make_method("loki")
     method = Twilight(base=Loki())
@@ -152,7 +152,7 @@ def test_what_the_base_learns_is_its_own(make_method: Callable[..., TopKMethod])
     assert {0, 1, 2, 3, *range(42, 50)} <= set(step.selection.indices[0, 0].tolist())
 
 
-def test_what_the_base_needs_is_needed() -> None:
+def test_twilight_declares_what_the_base_declares() -> None:
     class Watching(ExactTopK):
         needs = frozenset({"query_tail"})
         history_dependent = True
@@ -165,7 +165,7 @@ def test_what_the_base_needs_is_needed() -> None:
 
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
-def test_every_base_is_served_or_refused(
+def test_every_base_is_supported_or_refused(
     name: str,
     protocol: Protocol,
     methods: dict[str, TopKMethod],
@@ -176,8 +176,8 @@ def test_every_base_is_served_or_refused(
     refused = {
         "full": "another method that selects, got full",
         "twilight": "another method that selects, got twilight",
-        "h2o": "must not learn from what was attended to, which h2o does",
-        "spatten": "must not learn from what was attended to, which spatten does",
+        "h2o": "must not update its index by attention, as h2o does",
+        "spatten": "must not update its index by attention, as spatten does",
     }
     if name in refused:
         with pytest.raises(ValueError, match=refused[name]):
@@ -201,7 +201,7 @@ def test_every_base_is_served_or_refused(
     assert scanned is not None
     sizes = step.selection.slots(view).sum(-1)
     assert sizes.shape[1] == 6 if protocol == "native" else sizes.shape[1] in (2, 6)
-    # The short row is kept whole, and nothing is chosen in it.
+    # Every token of the short row is kept, without reading the index.
     assert sizes[1].tolist() == [17] * sizes.shape[1]
     assert scanned[1].tolist() == [0, 0]
     if protocol == "unified":
@@ -215,7 +215,7 @@ def test_bases_that_free_memory_are_refused(base: TopKMethod) -> None:
         Twilight(base=base)
 
 
-def test_room_grows_for_the_base_too() -> None:
+def test_growing_the_index_grows_the_bases_too() -> None:
     keys = torch.randn(1, 2, 20, 8)
     method = Twilight(base=SnapKV(window=4))
     index = method.build_index(inputs(keys, query_tail=torch.randn(1, 6, 4, 8)))
@@ -226,7 +226,7 @@ def test_room_grows_for_the_base_too() -> None:
     assert (index.length, index.base.length) == (24, 24)
 
 
-def test_a_token_taken_back_is_taken_from_the_base_too() -> None:
+def test_undoing_an_append_undoes_it_in_the_base_too() -> None:
     keys = torch.randn(1, 2, 20, 8)
     method = Twilight(base=Quest())
     index = method.build_index(inputs(keys))
@@ -236,8 +236,8 @@ def test_a_token_taken_back_is_taken_from_the_base_too() -> None:
     assert (index.length, index.base.length) == (20, 20)
 
 
-def test_bytes_are_what_is_read() -> None:
-    """The base's own, the 4-bit keys of what it selects, and keys and values of what is kept."""
+def test_bytes_equal_the_reads_counted() -> None:
+    """The base's reads, the 4-bit keys of its selection, and keys and values of the kept tokens."""
     geometry = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
     keys = torch.randn(1, 2, 400, 32)
     method = Twilight(base=Quest(page_size=16), base_k=4)
@@ -251,10 +251,10 @@ def test_bytes_are_what_is_read() -> None:
 
 
 @pytest.mark.parametrize("base", [ExactTopK(), Quest(page_size=16)])
-def test_query_heads_are_charged_for_all_candidates(
+def test_bytes_include_the_candidates_of_all_query_heads(
     base: TopKMethod, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three query heads a KV head, each with candidates of its own, of which few are kept."""
+    """Three query heads per KV head, each with its own candidates, of which few are kept."""
     geometry = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(1, 2, 405, 32, generator=generator)
@@ -263,11 +263,11 @@ def test_query_heads_are_charged_for_all_candidates(
     touched: list[set[int]] = []
     estimate = method.estimate
 
-    def watched(query_states: Tensor, index: Any, slots: Tensor, held: Tensor) -> Tensor:
+    def watched(query_states: Tensor, index: Any, slots: Tensor, is_token: Tensor) -> Tensor:
         for head in range(2):
             own = slice(3 * head, 3 * head + 3)
-            touched.append(set(slots[0, own][held[0, own]].tolist()))
-        return estimate(query_states, index, slots, held)
+            touched.append(set(slots[0, own][is_token[0, own]].tolist()))
+        return estimate(query_states, index, slots, is_token)
 
     monkeypatch.setattr(method, "estimate", watched)
     index = method.build_index(inputs(keys))

@@ -53,7 +53,7 @@ def test_rows_are_written_in_place_where_each_ends() -> None:
         cache.extend()
         assert cache.positions.tolist() == [[2 + step], [4 + step]]
         keys, values = layer.update(token(first, second), token(-first, -second))
-        assert keys.data_ptr() == address  # a view, whatever was appended
+        assert keys.data_ptr() == address  # still a view of the same buffer
         assert keys.shape == (2, KV_HEADS, 5 + step, HEAD_DIM)
         assert torch.equal(values, -keys)
     assert layer.keys[0, 0, :, 0].tolist() == [1, 1, 1, 10, 11, 0, 0]
@@ -112,7 +112,7 @@ def test_the_prompts_states_are_copied(model: LlamaForCausalLM) -> None:
 # The store ------------------------------------------------------------------------------------
 
 
-def test_a_prefill_is_the_models_own(model: LlamaForCausalLM) -> None:
+def test_a_prefill_equals_the_models_forward(model: LlamaForCausalLM) -> None:
     ids = list(range(1, 12))
     found = prefill(model, ids)
     cache = DynamicCache()
@@ -142,7 +142,7 @@ def test_each_prompt_is_computed_once(model: LlamaForCausalLM, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("limit", [0, 3 * 256 + 100])
-def test_what_does_not_fit_spills_and_is_shared(
+def test_prefills_beyond_the_limit_go_to_shared_files(
     model: LlamaForCausalLM, tmp_path: Path, limit: int
 ) -> None:
     prompts: list[Sequence[int]] = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [3, 2, 1]]
@@ -152,7 +152,7 @@ def test_what_does_not_fit_spills_and_is_shared(
     assert first.forwards == 4
     assert len(list(tmp_path.glob("*.safetensors"))) == 4 - kept
     for ids, states_ in zip(prompts, made, strict=True):
-        same(first.get(ids), states_)  # from memory or from disk alike
+        same(first.get(ids), states_)  # from memory or from disk
     assert first.forwards == 4
     second = PrefillStore(model, tmp_path, limit)
     for ids, states_ in zip(reversed(prompts), reversed(made), strict=True):
@@ -177,7 +177,7 @@ def test_a_prefill_of_other_weights_is_never_used(model: LlamaForCausalLM, tmp_p
     assert not torch.equal(second.get([1, 2, 3]).logits, first.logits)
     assert second.forwards == 1
     same(PrefillStore(model, tmp_path, 0).get([1, 2, 3]), first)
-    # Nor is one that was made under another identity, of code or libraries.
+    # Nor is a prefill of another identity, of code or libraries.
     named = [PrefillStore(model, tmp_path, 0, identity) for identity in ("a", "b", "a")]
     for store in named:
         store.get([1, 2, 3])

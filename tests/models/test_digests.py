@@ -1,4 +1,4 @@
-"""What identifies a model changes with every byte and every setting that its answers depend on."""
+"""A model's digest changes with every byte and setting that its answers depend on."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def change(path: Path, place: int) -> None:
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """Two shards of 80 MiB of nothing, which take no room on the disk."""
+    """Return a folder with two sparse shards of 80 MiB, which take no space on disk."""
     folder = tmp_path / "sharded"
     (folder / "more").mkdir(parents=True)
     (folder / "config.json").write_text("{}")
@@ -56,9 +56,9 @@ def test_one_byte_anywhere_in_a_large_file_counts(sharded: Path, name: str, plac
     assert weights_digest(sharded) == before
 
 
-def test_the_digest_is_of_contents_and_names(copy: Path) -> None:
+def test_the_weights_digest_depends_on_contents_and_not_on_the_folder(copy: Path) -> None:
     digest = weights_digest(TINY)
-    assert weights_digest(copy) == digest  # wherever they lie
+    assert weights_digest(copy) == digest  # in another folder
     change(copy / "model.safetensors", 4321)
     assert weights_digest(copy) != digest
     change(copy / "model.safetensors", 4321)
@@ -69,26 +69,26 @@ def test_the_digest_is_of_contents_and_names(copy: Path) -> None:
     assert weights_digest(copy) != digest
 
 
-def test_a_kept_hash_is_used_for_an_untouched_file_alone(sharded: Path, tmp_path: Path) -> None:
+def test_a_cached_hash_is_used_only_for_an_unchanged_file(sharded: Path, tmp_path: Path) -> None:
     path, cache = sharded / "model-1.safetensors", tmp_path / "cache"
     digest = weights_digest(sharded, cache)
-    assert not (cache / "hashes").exists()  # so fresh that another change may show no other time
+    assert not (cache / "hashes").exists()  # so recent that a change may keep the timestamp
     time.sleep(2.1)
     assert weights_digest(sharded, cache) == digest
     notes = sorted((cache / "hashes").iterdir())
     assert len(notes) == 2  # of the shards; small files are read each time
     assert [oct(one.stat().st_mode & 0o777) for one in notes] == ["0o600"] * 2
     assert weights_digest(sharded, cache) == digest
-    # Another byte, and the times of before: the time of the change itself tells.
-    about = path.stat()
+    # A changed byte with the old mtime restored: the ctime reveals it.
+    status = path.stat()
     change(path, 50 * 2**20)
-    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
-    assert path.stat().st_mtime_ns == about.st_mtime_ns
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
     assert weights_digest(sharded, cache) == weights_digest(sharded) != digest
 
 
 @pytest.mark.parametrize("damage", ["edited", "cut short", "others may write", "of another file"])
-def test_a_kept_hash_that_may_be_anothers_is_not_believed(
+def test_a_cached_hash_that_may_be_forged_is_not_used(
     sharded: Path, tmp_path: Path, damage: str
 ) -> None:
     cache = tmp_path / "cache"
@@ -110,7 +110,9 @@ def test_a_kept_hash_that_may_be_anothers_is_not_believed(
     assert weights_digest(sharded, cache) == digest
 
 
-def test_a_place_that_cannot_be_written_costs_time_alone(sharded: Path, tmp_path: Path) -> None:
+def test_without_a_writable_cache_folder_the_digest_is_the_same(
+    sharded: Path, tmp_path: Path
+) -> None:
     (tmp_path / "cache").write_text("in the way")
     time.sleep(2.1)
     assert weights_digest(sharded, tmp_path / "cache") == weights_digest(sharded)
@@ -139,7 +141,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("edit", CHANGES.values(), ids=CHANGES)
-def test_a_model_is_another_with_other(copy: Path, edit: Callable[[Path], object]) -> None:
+def test_the_model_digest_changes_with(copy: Path, edit: Callable[[Path], object]) -> None:
     before = load_model("tiny", str(copy))
     assert model_digest(before) == model_digest(load_model("tiny", str(TINY)))
     edit(copy)
@@ -147,14 +149,14 @@ def test_a_model_is_another_with_other(copy: Path, edit: Callable[[Path], object
     assert model_digest(after) != model_digest(before)
 
 
-def test_generation_settings_are_not_of_the_weights(copy: Path) -> None:
+def test_the_weights_digest_excludes_generation_settings(copy: Path) -> None:
     digest = weights_digest(copy)
     settings(copy, "generation_config.json", eos_token_id=1220)
     settings(copy, "tokenizer.json", normalizer={"type": "Lowercase"})
     assert weights_digest(copy) == digest
 
 
-def test_dtype_and_wrapping_are_of_the_model() -> None:
+def test_the_model_digest_includes_dtype_and_prompt_wrapping() -> None:
     found = {
         model_digest(load_model("tiny", "tiny", **knobs))  # type: ignore[arg-type]
         for knobs in ({}, {"dtype": "bfloat16"}, {"chat": True}, {"short_answers": True})
@@ -165,7 +167,7 @@ def test_dtype_and_wrapping_are_of_the_model() -> None:
 def test_a_hub_snapshot_counts_every_byte_too(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A snapshot of the hub's cache, laid out as it is there."""
+    """A snapshot in the layout of the hub's cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     repo = tmp_path / "hub" / "models--owner--name"
     snapshot = repo / "snapshots" / ("0" * 39 + "1")
@@ -179,7 +181,7 @@ def test_a_hub_snapshot_counts_every_byte_too(
     assert load_model("tiny", "owner/name").digest != before.digest
 
 
-def test_tokenizers_are_told_apart_by_rules_and_template() -> None:
+def test_the_tokenizer_digest_depends_on_rules_and_template() -> None:
     plain = build_tokenizer([" one", " two"], 64)
     assert tokenizer_digest(plain) == tokenizer_digest(build_tokenizer([" one", " two"], 64))
     other = build_tokenizer([" one", " three"], 64)

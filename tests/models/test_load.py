@@ -1,4 +1,4 @@
-"""Loading a model: what goes wrong is one sentence."""
+"""Loading a model; every failure is one sentence."""
 
 import shutil
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def one_sentence(error: BaseException, *words: str) -> None:
     assert all(word in text for word in words), text
 
 
-def test_a_folder_that_is_not_there() -> None:
+def test_a_missing_folder_is_refused() -> None:
     with pytest.raises(ModelNotAvailable) as caught:
         load_model("mine", "/no/such/folder")
     one_sentence(caught.value, "model.path must be", "found no folder /no/such/folder", "tiny")
@@ -139,14 +139,14 @@ def add(path: Path, **tensors: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     "name", ["model.layers.0.self_attn.k_proj.bias", "model.layers.1.mlp.up_proj.weight", "more"]
 )
-def test_weights_that_the_configuration_has_no_place_for(copy: Path, name: str) -> None:
+def test_weights_that_the_configuration_does_not_have_are_refused(copy: Path, name: str) -> None:
     add(copy, **{name: torch.ones(8)})
     with pytest.raises(ModelNotAvailable) as caught:
         load_model("mine", str(copy))
     one_sentence(caught.value, "whole safetensors", f"no place in the configuration for {name}.")
 
 
-def test_weights_that_transformers_knows_to_be_spare_are_fine(copy: Path) -> None:
+def test_weights_that_transformers_ignores_are_accepted(copy: Path) -> None:
     weights = load_file(copy / "model.safetensors")
     spare = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),  # of old checkpoints
@@ -157,7 +157,7 @@ def test_weights_that_transformers_knows_to_be_spare_are_fine(copy: Path) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there(folder: Path) -> None:
+def test_a_missing_device_is_refused(folder: Path) -> None:
     with pytest.raises(ModelNotAvailable, match="device=cuda:0 needs a CUDA device, found none"):
         load_model("mine", str(folder), device="cuda:0")
 
@@ -201,7 +201,7 @@ def test_random_weights_are_drawn_the_same_every_time() -> None:
     )
 
 
-def test_random_weights_answer_no_question() -> None:
+def test_a_model_of_random_weights_has_no_tokenizer() -> None:
     loaded = load_model("mine", "random", architecture=SMALL)
     with pytest.raises(ModelNotAvailable) as caught:
         loaded.tokenizer.encode("word")
@@ -233,7 +233,7 @@ def test_bad_architectures(
 def test_a_random_model_has_the_size_it_is_named_for(
     name: str, billions: float, tied: bool
 ) -> None:
-    """Parameters as the published models' cards give them, without drawing any."""
+    """Parameter counts equal those of the published models' cards; no weights are drawn."""
     config = OmegaConf.load(CONF / "model" / f"{name}.yaml")
     architecture = OmegaConf.to_container(config.architecture)
     assert isinstance(architecture, dict)

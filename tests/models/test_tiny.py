@@ -1,4 +1,4 @@
-"""The shipped model: it has the artifacts that the defaults ask for, and k >= n is full."""
+"""The shipped model: it has the artifacts that the defaults need, and k >= n is full attention."""
 
 import time
 from pathlib import Path
@@ -63,14 +63,14 @@ def test_all_layers_would_be_fitted_within_five_minutes_and_a_layer_again_is_the
     states = calibration.capture([2])[2]
     began = time.process_time()
     first = method.fit_layer(2, states)["hash_weight"]
-    # Of processor time, four layers of 15 epochs: five minutes on two cores.
+    # Processor time, scaled to four layers and 15 epochs: at most five minutes on two cores.
     assert (time.process_time() - began) * 5 * 4 < 2 * 300
     assert torch.equal(first, method.fit_layer(2, calibration.capture([2])[2])["hash_weight"])
 
 
 @pytest.mark.parametrize("question", ["sparse", "dense"])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_budget_for_everything_answers_as_full_attention_does(
+def test_a_budget_of_all_tokens_gives_full_attentions_answers(
     tiny: LoadedModel, name: str, question: Question, tmp_path: Path
 ) -> None:
     task = Ruler(length=400, num_samples=1, cache_dir=str(tmp_path), question=question)

@@ -1,4 +1,4 @@
-"""The tokenizer of the shipped model: lossless, a token a word."""
+"""The tokenizer of the shipped model: lossless, one token per known word."""
 
 from itertools import product
 
@@ -23,7 +23,7 @@ def test_known_words_are_one_token() -> None:
     assert pieces("The zebra is secret.") == ["The", " zebra", " is", " secret", "."]
 
 
-def test_unknown_words_fall_apart_into_bytes() -> None:
+def test_unknown_words_are_split_into_bytes() -> None:
     assert pieces("The xyz") == ["The", " ", "x", "y", "z"]
 
 
@@ -39,7 +39,7 @@ def test_every_prompt_begins_with_bos() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=40))
-def test_every_text_comes_back(text: str) -> None:
+def test_every_text_is_decoded_exactly(text: str) -> None:
     ids = TOKENIZER.encode(text, add_special_tokens=False)
     assert TOKENIZER.decode(ids) == text
 
@@ -47,7 +47,7 @@ def test_every_text_comes_back(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", " ", "\n\n", "naïve déjà-vu", "日本 🙂", "\t a  b", "'s don't"]
 )
-def test_hard_texts_come_back(text: str) -> None:
+def test_hard_texts_are_decoded_exactly(text: str) -> None:
     ids = TOKENIZER.encode(text, add_special_tokens=False)
     assert TOKENIZER.decode(ids) == text
 

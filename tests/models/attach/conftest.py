@@ -1,4 +1,4 @@
-"""Small models of random weights in seven families, and methods to attach to them."""
+"""Small models with random weights in seven families, and methods to attach to them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -173,7 +173,7 @@ def padded_batch(prompt: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 class Counter(Observer):
-    """Counts stages and sees steps."""
+    """Records stages and steps."""
 
     def __init__(self) -> None:
         self.stages: list[tuple[str, int]] = []

@@ -48,7 +48,7 @@ def test_chunked_prefill_ends_in_a_chunk_of_one(
 def test_a_chunk_after_decoding_rebuilds_the_index(
     llama: PreTrainedModel, method_for: Make, prompt: Make, make_counter: Make
 ) -> None:
-    """Single steps in the middle of a chunked prefill are steps over what is cached."""
+    """Single tokens in the middle of a chunked prefill are decode steps."""
     ids = prompt(2, 40)
     counter = make_counter()
     method = method_for("exact", llama)
@@ -77,7 +77,7 @@ def test_cropping_and_resetting_rebuild_the_index(
         again = logits_by_chunks(llama, ids[:, 31:32], [1], cache)[:, -1]
         assert counter.count("build", 0) == 2
         cache.reset()
-        if cache.get_seq_length():  # before 5.24 or so a reset cache keeps its slots, of zeros
+        if cache.get_seq_length():  # before about 5.24 a reset cache keeps its slots, as zeros
             cache = DynamicCache(config=llama.config)
         third = logits_by_chunks(llama, ids[:, :32], [30, 1, 1], cache)[:, -1]
     assert counter.count("build", 0) == 3
@@ -86,46 +86,46 @@ def test_cropping_and_resetting_rebuild_the_index(
 
 
 def importance_when_built(method: SpAtten, heads: int) -> list[float]:
-    """Watch a method; return the importance a query head's row has in all after each build."""
-    seen, build = [], method.build_index
+    """Return a list that records the importance per row and query head after each build."""
+    sums, build = [], method.build_index
 
-    def watched(prefill: PrefillInputs) -> SpAttenIndex:
+    def recording(prefill: PrefillInputs) -> SpAttenIndex:
         index = build(prefill)
-        seen.append(round(index.importance.sum().item() / len(index.importance) / heads, 3))
+        sums.append(round(index.importance.sum().item() / len(index.importance) / heads, 3))
         return index
 
-    method.build_index = watched  # type: ignore[method-assign]
-    return seen
+    method.build_index = recording  # type: ignore[method-assign]
+    return sums
 
 
-def test_layers_that_share_are_dropped_together_on_a_crop(
+def test_indices_that_share_state_are_dropped_together_on_a_crop(
     llama: PreTrainedModel, prompt: Make
 ) -> None:
-    """A row of a softmax adds up to 1: 30 queries a layer, and one step of the layer before."""
+    """Each query adds 1: 30 queries per layer, and one decode step of the layer before."""
     ids, method = prompt(2, 31), SpAtten()
-    seen = importance_when_built(method, 4)
+    sums = importance_when_built(method, 4)
     with attach(llama, method, Policy(k=16)):
         cache = DynamicCache(config=llama.config)
         first = logits_by_chunks(llama, ids, [30, 1], cache)[:, -1]
         cache.crop(-1)
         again = logits_by_chunks(llama, ids[:, 30:], [1], cache)[:, -1]
-    assert seen == [30.0, 61.0, 30.0, 61.0]
+    assert sums == [30.0, 61.0, 30.0, 61.0]
     torch.testing.assert_close(again, first)
 
 
-def test_layers_that_share_are_dropped_together_by_beam_search(
+def test_indices_that_share_state_are_dropped_together_by_beam_search(
     llama: PreTrainedModel, prompt: Make
 ) -> None:
     method = SpAtten()
-    seen = importance_when_built(method, 4)
+    sums = importance_when_built(method, 4)
     with attach(llama, method, Policy(k=16)):
         llama.generate(prompt(2, 30), num_beams=3, max_new_tokens=6, do_sample=False)
-    assert seen == [30.0, 61.0] * 5
+    assert sums == [30.0, 61.0] * 5
 
 
 @pytest.mark.parametrize("which", ["full", "exact", "hata", "quest", "loki", "streaming_llm"])
 @pytest.mark.parametrize("k", [16, 200])
-def test_a_static_cache_gives_what_a_growing_one_gives(
+def test_a_static_cache_gives_the_same_as_a_growing_one(
     llama: PreTrainedModel,
     which: str,
     k: int,
@@ -159,7 +159,7 @@ class CopyingCache(DynamicCache):
 def test_a_cache_that_cannot_be_watched(
     llama: PreTrainedModel, method_for: Make, prompt: Make, make_counter: Make
 ) -> None:
-    """Indices are built at every step; a method that learns from steps would forget them."""
+    """Indices are rebuilt at every step, so a history-dependent method is refused."""
     ids, counter = prompt(2, 33), make_counter()
     found = {}
     for kind in (CopyingCache, DynamicCache):

@@ -1,4 +1,4 @@
-"""What is captured beyond keys and values, against a computation of one's own."""
+"""What is captured beyond keys and values, against an independent computation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,14 +32,14 @@ FAMILIES = ["llama", "qwen3", "phi3", "gemma2"]
 
 @dataclass(kw_only=True)
 class Needy(TopKMethod):
-    """Ranks all tokens alike, and keeps what its indices were built from."""
+    """Scores all tokens equally, and records what its indices were built from."""
 
     name: ClassVar[str] = "needy"
     needs: ClassVar[frozenset[str]] = NEEDS | {"previous_query"}
 
     def __post_init__(self) -> None:
         self.built: dict[int, PrefillInputs] = {}
-        self.asked: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self.step_queries: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def build_index(self, prefill: PrefillInputs) -> Index:
         self.built[prefill.layer] = prefill
@@ -51,10 +51,10 @@ class Needy(TopKMethod):
         index.advance()
 
     def bind(self, index: Any, cache: CacheView) -> None:
-        self.asked[index.layer] = (torch.empty(0), cache.previous_query)
+        self.step_queries[index.layer] = (torch.empty(0), cache.previous_query)
 
     def encode(self, query_states: Tensor, index: Any) -> Tensor:
-        self.asked[index.layer] = (query_states, self.asked[index.layer][1])
+        self.step_queries[index.layer] = (query_states, self.step_queries[index.layer][1])
         return query_states
 
     def score(self, encoded: Tensor, index: Index) -> Tensor:
@@ -64,7 +64,7 @@ class Needy(TopKMethod):
 def truth(
     model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """Return each layer's queries and attention weights: a forward of eager attention."""
+    """Return each layer's queries and attention weights, from a forward with eager attention."""
     queries: dict[int, Tensor] = {}
     with (
         torch.no_grad(),
@@ -82,7 +82,7 @@ def truth(
 
 
 def expected(weights: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum the weights over the queries, those of padding left out."""
+    """Sum the weights over the queries, without those of padding."""
     if mask is not None:
         weights = weights * mask[:, None, :, None]
     return weights.sum(2)
@@ -97,7 +97,7 @@ def run(model: PreTrainedModel, method: TopKMethod, parts: list[Tensor], **more:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cut", [0, 14, 1])
-def test_a_prompt_leaves_its_last_queries_and_column_sums(
+def test_a_prompts_last_queries_and_column_sums_are_captured(
     models: dict[str, PreTrainedModel], prompt: Make, family: str, cut: int
 ) -> None:
     model, ids, method = models[family], prompt(2, 90), Needy()
@@ -118,7 +118,7 @@ def test_a_prompt_leaves_its_last_queries_and_column_sums(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_asks_nothing_and_is_not_asked(
+def test_padding_is_left_out_of_what_is_captured(
     models: dict[str, PreTrainedModel], padded_batch: Make, family: str
 ) -> None:
     model, (ids, mask), method = models[family], padded_batch(), Needy()
@@ -147,7 +147,9 @@ def test_a_prompt_of_one_token_is_captured(llama: PreTrainedModel, prompt: Make)
     assert method.built[0].column_sums.tolist() == [[[1.0]] * 4]
 
 
-def test_a_new_prompt_in_the_same_cache_begins_anew(llama: PreTrainedModel, prompt: Make) -> None:
+def test_a_new_prompt_in_the_same_cache_restarts_the_capture(
+    llama: PreTrainedModel, prompt: Make
+) -> None:
     ids, method = prompt(2, 40), Needy()
     whole = truth(llama, ids[:, :30])
     cache = DynamicCache(config=llama.config)
@@ -164,32 +166,32 @@ def test_a_new_prompt_in_the_same_cache_begins_anew(llama: PreTrainedModel, prom
 
 
 def test_a_tail_holds_queries_of_consecutive_tokens(llama: PreTrainedModel, prompt: Make) -> None:
-    """A second turn after decoded tokens: the first turn's queries are not next to its own."""
+    """A second turn follows decoded tokens: the tail must not include the first turn's queries."""
     ids, method = prompt(2, 40), Needy()
     run(llama, method, [ids[:, :20], ids[:, 20:21], ids[:, 21:22], ids[:, 22:34], ids[:, 34:35]])
     built = method.built[1]
     assert built.query_tail is not None
     assert built.query_tail.shape[2] == 12
     assert built.column_sums is not None
-    # 32 queries of two prompts asked, the two decoded tokens' did not.
+    # 32 queries of the two turns are summed, those of the two decoded tokens are not.
     torch.testing.assert_close(built.column_sums.sum(-1), torch.full((2, 4), 32.0))
 
 
-def test_a_cache_filled_before_is_refused(llama: PreTrainedModel, prompt: Make) -> None:
+def test_a_cache_filled_outside_the_block_is_refused(llama: PreTrainedModel, prompt: Make) -> None:
     ids = prompt(1, 30)
     cache = DynamicCache(config=llama.config)
     with torch.no_grad():
         llama(ids[:, :-1], **cache_keyword(llama, cache))
-        said = (
+        message = (
             "needy needs column_sums and query_tail of the prompt, and this cache was filled "
-            "without; prefill it inside the with block of attach"
+            "without capturing them; prefill it inside the with block of attach"
         )
-        with attach(llama, Needy(), Policy(k=16)), pytest.raises(ValueError, match=said):
+        with attach(llama, Needy(), Policy(k=16)), pytest.raises(ValueError, match=message):
             llama(ids[:, -1:], **cache_keyword(llama, cache))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen2", "mistral", "gemma3"])
-def test_a_layers_own_input_foretells_its_own_queries(
+def test_speculating_from_a_layers_own_input_gives_its_own_queries(
     models: dict[str, PreTrainedModel], prompt: Make, family: str
 ) -> None:
     model, ids = models[family], prompt(2, 12)
@@ -218,7 +220,7 @@ def test_a_layers_own_input_foretells_its_own_queries(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
-def test_a_step_is_foretold_from_the_layer_before(
+def test_queries_are_speculated_from_the_previous_layer(
     models: dict[str, PreTrainedModel], prompt: Make, family: str
 ) -> None:
     model, ids, method = models[family], prompt(2, 30), Needy()
@@ -232,16 +234,16 @@ def test_a_step_is_foretold_from_the_layer_before(
     )
     run(model, method, [ids[:, :-1], ids[:, -1:]])
     hook.remove()
-    assert method.asked[0][1] is None
-    real, foretold = method.asked[1]
-    assert foretold is not None
+    assert method.step_queries[0][1] is None
+    real, speculated = method.step_queries[1]
+    assert speculated is not None
     with torch.no_grad():
         wanted = speculate_queries(modules[1], *seen[-1])[:, :, 0]
-    torch.testing.assert_close(foretold.flatten(1, 2), wanted)
-    assert not torch.allclose(foretold, real)
+    torch.testing.assert_close(speculated.flatten(1, 2), wanted)
+    assert not torch.allclose(speculated, real)
 
 
-# The harness's own path -----------------------------------------------------------------------
+# The harness's path ---------------------------------------------------------------------------
 
 
 def same(one: Captured | None, other: Captured | None) -> None:
@@ -253,7 +255,7 @@ def same(one: Captured | None, other: Captured | None) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("limit", [None, 0])
-def test_the_store_holds_what_attach_captures(
+def test_the_store_captures_the_same_as_attach(
     models: dict[str, PreTrainedModel], prompt: Make, tmp_path: Path, family: str, limit: int | None
 ) -> None:
     model, ids, method = models[family], prompt(1, 80), Needy()
@@ -280,7 +282,7 @@ def test_the_store_holds_what_attach_captures(
 
 
 @pytest.mark.parametrize("limit", [None, 0])
-def test_what_two_methods_need_is_kept_together(
+def test_captures_for_two_methods_are_kept_together(
     llama: PreTrainedModel, tmp_path: Path, limit: int | None
 ) -> None:
     store = PrefillStore(llama, tmp_path, limit)
@@ -292,7 +294,7 @@ def test_what_two_methods_need_is_kept_together(
     assert store.forwards == 3
 
 
-def test_rows_of_different_lengths_keep_their_own(llama: PreTrainedModel) -> None:
+def test_captures_of_rows_of_different_lengths_are_right_aligned(llama: PreTrainedModel) -> None:
     short, long = list(range(1, 20)), list(range(30, 60))
     rows = [prefill(llama, ids, NEEDS) for ids in (short, long)]
     cache = DecodeCache(rows, 1)
@@ -303,11 +305,11 @@ def test_rows_of_different_lengths_keep_their_own(llama: PreTrainedModel) -> Non
     own = [row.captured[1] for row in rows]
     assert own[0].query_tail is not None
     assert own[1].query_tail is not None
-    assert kept.query_tail.shape[2] == 30  # a row's tail is not cut to its neighbour's
+    assert kept.query_tail.shape[2] == 30  # the longest row's, not cut to the shorter one's
     assert torch.equal(kept.query_tail[:1, :, 11:], own[0].query_tail)
     assert (kept.query_tail[0, :, :11] == 0).all()
     assert torch.equal(kept.query_tail[1:], own[1].query_tail)
     assert torch.equal(kept.column_sums[:1, :, :19], own[0].column_sums)  # type: ignore[arg-type]
     assert (kept.column_sums[0, :, 19:] == 0).all()
-    # Tokens decoded since were asked by nobody.
+    # Tokens decoded after the prompt have column sums of zero.
     assert kept.inputs(32)["column_sums"].shape == (2, 4, 32)

@@ -67,7 +67,7 @@ def decode(
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
 @pytest.mark.parametrize("which", sorted(METHODS))
-def test_compact_gives_what_masked_gives_and_holds_less(
+def test_compact_gives_the_same_as_masked_in_less_memory(
     models: dict[str, PreTrainedModel],
     make_method: Make,
     which: str,
@@ -75,7 +75,7 @@ def test_compact_gives_what_masked_gives_and_holds_less(
     rows: int,
     protocol: Any,
 ) -> None:
-    """As published, but that SnapKV selects for KV heads: only theirs is memory to be freed."""
+    """As published, except that SnapKV selects per KV head, as memory is freed per KV head."""
     model, lengths = models[family], LENGTHS[rows]
     policy = Policy(k=24, protocol=protocol)
     results = {}
@@ -90,7 +90,7 @@ def test_compact_gives_what_masked_gives_and_holds_less(
     grown = STEPS if (which, protocol) == ("snapkv", "native") else 0
     for layer in compact[1].layers:
         assert layer.keys.shape[2] <= 24 + grown + SPARE
-        assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes  # no view of the old
+        assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes  # not a view
     assert compact[1].num_bytes < (0.9 if grown else 0.3) * masked[1].num_bytes
 
 
@@ -109,7 +109,7 @@ def test_dense_layers_free_nothing(llama: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("which", sorted(METHODS))
-def test_a_budget_for_everything_frees_nothing(llama: PreTrainedModel, which: str) -> None:
+def test_a_budget_of_all_tokens_frees_nothing(llama: PreTrainedModel, which: str) -> None:
     logits, cache, _ = decode(llama, METHODS[which](mode="compact"), Policy(k=99), texts(40), 20)
     wanted, _, _ = decode(llama, METHODS[which](), Policy(k=99), texts(40), 20)
     assert torch.equal(logits, wanted)
@@ -117,28 +117,28 @@ def test_a_budget_for_everything_frees_nothing(llama: PreTrainedModel, which: st
 
 
 @pytest.mark.parametrize("which", [*ADAPTIVE, "twilight"])
-def test_a_growing_cache_outgrows_no_index(
+def test_an_index_grows_with_the_cache(
     llama: PreTrainedModel, make_method: Make, prompt: Make, make_counter: Make, which: str
 ) -> None:
-    """A cache of transformers grows beyond any room: what was evicted stays so."""
+    """A transformers cache outgrows the index's capacity; evicted tokens stay evicted."""
     ids, counter = prompt(1, 30), make_counter()
     method = Twilight(base=SnapKV()) if which == "twilight" else make_method(which)
     greedy: dict[str, Any] = {"max_new_tokens": 300, "do_sample": False}
     with attach(llama, method, Policy(k=16), counter):
         found = llama.generate(ids, **greedy)
-    logits, _, _ = decode(llama, method, Policy(k=16), ids.tolist(), 299)  # room for everything
+    logits, _, _ = decode(llama, method, Policy(k=16), ids.tolist(), 299)  # allocated in advance
     assert found[0, 31:].tolist() == logits[:, 0].argmax(-1).tolist()
-    # What is captured of the prompt counts as building, and the index is built once.
+    # Capturing counts as a build stage too; the index itself is built once.
     assert counter.count("build", 0) == 1 + bool(method.needs)
 
 
 def test_other_caches_are_refused(llama: PreTrainedModel, prompt: Make) -> None:
     ids = prompt(1, 30)
-    said = "mode=compact frees memory of topkbench's own DecodeCache alone, got a DynamicCache"
+    message = "mode=compact can free memory only of topkbench's own DecodeCache, got a DynamicCache"
     with attach(llama, H2O(mode="compact"), Policy(k=16)), torch.no_grad():
         cache = DynamicCache(config=llama.config)
         llama(ids[:, :-1], **cache_keyword(llama, cache))
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             llama(ids[:, -1:], **cache_keyword(llama, cache))
 
 
@@ -147,16 +147,16 @@ def test_a_cache_with_freed_tokens_is_refused_by_another_session(llama: PreTrain
     cache.capacity += 1
     cache.extend()
     ids = {"input_ids": torch.ones(1, 1, dtype=torch.long), "position_ids": cache.positions}
-    said = "streaming_llm must see the whole prompt, and tokens of this cache have been freed"
+    message = "streaming_llm must see the whole prompt, and tokens of this cache have been freed"
     with (
         attach(llama, StreamingLLM(), Policy(k=16)),
         torch.no_grad(),
-        pytest.raises(ValueError, match=said),
+        pytest.raises(ValueError, match=message),
     ):
         llama(**ids, **cache_keyword(llama, cache))
 
 
-def test_methods_stay_as_they_are(llama: PreTrainedModel) -> None:
+def test_decoding_does_not_change_the_method(llama: PreTrainedModel) -> None:
     """A method keeps no state of a prompt."""
     method = SnapKV(window=8)
     before = copy.deepcopy(method)

@@ -17,7 +17,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 
 
 @pytest.mark.parametrize("which", ["full", "exact", "hata", "quest", "loki", "streaming_llm"])
-def test_k_above_n_generates_what_the_model_generates(
+def test_k_above_n_generates_the_same_as_the_model(
     model: PreTrainedModel, which: str, method_for: Make, padded_batch: Make
 ) -> None:
     ids, mask = padded_batch()
@@ -53,7 +53,7 @@ def test_sampling_and_beams_with_k_above_n(
 def test_beam_search_reorders_the_index(
     llama: PreTrainedModel, which: str, method_for: Make, prompt: Make
 ) -> None:
-    """An index kept across a reorder would answer for other rows than one built at every step."""
+    """An index kept across a reorder would belong to other rows; compare with rebuilding always."""
     ids = prompt()
     how = {"num_beams": 4, "max_new_tokens": 10, "do_sample": False}
     method = method_for(which, llama)

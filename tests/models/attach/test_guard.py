@@ -1,4 +1,4 @@
-"""No decode step passes a method by without a word: what is counted, and what raises."""
+"""No decode step bypasses a method silently: what is counted, and what raises."""
 
 import warnings
 from collections import Counter
@@ -38,10 +38,10 @@ def test_steps_are_counted_by_layer(llama: PreTrainedModel, prompt: Make) -> Non
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_dense_layer_and_short_prompts_are_no_fault(llama: PreTrainedModel, prompt: Make) -> None:
+def test_dense_layers_and_short_prompts_do_not_raise(llama: PreTrainedModel, prompt: Make) -> None:
     with attach(llama, ExactTopK(), Policy(k=33, dense_layers=1)) as session:
         llama.generate(prompt(1, 30), **GREEDY)
-    # 31 to 37 cached tokens: three steps have no more than k, four have.
+    # 31 to 37 cached tokens: three steps have at most k, four have more.
     assert session.count.taken == {1: 4}
     assert session.count.dense == {
         (0, "dense by the policy"): 7,
@@ -50,7 +50,7 @@ def test_a_dense_layer_and_short_prompts_are_no_fault(llama: PreTrainedModel, pr
     assert session.count.share_taken == 4 / 14
 
 
-def test_a_mask_with_holes_warns_once_and_raises_in_the_end(
+def test_a_mask_with_holes_warns_once_and_raises_when_the_block_ends(
     llama: PreTrainedModel, method_for: Make, prompt: Make, make_counter: Make
 ) -> None:
     ids = prompt(1, 30)
@@ -63,12 +63,12 @@ def test_a_mask_with_holes_warns_once_and_raises_in_the_end(
             for part, length in ((ids, 30), (ids[:, :1], 31), (ids[:, :1], 32)):
                 llama(part, attention_mask=mask[:, :length], **cache_keyword(llama, cache))
 
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with pytest.raises(MethodBypassedError, match=r"of 4 steps .* 4 attended .*pad on one"):
             decode()
-    assert len(said) == 1
-    assert "hata does not act on a mask with holes" in str(said[0].message)
+    assert len(caught) == 1
+    assert "hata does not act on a mask with holes" in str(caught[0].message)
     assert counter.stages == []
 
 
@@ -78,10 +78,10 @@ def test_a_mask_with_holes_warns_once_and_raises_in_the_end(
     [{"use_cache": False}, {"prompt_lookup_num_tokens": 3, "eos_token_id": 60}],
     ids=lambda one: next(iter(one)),
 )
-def test_generating_past_the_method_raises(
+def test_generating_without_the_method_raises(
     llama: PreTrainedModel, prompt: Make, options: dict[str, Any]
 ) -> None:
-    ids = prompt(1, 30).repeat(1, 3)  # whatever comes, something like it came before
+    ids = prompt(1, 30).repeat(1, 3)  # repeated text, so that prompt lookup finds drafts
     with (
         pytest.raises(MethodBypassedError, match="must go through exact"),
         attach(llama, ExactTopK(), Policy(k=16)),
@@ -112,7 +112,9 @@ def test_a_likelihood_in_one_forward_raises(llama: PreTrainedModel, prompt: Make
 
 
 @pytest.mark.filterwarnings("ignore:.*does not act")
-def test_a_later_turn_raises_unless_it_is_meant(llama: PreTrainedModel, prompt: Make) -> None:
+def test_a_later_turn_raises_unless_dense_forwards_are_allowed(
+    llama: PreTrainedModel, prompt: Make
+) -> None:
     ids = prompt(1, 40)
 
     def converse(**options: Any) -> Counter[int]:
@@ -128,7 +130,7 @@ def test_a_later_turn_raises_unless_it_is_meant(llama: PreTrainedModel, prompt: 
 
 
 @pytest.mark.filterwarnings("error")
-def test_reading_a_prompt_in_parts_is_honest(llama: PreTrainedModel, prompt: Make) -> None:
+def test_chunked_prefill_does_not_raise(llama: PreTrainedModel, prompt: Make) -> None:
     ids, cache = prompt(1, 40), DynamicCache()
     with torch.no_grad(), attach(llama, ExactTopK(), Policy(k=16)) as session:
         for part in ids.split([16, 16, 6, 1, 1], 1):
@@ -137,8 +139,8 @@ def test_reading_a_prompt_in_parts_is_honest(llama: PreTrainedModel, prompt: Mak
 
 
 @pytest.mark.filterwarnings("ignore:.*does not act")
-def test_parts_that_were_cropped_away_are_no_prompt(llama: PreTrainedModel, prompt: Make) -> None:
-    """Two candidates are scored on one context, and then one token is decoded."""
+def test_cropped_chunks_do_not_count_as_a_prompt(llama: PreTrainedModel, prompt: Make) -> None:
+    """Two candidates are scored over one context, then one token is decoded."""
     ids, cache = prompt(1, 40), DynamicCache()
 
     def compare() -> None:
@@ -155,14 +157,16 @@ def test_parts_that_were_cropped_away_are_no_prompt(llama: PreTrainedModel, prom
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_block_that_only_reads_a_prompt_is_honest(llama: PreTrainedModel, prompt: Make) -> None:
+def test_a_block_that_only_runs_a_prefill_does_not_raise(
+    llama: PreTrainedModel, prompt: Make
+) -> None:
     with torch.no_grad(), attach(llama, ExactTopK(), Policy(k=16)) as session:
         llama(prompt(1, 40), **cache_keyword(llama, DynamicCache()))
     assert session.count.share_taken is None
 
 
 @pytest.mark.filterwarnings("error")
-def test_full_attention_has_nothing_to_pass_by(llama: PreTrainedModel, prompt: Make) -> None:
+def test_full_attention_cannot_be_bypassed(llama: PreTrainedModel, prompt: Make) -> None:
     with attach(llama, FullAttention(), Policy(k=16)):
         llama.generate(prompt(1, 30), use_cache=False, **GREEDY)
 
@@ -182,17 +186,17 @@ def test_an_error_inside_the_block_is_not_hidden(llama: PreTrainedModel, prompt:
 
 
 def hide_the_cache(model: PreTrainedModel, layer: int) -> None:
-    """Let a layer's attention have its cache from elsewhere than an argument."""
+    """Pass a layer's attention its cache by another way than an argument."""
     attention: Any = model.get_submodule(f"model.layers.{layer}.self_attn")
     forward = attention.forward
     (name,) = cache_keyword(attention, None)
-    held: list[Any] = []
+    caches: list[Any] = []
 
     def called(*args: Any, **kwargs: Any) -> Any:
-        held.append(kwargs.pop(name))
+        caches.append(kwargs.pop(name))
         return attention(*args, **kwargs)
 
-    attention.forward = lambda *args, **kwargs: forward(*args, **{name: held.pop()}, **kwargs)
+    attention.forward = lambda *args, **kwargs: forward(*args, **{name: caches.pop()}, **kwargs)
     decoder: Any = model.get_submodule(f"model.layers.{layer}")
     decoder.self_attn = Passing(called)
 
@@ -207,7 +211,7 @@ class Passing(nn.Module):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_cache_that_no_argument_carries_is_seen_where_it_is_written(
+def test_a_cache_passed_by_no_argument_is_found_when_it_is_written(
     seeded: Make, small: dict[str, Any], prompt: Make
 ) -> None:
     plain = seeded(lambda: LlamaForCausalLM(LlamaConfig(**small)))
@@ -243,7 +247,7 @@ def test_a_cache_under_another_name_is_found() -> None:
     with attach(model, ExactTopK(), Policy(k=12)) as session:
         found = model.generate(ids, **GREEDY)
     assert session.count.taken == {0: 7, 1: 7}
-    assert session.geometry.num_kv_heads == 1  # which its configuration does not say by that name
+    assert session.geometry.num_kv_heads == 1  # its configuration has another name for it
     assert not torch.equal(found, wanted)
 
 
@@ -251,7 +255,7 @@ def test_a_cache_under_another_name_is_found() -> None:
 def test_a_layer_that_never_reaches_the_method_raises(
     seeded: Make, small: dict[str, Any], prompt: Make
 ) -> None:
-    """One layer of four attends by itself."""
+    """One layer of four uses SDPA instead of the attached attention."""
     model = seeded(lambda: LlamaForCausalLM(LlamaConfig(**{**small, "num_hidden_layers": 4})))
     attention: Any = model.get_submodule("model.layers.2.self_attn")
     forward = attention.forward
@@ -276,7 +280,7 @@ def test_a_layer_that_never_reaches_the_method_raises(
 def test_an_attention_that_never_reaches_the_method_raises(
     seeded: Make, small: dict[str, Any], prompt: Make
 ) -> None:
-    """All layers go their own way, from the beginning or from some step on."""
+    """All layers use SDPA, from the beginning or from some step on."""
     model = seeded(lambda: LlamaForCausalLM(LlamaConfig(**small)))
     ids, cache = prompt(1, 30), DynamicCache()
 
@@ -296,7 +300,7 @@ def test_an_attention_that_never_reaches_the_method_raises(
         whole()
     with pytest.raises(MethodBypassedError, match=r"of 6 steps .*\(2 by an attention that"):
         later()
-    with attach(model, ExactTopK(), Policy(k=16)) as session:  # nothing is left of either
+    with attach(model, ExactTopK(), Policy(k=16)) as session:  # no effect of the two remains
         model.generate(ids, **GREEDY)
     assert session.count.taken == {0: 7, 1: 7}
 
@@ -315,10 +319,10 @@ def test_a_likelihood_of_a_whole_text_raises(llama: PreTrainedModel, prompt: Mak
         llama(ids, labels=ids)  # k is enough for all of it
 
 
-# Layers that see a part of the past -----------------------------------------------------------
+# Layers that attend to a part of the past -----------------------------------------------------
 
 
-def test_what_a_sliding_layer_sees(models: dict[str, PreTrainedModel]) -> None:
+def test_a_sliding_layer_attends_to_its_window(models: dict[str, PreTrainedModel]) -> None:
     first: Any = models["gemma2"].get_submodule("model.layers.0.self_attn")
     second: Any = models["gemma2"].get_submodule("model.layers.1.self_attn")
     kind = partial_attention(first)

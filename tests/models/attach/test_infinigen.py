@@ -1,4 +1,4 @@
-"""InfiniGen in a model: the layer before speculates what a layer attends to."""
+"""InfiniGen in a model: a layer's queries are speculated from the previous layer's input."""
 
 import copy
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Make = Callable[..., Any]
 
 
 def fitted(model: PreTrainedModel, method: TopKMethod) -> TopKMethod:
-    """Fit on random queries; whose they are does not matter here."""
+    """Fit on random queries instead of the model's, which makes no difference here."""
     shape = geometry_of(model)
     generator = torch.Generator().manual_seed(0)
 
@@ -34,10 +34,10 @@ def fitted(model: PreTrainedModel, method: TopKMethod) -> TopKMethod:
 
 
 class Views(Observer):
-    """Notes in which layers queries were foretold, and how much was selected."""
+    """Records in which layers queries were speculated, and the most tokens selected."""
 
     def __init__(self) -> None:
-        self.foretold: dict[int, bool] = {}
+        self.speculated: dict[int, bool] = {}
         self.most = 0
 
     def on_step(
@@ -49,28 +49,28 @@ class Views(Observer):
         scale: float,
         softcap: float | None,
     ) -> None:
-        self.foretold[layer] = cache.previous_query is not None
+        self.speculated[layer] = cache.previous_query is not None
         if result.selection is not None:
             self.most = max(self.most, int(result.selection.slots(cache).sum(-1).max()))
 
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
-def test_the_layer_before_foretells(
+def test_queries_are_speculated_in_all_layers_but_the_first(
     seeded: Make, small: dict[str, Any], make_method: Make, prompt: Make, protocol: Any
 ) -> None:
-    """Natively the first two layers are dense; under unified rules the first has own queries."""
+    """Natively the first two layers are dense; unified, the first layer uses its own queries."""
     shape = {**small, "num_hidden_layers": 3}
     model = seeded(lambda: LlamaForCausalLM(LlamaConfig(**shape)))
     method, views = fitted(model, make_method("infinigen", fit=False)), Views()
     with attach(model, method, Policy(k=14, protocol=protocol), views):
         model.generate(prompt(1), max_new_tokens=6, do_sample=False)
     unified = {0: False, 1: True, 2: True}
-    assert views.foretold == ({2: True} if protocol == "native" else unified)
+    assert views.speculated == ({2: True} if protocol == "native" else unified)
     assert views.most == 14
 
 
 class Scores(Observer):
-    """Notes each layer's scores, and the exact dot products of its own queries."""
+    """Records each layer's scores, and the exact dot products of its own queries."""
 
     def __init__(self) -> None:
         self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
@@ -93,7 +93,7 @@ class Scores(Observer):
 def test_with_the_layers_own_input_and_all_channels_scores_are_exact_logits(
     models: dict[str, PreTrainedModel], prompt: Make, family: str
 ) -> None:
-    """A layer that adds nothing to its input hands the next one what that layer will see itself."""
+    """If a layer adds nothing to its input, the next layer's speculated queries are exact."""
     policy = Policy(k=16, head_scope="query_head")
     ids = prompt(2, 40)
     for silent in (True, False):
@@ -107,6 +107,6 @@ def test_with_the_layers_own_input_and_all_channels_scores_are_exact_logits(
             cache = DynamicCache()
             model(ids[:, :-1], **cache_keyword(model, cache))
             model(ids[:, -1:], **cache_keyword(model, cache))
-        torch.testing.assert_close(*scores.pairs[0], atol=1e-4, rtol=1e-4)  # foretold by nobody
+        torch.testing.assert_close(*scores.pairs[0], atol=1e-4, rtol=1e-4)  # not speculated
         found, exact = scores.pairs[1]
         assert torch.allclose(found, exact, atol=1e-4, rtol=1e-4) is silent

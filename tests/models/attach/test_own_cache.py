@@ -1,4 +1,4 @@
-"""Methods over topkbench's own cache: rows of different lengths, written in place."""
+"""Methods with topkbench's DecodeCache: rows of different lengths, written in place."""
 
 import pytest
 import torch
@@ -94,4 +94,4 @@ def test_equals_generating_each_row_alone(
             alone = model.generate(torch.tensor([ids]), max_new_tokens=STEPS, do_sample=False)
             assert found[row].tolist() == alone[0, len(ids) :].tolist()
     if method.selects:
-        assert sorted(builds.layers) == [0, 1]  # once a layer, however many steps
+        assert sorted(builds.layers) == [0, 1]  # once per layer

@@ -1,4 +1,4 @@
-"""Every method of conf/method in three model families: a row of a batch is what it is alone."""
+"""Every method of conf/method in three model families: a row in a batch equals the row alone."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,22 +33,22 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
     "phi3": lambda small: Phi3ForCausalLM(Phi3Config(**small)),
     "qwen3": lambda small: Qwen3ForCausalLM(Qwen3Config(head_dim=24, **small)),
 }
-LENGTHS = (96, 72, 85)  # beyond the 64 last tokens and 4 sinks that MagicPIG keeps as published
+LENGTHS = (96, 72, 85)  # more than the 64 last tokens and 4 sinks that MagicPIG keeps natively
 STEPS = 3
 K = 40
-BRIEF: dict[str, dict[str, Any]] = {"hash_attention": {"steps": 2}}  # what it learns plays no part
+BRIEF: dict[str, dict[str, Any]] = {"hash_attention": {"steps": 2}}  # its quality does not matter
 UNEVEN = {"spatten": {"last_keep": 0.75, "last_heads": 0.5}}  # later layers keep less
 CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
 
 
 @pytest.fixture(scope="session")
 def deep(seeded: Make, small: dict[str, Any]) -> dict[str, PreTrainedModel]:
-    """Models of three layers: where the first two are dense, as often published, one is left."""
+    """Models of three layers, so that one is sparse if the first two are dense, as natively."""
     shape, models = {**small, "num_hidden_layers": 3}, {}
     for family, make in FAMILIES.items():
         models[family] = seeded(partial(make, shape))
         for name, weight in models[family].named_parameters():
-            if "norm" in name:  # else Qwen3's keys are all of one length, and rounding ranks them
+            if "norm" in name:  # else Qwen3's keys have equal norms, and rounding ranks them
                 torch.nn.init.uniform_(weight, 0.5, 1.5)
     return models
 
@@ -69,7 +69,7 @@ def method_in(make_method: Make, fitted_on: Make, deep: dict[str, PreTrainedMode
 
 
 class Chosen(Observer):
-    """Notes what each step and layer selected of each row, counted from the row's first token."""
+    """Records each step's, layer's and row's selection, counted from the row's first token."""
 
     def __init__(self) -> None:
         self.rows: dict[int, list[list[list[list[int]]]]] = {}
@@ -133,7 +133,7 @@ def decode(
 def decode_own(
     model: PreTrainedModel, method: TopKMethod, policy: Policy, rows: list[Tensor], steps: int
 ) -> tuple[Tensor, Chosen]:
-    """Do the same with topkbench's own cache, whose rows begin together."""
+    """Do the same with topkbench's DecodeCache, whose rows begin at the same slot."""
     states = [prefill(model, row[:-steps].tolist(), method.needs) for row in rows]
     cache, seen, found = DecodeCache(states, steps), Chosen(), []
     with torch.no_grad(), attach(model, method, policy, seen):
@@ -155,7 +155,7 @@ def decode_own(
 def test_a_row_selects_in_a_batch_what_it_selects_alone(
     deep: dict[str, PreTrainedModel], method_in: Make, name: str, family: str, protocol: Any
 ) -> None:
-    """Alone, padded on the left, and in the own cache, with a budget below every row's length."""
+    """Alone, padded on the left, and in DecodeCache, with a budget below every row's length."""
     model, method, rows = deep[family], method_in(name, family), texts(LENGTHS, STEPS)
     policy = Policy(k=K, protocol=protocol)
     alone = [decode(model, method, policy, [row], STEPS) for row in rows]
@@ -171,22 +171,22 @@ def test_a_row_selects_in_a_batch_what_it_selects_alone(
         torch.testing.assert_close(padded, dense, **CLOSE)
         return
     assert by_padded.reads_less
-    assert not torch.allclose(padded, dense, atol=1e-3)  # what was dropped mattered
-    in_force = method.effective_policy(policy)
-    selecting = set(range(3)) - in_force.resolve_dense_layers(3)
+    assert not torch.allclose(padded, dense, atol=1e-3)  # dropping tokens has an effect
+    effective = method.effective_policy(policy)
+    selecting = set(range(3)) - effective.resolve_dense_layers(3)
     assert set(by_padded.rows) == selecting
-    # MagicPIG's query heads sample apart under either protocol.
-    heads = 4 if in_force.head_scope == "query_head" or name == "magicpig" else 2
+    # MagicPIG's query heads sample separately under either protocol.
+    heads = 4 if effective.head_scope == "query_head" or name == "magicpig" else 2
     for steps in by_padded.rows.values():
         assert all(len(step[row]) == heads for step in steps for row in range(3))
 
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
 @pytest.mark.parametrize("which", ["h2o", "snapkv", "spatten"])
-def test_a_prompt_shorter_than_the_window_does_not_cut_its_neighbours(
+def test_a_prompt_shorter_than_the_window_does_not_shorten_other_rows(
     deep: dict[str, PreTrainedModel], method_in: Make, which: str, protocol: Any
 ) -> None:
-    """Rows of 120 and 18 tokens: of the second all is kept, of the first what it keeps alone."""
+    """Rows of 120 and 18 tokens: the second keeps all tokens, the first the same as alone."""
     model, rows = deep["llama"], texts((120, 18), STEPS)
     method = method_in(which, "llama", **UNEVEN.get(which, {}))
     policy = Policy(k=48, protocol=protocol)

@@ -1,4 +1,4 @@
-"""What attaching does to a model, what it refuses, and what an observer sees."""
+"""What attach does to a model, what it refuses, and what an observer receives."""
 
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +62,7 @@ def test_dense_layers_follow_the_policy(
     assert counter.count("attend", 1) == 7
 
 
-def test_the_model_is_given_back_unchanged(model: PreTrainedModel, prompt: Make) -> None:
+def test_the_model_is_restored_after_the_block(model: PreTrainedModel, prompt: Make) -> None:
     ids = prompt()
     names = [c._attn_implementation for c in (model.config,)]
     wanted = model.generate(ids, **GREEDY)
@@ -132,16 +132,16 @@ def test_native_protocol_is_in_force(llama: PreTrainedModel, prompt: Make) -> No
     assert set(session.dense) == {1}
 
 
-def test_an_index_is_told_the_layers_scale_and_softcap(
+def test_an_index_gets_the_layers_scale_and_softcap(
     models: dict[str, PreTrainedModel], prompt: Make
 ) -> None:
-    told = []
+    received = []
 
-    class Told(SparQ):
+    class Recording(SparQ):
         def build_index(self, prefill: PrefillInputs) -> SparQIndex:
-            told.append((prefill.layer, prefill.scale, prefill.softcap))
+            received.append((prefill.layer, prefill.scale, prefill.softcap))
             return super().build_index(prefill)
 
-    with attach(models["gemma2"], Told(), Policy(k=16)):
+    with attach(models["gemma2"], Recording(), Policy(k=16)):
         models["gemma2"].generate(prompt(1), **GREEDY)
-    assert told == [(1, pytest.approx(24**-0.5), 2.0)]
+    assert received == [(1, pytest.approx(24**-0.5), 2.0)]
