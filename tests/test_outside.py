@@ -54,12 +54,24 @@ native:
 """
 
 
+RETURNED = """
+from hydra.experimental.callback import Callback
+
+
+class Returned(Callback):
+    def on_job_end(self, config, job_return, **kwargs):
+        with open("returned", "a") as file:
+            file.write(f"{job_return.return_value}\\n")
+"""
+
+
 @pytest.mark.slow
 def test_a_method_outside_the_repository_takes_two_files(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     (mine / "method").mkdir(parents=True)
     (mine / "toy.py").write_text(MODULE)
     (mine / "method" / "toy.yaml").write_text(SETTINGS)
+    (mine / "returned.py").write_text(RETURNED)
     assert len(MODULE.strip().splitlines()) == 30
     done = subprocess.run(
         [
@@ -68,6 +80,7 @@ def test_a_method_outside_the_repository_takes_two_files(tmp_path: Path) -> None
             *("task.length=256", "task.subtasks=[niah_single]", "num_samples=1"),
             *("task.timed_prompts=1", "task.judged_prompts=1"),
             *("tracker=none", f"results_dir={tmp_path / 'results'}", "-m"),
+            "+hydra.callbacks.returned._target_=returned.Returned",
         ],
         cwd=tmp_path,
         env={
@@ -86,6 +99,9 @@ def test_a_method_outside_the_repository_takes_two_files(tmp_path: Path) -> None
     found = rows[(rows["method"] == "toy") & (rows["subtask"] == "mean")]
     assert set(found["status"]) == {"ok"}
     assert sorted(found["k"]) == [16, 32]
+    # Hydra's sweepers that look for values get each job's score.
+    returned = (tmp_path / "returned").read_text().split()
+    assert [float(one) for one in returned] == found.sort_values("k")["score"].tolist()
     assert found[["score", "delta_full", "decode_ms_p50", "recall_at_k"]].notna().all(axis=None)
     assert "| toy " in (folder / "report.md").read_text()
     # A name that the style table does not know gets a style of its own, from its digest.
