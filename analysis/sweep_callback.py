@@ -58,7 +58,7 @@ class ReportCallback(Callback):
         try:
             if not sweep.identities():
                 return
-            sweep.note_command(_command(config))
+            sweep.note_command(_command())
             models = MODELS if self.models is None else model_sizes(self.models)
             path = build(folder, models=models, published=self.published)
             rows, samples = sweep.rows(), sweep.samples()
@@ -81,8 +81,8 @@ class ReportCallback(Callback):
         return tracker
 
 
-def _command(config: DictConfig) -> str:
-    """Return the command line of a run or a sweep, quoted for a shell."""
-    overrides = config.hydra.overrides
-    words = ["-m" if word == "hydra.mode=MULTIRUN" else word for word in overrides.hydra]
-    return shlex.join(["python", "run.py", *overrides.task, *words])
+def _command() -> str:
+    """Return the command line as it was given, quoted for a shell."""
+    program = Path(sys.argv[0])
+    start = ["python", program.name] if program.suffix == ".py" else [program.name]
+    return shlex.join([*start, *sys.argv[1:]])

@@ -44,6 +44,7 @@ from topkbench.analysis.record import (
     identity,
 )
 from topkbench.analysis.stats import full_note, paired_columns
+from topkbench.models.files import is_of_this_user
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -51,7 +52,7 @@ PREFILL_FOLDER = "TOPKBENCH_PREFILL"
 PREFILL_PREFIX = "topkbench-prefill-"
 # Settings of a method that have a column of their own, or are no parameter of it.
 NOT_PARAMETERS = {"_target_", "rbit", "seed", "impl", "native", "backend"}
-# Settings of the policy that tell two cells apart beside its budget.
+# Settings of the policy, besides k, that distinguish cells.
 POLICY_PARAMETERS = ("num_sink", "num_recent", "dense_layers", "head_scope", "aggregation")
 # Settings that say where things are kept, not what is computed.
 NOT_CONTENT = {"cache_dir"}
@@ -129,7 +130,7 @@ class Run:
         self.loaded, self.store = model_and_store(
             json.dumps(self.settings["model"]),
             self.settings["cache_dir"],
-            # Processes of a parallel launcher share prefills through files alone.
+            # Processes of a parallel launcher share prefills only through files.
             self.settings["prefill_memory_gib"] if alone else 0.0,
         )
         self.artifact = self._prepare(self.method)
@@ -197,7 +198,7 @@ class Run:
         """Digest of the code that computes the cell: method, task, harness, models and kernels."""
         from topkbench.harness.sources import code_digest, modules_of
 
-        # Every method is compared with full attention and timed beside it.
+        # Every method is compared with full attention and timed alternately with it.
         full = OmegaConf.load(CONF / "method" / "full.yaml")._target_
         loader = self.settings["model"]["_target_"]
         named = {target.rpartition(".")[0] for target in (full, loader)}
@@ -210,10 +211,10 @@ class Run:
         from topkbench.harness.cell import environment, libraries
 
         keys = {}
-        for part, free in self.task.parts.items():
+        for part, unused in self.task.parts.items():
             known = copy.deepcopy(self.payload)
             known |= {"part": part, "code": self.code, "libraries": libraries()}
-            known["task"] = {name: one for name, one in known["task"].items() if name not in free}
+            known["task"] = {name: one for name, one in known["task"].items() if name not in unused}
             if part == "speed":
                 known["machine"] = environment(self.loaded)
             else:  # full attention's answers come from one backend, whichever one is timed
@@ -281,8 +282,10 @@ class Run:
 
         if self.artifact is None:
             return None
-        told = self.artifact.provenance.get("source")
-        return "same" if told == fit_source(self.method) else "other" if told else "unknown"
+        recorded = self.artifact.provenance.get("source")
+        if not recorded:
+            return "unknown"
+        return "same" if recorded == fit_source(self.method) else "other"
 
     def execute(
         self, full: "Run", full_cell: Cell | None, parts: PartStore
@@ -484,7 +487,7 @@ def record_config_error(error: Exception, config: DictConfig, sweep: Sweep) -> N
         _REPORTED.add(reason)
         print(f"error: {reason}", file=sys.stderr, flush=True)
     settings = OmegaConf.to_container(config, resolve=True)
-    run_id = identity({"refused": json.dumps(settings, sort_keys=True, default=str)})
+    run_id = identity({"config_error": json.dumps(settings, sort_keys=True, default=str)})
     choices = HydraConfig.get().runtime.choices
     row = Row(
         run_id=run_id,
@@ -508,18 +511,18 @@ def record_config_error(error: Exception, config: DictConfig, sweep: Sweep) -> N
 
 def unknown_option(text: str) -> str:
     """Return Hydra's message on an unknown setting, shortened, with the nearest name."""
-    strange = re.search(r"Key '(\w+)' is not in struct full_key: ([\w.]+)", text)
-    if strange is not None:
-        key, place = strange.groups()
+    unknown = re.search(r"Key '(\w+)' is not in struct full_key: ([\w.]+)", text)
+    if unknown is not None:
+        key, place = unknown.groups()
         group, _, _ = place.rpartition(".")
         files = sorted((CONF / group).glob("*.yaml"))
-        having = {file.stem: {str(name) for name in OmegaConf.load(file)} for file in files}
+        names = {file.stem: {str(name) for name in OmegaConf.load(file)} for file in files}
         if not group:  # the groups themselves stand in no file
-            having["groups"] = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
-        owners = [option for option, names in having.items() if key in names]
+            names["groups"] = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
+        owners = [option for option, known in names.items() if key in known]
         if owners:
             return f"there is no setting {place} here; {group}={' or '.join(owners)} has it."
-        near = difflib.get_close_matches(key, sorted(set().union(*having.values())), n=1)
+        near = difflib.get_close_matches(key, sorted(set().union(*names.values())), n=1)
         guess = f"; did you mean {f'{group}.' if group else ''}{near[0]}" if near else ""
         return f"there is no setting {place}{guess}."
     found = re.search(r"Could not find '(\w+)/([^']+)'", text)
@@ -542,8 +545,6 @@ def prefill_folder() -> Iterator[None]:
     if PREFILL_FOLDER in os.environ:  # set by the parent process, or by the user
         yield
         return
-    from topkbench.models.digests import is_of_this_user
-
     temporary = Path(tempfile.gettempdir())
     for left in temporary.glob(f"{PREFILL_PREFIX}*"):
         with contextlib.suppress(OSError, filelock.Timeout):
@@ -587,7 +588,9 @@ def main() -> None:
         print(f"topkbench {own_version()}, Hydra {hydra.__version__}")
         return
     sys.argv[1:] = settings_first(sys.argv[1:])
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us whole, and are said in one line
+    os.environ["HYDRA_FULL_ERROR"] = (
+        "1"  # Hydra then raises the original error, printed below as one line
+    )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module="hydra")
     wrapped = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")

@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
-    from topkbench.models.load import LoadedModel
+    from topkbench.models.files import is_of_this_user
+from topkbench.models.load import LoadedModel
 
 # Hashes are cached for files of at least this size; smaller ones are faster to read again.
 CACHE_FROM_BYTES = 64 * 2**20
@@ -141,11 +142,6 @@ def _status(path: Path) -> dict[str, Any]:
 def _read_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def is_of_this_user(status: os.stat_result) -> bool:
-    """Return whether a file belongs to the user who runs this; True where files have no user."""
-    return not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
 
 
 def _cached_hash(note: Path, status: dict[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""What README prints runs as printed."""
+"""README's script and its example method run as printed."""
 
 import os
 import re
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,14 +14,28 @@ ROOT = Path(__file__).parents[1]
 LINKED = ("kernels", "models", "harness", "analysis", "tasks", "tools")
 
 
+def blocks() -> list[str]:
+    """Return the blocks of code that README prints."""
+    text = (ROOT / "README.md").read_text()
+    return re.findall(r"```(?:python|yaml)\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_script_that_readme_prints_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (script,) = [block for block in blocks() if "with attach(" in block]
+    names: dict[str, Any] = {}
+    exec(compile(script, "README.md", "exec"), names)
+    assert names["method"].artifact_digest
+    assert list(tmp_path.iterdir()) == []  # the artifact ships with the model: nothing was fitted
+
+
 @pytest.mark.slow
 def test_the_method_that_readme_adds_passes_the_contract_as_printed(tmp_path: Path) -> None:
     """In a checkout with this method and full attention alone, the contract tests run over it."""
-    blocks = re.findall(
-        r"```(?:python|yaml)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
-    )
-    (code,) = [block for block in blocks if "class Mine(TopKMethod)" in block]
-    (settings,) = [block for block in blocks if "topkbench.methods.mine.Mine" in block]
+    (code,) = [block for block in blocks() if "class Mine(TopKMethod)" in block]
+    (settings,) = [block for block in blocks() if "topkbench.methods.mine.Mine" in block]
     for folder in LINKED:
         (tmp_path / folder).symlink_to(ROOT / folder, target_is_directory=True)
     shutil.copytree(ROOT / "methods", tmp_path / "methods")

@@ -816,6 +816,20 @@ def test_help_is_the_projects_own(commands: Commands) -> None:
     assert "hydra.cc" not in out
 
 
+def test_help_needs_neither_torch_nor_transformers() -> None:
+    """Else each press of the tab key would wait for them."""
+    code = "import sys; sys.argv = ['topkbench', '--help'];"
+    code += "from topkbench.harness.main import main; main();"
+    code += "print({'torch', 'transformers', 'numba'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT / ".types")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines()[-1] == "set()", done.stderr
+
+
 def test_the_version_is_printed(commands: Commands) -> None:
     assert commands.run("--version") == 0
     assert commands.text("out").startswith("topkbench ")
