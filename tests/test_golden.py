@@ -2,8 +2,8 @@
 
 On the kind of processor that made it (``made_on``: its name, its vectors, the version of torch) all
 of it must be equal. Elsewhere sums are rounded differently, so that tokens whose scores are nearly
-equal may change places: at most 1 in 1,000 selected tokens and 1 in 20 answers may differ, counts and
-quality by 2%; a warning says how many did.
+equal may change places: at most 1 in 1,000 selected tokens and 1 in 20 answers may differ, and
+counts and quality by 2%; a warning says how many did.
 """
 
 import json
