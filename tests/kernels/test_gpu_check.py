@@ -395,14 +395,16 @@ def test_a_baseline_that_cannot_be_timed_takes_no_other_with_it(times: Times) ->
     assert decode._fastest(jobs["hata"], rows)[0].startswith("triton, ")
 
 
-def test_why_torch_refuses_a_backend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: Any) -> Tensor:
+def test_a_row_gives_torchs_reasons_for_lacking_a_backend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def raise_no_kernel(*arguments: Any) -> Tensor:
         warnings.warn(
             "Flash attention needs 16 bits. (Triggered internally at a.cpp:1)", stacklevel=1
         )
         raise RuntimeError("No available kernel. Aborting execution.")
 
-    monkeypatch.setattr(dense, "full_attention", refuse)
+    monkeypatch.setattr(dense, "full_attention", raise_no_kernel)
     row = do(replace(toy_jobs()["dense"], parts=("sdpa flash",)), [])[0]
     assert (row["status"], row["reason"]) == (
         "skipped",
