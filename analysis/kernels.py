@@ -1,4 +1,4 @@
-"""What ``kernels.gpu_check`` left: which kernels are right, their times, and what dense costs."""
+"""Tables and figures of a GPU check: correct kernels, their times, and dense attention's times."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from topkbench.analysis.tables import Table
 from topkbench.analysis.timings import UNSTEADY, is_unsteady
 
 GOAL_PERCENT = 70
-"""Share of the memory's bandwidth that the Hamming score is to reach on a GPU."""
+"""Target share of the memory bandwidth for the Hamming score on a GPU."""
 
 CHECK, TIMES, DENSE = "kernel_check", "kernel_times", "kernel_dense"
-"""Tasks of the rows that are about kernels; those of methods' steps are like any other's."""
+"""Tasks of the rows of single kernels; rows of methods' steps have task ``decode_latency``."""
 
-_TITLE_WIDTH = 32  # letters over a panel
+_TITLE_WIDTH = 32  # characters in a line of a panel's title
 
 HOW_TO_READ = (
-    "Right: it agrees with its reference at every length tried, within the bound of its "
-    "arithmetic, and its whole result as near as its dtype allows. Times are medians of replayed "
-    "CUDA graphs with the caches emptied before each; the share is of the bandwidth measured in "
-    "the same process. A wrong result has no time. A speed-up is over the fastest of the dense "
-    "kernels that were timed in turn with the step."
+    "Right: equal to the reference within its rounding-error bound at every length tried, and the "
+    "whole result within its dtype's tolerance. Times are medians of replayed CUDA graphs, with "
+    "the caches emptied before each replay; bandwidth shares are of the bandwidth measured in the "
+    "same process. A wrong result has no time. A speed-up is over the fastest of the dense kernels "
+    "that were timed in turn with the step."
 )
 
 
 def of_kernels(rows: pd.DataFrame) -> pd.Series:
-    """Say for each row whether it is about a kernel, and not about a method."""
+    """Return for each row whether it is about a kernel, not about a method."""
     return rows["task"].isin([CHECK, TIMES, DENSE])
 
 
 def check_table(rows: pd.DataFrame) -> Table | None:
-    """Return for each operator in how many settings it was right; None without checks.
+    """Return the number of settings in which each operator was right; None without checks.
 
     Args:
         rows: Rows of kernels.
@@ -118,7 +118,7 @@ def speedup_table(rows: pd.DataFrame) -> Table | None:
 
 
 def draw(rows: pd.DataFrame, folder: Path, context: str) -> list[Drawn]:
-    """Draw what was timed: methods against the best dense baseline, baselines, operators.
+    """Draw the speed-ups over the best dense baseline, and the baselines' and operators' bandwidth.
 
     Args:
         rows: All rows of a report.
@@ -141,14 +141,15 @@ def draw(rows: pd.DataFrame, folder: Path, context: str) -> list[Drawn]:
         (
             "dense_baselines",
             "Dense attention: share of the memory bandwidth",
-            "Each timed alone. Orange: the fastest of its shape, of the steady ones if there are.",
+            "Each timed alone. Orange: the fastest of its shape, "
+            "among the steady ones if there are any.",
             lambda: _shares(rows[rows["task"] == DENSE]),
         ),
         (
             "operator_bandwidth",
             "Operators: share of the memory bandwidth",
-            "Bytes that the operator cannot do without, over its time and the measured bandwidth. "
-            f"The dashed line is the goal of the Hamming score, {GOAL_PERCENT}%.",
+            "Bytes that the operator must move, over its time and the measured bandwidth. "
+            f"The dashed line is the target for the Hamming score, {GOAL_PERCENT}%.",
             lambda: _shares(rows[rows["task"] == TIMES]),
         ),
     ]
@@ -167,8 +168,8 @@ def draw(rows: pd.DataFrame, folder: Path, context: str) -> list[Drawn]:
 
 
 def _notes(timed: pd.DataFrame) -> list[str]:
-    said = f"{UNSTEADY} Unsteady, not to be quoted; the column timing_note says why."
-    return [said] if is_unsteady(timed).any() else []
+    note = f"{UNSTEADY} Unsteady time, do not cite it; see column timing_note."
+    return [note] if is_unsteady(timed).any() else []
 
 
 def _timed(rows: pd.DataFrame) -> pd.DataFrame:
@@ -251,7 +252,7 @@ def _shares(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
 
 
 def _bars(axes: Axes, found: pd.DataFrame, column: str, colours: list[str], number: str) -> None:
-    """Draw a bar for each row from the top, its number beside it; none where there is no value."""
+    """Draw a bar with its number for each row, from the top; no bar where there is no value."""
     values, ends = found[column].astype(float), found[column].astype(float)
     axes.barh(range(len(found)), values.fillna(0), color=colours, height=0.7)
     if column == "speedup_vs_full":

@@ -65,7 +65,9 @@ def published() -> pd.DataFrame:
     return _read().copy()
 
 
-def beside(configurations: pd.DataFrame, numbers: pd.DataFrame | None = None) -> pd.DataFrame:
+def compare_with_published(
+    configurations: pd.DataFrame, numbers: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Return each published number with the most similar of our configurations.
 
     Args:
@@ -77,13 +79,15 @@ def beside(configurations: pd.DataFrame, numbers: pd.DataFrame | None = None) ->
         ``comparable``, and ``why`` not: each difference as ``KIND: DETAILS``.
     """
     data = published() if numbers is None else numbers
-    parts = [_beside(configuration, configurations, data) for _, configuration in data.iterrows()]
+    parts = [
+        _compare_number(configuration, configurations, data) for _, configuration in data.iterrows()
+    ]
     return pd.concat(
         [data.reset_index(drop=True), pd.DataFrame.from_records(parts)], axis=1
     ).astype({"ours": "float64", "published": "float64"})
 
 
-def _beside(
+def _compare_number(
     number: pd.Series, configurations: pd.DataFrame, numbers: pd.DataFrame
 ) -> dict[str, Any]:
     metric, factor = _METRICS.get(number["metric"], ("", 1.0))
@@ -253,7 +257,7 @@ def published_table(compared: pd.DataFrame) -> Table | None:
     return Table(heads, rows, words={0, 1, 2, 3, 5, 8, 11, 12, 13, 14})
 
 
-def left_out(compared: pd.DataFrame) -> list[str]:
+def without_counterpart(compared: pd.DataFrame) -> list[str]:
     """Return, per table or figure, a sentence on its numbers without a counterpart of ours."""
     data = compared[compared["ours"].isna()]
     sentences = []

@@ -23,7 +23,7 @@ from topkbench.analysis.break_even import MODELS, ModelSize, break_even_table, m
 from topkbench.analysis.configurations import Comparison, compare
 from topkbench.analysis.files import translate_os_error, write_atomic
 from topkbench.analysis.matched import MATCHED, matched_table
-from topkbench.analysis.paper import beside, left_out, published_table
+from topkbench.analysis.paper import compare_with_published, published_table, without_counterpart
 from topkbench.analysis.plots import Drawn, draw_all, smallest_batch
 from topkbench.analysis.record import CellStore, RecordError, Sweep, frame, samples_of, typed
 from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX, Row
@@ -176,8 +176,11 @@ def build(
     commands = [one for path in paths if path.is_dir() for one in Sweep.open(path).commands()]
     content["ran"] += [f"Command: {one}" for one in dict.fromkeys(commands)]
     if published:
-        numbers = beside(compared.configurations)
-        content |= {"published": published_table(numbers), "left_out": left_out(numbers)}
+        numbers = compare_with_published(compared.configurations)
+        content |= {
+            "published": published_table(numbers),
+            "without_counterpart": without_counterpart(numbers),
+        }
         text = numbers.to_csv(index=False, lineterminator="\n")
         write_atomic(folder / "published.csv", text.encode())
     write_atomic(folder / "report.md", _markdown(content).encode())
@@ -259,7 +262,7 @@ def _content(
         "kernels": _kernels(rows, folder),
         "published": None,
         "how_to_compare": _HOW_TO_COMPARE,
-        "left_out": [],
+        "without_counterpart": [],
         "failures": tables.failure_table(rows),
         "environment": tables.environment_table(rows),
     }
@@ -320,10 +323,10 @@ def _markdown(content: dict[str, Any]) -> str:
         for title, table in content["kernels"]["tables"]:
             parts += [f"### {title}", table.markdown()]
         parts += [_shown(one) for one in content["kernels"]["figures"]]
-    if content["left_out"]:
+    if content["without_counterpart"]:
         parts += ["## Published numbers beside ours", content["how_to_compare"]]
         parts += [content["published"].markdown()] if content["published"] is not None else []
-        parts += [f"- {one}" for one in content["left_out"]]
+        parts += [f"- {one}" for one in content["without_counterpart"]]
     if content["failures"] is not None:
         parts += ["## Failures and skips", content["failures"].markdown()]
     parts += ["## Environment", content["environment"].markdown()]

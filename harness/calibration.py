@@ -2,7 +2,7 @@
 
 Source: HATA samples its pairs from long documents (arXiv:2506.02572, appendix B.1). Its documents
 come from the benchmark it is evaluated on; here the configuration names the texts
-(``conf/calibration/``), which share nothing with any test.
+(``conf/calibration/``): by default prompts whose words no test uses.
 """
 
 import hashlib

@@ -131,7 +131,9 @@ def run_cell(context: Context, task: Task) -> Outcome:
     reset_peak_memory(context.loaded.model.device)
     method = context.method
     policy = method.effective_policy(context.policy)
-    reason = method.unsupported(context.geometry) or method.policy_unsupported_reason(policy)
+    reason = method.model_unsupported_reason(context.geometry) or method.policy_unsupported_reason(
+        policy
+    )
     if reason is None and task.uses_model and method.selects and not layers_read(context, 1)[0]:
         reason = (
             f"at least one layer must be left to {method.name}, but the policy and the design of "

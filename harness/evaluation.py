@@ -105,7 +105,7 @@ class Context:
         if answer is not None:
             return list(answer)
         decoder = Decoder(self.loaded, self.store, [prompt], prompt.sample.max_new_tokens + 1)
-        with self.attached(decoder, self.full.answering()):
+        with self.attached(decoder, self.full.for_answers()):
             return decoder.generate()[0]
 
     @contextmanager
@@ -208,7 +208,7 @@ class Reads:
         return cls(tokens, statistics.fmean(scanned) if scanned else None)
 
 
-class Counter(Observer):
+class ReadCounter(Observer):
     """Counts what a KV head reads in the sparse layers of decode steps.
 
     Attributes:
@@ -276,7 +276,7 @@ class Counter(Observer):
         }
 
 
-class StageWatch(Observer):
+class StageTimes(Observer):
     """Times the stages of decode steps."""
 
     def __init__(self, device: torch.device) -> None:
@@ -420,18 +420,18 @@ class GenerationTask(Task):
 
         Full attention always answers with the same kernel, whatever backend it is timed with.
         """
-        context = replace(context, method=context.method.answering())
+        context = replace(context, method=context.method.for_answers())
         for prompt in context.track(prompts, "prefill"):
             context.store.get(prompt.prefill_ids, context.method.needs)
         tokenizer = context.loaded.tokenizer
-        counters: dict[str, Counter] = {}
+        counters: dict[str, ReadCounter] = {}
         samples = []
         label = context.method.name
         for batch in context.track(batches(prompts, self.batch_size), label):
             most_new = max(prompt.sample.max_new_tokens for prompt in batch)
             needs = context.method.needs
             decoder = Decoder(context.loaded, context.store, batch, most_new + 1, needs)
-            counter = counters.setdefault(batch[0].sample.subtask, Counter())
+            counter = counters.setdefault(batch[0].sample.subtask, ReadCounter())
             with context.attached(decoder, context.method, counter) as session:
                 answers = decoder.generate()
             counter.steps.add(session.count)
@@ -576,12 +576,12 @@ def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dic
                 turn_ms[name].append(_timed_steps(context, used, method, token, Observer()))
                 if name == "method":
                     cache_bytes.append(used.cache.num_bytes)
-            watch = StageWatch(device)
+            observer = StageTimes(device)
             if context.method.compacts:
                 used = decoder_after_question(context, prompt, new_tokens)
-            _timed_steps(context, used, context.method, token, watch)
+            _timed_steps(context, used, context.method, token, observer)
             steps = WARM_UP_STEPS + TIMED_STEPS
-            for stage, milliseconds in watch.stages.times().items():
+            for stage, milliseconds in observer.stages.times().items():
                 if stage == "build":
                     # The time to capture what the method needs at prefill counts as build time.
                     build_ms = sum(milliseconds) + decoder.needs_ms[0]
@@ -623,11 +623,11 @@ def decoder_after_question(context: Context, prompt: Prompt, new_tokens: int) ->
 
 
 def _timed_steps(
-    context: Context, decoder: Decoder, method: TopKMethod, token: torch.Tensor, watch: Observer
+    context: Context, decoder: Decoder, method: TopKMethod, token: torch.Tensor, observer: Observer
 ) -> list[float]:
     """Run one turn; return the milliseconds of each step after the warm-up."""
     stages = Stages(decoder.device)
-    with context.attached(decoder, method, watch):
+    with context.attached(decoder, method, observer):
         for _ in range(WARM_UP_STEPS + TIMED_STEPS):
             with stages("step"):
                 logits = decoder.step(token)

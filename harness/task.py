@@ -1,4 +1,4 @@
-"""Samples, whose parts are kept separate, and the scoring of predictions."""
+"""A prompt split into context, question and answer, and string-match scoring of predictions."""
 
 import hashlib
 import json

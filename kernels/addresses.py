@@ -13,7 +13,7 @@ def bound_address(bound: Tensor | None) -> tuple[int, Tensor | None]:
 
 
 def check_rows(argument: str, tensor: Tensor) -> None:
-    """Refuse a tensor whose last axis is not contiguous.
+    """Raise unless a tensor's last axis is contiguous.
 
     Raises:
         ValueError: If the last axis is strided.

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def check_shape(argument: str, tensor: Tensor, notation: str, *sizes: int | None) -> None:
-    """Refuse a tensor of another shape.
+    """Raise if the shape differs.
 
     Args:
         argument: The argument's name, for the message.
@@ -28,7 +28,7 @@ def check_shape(argument: str, tensor: Tensor, notation: str, *sizes: int | None
 
 
 def check_dtype(argument: str, tensor: Tensor, *accepted: torch.dtype) -> None:
-    """Refuse a tensor of another dtype.
+    """Raise if the dtype is none of those accepted.
 
     Raises:
         TypeError: If the dtype is none of ``accepted``.
@@ -40,7 +40,7 @@ def check_dtype(argument: str, tensor: Tensor, *accepted: torch.dtype) -> None:
 
 
 def check_floating(argument: str, tensor: Tensor) -> None:
-    """Refuse a tensor that is not floating point.
+    """Raise unless a tensor is floating point.
 
     Raises:
         TypeError: If the dtype is not a floating point one.
@@ -53,7 +53,7 @@ def check_floating(argument: str, tensor: Tensor) -> None:
 def check_range(
     kv_start: Tensor | None, kv_len: Tensor | None, batch_size: int, device: torch.device
 ) -> None:
-    """Refuse a valid range that is not int32 ``[B]`` on the operator's device.
+    """Raise unless the bounds of the valid range are int32 ``[B]`` on the operator's device.
 
     Raises:
         ValueError: If a shape or device is wrong.
@@ -67,7 +67,7 @@ def check_range(
 
 
 def check_device(argument: str, tensor: Tensor, device: torch.device) -> None:
-    """Refuse a tensor on another device than the operator's first argument.
+    """Raise unless a tensor is on the device of the operator's first argument.
 
     Raises:
         ValueError: If the devices differ.

@@ -51,7 +51,7 @@ _INTERPRETED = not isinstance(valid_range, triton.JITFunction)
 
 
 def check_readable(argument: str, tensor: Tensor) -> None:
-    """Refuse a floating dtype that the kernels do not read.
+    """Raise unless the kernels can read a tensor's dtype.
 
     Raises:
         TypeError: If the dtype is not float32, bfloat16 or float16.

@@ -199,7 +199,7 @@ class TopKMethod(ABC):
         """
         return self
 
-    def answering(self) -> Self:
+    def for_answers(self) -> Self:
         """Return the method to generate answers with: self, unless a setting is for timing only."""
         return self
 
@@ -207,11 +207,11 @@ class TopKMethod(ABC):
         """Return one sentence saying why an effective policy is not supported, or None."""
         return None
 
-    # Fitting ------------------------------------------------------------------------------------
-
-    def unsupported(self, geometry: Geometry) -> str | None:
+    def model_unsupported_reason(self, geometry: Geometry) -> str | None:
         """Return one sentence saying why a model is not supported, or None."""
         return None
+
+    # Fitting ------------------------------------------------------------------------------------
 
     def artifact_spec(self, geometry: Geometry) -> dict[str, Any] | None:
         """Return the settings that identify the artifact, or None if the method learns nothing.
@@ -281,7 +281,7 @@ class TopKMethod(ABC):
         Raises:
             ValueError: With the reason, or with what the artifact must hold.
         """
-        reason = self.unsupported(geometry)
+        reason = self.model_unsupported_reason(geometry)
         if reason is not None:
             raise ValueError(reason)
         if self.artifact_spec(geometry) is None:

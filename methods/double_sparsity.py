@@ -117,7 +117,7 @@ class DoubleSparsity(TopKMethod):
         """Return the number of heavy channels for a head of size ``head_dim``."""
         return max(1, head_dim // 4) if self.channels is None else self.channels
 
-    def unsupported(self, geometry: Geometry) -> str | None:
+    def model_unsupported_reason(self, geometry: Geometry) -> str | None:
         channels = self.num_channels(geometry.head_dim)
         if channels > geometry.head_dim:
             return f"channels must be at most head_dim={geometry.head_dim}, got {channels}."

@@ -40,7 +40,7 @@ class FullAttention(TopKMethod):
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}.")
 
-    def answering(self) -> Self:
+    def for_answers(self) -> Self:
         return replace(self, backend="sdpa")  # answers must not depend on installed packages
 
     def build_index(self, prefill: PrefillInputs) -> Index:

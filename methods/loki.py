@@ -65,7 +65,7 @@ class Loki(TopKMethod):
         """Return the number of channels scored for a head of size ``head_dim``."""
         return max(1, head_dim // 4) if self.rank is None else self.rank
 
-    def unsupported(self, geometry: Geometry) -> str | None:
+    def model_unsupported_reason(self, geometry: Geometry) -> str | None:
         if self.channels(geometry.head_dim) > geometry.head_dim:
             return f"rank must be at most head_dim={geometry.head_dim}, got {self.rank}."
         return None

@@ -99,7 +99,7 @@ class PQCache(TopKMethod):
                 "take the other quarter."
             )
 
-    def unsupported(self, geometry: Geometry) -> str | None:
+    def model_unsupported_reason(self, geometry: Geometry) -> str | None:
         if geometry.head_dim % self.parts:
             return f"parts must divide head_dim={geometry.head_dim}, got {self.parts}."
         return None

@@ -161,7 +161,7 @@ class SpAtten(TopKMethod):
                 f"got {self.requantise_below}."
             )
 
-    def unsupported(self, geometry: Geometry) -> str | None:
+    def model_unsupported_reason(self, geometry: Geometry) -> str | None:
         if self.requantise_below is not None and geometry.head_dim % 2:
             return (
                 f"head_dim must be even for spatten's 4-bit keys, got {geometry.head_dim}; set "

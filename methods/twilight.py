@@ -149,10 +149,10 @@ class Twilight(TopKMethod):
 
     # Fitting, by the base -----------------------------------------------------------------------
 
-    def unsupported(self, geometry: Geometry) -> str | None:
+    def model_unsupported_reason(self, geometry: Geometry) -> str | None:
         if geometry.head_dim % 2:
             return f"head_dim must be even for twilight, got {geometry.head_dim}."
-        return self.base.unsupported(geometry)
+        return self.base.model_unsupported_reason(geometry)
 
     def artifact_spec(self, geometry: Geometry) -> dict[str, Any] | None:
         return self.base.artifact_spec(geometry)

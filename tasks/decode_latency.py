@@ -12,8 +12,8 @@ from torch import Tensor
 from topkbench.harness.evaluation import (
     STAGES,
     Context,
-    Counter,
     Outcome,
+    ReadCounter,
     Task,
     TaskRow,
     compact_unsupported_reason,
@@ -197,7 +197,7 @@ class DecodeLatency(Task):
             "full_backend": getattr(context.full, "backend", None),
             "index_bytes_per_token": float(method.index_bytes_per_token(geometry)),
         }
-        counter = Counter()
+        counter = ReadCounter()
         if method.selects:
             values["k"] = layer.policy.k
             mismatch = layer.mismatch()

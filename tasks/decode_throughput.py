@@ -13,8 +13,8 @@ from topkbench.harness.cell import peak_memory_mib, reset_peak_memory
 from topkbench.harness.decoding import NotFiniteError
 from topkbench.harness.evaluation import (
     Context,
-    Counter,
     Outcome,
+    ReadCounter,
     Task,
     TaskRow,
     accounting,
@@ -209,7 +209,7 @@ class DecodeThroughput(Task):
         """
         run()  # compiles
         session.forget(cache)
-        session.observer = observer = TimedCounter(context.loaded.model.device)
+        session.observer = observer = TimedReadCounter(context.loaded.model.device)
         run()
         session.observer = Observer()
         session.require_steps(2)
@@ -221,7 +221,7 @@ class DecodeThroughput(Task):
         return columns, sum(observer.stages.times().get("build", ()))
 
 
-class TimedCounter(Counter):
+class TimedReadCounter(ReadCounter):
     """Counts what a step reads and times its stages."""
 
     def __init__(self, device: torch.device) -> None:

@@ -95,7 +95,7 @@ def vocabulary() -> list[str]:
 
 
 @dataclass
-class Sequence:
+class TrainingSequence:
     """A token sequence under construction, with the accepted next tokens at trained positions."""
 
     ids: list[int] = field(default_factory=list)
@@ -130,9 +130,9 @@ class Corpus:
     def count(self, text: str) -> int:
         return len(self.encode(text))
 
-    def copy(self, length: int) -> Sequence:
+    def copy(self, length: int) -> TrainingSequence:
         """Return a repeated random segment of random length, so that no fixed offset is learned."""
-        sequence = Sequence()
+        sequence = TrainingSequence()
         size = self.rng.randint(length // 8, length // 2)
         segment = [self.rng.randrange(3, len(self.tokenizer)) for _ in range(size)]
         sequence.read(segment + segment[:1])
@@ -142,7 +142,12 @@ class Corpus:
         return sequence
 
     def ask(
-        self, sequence: Sequence, question: str, prefix: str, answers: list[str], link: str = ","
+        self,
+        sequence: TrainingSequence,
+        question: str,
+        prefix: str,
+        answers: list[str],
+        link: str = ",",
     ) -> None:
         """Append a question whose ``answers`` are right in any order, with ``link`` between them.
 
@@ -156,9 +161,9 @@ class Corpus:
             sequence.write(ids, [rest[0] for rest in encoded[index:]])
         sequence.write([*self.encode("."), self.eos])
 
-    def recall(
+    def retrieval(
         self, length: int, listed: float = 0.3, fewest: int = prompts.NUM_NEEDLES
-    ) -> Sequence:
+    ) -> TrainingSequence:
         """Return a haystack with needles, followed by as many questions about them as fit.
 
         ``listed`` is the share of the needles whose key has several values: ``fewest`` to four.
@@ -166,8 +171,10 @@ class Corpus:
         rng = self.rng
         questions = min(length * 9 // 20, 640)  # tokens for the questions
         full = (length - questions - 16) // 8  # number of needles that fill the context
-        dense = rng.random() < 0.5
-        total = int(full * rng.uniform(0.6, 1.0)) if dense else rng.randint(8, max(8, full // 6))
+        many_needles = rng.random() < 0.5
+        total = (
+            int(full * rng.uniform(0.6, 1.0)) if many_needles else rng.randint(8, max(8, full // 6))
+        )
         num_values = [rng.randint(fewest, prompts.NUM_NEEDLES) for _ in range(total)]
         num_many = max(1, round(listed * total / 3))
         num_single = max(prompts.NUM_NEEDLES, total - sum(num_values[:num_many]))
@@ -190,7 +197,7 @@ class Corpus:
         while tokens_left > 0:
             haystack.append(prompts.filler(rng, others))
             tokens_left -= prompts.SENTENCE_WORDS + 1
-        sequence = Sequence()
+        sequence = TrainingSequence()
         body = prompts.FACTS + prompts.scatter(rng, haystack, needles, ordered=False)
         sequence.read([self.bos, *self.encode(body)])
         many, single = keys[:num_many], keys[num_many:]
@@ -219,7 +226,7 @@ class Corpus:
                 break
         return sequence
 
-    def variables(self, length: int) -> Sequence:
+    def variables(self, length: int) -> TrainingSequence:
         """Return chains of assignments in noise, followed by a question about each chain."""
         rng = self.rng
         num_chains = rng.randint(1, max(1, min(6, length // 160)))
@@ -236,7 +243,7 @@ class Corpus:
             prompts.filler(rng, self.words)
             for _ in range(tokens_left // (prompts.SENTENCE_WORDS + 1))
         ]
-        sequence = Sequence()
+        sequence = TrainingSequence()
         body = prompts.VARIABLES + prompts.scatter(rng, haystack, statements, ordered=True)
         sequence.read([self.bos, *self.encode(body)])
         for chain, value in rng.sample(list(zip(chains, values, strict=True)), num_chains):
@@ -245,30 +252,30 @@ class Corpus:
             sequence.write([*self.encode(reference), self.eos])
         return sequence
 
-    def counting(self, length: int) -> Sequence:
+    def counting(self, length: int) -> TrainingSequence:
         """Return a question for the most common words of a list or coded words of a text."""
         subtask = self.rng.choice(("cwe", "fwe"))
         prompt = prompts.make_prompt(subtask, self.rng, self.words, length - 1, self.count)
-        sequence = Sequence()
+        sequence = TrainingSequence()
         sequence.read([self.bos, *self.encode(prompt.context)])
         answers = self.rng.sample(list(prompt.answers), len(prompt.answers))
         self.ask(sequence, prompt.question, prompt.answer_prefix, answers)
         return sequence
 
-    def draw(self, kind: str, length: int) -> Sequence:
+    def draw(self, kind: str, length: int) -> TrainingSequence:
         if kind == "mixed":
             kind = self.rng.choices(("recall", "variables", "counting"), (0.85, 0.08, 0.07))[0]
         make = {
             "copy": self.copy,
-            "recall": self.recall,
-            "lists": lambda length: self.recall(length, listed=0.85, fewest=2),
-            "full_lists": lambda length: self.recall(length, listed=0.85),
+            "recall": self.retrieval,
+            "lists": lambda length: self.retrieval(length, listed=0.85, fewest=2),
+            "full_lists": lambda length: self.retrieval(length, listed=0.85),
             "variables": self.variables,
             "counting": self.counting,
         }[kind]
         sequence = make(length)
         targets = [(position, ids) for position, ids in sequence.targets if position < length - 1]
-        return Sequence(sequence.ids[:length], targets)
+        return TrainingSequence(sequence.ids[:length], targets)
 
     def batches(self, kind: str, length: int, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
         """Yield batches: ids [B, L], positions [P] in the flat batch, accepted tokens [P, 10].
@@ -331,7 +338,7 @@ def forward(
     return -mass.mean(), hits.detach(), (accepted[:, 1] >= 0)
 
 
-def recall(model: LlamaForCausalLM, corpus: Corpus, phase: Phase) -> tuple[float, float]:
+def accuracy(model: LlamaForCausalLM, corpus: Corpus, phase: Phase) -> tuple[float, float]:
     """Return the shares of right tokens on new sequences: of all, and of the open-ended ones."""
     model.eval()
     with torch.no_grad():
@@ -371,7 +378,7 @@ def train(out: Path, seed: int, first_phase: int, steps_scale: float) -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             if (step + 1) % 50 == 0 or step == steps - 1:
-                share, many = recall(model, validation, phase)
+                share, many = accuracy(model, validation, phase)
                 seconds = time.perf_counter() - start
                 log.info(
                     "%5.0f s  phase %d %s %d  step %d  loss %.3f  right %.3f  open %.3f",

@@ -16,7 +16,7 @@ from topkbench.kernels.intrinsics import load_int64, store_float32, store_int64
 from topkbench.kernels.rows import add_rows, prefetch_rows, scored_span
 
 _BLOCK = 1024  # tokens in one piece of work: the sums of four queries are 16 KiB
-_TOGETHER = 8  # channels
+_CHANNELS_AT_ONCE = 8
 
 
 def channel_score(
@@ -27,7 +27,7 @@ def channel_score(
     kv_len: Tensor | None,
 ) -> Tensor:
     """Return ``[B, Hkv, G, n]`` float32; see the api."""
-    narrow = check_cache("channel_keys", channel_keys)
+    is_bfloat16 = check_cache("channel_keys", channel_keys)
     query, channels = query.float().contiguous(), channels.long().contiguous()
     batch_size, num_heads, group, rank = query.shape
     num_slots = channel_keys.shape[3]
@@ -39,7 +39,7 @@ def channel_score(
     rows = torch.empty(tasks, rank, dtype=torch.int64)
     _score(
         query.data_ptr(), channel_keys.data_ptr(), channel_keys.stride()[:3], channels.data_ptr(),
-        out.data_ptr(), rows.data_ptr(), sizes, start, end, narrow,
+        out.data_ptr(), rows.data_ptr(), sizes, start, end, is_bfloat16,
     )  # fmt: skip
     return out
 
@@ -55,10 +55,10 @@ def _score(
     sizes: tuple[int, int, int, int, int],
     start: int,
     end: int,
-    narrow: bool,
+    is_bfloat16: bool,
 ) -> None:
     batch_size, num_heads, group, num_slots, rank = sizes
-    item = 2 if narrow else 4
+    element_bytes = 2 if is_bfloat16 else 4
     num_blocks = (num_slots + _BLOCK - 1) // _BLOCK
     for task in prange(batch_size * num_heads * num_blocks):
         head_index = task // num_blocks
@@ -70,18 +70,19 @@ def _score(
         for g in range(group):
             for slot in range(begin, finish):
                 store_float32(scores, g * num_slots + slot, np.float32(0.0))
-        tokens = keys + item * (batch * strides[0] + head * strides[1] + begin)
+        tokens = keys + element_bytes * (batch * strides[0] + head * strides[1] + begin)
         rows = work + 8 * task * rank
-        for place in range(rank):
-            channel = load_int64(channels, head_index * rank + place)
-            store_int64(rows, place, tokens + item * strides[2] * channel)
+        for channel_index in range(rank):
+            channel = load_int64(channels, head_index * rank + channel_index)
+            store_int64(rows, channel_index, tokens + element_bytes * strides[2] * channel)
         size = finish - begin
-        for place in range(0, rank, _TOGETHER):
-            count = min(_TOGETHER, rank - place)
-            ahead = min(_TOGETHER, rank - place - count)
-            prefetch_rows(rows + 8 * (place + count), ahead, item * size)
-            weights = query + 4 * (head_index * group * rank + place)
+        for channel_index in range(0, rank, _CHANNELS_AT_ONCE):
+            count = min(_CHANNELS_AT_ONCE, rank - channel_index)
+            num_prefetched = min(_CHANNELS_AT_ONCE, rank - channel_index - count)
+            prefetch_rows(rows + 8 * (channel_index + count), num_prefetched, element_bytes * size)
+            weights = query + 4 * (head_index * group * rank + channel_index)
             sums = scores + 4 * begin
             add_rows(
-                sums, num_slots, weights, rank, rows + 8 * place, count, size, group, narrow
+                sums, num_slots, weights, rank, rows + 8 * channel_index, count, size, group,
+                is_bfloat16,
             )  # fmt: skip

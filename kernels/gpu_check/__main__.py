@@ -1,8 +1,8 @@
-"""The kernels on a GPU, in one shot: ``python -m topkbench.kernels.gpu_check --out FOLDER``.
+"""Check and time the kernels on a GPU: ``python -m topkbench.kernels.gpu_check --out FOLDER``.
 
 Checks every Triton kernel against its reference, times the operators, and times one decode step of
 each method against the fastest dense attention on the machine, most important first, within the
-minutes given. Needs torch, Triton and numba alone. ``docs/gpu.md`` says how to read what it leaves.
+given minutes. Needs only torch, Triton and numba. ``docs/gpu.md`` explains the rows it writes.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ _GOALS = {
     **{(_MHA, "32768 x 8"): 12, (_MHA, "262144"): 12},
     **{(_GQA, "131072"): 6, (_GQA, "131072 x 8"): 6},
 }
-"""HATA's speed-ups over the fastest dense attention that are hoped for, by model and tokens."""
-_GOAL_OF_BANDWIDTH = 0.7
+"""HATA's target speed-ups over the fastest dense attention, by model and tokens."""
+_BANDWIDTH_GOAL = 0.7  # target share of the memory bandwidth, for the Hamming score
 
-_MOST_WORKERS = 11  # as many as the first steps that may run at a time
-_GIB_PER_WORKER = 7  # of the device's memory, to check the largest shape
+_MOST_WORKERS = 11  # the number of steps before timing, which can run at the same time
+_GIB_PER_WORKER = 7  # device memory for checking the largest shape
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the plan; return `exit_status`, or 2 if nothing could run."""
-    began = time.monotonic()
+    started = time.monotonic()
     options = _parser().parse_args(arguments)
-    problem = _problem(options)
-    if problem:
-        print(f"error: {problem}", file=sys.stderr)
+    reason = _reason_not_to_run(options)
+    if reason is not None:
+        print(f"error: {reason}", file=sys.stderr)
         return 2
     if options.toy:
-        os.environ["TRITON_INTERPRET"] = "1"  # read by the processes that are started
+        os.environ["TRITON_INTERPRET"] = "1"  # read by the worker processes
     try:
         commit = commit_of(Path(__file__).resolve().parents[2], options.commit)
     except ValueError as error:
@@ -60,32 +60,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {options.out} must be a folder without rows.csv that can be written, but "
               f"{error.strerror or error}; name another.", file=sys.stderr)  # fmt: skip
         return 2
-    _say(plan.text(options.minutes))
+    _print_line(plan.text(options.minutes))
     supervisor = Supervisor(
         plan,
         writer,
-        60 * options.minutes - (time.monotonic() - began),
+        60 * options.minutes - (time.monotonic() - started),
         "cpu" if options.toy else options.device,
         options.toy,
         options.trials,
         commit,
-        _say,
+        _print_line,
     )
     supervisor.run()
-    _say(summary(writer.rows))
-    _say(f"rows: {writer.path}; tables and figures, where pandas and matplotlib are: "
-         f"python -m topkbench.analysis.report {writer.path.parent}")  # fmt: skip
+    _print_line(summary(writer.rows))
+    _print_line(
+        f"rows: {writer.path}; tables and figures, where pandas and matplotlib are installed: "
+        f"python -m topkbench.analysis.report {writer.path.parent}"
+    )
     return exit_status(writer.rows)
 
 
 def exit_status(rows: Sequence[Mapping[str, Any]]) -> int:
-    """Return 0, or 1 if a row is wrong or failed, or none is ok."""
+    """Return 0, or 1 if any row is wrong or failed or if none is ok."""
     statuses = {row["status"] for row in rows}
     return int("ok" not in statuses or bool(statuses & {"wrong", "failed"}))
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return how the steps ended, each method against the best dense baseline, and the goals."""
+    """Return the statuses' counts, each method's speed-up over dense attention, and the goals."""
     counts = Counter(row["status"] for row in rows)
     lines = ["", ", ".join(f"{count} {status}" for status, count in counts.items())]
     for row in rows:
@@ -99,32 +101,32 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{row['full_backend']}"
             )
     for (model, subtask), goal in _GOALS.items():
-        place = {"method": "hata", "model": model, "subtask": subtask}
-        found = _found(rows, "speedup_vs_full", **place)
-        said = f"{model}, {subtask} tokens: at least {goal} times the fastest dense"
-        lines.append(f"goal, HATA, {said}: {_against(goal, found, '.2f')}")
-    found = _found(rows, "bandwidth_fraction", task="kernel_times", method="hamming_score")
-    said = f"hamming_score: at least {_GOAL_OF_BANDWIDTH:.0%} of the bandwidth"
-    return "\n".join([*lines, f"goal, {said}: {_against(_GOAL_OF_BANDWIDTH, found, '.0%')}"])
+        speedups = _values(rows, "speedup_vs_full", method="hata", model=model, subtask=subtask)
+        label = f"{model}, {subtask} tokens: at least {goal} times the fastest dense"
+        lines.append(f"goal, HATA, {label}: {_verdict(goal, speedups, '.2f')}")
+    shares = _values(rows, "bandwidth_fraction", task="kernel_times", method="hamming_score")
+    label = f"hamming_score: at least {_BANDWIDTH_GOAL:.0%} of the bandwidth"
+    return "\n".join([*lines, f"goal, {label}: {_verdict(_BANDWIDTH_GOAL, shares, '.0%')}"])
 
 
-def _found(rows: Sequence[Mapping[str, Any]], column: str, **place: str) -> list[float]:
-    """Return a column's values in the rows of a place."""
-    named = place.items()
-    own = [row for row in rows if all(row.get(name) == value for name, value in named)]
-    return [row[column] for row in own if row.get(column) is not None]
+def _values(rows: Sequence[Mapping[str, Any]], column: str, **conditions: str) -> list[float]:
+    """Return a column's values in the rows whose other columns meet the conditions."""
+    matching = [
+        row for row in rows if all(row.get(name) == value for name, value in conditions.items())
+    ]
+    return [row[column] for row in matching if row.get(column) is not None]
 
 
-def _against(goal: float, found: Sequence[float], number: str) -> str:
-    """Say whether all that was found reaches a goal."""
-    if not found:
+def _verdict(goal: float, values: Sequence[float], number_format: str) -> str:
+    """Return whether all measured values reach a goal, followed by the values."""
+    if not values:
         return "not measured"
-    met = "met" if min(found) >= goal else "missed"
-    return ", ".join([met, *(format(one, number) for one in found)])
+    met = "met" if min(values) >= goal else "missed"
+    return ", ".join([met, *(format(value, number_format) for value in values)])
 
 
-def _problem(options: argparse.Namespace) -> str | None:
-    """Return in one sentence why nothing can run, or None."""
+def _reason_not_to_run(options: argparse.Namespace) -> str | None:
+    """Return one sentence saying why nothing can run, or None."""
     if not has_triton():
         return "the package triton is needed, which is not installed."
     if options.minutes <= 0 or options.trials < 1:
@@ -149,7 +151,7 @@ def _problem(options: argparse.Namespace) -> str | None:
 
 
 def _workers(options: argparse.Namespace) -> int:
-    """Return on how many processes to check: they compile, each on one core."""
+    """Return the number of processes for the checks; each compiles on one core."""
     if options.workers:
         return int(options.workers)
     if options.toy:
@@ -163,16 +165,16 @@ def commit_of(folder: Path, stated: str | None) -> dict[str, Any]:
     """Return the columns ``git_commit`` and ``git_dirty`` of the code in a checkout.
 
     Args:
-        folder: The checkout's root. Where it is not one, as in site-packages, git is not asked:
-            a repository further up is another project's.
-        stated: The commit that the user names, for code outside of git; may be abbreviated.
+        folder: The checkout's root. If it is not the root of a repository, as in site-packages, it
+            counts as outside git: a repository further up is another project's.
+        stated: The commit given by the user, for code outside git; may be abbreviated.
 
     Returns:
-        The commit, and whether a file that git knows was changed since; without git the stated
-        commit alone, or nothing.
+        The commit, and whether a tracked file was changed since; without git only the stated
+        commit, or nothing.
 
     Raises:
-        ValueError: If the stated commit is not the one that is checked out.
+        ValueError: If the stated commit is not the one checked out.
     """
 
     def git(*arguments: str) -> str | None:
@@ -191,7 +193,7 @@ def commit_of(folder: Path, stated: str | None) -> dict[str, Any]:
     return {"git_commit": head, "git_dirty": git("status", "--porcelain", "-uno") != ""}
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
     print(text, flush=True)
 
 
@@ -199,12 +201,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m topkbench.kernels.gpu_check", description=(__doc__ or "").split("\n\n")[0]
     )
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where rows.csv goes")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where rows.csv is written")
     parser.add_argument("--minutes", type=float, default=8.0, help="default: %(default)g")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--trials", type=int, default=25, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, help="processes that check; default: by cores")
-    parser.add_argument("--commit", help="of the code, where git does not say")
+    parser.add_argument("--workers", type=int, help="processes for the checks; default: by cores")
+    parser.add_argument("--commit", help="the code's commit, where it is not in git")
     parser.add_argument(
         "--toy", action="store_true", help="toy sizes in Triton's interpreter; nothing is timed"
     )

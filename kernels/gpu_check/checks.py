@@ -1,4 +1,4 @@
-"""Every operator that has a Triton kernel: checked on real shapes, and timed."""
+"""Check and time every operator that has a Triton kernel, on shapes of real models."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from typing import Any
 
 from topkbench.kernels.full_attention.api import full_attention
 from topkbench.kernels.gpu_check.plan import RBIT, Job, Size
-from topkbench.kernels.gpu_check.rows import times
+from topkbench.kernels.gpu_check.rows import time_columns
 from topkbench.kernels.gpu_check.workplace import DTYPES, Workplace, wrong_operators
 from topkbench.kernels.operators import Geometry, Operators
 from topkbench.kernels.steps import budget
 from topkbench.kernels.testing import WrongResult
 from topkbench.kernels.timing import clock_mhz
 
-Found = Iterator[tuple[str, dict[str, Any]]]
+PartRows = Iterator[tuple[str, dict[str, Any]]]
+"""Each part of a job with the columns of its row."""
 
 
-def check(place: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) -> Found:
-    """Compare each operator with its reference at every size; the first that fails ends it.
+def check(workplace: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) -> PartRows:
+    """Compare each operator with its reference at every size, up to the first that fails.
 
-    A row's ``kv_len`` is the most tokens at which the operator was right.
+    A row's ``kv_len`` is the largest number of tokens at which the operator was right.
     """
     dtype = DTYPES[job.options["dtype"]]
 
     @cache
-    def made(size: Size) -> Operators:
+    def operators_of(size: Size) -> Operators:
         shape = Geometry(
             batch_size=size.rows,
             num_kv_heads=job.options["num_kv_heads"],
@@ -36,24 +37,24 @@ def check(place: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) -> Foun
             kv_len=size.tokens,
             k=min(budget(size.tokens), size.tokens // 2),
         )
-        return Operators(shape, place.device, dtype, "triton", size.bounded, size.planted)
+        return Operators(shape, workplace.device, dtype, "triton", size.bounded, size.planted)
 
-    for name in job.left:
-        found: dict[str, Any] = {}
-        right: int | None = None
-        with place.part(name, found):
+    for name in job.remaining_parts:
+        columns: dict[str, Any] = {}
+        right_at: int | None = None
+        with workplace.part(name, columns):
             for size in job.options["sizes"]:
-                made(size).checks()[name]()
-                if not size.bounded:  # else fewer tokens than that count
-                    right = size.tokens
-            found["status"] = "ok"
-        if found["status"] != "ok":
-            found["reason"] = f"at {size}: {found['reason']}"
-        yield name, found | {"kv_len": right}
+                operators_of(size).checks()[name]()
+                if not size.bounded:  # in a bounded size fewer than its tokens are valid
+                    right_at = size.tokens
+            columns["status"] = "ok"
+        if columns["status"] != "ok":
+            columns["reason"] = f"at {size}: {columns['reason']}"
+        yield name, columns | {"kv_len": right_at}
 
 
-def operators(place: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) -> Found:
-    """Check each operator at one shape, then time those that are right, one by one, cold."""
+def operators(workplace: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) -> PartRows:
+    """Check each operator at one shape; time the right ones, each alone, with empty caches."""
     options = job.options
     heads, dtype = options["shape"], options["dtype"]
     shape = Geometry(
@@ -65,25 +66,25 @@ def operators(place: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) -> 
         kv_len=options["length"],
         k=budget(options["length"]),
     )
-    before = wrong_operators(rows, dtype, shape.head_dim, shape.group)
-    for name in job.left:
-        about = {"rbit": RBIT if name in ("hash_encode", "hamming_score") else None}
-        found: dict[str, Any] = {}
-        with place.part(name, found):
-            if name in before:
-                raise WrongResult(f"wrong in the checks before: {before[name]}")
-            made: Operators = place.keep(
+    known_wrong = wrong_operators(rows, dtype, shape.head_dim, shape.group)
+    for name in job.remaining_parts:
+        hash_columns = {"rbit": RBIT if name in ("hash_encode", "hamming_score") else None}
+        columns: dict[str, Any] = {}
+        with workplace.part(name, columns):
+            if name in known_wrong:
+                raise WrongResult(f"wrong in an earlier check: {known_wrong[name]}")
+            inputs: Operators = workplace.keep(
                 job.name,
                 "operators",
-                lambda: Operators(shape, place.device, DTYPES[dtype], "triton"),
+                lambda: Operators(shape, workplace.device, DTYPES[dtype], "triton"),
             )
-            made.checks()[name]()
-            needed = made.bytes_needed()[name]
-            if not place.toy:
-                states = (made.query.flatten(1, 2), made.keys, made.values, made.scale)
-                ours = {"full_attention": partial(full_attention, *states, backend="triton")}
-                taken = place.timed({name: (made.calls() | ours)[name]})[name]
-                found |= times(taken, None, needed, place.bandwidth_gb_s)
-                found["clock_mhz"] = clock_mhz(place.device)
-            found |= {"bytes_read_per_step": needed / shape.batch_size, "status": "ok"}
-        yield name, about | found
+            inputs.checks()[name]()
+            needed = inputs.bytes_needed()[name]
+            if not workplace.toy:
+                states = (inputs.query.flatten(1, 2), inputs.keys, inputs.values, inputs.scale)
+                dense = {"full_attention": partial(full_attention, *states, backend="triton")}
+                timing = workplace.timed({name: (inputs.calls() | dense)[name]})[name]
+                columns |= time_columns(timing, None, needed, workplace.bandwidth_gb_s)
+                columns["clock_mhz"] = clock_mhz(workplace.device)
+            columns |= {"bytes_read_per_step": needed / shape.batch_size, "status": "ok"}
+        yield name, hash_columns | columns

@@ -1,7 +1,7 @@
-"""The dense decode steps that methods are measured against: all that a machine has.
+"""The dense decode steps that methods are compared with: all that a machine has.
 
-The fastest of them that is right is the baseline. Each takes its time on the same cache; FlashInfer
-alone needs a paged copy of it.
+The fastest one whose result is right is the baseline. All read the same cache, except that
+FlashInfer needs a paged copy of it.
 """
 
 import warnings
@@ -19,7 +19,7 @@ from topkbench.kernels.gpu_check.rows import Unavailable
 from topkbench.kernels.steps import Layer
 
 Call = Callable[[], Tensor]
-# How torch says that a backend does not do these shapes, or is not there, on CUDA and on a CPU.
+# How torch's errors begin when a backend is missing or lacks these shapes, on CUDA and on a CPU.
 _NO_KERNEL = ("No available kernel", "No viable backend")
 
 
@@ -28,9 +28,9 @@ class Baseline:
     """A dense decode step.
 
     Attributes:
-        version: Returns the name of what runs and its version; raises ValueError, with the reason,
-            where it is not there.
-        make: Makes the call ``() -> [B, Hq, d]`` on a layer; what is planned once is planned here.
+        version: Returns the library's version; raises ValueError, with the reason, if it is not
+            installed.
+        make: Returns the call ``() -> [B, Hq, d]`` on a layer, planned once where it needs a plan.
     """
 
     version: Callable[[], str]
@@ -49,24 +49,24 @@ def _sdpa(backend: SDPBackend) -> Baseline:
             with sdpa_kernel(backend):
                 return full_attention(*states)
 
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 call()
             except RuntimeError as error:
                 if not str(error).startswith(_NO_KERNEL):
                     raise
-                # What each kernel lacks is told by warnings alone.
-                why = [str(one.message).partition(" (Triggered")[0] for one in said]
-                words = " ".join([str(error), *why])
-                raise Unavailable(f"this torch has no such kernel here: {words}") from None
+                # Only warnings say what each kernel lacks.
+                reasons = [str(one.message).partition(" (Triggered")[0] for one in caught]
+                text = " ".join([str(error), *reasons])
+                raise Unavailable(f"this torch has no such kernel here: {text}") from None
         return call
 
-    def named() -> str:
-        own = torch.backends.cudnn.version() if backend == SDPBackend.CUDNN_ATTENTION else None
-        return f"torch {torch.__version__}" + (f", cudnn {own}" if own else "")
+    def versions() -> str:
+        cudnn = torch.backends.cudnn.version() if backend == SDPBackend.CUDNN_ATTENTION else None
+        return f"torch {torch.__version__}" + (f", cudnn {cudnn}" if cudnn else "")
 
-    return Baseline(named, make)
+    return Baseline(versions, make)
 
 
 def _library(backend: Backend, module: str, distribution: str) -> Baseline:
@@ -106,4 +106,4 @@ BASELINES: dict[str, Baseline] = {
     "triton, tiles of 8 KiB": _triton(2**13, 4, 4),
     "triton, tiles of 32 KiB": _triton(2**15, 8, 2),
 }
-"""Every dense decode step, by its name; the block sizes of our own are fixed, three of them."""
+"""Every dense decode step, by name; our own kernel runs with three fixed tile sizes."""

@@ -1,4 +1,4 @@
-"""What is checked and timed, most important first, and how long it may take."""
+"""The plan of a run: what to check and time, most important first, with time estimates."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from topkbench.kernels.gpu_check.dense import BASELINES
 from topkbench.kernels.steps import METHODS, Geometry, budget
 
 SECONDS_PER_KERNEL = {"bfloat16": 1.25, "float16": 1.25, "float32": 1.75}
-"""To compile one variant of a kernel, by the dtype of the states: half as long again as it took
-for sm_90 on a shared core of a machine without a GPU (``tests/kernels/compile_kernels.py``)."""
+"""Estimate for compiling one variant of a kernel, by the states' dtype: 1.5 times what it took for
+sm_90 on a shared core of a machine without a GPU (``tests/kernels/compile_kernels.py``)."""
 SECONDS_TO_START = 15.0
-"""To start a process that has torch, Triton and the device."""
+"""Estimate for starting a process with torch, Triton and the device."""
 SECONDS_TO_END = 5.0
-"""To end the processes that must not run beside what is timed."""
+"""Estimate for ending the other processes before timing begins."""
 CHECKS_END_S = 200.0
-"""When timing begins, whatever is checked by then; the other checks go on after it."""
+"""When timing begins, in seconds from the start; unfinished checks continue after the timing."""
 SECONDS_PER_PART = 45.0
-"""After so long a part of a job is stopped, compiling included."""
+"""Time limit of one part of a job, compiling included."""
 RBIT = 128
 """Hash bits of a key."""
 
@@ -30,13 +30,15 @@ DTYPES = ("bfloat16", "float16", "float32")
 CHECKED = (*OPERATORS, "full_attention")
 """The operators that have a Triton kernel."""
 
-# Every two of dtype, head_dim and queries to a KV head occur together. Then the other triples.
+# Triples of dtype, head_dim and queries per KV head: in these each pair of values occurs.
 _PAIRS = [
     *(("bfloat16", 128, 4), ("bfloat16", 128, 1), ("bfloat16", 64, 8)),
     *(("float16", 128, 4), ("float16", 64, 1), ("float16", 128, 8)),
     *(("float32", 64, 4), ("float32", 128, 1), ("float32", 128, 8)),
 ]
-_REST = [one for one in product(DTYPES, (128, 64), (4, 1, 8)) if one not in _PAIRS]
+_OTHER_TRIPLES = [
+    triple for triple in product(DTYPES, (128, 64), (4, 1, 8)) if triple not in _PAIRS
+]
 
 
 class Size(NamedTuple):
@@ -45,9 +47,9 @@ class Size(NamedTuple):
     Attributes:
         tokens: Cached tokens.
         rows: Batch rows.
-        bounded: Rows begin and end inside the cache: fewer tokens count.
-        planted: A few keys carry most of the weight, which shows when one of them is left out;
-            else all weigh about alike, which shows when a tile of any others is.
+        bounded: Rows begin and end inside the cache, so that fewer tokens are valid.
+        planted: A few keys carry most of the weight, so that missing one of them shows; otherwise
+            all weigh about the same, so that missing any tile shows.
     """
 
     tokens: int
@@ -69,8 +71,13 @@ _SIZES = (
 
 # HATA's geometries (its Figure 5): heads, cached tokens and batch rows.
 _LLAMA2, _LLAMA31 = Geometry(32, 32, 128), Geometry(32, 8, 128)
-_DECODED = [(_LLAMA2, 32768, 8), (_LLAMA31, 131072, 1), (_LLAMA2, 262144, 1), (_LLAMA31, 131072, 8)]
-_SELECTING = [name for name in METHODS if name != "full"]
+_DECODE_SHAPES = [
+    (_LLAMA2, 32768, 8),
+    (_LLAMA31, 131072, 1),
+    (_LLAMA2, 262144, 1),
+    (_LLAMA31, 131072, 8),
+]
+_SPARSE_METHODS = [name for name in METHODS if name != "full"]
 
 
 @dataclass(frozen=True)
@@ -78,18 +85,18 @@ class Job:
     """One step of the plan, done by one process.
 
     Attributes:
-        name: What it is called where it is printed.
-        kind: Which function of ``worker.JOBS`` does it.
+        name: The name that is printed.
+        kind: The key in ``worker.JOBS`` of the function that does it.
         options: That function's settings.
-        about: Columns that all of its rows have.
-        parts: What it does one after the other, each of which gives a row.
-        part_column: The column that names the part.
-        compiles: Variants of kernels that it compiles and no earlier job did.
-        seconds: What it takes beside compiling.
-        alone: Nothing else may run meanwhile: it is timed.
-        left_out: Parts that are done, or ended an earlier process.
-        part_limit_s: After so many seconds a part is stopped.
-        needs: The job without whose rows this one is not worth doing; it is dropped with it.
+        about: Columns that all of its rows share.
+        parts: Its parts, done one after the other; each gives a row.
+        part_column: The column that names the part; empty if none does.
+        compiles: Kernel variants that it compiles and no earlier job has compiled.
+        seconds: Estimated time apart from compiling.
+        alone: Whether it is timed, so that nothing else may run at the same time.
+        finished_parts: Parts not to do again: they are done, or ended an earlier process.
+        part_limit_s: A part is stopped after this many seconds.
+        needs: Name of the job whose rows this one needs; if that job is dropped, so is this one.
     """
 
     name: str
@@ -101,50 +108,50 @@ class Job:
     compiles: int
     seconds: float
     alone: bool
-    left_out: frozenset[str] = frozenset()
+    finished_parts: frozenset[str] = frozenset()
     part_limit_s: float = SECONDS_PER_PART
     needs: str = ""
 
     @property
     def estimate_s(self) -> float:
-        """How long it should take."""
+        """Estimated seconds, compiling included."""
         cost = SECONDS_PER_KERNEL[self.about.get("p_dtype", "bfloat16")]
         return self.compiles * cost + self.seconds
 
     @property
-    def left(self) -> tuple[str, ...]:
+    def remaining_parts(self) -> tuple[str, ...]:
         """The parts still to be done."""
-        return tuple(part for part in self.parts if part not in self.left_out)
+        return tuple(part for part in self.parts if part not in self.finished_parts)
 
 
 def timing_first(jobs: Iterable[Job]) -> deque[Job]:
-    """Return jobs in their order, but those that are timed before all others."""
+    """Return the timed jobs, then the others, each in their order."""
     return deque(sorted(jobs, key=lambda job: not job.alone))
 
 
 def holds_up_timing(job: Job, end_s: float, waiting: Iterable[Job]) -> bool:
-    """Say whether a job that ends then is to wait until what is timed is done."""
+    """Return whether a check that would end at ``end_s`` must wait for the timed jobs."""
     return not job.alone and end_s > CHECKS_END_S and any(one.alone for one in waiting)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Jobs in the order of their importance, and on how many processes they run.
+    """Jobs, most important first, and the number of processes that run them.
 
     Attributes:
         jobs: The jobs.
-        workers: Processes at a time, for what need not be alone.
+        workers: Processes at a time, for jobs that need not run alone.
     """
 
     jobs: Sequence[Job]
     workers: int
     steps: list[tuple[float, Job]] = field(init=False)
-    """When each job should start, in seconds from the beginning, in the order of their starts."""
+    """The planned start of each job, in seconds from the beginning, in order."""
     total_s: float = field(init=False)
-    """When the last should end."""
+    """The planned end of the last job."""
 
     def __post_init__(self) -> None:
-        """Lay the jobs out: those next to each other in parallel, unless they must be alone."""
+        """Schedule the jobs: neighbours run in parallel unless they must run alone."""
         free = [SECONDS_TO_START] * self.workers
         steps: list[tuple[float, Job]] = []
         waiting = deque(self.jobs)
@@ -158,14 +165,14 @@ class Plan:
                 free = [max(free) + change] * self.workers
             elif job.alone:
                 free = [max(free)] * self.workers
-            place = free.index(min(free))
-            steps.append((free[place], job))
-            free[place] += job.estimate_s
+            worker = free.index(min(free))
+            steps.append((free[worker], job))
+            free[worker] += job.estimate_s
         object.__setattr__(self, "steps", steps)
         object.__setattr__(self, "total_s", max(free))
 
     def text(self, minutes: float) -> str:
-        """Return the plan as lines, with what is left out if it takes as long as it says."""
+        """Return the plan as lines; jobs that do not fit the time by the estimates are marked."""
         lines = [
             f"plan: {len(self.jobs)} steps, {sum(job.compiles for job in self.jobs)} kernels to "
             f"compile, {self.workers} processes: about {self.total_s / 60:.1f} of {minutes:g} "
@@ -185,7 +192,7 @@ def make_plan(workers: int, toy: bool, libraries: Sequence[str]) -> Plan:
 
     Args:
         workers: Processes at a time.
-        toy: The same at sizes that Triton's interpreter can do.
+        toy: Use sizes that Triton's interpreter can run.
         libraries: Optional libraries that are installed.
     """
     if toy:
@@ -197,18 +204,18 @@ def make_plan(workers: int, toy: bool, libraries: Sequence[str]) -> Plan:
         ]
         return Plan(jobs, workers)
     jobs = [_prepare()] if "flashinfer" in libraries else []
-    # Processes that start together each compile for themselves what all of them need.
+    # Processes that start together each compile what all of them need.
     jobs += [_check(*one, compiles=51) for one in _PAIRS if one[0] == "bfloat16"]
-    # As many heads as Llama-2 has are compiled for apart: their number is a multiple of 16.
-    few = (Size(128, 1, False, True), Size(1000, 2, False, False), Size(1000, 2, True, True))
-    jobs.append(_check("bfloat16", 128, 1, few, 16, 51))
+    # Triton compiles separately for Llama-2's number of heads, since it is a multiple of 16.
+    few_sizes = (Size(128, 1, False, True), Size(1000, 2, False, False), Size(1000, 2, True, True))
+    jobs.append(_check("bfloat16", 128, 1, few_sizes, 16, 51))
     jobs += [_check(*one, compiles=51) for one in _PAIRS if one[0] == "float16"]
-    jobs += [_operators(*shape, "bfloat16", 2) for shape in _DECODED[:2]]
-    for shape, compiles in zip(_DECODED, (True, True, False, False), strict=True):
+    jobs += [_operators(*shape, "bfloat16", 2) for shape in _DECODE_SHAPES[:2]]
+    for shape, compiles in zip(_DECODE_SHAPES, (True, True, False, False), strict=True):
         jobs += _decode(*shape, "bfloat16", compiles)
-    # Nothing is timed in float32. What does not depend on the dtype is compiled by now.
+    # Nothing is timed in float32. Kernels that do not depend on the dtype are compiled by now.
     jobs += [_check(*one, compiles=27) for one in _PAIRS if one[0] == "float32"]
-    jobs += [_check(*one, compiles=27) for one in _REST]
+    jobs += [_check(*one, compiles=27) for one in _OTHER_TRIPLES]
     return Plan(jobs, workers)
 
 
@@ -254,10 +261,10 @@ def _check(
     )
 
 
-def _place(shape: Geometry, length: int, batch_size: int, dtype: str) -> dict[str, Any]:
-    called = str(length) if batch_size == 1 else f"{length} x {batch_size}"
+def _shape_columns(shape: Geometry, length: int, batch_size: int, dtype: str) -> dict[str, Any]:
+    label = str(length) if batch_size == 1 else f"{length} x {batch_size}"
     return {
-        **{"model": str(shape), "subtask": called, "length": length, "kv_len": length},
+        **{"model": str(shape), "subtask": label, "length": length, "kv_len": length},
         **{"batch_size": batch_size, "p_dtype": dtype},
     }
 
@@ -267,10 +274,14 @@ def _decode(
 ) -> list[Job]:
     """Return the dense baselines of one shape, then each method."""
     options = {"shape": shape, "length": length, "batch_size": batch_size, "dtype": dtype}
-    about = {"task": "decode_latency", **_place(shape, length, batch_size, dtype), "seed": 0}
-    called = f"{shape}, {length:,} tokens, batch {batch_size}"
+    about = {
+        "task": "decode_latency",
+        **_shape_columns(shape, length, batch_size, dtype),
+        "seed": 0,
+    }
+    label = f"{shape}, {length:,} tokens, batch {batch_size}"
     dense = Job(
-        name=f"every dense baseline: {called}",
+        name=f"every dense baseline: {label}",
         kind="dense",
         options=options,
         about={**about, "task": "kernel_dense", "method": "full"},
@@ -282,12 +293,12 @@ def _decode(
     )
     methods = [
         Job(
-            name=f"{name} against the best of them: {called}",
+            name=f"{name} against the best of them: {label}",
             kind="method",
             options={**options, "method": name},
             about={
                 **{**about, "method": METHODS[name].name, "k": budget(length)},
-                **_hashed(name),
+                **_hash_columns(name),
             },
             parts=(name,),
             part_column="",
@@ -296,13 +307,13 @@ def _decode(
             alone=True,
             needs=dense.name,
         )
-        for name in ("hata_integer", "hata", *(one for one in _SELECTING if "hata" not in one))
+        for name in ("hata_integer", "hata", *(one for one in _SPARSE_METHODS if "hata" not in one))
     ]
     return [dense, *methods]
 
 
-def _hashed(method: str) -> dict[str, Any]:
-    """Return the columns that tell HATA's two variants apart; none for other methods."""
+def _hash_columns(method: str) -> dict[str, Any]:
+    """Return the columns that distinguish HATA's two variants; none for other methods."""
     return {"rbit": RBIT, "p_use_norm": method == "hata"} if "hata" in method else {}
 
 
@@ -313,7 +324,7 @@ def _operators(shape: Geometry, length: int, batch_size: int, dtype: str, compil
         kind="operators",
         options=options,
         about={
-            **{"task": "kernel_times", **_place(shape, length, batch_size, dtype)},
+            **{"task": "kernel_times", **_shape_columns(shape, length, batch_size, dtype)},
             **{"k": budget(length), "seed": 0},
         },
         parts=CHECKED,

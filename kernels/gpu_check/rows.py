@@ -1,4 +1,4 @@
-"""Rows, as ``python -m topkbench.analysis.report FOLDER`` reads them, written one by one."""
+"""Write rows, one by one, in the form that ``topkbench.analysis.report`` reads."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ _LONGEST_REASON = 400
 
 
 class Unavailable(Exception):
-    """What is to be timed is not on this machine; the text says why."""
+    """A library or torch backend is not on this machine; the message says why."""
 
 
 class DeviceLost(Exception):
-    """The device answers every call with an error: this process can do nothing more."""
+    """The device answers every call with an error, so the process cannot go on."""
 
 
 def outcome(error: BaseException) -> dict[str, str]:
-    """Return the status and the reason that an exception stands for."""
+    """Return the status and the reason of the row of a part that raised an exception."""
     if isinstance(error, WrongResult):
         status = "wrong"
     elif isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -51,32 +51,34 @@ def outcome(error: BaseException) -> dict[str, str]:
         status = "skipped"
     else:
         status = "failed"
-    named = status in ("wrong", "skipped")
-    words = " ".join(str(error).split()) or "no reason was given."
+    expected = status in ("wrong", "skipped")  # so the message needs no exception's name
+    message = " ".join(str(error).split()) or "no reason was given."
     return {
         "status": status,
-        "reason": (words if named else f"{type(error).__name__}: {words}")[:_LONGEST_REASON],
+        "reason": (message if expected else f"{type(error).__name__}: {message}")[:_LONGEST_REASON],
     }
 
 
-def times(step: Timing, full: Timing | None, needed: int, bandwidth: float) -> dict[str, Any]:
-    """Return the speed columns of a step that was timed in turn with full attention.
+def time_columns(
+    step: Timing, full: Timing | None, needed: int, bandwidth: float
+) -> dict[str, Any]:
+    """Return the speed columns of a step, which may be timed in turn with full attention.
 
     Args:
-        step: Its time.
-        full: Full attention's; None for full attention itself, and for an operator.
-        needed: Bytes that the step cannot do without, over the whole batch.
-        bandwidth: The memory's, in 1e9 bytes a second.
+        step: The step's times.
+        full: Full attention's times; None for full attention itself, and for an operator.
+        needed: Bytes that the step must move, over the whole batch.
+        bandwidth: The memory's bandwidth in GB/s (1e9 bytes per second).
     """
-    found = speed_columns(step.turns, None if full is None else full.turns)
+    columns = speed_columns(step.turns, None if full is None else full.turns)
     if full is None:  # nothing was timed in turn with it
-        found = {name: value for name, value in found.items() if not name.startswith("full_ms")}
-    found["bandwidth_fraction"] = needed / step.p50_ms / 1e6 / bandwidth
-    return found | {"bandwidth_gb_s": bandwidth}
+        columns = {name: value for name, value in columns.items() if not name.startswith("full_ms")}
+    columns["bandwidth_fraction"] = needed / step.p50_ms / 1e6 / bandwidth
+    return columns | {"bandwidth_gb_s": bandwidth}
 
 
 def speedup(row: Mapping[str, Any]) -> str:
-    """Return a row's speed-up with its 95% interval, where there were pairs enough for one."""
+    """Return a row's speed-up, with its 95% interval if there were enough pairs for one."""
     text = f"{row['speedup_vs_full']:.2f}"
     if row.get("speedup_ci_low") is None:
         return text
@@ -84,13 +86,13 @@ def speedup(row: Mapping[str, Any]) -> str:
 
 
 class Writer:
-    """Appends rows to ``rows.csv``, each on the disk before the next step begins.
+    """Appends rows to ``rows.csv``; each is on the disk before the next step begins.
 
     Args:
-        folder: Where; made if it is not there.
+        folder: The file's folder; created if needed.
 
     Raises:
-        FileExistsError: If it holds rows already: two runs must not mix in one file.
+        FileExistsError: If the folder has a ``rows.csv``: two runs must not share a file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -101,16 +103,16 @@ class Writer:
         self._append(dict(zip(COLUMNS, COLUMNS, strict=True)))
 
     def write(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Complete a row with its identity, append it, and return it."""
+        """Add a row's ``run_id``, append the row, and return it."""
         unknown = sorted(set(row) - set(COLUMNS))
         if unknown:
             raise ValueError(f"a row has no column {unknown[0]!r}.")
         names = [*_IDENTITY, *(["full_backend"] if row["method"] == "full" else [])]
-        key = repr([(name, row.get(name)) for name in names])
-        whole = {"subtask": "", **row, "run_id": sha256(key.encode()).hexdigest()[:16]}
-        self._append(whole)
-        self.rows.append(whole)
-        return whole
+        identity = repr([(name, row.get(name)) for name in names])
+        complete = {"subtask": "", **row, "run_id": sha256(identity.encode()).hexdigest()[:16]}
+        self._append(complete)
+        self.rows.append(complete)
+        return complete
 
     def _append(self, row: Mapping[str, Any]) -> None:
         line = io.StringIO()

@@ -1,8 +1,9 @@
-"""Runs a plan: hands jobs to processes, keeps the clock, and writes what they report.
+"""Runs a plan: hands jobs to processes, enforces time limits, and writes the rows.
 
-A kernel may end its process, or the device's context in it, or never return. Then the part that was
-running gets a row with the reason, a new process is started, and the job's other parts go on. What
-is timed does not wait for checks that take too long: they are stopped and taken up again after it.
+A kernel may crash its process, break the device's context in it, or never return. Then the part
+that was running gets a row with the reason, a new process is started, and it goes on with the job's
+other parts. Timed jobs do not wait for checks that take too long: those are stopped, and continue
+after the timing.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ _TICK_S = 1.0
 
 @dataclass
 class Worker:
-    """A process and what it is doing."""
+    """A process, its job, and the part of the job that it is doing."""
 
     process: BaseProcess
     channel: Connection
     job: Job | None = None
-    at: str | None = None
-    since: float = 0.0
-    """When the part began that it is at, or the job, or the process."""
+    current_part: str | None = None
+    started_at: float = 0.0
+    """When the current part started; without one, when the job or the process did."""
     reported: set[str] = field(default_factory=set)
     broken: str | None = None
-    """Why it could not start."""
+    """Why the process could not start."""
 
 
 class Supervisor:
@@ -56,12 +57,12 @@ class Supervisor:
     Args:
         plan: What to do.
         writer: Where the rows go.
-        limit_s: Seconds from now after which nothing runs any more.
+        limit_s: Seconds from now after which everything is stopped.
         device: Where the jobs run.
-        toy: In Triton's interpreter, untimed.
-        trials: How often each thing is timed.
-        always: Columns of every row beside those that a worker knows.
-        say: Prints a line.
+        toy: Run in Triton's interpreter and time nothing.
+        trials: How often each call is timed.
+        shared_columns: Columns of every row, besides those that a worker sends.
+        print_line: Prints a line.
     """
 
     def __init__(
@@ -72,37 +73,38 @@ class Supervisor:
         device: str,
         toy: bool,
         trials: int,
-        always: Mapping[str, Any],
-        say: Callable[[str], None],
+        shared_columns: Mapping[str, Any],
+        print_line: Callable[[str], None],
     ) -> None:
-        self.plan, self.writer, self.always, self.say = plan, writer, always, say
+        self.plan, self.writer = plan, writer
+        self.shared_columns, self.print_line = shared_columns, print_line
         self.settings = (device, toy, trials)
         self.began = time.monotonic()
         self.deadline = self.began + limit_s
         self.waiting = deque(plan.jobs)
         self.workers: list[Worker] = []
-        self.known: dict[str, Any] = {}
+        self.machine_columns: dict[str, Any] = {}
 
     def run(self) -> None:
         """Run the plan."""
         try:
             while self.waiting or any(worker.job for worker in self.workers):
                 self._hand_out()
-                self._listen()
-                self._stop_what_is_late()
+                self._receive()
+                self._stop_late_parts()
                 self._begin_timing()
         finally:
-            self._end(*self.workers)
+            self._end_workers(*self.workers)
 
     def _hand_out(self) -> None:
-        """Give each idle process the next job that may run now and for which there is time."""
+        """Give each idle process the next job that may run now and fits the remaining time."""
         while self.waiting:
             job = self.waiting[0]
             busy = [worker for worker in self.workers if worker.job is not None]
             if job.alone:
                 if busy:
                     return
-                self._end(*self.workers[1:])  # also gives back their shares of the memory
+                self._end_workers(*self.workers[1:])  # this also frees their device memory
             elif len(busy) >= self.plan.workers or any(one.job and one.job.alone for one in busy):
                 return
             now = time.monotonic()
@@ -117,103 +119,112 @@ class Supervisor:
                 self._drop(job, f"dropped: {needed:.0f} s needed, {max(left, 0):.0f} s left.")
                 continue
             worker = idle or self._start()
-            worker.job, worker.since, worker.at = job, now, None
+            worker.job, worker.started_at, worker.current_part = job, now, None
             worker.reported = set()
-            with suppress(OSError):  # if it has just ended, that is seen when it is listened to
+            with suppress(OSError):  # if it has just ended, _receive notices it
                 worker.channel.send((job, self.writer.rows))
 
     def _drop(self, job: Job, reason: str) -> None:
-        """Write that a job is not done, nor what needs it, unless a part of it was done."""
-        needing = [] if job.left_out else [one for one in self.waiting if one.needs == job.name]
-        for one in (job, *needing):
-            self._write_all(one, one.left, "skipped", reason)
-        self.waiting = deque(one for one in self.waiting if one not in needing)
+        """Write a job's remaining parts as skipped.
+
+        If no part of it was done, the jobs that need it are skipped too.
+        """
+        dependents = (
+            [] if job.finished_parts else [one for one in self.waiting if one.needs == job.name]
+        )
+        for one in (job, *dependents):
+            self._write_all(one, one.remaining_parts, "skipped", reason)
+        self.waiting = deque(one for one in self.waiting if one not in dependents)
 
     def _begin_timing(self) -> None:
-        """Stop the checks when it is time for what is timed; they go on after that."""
+        """When timing is due, stop the checks; they continue after it."""
         if time.monotonic() - self.began < CHECKS_END_S or not any(j.alone for j in self.waiting):
             return
         checking = [one for one in self.workers if one.job is not None and not one.job.alone]
         for worker in checking:
             assert worker.job is not None
-            self._end(worker)
-            self._again(worker.job, worker.reported)
+            self._end_workers(worker)
+            self._requeue(worker.job, worker.reported)
         self.waiting = timing_first(self.waiting)
 
     def _start(self) -> Worker:
-        # Spawned: a process that was forked cannot use CUDA.
+        # A forked process could not use CUDA.
         context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, *self.settings), daemon=True)
+        own_end, worker_end = context.Pipe()
+        process = context.Process(target=serve, args=(worker_end, *self.settings), daemon=True)
         process.start()
-        theirs.close()
-        worker = Worker(process, ours)
+        worker_end.close()
+        worker = Worker(process, own_end)
         self.workers.append(worker)
         return worker
 
-    def _listen(self) -> None:
-        """Take what the processes report, for a second at most."""
+    def _receive(self) -> None:
+        """Handle the processes' messages; wait at most a second for one."""
         channels = {worker.channel: worker for worker in self.workers}
         for ready in wait(list(channels), timeout=_TICK_S):
             worker = channels[ready]  # type: ignore[index]
             try:
                 while worker in self.workers and worker.channel.poll():
-                    self._take(worker, worker.channel.recv())
+                    self._handle_message(worker, worker.channel.recv())
             except (EOFError, OSError):
                 worker.process.join(10)
                 ended = f"the process ended with status {worker.process.exitcode}"
-                self._died(worker, worker.broken or ended)
+                self._fail(worker, worker.broken or ended)
 
-    def _take(self, worker: Worker, message: tuple[Any, ...]) -> None:
+    def _handle_message(self, worker: Worker, message: tuple[Any, ...]) -> None:
         kind, *content = message
         if kind == "hello":
-            self.known, worker.since = content[0], time.monotonic()
+            self.machine_columns, worker.started_at = content[0], time.monotonic()
         elif kind == "broken":
             worker.broken = f"the process could not start: {content[0]}"
-        elif kind == "at":
-            worker.at, worker.since = content[0], time.monotonic()
+        elif kind == "part":
+            worker.current_part, worker.started_at = content[0], time.monotonic()
         elif kind == "row" and worker.job is not None:
             part, columns = content
             self._write(worker.job, part, columns)
             worker.reported.add(part)
-            worker.at, worker.since = None, time.monotonic()
+            worker.current_part, worker.started_at = None, time.monotonic()
         elif kind == "done":
             job, worker.job = worker.job, None
             if not content[0] and job is not None:
-                self._end(worker)
-                self._again(job, worker.reported)
+                self._end_workers(worker)
+                self._requeue(job, worker.reported)
 
-    def _stop_what_is_late(self) -> None:
+    def _stop_late_parts(self) -> None:
         now = time.monotonic()
         for worker in list(self.workers):
             if worker.job is None:
                 continue
             allowed = worker.job.part_limit_s
             if now > self.deadline:
-                self._died(worker, "still running when the time was up")
-            elif now - worker.since > allowed:
-                self._died(worker, f"still running after {allowed:.0f} s")
+                self._fail(worker, "still running when the time was up")
+            elif now - worker.started_at > allowed:
+                self._fail(worker, f"still running after {allowed:.0f} s")
 
-    def _died(self, worker: Worker, why: str) -> None:
-        """Write a row for what was running in a process, end it, and take the rest up again.
+    def _fail(self, worker: Worker, why: str) -> None:
+        """End a process, write a row for the part it was doing, and requeue the job's other parts.
 
-        Where no part was running, all that are left have failed.
+        If no part was running, all remaining parts have failed.
         """
-        job, at = worker.job, worker.at
-        self._end(worker)
+        job, running = worker.job, worker.current_part
+        self._end_workers(worker)
         if job is None:
             return
-        ended = [at] if at else [part for part in job.left if part not in worker.reported]
-        self._write_all(job, ended, "failed", f"{why} in {at}." if at else why)
-        self._again(job, worker.reported | set(ended))
+        failed = (
+            [running]
+            if running
+            else [part for part in job.remaining_parts if part not in worker.reported]
+        )
+        self._write_all(job, failed, "failed", f"{why} in {running}." if running else why)
+        self._requeue(job, worker.reported | set(failed))
 
-    def _again(self, job: Job, done: set[str]) -> None:
-        rest = replace(job, left_out=job.left_out | done)
-        if rest.left:
+    def _requeue(self, job: Job, done: set[str]) -> None:
+        rest = replace(job, finished_parts=job.finished_parts | done)
+        if rest.remaining_parts:
             self.waiting.appendleft(rest)
 
-    def _end(self, *workers: Worker) -> None:
-        """End processes: the idle ones in peace, all at once, and those that do a job now."""
+    def _end_workers(self, *workers: Worker) -> None:
+        """End processes: tell the idle ones to stop, all at once; kill those that have a job."""
         until = time.monotonic() + SECONDS_TO_END
         for worker in workers:
             self.workers.remove(worker)
@@ -223,7 +234,7 @@ class Supervisor:
             idle = worker.job is None
             worker.process.join(max(0.0, until - time.monotonic()) if idle else 0)
             if worker.process.is_alive():
-                # Its whole session: a compiler that it started would run on beside what is timed.
+                # Kill its whole session: a compiler it started would disturb the timing.
                 assert worker.process.pid
                 with suppress(ProcessLookupError):
                     os.killpg(worker.process.pid, signal.SIGKILL)
@@ -236,14 +247,21 @@ class Supervisor:
             self._write(job, part, {"status": status, "reason": reason})
 
     def _write(self, job: Job, part: str, columns: Mapping[str, Any]) -> None:
-        named = {job.part_column: part} if job.part_column else {}
+        part_columns = {job.part_column: part} if job.part_column else {}
         row = self.writer.write(
             {
-                **{**self.known, **self.always, "reason": "", **job.about, **named, **columns},
+                **{
+                    **self.machine_columns,
+                    **self.shared_columns,
+                    "reason": "",
+                    **job.about,
+                    **part_columns,
+                    **columns,
+                },
                 "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             }
         )
-        self.say(_line(time.monotonic() - self.began, job, part, row))
+        self.print_line(_line(time.monotonic() - self.began, job, part, row))
 
 
 def _line(seconds: float, job: Job, part: str, row: Mapping[str, Any]) -> str:

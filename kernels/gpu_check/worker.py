@@ -1,9 +1,9 @@
-"""A process that does one job after the other on the device, and says what came out as it goes.
+"""A process that does one job after the other on the device and reports each result as it comes.
 
-It sends ``("hello", columns)`` when it can begin, or ``("broken", reason)`` and ends. Then
-``("at", part)`` before each part of a job, ``("row", part, columns)`` after it, and
-``("done", alive)`` at the end; where the device answers nothing but errors, ``alive`` is false and
-the process ends. `topkbench.kernels.gpu_check.supervisor` is at the other end.
+It sends ``("hello", columns)`` when it is ready; if it cannot start, it sends ``("broken",
+reason)`` and ends. For each job it sends ``("part", part)`` before each part, ``("row", part,
+columns)`` after it, and ``("done", alive)`` at the end. If the device only answers with errors,
+``alive`` is false and the process ends. `topkbench.kernels.gpu_check.supervisor` receives these.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ JOBS = {
     "method": decode.method,
     "operators": checks.operators,
 }
-"""What does each kind of job: ``(workplace, job, rows so far) -> parts and their columns``."""
+"""The function for each kind of job: ``(workplace, job, rows so far) -> parts, their columns``."""
 
 
 class Channel(Protocol):
@@ -41,58 +41,63 @@ class Channel(Protocol):
 
 
 def serve(channel: Channel, device: str, toy: bool, trials: int) -> None:
-    """Do jobs until told to stop or the device is lost.
+    """Do jobs until None is received or the device is lost.
 
     Args:
         channel: Gives ``(job, rows so far)``, or None to stop.
         device: Where everything runs.
-        toy: In Triton's interpreter, and nothing is timed.
-        trials: How often each thing is timed.
+        toy: Run in Triton's interpreter and time nothing.
+        trials: How often each call is timed.
     """
-    os.setsid()  # so that it can be ended with all that it started
+    os.setsid()  # so that its children can be ended with it
     try:
-        place = Workplace(torch.device(device), toy, trials)
-        channel.send(("hello", known(place.device, toy)))
+        workplace = Workplace(torch.device(device), toy, trials)
+        channel.send(("hello", machine_columns(workplace.device, toy)))
     except Exception as error:
         channel.send(("broken", outcome(error)["reason"]))
         return
-    while (given := channel.recv()) is not None:
-        job, rows = given
-        alive = run(place, job, rows, channel)
+    while (message := channel.recv()) is not None:
+        job, rows = message
+        alive = run(workplace, job, rows, channel)
         channel.send(("done", alive))
         if not alive:
             return
 
 
-def run(place: Workplace, job: Job, rows: Sequence[Mapping[str, Any]], channel: Channel) -> bool:
-    """Do one job, a row for each of its parts; return whether the device still answers."""
-    place.announce = lambda part: channel.send(("at", part))
-    place.at = None
-    left = list(job.left)
+def run(
+    workplace: Workplace, job: Job, rows: Sequence[Mapping[str, Any]], channel: Channel
+) -> bool:
+    """Do one job and send a row for each of its parts; return whether the device still answers."""
+    workplace.announce = lambda part: channel.send(("part", part))
+    workplace.current_part = None
+    remaining = list(job.remaining_parts)
     try:
-        for part, columns in JOBS[job.kind](place, job, rows):
+        for part, columns in JOBS[job.kind](workplace, job, rows):
             channel.send(("row", part, columns))
-            left.remove(part)
+            remaining.remove(part)
     except DeviceLost as error:
-        for lost in [place.at] if place.at in left else left:
+        current = workplace.current_part
+        for lost in [current] if current in remaining else remaining:
             channel.send(("row", lost, outcome(error)))
         return False
     except Exception as error:
-        for part in left:
+        for part in remaining:
             channel.send(("row", part, outcome(error)))
     try:
-        place.recover()
+        workplace.recover()
     except DeviceLost:
         return False
     return True
 
 
-def known(device: torch.device, toy: bool) -> dict[str, Any]:
-    """Return the columns that all rows of this machine have."""
-    found = versions()
+def machine_columns(device: torch.device, toy: bool) -> dict[str, Any]:
+    """Return the columns that describe the machine, the same in all rows."""
+    library_versions = versions()
     name = machine_name(device)
     return {
         "device": f"Triton's interpreter on {name}" if toy else name,
-        **{library: found[library] for library in ("driver", "torch", "numba", "triton")},
+        **{
+            library: library_versions[library] for library in ("driver", "torch", "numba", "triton")
+        },
         "impl": "interpreter" if toy else "triton",
     }

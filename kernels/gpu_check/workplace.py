@@ -1,4 +1,4 @@
-"""What the jobs of one process share: the device, its bandwidth, and how a part may fail."""
+"""What the jobs of one process share: the device, its bandwidth, and the handling of failures."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ DTYPES = {
     "float16": torch.float16,
 }
 
-_PROBE_BYTES = (2**31, 2**28)  # the second where there is no memory for the first
+_PROBE_BYTES = (2**31, 2**28)  # the second is used if there is no memory for the first
 
 
 class Workplace:
-    """One process's device, and what it keeps from job to job.
+    """One process's device, and the objects kept from job to job.
 
     Args:
         device: Where everything runs.
-        toy: Nothing is timed.
-        trials: How often each thing is timed.
+        toy: Whether nothing is timed.
+        trials: How often each call is timed.
     """
 
     def __init__(self, device: torch.device, toy: bool, trials: int) -> None:
         self.device, self.toy, self.trials = device, toy, trials
         self.announce: Callable[[str], None] = lambda part: None
-        self.at: str | None = None
+        self.current_part: str | None = None
         self._shape: Any = None
         self._kept: dict[str, Any] = {}
 
     @cached_property
     def bandwidth_gb_s(self) -> float:
-        """The memory's measured bandwidth; of so much that launching does not count.
+        """The measured memory bandwidth, over enough bytes that launch time does not matter.
 
-        Not measured before it is asked for: at a process's start others run beside it.
+        Measured at first use, since other processes are running when this one starts.
         """
         most, least = _PROBE_BYTES
         try:
@@ -60,7 +60,7 @@ class Workplace:
         """Time functions in turn as CUDA graphs, each with the caches emptied before it.
 
         Raises:
-            WrongResult: If what a graph left after the last replay is not what its function
+            WrongResult: If a graph's output after the last replay differs from what its function
                 returns, which was checked before.
         """
         on_gpu = self.device.type == "cuda"
@@ -68,35 +68,35 @@ class Workplace:
             name: captured(function, self.device) if on_gpu else function
             for name, function in functions.items()
         }
-        taken = measure(calls, self.trials, 3, self.device, before=self._emptier)
+        timings = measure(calls, self.trials, 3, self.device, before=self._emptier)
         for name, function in functions.items():
             try:
                 assert_same(calls[name](), function())
             except WrongResult as error:
                 raise WrongResult(f"{name} as it was timed: {error}") from None
-        return taken
+        return timings
 
     @contextmanager
-    def part(self, name: str, found: dict[str, Any]) -> Iterator[None]:
-        """Do one part of a job: what fails in it is written into ``found``, and the rest goes on.
+    def part(self, name: str, columns: dict[str, Any]) -> Iterator[None]:
+        """Run one part of a job; if it fails, replace ``columns`` by its status and the reason.
 
         Raises:
-            DeviceLost: If the device answers nothing but errors from now on.
+            DeviceLost: If the device answers every call with an error.
         """
-        self.at = name
+        self.current_part = name
         self.announce(name)
         try:
             yield
             self.synchronize()
         except Exception as error:
-            found.clear()
-            found |= outcome(error)
-            # What the traceback holds would stay on the device.
+            columns.clear()
+            columns |= outcome(error)
+            # Tensors that the traceback refers to would stay on the device.
             error.__traceback__ = None
-            self.recover(found["reason"])
+            self.recover(columns["reason"])
 
     def recover(self, reason: str = "") -> None:
-        """Give unused memory back.
+        """Free unused device memory.
 
         Raises:
             DeviceLost: If the device does not answer.
@@ -110,14 +110,14 @@ class Workplace:
             raise DeviceLost(reason or str(error)) from None
 
     def synchronize(self) -> None:
-        """Wait for the device, and hear of what went wrong there."""
+        """Wait for the device; raises what went wrong there."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def keep(self, shape: Any, name: str, make: Callable[[], Any]) -> Any:
-        """Return what was kept under a name for a shape, made now if it was not.
+        """Return the object kept under a name for a shape; make it if there is none.
 
-        What was kept for another shape is let go of before.
+        Objects of another shape are freed first.
         """
         if self._shape != shape:
             self._kept.clear()
@@ -129,7 +129,7 @@ class Workplace:
 
 
 def wrong_operators(rows: Sequence[Any], dtype: str, head_dim: int, group: int) -> dict[str, str]:
-    """Return the operators whose very kernels an earlier check found wrong, and why."""
+    """Return the operators that were wrong in an earlier check of this setting, with reasons."""
     return {
         row["method"]: row["reason"]
         for row in rows

@@ -111,7 +111,7 @@ def test_the_figures_show_each_shape_against_its_fastest_dense(folder: Path) -> 
     ]
     assert shown["timing_note"].notna().tolist() == [False, False, True, False]
     page = (folder / "report.html").read_text()
-    assert page.count("‡ Unsteady, not to be quoted; the column timing_note says why.") == 2
+    assert page.count("‡ Unsteady time, do not cite it; see column timing_note.") == 2
     dense = pd.read_csv(folder / "figures" / "dense_baselines.csv")
     assert dense["percent"].tolist() == pytest.approx([50.0, 12.5, 10.0])
     operators = pd.read_csv(folder / "figures" / "operator_bandwidth.csv")

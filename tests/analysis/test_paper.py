@@ -9,7 +9,13 @@ import pandas as pd
 import pytest
 
 from topkbench.analysis.configurations import compare
-from topkbench.analysis.paper import FOLDER, beside, left_out, published, published_table
+from topkbench.analysis.paper import (
+    FOLDER,
+    compare_with_published,
+    published,
+    published_table,
+    without_counterpart,
+)
 from topkbench.analysis.record import frame
 from topkbench.analysis.report import main
 from topkbench.analysis.row import Row
@@ -96,7 +102,7 @@ def ruler_rows(row: RowMaker, subtasks: tuple[str, ...], **settings: object) -> 
 
 
 def verdict(rows: pd.DataFrame, task: str = "mean") -> pd.Series:
-    compared = beside(compare(rows).configurations)
+    compared = compare_with_published(compare(rows).configurations)
     named = (compared["place"] == "Table 2") & (compared["model"] == "llama31_8b")
     (found,) = [
         one
@@ -156,12 +162,17 @@ def test_a_published_number_is_compared_with_our_nearest(row: RowMaker) -> None:
 
 
 def test_numbers_without_a_counterpart_are_listed_by_table(row: RowMaker) -> None:
-    sentences = left_out(beside(compare(ruler_rows(row, RULER_11)).configurations))
+    sentences = without_counterpart(
+        compare_with_published(compare(ruler_rows(row, RULER_11)).configurations)
+    )
     assert sentences[-1].startswith("Table 10: 24 numbers without one of ours")
     first = next(one for one in sentences if one.startswith("Table 1:"))
     assert "longbench_e is no task of this project" in first
     assert "Caveats: samples of more than 4,096 tokens alone" in first
-    assert published_table(beside(compare(frame([row(task="none")])).configurations)) is None
+    assert (
+        published_table(compare_with_published(compare(frame([row(task="none")])).configurations))
+        is None
+    )
 
 
 def test_the_report_shows_published_numbers_on_request(row: RowMaker, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from topkbench.analysis.tables import main_table
 from topkbench.analysis.variants import arms, difference_table, ladder
 
 RowMaker = Callable[..., Row]
-RUNGS = (("random", False), ("orthonormal", False), ("orthonormal", True), ("trained", True))
+VARIANTS = (("random", False), ("orthonormal", False), ("orthonormal", True), ("trained", True))
 
 
 def selection(row: RowMaker, settings: list[tuple[dict[str, object], int, int, float]]) -> Row:
@@ -46,7 +46,7 @@ def ladder_rows(row: RowMaker) -> pd.DataFrame:
     """Recall grows by 0.1 per variant and per doubling of the bits, and by 0.02 for seed 1."""
     settings = []
     for (rank, (weights, normed)), (place, rbit), seed in itertools.product(
-        enumerate(RUNGS), enumerate((64, 128)), (0, 1)
+        enumerate(VARIANTS), enumerate((64, 128)), (0, 1)
     ):
         parameters = {"weights": weights, "use_norm": normed, "centre_keys": False}
         settings.append((parameters, rbit, seed, 0.2 + 0.1 * (rank + place) + 0.02 * seed))

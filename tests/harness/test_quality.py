@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from topkbench.harness.evaluation import Counter
+from topkbench.harness.evaluation import ReadCounter
 from topkbench.harness.quality import DenseReference, SelectionMeter, quality
 from topkbench.methods.base import CacheView, Selection, StepResult
 
@@ -103,7 +103,7 @@ def test_selections_per_query_head_are_measured_per_head() -> None:
 )
 def test_quality_and_counter_agree_on_the_tokens_read(selection: Selection | None) -> None:
     result = StepResult(FULL_OUT, None, selection, None)
-    counter = Counter()
+    counter = ReadCounter()
     counter.on_step(0, QUERIES, CACHE, result, 1.0, None)
     found = quality(DenseReference.of(QUERIES, CACHE, 1.0), CACHE, result, 2)
     assert counter.density == found.tokens.mean().item() / 4

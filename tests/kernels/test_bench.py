@@ -219,10 +219,10 @@ def test_an_experiment_prints_and_writes_a_row_for_each_method_and_shape(
 def test_a_wrong_method_has_no_speed_and_others_keep_theirs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(step: Step) -> None:
+    def raise_wrong_result(step: Step) -> None:
         raise WrongResult("the output differ by 1, more than 0.001.")
 
-    monkeypatch.setattr(METHODS["quest"], "check", refuse)
+    monkeypatch.setattr(METHODS["quest"], "check", raise_wrong_result)
     file = tmp_path / "rows.csv"
     given = "--experiment stage_breakdown --lengths 128 --trials 1 --methods exact quest --out"
     assert bench.main([*given.split(), str(file)]) == 1

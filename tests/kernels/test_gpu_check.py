@@ -141,7 +141,7 @@ def test_the_whole_script_runs_in_the_interpreter_on_a_bare_machine(tmp_path: Pa
     assert "Triton's interpreter on " in text
 
 
-def test_the_plan_fits_eight_minutes_and_begins_with_what_matters_most() -> None:
+def test_the_plan_fits_eight_minutes_and_begins_with_the_most_important() -> None:
     plan = make_plan(11, False, ["flashinfer"])
     assert plan.total_s <= 8 * 60
     assert sum(job.compiles for job in plan.jobs) > 100
@@ -205,7 +205,7 @@ def test_a_plan_counts_compiling_and_what_must_be_alone() -> None:
     assert starts(parallel) == [15, 15, 25]
     assert Plan(parallel, 2).total_s == 35  # eight kernels of 1.25 s and 10 s; or twice 10 s
     assert job(10, False, 8, "float32").estimate_s == 24
-    # The other processes are ended before timing, which one process does, and started anew after.
+    # One process does the timing; the others are ended before it and started again after it.
     assert starts([*parallel, job(7, True)]) == [15, 15, 25, 40]
     assert starts([job(7, True), job(1, False)]) == [15, 37]
     # A check that would end too late waits until what is timed is done.
@@ -217,13 +217,13 @@ Times = Callable[[Mapping[str, Any]], None]
 
 @pytest.fixture
 def times(monkeypatch: pytest.MonkeyPatch) -> Times:
-    """Make up how long each call takes, or how it fails, by its name; 1 ms if nothing is said."""
-    told: dict[str, Any] = {}
+    """Make up how long each call takes, or how it fails, by its name; 1 ms by default."""
+    durations: dict[str, Any] = {}
 
     def timed(place: Workplace, calls: Mapping[str, Any]) -> dict[str, Timing]:
         taken = {}
         for name in calls:
-            found = told.get(name.partition(",")[0], 1.0)
+            found = durations.get(name.partition(",")[0], 1.0)
             if isinstance(found, Exception):
                 raise found
             taken[name] = Timing.of([found] * 8 if isinstance(found, float) else found)
@@ -231,7 +231,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Times:
 
     monkeypatch.setattr(Workplace, "timed", timed)
     monkeypatch.setattr(Workplace, "bandwidth_gb_s", 2.0)
-    return told.update
+    return durations.update
 
 
 def spoiled(result: Any) -> Any:
@@ -297,7 +297,7 @@ def test_a_tile_that_is_left_out_shows_where_no_key_is_planted(
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_a_check_says_how_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_records_the_longest_cache_that_was_right(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
     class Small(operators.Operators):
@@ -328,7 +328,7 @@ def test_only_a_comparison_calls_a_result_wrong() -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_what_was_wrong_before_has_no_speed_in_the_same_kernels(times: Times) -> None:
+def test_an_operator_that_failed_a_check_has_no_speed_in_the_same_setting(times: Times) -> None:
     jobs = toy_jobs()
     before = {
         **{"task": "kernel_check", "method": "sparse_attention", "status": "wrong"},
@@ -338,7 +338,7 @@ def test_what_was_wrong_before_has_no_speed_in_the_same_kernels(times: Times) ->
     found = do(step, [{**before, "p_group": 2}], toy=False)[0]
     assert (found["status"], found.get("decode_ms_p50")) == ("wrong", None)
     assert found["reason"] == (
-        "sparse_attention was wrong in the checks before: at 1,000 tokens: bad."
+        "sparse_attention was wrong in an earlier check: at 1,000 tokens: bad."
     )
     other = [{**before, "p_group": 8}, {**before, "p_group": 2, "method": "page_score"}]
     assert do(step, other, toy=False)[0]["status"] == "ok"
@@ -395,14 +395,16 @@ def test_a_baseline_that_cannot_be_timed_takes_no_other_with_it(times: Times) ->
     assert decode._fastest(jobs["hata"], rows)[0].startswith("triton, ")
 
 
-def test_why_torch_refuses_a_backend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: Any) -> Tensor:
+def test_a_row_gives_torchs_reasons_for_lacking_a_backend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def raise_no_kernel(*arguments: Any) -> Tensor:
         warnings.warn(
             "Flash attention needs 16 bits. (Triggered internally at a.cpp:1)", stacklevel=1
         )
         raise RuntimeError("No available kernel. Aborting execution.")
 
-    monkeypatch.setattr(dense, "full_attention", refuse)
+    monkeypatch.setattr(dense, "full_attention", raise_no_kernel)
     row = do(replace(toy_jobs()["dense"], parts=("sdpa flash",)), [])[0]
     assert (row["status"], row["reason"]) == (
         "skipped",
@@ -412,7 +414,7 @@ def test_why_torch_refuses_a_backend_is_told(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_what_is_timed_is_compared_once_more() -> None:
+def test_the_timed_graphs_output_is_compared_again() -> None:
     place = Workplace(torch.device("cpu"), False, 2)
     vars(place)["_emptier"] = lambda: None
     count = itertools.count()
@@ -527,7 +529,7 @@ def test_a_library_that_was_not_ready_is_not_waited_for_again(
     assert found["reason"].startswith("flashinfer: flashinfer was not ready: ")
 
 
-def test_what_fails_before_any_part_is_a_row_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_before_any_part_is_a_row_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> Any:
         raise RuntimeError("no states.")
         yield
@@ -537,7 +539,7 @@ def test_what_fails_before_any_part_is_a_row_for_each(monkeypatch: pytest.Monkey
         yield
 
     place, job = Workplace(torch.device("cpu"), True, 1), job_of("a", "b")
-    place.at = "b"  # of the job before
+    place.current_part = "b"  # of the job before
     for function, alive, reason in (
         (fail, True, "RuntimeError: no states."),
         (lose, False, "DeviceLost: no answer."),
@@ -556,8 +558,8 @@ def fake_worker(channel: Any, device: str, toy: bool, trials: int) -> None:
     channel.send(("hello", {"device": device}))
     while (given := channel.recv()) is not None:
         job, _ = given
-        for part in job.left:
-            channel.send(("at", part))
+        for part in job.remaining_parts:
+            channel.send(("part", part))
             if part == "killer":
                 os.kill(os.getpid(), signal.SIGKILL)
             if part == "sleeper":
@@ -587,9 +589,9 @@ def supervised(
     )  # fmt: skip
     monkeypatch.setattr(supervisor, "serve", fake_worker)
     writer = Writer(folder / "out")
-    said: list[str] = []
-    Supervisor(Plan(jobs, 2), writer, limit_s, device, True, 1, {}, said.append).run()
-    assert len(said) == len(writer.rows)
+    printed: list[str] = []
+    Supervisor(Plan(jobs, 2), writer, limit_s, device, True, 1, {}, printed.append).run()
+    assert len(printed) == len(writer.rows)
     with (folder / "out" / "rows.csv").open(newline="") as file:
         read = list(csv.DictReader(file))
     assert [row["method"] for row in read] == [row["method"] for row in writer.rows]
@@ -605,7 +607,7 @@ def job_of(*parts: str, alone: bool = True, seconds: float = 1, limit_s: float =
     return Job("name", "check", {}, about, parts, "method", 0, seconds, alone, part_limit_s=limit_s)
 
 
-def test_what_ends_a_process_is_a_row_and_the_rest_goes_on(
+def test_a_part_that_ends_its_process_has_a_row_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     jobs = [job_of("a", "killer", "b", "lost", "c"), job_of("d", alone=False), job_of("e")]
@@ -628,7 +630,7 @@ def test_a_process_that_cannot_start_says_why(
     assert outcomes(found) == [(part, "failed", reason) for part in "abc"]
 
 
-def test_why_a_process_cannot_start_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_cannot_start_sends_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = Sent()
     monkeypatch.setattr(os, "setsid", lambda: None)
     worker.serve(sent, "nowhere", True, 1)
@@ -637,7 +639,7 @@ def test_why_a_process_cannot_start_is_sent(monkeypatch: pytest.MonkeyPatch) -> 
     assert reason.startswith("RuntimeError: ")
 
 
-def test_what_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_part_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     jobs = [job_of("sleeper", "a", limit_s=0.3)]
     assert outcomes(supervised(monkeypatch, tmp_path, jobs)) == [
         ("sleeper", "failed", "still running after 0 s in sleeper."),
@@ -645,7 +647,7 @@ def test_what_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     ]
 
 
-def test_checks_that_take_too_long_go_on_after_what_is_timed(
+def test_checks_that_take_too_long_continue_after_the_timing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for module in (plan, supervisor):
@@ -662,7 +664,7 @@ def test_checks_that_take_too_long_go_on_after_what_is_timed(
     ]
 
 
-def test_what_there_is_no_time_for_is_dropped(
+def test_a_job_that_does_not_fit_the_time_is_dropped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     began = time.monotonic()
@@ -683,7 +685,7 @@ def test_what_there_is_no_time_for_is_dropped(
     assert found[5][2] == "dropped: 1 s needed, 0 s left."
 
 
-def test_a_plan_without_time_has_a_row_and_an_id_for_each_thing(
+def test_a_plan_without_time_has_a_row_and_an_id_for_each_part(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     jobs = make_plan(3, False, ["flashinfer"]).jobs
@@ -694,7 +696,7 @@ def test_a_plan_without_time_has_a_row_and_an_id_for_each_thing(
     assert len(report.load(tmp_path / "out")[0]) == len(rows)
 
 
-def test_methods_are_dropped_with_what_they_are_compared_with(
+def test_methods_are_dropped_with_the_dense_job_that_they_need(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     dense = replace(job_of("a", seconds=900), name="dense")
@@ -734,7 +736,7 @@ def test_idle_processes_are_told_to_end_before_any_is_waited_for(tmp_path: Path)
     own = Supervisor(Plan([], 2), Writer(tmp_path), 1, "", True, 1, {}, done.append)
     fakes = [Fake(name) for name in "ab"]
     own.workers = [supervisor.Worker(fake, fake) for fake in fakes]  # type: ignore[arg-type]
-    own._end(*own.workers)
+    own._end_workers(*own.workers)
     assert done == ["tell a", "tell b", "wait for a", "wait for b"]
 
 
@@ -752,7 +754,7 @@ def test_the_exit_status_says_whether_all_went_well(statuses: tuple[str, ...], s
     assert script.exit_status([{"status": one} for one in statuses]) == status
 
 
-def test_the_summary_lays_what_was_found_beside_the_goals() -> None:
+def test_the_summary_compares_the_results_with_the_goals() -> None:
     jobs = make_plan(1, False, []).jobs
     rows: list[dict[str, Any]] = []
     for job in jobs:
@@ -773,20 +775,20 @@ def test_the_summary_lays_what_was_found_beside_the_goals() -> None:
     assert script.summary([]).count("not measured") == 5
 
 
-def test_what_cannot_be_run_is_refused_in_one_sentence(
+def test_a_run_that_cannot_start_has_an_error_of_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = ["--out", str(tmp_path)]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(script, "has_triton", lambda: True)
-    for arguments, said in (
+    for arguments, printed in (
         ([], "TRITON_INTERPRET=1 runs the kernels in Python, which measures nothing"),
         (["--toy", "--minutes", "0"], "--minutes must be positive and --trials at least 1, got 0"),
         (["--toy", "--workers", "-1"], "--workers must be at least 1, got -1"),
         (["--toy", "--commit", "abc"], "--commit must be the checked out "),
     ):
         assert script.main([*given, *arguments]) == 2
-        assert said in capsys.readouterr().err
+        assert printed in capsys.readouterr().err
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     for device in ("cpu", "nowhere"):
         assert script.main([*given, "--device", device]) == 2

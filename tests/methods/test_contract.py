@@ -536,7 +536,7 @@ def test_native_policy_selects(selecting: TopKMethod, states: States, build: Bui
 
 
 def test_supports_an_ordinary_model(method: TopKMethod, geometry: Geometry) -> None:
-    assert method.unsupported(geometry) is None
+    assert method.model_unsupported_reason(geometry) is None
     method.check_ready(geometry)
 
 

@@ -255,7 +255,7 @@ def test_layers_on_several_devices_are_refused() -> None:
 
 def test_an_odd_head_dim_with_4_bit_keys_is_refused() -> None:
     geometry = Geometry(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=15)
-    assert SpAtten().unsupported(geometry) is None
+    assert SpAtten().model_unsupported_reason(geometry) is None
     with pytest.raises(ValueError, match="head_dim must be even for spatten's 4-bit keys, got 15"):
         SpAtten(requantise_below=0.5).check_ready(geometry)
 

@@ -64,7 +64,7 @@ def test_the_shipped_model_is_known_by_name() -> None:
     assert len(loaded.tokenizer) <= 4096
 
 
-def one_sentence(error: BaseException, *words: str) -> None:
+def assert_one_line_error(error: BaseException, *words: str) -> None:
     text = str(error)
     assert "\n" not in text
     assert len(text) < 400
@@ -74,13 +74,15 @@ def one_sentence(error: BaseException, *words: str) -> None:
 def test_a_missing_folder_is_refused() -> None:
     with pytest.raises(ModelNotAvailable) as caught:
         load_model("mine", "/no/such/folder")
-    one_sentence(caught.value, "model.path must be", "found no folder /no/such/folder", "tiny")
+    assert_one_line_error(
+        caught.value, "model.path must be", "found no folder /no/such/folder", "tiny"
+    )
 
 
 def test_a_hub_model_that_cannot_be_reached() -> None:
     with pytest.raises(ModelNotAvailable) as caught:
         load_model("mine", "nobody/no-such-model")
-    one_sentence(caught.value, "nobody/no-such-model must be a reachable")
+    assert_one_line_error(caught.value, "nobody/no-such-model must be a reachable")
 
 
 def truncate(path: Path) -> None:
@@ -128,7 +130,9 @@ def test_a_damaged_model(copy: Path, damage: Damage) -> None:
     damage(copy)
     with pytest.raises(ModelNotAvailable) as caught:
         load_model("mine", str(copy))
-    one_sentence(caught.value, f"the model {copy} must be a reachable, whole safetensors model")
+    assert_one_line_error(
+        caught.value, f"the model {copy} must be a reachable, whole safetensors model"
+    )
 
 
 def add(path: Path, **tensors: torch.Tensor) -> None:
@@ -143,7 +147,9 @@ def test_weights_that_the_configuration_does_not_have_are_refused(copy: Path, na
     add(copy, **{name: torch.ones(8)})
     with pytest.raises(ModelNotAvailable) as caught:
         load_model("mine", str(copy))
-    one_sentence(caught.value, "whole safetensors", f"no place in the configuration for {name}.")
+    assert_one_line_error(
+        caught.value, "whole safetensors", f"no place in the configuration for {name}."
+    )
 
 
 def test_weights_that_transformers_ignores_are_accepted(copy: Path) -> None:
@@ -205,7 +211,9 @@ def test_a_model_of_random_weights_has_no_tokenizer() -> None:
     loaded = load_model("mine", "random", architecture=SMALL)
     with pytest.raises(ModelNotAvailable) as caught:
         loaded.tokenizer.encode("word")
-    one_sentence(caught.value, "needs text, and mine has random weights and no tokenizer", "task=")
+    assert_one_line_error(
+        caught.value, "needs text, and mine has random weights and no tokenizer", "task="
+    )
 
 
 @pytest.mark.parametrize(
@@ -223,7 +231,7 @@ def test_bad_architectures(
 ) -> None:
     with pytest.raises(ModelNotAvailable) as caught:
         load_model("mine", path, architecture=architecture)
-    one_sentence(caught.value, *words)
+    assert_one_line_error(caught.value, *words)
 
 
 @pytest.mark.parametrize(

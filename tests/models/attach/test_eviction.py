@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from topkbench.harness.evaluation import Counter
+from topkbench.harness.evaluation import ReadCounter
 from topkbench.methods.base import Policy, TopKMethod
 from topkbench.methods.eviction import SPARE, Evicting
 from topkbench.methods.h2o import H2O
@@ -52,7 +52,7 @@ def decode(
     states = [prefill(model, ids, method.needs) for ids in prompts]
     cache = DecodeCache(states, steps)
     token = torch.stack([one.logits for one in states]).argmax(-1, keepdim=True)
-    counter, logits = Counter(), []
+    counter, logits = ReadCounter(), []
     with attach(model, method, policy, counter), torch.no_grad():
         for _ in range(steps):
             cache.extend()
