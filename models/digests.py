@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from topkbench.models.files import is_of_this_user
+
 if TYPE_CHECKING:
-    from topkbench.models.files import is_of_this_user
-from topkbench.models.load import LoadedModel
+    from topkbench.models.load import LoadedModel
 
 # Hashes are cached for files of at least this size; smaller ones are faster to read again.
 CACHE_FROM_BYTES = 64 * 2**20

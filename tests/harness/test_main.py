@@ -398,7 +398,7 @@ def test_a_fit_is_kept_found_and_made_anew(commands: Commands) -> None:
     # Another budget is the same fit; and a task that uses the method finds the artifact.
     assert commands.run(*quick, "k=16,32", "-m") == 0, commands.text("err")
     assert len(commands.cells) == 1
-    said = "tiny fit method=hata rbit=32: found, and not fitted again"
+    said = "tiny fit method=hata rbit=32 protocol=unified: found, and not fitted again"
     assert commands.text("out").count(said) == 1
     assert commands.run(*quick[:2], "method=hata", "rbit=32", "k=16") == 0, commands.text("err")
     assert path.stat().st_mtime_ns == written
@@ -457,7 +457,10 @@ def one_sentence(commands: Commands, *words: str) -> None:
         (["task.length=30"], ["use a larger task.length."]),
         (["task.source=/no/such/file"], ["task.source must be", "/no/such/file"]),
         (["device=cuda:99"], ["cuda:99"]),
-        (["method=quest", "task=fit"], ["task=fit needs a method that learns, and quest as it is"]),
+        (
+            ["method=quest", "task=fit"],
+            ["task=fit needs a method that learns, but quest with these settings learns nothing"],
+        ),
         (
             ["method=loki", "task=fit", "calibration_memory_gib=0.0001"],
             ["a layer must fit calibration_memory_gib, got", "for 0.0001 GiB; raise it"],
@@ -744,7 +747,7 @@ def test_the_command_runs_beside_hugging_faces_kernels(
     environment = {
         **os.environ,
         **commands.environment,
-        "PYTHONPATH": str(site),
+        "PYTHONPATH": os.pathsep.join([str(site), str(ROOT / ".types")]),
         "HF_HUB_OFFLINE": "1",
     }
     check = """
