@@ -382,7 +382,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         models = model_sizes(options.models)
-        print(build(options.results, options.out, models, options.published))
+        # A run that was stopped before its first cell leaves an empty folder.
+        empty = [
+            one for one in map(Path, options.results) if one.is_dir() and not any(one.iterdir())
+        ]
+        results = [one for one in options.results if Path(one) not in empty] or options.results
+        for one in empty if results is not options.results else ():
+            print(f"{one} is empty and left out.", file=sys.stderr)
+        print(build(results, options.out, models, options.published))
     except RecordError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -91,6 +91,18 @@ def test_reports_are_merged_and_rebuilt_from_their_own_tables(
     assert len(report.load(small_sweep.store.folder.parent)[0]) == 5 * 6
 
 
+def test_an_empty_folder_among_several_is_left_out(
+    small_sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "stopped"
+    empty.mkdir()
+    arguments = [str(empty), str(small_sweep.folder), "--out", str(tmp_path / "merged")]
+    assert report.main(arguments) == 0
+    assert capsys.readouterr().err == f"{empty} is empty and left out.\n"
+    assert len(pd.read_parquet(tmp_path / "merged" / "rows.parquet")) == 5 * 6
+    assert report.main([str(empty)]) == 2  # alone it is an error
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
