@@ -175,7 +175,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server() -> Iterator["subprocess.Popen[str]"]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     # The checkout that is tested, which another one may be installed beside.
-    environment["PYTHONPATH"] = str(ROOT / ".types")
+    paths = [str(ROOT / ".types"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     environment.pop("TRITON_INTERPRET", None)  # a user's process has no interpreter switched on
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER],
