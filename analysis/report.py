@@ -189,6 +189,10 @@ def build(
     return path
 
 
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
 def _is_read_from(path: Path, folder: Path) -> bool:
     """Return whether a source is read from a file that a report in a folder would overwrite."""
     file = path.absolute()
@@ -383,13 +387,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         models = model_sizes(options.models)
         # A run that was stopped before its first cell leaves an empty folder.
-        empty = [
-            one for one in map(Path, options.results) if one.is_dir() and not any(one.iterdir())
-        ]
-        results = [one for one in options.results if Path(one) not in empty] or options.results
-        for one in empty if results is not options.results else ():
-            print(f"{one} is empty and left out.", file=sys.stderr)
-        print(build(results, options.out, models, options.published))
+        results = [one for one in options.results if not _is_empty(Path(one))]
+        for one in options.results if results else ():
+            if one not in results:
+                print(f"{one} is empty and left out.", file=sys.stderr)
+        print(build(results or options.results, options.out, models, options.published))
     except RecordError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

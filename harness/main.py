@@ -8,6 +8,7 @@ import contextlib
 import copy
 import difflib
 import functools
+import itertools
 import json
 import os
 import re
@@ -578,7 +579,7 @@ def settings_first(arguments: Sequence[str]) -> list[str]:
             continue
         options.append(argument)
         if argument in OPTIONS_WITH_VALUE:
-            options += [value for value in [next(waiting, None)] if value is not None]
+            options += itertools.islice(waiting, 1)
     return settings + options
 
 
@@ -588,9 +589,8 @@ def main() -> None:
         print(f"topkbench {own_version()}, Hydra {hydra.__version__}")
         return
     sys.argv[1:] = settings_first(sys.argv[1:])
-    os.environ["HYDRA_FULL_ERROR"] = (
-        "1"  # Hydra then raises the original error, printed below as one line
-    )
+    # Hydra then raises the original error, which is printed below in one line.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module="hydra")
     wrapped = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
