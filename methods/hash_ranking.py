@@ -85,8 +85,8 @@ class RankingRecipe:
         states: list[tuple[Tensor, Tensor]],
         generator: torch.Generator,
         report: Callable[[int, int, float], None] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return projections of keys, ``[Hkv, d, rbit]``, and queries, ``[Hkv, d, c * rbit]``.
+    ) -> dict[str, Tensor]:
+        """Return ``hash_weight [Hkv, d, rbit]`` of keys, ``query_weight [Hkv, d, c * rbit]``.
 
         Args:
             states: One layer's ``[Hq, m, d]`` queries at the ``m`` positions of each sequence, and
@@ -126,7 +126,7 @@ class RankingRecipe:
             schedule.step()
             if report is not None:
                 report(step + 1, self.steps, loss.item())
-        return key_weight.detach(), query_weight.detach()
+        return {"hash_weight": key_weight.detach(), "query_weight": query_weight.detach()}
 
     def _start(
         self, num_kv_heads: int, head_dim: int, generator: torch.Generator

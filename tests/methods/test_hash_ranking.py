@@ -346,14 +346,11 @@ def test_short_sequences_and_other_heads_train(head_dim: int, length: int) -> No
     ]
     losses: list[tuple[int, int, float]] = []
     made = recipe(rbit=96, steps=3, query_codes=2)
-    weight, query_weight = made.fit_layer(
-        states, generator, lambda *progress: losses.append(progress)
-    )
+    fitted = made.fit_layer(states, generator, lambda *progress: losses.append(progress))
     assert [progress[:2] for progress in losses] == [(1, 3), (2, 3), (3, 3)]
-    assert weight.shape == (2, head_dim, 96)
-    assert query_weight.shape == (2, head_dim, 192)
-    assert weight.isfinite().all()
-    assert query_weight.isfinite().all()
+    shapes = {name: weight.shape for name, weight in fitted.items()}
+    assert shapes == {"hash_weight": (2, head_dim, 96), "query_weight": (2, head_dim, 192)}
+    assert all(weight.isfinite().all() for weight in fitted.values())
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])

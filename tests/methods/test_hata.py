@@ -1,4 +1,4 @@
-"""HATA: its weights, its scores and its training."""
+"""HATA: its weights, its scores, and that training improves them."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from topkbench.methods.base import Geometry, PrefillInputs
-from topkbench.methods.hata import HATA, HashPairs
+from topkbench.methods.hata import HATA
 
 GEOMETRY = Geometry(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4)
 
@@ -109,87 +109,6 @@ def test_only_trained_weights_have_an_artifact() -> None:
     assert spec == HATA(rbit=64, use_norm=False, impl="reference").artifact_spec(GEOMETRY)
 
 
-def test_labels_by_hand() -> None:
-    logits = torch.tensor([[[0.0, 9.0, 3.0, -2.0, 5.0, 1.0, 8.0, 2.0, 4.0, 7.0]]])
-    method = HATA(positive_ratio=0.3, positive_label=21.0)
-    wanted = [-1.0, 21.0, -1.0, -1.0, -1.0, -1.0, 11.0, -1.0, -1.0, 1.0]
-    assert method._labels(logits).tolist() == [[wanted]]
-
-
-def test_pairs_join_a_query_with_the_keys_of_its_prefix() -> None:
-    queries = torch.arange(20.0)[None, :, None].expand(2, -1, 4)
-    keys = torch.arange(20.0)[None, :, None].expand(1, -1, 4)
-    drawn = set()
-    for seed in range(60):
-        positions = HATA(seed=seed).query_positions(0, [20, 20])
-        states = [(queries[:, at], keys) for at in positions]
-        pairs = HATA().draw_pairs(states, HATA(seed=seed)._generator(0))
-        ends = [int(pairs.queries[0, 0, i, 0]) for i in (0, 1)]
-        drawn |= set(ends)
-        assert pairs.queries.shape == (1, 2, 2, 4)
-        assert pairs.keys[0, :, 0].tolist() == [*range(ends[0] + 1), *range(ends[1] + 1)]
-        assert pairs.query_of.tolist() == [0] * (ends[0] + 1) + [1] * (ends[1] + 1)
-    assert drawn == set(range(10, 20))
-
-
-@pytest.mark.parametrize("balance_queries", [True, False])
-@pytest.mark.parametrize("block", [1, 2, 1024])
-def test_loss_and_gradient_equal_the_definition(
-    balance_queries: bool, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The published sums written as loops, in float64, with their derivative by autograd."""
-    monkeypatch.setattr("topkbench.methods.hata.BLOCK", block)
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    weight, queries, keys = draw(2, 4, 32), draw(2, 3, 2, 4), draw(2, 5, 4)
-    labels, query_of = draw(2, 3, 5), torch.tensor([0, 0, 1, 1, 1])
-    method = HATA(
-        rbit=32,
-        sigma=0.7,
-        epsilon=0.3,
-        balance_weight=5.0,
-        decorrelation_weight=0.2,
-        balance_queries=balance_queries,
-    )
-    loss, gradient = method.loss_and_gradient(weight, HashPairs(queries, keys, labels, query_of))
-    weight.requires_grad_()
-
-    def hashed(states: Tensor, head: int) -> Tensor:
-        return 2 * torch.sigmoid(0.7 * states @ weight[head]) - 1
-
-    similarity = balance = squares = torch.zeros((), dtype=torch.float64)
-    for head in range(2):
-        for member in range(3):
-            bits = torch.zeros(32, dtype=torch.float64)
-            for pair in range(5):
-                query = hashed(queries[head, member, query_of[pair]], head)
-                key = hashed(keys[head, pair], head)
-                label = labels[head, member, pair]
-                similarity = similarity + label * (query - key).square().sum() / 5
-                bits = bits + (query + key if balance_queries else key) / (5 * 32)
-            balance = balance + bits.square().sum()
-        squares = squares + (weight[head].T @ weight[head] - torch.eye(32)).square().sum()
-    wanted = 0.3 * similarity + 5.0 * balance + 0.2 * squares.sqrt()
-    torch.testing.assert_close(loss, wanted.detach())
-    torch.testing.assert_close(gradient, torch.autograd.grad(wanted, weight)[0])
-
-
-def test_chunks_are_drawn_without_replacement() -> None:
-    keys = torch.arange(10.0)[None, :, None].expand(1, -1, 4)
-    pairs = HashPairs(
-        torch.zeros(1, 1, 1, 4), keys, torch.zeros(1, 1, 10), torch.zeros(10, dtype=torch.long)
-    )
-    method = HATA(chunk_size=4, chunks_per_epoch=2)
-    seen = set()
-    for seed in range(20):
-        batch = method._batch(pairs, torch.Generator().manual_seed(seed))
-        seen.add(tuple(batch.keys[0, :, 0].int().tolist()))
-    assert seen == {(0, 1, 2, 3, 4, 5, 6, 7), (0, 1, 2, 3, 8, 9), (4, 5, 6, 7, 8, 9)}
-
-
 class Skewed:
     """Queries and keys of which 4 of 16 channels decide dot products; the others are noise."""
 
@@ -239,22 +158,6 @@ def test_training_repeats_itself_by_its_seed() -> None:
     first, second, other = (HATA(rbit=32, epochs=1, seed=s).fit(Skewed()) for s in (0, 0, 1))
     assert torch.equal(first["hash_weight"], second["hash_weight"])
     assert not torch.equal(first["hash_weight"], other["hash_weight"])
-
-
-def test_every_step_reports_its_loss() -> None:
-    method = HATA(rbit=32, epochs=2, steps_per_epoch=3)
-    states = Skewed().states(0)
-    positions = method.query_positions(0, [256] * 6)
-    chosen = [(queries[:, at], keys) for (queries, keys), at in zip(states, positions, strict=True)]
-    reported: list[tuple[int, int, float]] = []
-    method.fit_layer(0, chosen, lambda *one: reported.append(one))
-    assert [(step, steps) for step, steps, _ in reported] == [(step, 6) for step in range(1, 7)]
-    # The first loss is that of the initial weights on all pairs, as one epoch's chunks cover them.
-    generator = method._generator(0)
-    pairs = method.draw_pairs(chosen, generator)
-    start = torch.randn(1, 16, 32, generator=generator)
-    assert reported[0][2] == pytest.approx(method.loss_and_gradient(start, pairs)[0].item())
-    assert reported[-1][2] < reported[0][2]
 
 
 def test_bytes_by_hand() -> None:
