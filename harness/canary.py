@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from topkbench.harness.decoding import NotFiniteError
-from topkbench.harness.evaluation import Context
+from topkbench.harness.task import Context
 from topkbench.methods.base import Index, Policy, PrefillInputs, Selection, TopKMethod
 from topkbench.models.attach import attach
 from topkbench.models.cache import DecodeCache

@@ -18,9 +18,10 @@ from topkbench.harness import artifact
 from topkbench.harness.artifact import Artifact
 from topkbench.harness.calibration import Calibration, CalibrationTexts
 from topkbench.harness.canary import check_acting
-from topkbench.harness.evaluation import Context, Outcome, Task, TaskRow, layers_read
 from topkbench.harness.fitting import fit_layers, learning_devices
+from topkbench.harness.reads import layers_read
 from topkbench.harness.sources import code_digest, modules_of
+from topkbench.harness.task import Context, Outcome, Task, TaskRow
 from topkbench.kernels.timing import machine_name, versions
 from topkbench.methods.base import Progress, TopKMethod
 from topkbench.models.attach import geometry_of

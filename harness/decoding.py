@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from topkbench.harness.task import Sample, TaskDoesNotFit
+from topkbench.harness.samples import Sample, TaskDoesNotFit
 from topkbench.models.cache import DecodeCache
 from topkbench.models.compat import layer_devices, token_logits
 from topkbench.models.load import LoadedModel
@@ -107,6 +107,13 @@ def tokenise(loaded: LoadedModel, sample: Sample, question: Question) -> Prompt:
     return Prompt(sample, tuple(prefill_ids), tuple(decode_ids))
 
 
+def tokenise_all(
+    loaded: LoadedModel, samples: Sequence[Sample], question: Question
+) -> list[Prompt]:
+    """Encode samples for a model."""
+    return [tokenise(loaded, sample, question) for sample in samples]
+
+
 def batches(prompts: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:
     """Group prompts of one sub-task and question length, at most ``batch_size`` to a batch."""
     groups: dict[tuple[str, int], list[Prompt]] = {}
@@ -117,6 +124,20 @@ def batches(prompts: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:
         for group in groups.values()
         for begin in range(0, len(group), batch_size)
     ]
+
+
+def spread_over_subtasks(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
+    """Return at most ``limit`` prompts, taken from the sub-tasks in turn; deterministic."""
+    remaining: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        remaining.setdefault(prompt.sample.subtask, []).append(prompt)
+    chosen: list[Prompt] = []
+    while remaining and len(chosen) < limit:
+        for subtask in list(remaining):
+            chosen.append(remaining[subtask].pop(0))
+            if not remaining[subtask]:
+                del remaining[subtask]
+    return chosen[:limit]
 
 
 class Decoder:

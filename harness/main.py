@@ -293,7 +293,7 @@ class Run:
     ) -> tuple[list[Row], list[dict[str, Any]]]:
         """Run the cell; return its rows and samples."""
         from topkbench.harness.cell import peak_memory_mib, run_cell
-        from topkbench.harness.evaluation import Context
+        from topkbench.harness.task import Context
 
         known = self.row(full_cell.identity if full_cell is not None else None)
         compared = full_cell.samples() if full_cell is not None else None

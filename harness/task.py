@@ -1,64 +1,158 @@
-"""A prompt split into context, question and answer, and string-match scoring of predictions."""
+"""What a task is: what it gets to run a cell, and what it returns."""
 
-import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from topkbench.harness.artifact import Artifact
+from topkbench.harness.decoding import Decoder, Prompt
+from topkbench.methods.base import Geometry, Observer, Policy, TopKMethod
+from topkbench.models.attach import Session, attach, geometry_of
+from topkbench.models.load import LoadedModel
+from topkbench.models.prefill import PrefillStore
+
+Track = Callable[[Sequence[Any], str], Iterable[Any]]
+Keep = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
+"""Takes the name of a part of a cell and a function that computes it; returns the stored or
+computed result."""
 
 
-class TaskDoesNotFit(ValueError):
-    """The task cannot be built at the requested length."""
+def no_progress(items: Sequence[Any], label: str) -> Iterable[Any]:
+    """Return the items without showing progress."""
+    return items
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One prompt, with context and question separate: results depend on which is decoded sparsely.
+def always_compute(part: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Compute a part of a cell, ignoring stored results."""
+    return compute()
+
+
+@dataclass
+class Context:
+    """What a task needs to run one cell.
 
     Attributes:
-        sample_id: Unique within a task's samples, stable between runs.
-        subtask: The sub-task, whose row the sample counts for.
-        context: The text before the question.
-        question: The question, which directly follows the context.
-        answer_prefix: The beginning of the answer, given to the model.
-        answers: Strings that a correct answer contains.
-        max_new_tokens: Number of tokens that the model may generate.
-        length: Tokens of prompt and answer together; None if the sample was not made for the
-            model's tokenizer.
-        question_tokens: Number of last tokens of ``context`` that are the question, for a prompt
-            that is split by count; 0 if question and context are already separate.
-        as_is: Whether the text is already complete, so that no chat template is applied.
+        loaded: The model.
+        store: Stores the model's prefills.
+        method: The method, its artifact loaded.
+        policy: Budget and rules.
+        full: Full attention, the baseline for answers and time.
+        full_answers: Full attention's answer tokens by sample id; None if this cell is full
+            attention.
+        bandwidth: Measured memory bandwidth of the machine in bytes per second; None if unknown.
+        track: Shows progress over a sequence.
+        artifact: What the method has learned; None if it learns nothing or the task fits it.
+        keep: Returns parts of the cell that are stored; computes and stores the others.
     """
 
-    sample_id: str
+    loaded: LoadedModel
+    store: PrefillStore
+    method: TopKMethod
+    policy: Policy
+    full: TopKMethod
+    full_answers: Mapping[str, Sequence[int]] | None = None
+    bandwidth: float | None = None
+    track: Track = no_progress
+    artifact: Artifact | None = None
+    keep: Keep = always_compute
+
+    @property
+    def geometry(self) -> Geometry:
+        """The model's shape."""
+        return geometry_of(self.loaded.model, self.loaded.digest)
+
+    def full_answer(self, prompt: Prompt) -> list[int]:
+        """Return full attention's answer tokens, decoded here if no full-attention cell has run."""
+        answer = (self.full_answers or {}).get(prompt.sample.sample_id)
+        if answer is not None:
+            return list(answer)
+        decoder = Decoder(self.loaded, self.store, [prompt], prompt.sample.max_new_tokens + 1)
+        with self.attached(decoder, self.full.for_answers()):
+            return decoder.generate()[0]
+
+    @contextmanager
+    def attached(
+        self, decoder: Decoder, method: TopKMethod, observer: Observer | None = None
+    ) -> Iterator[Session]:
+        """Attach a method while a decoder runs, and check that every step went through the method.
+
+        Args:
+            decoder: Counts the steps that are run inside the block.
+            method: The method.
+            observer: Called at each stage and step.
+
+        Raises:
+            MethodBypassedError: When the block ends, if steps did not go through the method.
+        """
+        steps_before = len(decoder.lengths)
+        with attach(self.loaded.model, method, self.policy, observer) as session:
+            yield session
+        session.require_steps(decoder.steps_over(session.policy.k, steps_before))
+
+
+@dataclass
+class TaskRow:
+    """The columns of a row that the task fills in; the others come from the configuration."""
+
     subtask: str
-    context: str
-    question: str
-    answer_prefix: str
-    answers: tuple[str, ...]
-    max_new_tokens: int
-    length: int | None
-    question_tokens: int = 0
-    as_is: bool = False
+    values: dict[str, Any] = field(default_factory=dict)
+    status: str = "ok"
+    reason: str = ""
 
 
-def samples_digest(samples: Sequence[Sample]) -> str:
-    """Return a digest of the samples' content, the same in every process; 16 hex digits."""
-    payload = json.dumps([asdict(sample) for sample in samples], sort_keys=True)
-    return hashlib.sha256(payload.encode()).hexdigest()[:16]
+@dataclass
+class Outcome:
+    """What a task returns.
+
+    Attributes:
+        rows: One row per sub-task, and their mean.
+        samples: One mapping per sample, for paired statistics and re-scoring.
+    """
+
+    rows: list[TaskRow]
+    samples: list[dict[str, Any]]
 
 
-def clean_prediction(prediction: str) -> str:
-    """Return a prediction stripped, its control characters replaced by line breaks, as in RULER."""
-    return "".join(c if ord(c) >= 32 else "\n" for c in prediction).strip()
+class Task(ABC):
+    """What a cell runs.
+
+    Attributes:
+        name: The task's name in rows.
+        all_budgets: Whether one cell covers every budget, so that ``k`` is not swept.
+        needs_full: Whether full attention's answers are needed, to compare with or to force.
+        uses_model: Whether the result depends on the model's weights.
+        fits_methods: Whether a method that learns is fitted on the model before the task runs;
+            otherwise the task fits it.
+        refits: Whether ``force=true`` also fits the method again.
+        subject: Shown in the row's model column if ``uses_model`` is false.
+        parts: The parts of a cell that are stored separately (``answers``, ``selections``,
+            ``speed``), each with the task settings that it does not depend on. Only ``speed``
+            depends on the machine and on full attention's backend.
+    """
+
+    name: str
+    all_budgets: bool = False
+    needs_full: ClassVar[bool] = True
+    uses_model: bool = True
+    fits_methods: ClassVar[bool] = True
+    refits: ClassVar[bool] = False
+    subject: str = ""
+    parts: ClassVar[Mapping[str, frozenset[str]]] = {"answers": frozenset()}
+
+    def inputs_digest(self, loaded: LoadedModel) -> str:
+        """Return a digest of all inputs that the configuration does not contain."""
+        return ""
+
+    @abstractmethod
+    def run(self, context: Context) -> Outcome:
+        """Run one cell."""
 
 
-def string_match_all(prediction: str, answers: Sequence[str]) -> float:
-    """Return the percentage of ``answers`` found in ``prediction``, ignoring case (RULER)."""
-    text = clean_prediction(prediction).lower()
-    return 100.0 * sum(answer.lower() in text for answer in answers) / len(answers)
-
-
-def string_match_part(prediction: str, answers: Sequence[str]) -> float:
-    """Return 100 if any of ``answers`` is found in ``prediction``, else 0 (RULER's qa tasks)."""
-    text = clean_prediction(prediction).lower()
-    return 100.0 * any(answer.lower() in text for answer in answers)
+def compact_unsupported_reason(task: str) -> str:
+    """Return why a task does not support a method that frees tokens (``mode=compact``)."""
+    return (
+        f"task={task} needs all tokens in the cache at every step, and mode=compact frees some; "
+        "use mode=masked, which selects the same tokens."
+    )

@@ -9,19 +9,11 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from topkbench.harness.evaluation import (
-    STAGES,
-    Context,
-    Outcome,
-    ReadCounter,
-    Task,
-    TaskRow,
-    compact_unsupported_reason,
-    layer_bytes_read,
-    no_sparse_step_reason,
-    tokenise_all,
-)
+from topkbench.harness.decoding import tokenise_all
 from topkbench.harness.planted import MEMORY_SHARE, PlantedCalibration, PlantedStates, capture
+from topkbench.harness.reads import ReadCounter, layer_bytes_read, no_sparse_step_reason
+from topkbench.harness.speed import STAGES
+from topkbench.harness.task import Context, Outcome, Task, TaskRow, compact_unsupported_reason
 from topkbench.kernels.timing import (
     OtherLoad,
     Stages,

@@ -11,18 +11,14 @@ from torch import Tensor
 
 from topkbench.harness.cell import peak_memory_mib, reset_peak_memory
 from topkbench.harness.decoding import NotFiniteError
-from topkbench.harness.evaluation import (
-    Context,
-    Outcome,
+from topkbench.harness.planted import MEMORY_SHARE, PlantedCalibration, capture
+from topkbench.harness.reads import (
     ReadCounter,
-    Task,
-    TaskRow,
     accounting,
-    compact_unsupported_reason,
     density_of_all_layers,
     no_sparse_step_reason,
 )
-from topkbench.harness.planted import MEMORY_SHARE, PlantedCalibration, capture
+from topkbench.harness.task import Context, Outcome, Task, TaskRow, compact_unsupported_reason
 from topkbench.kernels.timing import OtherLoad, Stages, measure, speed_columns
 from topkbench.methods.base import (
     PREFILL_NEEDS,

@@ -4,7 +4,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from topkbench.harness.evaluation import Context, Outcome, Task, TaskRow
+from topkbench.harness.task import Context, Outcome, Task, TaskRow
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from topkbench.harness.task import Sample
+from topkbench.harness.samples import Sample
 from topkbench.models.load import LoadedModel
 from topkbench.tasks.ruler import Ruler
 from topkbench.tasks.ruler_prompts import needle_prompt

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from topkbench.harness.decoding import Question
-from topkbench.harness.evaluation import GenerationTask
+from topkbench.harness.generation import GenerationTask
+from topkbench.harness.samples import Sample, TaskDoesNotFit, samples_digest
 from topkbench.harness.sources import code_digest
-from topkbench.harness.task import Sample, TaskDoesNotFit, samples_digest
 from topkbench.methods.base import check_whole
 from topkbench.models.digests import tokenizer_digest
 from topkbench.models.load import LoadedModel

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from topkbench.harness.task import TaskDoesNotFit
+from topkbench.harness.samples import TaskDoesNotFit
 from topkbench.models.digests import tokenizer_digest
 from topkbench.models.load import LoadedModel
 from topkbench.tasks.words import (
@@ -47,7 +47,7 @@ CODED = "Read the coded text below and remember the most frequent coded words.\n
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt without the identity of a sample; see :class:`topkbench.harness.task.Sample`.
+    """A prompt without the identity of a sample; see :class:`topkbench.harness.samples.Sample`.
 
     ``reference`` is the complete answer, as the shipped model is trained to write it.
     """

@@ -4,15 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from topkbench.harness.decoding import Decoder, Prompt
-from topkbench.harness.evaluation import (
-    Context,
-    Outcome,
-    TaskRow,
-    compact_unsupported_reason,
-    tokenise_all,
-)
+from topkbench.harness.decoding import Decoder, Prompt, tokenise_all
 from topkbench.harness.quality import OffPolicyObserver
+from topkbench.harness.task import Context, Outcome, TaskRow, compact_unsupported_reason
 from topkbench.methods.base import Policy
 from topkbench.tasks.ruler import Ruler
 

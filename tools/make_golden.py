@@ -28,9 +28,9 @@ from hydra.utils import instantiate  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from topkbench.harness.cell import prepare_method, run_cell  # noqa: E402
-from topkbench.harness.decoding import Decoder, Question  # noqa: E402
-from topkbench.harness.evaluation import Context, tokenise_all  # noqa: E402
+from topkbench.harness.decoding import Decoder, Question, tokenise_all  # noqa: E402
 from topkbench.harness.quality import SelectionMeter  # noqa: E402
+from topkbench.harness.task import Context  # noqa: E402
 from topkbench.methods.base import CacheView, StepResult  # noqa: E402
 from topkbench.models.attach import attach  # noqa: E402
 from topkbench.models.prefill import PrefillStore  # noqa: E402

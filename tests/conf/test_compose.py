@@ -13,7 +13,7 @@ from hydra.errors import InstantiationException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from topkbench.harness.evaluation import Task
+from topkbench.harness.task import Task
 from topkbench.methods.base import Policy, TopKMethod
 from topkbench.models.load import LoadedModel
 

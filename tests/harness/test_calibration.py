@@ -18,7 +18,7 @@ from torch import Tensor
 
 from topkbench.harness.calibration import MAX_LENGTH, NUM_SEQUENCES, Calibration
 from topkbench.harness.fitting import fit_layers
-from topkbench.harness.task import Sample
+from topkbench.harness.samples import Sample
 from topkbench.methods.hata import HATA
 from topkbench.methods.loki import Loki
 from topkbench.models.load import LoadedModel

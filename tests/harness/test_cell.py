@@ -1,4 +1,4 @@
-"""A cell's artifact and peak memory, and the fit task."""
+"""A cell's status, artifact and peak memory, and the fit task."""
 
 import copy
 from dataclasses import replace
@@ -17,15 +17,26 @@ from topkbench.harness.cell import (
     peak_memory_mib,
     prepare_method,
     reset_peak_memory,
+    run_cell,
 )
-from topkbench.harness.evaluation import Context
+from topkbench.harness.task import Context, Outcome, TaskRow
+from topkbench.methods.base import TopKMethod
 from topkbench.methods.exact import ExactTopK
+from topkbench.methods.full import FullAttention
+from topkbench.methods.h2o import H2O
 from topkbench.methods.hata import HATA
 from topkbench.methods.policy import Policy
+from topkbench.methods.snapkv import SnapKV
+from topkbench.methods.streaming_llm import StreamingLLM
+from topkbench.models.attach import attach
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
+from topkbench.tasks.decode_latency import DecodeLatency
+from topkbench.tasks.decode_throughput import DecodeThroughput
 from topkbench.tasks.fit import Fit
+from topkbench.tasks.ruler import Ruler
 from topkbench.tasks.ruler_prompts import CalibrationPrompts
+from topkbench.tasks.selection import SelectionTask
 
 CPU = torch.device("cpu")
 TEXTS = CalibrationPrompts()
@@ -41,6 +52,88 @@ def test_peak_memory_covers_only_what_ran_since_the_reset() -> None:
     del large
     reset_peak_memory(CPU)
     assert peak_memory_mib(CPU) < during - 100
+
+
+# The status ----------------------------------------------------------------------------------
+
+
+def run(loaded: LoadedModel, store: PrefillStore, tmp_path: Path, method: TopKMethod) -> Outcome:
+    task = Ruler(length=200, num_samples=1, subtasks=("vt",), cache_dir=str(tmp_path))
+    policy = Policy(k=24, num_sink=0, num_recent=0)
+    return run_cell(Context(loaded, store, method, policy, FullAttention()), task)
+
+
+@pytest.mark.parametrize("task", [SelectionTask, DecodeLatency, DecodeThroughput])
+def test_tasks_that_need_all_tokens_skip_a_method_that_frees_some(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, task: Any
+) -> None:
+    made = task(cache_dir=str(tmp_path)) if task is not DecodeThroughput else task()
+    context = Context(loaded, store, H2O(mode="compact"), Policy(k=24), FullAttention())
+    for row in run_cell(context, made).rows:
+        assert row.status == "skipped"
+        assert f"task={made.name} needs all tokens in the cache at every step" in row.reason
+
+
+@pytest.mark.parametrize("method", [SnapKV, StreamingLLM, H2O])
+def test_a_method_that_frees_tokens_is_skipped_for_a_policy_per_query_head(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, method: Any
+) -> None:
+    made = method(mode="compact", native={"head_scope": "query_head"})
+    policy = Policy(k=24, num_sink=0, num_recent=0, protocol="native")
+    task = Ruler(length=200, num_samples=1, cache_dir=str(tmp_path))
+    outcome = run_cell(Context(loaded, store, made, policy, FullAttention()), task)
+    ((status, reason),) = ((row.status, row.reason) for row in outcome.rows)
+    assert status == "skipped"
+    assert reason.startswith(f"head_scope must be kv_head for {made.name}")
+    assert store.forwards == 0
+    with (
+        pytest.raises(ValueError, match="head_scope must be kv_head for"),
+        attach(loaded.model, made, policy),
+    ):
+        pass
+
+
+def test_an_unsupported_model_is_skipped_with_a_reason(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = ExactTopK()
+    monkeypatch.setattr(
+        method, "model_unsupported_reason", lambda geometry: "exact does not support this model."
+    )
+    outcome = run(loaded, store, tmp_path, method)
+    assert outcome == Outcome(
+        [TaskRow("mean", {}, "skipped", "exact does not support this model.")], []
+    )
+
+
+def test_running_out_of_memory_is_a_status(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = ExactTopK()
+
+    def build(prefill: object) -> None:
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(method, "build_index", build)
+    (row,) = run(loaded, store, tmp_path, method).rows
+    assert (row.status, row.reason) == ("out_of_memory", "out of memory")
+
+
+def test_a_failed_cpu_allocation_is_out_of_memory_too(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch raises a plain RuntimeError for it; any other RuntimeError must propagate."""
+    method = ExactTopK()
+    monkeypatch.setattr(method, "build_index", lambda prefill: torch.empty(2**50))
+    (row,) = run(loaded, store, tmp_path, method).rows
+    assert row.status == "out_of_memory"
+
+    def broken(prefill: object) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(method, "build_index", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run(loaded, store, tmp_path, method)
 
 
 # The artifact --------------------------------------------------------------------------------

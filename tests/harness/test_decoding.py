@@ -7,8 +7,16 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from topkbench.harness.decoding import Decoder, Prompt, Question, batches, eos_ids, tokenise
-from topkbench.harness.task import Sample, TaskDoesNotFit
+from topkbench.harness.decoding import (
+    Decoder,
+    Prompt,
+    Question,
+    batches,
+    eos_ids,
+    spread_over_subtasks,
+    tokenise,
+)
+from topkbench.harness.samples import Sample, TaskDoesNotFit
 from topkbench.methods.base import Policy, TopKMethod
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
@@ -156,6 +164,15 @@ def test_batches_do_not_mix_question_lengths_or_subtasks() -> None:
     all_prompts += [made("e", "vt", 3)]
     names = [[one.sample.sample_id for one in group] for group in batches(all_prompts, 2)]
     assert names == [["a", "c"], ["e"], ["b"], ["d"]]
+
+
+def test_few_prompts_are_spread_over_the_subtasks() -> None:
+    names = {"a": "vt", "b": "vt", "c": "cwe", "d": "fwe"}
+    prompts = [Prompt(sample("", name, subtask), (), ()) for name, subtask in names.items()]
+    few = [one.sample.sample_id for one in spread_over_subtasks(prompts, 3)]
+    assert few == ["a", "c", "d"]
+    everything = [one.sample.sample_id for one in spread_over_subtasks(prompts, 9)]
+    assert everything == ["a", "c", "d", "b"]
 
 
 def test_a_prompt_longer_than_the_window_is_refused(loaded: LoadedModel) -> None:

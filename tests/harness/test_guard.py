@@ -11,15 +11,11 @@ from transformers import Olmo3Config, Olmo3ForCausalLM
 
 from topkbench.harness.canary import check_acting
 from topkbench.harness.cell import run_cell
-from topkbench.harness.decoding import NotFiniteError
-from topkbench.harness.evaluation import (
-    Context,
-    Outcome,
-    density_of_all_layers,
-    speed,
-    tokenise_all,
-)
+from topkbench.harness.decoding import NotFiniteError, tokenise_all
 from topkbench.harness.quality import check_finite
+from topkbench.harness.reads import density_of_all_layers
+from topkbench.harness.speed import speed
+from topkbench.harness.task import Context, Outcome
 from topkbench.methods.base import Policy, TopKMethod
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention

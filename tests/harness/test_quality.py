@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from topkbench.harness.evaluation import ReadCounter
 from topkbench.harness.quality import DenseReference, SelectionMeter, quality
+from topkbench.harness.reads import ReadCounter
 from topkbench.methods.base import CacheView, Selection, StepResult
 
 # Two queries of one KV head. Each looks at one channel, in which the keys hold logarithms, so that

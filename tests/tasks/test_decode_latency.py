@@ -10,8 +10,8 @@ from hydra.utils import instantiate
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from topkbench.harness.evaluation import Context, TaskRow
 from topkbench.harness.planted import BLOCK, PlantedCalibration, PlantedStates, capture
+from topkbench.harness.task import Context, TaskRow
 from topkbench.kernels.timing import OtherLoad, Stages
 from topkbench.methods.base import (
     CacheView,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from topkbench.harness.evaluation import Context, TaskRow
 from topkbench.harness.planted import capture
+from topkbench.harness.task import Context, TaskRow
 from topkbench.kernels.timing import Timing
 from topkbench.methods.base import Policy, TopKMethod
 from topkbench.methods.exact import ExactTopK

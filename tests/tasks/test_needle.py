@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from topkbench.harness.task import TaskDoesNotFit
+from topkbench.harness.samples import TaskDoesNotFit
 from topkbench.models.load import LoadedModel
 from topkbench.tasks.needle import Needle
 

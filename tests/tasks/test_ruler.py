@@ -10,8 +10,8 @@ import pytest
 
 from topkbench.harness.cell import run_cell
 from topkbench.harness.decoding import tokenise
-from topkbench.harness.evaluation import Context
-from topkbench.harness.task import TaskDoesNotFit, samples_digest
+from topkbench.harness.samples import TaskDoesNotFit, samples_digest
+from topkbench.harness.task import Context
 from topkbench.methods.base import Policy
 from topkbench.methods.full import FullAttention
 from topkbench.models.load import LoadedModel

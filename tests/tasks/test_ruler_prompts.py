@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topkbench.harness.task import TaskDoesNotFit, string_match_all
+from topkbench.harness.samples import TaskDoesNotFit, string_match_all
 from topkbench.tasks.ruler_prompts import (
     SUBTASKS,
     Prompt,

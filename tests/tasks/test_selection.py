@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from topkbench.harness.evaluation import Context
+from topkbench.harness.task import Context
 from topkbench.methods.base import Policy, TopKMethod
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from topkbench.harness.evaluation import ReadCounter
+from topkbench.harness.reads import ReadCounter
 from topkbench.methods.base import Policy, TopKMethod
 from topkbench.methods.eviction import SPARE, Evicting
 from topkbench.methods.h2o import H2O

@@ -2,7 +2,7 @@
 
 import pytest
 
-from topkbench.harness.task import clean_prediction, string_match_all, string_match_part
+from topkbench.harness.samples import clean_prediction, string_match_all, string_match_part
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,194 @@
+"""What decode steps read: tokens and index entries are counted, bytes follow from the counts."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from topkbench.harness.quality import check_finite
+from topkbench.harness.task import Context
+from topkbench.methods.base import (
+    CacheView,
+    Geometry,
+    Observer,
+    StepResult,
+    TopKMethod,
+    kv_bytes,
+)
+from topkbench.models.compat import partial_layers
+from topkbench.models.step_count import StepCount
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a KV head reads in one step of one sparse layer, on average.
+
+    Attributes:
+        tokens: Distinct cached tokens.
+        scanned: Index entries; None if their number does not depend on the data.
+    """
+
+    tokens: float
+    scanned: float | None = None
+
+    @classmethod
+    def mean(cls, reads: Sequence["Reads"]) -> "Reads | None":
+        """Return the mean, or None for an empty sequence."""
+        if not reads:
+            return None
+        scanned = [one.scanned for one in reads if one.scanned is not None]
+        tokens = statistics.fmean(one.tokens for one in reads)
+        return cls(tokens, statistics.fmean(scanned) if scanned else None)
+
+
+class ReadCounter(Observer):
+    """Counts what a KV head reads in the sparse layers of decode steps.
+
+    Attributes:
+        steps: Decode steps by layer, those that went through the method and those that did not; the
+            caller adds the session's.
+        longest: Most cached tokens at any step; the caller takes them from the decoder.
+    """
+
+    def __init__(self) -> None:
+        self.steps = StepCount()
+        self.longest = 0
+        self.layer_steps = 0  # each step counts once per layer
+        self.read = 0.0
+        self.scanned: float | None = None
+        self.cached = 0.0
+
+    def on_step(
+        self,
+        layer: int,
+        query_states: torch.Tensor,
+        cache: CacheView,
+        result: StepResult,
+        scale: float,
+        softcap: float | None,
+    ) -> None:
+        check_finite(result, layer)
+        start, end = cache.bounds()
+        cached = (end - start).double().mean().item()
+        if cache.freed is not None:
+            cached += cache.freed.double().mean().item()
+        self.layer_steps += 1
+        self.cached += cached
+        if result.selection is None:
+            self.read += cached
+        else:
+            self.read += result.selection.tokens_read(cache).double().mean().item()
+            if result.selection.scanned is not None:
+                scanned = result.selection.scanned.double().mean().item()
+                self.scanned = scanned + (self.scanned or 0.0)
+
+    @property
+    def density(self) -> float | None:
+        """Share of the cached tokens that were read, 0 to 1; None before the first step."""
+        return self.read / self.cached if self.cached else None
+
+    @property
+    def step_reads(self) -> "Reads | None":
+        """What a KV head read per step, on average; None before the first step."""
+        if not self.layer_steps:
+            return None
+        return Reads(
+            self.read / self.layer_steps,
+            None if self.scanned is None else self.scanned / self.layer_steps,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the counts as plain values that JSON can hold."""
+        reads = self.step_reads
+        return {
+            "density": self.density,
+            "reads": None if reads is None else asdict(reads),
+            "steps_taken": self.steps.taken.total(),
+            "sparse_step_share": self.steps.share_taken,
+            "longest": self.longest,
+        }
+
+
+def accounting(context: Context, n: int, reads: Reads | None) -> dict[str, Any]:
+    """Return the columns for the bytes read by a decode step, from the method's own cost model.
+
+    Args:
+        context: The cell's context.
+        n: Cached tokens.
+        reads: Counted reads; None if no step was counted.
+    """
+    geometry, method = context.geometry, context.method
+    k = method.effective_policy(context.policy).k
+    sparse, dense = layers_read(context, n)
+    layer_bytes = layer_bytes_read(method, geometry, n, k, reads)
+    total = sparse * layer_bytes + sum(kv_bytes(geometry, tokens) for tokens in dense)
+    return {
+        "kv_len": n,
+        "bytes_read_per_step": float(total),
+        "index_bytes_per_token": float(sparse * method.index_bytes_per_token(geometry)),
+    }
+
+
+def layers_read(context: Context, n: int) -> tuple[int, list[int]]:
+    """Return the number of sparse layers, and how many of ``n`` tokens each dense layer reads.
+
+    A layer is dense if the policy or the model's design keeps it dense; a sliding-window layer
+    reads no more than its window.
+    """
+    num_layers, method = context.geometry.num_layers, context.method
+    dense: dict[int, int] = {}
+    if method.selects:
+        policy = method.effective_policy(context.policy)
+        dense = dict.fromkeys(policy.resolve_dense_layers(num_layers), n)
+    partial = partial_layers(context.loaded.model)
+    dense |= {layer: kind.tokens_read(n) for layer, kind in partial.items()}
+    return num_layers - len(dense), list(dense.values())
+
+
+def density_of_all_layers(context: Context, n: int, density: float | None) -> float | None:
+    """Return the share of ``n`` cached tokens read by all layers, given that of the sparse layers.
+
+    Args:
+        context: The cell's context.
+        n: Cached tokens.
+        density: Share read by the sparse layers; None if it was not counted.
+    """
+    sparse, dense = layers_read(context, n)
+    if sparse and density is None:
+        return None
+    return (sparse * (density or 0.0) + sum(dense) / n) / (sparse + len(dense))
+
+
+def no_sparse_step_reason(k: int, longest: int) -> str:
+    """Return why a cell is skipped in which no decode step had more than ``k`` cached tokens."""
+    return (
+        f"a method acts at decode steps over more than k tokens, and no step had more than k={k} "
+        f"(at most {longest} were cached), so it would equal full attention; use a smaller k or "
+        "longer prompts."
+    )
+
+
+def layer_bytes_read(
+    method: TopKMethod, geometry: Geometry, n: int, k: int, reads: Reads | None
+) -> int:
+    """Return the bytes that one decode step of one sparse layer reads, for one batch row.
+
+    If ``k >= n`` a step reads all keys and values and no index. Otherwise the counted reads are
+    charged, which differ from ``k`` if query heads select separately, if fewer tokens are enough,
+    if a page is partly filled, or if generated tokens are kept on top of the budget.
+
+    Args:
+        method: The method.
+        geometry: The model's geometry.
+        n: Cached tokens.
+        k: The budget.
+        reads: Counted reads; if None, the budget is charged.
+    """
+    if not method.selects or k >= n:
+        return kv_bytes(geometry, n)
+    if reads is None:
+        return method.bytes_read_per_step(geometry, n, k)
+    scanned = None if reads.scanned is None else round(reads.scanned)
+    return method.bytes_read_by(geometry, n, round(reads.tokens), scanned)

@@ -1,0 +1,64 @@
+"""A prompt split into context, question and answer, and string-match scoring of predictions."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+
+class TaskDoesNotFit(ValueError):
+    """The task cannot be built at the requested length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One prompt, with context and question separate: results depend on which is decoded sparsely.
+
+    Attributes:
+        sample_id: Unique within a task's samples, stable between runs.
+        subtask: The sub-task, whose row the sample counts for.
+        context: The text before the question.
+        question: The question, which directly follows the context.
+        answer_prefix: The beginning of the answer, given to the model.
+        answers: Strings that a correct answer contains.
+        max_new_tokens: Number of tokens that the model may generate.
+        length: Tokens of prompt and answer together; None if the sample was not made for the
+            model's tokenizer.
+        question_tokens: Number of last tokens of ``context`` that are the question, for a prompt
+            that is split by count; 0 if question and context are already separate.
+        as_is: Whether the text is already complete, so that no chat template is applied.
+    """
+
+    sample_id: str
+    subtask: str
+    context: str
+    question: str
+    answer_prefix: str
+    answers: tuple[str, ...]
+    max_new_tokens: int
+    length: int | None
+    question_tokens: int = 0
+    as_is: bool = False
+
+
+def samples_digest(samples: Sequence[Sample]) -> str:
+    """Return a digest of the samples' content, the same in every process; 16 hex digits."""
+    payload = json.dumps([asdict(sample) for sample in samples], sort_keys=True)
+    return hashlib.sha256(payload.encode()).hexdigest()[:16]
+
+
+def clean_prediction(prediction: str) -> str:
+    """Return a prediction stripped, its control characters replaced by line breaks, as in RULER."""
+    return "".join(c if ord(c) >= 32 else "\n" for c in prediction).strip()
+
+
+def string_match_all(prediction: str, answers: Sequence[str]) -> float:
+    """Return the percentage of ``answers`` found in ``prediction``, ignoring case (RULER)."""
+    text = clean_prediction(prediction).lower()
+    return 100.0 * sum(answer.lower() in text for answer in answers) / len(answers)
+
+
+def string_match_part(prediction: str, answers: Sequence[str]) -> float:
+    """Return 100 if any of ``answers`` is found in ``prediction``, else 0 (RULER's qa tasks)."""
+    text = clean_prediction(prediction).lower()
+    return 100.0 * any(answer.lower() in text for answer in answers)

@@ -1,0 +1,117 @@
+"""The time of a model's decode steps, full attention and a method in turn."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from topkbench.harness.decoding import Decoder, Prompt
+from topkbench.harness.task import Context
+from topkbench.kernels.timing import LEAST_PAIRS, OtherLoad, Stages, speed_columns
+from topkbench.methods.base import Observer, TopKMethod
+
+TIMED_ROUNDS = 3
+TIMED_STEPS = 8
+WARM_UP_STEPS = 2
+STAGES = ("encode", "append", "score", "select", "attend")
+
+
+class StageTimes(Observer):
+    """Times the stages of decode steps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stages = Stages(device)
+
+    def stage(self, name: str, layer: int) -> Any:
+        return self.stages(name)
+
+
+def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dict[str, Any]:
+    """Time decode steps of single prompts, full attention and the method in turn.
+
+    Times are medians over steps. The first steps of each turn build the index and are discarded as
+    warm-up. With few prompts, each takes more turns, to give enough pairs for a confidence
+    interval. Stages are timed in separate turns, since timers inside a step cost time.
+    """
+    device = context.loaded.model.device
+    load = OtherLoad(device)
+    rounds = max(TIMED_ROUNDS, math.ceil(LEAST_PAIRS / len(prompts)))
+    per_round = 3 * (WARM_UP_STEPS + TIMED_STEPS)
+    turn_ms: dict[str, list[list[float]]] = {"full": [], "method": []}
+    stages: dict[str, list[float]] = {}
+    prefill_ms = []
+    cache_bytes: list[int] = []
+    new_tokens = rounds * per_round + 1
+    for prompt in context.track(prompts, "speed"):
+        decoder = decoder_after_question(context, prompt, new_tokens)
+        prefill_ms += decoder.prefill_ms
+        # Every step decodes the same token, since only the time matters.
+        token = decoder.first_logits.argmax(-1)
+        turns = {"full": context.full, "method": context.method}
+        for _ in range(rounds):
+            for name, method in turns.items():
+                used = decoder
+                if method.compacts:  # it frees tokens that the next turn needs, so use a fresh one
+                    used = decoder_after_question(context, prompt, new_tokens)
+                turn_ms[name].append(_timed_steps(context, used, method, token, Observer()))
+                if name == "method":
+                    cache_bytes.append(used.cache.num_bytes)
+            observer = StageTimes(device)
+            if context.method.compacts:
+                used = decoder_after_question(context, prompt, new_tokens)
+            _timed_steps(context, used, context.method, token, observer)
+            steps = WARM_UP_STEPS + TIMED_STEPS
+            for stage, milliseconds in observer.stages.times().items():
+                if stage == "build":
+                    # The time to capture what the method needs at prefill counts as build time.
+                    build_ms = sum(milliseconds) + decoder.needs_ms[0]
+                    stages.setdefault(stage, []).append(build_ms)
+                    continue
+                layers = len(milliseconds) // steps  # the layers that have this stage
+                per_step = [
+                    sum(milliseconds[step * layers : (step + 1) * layers])
+                    for step in range(WARM_UP_STEPS, steps)
+                ]
+                stages.setdefault(stage, []).extend(per_step)
+    full = turn_ms["full"] if context.method.selects else None
+    timed = speed_columns(turn_ms["method"], full, load.share())
+    columns: dict[str, Any] = {
+        "speedup_vs_full": None,
+        **timed,
+        "prefill_ms": statistics.median(prefill_ms),
+        "tokens_per_s": 1e3 / timed["decode_ms_p50"],
+        "full_backend": getattr(context.full, "backend", None),
+        "kv_cache_mib": statistics.fmean(cache_bytes) / 2**20,
+    }
+    for stage in ("build", *STAGES):
+        columns[f"{stage}_ms"] = statistics.median(stages[stage]) if stage in stages else None
+    if not context.method.selects and "full" in stages:
+        columns["attend_ms"] = statistics.median(stages["full"])
+    attention = sum(columns[f"{stage}_ms"] or 0.0 for stage in STAGES)
+    if context.method.selects and "full" in stages:  # the layers that the policy keeps dense
+        attention += statistics.median(stages["full"])
+    if context.bandwidth and attention:
+        columns["bandwidth_fraction"] = bytes_read / (attention * 1e-3) / context.bandwidth
+    return columns
+
+
+def decoder_after_question(context: Context, prompt: Prompt, new_tokens: int) -> Decoder:
+    """Return a decoder that has read a prompt and its question with dense attention."""
+    decoder = Decoder(context.loaded, context.store, [prompt], new_tokens, context.method.needs)
+    decoder.read_question()
+    return decoder
+
+
+def _timed_steps(
+    context: Context, decoder: Decoder, method: TopKMethod, token: torch.Tensor, observer: Observer
+) -> list[float]:
+    """Run one turn; return the milliseconds of each step after the warm-up."""
+    stages = Stages(decoder.device)
+    with context.attached(decoder, method, observer):
+        for _ in range(WARM_UP_STEPS + TIMED_STEPS):
+            with stages("step"):
+                logits = decoder.step(token)
+    decoder.check(logits)  # NaN and infinity persist, so checking the last step is enough
+    return stages.times()["step"][WARM_UP_STEPS:]

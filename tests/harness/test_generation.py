@@ -1,0 +1,100 @@
+"""A question-answering cell: its rows, its samples, and what each pass measures."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from topkbench.harness.cell import run_cell
+from topkbench.harness.task import Context, Outcome
+from topkbench.methods.base import Policy, TopKMethod
+from topkbench.methods.exact import ExactTopK
+from topkbench.methods.full import FullAttention
+from topkbench.methods.h2o import H2O
+from topkbench.models.load import LoadedModel
+from topkbench.models.prefill import PrefillStore
+from topkbench.tasks.ruler import Ruler
+
+QUALITY = ("recall_at_k", "attention_mass", "output_rel_error")
+
+
+def run(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, method: TopKMethod, **knobs: Any
+) -> Outcome:
+    settings = {"length": 200, "num_samples": 2, "subtasks": ("niah_single", "vt")}
+    task = Ruler(**{**settings, "cache_dir": str(tmp_path), **knobs})  # type: ignore[arg-type]
+    policy = Policy(k=24, num_sink=0, num_recent=0)
+    return run_cell(Context(loaded, store, method, policy, FullAttention(), None, 1e9), task)
+
+
+def test_a_cell_has_a_row_per_subtask_and_their_mean(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    outcome = run(loaded, store, tmp_path, ExactTopK())
+    names = [(row.subtask, row.values["num_samples"], row.status) for row in outcome.rows]
+    assert names == [("niah_single", 2, "ok"), ("vt", 2, "ok"), ("mean", 4, "ok")]
+    mean = outcome.rows[-1].values
+    scores = [one["score"] for one in outcome.samples]
+    assert mean["score"] == pytest.approx(sum(scores) / 4)
+    assert mean["recall_at_k"] == pytest.approx(1.0)
+    assert 0 < mean["attention_mass"] < 1
+    # About 190 tokens are cached, of which 24 are read.
+    assert mean["density"] == pytest.approx(24 / 190, abs=0.02)
+    for column in ("prefill_ms", "build_ms", "decode_ms_p50", "score_ms", "select_ms", "attend_ms"):
+        assert mean[column] > 0
+    assert mean["decode_ms_p20"] <= mean["decode_ms_p50"] <= mean["decode_ms_p80"]
+    assert mean["tokens_per_s"] == pytest.approx(1e3 / mean["decode_ms_p50"])
+    assert mean["speedup_vs_full"] == mean["full_ms_p50"] / mean["decode_ms_p50"]
+    # Even if few prompts are timed, there are enough pairs of turns for an interval.
+    assert mean["speedup_ci_low"] <= mean["speedup_vs_full"] <= mean["speedup_ci_high"]
+    # 2 layers; each reads every key to score (2 heads of 16 channels of 4 bytes), then 24 tokens.
+    n = mean["kv_len"]
+    assert mean["bytes_read_per_step"] == 2 * (n * 2 * 16 * 4 + 24 * 2 * 2 * 16 * 4)
+    stages = ("encode_ms", "append_ms", "score_ms", "select_ms", "attend_ms")
+    attention = sum(mean[stage] or 0.0 for stage in stages) * 1e-3
+    assert mean["bandwidth_fraction"] == pytest.approx(
+        mean["bytes_read_per_step"] / attention / 1e9  # the context's bandwidth
+    )
+    assert store.forwards == 4
+
+
+def test_freeing_tokens_changes_no_answer_and_reduces_the_reported_cache(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    masked = run(loaded, store, tmp_path, H2O())
+    compact = run(loaded, store, tmp_path, H2O(mode="compact"))
+    answers = [[one["tokens"] for one in outcome.samples] for outcome in (masked, compact)]
+    assert answers[0] == answers[1]
+    masked_row, compact_row = masked.rows[-1].values, compact.rows[-1].values
+    assert compact_row["density"] == pytest.approx(masked_row["density"])
+    # 2 layers of 2 heads of 16 channels: 24 tokens, and 32 slots that are filled until tokens are
+    # freed again.
+    assert compact_row["kv_cache_mib"] == 2 * 2 * 2 * 16 * 4 * (24 + 32) / 2**20
+    assert masked_row["kv_cache_mib"] > 4 * compact_row["kv_cache_mib"]
+    assert {"recall_at_k": 0.5, **compact_row}["recall_at_k"] == 0.5  # the row has no recall
+    assert masked_row["recall_at_k"] > 0
+
+
+def test_samples_contain_what_re_scoring_needs(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    outcome = run(loaded, store, tmp_path, FullAttention())
+    ids = [one["sample_id"] for one in outcome.samples]
+    assert ids == ["niah_single-200-0-0", "niah_single-200-0-1", "vt-200-0-0", "vt-200-0-1"]
+    for one in outcome.samples:
+        assert one["num_generated"] == len(one["tokens"])
+        decoded = loaded.tokenizer.decode(one["tokens"], skip_special_tokens=True)
+        assert one["prediction"] == decoded
+        assert one["references"]
+
+
+def test_full_attention_has_no_selection_quality(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    mean = run(loaded, store, tmp_path, FullAttention(), num_samples=1).rows[-1].values
+    assert [mean.get(name) for name in QUALITY] == [None, None, None]
+    assert mean["density"] == 1.0
+    assert mean["speedup_vs_full"] is None
+    assert mean["full_backend"] == "sdpa"
+    assert mean["attend_ms"] > 0
+    assert mean["bytes_read_per_step"] == 2 * mean["kv_len"] * 2 * 2 * 16 * 4
