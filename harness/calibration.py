@@ -15,10 +15,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import LayerStates, Progress, TopKMethod
+from topkbench.methods.learning import AnyLearningMethod, LayerStates, Progress
 from topkbench.models.attach import geometry_of
-from topkbench.models.capture import LayerCall, watched_attention
 from topkbench.models.load import LoadedModel
+from topkbench.models.watch import LayerCall, watched_attention
 
 NUM_SEQUENCES = 14
 MAX_LENGTH = 4096
@@ -64,7 +64,7 @@ class Calibration:
     """
 
     loaded: LoadedModel
-    method: TopKMethod
+    method: AnyLearningMethod
     prompts: list[list[int]]
     memory_limit: int
     description: str
@@ -73,7 +73,7 @@ class Calibration:
     def draw(
         cls,
         loaded: LoadedModel,
-        method: TopKMethod,
+        method: AnyLearningMethod,
         texts: CalibrationTexts,
         num_sequences: int = NUM_SEQUENCES,
         max_length: int = MAX_LENGTH,

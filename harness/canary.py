@@ -12,7 +12,15 @@ from torch import Tensor
 
 from topkbench.harness.decoding import NotFiniteError
 from topkbench.harness.task import Context
-from topkbench.methods.base import Index, Policy, PrefillInputs, Selection, TopKMethod
+from topkbench.methods.base import (
+    AnyMethod,
+    Index,
+    Policy,
+    PrefillInputs,
+    QueryIndependentMethod,
+    Selection,
+    StepContext,
+)
 from topkbench.models.attach import attach
 from topkbench.models.cache import DecodeCache
 from topkbench.models.compat import layer_devices, partial_layers, token_logits
@@ -28,7 +36,7 @@ _CHECKED: "WeakSet[Any]" = WeakSet()
 
 
 @dataclass(kw_only=True)
-class Canary(TopKMethod):
+class Canary(QueryIndependentMethod[Index]):
     """Selects every token or only the first few, ignoring the policy.
 
     Attributes:
@@ -45,15 +53,10 @@ class Canary(TopKMethod):
     def append(self, index: Index, key_states: Tensor, value_states: Tensor) -> None:
         index.advance()
 
-    def score(self, encoded: Tensor, index: Index) -> None:
-        return None
-
-    def select(
-        self, scores: Tensor | None, encoded: Tensor, index: Index, policy: Policy
-    ) -> Selection:
+    def select(self, index: Index, context: StepContext) -> Selection:
         num_kept = index.length if self.keep is None else self.keep
-        slots = torch.arange(num_kept, dtype=torch.int32, device=encoded.device)
-        batch_size, num_kv_heads = encoded.shape[:2]
+        slots = torch.arange(num_kept, dtype=torch.int32, device=context.cache.device)
+        batch_size, num_kv_heads = context.query_states.shape[:2]
         return Selection(slots.expand(batch_size, num_kv_heads, -1).contiguous())
 
 
@@ -101,7 +104,7 @@ def check_acting(context: Context) -> None:
 
 
 @torch.no_grad()
-def _logits(context: Context, method: TopKMethod) -> Tensor:
+def _logits(context: Context, method: AnyMethod) -> Tensor:
     """Return float32 ``[STEPS, vocabulary]`` of a few decode steps with a method."""
     model = context.loaded.model
     vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)

@@ -23,35 +23,38 @@ from topkbench.harness.reads import layers_read
 from topkbench.harness.sources import code_digest, modules_of
 from topkbench.harness.task import Context, Outcome, Task, TaskRow
 from topkbench.kernels.timing import machine_name, versions
-from topkbench.methods.base import Progress, TopKMethod
+from topkbench.methods import learning
+from topkbench.methods.base import AnyMethod, TopKMethod
+from topkbench.methods.learning import AnyLearningMethod, LearningMethod, Progress, check_ready
 from topkbench.models.attach import geometry_of
 from topkbench.models.load import LoadedModel
 from topkbench.models.step_count import MethodBypassedError
 
 
 def artifact_spec(
-    loaded: LoadedModel, method: TopKMethod, texts: CalibrationTexts
+    loaded: LoadedModel, method: AnyMethod, texts: CalibrationTexts
 ) -> dict[str, Any] | None:
     """Return the settings that identify a method's artifact, or None if the method learns nothing.
 
     They are the model's weights and dtype, the tokens of the calibration texts, and the method's
     settings and fit version.
     """
-    spec = method.artifact_spec(geometry_of(loaded.model, loaded.digest))
+    spec = learning.artifact_spec(method, geometry_of(loaded.model, loaded.digest))
     if spec is None:
         return None
+    assert isinstance(method, LearningMethod)  # it has a spec
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     return {**spec, "dtype": dtype, "calibration": Calibration.draw(loaded, method, texts).digest}
 
 
-def fit_source(method: TopKMethod) -> str:
+def fit_source(method: AnyMethod) -> str:
     """Return the digest of the code that fits a method, without the code that all methods share."""
     return code_digest(modules_of(method), folders=("methods",), without=[TopKMethod.__module__])
 
 
 def prepare_method(
     loaded: LoadedModel,
-    method: TopKMethod,
+    method: AnyMethod,
     texts: CalibrationTexts,
     artifact_dir: str | Path,
     progress: Progress | None = None,
@@ -79,6 +82,7 @@ def prepare_method(
     spec = artifact_spec(loaded, method, texts)
     if spec is None:
         return None
+    assert isinstance(method, LearningMethod)  # it has a spec
     folder = Path(artifact_dir).expanduser()
     path = None if refit else artifact.find(spec, (folder, *loaded.artifact_folders))
     fitted = False
@@ -91,13 +95,13 @@ def prepare_method(
                 fitted = True
     learned = replace(artifact.load(path, expect=spec), fitted=fitted)
     method.load_artifact(learned.tensors, learned.digest)
-    method.check_ready(geometry_of(loaded.model, loaded.digest))
+    check_ready(method, geometry_of(loaded.model, loaded.digest))
     return learned
 
 
 def fit_method(
     loaded: LoadedModel,
-    method: TopKMethod,
+    method: AnyLearningMethod,
     texts: CalibrationTexts,
     path: Path,
     spec: Mapping[str, Any],
@@ -131,10 +135,8 @@ def run_cell(context: Context, task: Task) -> Outcome:
     """
     reset_peak_memory(context.loaded.model.device)
     method = context.method
-    policy = method.effective_policy(context.policy)
-    reason = method.model_unsupported_reason(context.geometry) or method.policy_unsupported_reason(
-        policy
-    )
+    resolved, policy = context.resolved()
+    reason = method.unsupported_reason(context.geometry, policy)
     if reason is None and task.uses_model and method.selects and not layers_read(context, 1)[0]:
         reason = (
             f"at least one layer must be left to {method.name}, but the policy and the design of "
@@ -142,7 +144,7 @@ def run_cell(context: Context, task: Task) -> Outcome:
         )
     if reason is not None:
         return Outcome([TaskRow("mean", status="skipped", reason=reason)], [])
-    context = replace(context, method=method.with_policy(policy))
+    context = replace(context, method=resolved)
     try:
         check_acting(context)
         return task.run(context)

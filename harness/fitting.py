@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from topkbench.harness.calibration import Calibration
-from topkbench.methods.base import LayerStates, Progress, TopKMethod, stack_layers
+from topkbench.methods.learning import AnyLearningMethod, LayerStates, Progress, stack_layers
 
 
 def learning_devices(model_device: torch.device) -> list[torch.device]:
@@ -19,7 +19,7 @@ def learning_devices(model_device: torch.device) -> list[torch.device]:
 
 
 def fit_layers(
-    method: TopKMethod,
+    method: AnyLearningMethod,
     calibration: Calibration,
     devices: Sequence[torch.device],
     progress: Progress | None = None,

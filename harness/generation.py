@@ -70,7 +70,7 @@ class GenerationTask(Task):
 
     def run(self, context: Context) -> Outcome:
         prompts = tokenise_all(context.loaded, self.samples(context.loaded), self.question)
-        k = context.method.effective_policy(context.policy).k
+        k = context.effective_policy.k
         sparse_prompts = prompts
         if context.method.selects:
             sparse_prompts = [prompt for prompt in prompts if prompt.most_cached > k]
@@ -140,16 +140,16 @@ class GenerationTask(Task):
 
         Full attention always answers with the same kernel, whatever backend it is timed with.
         """
-        context = replace(context, method=context.method.for_answers())
+        context = replace(context, method=context.answering)
         for prompt in context.track(prompts, "prefill"):
-            context.store.get(prompt.prefill_ids, context.method.needs)
+            context.store.get(prompt.prefill_ids, context.method.traits.needs)
         tokenizer = context.loaded.tokenizer
         counters: dict[str, ReadCounter] = {}
         samples = []
         label = context.method.name
         for batch in context.track(batches(prompts, self.batch_size), label):
             most_new = max(prompt.sample.max_new_tokens for prompt in batch)
-            needs = context.method.needs
+            needs = context.method.traits.needs
             decoder = Decoder(context.loaded, context.store, batch, most_new + 1, needs)
             counter = counters.setdefault(batch[0].sample.subtask, ReadCounter())
             with context.attached(decoder, context.method, counter) as session:
@@ -185,10 +185,10 @@ class GenerationTask(Task):
 
 def measure_selection(context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Measure the quality of the method's selections while it decodes full attention's answers."""
-    meter = SelectionMeter(context.method.effective_policy(context.policy).k)
+    meter = SelectionMeter()
     for prompt in context.track(prompts, "selections"):
         answer = context.full_answer(prompt)
-        needs = context.method.needs
+        needs = context.method.traits.needs
         decoder = Decoder(context.loaded, context.store, [prompt], len(answer) + 1, needs)
         with context.attached(decoder, context.method, meter):
             decoder.teacher_force([answer])

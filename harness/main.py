@@ -172,7 +172,7 @@ class Run:
         device = self.loaded.model.device
         method = {**self.settings["method"]}
         method["impl"] = {op: resolve(op, self.method.impl_for(op), device) for op in OPERATORS}
-        method["artifact"] = self.method.artifact_digest
+        method["artifact"] = "" if self.artifact is None else self.artifact.digest
         protocol = {**self.settings["protocol"]} if self.method.selects else {}
         if protocol.get("protocol") != "native":
             method.pop("native", None)

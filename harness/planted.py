@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from topkbench.methods.base import QUERY_TAIL, Geometry
-from topkbench.models.capture import Captured
+from topkbench.methods.captured import Captured
 
 NEEDLES = 8
 MEMORY_SHARE = 0.5  # of the free memory; rows that need more are skipped

@@ -1,8 +1,7 @@
 """Selection quality: recall of the exact top-k, attention mass, and error of the output."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,15 +9,16 @@ from torch import Tensor
 from topkbench.harness.decoding import NotFiniteError
 from topkbench.kernels.topk_select.api import topk_select
 from topkbench.methods.base import (
-    CacheView,
+    AnyMethod,
+    Index,
     Observer,
     Policy,
-    PrefillInputs,
     Selection,
+    StepContext,
     StepResult,
-    TopKMethod,
 )
-from topkbench.models.capture import Captured
+from topkbench.methods.captured import Captured
+from topkbench.methods.softcap import capped
 
 
 @dataclass
@@ -37,14 +37,12 @@ class DenseReference:
     out: Tensor
 
     @classmethod
-    def of(
-        cls, query_states: Tensor, cache: CacheView, scale: float, softcap: float | None = None
-    ) -> "DenseReference":
-        """Compute full attention from ``query_states [B, Hkv, G, d]``."""
+    def of(cls, context: StepContext) -> "DenseReference":
+        """Compute full attention of a step's queries over its cache."""
+        cache = context.cache
         valid = cache.valid_slots()[:, None, None]
-        logits = torch.matmul(query_states.float(), cache.key_states.float().mT) * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        products = torch.matmul(context.query_states.float(), cache.key_states.float().mT)
+        logits = capped(products * context.scale, context.softcap)
         weights = logits.masked_fill(~valid, -torch.inf).softmax(-1)
         grouped = weights.sum(2).masked_fill(~valid[:, :, 0], -1.0)
         return cls(weights, grouped, torch.matmul(weights, cache.value_states.float()))
@@ -74,12 +72,13 @@ class Quality:
     tokens: Tensor
 
 
-def quality(reference: DenseReference, cache: CacheView, result: StepResult, k: int) -> Quality:
+def quality(reference: DenseReference, context: StepContext, result: StepResult) -> Quality:
     """Compare one step with full attention on the same states.
 
     If each query head has its own selection, each is compared with the group's exact top-k and the
     mean over the group is returned; ``tokens`` counts those that the heads read together.
     """
+    cache, k = context.cache, context.policy.k
     batch, kv_heads, group = reference.out.shape[:3]
     selection = result.selection or Selection.everything(cache)
     per_query = selection.slots(cache).view(batch, kv_heads, -1, cache.n).expand(-1, -1, group, -1)
@@ -98,8 +97,9 @@ def check_finite(result: StepResult, layer: int) -> None:
     Raises:
         NotFiniteError: If they are not.
     """
-    for scores in (result.raw_scores, result.scores):
-        if scores is None or not bool((scores.isnan() | scores.isposinf()).any()):
+    ranking = result.ranking
+    for scores in () if ranking is None else (ranking.raw_scores, ranking.scores):
+        if not bool((scores.isnan() | scores.isposinf()).any()):
             continue
         raise NotFiniteError(
             f"a method's scores must be finite, got infinity or NaN in layer {layer}; use "
@@ -116,23 +116,14 @@ def check_finite(result: StepResult, layer: int) -> None:
 class SelectionMeter(Observer):
     """Measures selection quality at an attached method's steps over more than ``k`` tokens."""
 
-    k: int
     measured: list[tuple[int, Quality]] = field(default_factory=list)
 
-    def on_step(
-        self,
-        layer: int,
-        query_states: Tensor,
-        cache: CacheView,
-        result: StepResult,
-        scale: float,
-        softcap: float | None,
-    ) -> None:
-        check_finite(result, layer)
-        if self.k >= cache.n:
+    def on_step(self, context: StepContext, result: StepResult) -> None:
+        check_finite(result, context.layer)
+        if context.policy.k >= context.cache.n:
             return  # all tokens are attended to without calling the method
-        reference = DenseReference.of(query_states, cache, scale, softcap)
-        self.measured.append((layer, quality(reference, cache, result, self.k)))
+        reference = DenseReference.of(context)
+        self.measured.append((context.layer, quality(reference, context, result)))
 
     def means(self) -> dict[str, float | None]:
         """Return each measure's mean over steps, layers and heads; None without steps."""
@@ -156,109 +147,53 @@ class OffPolicyObserver(Observer):
 
     def __init__(
         self,
-        method: TopKMethod,
+        method: AnyMethod,
         policies: Sequence[Policy],
-        num_layers: int,
         capacity: int,
         captured: Callable[[int], Captured | None],
     ) -> None:
         self.method = method
-        self.needs = method.needs
-        self.num_layers = num_layers
+        self.needs = method.traits.needs
         self.capacity = capacity
         self.captured = captured
-        self.dense = policies[0].resolve_dense_layers(num_layers)
+        self.policies = policies
         single = [[policy] for policy in policies]
-        self.policy_groups = single if method.history_dependent else [list(policies)]
-        self.shared: list[dict[str, Any]] = [{} for _ in self.policy_groups]
-        self.indices: dict[tuple[int, int], Any] = {}
+        history = method.traits.index == "history"
+        self.policy_groups = single if history else [list(policies)]
+        self.shared: list[dict[str, object]] = [{} for _ in self.policy_groups]
+        self.indices: dict[tuple[int, int], Index] = {}
         self.measured: list[tuple[int, int, int, Quality]] = []
         self.steps: dict[int, int] = {}
 
-    def on_step(
-        self,
-        layer: int,
-        query_states: Tensor,
-        cache: CacheView,
-        result: StepResult,
-        scale: float,
-        softcap: float | None,
-    ) -> None:
-        if layer in self.dense:
+    def on_step(self, context: StepContext, result: StepResult) -> None:
+        layer = context.layer
+        if layer in self.policies[0].resolve_dense_layers(context.num_layers):
             return
         self.steps[layer] = self.steps.get(layer, -1) + 1
-        reference = DenseReference.of(query_states, cache, scale, softcap)
+        reference = DenseReference.of(context)
         for policy_group, policies in enumerate(self.policy_groups):
-            index = self._index(layer, policy_group, cache, scale, softcap)
-            steps = self._step_each if self.method.history_dependent else self._score_once
-            for policy, outcome in steps(query_states, index, cache, policies, scale, softcap):
+            index, ranking = self._index(context, policy_group), None
+            for policy in policies:
+                # All tokens are then attended to without calling the method.
+                is_dense = policy.k >= context.cache.n
+                if is_dense and self.method.traits.index != "history":
+                    continue
+                own = replace(context, policy=policy)
+                outcome = self.method.step(index, own, given=ranking)
+                ranking = outcome.ranking or ranking
+                if is_dense:
+                    continue
                 check_finite(outcome, layer)
-                measures = quality(reference, cache, outcome, policy.k)
+                measures = quality(reference, own, outcome)
                 self.measured.append((policy.k, layer, self.steps[layer], measures))
 
-    def _index(
-        self, layer: int, policy_group: int, cache: CacheView, scale: float, softcap: float | None
-    ) -> Any:
+    def _index(self, context: StepContext, policy_group: int) -> Index:
         """Return a layer's index with the current token appended."""
-        method = self.method
-        _, end = cache.bounds()
-        if (layer, policy_group) not in self.indices:
-            captured = self.captured(layer)
-            prefill = PrefillInputs(
-                key_states=cache.key_states[:, :, :-1],
-                value_states=cache.value_states[:, :, :-1],
-                capacity=self.capacity,
-                layer=layer,
-                num_layers=self.num_layers,
-                kv_len=end - 1,
-                shared=self.shared[policy_group],
-                scale=scale,
-                softcap=softcap,
-                **({} if captured is None else captured.inputs(cache.n - 1)),
-            )
-            self.indices[layer, policy_group] = method.build_index(prefill)
-        index = self.indices[layer, policy_group]
-        rows = torch.arange(len(end), device=cache.device)
-        newest = end.long() - 1
-        method.append(
-            index,
-            cache.key_states[rows, :, newest, None],
-            cache.value_states[rows, :, newest, None],
-        )
-        return index
-
-    def _score_once(
-        self,
-        query_states: Tensor,
-        index: Any,
-        cache: CacheView,
-        policies: Sequence[Policy],
-        scale: float,
-        softcap: float | None,
-    ) -> Iterator[tuple[Policy, StepResult]]:
-        """Yield each budget's result, computed from the same scores."""
-        method = self.method
-        method.bind(index, cache)
-        encoded = method.encode(query_states, index)
-        raw = method.score(encoded, index)
-        for policy in policies:
-            if policy.k < cache.n:
-                scores = method.aggregate_over_group(raw, policy, scale, softcap)
-                chosen = method.select(scores, encoded, index, policy)
-                out, lse = method.attend(query_states, cache, chosen, scale, softcap)
-                yield policy, StepResult(out, lse, chosen, scores, raw)
-
-    def _step_each(
-        self,
-        query_states: Tensor,
-        index: Any,
-        cache: CacheView,
-        policies: Sequence[Policy],
-        scale: float,
-        softcap: float | None,
-    ) -> Iterator[tuple[Policy, StepResult]]:
-        """Yield each budget's result, from a complete step that updates that budget's index."""
-        for policy in policies:
-            result = self.method.step(query_states, index, cache, policy, scale, softcap)
-            if policy.k < cache.n:
-                yield policy, result
+        place = (context.layer, policy_group)
+        if place not in self.indices:
+            captured = self.captured(context.layer)
+            inputs = {} if captured is None else captured.inputs(context.cache.n - 1)
+            own = replace(context, shared=self.shared[policy_group])
+            self.indices[place] = self.method.index_prompt(own, self.capacity, inputs)
+        self.method.append(self.indices[place], *context.cache.newest())
+        return self.indices[place]

@@ -5,16 +5,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from topkbench.harness.quality import check_finite
 from topkbench.harness.task import Context
 from topkbench.methods.base import (
-    CacheView,
+    AnyMethod,
     Geometry,
     Observer,
+    StepContext,
     StepResult,
-    TopKMethod,
     kv_bytes,
 )
 from topkbench.models.compat import partial_layers
@@ -60,16 +58,9 @@ class ReadCounter(Observer):
         self.scanned: float | None = None
         self.cached = 0.0
 
-    def on_step(
-        self,
-        layer: int,
-        query_states: torch.Tensor,
-        cache: CacheView,
-        result: StepResult,
-        scale: float,
-        softcap: float | None,
-    ) -> None:
-        check_finite(result, layer)
+    def on_step(self, context: StepContext, result: StepResult) -> None:
+        check_finite(result, context.layer)
+        cache = context.cache
         start, end = cache.bounds()
         cached = (end - start).double().mean().item()
         if cache.freed is not None:
@@ -120,7 +111,7 @@ def accounting(context: Context, n: int, reads: Reads | None) -> dict[str, Any]:
         reads: Counted reads; None if no step was counted.
     """
     geometry, method = context.geometry, context.method
-    k = method.effective_policy(context.policy).k
+    k = context.effective_policy.k
     sparse, dense = layers_read(context, n)
     layer_bytes = layer_bytes_read(method, geometry, n, k, reads)
     total = sparse * layer_bytes + sum(kv_bytes(geometry, tokens) for tokens in dense)
@@ -140,7 +131,7 @@ def layers_read(context: Context, n: int) -> tuple[int, list[int]]:
     num_layers, method = context.geometry.num_layers, context.method
     dense: dict[int, int] = {}
     if method.selects:
-        policy = method.effective_policy(context.policy)
+        policy = context.effective_policy
         dense = dict.fromkeys(policy.resolve_dense_layers(num_layers), n)
     partial = partial_layers(context.loaded.model)
     dense |= {layer: kind.tokens_read(n) for layer, kind in partial.items()}
@@ -171,7 +162,7 @@ def no_sparse_step_reason(k: int, longest: int) -> str:
 
 
 def layer_bytes_read(
-    method: TopKMethod, geometry: Geometry, n: int, k: int, reads: Reads | None
+    method: AnyMethod, geometry: Geometry, n: int, k: int, reads: Reads | None
 ) -> int:
     """Return the bytes that one decode step of one sparse layer reads, for one batch row.
 
@@ -189,6 +180,6 @@ def layer_bytes_read(
     if not method.selects or k >= n:
         return kv_bytes(geometry, n)
     if reads is None:
-        return method.bytes_read_per_step(geometry, n, k)
+        return method.bytes_read(geometry, n, k)
     scanned = None if reads.scanned is None else round(reads.scanned)
-    return method.bytes_read_by(geometry, n, round(reads.tokens), scanned)
+    return method.bytes_read(geometry, n, round(reads.tokens), scanned)

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from topkbench.harness.decoding import Decoder, Prompt
+from topkbench.harness.layer import STAGES
 from topkbench.harness.task import Context
 from topkbench.kernels.timing import LEAST_PAIRS, OtherLoad, Stages, speed_columns
-from topkbench.methods.base import Observer, TopKMethod
+from topkbench.methods.base import AnyMethod, Observer
 
 TIMED_ROUNDS = 3
 TIMED_STEPS = 8
 WARM_UP_STEPS = 2
-STAGES = ("encode", "append", "score", "select", "attend")
 
 
 class StageTimes(Observer):
@@ -99,13 +99,15 @@ def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dic
 
 def decoder_after_question(context: Context, prompt: Prompt, new_tokens: int) -> Decoder:
     """Return a decoder that has read a prompt and its question with dense attention."""
-    decoder = Decoder(context.loaded, context.store, [prompt], new_tokens, context.method.needs)
+    decoder = Decoder(
+        context.loaded, context.store, [prompt], new_tokens, context.method.traits.needs
+    )
     decoder.read_question()
     return decoder
 
 
 def _timed_steps(
-    context: Context, decoder: Decoder, method: TopKMethod, token: torch.Tensor, observer: Observer
+    context: Context, decoder: Decoder, method: AnyMethod, token: torch.Tensor, observer: Observer
 ) -> list[float]:
     """Run one turn; return the milliseconds of each step after the warm-up."""
     stages = Stages(decoder.device)

@@ -3,12 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from topkbench.harness.artifact import Artifact
 from topkbench.harness.decoding import Decoder, Prompt
-from topkbench.methods.base import Geometry, Observer, Policy, TopKMethod
+from topkbench.methods.base import AnyMethod, Geometry, Observer, Policy
 from topkbench.models.attach import Session, attach, geometry_of
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
@@ -37,7 +37,7 @@ class Context:
         loaded: The model.
         store: Stores the model's prefills.
         method: The method, its artifact loaded.
-        policy: Budget and rules.
+        policy: Budget and rules, as configured.
         full: Full attention, the baseline for answers and time.
         full_answers: Full attention's answer tokens by sample id; None if this cell is full
             attention.
@@ -49,9 +49,9 @@ class Context:
 
     loaded: LoadedModel
     store: PrefillStore
-    method: TopKMethod
+    method: AnyMethod
     policy: Policy
-    full: TopKMethod
+    full: AnyMethod
     full_answers: Mapping[str, Sequence[int]] | None = None
     bandwidth: float | None = None
     track: Track = no_progress
@@ -63,18 +63,33 @@ class Context:
         """The model's shape."""
         return geometry_of(self.loaded.model, self.loaded.digest)
 
+    def resolved(self, k: int | None = None) -> tuple[AnyMethod, Policy]:
+        """Return the method and the policy as they act together, at another budget if given."""
+        policy = self.policy if k is None else replace(self.policy, k=k)
+        return self.method.resolve(policy)
+
+    @property
+    def effective_policy(self) -> Policy:
+        """The policy with the method's published values under the native protocol."""
+        return self.resolved()[1]
+
+    @property
+    def answering(self) -> AnyMethod:
+        """The method that answers: full attention by its default backend, whichever is timed."""
+        return self.method if self.method.selects else type(self.full)()
+
     def full_answer(self, prompt: Prompt) -> list[int]:
         """Return full attention's answer tokens, decoded here if no full-attention cell has run."""
         answer = (self.full_answers or {}).get(prompt.sample.sample_id)
         if answer is not None:
             return list(answer)
         decoder = Decoder(self.loaded, self.store, [prompt], prompt.sample.max_new_tokens + 1)
-        with self.attached(decoder, self.full.for_answers()):
+        with self.attached(decoder, type(self.full)()):
             return decoder.generate()[0]
 
     @contextmanager
     def attached(
-        self, decoder: Decoder, method: TopKMethod, observer: Observer | None = None
+        self, decoder: Decoder, method: AnyMethod, observer: Observer | None = None
     ) -> Iterator[Session]:
         """Attach a method while a decoder runs, and check that every step went through the method.
 

@@ -1,10 +1,18 @@
-"""The interface of a top-k attention method: what it implements and what its callers rely on."""
+"""The interface of a top-k attention method: what it implements and what its callers rely on.
 
+`TopKMethod` is the contract. Most methods score every cached token with the current query and
+derive from `ScoringMethod`; those whose selection does not depend on the query derive from
+`QueryIndependentMethod`. What few methods need stands in bases of its own: `LearningMethod`
+(``methods/learning.py``) for those that are fitted, `FollowsAttention` for those that track the
+attention of their own steps, ``Evicting`` (``methods/eviction.py``) for those that drop tokens.
+"""
+
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol, Self
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -12,13 +20,15 @@ from torch import Tensor
 from topkbench.kernels.dispatch import Impl
 from topkbench.kernels.sparse_attention.api import sparse_attention
 from topkbench.kernels.topk_select.api import topk_select
-from topkbench.methods.policy import Policy, aggregate, check_whole
+from topkbench.methods.policy import NativePolicy, Policy, aggregate, check_whole
 from topkbench.methods.states import (
     CacheView,
     Index,
     PrefillInputs,
+    Ranking,
     Remainder,
     Selection,
+    StepContext,
     StepResult,
 )
 
@@ -26,44 +36,53 @@ __all__ = [
     "PREFILL_NEEDS",
     "PREVIOUS_QUERY",
     "QUERY_TAIL",
+    "AnyMethod",
     "CacheView",
-    "CalibrationStates",
+    "FollowsAttention",
     "Geometry",
     "Index",
-    "LayerStates",
-    "LossReport",
+    "IndexKind",
+    "IndexT",
     "Observer",
     "Policy",
     "PrefillInputs",
+    "QueryIndependentMethod",
+    "QueryT",
+    "Ranking",
     "Remainder",
+    "ScoreKind",
+    "ScoringMethod",
     "Selection",
     "StageTimer",
+    "StepContext",
     "StepResult",
     "TopKMethod",
-    "aggregate",
+    "Traits",
     "check_whole",
+    "kv_bytes",
+    "top_units",
+    "with_impl",
 ]
 
-StageTimer = Callable[[str], AbstractContextManager[Any]]
+StageTimer = Callable[[str], AbstractContextManager[object]]
 """Given a stage's name, returns the context manager that times it."""
-
-Progress = Callable[[int, int], None]
-"""Called with the units of work done so far and the total."""
-
-LayerStates = list[tuple[Tensor, Tensor]]
-"""One layer's ``[Hq, m, d]`` queries and ``[Hkv, n, d]`` keys, for each calibration sequence."""
 
 QUERY_TAIL = 64
 """How many of a prompt's last queries are captured for ``query_tail``."""
 
 PREFILL_NEEDS = frozenset({"query_tail", "column_sums"})
-"""Those of a method's ``needs`` that are captured at prefill."""
+"""Those of a method's needs that are captured at prefill."""
 
 PREVIOUS_QUERY = "previous_query"
-"""The one of a method's ``needs`` that is captured at each decode step."""
+"""The one of a method's needs that is captured at each decode step."""
 
-LossReport = Callable[[int, int, float], None]
-"""Called after each training step with the steps done, the total and the step's loss."""
+ScoreKind = Literal["logit", "count"]
+"""What scores are: dot products up to the attention's scale, or anything else."""
+
+IndexKind = Literal["token", "running", "prompt", "history"]
+
+IndexT = TypeVar("IndexT", bound=Index)
+QueryT = TypeVar("QueryT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,37 +108,56 @@ class Geometry:
     model_digest: str = ""
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """The model's digest and attention shape, by which an artifact is tied to its model."""
         names = ("model_digest", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         return {name: getattr(self, name) for name in names}
 
 
-class CalibrationStates(Protocol):
-    """Queries and keys of the texts a method is fitted on; no evaluation task uses these texts."""
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What a method declares about itself; the contract's tests hold it to that.
+
+    Attributes:
+        needs: What must be captured beyond keys and values: at prefill ``query_tail`` and
+            ``column_sums``, at every step ``previous_query``.
+        index: What the index keeps.
+            ``"token"``: for each token, what depends on that token alone.
+            ``"running"``: also what covers several tokens (a page's bounds, a sum), so that an
+            index of more tokens does not contain those of fewer.
+            ``"prompt"``: also statistics of the prompt alone (a mean, a codebook), so that
+            appending tokens differs from rebuilding the index.
+            ``"history"``: what depends on earlier selections or on which tokens were decoded, so
+            that it cannot be rebuilt, and each budget needs its own index.
+        variable_budget: Whether a head may select fewer tokens than ``k``.
+        per_kv_head: Whether scores are those of a KV head's group, so that query heads cannot
+            select separately.
+    """
+
+    needs: frozenset[str] = frozenset()
+    index: IndexKind = "token"
+    variable_budget: bool = False
+    per_kv_head: bool = False
 
     @property
-    def num_layers(self) -> int:
-        """Number of layers of the model."""
+    def restricts(self) -> bool:
+        """Whether the index after more tokens, restricted to its first n slots, equals that at n.
 
-    @property
-    def sequences(self) -> int:
-        """Number of calibration sequences."""
-
-    def states(self, layer: int) -> LayerStates:
-        """Return one layer's post-RoPE queries and keys at all positions of each sequence."""
+        Tokens known beforehand can then be appended at once, and each query reads its own part.
+        """
+        return self.index in ("token", "prompt")
 
 
 class Observer:
     """Callbacks for timing stages and inspecting decode steps; by default they do nothing.
 
     Attributes:
-        needs: What ``on_step`` requires in its ``CacheView`` beyond keys and values.
+        needs: What ``on_step`` requires in its ``StepContext`` beyond keys and values.
     """
 
     needs: frozenset[str] = frozenset()
 
-    def stage(self, name: str, layer: int) -> AbstractContextManager[Any]:
+    def stage(self, name: str, layer: int) -> AbstractContextManager[object]:
         """Return a context manager that is entered for one stage of one layer.
 
         Args:
@@ -129,189 +167,94 @@ class Observer:
         """
         return nullcontext()
 
-    def on_step(
-        self,
-        layer: int,
-        query_states: Tensor,
-        cache: CacheView,
-        result: StepResult,
-        scale: float,
-        softcap: float | None,
-    ) -> None:
-        """Inspect one finished sparse decode step; ``query_states`` is ``[B, Hkv, G, d]``."""
+    def on_step(self, context: StepContext, result: StepResult) -> None:
+        """Inspect one finished decode step of one layer."""
 
 
 @dataclass(kw_only=True)
-class TopKMethod(ABC):
+class TopKMethod(ABC, Generic[IndexT, QueryT]):
     """A method that chooses, at every decode step, which cached tokens each head attends to.
 
     A method object holds no per-prompt state. That is in the index, one per layer, which
-    ``build_index`` returns and ``append`` updates in place. A scoring method implements ``score``
-    and, if it keeps side information, ``build_index`` and ``append``; the rest has defaults.
+    ``build_index`` returns and ``append`` updates in place. ``IndexT`` is its type, ``QueryT`` that
+    of the encoded queries.
 
     Attributes:
         name: The method's name in rows, files and figures.
         selects: False for a method that reads the whole cache, and so has no budget.
-        score_kind: ``"logit"`` if scores are dot products up to the attention's scale (so that a
-            softmax over them is meaningful), else ``"count"``.
-        needs: What must be captured beyond keys and values: at prefill ``query_tail`` and
-            ``column_sums``, at every step ``previous_query``.
-        history_dependent: True if a selection depends on earlier selections, so that appending
-            tokens differs from rebuilding the index, and each budget needs its own index.
-        variable_budget: True if a head may select fewer tokens than ``k``.
-        fits_prompt: True if the index keeps statistics of the prompt alone (a mean, a codebook), so
-            that appending tokens differs from rebuilding the index.
-        fit_version: Version of ``fit_layer``; increased whenever it learns something else from
-            the same states and settings. Artifacts of other versions are not used.
+        traits: What the method needs, keeps and may select.
         impl: Implementation of every operator, or a mapping from operator to implementation.
         native: The policy the method was published with: overrides of ``Policy`` fields.
-        artifact: What ``fit`` returned, once loaded.
-        artifact_digest: Digest of the loaded artifact, empty without one.
     """
 
     name: ClassVar[str]
     selects: ClassVar[bool] = True
-    score_kind: ClassVar[Literal["logit", "count"]] = "count"
-    needs: ClassVar[frozenset[str]] = frozenset()
-    history_dependent: ClassVar[bool] = False
-    variable_budget: ClassVar[bool] = False
-    fits_prompt: ClassVar[bool] = False
-    fit_version: ClassVar[int] = 1
 
     impl: Impl | Mapping[str, Impl] = "auto"
-    native: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    artifact: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-    artifact_digest: str = field(default="", init=False, repr=False)
+    native: NativePolicy = field(default_factory=NativePolicy, repr=False)
+
+    @property
+    def traits(self) -> Traits:
+        """What the method needs, keeps and may select."""
+        return Traits()
 
     def impl_for(self, op: str) -> Impl:
         """Return the implementation requested for one operator."""
         return self.impl if isinstance(self.impl, str) else self.impl.get(op, "auto")
 
-    def effective_policy(self, policy: Policy) -> Policy:
-        """Return the policy, with the method's native values under the native protocol."""
-        return replace(policy, **self.native) if policy.protocol == "native" else policy
+    @property
+    def compacts(self) -> bool:
+        """Whether tokens that a step did not select are freed, and the index is renumbered."""
+        return False
 
-    def with_policy(self, policy: Policy) -> Self:
-        """Return self, or a copy with its policy-dependent defaults filled in.
+    # The policy and the model -------------------------------------------------------------------
 
-        Call it with the effective policy before building an index or counting bytes. A copy shares
-        the loaded artifact.
+    def resolve(self, policy: Policy) -> tuple[Self, Policy]:
+        """Return the method and the policy as they act together.
+
+        Under the native protocol the policy has the method's published values. The method is self,
+        or a copy with the settings filled in that depend on the policy; a copy shares the loaded
+        artifact. Resolving the result again changes nothing.
         """
-        return self
+        return self, self.native_policy(policy) if policy.protocol == "native" else policy
 
-    def for_answers(self) -> Self:
-        """Return the method to generate answers with: self, unless a setting is for timing only."""
-        return self
+    def native_policy(self, policy: Policy) -> Policy:
+        """Return a policy with the method's published values; the budget stays."""
+        return replace(policy, **self.native)
 
-    def policy_unsupported_reason(self, policy: Policy) -> str | None:
-        """Return one sentence saying why an effective policy is not supported, or None."""
-        return None
-
-    def model_unsupported_reason(self, geometry: Geometry) -> str | None:
-        """Return one sentence saying why a model is not supported, or None."""
-        return None
-
-    # Fitting ------------------------------------------------------------------------------------
-
-    def artifact_spec(self, geometry: Geometry) -> dict[str, Any] | None:
-        """Return the settings that identify the artifact, or None if the method learns nothing.
-
-        They include ``fit_version``, so that each version of the fit has its own artifact.
-        """
-        return None
-
-    def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the artifact's float32 tensors; the first axis is the layer."""
-        return {}
-
-    def query_positions(self, layer: int, lengths: Sequence[int]) -> list[list[int]]:
-        """Return the positions in each sequence whose queries ``fit_layer`` reads; none by default.
-
-        Only these are kept during calibration, as the queries of all positions need more memory
-        than the keys.
+    def unsupported_reason(self, geometry: Geometry, policy: Policy | None = None) -> str | None:
+        """Return one sentence saying why a model or a resolved policy is not supported, or None.
 
         Args:
-            layer: Index of the layer.
-            lengths: Tokens of each calibration sequence.
+            geometry: The model's.
+            policy: As ``resolve`` returned it; None to ask about the model alone.
         """
-        return [[] for _ in lengths]
-
-    def fit_layer(
-        self, layer: int, states: LayerStates, report: LossReport | None = None
-    ) -> dict[str, Tensor]:
-        """Fit one layer. Layers are independent: any order, several at a time.
-
-        Args:
-            layer: Index of the layer.
-            states: For each sequence, the post-RoPE queries at ``query_positions``, in that order,
-                and all keys; in the model's dtype, on the device that fits.
-            report: Called with the loss after each training step, if there are steps.
-
-        Returns:
-            The artifact's tensors for this layer, on the CPU.
-        """
-        raise ValueError(f"{self.name} learns nothing, so it has no fit.")
-
-    def fit(self, calibration: CalibrationStates) -> dict[str, Tensor]:
-        """Fit every layer in turn from states in memory; return the artifact's tensors."""
-        layers = []
-        for layer in range(calibration.num_layers):
-            states = calibration.states(layer)
-            positions = self.query_positions(layer, [keys.shape[1] for _, keys in states])
-            needed = [
-                (queries[:, at], keys)
-                for (queries, keys), at in zip(states, positions, strict=True)
-            ]
-            layers.append(self.fit_layer(layer, needed))
-        return stack_layers(layers)
-
-    def load_artifact(self, tensors: dict[str, Tensor], digest: str = "") -> None:
-        """Load tensors that ``fit`` returned, in this process or an earlier one.
-
-        Args:
-            tensors: The artifact.
-            digest: The artifact's digest, which is reported with the results.
-        """
-        self.artifact = dict(tensors)
-        self.artifact_digest = digest
-
-    def check_ready(self, geometry: Geometry) -> None:
-        """Check that the method supports the model and that a matching artifact is loaded.
-
-        Raises:
-            ValueError: With the reason, or with what the artifact must hold.
-        """
-        reason = self.model_unsupported_reason(geometry)
-        if reason is not None:
-            raise ValueError(reason)
-        if self.artifact_spec(geometry) is None:
-            return
-        if not self.artifact:
-            raise ValueError(
-                f"{self.name} needs its artifact, and none is loaded; "
-                "call load_artifact with a shipped one or with what fit returns."
-            )
-        for name, shape in self.artifact_layout(geometry).items():
-            tensor = self.artifact.get(name)
-            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
-                actual = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-                raise ValueError(
-                    f"{self.name}'s artifact must hold {name} as torch.float32 {list(shape)} for"
-                    f" this model, got {actual}; fit it on this model."
-                )
+        return None
 
     # The index ----------------------------------------------------------------------------------
 
     @abstractmethod
-    def build_index(self, prefill: PrefillInputs) -> Any:
-        """Return one layer's side information, an ``Index`` with ``prefill.capacity`` slots."""
+    def build_index(self, prefill: PrefillInputs) -> IndexT:
+        """Return one layer's side information, with ``prefill.capacity`` slots."""
+
+    def index_prompt(
+        self, context: StepContext, capacity: int, captured: Mapping[str, Tensor | None]
+    ) -> IndexT:
+        """Build the index of all tokens before a step's current one; ``append`` adds that.
+
+        Args:
+            context: The step.
+            capacity: Slots to allocate.
+            captured: What the method needs of the prompt beyond keys and values, by name.
+        """
+        return self.build_index(context.prompt(capacity, captured))
 
     @abstractmethod
-    def append(self, index: Any, key_states: Tensor, value_states: Tensor) -> None:
+    def append(self, index: IndexT, key_states: Tensor, value_states: Tensor) -> None:
         """Add one decoded token to the index, in place.
 
-        The result equals ``build_index`` on the longer sequence, unless ``history_dependent`` or
-        ``fits_prompt`` is set.
+        The result equals ``build_index`` on the longer sequence, unless ``traits.index`` is
+        ``"prompt"`` or ``"history"``.
 
         Args:
             index: What ``build_index`` returned.
@@ -319,90 +262,40 @@ class TopKMethod(ABC):
             value_states: ``[B, Hkv, 1, d]``.
         """
 
-    def bind(self, index: Any, cache: CacheView) -> None:
-        """Give the index this step's view of the cache; for methods that score cached keys."""
-        return
-
-    @property
-    def compacts(self) -> bool:
-        """Whether tokens that a step did not select are freed; ``compact`` is then called."""
-        return False
-
-    def compact(self, index: Any, kept: Tensor, capacity: int) -> None:
-        """Renumber the index, in place, after the cache has freed all but the kept tokens.
-
-        Args:
-            index: What ``build_index`` returned.
-            kept: int32 ``[B, Hkv, m]`` old slots of the kept tokens, ascending, padded with -1 at
-                the end; they have moved to the first ``m`` slots.
-            capacity: Slots that the cache has now.
-        """
-        raise NotImplementedError(f"{self.name} frees nothing.")
-
     # One decode step ----------------------------------------------------------------------------
 
-    def encode(self, query_states: Tensor, index: Any) -> Any:
-        """Return the queries in the form that ``score`` takes; by default unchanged.
-
-        Args:
-            query_states: ``[B, Hkv, G, d]``.
-            index: The layer's index.
-        """
-        return query_states
-
     @abstractmethod
-    def score(self, encoded: Any, index: Any) -> Tensor | None:
-        """Score every unit (token or page); the highest scores are kept.
-
-        Returns:
-            ``[B, Hkv, G, U]``, or ``[B, Hkv, U]`` if the method sums over the group itself, or
-            None if the selection does not depend on the query.
-        """
-
-    def select(self, scores: Tensor | None, encoded: Any, index: Any, policy: Policy) -> Selection:
-        """Choose the units to attend to; by default sinks, recents and the best of the rest.
+    def choose(
+        self,
+        index: IndexT,
+        context: StepContext,
+        watch: StageTimer,
+        given: Ranking[QueryT] | None = None,
+    ) -> tuple[Selection, Ranking[QueryT] | None]:
+        """Return the units to attend to, and by which scores they were chosen, if by any.
 
         Args:
-            scores: ``[B, H, U]``, ``H`` being the KV heads, or the query heads under
-                ``head_scope="query_head"``; None if ``score`` returned None.
-            encoded: What ``encode`` returned.
             index: The layer's index.
-            policy: Budget and forced tokens.
+            context: The step.
+            watch: Times the stages.
+            given: How a step at another budget ranked the same queries; it is not computed again.
         """
-        if scores is None:
-            raise ValueError(f"{self.name} must override select, since it has no scores.")
-        indices = topk_select(
-            scores,
-            policy.k,
-            policy.num_sink,
-            policy.num_recent,
-            index.kv_start,
-            index.kv_len,
-            impl=self.impl_for("topk_select"),
-        )
-        return Selection(indices)
 
-    def attend(
-        self,
-        query_states: Tensor,
-        cache: CacheView,
-        selection: Selection,
-        scale: float,
-        softcap: float | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, context: StepContext, selection: Selection) -> tuple[Tensor, Tensor | None]:
         """Attend to the selection; return ``out [B, Hq, d]`` and ``lse [B, Hq]``."""
+        cache = context.cache
         out, lse = sparse_attention(
-            query_states.flatten(1, 2),
+            context.query_states.flatten(1, 2),
             cache.key_states,
             cache.value_states,
             selection.indices,
-            scale,
+            context.scale,
             count=selection.count,
             log_weight=selection.log_weight,
             unit_size=selection.unit_size,
             kv_start=cache.kv_start,
             kv_len=cache.kv_len,
-            softcap=softcap,
+            softcap=context.softcap,
             impl=self.impl_for("sparse_attention"),
         )
         if selection.remainder is not None:
@@ -414,60 +307,12 @@ class TopKMethod(ABC):
             out = (out.float() * selection.head_weight[..., None]).to(out.dtype)
         return out, lse
 
-    def update_after_step(
-        self,
-        result: StepResult,
-        query_states: Tensor,
-        index: Any,
-        cache: CacheView,
-        policy: Policy,
-        scale: float,
-        softcap: float | None = None,
-    ) -> None:
-        """Update the index, in place, from a finished step; for methods that track attention.
-
-        Args:
-            result: The step's output, selection and scores.
-            query_states: ``[B, Hkv, G, d]``.
-            index: The layer's index.
-            cache: The layer's cached states.
-            policy: Budget and forced tokens.
-            scale: The attention's factor on dot products.
-            softcap: The attention's logit cap, or None.
-        """
-        return
-
-    def aggregate_over_group(
-        self, scores: Tensor | None, policy: Policy, scale: float, softcap: float | None = None
-    ) -> Tensor | None:
-        """Reduce scores to one row per selecting head: ``[B, H, U]``.
-
-        Raises:
-            ValueError: If the policy selects per query head and the method scores per KV head.
-        """
-        if scores is None:
-            return None
-        if scores.ndim == 4:
-            if policy.head_scope == "query_head":
-                return scores.flatten(1, 2)
-            impl = self.impl_for("group_softmax")
-            return aggregate(scores, policy.aggregation, self.score_kind, scale, softcap, impl)
-        if policy.head_scope == "query_head":
-            raise ValueError(
-                f"head_scope must be kv_head for {self.name}, whose scores are per KV head, "
-                "got query_head."
-            )
-        return scores
-
     def step(
         self,
-        query_states: Tensor,
-        index: Any,
-        cache: CacheView,
-        policy: Policy,
-        scale: float,
-        softcap: float | None = None,
+        index: IndexT,
+        context: StepContext,
         watch: StageTimer | None = None,
+        given: Ranking[QueryT] | None = None,
     ) -> StepResult:
         """Run one decode step of one layer; the current token is already cached and appended.
 
@@ -475,36 +320,25 @@ class TopKMethod(ABC):
         called: every method then equals full attention. In a batch this holds for each row.
 
         Args:
-            query_states: ``[B, Hkv, G, d]``.
             index: The layer's index.
-            cache: The layer's cached states.
-            policy: Budget and forced tokens.
-            scale: The attention's factor on dot products.
-            softcap: Logits become ``softcap * tanh(logits / softcap)``; None for no cap.
+            context: The step.
             watch: Times the stages ``encode``, ``score``, ``select`` and ``attend``.
+            given: How a step at another budget ranked the same queries on the same index; None to
+                score them.
         """
         watch = _unwatched if watch is None else watch
-        raw: Tensor | None = None
-        scores: Tensor | None = None
-        if policy.k >= cache.n:
+        ranking: Ranking[QueryT] | None = None
+        cache, k = context.cache, context.policy.k
+        if k >= cache.n:
             with watch("select"):
                 selection = Selection.everything(cache)
         else:
-            self.bind(index, cache)
-            with watch("encode"):
-                encoded = self.encode(query_states, index)
-            with watch("score"):
-                raw = self.score(encoded, index)
-                scores = self.aggregate_over_group(raw, policy, scale, softcap)
-            with watch("select"):
-                selection = self.select(scores, encoded, index, policy)
-                if type(self).select is not TopKMethod.select:  # the default does so already
-                    selection = selection.with_all_of_short_rows(cache, policy.k)
+            selection, ranking = self.choose(index, context, watch, given)
         with watch("attend"):
-            out, lse = self.attend(query_states, cache, selection, scale, softcap)
-            result = StepResult(out, lse, selection, scores, raw)
-            if index is not None:
-                self.update_after_step(result, query_states, index, cache, policy, scale, softcap)
+            out, lse = self.attend(context, selection)
+            result = StepResult(out, lse, selection, ranking)
+            if isinstance(self, FollowsAttention):
+                self.update_after_step(result, index, context)
         return result
 
     # Accounting ---------------------------------------------------------------------------------
@@ -513,7 +347,7 @@ class TopKMethod(ABC):
         """Return the bytes of side information per token, in one layer, over all KV heads."""
         return 0.0
 
-    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         """Return the bytes that one decode step of one layer reads, for one batch row.
 
         These are the side information, whatever else scoring reads, and the keys and values of the
@@ -522,27 +356,151 @@ class TopKMethod(ABC):
         Args:
             geometry: The model's.
             n: Cached tokens.
-            k: Tokens that a KV head's queries attend to: the budget, or the size of the union if
-                each query head selects its own.
-        """
-        return round(n * self.index_bytes_per_token(geometry)) + kv_bytes(geometry, min(k, n))
-
-    def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int | None) -> int:
-        """Return the same as ``bytes_read_per_step``, for a step whose reads were counted.
-
-        Args:
-            geometry: The model's.
-            n: Cached tokens.
-            read: Distinct tokens that a KV head's queries attended to.
+            read: Distinct tokens that a KV head's queries attend to, at most ``n``: counted, or the
+                budget.
             scanned: What else a KV head read, as counted in ``Selection.scanned``; None if it was
                 not counted.
         """
-        return self.bytes_read_per_step(geometry, n, read)
+        return round(n * self.index_bytes_per_token(geometry)) + kv_bytes(geometry, read)
 
 
-def stack_layers(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack what ``fit_layer`` returned for each layer into the artifact's tensors."""
-    return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+AnyMethod = TopKMethod[Any, Any]
+"""Some method, for callers that only pass its index back to it."""
+
+
+@dataclass(kw_only=True)
+class ScoringMethod(TopKMethod[IndexT, QueryT]):
+    """A method that scores every unit (token or page) with the current queries.
+
+    It implements ``score`` and, if it keeps side information, ``build_index`` and ``append``.
+
+    Attributes:
+        score_kind: ``"logit"`` if scores are dot products up to the attention's scale (so that a
+            softmax over them is meaningful), else ``"count"``.
+    """
+
+    score_kind: ClassVar[ScoreKind] = "count"
+
+    def unsupported_reason(self, geometry: Geometry, policy: Policy | None = None) -> str | None:
+        if self.traits.per_kv_head and policy is not None and policy.head_scope == "query_head":
+            return self._per_kv_head_reason()
+        return None
+
+    def _per_kv_head_reason(self) -> str:
+        return (
+            f"head_scope must be kv_head for {self.name}, whose scores are per KV head, got "
+            "query_head."
+        )
+
+    def encode(self, index: IndexT, context: StepContext) -> QueryT:
+        """Return the queries in the form that ``score`` takes; by default ``[B, Hkv, G, d]``."""
+        return cast(QueryT, context.query_states)
+
+    @abstractmethod
+    def score(self, encoded: QueryT, index: IndexT, context: StepContext) -> Tensor:
+        """Score every unit; the highest scores are kept.
+
+        Returns:
+            ``[B, Hkv, G, U]``, or ``[B, Hkv, U]`` if the method sums over the group itself.
+        """
+
+    def aggregate(self, scores: Tensor, context: StepContext) -> Tensor:
+        """Reduce what ``score`` returned to one row per selecting head: ``[B, H, U]``.
+
+        Raises:
+            ValueError: If the policy selects per query head and the method scores per KV head.
+        """
+        policy = context.policy
+        if scores.ndim == 4:
+            if policy.head_scope == "query_head":
+                return scores.flatten(1, 2)
+            impl = self.impl_for("group_softmax")
+            rule = (policy.aggregation, self.score_kind)
+            return aggregate(scores, *rule, context.scale, context.softcap, impl)
+        if policy.head_scope == "query_head":
+            raise ValueError(self._per_kv_head_reason())
+        return scores
+
+    def select(self, ranking: Ranking[QueryT], index: IndexT, context: StepContext) -> Selection:
+        """Choose the units to attend to; by default sinks, recents and the best of the rest."""
+        return top_units(ranking.scores, index, context.policy, self.impl_for("topk_select"))
+
+    def choose(
+        self,
+        index: IndexT,
+        context: StepContext,
+        watch: StageTimer,
+        given: Ranking[QueryT] | None = None,
+    ) -> tuple[Selection, Ranking[QueryT] | None]:
+        if given is None:
+            with watch("encode"):
+                encoded = self.encode(index, context)
+            with watch("score"):
+                raw = self.score(encoded, index, context)
+                ranking = Ranking(encoded, raw, self.aggregate(raw, context))
+        else:  # only the reduction over the group may depend on the budget
+            scores = self.aggregate(given.raw_scores, context)
+            ranking = Ranking(given.encoded, given.raw_scores, scores)
+        with watch("select"):
+            selection = self.select(ranking, index, context)
+            selection = selection.with_all_of_short_rows(context.cache, context.policy.k)
+        return selection, ranking
+
+
+@dataclass(kw_only=True)
+class QueryIndependentMethod(TopKMethod[IndexT, None]):
+    """A method whose selection does not depend on the current queries."""
+
+    @abstractmethod
+    def select(self, index: IndexT, context: StepContext) -> Selection:
+        """Choose the units to attend to."""
+
+    def choose(
+        self,
+        index: IndexT,
+        context: StepContext,
+        watch: StageTimer,
+        given: Ranking[None] | None = None,
+    ) -> tuple[Selection, None]:
+        with watch("select"):
+            selection = self.select(index, context)
+            return selection.with_all_of_short_rows(context.cache, context.policy.k), None
+
+
+class FollowsAttention(ABC, Generic[IndexT]):
+    """A method whose index changes with what its own steps attended to."""
+
+    @abstractmethod
+    def update_after_step(self, result: StepResult, index: IndexT, context: StepContext) -> None:
+        """Update the index, in place, from a finished step."""
+
+
+def top_units(scores: Tensor, index: Index, policy: Policy, impl: Impl) -> Selection:
+    """Select sinks, recents and the units with the highest of ``[B, H, U]`` scores."""
+    indices = topk_select(
+        scores,
+        policy.k,
+        policy.num_sink,
+        policy.num_recent,
+        index.kv_start,
+        index.kv_len,
+        impl=impl,
+    )
+    return Selection(indices)
+
+
+def with_impl(method: AnyMethod, impl: Impl | Mapping[str, Impl]) -> AnyMethod:
+    """Return a copy of a method that runs other implementations of the operators.
+
+    A method inside the method (Twilight's base) is copied likewise; the artifact is shared.
+    """
+    copied = copy.copy(method)
+    copied.impl = impl
+    for one in fields(method):
+        value = getattr(method, one.name)
+        if isinstance(value, TopKMethod):
+            setattr(copied, one.name, with_impl(value, impl))
+    return copied
 
 
 def kv_bytes(geometry: Geometry, tokens: int) -> int:

@@ -1,35 +1,29 @@
 """Oracle page selection: the pages with the largest true attention weights."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from topkbench.kernels.lowrank_score.api import lowrank_score
 from topkbench.methods.base import (
-    CacheView,
     Geometry,
     Index,
-    Policy,
     PrefillInputs,
+    Ranking,
+    ScoreKind,
+    ScoringMethod,
     Selection,
-    TopKMethod,
+    StepContext,
     check_whole,
     kv_bytes,
 )
-from topkbench.methods.pages import PagedIndex, page_slots, page_tokens_read, select_pages
+from topkbench.methods.pages import PagedIndex, page_slots, select_pages
 
 
 @dataclass(kw_only=True)
-class BlockOracleIndex(PagedIndex):
-    """The cached keys ``[B, Hkv, n, d]`` themselves, from the last ``bind``."""
-
-    key_states: Tensor
-
-
-@dataclass(kw_only=True)
-class BlockOracle(TopKMethod):
+class BlockOracle(ScoringMethod[PagedIndex, Tensor]):
     """Keep the pages whose best token has the largest true attention weight.
 
     No rule for selecting pages beats it, so it separates what a method loses by selecting whole
@@ -54,33 +48,22 @@ class BlockOracle(TopKMethod):
     """
 
     name: ClassVar[str] = "block_oracle"
-    score_kind: ClassVar[Literal["logit", "count"]] = "logit"
+    score_kind: ClassVar[ScoreKind] = "logit"
 
     page_size: int = 16
 
     def __post_init__(self) -> None:
         check_whole("page_size", self.page_size)
 
-    def build_index(self, prefill: PrefillInputs) -> BlockOracleIndex:
-        counts = Index.counts(prefill)
-        keys = prefill.key_states
-        return BlockOracleIndex(key_states=keys, page_size=self.page_size, **counts)
+    def build_index(self, prefill: PrefillInputs) -> PagedIndex:
+        return PagedIndex(page_size=self.page_size, **Index.counts(prefill))
 
-    def append(self, index: BlockOracleIndex, key_states: Tensor, value_states: Tensor) -> None:
-        index.advance()  # the key itself is in the cache, see bind
+    def append(self, index: PagedIndex, key_states: Tensor, value_states: Tensor) -> None:
+        index.advance()  # the keys themselves are in the cache
 
-    def bind(self, index: BlockOracleIndex, cache: CacheView) -> None:
-        index.key_states = cache.key_states
-
-    def score(self, encoded: Tensor, index: BlockOracleIndex) -> Tensor:
+    def score(self, encoded: Tensor, index: PagedIndex, context: StepContext) -> Tensor:
         """Return the tokens' logits in page order, ``[B, Hkv, G, pages * page_size]``."""
-        keys = index.key_states
-        if keys.shape[2] < index.length:
-            raise ValueError(
-                f"the index must be bound to the cache's {index.length} slots, got "
-                f"{keys.shape[2]}; call bind before score."
-            )
-        impl = self.impl_for("lowrank_score")
+        keys, impl = context.cache.key_states, self.impl_for("lowrank_score")
         logits = lowrank_score(encoded, keys, index.kv_start, index.kv_len, impl=impl)
         slots, is_token = page_slots(
             keys.shape[2], len(keys), self.page_size, keys.device, index.kv_start, index.kv_len
@@ -88,24 +71,16 @@ class BlockOracle(TopKMethod):
         slots = slots[:, None, None].expand(*logits.shape[:3], -1)
         return logits.gather(-1, slots).masked_fill(~is_token[:, None, None], -torch.inf)
 
-    def aggregate_over_group(
-        self, scores: Tensor | None, policy: Policy, scale: float, softcap: float | None = None
-    ) -> Tensor | None:
+    def aggregate(self, scores: Tensor, context: StepContext) -> Tensor:
         """Reduce logits to the selecting heads and to each page's maximum: ``[B, H, pages]``."""
-        tokens = super().aggregate_over_group(scores, policy, scale, softcap)
-        assert tokens is not None  # score always scores
+        tokens = super().aggregate(scores, context)
         return tokens.unflatten(-1, (-1, self.page_size)).amax(-1)
 
     def select(
-        self, scores: Tensor | None, encoded: Tensor, index: BlockOracleIndex, policy: Policy
+        self, ranking: Ranking[Tensor], index: PagedIndex, context: StepContext
     ) -> Selection:
-        assert scores is not None
-        return select_pages(scores, index, policy, self.impl_for("topk_select"))
+        return select_pages(ranking.scores, index, context.policy, self.impl_for("topk_select"))
 
-    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
-        chosen = page_tokens_read(n, k, self.page_size)
-        return self.bytes_read_by(geometry, n, chosen, None)
-
-    def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int | None) -> int:
+    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         # Two passes: every key for scoring, then keys and values of the selected pages.
         return kv_bytes(geometry, n) // 2 + kv_bytes(geometry, read)

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -12,15 +12,16 @@ from topkbench.kernels.lowrank_score.api import lowrank_score
 from topkbench.methods.base import (
     Geometry,
     Index,
-    LayerStates,
-    LossReport,
     Policy,
     PrefillInputs,
-    TopKMethod,
+    ScoreKind,
+    ScoringMethod,
+    StepContext,
     check_whole,
     kv_bytes,
 )
 from topkbench.methods.four_bits import bytes_per_token, dequantise, quantise
+from topkbench.methods.learning import ArtifactSpec, LayerStates, LearningMethod, LossReport
 
 LabelScope = Literal["kv_head", "query_head"]
 
@@ -45,7 +46,9 @@ class DoubleSparsityIndex(Index):
 
 
 @dataclass(kw_only=True)
-class DoubleSparsity(TopKMethod):
+class DoubleSparsity(
+    LearningMethod[DoubleSparsityIndex, Tensor], ScoringMethod[DoubleSparsityIndex, Tensor]
+):
     """Rank keys by the dot product over the channels that calibration found heavy.
 
     Calibration measures, for each query head, how much each channel contributes to a logit: the
@@ -86,7 +89,7 @@ class DoubleSparsity(TopKMethod):
     """
 
     name: ClassVar[str] = "double_sparsity"
-    score_kind: ClassVar[Literal["logit", "count"]] = "logit"
+    score_kind: ClassVar[ScoreKind] = "logit"
 
     channels: int | None = None
     label_scope: LabelScope | None = None
@@ -106,18 +109,18 @@ class DoubleSparsity(TopKMethod):
         if self.label_bits not in (4, 16):
             raise ValueError(f"label_bits must be 4 or 16, got {self.label_bits!r}.")
 
-    def with_policy(self, policy: Policy) -> Self:
-        if self.label_scope is not None:
-            return self
-        resolved = copy.copy(self)
-        resolved.label_scope = policy.head_scope
-        return resolved
+    def resolve(self, policy: Policy) -> tuple[Self, Policy]:
+        method, policy = super().resolve(policy)
+        if self.label_scope is None:
+            method = copy.copy(self)
+            method.label_scope = policy.head_scope
+        return method, policy
 
     def num_channels(self, head_dim: int) -> int:
         """Return the number of heavy channels for a head of size ``head_dim``."""
         return max(1, head_dim // 4) if self.channels is None else self.channels
 
-    def model_unsupported_reason(self, geometry: Geometry) -> str | None:
+    def unsupported_reason(self, geometry: Geometry, policy: Policy | None = None) -> str | None:
         channels = self.num_channels(geometry.head_dim)
         if channels > geometry.head_dim:
             return f"channels must be at most head_dim={geometry.head_dim}, got {channels}."
@@ -127,14 +130,9 @@ class DoubleSparsity(TopKMethod):
 
     # Calibration --------------------------------------------------------------------------------
 
-    def artifact_spec(self, geometry: Geometry) -> dict[str, Any]:
+    def artifact_spec(self, geometry: Geometry) -> ArtifactSpec:
         # It holds the statistics, not the channels: one artifact serves every number of channels.
-        return {
-            "method": self.name,
-            "fit_version": self.fit_version,
-            **geometry.identity,
-            "calibration_queries": self.calibration_queries,
-        }
+        return self.spec_of(geometry, "calibration_queries")
 
     def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
         return {"magnitude": (geometry.num_layers, geometry.num_heads, geometry.head_dim)}
@@ -214,14 +212,14 @@ class DoubleSparsity(TopKMethod):
         labels = _in_channels(keys[:, :, None], channels)
         return (labels, None) if self.label_bits == 16 else quantise(labels)
 
-    def encode(self, query_states: Tensor, index: DoubleSparsityIndex) -> Tensor:
+    def encode(self, index: DoubleSparsityIndex, context: StepContext) -> Tensor:
         """Return the queries' heavy channels, ``[B, Hkv, G, r]`` or ``[B, Hq, 1, r]``."""
-        queries = query_states
+        queries = context.query_states
         if len(index.channels) == index.num_kv_heads:
             return _in_channels(queries[:, :, None], index.channels)
         return _in_channels(queries[..., None, :], index.channels)
 
-    def score(self, encoded: Tensor, index: DoubleSparsityIndex) -> Tensor:
+    def score(self, encoded: Tensor, index: DoubleSparsityIndex, context: StepContext) -> Tensor:
         labels = index.labels[:, :, : index.length]
         if index.ranges is not None:  # takes longer than the bytes counted for it suggest
             labels = dequantise(labels, index.ranges[:, :, : index.length])
@@ -237,8 +235,8 @@ class DoubleSparsity(TopKMethod):
             return float(heads * bytes_per_token(channels))
         return float(heads * channels * geometry.dtype_bytes)
 
-    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
-        return round(n * self.index_bytes_per_token(geometry)) + kv_bytes(geometry, min(k, n))
+    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
+        return round(n * self.index_bytes_per_token(geometry)) + kv_bytes(geometry, read)
 
 
 def _in_channels(states: Tensor, channels: Tensor) -> Tensor:

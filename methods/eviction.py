@@ -1,12 +1,12 @@
 """Base of the evicting methods, in which a dropped token is never attended to again."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import Geometry, Policy, TopKMethod, kv_bytes
+from topkbench.methods.base import Geometry, IndexT, Policy, QueryIndependentMethod, kv_bytes
 
 Mode = Literal["masked", "compact"]
 
@@ -14,7 +14,7 @@ SPARE = 32  # steps between two compactions of topkbench's cache
 
 
 @dataclass(kw_only=True)
-class Evicting(TopKMethod):
+class Evicting(QueryIndependentMethod[IndexT]):
     """A method that drops tokens permanently.
 
     Attributes:
@@ -33,11 +33,8 @@ class Evicting(TopKMethod):
     def compacts(self) -> bool:
         return self.mode == "compact"
 
-    def compact(self, index: Any, kept: Tensor, capacity: int) -> None:
-        index.renumber(kept, capacity)
-
-    def policy_unsupported_reason(self, policy: Policy) -> str | None:
-        if policy.head_scope == "query_head" and self.compacts:
+    def unsupported_reason(self, geometry: Geometry, policy: Policy | None = None) -> str | None:
+        if policy is not None and policy.head_scope == "query_head" and self.compacts:
             return (
                 f"head_scope must be kv_head for {self.name} with mode=compact, since a KV head's "
                 "tokens are freed for all its queries, got query_head; use mode=masked."

@@ -1,30 +1,24 @@
 """Exact top-k: the oracle that ranks by true attention weights, and so reads every key."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
 from topkbench.kernels.lowrank_score.api import lowrank_score
 from topkbench.methods.base import (
-    CacheView,
     Geometry,
     Index,
     PrefillInputs,
-    TopKMethod,
+    ScoreKind,
+    ScoringMethod,
+    StepContext,
     kv_bytes,
 )
 
 
 @dataclass(kw_only=True)
-class ExactIndex(Index):
-    """The cached keys ``[B, Hkv, n, d]`` themselves, from the last ``bind``."""
-
-    key_states: Tensor
-
-
-@dataclass(kw_only=True)
-class ExactTopK(TopKMethod):
+class ExactTopK(ScoringMethod[Index, Tensor]):
     """Keep the tokens with the largest attention weight, summed over the group's queries.
 
     Source:
@@ -39,26 +33,18 @@ class ExactTopK(TopKMethod):
     """
 
     name: ClassVar[str] = "exact"
-    score_kind: ClassVar[Literal["logit", "count"]] = "logit"
+    score_kind: ClassVar[ScoreKind] = "logit"
 
-    def build_index(self, prefill: PrefillInputs) -> ExactIndex:
-        return ExactIndex(key_states=prefill.key_states, **Index.counts(prefill))
+    def build_index(self, prefill: PrefillInputs) -> Index:
+        return Index.of(prefill)  # the keys themselves are in the cache
 
-    def append(self, index: ExactIndex, key_states: Tensor, value_states: Tensor) -> None:
-        index.advance()  # the key itself is in the cache, see bind
+    def append(self, index: Index, key_states: Tensor, value_states: Tensor) -> None:
+        index.advance()
 
-    def bind(self, index: ExactIndex, cache: CacheView) -> None:
-        index.key_states = cache.key_states
+    def score(self, encoded: Tensor, index: Index, context: StepContext) -> Tensor:
+        keys, impl = context.cache.key_states, self.impl_for("lowrank_score")
+        return lowrank_score(encoded, keys, index.kv_start, index.kv_len, impl=impl)
 
-    def score(self, encoded: Tensor, index: ExactIndex) -> Tensor:
-        if index.key_states.shape[2] < index.length:
-            raise ValueError(
-                f"the index must be bound to the cache's {index.length} slots, got "
-                f"{index.key_states.shape[2]}; call bind before score."
-            )
-        impl = self.impl_for("lowrank_score")
-        return lowrank_score(encoded, index.key_states, index.kv_start, index.kv_len, impl=impl)
-
-    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         # Two passes: every key for scoring, then keys and values of the selected tokens.
-        return kv_bytes(geometry, n) // 2 + kv_bytes(geometry, min(k, n))
+        return kv_bytes(geometry, n) // 2 + kv_bytes(geometry, read)

@@ -1,26 +1,27 @@
 """Full attention over every cached token, the baseline of all comparisons."""
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from topkbench.kernels.full_attention.api import BACKENDS, Backend, full_attention
 from topkbench.methods.base import (
-    CacheView,
     Geometry,
     Index,
-    Policy,
     PrefillInputs,
+    QueryIndependentMethod,
+    Ranking,
+    Selection,
     StageTimer,
+    StepContext,
     StepResult,
-    TopKMethod,
     kv_bytes,
 )
 
 
 @dataclass(kw_only=True)
-class FullAttention(TopKMethod):
+class FullAttention(QueryIndependentMethod[Index]):
     """Attend to everything.
 
     Attributes:
@@ -40,40 +41,35 @@ class FullAttention(TopKMethod):
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}.")
 
-    def for_answers(self) -> Self:
-        return replace(self, backend="sdpa")  # answers must not depend on installed packages
-
     def build_index(self, prefill: PrefillInputs) -> Index:
         return Index.of(prefill)
 
     def append(self, index: Index, key_states: Tensor, value_states: Tensor) -> None:
         index.advance()
 
-    def score(self, encoded: Tensor, index: Index) -> None:
-        return None
+    def select(self, index: Index, context: StepContext) -> Selection:
+        return Selection.everything(context.cache)
 
     def step(
         self,
-        query_states: Tensor,
         index: Index | None,
-        cache: CacheView,
-        policy: Policy,
-        scale: float,
-        softcap: float | None = None,
+        context: StepContext,
         watch: StageTimer | None = None,
+        given: Ranking[None] | None = None,
     ) -> StepResult:
-        """Attend to the whole cache; ``index`` and ``policy`` are ignored."""
+        """Attend to the whole cache; there is nothing to select, and no index is needed."""
+        cache = context.cache
         out = full_attention(
-            query_states.flatten(1, 2),
+            context.query_states.flatten(1, 2),
             cache.key_states,
             cache.value_states,
-            scale,
+            context.scale,
             kv_start=cache.kv_start,
             kv_len=cache.kv_len,
-            softcap=softcap,
+            softcap=context.softcap,
             backend=self.backend,
         )
-        return StepResult(out, None, None, None)
+        return StepResult(out, None, None)
 
-    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         return kv_bytes(geometry, n)

@@ -8,13 +8,15 @@ from torch import Tensor
 
 from topkbench.kernels.topk_select.api import topk_select
 from topkbench.methods.base import (
-    CacheView,
+    FollowsAttention,
     Geometry,
     Index,
     Policy,
     PrefillInputs,
     Selection,
+    StepContext,
     StepResult,
+    Traits,
     kv_bytes,
 )
 from topkbench.methods.eviction import Evicting
@@ -40,7 +42,7 @@ class H2OIndex(Index):
 
 
 @dataclass(kw_only=True)
-class H2O(Evicting):
+class H2O(Evicting[H2OIndex], FollowsAttention[H2OIndex]):
     """Keep the heavy hitters (tokens with the largest sum of attention so far) and recents.
 
     A share ``heavy_share`` of the ``k`` tokens are heavy hitters, including the policy's sinks; the
@@ -68,8 +70,7 @@ class H2O(Evicting):
     """
 
     name: ClassVar[str] = "h2o"
-    needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
-    history_dependent: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(needs=frozenset({"column_sums"}), index="history")
 
     heavy_share: float = 0.5
 
@@ -93,17 +94,13 @@ class H2O(Evicting):
         slot = index.advance()
         index.put(index.sums, slot, index.sums.new_zeros(index.sums.shape[:2]))
 
-    def score(self, encoded: Tensor, index: H2OIndex) -> None:
-        return None
-
-    def policy_unsupported_reason(self, policy: Policy) -> str | None:
-        if policy.head_scope == "query_head":
+    def unsupported_reason(self, geometry: Geometry, policy: Policy | None = None) -> str | None:
+        if policy is not None and policy.head_scope == "query_head":
             return "head_scope must be kv_head for h2o, whose sums are per KV head, got query_head."
         return None
 
-    def select(
-        self, scores: Tensor | None, encoded: Tensor, index: H2OIndex, policy: Policy
-    ) -> Selection:
+    def select(self, index: H2OIndex, context: StepContext) -> Selection:
+        policy = context.policy
         heavy = max(int(policy.k * self.heavy_share), policy.num_sink)
         num_recent = max(policy.k - heavy, policy.num_recent)
         indices = topk_select(
@@ -117,23 +114,15 @@ class H2O(Evicting):
         )
         return Selection(indices)
 
-    def update_after_step(
-        self,
-        result: StepResult,
-        query_states: Tensor,
-        index: H2OIndex,
-        cache: CacheView,
-        policy: Policy,
-        scale: float,
-        softcap: float | None = None,
-    ) -> None:
+    def update_after_step(self, result: StepResult, index: H2OIndex, context: StepContext) -> None:
         if result.selection is None:
             return
         kept = result.selection.indices.long()
         # A padding entry repeats the first slot, so it writes the same value there.
         slots = torch.where(kept >= 0, kept, kept[..., :1])
-        keys = torch.take_along_dim(cache.key_states, slots[..., None], 2)
-        logits = capped(query_states.float() @ keys.float().mT * scale, softcap)
+        keys = torch.take_along_dim(context.cache.key_states, slots[..., None], 2)
+        products = context.query_states.float() @ keys.float().mT
+        logits = capped(products * context.scale, context.softcap)
         weights = logits.masked_fill((kept < 0)[:, :, None], -torch.inf).softmax(-1).sum(2)
         weights = torch.where(kept >= 0, weights, weights[..., :1])
         sums = index.sums.gather(2, slots) + weights
@@ -143,7 +132,7 @@ class H2O(Evicting):
     def index_bytes_per_token(self, geometry: Geometry) -> float:
         return 4.0 * geometry.num_kv_heads
 
-    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
-        sums = round(self.tokens_in_memory(n, k) * self.index_bytes_per_token(geometry))
-        kept = kv_bytes(geometry, min(k, n))
-        return sums + kept + kept // 2 + self.moved_bytes(geometry, n, k)
+    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
+        sums = round(self.tokens_in_memory(n, read) * self.index_bytes_per_token(geometry))
+        kept = kv_bytes(geometry, read)
+        return sums + kept + kept // 2 + self.moved_bytes(geometry, n, read)

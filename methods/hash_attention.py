@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,14 +13,14 @@ from topkbench.kernels.hash_encode.api import hash_encode
 from topkbench.methods.base import (
     Geometry,
     Index,
-    LayerStates,
-    LossReport,
     Policy,
     PrefillInputs,
-    TopKMethod,
+    ScoringMethod,
+    StepContext,
     check_whole,
     kv_bytes,
 )
+from topkbench.methods.learning import ArtifactSpec, LayerStates, LearningMethod, LossReport
 
 LINEAR_LAYERS = 3  # per network
 LATE_QUERIES = 48  # queries from each sequence's end, where its question and answer are
@@ -44,7 +44,9 @@ class HashAttentionIndex(Index):
 
 
 @dataclass(kw_only=True)
-class HashAttention(TopKMethod):
+class HashAttention(
+    LearningMethod[HashAttentionIndex, Tensor], ScoringMethod[HashAttentionIndex, Tensor]
+):
     """Rank keys by how many bits of a learned signature they share with the query.
 
     Each query head has two networks of three linear layers with SiLU between them, one for its
@@ -114,26 +116,16 @@ class HashAttention(TopKMethod):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
 
-    def effective_policy(self, policy: Policy) -> Policy:
-        policy = super().effective_policy(policy)
-        if policy.protocol == "native":
-            edge = min(self.edge, policy.k // 4)
-            policy = replace(policy, num_sink=edge, num_recent=edge)
-        return policy
+    def native_policy(self, policy: Policy) -> Policy:
+        edge = min(self.edge, policy.k // 4)
+        return replace(super().native_policy(policy), num_sink=edge, num_recent=edge)
 
     # Training -----------------------------------------------------------------------------------
 
-    def artifact_spec(self, geometry: Geometry) -> dict[str, Any]:
-        settings = (
-            "bits hidden seed learning_rate steps queries_per_sequence step_queries step_keys "
-            "positives positive_weight"
-        )
-        return {
-            "method": self.name,
-            "fit_version": self.fit_version,
-            **geometry.identity,
-            **{name: getattr(self, name) for name in settings.split()},
-        }
+    def artifact_spec(self, geometry: Geometry) -> ArtifactSpec:
+        training = ("learning_rate", "steps", "queries_per_sequence", "step_queries", "step_keys")
+        labels = ("positives", "positive_weight")
+        return self.spec_of(geometry, "bits", "hidden", "seed", *training, *labels)
 
     def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
         heads = (geometry.num_layers, geometry.num_heads)
@@ -293,12 +285,13 @@ class HashAttention(TopKMethod):
         slot = index.advance()
         index.put(index.key_codes, slot, self._sign_keys(key_states, index.key_layers)[:, :, 0])
 
-    def encode(self, query_states: Tensor, index: HashAttentionIndex) -> Tensor:
+    def encode(self, index: HashAttentionIndex, context: StepContext) -> Tensor:
         """Return the queries' signatures, int32 ``[B, Hkv, G, bits // 32]``."""
+        query_states = context.query_states
         codes = self._sign(query_states.flatten(1, 2)[:, :, None], index.query_layers)
         return codes.view(*query_states.shape[:3], -1)
 
-    def score(self, encoded: Tensor, index: HashAttentionIndex) -> Tensor:
+    def score(self, encoded: Tensor, index: HashAttentionIndex, context: StepContext) -> Tensor:
         # The kernel treats each query head as a KV head with one query.
         scores = hamming_score(
             encoded.flatten(1, 2)[:, :, None],
@@ -313,12 +306,12 @@ class HashAttention(TopKMethod):
     def index_bytes_per_token(self, geometry: Geometry) -> float:
         return float(geometry.num_heads * self.bits // 8)
 
-    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         widths = self._widths(geometry.head_dim)
         weights = sum((widths[i] + 1) * widths[i + 1] for i in range(LINEAR_LAYERS))
         networks = 2 * 4 * geometry.num_heads * weights  # the query's, and the new key's
         side = round(n * self.index_bytes_per_token(geometry))
-        return side + networks + kv_bytes(geometry, min(k, n))
+        return side + networks + kv_bytes(geometry, read)
 
 
 def _hidden(states: Tensor, layers: list[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import LayerStates, LossReport
+from topkbench.methods.learning import LayerStates, LossReport
 
 BLOCK = 1024  # pairs per block, so that their hashes stay in a core's cache during a training step
 

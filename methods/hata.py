@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,16 +12,17 @@ from topkbench.kernels.hash_encode.api import encode_step, hash_encode
 from topkbench.methods.base import (
     Geometry,
     Index,
-    LayerStates,
-    LossReport,
-    Policy,
+    IndexKind,
     PrefillInputs,
-    TopKMethod,
+    ScoringMethod,
+    StepContext,
+    Traits,
     check_whole,
     kv_bytes,
 )
 from topkbench.methods.hash_ranking import RankingRecipe
 from topkbench.methods.hash_training import PublishedRecipe
+from topkbench.methods.learning import ArtifactSpec, LayerStates, LearningMethod, LossReport
 
 HashWeights = Literal["trained", "random", "orthonormal"]
 Recipe = Literal["published", "ranking"]
@@ -49,7 +50,7 @@ class HATAIndex(Index):
 
 
 @dataclass(kw_only=True)
-class HATA(TopKMethod):
+class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
     """Keep the tokens whose keys share the most hash bits with the group's queries.
 
     Attributes:
@@ -137,7 +138,6 @@ class HATA(TopKMethod):
     )
 
     def __post_init__(self) -> None:
-        vars(self).update(fits_prompt=self.centre_keys)
         for name in ("epochs", "steps_per_epoch", "chunks_per_epoch", "chunk_size"):
             check_whole(name, getattr(self, name))
         check_whole("queries_per_sequence", self.queries_per_sequence)
@@ -166,16 +166,14 @@ class HATA(TopKMethod):
                 f"{self.query_codes}; set weights=trained and recipe=ranking."
             )
 
-    def policy_unsupported_reason(self, policy: Policy) -> str | None:
-        if policy.head_scope == "query_head":
-            return (
-                "head_scope must be kv_head for hata, whose scores are per KV head, got query_head."
-            )
-        return None
+    @property
+    def traits(self) -> Traits:
+        index: IndexKind = "prompt" if self.centre_keys else "token"  # the prompt's mean
+        return Traits(index=index, per_kv_head=True)
 
     # Weights ------------------------------------------------------------------------------------
 
-    def artifact_spec(self, geometry: Geometry) -> dict[str, Any] | None:
+    def artifact_spec(self, geometry: Geometry) -> ArtifactSpec | None:
         if self.weights != "trained":
             return None
         settings = (
@@ -188,12 +186,7 @@ class HATA(TopKMethod):
                 "recipe rbit seed use_norm centre_keys query_codes ranking_steps "
                 "ranking_learning_rate ranking_pool ranking_queries ranking_keys ranking_late_share"
             )
-        return {
-            "method": self.name,
-            "fit_version": self.fit_version,
-            **geometry.identity,
-            **{name: getattr(self, name) for name in settings.split()},
-        }
+        return self.spec_of(geometry, *settings.split())
 
     def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
         shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
@@ -359,13 +352,13 @@ class HATA(TopKMethod):
             impl=self.impl_for("hash_encode"),
         )
 
-    def encode(self, query_states: Tensor, index: HATAIndex) -> Tensor:
+    def encode(self, index: HATAIndex, context: StepContext) -> Tensor:
         impl = self.impl_for("hash_encode")
-        codes = hash_encode(query_states, index.query_weight, impl=impl)
+        codes = hash_encode(context.query_states, index.query_weight, impl=impl)
         # For scoring, each code counts as a query of the group.
         return codes.unflatten(-1, (self.query_codes, -1)).flatten(2, 3)
 
-    def score(self, encoded: Tensor, index: HATAIndex) -> Tensor:
+    def score(self, encoded: Tensor, index: HATAIndex, context: StepContext) -> Tensor:
         norms = index.key_norms
         return hamming_score(
             encoded,
@@ -380,11 +373,11 @@ class HATA(TopKMethod):
         norm = 4 if self.use_norm else 0
         return float(geometry.num_kv_heads * (self.rbit // 8 + norm))
 
-    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         columns = self.rbit * (1 + self.query_codes if self._ranking else 1)
         projection = 4 * geometry.num_kv_heads * geometry.head_dim * columns
         side = round(n * self.index_bytes_per_token(geometry))
-        return side + projection + kv_bytes(geometry, min(k, n))
+        return side + projection + kv_bytes(geometry, read)
 
 
 def _mean(prefill: PrefillInputs) -> Tensor:

@@ -3,25 +3,27 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from topkbench.kernels.lowrank_score.api import lowrank_score
 from topkbench.methods.base import (
-    CacheView,
+    PREVIOUS_QUERY,
     Geometry,
     Index,
-    LayerStates,
-    LossReport,
-    Policy,
     PrefillInputs,
+    Ranking,
+    ScoreKind,
+    ScoringMethod,
     Selection,
-    TopKMethod,
+    StepContext,
+    Traits,
     kv_bytes,
 )
 from topkbench.methods.eviction import ascending
+from topkbench.methods.learning import ArtifactSpec, LayerStates, LearningMethod, LossReport
 from topkbench.methods.softcap import capped
 
 QUERIES = 256  # queries used per calibration sequence, at most, evenly spaced
@@ -34,20 +36,14 @@ class InfiniGenIndex(Index):
     Attributes:
         low_keys: ``[B, Hkv, capacity, rank]`` in the keys' dtype.
         skew: float32 ``[Hkv, d, rank]`` the layer's matrix; zeros for padding channels.
-        scale: The attention's factor on dot products.
-        softcap: The attention's logit cap, or None.
-        speculated: ``[B, Hkv, G, d]`` this step's speculated queries; None to use the layer's own.
     """
 
     low_keys: Tensor
     skew: Tensor
-    scale: float
-    softcap: float | None
-    speculated: Tensor | None = None
 
 
 @dataclass(kw_only=True)
-class InfiniGen(TopKMethod):
+class InfiniGen(LearningMethod[InfiniGenIndex, Tensor], ScoringMethod[InfiniGenIndex, Tensor]):
     """Rank keys by a few skewed channels, with queries speculated from the previous layer's input.
 
     An orthogonal matrix, the right singular vectors of calibration queries, rotates queries and
@@ -95,9 +91,8 @@ class InfiniGen(TopKMethod):
     """
 
     name: ClassVar[str] = "infinigen"
-    score_kind: ClassVar[Literal["logit", "count"]] = "logit"
-    needs: ClassVar[frozenset[str]] = frozenset({"previous_query"})
-    variable_budget: ClassVar[bool] = True
+    score_kind: ClassVar[ScoreKind] = "logit"
+    traits: ClassVar[Traits] = Traits(needs=frozenset({PREVIOUS_QUERY}), variable_budget=True)
 
     partial_ratio: float = 0.2
     alpha: float = 5.0
@@ -132,15 +127,10 @@ class InfiniGen(TopKMethod):
             return min(head_dim, 2 * self.channels(head_dim))
         return int(self.compared().sum(-1).max())
 
-    def artifact_spec(self, geometry: Geometry) -> dict[str, Any]:
+    def artifact_spec(self, geometry: Geometry) -> ArtifactSpec:
         # It holds all channels, strongest first, so one artifact serves every ratio.
-        return {
-            "method": self.name,
-            "fit_version": self.fit_version,
-            **geometry.identity,
-            "queries": f"post_rope_{QUERIES}",
-            "keys": "post_rope",
-        }
+        kind = {"queries": f"post_rope_{QUERIES}", "keys": "post_rope"}
+        return {**self.spec_of(geometry), **kind}
 
     def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
         channels = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
@@ -194,41 +184,33 @@ class InfiniGen(TopKMethod):
         part = part.to(keys.device, torch.float32).contiguous()
         low_keys = keys.new_zeros(*keys.shape[:2], prefill.capacity, rank)
         low_keys[:, :, : prefill.n] = keys.float() @ part
-        return InfiniGenIndex(
-            low_keys=low_keys,
-            skew=part,
-            scale=prefill.logit_scale,
-            softcap=prefill.softcap,
-            **Index.counts(prefill),
-        )
+        return InfiniGenIndex(low_keys=low_keys, skew=part, **Index.counts(prefill))
 
     def append(self, index: InfiniGenIndex, key_states: Tensor, value_states: Tensor) -> None:
         slot = index.advance()
         index.put(index.low_keys, slot, (key_states.float() @ index.skew)[:, :, 0])
 
-    def bind(self, index: InfiniGenIndex, cache: CacheView) -> None:
-        index.speculated = cache.previous_query
+    def encode(self, index: InfiniGenIndex, context: StepContext) -> Tensor:
+        speculated = context.previous_query
+        queries = context.query_states if speculated is None else speculated
+        return (queries.float() @ index.skew).to(context.query_states.dtype)
 
-    def encode(self, query_states: Tensor, index: InfiniGenIndex) -> Tensor:
-        queries = query_states if index.speculated is None else index.speculated
-        return (queries.float() @ index.skew).to(query_states.dtype)
-
-    def score(self, encoded: Tensor, index: InfiniGenIndex) -> Tensor:
+    def score(self, encoded: Tensor, index: InfiniGenIndex, context: StepContext) -> Tensor:
         impl = self.impl_for("lowrank_score")
         keys = index.low_keys[:, :, : index.length]
         return lowrank_score(encoded, keys, index.kv_start, index.kv_len, impl=impl)
 
     def select(
-        self, scores: Tensor | None, encoded: Tensor, index: InfiniGenIndex, policy: Policy
+        self, ranking: Ranking[Tensor], index: InfiniGenIndex, context: StepContext
     ) -> Selection:
-        selection = super().select(scores, encoded, index, policy)
+        selection = super().select(ranking, index, context)
+        policy, scores = context.policy, ranking.scores
         if policy.protocol == "unified" or policy.head_scope == "kv_head":
             return selection
-        assert scores is not None  # lowrank_score always scores
-        logits = scores * index.scale
-        if index.softcap is not None:
+        logits = scores * context.scale
+        if context.softcap is not None:
             absent = logits == -torch.inf
-            logits = capped(logits, index.softcap).masked_fill(absent, -torch.inf)
+            logits = capped(logits, context.softcap).masked_fill(absent, -torch.inf)
         threshold = logits.amax(-1, keepdim=True) - self.alpha
         # All heads of a row select the same number: the mean of the heads' own counts.
         count = (logits > threshold).sum(-1).double().mean(-1).long()
@@ -250,10 +232,10 @@ class InfiniGen(TopKMethod):
         rank = self.rank(geometry.head_dim)
         return float(geometry.num_kv_heads * rank * geometry.dtype_bytes)
 
-    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         rank, heads = self.rank(geometry.head_dim), geometry.num_heads
         side = round(n * self.index_bytes_per_token(geometry))
         skew = 4 * geometry.num_kv_heads * geometry.head_dim * rank
         # Of the query projection, rank rows per query head, each num_heads * head_dim wide.
         projection = heads * rank * (heads * geometry.head_dim) * geometry.dtype_bytes
-        return side + skew + projection + kv_bytes(geometry, min(k, n))
+        return side + skew + projection + kv_bytes(geometry, read)

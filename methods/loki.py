@@ -1,7 +1,7 @@
 """Loki: keys rotated by their principal components, ranked by the first few channels."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,13 +10,15 @@ from topkbench.kernels.lowrank_score.api import lowrank_score
 from topkbench.methods.base import (
     Geometry,
     Index,
-    LayerStates,
-    LossReport,
+    Policy,
     PrefillInputs,
-    TopKMethod,
+    ScoreKind,
+    ScoringMethod,
+    StepContext,
     check_whole,
     kv_bytes,
 )
+from topkbench.methods.learning import ArtifactSpec, LayerStates, LearningMethod, LossReport
 
 
 @dataclass(kw_only=True)
@@ -33,7 +35,7 @@ class LokiIndex(Index):
 
 
 @dataclass(kw_only=True)
-class Loki(TopKMethod):
+class Loki(LearningMethod[LokiIndex, Tensor], ScoringMethod[LokiIndex, Tensor]):
     """Rank keys by the dot product over ``rank`` principal components, then attend exactly.
 
     Attributes:
@@ -53,7 +55,7 @@ class Loki(TopKMethod):
     """
 
     name: ClassVar[str] = "loki"
-    score_kind: ClassVar[Literal["logit", "count"]] = "logit"
+    score_kind: ClassVar[ScoreKind] = "logit"
 
     rank: int | None = None
 
@@ -65,12 +67,12 @@ class Loki(TopKMethod):
         """Return the number of channels scored for a head of size ``head_dim``."""
         return max(1, head_dim // 4) if self.rank is None else self.rank
 
-    def model_unsupported_reason(self, geometry: Geometry) -> str | None:
+    def unsupported_reason(self, geometry: Geometry, policy: Policy | None = None) -> str | None:
         if self.channels(geometry.head_dim) > geometry.head_dim:
             return f"rank must be at most head_dim={geometry.head_dim}, got {self.rank}."
         return None
 
-    def artifact_spec(self, geometry: Geometry) -> dict[str, Any]:
+    def artifact_spec(self, geometry: Geometry) -> ArtifactSpec:
         # It holds all components, so one artifact serves every rank.
         return {
             "method": self.name,
@@ -143,10 +145,11 @@ class Loki(TopKMethod):
         slot = index.advance()
         index.put(index.low_keys, slot, (key_states.float() @ index.rotation)[:, :, 0])
 
-    def encode(self, query_states: Tensor, index: LokiIndex) -> Tensor:
-        return (query_states.float() @ index.rotation).to(query_states.dtype)
+    def encode(self, index: LokiIndex, context: StepContext) -> Tensor:
+        queries = context.query_states
+        return (queries.float() @ index.rotation).to(queries.dtype)
 
-    def score(self, encoded: Tensor, index: LokiIndex) -> Tensor:
+    def score(self, encoded: Tensor, index: LokiIndex, context: StepContext) -> Tensor:
         impl = self.impl_for("lowrank_score")
         keys = index.low_keys[:, :, : index.length]
         return lowrank_score(encoded, keys, index.kv_start, index.kv_len, impl=impl)
@@ -155,8 +158,8 @@ class Loki(TopKMethod):
         rank = self.channels(geometry.head_dim)
         return float(geometry.num_kv_heads * rank * geometry.dtype_bytes)
 
-    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         rank = self.channels(geometry.head_dim)
         rotation = 4 * geometry.num_kv_heads * geometry.head_dim * rank
         side = round(n * self.index_bytes_per_token(geometry))
-        return side + rotation + kv_bytes(geometry, min(k, n))
+        return side + rotation + kv_bytes(geometry, read)

@@ -11,13 +11,14 @@ from torch.nn.functional import pad
 
 from topkbench.kernels.hash_encode.api import hash_encode
 from topkbench.methods.base import (
-    CacheView,
     Geometry,
     Index,
-    Policy,
     PrefillInputs,
+    Ranking,
+    ScoringMethod,
     Selection,
-    TopKMethod,
+    StepContext,
+    Traits,
     check_whole,
     kv_bytes,
 )
@@ -43,7 +44,6 @@ class MagicPIGIndex(Index):
             to 16, and one more table of zeros if L is odd.
         prompt_end: int32 ``[B]`` end of each row's prompt.
         layer: Index of the layer.
-        key_states: ``[B, Hkv, n, d]`` the cached keys, from the last ``bind``.
     """
 
     entries: Tensor
@@ -52,24 +52,10 @@ class MagicPIGIndex(Index):
     planes: Tensor
     prompt_end: Tensor
     layer: int
-    key_states: Tensor
-
-
-@dataclass
-class MagicPIGQuery:
-    """A step's queries and their buckets.
-
-    Attributes:
-        states: ``[B, Hkv, G, d]``.
-        codes: int64 ``[B, Hkv, G, L]`` the query's bucket in each table.
-    """
-
-    states: Tensor
-    codes: Tensor
 
 
 @dataclass(kw_only=True)
-class MagicPIG(TopKMethod):
+class MagicPIG(ScoringMethod[MagicPIGIndex, Tensor]):
     """Attend to the keys that share hash buckets with the query, weighted by inverse probability.
 
     A key of the prompt is sampled if all ``hash_bits`` bits agree with the query's in at least
@@ -124,10 +110,8 @@ class MagicPIG(TopKMethod):
     """
 
     name: ClassVar[str] = "magicpig"
-    history_dependent: ClassVar[bool] = (
-        True  # decoded tokens are always kept; as prompt tokens they would be sampled
-    )
-    variable_budget: ClassVar[bool] = True
+    # Decoded tokens are always kept; as prompt tokens they would be sampled.
+    traits: ClassVar[Traits] = Traits(index="history", variable_budget=True)
 
     hash_bits: int = 10
     num_tables: int = 150
@@ -176,15 +160,11 @@ class MagicPIG(TopKMethod):
             planes=planes,
             prompt_end=prefill.bounds()[1].clone(),
             layer=prefill.layer,
-            key_states=keys,
             **Index.counts(prefill),
         )
 
     def append(self, index: MagicPIGIndex, key_states: Tensor, value_states: Tensor) -> None:
-        index.advance()  # the key itself is in the cache, see bind
-
-    def bind(self, index: MagicPIGIndex, cache: CacheView) -> None:
-        index.key_states = cache.key_states
+        index.advance()  # the key itself is in the cache
 
     def codes(self, states: Tensor, planes: Tensor) -> Tensor:
         """Return the states' bucket in each table: int16 ``[..., n, L]`` for ``[..., n, d]``."""
@@ -193,21 +173,22 @@ class MagicPIG(TopKMethod):
         codes = words.view(torch.int16)[..., : self.num_tables]
         return codes.reshape(*states.shape[:-1], self.num_tables)
 
-    def encode(self, query_states: Tensor, index: MagicPIGIndex) -> MagicPIGQuery:
-        return MagicPIGQuery(query_states, self.codes(query_states, index.planes).long())
+    def encode(self, index: MagicPIGIndex, context: StepContext) -> Tensor:
+        """Return int64 ``[B, Hkv, G, L]``, each query's bucket in each table."""
+        return self.codes(context.query_states, index.planes).long()
 
-    def walk(self, encoded: MagicPIGQuery, index: MagicPIGIndex) -> tuple[Tensor, Tensor]:
-        """Read the entries of the queries' buckets.
+    def walk(self, codes: Tensor, index: MagicPIGIndex) -> tuple[Tensor, Tensor]:
+        """Read the entries of the queries' buckets, ``codes [B, Hkv, G, L]``.
 
         Returns:
             Slots, int64 ``[hits]``, and the query of each, int64 ``[hits]``, as an index into the
             flattened ``[B, Hkv, G]``.
         """
-        batch_size, num_kv_heads, _, num_tables = encoded.codes.shape
+        batch_size, num_kv_heads, _, num_tables = codes.shape
         # Index of each query's table: [B, Hkv, G, L].
-        tables = torch.arange(batch_size * num_kv_heads * num_tables, device=encoded.codes.device)
-        tables = tables.view(batch_size, num_kv_heads, 1, num_tables).expand_as(encoded.codes)
-        tables, codes = tables.flatten(), encoded.codes.flatten()
+        tables = torch.arange(batch_size * num_kv_heads * num_tables, device=codes.device)
+        tables = tables.view(batch_size, num_kv_heads, 1, num_tables).expand_as(codes)
+        tables, codes = tables.flatten(), codes.flatten()
         begin = index.first[tables, codes].long()
         size = index.first[tables, codes + 1] - begin
         bucket = torch.arange(len(size), device=size.device).repeat_interleave(size)
@@ -216,27 +197,25 @@ class MagicPIG(TopKMethod):
         slots = index.entries.flatten(0, 2)[tables[bucket], entry].long()
         return slots, bucket // num_tables
 
-    def score(self, encoded: MagicPIGQuery, index: MagicPIGIndex) -> Tensor:
+    def score(self, encoded: Tensor, index: MagicPIGIndex, context: StepContext) -> Tensor:
         """Count the tables in which each key shares the query's bucket, ``[B, Hkv, G, n]``."""
         slots, query = self.walk(encoded, index)
-        queries = encoded.codes.shape[:3]
+        queries = encoded.shape[:3]
         hits = query * index.length + slots
         size = queries.numel() * index.length
         return torch.bincount(hits, minlength=size).view(*queries, index.length).float()
 
-    def aggregate_over_group(
-        self, scores: Tensor | None, policy: Policy, scale: float, softcap: float | None = None
-    ) -> Tensor:
-        assert scores is not None  # score always scores
+    def aggregate(self, scores: Tensor, context: StepContext) -> Tensor:
+        """Return the scores of each query head, ``[B, Hq, n]``, under every policy."""
         return scores.flatten(1, 2)
 
     def select(
-        self, scores: Tensor | None, encoded: MagicPIGQuery, index: MagicPIGIndex, policy: Policy
+        self, ranking: Ranking[Tensor], index: MagicPIGIndex, context: StepContext
     ) -> Selection:
-        """Keep forced tokens and those with enough collisions; ``scores`` are ``[B, Hq, n]``."""
-        assert scores is not None
+        """Keep forced tokens and those with enough collisions."""
+        scores, policy = ranking.scores, context.policy
         batch_size, num_heads, n = scores.shape
-        group = encoded.states.shape[2]
+        group = context.query_states.shape[2]
         start, end = index.row_bounds(batch_size, scores.device)
         slots = torch.arange(n, device=scores.device)
         is_native = policy.protocol == "native"
@@ -275,7 +254,7 @@ class MagicPIG(TopKMethod):
         is_token = indices < n
         indices = indices.where(is_token, 0)
         is_weighted = is_token & sampled.gather(-1, indices)
-        collision = self._collision_probability(encoded, index, indices)
+        collision = self._collision_probability(index, context, indices)
         inclusion = self.probability(collision, least, share)
         log_weight = torch.where(is_weighted, -torch.log(inclusion + FLOOR), 0.0)
         entries = scores.unflatten(1, (-1, group)).sum((2, 3)).long()
@@ -283,14 +262,14 @@ class MagicPIG(TopKMethod):
         return Selection(slots, log_weight=log_weight, scanned=entries)
 
     def _collision_probability(
-        self, encoded: MagicPIGQuery, index: MagicPIGIndex, slots: Tensor
+        self, index: MagicPIGIndex, context: StepContext, slots: Tensor
     ) -> Tensor:
         """Return each slot's probability to share the query's bucket in a table, ``[B, Hq, m]``."""
-        batch_size, num_kv_heads, group, head_dim = encoded.states.shape
-        keys = at_slots(index.key_states, slots.view(batch_size, num_kv_heads, -1)).float()
+        batch_size, num_kv_heads, group, head_dim = context.query_states.shape
+        keys = at_slots(context.cache.key_states, slots.view(batch_size, num_kv_heads, -1)).float()
         keys = keys - index.mean.view(batch_size, num_kv_heads, 1, head_dim)
         keys = keys.view(batch_size, num_kv_heads, group, -1, head_dim)
-        queries = encoded.states.float()[..., None, :]
+        queries = context.query_states.float()[..., None, :]
         cosine = torch.cosine_similarity(queries, keys, dim=-1).clamp(-1, 1)
         return (1 - torch.acos(cosine) / torch.pi).pow(self.hash_bits).flatten(1, 2)
 
@@ -317,10 +296,7 @@ class MagicPIG(TopKMethod):
     def index_bytes_per_token(self, geometry: Geometry) -> float:
         return 4.0 * geometry.num_kv_heads * self.num_tables
 
-    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
-        return self.bytes_read_by(geometry, n, min(k, n), None)
-
-    def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int | None) -> int:
+    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         group = geometry.num_heads // geometry.num_kv_heads
         at_right_angles = group * self.num_tables * n / 2**self.hash_bits
         walked = at_right_angles if scanned is None else scanned

@@ -83,8 +83,3 @@ def select_pages(scores: Tensor, index: PagedIndex, policy: Policy, impl: Impl) 
 def pages_kept(k: int, page_size: int) -> int:
     """Return how many whole pages fit into a budget of ``k`` tokens, at least one."""
     return max(1, k // page_size)
-
-
-def page_tokens_read(n: int, k: int, page_size: int) -> int:
-    """Return how many of ``n`` tokens the pages of a budget of ``k`` hold, at most."""
-    return n if k >= n else min(pages_kept(k, page_size) * page_size, n)

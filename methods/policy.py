@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 from torch import Tensor
 
@@ -91,6 +91,16 @@ class Policy:
                     f"dense_layers must lie between 0 and {num_layers - 1}, got {layer}."
                 )
         return frozenset(self.dense_layers)
+
+
+class NativePolicy(TypedDict, total=False):
+    """The fields of `Policy` that the native protocol replaces by a method's published values."""
+
+    num_sink: int
+    num_recent: int
+    dense_layers: int | tuple[int, ...] | str | None
+    head_scope: HeadScope
+    aggregation: Aggregation
 
 
 def aggregate(

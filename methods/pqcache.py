@@ -1,7 +1,7 @@
 """PQCache: keys ranked by product quantisation, with a codebook computed from each prompt."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,10 @@ from topkbench.methods.base import (
     Index,
     Policy,
     PrefillInputs,
-    TopKMethod,
+    ScoreKind,
+    ScoringMethod,
+    StepContext,
+    Traits,
     check_whole,
     kv_bytes,
 )
@@ -37,7 +40,7 @@ class PQCacheIndex(Index):
 
 
 @dataclass(kw_only=True)
-class PQCache(TopKMethod):
+class PQCache(ScoringMethod[PQCacheIndex, Tensor]):
     """Rank keys by the dot product of the query with their product-quantised approximations.
 
     A key is split into parts, and each part is represented by the nearest of ``2 ** bits``
@@ -77,8 +80,8 @@ class PQCache(TopKMethod):
     """
 
     name: ClassVar[str] = "pqcache"
-    score_kind: ClassVar[Literal["logit", "count"]] = "logit"
-    fits_prompt: ClassVar[bool] = True
+    score_kind: ClassVar[ScoreKind] = "logit"
+    traits: ClassVar[Traits] = Traits(index="prompt")  # the codebook
 
     parts: int = 2
     bits: int = 6
@@ -99,17 +102,14 @@ class PQCache(TopKMethod):
                 "take the other quarter."
             )
 
-    def model_unsupported_reason(self, geometry: Geometry) -> str | None:
+    def unsupported_reason(self, geometry: Geometry, policy: Policy | None = None) -> str | None:
         if geometry.head_dim % self.parts:
             return f"parts must divide head_dim={geometry.head_dim}, got {self.parts}."
         return None
 
-    def effective_policy(self, policy: Policy) -> Policy:
-        policy = super().effective_policy(policy)
-        if policy.protocol == "native":
-            sinks = min(self.sinks, policy.k // 4)
-            policy = replace(policy, num_sink=sinks, num_recent=int(self.local_share * policy.k))
-        return policy
+    def native_policy(self, policy: Policy) -> Policy:
+        sinks, recent = min(self.sinks, policy.k // 4), int(self.local_share * policy.k)
+        return replace(super().native_policy(policy), num_sink=sinks, num_recent=recent)
 
     def build_index(self, prefill: PrefillInputs) -> PQCacheIndex:
         keys = prefill.key_states
@@ -159,34 +159,32 @@ class PQCache(TopKMethod):
         codes = _nearest(parts.flatten(0, 2), index.centroids.flatten(0, 2))
         index.put(index.key_codes, slot, codes.view(parts.shape[:3]).to(torch.uint8))
 
-    def encode(self, query_states: Tensor, index: PQCacheIndex) -> Tensor:
+    def encode(self, index: PQCacheIndex, context: StepContext) -> Tensor:
         """Return each query's product with each centroid, float32 ``[B, Hkv, m, G, 2 ** bits]``."""
-        return (self._split(query_states.float()) @ index.centroids.mT).float()
+        return (self._split(context.query_states.float()) @ index.centroids.mT).float()
 
-    def score(self, encoded: Tensor, index: PQCacheIndex) -> Tensor:
+    def score(self, encoded: Tensor, index: PQCacheIndex, context: StepContext) -> Tensor:
         codes = index.key_codes[:, :, : index.length]
         impl = self.impl_for("code_score")
         return code_score(encoded, codes, index.kv_start, index.kv_len, impl=impl)
 
-    def aggregate_over_group(
-        self, scores: Tensor | None, policy: Policy, scale: float, softcap: float | None = None
-    ) -> Tensor | None:
-        assert scores is not None  # code_score always scores
+    def aggregate(self, scores: Tensor, context: StepContext) -> Tensor:
+        policy = context.policy
         if policy.protocol == "native":
             # Valid tokens are counted by their finite scores, which are the same for all heads.
             position = (scores[:, :1, :1] != -torch.inf).cumsum(-1)
             last = position[..., -1:]
             forced = (position <= policy.num_sink) | (position > last - policy.num_recent)
             scores = scores.masked_fill(forced, -torch.inf)  # select keeps them in any case
-        return super().aggregate_over_group(scores, policy, scale, softcap)
+        return super().aggregate(scores, context)
 
     def index_bytes_per_token(self, geometry: Geometry) -> float:
         return float(geometry.num_kv_heads * self.parts)
 
-    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         centroids = 4 * geometry.num_kv_heads * geometry.head_dim * 2**self.bits
         side = round(n * self.index_bytes_per_token(geometry))
-        return side + centroids + kv_bytes(geometry, min(k, n))
+        return side + centroids + kv_bytes(geometry, read)
 
 
 def _nearest(states: Tensor, centroids: Tensor) -> Tensor:

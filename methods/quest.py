@@ -10,14 +10,16 @@ from topkbench.kernels.page_score.api import page_score
 from topkbench.methods.base import (
     Geometry,
     Index,
-    Policy,
     PrefillInputs,
+    Ranking,
+    ScoringMethod,
     Selection,
-    TopKMethod,
+    StepContext,
+    Traits,
     check_whole,
     kv_bytes,
 )
-from topkbench.methods.pages import PagedIndex, page_slots, page_tokens_read, select_pages
+from topkbench.methods.pages import PagedIndex, page_slots, select_pages
 
 
 @dataclass(kw_only=True)
@@ -34,7 +36,7 @@ class QuestIndex(PagedIndex):
 
 
 @dataclass(kw_only=True)
-class Quest(TopKMethod):
+class Quest(ScoringMethod[QuestIndex, Tensor]):
     """Keep the ``k // page_size`` pages, at least one, with the largest bounds on their logits.
 
     If the policy has sinks the first page is always kept, if it has recents the page being filled;
@@ -58,6 +60,7 @@ class Quest(TopKMethod):
     """
 
     name: ClassVar[str] = "quest"
+    traits: ClassVar[Traits] = Traits(index="running")  # a page's bounds cover several tokens
 
     page_size: int = 16
 
@@ -112,7 +115,7 @@ class Quest(TopKMethod):
         index.page_min[rows, :, pages] = torch.where(is_first, key, torch.minimum(low, key))
         index.page_max[rows, :, pages] = torch.where(is_first, key, torch.maximum(high, key))
 
-    def score(self, encoded: Tensor, index: QuestIndex) -> Tensor:
+    def score(self, encoded: Tensor, index: QuestIndex, context: StepContext) -> Tensor:
         used = index.num_pages
         return page_score(
             encoded,
@@ -123,20 +126,15 @@ class Quest(TopKMethod):
         )
 
     def select(
-        self, scores: Tensor | None, encoded: Tensor, index: QuestIndex, policy: Policy
+        self, ranking: Ranking[Tensor], index: QuestIndex, context: StepContext
     ) -> Selection:
-        assert scores is not None  # page_score always scores
-        return select_pages(scores, index, policy, self.impl_for("topk_select"))
+        return select_pages(ranking.scores, index, context.policy, self.impl_for("topk_select"))
 
     def index_bytes_per_token(self, geometry: Geometry) -> float:
         channels = geometry.num_kv_heads * geometry.head_dim
         return 2 * channels * geometry.dtype_bytes / self.page_size
 
-    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
-        chosen = page_tokens_read(n, k, self.page_size)
-        return self.bytes_read_by(geometry, n, chosen, None)
-
-    def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int | None) -> int:
+    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         pages = -(-n // self.page_size)
         extremes = round(pages * self.page_size * self.index_bytes_per_token(geometry))
         return extremes + kv_bytes(geometry, read)

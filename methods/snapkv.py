@@ -14,6 +14,8 @@ from topkbench.methods.base import (
     Policy,
     PrefillInputs,
     Selection,
+    StepContext,
+    Traits,
     check_whole,
     kv_bytes,
 )
@@ -55,7 +57,7 @@ class SnapKVIndex(Index):
 
 
 @dataclass(kw_only=True)
-class SnapKV(Evicting):
+class SnapKV(Evicting[SnapKVIndex]):
     """Keep the prompt tokens that the prompt's last queries attend to, and generated tokens.
 
     At prefill, each head sums the attention of the last ``window`` queries on every earlier token
@@ -88,8 +90,7 @@ class SnapKV(Evicting):
     """
 
     name: ClassVar[str] = "snapkv"
-    needs: ClassVar[frozenset[str]] = frozenset({"query_tail"})
-    history_dependent: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(needs=frozenset({"query_tail"}), index="history")
 
     window: int = 32
     kernel: int = 7
@@ -136,14 +137,10 @@ class SnapKV(Evicting):
     def append(self, index: SnapKVIndex, key_states: Tensor, value_states: Tensor) -> None:
         index.advance()
 
-    def score(self, encoded: Tensor, index: SnapKVIndex) -> None:
-        return None
-
-    def select(
-        self, scores: Tensor | None, encoded: Tensor, index: SnapKVIndex, policy: Policy
-    ) -> Selection:
+    def select(self, index: SnapKVIndex, context: StepContext) -> Selection:
+        policy = context.policy
         if index.ranked is None:
-            index.ranked = self._rank(index, policy, encoded.shape[1])
+            index.ranked = self._rank(index, policy, context.query_states.shape[1])
             index.importance = None
         generated = index.length - index.prompt
         from_prompt = policy.k
@@ -180,6 +177,6 @@ class SnapKV(Evicting):
     def index_bytes_per_token(self, geometry: Geometry) -> float:
         return 4.0 * geometry.num_heads
 
-    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         # The importance is read once, at the first step; later steps read the kept tokens only.
-        return kv_bytes(geometry, min(k, n)) + self.moved_bytes(geometry, n, k)
+        return kv_bytes(geometry, read) + self.moved_bytes(geometry, n, read)

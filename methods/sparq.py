@@ -1,7 +1,7 @@
 """SparQ: keys ranked by the query's largest channels; the mean value stands for the rest."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,9 +13,13 @@ from topkbench.methods.base import (
     Index,
     Policy,
     PrefillInputs,
+    Ranking,
     Remainder,
+    ScoreKind,
+    ScoringMethod,
     Selection,
-    TopKMethod,
+    StepContext,
+    Traits,
     check_whole,
     kv_bytes,
 )
@@ -29,16 +33,12 @@ class SparQIndex(Index):
         channel_keys: ``[B, Hkv, d, capacity]`` in the keys' dtype, so that a few channels of all
             tokens can be read without the others.
         value_sum: float32 ``[B, Hkv, d]`` over the valid tokens.
-        scale: The attention's factor on dot products.
-        softcap: The attention's logit cap, or None.
         undone: Tokens removed by ``undo_append`` and not appended again yet; their values are still
             in the sum.
     """
 
     channel_keys: Tensor
     value_sum: Tensor
-    scale: float
-    softcap: float | None
     undone: int = 0
 
     def undo_append(self) -> None:
@@ -54,16 +54,14 @@ class SparQQuery:
         query: ``[B, Hkv, G, r]``, scaled up so that a dot product over these channels approximates
             the full one.
         channels: int64 ``[B, Hkv, r]``.
-        scores: float32 ``[B, Hkv, G, n]``, set by ``score``.
     """
 
     query: Tensor
     channels: Tensor
-    scores: Tensor | None = None
 
 
 @dataclass(kw_only=True)
-class SparQ(TopKMethod):
+class SparQ(ScoringMethod[SparQIndex, SparQQuery]):
     """Rank keys by the ``rank`` channels in which the group's queries are largest.
 
     These are the channels with the largest ``sum over the group of |q|``, selected again at each
@@ -96,7 +94,8 @@ class SparQ(TopKMethod):
     """
 
     name: ClassVar[str] = "sparq"
-    score_kind: ClassVar[Literal["logit", "count"]] = "logit"
+    score_kind: ClassVar[ScoreKind] = "logit"
+    traits: ClassVar[Traits] = Traits(index="running")  # the sum of the values
 
     rank: int | None = None
     mean_value: bool = True
@@ -112,17 +111,15 @@ class SparQ(TopKMethod):
         """Return the number of channels scored for a head of ``head_dim``."""
         return max(1, head_dim // 4) if self.rank is None else self.rank
 
-    def model_unsupported_reason(self, geometry: Geometry) -> str | None:
+    def unsupported_reason(self, geometry: Geometry, policy: Policy | None = None) -> str | None:
         if self.channels(geometry.head_dim) > geometry.head_dim:
             return f"rank must be at most head_dim={geometry.head_dim}, got {self.rank}."
         return None
 
-    def effective_policy(self, policy: Policy) -> Policy:
-        policy = super().effective_policy(policy)
-        if policy.protocol == "native":
-            recent = min(int(self.local_share * policy.k), policy.k - policy.num_sink)
-            policy = replace(policy, num_recent=recent)
-        return policy
+    def native_policy(self, policy: Policy) -> Policy:
+        policy = super().native_policy(policy)
+        recent = min(int(self.local_share * policy.k), policy.k - policy.num_sink)
+        return replace(policy, num_recent=recent)
 
     def build_index(self, prefill: PrefillInputs) -> SparQIndex:
         keys, values = prefill.key_states, prefill.value_states
@@ -133,8 +130,6 @@ class SparQ(TopKMethod):
         return SparQIndex(
             channel_keys=channel_keys,
             value_sum=values.masked_fill(~valid, 0).sum(2, dtype=torch.float32),
-            scale=prefill.logit_scale,
-            softcap=prefill.softcap,
             **Index.counts(prefill),
         )
 
@@ -146,7 +141,8 @@ class SparQ(TopKMethod):
         else:
             index.value_sum += value_states[:, :, 0]
 
-    def encode(self, query_states: Tensor, index: SparQIndex) -> SparQQuery:
+    def encode(self, index: SparQIndex, context: StepContext) -> SparQQuery:
+        query_states = context.query_states
         size = query_states.float().abs()
         rank = self.channels(query_states.shape[3])
         channels = size.sum(2).topk(rank, dim=-1).indices
@@ -159,28 +155,29 @@ class SparQ(TopKMethod):
         scaled = (query_states.gather(3, shared) * factor).to(query_states.dtype)
         return SparQQuery(scaled, channels)
 
-    def score(self, encoded: SparQQuery, index: SparQIndex) -> Tensor:
+    def score(self, encoded: SparQQuery, index: SparQIndex, context: StepContext) -> Tensor:
         keys = index.channel_keys[..., : index.length]
         bounds = (index.kv_start, index.kv_len)
         impl = self.impl_for("channel_score")
-        encoded.scores = channel_score(encoded.query, keys, encoded.channels, *bounds, impl=impl)
-        return encoded.scores
+        return channel_score(encoded.query, keys, encoded.channels, *bounds, impl=impl)
 
     def select(
-        self, scores: Tensor | None, encoded: SparQQuery, index: SparQIndex, policy: Policy
+        self, ranking: Ranking[SparQQuery], index: SparQIndex, context: StepContext
     ) -> Selection:
-        selection = super().select(scores, encoded, index, policy)
+        selection = super().select(ranking, index, context)
         if self.mean_value:
-            selection.remainder = self._remainder(selection.indices, encoded, index)
+            logits = ranking.raw_scores
+            selection.remainder = self._remainder(selection.indices, logits, index, context)
         return selection
 
-    def _remainder(self, indices: Tensor, encoded: SparQQuery, index: SparQIndex) -> Remainder:
+    def _remainder(
+        self, indices: Tensor, logits: Tensor, index: SparQIndex, context: StepContext
+    ) -> Remainder:
         """Return the mean value and its weight: the softmax mass of the tokens not selected."""
-        assert encoded.scores is not None  # score runs before select
-        batch_size, num_kv_heads, group, _ = encoded.scores.shape
-        per_query = encoded.scores.flatten(1, 2)[:, :, None]  # each query is a group of one
+        batch_size, num_kv_heads, group, _ = logits.shape
+        per_query = logits.flatten(1, 2)[:, :, None]  # each query is a group of one
         impl = self.impl_for("group_softmax")
-        weights = group_softmax(per_query, index.scale, softcap=index.softcap, impl=impl)
+        weights = group_softmax(per_query, context.scale, softcap=context.softcap, impl=impl)
         chosen = indices.long().unflatten(1, (num_kv_heads, -1)).expand(-1, -1, group, -1)
         # Padding repeats the row's first selected token; an empty row has no weights.
         chosen = torch.where(chosen < 0, chosen[..., :1].clamp_min(0), chosen)
@@ -192,8 +189,8 @@ class SparQ(TopKMethod):
     def index_bytes_per_token(self, geometry: Geometry) -> float:
         return float(geometry.num_kv_heads * geometry.head_dim * geometry.dtype_bytes)
 
-    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
+    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         rank = self.channels(geometry.head_dim)
         channels = n * geometry.num_kv_heads * rank * geometry.dtype_bytes
         mean = 4 * geometry.num_kv_heads * geometry.head_dim if self.mean_value else 0
-        return channels + mean + kv_bytes(geometry, min(k, n))
+        return channels + mean + kv_bytes(geometry, read)

@@ -9,14 +9,16 @@ from torch.nn.functional import pad
 
 from topkbench.kernels.topk_select.api import topk_select
 from topkbench.methods.base import (
-    CacheView,
+    FollowsAttention,
     Geometry,
     Index,
     Policy,
     PrefillInputs,
+    QueryIndependentMethod,
     Selection,
+    StepContext,
     StepResult,
-    TopKMethod,
+    Traits,
     kv_bytes,
 )
 from topkbench.methods.four_bits import bytes_per_token, dequantise, quantise
@@ -99,7 +101,7 @@ class RoundedSelection(Selection):
 
 
 @dataclass(kw_only=True)
-class SpAtten(TopKMethod):
+class SpAtten(QueryIndependentMethod[SpAttenIndex], FollowsAttention[SpAttenIndex]):
     """Keep the tokens with the most attention so far; dropped tokens never return.
 
     A token's importance is the attention that it received from all queries of the prompt and of the
@@ -141,9 +143,9 @@ class SpAtten(TopKMethod):
     """
 
     name: ClassVar[str] = "spatten"
-    needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
-    history_dependent: ClassVar[bool] = True
-    variable_budget: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(
+        needs=frozenset({"column_sums"}), index="history", variable_budget=True
+    )
 
     last_keep: float = 1.0
     last_heads: float = 1.0
@@ -161,7 +163,7 @@ class SpAtten(TopKMethod):
                 f"got {self.requantise_below}."
             )
 
-    def model_unsupported_reason(self, geometry: Geometry) -> str | None:
+    def unsupported_reason(self, geometry: Geometry, policy: Policy | None = None) -> str | None:
         if self.requantise_below is not None and geometry.head_dim % 2:
             return (
                 f"head_dim must be even for spatten's 4-bit keys, got {geometry.head_dim}; set "
@@ -182,7 +184,8 @@ class SpAtten(TopKMethod):
                 tokens=torch.ones(shape, dtype=torch.bool, device=keys.device),
                 heads=torch.ones(sums.shape[:2], dtype=torch.bool, device=keys.device),
             )
-        cascade: Cascade = prefill.shared["cascade"]
+        cascade = prefill.shared["cascade"]
+        assert isinstance(cascade, Cascade)
         if cascade.importance.device != keys.device:
             raise ValueError(
                 "spatten's layers must be on one device, since they share the tokens' importance, "
@@ -211,18 +214,13 @@ class SpAtten(TopKMethod):
             index.put(index.codes, slot, codes)
             index.put(index.ranges, slot, ranges)
 
-    def score(self, encoded: Tensor, index: SpAttenIndex) -> None:
-        return None
-
-    def select(
-        self, scores: Tensor | None, encoded: Tensor, index: SpAttenIndex, policy: Policy
-    ) -> Selection:
-        cascade, n = index.cascade, index.length
+    def select(self, index: SpAttenIndex, context: StepContext) -> Selection:
+        policy, cascade, n = context.policy, index.cascade, index.length
         if index.layer <= cascade.layer:  # a step begins
             cascade.tokens = torch.ones_like(cascade.tokens)
             cascade.heads = torch.ones_like(cascade.heads)
         cascade.layer = index.layer
-        start, end = index.row_bounds(len(encoded), encoded.device)
+        start, end = index.row_bounds(len(context.query_states), context.cache.device)
         is_short = (end - start <= policy.k)[:, None]  # rows of which every token is kept
 
         keep = round(policy.k * (1 - index.depth * (1 - self.last_keep)))
@@ -274,20 +272,14 @@ class SpAtten(TopKMethod):
             ranges=index.ranges,
         )
 
-    def attend(
-        self,
-        query_states: Tensor,
-        cache: CacheView,
-        selection: Selection,
-        scale: float,
-        softcap: float | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, context: StepContext, selection: Selection) -> tuple[Tensor, Tensor | None]:
         if not isinstance(selection, RoundedSelection):
-            return super().attend(query_states, cache, selection, scale, softcap)
+            return super().attend(context, selection)
         assert self.requantise_below is not None
+        query_states, cache = context.query_states, context.cache
         slots, group = selection.indices.long(), query_states.shape[2]
         rounded = dequantise(at_slots(selection.codes, slots), at_slots(selection.ranges, slots))
-        logits = logits_of(query_states, rounded, slots, scale, softcap)
+        logits = logits_of(context, rounded, slots)
         unsure = logits.softmax(-1).amax(-1) < self.requantise_below
         if selection.head_weight is not None:
             unsure &= selection.head_weight > 0
@@ -298,7 +290,7 @@ class SpAtten(TopKMethod):
         fetched = unsure.unflatten(1, (-1, group)).any(2)
         # Heads that fetch nothing read slot 0, which avoids waiting for the GPU to learn which.
         keys = at_slots(cache.key_states, slots.where(fetched[..., None], 0))
-        exact = logits_of(query_states, keys, slots, scale, softcap)
+        exact = logits_of(context, keys, slots)
         logits = exact.where(unsure[..., None], logits)
         selection.scanned = (slots >= 0).sum(-1) * fetched
         selection.probabilities = logits.softmax(-1)
@@ -309,14 +301,7 @@ class SpAtten(TopKMethod):
         return out.to(query_states.dtype), logits.logsumexp(-1)
 
     def update_after_step(
-        self,
-        result: StepResult,
-        query_states: Tensor,
-        index: SpAttenIndex,
-        cache: CacheView,
-        policy: Policy,
-        scale: float,
-        softcap: float | None = None,
+        self, result: StepResult, index: SpAttenIndex, context: StepContext
     ) -> None:
         selection = result.selection
         assert selection is not None
@@ -326,8 +311,7 @@ class SpAtten(TopKMethod):
         else:
             assert result.lse is not None
             slots = selection.indices.long()
-            keys = at_slots(cache.key_states, slots)
-            logits = logits_of(query_states, keys, slots, scale, softcap)
+            logits = logits_of(context, at_slots(context.cache.key_states, slots), slots)
             probabilities = (logits - result.lse[..., None]).exp()
         if selection.head_weight is not None:
             probabilities = probabilities * selection.head_weight[..., None]
@@ -339,10 +323,7 @@ class SpAtten(TopKMethod):
     def index_bytes_per_token(self, geometry: Geometry) -> float:
         return 4.0 + 1.0 + self._rounded_bytes(geometry)
 
-    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
-        return self.bytes_read_by(geometry, n, min(k, n), None)
-
-    def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int | None) -> int:
+    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         side, values = n * (4 + 1), kv_bytes(geometry, read) // 2
         scanned = read if scanned is None else scanned
         if self.requantise_below is None:
@@ -358,20 +339,17 @@ class SpAtten(TopKMethod):
         return geometry.num_kv_heads * bytes_per_token(geometry.head_dim)
 
 
-def logits_of(
-    query_states: Tensor, keys: Tensor, slots: Tensor, scale: float, softcap: float | None
-) -> Tensor:
+def logits_of(context: StepContext, keys: Tensor, slots: Tensor) -> Tensor:
     """Return attention's logits before the softmax.
 
     Args:
-        query_states: ``[B, Hkv, G, d]``.
+        context: The step, with its queries.
         keys: ``[B, Hkv, m, d]``.
         slots: ``[B, Hkv, m]`` the keys' slots, negative for padding.
-        scale: The attention's factor on dot products.
-        softcap: The attention's logit cap, or None.
 
     Returns:
         float32 ``[B, Hq, m]``, minus infinity for padding.
     """
-    logits = capped(query_states.float() @ keys.float().mT * scale, softcap)
+    products = context.query_states.float() @ keys.float().mT
+    logits = capped(products * context.scale, context.softcap)
     return logits.masked_fill((slots < 0)[:, :, None], -torch.inf).flatten(1, 2)

@@ -1,11 +1,16 @@
 """The data passed between a method and its caller: cached states, indices, selections."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from topkbench.methods.policy import Policy
+
+QueryT_co = TypeVar("QueryT_co", covariant=True)
 
 
 @dataclass(kw_only=True)
@@ -39,7 +44,7 @@ class PrefillInputs:
     kv_len: Tensor | None = None
     query_tail: Tensor | None = None
     column_sums: Tensor | None = None
-    shared: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, object] = field(default_factory=dict)
     scale: float | None = None
     softcap: float | None = None
 
@@ -72,8 +77,6 @@ class CacheView:
         value_states: ``[B, Hkv, n, d]``.
         kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
         kv_len: int32 ``[B]`` end of each row's valid slots; None for ``n``.
-        previous_query: ``[B, Hkv, G, d]`` this layer's query projection applied to the previous
-            layer's attention input; None unless the method needs it, and in the first layer.
         freed: int32 ``[B]`` how many tokens of each row have been freed from the cache; None for
             none.
     """
@@ -82,7 +85,6 @@ class CacheView:
     value_states: Tensor
     kv_start: Tensor | None = None
     kv_len: Tensor | None = None
-    previous_query: Tensor | None = None
     freed: Tensor | None = None
 
     @property
@@ -102,6 +104,64 @@ class CacheView:
     def device(self) -> torch.device:
         """The device of the states."""
         return self.key_states.device
+
+    def newest(self) -> tuple[Tensor, Tensor]:
+        """Return the current token's key and value, ``[B, Hkv, 1, d]`` each."""
+        if self.kv_len is None:
+            return self.key_states[:, :, -1:], self.value_states[:, :, -1:]
+        rows, slots = torch.arange(len(self.kv_len), device=self.device), self.kv_len.long() - 1
+        return self.key_states[rows, :, slots, None], self.value_states[rows, :, slots, None]
+
+
+@dataclass
+class StepContext:
+    """One decode step of one layer: what the stages of a method may read.
+
+    Attributes:
+        query_states: ``[B, Hkv, G, d]`` post-RoPE queries of the current token.
+        cache: The layer's cached states, the current token included.
+        policy: Budget and forced tokens, as ``TopKMethod.resolve`` returned them.
+        scale: The attention's factor on dot products.
+        softcap: Logits become ``softcap * tanh(logits / softcap)``; None for no cap.
+        layer: Index of the layer.
+        num_layers: Layers of the model.
+        previous_query: ``[B, Hkv, G, d]`` this layer's query projection applied to the previous
+            layer's attention input; None unless the method needs it, and in the first layer.
+        shared: What the indices of all layers of one cache share.
+    """
+
+    query_states: Tensor
+    cache: CacheView
+    policy: Policy
+    scale: float
+    softcap: float | None = None
+    layer: int = 0
+    num_layers: int = 1
+    previous_query: Tensor | None = None
+    shared: dict[str, object] = field(default_factory=dict)
+
+    def prompt(self, capacity: int, captured: Mapping[str, Tensor | None]) -> PrefillInputs:
+        """Return the states before the current token, from which an index is built.
+
+        Args:
+            capacity: Slots to allocate in the index.
+            captured: What was captured of the prompt, as arguments of ``PrefillInputs``.
+        """
+        cache = self.cache
+        return PrefillInputs(
+            key_states=cache.key_states[:, :, :-1],
+            value_states=cache.value_states[:, :, :-1],
+            capacity=capacity,
+            layer=self.layer,
+            num_layers=self.num_layers,
+            kv_start=cache.kv_start,
+            kv_len=None if cache.kv_len is None else cache.kv_len - 1,
+            query_tail=captured.get("query_tail"),
+            column_sums=captured.get("column_sums"),
+            shared=self.shared,
+            scale=self.scale,
+            softcap=self.softcap,
+        )
 
 
 def row_bounds(
@@ -344,6 +404,22 @@ class Selection:
         return self.slots(cache).unflatten(1, (heads, -1)).any(2).sum(-1)
 
 
+@dataclass(frozen=True)
+class Ranking(Generic[QueryT_co]):
+    """The scores by which a step selects.
+
+    Attributes:
+        encoded: The queries in the form in which they were scored.
+        raw_scores: What ``ScoringMethod.score`` returned.
+        scores: ``[B, H, U]`` reduced to the selecting heads: the KV heads, or the query heads under
+            ``head_scope="query_head"``.
+    """
+
+    encoded: QueryT_co
+    raw_scores: Tensor
+    scores: Tensor
+
+
 @dataclass
 class StepResult:
     """The result of one decode step of one layer.
@@ -352,12 +428,10 @@ class StepResult:
         out: ``[B, Hq, d]`` in the query's dtype.
         lse: float32 ``[B, Hq]`` log of the softmax's denominator; None if not computed.
         selection: What was attended to; None for every token.
-        scores: ``[B, H, U]`` the scores that were selected by; None if nothing was scored.
-        raw_scores: What ``score`` returned, before aggregation over the group.
+        ranking: The scores that were selected by; None if nothing was scored.
     """
 
     out: Tensor
     lse: Tensor | None
     selection: Selection | None
-    scores: Tensor | None
-    raw_scores: Tensor | None = None
+    ranking: Ranking[object] | None = None

@@ -6,25 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import Geometry, Index, Policy, PrefillInputs, Selection, kv_bytes
+from topkbench.methods.base import Geometry, Index, PrefillInputs, Selection, StepContext, kv_bytes
 from topkbench.methods.eviction import Evicting
 
 
 @dataclass(kw_only=True)
-class StreamingIndex(Index):
-    """Each row's bounds, and the shape of the selection.
-
-    Attributes:
-        num_kv_heads: KV heads of the layer.
-        device: Device of the selection.
-    """
-
-    num_kv_heads: int
-    device: torch.device
-
-
-@dataclass(kw_only=True)
-class StreamingLLM(Evicting):
+class StreamingLLM(Evicting[Index]):
     """Keep the ``num_sink`` first tokens and the ``k - num_sink`` last ones.
 
     Source:
@@ -39,35 +26,26 @@ class StreamingLLM(Evicting):
 
     name: ClassVar[str] = "streaming_llm"
 
-    def build_index(self, prefill: PrefillInputs) -> StreamingIndex:
-        keys = prefill.key_states
-        counts = Index.counts(prefill)
-        return StreamingIndex(num_kv_heads=keys.shape[1], device=keys.device, **counts)
+    def build_index(self, prefill: PrefillInputs) -> Index:
+        return Index.of(prefill)
 
-    def append(self, index: StreamingIndex, key_states: Tensor, value_states: Tensor) -> None:
+    def append(self, index: Index, key_states: Tensor, value_states: Tensor) -> None:
         index.advance()
 
-    def encode(self, query_states: Tensor, index: StreamingIndex) -> int:
-        """Return the batch size, all that the selection needs of the queries."""
-        return len(query_states)
-
-    def score(self, encoded: int, index: StreamingIndex) -> None:
-        return None
-
-    def select(
-        self, scores: Tensor | None, encoded: int, index: StreamingIndex, policy: Policy
-    ) -> Selection:
+    def select(self, index: Index, context: StepContext) -> Selection:
+        policy, device = context.policy, context.cache.device
+        batch_size, num_kv_heads = context.query_states.shape[:2]
         kept = min(policy.k, index.length)
         num_sink = min(policy.num_sink, kept)
-        start, end = index.row_bounds(encoded, index.device)
+        start, end = index.row_bounds(batch_size, device)
         valid = (end - start)[:, None]
-        entries = torch.arange(kept, dtype=torch.int32, device=index.device)
+        entries = torch.arange(kept, dtype=torch.int32, device=device)
         # Positions from the row's first token: 0, 1, ... num_sink - 1, then the last ones.
         recent = valid - kept + entries
         positions = torch.where((entries < num_sink) | (valid <= kept), entries, recent)
         slots = torch.where(positions < valid, positions + start[:, None], -1).to(torch.int32)
-        heads = slots[:, None].expand(-1, index.num_kv_heads, -1)
+        heads = slots[:, None].expand(-1, num_kv_heads, -1)
         return Selection(heads.contiguous())
 
-    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
-        return kv_bytes(geometry, min(k, n)) + self.moved_bytes(geometry, n, k)
+    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
+        return kv_bytes(geometry, read) + self.moved_bytes(geometry, n, read)

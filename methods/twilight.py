@@ -3,25 +3,35 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from topkbench.methods.base import (
-    CacheView,
+    AnyMethod,
+    FollowsAttention,
     Geometry,
     Index,
-    LayerStates,
-    LossReport,
     Policy,
     PrefillInputs,
+    Ranking,
     Selection,
+    StageTimer,
+    StepContext,
     TopKMethod,
+    Traits,
     check_whole,
     kv_bytes,
 )
 from topkbench.methods.four_bits import bytes_per_token, dequantise, quantise
+from topkbench.methods.learning import (
+    ArtifactSpec,
+    LayerStates,
+    LearningMethod,
+    LossReport,
+    artifact_spec,
+)
 from topkbench.methods.softcap import capped
 from topkbench.methods.states import at_slots
 
@@ -35,17 +45,11 @@ class TwilightIndex(Index):
         codes: uint8 ``[B, Hkv, capacity, d / 2]``, channel ``j`` in the low half of byte ``j`` and
             channel ``j + d / 2`` in its high half.
         ranges: float16 ``[B, Hkv, capacity, 2]`` each token's lowest channel and step.
-        cache: This step's view of the cache, from the last ``bind``.
-        scale: The attention's factor on dot products, on which the mass of a set depends.
-        softcap: The attention's logit cap, or None.
     """
 
-    base: Any
+    base: Index
     codes: Tensor
     ranges: Tensor
-    cache: CacheView
-    scale: float
-    softcap: float | None
 
     def undo_append(self) -> None:
         super().undo_append()
@@ -56,16 +60,8 @@ class TwilightIndex(Index):
         self.base.grow(capacity)
 
 
-@dataclass
-class TwilightQuery:
-    """A step's queries: ``states [B, Hkv, G, d]``, and the base's encoding of them."""
-
-    states: Tensor
-    base: Any
-
-
 @dataclass(kw_only=True)
-class Twilight(TopKMethod):
+class Twilight(LearningMethod[TwilightIndex, object]):
     """Let another method select ``base_k`` times ``k`` tokens; keep the fewest with mass ``p``.
 
     The attention weights of the base's tokens are estimated from 4-bit keys, by a softmax over
@@ -103,9 +99,8 @@ class Twilight(TopKMethod):
     """
 
     name: ClassVar[str] = "twilight"
-    variable_budget: ClassVar[bool] = True
 
-    base: TopKMethod
+    base: AnyMethod
     base_k: int = 4
     p: float = 0.85
 
@@ -122,7 +117,7 @@ class Twilight(TopKMethod):
                 f"base must be another method that selects, got {self.base.name}; give "
                 "method@method.base=quest, for one."
             )
-        if type(self.base).update_after_step is not TopKMethod.update_after_step:
+        if isinstance(self.base, FollowsAttention):
             raise ValueError(
                 f"base must not update its index by attention, as {self.base.name} does, since "
                 "twilight attends to fewer tokens than the base selects; give "
@@ -133,46 +128,51 @@ class Twilight(TopKMethod):
                 f"base must leave all tokens in the cache, and {self.base.name} with mode=compact "
                 "frees some; mode=masked selects the same."
             )
-        # Class attributes of the base become attributes of this object.
-        base = self.base
-        vars(self).update(
-            needs=base.needs, history_dependent=base.history_dependent, fits_prompt=base.fits_prompt
-        )
 
-    def with_policy(self, policy: Policy) -> Self:
-        base = self.base.with_policy(self._policy_of_base(policy))
-        if base is self.base:
-            return self
-        resolved = copy.copy(self)
-        resolved.base = base
-        return resolved
+    @property
+    def traits(self) -> Traits:
+        return replace(self.base.traits, variable_budget=True, per_kv_head=False)
+
+    def resolve(self, policy: Policy) -> tuple[Self, Policy]:
+        method, policy = super().resolve(policy)
+        base, _ = self.base.resolve(self._wider(policy))
+        if base is not self.base:
+            method = copy.copy(self)
+            method.base = base
+        return method, policy
 
     # Fitting, by the base -----------------------------------------------------------------------
 
-    def model_unsupported_reason(self, geometry: Geometry) -> str | None:
+    def unsupported_reason(self, geometry: Geometry, policy: Policy | None = None) -> str | None:
         if geometry.head_dim % 2:
             return f"head_dim must be even for twilight, got {geometry.head_dim}."
-        return self.base.model_unsupported_reason(geometry)
+        return self.base.unsupported_reason(geometry)
 
-    def artifact_spec(self, geometry: Geometry) -> dict[str, Any] | None:
-        return self.base.artifact_spec(geometry)
+    def artifact_spec(self, geometry: Geometry) -> ArtifactSpec | None:
+        return artifact_spec(self.base, geometry)
 
     def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        if not isinstance(self.base, LearningMethod):
+            return {}
         return self.base.artifact_layout(geometry)
 
     def query_positions(self, layer: int, lengths: Sequence[int]) -> list[list[int]]:
-        return self.base.query_positions(layer, lengths)
+        return self._learning_base.query_positions(layer, lengths)
 
     def fit_layer(
         self, layer: int, states: LayerStates, report: LossReport | None = None
     ) -> dict[str, Tensor]:
-        if type(self.base).fit_layer is TopKMethod.fit_layer:
-            return super().fit_layer(layer, states, report)
-        return self.base.fit_layer(layer, states, report)
+        return self._learning_base.fit_layer(layer, states, report)
 
     def load_artifact(self, tensors: dict[str, Tensor], digest: str = "") -> None:
-        self.base.load_artifact(tensors, digest)
+        self._learning_base.load_artifact(tensors, digest)
         super().load_artifact(tensors, digest)
+
+    @property
+    def _learning_base(self) -> LearningMethod[Index, object]:
+        if not isinstance(self.base, LearningMethod):
+            raise ValueError(f"{self.base.name} learns nothing, so it has no fit.")
+        return self.base
 
     # Decode -------------------------------------------------------------------------------------
 
@@ -182,16 +182,8 @@ class Twilight(TopKMethod):
         codes = torch.zeros(*shape, keys.shape[3] // 2, dtype=torch.uint8, device=keys.device)
         ranges = torch.zeros(*shape, 2, dtype=torch.float16, device=keys.device)
         codes[:, :, : prefill.n], ranges[:, :, : prefill.n] = quantise(keys)
-        view = CacheView(keys, prefill.value_states, prefill.kv_start, prefill.kv_len)
-        return TwilightIndex(
-            base=self.base.build_index(prefill),
-            codes=codes,
-            ranges=ranges,
-            cache=view,
-            scale=prefill.logit_scale,
-            softcap=prefill.softcap,
-            **Index.counts(prefill),
-        )
+        base = self.base.build_index(prefill)
+        return TwilightIndex(base=base, codes=codes, ranges=ranges, **Index.counts(prefill))
 
     def append(self, index: TwilightIndex, key_states: Tensor, value_states: Tensor) -> None:
         self.base.append(index.base, key_states, value_states)
@@ -200,36 +192,39 @@ class Twilight(TopKMethod):
         index.put(index.codes, slot, codes)
         index.put(index.ranges, slot, ranges)
 
-    def bind(self, index: TwilightIndex, cache: CacheView) -> None:
-        index.cache = cache
-        self.base.bind(index.base, cache)
+    def choose(
+        self,
+        index: TwilightIndex,
+        context: StepContext,
+        watch: StageTimer,
+        given: Ranking[object] | None = None,
+    ) -> tuple[Selection, Ranking[object] | None]:
+        """Let the base choose as in a step of its own, and keep the fewest of its tokens."""
+        wider, ranking = replace(context, policy=self._wider(context.policy)), None
+        if wider.policy.k >= context.cache.n:
+            candidates = Selection.everything(context.cache)
+        else:
+            candidates, ranking = self.base.choose(index.base, wider, watch, given)
+        with watch("select"):
+            selection = self.prune(candidates, index, context)
+            return selection.with_all_of_short_rows(context.cache, context.policy.k), ranking
 
-    def encode(self, query_states: Tensor, index: TwilightIndex) -> TwilightQuery:
-        return TwilightQuery(query_states, self.base.encode(query_states, index.base))
+    def _wider(self, policy: Policy) -> Policy:
+        """Return the policy by which the base selects."""
+        wider = self.base.resolve(replace(policy, k=self.base_k * policy.k))[1]
+        return replace(wider, head_scope="kv_head") if self.base.traits.per_kv_head else wider
 
-    def score(self, encoded: TwilightQuery, index: TwilightIndex) -> Tensor | None:
-        return self.base.score(encoded.base, index.base)
-
-    def aggregate_over_group(
-        self, scores: Tensor | None, policy: Policy, scale: float, softcap: float | None = None
-    ) -> Tensor | None:
-        policy = self._policy_of_base(policy)
-        if scores is not None and scores.ndim == 3:  # scores per KV head, which selects for a group
-            policy = replace(policy, head_scope="kv_head")
-        return self.base.aggregate_over_group(scores, policy, scale, softcap)
-
-    def select(
-        self, scores: Tensor | None, encoded: TwilightQuery, index: TwilightIndex, policy: Policy
-    ) -> Selection:
-        candidates = self._candidates(scores, encoded, index, policy)
-        chosen = candidates.slots(index.cache)
-        n = index.cache.n
+    def prune(self, candidates: Selection, index: TwilightIndex, context: StepContext) -> Selection:
+        """Return the smallest part of the base's selection that holds the mass ``p``."""
+        cache, policy = context.cache, context.policy
+        chosen = candidates.slots(cache)
+        n = cache.n
         width = min(n, candidates.indices.shape[2] * candidates.unit_size)
         slots = torch.arange(n, device=chosen.device).where(chosen, n)
         slots = slots.topk(width, largest=False).values
         is_token = slots < n
         slots = slots.where(is_token, 0)
-        weights = self.estimate(encoded.states, index, slots, is_token)
+        weights = self.estimate(context, index, slots, is_token)
         group = weights.shape[2]
         budget = width if policy.protocol == "native" else policy.k
         if policy.head_scope == "query_head":
@@ -244,35 +239,20 @@ class Twilight(TopKMethod):
         else:  # the base selects per query head nevertheless; they share the group's budget
             weights = weights.flatten(1, 2)
             budget = budget if policy.protocol == "native" else budget // group
-        start, end = (bound[:, None, None] for bound in index.cache.bounds())
+        start, end = (bound[:, None, None] for bound in cache.bounds())
         forced = is_token & ((slots < start + policy.num_sink) | (slots >= end - policy.num_recent))
         kept = smallest_set(weights, is_token, forced, self.p, budget)
         kept_slots = slots.where(kept, n).sort(-1).values[..., :budget]
         indices = kept_slots.where(kept_slots < n, -1)
-        return Selection(indices.to(torch.int32), scanned=candidates.tokens_read(index.cache))
-
-    def _candidates(
-        self, scores: Tensor | None, encoded: TwilightQuery, index: TwilightIndex, policy: Policy
-    ) -> Selection:
-        """Return the base's selection, as in a step of the base itself."""
-        wider = self._policy_of_base(policy)
-        if wider.k >= index.cache.n:
-            return Selection.everything(index.cache)
-        if scores is not None and scores.shape[1] == index.cache.key_states.shape[1]:
-            wider = replace(wider, head_scope="kv_head")
-        selection = self.base.select(scores, encoded.base, index.base, wider)
-        return selection.with_all_of_short_rows(index.cache, wider.k)
-
-    def _policy_of_base(self, policy: Policy) -> Policy:
-        return self.base.effective_policy(replace(policy, k=self.base_k * policy.k))
+        return Selection(indices.to(torch.int32), scanned=candidates.tokens_read(cache))
 
     def estimate(
-        self, query_states: Tensor, index: TwilightIndex, slots: Tensor, is_token: Tensor
+        self, context: StepContext, index: TwilightIndex, slots: Tensor, is_token: Tensor
     ) -> Tensor:
         """Estimate each query's softmax over some tokens from their 4-bit keys.
 
         Args:
-            query_states: ``[B, Hkv, G, d]``.
+            context: The step, with its queries.
             index: The index, with the 4-bit keys.
             slots: int64 ``[B, H, m]``, of KV heads or query heads.
             is_token: bool ``[B, H, m]``, False for padding.
@@ -280,13 +260,14 @@ class Twilight(TopKMethod):
         Returns:
             float32 ``[B, Hkv, G, m]``.
         """
+        query_states = context.query_states
         num_kv_heads = query_states.shape[1]
         at = slots.unflatten(1, (num_kv_heads, -1))  # [B, Hkv, 1 or G, m]
         flat = at.flatten(2)
         keys = dequantise(at_slots(index.codes, flat), at_slots(index.ranges, flat))
         keys = keys.unflatten(2, at.shape[2:])
-        logits = (keys @ query_states.float()[..., None])[..., 0] * index.scale
-        logits = capped(logits, index.softcap)
+        logits = (keys @ query_states.float()[..., None])[..., 0] * context.scale
+        logits = capped(logits, context.softcap)
         absent = ~is_token.unflatten(1, (num_kv_heads, -1))
         return logits.masked_fill(absent, -torch.inf).softmax(-1).nan_to_num(0.0)
 
@@ -294,13 +275,10 @@ class Twilight(TopKMethod):
         rounded_keys = geometry.num_kv_heads * bytes_per_token(geometry.head_dim)
         return self.base.index_bytes_per_token(geometry) + rounded_keys
 
-    def bytes_read_per_step(self, geometry: Geometry, n: int, k: int) -> int:
-        return self.bytes_read_by(geometry, n, min(k, n), None)
-
-    def bytes_read_by(self, geometry: Geometry, n: int, read: int, scanned: int | None) -> int:
+    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         scanned = min(self.base_k * read, n) if scanned is None else scanned
         # What the base reads to select, the 4-bit keys of its selection, and the kept tokens.
-        scoring = self.base.bytes_read_by(geometry, n, scanned, None) - kv_bytes(geometry, scanned)
+        scoring = self.base.bytes_read(geometry, n, scanned) - kv_bytes(geometry, scanned)
         rounded_keys = scanned * geometry.num_kv_heads * bytes_per_token(geometry.head_dim)
         return scoring + rounded_keys + kv_bytes(geometry, read)
 

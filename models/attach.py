@@ -16,24 +16,23 @@ from topkbench.kernels.full_attention.api import full_attention
 from topkbench.methods.base import (
     PREFILL_NEEDS,
     PREVIOUS_QUERY,
+    AnyMethod,
     CacheView,
     Geometry,
+    Index,
     Observer,
     Policy,
-    PrefillInputs,
     Selection,
-    TopKMethod,
+    StepContext,
 )
+from topkbench.methods.captured import Captured, missing
+from topkbench.methods.learning import check_ready
 from topkbench.models.cache_watch import (
     IndexStore,
     LengthReader,
     Lengths,
     can_watch,
     is_decode_cache,
-)
-from topkbench.models.capture import (
-    Captured,
-    missing,
 )
 from topkbench.models.compat import (
     AttentionCall,
@@ -106,7 +105,7 @@ def geometry_of(model: PreTrainedModel, model_digest: str = "") -> Geometry:
 @contextmanager
 def attach(
     model: PreTrainedModel,
-    method: TopKMethod,
+    method: AnyMethod,
     policy: Policy,
     observer: Observer | None = None,
     allow_dense_forwards: bool = False,
@@ -184,7 +183,7 @@ class Session:
     def __init__(
         self,
         model: PreTrainedModel,
-        method: TopKMethod,
+        method: AnyMethod,
         policy: Policy,
         observer: Observer,
         allow_dense_forwards: bool = False,
@@ -195,8 +194,7 @@ class Session:
                 f"{type(model).__name__}."
             )
         self.geometry = geometry_of(model)
-        self.policy = method.effective_policy(policy)
-        self.method = method.with_policy(self.policy)
+        self.method, self.policy = method.resolve(policy)
         self.observer = observer
         self.modules = attention_modules(model)
         if len(self.modules) != self.geometry.num_layers:
@@ -210,11 +208,11 @@ class Session:
                 "a model can have one method attached at a time, and this one already has one; "
                 "leave the other attach block first."
             )
-        reason = method.policy_unsupported_reason(self.policy)
+        check_ready(self.method, self.geometry)
+        reason = self.method.unsupported_reason(self.geometry, self.policy)
         if reason is not None:
             raise ValueError(reason)
-        method.check_ready(self.geometry)
-        self._needs = method.needs | observer.needs
+        self._needs = method.traits.needs | observer.needs
         for module in self.modules if PREVIOUS_QUERY in self._needs else ():
             reason = speculation_unsupported_reason(module)
             if reason is not None:
@@ -368,7 +366,7 @@ class Session:
                     key, value, mask = key[:, :, first:], value[:, :, first:], None
                 mask = None if mask is None else mask.to(key.device)
             is_prompt = q_len > 1 or (lengths is not None and lengths.n == 1)
-            captures = self.method.needs & PREFILL_NEEDS and layer not in self.dense
+            captures = self.method.traits.needs & PREFILL_NEEDS and layer not in self.dense
             if cache is not None and is_prompt and captures:
                 self._capture(layer, cache, query, key, mask, scale, options.get("softcap"))
             return _dense(module, query, key, value, mask, scale, options)
@@ -440,7 +438,7 @@ class Session:
                 "left."
             )
         layers = self._captured.setdefault(cache, {})
-        captured = layers.setdefault(layer, Captured(self.method.needs & PREFILL_NEEDS))
+        captured = layers.setdefault(layer, Captured(self.method.traits.needs & PREFILL_NEEDS))
         with torch.no_grad(), self.observer.stage("build", layer):
             captured.update(query, key[:, :, : lengths.n], scale, lengths.kv_start, softcap)
 
@@ -459,20 +457,28 @@ class Session:
         n, kv_start, kv_len = lengths.n, lengths.kv_start, lengths.kv_len
         view = CacheView(key[:, :, :n].detach(), value[:, :, :n].detach(), kv_start, kv_len)
         view.freed = getattr(cache_layer(cache, layer), "freed", None)
-        speculated = self._speculated.pop(layer, None)
-        if speculated is not None:
-            view.previous_query = speculated[:, :, 0].unflatten(1, (key.shape[1], -1))
         softcap, method, policy = options.get("softcap"), self.method, self.policy
         query = query.detach()[:, :, 0]
         if layer in self.dense:
             with self.observer.stage("full", layer):
                 states = (query, view.key_states, view.value_states)
                 return full_attention(*states, scale, kv_start, kv_len, softcap)
-        grouped = query.unflatten(1, (key.shape[1], -1))
+        speculated = self._speculated.pop(layer, None)
+        context = StepContext(
+            query_states=query.unflatten(1, (key.shape[1], -1)),
+            cache=view,
+            policy=policy,
+            scale=scale,
+            softcap=softcap,
+            layer=layer,
+            num_layers=self.geometry.num_layers,
+            previous_query=(
+                None if speculated is None else speculated[:, :, 0].unflatten(1, (key.shape[1], -1))
+            ),
+        )
         if method.selects:
-            index = self._index(layer, cache, key, view, lengths, scale, softcap)
-            watch = partial(self._stage, layer)
-            result = method.step(grouped, index, view, policy, scale, softcap, watch)
+            index = self._index(cache, key, context, lengths)
+            result = method.step(index, context, partial(self._stage, layer))
             # Where tokens were freed the step is sparse, however few tokens are left.
             if view.n > policy.k or view.freed is not None:
                 self.count.taken[layer] += result.selection is not None
@@ -483,49 +489,30 @@ class Session:
                     self._compact(layer, cache, index, result.selection, view)
         else:
             with self.observer.stage("full", layer):
-                result = method.step(grouped, None, view, policy, scale, softcap)
-        self.observer.on_step(layer, grouped, view, result, scale, softcap)
+                result = method.step(None, context)
+        self.observer.on_step(context, result)
         return result.out
 
-    def _index(
-        self,
-        layer: int,
-        cache: Any,
-        key: Tensor,
-        view: CacheView,
-        lengths: Lengths,
-        scale: float,
-        softcap: float | None,
-    ) -> Any:
+    def _index(self, cache: Any, key: Tensor, context: StepContext, lengths: Lengths) -> Index:
         """Return the layer's index, built if needed, with the current token appended."""
+        layer = context.layer
         index = self.indices.get(cache, layer, lengths)
         capacity = 0 if index is None else self.indices.capacity(cache, layer)
         if capacity < lengths.n:
             capacity = _capacity(cache_layer(cache, layer), lengths.n)
-            if index is not None and self.method.history_dependent:
+            if index is not None and self.method.traits.index == "history":
                 index.grow(capacity)  # rebuilding would lose the accumulated history
             else:
                 index = None
         if index is None:
             self.indices.drop(cache, layer)
             self._check_can_build(cache, layer, key)
-            prefill = PrefillInputs(
-                key_states=view.key_states[:, :, :-1],
-                value_states=view.value_states[:, :, :-1],
-                capacity=capacity,
-                layer=layer,
-                num_layers=self.geometry.num_layers,
-                kv_start=view.kv_start,
-                kv_len=None if view.kv_len is None else view.kv_len - 1,
-                shared=self.indices.shared(cache),
-                scale=scale,
-                softcap=softcap,
-                **self.captured(cache, layer, lengths.n - 1),
-            )
+            context.shared = self.indices.shared(cache)
+            captured = self.captured(cache, layer, lengths.n - 1)
             with self.observer.stage("build", layer):
-                index = self.method.build_index(prefill)
+                index = self.method.index_prompt(context, capacity, captured)
         with self.observer.stage("append", layer):
-            self.method.append(index, *_newest(view))
+            self.method.append(index, *context.cache.newest())
         self.indices.keep(cache, layer, index, capacity, key, lengths)
         return index
 
@@ -540,7 +527,7 @@ class Session:
         Raises:
             ValueError: If steps would go unnoticed, tokens are missing, or the cache frees nothing.
         """
-        if self.method.history_dependent and not can_watch(cache, layer, key):
+        if self.method.traits.index == "history" and not can_watch(cache, layer, key):
             raise ValueError(
                 f"{self.method.name} needs its index kept from step to step, and a "
                 f"{type(cache).__name__} returns other keys than it stores, so that changes to it "
@@ -559,7 +546,7 @@ class Session:
             )
 
     def _compact(
-        self, layer: int, cache: Any, index: Any, selection: Selection, view: CacheView
+        self, layer: int, cache: Any, index: Index, selection: Selection, view: CacheView
     ) -> None:
         """Free the tokens that a step did not select, at the first step and whenever full."""
         stored = cache_layer(cache, layer)
@@ -570,12 +557,12 @@ class Session:
         cache.topkbench_keep(layer, kept)
         capacity = max_slots(stored)
         assert capacity is not None  # the cache is topkbench's own
-        self.method.compact(index, kept, capacity)
+        index.renumber(kept, capacity)
         lengths = self._reader.lengths(cache, stored, stored.keys, None)
         assert lengths is not None  # the cache is topkbench's own
         self.indices.keep(cache, layer, index, capacity, stored.keys, lengths)
 
-    def captured(self, cache: Any, layer: int, n: int) -> dict[str, Any]:
+    def captured(self, cache: Any, layer: int, n: int) -> dict[str, Tensor | None]:
         """Return what was captured for the first ``n`` slots, as arguments of ``PrefillInputs``.
 
         Raises:
@@ -586,7 +573,7 @@ class Session:
         else:
             captured = self._captured.get(cache, {}).get(layer)
         inputs = {} if captured is None else captured.inputs(n)
-        lacking = missing(self.method.needs, inputs)
+        lacking = missing(self.method.traits.needs, inputs)
         if lacking:
             raise ValueError(
                 f"{self.method.name} needs {' and '.join(lacking)} of the prompt, and this cache "
@@ -658,12 +645,3 @@ def _capacity(stored: Any, n: int) -> int:
     """Return the slots to allocate: the cache layer's, or ``n`` and spare ones if it grows."""
     slots = max_slots(stored)
     return n + max(256, n // 4) if slots is None else max(slots, n)
-
-
-def _newest(view: CacheView) -> tuple[Tensor, Tensor]:
-    """Return the current token's ``[B, Hkv, 1, d]`` key and value."""
-    if view.kv_len is None:
-        return view.key_states[:, :, -1:].detach(), view.value_states[:, :, -1:].detach()
-    rows = torch.arange(len(view.kv_len), device=view.kv_len.device)
-    slots = view.kv_len.long() - 1
-    return view.key_states[rows, :, slots, None], view.value_states[rows, :, slots, None]

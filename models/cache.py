@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from topkbench.models.capture import Captured
+from topkbench.methods.captured import Captured
 from topkbench.models.prefill import Prefill
 
 SPARE = 32  # free slots in a compacted layer: it takes this many new tokens between compactions

@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from topkbench.methods.base import PREFILL_NEEDS
-from topkbench.models.capture import Captured, LayerCall, watched_attention
+from topkbench.methods.captured import Captured
 from topkbench.models.compat import token_logits
 from topkbench.models.digests import states_digest
+from topkbench.models.watch import LayerCall, watched_attention
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from topkbench.harness.cell import peak_memory_mib, reset_peak_memory
 from topkbench.harness.decoding import NotFiniteError
+from topkbench.harness.layer import fit_on
 from topkbench.harness.planted import MEMORY_SHARE, PlantedCalibration, capture
 from topkbench.harness.reads import (
     ReadCounter,
@@ -23,8 +24,6 @@ from topkbench.kernels.timing import OtherLoad, Stages, measure, speed_columns
 from topkbench.methods.base import (
     PREFILL_NEEDS,
     Geometry,
-    Observer,
-    TopKMethod,
     check_whole,
     kv_bytes,
 )
@@ -94,15 +93,15 @@ class DecodeThroughput(Task):
             reason = compact_unsupported_reason(self.name)
         if reason is not None:
             return TaskRow(str(length), values, "skipped", reason)
-        policy = context.policy
+        k = None
         if self.budget is not None and context.method.selects:
-            policy = replace(policy, k=max(64, round(length * self.budget)))
-        policy = context.method.effective_policy(policy)
+            k = max(64, round(length * self.budget))
+        _, policy = context.resolved(k)
         if context.method.selects and policy.k >= length:
             return TaskRow(str(length), values, "skipped", no_sparse_step_reason(policy.k, length))
         device = context.loaded.model.device
         reset_peak_memory(device)
-        fit_on_random_keys(context.method, context.geometry)
+        fit_on(context.method, context.geometry, random_keys(context.geometry))
         context = replace(context, policy=policy)
         try:
             timed, status, reason = self._time(context, length)
@@ -135,7 +134,13 @@ class DecodeThroughput(Task):
         values: dict[str, Any] = {"full_backend": getattr(context.full, "backend", None)}
         if method.selects:
             values["k"] = policy.k
+        counts, build_ms = self._count_reads(context, cache)
+        values |= counts
         twin = sharing_weights(model)
+        if method.selects:
+            difference = mismatch(context, twin, cache, length)
+            if difference is not None:
+                return values, "wrong", difference
         with (
             attach(model, method, policy) as session,
             attach(twin, context.full, policy) as full_session,
@@ -143,11 +148,6 @@ class DecodeThroughput(Task):
             turns: dict[str, Callable[[], Tensor]] = {"step": partial(step, model, session, cache)}
             if method.selects:
                 turns = {"full": partial(step, twin, full_session, cache), **turns}
-            counts, build_ms = self._count_reads(context, session, cache, turns["step"])
-            values |= counts
-            difference = mismatch(turns, session, length)
-            if difference is not None:
-                return values, "wrong", difference
             graph = self._graph(model.device)
             try:
                 timed = measure(turns, self.trials, 2, model.device, cuda_graph=graph)
@@ -186,7 +186,7 @@ class DecodeThroughput(Task):
         )
         layers = geometry.num_layers
         prefill = Prefill((keys,) * layers, (values,) * layers, torch.empty(0), 0.0)
-        needs = context.method.needs & PREFILL_NEEDS
+        needs = context.method.traits.needs & PREFILL_NEEDS
         if needs:
             scale = geometry.head_dim**-0.5
             captured = capture(needs, keys[None], geometry.num_heads, scale)
@@ -195,20 +195,22 @@ class DecodeThroughput(Task):
         cache.extend()
         return cache, self.batch_size * prefill.needs_ms(needs)
 
-    def _count_reads(
-        self, context: Context, session: Session, cache: DecodeCache, run: Callable[[], Tensor]
-    ) -> tuple[dict[str, Any], float]:
+    def _count_reads(self, context: Context, cache: DecodeCache) -> tuple[dict[str, Any], float]:
         """Return the columns of what an untimed step reads, and the index's build milliseconds.
 
         Raises:
-            MethodBypassedError: If the steps did not go through the method in each of its layers.
+            MethodBypassedError: If the step did not go through the method in each of its layers.
+            NotFiniteError: If the logits are not finite.
         """
-        run()  # compiles
-        session.forget(cache)
-        session.observer = observer = TimedReadCounter(context.loaded.model.device)
-        run()
-        session.observer = Observer()
-        session.require_steps(2)
+        model, method, policy = context.loaded.model, context.method, context.policy
+        with attach(model, method, policy) as session:
+            step(model, session, cache)  # compiles
+        observer = TimedReadCounter(model.device)
+        with attach(model, method, policy, observer) as session:
+            logits = step(model, session, cache)
+            session.require_steps(1)
+        if not logits.isfinite().all():
+            raise NotFiniteError("the logits must be finite, got infinity or NaN.")
         columns = accounting(context, cache.n, observer.step_reads)
         columns |= {"density": observer.density}
         columns["density_all"] = density_of_all_layers(context, cache.n, observer.density)
@@ -236,22 +238,24 @@ def step(model: PreTrainedModel, session: Session, cache: DecodeCache) -> Tensor
     return logits
 
 
-def mismatch(turns: dict[str, Callable[[], Tensor]], session: Session, length: int) -> str | None:
+def mismatch(
+    context: Context, twin: PreTrainedModel, cache: DecodeCache, length: int
+) -> str | None:
     """Return a reason if, with all tokens selected, the logits differ from full attention's.
 
-    Raises:
-        NotFiniteError: If the logits are not finite.
+    Args:
+        context: The method's context.
+        twin: The model with which full attention decodes.
+        cache: The cache of both.
+        length: Its tokens.
     """
-    logits = turns["step"]()
-    if not logits.isfinite().all():
-        raise NotFiniteError("the logits must be finite, got infinity or NaN.")
-    if "full" not in turns:
-        return None
-    policy, session.policy = session.policy, replace(session.policy, k=length)
-    actual, expected = turns["step"]().float(), turns["full"]().float()
-    session.policy = policy
+    model, policy = context.loaded.model, replace(context.policy, k=length)
+    with attach(model, context.method, policy) as session:
+        actual = step(model, session, cache).float()
+    with attach(twin, context.full, policy) as session:
+        expected = step(twin, session, cache).float()
     error = float((actual - expected).norm() / expected.norm())
-    tolerance = 1e-3 if logits.dtype == torch.float32 else 5e-2
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
     if error <= tolerance:
         return None
     return (
@@ -266,14 +270,12 @@ def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def fit_on_random_keys(method: TopKMethod, geometry: Geometry) -> None:
-    """Fit a method that needs an artifact on a few random keys, the same in every layer."""
-    if method.artifact_spec(geometry) is None or method.artifact:
-        return
+def random_keys(geometry: Geometry) -> PlantedCalibration:
+    """Return two sequences of random keys, the same in every layer, to fit a method on."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, geometry.num_kv_heads, CALIBRATION_TOKENS, geometry.head_dim)
     group = geometry.num_heads // geometry.num_kv_heads
     drawn = [
         (keys.repeat_interleave(group, 0), keys) for keys in torch.randn(shape, generator=generator)
     ]
-    method.load_artifact(method.fit(PlantedCalibration(len(drawn), drawn, geometry.num_layers)))
+    return PlantedCalibration(len(drawn), drawn, geometry.num_layers)

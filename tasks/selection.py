@@ -1,7 +1,7 @@
 """The quality of a method's selections, without answer scores, for all budgets in one pass."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from topkbench.harness.decoding import Decoder, Prompt, tokenise_all
@@ -44,9 +44,7 @@ class SelectionTask(Ruler):
             return Outcome(
                 [TaskRow("mean", {}, "skipped", compact_unsupported_reason(self.name))], []
             )
-        policies = [
-            context.method.effective_policy(replace(context.policy, k=k)) for k in self.budgets
-        ]
+        policies = [context.resolved(k)[1] for k in self.budgets]
         samples = self.samples(context.loaded)
         outcome = Outcome(samples=[], rows=[])
         for prompt in context.track(
@@ -72,13 +70,11 @@ class SelectionTask(Ruler):
         self, context: Context, prompt: Prompt, policies: Sequence[Policy]
     ) -> list[dict[str, Any]]:
         answer = context.full_answer(prompt)
-        needs = context.method.needs
+        needs = context.method.traits.needs
         decoder = Decoder(context.loaded, context.store, [prompt], len(answer) + 1, needs)
         cache = decoder.cache
         captured = cache.topkbench_captured
-        observer = OffPolicyObserver(
-            context.method, policies, len(cache.layers), cache.capacity, captured
-        )
+        observer = OffPolicyObserver(context.method, policies, cache.capacity, captured)
         with context.attached(decoder, context.full, observer):
             decoder.teacher_force([answer])
         return [

@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from topkbench.methods.base import Geometry, TopKMethod  # noqa: E402
+from topkbench.methods.base import AnyMethod, Geometry  # noqa: E402
 from topkbench.models.load import LoadedModel  # noqa: E402
 from topkbench.models.prefill import PrefillStore  # noqa: E402
 from topkbench.models.tiny_tokenizer import build_tokenizer  # noqa: E402
@@ -69,7 +69,7 @@ class Calibration:
         ]
 
 
-def make(name: str, fit: bool = True, **overrides: Any) -> TopKMethod:
+def make(name: str, fit: bool = True, **overrides: Any) -> AnyMethod:
     """Return a method made from its YAML, fitted if it needs an artifact."""
     root = OmegaConf.create(
         {"rbit": 64, "seed": 0, "impl": "auto", "full_backend": "sdpa", "k": 16}
@@ -82,7 +82,7 @@ def make(name: str, fit: bool = True, **overrides: Any) -> TopKMethod:
             node[key.removeprefix("/method@")] = OmegaConf.load(METHOD_CONFIGS / f"{inner}.yaml")
     few = FEW_STEPS.get(name, {})
     root["method"] = OmegaConf.merge(node, few, overrides)
-    method: TopKMethod = instantiate(root["method"])
+    method: AnyMethod = instantiate(root["method"])
     spec = method.artifact_spec(GEOMETRY) if fit else None
     if spec is not None:
         learned = FITTED.get(str(spec)) or method.fit(Calibration())
@@ -93,7 +93,7 @@ def make(name: str, fit: bool = True, **overrides: Any) -> TopKMethod:
 
 
 @pytest.fixture(scope="session")
-def make_method() -> Callable[..., TopKMethod]:
+def make_method() -> Callable[..., AnyMethod]:
     return make
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from topkbench.methods.base import Index, TopKMethod
+from topkbench.methods.base import Index, AnyMethod
 
 
 @dataclass(kw_only=True)
@@ -26,7 +26,7 @@ class ToyIndex(Index):
 
 
 @dataclass(kw_only=True)
-class Toy(TopKMethod):
+class Toy(AnyMethod):
     """Keep the longest keys, whatever the query."""
 
     name: ClassVar[str] = "toy"

@@ -25,13 +25,12 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
 from hydra.utils import instantiate  # noqa: E402
-from torch import Tensor  # noqa: E402
 
 from topkbench.harness.cell import prepare_method, run_cell  # noqa: E402
 from topkbench.harness.decoding import Decoder, Question, tokenise_all  # noqa: E402
 from topkbench.harness.quality import SelectionMeter  # noqa: E402
 from topkbench.harness.task import Context  # noqa: E402
-from topkbench.methods.base import CacheView, StepResult  # noqa: E402
+from topkbench.methods.base import StepContext, StepResult  # noqa: E402
 from topkbench.models.attach import attach  # noqa: E402
 from topkbench.models.prefill import PrefillStore  # noqa: E402
 
@@ -51,22 +50,14 @@ QUALITY = ("recall_at_k", "attention_mass", "output_rel_error")
 class Recorder(SelectionMeter):
     """Measures selection quality, and records which tokens each head of each layer attended to."""
 
-    def __init__(self, k: int) -> None:
-        super().__init__(k)
+    def __init__(self) -> None:
+        super().__init__()
         self.attended: list[np.ndarray] = []
 
-    def on_step(
-        self,
-        layer: int,
-        query_states: Tensor,
-        cache: CacheView,
-        result: StepResult,
-        scale: float,
-        softcap: float | None,
-    ) -> None:
-        super().on_step(layer, query_states, cache, result, scale, softcap)
+    def on_step(self, context: StepContext, result: StepResult) -> None:
+        super().on_step(context, result)
         if result.selection is not None:
-            (slots,) = result.selection.slots(cache)  # the batch has one row
+            (slots,) = result.selection.slots(context.cache)  # the batch has one row
             self.attended.append(slots.numpy().ravel())
 
 
@@ -121,11 +112,11 @@ class Machine:
             self._full[question] = {
                 prompt.sample.sample_id: context.full_answer(prompt) for prompt in prompts
             }
-        recorder = Recorder(K)
+        recorder = Recorder()
         for prompt in prompts if method.selects else ():
             answer = self._full[question][prompt.sample.sample_id]
             new_tokens = len(answer) + 1
-            decoder = Decoder(self._loaded, self._store, [prompt], new_tokens, method.needs)
+            decoder = Decoder(self._loaded, self._store, [prompt], new_tokens, method.traits.needs)
             with attach(self._loaded.model, method, policy, recorder):
                 decoder.teacher_force([answer])
         numbers |= {column: recorder.means().get(column) for column in QUALITY}

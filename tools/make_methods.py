@@ -18,7 +18,8 @@ from omegaconf import DictConfig  # noqa: E402
 
 from topkbench.analysis import style  # noqa: E402
 from topkbench.harness.calibration import MAX_LENGTH, NUM_SEQUENCES  # noqa: E402
-from topkbench.methods.base import Geometry, TopKMethod, kv_bytes  # noqa: E402
+from topkbench.methods.base import AnyMethod, Geometry, kv_bytes  # noqa: E402
+from topkbench.methods.learning import LearningMethod, artifact_spec  # noqa: E402
 from topkbench.tasks.ruler_prompts import SUBTASKS, CalibrationPrompts  # noqa: E402
 from topkbench.tasks.words import word_pools  # noqa: E402
 
@@ -69,7 +70,7 @@ def entry(name: str) -> str:
     """Return the page's section on one method."""
     text = (ROOT / "conf" / "method" / f"{name}.yaml").read_text(encoding="utf-8")
     config = compose("config", overrides=[f"method={name}"]).method
-    method: TopKMethod = instantiate(config)
+    method: AnyMethod = instantiate(config)
     sections = docstring(type(method))
     parts = [f"## {style.style(name).label}", f"`method={name}`, [code](../methods/{name}.py)"]
     parts.append(sections.pop(""))
@@ -78,7 +79,7 @@ def entry(name: str) -> str:
     if rows := knobs(text, config):
         parts.append("\n".join(["| Knob | Default | Meaning |", "|---|---|---|", *rows]))
     parts.append(f"**Costs.** {costs(method)}")
-    if method.artifact_spec(LLAMA) is not None:
+    if isinstance(method, LearningMethod) and method.artifact_spec(LLAMA) is not None:
         parts.append(f"**Calibration.** {calibration(method)}")
     if method.selects:
         native = ", ".join(f"`{key}={value}`" for key, value in config.native.items())
@@ -131,7 +132,7 @@ def shown(value: Any) -> str:
     return f"`{names[value] if value is None or isinstance(value, bool) else value}`"
 
 
-def costs(method: TopKMethod) -> str:
+def costs(method: AnyMethod) -> str:
     """Return sentences on what a method stores, reads per step, and needs beforehand."""
     sentences = []
     per_token = method.index_bytes_per_token(LLAMA)
@@ -140,20 +141,21 @@ def costs(method: TopKMethod) -> str:
     else:
         sentences.append("No index that grows with the context.")
     if method.selects:
-        share = method.bytes_read_per_step(LLAMA, LENGTH, BUDGET) / kv_bytes(LLAMA, LENGTH)
+        share = method.bytes_read(LLAMA, LENGTH, BUDGET) / kv_bytes(LLAMA, LENGTH)
         sentences.append(f"A step reads {share:.1%} of what full attention does.")
-    if method.artifact_spec(LLAMA) is not None:
+    if artifact_spec(method, LLAMA) is not None:
         sentences.append("Must be fitted before use.")
-    if method.needs:
-        sentences.append(f"Needs {' and '.join(NEEDS[one] for one in sorted(method.needs))}.")
-    if method.history_dependent:
+    traits = method.traits
+    if traits.needs:
+        sentences.append(f"Needs {' and '.join(NEEDS[one] for one in sorted(traits.needs))}.")
+    if traits.index == "history":
         sentences.append("Its index depends on the decode steps so far.")
-    if method.variable_budget:
+    if traits.variable_budget:
         sentences.append("May select fewer than `k` tokens.")
     return " ".join(sentences)
 
 
-def calibration(method: TopKMethod) -> str:
+def calibration(method: LearningMethod[Any, Any]) -> str:
     """Return a sentence on what a method that learns is fitted on by default."""
     positions = method.query_positions(0, [MAX_LENGTH] * NUM_SEQUENCES)
     (count,) = {len(at) for at in positions}

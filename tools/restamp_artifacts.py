@@ -23,7 +23,7 @@ from omegaconf import OmegaConf  # noqa: E402
 
 from topkbench.harness import artifact  # noqa: E402
 from topkbench.harness.cell import artifact_spec, fit_source  # noqa: E402
-from topkbench.methods.base import TopKMethod  # noqa: E402
+from topkbench.methods.base import AnyMethod  # noqa: E402
 from topkbench.models.load import LoadedModel, load_model  # noqa: E402
 from topkbench.tasks.ruler_prompts import CalibrationPrompts  # noqa: E402
 
@@ -32,7 +32,7 @@ ARTIFACTS = ROOT / "models" / "tiny" / "artifacts"
 NOT_METHOD_SETTINGS = {"method", "model_digest", "fit_version", "dtype", "calibration"}
 
 
-def method_of(spec: dict[str, Any]) -> TopKMethod:
+def method_of(spec: dict[str, Any]) -> AnyMethod:
     """Return the method that an artifact was fitted with, with the same settings."""
     target = OmegaConf.load(ROOT / "conf" / "method" / f"{spec['method']}.yaml")._target_
     kind: Any = get_class(target)

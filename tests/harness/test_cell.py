@@ -20,7 +20,7 @@ from topkbench.harness.cell import (
     run_cell,
 )
 from topkbench.harness.task import Context, Outcome, TaskRow
-from topkbench.methods.base import TopKMethod
+from topkbench.methods.base import AnyMethod
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.h2o import H2O
@@ -57,7 +57,7 @@ def test_peak_memory_covers_only_what_ran_since_the_reset() -> None:
 # The status ----------------------------------------------------------------------------------
 
 
-def run(loaded: LoadedModel, store: PrefillStore, tmp_path: Path, method: TopKMethod) -> Outcome:
+def run(loaded: LoadedModel, store: PrefillStore, tmp_path: Path, method: AnyMethod) -> Outcome:
     task = Ruler(length=200, num_samples=1, subtasks=("vt",), cache_dir=str(tmp_path))
     policy = Policy(k=24, num_sink=0, num_recent=0)
     return run_cell(Context(loaded, store, method, policy, FullAttention()), task)

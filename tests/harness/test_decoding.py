@@ -17,7 +17,7 @@ from topkbench.harness.decoding import (
     tokenise,
 )
 from topkbench.harness.samples import Sample, TaskDoesNotFit
-from topkbench.methods.base import Policy, TopKMethod
+from topkbench.methods.base import AnyMethod, Policy
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.quest import Quest
@@ -53,7 +53,7 @@ def prompts(loaded: LoadedModel, question: Question) -> list[Prompt]:
 
 
 def answer(
-    loaded: LoadedModel, store: PrefillStore, batch: list[Prompt], method: TopKMethod, k: int = 24
+    loaded: LoadedModel, store: PrefillStore, batch: list[Prompt], method: AnyMethod, k: int = 24
 ) -> list[list[int]]:
     decoder = Decoder(loaded, store, batch, NEW_TOKENS + 1)
     with attach(loaded.model, method, Policy(k=k)):
@@ -100,7 +100,7 @@ def test_full_attention_answers_the_same_with_a_decoded_question(
 )
 @pytest.mark.parametrize("question", ["sparse", "dense"])
 def test_a_batch_gives_the_same_answers_as_single_prompts(
-    loaded: LoadedModel, store: PrefillStore, method: TopKMethod, question: Question
+    loaded: LoadedModel, store: PrefillStore, method: AnyMethod, question: Question
 ) -> None:
     together = prompts(loaded, question)
     assert len({len(prompt.prefill_ids) for prompt in together}) == 3

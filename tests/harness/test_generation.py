@@ -7,7 +7,7 @@ import pytest
 
 from topkbench.harness.cell import run_cell
 from topkbench.harness.task import Context, Outcome
-from topkbench.methods.base import Policy, TopKMethod
+from topkbench.methods.base import AnyMethod, Policy
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.h2o import H2O
@@ -19,7 +19,7 @@ QUALITY = ("recall_at_k", "attention_mass", "output_rel_error")
 
 
 def run(
-    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, method: TopKMethod, **knobs: Any
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, method: AnyMethod, **knobs: Any
 ) -> Outcome:
     settings = {"length": 200, "num_samples": 2, "subtasks": ("niah_single", "vt")}
     task = Ruler(**{**settings, "cache_dir": str(tmp_path), **knobs})  # type: ignore[arg-type]

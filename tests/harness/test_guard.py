@@ -16,7 +16,7 @@ from topkbench.harness.quality import check_finite
 from topkbench.harness.reads import density_of_all_layers
 from topkbench.harness.speed import speed
 from topkbench.harness.task import Context, Outcome
-from topkbench.methods.base import Policy, TopKMethod
+from topkbench.methods.base import AnyMethod, Policy
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.quest import Quest
@@ -31,7 +31,7 @@ from topkbench.tasks.selection import SelectionTask
 MEASURED = ("score", "recall_at_k", "decode_ms_p50", "speedup_vs_full", "density")
 
 
-def context_of(loaded: LoadedModel, tmp_path: Path, method: TopKMethod, k: int = 24) -> Context:
+def context_of(loaded: LoadedModel, tmp_path: Path, method: AnyMethod, k: int = 24) -> Context:
     policy = Policy(k=k, num_sink=0, num_recent=0)
     store = PrefillStore(loaded.model, tmp_path / "prefill", 2**30)
     return Context(loaded, store, method, policy, FullAttention(), None, 1e9)
@@ -42,7 +42,7 @@ def ruler(tmp_path: Path, **knobs: Any) -> Ruler:
     return Ruler(**{**settings, "cache_dir": str(tmp_path), **knobs})
 
 
-def run(loaded: LoadedModel, tmp_path: Path, method: TopKMethod, **knobs: Any) -> Outcome:
+def run(loaded: LoadedModel, tmp_path: Path, method: AnyMethod, **knobs: Any) -> Outcome:
     return run_cell(context_of(loaded, tmp_path, method), ruler(tmp_path, **knobs))
 
 
@@ -132,9 +132,7 @@ def test_the_canary_accepts_a_sound_model(loaded: LoadedModel, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("method", [ExactTopK(), Quest()], ids=lambda one: one.name)
-def test_k_at_all_tokens_is_skipped(
-    loaded: LoadedModel, tmp_path: Path, method: TopKMethod
-) -> None:
+def test_k_at_all_tokens_is_skipped(loaded: LoadedModel, tmp_path: Path, method: AnyMethod) -> None:
     tasks: list[tuple[Any, int]] = [
         (ruler(tmp_path), 200),
         (ruler(tmp_path, question="dense"), 200),
@@ -176,7 +174,7 @@ def test_subtasks_of_at_most_k_tokens_are_skipped(loaded: LoadedModel, tmp_path:
 @pytest.mark.parametrize("method", [FullAttention(), ExactTopK()], ids=lambda one: one.name)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_one_weight_that_is_not_finite_fails(
-    breakable: LoadedModel, tmp_path: Path, method: TopKMethod, value: float
+    breakable: LoadedModel, tmp_path: Path, method: AnyMethod, value: float
 ) -> None:
     with torch.no_grad():
         breakable.model.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] = value  # type: ignore[union-attr, index, operator]

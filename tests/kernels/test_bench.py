@@ -16,7 +16,7 @@ from topkbench.kernels.full_attention.api import full_attention
 from topkbench.kernels.steps import METHODS, Geometry, Layer, Step
 from topkbench.kernels.testing import WrongResult
 from topkbench.kernels.timing import Bandwidth
-from topkbench.methods.base import CacheView, Policy, PrefillInputs, TopKMethod
+from topkbench.methods.base import AnyMethod, CacheView, Policy, PrefillInputs, StepContext
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.quest import Quest
 from topkbench.methods.streaming_llm import StreamingLLM
@@ -91,7 +91,7 @@ def test_a_step_that_selects_every_token_equals_full_attention(name: str) -> Non
 
 @pytest.mark.parametrize("n", [300, 512])
 @pytest.mark.parametrize("method", [ExactTopK(), Quest(), StreamingLLM()], ids=lambda one: one.name)
-def test_a_step_agrees_with_the_methods_decode_step(method: TopKMethod, n: int) -> None:
+def test_a_step_agrees_with_the_methods_decode_step(method: AnyMethod, n: int) -> None:
     drawn = layer(n)
     index = method.build_index(
         PrefillInputs(
@@ -104,7 +104,7 @@ def test_a_step_agrees_with_the_methods_decode_step(method: TopKMethod, n: int) 
     )
     method.append(index, drawn.keys[:, :, -1:], drawn.values[:, :, -1:])
     cache = CacheView(drawn.keys, drawn.values)
-    expected = method.step(drawn.query, index, cache, Policy(k=drawn.k), 32**-0.5).out
+    expected = method.step(index, StepContext(drawn.query, cache, Policy(k=drawn.k), 32**-0.5)).out
     torch.testing.assert_close(METHODS[method.name](drawn, AUTO)(), expected)
 
 

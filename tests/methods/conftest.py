@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from topkbench.methods.base import CacheView, Geometry, PrefillInputs, TopKMethod
-from topkbench.models.capture import column_sums
+from topkbench.methods.base import AnyMethod, CacheView, Geometry, PrefillInputs
+from topkbench.methods.captured import column_sums
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "method").glob("*.yaml"))
 
@@ -18,7 +18,7 @@ TAIL = 16  # length of the query tail
 
 
 @pytest.fixture(scope="session")
-def methods(make_method: Callable[..., TopKMethod]) -> dict[str, TopKMethod]:
+def methods(make_method: Callable[..., AnyMethod]) -> dict[str, AnyMethod]:
     """Every method of conf/method, made once."""
     return {name: make_method(name) for name in NAMES}
 
@@ -48,7 +48,7 @@ def states(geometry: Geometry) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 @pytest.fixture
 def build(geometry: Geometry) -> Callable[..., Any]:
     def build_index(
-        method: TopKMethod,
+        method: AnyMethod,
         keys: Tensor,
         values: Tensor,
         kv_start: Tensor | None = None,
@@ -84,8 +84,8 @@ def build(geometry: Geometry) -> Callable[..., Any]:
                 num_layers=geometry.num_layers,
                 kv_start=kv_start,
                 kv_len=kv_len,
-                query_tail=torch.cat(tails) if "query_tail" in method.needs else None,
-                column_sums=torch.cat(sums) if "column_sums" in method.needs else None,
+                query_tail=torch.cat(tails) if "query_tail" in method.traits.needs else None,
+                column_sums=torch.cat(sums) if "column_sums" in method.traits.needs else None,
             )
         )
         method.bind(index, CacheView(keys, values, kv_start, kv_len))

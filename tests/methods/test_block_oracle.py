@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import CacheView, Policy, PrefillInputs
+from topkbench.methods.base import CacheView, Policy, PrefillInputs, StepContext
 from topkbench.methods.block_oracle import BlockOracle
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.quest import Quest
@@ -52,7 +52,9 @@ def test_pages_of_one_are_the_exact_oracle() -> None:
     view, policy = CacheView(keys, keys), Policy(k=20, num_sink=1, num_recent=1)
     found = []
     for method in (BlockOracle(page_size=1), ExactTopK()):
-        step = method.step(queries, method.build_index(inputs(keys)), view, policy, 0.3)
+        step = method.step(
+            method.build_index(inputs(keys)), StepContext(queries, view, policy, 0.3)
+        )
         assert step.selection is not None
         found.append(step.selection.indices)
     assert torch.equal(*found)
@@ -67,7 +69,9 @@ def test_no_other_pages_have_larger_best_weights() -> None:
     weights = (queries @ keys.mT).softmax(-1).sum(2)
     best = []
     for method in (BlockOracle(page_size=8), Quest(page_size=8)):
-        step = method.step(queries, method.build_index(inputs(keys)), view, policy, 1.0)
+        step = method.step(
+            method.build_index(inputs(keys)), StepContext(queries, view, policy, 1.0)
+        )
         assert step.selection is not None
         pages = torch.nn.functional.pad(weights, (0, 4)).unflatten(-1, (38, 8)).amax(-1)
         best.append(pages.gather(-1, step.selection.indices.long()).sum(-1))

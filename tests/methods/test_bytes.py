@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from topkbench.methods.base import CacheView, Geometry, Index, Policy, TopKMethod
+from topkbench.methods.base import AnyMethod, CacheView, Geometry, Index, Policy, StepContext
 from topkbench.methods.twilight import Twilight
 
 Make = Callable[..., Any]
@@ -112,8 +112,8 @@ def test_bytes_of_a_step_equal_the_reads_counted(
 ) -> None:
     inner = {"base": {"impl": "reference"}} if name == "twilight" else {}
     plain = {} if name == "full" else {"impl": "reference"}
-    method: TopKMethod = make_method(name, **plain, **inner)
-    policy = method.effective_policy(Policy(k=K, protocol=protocol))
+    method: AnyMethod = make_method(name, **plain, **inner)
+    policy = method.resolve(Policy(k=K, protocol=protocol))[1]
     # The reference reads the first slot for padding; keep it, so that this adds no read.
     policy = replace(policy, num_sink=max(1, policy.num_sink))
     method = method.with_policy(policy)
@@ -125,7 +125,7 @@ def test_bytes_of_a_step_equal_the_reads_counted(
     def step(n: int, newest: tuple[Tensor, Tensor]) -> Any:
         view = CacheView(keys[:, :, :n], values[:, :, :n])
         method.append(index, *newest)
-        return method.step(queries, index, view, policy, 32**-0.5)
+        return method.step(index, StepContext(queries, view, policy, 32**-0.5))
 
     # The new token's own states come from the layer, not from the cache.
     tokens = [(keys[:, :, [at]].clone(), values[:, :, [at]].clone()) for at in (N - 2, N - 1)]

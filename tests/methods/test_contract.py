@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import CacheView, Geometry, Index, Policy, Selection, TopKMethod
+from topkbench.methods.base import (
+    AnyMethod,
+    CacheView,
+    Geometry,
+    Index,
+    Policy,
+    Selection,
+    StepContext,
+)
 
 SCALE = 32**-0.5
 States = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -22,33 +30,33 @@ FEWER = {
 
 
 @pytest.fixture
-def method(name: str, methods: dict[str, TopKMethod]) -> TopKMethod:
+def method(name: str, methods: dict[str, AnyMethod]) -> AnyMethod:
     return methods[name]
 
 
 @pytest.fixture
-def selecting(method: TopKMethod) -> TopKMethod:
+def selecting(method: AnyMethod) -> AnyMethod:
     if not method.selects:
         pytest.skip(f"{method.name} reads everything")
     return method
 
 
 @pytest.fixture
-def steady(selecting: TopKMethod) -> TopKMethod:
-    if selecting.history_dependent:
+def steady(selecting: AnyMethod) -> AnyMethod:
+    if selecting.traits.index == "history":
         pytest.skip(f"{selecting.name} has its own test below")
     return selecting
 
 
 @pytest.fixture
-def with_history(selecting: TopKMethod) -> TopKMethod:
-    if not selecting.history_dependent:
+def with_history(selecting: AnyMethod) -> AnyMethod:
+    if not selecting.traits.index == "history":
         pytest.skip(f"{selecting.name} has the stricter test above")
     return selecting
 
 
 @pytest.fixture
-def of_k(selecting: TopKMethod) -> TopKMethod:
+def of_k(selecting: AnyMethod) -> AnyMethod:
     if selecting.name in FEWER:
         pytest.skip(f"{selecting.name} may select fewer: {FEWER[selecting.name]}")
     return selecting
@@ -77,16 +85,17 @@ def int32(*numbers: int) -> Tensor:
 @pytest.mark.parametrize("k", [12, 17, 32, 44])
 @pytest.mark.parametrize("n", [45, 64])
 def test_selects_at_most_k_distinct_slots_in_range(
-    selecting: TopKMethod, states: States, build: Build, n: int, k: int, protocol: Any
+    selecting: AnyMethod, states: States, build: Build, n: int, k: int, protocol: Any
 ) -> None:
     queries, keys, values = states(2, n)
-    policy = selecting.effective_policy(Policy(k=k, protocol=protocol))
-    selecting = selecting.with_policy(policy)
+    selecting, policy = selecting.resolve(Policy(k=k, protocol=protocol))
     index = build(selecting, keys, values)
-    step = selecting.step(queries, index, CacheView(keys, values), policy, SCALE)
+    step = selecting.step(index, StepContext(queries, CacheView(keys, values), policy, SCALE))
     assert step.selection is not None
     size = step.selection.unit_size
-    may_keep_fewer = selecting.variable_budget and (protocol == "native" or selecting.name in FEWER)
+    may_keep_fewer = selecting.traits.variable_budget and (
+        protocol == "native" or selecting.name in FEWER
+    )
     exactly = size == 1 and not may_keep_fewer
     # Natively MagicPIG's tables and Twilight's mass determine the number, without a cap.
     uncapped = protocol == "native" and selecting.name in FEWER
@@ -109,17 +118,17 @@ def test_selects_at_most_k_distinct_slots_in_range(
 
 @pytest.mark.parametrize("k", [29, 30, 1000])
 def test_with_k_at_or_above_n_equals_full_attention(
-    method: TopKMethod, states: States, build: Build, k: int
+    method: AnyMethod, states: States, build: Build, k: int
 ) -> None:
     queries, keys, values = states(2, 29)
     index = build(method, keys, values)
-    step = method.step(queries, index, CacheView(keys, values), Policy(k=k), SCALE)
+    step = method.step(index, StepContext(queries, CacheView(keys, values), Policy(k=k), SCALE))
     torch.testing.assert_close(step.out.double(), full(queries, keys, values), atol=2e-6, rtol=1e-5)
     if step.selection is not None:
         assert (step.selection.tokens_read(CacheView(keys, values)) == 29).all()
 
 
-def test_select_keeps_everything_if_k_is_n(of_k: TopKMethod, states: States, build: Build) -> None:
+def test_select_keeps_everything_if_k_is_n(of_k: AnyMethod, states: States, build: Build) -> None:
     """Called directly, as step does not call select for a budget of all tokens."""
     queries, keys, values = states(2, 64)
     view, policy, index = CacheView(keys, values), Policy(k=64), build(of_k, keys, values)
@@ -132,11 +141,11 @@ def test_select_keeps_everything_if_k_is_n(of_k: TopKMethod, states: States, bui
 
 
 def test_attends_to_its_selection_and_nothing_else(
-    selecting: TopKMethod, states: States, build: Build
+    selecting: AnyMethod, states: States, build: Build
 ) -> None:
     queries, keys, values = states(1, 45)
     index = build(selecting, keys, values)
-    step = selecting.step(queries, index, CacheView(keys, values), Policy(k=16), SCALE)
+    step = selecting.step(index, StepContext(queries, CacheView(keys, values), Policy(k=16), SCALE))
     assert step.selection is not None
     selection = step.selection
     for head in range(6):
@@ -156,7 +165,7 @@ def test_attends_to_its_selection_and_nothing_else(
 @pytest.mark.parametrize("start", [None, int32(0, 5, 18)])
 @pytest.mark.parametrize("end", [None, int32(40, 38, 33)])
 def test_appending_equals_rebuilding(
-    steady: TopKMethod, states: States, build: Build, start: Tensor | None, end: Tensor | None
+    steady: AnyMethod, states: States, build: Build, start: Tensor | None, end: Tensor | None
 ) -> None:
     if steady.fits_prompt:
         pytest.skip(f"{steady.name} fits its index to the prompt")
@@ -174,8 +183,8 @@ def test_appending_equals_rebuilding(
     steady.bind(index, view)
     rebuilt = build(steady, keys, values, start, longer, capacity=48)
     policy = Policy(k=20)
-    once = steady.step(queries, index, view, policy, SCALE)
-    again = steady.step(queries, rebuilt, view, policy, SCALE)
+    once = steady.step(index, StepContext(queries, view, policy, SCALE))
+    again = steady.step(rebuilt, StepContext(queries, view, policy, SCALE))
     assert once.selection is not None
     assert again.selection is not None
     assert torch.equal(once.selection.indices, again.selection.indices)
@@ -186,10 +195,10 @@ def test_appending_equals_rebuilding(
 @pytest.mark.parametrize("protocol", ["unified", "native"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_history_dependent_row_in_a_batch_equals_the_row_alone(
-    with_history: TopKMethod, states: States, build: Build, padded: bool, protocol: Any
+    with_history: AnyMethod, states: States, build: Build, padded: bool, protocol: Any
 ) -> None:
     """Eight steps, each of which may change the next; other rows have no influence."""
-    policy = with_history.effective_policy(Policy(k=20, protocol=protocol))
+    policy = with_history.resolve(Policy(k=20, protocol=protocol))[1]
     queries, keys, values = states(3, 48)
     starts = int32(0, 5, 18) if padded else None
     ends = None if padded else int32(40, 38, 33)
@@ -205,11 +214,13 @@ def test_a_history_dependent_row_in_a_batch_equals_the_row_alone(
         view = CacheView(keys[:, :, : 40 + done], values[:, :, : 40 + done], starts, now)
         newest = (keys[[0, 1, 2], :, slots, None], values[[0, 1, 2], :, slots, None])
         with_history.append(index, *newest)
-        together = with_history.step(queries, index, view, policy, SCALE)
+        together = with_history.step(index, StepContext(queries, view, policy, SCALE))
         for row, (start, end) in enumerate(rows):
             own = (keys[[row], :, start : end + done], values[[row], :, start : end + done])
             with_history.append(alone[row], own[0][:, :, -1:], own[1][:, :, -1:])
-            step = with_history.step(queries[[row]], alone[row], CacheView(*own), policy, SCALE)
+            step = with_history.step(
+                alone[row], StepContext(queries[[row]], CacheView(*own), policy, SCALE)
+            )
             torch.testing.assert_close(together.out[[row]], step.out, atol=2e-6, rtol=1e-5)
             assert step.selection is not None
             assert together.selection is not None
@@ -219,7 +230,7 @@ def test_a_history_dependent_row_in_a_batch_equals_the_row_alone(
 
 
 def test_appending_without_a_step_adds_no_history(
-    with_history: TopKMethod, states: States, build: Build
+    with_history: AnyMethod, states: States, build: Build
 ) -> None:
     """Tokens are appended without steps in between.
 
@@ -232,18 +243,18 @@ def test_appending_without_a_step_adds_no_history(
     for at in range(40, 55):  # more than H2O's recents, which are half of k
         with_history.append(index, keys[:, :, at, None], values[:, :, at, None])
     view, policy = CacheView(keys, values), Policy(k=24, num_recent=0)
-    found = with_history.step(queries, index, view, policy, SCALE)
+    found = with_history.step(index, StepContext(queries, view, policy, SCALE))
     assert found.selection is not None
-    if "column_sums" in with_history.needs:
+    if "column_sums" in with_history.traits.needs:
         later = build(with_history, keys, values, captured=40)
-        wanted = with_history.step(queries, later, view, policy, SCALE)
+        wanted = with_history.step(later, StepContext(queries, view, policy, SCALE))
         assert wanted.selection is not None
         assert torch.equal(found.selection.slots(view), wanted.selection.slots(view))
         return
     assert found.selection.slots(view)[:, :, 40:].all()
     read = build(with_history, keys[:, :, :40], values[:, :, :40])
     prompt = CacheView(keys[:, :, :40], values[:, :, :40])
-    wanted = with_history.step(queries, read, prompt, replace(policy, k=9), SCALE)
+    wanted = with_history.step(read, StepContext(queries, prompt, replace(policy, k=9), SCALE))
     assert wanted.selection is not None
     if found.scores is not None and wanted.scores is not None:
         assert torch.equal(found.scores[..., :40], wanted.scores)
@@ -255,7 +266,7 @@ def test_appending_without_a_step_adds_no_history(
 
 @pytest.mark.parametrize("ends", [None, int32(40, 33, 38)])
 def test_an_undone_append_can_be_repeated(
-    selecting: TopKMethod, states: States, build: Build, ends: Tensor | None
+    selecting: AnyMethod, states: States, build: Build, ends: Tensor | None
 ) -> None:
     queries, keys, values = states(3, 41)
     before = None if ends is None else ends - 1
@@ -266,7 +277,7 @@ def test_an_undone_append_can_be_repeated(
     steps = []
     for _ in range(3):
         selecting.append(index, *newest)
-        steps.append(selecting.step(queries, index, view, Policy(k=20), SCALE))
+        steps.append(selecting.step(index, StepContext(queries, view, Policy(k=20), SCALE)))
         index.undo_append()
     assert torch.equal(steps[0].out, steps[2].out)
     assert steps[0].selection is not None
@@ -274,7 +285,7 @@ def test_an_undone_append_can_be_repeated(
 
 
 def test_appending_beyond_capacity_is_refused(
-    selecting: TopKMethod, states: States, build: Build
+    selecting: AnyMethod, states: States, build: Build
 ) -> None:
     _, keys, values = states(1, 20)
     index = build(selecting, keys, values, capacity=20)
@@ -285,10 +296,10 @@ def test_appending_beyond_capacity_is_refused(
 @pytest.mark.parametrize("protocol", ["unified", "native"])
 @pytest.mark.parametrize("appended", [False, True])
 def test_finds_a_planted_needle(
-    selecting: TopKMethod, states: States, build: Build, appended: bool, protocol: Any
+    selecting: AnyMethod, states: States, build: Build, appended: bool, protocol: Any
 ) -> None:
     """A needle in the prompt, or among decoded tokens that are no longer recent."""
-    policy = selecting.effective_policy(Policy(k=48, protocol=protocol))
+    policy = selecting.resolve(Policy(k=48, protocol=protocol))[1]
     queries, keys, values = states(1, 300)
     # One direction that all queries of a group share, and one key along it.
     direction = torch.nn.functional.normalize(queries[:, :, :1], dim=-1)
@@ -299,7 +310,7 @@ def test_finds_a_planted_needle(
     for at in range(n, 300):
         selecting.append(index, keys[:, :, at, None], values[:, :, at, None])
     view = CacheView(keys, values)
-    step = selecting.step(queries, index, view, policy, SCALE)
+    step = selecting.step(index, StepContext(queries, view, policy, SCALE))
     assert step.selection is not None
     if step.scores is None:
         pytest.skip(f"{selecting.name} does not use the query")
@@ -312,10 +323,10 @@ def test_finds_a_planted_needle(
 @pytest.mark.parametrize("protocol", ["unified", "native"])
 @pytest.mark.parametrize("k", [20, 100])
 def test_constant_values_give_a_constant_output(
-    method: TopKMethod, states: States, build: Build, k: int, protocol: Any
+    method: AnyMethod, states: States, build: Build, k: int, protocol: Any
 ) -> None:
     """All weights, including log weights and remainders, sum to one; padding has none."""
-    policy = method.effective_policy(Policy(k=k, protocol=protocol))
+    policy = method.resolve(Policy(k=k, protocol=protocol))[1]
     queries, keys, values = states(3, 90)
     starts = int32(0, 31, 74)
     constant = torch.linspace(-2, 3, 32)
@@ -325,16 +336,18 @@ def test_constant_values_give_a_constant_output(
     index = build(method, keys[:, :, :85], values[:, :, :85], starts, capacity=90)
     for at in range(85, 90):
         method.append(index, keys[:, :, at, None], values[:, :, at, None])
-    out = method.step(queries, index, CacheView(keys, values, starts), policy, SCALE).out
+    out = method.step(
+        index, StepContext(queries, CacheView(keys, values, starts), policy, SCALE)
+    ).out
     torch.testing.assert_close(out, constant.expand_as(out), atol=1e-5, rtol=1e-5)
 
 
 def test_keeps_sinks_and_the_current_token(
-    selecting: TopKMethod, states: States, build: Build
+    selecting: AnyMethod, states: States, build: Build
 ) -> None:
     queries, keys, values = states(2, 300)
     index = build(selecting, keys, values)
-    step = selecting.step(queries, index, CacheView(keys, values), Policy(k=64), SCALE)
+    step = selecting.step(index, StepContext(queries, CacheView(keys, values), Policy(k=64), SCALE))
     assert step.selection is not None
     for row in range(2):
         for head in range(2):
@@ -347,16 +360,18 @@ def test_keeps_sinks_and_the_current_token(
 @pytest.mark.parametrize("protocol", ["unified", "native"])
 @pytest.mark.parametrize("k", [16, 22, 40])
 def test_other_rows_and_padding_do_not_matter(
-    method: TopKMethod, states: States, build: Build, k: int, protocol: Any
+    method: AnyMethod, states: States, build: Build, k: int, protocol: Any
 ) -> None:
     """Rows of 17, 50 and 33 tokens give the same left-aligned, left-padded and alone."""
-    policy = method.effective_policy(Policy(k=k, protocol=protocol))
+    policy = method.resolve(Policy(k=k, protocol=protocol))[1]
     method = method.with_policy(policy)
     queries, keys, values = states(3, 50)
     lengths = (17, 50, 33)
     ends = int32(*lengths)
     aligned = build(method, keys, values, None, ends)
-    in_batch = method.step(queries, aligned, CacheView(keys, values, None, ends), policy, SCALE)
+    in_batch = method.step(
+        aligned, StepContext(queries, CacheView(keys, values, None, ends), policy, SCALE)
+    )
 
     starts = int32(*(50 - length for length in lengths))
     moved_keys, moved_values = torch.full_like(keys, 9.0), torch.full_like(values, 9.0)
@@ -365,12 +380,14 @@ def test_other_rows_and_padding_do_not_matter(
         moved_values[row, :, 50 - length :] = values[row, :, :length]
     padded = build(method, moved_keys, moved_values, starts, None)
     view = CacheView(moved_keys, moved_values, starts, None)
-    left_padded = method.step(queries, padded, view, policy, SCALE)
+    left_padded = method.step(padded, StepContext(queries, view, policy, SCALE))
 
     for row, length in enumerate(lengths):
         own = slice(row, row + 1)
         cut = (keys[own, :, :length], values[own, :, :length])
-        alone = method.step(queries[own], build(method, *cut), CacheView(*cut), policy, SCALE)
+        alone = method.step(
+            build(method, *cut), StepContext(queries[own], CacheView(*cut), policy, SCALE)
+        )
         torch.testing.assert_close(in_batch.out[own], alone.out, atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(left_padded.out[own], alone.out, atol=2e-6, rtol=1e-5)
         if alone.selection is None or in_batch.selection is None or left_padded.selection is None:
@@ -384,7 +401,7 @@ def test_other_rows_and_padding_do_not_matter(
 
 
 def test_the_same_seed_gives_the_same_output(
-    name: str, make_method: Callable[..., TopKMethod], states: States, build: Build
+    name: str, make_method: Callable[..., AnyMethod], states: States, build: Build
 ) -> None:
     queries, keys, values = states(1, 45)
     outputs = []
@@ -392,16 +409,18 @@ def test_the_same_seed_gives_the_same_output(
         method = make_method(name)
         index = build(method, keys, values)
         view = CacheView(keys, values)
-        outputs.append(method.step(queries, index, view, Policy(k=16), SCALE).out)
+        outputs.append(method.step(index, StepContext(queries, view, Policy(k=16), SCALE)).out)
     assert torch.equal(*outputs)
 
 
-def test_inputs_are_not_modified(method: TopKMethod, states: States, build: Build) -> None:
+def test_inputs_are_not_modified(method: AnyMethod, states: States, build: Build) -> None:
     queries, keys, values = states(2, 45)
     before = [tensor.clone() for tensor in (queries, keys, values)]
     kv_len = int32(45, 30)
     index = build(method, keys, values, None, kv_len)
-    method.step(queries, index, CacheView(keys, values, None, kv_len), Policy(k=16), SCALE)
+    method.step(
+        index, StepContext(queries, CacheView(keys, values, None, kv_len), Policy(k=16), SCALE)
+    )
     method.append(index, keys[:, :, :1], values[:, :, :1])
     for tensor, copy in zip((queries, keys, values), before, strict=True):
         assert torch.equal(tensor, copy)
@@ -409,7 +428,7 @@ def test_inputs_are_not_modified(method: TopKMethod, states: States, build: Buil
 
 
 def test_permuting_keys_permutes_scores(
-    name: str, make_method: Callable[..., TopKMethod], states: States, build: Build
+    name: str, make_method: Callable[..., AnyMethod], states: States, build: Build
 ) -> None:
     method = make_method(name)
     if hasattr(method, "page_size"):
@@ -426,7 +445,7 @@ def test_permuting_keys_permutes_scores(
     torch.testing.assert_close(moved, plain[..., order])
 
 
-def test_score_and_select_at_k_one_below_n(of_k: TopKMethod, states: States, build: Build) -> None:
+def test_score_and_select_at_k_one_below_n(of_k: AnyMethod, states: States, build: Build) -> None:
     """The single token or page that is dropped is the worst that is not forced."""
     selecting = of_k
     queries, keys, values = states(2, 64)
@@ -466,9 +485,9 @@ def side_bytes(index: Index) -> int:
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
 def test_index_bytes_equal_the_formula(
-    selecting: TopKMethod, geometry: Geometry, states: States, build: Build, protocol: Any
+    selecting: AnyMethod, geometry: Geometry, states: States, build: Build, protocol: Any
 ) -> None:
-    selecting = selecting.with_policy(selecting.effective_policy(Policy(k=32, protocol=protocol)))
+    selecting = selecting.with_policy(selecting.resolve(Policy(k=32, protocol=protocol))[1])
     _, keys, values = states(1, 45)
     sizes = [
         # The difference leaves out what does not grow with the length, as a codebook or a mean.
@@ -479,7 +498,7 @@ def test_index_bytes_equal_the_formula(
 
 
 def test_reads_more_with_more_tokens_and_less_than_full(
-    selecting: TopKMethod, methods: dict[str, TopKMethod], geometry: Geometry
+    selecting: AnyMethod, methods: dict[str, AnyMethod], geometry: Geometry
 ) -> None:
     everything = methods["full"].bytes_read_per_step(geometry, 4096, 256)
     if selecting.name in ("exact", "block_oracle"):  # they read every key
@@ -493,7 +512,7 @@ def test_reads_more_with_more_tokens_and_less_than_full(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reference_and_auto_agree(
     name: str,
-    make_method: Callable[..., TopKMethod],
+    make_method: Callable[..., AnyMethod],
     states: States,
     build: Build,
     dtype: torch.dtype,
@@ -505,12 +524,14 @@ def test_reference_and_auto_agree(
         method.impl = impl  # type: ignore[assignment]
         index = build(method, keys, values)
         view = CacheView(keys, values)
-        outputs.append(method.step(queries, index, view, Policy(k=16), SCALE).out.float())
+        outputs.append(
+            method.step(index, StepContext(queries, view, Policy(k=16), SCALE)).out.float()
+        )
     tolerance = 2e-6 if dtype is torch.float32 else 2e-2
     torch.testing.assert_close(*outputs, atol=tolerance, rtol=tolerance)
 
 
-def test_the_native_policy_is_valid(method: TopKMethod) -> None:
+def test_the_native_policy_is_valid(method: AnyMethod) -> None:
     unified = Policy(k=64)
     native = method.effective_policy(replace(unified, protocol="native"))
     assert method.effective_policy(unified) == unified
@@ -520,28 +541,28 @@ def test_the_native_policy_is_valid(method: TopKMethod) -> None:
         assert replace(native, protocol="unified") != unified
 
 
-def test_native_policy_selects(selecting: TopKMethod, states: States, build: Build) -> None:
+def test_native_policy_selects(selecting: AnyMethod, states: States, build: Build) -> None:
     queries, keys, values = states(2, 64)
-    policy = selecting.effective_policy(Policy(k=32, protocol="native"))
+    policy = selecting.resolve(Policy(k=32, protocol="native"))[1]
     selecting = selecting.with_policy(policy)
     index = build(selecting, keys, values)
-    step = selecting.step(queries, index, CacheView(keys, values), policy, SCALE)
+    step = selecting.step(index, StepContext(queries, CacheView(keys, values), policy, SCALE))
     assert step.selection is not None
     heads = 6 if policy.head_scope == "query_head" else 2
     assert step.selection.indices.shape[1] == heads
     # Three query heads that select separately read the union.
     read = step.selection.tokens_read(CacheView(keys, values))
-    assert (read >= (1 if selecting.variable_budget else 32)).all()
+    assert (read >= (1 if selecting.traits.variable_budget else 32)).all()
     assert (read <= (64 if heads == 6 else 32)).all()
 
 
-def test_supports_an_ordinary_model(method: TopKMethod, geometry: Geometry) -> None:
-    assert method.model_unsupported_reason(geometry) is None
+def test_supports_an_ordinary_model(method: AnyMethod, geometry: Geometry) -> None:
+    assert method.unsupported_reason(geometry) is None
     method.check_ready(geometry)
 
 
 def test_an_artifact_matches_its_layout(
-    name: str, make_method: Callable[..., TopKMethod], geometry: Geometry
+    name: str, make_method: Callable[..., AnyMethod], geometry: Geometry
 ) -> None:
     fitted = make_method(name)
     layout = fitted.artifact_layout(geometry)
@@ -560,7 +581,7 @@ def test_an_artifact_matches_its_layout(
 
 
 def test_query_positions_are_fixed_and_equally_many_in_each_layer(
-    name: str, make_method: Callable[..., TopKMethod], geometry: Geometry
+    name: str, make_method: Callable[..., AnyMethod], geometry: Geometry
 ) -> None:
     method = make_method(name)
     if method.artifact_spec(geometry) is None:

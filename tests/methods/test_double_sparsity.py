@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from topkbench.methods import double_sparsity
-from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs
+from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, StepContext
 from topkbench.methods.double_sparsity import DoubleSparsity
 from topkbench.methods.twilight import Twilight
 
@@ -93,7 +93,7 @@ def test_labels_follow_the_protocol_unless_label_scope_is_set(
 ) -> None:
     made = DoubleSparsity(channels=4, label_scope=label_scope, native={"head_scope": "query_head"})
     made.load_artifact({"magnitude": random(1, 6, 16).abs()}, "digest")
-    policy = made.effective_policy(Policy(k=16, protocol=protocol))
+    policy = made.resolve(Policy(k=16, protocol=protocol))[1]
     method = made.with_policy(policy)
     index = method.build_index(prefill(random(1, 2, 12, 16)))
     assert index.labels.shape == (1, heads, 16, 4)
@@ -117,7 +117,9 @@ def test_labels_inside_another_method_follow_its_policy() -> None:
         assert index.base.labels.shape[1] == heads
         own = 2 * (16 / 2 + 4)
         assert method.index_bytes_per_token(SHAPE) == heads * 4 * 4 + own
-        found = method.step(queries, index, CacheView(keys, keys), policy, 0.25).selection
+        found = method.step(
+            index, StepContext(queries, CacheView(keys, keys), policy, 0.25)
+        ).selection
         assert found is not None
         assert found.indices.shape[1] == heads
     assert base.label_scope is None
@@ -185,7 +187,7 @@ def test_bytes_equal_the_reads_counted(
     index = method.build_index(prefill(keys))
     view = CacheView(keys, keys)
     policy = Policy(k=16, head_scope=scope)  # type: ignore[arg-type]
-    step = method.step(queries, index, view, policy, 16**-0.5)
+    step = method.step(index, StepContext(queries, view, policy, 16**-0.5))
     assert step.selection is not None
     tokens = step.selection.tokens_read(view)
     # 4-bit labels reach the kernel unpacked; stored they are half a byte each, and 4 bytes a token.

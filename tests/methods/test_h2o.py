@@ -7,9 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, Selection, StepResult
+from topkbench.methods.base import (
+    CacheView,
+    Geometry,
+    Policy,
+    PrefillInputs,
+    Selection,
+    StepContext,
+    StepResult,
+)
+from topkbench.methods.captured import column_sums
 from topkbench.methods.h2o import H2O, H2OIndex
-from topkbench.models.capture import column_sums
 
 FREE = {"num_sink": 0, "num_recent": 0}
 
@@ -31,7 +39,7 @@ def prefill(sums: Tensor, capacity: int, kv_start: Tensor | None = None) -> Pref
 def step(method: H2O, index: H2OIndex, query: Tensor, keys: Tensor, policy: Policy) -> StepResult:
     """Append the newest of ``keys`` and decode."""
     method.append(index, keys[:, :, -1:], keys[:, :, -1:])
-    return method.step(query, index, CacheView(keys, keys), policy, 1.0)
+    return method.step(index, StepContext(query, CacheView(keys, keys), policy, 1.0))
 
 
 def test_heavy_hitters_and_recents_are_half_each() -> None:
@@ -97,7 +105,7 @@ def test_an_evicted_token_never_returns(start: Tensor | None) -> None:
         method.append(index, keys[:, :, n - 1 : n], keys[:, :, n - 1 : n])
         query = torch.randn(2, 2, 2, 8, generator=generator)
         view = CacheView(keys[:, :, :n], keys[:, :, :n], start)
-        chosen = method.step(query, index, view, policy, 1.0).selection
+        chosen = method.step(index, StepContext(query, view, policy, 1.0)).selection
         assert chosen is not None
         slots = chosen.slots(view)
         assert (slots.sum(-1) == 16).all()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from topkbench.methods import hash_attention
-from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs
+from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, StepContext
 from topkbench.methods.hash_attention import HashAttention
 
 SHAPE = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=16, dtype_bytes=4)
@@ -147,7 +147,7 @@ def test_training_improves_recall() -> None:
 def test_the_native_edges_count_towards_the_budget() -> None:
     method = HashAttention(native={"num_sink": 0, "num_recent": 0, "head_scope": "query_head"})
     for k, edge in ((2048, 128), (512, 128), (64, 16), (3, 0)):
-        native = method.effective_policy(Policy(k=k, num_sink=0, num_recent=0, protocol="native"))
+        native = method.resolve(Policy(k=k, num_sink=0, num_recent=0, protocol="native"))[1]
         assert (native.num_sink, native.num_recent) == (edge, edge)
     unified = Policy(k=64)
     assert method.effective_policy(unified) == unified
@@ -168,7 +168,7 @@ def test_bytes_equal_the_reads_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     method = drawn()
     index = method.build_index(prefill(keys))
     view = CacheView(keys, keys)
-    step = method.step(queries, index, view, Policy(k=16), 16**-0.5)
+    step = method.step(index, StepContext(queries, view, Policy(k=16), 16**-0.5))
     assert step.selection is not None
     read += sum(layer.nbytes for layer in [*index.key_layers, *index.query_layers])
     read += int(step.selection.tokens_read(view).sum()) * 2 * 16 * 4

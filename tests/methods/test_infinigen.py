@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs
+from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, StepContext
 from topkbench.methods.infinigen import InfiniGen
 
 LLAMA = Geometry(num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128)
@@ -143,7 +143,7 @@ def test_speculated_queries_select_and_the_real_ones_attend() -> None:
     policy = Policy(k=1, num_sink=0, num_recent=0)
     for speculated, wanted in ((None, 0), (-query, 1), (query, 0)):
         view = CacheView(keys, values, previous_query=speculated)
-        found = method.step(query, index, view, policy, 1.0)
+        found = method.step(index, StepContext(query, view, policy, 1.0))
         assert found.selection is not None
         assert found.selection.indices.tolist() == [[[wanted]]]
         torch.testing.assert_close(found.out[0, 0], values[0, 0, wanted])
@@ -161,7 +161,7 @@ def test_heads_share_the_mean_count_and_k_is_its_cap() -> None:
 
     def kept(k: int, **more: Any) -> Any:
         policy = Policy(k=k, num_sink=0, head_scope="query_head", **more)
-        found = method.step(query, index, view, policy, 2**-0.5).selection
+        found = method.step(index, StepContext(query, view, policy, 2**-0.5)).selection
         assert found is not None
         return [[slot for slot in head if slot >= 0] for head in found.indices[0].tolist()]
 
@@ -186,7 +186,9 @@ def test_alpha_is_a_distance_between_scaled_and_capped_logits(
     index = method.build_index(prefill(keys, 8, scale=2.0, softcap=softcap))
     native: dict[str, Any] = {"protocol": "native", "num_sink": 0, "num_recent": 0}
     policy = Policy(k=7, head_scope="query_head", **native)
-    found = method.step(query, index, CacheView(keys, keys), policy, 2.0, softcap).selection
+    found = method.step(
+        index, StepContext(query, CacheView(keys, keys), policy, 2.0, softcap)
+    ).selection
     assert found is not None
     # Twice the products are 100, 90, ... and 10, 9, 8, 3, ...: 1 and 3 lie within 5 of the first.
     # Below 4 all that are positive do: 6 tokens of each query, for -2 comes to -4 and -1.85.

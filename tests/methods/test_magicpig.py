@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, Selection
+from topkbench.methods.base import (
+    CacheView,
+    Geometry,
+    Policy,
+    PrefillInputs,
+    Selection,
+    StepContext,
+)
 from topkbench.methods.magicpig import MagicPIG
 
 FREE: dict[str, Any] = {"num_sink": 0, "num_recent": 0}
@@ -93,7 +100,7 @@ def test_the_estimate_is_right_on_average(k: int | None) -> None:
         # Large samples, as a quotient of two estimates is unbiased only for large samples.
         method = MagicPIG(hash_bits=4, num_tables=20, seed=seed, native_local=0)
         index = method.build_index(inputs(keys))
-        step = method.step(query, index, view, policy, 1.0)
+        step = method.step(index, StepContext(query, view, policy, 1.0))
         assert step.selection is not None
         weighted.append(step.out.flatten())
         bare = Selection(step.selection.indices)
@@ -120,7 +127,7 @@ def test_sinks_recents_and_decoded_tokens_are_kept_without_a_weight() -> None:
         (Policy(k=20, num_sink=2, num_recent=3), 100),
         (Policy(k=8, num_sink=2, num_recent=3), 104),  # all but the newest six are cut
     ):
-        selection = method.step(queries, index, view, policy, 1.0).selection
+        selection = method.step(index, StepContext(queries, view, policy, 1.0)).selection
         assert selection is not None
         assert selection.log_weight is not None
         for head in range(6):
@@ -145,7 +152,7 @@ def test_natively_the_local_tokens_are_the_prompts_last_at_every_step() -> None:
     for step in range(1, 4):
         method.append(index, keys[:, :, 8:9], keys[:, :, 8:9])
         view = CacheView(keys[:, :, : 8 + step], keys[:, :, : 8 + step], kv_len=end + step)
-        selection = method.step(query, index, view, policy, 1.0).selection
+        selection = method.step(index, StepContext(query, view, policy, 1.0)).selection
         assert selection is not None
         steps.append([[s for s in row if s >= 0] for row in selection.indices[:, 0].tolist()])
     assert steps == [

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs
+from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, StepContext
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.loki import Loki
@@ -34,15 +34,15 @@ def test_exact_ranks_by_summed_weights() -> None:
     method = ExactTopK()
     index = method.build_index(prefill(keys, 3))
     view = CacheView(keys, keys)
-    step = method.step(queries, index, view, Policy(k=2, **FREE), scale=1.0)
+    step = method.step(index, StepContext(queries, view, Policy(k=2, **FREE)))
     assert step.selection is not None
     assert step.selection.indices.tolist() == [[[0, 1]]]
     logits = Policy(k=2, aggregation="sum_logit", **FREE)
-    step = method.step(queries, index, view, logits, scale=1.0)
+    step = method.step(index, StepContext(queries, view, logits))
     assert step.selection is not None
     assert step.selection.indices.tolist() == [[[0, 2]]]
     per_query = Policy(k=1, head_scope="query_head", **FREE)
-    step = method.step(queries, index, view, per_query, scale=1.0)
+    step = method.step(index, StepContext(queries, view, per_query))
     assert step.selection is not None
     assert step.selection.indices.tolist() == [[[0], [1]]]
 
@@ -122,7 +122,7 @@ def test_quest_budget_is_whole_pages(k: int, sinks: int, recents: int, wanted: l
     method = Quest(page_size=16)
     index = method.build_index(prefill(keys, 60))
     policy = Policy(k=k, num_sink=sinks if k >= 12 else 0, num_recent=recents if k >= 12 else 0)
-    step = method.step(query, index, CacheView(keys, keys), policy, 1.0)
+    step = method.step(index, StepContext(query, CacheView(keys, keys), policy, 1.0))
     assert step.selection is not None
     assert step.selection.indices.tolist() == [[wanted]]
     read = step.selection.tokens_read(CacheView(keys, keys))
@@ -210,7 +210,9 @@ def test_streaming_llm_keeps_both_ends(k: int, num_sink: int, wanted: list[int])
     method = StreamingLLM()
     index = method.build_index(prefill(keys, 10))
     policy = Policy(k=k, num_sink=num_sink, num_recent=0)
-    step = method.step(torch.zeros(1, 2, 3, 2), index, CacheView(keys, keys), policy, 1.0)
+    step = method.step(
+        index, StepContext(torch.zeros(1, 2, 3, 2), CacheView(keys, keys), policy, 1.0)
+    )
     assert step.selection is not None
     assert step.selection.indices.tolist() == [[wanted, wanted]]
     assert step.scores is None
@@ -222,7 +224,9 @@ def test_streaming_llm_of_a_padded_batch() -> None:
     method = StreamingLLM()
     index = method.build_index(prefill(keys, 10, start))
     policy = Policy(k=4, num_sink=1, num_recent=0)
-    step = method.step(torch.zeros(3, 1, 1, 2), index, CacheView(keys, keys, start), policy, 1.0)
+    step = method.step(
+        index, StepContext(torch.zeros(3, 1, 1, 2), CacheView(keys, keys, start), policy, 1.0)
+    )
     assert step.selection is not None
     rows = step.selection.indices[:, 0].tolist()
     assert rows == [[0, 7, 8, 9], [3, 7, 8, 9], [8, 9, -1, -1]]

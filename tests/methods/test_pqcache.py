@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from topkbench.methods import pqcache
-from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs
+from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, StepContext
 from topkbench.methods.pqcache import PQCache
 
 SHAPE = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=16, dtype_bytes=4)
@@ -96,7 +96,7 @@ def test_a_row_in_a_batch_equals_the_row_alone() -> None:
 def test_the_native_window_is_a_share_of_the_budget() -> None:
     method = PQCache(native={"num_sink": 0, "num_recent": 0})
     for k, sinks, recents in ((512, 32, 256), (64, 16, 32), (3, 0, 1)):
-        native = method.effective_policy(Policy(k=k, num_sink=0, num_recent=0, protocol="native"))
+        native = method.resolve(Policy(k=k, num_sink=0, num_recent=0, protocol="native"))[1]
         assert (native.num_sink, native.num_recent) == (sinks, recents)
 
 
@@ -125,7 +125,7 @@ def test_natively_the_softmax_is_over_the_candidates_only() -> None:
         in_force = method.effective_policy(policy)
         assert (in_force.num_sink, in_force.num_recent) == (1, 2)
         view = CacheView(keys, keys, start, end)
-        step = method.step(queries, index, view, in_force, 1.0)
+        step = method.step(index, StepContext(queries, view, in_force, 1.0))
         assert step.selection is not None
         assert step.selection.indices[:, 0].tolist() == wanted
 
@@ -136,7 +136,7 @@ def test_bytes_equal_the_reads_counted() -> None:
     method = PQCache()
     index = method.build_index(prefill(keys))
     view = CacheView(keys, keys)
-    step = method.step(queries, index, view, Policy(k=16), 16**-0.5)
+    step = method.step(index, StepContext(queries, view, Policy(k=16), 16**-0.5))
     assert step.selection is not None
     read = index.key_codes[:, :, : index.length].nbytes + index.centroids.nbytes
     read += int(step.selection.tokens_read(view).sum()) * 2 * 16 * 4

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs
+from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, StepContext
 from topkbench.methods.snapkv import SnapKV, SnapKVIndex
 
 FREE: dict[str, Any] = {"num_sink": 0, "num_recent": 0}
@@ -39,7 +39,7 @@ def chosen(
         method.append(index, token, token)
     states = torch.zeros(1, 1, index.length, 1)
     query = torch.zeros(1, 1, heads, 1)
-    found = method.step(query, index, CacheView(states, states), policy, 1.0).selection
+    found = method.step(index, StepContext(query, CacheView(states, states), policy, 1.0)).selection
     assert found is not None
     return found.indices.tolist()[0]
 
@@ -146,7 +146,9 @@ def test_one_selection_per_query_head_or_per_group() -> None:
 
     def pick(**more: Any) -> Any:
         policy = Policy(k=2, **FREE, **more)
-        found = method.step(query, method.build_index(inputs), view, policy, 1.0).selection
+        found = method.step(
+            method.build_index(inputs), StepContext(query, view, policy, 1.0)
+        ).selection
         assert found is not None
         return found.indices.tolist()[0]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from topkbench.methods import sparq
-from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs
+from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, StepContext
 from topkbench.methods.sparq import SparQ
 
 FREE = {"num_sink": 0, "num_recent": 0}
@@ -50,11 +50,13 @@ def test_the_mean_value_gets_the_weight_of_the_tokens_not_selected() -> None:
     method, query = SparQ(rank=1), torch.ones(1, 1, 1, 1)
     view = CacheView(keys, values)
     index = method.build_index(prefill(keys, values))
-    one = method.step(query, index, view, Policy(k=1, **FREE), 1.0)
+    one = method.step(index, StepContext(query, view, Policy(k=1, **FREE), 1.0))
     assert one.out.item() == pytest.approx(5 / 8 * 8 + 3 / 8 * 4)
-    two = method.step(query, index, view, Policy(k=2, **FREE), 1.0)
+    two = method.step(index, StepContext(query, view, Policy(k=2, **FREE), 1.0))
     assert two.out.item() == pytest.approx(7 / 8 * (2 * 4 + 5 * 8) / 7 + 1 / 8 * 4)
-    without = SparQ(rank=1, mean_value=False).step(query, index, view, Policy(k=1, **FREE), 1.0)
+    without = SparQ(rank=1, mean_value=False).step(
+        index, StepContext(query, view, Policy(k=1, **FREE), 1.0)
+    )
     assert without.out.item() == 8.0
 
 
@@ -63,7 +65,7 @@ def test_the_remainders_weight_uses_the_layers_scale_and_softcap() -> None:
     query, values = torch.ones(1, 1, 1, 1), torch.tensor([1.0, -1.0])[None, None, :, None]
     index = SparQ(rank=1).build_index(prefill(keys, values, scale=2.0, softcap=0.5))
     view = CacheView(keys, values)
-    step = SparQ(rank=1).step(query, index, view, Policy(k=1, **FREE), 2.0, 0.5)
+    step = SparQ(rank=1).step(index, StepContext(query, view, Policy(k=1, **FREE), 2.0, 0.5))
     assert step.selection is not None
     assert step.selection.remainder is not None
     logit = torch.tensor(0.5 * torch.tanh(torch.tensor(2.0 / 0.5)).item())
@@ -86,7 +88,7 @@ def test_constant_values_give_a_constant_output(head_scope: str) -> None:
     method = SparQ(rank=2)
     index = method.build_index(prefill(keys, values))
     policy = Policy(k=5, head_scope=head_scope, **FREE)  # type: ignore[arg-type]
-    step = method.step(queries, index, CacheView(keys, values), policy, 8**-0.5)
+    step = method.step(index, StepContext(queries, CacheView(keys, values), policy, 8**-0.5))
     assert step.selection is not None
     assert step.selection.remainder is not None
     assert (step.selection.remainder.weight > 0.05).all()
@@ -117,7 +119,9 @@ def test_a_short_row_has_no_remainder() -> None:
     end = torch.tensor([30, 9], dtype=torch.int32)
     method = SparQ()
     index = method.build_index(prefill(keys, kv_len=end))
-    step = method.step(queries, index, CacheView(keys, keys, None, end), Policy(k=12), 8**-0.5)
+    step = method.step(
+        index, StepContext(queries, CacheView(keys, keys, None, end), Policy(k=12), 8**-0.5)
+    )
     assert step.selection is not None
     assert step.selection.remainder is not None
     weight = step.selection.remainder.weight
@@ -127,12 +131,12 @@ def test_a_short_row_has_no_remainder() -> None:
 
 def test_the_native_window_is_a_share_of_the_budget() -> None:
     method = SparQ(native={"num_sink": 0, "num_recent": 0, "aggregation": "sum_logit"})
-    native = method.effective_policy(Policy(k=70, protocol="native"))
+    native = method.resolve(Policy(k=70, protocol="native"))[1]
     assert (native.num_sink, native.num_recent, native.aggregation) == (0, 17, "sum_logit")
     unified = Policy(k=70)
     assert method.effective_policy(unified) == unified
     whole = replace(method, local_share=1.0)
-    assert whole.effective_policy(Policy(k=70, protocol="native")).num_recent == 70
+    assert whole.resolve(Policy(k=70, protocol="native"))[1].num_recent == 70
 
 
 def test_bytes_equal_the_reads_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +156,7 @@ def test_bytes_equal_the_reads_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     method = SparQ(impl="reference")
     index = method.build_index(prefill(keys))
     view = CacheView(keys, keys)
-    step = method.step(queries, index, view, Policy(k=16), 16**-0.5)
+    step = method.step(index, StepContext(queries, view, Policy(k=16), 16**-0.5))
     assert step.selection is not None
     tokens = int(step.selection.tokens_read(view).sum())
     read += index.value_sum.nbytes + tokens * 2 * 16 * 4

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from topkbench.methods import spatten
-from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, StepResult
+from topkbench.methods.base import (
+    CacheView,
+    Geometry,
+    Policy,
+    PrefillInputs,
+    StepContext,
+    StepResult,
+)
 from topkbench.methods.four_bits import dequantise, quantise
 from topkbench.methods.spatten import SpAtten, SpAttenIndex
 
@@ -38,7 +45,10 @@ def stack(
 def run(
     method: SpAtten, indices: list[SpAttenIndex], queries: Tensor, keys: Tensor, policy: Policy
 ) -> list[StepResult]:
-    return [method.step(queries, one, CacheView(keys, keys), policy, 1.0) for one in indices]
+    return [
+        method.step(one, StepContext(queries, CacheView(keys, keys), policy, 1.0))
+        for one in indices
+    ]
 
 
 def test_importance_by_hand() -> None:
@@ -49,7 +59,7 @@ def test_importance_by_hand() -> None:
     (index,) = stack(method, keys, sums, 1, 3)
     assert index.importance.tolist() == [[[3.0, 0.75, 0.125]]]
     queries = torch.tensor([[[[0.0, 0.0], [0.0, torch.tensor(3.0).log()]]]])
-    method.step(queries, index, CacheView(keys, keys), Policy(k=2, **FREE), 1.0)
+    method.step(index, StepContext(queries, CacheView(keys, keys), Policy(k=2, **FREE), 1.0))
     # Tokens 0 and 1 get 1/2 each, then 1/4 and 3/4; token 2 was dropped.
     torch.testing.assert_close(index.importance, torch.tensor([[[3.75, 2.0, 0.125]]]))
     assert index.pruned.tolist() == [[[False, False, True]]]
@@ -126,7 +136,7 @@ def test_flat_heads_attend_with_full_precision_keys() -> None:
     for threshold in (None, 0.9):
         method = SpAtten(requantise_below=threshold)
         (index,) = stack(method, keys, sums, 1, 3)
-        found[threshold] = method.step(queries, index, view, policy, 1.0).out[0]
+        found[threshold] = method.step(index, StepContext(queries, view, policy, 1.0)).out[0]
     coarse = (queries @ dequantise(*quantise(keys[:, :, :2])).mT).softmax(-1) @ keys[:, :, :2]
     torch.testing.assert_close(found[0.9][0], coarse[0, 0, 0])
     assert not torch.equal(found[0.9][0], found[None][0])
@@ -160,7 +170,7 @@ def test_bytes_equal_the_reads_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         return gather(states, slots)
 
     monkeypatch.setattr(spatten, "at_slots", counted)
-    method.step(queries, index, CacheView(keys, values), Policy(k=16, **FREE), 1.0)
+    method.step(index, StepContext(queries, CacheView(keys, values), Policy(k=16, **FREE), 1.0))
     # A head that fetches nothing reads one key instead.
     assert [counts for states, _, counts in touched if states is keys] == [[1, 16]]
     assert [id(states) for states, _, _ in touched] == [
@@ -170,7 +180,9 @@ def test_bytes_equal_the_reads_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     read += 60 * (4 + 1)  # importance and flags
     assert index.codes is not None
     assert index.ranges is not None
-    found = method.step(queries, index, CacheView(keys, values), Policy(k=16, **FREE), 1.0)
+    found = method.step(
+        index, StepContext(queries, CacheView(keys, values), Policy(k=16, **FREE), 1.0)
+    )
     assert found.selection is not None
     assert found.selection.scanned is not None
     assert found.selection.scanned.tolist() == [[0, 16]]
@@ -204,7 +216,7 @@ def test_importance_adds_the_probabilities_used_in_attention() -> None:
     (index,) = stack(method, keys, torch.rand(1, 6, 40), 1, 40)
     before = index.importance.clone()
     queries = 3 * torch.randn(1, 2, 3, 8, generator=torch.Generator().manual_seed(1))
-    method.step(queries, index, CacheView(keys, keys), Policy(k=10, **FREE), 1.0)
+    method.step(index, StepContext(queries, CacheView(keys, keys), Policy(k=10, **FREE), 1.0))
     assert (index.importance - before).sum().item() == pytest.approx(6.0, abs=1e-4)
 
 
@@ -226,7 +238,7 @@ def test_a_row_with_all_tokens_selected_equals_full_attention() -> None:
         )
     )
     view = CacheView(keys, keys, start)
-    found = method.step(queries, index, view, Policy(k=12, **FREE), 1.0)
+    found = method.step(index, StepContext(queries, view, Policy(k=12, **FREE), 1.0))
     own = keys[1, 0, 21:]
     torch.testing.assert_close(found.out[1], (queries[1, 0] @ own.mT).softmax(-1) @ own)
     assert found.selection is not None
@@ -255,7 +267,7 @@ def test_layers_on_several_devices_are_refused() -> None:
 
 def test_an_odd_head_dim_with_4_bit_keys_is_refused() -> None:
     geometry = Geometry(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=15)
-    assert SpAtten().model_unsupported_reason(geometry) is None
+    assert SpAtten().unsupported_reason(geometry) is None
     with pytest.raises(ValueError, match="head_dim must be even for spatten's 4-bit keys, got 15"):
         SpAtten(requantise_below=0.5).check_ready(geometry)
 

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, TopKMethod
+from topkbench.methods.base import (
+    AnyMethod,
+    CacheView,
+    Geometry,
+    Policy,
+    PrefillInputs,
+    StepContext,
+)
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.hata import HATA
@@ -73,7 +80,7 @@ def test_keeps_the_smallest_set_with_the_mass() -> None:
     method = Twilight(base=ExactTopK(), base_k=2, p=0.8)
     index = method.build_index(inputs(keys, scale=0.5))
     policy = Policy(k=20, head_scope="query_head", **FREE)
-    step = method.step(queries, index, CacheView(keys, keys), policy, 0.5)
+    step = method.step(index, StepContext(queries, CacheView(keys, keys), policy, 0.5))
     assert step.selection is not None
     weights = (queries @ keys.mT * 0.5).softmax(-1).flatten(1, 2)[0]
     sizes = set()
@@ -94,7 +101,9 @@ def test_natively_only_the_mass_bounds_the_set(protocol: Protocol, wanted: int) 
     method = Twilight(base=ExactTopK(), base_k=4, p=0.75)
     index = method.build_index(inputs(keys))
     policy = Policy(k=6, protocol=protocol, head_scope="query_head", **FREE)
-    step = method.step(torch.ones(1, 1, 2, 8), index, CacheView(keys, keys), policy, 1.0)
+    step = method.step(
+        index, StepContext(torch.ones(1, 1, 2, 8), CacheView(keys, keys), policy, 1.0)
+    )
     assert step.selection is not None
     assert (step.selection.indices >= 0).sum(-1).tolist() == [[wanted, wanted]]
 
@@ -108,7 +117,9 @@ def test_natively_the_base_has_its_own_policy() -> None:
     newest = {}
     for protocol in ("unified", "native"):
         policy = Policy(k=8, protocol=protocol, **FREE)  # type: ignore[arg-type]
-        step = method.step(torch.ones(1, 1, 2, 8), index, CacheView(keys, keys), policy, 1e-3)
+        step = method.step(
+            index, StepContext(torch.ones(1, 1, 2, 8), CacheView(keys, keys), policy, 1e-3)
+        )
         assert step.selection is not None
         newest[protocol] = 65 in step.selection.indices[0, 0].tolist()
     assert newest == {"unified": False, "native": True}
@@ -127,14 +138,14 @@ def test_the_mass_depends_on_the_attentions_scale_and_softcap() -> None:
         encoded = method.encode(query, index)
         scores = method.aggregate_over_group(method.score(encoded, index), policy, scale, softcap)
         selection = method.select(scores, encoded, index, policy)
-        step = method.step(query, index, view, policy, scale, softcap)
+        step = method.step(index, StepContext(query, view, policy, scale, softcap))
         assert step.selection is not None
         assert torch.equal(selection.indices, step.selection.indices)
         sizes.append((selection.indices >= 0).sum().item())
     assert sizes == [1, 3, 3]
 
 
-def test_twilight_uses_the_bases_artifact(make_method: Callable[..., TopKMethod]) -> None:
+def test_twilight_uses_the_bases_artifact(make_method: Callable[..., AnyMethod]) -> None:
     geometry = Geometry(num_layers=2, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
     loki = make_method("loki")
     method = Twilight(base=Loki())
@@ -147,7 +158,7 @@ def test_twilight_uses_the_bases_artifact(make_method: Callable[..., TopKMethod]
     keys = torch.randn(1, 2, 50, 32)
     view = CacheView(keys, keys)
     index = method.build_index(inputs(keys))
-    step = method.step(torch.randn(1, 2, 3, 32), index, view, Policy(k=14), 0.2)
+    step = method.step(index, StepContext(torch.randn(1, 2, 3, 32), view, Policy(k=14), 0.2))
     assert step.selection is not None
     assert {0, 1, 2, 3, *range(42, 50)} <= set(step.selection.indices[0, 0].tolist())
 
@@ -158,8 +169,8 @@ def test_twilight_declares_what_the_base_declares() -> None:
         history_dependent = True
 
     method = Twilight(base=Watching())
-    assert (method.needs, method.history_dependent) == ({"query_tail"}, True)
-    assert (Twilight.needs, Twilight.history_dependent) == (frozenset(), False)
+    assert (method.traits.needs, method.traits.index == "history") == ({"query_tail"}, True)
+    assert (Twilight.needs, Twilight.traits.index == "history") == (frozenset(), False)
     assert Twilight(base=HATA(centre_keys=True)).fits_prompt
     assert not Twilight(base=HATA()).fits_prompt
 
@@ -168,7 +179,7 @@ def test_twilight_declares_what_the_base_declares() -> None:
 def test_every_base_is_supported_or_refused(
     name: str,
     protocol: Protocol,
-    methods: dict[str, TopKMethod],
+    methods: dict[str, AnyMethod],
     states: Callable[..., tuple[Tensor, Tensor, Tensor]],
     build: Callable[..., Any],
 ) -> None:
@@ -193,8 +204,8 @@ def test_every_base_is_supported_or_refused(
     newest = keys[rows, :, ends.long(), None], values[rows, :, ends.long(), None]
     method.append(index, *newest)
     view = CacheView(keys, values, None, ends + 1, previous_query=queries)
-    policy = method.effective_policy(Policy(k=20, protocol=protocol))
-    step = method.step(queries, index, view, policy, 0.2)
+    policy = method.resolve(Policy(k=20, protocol=protocol))[1]
+    step = method.step(index, StepContext(queries, view, policy, 0.2))
     assert step.out.isfinite().all()
     assert step.selection is not None
     scanned = step.selection.scanned
@@ -210,7 +221,7 @@ def test_every_base_is_supported_or_refused(
 
 
 @pytest.mark.parametrize("base", [StreamingLLM(mode="compact"), SnapKV(mode="compact")])
-def test_bases_that_free_memory_are_refused(base: TopKMethod) -> None:
+def test_bases_that_free_memory_are_refused(base: AnyMethod) -> None:
     with pytest.raises(ValueError, match="base must leave all tokens in the cache"):
         Twilight(base=base)
 
@@ -252,7 +263,7 @@ def test_bytes_equal_the_reads_counted() -> None:
 
 @pytest.mark.parametrize("base", [ExactTopK(), Quest(page_size=16)])
 def test_bytes_include_the_candidates_of_all_query_heads(
-    base: TopKMethod, monkeypatch: pytest.MonkeyPatch
+    base: AnyMethod, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three query heads per KV head, each with its own candidates, of which few are kept."""
     geometry = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
@@ -273,7 +284,7 @@ def test_bytes_include_the_candidates_of_all_query_heads(
     index = method.build_index(inputs(keys))
     view = CacheView(keys, keys)
     policy = Policy(k=16, head_scope="query_head", **FREE)
-    step = method.step(queries, index, view, policy, 32**-0.5)
+    step = method.step(index, StepContext(queries, view, policy, 32**-0.5))
     assert step.selection is not None
     assert step.selection.scanned is not None
     counts = [len(one) for one in touched]

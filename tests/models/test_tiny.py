@@ -12,7 +12,7 @@ from topkbench.harness import artifact
 from topkbench.harness.calibration import Calibration
 from topkbench.harness.cell import artifact_spec, prepare_method
 from topkbench.harness.decoding import Decoder, Question, tokenise
-from topkbench.methods.base import Policy, TopKMethod
+from topkbench.methods.base import AnyMethod, Policy
 from topkbench.models.attach import attach
 from topkbench.models.load import LoadedModel, load_model
 from topkbench.models.prefill import PrefillStore
@@ -28,11 +28,11 @@ def tiny() -> LoadedModel:
     return load_model("tiny", "tiny", "float32", short_answers=True)
 
 
-def method_of(name: str, *overrides: str) -> TopKMethod:
+def method_of(name: str, *overrides: str) -> AnyMethod:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = compose("config", overrides=[f"method={name}", *overrides])
         method = instantiate(config.method)
-    assert isinstance(method, TopKMethod)
+    assert isinstance(method, AnyMethod)
     return method
 
 
@@ -82,7 +82,7 @@ def test_a_budget_of_all_tokens_gives_full_attentions_answers(
         for one in (full, method):
             prompt = tokenise(tiny, sample, question)
             room = sample.max_new_tokens + 1
-            decoder = Decoder(tiny, store, [prompt], room, method.needs)
+            decoder = Decoder(tiny, store, [prompt], room, method.traits.needs)
             with attach(tiny.model, one, Policy(k=9999)):
                 answers.append(decoder.generate())
         assert answers[0] == answers[1]

@@ -14,12 +14,13 @@ from topkbench.harness.planted import BLOCK, PlantedCalibration, PlantedStates, 
 from topkbench.harness.task import Context, TaskRow
 from topkbench.kernels.timing import OtherLoad, Stages
 from topkbench.methods.base import (
+    AnyMethod,
     CacheView,
     Geometry,
     Policy,
     PrefillInputs,
     Selection,
-    TopKMethod,
+    StepContext,
 )
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
@@ -61,7 +62,7 @@ def task(**knobs: Any) -> DecodeLatency:
 def rows(
     loaded: LoadedModel,
     store: PrefillStore,
-    method: TopKMethod,
+    method: AnyMethod,
     latency_task: DecodeLatency,
     k: int = 16,
 ) -> list[TaskRow]:
@@ -80,7 +81,7 @@ def rows(
     ids=lambda method: method.name,
 )
 def test_a_correct_step_has_all_times(
-    loaded: LoadedModel, store: PrefillStore, method: TopKMethod
+    loaded: LoadedModel, store: PrefillStore, method: AnyMethod
 ) -> None:
     found = rows(loaded, store, method, task(lengths=(300, 513)))
     assert [(row.subtask, row.status, row.values["k"]) for row in found] == [
@@ -140,7 +141,9 @@ def test_the_tokens_that_a_step_read_are_charged_not_the_budget(
         )
         index = method.build_index(prefill)
         method.append(index, states.key_states[:, :, -1:], states.value_states[:, :, -1:])
-        selection = method.step(states.query_states, index, cache, policy, 32**-0.5).selection
+        selection = method.step(
+            index, StepContext(states.query_states, cache, policy, 32**-0.5)
+        ).selection
         assert selection is not None
         assert selection.scanned is not None
         read = round(selection.tokens_read(cache).double().mean().item())
@@ -156,7 +159,7 @@ def test_column_sums_are_captured_from_queries_at_all_positions(
     monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
     monkeypatch.setattr("topkbench.harness.planted.BLOCK", 128)
-    monkeypatch.setattr("topkbench.models.capture.WEIGHTS", 6 * 300 * 50)
+    monkeypatch.setattr("topkbench.methods.captured.WEIGHTS", 6 * 300 * 50)
     keys = planted(batch_size, 300).key_states
     both = frozenset({"column_sums", "query_tail"})
     captured = capture(both, keys, 6, 32**-0.5)
@@ -173,15 +176,15 @@ def test_column_sums_are_captured_from_queries_at_all_positions(
     assert tail.column_sums is None
 
 
-def layer_of(method: TopKMethod, states: PlantedStates) -> decode_latency._Layer:
+def layer_of(method: AnyMethod, states: PlantedStates) -> decode_latency._Layer:
     return decode_latency._Layer(method, FullAttention(), Policy(k=16), states, (0, 1))
 
 
 @pytest.mark.parametrize("method", [H2O(), SnapKV()], ids=lambda method: method.name)
-def test_capturing_at_prefill_counts_as_build_time(method: TopKMethod) -> None:
+def test_capturing_at_prefill_counts_as_build_time(method: AnyMethod) -> None:
     layer = layer_of(method, planted(2, 100))
-    assert set(layer.captured.milliseconds) == set(method.needs)
-    layer.captured.milliseconds = dict.fromkeys(method.needs, 1e6)
+    assert set(layer.captured.milliseconds) == set(method.traits.needs)
+    layer.captured.milliseconds = dict.fromkeys(method.traits.needs, 1e6)
     assert 1e6 < layer.build_ms(1) < 1.1e6
     assert layer.copy().captured is layer.captured  # it is not captured again
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from topkbench.harness.planted import capture
 from topkbench.harness.task import Context, TaskRow
 from topkbench.kernels.timing import Timing
-from topkbench.methods.base import Policy, TopKMethod
+from topkbench.methods.base import AnyMethod, Policy
+from topkbench.methods.captured import Captured
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.h2o import H2O
@@ -22,13 +23,12 @@ from topkbench.methods.loki import Loki
 from topkbench.methods.quest import Quest
 from topkbench.methods.streaming_llm import StreamingLLM
 from topkbench.models.attach import attach
-from topkbench.models.capture import Captured
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 from topkbench.tasks import decode_throughput
 from topkbench.tasks.decode_throughput import DecodeThroughput, sharing_weights, step
 
-METHODS: dict[str, Callable[[], TopKMethod]] = {
+METHODS: dict[str, Callable[[], AnyMethod]] = {
     "exact": ExactTopK,
     "hata": lambda: HATA(rbit=32, epochs=1, steps_per_epoch=1),
     "loki": Loki,
@@ -38,12 +38,12 @@ METHODS: dict[str, Callable[[], TopKMethod]] = {
 SPEED = ("tokens_per_s", "decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "speedup_vs_full")
 
 
-def context(loaded: LoadedModel, store: PrefillStore, method: TopKMethod, k: int = 32) -> Context:
+def context(loaded: LoadedModel, store: PrefillStore, method: AnyMethod, k: int = 32) -> Context:
     return Context(loaded, store, method, Policy(k=k), FullAttention())
 
 
 def rows(
-    loaded: LoadedModel, store: PrefillStore, method: TopKMethod, k: int = 32, **knobs: Any
+    loaded: LoadedModel, store: PrefillStore, method: AnyMethod, k: int = 32, **knobs: Any
 ) -> list[TaskRow]:
     made = DecodeThroughput(**{"lengths": (300,), "budget": None, "trials": 2, **knobs})
     return made.run(context(loaded, store, method, k)).rows
@@ -191,7 +191,7 @@ class Infinite(Broken):
     ],
 )
 def test_wrong_logits_have_no_speed(
-    loaded: LoadedModel, store: PrefillStore, method: TopKMethod, status: str, reason: str
+    loaded: LoadedModel, store: PrefillStore, method: AnyMethod, status: str, reason: str
 ) -> None:
     (row,) = rows(loaded, store, method)
     assert row.status == status

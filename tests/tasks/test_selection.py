@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from topkbench.harness.task import Context
-from topkbench.methods.base import Policy, TopKMethod
+from topkbench.methods.base import AnyMethod, Policy
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.streaming_llm import StreamingLLM
@@ -16,9 +16,7 @@ from topkbench.tasks.selection import SelectionTask
 BARE = Policy(k=16, num_sink=0, num_recent=0)
 
 
-def context(
-    loaded: LoadedModel, store: PrefillStore, method: TopKMethod, policy: Policy
-) -> Context:
+def context(loaded: LoadedModel, store: PrefillStore, method: AnyMethod, policy: Policy) -> Context:
     return Context(loaded, store, method, policy, FullAttention())
 
 

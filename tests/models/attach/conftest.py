@@ -25,7 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from topkbench.methods.base import CacheView, Observer, StepResult, TopKMethod
+from topkbench.methods.base import AnyMethod, CacheView, Observer, StepResult
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.hata import HATA
@@ -123,8 +123,8 @@ class ModelStates:
 
 @pytest.fixture(scope="session")
 def method_for() -> Callable[..., Any]:
-    def build(which: str, model: PreTrainedModel) -> TopKMethod:
-        makers: dict[str, Callable[[], TopKMethod]] = {
+    def build(which: str, model: PreTrainedModel) -> AnyMethod:
+        makers: dict[str, Callable[[], AnyMethod]] = {
             "full": FullAttention,
             "exact": ExactTopK,
             "hata": lambda: HATA(weights="random", rbit=64),
@@ -142,7 +142,7 @@ def method_for() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def fitted_on() -> Callable[..., Any]:
-    def fit(method: TopKMethod, model: PreTrainedModel) -> TopKMethod:
+    def fit(method: AnyMethod, model: PreTrainedModel) -> AnyMethod:
         """Fit a method on random states of a model's shape, if it learns."""
         if method.artifact_spec(geometry_of(model)) is not None:
             method.load_artifact(method.fit(ModelStates(model)))

@@ -13,17 +13,18 @@ from transformers.cache_utils import DynamicCache
 
 from topkbench.methods.base import (
     QUERY_TAIL,
+    AnyMethod,
     CacheView,
     Index,
     Policy,
     PrefillInputs,
-    TopKMethod,
 )
+from topkbench.methods.captured import Captured
 from topkbench.models.attach import attach
 from topkbench.models.cache import DecodeCache
-from topkbench.models.capture import Captured, watched_attention
 from topkbench.models.compat import cache_keyword, speculate_queries
 from topkbench.models.prefill import PrefillStore, prefill
+from topkbench.models.watch import watched_attention
 
 Make = Callable[..., Any]
 NEEDS = frozenset({"query_tail", "column_sums"})
@@ -31,7 +32,7 @@ FAMILIES = ["llama", "qwen3", "phi3", "gemma2"]
 
 
 @dataclass(kw_only=True)
-class Needy(TopKMethod):
+class Needy(AnyMethod):
     """Scores all tokens equally, and records what its indices were built from."""
 
     name: ClassVar[str] = "needy"
@@ -88,7 +89,7 @@ def expected(weights: Tensor, mask: Tensor | None) -> Tensor:
     return weights.sum(2)
 
 
-def run(model: PreTrainedModel, method: TopKMethod, parts: list[Tensor], **more: Any) -> None:
+def run(model: PreTrainedModel, method: AnyMethod, parts: list[Tensor], **more: Any) -> None:
     cache = DynamicCache(config=model.config)
     with attach(model, method, Policy(k=16), allow_dense_forwards=True), torch.no_grad():
         for part in parts:

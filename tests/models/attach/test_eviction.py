@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from topkbench.harness.reads import ReadCounter
-from topkbench.methods.base import Policy, TopKMethod
+from topkbench.methods.base import AnyMethod, Policy
 from topkbench.methods.eviction import SPARE, Evicting
 from topkbench.methods.h2o import H2O
 from topkbench.methods.snapkv import SnapKV
@@ -46,10 +46,10 @@ def texts(*lengths: int) -> list[list[int]]:
 
 
 def decode(
-    model: PreTrainedModel, method: TopKMethod, policy: Policy, prompts: list[list[int]], steps: int
+    model: PreTrainedModel, method: AnyMethod, policy: Policy, prompts: list[list[int]], steps: int
 ) -> tuple[Tensor, DecodeCache, float]:
     """Decode greedily; return the logits ``[steps, B, vocabulary]``, the cache and the density."""
-    states = [prefill(model, ids, method.needs) for ids in prompts]
+    states = [prefill(model, ids, method.traits.needs) for ids in prompts]
     cache = DecodeCache(states, steps)
     token = torch.stack([one.logits for one in states]).argmax(-1, keepdim=True)
     counter, logits = ReadCounter(), []
@@ -129,7 +129,7 @@ def test_an_index_grows_with_the_cache(
     logits, _, _ = decode(llama, method, Policy(k=16), ids.tolist(), 299)  # allocated in advance
     assert found[0, 31:].tolist() == logits[:, 0].argmax(-1).tolist()
     # Capturing counts as a build stage too; the index itself is built once.
-    assert counter.count("build", 0) == 1 + bool(method.needs)
+    assert counter.count("build", 0) == 1 + bool(method.traits.needs)
 
 
 def test_other_caches_are_refused(llama: PreTrainedModel, prompt: Make) -> None:

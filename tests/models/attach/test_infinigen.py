@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from topkbench.methods.base import CacheView, Observer, Policy, StepResult, TopKMethod
+from topkbench.methods.base import AnyMethod, CacheView, Observer, Policy, StepResult
 from topkbench.methods.infinigen import InfiniGen
 from topkbench.models.attach import attach, geometry_of
 from topkbench.models.compat import cache_keyword
@@ -17,7 +17,7 @@ from topkbench.models.compat import cache_keyword
 Make = Callable[..., Any]
 
 
-def fitted(model: PreTrainedModel, method: TopKMethod) -> TopKMethod:
+def fitted(model: PreTrainedModel, method: AnyMethod) -> AnyMethod:
     """Fit on random queries instead of the model's, which makes no difference here."""
     shape = geometry_of(model)
     generator = torch.Generator().manual_seed(0)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from topkbench.methods.base import Observer, Policy, TopKMethod
+from topkbench.methods.base import AnyMethod, Observer, Policy
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.hata import HATA
@@ -16,7 +16,7 @@ from topkbench.models.cache import DecodeCache
 from topkbench.models.compat import cache_keyword
 from topkbench.models.prefill import prefill
 
-METHODS: dict[str, TopKMethod] = {
+METHODS: dict[str, AnyMethod] = {
     "full": FullAttention(),
     "exact": ExactTopK(),
     "hata": HATA(weights="random", rbit=64),
@@ -61,7 +61,7 @@ class Builds(Observer):
 
 
 def decode(
-    model: LlamaForCausalLM, method: TopKMethod, rows: list[list[int]], k: int, observer: Observer
+    model: LlamaForCausalLM, method: AnyMethod, rows: list[list[int]], k: int, observer: Observer
 ) -> Tensor:
     """Decode greedily over the cache; return the tokens ``[B, STEPS]``."""
     states = [prefill(model, row) for row in rows]

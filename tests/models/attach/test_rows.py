@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicCache
 
-from topkbench.methods.base import CacheView, Observer, Policy, StepResult, TopKMethod
+from topkbench.methods.base import AnyMethod, CacheView, Observer, Policy, StepResult
 from topkbench.models.attach import attach
 from topkbench.models.cache import DecodeCache
 from topkbench.models.compat import cache_keyword
@@ -56,9 +56,9 @@ def deep(seeded: Make, small: dict[str, Any]) -> dict[str, PreTrainedModel]:
 @pytest.fixture(scope="session")
 def method_in(make_method: Make, fitted_on: Make, deep: dict[str, PreTrainedModel]) -> Make:
     """Return a method as its YAML makes it, fitted on a family's model once."""
-    made: dict[str, TopKMethod] = {}
+    made: dict[str, AnyMethod] = {}
 
-    def get(name: str, family: str, **settings: Any) -> TopKMethod:
+    def get(name: str, family: str, **settings: Any) -> AnyMethod:
         known = f"{name} {family} {settings}"
         if known not in made:
             method = make_method(name, fit=False, **BRIEF.get(name, {}), **settings)
@@ -105,7 +105,7 @@ def texts(lengths: Sequence[int], steps: int) -> list[Tensor]:
 
 
 def decode(
-    model: PreTrainedModel, method: TopKMethod, policy: Policy, rows: list[Tensor], steps: int
+    model: PreTrainedModel, method: AnyMethod, policy: Policy, rows: list[Tensor], steps: int
 ) -> tuple[Tensor, Chosen]:
     """Decode the last tokens of each row, padded on the left; return ``[steps, B, vocabulary]``."""
     longest = max(map(len, rows))
@@ -131,10 +131,10 @@ def decode(
 
 
 def decode_own(
-    model: PreTrainedModel, method: TopKMethod, policy: Policy, rows: list[Tensor], steps: int
+    model: PreTrainedModel, method: AnyMethod, policy: Policy, rows: list[Tensor], steps: int
 ) -> tuple[Tensor, Chosen]:
     """Do the same with topkbench's DecodeCache, whose rows begin at the same slot."""
-    states = [prefill(model, row[:-steps].tolist(), method.needs) for row in rows]
+    states = [prefill(model, row[:-steps].tolist(), method.traits.needs) for row in rows]
     cache, seen, found = DecodeCache(states, steps), Chosen(), []
     with torch.no_grad(), attach(model, method, policy, seen):
         for step in range(steps):

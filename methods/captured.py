@@ -1,87 +1,23 @@
 """Captures what some methods need of a prompt beyond keys and values.
 
 That is its last queries and the attention that each token received. Captured only if a method
-declares it in ``needs``.
+declares it in its traits.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
 from topkbench.methods.base import PREFILL_NEEDS, QUERY_TAIL
 from topkbench.methods.softcap import capped
-from topkbench.models.compat import (
-    layer_of,
-    register_attention,
-    sdpa_attention_forward,
-    using_attention,
-)
-from topkbench.models.softcap import softcap_attention
 
-WATCHED = "topkbench_watched"
 BLOCK = 256  # queries per block, at most
 WEIGHTS = 2**27  # attention weights in memory at once, unless a single query has more
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """The inputs of one layer's attention at prefill.
-
-    Attributes:
-        layer: Index of the layer.
-        query_states: ``[B, Hq, n, d]``, post-RoPE.
-        key_states: ``[B, Hkv, n, d]``, post-RoPE.
-        value_states: ``[B, Hkv, n, d]``.
-        scale: The attention's factor on dot products.
-        softcap: The attention's logit cap, or None.
-    """
-
-    layer: int
-    query_states: Tensor
-    key_states: Tensor
-    value_states: Tensor
-    scale: float
-    softcap: float | None
-
-
-@contextmanager
-def watched_attention(
-    model: PreTrainedModel, observe: Callable[[LayerCall], None]
-) -> Iterator[None]:
-    """Call ``observe`` with each layer's post-RoPE states in every forward of the block.
-
-    Args:
-        model: A decoder-only model; it is restored when the block is left.
-        observe: Called with the inputs of each layer's attention.
-    """
-
-    def attend(
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *args: object,
-        **kwargs: object,
-    ) -> tuple[Tensor, Tensor | None]:
-        scale: Any = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        softcap: Any = kwargs.get("softcap")
-        observe(LayerCall(layer_of(module), query, key, value, scale, softcap))
-        if softcap is not None:  # SDPA has no softcap
-            mask: Any = args[0] if args else kwargs.get("attention_mask")
-            out = softcap_attention(query, key, value, mask, scale, softcap)
-            return out.transpose(1, 2), None
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)  # type: ignore[arg-type]
-
-    register_attention(WATCHED, attend)
-    with using_attention(model, WATCHED):
-        yield
 
 
 @dataclass
@@ -188,7 +124,7 @@ class Captured:
             column = torch.cat([pad(one, (0, n - one.shape[2])) for one in sums]).to(device)
         return cls(rows[0].needs, tail, column)
 
-    def inputs(self, n: int) -> dict[str, Any]:
+    def inputs(self, n: int) -> dict[str, Tensor | None]:
         """Return arguments of ``PrefillInputs`` for the first ``n`` slots.
 
         Tokens decoded after the prompt have column sums of zero.
@@ -240,6 +176,6 @@ def column_sums(
     return total.flatten(1, 2)
 
 
-def missing(needs: frozenset[str], captured: Mapping[str, Any]) -> list[str]:
+def missing(needs: frozenset[str], captured: Mapping[str, Tensor | None]) -> list[str]:
     """Return which of a method's prefill needs were not captured."""
     return sorted(need for need in needs & PREFILL_NEEDS if captured.get(need) is None)

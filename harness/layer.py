@@ -1,0 +1,321 @@
+"""One attention layer without a model: a method's index over given states, and its decode step.
+
+This file imports methods' contract and kernels alone, so that `topkbench.harness.bench` times every
+method on a machine with torch, numba and Triton alone.
+"""
+
+import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topkbench.harness.planted import PlantedCalibration, PlantedStates, capture
+from topkbench.kernels.timing import (
+    OtherLoad,
+    Stages,
+    clock_mhz,
+    copies_needed,
+    measure,
+    speed_columns,
+)
+from topkbench.methods.base import (
+    PREFILL_NEEDS,
+    PREVIOUS_QUERY,
+    AnyMethod,
+    CacheView,
+    Geometry,
+    Index,
+    Policy,
+    Ranking,
+    ScoringMethod,
+    Selection,
+    StageTimer,
+    StepContext,
+    StepResult,
+    kv_bytes,
+    with_impl,
+)
+from topkbench.methods.captured import Captured
+from topkbench.methods.learning import LearningMethod
+
+STAGES = ("encode", "append", "score", "select", "attend")
+"""The stages of a decode step that have a column."""
+
+BUILDS = 3  # timed builds of an index
+
+
+class Layer:
+    """A method's index over given states, and a decode step that leaves the index unchanged.
+
+    If the method speculates queries (InfiniGen), each step begins with a full query projection by
+    a square matrix of random weights, without the rotation that follows.
+
+    Args:
+        method: The method, its artifact loaded, as ``resolve`` returned it.
+        policy: The policy, as ``resolve`` returned it.
+        states: The layer's states, the newest token included.
+        layer: The layer's number in the model.
+        num_layers: Layers of the model.
+        captured: What was captured of the prompt; None to capture it from random queries.
+    """
+
+    def __init__(
+        self,
+        method: AnyMethod,
+        policy: Policy,
+        states: PlantedStates,
+        layer: int = 0,
+        num_layers: int = 1,
+        captured: Captured | None = None,
+    ) -> None:
+        self.method, self.states = method, states
+        self.context = StepContext(
+            query_states=states.query_states,
+            cache=CacheView(states.key_states, states.value_states),
+            policy=policy,
+            scale=states.key_states.shape[-1] ** -0.5,
+            layer=layer,
+            num_layers=num_layers,
+        )
+        needs = method.traits.needs & PREFILL_NEEDS
+        if captured is None and needs:
+            prompt = states.key_states[:, :, :-1]
+            num_heads = states.query_states[0, ..., 0].numel()
+            captured = capture(needs, prompt, num_heads, self.context.scale)
+        self.captured = captured or Captured(needs)
+        self.projection: Tensor | None = None
+        if PREVIOUS_QUERY in method.traits.needs:
+            width = states.query_states[0].numel()
+            self.projection = torch.randn(width, width).to(states.query_states)
+        self.index: Index | None = self.build() if method.selects else None
+
+    @property
+    def n(self) -> int:
+        """Cached tokens, the newest included."""
+        return self.context.cache.n
+
+    def build(self) -> Index:
+        """Return a new index of the tokens before the newest."""
+        captured = self.captured.inputs(self.n - 1)
+        index: Index = self.method.index_prompt(self.context, self.n, captured)
+        return index
+
+    def copy(self) -> "Layer":
+        """Return a copy in new memory."""
+        position = (self.context.layer, self.context.num_layers)
+        states, policy = self.states.copy(), self.context.policy
+        return Layer(self.method, policy, states, *position, self.captured)
+
+    def build_ms(self, trials: int = BUILDS) -> float:
+        """Return the median milliseconds of building the index, plus those of the capture for it.
+
+        The index has been built before, so nothing is compiled here.
+        """
+        stages = Stages(self.context.cache.device)
+        for _ in range(trials):
+            with stages("build"):
+                self.build()
+        return stages.medians()["build"] + sum(self.captured.milliseconds.values())
+
+    def step(self, watch: StageTimer | None = None) -> StepResult:
+        """Append the newest token, decode, and undo the append, so that all steps are the same."""
+        if self.projection is not None:
+            # Only the projection's time matters: the step goes on with the real queries.
+            with watch("encode") if watch else nullcontext():
+                torch.mm(self.states.query_states.flatten(1), self.projection)
+        if self.index is None:
+            return self.method.step(None, self.context, watch)
+        with watch("append") if watch else nullcontext():
+            self.method.append(self.index, *self.context.cache.newest())
+        result = self.method.step(self.index, self.context, watch)
+        self.index.undo_append()
+        return result
+
+    def mismatch(self) -> str | None:
+        """Return a reason if a stage's result differs from the reference implementation's, or None.
+
+        Both implementations of a stage get the same input: scores that differ in the last bit may
+        break a near tie either way, and the outputs of different selections cannot be compared.
+        """
+        assert self.index is not None  # full attention is itself what others are compared with
+        fast, reference = self.method, with_impl(self.method, "reference")
+        self.method.append(self.index, *self.context.cache.newest())
+        try:
+            if self.context.policy.k < self.n:
+                chosen = self._selected(reference)
+                by_fast = self._selected(fast, chosen[1])
+                if chosen[1] is not None and isinstance(fast, ScoringMethod):
+                    scores = self._selected(fast)[1]
+                    assert scores is not None
+                    error = _relative_error(scores.scores, chosen[1].scores)
+                    if not error <= self._tolerance:
+                        return self._reason("scores", error)
+                if not torch.equal(_sorted_units(by_fast[0]), _sorted_units(chosen[0])):
+                    return (
+                        "the selection must be the reference's for the same scores, got a"
+                        " different one."
+                    )
+                selection = chosen[0]
+            else:
+                selection = Selection.everything(self.context.cache)
+            outputs = [one.attend(self.context, selection)[0] for one in (fast, reference)]
+            error = _relative_error(*outputs)
+            return None if error <= self._tolerance else self._reason("output", error)
+        finally:
+            self.index.undo_append()
+
+    def _selected(
+        self, method: AnyMethod, ranking: Ranking[Any] | None = None
+    ) -> tuple[Selection, Ranking[Any] | None]:
+        """Return what a method chooses, from a given ranking if it scores.
+
+        The choice may change an index that depends on history, so it is made on a copy.
+        """
+        index = self.index
+        if method.traits.index == "history":
+            index = copy.deepcopy(index)
+        if ranking is not None and isinstance(method, ScoringMethod):
+            return method.select(ranking, index, self.context), ranking
+        selection, found = method.choose(index, self.context, lambda stage: nullcontext())
+        return selection, found
+
+    @property
+    def _tolerance(self) -> float:
+        return 1e-3 if self.states.key_states.dtype == torch.float32 else 4e-2
+
+    def _reason(self, name: str, error: float) -> str:
+        return (
+            f"the {name} must be the reference's within {self._tolerance}, got a difference of "
+            f"{error:.3g}."
+        )
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference over the norm; slots scored -inf do not count."""
+    finite = ~expected.isinf()
+    actual, expected = actual.float()[finite], expected.float()[finite]
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-12))
+
+
+def _sorted_units(selection: Selection) -> Tensor:
+    """Return the selected units in order of their slots."""
+    return selection.indices.sort(-1).values
+
+
+def fit_on(method: AnyMethod, geometry: Geometry, calibration: PlantedCalibration) -> None:
+    """Fit a method that cannot run without its artifact, and has none, on planted states."""
+    if not isinstance(method, LearningMethod) or method.artifact:
+        return
+    if method.artifact_spec(geometry) is not None:
+        method.load_artifact(method.fit(calibration))
+
+
+def bytes_needed(method: AnyMethod, geometry: Geometry, batch_size: int, n: int) -> int:
+    """Return the memory that timing a method's steps over ``n`` tokens takes, about."""
+    cached = batch_size * kv_bytes(geometry, n)
+    index = round(batch_size * n * method.index_bytes_per_token(geometry))
+    speculates = PREVIOUS_QUERY in method.traits.needs
+    width = geometry.num_heads * geometry.head_dim if speculates else 0
+    copies = copies_needed(cached, geometry.device)
+    # Building and checking an index takes temporary copies of the keys.
+    return copies * (cached + index + width**2 * geometry.dtype_bytes) + cached
+
+
+def time_layer(
+    layer: Layer,
+    full: AnyMethod,
+    geometry: Geometry,
+    trials: int,
+    bandwidth: float | None = None,
+    cuda_graph: bool = False,
+) -> tuple[dict[str, Any], str, str]:
+    """Check a method's step, and time it in turn with full attention on the same states.
+
+    They rotate over enough copies of states and index that each step finds its data out of the CPU
+    or GPU cache, as it does in a model with other layers. The warm time, the same step repeated on
+    one copy, is measured as well.
+
+    Args:
+        layer: The method's layer.
+        full: Full attention.
+        geometry: Its shape.
+        trials: Timed steps.
+        bandwidth: Measured memory bandwidth of the machine in bytes per second; None if unknown.
+        cuda_graph: Time replays of a CUDA graph; stages are timed launch by launch nevertheless.
+
+    Returns:
+        The row's values, status and reason. If the step is wrong, nothing is timed.
+    """
+    method, policy, n = layer.method, layer.context.policy, layer.n
+    device = layer.context.cache.device
+    load = OtherLoad(device)
+    values: dict[str, Any] = {
+        "full_backend": getattr(full, "backend", None),
+        "index_bytes_per_token": float(method.index_bytes_per_token(geometry)),
+    }
+    bytes_read = kv_bytes(geometry, n)
+    if method.selects:
+        values["k"] = policy.k
+        mismatch = layer.mismatch()
+        if mismatch is not None:
+            return values, "wrong", mismatch
+        selection = layer.step().selection
+        assert selection is not None  # the method selects
+        read = selection.tokens_read(layer.context.cache).double().mean().item()
+        scanned = None
+        if selection.scanned is not None:
+            scanned = round(selection.scanned.double().mean().item())
+        if policy.k < n:
+            bytes_read = method.bytes_read(geometry, n, round(read), scanned)
+        values["density"] = read / n
+        values["build_ms"] = layer.build_ms()
+    values["bytes_read_per_step"] = float(bytes_read)
+    copies = copies_needed(len(layer.states.key_states) * kv_bytes(geometry, n), device)
+    layers = [layer, *(layer.copy() for _ in range(copies - 1))]
+    dense = [Layer(full, policy, one.states) for one in layers]
+    timed = measure(
+        {"full": [one.step for one in dense], "method": [one.step for one in layers]},
+        trials=trials,
+        device=device,
+        cuda_graph=cuda_graph,
+    )
+    step = timed["method"]
+    warm = measure({"warm": layer.step}, trials=trials, device=device, cuda_graph=cuda_graph)
+    values["decode_ms_warm_p50"] = warm["warm"].p50_ms
+    values["clock_mhz"] = clock_mhz(device)
+    values["attend_ms"] = step.p50_ms  # full attention has no other stage
+    if method.selects:
+        medians = _stage_medians(layers, dense, trials)
+        values |= {f"{stage}_ms": milliseconds for stage, milliseconds in medians.items()}
+    turns = timed["full"].turns if method.selects else None
+    values |= speed_columns(step.turns, turns, load.share())
+    if bandwidth:
+        values["bandwidth_gb_s"] = bandwidth / 1e9
+        batch_bytes = bytes_read * len(layer.states.query_states)
+        values["bandwidth_fraction"] = batch_bytes / (step.p50_ms * 1e-3) / bandwidth
+    return values, "ok", ""
+
+
+def _stage_medians(
+    layers: Sequence[Layer], dense: Sequence[Layer], trials: int
+) -> dict[str, float]:
+    """Return the median milliseconds of each stage, under the same cold conditions as whole steps.
+
+    Full attention runs before each step, as it does when whole steps are timed, since the contents
+    of the caches affect a step's time.
+    """
+    stages = Stages(layers[0].context.cache.device)
+    for trial in range(trials):
+        place = trial % len(layers)
+        dense[place].step()
+        layers[place].step(stages)
+    medians = {}
+    for name, times in stages.times().items():
+        parts = len(times) // trials  # a stage may be timed in parts
+        steps = [sum(times[begin : begin + parts]) for begin in range(0, len(times), parts)]
+        medians[name] = median(steps)
+    return {name: milliseconds for name, milliseconds in medians.items() if name in STAGES}

@@ -1,0 +1,74 @@
+"""Watches the post-RoPE states that a model's attention layers receive."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from topkbench.models.compat import (
+    layer_of,
+    register_attention,
+    sdpa_attention_forward,
+    using_attention,
+)
+from topkbench.models.softcap import softcap_attention
+
+WATCHED = "topkbench_watched"
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """The inputs of one layer's attention at prefill.
+
+    Attributes:
+        layer: Index of the layer.
+        query_states: ``[B, Hq, n, d]``, post-RoPE.
+        key_states: ``[B, Hkv, n, d]``, post-RoPE.
+        value_states: ``[B, Hkv, n, d]``.
+        scale: The attention's factor on dot products.
+        softcap: The attention's logit cap, or None.
+    """
+
+    layer: int
+    query_states: Tensor
+    key_states: Tensor
+    value_states: Tensor
+    scale: float
+    softcap: float | None
+
+
+@contextmanager
+def watched_attention(
+    model: PreTrainedModel, observe: Callable[[LayerCall], None]
+) -> Iterator[None]:
+    """Call ``observe`` with each layer's post-RoPE states in every forward of the block.
+
+    Args:
+        model: A decoder-only model; it is restored when the block is left.
+        observe: Called with the inputs of each layer's attention.
+    """
+
+    def attend(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        scale: Any = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        softcap: Any = kwargs.get("softcap")
+        observe(LayerCall(layer_of(module), query, key, value, scale, softcap))
+        if softcap is not None:  # SDPA has no softcap
+            mask: Any = args[0] if args else kwargs.get("attention_mask")
+            out = softcap_attention(query, key, value, mask, scale, softcap)
+            return out.transpose(1, 2), None
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)  # type: ignore[arg-type]
+
+    register_attention(WATCHED, attend)
+    with using_attention(model, WATCHED):
+        yield
