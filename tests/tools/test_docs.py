@@ -1,9 +1,10 @@
-"""docs/methods.md matches the code, and the league matches the measured rows."""
+"""README's and docs' lists of methods match the code, and the league the measured rows."""
 
 import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import pandas as pd
 import pytest
@@ -46,6 +47,44 @@ def test_the_league_is_what_its_script_makes_from_the_rows() -> None:
 def test_the_page_of_methods_is_what_its_script_makes(maker: ModuleType) -> None:
     committed = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert committed == maker.page(), "run python tools/make_methods.py"
+
+
+def test_the_table_of_methods_is_what_its_script_makes(maker: ModuleType) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert maker.readme(text) == text, "run python tools/make_methods.py"
+    (quest,) = [line for line in text.splitlines() if line.startswith("| `quest` |")]
+    assert quest == (
+        "| `quest` | Keep the `k // page_size` pages, at least one, with the largest bounds on "
+        "their logits | `page_size` | `2 d / page_size` values, the channel-wise minima and maxima "
+        "of its page | [2406.10774](https://arxiv.org/abs/2406.10774) |"
+    )
+
+
+def test_the_table_has_the_settings_above_the_first_heading_and_their_choices(
+    maker: ModuleType,
+) -> None:
+    class Example:
+        base: object
+        rank: int | None
+        mode: Literal["fast", "exact"] | None
+        steps: int
+
+    text = (
+        "# An example of a command\ndefaults:\n  - /method@base: quest  # another\n  - _self_\n\n"
+        "_target_: a.B\nlabel: B\ncolour: '#000000'\n"
+        "# Read to select, per token and KV head: nothing\n"
+        "rank: null  # channels\nmode: fast  # fast | exact\n# Training\nsteps: 3  # of Adam\n"
+    )
+    assert maker.main_knobs(text, Example) == ["`base`", "`rank`", "`mode: fast, exact`"]
+
+
+def test_a_table_goes_between_the_marks_of_its_subject() -> None:
+    readme = script("readme")
+    text = "a\n<!-- x: made by tools/y.py -->\nold\n<!-- end of x -->\nb\n"
+    expected = "a\n<!-- x: made by tools/y.py -->\n\nnew\n\n<!-- end of x -->\nb\n"
+    assert readme.with_table(text, "y.py", "x", "new") == expected
+    with pytest.raises(ValueError, match="README must contain the marks"):
+        readme.with_table("a\n", "y.py", "x", "new")
 
 
 def test_every_method_is_on_the_page_with_its_source(maker: ModuleType) -> None:
