@@ -29,6 +29,11 @@ def maker() -> ModuleType:
     return script("make_methods")
 
 
+@pytest.fixture(scope="module")
+def page(maker: ModuleType) -> str:
+    return str(maker.page())
+
+
 def test_the_league_is_what_its_script_makes_from_the_rows() -> None:
     """README and the page are up to date, and a score read from the rows is in both."""
     league = script("make_league")
@@ -44,9 +49,9 @@ def test_the_league_is_what_its_script_makes_from_the_rows() -> None:
     assert score in page
 
 
-def test_the_page_of_methods_is_what_its_script_makes(maker: ModuleType) -> None:
+def test_the_page_of_methods_is_what_its_script_makes(page: str) -> None:
     committed = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    assert committed == maker.page(), "run python tools/make_methods.py"
+    assert committed == page, "run python tools/make_methods.py"
 
 
 def test_the_table_of_methods_is_what_its_script_makes(maker: ModuleType) -> None:
@@ -87,17 +92,17 @@ def test_a_table_goes_between_the_marks_of_its_subject() -> None:
         readme.with_table("a\n", "y.py", "x", "new")
 
 
-def test_every_method_is_on_the_page_with_its_source(maker: ModuleType) -> None:
-    entries = maker.page().split("\n## ")[1:]
+def test_every_method_is_on_the_page_with_its_source(page: str) -> None:
+    entries = page.split("\n## ")[1:]
     names = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
     assert sorted(one.split("`method=")[1].split("`")[0] for one in entries) == names
     without_source = [one.splitlines()[0] for one in entries if "**Source.**" not in one]
     assert without_source == ["Full attention"]
 
 
-def test_every_method_names_the_authors_code_that_it_was_compared_with(maker: ModuleType) -> None:
+def test_every_method_names_the_authors_code_that_it_was_compared_with(page: str) -> None:
     """The section names a file of a repository, or says that there is none to compare with."""
-    for entry in maker.page().split("\n## ")[1:]:
+    for entry in page.split("\n## ")[1:]:
         title = entry.splitlines()[0]
         section = re.search(r"\*\*Compared with the authors' code\.\*\* (.*)", entry)
         assert section is not None, f"{title} must have a section Compared with the authors' code"
@@ -105,10 +110,8 @@ def test_every_method_names_the_authors_code_that_it_was_compared_with(maker: Mo
         assert names_a_file or section.group(1).startswith("None to compare with: "), title
 
 
-def test_every_method_that_learns_has_its_calibration_on_the_page(maker: ModuleType) -> None:
-    entries = {
-        one.split("`method=")[1].split("`")[0]: one for one in maker.page().split("\n## ")[1:]
-    }
+def test_every_method_that_learns_has_its_calibration_on_the_page(page: str) -> None:
+    entries = {one.split("`method=")[1].split("`")[0]: one for one in page.split("\n## ")[1:]}
     sections = {
         name: re.search(r"\*\*Calibration\.\*\* (.*)", entry) for name, entry in entries.items()
     }
