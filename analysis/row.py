@@ -268,8 +268,8 @@ class Row:
         """Check types, the status's rules and the parameters' names.
 
         Raises:
-            RecordError: If a value has the wrong type, a colour is none, a speed stands in a row
-                that is not ok, a reason is missing, or a parameter hides a column.
+            RecordError: If a value has the wrong type, a colour is not ``#RRGGBB``, a speed stands
+                in a row that is not ok, a reason is missing, or a parameter hides a column.
         """
         try:
             self.status = Status(self.status)

@@ -134,7 +134,7 @@ _RECORDED: ContextVar[Mapping[str, Style]] = ContextVar("_RECORDED", default=Map
 
 
 def style(method: str) -> Style:
-    """Return a method's style; whatever nobody chose is derived from the digest of its name."""
+    """Return a method's style; what is not chosen for it is derived from the digest of its name."""
     return shipped().get(method) or _RECORDED.get().get(method) or _chosen(method)
 
 

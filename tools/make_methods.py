@@ -98,7 +98,8 @@ def row(name: str) -> list[str]:
     read = re.search(rf"^# {READ}: (.+)$", text, re.MULTILINE)
     if read is None:
         raise ValueError(f"conf/method/{name}.yaml must have a line '# {READ}: ...'.")
-    return [f"`{name}`", idea, ", ".join(main_knobs(text, type(method))), read[1], source]
+    cells = [f"`{name}`", idea, ", ".join(main_knobs(text, type(method))), read[1], source]
+    return [cell.replace("|", "\\|") for cell in cells]
 
 
 def main_knobs(text: str, kind: type) -> list[str]:
