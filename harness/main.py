@@ -53,6 +53,8 @@ PREFILL_FOLDER = "TOPKBENCH_PREFILL"
 PREFILL_PREFIX = "topkbench-prefill-"
 # Settings of a method that have a column of their own, or are no parameter of it.
 NOT_PARAMETERS = {"_target_", "rbit", "seed", "impl", "native", "backend"}
+# What a method's configuration holds for tables and figures; no setting of the method.
+APPEARANCE = ("label", "colour")
 # Settings of the policy, besides k, that distinguish cells.
 POLICY_PARAMETERS = ("num_sink", "num_recent", "dense_layers", "head_scope", "aggregation")
 # Settings that say where things are kept, not what is computed.
@@ -120,8 +122,10 @@ class Run:
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         assert isinstance(resolved, dict)
         self.settings: dict[str, Any] = {str(name): value for name, value in resolved.items()}
+        self.appearance = {name: self.settings["method"].get(name) for name in APPEARANCE}
+        self.settings["method"] = method_settings(self.settings["method"])
         # Bad settings of these are errors at once, before a model is loaded.
-        self.method = hydra.utils.instantiate(config.method)
+        self.method = make_method(config.method)
         self.policy = hydra.utils.instantiate(config.protocol)
         self.task = hydra.utils.instantiate(config.task)
         self.texts = hydra.utils.instantiate(config.calibration)
@@ -255,6 +259,7 @@ class Run:
             # Official files have the length they were made at, whatever ours would be.
             length=None if task.get("source") else task.get("length"),
             method=self.method.name,
+            **{f"method_{name}": value for name, value in self.appearance.items()},
             impl=implementations(self.payload["method"]["impl"]),
             full_backend=self.settings["full_backend"],
             protocol=self.policy.protocol if selects else None,
@@ -346,6 +351,25 @@ class Run:
             for part in outcome.rows
         ]
         return rows, outcome.samples
+
+
+def make_method(config: DictConfig) -> Any:
+    """Return the method of a configuration's node ``method``.
+
+    Args:
+        config: Its settings with ``_target_``, and its label and colour, which are no settings.
+    """
+    resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return hydra.utils.instantiate(method_settings(resolved))
+
+
+def method_settings(method: dict[str, Any]) -> dict[str, Any]:
+    """Return a method's settings without its label and colour, and those of a method inside it."""
+    return {
+        name: method_settings(value) if isinstance(value, dict) and "_target_" in value else value
+        for name, value in method.items()
+        if name not in APPEARANCE
+    }
 
 
 def parameters(method: dict[str, Any]) -> dict[str, Any]:
@@ -487,7 +511,8 @@ def record_config_error(error: Exception, config: DictConfig, sweep: Sweep) -> N
     if reason not in _REPORTED:
         _REPORTED.add(reason)
         print(f"error: {reason}", file=sys.stderr, flush=True)
-    settings = OmegaConf.to_container(config, resolve=True)
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    settings["method"] = method_settings(settings["method"])
     run_id = identity({"config_error": json.dumps(settings, sort_keys=True, default=str)})
     choices = HydraConfig.get().runtime.choices
     row = Row(

@@ -39,7 +39,9 @@ ALLOWED = {
         *("topkbench.harness", "topkbench.models", "topkbench.methods.base"),
         *(*KERNEL_APIS, "topkbench.kernels.timing"),
     ),
-    "analysis": ("numpy", "pandas", "matplotlib", "jinja2", "pyarrow", "filelock", "tabulate"),
+    "analysis": (
+        *("numpy", "pandas", "matplotlib", "jinja2", "pyarrow", "filelock", "tabulate", "yaml"),
+    ),
     "tools": (
         *("torch", "transformers", "tokenizers", "safetensors", "hydra", "omegaconf"),
         *("numpy", "pandas", "matplotlib", "tqdm", "llvmlite"),

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 
 from topkbench.harness import artifact
 from topkbench.harness.calibration import Calibration
 from topkbench.harness.cell import artifact_spec, prepare_method
 from topkbench.harness.decoding import Decoder, Question, tokenise
-from topkbench.methods.base import AnyMethod, Policy
+from topkbench.harness.main import make_method
+from topkbench.methods.base import AnyMethod, Policy, TopKMethod
 from topkbench.models.attach import attach
 from topkbench.models.load import LoadedModel, load_model
 from topkbench.models.prefill import PrefillStore
@@ -31,8 +31,8 @@ def tiny() -> LoadedModel:
 def method_of(name: str, *overrides: str) -> AnyMethod:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = compose("config", overrides=[f"method={name}", *overrides])
-        method = instantiate(config.method)
-    assert isinstance(method, AnyMethod)
+        method = make_method(config.method)
+    assert isinstance(method, TopKMethod)
     return method
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from topkbench.harness.main import make_method
 from topkbench.harness.planted import BLOCK, PlantedCalibration, PlantedStates, capture
 from topkbench.harness.task import Context, TaskRow
 from topkbench.kernels.timing import OtherLoad, Stages
@@ -106,7 +106,7 @@ def test_every_method_has_a_correct_step(
         "hash_attention": ["method.steps=2"],
     }.get(name, [])
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        method = instantiate(compose("config", overrides).method)
+        method = make_method(compose("config", overrides).method)
     (row,) = rows(loaded, store, method, task())
     assert (row.status, row.reason) == ("ok", "")
     assert row.values["decode_ms_p50"] > 0
