@@ -19,6 +19,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -71,22 +72,42 @@ def progress(items: Sequence[Any], label: str) -> Iterable[Any]:
     return tqdm(items, desc=label, disable=None, leave=False)
 
 
-_MODELS: dict[str, tuple[Any, Any]] = {}
-_FITTED: set[str] = set()
+@dataclass
+class Kept:
+    """What a process keeps between the cells of one sweep.
 
-
-def model_and_store(model_config: str, cache_dir: str, memory_gib: float | None) -> tuple[Any, Any]:
-    """Return a model, loaded once in a process, and the store of its prefills.
-
-    A sweep over models comes back to each of them, so loaded models are kept as long as there is
-    memory for one more; else all of them are dropped before the next is loaded.
+    Attributes:
+        models: Loaded models with the stores of their prefills, by configuration.
+        fitted: Artifacts that were fitted again, by identity.
+        done: Cells that have ended.
+        reported: Errors that were printed.
     """
-    if model_config not in _MODELS:
-        sizes = [loaded.model.get_memory_footprint() for loaded, _ in _MODELS.values()]
-        if sizes and 4 * max(sizes) > psutil.virtual_memory().available:
-            _MODELS.clear()
-        _MODELS[model_config] = _load(model_config, cache_dir, memory_gib)
-    return _MODELS[model_config]
+
+    models: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    fitted: set[str] = field(default_factory=set)
+    done: set[str] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
+
+    def model_and_store(
+        self, model_config: str, cache_dir: str, memory_gib: float | None
+    ) -> tuple[Any, Any]:
+        """Return a model, loaded once, and the store of its prefills.
+
+        A sweep over models comes back to each of them, so loaded models are kept as long as there
+        is memory for one more; else all of them are dropped before the next is loaded.
+        """
+        if model_config not in self.models:
+            sizes = [loaded.model.get_memory_footprint() for loaded, _ in self.models.values()]
+            if sizes and 4 * max(sizes) > psutil.virtual_memory().available:
+                self.models.clear()
+            self.models[model_config] = _load(model_config, cache_dir, memory_gib)
+        return self.models[model_config]
+
+
+@functools.lru_cache(maxsize=1)
+def kept_in(folder: str) -> Kept:
+    """Return what this process keeps for the sweep of a folder; another sweep starts anew."""
+    return Kept()
 
 
 def _load(model_config: str, cache_dir: str, memory_gib: float | None) -> tuple[Any, Any]:
@@ -117,8 +138,8 @@ def bandwidth(device: str) -> float:
 class Run:
     """The objects of one composed configuration, and the keys that identify its results."""
 
-    def __init__(self, config: DictConfig) -> None:
-        self.config = config
+    def __init__(self, config: DictConfig, kept: Kept) -> None:
+        self.config, self.kept = config, kept
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         assert isinstance(resolved, dict)
         self.settings: dict[str, Any] = {str(name): value for name, value in resolved.items()}
@@ -132,7 +153,7 @@ class Run:
         self.tracker = hydra.utils.instantiate(config.tracker)
         launcher = HydraConfig.get().launcher._target_
         alone = launcher.endswith("BasicLauncher")
-        self.loaded, self.store = model_and_store(
+        self.loaded, self.store = kept.model_and_store(
             json.dumps(self.settings["model"]),
             self.settings["cache_dir"],
             # Processes of a parallel launcher share prefills only through files.
@@ -149,8 +170,8 @@ class Run:
         memory_gib = self.settings["calibration_memory_gib"]
         # Several cells use the same artifact; with force=true a process fits it once.
         name = identity({part: self.settings[part] for part in ("model", "method", "calibration")})
-        refit = self.settings["force"] and self.task.refits and name not in _FITTED
-        _FITTED.add(name)
+        refit = self.settings["force"] and self.task.refits and name not in self.kept.fitted
+        self.kept.fitted.add(name)
         with tqdm(desc=f"{method.name} learns", disable=None, leave=False) as bar:
 
             def show(done: int, total: int) -> None:
@@ -414,17 +435,18 @@ def compared_with(run: Run) -> Run:
         return run
     config = copy.deepcopy(run.config)
     config.method = OmegaConf.load(CONF / "method" / "full.yaml")
-    return Run(config)
+    return Run(config, run.kept)
 
 
-def run_or_reuse(run: Run, sweep: Sweep, done: set[str]) -> Cell:
+def run_or_reuse(run: Run, sweep: Sweep) -> Cell:
     """Return a finished cell: found on disk or run now, one process at a time."""
+    done = run.kept.done
     cell = sweep.store.cell(run.identity)
     sweep.append(cell.identity)
     full = compared_with(run)
     full_cell = None
     if run.task.needs_full and full is not run:
-        full_cell = run_or_reuse(full, sweep, done)
+        full_cell = run_or_reuse(full, sweep)
     with cell.lock():
         # Several combinations of settings lead to one cell, which a process runs once, even if it
         # fails.
@@ -486,30 +508,26 @@ def sentence(error: BaseException) -> str:
     return text or type(error).__name__
 
 
-_DONE: set[str] = set()
-_REPORTED: set[str] = set()
-
-
 def job(config: DictConfig) -> float | None:
     """Run one cell of a sweep, or the only one; return its score, for sweepers that ask."""
     state = HydraConfig.get()
     folder = state.sweep.dir if state.mode == RunMode.MULTIRUN else state.run.dir
-    sweep = Sweep.open(folder)
+    sweep, kept = Sweep.open(folder), kept_in(folder)
     try:
-        rows = run_or_reuse(Run(config), sweep, _DONE).read()
+        rows = run_or_reuse(Run(config, kept), sweep).read()
     except Exception as error:
         # The configuration is wrong, or its method cannot be fitted: a row says so, its log has the
         # traceback, and the sweep goes on.
-        record_config_error(error, config, sweep)
+        record_config_error(error, config, sweep, kept)
         return None
     return next((row.score for row in rows if row.subtask == "mean"), None)
 
 
-def record_config_error(error: Exception, config: DictConfig, sweep: Sweep) -> None:
+def record_config_error(error: Exception, config: DictConfig, sweep: Sweep, kept: Kept) -> None:
     """Print once why a configuration cannot be run, and write a row with the same reason."""
     reason = sentence(error)
-    if reason not in _REPORTED:
-        _REPORTED.add(reason)
+    if reason not in kept.reported:
+        kept.reported.add(reason)
         print(f"error: {reason}", file=sys.stderr, flush=True)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     settings["method"] = method_settings(settings["method"])
@@ -619,6 +637,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module="hydra")
     wrapped = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    kept_in.cache_clear()
     try:
         with prefill_folder():
             wrapped(job)()
