@@ -1,6 +1,7 @@
 """Run one cell: a model, a task and a method, whose artifact is fitted first if it is missing."""
 
 import contextlib
+import functools
 import re
 import sys
 import time
@@ -166,7 +167,8 @@ def environment(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def libraries() -> dict[str, str | None]:
+@functools.cache
+def libraries() -> Mapping[str, str | None]:
     """Return the versions of the libraries that results depend on; None if not installed."""
     installed: dict[str, str | None] = {}
     for name in ("torch", "numba", "triton", "transformers", "tokenizers", "numpy"):

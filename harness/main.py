@@ -292,7 +292,7 @@ class Run:
                 name: value if isinstance(value, str | int | float | None) else str(value)
                 for name, value in {**rules, **fitted_on, **parameters(method)}.items()
             },
-            artifact_digest=self.method.artifact_digest or None,
+            artifact_digest=None if self.artifact is None else self.artifact.digest,
             artifact_code=self._artifact_code(),
             model_digest=self.payload["model"].get("digest"),
             code_digest=self.code,

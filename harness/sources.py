@@ -61,6 +61,8 @@ def code_digest(
 
 def _loaded_from(folders: Collection[Path]) -> dict[str, Path]:
     """Return the files of all modules that were loaded from the folders, by module name."""
+    if not folders:
+        return {}
     loaded = [(name, getattr(one, "__file__", None)) for name, one in list(sys.modules.items())]
     files = {name: Path(file) for name, file in loaded if file}
     return {
