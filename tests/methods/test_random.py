@@ -84,5 +84,5 @@ def test_each_query_head_draws_independently() -> None:
 
 def test_bytes_by_hand(geometry: Geometry) -> None:
     # 2 KV heads of 32 channels in 4 bytes, keys and values, of 16 tokens.
-    assert RandomSelection().bytes_read_per_step(geometry, 1000, 16) == 16 * 2 * 32 * 4 * 2
+    assert RandomSelection().bytes_read(geometry, 1000, 16) == 16 * 2 * 32 * 4 * 2
     assert RandomSelection().index_bytes_per_token(geometry) == 0
