@@ -146,20 +146,18 @@ class Layer:
         self.method.append(self.index, *self.context.cache.newest())
         try:
             if self.context.policy.k < self.n:
-                chosen = self._selected(reference)
-                by_fast = self._selected(fast, chosen[1])
-                if chosen[1] is not None and isinstance(fast, ScoringMethod):
-                    scores = self._selected(fast)[1]
-                    assert scores is not None
-                    error = _relative_error(scores.scores, chosen[1].scores)
+                selection, ranking = self._chosen(reference)
+                by_fast, found = self._chosen(fast)
+                if ranking is not None and found is not None:
+                    error = _relative_error(found.scores, ranking.scores)
                     if not error <= self._tolerance:
                         return self._reason("scores", error)
-                if not torch.equal(_sorted_units(by_fast[0]), _sorted_units(chosen[0])):
+                    by_fast = self._chosen(fast, ranking)[0]
+                if not torch.equal(_sorted_units(by_fast), _sorted_units(selection)):
                     return (
                         "the selection must be the reference's for the same scores, got a"
                         " different one."
                     )
-                selection = chosen[0]
             else:
                 selection = Selection.everything(self.context.cache)
             outputs = [one.attend(self.context, selection)[0] for one in (fast, reference)]
@@ -168,20 +166,22 @@ class Layer:
         finally:
             self.index.undo_append()
 
-    def _selected(
+    def _chosen(
         self, method: AnyMethod, ranking: Ranking[Any] | None = None
     ) -> tuple[Selection, Ranking[Any] | None]:
-        """Return what a method chooses, from a given ranking if it scores.
+        """Return what a method chooses, by the given scores if there are any.
 
-        The choice may change an index that depends on history, so it is made on a copy.
+        Choosing may change an index that depends on history, so it works on a copy of that.
         """
         index = self.index
         if method.traits.index == "history":
             index = copy.deepcopy(index)
         if ranking is not None and isinstance(method, ScoringMethod):
             return method.select(ranking, index, self.context), ranking
-        selection, found = method.choose(index, self.context, lambda stage: nullcontext())
-        return selection, found
+        chosen: tuple[Selection, Ranking[Any] | None] = method.choose(
+            index, self.context, lambda stage: nullcontext(), ranking
+        )
+        return chosen
 
     @property
     def _tolerance(self) -> float:
