@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from topkbench.methods.base import (
+    PREFILL_NEEDS,
     AnyMethod,
     CacheView,
     Geometry,
@@ -195,6 +196,30 @@ def test_appending_equals_rebuilding(
     assert torch.equal(once.selection.indices, again.selection.indices)
     if once.ranking is not None and again.ranking is not None:
         torch.testing.assert_close(once.ranking.scores, again.ranking.scores)
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [(None, None), (int32(0, 5, 18), None), (None, int32(48, 41, 46))]
+)
+def test_the_index_of_a_prompt_holds_the_tokens_before_the_current_one(
+    selecting: AnyMethod, states: States, build: Build, start: Tensor | None, end: Tensor | None
+) -> None:
+    if selecting.traits.needs & PREFILL_NEEDS:
+        pytest.skip(f"{selecting.name} needs what is captured at prefill")
+    queries, keys, values = states(3, 48)
+    view = CacheView(keys, values, start, end)
+    context = StepContext(queries, view, Policy(k=20), SCALE, layer=1, num_layers=2)
+    rows, newest = torch.arange(3), torch.full((3,), 47) if end is None else end.long() - 1
+    before = None if end is None else end - 1
+    index = selecting.index_prompt(context, 48, {})
+    selecting.append(index, *view.newest())
+    built = build(selecting, keys[:, :, :47], values[:, :, :47], start, before, capacity=48)
+    selecting.append(built, keys[rows, :, newest, None], values[rows, :, newest, None])
+    found, wanted = selecting.step(index, context), selecting.step(built, context)
+    assert found.selection is not None
+    assert wanted.selection is not None
+    assert torch.equal(found.selection.indices, wanted.selection.indices)
+    assert torch.equal(found.out, wanted.out)
 
 
 def restricted_and_grown(
@@ -516,11 +541,11 @@ def test_permuting_keys_permutes_scores(
     queries, keys, values = states(2, 45)
     order = torch.randperm(45, generator=torch.Generator().manual_seed(1))
     first, second = build(method, keys, values), build(method, keys[:, :, order], values)
+    # Four times k are fewer than the 45 tokens, so that Twilight's base ranks them.
+    policy = Policy(k=10, num_sink=0, num_recent=0)
     found = []
     for index, at in ((first, torch.arange(45)), (second, order)):
         view = CacheView(keys[:, :, at], values[:, :, at])
-        # Of 45 tokens four times k are fewer, so that Twilight's base ranks them.
-        policy = Policy(k=10, num_sink=0, num_recent=0)
         ranking = method.step(index, StepContext(queries, view, policy, SCALE)).ranking
         if ranking is None:
             pytest.skip(f"{name} has no scores")

@@ -1,5 +1,6 @@
 """Exact top-k, Loki, Quest, StreamingLLM and full attention, by hand."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -238,6 +239,18 @@ def test_streaming_llm_of_a_padded_batch() -> None:
     assert step.selection is not None
     rows = step.selection.indices[:, 0].tolist()
     assert rows == [[0, 7, 8, 9], [3, 7, 8, 9], [8, 9, -1, -1]]
+
+
+def test_full_attention_needs_no_index() -> None:
+    keys = torch.tensor([0.0, 1.0, 2.0])[None, None, :, None]
+    values = torch.tensor([6.0, 3.0, 1.0])[None, None, :, None]
+    # At a scale of ln 2 the weights are 1, 2 and 4 sevenths.
+    view, scale = CacheView(keys, values), math.log(2.0)
+    step = FullAttention().step(
+        None, StepContext(torch.ones(1, 1, 1, 1), view, Policy(k=12), scale)
+    )
+    torch.testing.assert_close(step.out, torch.tensor([[[16 / 7]]]))
+    assert (step.selection, step.ranking) == (None, None)
 
 
 def test_full_attention_refuses_an_unknown_backend() -> None:

@@ -35,7 +35,7 @@ def selected(keys: Tensor, policy: Policy, layer: int = 0, seed: int = 0, **rows
     index = method.build_index(prefill)
     queries = torch.zeros(len(keys), keys.shape[1], 3, keys.shape[3])
     view = CacheView(keys, keys, rows.get("kv_start"), rows.get("kv_len"))
-    step = method.step(index, StepContext(queries, view, policy, 1.0))
+    step = method.step(index, StepContext(queries, view, policy, 1.0, layer=layer))
     assert step.selection is not None
     return step.selection.indices
 
