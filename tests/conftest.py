@@ -32,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from topkbench.harness.main import make_method as method_of  # noqa: E402
 from topkbench.methods.base import AnyMethod, Geometry  # noqa: E402
+from topkbench.methods.learning import artifact_spec  # noqa: E402
 from topkbench.models.load import LoadedModel  # noqa: E402
 from topkbench.models.prefill import PrefillStore  # noqa: E402
 from topkbench.models.tiny_tokenizer import build_tokenizer  # noqa: E402
@@ -83,7 +84,7 @@ def make(name: str, fit: bool = True, **overrides: Any) -> AnyMethod:
     few = FEW_STEPS.get(name, {})
     root["method"] = OmegaConf.merge(node, few, overrides)
     method: AnyMethod = method_of(root["method"])
-    spec = method.artifact_spec(GEOMETRY) if fit else None
+    spec = artifact_spec(method, GEOMETRY) if fit else None
     if spec is not None:
         learned = FITTED.get(str(spec)) or method.fit(Calibration())
         if few:
