@@ -20,7 +20,10 @@ KERNEL_APIS = tuple(
     f"topkbench.kernels.{path.parent.name}.api" for path in (ROOT / "kernels").glob("*/api.py")
 )
 
-CONTRACT = tuple(f"topkbench.methods.{name}" for name in ("base", "policy", "softcap", "states"))
+CONTRACT = tuple(
+    f"topkbench.methods.{name}"
+    for name in ("base", "captured", "learning", "policy", "softcap", "states")
+)
 # What each folder may import besides its own modules and the standard library.
 ALLOWED = {
     "kernels": ("torch", "triton", "numba", "llvmlite", "numpy"),
@@ -58,6 +61,10 @@ ALLOWED_TO_ONE = {
 }
 
 
+# What runs on a machine with torch, numba and Triton alone.
+BARE_MACHINE = ("topkbench.harness.layer", "topkbench.harness.planted")
+
+
 def imports(path: Path) -> Iterator[str]:
     """Yield every dotted name that a file imports anywhere; ``from a import b`` gives a.b."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -92,6 +99,18 @@ def test_a_folder_imports_what_the_table_allows(folder: str) -> None:
         )
         not_allowed += [f"{place}: {name}" for name in imports(path) if not is_under(name, allowed)]
     assert not_allowed == []
+
+
+@pytest.mark.parametrize("module", BARE_MACHINE)
+def test_a_bare_machine_needs_torch_kernels_and_the_contract_alone(module: str) -> None:
+    allowed = (*BARE_MACHINE, "torch", "topkbench.kernels", *CONTRACT, *sys.stdlib_module_names)
+    names = {
+        path: ".".join(("topkbench", *path.relative_to(ROOT).with_suffix("").parts))
+        for path in code_of("harness")
+    }
+    files = [path for path, name in names.items() if is_under(name, (module,))]
+    assert files != []
+    assert [one for path in files for one in imports(path) if not is_under(one, allowed)] == []
 
 
 def test_implementations_of_a_kernel_do_not_import_each_other() -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from topkbench.methods.base import Index, AnyMethod
+from topkbench.methods.base import Index, ScoringMethod
 
 
 @dataclass(kw_only=True)
@@ -24,7 +24,7 @@ class ToyIndex(Index):
 
 
 @dataclass(kw_only=True)
-class Toy(AnyMethod):
+class Toy(ScoringMethod):
     """Keep the longest keys, whatever the query."""
 
     name: ClassVar[str] = "toy"
@@ -39,7 +39,7 @@ class Toy(AnyMethod):
         rows, slot = torch.arange(len(key_states)), index.advance()
         index.lengths[rows, :, slot] = key_states[:, :, 0].norm(dim=-1)
 
-    def score(self, encoded, index):
+    def score(self, encoded, index, context):
         return index.lengths[:, :, : index.length] ** self.power
 '''
 

@@ -34,7 +34,7 @@ def test_the_script_that_readme_prints_runs(
 @pytest.mark.slow
 def test_the_method_that_readme_adds_passes_the_contract_as_printed(tmp_path: Path) -> None:
     """In a checkout with this method and full attention alone, the contract tests run over it."""
-    (code,) = [block for block in blocks() if "class Mine(AnyMethod)" in block]
+    (code,) = [block for block in blocks() if "class Mine(" in block]
     (settings,) = [block for block in blocks() if "topkbench.methods.mine.Mine" in block]
     for folder in LINKED:
         (tmp_path / folder).symlink_to(ROOT / folder, target_is_directory=True)
@@ -68,7 +68,7 @@ def test_a_method_stays_in_the_repository_with_two_files_and_a_run_of_the_tool(
     tmp_path: Path,
 ) -> None:
     """In a copy of the checkout, the tool writes the documents, and what checks methods passes."""
-    (code,) = [block for block in blocks() if "class Mine(TopKMethod)" in block]
+    (code,) = [block for block in blocks() if "class Mine(" in block]
     (settings,) = [block for block in blocks() if "topkbench.methods.mine.Mine" in block]
     sections = (
         "\n\n    Source:\n        None: it is an example."

@@ -79,7 +79,7 @@ def test_a_method_becomes_an_object(name: str, protocol: str) -> None:
     assert getattr(method, "seed", 3) == 3
     assert isinstance(policy, Policy)
     assert (policy.k, policy.protocol) == (96, protocol)
-    in_force = method.effective_policy(policy)
+    _, in_force = method.resolve(policy)
     assert in_force.k == 96
     if protocol == "unified":
         assert in_force == policy
@@ -106,11 +106,11 @@ def test_label_and_colour_are_no_settings_of_a_method(name: str) -> None:
 
 def test_native_values_are_the_papers() -> None:
     config = resolved("method=hata", "protocol=native", "k=64")
-    policy = make_method(config.method).effective_policy(instantiate(config.protocol))
+    _, policy = make_method(config.method).resolve(instantiate(config.protocol))
     assert (policy.num_sink, policy.num_recent, policy.dense_layers) == (0, 0, 2)
     assert (policy.head_scope, policy.aggregation) == ("kv_head", "native")
     config = resolved("method=loki", "protocol=native", "k=64")
-    policy = make_method(config.method).effective_policy(instantiate(config.protocol))
+    _, policy = make_method(config.method).resolve(instantiate(config.protocol))
     assert (policy.dense_layers, policy.head_scope) == (0, "query_head")
 
 

@@ -19,9 +19,9 @@ from pieces import scoring
 from inner import rules
 
 class Mine(Quest):
-    def score(self, encoded, index):
+    def score(self, encoded, index, context):
         import lazy
-        return 1.0 * super().score(encoded, index)
+        return 1.0 * super().score(encoded, index, context)
 """
 FILES = {
     "mine.py": MINE,
