@@ -50,7 +50,8 @@ def artifact_spec(
 
 def fit_source(method: AnyMethod) -> str:
     """Return the digest of the code that fits a method, without the code that all methods share."""
-    return code_digest(modules_of(method), folders=("methods",), without=[TopKMethod.__module__])
+    shared = [TopKMethod.__module__, LearningMethod.__module__]
+    return code_digest(modules_of(method), folders=("methods",), without=shared)
 
 
 def prepare_method(
