@@ -229,7 +229,15 @@ class TopKMethod(ABC, Generic[IndexT, QueryT]):
             geometry: The model's.
             policy: As ``resolve`` returned it; None to ask about the model alone.
         """
+        if self.traits.per_kv_head and policy is not None and policy.head_scope == "query_head":
+            return self._per_kv_head_reason()
         return None
+
+    def _per_kv_head_reason(self) -> str:
+        return (
+            f"head_scope must be kv_head for {self.name}, whose scores are per KV head, got "
+            "query_head."
+        )
 
     # The index ----------------------------------------------------------------------------------
 
@@ -380,17 +388,6 @@ class ScoringMethod(TopKMethod[IndexT, QueryT]):
     """
 
     score_kind: ClassVar[ScoreKind] = "count"
-
-    def unsupported_reason(self, geometry: Geometry, policy: Policy | None = None) -> str | None:
-        if self.traits.per_kv_head and policy is not None and policy.head_scope == "query_head":
-            return self._per_kv_head_reason()
-        return None
-
-    def _per_kv_head_reason(self) -> str:
-        return (
-            f"head_scope must be kv_head for {self.name}, whose scores are per KV head, got "
-            "query_head."
-        )
 
     def encode(self, index: IndexT, context: StepContext) -> QueryT:
         """Return the queries in the form that ``score`` takes; by default ``[B, Hkv, G, d]``."""

@@ -39,7 +39,7 @@ class Evicting(QueryIndependentMethod[IndexT]):
                 f"head_scope must be kv_head for {self.name} with mode=compact, since a KV head's "
                 "tokens are freed for all its queries, got query_head; use mode=masked."
             )
-        return None
+        return super().unsupported_reason(geometry, policy)
 
     def tokens_in_memory(self, n: int, k: int) -> int:
         """Return how many of ``n`` tokens a budget of ``k`` leaves in memory, at most."""
