@@ -42,8 +42,8 @@ class GenerationTask(Task):
     Attributes:
         question: ``"sparse"`` decodes the question with the method, ``"dense"`` prefills it.
         batch_size: At most this many prompts decode together.
-        timed_prompts: Number of prompts on which speed is measured.
-        judged_prompts: Number of prompts on which selection quality is measured.
+        timed_prompts: Number of prompts on which speed is measured; 0 measures none.
+        judged_prompts: Number of prompts on which selection quality is measured; 0 measures none.
     """
 
     name: str = "generation"
@@ -61,8 +61,9 @@ class GenerationTask(Task):
     def __post_init__(self) -> None:
         if self.question not in ("sparse", "dense"):
             raise ValueError(f"question must be sparse or dense, got {self.question!r}.")
-        for knob in ("batch_size", "timed_prompts", "judged_prompts"):
-            check_whole(f"task.{knob}", getattr(self, knob))
+        check_whole("task.batch_size", self.batch_size)
+        for knob in ("timed_prompts", "judged_prompts"):
+            check_whole(f"task.{knob}", getattr(self, knob), least=0)
 
     @abstractmethod
     def samples(self, loaded: LoadedModel) -> list[Sample]:
@@ -110,12 +111,12 @@ class GenerationTask(Task):
         shared["density_all"] = density_of_all_layers(context, shared["kv_len"], density)
         # A step over at most k tokens selects nothing, so it is not timed or measured.
         timed = [prompt for prompt in sparse_prompts if prompt.num_tokens >= k]
-        if timed or not context.method.selects:
+        if self.timed_prompts and (timed or not context.method.selects):
             timed = spread_over_subtasks(timed or prompts, self.timed_prompts)
             bytes_read = shared["bytes_read_per_step"]
             shared |= context.keep("speed", lambda: speed(context, timed, bytes_read))
         # A method that frees tokens cannot be compared with full attention over all of them.
-        if context.method.selects and not context.method.compacts:
+        if self.judged_prompts and context.method.selects and not context.method.compacts:
             measured = spread_over_subtasks(sparse_prompts, self.judged_prompts)
             shared |= context.keep("selections", lambda: measure_selection(context, measured))
         scored = []
