@@ -20,7 +20,7 @@ KERNEL_APIS = tuple(
     f"topkbench.kernels.{path.parent.name}.api" for path in (ROOT / "kernels").glob("*/api.py")
 )
 
-CONTRACT = tuple(f"topkbench.methods.{name}" for name in ("base", "policy", "softcap", "states"))
+CONTRACT = tuple(f"topkbench.methods.{name}" for name in ("base", "captured", "learning", "policy", "softcap", "states"))
 # What each folder may import besides its own modules and the standard library.
 ALLOWED = {
     "kernels": ("torch", "triton", "numba", "llvmlite", "numpy"),
@@ -90,6 +90,19 @@ def test_a_folder_imports_what_the_table_allows(folder: str) -> None:
         )
         not_allowed += [f"{place}: {name}" for name in imports(path) if not is_under(name, allowed)]
     assert not_allowed == []
+
+
+def test_what_times_a_layer_imports_kernels_and_methods_alone() -> None:
+    bare = ("bench", "experiments", "layer", "outcome", "planted", "variants")
+    files = [*(ROOT / "harness" / f"{name}.py" for name in bare)]
+    files += (ROOT / "harness" / "gpu_check").glob("*.py")
+    allowed = (
+        *("torch", "triton", "topkbench.kernels", "topkbench.methods", *sys.stdlib_module_names),
+        *("topkbench.harness.gpu_check", *(f"topkbench.harness.{name}" for name in bare)),
+    )
+    found = [f"{path.name}: {name}" for path in files for name in imports(path)
+             if not is_under(name, allowed)]  # fmt: skip
+    assert found == []
 
 
 def test_implementations_of_a_kernel_do_not_import_each_other() -> None:
@@ -178,7 +191,10 @@ def test_the_entry_point_names_no_method_and_no_task() -> None:
 
 def test_tasks_and_harness_name_no_selecting_method() -> None:
     distinctive = set(METHODS) - PLAIN_WORDS
-    code = [*code_of("tasks"), *code_of("harness")]
+    # What has no configuration says itself what it times, and what it compares with the goals.
+    named = ("harness/variants.py", "harness/gpu_check/__main__.py")
+    code = [path for folder in ("tasks", "harness") for path in code_of(folder)]
+    code = [path for path in code if path.relative_to(ROOT).as_posix() not in named]
     found = {path.name: sorted(words_of_code(path) & distinctive) for path in code}
     assert {name: words for name, words in found.items() if words} == {}
 
