@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from topkbench.analysis import kernels, tables
+from topkbench.analysis import kernels, style, tables
 from topkbench.analysis.break_even import MODELS, ModelSize, break_even_table, model_sizes
 from topkbench.analysis.configurations import Comparison, compare
 from topkbench.analysis.files import translate_os_error, write_atomic
@@ -158,6 +158,19 @@ def build(
     samples = _merge([samples for _, samples in loaded]).infer_objects()
     if not len(rows):
         raise RecordError(f"{paths[0]} must hold at least one row, but no cell has begun.")
+    with style.recorded(rows):
+        return _write(rows, samples, paths, out, models, published)
+
+
+def _write(
+    rows: pd.DataFrame,
+    samples: pd.DataFrame,
+    paths: Sequence[Path],
+    out: str | Path | None,
+    models: Mapping[str, ModelSize],
+    published: bool,
+) -> Path:
+    """Write what `build` says from rows that were read from paths; return the HTML file's path."""
     first = paths[0] if paths[0].is_dir() else paths[0].parent
     place = Path(out) if out is not None else first if len(paths) == 1 else first.parent / "merged"
     folder = place.absolute()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -96,6 +97,10 @@ class Row:
     """Requested prompt length, in tokens of the model."""
     method: str
     """Name of the method's configuration."""
+    method_label: str | None = None
+    """The method's name in tables and figures, of its configuration; None if it has none."""
+    method_colour: str | None = None
+    """The method's colour in figures as ``#RRGGBB``, of its configuration; None if it has none."""
     impl: str | None = None
     """Kernel implementation that ran: reference, cpu, triton, or one per operator."""
     full_backend: str | None = None
@@ -263,8 +268,8 @@ class Row:
         """Check types, the status's rules and the parameters' names.
 
         Raises:
-            RecordError: If a value has the wrong type, a speed stands in a row that is not ok, a
-                reason is missing, or a parameter hides a column.
+            RecordError: If a value has the wrong type, a colour is not ``#RRGGBB``, a speed stands
+                in a row that is not ok, a reason is missing, or a parameter hides a column.
         """
         try:
             self.status = Status(self.status)
@@ -281,6 +286,8 @@ class Row:
                 or (isinstance(value, float) and math.isinf(value))
             ):
                 raise RecordError(f"{name} must be {text}, got {value!r}.")
+        if self.method_colour and not re.fullmatch("#[0-9A-Fa-f]{6}", self.method_colour):
+            raise RecordError(f"a colour must be a quoted '#RRGGBB', got {self.method_colour!r}.")
         if self.status is not Status.OK:
             empty = (*SPEED_COLUMNS, *RESULT_COLUMNS, *PAIRED_COLUMNS)
             given = [name for name in empty if getattr(self, name) is not None]

@@ -1,15 +1,27 @@
-"""The style table: a method looks the same in every figure of every report.
+"""Styles: a method looks the same in every figure of every report.
 
-Colours are Okabe and Ito's (Color Universal Design, 2008), plus an indigo and a brown that are as
-distinct from them with all common kinds of colour vision. No two methods share colour and marker;
-those that share a colour also differ in line style.
+A method's label and colour are those of its ``conf/method/NAME.yaml``, or, of a method outside the
+repository, those that its rows recorded. Colours are Okabe and Ito's (Color Universal Design,
+2008), plus an indigo and a brown that are as distinct from them with all common kinds of colour
+vision. No two methods share colour and marker; those that share a colour also differ in line style.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+import pandas as pd
+import yaml
+
+METHODS = Path(__file__).resolve().parents[1] / "conf" / "method"
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, RED, PINK, GREY = "#0072B2", "#D55E00", "#CC79A7", "#6E6E6E"
@@ -33,27 +45,30 @@ class Style:
     line: Line
 
 
-STYLES: dict[str, Style] = {
-    "full": Style("Full attention", GREY, "D", SOLID),
-    "exact": Style("Exact top-k", BLACK, "s", SOLID),
-    "block_oracle": Style("Exact pages", BLACK, "^", DASHED),
-    "hata": Style("HATA", RED, "o", SOLID),
-    "quest": Style("Quest", BLUE, "^", SOLID),
-    "loki": Style("Loki", GREEN, "v", SOLID),
-    "streaming_llm": Style("StreamingLLM", ORANGE, "X", SOLID),
-    "sparq": Style("SparQ", PINK, "P", SOLID),
-    "magicpig": Style("MagicPIG", ORANGE, "p", DASHED),
-    "infinigen": Style("InfiniGen", SKY, "<", SOLID),
-    "double_sparsity": Style("Double Sparsity", PINK, ">", DASHED),
-    "h2o": Style("H2O", BROWN, "h", DASHED),
-    "snapkv": Style("SnapKV", INDIGO, "d", DOTTED),
-    "spatten": Style("SpAtten", SKY, "*", DASH_DOT),
-    "hash_attention": Style("HashAttention", INDIGO, "p", DASH_DOT),
-    "twilight": Style("Twilight", BLUE, "*", DASH_DOT),
-    "pqcache": Style("PQCache", GREEN, "h", DOTTED),
-    "random": Style("Random", GREY, "X", DOTTED),
+MARKS: dict[str, tuple[str, Line]] = {
+    "full": ("D", SOLID),
+    "exact": ("s", SOLID),
+    "block_oracle": ("^", DASHED),
+    "hata": ("o", SOLID),
+    "quest": ("^", SOLID),
+    "loki": ("v", SOLID),
+    "streaming_llm": ("X", SOLID),
+    "sparq": ("P", SOLID),
+    "magicpig": ("p", DASHED),
+    "infinigen": ("<", SOLID),
+    "double_sparsity": (">", DASHED),
+    "h2o": ("h", DASHED),
+    "snapkv": ("d", DOTTED),
+    "spatten": ("*", DASH_DOT),
+    "hash_attention": ("p", DASH_DOT),
+    "twilight": ("*", DASH_DOT),
+    "pqcache": ("h", DOTTED),
+    "random": ("X", DOTTED),
 }
-"""Styles by method name, in the order of every legend."""
+"""Markers and line styles by method name, in the order of every legend.
+
+A method without an entry comes last, and its marker and line style follow from its name.
+"""
 
 PROJECTIONS: dict[str, tuple[str, str]] = {
     "random": ("Gaussian", GREY),
@@ -115,17 +130,50 @@ RC_PARAMS: dict[str, Any] = {
 """Matplotlib settings of every figure."""
 
 
+_RECORDED: ContextVar[Mapping[str, Style]] = ContextVar("_RECORDED", default=MappingProxyType({}))
+
+
 def style(method: str) -> Style:
-    """Return a method's style; that of an unknown name is derived from the digest of the name."""
-    if method in STYLES:
-        return STYLES[method]
+    """Return a method's style; what is not chosen for it is derived from the digest of its name."""
+    return shipped().get(method) or _RECORDED.get().get(method) or _chosen(method)
+
+
+@functools.cache
+def shipped() -> dict[str, Style]:
+    """Return the styles of the methods that ship, by name in the order of every legend."""
+    found = {}
+    for name in sorted((path.stem for path in METHODS.glob("*.yaml")), key=order):
+        settings = yaml.safe_load((METHODS / f"{name}.yaml").read_text(encoding="utf-8"))
+        found[name] = _chosen(name, settings.get("label"), settings.get("colour"))
+    return found
+
+
+@contextlib.contextmanager
+def recorded(rows: pd.DataFrame) -> Iterator[None]:
+    """Within the block, a method that does not ship has the label and colour of its newest row.
+
+    Args:
+        rows: Rows with the columns ``method``, ``method_label``, ``method_colour``, ``started_at``.
+    """
+    ordered = rows.sort_values("started_at", kind="stable", na_position="first")
+    newest = ordered.groupby("method")[["method_label", "method_colour"]].last()
+    found = {
+        str(name): _chosen(str(name), *(None if pd.isna(one) else str(one) for one in chosen))
+        for name, *chosen in newest.itertuples()
+    }
+    token = _RECORDED.set(found)
+    try:
+        yield
+    finally:
+        _RECORDED.reset(token)
+
+
+def _chosen(method: str, label: str | None = None, colour: str | None = None) -> Style:
     digest = hashlib.sha256(method.encode()).digest()
-    return Style(
-        method,
-        _COLOURS[digest[0] % len(_COLOURS)],
-        _MARKERS[digest[1] % len(_MARKERS)],
-        _LINES[digest[2] % len(_LINES)],
+    marker, line = MARKS.get(
+        method, (_MARKERS[digest[1] % len(_MARKERS)], _LINES[digest[2] % len(_LINES)])
     )
+    return Style(label or method, colour or _COLOURS[digest[0] % len(_COLOURS)], marker, line)
 
 
 def turn(place: int) -> Line:
@@ -147,9 +195,9 @@ def ablation_variant(projection: str, centred: bool, normed: bool) -> Style:
 
 
 def order(method: str) -> tuple[int, str]:
-    """Return a sort key in the order of ``STYLES``, unknown methods last by name."""
-    known = list(STYLES)
-    return (known.index(method) if method in STYLES else len(known), method)
+    """Return a sort key in the order of ``MARKS``, other methods last by name."""
+    known = list(MARKS)
+    return (known.index(method) if method in MARKS else len(known), method)
 
 
 def shade(colour: str, position: float) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
+from topkbench.analysis import style
 from topkbench.analysis.configurations import compare
 from topkbench.analysis.curves import called_by_shape
 from topkbench.analysis.metrics import METRICS
@@ -273,7 +274,8 @@ def summary_table(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> st
         rows: The sweep's rows.
         samples: The sweep's samples, for intervals over several seeds and for bold scores.
     """
-    compared = compare(rows, samples)
+    with style.recorded(rows):
+        compared = compare(rows, samples)
     parts: list[str] = []
     for key, configurations in compared.by_setting():
         top = configurations[configurations.index.isin(compared.overall.index)]

@@ -1,6 +1,7 @@
 """Run one cell: a model, a task and a method, whose artifact is fitted first if it is missing."""
 
 import contextlib
+import functools
 import re
 import sys
 import time
@@ -49,7 +50,8 @@ def artifact_spec(
 
 def fit_source(method: AnyMethod) -> str:
     """Return the digest of the code that fits a method, without the code that all methods share."""
-    return code_digest(modules_of(method), folders=("methods",), without=[TopKMethod.__module__])
+    shared = [TopKMethod.__module__, LearningMethod.__module__]
+    return code_digest(modules_of(method), folders=("methods",), without=shared)
 
 
 def prepare_method(
@@ -166,7 +168,8 @@ def environment(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def libraries() -> dict[str, str | None]:
+@functools.cache
+def libraries() -> Mapping[str, str | None]:
     """Return the versions of the libraries that results depend on; None if not installed."""
     installed: dict[str, str | None] = {}
     for name in ("torch", "numba", "triton", "transformers", "tokenizers", "numpy"):

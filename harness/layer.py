@@ -202,8 +202,8 @@ class Layer:
                 torch.equal(_sorted_units(by_fast), _sorted_units(selection)),
                 "the selection must be the reference's for the same scores, got a different one.",
             )
-        found, expected = (one.attend(self.context, selection)[0] for one in (fast, reference))
-        self._compare("output", found, expected, near_tolerance(found.dtype))
+        out, expected = (one.attend(self.context, selection)[0] for one in (fast, reference))
+        self._compare("output", out, expected, near_tolerance(out.dtype))
 
     def _compare_scores(self, ranking: Ranking[Any]) -> None:
         """Compare the scores of the same encoded queries, whole numbers exactly."""
@@ -221,17 +221,19 @@ class Layer:
     def _chosen(
         self, method: AnyMethod, ranking: Ranking[Any] | None = None
     ) -> tuple[Selection, Ranking[Any] | None]:
-        """Return what a method chooses, from a given ranking if it ranks.
+        """Return what a method chooses, by the given scores if there are any.
 
-        The choice may change an index that depends on history, so it is made on a copy.
+        Choosing may change an index that depends on history, so it works on a copy of that.
         """
         index = self.index
         if method.traits.index == "history":
             index = copy.deepcopy(index)
         if ranking is not None and isinstance(method, ScoringMethod):
             return method.select(ranking, index, self.context), ranking
-        selection, found = method.choose(index, self.context, lambda stage: nullcontext(), ranking)
-        return selection, found
+        chosen: tuple[Selection, Ranking[Any] | None] = method.choose(
+            index, self.context, lambda stage: nullcontext(), ranking
+        )
+        return chosen
 
     @property
     def _tolerance(self) -> float:

@@ -19,6 +19,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,6 +54,8 @@ PREFILL_FOLDER = "TOPKBENCH_PREFILL"
 PREFILL_PREFIX = "topkbench-prefill-"
 # Settings of a method that have a column of their own, or are no parameter of it.
 NOT_PARAMETERS = {"_target_", "rbit", "seed", "impl", "native", "backend"}
+# What a method's configuration holds for tables and figures; no setting of the method.
+APPEARANCE = ("label", "colour")
 # Settings of the policy, besides k, that distinguish cells.
 POLICY_PARAMETERS = ("num_sink", "num_recent", "dense_layers", "head_scope", "aggregation")
 # Settings that say where things are kept, not what is computed.
@@ -69,22 +72,42 @@ def progress(items: Sequence[Any], label: str) -> Iterable[Any]:
     return tqdm(items, desc=label, disable=None, leave=False)
 
 
-_MODELS: dict[str, tuple[Any, Any]] = {}
-_FITTED: set[str] = set()
+@dataclass
+class Kept:
+    """What a process keeps between the cells of one sweep.
 
-
-def model_and_store(model_config: str, cache_dir: str, memory_gib: float | None) -> tuple[Any, Any]:
-    """Return a model, loaded once in a process, and the store of its prefills.
-
-    A sweep over models comes back to each of them, so loaded models are kept as long as there is
-    memory for one more; else all of them are dropped before the next is loaded.
+    Attributes:
+        models: Loaded models with the stores of their prefills, by configuration.
+        fitted: Artifacts that were fitted again, by identity.
+        done: Cells that have ended.
+        reported: Errors that were printed.
     """
-    if model_config not in _MODELS:
-        sizes = [loaded.model.get_memory_footprint() for loaded, _ in _MODELS.values()]
-        if sizes and 4 * max(sizes) > psutil.virtual_memory().available:
-            _MODELS.clear()
-        _MODELS[model_config] = _load(model_config, cache_dir, memory_gib)
-    return _MODELS[model_config]
+
+    models: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    fitted: set[str] = field(default_factory=set)
+    done: set[str] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
+
+    def model_and_store(
+        self, model_config: str, cache_dir: str, memory_gib: float | None
+    ) -> tuple[Any, Any]:
+        """Return a model, loaded once, and the store of its prefills.
+
+        A sweep over models comes back to each of them, so loaded models are kept as long as there
+        is memory for one more; else all of them are dropped before the next is loaded.
+        """
+        if model_config not in self.models:
+            sizes = [loaded.model.get_memory_footprint() for loaded, _ in self.models.values()]
+            if sizes and 4 * max(sizes) > psutil.virtual_memory().available:
+                self.models.clear()
+            self.models[model_config] = _load(model_config, cache_dir, memory_gib)
+        return self.models[model_config]
+
+
+@functools.lru_cache(maxsize=1)
+def kept_in(folder: str) -> Kept:
+    """Return what this process keeps for the sweep of a folder; another sweep starts anew."""
+    return Kept()
 
 
 def _load(model_config: str, cache_dir: str, memory_gib: float | None) -> tuple[Any, Any]:
@@ -115,20 +138,22 @@ def bandwidth(device: str) -> float:
 class Run:
     """The objects of one composed configuration, and the keys that identify its results."""
 
-    def __init__(self, config: DictConfig) -> None:
-        self.config = config
+    def __init__(self, config: DictConfig, kept: Kept) -> None:
+        self.config, self.kept = config, kept
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         assert isinstance(resolved, dict)
         self.settings: dict[str, Any] = {str(name): value for name, value in resolved.items()}
+        self.appearance = {name: self.settings["method"].get(name) for name in APPEARANCE}
+        self.settings["method"] = method_settings(self.settings["method"])
         # Bad settings of these are errors at once, before a model is loaded.
-        self.method = hydra.utils.instantiate(config.method)
+        self.method = make_method(config.method)
         self.policy = hydra.utils.instantiate(config.protocol)
         self.task = hydra.utils.instantiate(config.task)
         self.texts = hydra.utils.instantiate(config.calibration)
         self.tracker = hydra.utils.instantiate(config.tracker)
         launcher = HydraConfig.get().launcher._target_
         alone = launcher.endswith("BasicLauncher")
-        self.loaded, self.store = model_and_store(
+        self.loaded, self.store = kept.model_and_store(
             json.dumps(self.settings["model"]),
             self.settings["cache_dir"],
             # Processes of a parallel launcher share prefills only through files.
@@ -145,8 +170,8 @@ class Run:
         memory_gib = self.settings["calibration_memory_gib"]
         # Several cells use the same artifact; with force=true a process fits it once.
         name = identity({part: self.settings[part] for part in ("model", "method", "calibration")})
-        refit = self.settings["force"] and self.task.refits and name not in _FITTED
-        _FITTED.add(name)
+        refit = self.settings["force"] and self.task.refits and name not in self.kept.fitted
+        self.kept.fitted.add(name)
         with tqdm(desc=f"{method.name} learns", disable=None, leave=False) as bar:
 
             def show(done: int, total: int) -> None:
@@ -255,6 +280,7 @@ class Run:
             # Official files have the length they were made at, whatever ours would be.
             length=None if task.get("source") else task.get("length"),
             method=self.method.name,
+            **{f"method_{name}": value for name, value in self.appearance.items()},
             impl=implementations(self.payload["method"]["impl"]),
             full_backend=self.settings["full_backend"],
             protocol=self.policy.protocol if selects else None,
@@ -266,7 +292,7 @@ class Run:
                 name: value if isinstance(value, str | int | float | None) else str(value)
                 for name, value in {**rules, **fitted_on, **parameters(method)}.items()
             },
-            artifact_digest=self.method.artifact_digest or None,
+            artifact_digest=None if self.artifact is None else self.artifact.digest,
             artifact_code=self._artifact_code(),
             model_digest=self.payload["model"].get("digest"),
             code_digest=self.code,
@@ -348,6 +374,25 @@ class Run:
         return rows, outcome.samples
 
 
+def make_method(config: DictConfig) -> Any:
+    """Return the method of a configuration's node ``method``.
+
+    Args:
+        config: Its settings with ``_target_``, and its label and colour, which are no settings.
+    """
+    resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return hydra.utils.instantiate(method_settings(resolved))
+
+
+def method_settings(method: dict[str, Any]) -> dict[str, Any]:
+    """Return a method's settings without its label and colour, and those of a method inside it."""
+    return {
+        name: method_settings(value) if isinstance(value, dict) and "_target_" in value else value
+        for name, value in method.items()
+        if name not in APPEARANCE
+    }
+
+
 def parameters(method: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a method that have no column of their own.
 
@@ -390,17 +435,18 @@ def compared_with(run: Run) -> Run:
         return run
     config = copy.deepcopy(run.config)
     config.method = OmegaConf.load(CONF / "method" / "full.yaml")
-    return Run(config)
+    return Run(config, run.kept)
 
 
-def run_or_reuse(run: Run, sweep: Sweep, done: set[str]) -> Cell:
+def run_or_reuse(run: Run, sweep: Sweep) -> Cell:
     """Return a finished cell: found on disk or run now, one process at a time."""
+    done = run.kept.done
     cell = sweep.store.cell(run.identity)
     sweep.append(cell.identity)
     full = compared_with(run)
     full_cell = None
     if run.task.needs_full and full is not run:
-        full_cell = run_or_reuse(full, sweep, done)
+        full_cell = run_or_reuse(full, sweep)
     with cell.lock():
         # Several combinations of settings lead to one cell, which a process runs once, even if it
         # fails.
@@ -462,32 +508,29 @@ def sentence(error: BaseException) -> str:
     return text or type(error).__name__
 
 
-_DONE: set[str] = set()
-_REPORTED: set[str] = set()
-
-
 def job(config: DictConfig) -> float | None:
     """Run one cell of a sweep, or the only one; return its score, for sweepers that ask."""
     state = HydraConfig.get()
     folder = state.sweep.dir if state.mode == RunMode.MULTIRUN else state.run.dir
-    sweep = Sweep.open(folder)
+    sweep, kept = Sweep.open(folder), kept_in(folder)
     try:
-        rows = run_or_reuse(Run(config), sweep, _DONE).read()
+        rows = run_or_reuse(Run(config, kept), sweep).read()
     except Exception as error:
         # The configuration is wrong, or its method cannot be fitted: a row says so, its log has the
         # traceback, and the sweep goes on.
-        record_config_error(error, config, sweep)
+        record_config_error(error, config, sweep, kept)
         return None
     return next((row.score for row in rows if row.subtask == "mean"), None)
 
 
-def record_config_error(error: Exception, config: DictConfig, sweep: Sweep) -> None:
+def record_config_error(error: Exception, config: DictConfig, sweep: Sweep, kept: Kept) -> None:
     """Print once why a configuration cannot be run, and write a row with the same reason."""
     reason = sentence(error)
-    if reason not in _REPORTED:
-        _REPORTED.add(reason)
+    if reason not in kept.reported:
+        kept.reported.add(reason)
         print(f"error: {reason}", file=sys.stderr, flush=True)
-    settings = OmegaConf.to_container(config, resolve=True)
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    settings["method"] = method_settings(settings["method"])
     run_id = identity({"config_error": json.dumps(settings, sort_keys=True, default=str)})
     choices = HydraConfig.get().runtime.choices
     row = Row(
@@ -594,6 +637,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module="hydra")
     wrapped = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    kept_in.cache_clear()
     try:
         with prefill_folder():
             wrapped(job)()

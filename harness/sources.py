@@ -46,7 +46,12 @@ def code_digest(
             continue
         files[name] = path
         # Importing a module also runs its package.
-        pending += [*_source(path, name)[1], name.rpartition(".")[0]]
+        package = name.rpartition(".")[0]
+        pending += [*_source(path, name)[1], package]
+        if path.parent.parent == ROOT / "kernels" and path.name == "api.py":
+            # The files beside an operator's api are its implementations: kernels/dispatch.py
+            # imports the one that it chooses by a name computed at run time.
+            pending += [f"{package}.{beside.stem}" for beside in path.parent.glob("*.py")]
     outside = {path.parent for path in files.values() if not path.is_relative_to(ROOT)}
     for name, path in _loaded_from(outside).items():
         files.setdefault(name, path)
@@ -56,6 +61,8 @@ def code_digest(
 
 def _loaded_from(folders: Collection[Path]) -> dict[str, Path]:
     """Return the files of all modules that were loaded from the folders, by module name."""
+    if not folders:
+        return {}
     loaded = [(name, getattr(one, "__file__", None)) for name, one in list(sys.modules.items())]
     files = {name: Path(file) for name, file in loaded if file}
     return {

@@ -2,14 +2,18 @@
 
 import os
 import threading
+from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from types import ModuleType
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
 Impl = Literal["auto", "reference", "cpu", "triton"]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 OPERATORS = (
     "hash_encode",
@@ -24,11 +28,37 @@ OPERATORS = (
 )
 """The operators with several implementations; full attention has backends instead."""
 
-# The file that holds each implementation, inside the operator's folder.
-_FILES = {"reference": "reference.py", "cpu": "cpu.py", "triton": "fused.py"}
+# The module that holds each implementation, inside the operator's folder.
+_MODULES = {"reference": "reference", "cpu": "cpu", "triton": "fused"}
 
 # The number of threads last set in numba, which numba stores per Python thread.
 _numba_threads = threading.local()
+
+
+def implementation(reference: Function, impl: Impl, device: torch.device) -> Function:
+    """Return the implementation of an operator that runs on a device, as ``resolve`` chooses it.
+
+    Args:
+        reference: The function in the operator's ``reference.py``. The other implementations are
+            functions of the same name and parameters, in ``cpu.py`` and ``fused.py`` beside it.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        device: Device of the operator's tensors.
+
+    Raises:
+        ValueError: If ``impl`` cannot be used; see ``resolve``.
+    """
+    folder = reference.__module__.rpartition(".")[0]
+    chosen = resolve(folder.rpartition(".")[2], impl, device)
+    if chosen == "reference":
+        return reference
+    function: Function = getattr(_module(folder, chosen), reference.__name__)
+    return function
+
+
+@cache
+def _module(folder: str, chosen: str) -> ModuleType:
+    """Import an implementation when it is first called: only then is its compiler needed."""
+    return import_module(f"{folder}.{_MODULES[chosen]}")
 
 
 def resolve(op: str, impl: Impl, device: torch.device) -> str:
@@ -50,7 +80,8 @@ def resolve(op: str, impl: Impl, device: torch.device) -> str:
         ValueError: If the name is unknown, the operator has no such implementation, the package
             that it needs is not installed, or the device cannot run it.
     """
-    chosen = _choose(op, impl, device.type, interpreted())
+    # The environment is read only if it matters: that takes longer than the rest.
+    chosen = _choose(op, impl, device.type, impl == "triton" and interpreted())
     if chosen == "cpu" and torch.get_num_threads() != getattr(_numba_threads, "count", 0):
         _prepare_numba()
     return chosen
@@ -68,7 +99,7 @@ def _choose(op: str, impl: str, device_type: str, interpreted: bool) -> str:
         return fastest if available else "reference"
     if not _exists(op, impl):
         raise ValueError(
-            f"impl={impl!r} needs {_FILES[impl]}, which {op} does not have; use impl='auto'."
+            f"impl={impl!r} needs {_MODULES[impl]}.py, which {op} does not have; use impl='auto'."
         )
     needed = {"cpu": "cpu", "triton": "cuda"}.get(impl, device_type)
     if impl == "triton" and interpreted and device_type == "cpu":
@@ -87,7 +118,7 @@ def _choose(op: str, impl: str, device_type: str, interpreted: bool) -> str:
 
 
 def _exists(op: str, impl: str) -> bool:
-    return (Path(__file__).parent / op / _FILES[impl]).is_file()
+    return (Path(__file__).parent / op / f"{_MODULES[impl]}.py").is_file()
 
 
 def has_triton() -> bool:

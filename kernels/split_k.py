@@ -1,4 +1,4 @@
-"""Shared by the Triton attention kernels: the soft cap's tanh, and the merging of split-K parts."""
+"""Shared by the Triton attention kernels: the soft cap's tanh, and split-K's parts."""
 
 import triton
 import triton.language as tl
@@ -39,6 +39,42 @@ def tanh(x: tl.tensor) -> tl.tensor:
     decay = tl.exp(-2.0 * tl.abs(x))
     large = (1.0 - decay) / (1.0 + decay)
     return tl.where(tl.abs(x) < 0.5, x * above / below, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def store_part(
+    means: tl.tensor,
+    lse: tl.tensor,
+    place: tl.tensor,
+    is_query: tl.tensor,
+    dims: tl.tensor,
+    maximum: tl.tensor,
+    denominator: tl.tensor,
+    sums: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+) -> None:
+    """Write the online softmax of one part, for a tile of queries, as ``merge`` reads it.
+
+    Args:
+        means: ``[parts, B, Hq, d]``, of which row ``place`` is written for each query.
+        lse: ``[parts, B, Hq]``.
+        place: ``[PADDED_GROUP]`` each query's row in them.
+        is_query: ``[PADDED_GROUP]`` whether it is a query or padding.
+        dims: ``[PADDED_DIM]`` channels from 0.
+        maximum: ``[PADDED_GROUP]`` largest logit.
+        denominator: ``[PADDED_GROUP]`` sum of the exponentials of logits minus the maximum.
+        sums: ``[PADDED_GROUP, PADDED_DIM]`` values, weighted by these exponentials.
+        HEAD_DIM: Number of channels.
+    """
+    counted = denominator > 0
+    divisor = tl.where(counted, denominator, 1.0)
+    part_lse = tl.where(counted, maximum + tl.log(divisor), float("-inf"))
+    tl.store(lse + place, part_lse, mask=is_query)
+    tl.store(
+        means + place[:, None] * HEAD_DIM + dims[None, :],
+        sums / divisor[:, None],
+        mask=is_query[:, None] & (dims < HEAD_DIM)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=["parts", "num_queries"])

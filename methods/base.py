@@ -229,6 +229,8 @@ class TopKMethod(ABC, Generic[IndexT, QueryT]):
             geometry: The model's.
             policy: As ``resolve`` returned it; None to ask about the model alone.
         """
+        if policy is not None and policy.head_scope == "query_head" and self.traits.per_kv_head:
+            return _per_kv_head_reason(self.name)
         return None
 
     # The index ----------------------------------------------------------------------------------
@@ -333,6 +335,8 @@ class TopKMethod(ABC, Generic[IndexT, QueryT]):
             with watch("select"):
                 selection = Selection.everything(cache)
         else:
+            if context.policy.head_scope == "query_head" and self.traits.per_kv_head:
+                raise ValueError(_per_kv_head_reason(self.name))
             selection, ranking = self.choose(index, context, watch, given)
         with watch("attend"):
             out, lse = self.attend(context, selection)
@@ -381,17 +385,6 @@ class ScoringMethod(TopKMethod[IndexT, QueryT]):
 
     score_kind: ClassVar[ScoreKind] = "count"
 
-    def unsupported_reason(self, geometry: Geometry, policy: Policy | None = None) -> str | None:
-        if self.traits.per_kv_head and policy is not None and policy.head_scope == "query_head":
-            return self._per_kv_head_reason()
-        return None
-
-    def _per_kv_head_reason(self) -> str:
-        return (
-            f"head_scope must be kv_head for {self.name}, whose scores are per KV head, got "
-            "query_head."
-        )
-
     def encode(self, index: IndexT, context: StepContext) -> QueryT:
         """Return the queries in the form that ``score`` takes; by default ``[B, Hkv, G, d]``."""
         return cast(QueryT, context.query_states)
@@ -418,7 +411,10 @@ class ScoringMethod(TopKMethod[IndexT, QueryT]):
             rule = (policy.aggregation, self.score_kind)
             return aggregate(scores, *rule, context.scale, context.softcap, impl)
         if policy.head_scope == "query_head":
-            raise ValueError(self._per_kv_head_reason())
+            raise ValueError(
+                f"{self.name} must declare per_kv_head in its traits, as its scores have no axis "
+                "of query heads."
+            )
         return scores
 
     def select(self, ranking: Ranking[QueryT], index: IndexT, context: StepContext) -> Selection:
@@ -506,6 +502,10 @@ def with_impl(method: AnyMethod, impl: Impl | Mapping[str, Impl]) -> AnyMethod:
 def kv_bytes(geometry: Geometry, tokens: int) -> int:
     """Return the bytes of the keys and values of ``tokens`` tokens, in one layer, all KV heads."""
     return 2 * tokens * geometry.num_kv_heads * geometry.head_dim * geometry.dtype_bytes
+
+
+def _per_kv_head_reason(name: str) -> str:
+    return f"head_scope must be kv_head for {name}, whose scores are per KV head, got query_head."
 
 
 def _unwatched(stage: str) -> AbstractContextManager[None]:

@@ -18,7 +18,6 @@ from topkbench.methods.base import (
     ScoringMethod,
     StepContext,
     check_whole,
-    kv_bytes,
 )
 from topkbench.methods.four_bits import bytes_per_token, dequantise, quantise
 from topkbench.methods.learning import ArtifactSpec, LayerStates, LearningMethod, LossReport
@@ -234,9 +233,6 @@ class DoubleSparsity(
         if self.label_bits == 4:
             return float(heads * bytes_per_token(channels))
         return float(heads * channels * geometry.dtype_bytes)
-
-    def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
-        return round(n * self.index_bytes_per_token(geometry)) + kv_bytes(geometry, read)
 
 
 def _in_channels(states: Tensor, channels: Tensor) -> Tensor:

@@ -34,12 +34,13 @@ class Evicting(QueryIndependentMethod[IndexT]):
         return self.mode == "compact"
 
     def unsupported_reason(self, geometry: Geometry, policy: Policy | None = None) -> str | None:
+        reason = super().unsupported_reason(geometry, policy)
         if policy is not None and policy.head_scope == "query_head" and self.compacts:
-            return (
+            return reason or (
                 f"head_scope must be kv_head for {self.name} with mode=compact, since a KV head's "
                 "tokens are freed for all its queries, got query_head; use mode=masked."
             )
-        return None
+        return reason
 
     def tokens_in_memory(self, n: int, k: int) -> int:
         """Return how many of ``n`` tokens a budget of ``k`` leaves in memory, at most."""

@@ -11,7 +11,6 @@ from topkbench.methods.base import (
     FollowsAttention,
     Geometry,
     Index,
-    Policy,
     PrefillInputs,
     Selection,
     StepContext,
@@ -70,7 +69,9 @@ class H2O(Evicting[H2OIndex], FollowsAttention[H2OIndex]):
     """
 
     name: ClassVar[str] = "h2o"
-    traits: ClassVar[Traits] = Traits(needs=frozenset({"column_sums"}), index="history")
+    traits: ClassVar[Traits] = Traits(
+        needs=frozenset({"column_sums"}), index="history", per_kv_head=True
+    )
 
     heavy_share: float = 0.5
 
@@ -93,11 +94,6 @@ class H2O(Evicting[H2OIndex], FollowsAttention[H2OIndex]):
     def append(self, index: H2OIndex, key_states: Tensor, value_states: Tensor) -> None:
         slot = index.advance()
         index.put(index.sums, slot, index.sums.new_zeros(index.sums.shape[:2]))
-
-    def unsupported_reason(self, geometry: Geometry, policy: Policy | None = None) -> str | None:
-        if policy is not None and policy.head_scope == "query_head":
-            return "head_scope must be kv_head for h2o, whose sums are per KV head, got query_head."
-        return None
 
     def select(self, index: H2OIndex, context: StepContext) -> Selection:
         policy = context.policy

@@ -38,7 +38,7 @@ class MagicPIGIndex(Index):
 
     Attributes:
         entries: int32 ``[B, Hkv, L, capacity]`` slots, sorted by bucket; unused after the prompt.
-        first: int32 ``[B * Hkv * L, 2**K + 1]`` where each bucket begins in its table, and the end.
+        starts: int32 ``[B * Hkv * L, 2**K + 1]`` each bucket's start in its table, and the end.
         mean: float32 ``[B * Hkv, d]`` mean of the prompt's keys.
         planes: float32 ``[1, d, 16 L]`` normals of the hyperplanes: K per table, padded with zeros
             to 16, and one more table of zeros if L is odd.
@@ -47,7 +47,7 @@ class MagicPIGIndex(Index):
     """
 
     entries: Tensor
-    first: Tensor
+    starts: Tensor
     mean: Tensor
     planes: Tensor
     prompt_end: Tensor
@@ -141,7 +141,7 @@ class MagicPIG(ScoringMethod[MagicPIGIndex, Tensor]):
         shape = (batch_size, num_kv_heads, self.num_tables)
         buckets = 2**self.hash_bits
         entries = torch.zeros(*shape, prefill.capacity, dtype=torch.int32, device=keys.device)
-        first = torch.zeros(*shape, buckets + 1, dtype=torch.int32, device=keys.device)
+        starts = torch.zeros(*shape, buckets + 1, dtype=torch.int32, device=keys.device)
         # Offset of each table in the flat counts: its buckets, and one entry for no token.
         tables = torch.arange(self.num_tables, device=keys.device)[:, None] * (buckets + 1)
         for row in range(batch_size):  # one head at a time: its hashes are larger than its keys
@@ -152,10 +152,10 @@ class MagicPIG(ScoringMethod[MagicPIGIndex, Tensor]):
                 entries[row, head, :, :n] = _order(codes)
                 table_codes = (codes + tables).flatten()
                 sizes = table_codes.bincount(minlength=self.num_tables * (buckets + 1))
-                first[row, head, :, 1:] = sizes.view(-1, buckets + 1)[:, :-1].cumsum(1)
+                starts[row, head, :, 1:] = sizes.view(-1, buckets + 1)[:, :-1].cumsum(1)
         return MagicPIGIndex(
             entries=entries,
-            first=first.flatten(0, 2),
+            starts=starts.flatten(0, 2),
             mean=mean.flatten(0, 1),
             planes=planes,
             prompt_end=prefill.bounds()[1].clone(),
@@ -189,8 +189,8 @@ class MagicPIG(ScoringMethod[MagicPIGIndex, Tensor]):
         tables = torch.arange(batch_size * num_kv_heads * num_tables, device=codes.device)
         tables = tables.view(batch_size, num_kv_heads, 1, num_tables).expand_as(codes)
         tables, codes = tables.flatten(), codes.flatten()
-        begin = index.first[tables, codes].long()
-        size = index.first[tables, codes + 1] - begin
+        begin = index.starts[tables, codes].long()
+        size = index.starts[tables, codes + 1] - begin
         bucket = torch.arange(len(size), device=size.device).repeat_interleave(size)
         before = size.cumsum(0) - size
         entry = torch.arange(len(bucket), device=size.device) - before[bucket] + begin[bucket]

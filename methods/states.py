@@ -1,5 +1,6 @@
 """The data passed between a method and its caller: cached states, indices, selections."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, Self, TypeVar
@@ -260,6 +261,21 @@ class Index:
                 padding = (0, 0) * (value.ndim - 3) + (0, capacity - self.capacity)
                 setattr(self, one.name, pad(value, padding))
         self.capacity = capacity
+
+    def first(self, n: int) -> Self:
+        """Return the index without the tokens that were appended since it had ``n`` slots in use.
+
+        It equals the index at that time if the method's ``traits.restricts`` holds. The copy is
+        shallow: it shares the tensors, so no token may be appended to it.
+
+        Args:
+            n: Slots in use in the longest row, at most ``length``. Each row loses as many tokens.
+        """
+        part = copy.copy(self)
+        part.length = n
+        if self.kv_len is not None:
+            part.kv_len = self.kv_len - (self.length - n)
+        return part
 
     def undo_append(self) -> None:
         """Remove the last token of every row; the next ``append`` overwrites its slot."""

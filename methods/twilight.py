@@ -51,6 +51,11 @@ class TwilightIndex(Index):
     codes: Tensor
     ranges: Tensor
 
+    def first(self, n: int) -> Self:
+        part = super().first(n)
+        part.base = self.base.first(n)
+        return part
+
     def undo_append(self) -> None:
         super().undo_append()
         self.base.undo_append()

@@ -146,7 +146,7 @@ class IndexStore:
     An index is valid if the cache layer still holds the same key tensor as after the index's last
     token, and that tensor has not been written to since: cropping, resetting, reordering or
     repeating rows all replace the tensor or write to it. (Writes to tensors made in inference mode
-    are not counted; a caller that rewrites a pre-allocated cache there must call ``forget``.)
+    are not counted; a caller that rewrites a pre-allocated cache there attaches anew.)
     """
 
     def __init__(self) -> None:
@@ -217,10 +217,6 @@ class IndexStore:
         entries = self._entries.get(cache, {})
         if entries.pop(layer, None) is not None and self._shared.get(cache):
             entries.clear()  # a rebuilt index would add its part to the shared state again
-
-    def forget(self, cache: Any) -> None:
-        """Drop all indices of a cache."""
-        self._entries.pop(cache, None)
 
 
 def can_watch(cache: Any, layer: int, key: Tensor) -> bool:

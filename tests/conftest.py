@@ -26,12 +26,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest  # noqa: E402
-from hydra.utils import instantiate  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from topkbench.harness.main import make_method as method_of  # noqa: E402
 from topkbench.methods.base import AnyMethod, Geometry  # noqa: E402
+from topkbench.methods.learning import LearningMethod, artifact_spec  # noqa: E402
 from topkbench.models.load import LoadedModel  # noqa: E402
 from topkbench.models.prefill import PrefillStore  # noqa: E402
 from topkbench.models.tiny_tokenizer import build_tokenizer  # noqa: E402
@@ -82,9 +83,9 @@ def make(name: str, fit: bool = True, **overrides: Any) -> AnyMethod:
             node[key.removeprefix("/method@")] = OmegaConf.load(METHOD_CONFIGS / f"{inner}.yaml")
     few = FEW_STEPS.get(name, {})
     root["method"] = OmegaConf.merge(node, few, overrides)
-    method: AnyMethod = instantiate(root["method"])
-    spec = method.artifact_spec(GEOMETRY) if fit else None
-    if spec is not None:
+    method: AnyMethod = method_of(root["method"])
+    spec = artifact_spec(method, GEOMETRY) if fit else None
+    if spec is not None and isinstance(method, LearningMethod):
         learned = FITTED.get(str(spec)) or method.fit(Calibration())
         if few:
             FITTED[str(spec)] = learned

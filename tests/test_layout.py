@@ -20,7 +20,10 @@ KERNEL_APIS = tuple(
     f"topkbench.kernels.{path.parent.name}.api" for path in (ROOT / "kernels").glob("*/api.py")
 )
 
-CONTRACT = tuple(f"topkbench.methods.{name}" for name in ("base", "captured", "learning", "policy", "softcap", "states"))
+CONTRACT = tuple(
+    f"topkbench.methods.{name}"
+    for name in ("base", "captured", "learning", "policy", "softcap", "states")
+)
 # What each folder may import besides its own modules and the standard library.
 ALLOWED = {
     "kernels": ("torch", "triton", "numba", "llvmlite", "numpy"),
@@ -39,7 +42,9 @@ ALLOWED = {
         *("topkbench.harness", "topkbench.models", "topkbench.methods.base"),
         *(*KERNEL_APIS, "topkbench.kernels.timing"),
     ),
-    "analysis": ("numpy", "pandas", "matplotlib", "jinja2", "pyarrow", "filelock", "tabulate"),
+    "analysis": (
+        *("numpy", "pandas", "matplotlib", "jinja2", "pyarrow", "filelock", "tabulate", "yaml"),
+    ),
     "tools": (
         *("torch", "transformers", "tokenizers", "safetensors", "hydra", "omegaconf"),
         *("numpy", "pandas", "matplotlib", "tqdm", "llvmlite"),
@@ -54,6 +59,13 @@ ALLOWED_TO_ONE = {
     "analysis/tracking.py": ("wandb", "wandb_workspaces"),
     "analysis/sweep_callback.py": ("hydra", "omegaconf"),
 }
+
+
+# What runs on a machine with torch, numba and Triton alone.
+BARE_MACHINE = tuple(
+    f"topkbench.harness.{name}"
+    for name in ("bench", "experiments", "gpu_check", "layer", "outcome", "planted", "variants")
+)
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -92,17 +104,16 @@ def test_a_folder_imports_what_the_table_allows(folder: str) -> None:
     assert not_allowed == []
 
 
-def test_what_times_a_layer_imports_kernels_and_methods_alone() -> None:
-    bare = ("bench", "experiments", "layer", "outcome", "planted", "variants")
-    files = [*(ROOT / "harness" / f"{name}.py" for name in bare)]
-    files += (ROOT / "harness" / "gpu_check").glob("*.py")
-    allowed = (
-        *("torch", "triton", "topkbench.kernels", "topkbench.methods", *sys.stdlib_module_names),
-        *("topkbench.harness.gpu_check", *(f"topkbench.harness.{name}" for name in bare)),
-    )
-    found = [f"{path.name}: {name}" for path in files for name in imports(path)
-             if not is_under(name, allowed)]  # fmt: skip
-    assert found == []
+@pytest.mark.parametrize("module", BARE_MACHINE)
+def test_a_bare_machine_needs_torch_kernels_and_the_contract_alone(module: str) -> None:
+    allowed = (*BARE_MACHINE, "torch", "topkbench.kernels", *CONTRACT, *sys.stdlib_module_names)
+    names = {
+        path: ".".join(("topkbench", *path.relative_to(ROOT).with_suffix("").parts))
+        for path in code_of("harness")
+    }
+    files = [path for path, name in names.items() if is_under(name, (module,))]
+    assert files != []
+    assert [one for path in files for one in imports(path) if not is_under(one, allowed)] == []
 
 
 def test_implementations_of_a_kernel_do_not_import_each_other() -> None:

@@ -8,8 +8,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from topkbench.analysis import style
-
 ROOT = Path(__file__).parents[1]
 
 MODULE = '''
@@ -17,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from topkbench.methods.base import Index, AnyMethod
+from topkbench.methods.base import Index, ScoringMethod
 
 
 @dataclass(kw_only=True)
@@ -26,7 +24,7 @@ class ToyIndex(Index):
 
 
 @dataclass(kw_only=True)
-class Toy(AnyMethod):
+class Toy(ScoringMethod):
     """Keep the longest keys, whatever the query."""
 
     name: ClassVar[str] = "toy"
@@ -41,12 +39,14 @@ class Toy(AnyMethod):
         rows, slot = torch.arange(len(key_states)), index.advance()
         index.lengths[rows, :, slot] = key_states[:, :, 0].norm(dim=-1)
 
-    def score(self, encoded, index):
+    def score(self, encoded, index, context):
         return index.lengths[:, :, : index.length] ** self.power
 '''
 
 SETTINGS = """
 _target_: toy.Toy
+label: Longest
+colour: "#123456"
 power: 1.0  # of the length
 impl: ${impl}
 native:
@@ -93,7 +93,6 @@ def test_a_method_outside_the_repository_takes_two_files(tmp_path: Path) -> None
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "toy" in done.stdout
     folder = Path(done.stdout.split()[-1]).parent
     rows = pd.read_parquet(folder / "rows.parquet")
     found = rows[(rows["method"] == "toy") & (rows["subtask"] == "mean")]
@@ -103,11 +102,14 @@ def test_a_method_outside_the_repository_takes_two_files(tmp_path: Path) -> None
     returned = (tmp_path / "returned").read_text().split()
     assert [float(one) for one in returned] == found.sort_values("k")["score"].tolist()
     assert found[["score", "delta_full", "decode_ms_p50", "recall_at_k"]].notna().all(axis=None)
-    assert "| toy " in (folder / "report.md").read_text()
-    # A name that the style table does not know gets a style of its own, from its digest.
-    assert "toy" not in style.STYLES
+    assert {"p_label", "p_colour"} & set(rows.columns) == set()
+    # Its label and colour are recorded with its rows, where every report finds them.
+    assert set(found["method_label"]) == {"Longest"}
+    assert set(found["method_colour"]) == {"#123456"}
+    assert "Longest" in done.stdout
+    assert "| Longest " in (folder / "report.md").read_text()
     figure = folder / "figures" / "score_vs_k.svg"
-    assert style.style("toy").colour.lower() in figure.read_text()
+    assert "#123456" in figure.read_text()
     assert "toy" in set(pd.read_csv(figure.with_suffix(".csv"))["method"])
 
 
@@ -120,13 +122,13 @@ def test_an_edited_method_outside_the_repository_runs_again(tmp_path: Path) -> N
     (mine / "signs.py").write_text("def sign():\n    return 1.0\n")
     (mine / "method" / "toy.yaml").write_text(SETTINGS)
 
-    def run() -> dict[str, object]:
+    def run(*more: str) -> dict[str, object]:
         done = subprocess.run(
             [
                 *(sys.executable, str(ROOT / "run.py"), "--config-dir", str(mine), "method=toy"),
                 *("k=32", "task.length=256", "task.subtasks=[niah_single]", "num_samples=1"),
                 *("task.timed_prompts=1", "task.judged_prompts=1"),
-                *("tracker=none", f"results_dir={tmp_path / 'results'}"),
+                *("tracker=none", f"results_dir={tmp_path / 'results'}", *more),
             ],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(mine), "HF_HUB_OFFLINE": "1"},
@@ -138,7 +140,7 @@ def test_an_edited_method_outside_the_repository_runs_again(tmp_path: Path) -> N
         (row,) = rows[(rows["method"] == "toy") & (rows["subtask"] == "mean")].to_dict("records")
         return {str(name): value for name, value in row.items()}
 
-    first, again = run(), run()
+    first, again = run(), run("method.label=Renamed", "method.colour=null")
     assert again["run_id"] == first["run_id"]
     (mine / "signs.py").write_text("def sign():\n    return -1.0\n")
     edited = run()

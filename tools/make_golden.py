@@ -28,6 +28,7 @@ from hydra.utils import instantiate  # noqa: E402
 
 from topkbench.harness.cell import prepare_method, run_cell  # noqa: E402
 from topkbench.harness.decoding import Decoder, Question, tokenise_all  # noqa: E402
+from topkbench.harness.main import make_method  # noqa: E402
 from topkbench.harness.quality import SelectionMeter  # noqa: E402
 from topkbench.harness.task import Context  # noqa: E402
 from topkbench.methods.base import StepContext, StepResult  # noqa: E402
@@ -86,16 +87,15 @@ class Machine:
         """Run one cell; return its numbers, and the attended tokens of all steps as one row."""
         overrides = (f"method={name}", f"task.question={question}", f"protocol={protocol}")
         config = compose("config", overrides=[*SETTINGS, *overrides])
-        method, policy, task = (
-            instantiate(config[part]) for part in ("method", "protocol", "task")
-        )
+        method = make_method(config.method)
+        policy, task = instantiate(config.protocol), instantiate(config.task)
         prepare_method(self._loaded, method, instantiate(config.calibration), self._folder)
         context = Context(
             loaded=self._loaded,
             store=self._store,
             method=method,
             policy=policy,
-            full=instantiate(compose("config", overrides=["method=full"]).method),
+            full=make_method(compose("config", overrides=["method=full"]).method),
             full_answers=self._full.get(question),
             keep=lambda part, compute: compute() if part == "answers" else {},
         )

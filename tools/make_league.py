@@ -26,8 +26,8 @@ from topkbench.analysis.report import load  # noqa: E402
 from topkbench.analysis.stats import MEAN  # noqa: E402
 from topkbench.analysis.tables import Table, league_table, with_interval  # noqa: E402
 from topkbench.analysis.timings import timed_text, timing_notes  # noqa: E402
+from topkbench.tools.readme import with_table  # noqa: E402
 
-BEGIN, END = "<!-- league: made by tools/make_league.py -->", "<!-- end of league -->"
 BUDGETS = (64, 512)  # the budgets that README shows; the page has all
 SHOWN = (
     ("Unified", "sparse", "unified"),
@@ -144,12 +144,8 @@ def _score(of_method: pd.DataFrame, question: str, protocol: str, k: int) -> str
 
 def readme(rows: Path, text: str) -> str:
     """Return README's text with the league table between its marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README must contain the marks {BEGIN} and {END}, but lacks one.")
     table = readme_table(compared(rows).configurations).markdown()
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+    return with_table(text, "make_league.py", "league", table)
 
 
 def draw(configurations: pd.DataFrame, name: str) -> None:

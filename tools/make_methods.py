@@ -1,11 +1,15 @@
-"""Write ``docs/methods.md`` from docstrings and settings: python tools/make_methods.py."""
+"""Write README's table of methods and ``docs/methods.md``: python tools/make_methods.py.
+
+Both are made from the methods' docstrings and from ``conf/method/``.
+"""
 
 import inspect
 import re
 import sys
 import textwrap
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":  # lets the script run without installing the package, as run.py does
@@ -13,21 +17,25 @@ if __name__ == "__main__":  # lets the script run without installing the package
 
 from hydra import compose, initialize_config_dir  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
-from hydra.utils import instantiate  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from topkbench.analysis import style  # noqa: E402
 from topkbench.harness.calibration import MAX_LENGTH, NUM_SEQUENCES  # noqa: E402
+from topkbench.harness.main import APPEARANCE, make_method  # noqa: E402
 from topkbench.methods.base import AnyMethod, Geometry, kv_bytes  # noqa: E402
 from topkbench.methods.learning import LearningMethod, artifact_spec  # noqa: E402
 from topkbench.tasks.ruler_prompts import SUBTASKS, CalibrationPrompts  # noqa: E402
 from topkbench.tasks.words import word_pools  # noqa: E402
+from topkbench.tools.readme import with_table  # noqa: E402
 
-PAGE = ROOT / "docs" / "methods.md"
+PAGE, README = ROOT / "docs" / "methods.md", ROOT / "README.md"
 LLAMA = Geometry(num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128)
 LENGTH, BUDGET = 131_072, 2_048
 # Settings that are the same for every method, or described in a separate paragraph.
-NO_KNOB = {"_target_", "impl", "native", "defaults"}
+NO_KNOB = {"_target_", "impl", "native", "defaults", *APPEARANCE}
+# A setting, or an inner method that the list of defaults includes: name, value, comment.
+KNOB = re.compile(r"(?:  - /method@)?(\w+):\s*(.*?)(?:\s+#\s*(.*))?$")
+READ = "Read to select, per token and KV head"
 NEEDS = {
     "query_tail": "the prompt's last queries",
     "column_sums": "the attention that each token of the prompt received",
@@ -54,23 +62,67 @@ data at prefill and to compute on it is part of `build_ms`.
 
 
 def page() -> str:
-    """Return the whole page."""
-    names = [path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")]
+    """Return the page on methods."""
+    with composing():
+        return "\n".join([joined(HEAD.splitlines()) + "\n", *map(entry, style.shipped())])
+
+
+def readme(text: str) -> str:
+    """Return README's text with the table of methods between its marks."""
+    heads = ["`method=`", "Idea", "Settings", READ, "Source"]
+    with composing():
+        lines = [f"| {' | '.join(cells)} |" for cells in (heads, *map(row, style.shipped()))]
+    table = "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
+    return with_table(text, "make_methods.py", "methods", table)
+
+
+def composing() -> AbstractContextManager[None]:
+    """Return a context in which Hydra composes the configuration of this checkout."""
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return "\n".join(
-            [
-                joined(HEAD.splitlines()) + "\n",
-                *(entry(name) for name in sorted(names, key=style.order)),
+    return initialize_config_dir(str(ROOT / "conf"), version_base="1.3")
+
+
+def configured(name: str) -> tuple[str, DictConfig, AnyMethod]:
+    """Return the text of a method's YAML, its composed settings, and the method."""
+    text = (ROOT / "conf" / "method" / f"{name}.yaml").read_text(encoding="utf-8")
+    config = compose("config", overrides=[f"method={name}"]).method
+    return text, config, make_method(config)
+
+
+def row(name: str) -> list[str]:
+    """Return the cells of a method's row in README: name, idea, settings, bytes, paper."""
+    text, _, method = configured(name)
+    sections = docstring(type(method))
+    idea = re.split(r"(?<=[.])\s", sections[""])[0].removesuffix(".")
+    paper = re.search(r"arXiv:(\d{4}\.\d{4,5})", sections.get("Source", ""))
+    source = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else ""
+    read = re.search(rf"^# {READ}: (.+)$", text, re.MULTILINE)
+    if read is None:
+        raise ValueError(f"conf/method/{name}.yaml must have a line '# {READ}: ...'.")
+    cells = [f"`{name}`", idea, ", ".join(main_knobs(text, type(method))), read[1], source]
+    return [cell.replace("|", "\\|") for cell in cells]
+
+
+def main_knobs(text: str, kind: type) -> list[str]:
+    """Return a method's settings above the first heading between them, and their choices."""
+    hints = get_type_hints(kind)
+    found: list[str] = []
+    for line in text.splitlines():
+        if found and line.startswith("# ") and not line.startswith(f"# {READ}"):
+            break
+        knob = KNOB.match(line)
+        if knob is not None and knob[1] not in NO_KNOB:
+            of = [hints[knob[1]], *get_args(hints[knob[1]])]  # the type, and those of a union
+            choices = [
+                str(one) for kind in of if get_origin(kind) is Literal for one in get_args(kind)
             ]
-        )
+            found.append(f"`{knob[1]}{': ' if choices else ''}{', '.join(choices)}`")
+    return found
 
 
 def entry(name: str) -> str:
     """Return the page's section on one method."""
-    text = (ROOT / "conf" / "method" / f"{name}.yaml").read_text(encoding="utf-8")
-    config = compose("config", overrides=[f"method={name}"]).method
-    method: AnyMethod = instantiate(config)
+    text, config, method = configured(name)
     sections = docstring(type(method))
     parts = [f"## {style.style(name).label}", f"`method={name}`, [code](../methods/{name}.py)"]
     parts.append(sections.pop(""))
@@ -116,8 +168,7 @@ def knobs(text: str, config: DictConfig) -> list[str]:
     """Return a table row for each setting, with the comment on its line as the meaning."""
     rows = []
     for line in text.splitlines():
-        # A setting, or an inner method that the list of defaults includes.
-        found = re.match(r"(?:  - /method@)?(\w+):\s*(.*?)(?:\s+#\s*(.*))?$", line)
+        found = KNOB.match(line)
         if found is None or found.group(1) in NO_KNOB:
             continue
         name, meaning = found.group(1), (found.group(3) or "").replace("|", "\\|")
@@ -170,9 +221,10 @@ def calibration(method: LearningMethod[Any, Any]) -> str:
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page and README's table."""
     PAGE.write_text(page(), encoding="utf-8")
-    print(PAGE)
+    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")
+    print(PAGE, README, sep="\n")
 
 
 if __name__ == "__main__":

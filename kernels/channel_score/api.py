@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from topkbench.kernels.dispatch import Impl, resolve
+from topkbench.kernels.channel_score import reference
+from topkbench.kernels.dispatch import Impl, implementation
 from topkbench.kernels.shapes import (
     check_device,
     check_dtype,
@@ -55,15 +56,5 @@ def channel_score(
     check_device("channel_keys", channel_keys, device)
     check_device("channels", channels, device)
     check_range(kv_start, kv_len, batch_size, device)
-    chosen = resolve("channel_score", impl, device)
-    if chosen == "cpu":
-        from topkbench.kernels.channel_score import cpu
-
-        return cpu.channel_score(query, channel_keys, channels, kv_start, kv_len)
-    if chosen == "triton":
-        from topkbench.kernels.channel_score import fused
-
-        return fused.channel_score(query, channel_keys, channels, kv_start, kv_len)
-    from topkbench.kernels.channel_score import reference
-
-    return reference.channel_score(query, channel_keys, channels, kv_start, kv_len)
+    run = implementation(reference.channel_score, impl, device)
+    return run(query, channel_keys, channels, kv_start, kv_len)

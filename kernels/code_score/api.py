@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from topkbench.kernels.dispatch import Impl, resolve
+from topkbench.kernels.code_score import reference
+from topkbench.kernels.dispatch import Impl, implementation
 from topkbench.kernels.shapes import check_device, check_dtype, check_range, check_shape
 
 _MOST_CODES = 256  # of a byte
@@ -48,15 +49,5 @@ def code_score(
     device = tables.device
     check_device("key_codes", key_codes, device)
     check_range(kv_start, kv_len, batch_size, device)
-    chosen = resolve("code_score", impl, device)
-    if chosen == "cpu":
-        from topkbench.kernels.code_score import cpu
-
-        return cpu.code_score(tables, key_codes, kv_start, kv_len)
-    if chosen == "triton":
-        from topkbench.kernels.code_score import fused
-
-        return fused.code_score(tables, key_codes, kv_start, kv_len)
-    from topkbench.kernels.code_score import reference
-
-    return reference.code_score(tables, key_codes, kv_start, kv_len)
+    run = implementation(reference.code_score, impl, device)
+    return run(tables, key_codes, kv_start, kv_len)

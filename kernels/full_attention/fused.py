@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topkbench.kernels.split_k import merge, tanh
+from topkbench.kernels.split_k import merge, store_part, tanh
 from topkbench.kernels.tiles import (
     check_readable,
     on_device_of,
@@ -185,13 +185,5 @@ def _attend_part(
         maximum = raised
 
     # Parts are ordered [part, B, Hq], which is [part, row, GROUP].
-    counted = denominator > 0
-    divisor = tl.where(counted, denominator, 1.0)
     place = part.to(tl.int64) * num_queries + row * GROUP + query
-    part_lse = tl.where(counted, maximum + tl.log(divisor), float("-inf"))
-    tl.store(lse + place, part_lse, mask=is_query)
-    tl.store(
-        means + place[:, None] * HEAD_DIM + dims[None, :],
-        sums / divisor[:, None],
-        mask=is_query[:, None] & is_dim[None, :],
-    )
+    store_part(means, lse, place, is_query, dims, maximum, denominator, sums, HEAD_DIM)

@@ -4,7 +4,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from topkbench.kernels.dispatch import Impl, resolve
+from topkbench.kernels.dispatch import Impl, implementation
+from topkbench.kernels.group_softmax import reference
 from topkbench.kernels.shapes import check_floating, check_shape
 
 Rule = Literal["sum", "max"]
@@ -43,15 +44,5 @@ def group_softmax(
         raise ValueError(f"rule must be sum or max, got {rule!r}.")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}.")
-    chosen = resolve("group_softmax", impl, scores.device)
-    if chosen == "cpu":
-        from topkbench.kernels.group_softmax import cpu
-
-        return cpu.group_softmax(scores, scale, rule, softcap)
-    if chosen == "triton":
-        from topkbench.kernels.group_softmax import fused
-
-        return fused.group_softmax(scores, scale, rule, softcap)
-    from topkbench.kernels.group_softmax import reference
-
-    return reference.group_softmax(scores, scale, rule, softcap)
+    run = implementation(reference.group_softmax, impl, scores.device)
+    return run(scores, scale, rule, softcap)

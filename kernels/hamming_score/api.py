@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from topkbench.kernels.dispatch import Impl, resolve
+from topkbench.kernels.dispatch import Impl, implementation
+from topkbench.kernels.hamming_score import reference
 from topkbench.kernels.shapes import check_device, check_dtype, check_range, check_shape
 
 
@@ -52,15 +53,5 @@ def hamming_score(
         check_dtype("key_norms", key_norms, torch.float32)
         check_device("key_norms", key_norms, device)
     check_range(kv_start, kv_len, batch_size, device)
-    chosen = resolve("hamming_score", impl, device)
-    if chosen == "cpu":
-        from topkbench.kernels.hamming_score import cpu
-
-        return cpu.hamming_score(query_codes, key_codes, key_norms, kv_start, kv_len)
-    if chosen == "triton":
-        from topkbench.kernels.hamming_score import fused
-
-        return fused.hamming_score(query_codes, key_codes, key_norms, kv_start, kv_len)
-    from topkbench.kernels.hamming_score import reference
-
-    return reference.hamming_score(query_codes, key_codes, key_norms, kv_start, kv_len)
+    run = implementation(reference.hamming_score, impl, device)
+    return run(query_codes, key_codes, key_norms, kv_start, kv_len)

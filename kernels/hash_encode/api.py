@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from topkbench.kernels.dispatch import Impl, resolve
+from topkbench.kernels.dispatch import Impl, implementation
+from topkbench.kernels.hash_encode import reference
 from topkbench.kernels.shapes import check_device, check_dtype, check_floating, check_shape
 
 
@@ -34,18 +35,8 @@ def hash_encode(states: Tensor, hash_weight: Tensor, impl: Impl = "auto") -> Ten
     check_floating("states", states)
     check_floating("hash_weight", hash_weight)
     check_device("hash_weight", hash_weight, states.device)
-    chosen = resolve("hash_encode", impl, states.device)
-    if chosen == "cpu":
-        from topkbench.kernels.hash_encode import cpu
-
-        return cpu.hash_encode(states, hash_weight)
-    if chosen == "triton":
-        from topkbench.kernels.hash_encode import fused
-
-        return fused.hash_encode(states, hash_weight)
-    from topkbench.kernels.hash_encode import reference
-
-    return reference.hash_encode(states, hash_weight)
+    run = implementation(reference.hash_encode, impl, states.device)
+    return run(states, hash_weight)
 
 
 def encode_step(
@@ -110,22 +101,8 @@ def encode_step(
         check_shape("key_norms", key_norms, "[B, Hkv, N]", batch_size, num_heads, capacity)
         check_dtype("key_norms", key_norms, torch.float32)
         check_device("key_norms", key_norms, device)
-    chosen = resolve("hash_encode", impl, device)
-    arguments = (query_states, key_states, hash_weight, key_codes, key_norms, kv_len)
-    if chosen == "cpu":
-        from topkbench.kernels.hash_encode import cpu
-
-        return cpu.encode_step(*arguments)
-    if chosen == "triton":
-        from topkbench.kernels.hash_encode import fused
-
-        return fused.encode_step(*arguments)
-    rows, slots = torch.arange(batch_size, device=device), kv_len.long() - 1
-    key_codes[rows, :, slots] = hash_encode(key_states, hash_weight, impl)[:, :, 0]
-    if key_norms is not None:
-        norm = torch.linalg.vector_norm(key_states[:, :, 0], dim=-1, dtype=torch.float32)
-        key_norms[rows, :, slots] = norm
-    return hash_encode(query_states, hash_weight, impl)
+    run = implementation(reference.encode_step, impl, device)
+    return run(query_states, key_states, hash_weight, key_codes, key_norms, kv_len)
 
 
 def _check_weight(hash_weight: Tensor, num_heads: int, head_dim: int) -> None:

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from topkbench.kernels.dispatch import Impl, resolve
+from topkbench.kernels.dispatch import Impl, implementation
+from topkbench.kernels.lowrank_score import reference
 from topkbench.kernels.shapes import check_device, check_floating, check_range, check_shape
 
 
@@ -40,15 +41,5 @@ def lowrank_score(
     device = query.device
     check_device("keys", keys, device)
     check_range(kv_start, kv_len, batch_size, device)
-    chosen = resolve("lowrank_score", impl, device)
-    if chosen == "cpu":
-        from topkbench.kernels.lowrank_score import cpu
-
-        return cpu.lowrank_score(query, keys, kv_start, kv_len)
-    if chosen == "triton":
-        from topkbench.kernels.lowrank_score import fused
-
-        return fused.lowrank_score(query, keys, kv_start, kv_len)
-    from topkbench.kernels.lowrank_score import reference
-
-    return reference.lowrank_score(query, keys, kv_start, kv_len)
+    run = implementation(reference.lowrank_score, impl, device)
+    return run(query, keys, kv_start, kv_len)

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from topkbench.kernels.dispatch import Impl, resolve
+from topkbench.kernels.dispatch import Impl, implementation
+from topkbench.kernels.page_score import reference
 from topkbench.kernels.shapes import check_device, check_floating, check_range, check_shape
 
 
@@ -46,15 +47,5 @@ def page_score(
         check_floating(argument, tensor)
         check_device(argument, tensor, device)
     check_range(kv_start, kv_len, batch_size, device)
-    chosen = resolve("page_score", impl, device)
-    if chosen == "cpu":
-        from topkbench.kernels.page_score import cpu
-
-        return cpu.page_score(query_states, page_min, page_max, kv_start, kv_len)
-    if chosen == "triton":
-        from topkbench.kernels.page_score import fused
-
-        return fused.page_score(query_states, page_min, page_max, kv_start, kv_len)
-    from topkbench.kernels.page_score import reference
-
-    return reference.page_score(query_states, page_min, page_max, kv_start, kv_len)
+    run = implementation(reference.page_score, impl, device)
+    return run(query_states, page_min, page_max, kv_start, kv_len)

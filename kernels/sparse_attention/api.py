@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from topkbench.kernels.dispatch import Impl, resolve
+from topkbench.kernels.dispatch import Impl, implementation
 from topkbench.kernels.shapes import (
     check_device,
     check_dtype,
@@ -11,6 +11,7 @@ from topkbench.kernels.shapes import (
     check_range,
     check_shape,
 )
+from topkbench.kernels.sparse_attention import reference
 
 
 def sparse_attention(
@@ -94,24 +95,8 @@ def sparse_attention(
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}.")
     check_range(kv_start, kv_len, batch_size, device)
-
-    from_cache = (query_states, key_states, value_states)
-    bounds = (kv_start, kv_len, softcap)
-    chosen = resolve("sparse_attention", impl, device)
-    if chosen == "cpu":
-        from topkbench.kernels.sparse_attention import cpu
-
-        return cpu.sparse_attention(
-            *from_cache, indices, scale, count, log_weight, unit_size, *bounds
-        )
-    if chosen == "triton":
-        from topkbench.kernels.sparse_attention import fused
-
-        return fused.sparse_attention(
-            *from_cache, indices, scale, count, log_weight, unit_size, *bounds
-        )
-    from topkbench.kernels.sparse_attention import reference
-
-    return reference.sparse_attention(
-        *from_cache, indices, scale, count, log_weight, unit_size, *bounds
-    )
+    run = implementation(reference.sparse_attention, impl, device)
+    return run(
+        query_states, key_states, value_states, indices, scale, count, log_weight, unit_size,
+        kv_start, kv_len, softcap,
+    )  # fmt: skip

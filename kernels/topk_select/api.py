@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from topkbench.kernels.dispatch import Impl, resolve
+from topkbench.kernels.dispatch import Impl, implementation
 from topkbench.kernels.shapes import check_dtype, check_range, check_shape
+from topkbench.kernels.topk_select import reference
 
 
 def topk_select(
@@ -48,15 +49,5 @@ def topk_select(
             f"num_sink + num_recent must lie between 0 and k={k}, got {num_sink} + {num_recent}."
         )
     check_range(kv_start, kv_len, scores.shape[0], scores.device)
-    chosen = resolve("topk_select", impl, scores.device)
-    if chosen == "cpu":
-        from topkbench.kernels.topk_select import cpu
-
-        return cpu.topk_select(scores, k, num_sink, num_recent, kv_start, kv_len)
-    if chosen == "triton":
-        from topkbench.kernels.topk_select import fused
-
-        return fused.topk_select(scores, k, num_sink, num_recent, kv_start, kv_len)
-    from topkbench.kernels.topk_select import reference
-
-    return reference.topk_select(scores, k, num_sink, num_recent, kv_start, kv_len)
+    run = implementation(reference.topk_select, impl, scores.device)
+    return run(scores, k, num_sink, num_recent, kv_start, kv_len)

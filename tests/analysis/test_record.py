@@ -74,7 +74,8 @@ def test_identity_refuses_values_without_a_canonical_form(value: object) -> None
 
 
 DESIGN = """
-run_id status reason model task subtask length method impl full_backend protocol question
+run_id status reason model task subtask length method method_label method_colour
+impl full_backend protocol question
 k kv_len batch_size rbit seed num_samples
 score score_ci_low score_ci_high delta_full delta_ci_low delta_ci_high full_note
 recall_at_k attention_mass output_rel_error density density_all sparse_step_share
@@ -93,6 +94,12 @@ config_digest full_run_id
 
 def test_a_row_has_exactly_the_columns_of_the_design() -> None:
     assert list(COLUMNS) == DESIGN.split()
+
+
+def test_a_colour_is_a_hexadecimal_triple(row: Callable[..., Row]) -> None:
+    assert row(method_colour="#12aBcD").method_colour == "#12aBcD"
+    with pytest.raises(RecordError, match="a colour must be a quoted '#RRGGBB', got 'red'"):
+        row(method_colour="red")
 
 
 def test_every_column_has_a_docstring() -> None:

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from topkbench.analysis import style
@@ -44,13 +45,40 @@ def test_a_method_looks_the_same_everywhere() -> None:
     assert style.shade("#000000", 1) == "#808080"
 
 
-def test_every_method_has_a_style_and_no_other_does() -> None:
-    assert set(style.STYLES) == {path.stem for path in METHODS.glob("*.yaml")}
+def test_every_method_that_ships_has_its_label_and_colour() -> None:
+    styles = style.shipped()
+    assert set(styles) == {path.stem for path in METHODS.glob("*.yaml")}
+    assert [name for name, look in styles.items() if look.label == name] == []
+    assert list(styles)[:3] == ["full", "exact", "block_oracle"]  # the references come first
+    hata = style.Style("HATA", "#D55E00", "o", style.SOLID)
+    assert style.style("hata") == styles["hata"] == hata
+    for name in style.MARKS:  # no marks are left of a method that is gone
+        assert name in styles
+
+
+def test_a_method_that_does_not_ship_looks_as_its_newest_row_says() -> None:
+    rows = pd.DataFrame(
+        [
+            ("toy", "Old", "#000000", "2026-01-01"),
+            ("toy", "Toy keys", "#123456", "2026-02-01"),
+            ("bare", None, None, "2026-01-01"),
+            ("hata", "Another", "#123456", "2026-01-01"),
+        ],
+        columns=["method", "method_label", "method_colour", "started_at"],
+    )
+    before = {name: style.style(name) for name in ("toy", "bare", "hata")}
+    with style.recorded(rows):
+        toy = style.style("toy")
+        assert (toy.label, toy.colour) == ("Toy keys", "#123456")
+        assert (toy.marker, toy.line) == (before["toy"].marker, before["toy"].line)
+        assert style.style("bare") == before["bare"]
+        assert style.style("hata") == before["hata"]  # its configuration says how it looks
+    assert style.style("toy") == before["toy"]
 
 
 @pytest.mark.parametrize("vision", VISIONS)
 def test_methods_differ_in_marker_or_in_a_distinguishable_colour(vision: str) -> None:
-    for first, second in itertools.combinations(style.STYLES.values(), 2):
+    for first, second in itertools.combinations(style.shipped().values(), 2):
         apart = np.linalg.norm(lab(first.colour, vision) - lab(second.colour, vision))
         assert first.marker != second.marker or apart > 20, (first.label, second.label)
         assert first.line != second.line or apart > 10, (first.label, second.label)

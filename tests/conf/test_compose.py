@@ -13,8 +13,9 @@ from hydra.errors import InstantiationException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from topkbench.harness.main import make_method, method_settings
 from topkbench.harness.task import Task
-from topkbench.methods.base import AnyMethod, Policy
+from topkbench.methods.base import Policy, TopKMethod
 from topkbench.models.load import LoadedModel
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -70,15 +71,15 @@ def test_the_default_axes_of_a_sweep_are_k_and_rbit() -> None:
 @pytest.mark.parametrize("protocol", options("protocol"))
 def test_a_method_becomes_an_object(name: str, protocol: str) -> None:
     config = resolved(f"method={name}", f"protocol={protocol}", "k=96", "rbit=64", "seed=3")
-    method, policy = instantiate(config.method), instantiate(config.protocol)
-    assert isinstance(method, AnyMethod)
+    method, policy = make_method(config.method), instantiate(config.protocol)
+    assert isinstance(method, TopKMethod)
     assert method.name == name
     assert method.impl_for("topk_select") == "auto"
     assert getattr(method, "rbit", 64) == 64
     assert getattr(method, "seed", 3) == 3
     assert isinstance(policy, Policy)
     assert (policy.k, policy.protocol) == (96, protocol)
-    in_force = method.effective_policy(policy)
+    _, in_force = method.resolve(policy)
     assert in_force.k == 96
     if protocol == "unified":
         assert in_force == policy
@@ -86,25 +87,36 @@ def test_a_method_becomes_an_object(name: str, protocol: str) -> None:
 
 def test_a_method_inside_a_method_is_chosen_by_name() -> None:
     config = resolved("method=twilight", "k=64")
-    assert instantiate(config.method).base.name == "quest"
+    assert make_method(config.method).base.name == "quest"
     chosen = ["method@method.base=hata", "method.base.use_norm=false", "rbit=64", "seed=3"]
-    base = instantiate(resolved("method=twilight", *chosen).method).base
+    base = make_method(resolved("method=twilight", *chosen).method).base
     assert (base.name, base.rbit, base.seed, base.use_norm) == ("hata", 64, 3, False)
+
+
+@pytest.mark.parametrize("name", options("method"))
+def test_label_and_colour_are_no_settings_of_a_method(name: str) -> None:
+    node = resolved(f"method={name}").method
+    assert node.label
+    assert node.colour.startswith("#")
+    settings: Any = OmegaConf.to_container(node)
+    kept = method_settings(settings)
+    assert set(settings) - set(kept) == {"label", "colour"}
+    assert {"label", "colour"} & set(kept.get("base", {})) == set()
 
 
 def test_native_values_are_the_papers() -> None:
     config = resolved("method=hata", "protocol=native", "k=64")
-    policy = instantiate(config.method).effective_policy(instantiate(config.protocol))
+    _, policy = make_method(config.method).resolve(instantiate(config.protocol))
     assert (policy.num_sink, policy.num_recent, policy.dense_layers) == (0, 0, 2)
     assert (policy.head_scope, policy.aggregation) == ("kv_head", "native")
     config = resolved("method=loki", "protocol=native", "k=64")
-    policy = instantiate(config.method).effective_policy(instantiate(config.protocol))
+    _, policy = make_method(config.method).resolve(instantiate(config.protocol))
     assert (policy.dense_layers, policy.head_scope) == (0, "query_head")
 
 
 def test_impl_may_differ_between_operators() -> None:
     config = resolved("method=hata", "impl={hamming_score:reference}")
-    method = instantiate(config.method)
+    method = make_method(config.method)
     assert method.impl_for("hamming_score") == "reference"
     assert method.impl_for("topk_select") == "auto"
 
@@ -162,7 +174,7 @@ def test_every_cell_of_an_experiment_becomes_objects(name: str) -> None:
     # First and last value of each axis: the product of all says nothing more.
     for overrides in product(*({axis[0], axis[-1]} for axis in axes)):
         config = resolved(f"experiment={name}", *overrides)
-        assert isinstance(instantiate(config.method), AnyMethod)
+        assert isinstance(make_method(config.method), TopKMethod)
         assert isinstance(instantiate(config.task), Task)
         assert isinstance(instantiate(config.protocol), Policy)
 
@@ -219,8 +231,9 @@ def test_a_bad_budget_is_refused(override: str, message: str) -> None:
 )
 def test_a_bad_knob_is_refused(overrides: list[str], group: str, message: str) -> None:
     node: Any = resolved(*overrides)[group]
+    make = make_method if group == "method" else instantiate
     with pytest.raises(InstantiationException, match=message):
-        instantiate(node)
+        make(node)
 
 
 def test_the_ladder_has_five_seeds_where_hashes_are_compared_and_two_elsewhere() -> None:

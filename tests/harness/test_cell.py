@@ -98,7 +98,7 @@ def test_an_unsupported_model_is_skipped_with_a_reason(
 ) -> None:
     method = ExactTopK()
     monkeypatch.setattr(
-        method, "model_unsupported_reason", lambda geometry: "exact does not support this model."
+        method, "unsupported_reason", lambda geometry, policy: "exact does not support this model."
     )
     outcome = run(loaded, store, tmp_path, method)
     assert outcome == Outcome(

@@ -9,8 +9,8 @@ import torch
 from topkbench.harness.artifact import digest_of
 from topkbench.harness.calibration import Calibration
 from topkbench.harness.fitting import fit_layers, learning_devices
-from topkbench.methods.base import LayerStates, LossReport
 from topkbench.methods.hata import HATA
+from topkbench.methods.learning import LayerStates, LossReport
 from topkbench.methods.loki import Loki
 from topkbench.models.load import LoadedModel
 from topkbench.tasks.ruler_prompts import CalibrationPrompts

@@ -222,8 +222,8 @@ def test_a_model_whose_layers_all_slide_is_skipped(olmo3: LoadedModel, tmp_path:
 class NanScores(ExactTopK):
     """Returns NaN scores although the output is finite."""
 
-    def score(self, encoded: Any, index: Any) -> Any:
-        scores = super().score(encoded, index)
+    def score(self, encoded: Any, index: Any, context: Any) -> Any:
+        scores = super().score(encoded, index, context)
         scores[..., 0] = float("nan")
         return scores
 
@@ -244,12 +244,13 @@ def test_scores_that_are_nan_fail(loaded: LoadedModel, tmp_path: Path) -> None:
 
 
 def test_slots_without_a_token_may_score_minus_infinity() -> None:
-    from topkbench.methods.states import StepResult
+    from topkbench.methods.states import Ranking, StepResult
 
     scores = torch.tensor([[[0.5, -torch.inf]]])
-    check_finite(StepResult(torch.ones(1, 2, 4), None, None, scores), 0)
+    ranking = Ranking(None, scores, scores)
+    check_finite(StepResult(torch.ones(1, 2, 4), None, None, ranking), 0)
     with pytest.raises(NotFiniteError, match="output must be finite"):
-        check_finite(StepResult(torch.full((1, 2, 4), torch.inf), None, None, scores), 0)
+        check_finite(StepResult(torch.full((1, 2, 4), torch.inf), None, None, ranking), 0)
 
 
 # Layers that the model's design leaves dense --------------------------------------------------

@@ -1,13 +1,14 @@
 """Recall, attention mass and output error, against numbers computed by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from topkbench.harness.quality import DenseReference, SelectionMeter, quality
 from topkbench.harness.reads import ReadCounter
-from topkbench.methods.base import CacheView, Selection, StepResult
+from topkbench.methods.base import CacheView, Policy, Selection, StepContext, StepResult
 
 # Two queries of one KV head. Each looks at one channel, in which the keys hold logarithms, so that
 # the softmax is 0.4 0.3 0.2 0.1 for the first query and 0.1 0.1 0.1 0.7 for the second.
@@ -18,20 +19,24 @@ CACHE = CacheView(KEYS, VALUES)
 FULL_OUT = torch.tensor([[[0.4, 0.3], [0.1, 0.1]]])
 
 
+def step_at(k: int, layer: int = 0, softcap: float | None = None) -> StepContext:
+    policy = Policy(k=k, num_sink=0, num_recent=0)
+    return StepContext(QUERIES, CACHE, policy, scale=1.0, softcap=softcap, layer=layer)
+
+
 def pick(*slots: int, **more: object) -> Selection:
     return Selection(torch.tensor([[list(slots)]], dtype=torch.int32), **more)  # type: ignore[arg-type]
 
 
 def measured(selection: Selection, k: int, out: torch.Tensor = FULL_OUT) -> tuple[float, ...]:
-    found = quality(
-        DenseReference.of(QUERIES, CACHE, 1.0), CACHE, StepResult(out, None, selection, None), k
-    )
+    step = step_at(k)
+    found = quality(DenseReference.of(step), step, StepResult(out, None, selection))
     parts = (found.recall_at_k, found.attention_mass, found.output_rel_error, found.tokens)
     return tuple(round(part.item(), 5) for part in parts)
 
 
 def test_full_attention_is_the_reference() -> None:
-    reference = DenseReference.of(QUERIES, CACHE, 1.0)
+    reference = DenseReference.of(step_at(2))
     expected = torch.tensor([[[[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.1, 0.7]]]])
     torch.testing.assert_close(reference.weights, expected)
     torch.testing.assert_close(reference.group_weights, torch.tensor([[[0.5, 0.4, 0.3, 0.8]]]))
@@ -39,7 +44,7 @@ def test_full_attention_is_the_reference() -> None:
 
 
 def test_the_reference_of_a_model_with_softcap_has_capped_logits() -> None:
-    reference = DenseReference.of(QUERIES, CACHE, 1.0, softcap=1.0)
+    reference = DenseReference.of(step_at(2, softcap=1.0))
     capped = [math.exp(math.tanh(math.log(part))) for part in (4, 3, 2, 1)]
     torch.testing.assert_close(reference.weights[0, 0, 0], torch.tensor(capped) / sum(capped))
 
@@ -48,7 +53,7 @@ def test_the_reference_of_a_model_with_softcap_has_capped_logits() -> None:
     ("k", "expected"), [(1, [3]), (2, [0, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3])]
 )
 def test_the_exact_top_k_ranks_by_the_groups_summed_weights(k: int, expected: list[int]) -> None:
-    exact = DenseReference.of(QUERIES, CACHE, 1.0).exact(k)
+    exact = DenseReference.of(step_at(k)).exact(k)
     assert exact[0, 0].nonzero().flatten().tolist() == expected
 
 
@@ -102,10 +107,10 @@ def test_selections_per_query_head_are_measured_per_head() -> None:
     ],
 )
 def test_quality_and_counter_agree_on_the_tokens_read(selection: Selection | None) -> None:
-    result = StepResult(FULL_OUT, None, selection, None)
+    step, result = step_at(2), StepResult(FULL_OUT, None, selection)
     counter = ReadCounter()
-    counter.on_step(0, QUERIES, CACHE, result, 1.0, None)
-    found = quality(DenseReference.of(QUERIES, CACHE, 1.0), CACHE, result, 2)
+    counter.on_step(step, result)
+    found = quality(DenseReference.of(step), step, result)
     assert counter.density == found.tokens.mean().item() / 4
 
 
@@ -113,7 +118,8 @@ def test_slots_outside_a_row_are_neither_exact_nor_selected() -> None:
     keys, values = KEYS.repeat(2, 1, 1, 1), VALUES.repeat(2, 1, 1, 1)
     kv_len = torch.tensor([4, 3], dtype=torch.int32)
     cache = CacheView(keys, values, None, kv_len)
-    reference = DenseReference.of(QUERIES.repeat(2, 1, 1, 1), cache, 1.0)
+    queries = QUERIES.repeat(2, 1, 1, 1)
+    reference = DenseReference.of(replace(step_at(4), query_states=queries, cache=cache))
     torch.testing.assert_close(reference.weights[1, 0, 0], torch.tensor([4 / 9, 3 / 9, 2 / 9, 0.0]))
     assert reference.exact(4)[:, 0].tolist() == [[True] * 4, [True, True, True, False]]
     both = Selection(torch.tensor([[[2, 3]], [[2, 3]]], dtype=torch.int32))
@@ -124,14 +130,14 @@ def test_slots_outside_a_row_are_neither_exact_nor_selected() -> None:
 
 
 def test_the_meter_takes_the_mean_over_steps_and_layers() -> None:
-    meter = SelectionMeter(2)
+    meter = SelectionMeter()
     assert meter.means() == {
         "recall_at_k": None,
         "attention_mass": None,
         "output_rel_error": None,
     }
     for layer, selection in enumerate((pick(0, 3), pick(0, 1), pick(1, 2))):
-        meter.on_step(layer, QUERIES, CACHE, StepResult(FULL_OUT, None, selection, None), 1.0, None)
+        meter.on_step(step_at(2, layer), StepResult(FULL_OUT, None, selection))
     found = meter.means()
     assert found["recall_at_k"] == pytest.approx(0.5)
     assert found["attention_mass"] == pytest.approx((0.65 + 0.45 + 0.35) / 3)

@@ -19,9 +19,9 @@ from pieces import scoring
 from inner import rules
 
 class Mine(Quest):
-    def score(self, encoded, index):
+    def score(self, encoded, index, context):
         import lazy
-        return 1.0 * super().score(encoded, index)
+        return 1.0 * super().score(encoded, index, context)
 """
 FILES = {
     "mine.py": MINE,
@@ -82,7 +82,7 @@ def test_editing_code_that_a_method_uses_changes_its_digest(checkout: Path) -> N
     used = [
         *("methods/quest.py", "methods/base.py", "models/attach.py", "kernels/softmax.py"),
         *("kernels/rows.py", "kernels/intrinsics.py", "kernels/addresses.py"),
-        *("kernels/page_score/cpu.py", "kernels/page_score/reference.py"),
+        *(f"kernels/page_score/{file}.py" for file in ("api", "reference", "cpu", "fused")),
         *("kernels/sparse_attention/fused.py", "models/prefill.py", "models/cache.py"),
         *("harness/decoding.py", "harness/quality.py", "harness/reads.py", "harness/task.py"),
     ]

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from topkbench.methods.base import AnyMethod, CacheView, Geometry, PrefillInputs
+from topkbench.methods.base import (
+    AnyMethod,
+    CacheView,
+    Geometry,
+    Policy,
+    PrefillInputs,
+    StepContext,
+)
 from topkbench.methods.captured import column_sums
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "method").glob("*.yaml"))
@@ -56,7 +63,7 @@ def build(geometry: Geometry) -> Callable[..., Any]:
         capacity: int | None = None,
         captured: int | None = None,
     ) -> Any:
-        """Build layer 1's index and bind it to the same states.
+        """Build layer 1's index over the states.
 
         The prompt's queries are its keys, repeated for each query head of a group. Slots from
         ``captured`` on count as decoded: they are not part of what is captured.
@@ -75,7 +82,7 @@ def build(geometry: Geometry) -> Callable[..., Any]:
             sums.append(
                 pad(column_sums(row_queries, row_keys, geometry.head_dim**-0.5), (start, n - end))
             )
-        index = method.build_index(
+        return method.build_index(
             PrefillInputs(
                 key_states=keys,
                 value_states=values,
@@ -88,7 +95,16 @@ def build(geometry: Geometry) -> Callable[..., Any]:
                 column_sums=torch.cat(sums) if "column_sums" in method.traits.needs else None,
             )
         )
-        method.bind(index, CacheView(keys, values, kv_start, kv_len))
-        return index
 
     return build_index
+
+
+@pytest.fixture(scope="session")
+def score() -> Callable[..., Tensor]:
+    def raw_scores(method: Any, index: Any, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return what ``score`` gives for encoded queries over the cached keys."""
+        context = StepContext(queries, CacheView(keys, keys), Policy(k=12), 1.0)
+        scores: Tensor = method.score(method.encode(index, context), index, context)
+        return scores
+
+    return raw_scores

@@ -40,8 +40,10 @@ def test_scores_by_hand(aggregation: Any, wanted: list[float]) -> None:
     keys = torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.25, 0.5], [0.0, -0.7]])[None, None]
     method = BlockOracle(page_size=2)
     index = method.build_index(inputs(keys))
-    scores = method.score(method.encode(queries, index), index)
-    found = method.aggregate_over_group(scores, Policy(k=2, aggregation=aggregation, **FREE), 1.0)
+    policy = Policy(k=2, aggregation=aggregation, **FREE)
+    step = method.step(index, StepContext(queries, CacheView(keys, keys), policy, 1.0))
+    assert step.ranking is not None
+    found = step.ranking.scores
     torch.testing.assert_close(found, torch.tensor([[wanted]]), atol=2e-4, rtol=0)
 
 
@@ -84,23 +86,16 @@ def test_pages_begin_at_the_first_token_of_a_row() -> None:
     start = torch.tensor([3], dtype=torch.int32)
     method = BlockOracle(page_size=2)
     index = method.build_index(inputs(keys, start))
-    scores = method.aggregate_over_group(
-        method.score(torch.ones(1, 1, 1, 1), index),
-        Policy(k=2, head_scope="query_head", **FREE),
-        1.0,
-    )
-    assert scores is not None
-    assert scores.tolist() == [[[2.0, 3.0, -torch.inf]]]
+    policy = Policy(k=2, head_scope="query_head", **FREE)
+    view = CacheView(keys, keys, start)
+    step = method.step(index, StepContext(torch.ones(1, 1, 1, 1), view, policy, 1.0))
+    assert step.ranking is not None
+    assert step.ranking.scores.tolist() == [[[2.0, 3.0, -torch.inf]]]
 
 
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="page_size must be at least 1, got 0"):
         BlockOracle(page_size=0)
-    method = BlockOracle()
-    index = method.build_index(inputs(torch.zeros(1, 1, 3, 2)))
-    index.length = 4
-    with pytest.raises(ValueError, match="bound to the cache's 4 slots, got 3; call bind"):
-        method.score(torch.zeros(1, 1, 1, 2), index)
 
 
 def test_bytes_equal_the_reads_counted(geometry: Any) -> None:
@@ -108,9 +103,9 @@ def test_bytes_equal_the_reads_counted(geometry: Any) -> None:
     method = BlockOracle(page_size=16)
     keys = torch.zeros(1, 2, 100, 32)
     index = method.build_index(inputs(keys))
-    scores = method.score(torch.zeros(1, 2, 3, 32), index)
-    scoped = method.aggregate_over_group(scores, Policy(k=40), 1.0)
-    selection = method.select(scoped, None, index, Policy(k=40))  # type: ignore[arg-type]
+    context = StepContext(torch.zeros(1, 2, 3, 32), CacheView(keys, keys), Policy(k=40), 1.0)
+    selection = method.step(index, context).selection
+    assert selection is not None
     chosen = selection.indices.shape[2] * selection.unit_size
-    touched = index.key_states.nbytes + 2 * chosen * 2 * 32 * 4
-    assert method.bytes_read_per_step(geometry, 100, 40) == touched
+    assert chosen == 32
+    assert method.bytes_read(geometry, 100, chosen) == keys.nbytes + 2 * chosen * 2 * 32 * 4

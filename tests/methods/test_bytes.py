@@ -94,13 +94,13 @@ def cache_states(cache: CacheView) -> list[Tensor]:
 
 
 def side_information(index: Index) -> list[Tensor]:
-    """Return the tensors of an index and of indices inside it, except the cached keys."""
+    """Return the tensors of an index and of indices inside it, except those not counted."""
     found: list[Tensor] = []
     for one in fields(index):
         value = getattr(index, one.name)
         if isinstance(value, Index):
             found += side_information(value)
-        elif one.name not in UNCOUNTED and one.name != "key_states":
+        elif one.name not in UNCOUNTED:
             values = value if isinstance(value, list) else [value]
             found += [tensor for tensor in values if isinstance(tensor, Tensor)]
     return found
@@ -113,10 +113,9 @@ def test_bytes_of_a_step_equal_the_reads_counted(
     inner = {"base": {"impl": "reference"}} if name == "twilight" else {}
     plain = {} if name == "full" else {"impl": "reference"}
     method: AnyMethod = make_method(name, **plain, **inner)
-    policy = method.resolve(Policy(k=K, protocol=protocol))[1]
+    method, policy = method.resolve(Policy(k=K, protocol=protocol))
     # The reference reads the first slot for padding; keep it, so that this adds no read.
     policy = replace(policy, num_sink=max(1, policy.num_sink))
-    method = method.with_policy(policy)
     if isinstance(method, Twilight):  # whose base has its own policy
         method.base.native = {**method.base.native, "num_sink": 1}
     queries, keys, values = states(1, N)
@@ -134,7 +133,7 @@ def test_bytes_of_a_step_equal_the_reads_counted(
         result = step(N, tokens[1])
     counted = meter.bytes + ELSEWHERE.get(name, 0) - PADDING.get(name, 0)
     if not method.selects:
-        assert counted == method.bytes_read_per_step(geometry, N, K)
+        assert counted == method.bytes_read(geometry, N, N)
         return
     selection, view = result.selection, CacheView(keys, values)
     assert selection is not None
@@ -143,7 +142,5 @@ def test_bytes_of_a_step_equal_the_reads_counted(
     expected = 0.0
     for up in (0, 1):
         walked = None if scanned is None else (int(scanned.sum()) + up) // 2
-        expected += method.bytes_read_by(geometry, N, (read + up) // 2, walked) / 2
+        expected += method.bytes_read(geometry, N, (read + up) // 2, walked) / 2
     assert counted == expected
-    if protocol == "unified" and scanned is None and read == 2 * K:
-        assert counted == method.bytes_read_per_step(geometry, N, K)

@@ -1,6 +1,7 @@
 """Properties that every method of conf/method must have."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -9,14 +10,18 @@ import torch
 from torch import Tensor
 
 from topkbench.methods.base import (
+    PREFILL_NEEDS,
     AnyMethod,
     CacheView,
     Geometry,
     Index,
     Policy,
+    Ranking,
     Selection,
     StepContext,
+    StepResult,
 )
+from topkbench.methods.learning import LearningMethod, artifact_spec, check_ready
 
 SCALE = 32**-0.5
 States = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -50,7 +55,7 @@ def steady(selecting: AnyMethod) -> AnyMethod:
 
 @pytest.fixture
 def with_history(selecting: AnyMethod) -> AnyMethod:
-    if not selecting.traits.index == "history":
+    if selecting.traits.index != "history":
         pytest.skip(f"{selecting.name} has the stricter test above")
     return selecting
 
@@ -79,6 +84,10 @@ def kept(selection: Selection, row: int, head: int, start: int, end: int) -> lis
 
 def int32(*numbers: int) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32)
+
+
+def untimed(stage: str) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
@@ -129,14 +138,12 @@ def test_with_k_at_or_above_n_equals_full_attention(
 
 
 def test_select_keeps_everything_if_k_is_n(of_k: AnyMethod, states: States, build: Build) -> None:
-    """Called directly, as step does not call select for a budget of all tokens."""
+    """Called directly, as step does not ask the method for a budget of all tokens."""
     queries, keys, values = states(2, 64)
-    view, policy, index = CacheView(keys, values), Policy(k=64), build(of_k, keys, values)
-    encoded = of_k.encode(queries, index)
-    scores = of_k.aggregate_over_group(of_k.score(encoded, index), policy, SCALE)
-    selection = of_k.select(scores, encoded, index, policy)
-    assert selection.slots(view).all()
-    out, _ = of_k.attend(queries, view, selection, SCALE)
+    context = StepContext(queries, CacheView(keys, values), Policy(k=64), SCALE)
+    selection, _ = of_k.choose(build(of_k, keys, values), context, untimed)
+    assert selection.slots(context.cache).all()
+    out, _ = of_k.attend(context, selection)
     torch.testing.assert_close(out.double(), full(queries, keys, values), atol=2e-6, rtol=1e-5)
 
 
@@ -167,7 +174,7 @@ def test_attends_to_its_selection_and_nothing_else(
 def test_appending_equals_rebuilding(
     steady: AnyMethod, states: States, build: Build, start: Tensor | None, end: Tensor | None
 ) -> None:
-    if steady.fits_prompt:
+    if steady.traits.index == "prompt":
         pytest.skip(f"{steady.name} fits its index to the prompt")
     queries, keys, values = states(3, 48)
     steps = 8
@@ -180,7 +187,6 @@ def test_appending_equals_rebuilding(
         steady.append(index, keys[rows, :, slot, None], values[rows, :, slot, None])
     longer = None if end is None else end + steps
     view = CacheView(keys, values, start, longer)
-    steady.bind(index, view)
     rebuilt = build(steady, keys, values, start, longer, capacity=48)
     policy = Policy(k=20)
     once = steady.step(index, StepContext(queries, view, policy, SCALE))
@@ -188,8 +194,106 @@ def test_appending_equals_rebuilding(
     assert once.selection is not None
     assert again.selection is not None
     assert torch.equal(once.selection.indices, again.selection.indices)
-    if once.scores is not None and again.scores is not None:
-        torch.testing.assert_close(once.scores, again.scores)
+    if once.ranking is not None and again.ranking is not None:
+        torch.testing.assert_close(once.ranking.scores, again.ranking.scores)
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [(None, None), (int32(0, 5, 18), None), (None, int32(48, 41, 46))]
+)
+def test_the_index_of_a_prompt_holds_the_tokens_before_the_current_one(
+    selecting: AnyMethod, states: States, build: Build, start: Tensor | None, end: Tensor | None
+) -> None:
+    if selecting.traits.needs & PREFILL_NEEDS:
+        pytest.skip(f"{selecting.name} needs what is captured at prefill")
+    queries, keys, values = states(3, 48)
+    view = CacheView(keys, values, start, end)
+    context = StepContext(queries, view, Policy(k=20), SCALE, layer=1, num_layers=2)
+    rows, newest = torch.arange(3), torch.full((3,), 47) if end is None else end.long() - 1
+    before = None if end is None else end - 1
+    index = selecting.index_prompt(context, 48, {})
+    selecting.append(index, *view.newest())
+    built = build(selecting, keys[:, :, :47], values[:, :, :47], start, before, capacity=48)
+    selecting.append(built, keys[rows, :, newest, None], values[rows, :, newest, None])
+    found, wanted = selecting.step(index, context), selecting.step(built, context)
+    assert found.selection is not None
+    assert wanted.selection is not None
+    assert torch.equal(found.selection.indices, wanted.selection.indices)
+    assert torch.equal(found.out, wanted.out)
+
+
+def restricted_and_grown(
+    method: AnyMethod,
+    policy: Policy,
+    states: States,
+    build: Build,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
+) -> Iterator[tuple[StepResult, StepResult]]:
+    """Decode at 90 to 96 tokens, by part of an index of 96 tokens and by one of as many."""
+    queries, keys, values = states(3, 96)
+    ends = torch.full((3,), 90) if end is None else end.long()
+    rows = torch.arange(3)
+
+    def index_with(appended: int) -> Any:
+        index = build(method, keys[:, :, :90], values[:, :, :90], start, end, capacity=96)
+        for at in (ends + step for step in range(appended)):
+            method.append(index, keys[rows, :, at, None], values[rows, :, at, None])
+        return index
+
+    whole = index_with(6)
+    for appended in range(7):
+        n = 90 + appended
+        now = None if end is None else end + appended
+        view = CacheView(keys[:, :, :n], values[:, :, :n], start, now)
+        context = StepContext(queries, view, policy, SCALE, previous_query=queries.flip(-1))
+        yield (
+            method.step(whole.first(n), context),
+            method.step(index_with(appended), context),
+        )
+
+
+@pytest.mark.parametrize("protocol", ["unified", "native"])
+@pytest.mark.parametrize(
+    ("start", "end"), [(None, None), (int32(0, 5, 18), None), (None, int32(90, 83, 88))]
+)
+def test_an_index_restricted_to_its_first_slots_is_the_index_of_fewer_tokens(
+    selecting: AnyMethod,
+    states: States,
+    build: Build,
+    start: Tensor | None,
+    end: Tensor | None,
+    protocol: Any,
+) -> None:
+    """So known tokens may be appended at once, and each query read its own part."""
+    if not selecting.traits.restricts:
+        pytest.skip(f"{selecting.name} declares that its index does not restrict")
+    method, policy = selecting.resolve(Policy(k=20, protocol=protocol))
+    for found, wanted in restricted_and_grown(method, policy, states, build, start, end):
+        assert found.selection is not None
+        assert wanted.selection is not None
+        assert torch.equal(found.selection.indices, wanted.selection.indices)
+        assert torch.equal(found.out, wanted.out)
+        assert (found.ranking is None) == (wanted.ranking is None)
+        if found.ranking is not None and wanted.ranking is not None:
+            assert torch.equal(found.ranking.raw_scores, wanted.ranking.raw_scores)
+            assert torch.equal(found.ranking.scores, wanted.ranking.scores)
+
+
+@pytest.mark.parametrize("running", ["quest", "sparq"])
+def test_a_running_index_contains_later_tokens(
+    running: str, methods: dict[str, AnyMethod], states: States, build: Build
+) -> None:
+    """The bounds of the page being filled, and the sum of the values, are those of all tokens."""
+    method = methods[running]
+    assert (method.traits.index, method.traits.restricts) == ("running", False)
+    equal = []
+    for found, wanted in restricted_and_grown(method, Policy(k=20), states, build):
+        assert found.ranking is not None
+        assert wanted.ranking is not None
+        same_scores = torch.equal(found.ranking.raw_scores, wanted.ranking.raw_scores)
+        equal.append(same_scores and torch.equal(found.out, wanted.out))
+    assert equal == [False] * 6 + [True]
 
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
@@ -198,7 +302,7 @@ def test_a_history_dependent_row_in_a_batch_equals_the_row_alone(
     with_history: AnyMethod, states: States, build: Build, padded: bool, protocol: Any
 ) -> None:
     """Eight steps, each of which may change the next; other rows have no influence."""
-    policy = with_history.resolve(Policy(k=20, protocol=protocol))[1]
+    with_history, policy = with_history.resolve(Policy(k=20, protocol=protocol))
     queries, keys, values = states(3, 48)
     starts = int32(0, 5, 18) if padded else None
     ends = None if padded else int32(40, 38, 33)
@@ -256,9 +360,9 @@ def test_appending_without_a_step_adds_no_history(
     prompt = CacheView(keys[:, :, :40], values[:, :, :40])
     wanted = with_history.step(read, StepContext(queries, prompt, replace(policy, k=9), SCALE))
     assert wanted.selection is not None
-    if found.scores is not None and wanted.scores is not None:
-        assert torch.equal(found.scores[..., :40], wanted.scores)
-        assert (found.scores[..., 40:] == 0).all()
+    if found.ranking is not None and wanted.ranking is not None:
+        assert torch.equal(found.ranking.scores[..., :40], wanted.ranking.scores)
+        assert (found.ranking.scores[..., 40:] == 0).all()
         return
     kept = found.selection.slots(view)[:, :, :40]
     assert torch.equal(kept, wanted.selection.slots(prompt))
@@ -299,7 +403,7 @@ def test_finds_a_planted_needle(
     selecting: AnyMethod, states: States, build: Build, appended: bool, protocol: Any
 ) -> None:
     """A needle in the prompt, or among decoded tokens that are no longer recent."""
-    policy = selecting.resolve(Policy(k=48, protocol=protocol))[1]
+    selecting, policy = selecting.resolve(Policy(k=48, protocol=protocol))
     queries, keys, values = states(1, 300)
     # One direction that all queries of a group share, and one key along it.
     direction = torch.nn.functional.normalize(queries[:, :, :1], dim=-1)
@@ -312,7 +416,7 @@ def test_finds_a_planted_needle(
     view = CacheView(keys, values)
     step = selecting.step(index, StepContext(queries, view, policy, SCALE))
     assert step.selection is not None
-    if step.scores is None:
+    if step.ranking is None:
         pytest.skip(f"{selecting.name} does not use the query")
     found = step.selection.slots(view)[..., needle]
     if selecting.name == "hash_attention":  # one head's 32 bits, trained briefly, may miss it
@@ -326,7 +430,7 @@ def test_constant_values_give_a_constant_output(
     method: AnyMethod, states: States, build: Build, k: int, protocol: Any
 ) -> None:
     """All weights, including log weights and remainders, sum to one; padding has none."""
-    policy = method.resolve(Policy(k=k, protocol=protocol))[1]
+    method, policy = method.resolve(Policy(k=k, protocol=protocol))
     queries, keys, values = states(3, 90)
     starts = int32(0, 31, 74)
     constant = torch.linspace(-2, 3, 32)
@@ -363,8 +467,7 @@ def test_other_rows_and_padding_do_not_matter(
     method: AnyMethod, states: States, build: Build, k: int, protocol: Any
 ) -> None:
     """Rows of 17, 50 and 33 tokens give the same left-aligned, left-padded and alone."""
-    policy = method.resolve(Policy(k=k, protocol=protocol))[1]
-    method = method.with_policy(policy)
+    method, policy = method.resolve(Policy(k=k, protocol=protocol))
     queries, keys, values = states(3, 50)
     lengths = (17, 50, 33)
     ends = int32(*lengths)
@@ -438,35 +541,73 @@ def test_permuting_keys_permutes_scores(
     queries, keys, values = states(2, 45)
     order = torch.randperm(45, generator=torch.Generator().manual_seed(1))
     first, second = build(method, keys, values), build(method, keys[:, :, order], values)
-    plain = method.score(method.encode(queries, first), first)
-    moved = method.score(method.encode(queries, second), second)
-    if plain is None or moved is None:
-        pytest.skip(f"{name} has no scores")
+    # Four times k are fewer than the 45 tokens, so that Twilight's base ranks them.
+    policy = Policy(k=10, num_sink=0, num_recent=0)
+    found = []
+    for index, at in ((first, torch.arange(45)), (second, order)):
+        view = CacheView(keys[:, :, at], values[:, :, at])
+        ranking = method.step(index, StepContext(queries, view, policy, SCALE)).ranking
+        if ranking is None:
+            pytest.skip(f"{name} has no scores")
+        found.append(ranking.raw_scores)
+    plain, moved = found
     torch.testing.assert_close(moved, plain[..., order])
 
 
-def test_score_and_select_at_k_one_below_n(of_k: AnyMethod, states: States, build: Build) -> None:
+@pytest.mark.parametrize("protocol", ["unified", "native"])
+@pytest.mark.parametrize(("k", "other"), [(20, 16), (16, 20), (16, 40)])
+def test_a_step_given_the_ranking_of_another_budget_equals_the_step_itself(
+    selecting: AnyMethod, states: States, build: Build, k: int, other: int, protocol: Any
+) -> None:
+    queries, keys, values = states(2, 100)
+    stages: list[str] = []
+
+    def watch(stage: str) -> AbstractContextManager[None]:
+        stages.append(stage)
+        return nullcontext()
+
+    def step(k: int, given: Ranking[Any] | None = None) -> StepResult:
+        method, policy = selecting.resolve(Policy(k=k, protocol=protocol))
+        context = StepContext(queries, CacheView(keys, values), policy, SCALE)
+        return method.step(build(method, keys, values), context, watch, given)
+
+    ranking = step(other).ranking
+    if ranking is None:
+        pytest.skip(f"{selecting.name} has no scores, or its base selects everything")
+    alone = step(k)
+    stages.clear()
+    found = step(k, ranking)
+    assert stages[-2:] == ["select", "attend"]
+    assert not {"encode", "score"} & set(stages)
+    assert torch.equal(found.out, alone.out)
+    assert found.selection is not None
+    assert alone.selection is not None
+    assert torch.equal(found.selection.indices, alone.selection.indices)
+    if found.ranking is not None and alone.ranking is not None:
+        assert torch.equal(found.ranking.scores, alone.ranking.scores)
+
+
+def test_select_at_k_one_below_n(of_k: AnyMethod, states: States, build: Build) -> None:
     """The single token or page that is dropped is the worst that is not forced."""
-    selecting = of_k
     queries, keys, values = states(2, 64)
-    policy = Policy(k=63)
-    index = build(selecting, keys, values)
-    encoded = selecting.encode(queries, index)
-    scores = selecting.aggregate_over_group(selecting.score(encoded, index), policy, SCALE)
-    selection = selecting.select(scores, encoded, index, policy)
+    context = StepContext(queries, CacheView(keys, values), Policy(k=63), SCALE)
+    step = of_k.step(build(of_k, keys, values), context)
+    selection = step.selection
+    assert selection is not None
     for row in range(2):
         for head in range(2):
             units = 64 // selection.unit_size
             missing = set(range(units)) - set(selection.indices[row, head].tolist())
             assert len(missing) == 1
             free = range(4, 56) if units == 64 else range(1, units - 1)
-            if scores is None:
-                if selecting.name == "streaming_llm":
+            if step.ranking is None:
+                if of_k.name == "streaming_llm":
                     assert missing == {4}  # the oldest token that is not a sink
                 assert missing <= set(free)
                 continue
             # Of equal scores the lower index wins, so the highest is dropped.
-            worst = min(free, key=lambda u: (scores[row, head, u].item(), -u))
+            scores = step.ranking.scores[row, head].tolist()
+            worst = min(free, key=lambda u: (scores[u], -u))
             assert missing == {worst}
 
 
@@ -477,8 +618,7 @@ def side_bytes(index: Index) -> int:
         value = getattr(index, field.name)
         if isinstance(value, Index):
             total += side_bytes(value)
-        is_side = isinstance(value, Tensor) and value.ndim >= 3 and value.shape[0] == 1
-        if is_side and field.name != "key_states":
+        if isinstance(value, Tensor) and value.ndim >= 3 and value.shape[0] == 1:
             total += value.nbytes
     return total
 
@@ -487,7 +627,7 @@ def side_bytes(index: Index) -> int:
 def test_index_bytes_equal_the_formula(
     selecting: AnyMethod, geometry: Geometry, states: States, build: Build, protocol: Any
 ) -> None:
-    selecting = selecting.with_policy(selecting.resolve(Policy(k=32, protocol=protocol))[1])
+    selecting, _ = selecting.resolve(Policy(k=32, protocol=protocol))
     _, keys, values = states(1, 45)
     sizes = [
         # The difference leaves out what does not grow with the length, as a codebook or a mean.
@@ -500,13 +640,13 @@ def test_index_bytes_equal_the_formula(
 def test_reads_more_with_more_tokens_and_less_than_full(
     selecting: AnyMethod, methods: dict[str, AnyMethod], geometry: Geometry
 ) -> None:
-    everything = methods["full"].bytes_read_per_step(geometry, 4096, 256)
+    everything = methods["full"].bytes_read(geometry, 4096, 4096)
     if selecting.name in ("exact", "block_oracle"):  # they read every key
-        assert everything // 2 < selecting.bytes_read_per_step(geometry, 4096, 256) < everything
+        assert everything // 2 < selecting.bytes_read(geometry, 4096, 256) < everything
     else:
-        assert selecting.bytes_read_per_step(geometry, 4096, 256) < everything // 2
-    fewer = selecting.bytes_read_per_step(geometry, 4096, 64)
-    assert fewer < selecting.bytes_read_per_step(geometry, 4096, 256)
+        assert selecting.bytes_read(geometry, 4096, 256) < everything // 2
+    fewer = selecting.bytes_read(geometry, 4096, 64)
+    assert fewer < selecting.bytes_read(geometry, 4096, 256)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -533,18 +673,39 @@ def test_reference_and_auto_agree(
 
 def test_the_native_policy_is_valid(method: AnyMethod) -> None:
     unified = Policy(k=64)
-    native = method.effective_policy(replace(unified, protocol="native"))
-    assert method.effective_policy(unified) == unified
+    native = method.resolve(replace(unified, protocol="native"))[1]
+    assert method.resolve(unified)[1] == unified
     assert native.k == 64
     assert native.protocol == "native"
     if method.selects:  # without the YAML file's values it would equal the unified policy
         assert replace(native, protocol="unified") != unified
 
 
+@pytest.mark.parametrize("protocol", ["unified", "native"])
+def test_resolving_twice_changes_nothing(method: AnyMethod, protocol: Any) -> None:
+    once, policy = method.resolve(Policy(k=64, protocol=protocol))
+    twice, same = once.resolve(policy)
+    assert same == policy
+    assert repr(twice) == repr(once)  # the settings, also those of a method inside
+
+
+def test_scores_of_a_kv_head_cannot_select_per_query_head(
+    selecting: AnyMethod, geometry: Geometry, states: States, build: Build
+) -> None:
+    if not selecting.traits.per_kv_head:
+        pytest.skip(f"{selecting.name} does not declare that its scores are per KV head")
+    policy = Policy(k=20, head_scope="query_head")
+    reason = f"head_scope must be kv_head for {selecting.name}, whose scores are per KV head"
+    assert (selecting.unsupported_reason(geometry, policy) or "").startswith(reason)
+    queries, keys, values = states(1, 45)
+    context = StepContext(queries, CacheView(keys, values), policy, SCALE)
+    with pytest.raises(ValueError, match=reason):
+        selecting.step(build(selecting, keys, values), context)
+
+
 def test_native_policy_selects(selecting: AnyMethod, states: States, build: Build) -> None:
     queries, keys, values = states(2, 64)
-    policy = selecting.resolve(Policy(k=32, protocol="native"))[1]
-    selecting = selecting.with_policy(policy)
+    selecting, policy = selecting.resolve(Policy(k=32, protocol="native"))
     index = build(selecting, keys, values)
     step = selecting.step(index, StepContext(queries, CacheView(keys, values), policy, SCALE))
     assert step.selection is not None
@@ -558,13 +719,16 @@ def test_native_policy_selects(selecting: AnyMethod, states: States, build: Buil
 
 def test_supports_an_ordinary_model(method: AnyMethod, geometry: Geometry) -> None:
     assert method.unsupported_reason(geometry) is None
-    method.check_ready(geometry)
+    check_ready(method, geometry)
 
 
 def test_an_artifact_matches_its_layout(
     name: str, make_method: Callable[..., AnyMethod], geometry: Geometry
 ) -> None:
     fitted = make_method(name)
+    if not isinstance(fitted, LearningMethod):
+        assert artifact_spec(fitted, geometry) is None
+        return
     layout = fitted.artifact_layout(geometry)
     assert bool(layout) == (fitted.artifact_spec(geometry) is not None)
     whole = fitted.artifact
@@ -574,20 +738,18 @@ def test_an_artifact_matches_its_layout(
         for wrong, found in ((whole[tensor][:1], "float32"), (whole[tensor].double(), "float64")):
             fitted.artifact = {**others, tensor: wrong}
             with pytest.raises(ValueError, match=rf"must hold {tensor} as .* got torch\.{found}"):
-                fitted.check_ready(geometry)
+                check_ready(fitted, geometry)
         fitted.artifact = {**others, "something": torch.zeros(1)}
         with pytest.raises(ValueError, match=f"must hold {tensor} as .* got none; fit it on this"):
-            fitted.check_ready(geometry)
+            check_ready(fitted, geometry)
 
 
 def test_query_positions_are_fixed_and_equally_many_in_each_layer(
     name: str, make_method: Callable[..., AnyMethod], geometry: Geometry
 ) -> None:
     method = make_method(name)
-    if method.artifact_spec(geometry) is None:
-        with pytest.raises(ValueError, match=f"{name} learns nothing, so it has no fit"):
-            method.fit_layer(0, [])
-        return
+    if not isinstance(method, LearningMethod) or method.artifact_spec(geometry) is None:
+        pytest.skip(f"{name} learns nothing")
     lengths = [33, 1, 48]
     named = [method.query_positions(layer, lengths) for layer in range(2)]
     assert named == [method.query_positions(layer, lengths) for layer in range(2)]

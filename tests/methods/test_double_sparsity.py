@@ -11,8 +11,10 @@ from torch import Tensor
 from topkbench.methods import double_sparsity
 from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, StepContext
 from topkbench.methods.double_sparsity import DoubleSparsity
+from topkbench.methods.learning import check_ready
 from topkbench.methods.twilight import Twilight
 
+Score = Callable[..., Tensor]
 FREE = {"num_sink": 0, "num_recent": 0}
 SHAPE = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=16, dtype_bytes=4)
 # Two query heads of one KV head: heavy are channels 1 and 3; 0 and 1; together 1 and 3.
@@ -69,12 +71,12 @@ def test_channels_of_a_group_and_of_each_query() -> None:
         ("query_head", [[1 * 2 + 1 * 8, 0.0], [5 * 1 + 2 * 2, 5 * 1 + 0.0]]),
     ],
 )
-def test_scores_by_hand(scope: str, wanted: list[list[float]]) -> None:
+def test_scores_by_hand(scope: str, wanted: list[list[float]], score: Score) -> None:
     keys = torch.tensor([[1.0, 2.0, 4.0, 8.0], [1.0, 0.0, 9.0, 0.0]])[None, None]
     queries = torch.tensor([[7.0, 1.0, 7.0, 1.0], [5.0, 2.0, 7.0, 0.0]])[None, None]
     method = calibrated(channels=2, label_scope=scope)
     index = method.build_index(prefill(keys))
-    assert method.score(method.encode(queries, index), index).tolist() == [[wanted]]
+    assert score(method, index, queries, keys).tolist() == [[wanted]]
     if scope == "kv_head":
         assert index.labels[0, 0, :2].tolist() == [[2.0, 8.0], [0.0, 0.0]]
 
@@ -93,12 +95,11 @@ def test_labels_follow_the_protocol_unless_label_scope_is_set(
 ) -> None:
     made = DoubleSparsity(channels=4, label_scope=label_scope, native={"head_scope": "query_head"})
     made.load_artifact({"magnitude": random(1, 6, 16).abs()}, "digest")
-    policy = made.resolve(Policy(k=16, protocol=protocol))[1]
-    method = made.with_policy(policy)
+    method, _ = made.resolve(Policy(k=16, protocol=protocol))
     index = method.build_index(prefill(random(1, 2, 12, 16)))
     assert index.labels.shape == (1, heads, 16, 4)
     assert method.index_bytes_per_token(SHAPE) == heads * 4 * 4
-    assert method.bytes_read_per_step(SHAPE, 60, 0) == 60 * heads * 4 * 4
+    assert method.bytes_read(SHAPE, 60, 0) == 60 * heads * 4 * 4
     # One artifact serves both, and the original method is unchanged.
     assert method.artifact_spec(SHAPE) == made.artifact_spec(SHAPE)
     assert (method.artifact_digest, made.label_scope) == ("digest", label_scope)
@@ -111,8 +112,7 @@ def test_labels_inside_another_method_follow_its_policy() -> None:
     unified = Policy(k=8, **FREE)  # type: ignore[arg-type]
     keys, queries = random(1, 2, 60, 16), random(1, 2, 3, 16, seed=1)
     for protocol, heads in (("unified", 2), ("native", 6)):
-        policy = made.effective_policy(replace(unified, protocol=protocol))
-        method = made.with_policy(policy)
+        method, policy = made.resolve(replace(unified, protocol=protocol))
         index = method.build_index(prefill(keys))
         assert index.base.labels.shape[1] == heads
         own = 2 * (16 / 2 + 4)
@@ -126,16 +126,16 @@ def test_labels_inside_another_method_follow_its_policy() -> None:
 
 
 @pytest.mark.parametrize("scope", ["kv_head", "query_head"])
-def test_all_channels_are_exact_logits(scope: str) -> None:
+def test_all_channels_are_exact_logits(scope: str, score: Score) -> None:
     queries, keys = random(2, 2, 3, 16), random(2, 2, 11, 16, seed=1)
     method = DoubleSparsity(channels=16, label_scope=scope)  # type: ignore[arg-type]
     method.load_artifact({"magnitude": random(1, 6, 16).abs()})
     index = method.build_index(prefill(keys))
-    scores = method.score(method.encode(queries, index), index)
+    scores = score(method, index, queries, keys)
     torch.testing.assert_close(scores, queries @ keys.mT, atol=1e-5, rtol=1e-5)
 
 
-def test_four_bit_labels_by_hand() -> None:
+def test_four_bit_labels_by_hand(score: Score) -> None:
     # Two heavy channels, -1 and 14: levels 0 and 15. Of equal ones, level 0 of a step of zero.
     keys = torch.tensor([[0.0, -1.0, 0.0, 14.0], [0.0, 5.0, 0.0, 5.0]])[None, None]
     method = calibrated(channels=2, label_bits=4)
@@ -144,11 +144,11 @@ def test_four_bit_labels_by_hand() -> None:
     assert index.labels[0, 0, :2].tolist() == [[0 + (15 << 4)], [0]]
     assert index.ranges[0, 0, :2].tolist() == [[-1.0, 1.0], [5.0, 0.0]]
     queries = torch.tensor([[0.0, 1.0, 0.0, 10.0], [0.0, 1.0, 0.0, 0.0]])[None, None]
-    scores = method.score(method.encode(queries, index), index)
+    scores = score(method, index, queries, keys)
     assert scores.tolist() == [[[[139.0, 55.0], [-1.0, 5.0]]]]
 
 
-def test_four_bit_labels_are_off_by_half_a_level() -> None:
+def test_four_bit_labels_are_off_by_half_a_level(score: Score) -> None:
     keys = random(1, 2, 50, 16)
     method = DoubleSparsity(channels=8, label_bits=4)
     method.load_artifact({"magnitude": random(1, 2, 16).abs()})
@@ -156,7 +156,7 @@ def test_four_bit_labels_are_off_by_half_a_level() -> None:
     heavy = keys.gather(3, index.channels[None, :, None].expand(1, -1, 50, -1))
     # One query along each channel reads the labels.
     queries = torch.eye(16)[index.channels][None]
-    read = method.score(method.encode(queries, index), index).mT
+    read = score(method, index, queries, keys).mT
     level = (heavy.amax(3) - heavy.amin(3))[..., None] / 15
     assert ((read - heavy).abs() <= 0.5 * level + 5e-3).all()
     assert not torch.allclose(read, heavy, atol=1e-2)
@@ -196,8 +196,8 @@ def test_bytes_equal_the_reads_counted(
     assert len(seen) == 1
     read = labels + int(tokens.sum()) * 2 * 16 * 4
     if scope == "kv_head":
-        assert method.bytes_read_per_step(SHAPE, 60, 16) == read
-    assert method.bytes_read_per_step(SHAPE, 60, 0) == labels
+        assert method.bytes_read(SHAPE, 60, 16) == read
+    assert method.bytes_read(SHAPE, 60, 0) == labels
 
 
 def test_bad_settings_and_artifacts_are_refused() -> None:
@@ -208,9 +208,9 @@ def test_bad_settings_and_artifacts_are_refused() -> None:
     with pytest.raises(ValueError, match=r"kv_head, query_head, or null to follow .* got 'layer'"):
         DoubleSparsity(label_scope="layer")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="channels must be at most head_dim=16, got 17"):
-        DoubleSparsity(channels=17).check_ready(SHAPE)
+        check_ready(DoubleSparsity(channels=17), SHAPE)
     with pytest.raises(ValueError, match="channels must be even for labels of 4 bits, got 3"):
-        DoubleSparsity(channels=3, label_bits=4).check_ready(SHAPE)
+        check_ready(DoubleSparsity(channels=3, label_bits=4), SHAPE)
     with pytest.raises(ValueError, match="got no artifact"):
         DoubleSparsity().build_index(prefill(torch.zeros(1, 1, 3, 4)))
     with pytest.raises(ValueError, match=r"and d=6, got \[1, 2, 4\]; fit it"):

@@ -128,9 +128,9 @@ def test_bytes_equal_the_reads_of_the_reference() -> None:
     sums = index.sums[:, :, : index.length].nbytes
     kept = keys[:, :, :1].nbytes * found.indices.shape[2]
     # Keys and values to attend, and the keys once more for the probabilities.
-    assert method.bytes_read_per_step(geometry, 41, 16) == sums + 2 * kept + kept
+    assert method.bytes_read(geometry, 41, 16) == sums + 2 * kept + kept
     compact = H2O(mode="compact")
-    assert compact.bytes_read_per_step(geometry, 4096, 16) == (48 * 8 + 3 * kept + 2 * kept // 32)
+    assert compact.bytes_read(geometry, 4096, 16) == (48 * 8 + 3 * kept + 2 * kept // 32)
 
 
 def test_bad_settings_are_one_sentence() -> None:
@@ -141,9 +141,9 @@ def test_bad_settings_are_one_sentence() -> None:
 
 
 @pytest.mark.parametrize("mode", ["masked", "compact"])
-def test_selection_per_query_head_is_refused(mode: Any) -> None:
+def test_selection_per_query_head_is_refused(mode: Any, geometry: Geometry) -> None:
     method = H2O(mode=mode)
-    reason = method.policy_unsupported_reason(Policy(k=4, head_scope="query_head", **FREE))
+    reason = method.unsupported_reason(geometry, Policy(k=4, head_scope="query_head", **FREE))
     assert reason is not None
-    assert reason.startswith("head_scope must be kv_head for h2o, whose sums are per KV head")
-    assert method.policy_unsupported_reason(Policy(k=4, **FREE)) is None
+    assert reason.startswith("head_scope must be kv_head for h2o, whose scores are per KV head")
+    assert method.unsupported_reason(geometry, Policy(k=4, **FREE)) is None

@@ -1,5 +1,6 @@
 """InfiniGen by hand: the skewing matrix, which queries are used, and the count shared by heads."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, StepContext
 from topkbench.methods.infinigen import InfiniGen
 
+Score = Callable[..., Tensor]
 LLAMA = Geometry(num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128)
 
 
@@ -54,17 +56,17 @@ def test_the_skewing_matrix_is_the_queries_singular_vectors() -> None:
         assert (strength.diff() <= 0).all()
 
 
-def test_all_channels_give_exact_logits() -> None:
+def test_all_channels_give_exact_logits(score: Score) -> None:
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(1, 1, 9, 2, generator=generator)
     queries = torch.randn(1, 1, 2, 2, generator=generator)
     method = fitted(partial_ratio=1.0)
     index = method.build_index(prefill(keys, 9))
-    found = method.score(method.encode(queries, index), index)
+    found = score(method, index, queries, keys)
     torch.testing.assert_close(found, queries @ keys.mT, atol=1e-5, rtol=1e-5)
 
 
-def test_three_in_ten_skewed_channels_find_most_of_the_top_keys() -> None:
+def test_three_in_ten_skewed_channels_find_most_of_the_top_keys(score: Score) -> None:
     """Queries span few directions; if the skewing matrix finds these, few channels suffice."""
     generator = torch.Generator().manual_seed(0)
     turn = torch.linalg.qr(torch.randn(64, 64, generator=generator)).Q
@@ -82,7 +84,7 @@ def test_three_in_ten_skewed_channels_find_most_of_the_top_keys() -> None:
         strength = torch.arange(64.0, 0.0, -1.0).expand(2, 2, 64)  # keys choose as queries do
         method.load_artifact({"skew": skew.expand(2, 2, 64, 64), "key_strength": strength})
         index = method.build_index(prefill(keys, 1000))
-        found = method.score(method.encode(queries, index), index).topk(64).indices
+        found = score(method, index, queries, keys).topk(64).indices
         return (found[..., None] == exact[..., None, :]).any(-1).double().mean().item()
 
     learned = InfiniGen().fit_layer(1, [(draw_queries(200), torch.zeros(2, 200, 64))])["skew"]
@@ -97,7 +99,9 @@ def test_channels_are_rounded_down_to_at_least_one(head_dim: int, channels: int)
     assert InfiniGen().channels(head_dim) == channels
 
 
-def test_channels_are_those_of_the_largest_queries_and_those_of_the_largest_keys() -> None:
+def test_channels_are_those_of_the_largest_queries_and_those_of_the_largest_keys(
+    score: Score,
+) -> None:
     """Two of four channels by each: the first KV head uses 0, 1 and 3, the second 0 and 1."""
     method = InfiniGen(partial_ratio=0.5)
     strength = torch.tensor([[1.0, 9.0, 2.0, 8.0], [5.0, 6.0, 1.0, 0.0]])
@@ -115,7 +119,7 @@ def test_channels_are_those_of_the_largest_queries_and_those_of_the_largest_keys
     method.append(index, newest, newest)
     queries = torch.tensor([1.0, 10.0, 100.0, 1000.0]).expand(1, 2, 1, 4)
     # 1 + 20 + 4000, 4 + 30 + 1000, 5 + 60 + 8000; without the thousands in the second head.
-    assert method.score(method.encode(queries, index), index).tolist() == [
+    assert score(method, index, queries, keys).tolist() == [
         [[[4021.0, 1034.0, 8065.0]], [[21.0, 34.0, 65.0]]]
     ]
     # All KV heads keep as many channels as the first, three; without an artifact the upper bound.
@@ -142,8 +146,10 @@ def test_speculated_queries_select_and_the_real_ones_attend() -> None:
     index = method.build_index(prefill(keys, 3))
     policy = Policy(k=1, num_sink=0, num_recent=0)
     for speculated, wanted in ((None, 0), (-query, 1), (query, 0)):
-        view = CacheView(keys, values, previous_query=speculated)
-        found = method.step(index, StepContext(query, view, policy, 1.0))
+        context = StepContext(
+            query, CacheView(keys, values), policy, 1.0, previous_query=speculated
+        )
+        found = method.step(index, context)
         assert found.selection is not None
         assert found.selection.indices.tolist() == [[[wanted]]]
         torch.testing.assert_close(found.out[0, 0], values[0, 0, wanted])
@@ -201,7 +207,7 @@ def test_bytes_by_hand() -> None:
     side, skew, projection = 32768 * 8 * 50 * 2, 8 * 128 * 50 * 4, 32 * 50 * 4096 * 2
     method = InfiniGen()
     wanted = side + skew + projection + 512 * token
-    assert method.bytes_read_per_step(LLAMA, 32768, 512) == wanted
+    assert method.bytes_read(LLAMA, 32768, 512) == wanted
     # The formula equals the index's tensors: one channel, chosen by queries and keys alike.
     geometry = Geometry(num_layers=2, num_heads=2, num_kv_heads=1, head_dim=2, dtype_bytes=4)
     method = fitted()
@@ -209,7 +215,7 @@ def test_bytes_by_hand() -> None:
     assert index.low_keys.shape == (1, 1, 9, 1)
     touched = index.low_keys.nbytes + index.skew.nbytes
     rest = 2 * 1 * 4 * 4 + 3 * 2 * 2 * 4
-    assert method.bytes_read_per_step(geometry, 9, 3) == touched + rest
+    assert method.bytes_read(geometry, 9, 3) == touched + rest
 
 
 def test_positions_are_spread_over_a_sequence() -> None:

@@ -1,5 +1,6 @@
 """MagicPIG: keys are sampled as often as their weights assume, and the mean output is right."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from topkbench.methods.base import (
 )
 from topkbench.methods.magicpig import MagicPIG
 
+Score = Callable[..., Tensor]
 FREE: dict[str, Any] = {"num_sink": 0, "num_recent": 0}
 NATIVE = Policy(k=5, protocol="native", **FREE)
 
@@ -28,9 +30,9 @@ def inputs(keys: Tensor, **rows: Any) -> PrefillInputs:
 
 def choose(method: MagicPIG, queries: Tensor, keys: Tensor, policy: Policy) -> Selection:
     index = method.build_index(inputs(keys))
-    encoded = method.encode(queries, index)
-    scores = method.aggregate_over_group(method.score(encoded, index), policy, 1.0)
-    return method.select(scores, encoded, index, policy)
+    step = method.step(index, StepContext(queries, CacheView(keys, keys), policy, 1.0))
+    assert step.selection is not None
+    return step.selection
 
 
 def pairs_at(degrees: float, count: int, head_dim: int = 16) -> tuple[Tensor, Tensor]:
@@ -100,11 +102,12 @@ def test_the_estimate_is_right_on_average(k: int | None) -> None:
         # Large samples, as a quotient of two estimates is unbiased only for large samples.
         method = MagicPIG(hash_bits=4, num_tables=20, seed=seed, native_local=0)
         index = method.build_index(inputs(keys))
-        step = method.step(index, StepContext(query, view, policy, 1.0))
+        context = StepContext(query, view, policy, 1.0)
+        step = method.step(index, context)
         assert step.selection is not None
         weighted.append(step.out.flatten())
         bare = Selection(step.selection.indices)
-        plain.append(method.attend(query, view, bare, 1.0)[0].flatten())
+        plain.append(method.attend(context, bare)[0].flatten())
     error = (torch.stack(weighted).mean(0) - full).norm() / full.norm()
     bias = (torch.stack(plain).mean(0) - full).norm() / full.norm()
     assert error < 0.15
@@ -119,7 +122,6 @@ def test_sinks_recents_and_decoded_tokens_are_kept_without_a_weight() -> None:
     for slot in range(100, 110):
         method.append(index, keys[:, :, slot, None], keys[:, :, slot, None])
     view = CacheView(keys, keys)
-    method.bind(index, view)
     queries = torch.randn(1, 2, 3, 8, generator=generator)
     for policy, first in (
         # Natively the prompt's last five stay, however many tokens were decoded since.
@@ -189,7 +191,7 @@ def test_a_group_shares_its_budget() -> None:
     assert (selection.indices >= 0).sum(-1).tolist() == [[10, 10, 10]]
 
 
-def test_the_tables_count_the_codes_that_agree() -> None:
+def test_the_tables_count_the_codes_that_agree(score: Score) -> None:
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(3, 2, 50, 8, generator=generator)
     queries = torch.randn(3, 2, 3, 8, generator=generator)
@@ -197,7 +199,7 @@ def test_the_tables_count_the_codes_that_agree() -> None:
     end = torch.tensor([50, 44, 50], dtype=torch.int32)
     method = MagicPIG(hash_bits=3, num_tables=20)
     index = method.build_index(inputs(keys, kv_start=start, kv_len=end))
-    found = method.score(method.encode(queries, index), index)
+    found = score(method, index, queries, keys)
     for row in range(3):
         own = slice(int(start[row]), int(end[row]))
         centred = keys[row, :, own] - keys[row, :, own].mean(1, keepdim=True)
@@ -219,18 +221,19 @@ def test_bytes_equal_the_reads_counted() -> None:
     method = MagicPIG(hash_bits=6, num_tables=60)
     ends, planes = 2 * 4 * 6 * 60, 256 * 60 * 6 * 4
     chosen = 3 * 40 * 2 * 256 * 4  # keys for the angles, then keys and values
-    analytic = method.bytes_read_per_step(geometry, 3000, 40) - ends - planes - chosen
+    analytic = method.bytes_read(geometry, 3000, 40) - ends - planes - chosen
     for keys, least, most in ((isotropic, 0.9, 1.1), (near, 1.2, 3.0)):
         index = method.build_index(inputs(keys))
-        encoded = method.encode(queries, index)
+        context = StepContext(queries, CacheView(keys, keys), Policy(k=40), 1.0)
+        encoded = method.encode(index, context)
         slots, query = method.walk(encoded, index)
         selection = choose(method, queries, keys, Policy(k=40))
         assert selection.scanned is not None
         walked = [int((query // 3 == head).sum()) for head in range(2)]
         assert selection.scanned.tolist() == [walked]
-        assert encoded.codes.numel() == 6 * 60  # a query's buckets, of two ends each
+        assert encoded.numel() == 6 * 60  # a query's buckets, of two ends each
         read = planes + ends + 4 * len(slots) + chosen
-        assert abs(method.bytes_read_by(geometry, 3000, 40, sum(walked) // 2) - read) <= 8
+        assert abs(method.bytes_read(geometry, 3000, 40, sum(walked) // 2) - read) <= 8
         assert least < 4 * len(slots) / analytic < most
 
 

@@ -1,5 +1,8 @@
 """Exact top-k, Loki, Quest, StreamingLLM and full attention, by hand."""
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,10 +10,12 @@ from torch import Tensor
 from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, StepContext
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
+from topkbench.methods.learning import check_ready
 from topkbench.methods.loki import Loki
 from topkbench.methods.quest import Quest
 from topkbench.methods.streaming_llm import StreamingLLM
 
+Score = Callable[..., Tensor]
 LLAMA = Geometry(num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128)
 FREE = {"num_sink": 0, "num_recent": 0}
 
@@ -33,30 +38,34 @@ def test_exact_ranks_by_summed_weights() -> None:
     keys = torch.tensor([[1.0, 0.0], [-2.0, 0.5], [0.0, 0.0]])[None, None]
     method = ExactTopK()
     index = method.build_index(prefill(keys, 3))
-    view = CacheView(keys, keys)
-    step = method.step(index, StepContext(queries, view, Policy(k=2, **FREE)))
+    view, scale = CacheView(keys, keys), 2**-0.5
+    step = method.step(index, StepContext(queries, view, Policy(k=2, **FREE), scale))
     assert step.selection is not None
     assert step.selection.indices.tolist() == [[[0, 1]]]
     logits = Policy(k=2, aggregation="sum_logit", **FREE)
-    step = method.step(index, StepContext(queries, view, logits))
+    step = method.step(index, StepContext(queries, view, logits, scale))
     assert step.selection is not None
     assert step.selection.indices.tolist() == [[[0, 2]]]
     per_query = Policy(k=1, head_scope="query_head", **FREE)
-    step = method.step(index, StepContext(queries, view, per_query))
+    step = method.step(index, StepContext(queries, view, per_query, scale))
     assert step.selection is not None
     assert step.selection.indices.tolist() == [[[0], [1]]]
 
 
-def test_exact_must_be_bound_to_the_cache() -> None:
-    keys = torch.zeros(1, 1, 3, 2)
+def test_exact_ranks_by_the_keys_of_the_steps_cache() -> None:
+    """The index holds no keys: it was built over others."""
+    keys = torch.zeros(1, 1, 3, 1)
     method = ExactTopK()
     index = method.build_index(prefill(keys, 4))
     method.append(index, keys[:, :, :1], keys[:, :, :1])
-    with pytest.raises(ValueError, match="bound to the cache's 4 slots, got 3; call bind"):
-        method.score(keys[:, :, :1], index)
+    cached = torch.tensor([0.0, 3.0, 1.0, 2.0])[None, None, :, None]
+    view, policy = CacheView(cached, cached), Policy(k=2, **FREE)
+    step = method.step(index, StepContext(torch.ones(1, 1, 1, 1), view, policy, 1.0))
+    assert step.selection is not None
+    assert step.selection.indices.tolist() == [[[1, 3]]]
 
 
-def test_quest_extremes_by_hand() -> None:
+def test_quest_extremes_by_hand(score: Score) -> None:
     keys = torch.tensor([[1.0, -1.0], [3.0, -5.0], [-2.0, 4.0], [0.0, 0.0], [7.0, 7.0]])[None, None]
     method = Quest(page_size=2)
     index = method.build_index(prefill(keys, 8))
@@ -68,7 +77,7 @@ def test_quest_extremes_by_hand() -> None:
     assert index.page_max[0, 0].tolist() == [[3, -1], [0, 4], [8, 7], [-1, 9]]
     # Query (2, -1): 2 * max of channel 0 minus the min of channel 1.
     query = torch.tensor([[[[2.0, -1.0]]]])
-    assert method.score(query, index).tolist() == [[[[11.0, 0.0, 24.0, -11.0]]]]
+    assert score(method, index, query, keys).tolist() == [[[[11.0, 0.0, 24.0, -11.0]]]]
 
 
 def test_quest_pages_begin_at_the_first_token_of_a_row() -> None:
@@ -82,25 +91,26 @@ def test_quest_pages_begin_at_the_first_token_of_a_row() -> None:
     assert pages.tolist() == [3, 2]
 
 
-def test_quest_bound_is_never_below_a_logit() -> None:
+def test_quest_bound_is_never_below_a_logit(score: Score) -> None:
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(1, 2, 50, 8, generator=generator)
     queries = torch.randn(1, 2, 3, 8, generator=generator)
     queries[..., 2] = 0.0
-    index = Quest(page_size=7).build_index(prefill(keys, 50))
-    bound = Quest(page_size=7).score(queries, index)
+    method = Quest(page_size=7)
+    bound = score(method, method.build_index(prefill(keys, 50)), queries, keys)
     logits = queries @ keys.mT
     for page in range(8):
         inside = logits[..., page * 7 : page * 7 + 7].amax(-1)
         assert (bound[..., page] >= inside - 1e-5).all()
 
 
-def test_quest_with_pages_of_one_is_exact() -> None:
+def test_quest_with_pages_of_one_is_exact(score: Score) -> None:
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(1, 2, 11, 8, generator=generator)
     queries = torch.randn(1, 2, 3, 8, generator=generator)
-    index = Quest(page_size=1).build_index(prefill(keys, 11))
-    torch.testing.assert_close(Quest(page_size=1).score(queries, index), queries @ keys.mT)
+    method = Quest(page_size=1)
+    found = score(method, method.build_index(prefill(keys, 11)), queries, keys)
+    torch.testing.assert_close(found, queries @ keys.mT)
 
 
 @pytest.mark.parametrize(
@@ -158,32 +168,31 @@ def test_loki_components_by_hand() -> None:
     torch.testing.assert_close(tensors["variance"], torch.tensor([[[2.5, 0.01]]]))
 
 
-def test_loki_scores_with_its_leading_channels() -> None:
+def test_loki_scores_with_its_leading_channels(score: Score) -> None:
     method = Loki(rank=1)
     method.load_artifact(method.fit(Line()))
     keys = torch.tensor([[3.0, 4.0], [4.0, -3.0], [0.6, 0.8]])[None, None]
     index = method.build_index(prefill(keys, 5))
     assert index.low_keys.shape == (1, 1, 5, 1)
-    encoded = method.encode(torch.tensor([[[[1.2, 1.6]]]]), index)
-    found = method.score(encoded, index)
+    found = score(method, index, torch.tensor([[[[1.2, 1.6]]]]), keys)
     torch.testing.assert_close(found, torch.tensor([[[[10.0, 0.0, 2.0]]]]), atol=1e-4, rtol=0)
 
 
-def test_loki_of_full_rank_is_exact() -> None:
+def test_loki_of_full_rank_is_exact(score: Score) -> None:
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(1, 1, 9, 2, generator=generator)
     queries = torch.randn(1, 1, 3, 2, generator=generator)
     method = Loki(rank=2)
     method.load_artifact(method.fit(Line()))
     index = method.build_index(prefill(keys, 9))
-    found = method.score(method.encode(queries, index), index)
+    found = score(method, index, queries, keys)
     torch.testing.assert_close(found, queries @ keys.mT, atol=1e-5, rtol=1e-5)
 
 
 def test_loki_refuses_bad_settings_and_artifacts() -> None:
     geometry = Geometry(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2)
     with pytest.raises(ValueError, match="rank must be at most head_dim=2, got 3"):
-        Loki(rank=3).check_ready(geometry)
+        check_ready(Loki(rank=3), geometry)
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         Loki(rank=0)
     with pytest.raises(ValueError, match=r"components \[L, Hkv, d, d\], got none"):
@@ -215,7 +224,7 @@ def test_streaming_llm_keeps_both_ends(k: int, num_sink: int, wanted: list[int])
     )
     assert step.selection is not None
     assert step.selection.indices.tolist() == [[wanted, wanted]]
-    assert step.scores is None
+    assert step.ranking is None
 
 
 def test_streaming_llm_of_a_padded_batch() -> None:
@@ -230,6 +239,18 @@ def test_streaming_llm_of_a_padded_batch() -> None:
     assert step.selection is not None
     rows = step.selection.indices[:, 0].tolist()
     assert rows == [[0, 7, 8, 9], [3, 7, 8, 9], [8, 9, -1, -1]]
+
+
+def test_full_attention_needs_no_index() -> None:
+    keys = torch.tensor([0.0, 1.0, 2.0])[None, None, :, None]
+    values = torch.tensor([6.0, 3.0, 1.0])[None, None, :, None]
+    # At a scale of ln 2 the weights are 1, 2 and 4 sevenths.
+    view, scale = CacheView(keys, values), math.log(2.0)
+    step = FullAttention().step(
+        None, StepContext(torch.ones(1, 1, 1, 1), view, Policy(k=12), scale)
+    )
+    torch.testing.assert_close(step.out, torch.tensor([[[16 / 7]]]))
+    assert (step.selection, step.ranking) == (None, None)
 
 
 def test_full_attention_refuses_an_unknown_backend() -> None:
@@ -249,5 +270,5 @@ def test_bytes_by_hand() -> None:
         (Loki(rank=32), 32768 * 8 * 32 * 2 + 8 * 128 * 32 * 4 + 512 * token),
         (StreamingLLM(), 512 * token),
     ):
-        assert method.bytes_read_per_step(LLAMA, 32768, 512) == wanted
+        assert method.bytes_read(LLAMA, 32768, 512) == wanted
     assert Quest().index_bytes_per_token(LLAMA) == 8 * 128 * 2 * 2 / 16

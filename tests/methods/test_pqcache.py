@@ -1,13 +1,17 @@
 """PQCache: its codes, its centroids and its scores, by hand."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from topkbench.methods import pqcache
 from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, StepContext
+from topkbench.methods.learning import check_ready
 from topkbench.methods.pqcache import PQCache
 
+Score = Callable[..., Tensor]
 SHAPE = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=16, dtype_bytes=4)
 
 
@@ -26,7 +30,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_two_clusters_of_each_part_by_hand() -> None:
+def test_two_clusters_of_each_part_by_hand(score: Score) -> None:
     # First channel near 0 or 10, second near -4 or 4: each is a part with two centroids.
     keys = torch.tensor([[0.0, -5.0], [1.0, -3.0], [9.0, 5.0], [11.0, 3.0]])[None, None]
     method = PQCache(parts=2, bits=1)
@@ -34,19 +38,19 @@ def test_two_clusters_of_each_part_by_hand() -> None:
     assert sorted(index.centroids[0, 0, 0, :, 0].tolist()) == [0.5, 10.0]
     assert sorted(index.centroids[0, 0, 1, :, 0].tolist()) == [-4.0, 4.0]
     queries = torch.tensor([[2.0, 1.0], [0.0, -1.0]])[None, None]
-    scores = method.score(method.encode(queries, index), index)
+    scores = score(method, index, queries, keys)
     assert scores.tolist() == [[[[-3, -3, 24, 24], [4, 4, -4, -4]]]]
     newest = torch.tensor([[[[2.0, 9.0]]]])  # near 0.5 and 4
     method.append(index, newest, newest)
-    scores = method.score(method.encode(queries, index), index)
+    scores = score(method, index, queries, keys)
     assert scores[0, 0, :, 4].tolist() == [5.0, -4.0]
 
 
-def test_scores_are_exact_if_each_key_has_its_own_centroid() -> None:
+def test_scores_are_exact_if_each_key_has_its_own_centroid(score: Score) -> None:
     queries, keys = random(2, 2, 3, 16), random(2, 2, 60, 16, seed=1)
     method = PQCache()
     index = method.build_index(prefill(keys))
-    scores = method.score(method.encode(queries, index), index)
+    scores = score(method, index, queries, keys)
     torch.testing.assert_close(scores, queries @ keys.mT, atol=1e-5, rtol=1e-5)
 
 
@@ -122,7 +126,7 @@ def test_natively_the_softmax_is_over_the_candidates_only() -> None:
         (Policy(k=4, num_sink=0, num_recent=0, protocol="native"), [[0, 1, 3, 4], [1, 2, 4, 5]]),
         (Policy(k=4, num_sink=1, num_recent=2), [[0, 2, 3, 4], [1, 3, 4, 5]]),
     ):
-        in_force = method.effective_policy(policy)
+        in_force = method.resolve(policy)[1]
         assert (in_force.num_sink, in_force.num_recent) == (1, 2)
         view = CacheView(keys, keys, start, end)
         step = method.step(index, StepContext(queries, view, in_force, 1.0))
@@ -140,7 +144,7 @@ def test_bytes_equal_the_reads_counted() -> None:
     assert step.selection is not None
     read = index.key_codes[:, :, : index.length].nbytes + index.centroids.nbytes
     read += int(step.selection.tokens_read(view).sum()) * 2 * 16 * 4
-    assert method.bytes_read_per_step(SHAPE, 60, 16) == read
+    assert method.bytes_read(SHAPE, 60, 16) == read
 
 
 def test_bad_settings_are_refused() -> None:
@@ -151,4 +155,4 @@ def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"local_share must be a share from 0 to 0\.75, got 1"):
         PQCache(local_share=1)
     with pytest.raises(ValueError, match="parts must divide head_dim=16, got 3"):
-        PQCache(parts=3).check_ready(SHAPE)
+        check_ready(PQCache(parts=3), SHAPE)

@@ -35,7 +35,7 @@ def selected(keys: Tensor, policy: Policy, layer: int = 0, seed: int = 0, **rows
     index = method.build_index(prefill)
     queries = torch.zeros(len(keys), keys.shape[1], 3, keys.shape[3])
     view = CacheView(keys, keys, rows.get("kv_start"), rows.get("kv_len"))
-    step = method.step(index, StepContext(queries, view, policy, 1.0))
+    step = method.step(index, StepContext(queries, view, policy, 1.0, layer=layer))
     assert step.selection is not None
     return step.selection.indices
 
@@ -84,5 +84,5 @@ def test_each_query_head_draws_independently() -> None:
 
 def test_bytes_by_hand(geometry: Geometry) -> None:
     # 2 KV heads of 32 channels in 4 bytes, keys and values, of 16 tokens.
-    assert RandomSelection().bytes_read_per_step(geometry, 1000, 16) == 16 * 2 * 32 * 4 * 2
+    assert RandomSelection().bytes_read(geometry, 1000, 16) == 16 * 2 * 32 * 4 * 2
     assert RandomSelection().index_bytes_per_token(geometry) == 0

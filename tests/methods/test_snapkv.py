@@ -160,9 +160,9 @@ def test_one_selection_per_query_head_or_per_group() -> None:
 def test_index_and_bytes() -> None:
     geometry = Geometry(num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, dtype_bytes=4)
     assert SnapKV().index_bytes_per_token(geometry) == 16
-    assert SnapKV().bytes_read_per_step(geometry, 100, 30) == 30 * 2 * 2 * 8 * 4
+    assert SnapKV().bytes_read(geometry, 100, 30) == 30 * 2 * 2 * 8 * 4
     moved = 32 * 2 * 2 * 8 * 4 // 32  # once in 32 steps
-    compact = SnapKV(mode="compact").bytes_read_per_step(geometry, 100, 32)
+    compact = SnapKV(mode="compact").bytes_read(geometry, 100, 32)
     assert compact == 32 * 2 * 2 * 8 * 4 + moved
     # After the first step the importance has been freed.
     method = SnapKV(window=2)
@@ -187,10 +187,10 @@ def test_bad_settings_are_one_sentence(settings: dict[str, Any], message: str) -
         SnapKV(**settings)
 
 
-def test_compact_needs_one_selection_per_kv_head() -> None:
+def test_compact_needs_one_selection_per_kv_head(geometry: Geometry) -> None:
     policy = Policy(k=5, head_scope="query_head", **FREE)
-    message = SnapKV(mode="compact").policy_unsupported_reason(policy)
+    message = SnapKV(mode="compact").unsupported_reason(geometry, policy)
     assert message is not None
     assert message.startswith("head_scope must be kv_head for snapkv with mode=compact")
-    assert SnapKV(mode="compact").policy_unsupported_reason(Policy(k=5, **FREE)) is None
-    assert SnapKV().policy_unsupported_reason(policy) is None
+    assert SnapKV(mode="compact").unsupported_reason(geometry, Policy(k=5, **FREE)) is None
+    assert SnapKV().unsupported_reason(geometry, policy) is None

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from topkbench.methods import sparq
 from topkbench.methods.base import CacheView, Geometry, Policy, PrefillInputs, StepContext
+from topkbench.methods.learning import check_ready
 from topkbench.methods.sparq import SparQ
 
+Score = Callable[..., Tensor]
 FREE = {"num_sink": 0, "num_recent": 0}
 
 
@@ -35,10 +37,11 @@ def test_the_group_selects_its_channels_together() -> None:
     keys = torch.tensor([[9.0, 1.0, 2.0, 9.0], [9.0, -1.0, 0.5, 9.0]])[None, None]
     method = SparQ(rank=2)
     index = method.build_index(prefill(keys))
-    encoded = method.encode(queries, index)
+    context = StepContext(queries, CacheView(keys, keys), Policy(k=1, **FREE), 1.0)
+    encoded = method.encode(index, context)
     assert sorted(encoded.channels[0, 0].tolist()) == [1, 2]
     # |q|_1 / |q_r|_1 is 7 / 4 and 9 / 7, under a root; the products are -1, 3.5 and 12, 0.5.
-    scores = method.score(encoded, index)
+    scores = method.score(encoded, index, context)
     wanted = [[-1 * 1.75**0.5, 3.5 * 1.75**0.5], [12 * (9 / 7) ** 0.5, 0.5 * (9 / 7) ** 0.5]]
     torch.testing.assert_close(scores, torch.tensor(wanted)[None, None])
 
@@ -73,11 +76,11 @@ def test_the_remainders_weight_uses_the_layers_scale_and_softcap() -> None:
     torch.testing.assert_close(step.selection.remainder.weight, lacking.reshape(1, 1))
 
 
-def test_all_channels_are_exact_logits() -> None:
+def test_all_channels_are_exact_logits(score: Score) -> None:
     queries, keys = random(2, 2, 3, 8), random(2, 2, 11, 8, seed=1)
     method = SparQ(rank=8)
     index = method.build_index(prefill(keys))
-    scores = method.score(method.encode(queries, index), index)
+    scores = score(method, index, queries, keys)
     torch.testing.assert_close(scores, queries @ keys.mT, atol=1e-5, rtol=1e-5)
 
 
@@ -134,7 +137,7 @@ def test_the_native_window_is_a_share_of_the_budget() -> None:
     native = method.resolve(Policy(k=70, protocol="native"))[1]
     assert (native.num_sink, native.num_recent, native.aggregation) == (0, 17, "sum_logit")
     unified = Policy(k=70)
-    assert method.effective_policy(unified) == unified
+    assert method.resolve(unified)[1] == unified
     whole = replace(method, local_share=1.0)
     assert whole.resolve(Policy(k=70, protocol="native"))[1].num_recent == 70
 
@@ -161,7 +164,7 @@ def test_bytes_equal_the_reads_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = int(step.selection.tokens_read(view).sum())
     read += index.value_sum.nbytes + tokens * 2 * 16 * 4
     shape = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=16, dtype_bytes=4)
-    assert method.bytes_read_per_step(shape, 60, 16) == read
+    assert method.bytes_read(shape, 60, 16) == read
     assert method.index_bytes_per_token(shape) == 2 * 16 * 4
 
 
@@ -172,4 +175,4 @@ def test_bad_settings_are_refused() -> None:
         SparQ(local_share=2)
     geometry = Geometry(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2)
     with pytest.raises(ValueError, match="rank must be at most head_dim=2, got 3"):
-        SparQ(rank=3).check_ready(geometry)
+        check_ready(SparQ(rank=3), geometry)

@@ -16,6 +16,7 @@ from topkbench.methods.base import (
     StepResult,
 )
 from topkbench.methods.four_bits import dequantise, quantise
+from topkbench.methods.learning import check_ready
 from topkbench.methods.spatten import SpAtten, SpAttenIndex
 
 FREE: dict[str, Any] = {"num_sink": 0, "num_recent": 0}
@@ -146,7 +147,7 @@ def test_flat_heads_attend_with_full_precision_keys() -> None:
 def test_bytes_by_hand(geometry: Geometry) -> None:
     # 4 bytes of importance and a flag per token; keys, values, and keys again of 32 tokens.
     read = 1000 * 5 + 3 * 32 * 2 * 32 * 4
-    assert SpAtten().bytes_read_per_step(geometry, 1000, 32) == read
+    assert SpAtten().bytes_read(geometry, 1000, 32) == read
 
 
 def test_bytes_equal_the_reads_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,9 +188,9 @@ def test_bytes_equal_the_reads_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.selection.scanned is not None
     assert found.selection.scanned.tolist() == [[0, 16]]
     # A KV head fetches eight tokens on average.
-    assert method.bytes_read_by(geometry, 60, 16, 8) == read
-    assert method.bytes_read_by(geometry, 60, 16, 8) == 300 + 2 * 16 * (128 + 20) + 2 * 8 * 128
-    assert method.bytes_read_per_step(geometry, 60, 16) == read + 2 * 8 * 128
+    assert method.bytes_read(geometry, 60, 16, 8) == read
+    assert method.bytes_read(geometry, 60, 16, 8) == 300 + 2 * 16 * (128 + 20) + 2 * 8 * 128
+    assert method.bytes_read(geometry, 60, 16) == read + 2 * 8 * 128
     per_token = index.codes[0, :, 0].nbytes + index.ranges[0, :, 0].nbytes
     assert method.index_bytes_per_token(geometry) == 4 + 1 + per_token
 
@@ -269,7 +270,7 @@ def test_an_odd_head_dim_with_4_bit_keys_is_refused() -> None:
     geometry = Geometry(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=15)
     assert SpAtten().unsupported_reason(geometry) is None
     with pytest.raises(ValueError, match="head_dim must be even for spatten's 4-bit keys, got 15"):
-        SpAtten(requantise_below=0.5).check_ready(geometry)
+        check_ready(SpAtten(requantise_below=0.5), geometry)
 
 
 @pytest.mark.parametrize(

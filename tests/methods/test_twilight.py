@@ -1,7 +1,7 @@
 """Twilight: the fewest tokens of a base's selection that hold the mass."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,10 +14,12 @@ from topkbench.methods.base import (
     Policy,
     PrefillInputs,
     StepContext,
+    Traits,
 )
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.hata import HATA
+from topkbench.methods.learning import LearningMethod, check_ready
 from topkbench.methods.loki import Loki
 from topkbench.methods.policy import Protocol
 from topkbench.methods.quest import Quest
@@ -133,15 +135,9 @@ def test_the_mass_depends_on_the_attentions_scale_and_softcap() -> None:
     sizes = []
     for scale, softcap in ((1.0, None), (0.01, None), (1.0, 0.1)):
         index = method.build_index(inputs(keys, scale=scale, softcap=softcap))
-        # Select from scores without a step, as when several budgets share one scoring.
-        method.bind(index, view)
-        encoded = method.encode(query, index)
-        scores = method.aggregate_over_group(method.score(encoded, index), policy, scale, softcap)
-        selection = method.select(scores, encoded, index, policy)
         step = method.step(index, StepContext(query, view, policy, scale, softcap))
         assert step.selection is not None
-        assert torch.equal(selection.indices, step.selection.indices)
-        sizes.append((selection.indices >= 0).sum().item())
+        sizes.append((step.selection.indices >= 0).sum().item())
     assert sizes == [1, 3, 3]
 
 
@@ -151,9 +147,9 @@ def test_twilight_uses_the_bases_artifact(make_method: Callable[..., AnyMethod])
     method = Twilight(base=Loki())
     assert method.artifact_spec(geometry) == loki.artifact_spec(geometry)
     with pytest.raises(ValueError, match="needs its artifact"):
-        method.check_ready(geometry)
+        check_ready(method, geometry)
     method.load_artifact(loki.artifact, "digest")
-    method.check_ready(geometry)
+    check_ready(method, geometry)
     assert method.base.artifact_digest == method.artifact_digest == "digest"
     keys = torch.randn(1, 2, 50, 32)
     view = CacheView(keys, keys)
@@ -163,16 +159,21 @@ def test_twilight_uses_the_bases_artifact(make_method: Callable[..., AnyMethod])
     assert {0, 1, 2, 3, *range(42, 50)} <= set(step.selection.indices[0, 0].tolist())
 
 
+def test_a_base_that_learns_nothing_has_no_fit() -> None:
+    with pytest.raises(ValueError, match="quest learns nothing, so it has no fit"):
+        Twilight(base=Quest()).fit_layer(0, [])
+
+
 def test_twilight_declares_what_the_base_declares() -> None:
     class Watching(ExactTopK):
-        needs = frozenset({"query_tail"})
-        history_dependent = True
+        traits: ClassVar[Traits] = Traits(needs=frozenset({"query_tail"}), index="history")
 
-    method = Twilight(base=Watching())
-    assert (method.traits.needs, method.traits.index == "history") == ({"query_tail"}, True)
-    assert (Twilight.needs, Twilight.traits.index == "history") == (frozenset(), False)
-    assert Twilight(base=HATA(centre_keys=True)).fits_prompt
-    assert not Twilight(base=HATA()).fits_prompt
+    watching = Traits(needs=frozenset({"query_tail"}), index="history", variable_budget=True)
+    assert Twilight(base=Watching()).traits == watching
+    assert Twilight(base=Quest()).traits == Traits(index="running", variable_budget=True)
+    # Each query head may keep its own part of what HATA selects for a KV head.
+    assert Twilight(base=HATA()).traits == Traits(index="token", variable_budget=True)
+    assert Twilight(base=HATA(centre_keys=True)).traits.index == "prompt"
 
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
@@ -195,7 +196,9 @@ def test_every_base_is_supported_or_refused(
             Twilight(base=base)
         return
     method = Twilight(base=base, native={**FREE, "head_scope": "query_head"})
-    method.load_artifact(base.artifact)
+    if isinstance(base, LearningMethod):
+        method.load_artifact(base.artifact)
+    method, policy = method.resolve(Policy(k=20, protocol=protocol))
     queries, keys, values = states(2, 161)
     ends = torch.tensor([160, 16], dtype=torch.int32)
     index = build(method, keys[:, :, :160], values[:, :, :160], None, ends, capacity=161)
@@ -203,9 +206,8 @@ def test_every_base_is_supported_or_refused(
     rows = torch.arange(2)
     newest = keys[rows, :, ends.long(), None], values[rows, :, ends.long(), None]
     method.append(index, *newest)
-    view = CacheView(keys, values, None, ends + 1, previous_query=queries)
-    policy = method.resolve(Policy(k=20, protocol=protocol))[1]
-    step = method.step(index, StepContext(queries, view, policy, 0.2))
+    view = CacheView(keys, values, None, ends + 1)
+    step = method.step(index, StepContext(queries, view, policy, 0.2, previous_query=queries))
     assert step.out.isfinite().all()
     assert step.selection is not None
     scanned = step.selection.scanned
@@ -257,7 +259,7 @@ def test_bytes_equal_the_reads_counted() -> None:
     slots = torch.zeros(1, 2, 4 * 32, dtype=torch.long)
     per_token = index.codes[0, 0, 0].nbytes + index.ranges[0, 0, 0].nbytes
     read = pages + slots.numel() * per_token + 2 * 32 * 2 * 32 * 4
-    assert method.bytes_read_per_step(geometry, 400, 32) == read
+    assert method.bytes_read(geometry, 400, 32) == read
     assert method.index_bytes_per_token(geometry) == 2 * (2 * 32 * 4 / 16 + 16 + 4)
 
 
@@ -274,11 +276,11 @@ def test_bytes_include_the_candidates_of_all_query_heads(
     touched: list[set[int]] = []
     estimate = method.estimate
 
-    def watched(query_states: Tensor, index: Any, slots: Tensor, is_token: Tensor) -> Tensor:
+    def watched(context: StepContext, index: Any, slots: Tensor, is_token: Tensor) -> Tensor:
         for head in range(2):
             own = slice(3 * head, 3 * head + 3)
             touched.append(set(slots[0, own][is_token[0, own]].tolist()))
-        return estimate(query_states, index, slots, is_token)
+        return estimate(context, index, slots, is_token)
 
     monkeypatch.setattr(method, "estimate", watched)
     index = method.build_index(inputs(keys))
@@ -296,7 +298,7 @@ def test_bytes_include_the_candidates_of_all_query_heads(
     small = index.codes[0, 0, 0].nbytes + index.ranges[0, 0, 0].nbytes
     side = keys.nbytes if isinstance(base, ExactTopK) else 2 * 2 * 26 * 32 * 4
     read = side + 2 * scanned * small + 2 * 2 * kept * 32 * 4
-    assert method.bytes_read_by(geometry, 405, kept, scanned) == read
+    assert method.bytes_read(geometry, 405, kept, scanned) == read
 
 
 @pytest.mark.parametrize(
@@ -314,4 +316,4 @@ def test_bad_settings_are_refused(settings: dict[str, Any], match: str) -> None:
         Twilight(**{"base": Quest(), **settings})
     odd = Geometry(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=3)
     with pytest.raises(ValueError, match="head_dim must be even for twilight, got 3"):
-        Twilight(base=Quest()).check_ready(odd)
+        check_ready(Twilight(base=Quest()), odd)

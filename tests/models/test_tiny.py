@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 
 from topkbench.harness import artifact
 from topkbench.harness.calibration import Calibration
 from topkbench.harness.cell import artifact_spec, prepare_method
 from topkbench.harness.decoding import Decoder, Question, tokenise
-from topkbench.methods.base import AnyMethod, Policy
+from topkbench.harness.main import make_method
+from topkbench.methods.base import AnyMethod, Policy, TopKMethod
+from topkbench.methods.learning import LearningMethod
 from topkbench.models.attach import attach
 from topkbench.models.load import LoadedModel, load_model
 from topkbench.models.prefill import PrefillStore
@@ -31,8 +32,8 @@ def tiny() -> LoadedModel:
 def method_of(name: str, *overrides: str) -> AnyMethod:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = compose("config", overrides=[f"method={name}", *overrides])
-        method = instantiate(config.method)
-    assert isinstance(method, AnyMethod)
+        method = make_method(config.method)
+    assert isinstance(method, TopKMethod)
     return method
 
 
@@ -58,6 +59,7 @@ def test_all_layers_would_be_fitted_within_five_minutes_and_a_layer_again_is_the
     tiny: LoadedModel,
 ) -> None:
     method = method_of("hata", "rbit=128", "method.epochs=3")  # of 15
+    assert isinstance(method, LearningMethod)
     calibration = Calibration.draw(tiny, method, CalibrationPrompts(), memory_limit=2**25)
     assert calibration.groups() == [[0], [1], [2], [3]]
     states = calibration.capture([2])[2]

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from topkbench.harness.layer import Layer, time_layer
+from topkbench.harness.main import make_method
 from topkbench.harness.planted import BLOCK, PlantedCalibration, PlantedStates, capture
 from topkbench.harness.task import Context, TaskRow
 from topkbench.kernels.timing import OtherLoad, Stages
@@ -18,9 +19,9 @@ from topkbench.methods.base import (
     CacheView,
     Geometry,
     Policy,
-    PrefillInputs,
     Selection,
     StepContext,
+    StepResult,
 )
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
@@ -51,7 +52,7 @@ SPEED = (
 @pytest.fixture(autouse=True)
 def two_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotate over two copies only: exceeding a real cache at these lengths takes many copies."""
-    monkeypatch.setattr(decode_latency, "copies_needed", lambda num_bytes, device: 2)
+    monkeypatch.setattr("topkbench.harness.layer.copies_needed", lambda num_bytes, device: 2)
 
 
 def task(**knobs: Any) -> DecodeLatency:
@@ -76,7 +77,7 @@ def rows(
         ExactTopK(),
         HATA(weights="random", rbit=64),
         Quest(page_size=8),
-        Twilight(base=Quest(page_size=8), p=1.0),  # the inner index's append is undone too
+        Twilight(base=Quest(page_size=8), base_k=2, p=1.0),  # the inner append is undone too
     ],
     ids=lambda method: method.name,
 )
@@ -106,7 +107,7 @@ def test_every_method_has_a_correct_step(
         "hash_attention": ["method.steps=2"],
     }.get(name, [])
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        method = instantiate(compose("config", overrides).method)
+        method = make_method(compose("config", overrides).method)
     (row,) = rows(loaded, store, method, task())
     assert (row.status, row.reason) == ("ok", "")
     assert row.values["decode_ms_p50"] > 0
@@ -127,30 +128,22 @@ def test_the_tokens_that_a_step_read_are_charged_not_the_budget(
     shape = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32, dtype_bytes=4)
     states = PlantedStates.draw(shape, 1, 300, torch.float32, 0)
     cache = CacheView(states.key_states, states.value_states)
-    policy = Policy(k=75)
-    for method in (
+    step = StepContext(states.query_states, cache, Policy(k=75), 32**-0.5)
+    methods: list[AnyMethod] = [
         Twilight(base=ExactTopK(), p=0.5),
         MagicPIG(hash_bits=4, num_tables=8, native={"head_scope": "query_head"}),
-    ):
-        prefill = PrefillInputs(
-            key_states=states.key_states[:, :, :-1],
-            value_states=states.value_states[:, :, :-1],
-            capacity=300,
-            layer=0,
-            num_layers=1,
-        )
-        index = method.build_index(prefill)
-        method.append(index, states.key_states[:, :, -1:], states.value_states[:, :, -1:])
-        selection = method.step(
-            index, StepContext(states.query_states, cache, policy, 32**-0.5)
-        ).selection
+    ]
+    for method in methods:
+        index = method.index_prompt(step, 300, {})
+        method.append(index, *cache.newest())
+        selection = method.step(index, step).selection
         assert selection is not None
         assert selection.scanned is not None
         read = round(selection.tokens_read(cache).double().mean().item())
         scanned = round(selection.scanned.double().mean().item())
         (row,) = rows(loaded, store, method, task())
-        expected = method.bytes_read_by(shape, 300, read, scanned)
-        assert expected != method.bytes_read_per_step(shape, 300, 75)
+        expected = method.bytes_read(shape, 300, read, scanned)
+        assert expected != method.bytes_read(shape, 300, 75)
         assert row.values["bytes_read_per_step"] == expected
 
 
@@ -176,13 +169,9 @@ def test_column_sums_are_captured_from_queries_at_all_positions(
     assert tail.column_sums is None
 
 
-def layer_of(method: AnyMethod, states: PlantedStates) -> decode_latency._Layer:
-    return decode_latency._Layer(method, FullAttention(), Policy(k=16), states, (0, 1))
-
-
 @pytest.mark.parametrize("method", [H2O(), SnapKV()], ids=lambda method: method.name)
 def test_capturing_at_prefill_counts_as_build_time(method: AnyMethod) -> None:
-    layer = layer_of(method, planted(2, 100))
+    layer = Layer(method, Policy(k=16), planted(2, 100))
     assert set(layer.captured.milliseconds) == set(method.traits.needs)
     layer.captured.milliseconds = dict.fromkeys(method.traits.needs, 1e6)
     assert 1e6 < layer.build_ms(1) < 1.1e6
@@ -193,28 +182,31 @@ def test_a_step_includes_speculating_its_queries() -> None:
     """The step has one projection per row, as wide as all query heads together."""
     method, states = InfiniGen(), planted(2, 100)
     method.load_artifact(method.fit(PlantedCalibration.of(states)))
-    layer = layer_of(method, states)
+    layer = Layer(method, Policy(k=16), states)
     for one in (layer, layer.copy()):
         with FlopCounterMode(display=False) as counter:
             one.step()
         assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] == 2 * 2 * (6 * 32) ** 2
 
 
-def test_the_parts_of_a_stage_add_up_within_a_step() -> None:
-    class Layer:
-        cache = CacheView(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
-        steps = iter(range(3))
+def test_the_parts_of_a_stage_add_up_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("topkbench.harness.layer.copies_needed", lambda num_bytes, device: 1)
+    steps = iter(range(3))
 
-        def full(self) -> None:
-            return
+    class Timed(Layer):
+        """Records two parts of a stage, and another stage, in each step whose stages are timed."""
 
-        def step(self, stages: Stages) -> None:
-            step = next(self.steps)
-            stages.taken_ms.setdefault("encode", []).extend([10.0, float(step)])
-            stages.taken_ms.setdefault("attend", []).append(5.0)
+        def step(self, watch: Any = None) -> StepResult:
+            if isinstance(watch, Stages):
+                watch.taken_ms.setdefault("encode", []).extend([10.0, float(next(steps))])
+                watch.taken_ms.setdefault("attend", []).append(5.0)
+            return super().step()
 
-    found = decode_latency._stage_medians([Layer()], 3)  # type: ignore[list-item]
-    assert found == {"encode": 11.0, "attend": 5.0}
+    shape = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32)
+    layer = Timed(ExactTopK(), Policy(k=16), planted(1, 100))
+    values, status, _ = time_layer(layer, FullAttention(), shape, trials=3)
+    assert (status, values["encode_ms"], values["attend_ms"]) == ("ok", 11.0, 5.0)
+    assert not {"append_ms", "score_ms", "select_ms"} & set(values)
 
 
 class Broken(ExactTopK):
@@ -331,9 +323,9 @@ def test_a_wrong_selection_has_no_time(loaded: LoadedModel, store: PrefillStore)
 class RecordedAddresses(ExactTopK):
     """Records the memory address of each step's queries."""
 
-    def step(self, query_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.addresses.append(query_states.data_ptr())
-        return super().step(query_states, *args, **kwargs)
+    def step(self, index: Any, context: StepContext, *args: Any, **kwargs: Any) -> StepResult:
+        self.addresses.append(context.query_states.data_ptr())
+        return super().step(index, context, *args, **kwargs)
 
 
 def test_cold_steps_rotate_over_copies_and_warm_steps_use_one(

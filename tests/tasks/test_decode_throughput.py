@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from topkbench.harness.layer import fit_on
 from topkbench.harness.planted import capture
 from topkbench.harness.task import Context, TaskRow
 from topkbench.kernels.timing import Timing
-from topkbench.methods.base import AnyMethod, Policy
+from topkbench.methods.base import AnyMethod, Policy, StepContext, StepResult
 from topkbench.methods.captured import Captured
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
@@ -26,7 +27,12 @@ from topkbench.models.attach import attach
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 from topkbench.tasks import decode_throughput
-from topkbench.tasks.decode_throughput import DecodeThroughput, sharing_weights, step
+from topkbench.tasks.decode_throughput import (
+    DecodeThroughput,
+    random_keys,
+    sharing_weights,
+    step,
+)
 
 METHODS: dict[str, Callable[[], AnyMethod]] = {
     "exact": ExactTopK,
@@ -109,9 +115,10 @@ class Recorded(ExactTopK):
         self.built += 1
         return super().build_index(prefill)
 
-    def step(self, query_states: Tensor, index: Any, cache: Any, *args: Any, **kwargs: Any) -> Any:
+    def step(self, index: Any, context: StepContext, *args: Any, **kwargs: Any) -> StepResult:
+        cache = context.cache
         self.caches.add((index.length, index.capacity, cache.n, cache.key_states.data_ptr()))
-        return super().step(query_states, index, cache, *args, **kwargs)
+        return super().step(index, context, *args, **kwargs)
 
 
 def test_every_step_decodes_the_same_position_of_one_buffer(
@@ -123,7 +130,8 @@ def test_every_step_decodes_the_same_position_of_one_buffer(
     # All steps use the one buffer of each layer, which never grows.
     assert {entry[:3] for entry in method.caches} == {(300, 300, 300)}
     assert len(method.caches) == 2
-    assert method.built == 4  # once to compile and once to time, in each of two layers
+    # In each of two layers once to compile, to count, to check and to time: timed steps build none.
+    assert method.built == 8
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -132,7 +140,7 @@ def test_with_every_token_kept_the_logits_are_full_attentions(
 ) -> None:
     method = METHODS[name]()
     cell = context(loaded, store, method)
-    decode_throughput.fit_on_random_keys(method, cell.geometry)
+    fit_on(method, cell.geometry, random_keys(cell.geometry))
     twin = sharing_weights(loaded.model)
     with torch.inference_mode():
         cache, _ = DecodeThroughput()._random_cache(cell, 60)

@@ -1,9 +1,10 @@
-"""docs/methods.md matches the code, and the league matches the measured rows."""
+"""README's and docs' lists of methods match the code, and the league the measured rows."""
 
 import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import pandas as pd
 import pytest
@@ -28,6 +29,11 @@ def maker() -> ModuleType:
     return script("make_methods")
 
 
+@pytest.fixture(scope="module")
+def page(maker: ModuleType) -> str:
+    return str(maker.page())
+
+
 def test_the_league_is_what_its_script_makes_from_the_rows() -> None:
     """README and the page are up to date, and a score read from the rows is in both."""
     league = script("make_league")
@@ -43,22 +49,60 @@ def test_the_league_is_what_its_script_makes_from_the_rows() -> None:
     assert score in page
 
 
-def test_the_page_of_methods_is_what_its_script_makes(maker: ModuleType) -> None:
+def test_the_page_of_methods_is_what_its_script_makes(page: str) -> None:
     committed = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    assert committed == maker.page(), "run python tools/make_methods.py"
+    assert committed == page, "run python tools/make_methods.py"
 
 
-def test_every_method_is_on_the_page_with_its_source(maker: ModuleType) -> None:
-    entries = maker.page().split("\n## ")[1:]
+def test_the_table_of_methods_is_what_its_script_makes(maker: ModuleType) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert maker.readme(text) == text, "run python tools/make_methods.py"
+    (quest,) = [line for line in text.splitlines() if line.startswith("| `quest` |")]
+    assert quest == (
+        "| `quest` | Keep the `k // page_size` pages, at least one, with the largest bounds on "
+        "their logits | `page_size` | `2 d / page_size` values, the channel-wise minima and maxima "
+        "of its page | [2406.10774](https://arxiv.org/abs/2406.10774) |"
+    )
+
+
+def test_the_table_has_the_settings_above_the_first_heading_and_their_choices(
+    maker: ModuleType,
+) -> None:
+    class Example:
+        base: object
+        rank: int | None
+        mode: Literal["fast", "exact"] | None
+        steps: int
+
+    text = (
+        "# An example of a command\ndefaults:\n  - /method@base: quest  # another\n  - _self_\n\n"
+        "_target_: a.B\nlabel: B\ncolour: '#000000'\n"
+        "# Read to select, per token and KV head: nothing\n"
+        "rank: null  # channels\nmode: fast  # fast | exact\n# Training\nsteps: 3  # of Adam\n"
+    )
+    assert maker.main_knobs(text, Example) == ["`base`", "`rank`", "`mode: fast, exact`"]
+
+
+def test_a_table_goes_between_the_marks_of_its_subject() -> None:
+    readme = script("readme")
+    text = "a\n<!-- x: made by tools/y.py -->\nold\n<!-- end of x -->\nb\n"
+    expected = "a\n<!-- x: made by tools/y.py -->\n\nnew\n\n<!-- end of x -->\nb\n"
+    assert readme.with_table(text, "y.py", "x", "new") == expected
+    with pytest.raises(ValueError, match="README must contain the marks"):
+        readme.with_table("a\n", "y.py", "x", "new")
+
+
+def test_every_method_is_on_the_page_with_its_source(page: str) -> None:
+    entries = page.split("\n## ")[1:]
     names = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
     assert sorted(one.split("`method=")[1].split("`")[0] for one in entries) == names
     without_source = [one.splitlines()[0] for one in entries if "**Source.**" not in one]
     assert without_source == ["Full attention"]
 
 
-def test_every_method_names_the_authors_code_that_it_was_compared_with(maker: ModuleType) -> None:
+def test_every_method_names_the_authors_code_that_it_was_compared_with(page: str) -> None:
     """The section names a file of a repository, or says that there is none to compare with."""
-    for entry in maker.page().split("\n## ")[1:]:
+    for entry in page.split("\n## ")[1:]:
         title = entry.splitlines()[0]
         section = re.search(r"\*\*Compared with the authors' code\.\*\* (.*)", entry)
         assert section is not None, f"{title} must have a section Compared with the authors' code"
@@ -66,10 +110,8 @@ def test_every_method_names_the_authors_code_that_it_was_compared_with(maker: Mo
         assert names_a_file or section.group(1).startswith("None to compare with: "), title
 
 
-def test_every_method_that_learns_has_its_calibration_on_the_page(maker: ModuleType) -> None:
-    entries = {
-        one.split("`method=")[1].split("`")[0]: one for one in maker.page().split("\n## ")[1:]
-    }
+def test_every_method_that_learns_has_its_calibration_on_the_page(page: str) -> None:
+    entries = {one.split("`method=")[1].split("`")[0]: one for one in page.split("\n## ")[1:]}
     sections = {
         name: re.search(r"\*\*Calibration\.\*\* (.*)", entry) for name, entry in entries.items()
     }

@@ -11,11 +11,11 @@ import torch
 from topkbench.harness import artifact
 from topkbench.harness.calibration import Calibration
 from topkbench.harness.cell import artifact_spec, fit_source
-from topkbench.methods.base import AnyMethod
 from topkbench.methods.double_sparsity import DoubleSparsity
 from topkbench.methods.hash_attention import HashAttention
 from topkbench.methods.hata import HATA
 from topkbench.methods.infinigen import InfiniGen
+from topkbench.methods.learning import AnyLearningMethod
 from topkbench.methods.loki import Loki
 from topkbench.models.load import LoadedModel, load_model
 from topkbench.tasks.ruler_prompts import CalibrationPrompts
@@ -38,7 +38,7 @@ def first_layer(tiny: LoadedModel) -> LoadedModel:
     return replace(tiny, model=model)
 
 
-def shipped(loaded: LoadedModel, method: AnyMethod) -> artifact.Artifact:
+def shipped(loaded: LoadedModel, method: AnyLearningMethod) -> artifact.Artifact:
     spec = artifact_spec(loaded, method, CalibrationPrompts())
     assert spec is not None
     path = artifact.find(spec, [ARTIFACTS])
@@ -46,7 +46,7 @@ def shipped(loaded: LoadedModel, method: AnyMethod) -> artifact.Artifact:
     return artifact.load(path, expect=spec)
 
 
-def refitted(loaded: LoadedModel, method: AnyMethod) -> dict[str, torch.Tensor]:
+def refitted(loaded: LoadedModel, method: AnyLearningMethod) -> dict[str, torch.Tensor]:
     states = Calibration.draw(loaded, method, CalibrationPrompts()).capture([LAYER])[LAYER]
     return method.fit_layer(LAYER, states)
 
@@ -60,7 +60,7 @@ def refitted(loaded: LoadedModel, method: AnyMethod) -> dict[str, torch.Tensor]:
     ids=lambda method: method.name,
 )
 def test_refitting_gives_the_shipped_artifact(
-    tiny: LoadedModel, first_layer: LoadedModel, method: AnyMethod
+    tiny: LoadedModel, first_layer: LoadedModel, method: AnyLearningMethod
 ) -> None:
     kept = shipped(tiny, method).tensors
     learned = refitted(first_layer, method)
@@ -101,7 +101,7 @@ def test_every_shipped_artifact_belongs_to_a_method(tiny: LoadedModel) -> None:
     "method", [DoubleSparsity(), HATA(), HashAttention(), InfiniGen(), Loki()], ids=lambda m: m.name
 )
 def test_shipped_artifacts_have_the_digest_of_the_current_code(
-    tiny: LoadedModel, method: AnyMethod
+    tiny: LoadedModel, method: AnyLearningMethod
 ) -> None:
     """If the code has changed but fits the same, run python tools/restamp_artifacts.py."""
     assert shipped(tiny, method).provenance["source"] == fit_source(method)

@@ -25,10 +25,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from topkbench.methods.base import AnyMethod, CacheView, Observer, StepResult
+from topkbench.methods.base import AnyMethod, Observer, StepContext, StepResult
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.hata import HATA
+from topkbench.methods.learning import LearningMethod, artifact_spec
 from topkbench.methods.loki import Loki
 from topkbench.methods.quest import Quest
 from topkbench.methods.streaming_llm import StreamingLLM
@@ -121,6 +122,14 @@ class ModelStates:
         ]
 
 
+def fitted(method: AnyMethod, model: PreTrainedModel) -> AnyMethod:
+    """Fit a method on random states of a model's shape, if it learns."""
+    if artifact_spec(method, geometry_of(model)) is not None:
+        assert isinstance(method, LearningMethod)  # it has a spec
+        method.load_artifact(method.fit(ModelStates(model)))
+    return method
+
+
 @pytest.fixture(scope="session")
 def method_for() -> Callable[..., Any]:
     def build(which: str, model: PreTrainedModel) -> AnyMethod:
@@ -132,23 +141,14 @@ def method_for() -> Callable[..., Any]:
             "loki": lambda: Loki(rank=8),
             "streaming_llm": StreamingLLM,
         }
-        method = makers[which]()
-        if which == "loki":
-            method.load_artifact(method.fit(ModelStates(model)))
-        return method
+        return fitted(makers[which](), model)
 
     return build
 
 
 @pytest.fixture(scope="session")
 def fitted_on() -> Callable[..., Any]:
-    def fit(method: AnyMethod, model: PreTrainedModel) -> AnyMethod:
-        """Fit a method on random states of a model's shape, if it learns."""
-        if method.artifact_spec(geometry_of(model)) is not None:
-            method.load_artifact(method.fit(ModelStates(model)))
-        return method
-
-    return fit
+    return fitted
 
 
 @pytest.fixture(scope="session")
@@ -184,16 +184,8 @@ class Counter(Observer):
         self.stages.append((name, layer))
         yield
 
-    def on_step(
-        self,
-        layer: int,
-        query_states: Tensor,
-        cache: CacheView,
-        result: StepResult,
-        scale: float,
-        softcap: float | None,
-    ) -> None:
-        self.steps.append((layer, cache.n, result))
+    def on_step(self, context: StepContext, result: StepResult) -> None:
+        self.steps.append((context.layer, context.cache.n, result))
 
     def count(self, name: str, layer: int) -> int:
         return self.stages.count((name, layer))

@@ -14,10 +14,12 @@ from transformers.cache_utils import DynamicCache
 from topkbench.methods.base import (
     QUERY_TAIL,
     AnyMethod,
-    CacheView,
     Index,
     Policy,
     PrefillInputs,
+    ScoringMethod,
+    StepContext,
+    Traits,
 )
 from topkbench.methods.captured import Captured
 from topkbench.models.attach import attach
@@ -32,11 +34,11 @@ FAMILIES = ["llama", "qwen3", "phi3", "gemma2"]
 
 
 @dataclass(kw_only=True)
-class Needy(AnyMethod):
+class Needy(ScoringMethod[Index, Tensor]):
     """Scores all tokens equally, and records what its indices were built from."""
 
     name: ClassVar[str] = "needy"
-    needs: ClassVar[frozenset[str]] = NEEDS | {"previous_query"}
+    traits: ClassVar[Traits] = Traits(needs=NEEDS | {"previous_query"})
 
     def __post_init__(self) -> None:
         self.built: dict[int, PrefillInputs] = {}
@@ -44,21 +46,13 @@ class Needy(AnyMethod):
 
     def build_index(self, prefill: PrefillInputs) -> Index:
         self.built[prefill.layer] = prefill
-        index = Index.of(prefill)
-        index.layer = prefill.layer  # type: ignore[attr-defined]
-        return index
+        return Index.of(prefill)
 
     def append(self, index: Index, key_states: Tensor, value_states: Tensor) -> None:
         index.advance()
 
-    def bind(self, index: Any, cache: CacheView) -> None:
-        self.step_queries[index.layer] = (torch.empty(0), cache.previous_query)
-
-    def encode(self, query_states: Tensor, index: Any) -> Tensor:
-        self.step_queries[index.layer] = (query_states, self.step_queries[index.layer][1])
-        return query_states
-
-    def score(self, encoded: Tensor, index: Index) -> Tensor:
+    def score(self, encoded: Tensor, index: Index, context: StepContext) -> Tensor:
+        self.step_queries[context.layer] = (context.query_states, context.previous_query)
         return encoded.new_zeros(*encoded.shape[:3], index.length)
 
 

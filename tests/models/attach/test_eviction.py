@@ -26,7 +26,7 @@ from topkbench.models.compat import cache_keyword
 from topkbench.models.prefill import prefill
 
 Make = Callable[..., Any]
-METHODS: dict[str, Callable[..., Evicting]] = {
+METHODS: dict[str, Callable[..., Evicting[Any]]] = {
     "h2o": H2O,
     "snapkv": lambda **more: SnapKV(window=8, **more),
     "streaming_llm": StreamingLLM,
@@ -34,7 +34,8 @@ METHODS: dict[str, Callable[..., Evicting]] = {
 ADAPTIVE = sorted(
     path.stem
     for path in (Path(__file__).parents[3] / "conf" / "method").glob("*.yaml")
-    if getattr(get_class(OmegaConf.load(path)["_target_"]), "history_dependent", False)
+    # Where the traits depend on the settings, the class has a property.
+    if getattr(get_class(OmegaConf.load(path)["_target_"]).traits, "index", None) == "history"
 )
 LENGTHS = {1: (120,), 3: (120, 18, 70)}
 STEPS = 80

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from topkbench.methods.base import AnyMethod, CacheView, Observer, Policy, StepResult
+from topkbench.methods.base import Observer, Policy, StepContext, StepResult
 from topkbench.methods.infinigen import InfiniGen
 from topkbench.models.attach import attach, geometry_of
 from topkbench.models.compat import cache_keyword
@@ -17,7 +17,7 @@ from topkbench.models.compat import cache_keyword
 Make = Callable[..., Any]
 
 
-def fitted(model: PreTrainedModel, method: AnyMethod) -> AnyMethod:
+def fitted(model: PreTrainedModel, method: InfiniGen) -> InfiniGen:
     """Fit on random queries instead of the model's, which makes no difference here."""
     shape = geometry_of(model)
     generator = torch.Generator().manual_seed(0)
@@ -40,18 +40,10 @@ class Views(Observer):
         self.speculated: dict[int, bool] = {}
         self.most = 0
 
-    def on_step(
-        self,
-        layer: int,
-        query_states: Tensor,
-        cache: CacheView,
-        result: StepResult,
-        scale: float,
-        softcap: float | None,
-    ) -> None:
-        self.speculated[layer] = cache.previous_query is not None
+    def on_step(self, context: StepContext, result: StepResult) -> None:
+        self.speculated[context.layer] = context.previous_query is not None
         if result.selection is not None:
-            self.most = max(self.most, int(result.selection.slots(cache).sum(-1).max()))
+            self.most = max(self.most, int(result.selection.slots(context.cache).sum(-1).max()))
 
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
@@ -75,18 +67,10 @@ class Scores(Observer):
     def __init__(self) -> None:
         self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def on_step(
-        self,
-        layer: int,
-        query_states: Tensor,
-        cache: CacheView,
-        result: StepResult,
-        scale: float,
-        softcap: float | None,
-    ) -> None:
-        assert result.scores is not None
-        exact = (query_states @ cache.key_states.mT).flatten(1, 2)
-        self.pairs[layer] = (result.scores, exact)
+    def on_step(self, context: StepContext, result: StepResult) -> None:
+        assert result.ranking is not None
+        exact = (context.query_states @ context.cache.key_states.mT).flatten(1, 2)
+        self.pairs[context.layer] = (result.ranking.scores, exact)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])

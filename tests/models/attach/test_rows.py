@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicCache
 
-from topkbench.methods.base import AnyMethod, CacheView, Observer, Policy, StepResult
+from topkbench.methods.base import AnyMethod, Observer, Policy, StepContext, StepResult
 from topkbench.models.attach import attach
 from topkbench.models.cache import DecodeCache
 from topkbench.models.compat import cache_keyword
@@ -75,25 +75,17 @@ class Chosen(Observer):
         self.rows: dict[int, list[list[list[list[int]]]]] = {}
         self.reads_less = True
 
-    def on_step(
-        self,
-        layer: int,
-        query_states: Tensor,
-        cache: CacheView,
-        result: StepResult,
-        scale: float,
-        softcap: float | None,
-    ) -> None:
+    def on_step(self, context: StepContext, result: StepResult) -> None:
         if result.selection is None:
             return
-        start, end = cache.bounds()
-        slots = result.selection.slots(cache)
+        start, end = context.cache.bounds()
+        slots = result.selection.slots(context.cache)
         self.reads_less &= bool((slots.sum(-1) < (end - start)[:, None]).all())
         step = [
             [(head.nonzero()[:, 0] - start[row]).tolist() for head in slots[row]]
             for row in range(len(slots))
         ]
-        self.rows.setdefault(layer, []).append(step)
+        self.rows.setdefault(context.layer, []).append(step)
 
     def of(self, row: int) -> dict[int, list[list[list[int]]]]:
         return {layer: [step[row] for step in steps] for layer, steps in self.rows.items()}
@@ -172,7 +164,7 @@ def test_a_row_selects_in_a_batch_what_it_selects_alone(
         return
     assert by_padded.reads_less
     assert not torch.allclose(padded, dense, atol=1e-3)  # dropping tokens has an effect
-    effective = method.effective_policy(policy)
+    _, effective = method.resolve(policy)
     selecting = set(range(3)) - effective.resolve_dense_layers(3)
     assert set(by_padded.rows) == selecting
     # MagicPIG's query heads sample separately under either protocol.
