@@ -120,13 +120,13 @@ def drawn_capture(needs: frozenset[str], key_states: Tensor, num_heads: int) -> 
     """
     batch_size, _, n, head_dim = key_states.shape
     generator = torch.Generator(key_states.device).manual_seed(0)
-    drawn = {"generator": generator, "device": key_states.device}
     captured = Captured(needs)
     if "query_tail" in needs:
-        tail = torch.randn(batch_size, num_heads, min(n, QUERY_TAIL), head_dim, **drawn)
-        captured.query_tail = tail.to(key_states.dtype)
+        tail = key_states.new_empty(batch_size, num_heads, min(n, QUERY_TAIL), head_dim)
+        captured.query_tail = tail.normal_(generator=generator)
     if "column_sums" in needs:
-        captured.column_sums = torch.rand(batch_size, num_heads, n, **drawn)
+        sums = torch.empty(batch_size, num_heads, n, device=key_states.device)
+        captured.column_sums = sums.uniform_(generator=generator)
     return captured
 
 

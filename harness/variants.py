@@ -37,11 +37,11 @@ def classes() -> dict[str, type[AnyMethod]]:
     for path in sorted(Path(base.__file__).parent.glob("*.py")):
         module = import_module(f"topkbench.methods.{path.stem}")
         for value in vars(module).values():
-            if not inspect.isclass(value) or value.__module__ != module.__name__:
+            if not inspect.isclass(value) or not issubclass(value, TopKMethod):
                 continue
+            is_own = value.__module__ == module.__name__
             # An abstract class is no method, nor is one without a name of its own.
-            is_method = issubclass(value, TopKMethod) and not inspect.isabstract(value)
-            if is_method and "name" in vars(value):
+            if is_own and not inspect.isabstract(value) and "name" in vars(value):
                 found[value.name] = value
     return found
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from topkbench.harness import bench, experiments, layer, variants
 from topkbench.harness.experiments import EXPERIMENTS, GEOMETRIES, chosen, faster_from
 from topkbench.harness.layer import Layer, one_layer
-from topkbench.harness.planted import PlantedStates
+from topkbench.harness.planted import PlantedStates, capture, drawn_capture
 from topkbench.kernels import operators
 from topkbench.kernels.full_attention.api import full_attention
 from topkbench.kernels.timing import Bandwidth
@@ -170,6 +170,29 @@ def test_what_is_learned_is_made_up_where_learning_takes_long() -> None:
         **{"method": "hata", "rbit": 128, "p_use_norm": False},
     }
     assert variants.columns(variants.make("loki")) == {"method": "loki"}
+
+
+def test_what_is_made_up_of_a_prompt_has_the_size_of_what_is_captured() -> None:
+    keys = torch.zeros(3, 2, 100, 32, dtype=torch.bfloat16)
+    needs = frozenset({"query_tail", "column_sums"})
+    made, captured = drawn_capture(needs, keys, 6), capture(needs, keys, 6, 1.0)
+    for name in needs:
+        one, other = getattr(made, name), getattr(captured, name)
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+    assert made.milliseconds == {}
+    assert made.column_sums is not None
+    assert made.column_sums.min() >= 0
+    none = drawn_capture(frozenset(), keys, 6)
+    assert (none.query_tail, none.column_sums) == (None, None)
+
+
+def test_states_without_needles_have_no_key_near_a_query() -> None:
+    def largest(needles: int) -> float:
+        made = PlantedStates.draw(SMALL, 1, 300, torch.float32, 0, needles)
+        return (made.query_states @ made.key_states.mT).max().item() * 32**-0.5
+
+    assert largest(8) > 8
+    assert largest(0) < 6
 
 
 def test_a_step_that_selects_every_token_equals_full_attention() -> None:

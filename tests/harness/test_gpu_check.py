@@ -40,7 +40,7 @@ from topkbench.harness.gpu_check.plan import (
 from topkbench.harness.gpu_check.rows import COLUMNS, DeviceLost, Writer
 from topkbench.harness.gpu_check.supervisor import Supervisor
 from topkbench.harness.gpu_check.workplace import Workplace
-from topkbench.harness.outcome import outcome
+from topkbench.harness.outcome import Unavailable, outcome
 from topkbench.harness.planted import PlantedStates
 from topkbench.kernels import operators, timing
 from topkbench.kernels.full_attention.api import full_attention
@@ -317,6 +317,11 @@ def test_only_a_comparison_calls_a_result_wrong() -> None:
     assert outcome(AssertionError("num_warps"))["status"] == "failed"
 
 
+def test_what_cannot_run_here_is_skipped_and_has_no_exceptions_name() -> None:
+    for error in (Unavailable("head_dim must be even."), timing.NotCaptured("it waits.")):
+        assert outcome(error) == {"status": "skipped", "reason": str(error)}
+
+
 @pytest.mark.usefixtures("interpreted")
 def test_an_operator_that_failed_a_check_has_no_speed_in_the_same_setting(times: Times) -> None:
     jobs = toy_jobs()
@@ -332,6 +337,12 @@ def test_an_operator_that_failed_a_check_has_no_speed_in_the_same_setting(times:
     )
     other = [{**before, "p_group": 8}, {**before, "p_group": 2, "method": "page_score"}]
     assert do(step, other, toy=False)[0]["status"] == "ok"
+    # Of Twilight it is the base that uses this one, in a cache of more than the base's budget.
+    pages = {**before, "p_group": 2, "method": "page_score"}
+    for length, status in ((96, "ok"), (300, "wrong")):
+        options = {**jobs["twilight"].options, "length": length}
+        found = do(replace(jobs["twilight"], options=options), [pages], toy=False)[0]
+        assert found["status"] == status
     one = replace(jobs["operators"], parts=("sparse_attention", "code_score"))
     rows = do(one, [{**before, "p_group": 2, "p_dtype": "bfloat16"}], toy=False)
     assert [row["status"] for row in rows] == ["wrong", "ok"]
