@@ -20,9 +20,6 @@ from topkbench.models.attach import geometry_of
 from topkbench.models.load import LoadedModel
 from topkbench.models.watch import LayerCall, watched_attention
 
-NUM_SEQUENCES = 14
-MAX_LENGTH = 4096
-
 
 class CalibrationTexts(Protocol):
     """Texts to fit methods on."""
@@ -34,6 +31,14 @@ class CalibrationTexts(Protocol):
     @property
     def seed(self) -> int | None:
         """Seed of random texts; None if nothing is drawn at random."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Number of texts."""
+
+    @property
+    def max_length(self) -> int:
+        """At most this many tokens per text, and no more than the model's window."""
 
     def sequences(self, loaded: LoadedModel, length: int, count: int) -> list[list[int]]:
         """Return the token ids of ``count`` texts of at most ``length`` tokens each."""
@@ -75,8 +80,6 @@ class Calibration:
         loaded: LoadedModel,
         method: AnyLearningMethod,
         texts: CalibrationTexts,
-        num_sequences: int = NUM_SEQUENCES,
-        max_length: int = MAX_LENGTH,
         memory_limit: int | None = None,
     ) -> "Calibration":
         """Make the prompts; the model does not read them yet.
@@ -85,19 +88,17 @@ class Calibration:
             loaded: The model.
             method: The method to be fitted.
             texts: The texts that the model will read.
-            num_sequences: Number of texts.
-            max_length: At most this many tokens per text, and no more than the model's window.
             memory_limit: See the class; None for half of the free memory.
         """
-        length = min(max_length, loaded.window)
+        length, count = min(texts.max_length, loaded.window), texts.num_sequences
         if memory_limit is None:
             memory_limit = psutil.virtual_memory().available // 2
         return cls(
             loaded,
             method,
-            texts.sequences(loaded, length, num_sequences),
+            texts.sequences(loaded, length, count),
             memory_limit,
-            texts.describe(length, num_sequences),
+            texts.describe(length, count),
         )
 
     @property

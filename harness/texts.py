@@ -8,6 +8,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Literal
 
+from topkbench.methods.base import check_whole
 from topkbench.models.load import LoadedModel
 
 
@@ -36,14 +37,20 @@ class TextFiles:
 
     Attributes:
         files: Paths; None for Python's documentation topics.
+        num_sequences: Number of texts.
+        max_length: Tokens per text, at most; no more than the model's window.
     """
 
     files: Sequence[str] | None = None
+    num_sequences: int = 14
+    max_length: int = 4096
 
     name = "text"
     seed = None
 
     def __post_init__(self) -> None:
+        check_whole("calibration.num_sequences", self.num_sequences)
+        check_whole("calibration.max_length", self.max_length, least=2)
         if self.files is not None and (isinstance(self.files, str) or not self.files):
             raise ValueError(
                 f"calibration.files must be a list of paths, or null for Python's documentation"

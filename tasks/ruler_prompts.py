@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from topkbench.harness.samples import TaskDoesNotFit
+from topkbench.methods.base import check_whole
 from topkbench.models.digests import tokenizer_digest
 from topkbench.models.load import LoadedModel
 from topkbench.tasks.words import (
@@ -408,11 +409,19 @@ class CalibrationPrompts:
 
     Attributes:
         seed: Seed of the prompts.
+        num_sequences: Number of prompts.
+        max_length: Tokens per prompt, at most; no more than the model's window.
     """
 
     seed: int = 90210
+    num_sequences: int = 14
+    max_length: int = 4096
 
     name = "ruler_words"
+
+    def __post_init__(self) -> None:
+        for setting in ("num_sequences", "max_length"):
+            check_whole(f"calibration.{setting}", getattr(self, setting))
 
     def sequences(self, loaded: LoadedModel, length: int, count: int) -> list[list[int]]:
         """Return the token ids of ``count`` texts of at most ``length`` tokens each."""

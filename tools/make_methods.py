@@ -20,7 +20,6 @@ from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from topkbench.analysis import style  # noqa: E402
-from topkbench.harness.calibration import MAX_LENGTH, NUM_SEQUENCES  # noqa: E402
 from topkbench.harness.main import APPEARANCE, make_method  # noqa: E402
 from topkbench.methods.base import AnyMethod, Geometry, kv_bytes  # noqa: E402
 from topkbench.methods.learning import LearningMethod, artifact_spec  # noqa: E402
@@ -208,13 +207,14 @@ def costs(method: AnyMethod) -> str:
 
 def calibration(method: LearningMethod[Any, Any]) -> str:
     """Return a sentence on what a method that learns is fitted on by default."""
-    positions = method.query_positions(0, [MAX_LENGTH] * NUM_SEQUENCES)
+    prompts = CalibrationPrompts()
+    positions = method.query_positions(0, [prompts.max_length] * prompts.num_sequences)
     (count,) = {len(at) for at in positions}
     queries = f"{count:,} quer{'y' if count == 1 else 'ies'} of each head" if count else "no query"
     return (
-        f"{NUM_SEQUENCES} prompts of {MAX_LENGTH:,} tokens, fewer if the model's window is"
-        f" smaller: {', '.join(f'`{name}`' for name in SUBTASKS)} in turn, seed"
-        f" {CalibrationPrompts().seed}; made of {len(word_pools()[1])} words, and of the half of"
+        f"{prompts.num_sequences} prompts of {prompts.max_length:,} tokens, fewer if the model's"
+        f" window is smaller: {', '.join(f'`{name}`' for name in SUBTASKS)} in turn, seed"
+        f" {prompts.seed}; made of {len(word_pools()[1])} words, and of the half of"
         " the random names, that no test sample draws from. In each layer it is fitted on every key"
         f" of a prompt and {queries}."
     )

@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
-from topkbench.harness.calibration import MAX_LENGTH, NUM_SEQUENCES, Calibration
+from topkbench.harness.calibration import Calibration
 from topkbench.harness.fitting import fit_layers
 from topkbench.harness.samples import Sample
 from topkbench.methods.hata import HATA
@@ -37,6 +37,7 @@ from topkbench.tasks.words import (
 CONF = Path(__file__).parents[2] / "conf"
 SEED = CalibrationPrompts().seed
 LENGTH = 260
+PROMPTS = CalibrationPrompts(seed=3, num_sequences=7, max_length=LENGTH)
 
 
 class Everything(HATA):
@@ -48,7 +49,7 @@ class Everything(HATA):
 
 @pytest.fixture(scope="module")
 def calibration(loaded: LoadedModel) -> Calibration:
-    return Calibration.draw(loaded, Everything(), CalibrationPrompts(seed=3), 7, LENGTH)
+    return Calibration.draw(loaded, Everything(), PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def reader(loaded: LoadedModel) -> LoadedModel:
 @pytest.fixture(scope="module")
 def texts(reader: LoadedModel) -> list[str]:
     """The texts that artifacts are fitted on by default."""
-    return CalibrationPrompts().texts(reader, MAX_LENGTH, NUM_SEQUENCES)
+    return CalibrationPrompts().texts(reader, 4096, 14)
 
 
 @pytest.fixture(scope="module")
@@ -253,16 +254,16 @@ def test_only_the_queries_that_a_method_asks_for_are_captured(
     captured: dict[int, list[tuple[Tensor, Tensor]]],
 ) -> None:
     method = HATA(queries_per_sequence=3)
-    states = Calibration.draw(loaded, method, CalibrationPrompts(seed=3), 7, LENGTH).capture([1])
+    states = Calibration.draw(loaded, method, PROMPTS).capture([1])
     assert list(states) == [1]
     positions = method.query_positions(1, calibration.lengths)
     assert all(len(at) == 3 and min(at) >= 100 for at in positions)
     for (queries, keys), at, (every, same) in zip(states[1], positions, captured[1], strict=True):
         assert torch.equal(queries, every[:, at])
         assert torch.equal(keys, same)
-    for queries, _ in Calibration.draw(
-        loaded, Loki(), CalibrationPrompts(seed=3), 2, LENGTH
-    ).capture([0])[0]:
+    for queries, _ in Calibration.draw(loaded, Loki(), replace(PROMPTS, num_sequences=2)).capture(
+        [0]
+    )[0]:
         assert queries.shape == (4, 0, 16)
 
 
@@ -278,7 +279,9 @@ def test_the_description_names_prompts_seed_and_words(calibration: Calibration) 
 
 
 def test_a_small_window_shortens_the_prompts(loaded: LoadedModel) -> None:
-    (length,) = Calibration.draw(loaded, Loki(), CalibrationPrompts(seed=3), 1, 99_999).lengths
+    (length,) = Calibration.draw(
+        loaded, Loki(), CalibrationPrompts(seed=3, num_sequences=1, max_length=99_999)
+    ).lengths
     assert loaded.window - 50 < length <= loaded.window
 
 
@@ -320,7 +323,7 @@ def test_queries_and_keys_never_exceed_the_memory_limit(
         return {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
 
     method = MeasuredHATA(rbit=32, epochs=1, steps_per_epoch=1)
-    calibration = Calibration.draw(loaded, method, CalibrationPrompts(seed=3), 4, LENGTH)
+    calibration = Calibration.draw(loaded, method, replace(PROMPTS, num_sequences=4))
     calibration.memory_limit = layers_at_once * calibration.num_bytes(0)
     learned = 4 * 2 * 16 * 32  # the weights of the layers fitted before, float32
     # A reference keeps older tensors alive: if one were freed, a new tensor at its address would

@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from topkbench.harness import artifact
-from topkbench.harness.calibration import Calibration
 from topkbench.harness.cell import (
     artifact_spec,
     fit_source,
@@ -39,7 +37,7 @@ from topkbench.tasks.ruler_prompts import CalibrationPrompts
 from topkbench.tasks.selection import SelectionTask
 
 CPU = torch.device("cpu")
-TEXTS = CalibrationPrompts()
+TEXTS = CalibrationPrompts(num_sequences=3, max_length=260)
 
 
 def test_peak_memory_covers_only_what_ran_since_the_reset() -> None:
@@ -137,13 +135,6 @@ def test_a_failed_cpu_allocation_is_out_of_memory_too(
 
 
 # The artifact --------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calibrate on three short prompts."""
-    draw = partial(Calibration.draw, num_sequences=3, max_length=260)
-    monkeypatch.setattr(Calibration, "draw", draw)
 
 
 def quick() -> HATA:

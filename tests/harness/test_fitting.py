@@ -18,12 +18,15 @@ from topkbench.tasks.ruler_prompts import CalibrationPrompts
 CPU = torch.device("cpu")
 
 
+PROMPTS = CalibrationPrompts(seed=3, num_sequences=3, max_length=260)
+
+
 def quick(**settings: Any) -> HATA:
     return HATA(rbit=32, epochs=2, steps_per_epoch=3, **settings)
 
 
 def drawn(loaded: LoadedModel, method: Any, limit: int | None = None) -> Calibration:
-    return Calibration.draw(loaded, method, CalibrationPrompts(seed=3), 3, 260, limit)
+    return Calibration.draw(loaded, method, PROMPTS, limit)
 
 
 def test_the_fit_does_not_depend_on_groups_or_devices_but_on_the_seed(loaded: LoadedModel) -> None:

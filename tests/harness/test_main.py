@@ -72,6 +72,9 @@ for line in sys.stdin:
 """
 
 
+FEW_TEXTS = ("calibration.num_sequences=2", "calibration.max_length=256")
+
+
 class Commands:
     """Runs the command, each time in a process of its own, with results in a folder."""
 
@@ -385,7 +388,8 @@ def test_the_decode_throughput_task_fits_and_prefills_nothing(commands: Commands
 
 @pytest.mark.slow
 def test_a_fit_is_kept_found_and_made_anew(commands: Commands) -> None:
-    quick = ("method.epochs=1", "method.steps_per_epoch=3", "task=fit", "method=hata", "rbit=32")
+    quick = ("method.epochs=1", "method.steps_per_epoch=3", *FEW_TEXTS, "task=fit")
+    quick = (*quick, "method=hata", "rbit=32")
     assert commands.run(*quick) == 0, commands.text("err")
     rows = commands.rows.set_index("subtask")
     assert list(rows.index) == [*(f"layer {layer}" for layer in range(4)), "mean"]
@@ -401,7 +405,7 @@ def test_a_fit_is_kept_found_and_made_anew(commands: Commands) -> None:
     assert len(commands.cells) == 1
     said = "tiny fit method=hata rbit=32 protocol=unified: found, and not fitted again"
     assert commands.text("out").count(said) == 1
-    assert commands.run(*quick[:2], "method=hata", "rbit=32", "k=16") == 0, commands.text("err")
+    assert commands.run(*quick[:4], "method=hata", "rbit=32", "k=16") == 0, commands.text("err")
     assert path.stat().st_mtime_ns == written
     assert commands.run(*quick, "k=16,32", "force=true", "-m") == 0, commands.text("err")
     assert path.stat().st_mtime_ns > written

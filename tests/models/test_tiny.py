@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from topkbench.harness import artifact
 from topkbench.harness.calibration import Calibration
 from topkbench.harness.cell import artifact_spec, prepare_method
-from topkbench.harness.decoding import Decoder, Question, tokenise
+from topkbench.harness.decoding import Decoder, Prompt, tokenise
 from topkbench.harness.main import make_method
 from topkbench.methods.base import AnyMethod, Policy, TopKMethod
 from topkbench.methods.learning import LearningMethod
@@ -58,33 +58,51 @@ def test_a_fresh_checkout_has_every_artifact_that_the_defaults_ask_for(
 def test_all_layers_would_be_fitted_within_five_minutes_and_a_layer_again_is_the_same(
     tiny: LoadedModel,
 ) -> None:
-    method = method_of("hata", "rbit=128", "method.epochs=3")  # of 15
+    method = method_of("hata", "rbit=128", "method.epochs=1")  # of 15
     assert isinstance(method, LearningMethod)
     calibration = Calibration.draw(tiny, method, CalibrationPrompts(), memory_limit=2**25)
     assert calibration.groups() == [[0], [1], [2], [3]]
     states = calibration.capture([2])[2]
     began = time.process_time()
-    first = method.fit_layer(2, states)["hash_weight"]
+    method.fit_layer(2, states)
     # Processor time, scaled to four layers and 15 epochs: at most five minutes on two cores.
-    assert (time.process_time() - began) * 5 * 4 < 2 * 300
-    assert torch.equal(first, method.fit_layer(2, calibration.capture([2])[2])["hash_weight"])
+    assert (time.process_time() - began) * 15 * 4 < 2 * 300
+    few = Calibration.draw(tiny, method, CalibrationPrompts(num_sequences=2, max_length=512))
+    first, second = (method.fit_layer(2, few.capture([2])[2])["hash_weight"] for _ in range(2))
+    assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("question", ["sparse", "dense"])
+@pytest.fixture(scope="module", params=["sparse", "dense"])
+def full_answers(
+    tiny: LoadedModel, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PrefillStore, list[tuple[Prompt, list[list[int]]]]]:
+    """A store of prefills, and prompts with full attention's answers."""
+    folder = tmp_path_factory.mktemp("full")
+    task = Ruler(length=400, num_samples=1, cache_dir=str(folder), question=request.param)
+    store = PrefillStore(tiny.model, folder, 2**30)
+    prompts = [tokenise(tiny, sample, request.param) for sample in task.samples(tiny)[:4]]
+    full = method_of("full")
+    return store, [(prompt, answer(tiny, store, full, prompt)) for prompt in prompts]
+
+
+def answer(
+    tiny: LoadedModel, store: PrefillStore, method: AnyMethod, prompt: Prompt
+) -> list[list[int]]:
+    new_tokens = prompt.sample.max_new_tokens + 1
+    decoder = Decoder(tiny, store, [prompt], new_tokens, method.traits.needs)
+    with attach(tiny.model, method, Policy(k=9999)):
+        return decoder.generate()
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_budget_of_all_tokens_gives_full_attentions_answers(
-    tiny: LoadedModel, name: str, question: Question, tmp_path: Path
+    tiny: LoadedModel,
+    name: str,
+    full_answers: tuple[PrefillStore, list[tuple[Prompt, list[list[int]]]]],
+    tmp_path: Path,
 ) -> None:
-    task = Ruler(length=400, num_samples=1, cache_dir=str(tmp_path), question=question)
-    store = PrefillStore(tiny.model, tmp_path)
-    full, method = method_of("full"), method_of(name, "rbit=32")
+    store, prompts = full_answers
+    method = method_of(name, "rbit=32")
     prepare_method(tiny, method, CalibrationPrompts(), tmp_path)
-    for sample in task.samples(tiny)[:4]:
-        answers = []
-        for one in (full, method):
-            prompt = tokenise(tiny, sample, question)
-            room = sample.max_new_tokens + 1
-            decoder = Decoder(tiny, store, [prompt], room, method.traits.needs)
-            with attach(tiny.model, one, Policy(k=9999)):
-                answers.append(decoder.generate())
-        assert answers[0] == answers[1]
+    for prompt, expected in prompts:
+        assert answer(tiny, store, method, prompt) == expected
