@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from topkbench.harness.planted import PlantedCalibration, PlantedStates, capture
+from topkbench.kernels.testing import WrongResult, near_tolerance, require
 from topkbench.kernels.timing import (
     OtherLoad,
     Stages,
@@ -46,6 +47,23 @@ STAGES = ("encode", "append", "score", "select", "attend")
 """The stages of a decode step that have a column."""
 
 BUILDS = 3  # timed builds of an index
+BUDGET = 1 / 64
+LEAST_K = 64
+
+
+def budget(n: int, share: float = BUDGET) -> int:
+    """Return how many of ``n`` cached tokens to select: a share, by default 1.56%; at least 64."""
+    return max(LEAST_K, round(n * share))
+
+
+def one_layer(num_heads: int, num_kv_heads: int, head_dim: int) -> Geometry:
+    """Return the geometry of a layer of its own."""
+    return Geometry(num_layers=1, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+
+
+def heads_label(geometry: Geometry) -> str:
+    """Return a layer's heads in words, the column ``model`` of rows without a model."""
+    return f"{geometry.num_heads}/{geometry.num_kv_heads} heads of {geometry.head_dim}"
 
 
 class Layer:
@@ -110,6 +128,23 @@ class Layer:
         states, policy = self.states.copy(), self.context.policy
         return Layer(self.method, policy, states, *position, self.captured)
 
+    def reads(self, geometry: Geometry) -> tuple[int, float]:
+        """Return the bytes that a step reads for one batch row, and the share of tokens it reads.
+
+        Both are counted in a step's selection, as means over heads and rows.
+        """
+        method, n = self.method, self.n
+        selection = self.step().selection
+        if selection is None:
+            return kv_bytes(geometry, n), 1.0
+        read = selection.tokens_read(self.context.cache).double().mean().item()
+        if self.context.policy.k >= n:
+            return kv_bytes(geometry, n), read / n
+        scanned = None
+        if selection.scanned is not None:
+            scanned = round(selection.scanned.double().mean().item())
+        return method.bytes_read(geometry, n, round(read), scanned), read / n
+
     def build_ms(self, trials: int = BUILDS) -> float:
         """Return the median milliseconds of building the index, plus those of the capture for it.
 
@@ -142,29 +177,46 @@ class Layer:
         break a near tie either way, and the outputs of different selections cannot be compared.
         """
         assert self.index is not None  # full attention is itself what others are compared with
-        fast, reference = self.method, with_impl(self.method, "reference")
         self.method.append(self.index, *self.context.cache.newest())
         try:
-            if self.context.policy.k < self.n:
-                selection, ranking = self._chosen(reference)
-                by_fast, found = self._chosen(fast)
-                if ranking is not None and found is not None:
-                    error = _relative_error(found.scores, ranking.scores)
-                    if not error <= self._tolerance:
-                        return self._reason("scores", error)
-                    by_fast = self._chosen(fast, ranking)[0]
-                if not torch.equal(_sorted_units(by_fast), _sorted_units(selection)):
-                    return (
-                        "the selection must be the reference's for the same scores, got a"
-                        " different one."
-                    )
-            else:
-                selection = Selection.everything(self.context.cache)
-            outputs = [one.attend(self.context, selection)[0] for one in (fast, reference)]
-            error = _relative_error(*outputs)
-            return None if error <= self._tolerance else self._reason("output", error)
+            self._compare_stages(with_impl(self.method, "reference"))
+        except WrongResult as error:
+            return str(error)
         finally:
             self.index.undo_append()
+        return None
+
+    def _compare_stages(self, reference: AnyMethod) -> None:
+        """Raise WrongResult if a stage of the step differs from that of the reference."""
+        fast, selection = self.method, Selection.everything(self.context.cache)
+        if self.context.policy.k < self.n:
+            selection, ranking = self._chosen(reference)
+            if ranking is not None:
+                # From the query on: codes may differ in bits that are zero up to rounding.
+                found = self._chosen(fast)[1]
+                assert found is not None
+                self._compare("scores", found.scores, ranking.scores, self._tolerance)
+                self._compare_scores(ranking)
+            by_fast = self._chosen(fast, ranking)[0]
+            require(
+                torch.equal(_sorted_units(by_fast), _sorted_units(selection)),
+                "the selection must be the reference's for the same scores, got a different one.",
+            )
+        out, expected = (one.attend(self.context, selection)[0] for one in (fast, reference))
+        self._compare("output", out, expected, near_tolerance(out.dtype))
+
+    def _compare_scores(self, ranking: Ranking[Any]) -> None:
+        """Compare the scores of the same encoded queries, whole numbers exactly."""
+        fast = self.method
+        if not isinstance(fast, ScoringMethod):
+            return
+        raw = fast.score(ranking.encoded, self.index, self.context)
+        scores = fast.aggregate(raw, self.context)
+        if scores.is_floating_point():
+            self._compare("scores", scores, ranking.scores, near_tolerance(scores.dtype))
+        else:
+            same = torch.equal(scores, ranking.scores)
+            require(same, "the scores must be the reference's: whole numbers differ.")
 
     def _chosen(
         self, method: AnyMethod, ranking: Ranking[Any] | None = None
@@ -185,12 +237,16 @@ class Layer:
 
     @property
     def _tolerance(self) -> float:
+        """Largest relative error of a step's scores, from the query on."""
         return 1e-3 if self.states.key_states.dtype == torch.float32 else 4e-2
 
-    def _reason(self, name: str, error: float) -> str:
-        return (
-            f"the {name} must be the reference's within {self._tolerance}, got a difference of "
-            f"{error:.3g}."
+    def _compare(self, name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+        """Raise WrongResult if the norm of the error is above the tolerance."""
+        error = _relative_error(found, expected)
+        require(
+            error <= tolerance,  # false for NaN
+            f"the {name} must be the reference's within {tolerance}, got a difference of "
+            f"{error:.3g}.",
         )
 
 
@@ -232,6 +288,7 @@ def time_layer(
     trials: int,
     bandwidth: float | None = None,
     cuda_graph: bool = False,
+    builds: int = BUILDS,
 ) -> tuple[dict[str, Any], str, str]:
     """Check a method's step, and time it in turn with full attention on the same states.
 
@@ -246,6 +303,8 @@ def time_layer(
         trials: Timed steps.
         bandwidth: Measured memory bandwidth of the machine in bytes per second; None if unknown.
         cuda_graph: Time replays of a CUDA graph; stages are timed launch by launch nevertheless.
+        builds: Timed builds of the index; 0 if what it is built from was not captured but drawn,
+            so that its time is not known.
 
     Returns:
         The row's values, status and reason. If the step is wrong, nothing is timed.
@@ -257,22 +316,16 @@ def time_layer(
         "full_backend": getattr(full, "backend", None),
         "index_bytes_per_token": float(method.index_bytes_per_token(geometry)),
     }
-    bytes_read = kv_bytes(geometry, n)
     if method.selects:
         values["k"] = policy.k
         mismatch = layer.mismatch()
         if mismatch is not None:
             return values, "wrong", mismatch
-        selection = layer.step().selection
-        assert selection is not None  # the method selects
-        read = selection.tokens_read(layer.context.cache).double().mean().item()
-        scanned = None
-        if selection.scanned is not None:
-            scanned = round(selection.scanned.double().mean().item())
-        if policy.k < n:
-            bytes_read = method.bytes_read(geometry, n, round(read), scanned)
-        values["density"] = read / n
-        values["build_ms"] = layer.build_ms()
+    bytes_read, density = layer.reads(geometry)
+    if method.selects:
+        values["density"] = density
+        if builds:
+            values["build_ms"] = layer.build_ms(builds)
     values["bytes_read_per_step"] = float(bytes_read)
     copies = copies_needed(len(layer.states.key_states) * kv_bytes(geometry, n), device)
     layers = [layer, *(layer.copy() for _ in range(copies - 1))]

@@ -30,16 +30,23 @@ class PlantedStates:
 
     @classmethod
     def draw(
-        cls, geometry: Geometry, batch_size: int, n: int, dtype: torch.dtype, seed: int
+        cls,
+        geometry: Geometry,
+        batch_size: int,
+        n: int,
+        dtype: torch.dtype,
+        seed: int,
+        num_needles: int = NEEDLES,
     ) -> "PlantedStates":
-        """Draw normal states on the geometry's device, with 8 needles in every head.
+        """Draw normal states on the geometry's device, with some needles in every head.
 
-        A needle is a key near one of the group's queries. Drawing hundreds of millions of numbers
-        takes longer than timing them, so one block of tokens is drawn for the heads of a row and
-        repeated over slots and rows, each time with the signs of random channels flipped: states
-        stay normal, no key occurs twice, and the logits of two repetitions are nearly independent,
-        so a selection is spread as if every key had been drawn independently. States are written in
-        place in their dtype; besides them, there is never more than one block in memory.
+        A needle is a key near one of the group's queries; it outweighs all other keys. Drawing
+        hundreds of millions of numbers takes longer than timing them, so one block of tokens is
+        drawn for the heads of a row and repeated over slots and rows, each time with the signs of
+        random channels flipped: states stay normal, no key occurs twice, and the logits of two
+        repetitions are nearly independent, so a selection is spread as if every key had been drawn
+        independently. States are written in place in their dtype; besides them, there is never more
+        than one block in memory.
         """
         generator = torch.Generator().manual_seed(seed)
         heads, d, device = geometry.num_kv_heads, geometry.head_dim, geometry.device
@@ -55,7 +62,7 @@ class PlantedStates:
                     torch.mul(block[:, : part.shape[1]], signs.to(device, dtype), out=part)
             states.append(whole)
         keys, values = states
-        needles = torch.randperm(n, generator=generator)[:NEEDLES]
+        needles = torch.randperm(n, generator=generator)[:num_needles]
         for number, slot in enumerate(needles.tolist()):
             keys[:, :, slot] += 2 * queries[:, :, number % group]
         return cls(queries, keys, values)
@@ -98,6 +105,29 @@ def capture(needs: frozenset[str], key_states: Tensor, num_heads: int, scale: fl
     joined = Captured.batch(rows, n, key_states.device)
     joined.milliseconds = {need: sum(row.milliseconds[need] for row in rows) for need in needs}
     return joined
+
+
+def drawn_capture(needs: frozenset[str], key_states: Tensor, num_heads: int) -> Captured:
+    """Return made-up values of what a method needs at prefill, where only decode steps are timed.
+
+    Their size and dtype are those of `capture`, which may take minutes on a long prompt: it
+    computes the whole prompt's attention. How long capturing takes is not known.
+
+    Args:
+        needs: A subset of ``PREFILL_NEEDS``.
+        key_states: ``[B, Hkv, n, d]``.
+        num_heads: Query heads.
+    """
+    batch_size, _, n, head_dim = key_states.shape
+    generator = torch.Generator(key_states.device).manual_seed(0)
+    captured = Captured(needs)
+    if "query_tail" in needs:
+        tail = key_states.new_empty(batch_size, num_heads, min(n, QUERY_TAIL), head_dim)
+        captured.query_tail = tail.normal_(generator=generator)
+    if "column_sums" in needs:
+        sums = torch.empty(batch_size, num_heads, n, device=key_states.device)
+        captured.column_sums = sums.uniform_(generator=generator)
+    return captured
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """All operators on one layer's states: what each reads, its call, and its check.
 
-What `topkbench.kernels.bench` and `topkbench.kernels.gpu_check` check and time. The inputs of an
+What `topkbench.harness.bench` and `topkbench.harness.gpu_check` check and time. The inputs of an
 operator come from the references, so that a wrong operator spoils no other's.
 """
 
@@ -101,6 +101,9 @@ class Operators:
         self.bounds = self._bounds(shape.kv_len) if bounded else _WHOLE
         if planted:
             self._plant()
+        _, self.ends = self._ends()
+        rows = torch.arange(shape.batch_size, device=device)
+        self.newest = self.keys[rows, :, self.ends.long() - 1][:, :, None]
         self.hash_weight = normal(shape.num_kv_heads, shape.head_dim, shape.rbit).float()
         self.key_codes = self._by_rows(lambda row: hash_encode(row, self.hash_weight, "reference"))
         self.query_codes = hash_encode(self.query, self.hash_weight, "reference")
@@ -233,12 +236,13 @@ class Operators:
         return full_attention(query, self.keys, self.values, self.scale, **self.bounds)
 
     def decode(self) -> Tensor:
-        """Run HATA's decode step from the query to the output."""
-        codes = hash_encode(self.query, self.hash_weight, impl=self.impl)
+        """Run HATA's decode step: encode the queries and the newest key, score, select, attend."""
+        states = (self.query, self.newest, self.hash_weight)
+        codes = encode_step(*states, self.key_codes, self.ends, impl=self.impl)
         scores = hamming_score(codes, self.key_codes, **self.bounds, impl=self.impl)
         indices = topk_select(scores, self.shape.k, **self.bounds, impl=self.impl)
-        states = (self.query.flatten(1, 2), self.keys, self.values, indices, self.scale)
-        return sparse_attention(*states, **self.bounds, impl=self.impl)[0]
+        attended = (self.query.flatten(1, 2), self.keys, self.values, indices, self.scale)
+        return sparse_attention(*attended, **self.bounds, impl=self.impl)[0]
 
     def checks(self) -> dict[str, Callable[[], None]]:
         """Return what checks each operator: it raises WrongResult if a result is wrong.
@@ -280,9 +284,8 @@ class Operators:
         for row in self.keys:  # one at a time: the check widens what it reads
             codes = hash_encode(row[None], self.hash_weight, impl=self.impl)
             assert_same_bits(codes, row[None], self.hash_weight)
-        _, ends = self._ends()
+        newest, ends = self.newest, self.ends
         rows, slots = torch.arange(len(ends), device=ends.device), ends.long() - 1
-        newest = self.keys[rows, :, slots][:, :, None]
         written = torch.zeros_like(self.key_codes), torch.zeros_like(self.norms)
         given = (self.query, newest, self.hash_weight, written[0], ends, written[1])
         assert_same_bits(encode_step(*given, impl=self.impl), self.query, self.hash_weight)

@@ -226,15 +226,22 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
     could cause an error within them.
 
     Raises:
-        WrongResult: If the error's norm is more than a thousandth of the result's in float32, or
-            a hundredth in a 16-bit dtype.
+        WrongResult: If the error's norm is more than `near_tolerance` times the result's.
     """
-    tolerance = 1e-3 if found.dtype == torch.float32 else 1e-2
+    tolerance = near_tolerance(found.dtype)
     error = ((found.double() - expected.double()).norm() / expected.double().norm()).item()
     require(
         error <= tolerance,  # false for NaN
         f"the error's norm must be at most {tolerance} of the result's, got {error:.3g}.",
     )
+
+
+def near_tolerance(dtype: torch.dtype) -> float:
+    """Return the largest norm of a result's error, relative to the result's norm.
+
+    A thousandth in float32, a hundredth in a 16-bit dtype.
+    """
+    return 1e-3 if dtype == torch.float32 else 1e-2
 
 
 def assert_same(found: Tensor, expected: Tensor) -> None:

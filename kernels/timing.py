@@ -322,11 +322,18 @@ def _time_cuda(
         return began.elapsed_time(ended)
 
 
+class NotCaptured(RuntimeError):
+    """A function that runs, but not as a CUDA graph, which allows no wait for the device."""
+
+
 def captured(function: Callable[[], T], device: torch.device) -> Callable[[], T]:
     """Capture a function into a CUDA graph.
 
     Returns:
         The graph's replay, which returns the same output tensors each time, overwritten.
+
+    Raises:
+        NotCaptured: If the function runs alone and fails during the capture.
     """
     with torch.cuda.device(device):
         # Capture needs its warm-up on a side stream.
@@ -336,8 +343,13 @@ def captured(function: Callable[[], T], device: torch.device) -> Callable[[], T]
             function()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = function()
+        try:
+            with torch.cuda.graph(graph):
+                out = function()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise NotCaptured(f"it cannot be captured in a CUDA graph: {error}") from error
 
     def replay() -> T:
         graph.replay()

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 
 from topkbench.harness.decoding import tokenise_all
-from topkbench.harness.layer import Layer, bytes_needed, fit_on, time_layer
+from topkbench.harness.layer import Layer, budget, bytes_needed, fit_on, time_layer
 from topkbench.harness.planted import MEMORY_SHARE, PlantedCalibration, PlantedStates
 from topkbench.harness.reads import no_sparse_step_reason
 from topkbench.harness.task import Context, Outcome, Task, TaskRow, compact_unsupported_reason
@@ -135,7 +135,7 @@ class DecodeLatency(Task):
             fit_on(method, geometry, PlantedCalibration.of(states))
         k, n = None, states.key_states.shape[2]
         if self.budget is not None and method.selects:
-            k = max(64, round(n * self.budget))
+            k = budget(n, self.budget)
         method, policy = context.resolved(k)
         if method.selects and policy.k >= n:
             return TaskRow(name, columns, "skipped", no_sparse_step_reason(policy.k, n))

@@ -62,7 +62,10 @@ ALLOWED_TO_ONE = {
 
 
 # What runs on a machine with torch, numba and Triton alone.
-BARE_MACHINE = ("topkbench.harness.layer", "topkbench.harness.planted")
+BARE_MACHINE = tuple(
+    f"topkbench.harness.{name}"
+    for name in ("bench", "experiments", "gpu_check", "layer", "outcome", "planted", "variants")
+)
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -199,7 +202,10 @@ def test_the_entry_point_names_no_method_and_no_task() -> None:
 
 def test_tasks_and_harness_name_no_selecting_method() -> None:
     distinctive = set(METHODS) - PLAIN_WORDS
-    code = [*code_of("tasks"), *code_of("harness")]
+    # What has no configuration says itself what it times, and what it compares with the goals.
+    named = ("harness/variants.py", "harness/gpu_check/__main__.py")
+    code = [path for folder in ("tasks", "harness") for path in code_of(folder)]
+    code = [path for path in code if path.relative_to(ROOT).as_posix() not in named]
     found = {path.name: sorted(words_of_code(path) & distinctive) for path in code}
     assert {name: words for name, words in found.items() if words} == {}
 

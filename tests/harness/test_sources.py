@@ -96,7 +96,7 @@ def test_editing_code_that_a_method_uses_changes_its_digest(checkout: Path) -> N
 def test_editing_code_that_a_method_does_not_use_keeps_its_digest(checkout: Path) -> None:
     before = digest(checkout, "topkbench.methods.quest")
     for name in (
-        *("methods/loki.py", "kernels/hash_encode/cpu.py", "kernels/bench.py"),
+        *("methods/loki.py", "kernels/hash_encode/cpu.py", "harness/bench.py"),
         *("analysis/report.py", "analysis/record.py", "tools/train_tiny.py"),
     ):
         edit(checkout / name)

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from topkbench.kernels.gpu_check.plan import (
+from topkbench.harness.gpu_check.plan import (
     CHECKS_END_S,
     SECONDS_TO_END,
     SECONDS_TO_START,
@@ -30,8 +30,8 @@ from topkbench.kernels.gpu_check.plan import (
     holds_up_timing,
     timing_first,
 )
-from topkbench.kernels.gpu_check.rows import Writer, speedup
-from topkbench.kernels.gpu_check.worker import serve
+from topkbench.harness.gpu_check.rows import Writer, speedup
+from topkbench.harness.gpu_check.worker import serve
 
 _TICK_S = 1.0
 
@@ -138,7 +138,9 @@ class Supervisor:
 
     def _begin_timing(self) -> None:
         """When timing is due, stop the checks; they continue after it."""
-        if time.monotonic() - self.began < CHECKS_END_S or not any(j.alone for j in self.waiting):
+        if time.monotonic() - self.began < CHECKS_END_S or not any(
+            j.before_checks for j in self.waiting
+        ):
             return
         checking = [one for one in self.workers if one.job is not None and not one.job.alone]
         for worker in checking:

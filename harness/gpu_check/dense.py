@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from topkbench.harness.outcome import Unavailable
+from topkbench.harness.planted import PlantedStates
 from topkbench.kernels.full_attention.api import Backend, full_attention
 from topkbench.kernels.full_attention.libraries import FlashInferBatch, library_version
-from topkbench.kernels.gpu_check.rows import Unavailable
-from topkbench.kernels.steps import Layer
 
 Call = Callable[[], Tensor]
 # How torch's errors begin when a backend is missing or lacks these shapes, on CUDA and on a CPU.
@@ -30,24 +30,27 @@ class Baseline:
     Attributes:
         version: Returns the library's version; raises ValueError, with the reason, if it is not
             installed.
-        make: Returns the call ``() -> [B, Hq, d]`` on a layer, planned once where it needs a plan.
+        make: Returns the call ``() -> [B, Hq, d]`` on a layer's states, planned once where it needs
+            a plan.
     """
 
     version: Callable[[], str]
-    make: Callable[[Layer], Call]
+    make: Callable[[PlantedStates], Call]
 
 
-def _states(layer: Layer) -> tuple[Tensor, Tensor, Tensor, float]:
-    return layer.query.flatten(1, 2), layer.keys, layer.values, layer.keys.shape[-1] ** -0.5
+def attention_inputs(states: PlantedStates) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return the arguments of `full_attention`: queries ``[B, Hq, d]``, keys, values and scale."""
+    keys = states.key_states
+    return states.query_states.flatten(1, 2), keys, states.value_states, keys.shape[-1] ** -0.5
 
 
 def _sdpa(backend: SDPBackend) -> Baseline:
-    def make(layer: Layer) -> Call:
-        states = _states(layer)
+    def make(states: PlantedStates) -> Call:
+        inputs = attention_inputs(states)
 
         def call() -> Tensor:
             with sdpa_kernel(backend):
-                return full_attention(*states)
+                return full_attention(*inputs)
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -70,26 +73,26 @@ def _sdpa(backend: SDPBackend) -> Baseline:
 
 
 def _library(backend: Backend, module: str, distribution: str) -> Baseline:
-    def make(layer: Layer) -> Call:
-        states = _states(layer)
-        return lambda: full_attention(*states, backend=backend)
+    def make(states: PlantedStates) -> Call:
+        inputs = attention_inputs(states)
+        return lambda: full_attention(*inputs, backend=backend)
 
     return Baseline(lambda: library_version(module, distribution), make)
 
 
 def _flashinfer() -> Baseline:
-    def make(layer: Layer) -> Call:
-        return FlashInferBatch(*_states(layer))
+    def make(states: PlantedStates) -> Call:
+        return FlashInferBatch(*attention_inputs(states))
 
     return Baseline(lambda: library_version("flashinfer", "flashinfer-python"), make)
 
 
 def _triton(tile_bytes: int, warps: int, stages: int) -> Baseline:
-    def make(layer: Layer) -> Call:
+    def make(states: PlantedStates) -> Call:
         from topkbench.kernels.full_attention import fused
 
-        states, blocks = _states(layer), fused.Blocks(tile_bytes, warps, stages)
-        return lambda: fused.full_attention(*states, None, None, None, blocks)
+        inputs, blocks = attention_inputs(states), fused.Blocks(tile_bytes, warps, stages)
+        return lambda: fused.full_attention(*inputs, None, None, None, blocks)
 
     return Baseline(lambda: version("triton"), make)
 

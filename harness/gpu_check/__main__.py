@@ -1,4 +1,4 @@
-"""Check and time the kernels on a GPU: ``python -m topkbench.kernels.gpu_check --out FOLDER``.
+"""Check and time the kernels on a GPU: ``python -m topkbench.harness.gpu_check --out FOLDER``.
 
 Checks every Triton kernel against its reference, times the operators, and times one decode step of
 each method against the fastest dense attention on the machine, most important first, within the
@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
+from topkbench.harness.gpu_check.plan import make_plan
+from topkbench.harness.gpu_check.rows import Writer, speedup
+from topkbench.harness.gpu_check.supervisor import Supervisor
 from topkbench.kernels.dispatch import has_triton, interpreted
-from topkbench.kernels.gpu_check.plan import make_plan
-from topkbench.kernels.gpu_check.rows import Writer, speedup
-from topkbench.kernels.gpu_check.supervisor import Supervisor
 
 _MHA, _GQA = "32/32 heads of 128", "32/8 heads of 128"
 _GOALS = {
@@ -93,7 +93,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         if row.get("speedup_vs_full") is not None:
             norms = {True: " with norms", False: " with integer scores", None: ""}[
-                row["p_use_norm"]
+                row.get("p_use_norm")
             ]
             lines.append(
                 f"{row['model']}, {row['subtask']} tokens: {row['method']}{norms} "
@@ -199,7 +199,7 @@ def _print_line(text: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m topkbench.kernels.gpu_check", description=(__doc__ or "").split("\n\n")[0]
+        prog="python -m topkbench.harness.gpu_check", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where rows.csv is written")
     parser.add_argument("--minutes", type=float, default=8.0, help="default: %(default)g")

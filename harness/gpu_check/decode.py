@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from topkbench.harness import variants
+from topkbench.harness.gpu_check.dense import BASELINES, attention_inputs
+from topkbench.harness.gpu_check.plan import RBIT, Job
+from topkbench.harness.gpu_check.rows import time_columns
+from topkbench.harness.gpu_check.workplace import DTYPES, Workplace, wrong_operators
+from topkbench.harness.layer import one_layer
+from topkbench.harness.outcome import Unavailable
+from topkbench.harness.planted import PlantedStates
 from topkbench.kernels.dispatch import OPERATORS, Impl
-from topkbench.kernels.gpu_check.dense import BASELINES
-from topkbench.kernels.gpu_check.plan import RBIT, Job
-from topkbench.kernels.gpu_check.rows import Unavailable, time_columns
-from topkbench.kernels.gpu_check.workplace import DTYPES, Workplace, wrong_operators
-from topkbench.kernels.steps import METHODS, Geometry, Layer
 from topkbench.kernels.testing import (
     WrongResult,
     assert_near,
@@ -21,6 +25,7 @@ from topkbench.kernels.testing import (
     full_attention_bound,
 )
 from topkbench.kernels.timing import Timing, clock_mhz, unsteady
+from topkbench.methods.base import Geometry, with_impl
 
 PartRows = Iterator[tuple[str, dict[str, Any]]]
 """Each part of a job with the columns of its row."""
@@ -36,9 +41,9 @@ class _UsedOperators(dict[str, Impl]):
         super().__init__(dict.fromkeys(OPERATORS, "triton"))
         self.names: set[str] = set()
 
-    def __getitem__(self, name: str) -> Impl:
+    def get(self, name: str, default: Any = None) -> Any:
         self.names.add(name)
-        return super().__getitem__(name)
+        return super().get(name, default)
 
 
 def prepare(workplace: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) -> PartRows:
@@ -47,9 +52,10 @@ def prepare(workplace: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) -
     with workplace.part("flashinfer", columns):
         rows_of_batch, tokens = _PREPARED
         for num_kv_heads in (32, 8):
-            shape = Geometry(32, num_kv_heads, 128)
-            layer = Layer.draw(shape, rows_of_batch, tokens, RBIT, torch.bfloat16, workplace.device)
-            _assert_right(layer, _make_call(layer, "flashinfer"), _expected_output(layer))
+            shape = replace(one_layer(32, num_kv_heads, 128), device=workplace.device)
+            states = PlantedStates.draw(shape, rows_of_batch, tokens, torch.bfloat16, 0, 0)
+            call = BASELINES["flashinfer"].make(states)
+            _assert_right(call, _expected_output(states))
         columns |= {"status": "ok", "kv_len": tokens, "subtask": _version("flashinfer")}
     yield "flashinfer", columns
 
@@ -61,21 +67,20 @@ def dense(workplace: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) -> 
         with workplace.part(name, columns):
             columns["full_backend"] = f"{name}, {_version(name)}"
             _require_ready(name, rows)
-            layer = _layer(workplace, job)
-            call = _make_call(layer, name)
+            states = _states(workplace, job)
+            call = BASELINES[name].make(states)
             _assert_right(
-                layer,
                 call,
-                workplace.keep(_shape_key(job), "expected", partial(_expected_output, layer)),
+                workplace.keep(_shape_key(job), "expected", partial(_expected_output, states)),
             )
             if name == "triton":
-                _require_right_operators({"full_attention"}, job, layer, rows)
-            read = layer.keys.nbytes + layer.values.nbytes
+                _require_right_operators({"full_attention"}, job, rows)
+            read = states.key_states.nbytes + states.value_states.nbytes
             if not workplace.toy:
                 timing = workplace.timed({name: call})[name]
                 columns |= time_columns(timing, None, read, workplace.bandwidth_gb_s)
                 columns["clock_mhz"] = clock_mhz(workplace.device)
-            columns |= {"bytes_read_per_step": read / len(layer.keys), "status": "ok"}
+            columns |= {"bytes_read_per_step": read / len(states.key_states), "status": "ok"}
         if columns["status"] != "ok":
             columns["reason"] = f"{name}: {columns['reason']}"
         if not workplace.toy and not name.startswith("triton"):
@@ -91,16 +96,20 @@ def method(workplace: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) ->
     name = job.options["method"]
     columns: dict[str, Any] = {}
     with workplace.part(name, columns):
-        layer = _layer(workplace, job)
-        used = _UsedOperators()
-        step = METHODS[name](layer, used)
-        step.check()
-        _require_right_operators(used.names, job, layer, rows)
-        columns |= {"status": "ok", "bytes_read_per_step": float(step.bytes_read())}
+        states, used = _states(workplace, job), _UsedOperators()
+        method = with_impl(variants.make(name, rbit=RBIT), used)
+        geometry = _geometry(workplace, job)
+        layer = variants.layer_of(method, geometry, states)
+        mismatch = layer.mismatch()
+        if mismatch is not None:
+            raise WrongResult(mismatch)
+        read, _ = layer.reads(geometry)
+        _require_right_operators(used.names, job, rows)
+        columns |= {"status": "ok", "bytes_read_per_step": float(read)}
         if not workplace.toy:
-            needed = step.bytes_read() * len(layer.keys)
+            needed = read * len(states.key_states)
             full = {one: _baseline(workplace, job, one) for one in _fastest(job, rows)}
-            timings = workplace.timed({**full, name: step})
+            timings = workplace.timed({**full, name: lambda: layer.step().out})
             best = min(full, key=lambda one: _steady_then_fast(timings[one]), default=None)
             baseline = None if best is None else timings[best]
             columns |= time_columns(timings[name], baseline, needed, workplace.bandwidth_gb_s)
@@ -110,15 +119,26 @@ def method(workplace: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) ->
 
 def _shape_key(job: Job) -> tuple[Any, ...]:
     """Return what identifies a job's shape, dtype included."""
-    return tuple(job.options[name] for name in ("shape", "length", "batch_size", "dtype"))
+    return tuple(job.options[name] for name in ("heads", "length", "batch_size", "dtype"))
 
 
-def _layer(workplace: Workplace, job: Job) -> Layer:
-    """Return the states of a job's shape, drawn once for all jobs of that shape."""
-    shape, length, batch_size, dtype = _shape_key(job)
-    states = (shape, batch_size, length, RBIT, DTYPES[dtype], workplace.device)
-    layer: Layer = workplace.keep(_shape_key(job), "layer", lambda: Layer.draw(*states))
-    return layer
+def _geometry(workplace: Workplace, job: Job) -> Geometry:
+    """Return a job's shape on the device, in the job's dtype."""
+    dtype_bytes = DTYPES[job.options["dtype"]].itemsize
+    return replace(job.options["heads"], device=workplace.device, dtype_bytes=dtype_bytes)
+
+
+def _states(workplace: Workplace, job: Job) -> PlantedStates:
+    """Return the states of a job's shape, drawn once for all jobs of that shape.
+
+    No needle outweighs the other keys, so that any tile that a kernel leaves out shows.
+    """
+    _, length, batch_size, dtype = _shape_key(job)
+    drawn = (_geometry(workplace, job), batch_size, length, DTYPES[dtype], 0, 0)
+    states: PlantedStates = workplace.keep(
+        _shape_key(job), "states", lambda: PlantedStates.draw(*drawn)
+    )
+    return states
 
 
 def _version(name: str) -> str:
@@ -128,17 +148,12 @@ def _version(name: str) -> str:
         raise Unavailable(str(error)) from None
 
 
-def _make_call(layer: Layer, name: str) -> Callable[[], torch.Tensor]:
-    return BASELINES[name].make(layer)
-
-
-def _expected_output(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
-    states = (layer.query.flatten(1, 2), layer.keys, layer.values)
-    return full_attention_bound(*states, layer.keys.shape[-1] ** -0.5)
+def _expected_output(states: PlantedStates) -> tuple[torch.Tensor, torch.Tensor]:
+    return full_attention_bound(*attention_inputs(states))
 
 
 def _assert_right(
-    layer: Layer, call: Callable[[], torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]
+    call: Callable[[], torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     out = call()
     assert_within_bound(out, *expected)
@@ -168,9 +183,9 @@ def _baseline(workplace: Workplace, job: Job, backend: str) -> Callable[[], torc
     """Return the call of a baseline, named as in its row; made once for all methods."""
     # A name may be the beginning of another: "triton" and "triton, tiles of 8 KiB".
     name = max((one for one in BASELINES if backend.startswith(f"{one}, ")), key=len)
-    layer = _layer(workplace, job)
+    states = _states(workplace, job)
     call: Callable[[], torch.Tensor] = workplace.keep(
-        _shape_key(job), backend, lambda: _make_call(layer, name)
+        _shape_key(job), backend, lambda: BASELINES[name].make(states)
     )
     return call
 
@@ -187,11 +202,10 @@ def _require_ready(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         raise Unavailable(f"{name} was not ready: {reason}")
 
 
-def _require_right_operators(
-    names: set[str], job: Job, layer: Layer, rows: Sequence[Mapping[str, Any]]
-) -> None:
+def _require_right_operators(names: set[str], job: Job, rows: Sequence[Mapping[str, Any]]) -> None:
     """Raise WrongResult if the step uses an operator whose kernel failed an earlier check."""
-    _, _, group, head_dim = layer.query.shape
-    wrong = wrong_operators(rows, job.options["dtype"], head_dim, group)
+    shape = job.options["heads"]
+    group = shape.num_heads // shape.num_kv_heads
+    wrong = wrong_operators(rows, job.options["dtype"], shape.head_dim, group)
     for name in sorted(names & set(wrong)):
         raise WrongResult(f"{name} was wrong in an earlier check: {wrong[name]}")

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
+from topkbench.harness.gpu_check.plan import RBIT, Job, Size
+from topkbench.harness.gpu_check.rows import time_columns
+from topkbench.harness.gpu_check.workplace import DTYPES, Workplace, wrong_operators
+from topkbench.harness.layer import budget
 from topkbench.kernels.full_attention.api import full_attention
-from topkbench.kernels.gpu_check.plan import RBIT, Job, Size
-from topkbench.kernels.gpu_check.rows import time_columns
-from topkbench.kernels.gpu_check.workplace import DTYPES, Workplace, wrong_operators
 from topkbench.kernels.operators import Geometry, Operators
-from topkbench.kernels.steps import budget
 from topkbench.kernels.testing import WrongResult
 from topkbench.kernels.timing import clock_mhz
 
@@ -56,7 +56,7 @@ def check(workplace: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) -> 
 def operators(workplace: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) -> PartRows:
     """Check each operator at one shape; time the right ones, each alone, with empty caches."""
     options = job.options
-    heads, dtype = options["shape"], options["dtype"]
+    heads, dtype = options["heads"], options["dtype"]
     shape = Geometry(
         batch_size=options["batch_size"],
         num_kv_heads=heads.num_kv_heads,

@@ -1,24 +1,29 @@
-"""Time the operators and a whole decode step: ``python -m topkbench.kernels.bench``.
+"""Time decode steps and operators of single layers: ``python -m topkbench.harness.bench``.
 
 Prints each operator's latency and the fraction of the measured memory bandwidth that it reaches,
-and compares one decode step (encode, score, select, attend) with full attention by SDPA. All are
-timed alternately in one process. Each result is checked against the reference before its time is
-printed; a wrong one stops the program. ``--experiment NAME`` runs a named experiment over all
-methods instead: see `topkbench.kernels.experiments`.
+and compares HATA's decode step with full attention by SDPA: once composed of the operators alone,
+and once as the method runs it. All are timed alternately in one process. Each result is checked
+against the reference before its time is printed; a wrong one stops the program.
+``--experiment NAME`` times the steps of all methods instead: see `topkbench.harness.experiments`.
+Needs only torch, numba and, on a GPU, Triton.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from topkbench.kernels import experiments
-from topkbench.kernels.dispatch import resolve
+from topkbench.harness import experiments, variants
+from topkbench.harness.layer import Layer
+from topkbench.harness.planted import PlantedStates
+from topkbench.kernels.dispatch import Impl, resolve
 from topkbench.kernels.operators import Geometry, Operators
-from topkbench.kernels.steps import METHODS
 from topkbench.kernels.testing import WrongResult
 from topkbench.kernels.timing import OtherLoad, Timing, measure, read_bandwidth, speed_columns
+from topkbench.methods.base import Policy, with_impl
+from topkbench.methods.learning import LearningMethod
 
 _DTYPES = {
     "float32": torch.float32,
@@ -61,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m topkbench.kernels.bench", description=(__doc__ or "").split("\n\n")[0]
+        prog="python -m topkbench.harness.bench", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--kv-len", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--batch-size", type=int, default=1)
@@ -78,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cuda-graph", action="store_true", help="time graph replays")
     named = parser.add_argument_group("named experiments", "options that override the experiment's")
     named.add_argument("--experiment", choices=tuple(experiments.EXPERIMENTS))
-    named.add_argument("--methods", nargs="+", choices=tuple(METHODS))
+    named.add_argument("--methods", nargs="+", choices=variants.names())
     named.add_argument("--geometry", nargs="+", choices=tuple(experiments.GEOMETRIES))
     named.add_argument("--lengths", type=int, nargs="+", help="cached tokens at batch 1")
     named.add_argument("--batch-sizes", type=int, nargs="+", help="at 32,768 tokens")
@@ -112,7 +117,7 @@ def _experiment(options: argparse.Namespace, device: torch.device, dtype: torch.
         print("\n" + "\n".join(experiments.faster_from(rows)))
     if options.out:
         experiments.write(rows, options.out)
-    return 1 if any(row["status"] == "wrong" for row in rows) else 0
+    return 1 if any(row["status"] in ("wrong", "failed") for row in rows) else 0
 
 
 def _report(
@@ -128,9 +133,6 @@ def _report(
         device=device,
         cuda_graph=options.cuda_graph,
     )
-    load = OtherLoad(device)
-    pair = {"full_attention": operators.full, "decode step": operators.decode}
-    against = measure(pair, options.trials, device=device, cuda_graph=options.cuda_graph)
     print(
         f"\nB={shape.batch_size} Hkv={shape.num_kv_heads} G={shape.group} d={shape.head_dim} "
         f"rbit={shape.rbit} n={shape.kv_len} k={shape.k}"
@@ -144,16 +146,49 @@ def _report(
             _line(name, timing)
             + f"{needed[name] / 1e6:>10.2f}{speed:>10.1f}{speed / bandwidth:>10.0%}"
         )
-    print(_line("decode step", against["decode step"]))
-    full, step_timing = against["full_attention"], against["decode step"]
-    columns = speed_columns(step_timing.turns, full.turns, load.share())
+    layer = hata_layer(operators, options.impl)
+    mismatch = layer.mismatch()
+    if mismatch is not None:
+        raise WrongResult(f"HATA: {mismatch}")
+    load = OtherLoad(device)
+    # Full attention before each step: the steps select the same tokens, which must not be cached.
+    steps = {
+        **{"full_attention": operators.full, "decode step": operators.decode},
+        **{"full again": operators.full, "HATA's step": lambda: layer.step().out},
+    }
+    taken = measure(steps, options.trials, device=device, cuda_graph=options.cuda_graph)
+    share = load.share()
+    full, alone, again, method = taken.values()
+    print(_line("decode step", alone))
+    print(_line("HATA's step", method))
+    _print_ratio("speedup of the decode step over full attention", alone, full, share)
+    _print_ratio("speedup of HATA's step over full attention", method, again, share)
+    _print_ratio("speedup of the decode step over HATA's step", alone, method, share)
+
+
+def hata_layer(operators: Operators, impl: Impl) -> Layer:
+    """Return HATA's layer over the operators' states, with their hash weights and no forced tokens.
+
+    Its step does the work of ``operators.decode``: both score by whole numbers.
+    """
+    method = variants.make("hata_integer", rbit=operators.shape.rbit, weights="trained")
+    assert isinstance(method, LearningMethod)
+    method.load_artifact({"hash_weight": operators.hash_weight[None]})
+    policy = Policy(k=operators.shape.k, num_sink=0, num_recent=0)
+    states = PlantedStates(operators.query, operators.keys, operators.values)
+    return Layer(with_impl(method, impl), policy, states)
+
+
+def _print_ratio(what: str, step: Timing, other: Timing, load: float | None) -> None:
+    """Print how many times as fast as another step a step is; both were timed alternately."""
+    columns: Mapping[str, Any] = speed_columns(step.turns, other.turns, load)
     interval = "no interval: too few trials"
     if "speedup_ci_low" in columns:
         low, high = columns["speedup_ci_low"], columns["speedup_ci_high"]
-        interval = f"95% interval {low:.1f} to {high:.1f}"
+        interval = f"95% interval {low:.2f} to {high:.2f}"
     print(
-        f"speedup of the decode step over full attention, timed alternately: "
-        f"{columns['speedup_vs_full']:.1f} ({interval}; full attention {full.p50_ms:.3f} ms)"
+        f"{what}, timed alternately: {columns['speedup_vs_full']:.2f} ({interval}; "
+        f"{other.p50_ms:.3f} ms)"
     )
     if columns["timing_note"]:
         print(f"unsteady: {columns['timing_note']}")

@@ -10,9 +10,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from topkbench.kernels.testing import WrongResult
 from topkbench.kernels.timing import Timing, speed_columns
 
 COLUMNS = (
@@ -30,33 +27,10 @@ _IDENTITY = (
     *("model", "task", "subtask", "method", "batch_size", "k", "rbit", "device", "p_dtype"),
     *("p_use_norm", "p_head_dim", "p_group"),
 )
-_LONGEST_REASON = 400
-
-
-class Unavailable(Exception):
-    """A library or torch backend is not on this machine; the message says why."""
 
 
 class DeviceLost(Exception):
     """The device answers every call with an error, so the process cannot go on."""
-
-
-def outcome(error: BaseException) -> dict[str, str]:
-    """Return the status and the reason of the row of a part that raised an exception."""
-    if isinstance(error, WrongResult):
-        status = "wrong"
-    elif isinstance(error, torch.OutOfMemoryError | MemoryError):
-        status = "out_of_memory"
-    elif isinstance(error, Unavailable):
-        status = "skipped"
-    else:
-        status = "failed"
-    expected = status in ("wrong", "skipped")  # so the message needs no exception's name
-    message = " ".join(str(error).split()) or "no reason was given."
-    return {
-        "status": status,
-        "reason": (message if expected else f"{type(error).__name__}: {message}")[:_LONGEST_REASON],
-    }
 
 
 def time_columns(

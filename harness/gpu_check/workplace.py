@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topkbench.kernels.gpu_check.rows import DeviceLost, outcome
+from topkbench.harness.gpu_check.rows import DeviceLost
+from topkbench.harness.outcome import outcome
 from topkbench.kernels.testing import WrongResult, assert_same
 from topkbench.kernels.timing import Timing, cache_emptier, captured, measure, read_bandwidth
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, NamedTuple
 
+from topkbench.harness import variants
+from topkbench.harness.gpu_check.dense import BASELINES
+from topkbench.harness.layer import budget, heads_label, one_layer
 from topkbench.kernels.dispatch import OPERATORS
-from topkbench.kernels.gpu_check.dense import BASELINES
-from topkbench.kernels.steps import METHODS, Geometry, budget
+from topkbench.methods.base import Geometry
 
 SECONDS_PER_KERNEL = {"bfloat16": 1.25, "float16": 1.25, "float32": 1.75}
 """Estimate for compiling one variant of a kernel, by the states' dtype: 1.5 times what it took for
@@ -69,15 +71,41 @@ _SIZES = (
     *(Size(262144, 1, False, False), Size(262144, 1, True, True)),
 )
 
+
+class Shape(NamedTuple):
+    """The cache of one decode step of one layer."""
+
+    heads: Geometry
+    length: int
+    batch_size: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{heads_label(self.heads)}, {self.length:,} tokens, batch {self.batch_size}"
+
+    def options(self) -> dict[str, Any]:
+        """Return the shape as options of a job."""
+        return self._asdict()
+
+    def columns(self) -> dict[str, Any]:
+        """Return the shape as columns of a row."""
+        one_row = self.batch_size == 1
+        label = str(self.length) if one_row else f"{self.length} x {self.batch_size}"
+        return {
+            **{"model": heads_label(self.heads), "subtask": label, "length": self.length},
+            **{"kv_len": self.length, "batch_size": self.batch_size, "p_dtype": self.dtype},
+            "seed": 0,
+        }
+
+
 # HATA's geometries (its Figure 5): heads, cached tokens and batch rows.
-_LLAMA2, _LLAMA31 = Geometry(32, 32, 128), Geometry(32, 8, 128)
+_LLAMA2, _LLAMA31 = one_layer(32, 32, 128), one_layer(32, 8, 128)
 _DECODE_SHAPES = [
-    (_LLAMA2, 32768, 8),
-    (_LLAMA31, 131072, 1),
-    (_LLAMA2, 262144, 1),
-    (_LLAMA31, 131072, 8),
+    Shape(_LLAMA2, 32768, 8, "bfloat16"),
+    Shape(_LLAMA31, 131072, 1, "bfloat16"),
+    Shape(_LLAMA2, 262144, 1, "bfloat16"),
+    Shape(_LLAMA31, 131072, 8, "bfloat16"),
 ]
-_SPARSE_METHODS = [name for name in METHODS if name != "full"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +125,7 @@ class Job:
         finished_parts: Parts not to do again: they are done, or ended an earlier process.
         part_limit_s: A part is stopped after this many seconds.
         needs: Name of the job whose rows this one needs; if that job is dropped, so is this one.
+        last: Whether it is timed after the checks, in the time that they leave.
     """
 
     name: str
@@ -111,6 +140,12 @@ class Job:
     finished_parts: frozenset[str] = frozenset()
     part_limit_s: float = SECONDS_PER_PART
     needs: str = ""
+    last: bool = False
+
+    @property
+    def before_checks(self) -> bool:
+        """Whether checks that take too long wait for this job."""
+        return self.alone and not self.last
 
     @property
     def estimate_s(self) -> float:
@@ -125,13 +160,13 @@ class Job:
 
 
 def timing_first(jobs: Iterable[Job]) -> deque[Job]:
-    """Return the timed jobs, then the others, each in their order."""
-    return deque(sorted(jobs, key=lambda job: not job.alone))
+    """Return the timed jobs that come before the checks, then the others, each in their order."""
+    return deque(sorted(jobs, key=lambda job: not job.before_checks))
 
 
 def holds_up_timing(job: Job, end_s: float, waiting: Iterable[Job]) -> bool:
     """Return whether a check that would end at ``end_s`` must wait for the timed jobs."""
-    return not job.alone and end_s > CHECKS_END_S and any(one.alone for one in waiting)
+    return not job.alone and end_s > CHECKS_END_S and any(one.before_checks for one in waiting)
 
 
 @dataclass(frozen=True)
@@ -196,11 +231,12 @@ def make_plan(workers: int, toy: bool, libraries: Sequence[str]) -> Plan:
         libraries: Optional libraries that are installed.
     """
     if toy:
-        tiny = Geometry(2, 1, 64)
+        tiny = Shape(one_layer(2, 1, 64), 96, 1, "float32")
         jobs = [
             _check("float32", 64, 4, [Size(136, 1, True, True)], 1),
-            _operators(tiny, 96, 1, "bfloat16", 0),
-            *_decode(tiny, 96, 1, "float32"),
+            _operators(tiny._replace(dtype="bfloat16"), 0),
+            *_decode(tiny, 0),
+            *_other_methods(tiny, 0),
         ]
         return Plan(jobs, workers)
     jobs = [_prepare()] if "flashinfer" in libraries else []
@@ -210,12 +246,15 @@ def make_plan(workers: int, toy: bool, libraries: Sequence[str]) -> Plan:
     few_sizes = (Size(128, 1, False, True), Size(1000, 2, False, False), Size(1000, 2, True, True))
     jobs.append(_check("bfloat16", 128, 1, few_sizes, 16, 51))
     jobs += [_check(*one, compiles=51) for one in _PAIRS if one[0] == "float16"]
-    jobs += [_operators(*shape, "bfloat16", 2) for shape in _DECODE_SHAPES[:2]]
-    for shape, compiles in zip(_DECODE_SHAPES, (True, True, False, False), strict=True):
-        jobs += _decode(*shape, "bfloat16", compiles)
+    jobs += [_operators(shape, 2) for shape in _DECODE_SHAPES[:2]]
+    compiles = (2, 2, 0, 0)  # a geometry's second shape needs no other kernels than its first
+    for shape, count in zip(_DECODE_SHAPES, compiles, strict=True):
+        jobs += _decode(shape, count)
     # Nothing is timed in float32. Kernels that do not depend on the dtype are compiled by now.
     jobs += [_check(*one, compiles=27) for one in _PAIRS if one[0] == "float32"]
     jobs += [_check(*one, compiles=27) for one in _OTHER_TRIPLES]
+    for shape, count in zip(_DECODE_SHAPES, compiles, strict=True):
+        jobs += _other_methods(shape, count)
     return Plan(jobs, workers)
 
 
@@ -261,72 +300,60 @@ def _check(
     )
 
 
-def _shape_columns(shape: Geometry, length: int, batch_size: int, dtype: str) -> dict[str, Any]:
-    label = str(length) if batch_size == 1 else f"{length} x {batch_size}"
-    return {
-        **{"model": str(shape), "subtask": label, "length": length, "kv_len": length},
-        **{"batch_size": batch_size, "p_dtype": dtype},
-    }
+def _decode(shape: Shape, compiles: int) -> list[Job]:
+    """Return the dense baselines of one shape, then each method that is timed before the checks.
 
-
-def _decode(
-    shape: Geometry, length: int, batch_size: int, dtype: str, compiles: bool = False
-) -> list[Job]:
-    """Return the dense baselines of one shape, then each method."""
-    options = {"shape": shape, "length": length, "batch_size": batch_size, "dtype": dtype}
-    about = {
-        "task": "decode_latency",
-        **_shape_columns(shape, length, batch_size, dtype),
-        "seed": 0,
-    }
-    label = f"{shape}, {length:,} tokens, batch {batch_size}"
+    Args:
+        shape: The shape.
+        compiles: Kernel variants that each method compiles.
+    """
     dense = Job(
-        name=f"every dense baseline: {label}",
+        name=f"every dense baseline: {shape}",
         kind="dense",
-        options=options,
-        about={**about, "task": "kernel_dense", "method": "full"},
+        options=shape.options(),
+        about={"task": "kernel_dense", **shape.columns(), "method": "full"},
         parts=tuple(BASELINES),
         part_column="full_backend",
-        compiles=4 if compiles else 0,
+        compiles=2 * compiles,
         seconds=12,
         alone=True,
     )
-    methods = [
-        Job(
-            name=f"{name} against the best of them: {label}",
-            kind="method",
-            options={**options, "method": name},
-            about={
-                **{**about, "method": METHODS[name].name, "k": budget(length)},
-                **_hash_columns(name),
-            },
-            parts=(name,),
-            part_column="",
-            compiles=2 if compiles else 0,
-            seconds=3,
-            alone=True,
-            needs=dense.name,
-        )
-        for name in ("hata_integer", "hata", *(one for one in _SPARSE_METHODS if "hata" not in one))
+    return [dense, *(_method(name, shape, compiles, dense.name) for name in variants.FIRST)]
+
+
+def _other_methods(shape: Shape, compiles: int) -> list[Job]:
+    """Return the methods of one shape that are timed after the checks."""
+    dense, *_ = _decode(shape, compiles)
+    others = [name for name in variants.names() if name not in ("full", *variants.FIRST)]
+    return [
+        replace(_method(name, shape, compiles, dense.name), seconds=5, last=True) for name in others
     ]
-    return [dense, *methods]
 
 
-def _hash_columns(method: str) -> dict[str, Any]:
-    """Return the columns that distinguish HATA's two variants; none for other methods."""
-    return {"rbit": RBIT, "p_use_norm": method == "hata"} if "hata" in method else {}
-
-
-def _operators(shape: Geometry, length: int, batch_size: int, dtype: str, compiles: int) -> Job:
-    options = {"shape": shape, "length": length, "batch_size": batch_size, "dtype": dtype}
+def _method(name: str, shape: Shape, compiles: int, needs: str) -> Job:
     return Job(
-        name=f"time of each operator: {shape}, {length:,} tokens, batch {batch_size}",
-        kind="operators",
-        options=options,
+        name=f"{name} against the best of them: {shape}",
+        kind="method",
+        options={**shape.options(), "method": name},
         about={
-            **{"task": "kernel_times", **_shape_columns(shape, length, batch_size, dtype)},
-            **{"k": budget(length), "seed": 0},
+            **{"task": "decode_latency", **shape.columns(), "k": budget(shape.length)},
+            **variants.columns(variants.make(name, rbit=RBIT)),
         },
+        parts=(name,),
+        part_column="",
+        compiles=compiles,
+        seconds=3,
+        alone=True,
+        needs=needs,
+    )
+
+
+def _operators(shape: Shape, compiles: int) -> Job:
+    return Job(
+        name=f"time of each operator: {shape}",
+        kind="operators",
+        options=shape.options(),
+        about={"task": "kernel_times", **shape.columns(), "k": budget(shape.length)},
         parts=CHECKED,
         part_column="method",
         compiles=compiles,

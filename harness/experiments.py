@@ -1,18 +1,22 @@
-"""Named experiments on the operators alone, run by ``kernels.bench --experiment NAME``.
+"""Named experiments on single layers, run by ``harness.bench --experiment NAME``.
 
-They need neither Hydra nor W&B, for use on a bare GPU machine. The rules are those of
-``task=decode_latency``: each method is timed alternately with full attention, with cold caches. The
-result of each stage is first compared with the reference, and a wrong one gets no time. Shapes that
-need more than half of the free memory are skipped. The rows have that task's columns, so that
-``python -m topkbench.analysis.report FILE.csv`` draws its figures from them. Stages are timed
-launch by launch, even if whole steps are graph replays.
+They need only torch, numba and Triton, for use on a bare GPU machine. The decode steps and the
+rules are those of ``task=decode_latency``: each method is timed alternately with full attention,
+with cold caches. The result of each stage is first compared with the reference, and a wrong one
+gets no time. Methods that need more than half of the free memory are skipped. The rows have that
+task's columns, so that ``python -m topkbench.analysis.report FILE.csv`` draws its figures from
+them. Stages are timed launch by launch, even if whole steps are graph replays.
+
+Keys are drawn without needles: every token has about the same weight, so a method whose budget
+varies reads as many tokens as it may. What a method needs of the prompt is drawn as well, so the
+time to build an index is not reported.
 """
 
 import csv
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -20,26 +24,25 @@ from typing import Any
 
 import torch
 
-from topkbench.kernels.dispatch import OPERATORS, Impl, resolve
-from topkbench.kernels.steps import LEAST_K, METHODS, Geometry, Layer, Step
-from topkbench.kernels.testing import WrongResult
-from topkbench.kernels.timing import (
-    OtherLoad,
-    Stages,
-    clock_mhz,
-    copies_needed,
-    machine_name,
-    measure,
-    read_bandwidth,
-    speed_columns,
-    versions,
+from topkbench.harness import variants
+from topkbench.harness.layer import (
+    LEAST_K,
+    STAGES,
+    bytes_needed,
+    heads_label,
+    one_layer,
+    time_layer,
 )
+from topkbench.harness.outcome import outcome
+from topkbench.harness.planted import (
+    MEMORY_SHARE,
+    PlantedStates,
+)
+from topkbench.kernels.dispatch import OPERATORS, Impl, resolve
+from topkbench.kernels.timing import machine_name, read_bandwidth, versions
+from topkbench.methods.base import AnyMethod, Geometry, with_impl
 
-MEMORY_SHARE = 0.5
-INDEX_SHARE = 0.3  # of the KV cache: more than the indices of all methods together need
-STAGES = ("encode", "score", "select", "attend")
-
-GEOMETRIES = {"llama2": Geometry(32, 32, 128), "llama31": Geometry(32, 8, 128)}
+GEOMETRIES = {"llama2": one_layer(32, 32, 128), "llama31": one_layer(32, 8, 128)}
 """Attention of Llama-2-7B and of Llama-3.1-8B."""
 
 
@@ -52,7 +55,7 @@ class Experiment:
         lengths: Numbers of cached tokens, at batch size 1.
         batch_sizes: Batch sizes, at ``batch_length``.
         batch_length: Cached tokens for the batch sizes.
-        methods: Names in ``METHODS``; full attention is always timed as well.
+        methods: Names of `variants.names`.
         slow: For each variant of the methods, the operators that run in torch.
     """
 
@@ -60,7 +63,7 @@ class Experiment:
     lengths: Sequence[int] = ()
     batch_sizes: Sequence[int] = ()
     batch_length: int = 32768
-    methods: Sequence[str] = tuple(METHODS)
+    methods: Sequence[str] = field(default_factory=variants.names)
     slow: Sequence[Sequence[str]] = ((),)
 
     @property
@@ -70,10 +73,13 @@ class Experiment:
         return list(dict.fromkeys([*((length, 1) for length in self.lengths), *batches]))
 
     @property
-    def variants(self) -> list[tuple[str, Sequence[str]]]:
-        """Pairs of a method and its operators that run in torch; full attention once, first."""
-        selecting = [method for method in self.methods if method != "full"]
-        return [("full", ()), *((method, slow) for method in selecting for slow in self.slow)]
+    def timed(self) -> list[tuple[str, Sequence[str]]]:
+        """Pairs of a method and its operators that run in torch; full attention has none."""
+        return [
+            (method, slow)
+            for method in self.methods
+            for slow in (self.slow if method != "full" else ((),))
+        ]
 
 
 EXPERIMENTS = {
@@ -123,16 +129,17 @@ def run(experiment: Experiment, conditions: Conditions) -> list[dict[str, Any]]:
     print(", ".join(f"{name} {value}" for name, value in known.items() if value is not None))
     rows = []
     for name in experiment.geometries:
-        shape = GEOMETRIES[name]
+        geometry = replace(GEOMETRIES[name], dtype_bytes=conditions.dtype.itemsize, device=device)
+        label = heads_label(geometry)
         for length, batch_size in experiment.shapes:
-            print(f"\n{name} ({shape}), {length:,} tokens, batch {batch_size}", flush=True)
+            print(f"\n{name} ({label}), {length:,} tokens, batch {batch_size}", flush=True)
             subtask = str(length) if batch_size == 1 else f"{length} x {batch_size}"
             place = {
-                **{"model": str(shape), "task": "decode_latency", "subtask": subtask},
+                **{"model": label, "task": "decode_latency", "subtask": subtask},
                 **{"length": length, "kv_len": length, "batch_size": batch_size},
             }
-            for row in _shape(experiment, conditions, shape, length, batch_size, bandwidth):
-                key = repr([known["device"], place["model"], subtask, row, conditions])
+            for row in _shape(experiment, conditions, geometry, length, batch_size, bandwidth):
+                key = repr([known["device"], label, subtask, row, conditions])
                 run_id = sha256(key.encode()).hexdigest()[:16]
                 rows.append({"run_id": run_id, **known, **place, **row})
     return rows
@@ -141,91 +148,64 @@ def run(experiment: Experiment, conditions: Conditions) -> list[dict[str, Any]]:
 def _shape(
     experiment: Experiment,
     conditions: Conditions,
-    shape: Geometry,
+    geometry: Geometry,
     length: int,
     batch_size: int,
     bandwidth: float,
 ) -> list[dict[str, Any]]:
-    """Check and time all methods at one shape; print their table."""
-    device, dtype = conditions.device, conditions.dtype
-    width = torch.empty(0, dtype=dtype).element_size()
-    cached = 2 * batch_size * length * shape.num_kv_heads * shape.head_dim * width
-    copies = copies_needed(cached, device)
-    # Building and checking indices needs temporary copies of the keys.
-    need, free = (copies * (1 + INDEX_SHARE) + 1) * cached, free_bytes(device)
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    if free is not None and need > MEMORY_SHARE * free:
-        reason = f"{need / 2**30:.1f} GiB of states exceed half of the free memory."
-        print(f"skipped: {reason}")
-        return [
-            {
-                **{"method": METHODS[name].name, "status": "skipped", "reason": reason},
-                "started_at": started,
-            }
-            for name in experiment.methods
-        ]
-    layer = Layer.draw(shape, batch_size, length, conditions.rbit, dtype, device)
-    layers = [layer, *(layer.copy() for _ in range(copies - 1))]
-    steps: dict[str, list[Step]] = {}
+    """Check and time the methods one after the other at one shape; print their table."""
+    free, states = free_bytes(geometry.device), None
     rows: dict[str, dict[str, Any]] = {}
-    for method, slow in experiment.variants:
+    methods: dict[str, AnyMethod] = {}
+    for name, slow in experiment.timed:
         impl: dict[str, Impl] = dict.fromkeys(OPERATORS, conditions.impl)
         impl |= dict.fromkeys(slow, "reference")
-        ran = _implementations(impl, device)
-        name = ran if len(experiment.slow) > 1 and method != "full" else method
-        steps[name] = [METHODS[method](one, impl) for one in layers]
-        rows[name] = {
-            **{"method": METHODS[method].name, "impl": ran, "full_backend": "sdpa"},
-            **{"k": None if method == "full" else layer.k, "seed": 0, "started_at": started},
-            **{**steps[name][0].knobs(), "status": "ok", "reason": ""},
-        }
-        try:
-            steps[name][0].check()
-        except WrongResult as error:
-            del steps[name]
-            rows[name] |= {"status": "wrong", "reason": str(error)}
-            print(f"{name}: wrong result, no times: {error}", file=sys.stderr)
-    _time(steps, rows, conditions)
-    for name, made in steps.items():
-        read, row = made[0].bytes_read(), rows[name]
-        seconds = row["decode_ms_p50"] * 1e-3
-        row["bytes_read_per_step"] = float(read)
-        row["bandwidth_fraction"] = read * batch_size / seconds / 1e9 / bandwidth
-    _print(rows)
-    not_requested = {"full"} - set(experiment.methods)
-    return [row for name, row in rows.items() if name not in not_requested]
+        ran = _implementations(impl, geometry.device)
+        label = ran if len(experiment.slow) > 1 and name != "full" else name
+        methods[label] = with_impl(variants.make(name, rbit=conditions.rbit), impl)
+        rows[label] = {**variants.columns(methods[label]), "impl": ran, "full_backend": "sdpa"}
+    width = max(len(label) for label in rows) + 2
+    _print_head(width)
+    for label, method in methods.items():
+        row = rows[label]
+        row |= {"seed": 0, "started_at": datetime.now(UTC).isoformat(timespec="seconds")}
+        need = bytes_needed(method, geometry, batch_size, length)
+        if free is not None and need > MEMORY_SHARE * free:
+            reason = f"{need / 2**30:.1f} GiB of states exceed half of the free memory."
+            row |= {"status": "skipped", "reason": reason}
+        else:
+            if states is None:
+                states = PlantedStates.draw(geometry, batch_size, length, conditions.dtype, 0, 0)
+            row |= _timed(method, geometry, states, conditions, bandwidth)
+        _print(label, row, width)
+    return list(rows.values())
 
 
-def _time(
-    steps: Mapping[str, Sequence[Step]],
-    rows: Mapping[str, dict[str, Any]],
+def _timed(
+    method: AnyMethod,
+    geometry: Geometry,
+    states: PlantedStates,
     conditions: Conditions,
-) -> None:
-    """Add the times of every step to its row: cold, warm, and by stage.
+    bandwidth: float,
+) -> dict[str, Any]:
+    """Return the columns of a method's step: status and reason, and if it is right its times.
 
-    Each is timed alternately with full attention, which evicts the step's data from the caches;
-    after another method's step, tokens that both select would still be cached.
+    What goes wrong with a method is in its row: the others are timed nevertheless.
     """
-    device, trials = conditions.device, conditions.trials
-    graph = conditions.cuda_graph
-    for name, made in steps.items():
-        load = OtherLoad(device)
-        pair = {"full": steps["full"], name: made}
-        cold = measure(pair, trials, device=device, cuda_graph=graph)
-        row, step = rows[name], cold[name]
-        warm = measure({"warm": made[0]}, trials, device=device, cuda_graph=graph)["warm"]
-        row["decode_ms_warm_p50"] = warm.p50_ms
-        row["clock_mhz"] = clock_mhz(device)
-        if name == "full":
-            row["attend_ms"] = step.p50_ms
-            row |= speed_columns(step.turns, None, load.share())
-            continue
-        stages = Stages(device)
-        for trial in range(trials):
-            steps["full"][trial % len(made)]()  # evicts the caches, as between whole steps
-            made[trial % len(made)](stages)
-        row |= {f"{stage}_ms": taken for stage, taken in stages.medians().items()}
-        row |= speed_columns(step.turns, cold["full"].turns, load.share())
+    try:
+        layer = variants.layer_of(method, geometry, states)
+        values, status, reason = time_layer(
+            layer,
+            variants.make("full"),
+            geometry,
+            conditions.trials,
+            bandwidth * 1e9,
+            conditions.cuda_graph,
+            builds=0,
+        )
+    except Exception as error:
+        return outcome(error)
+    return {**values, "status": status, "reason": reason}
 
 
 def _implementations(impl: Mapping[str, Impl], device: torch.device) -> str:
@@ -238,23 +218,25 @@ def _implementations(impl: Mapping[str, Impl], device: torch.device) -> str:
     return fast[0] + (f", reference: {' '.join(slow)}" if slow else "")
 
 
-def _print(rows: Mapping[str, Mapping[str, Any]]) -> None:
-    width = max(len(name) for name in rows) + 2
+def _print_head(width: int) -> None:
     heads = ["p50 ms", "p20", "p80", "warm", "full p50", "speed-up", "95% low", "high", *STAGES]
     print(f"{'':<{width}}" + "".join(f"{head:>10}" for head in heads))
+
+
+def _print(name: str, row: Mapping[str, Any], width: int) -> None:
+    """Print a row's times, or why it has none."""
+    if row["status"] != "ok":
+        words = "wrong result, no times" if row["status"] == "wrong" else row["status"]
+        print(f"{name}: {words}: {row['reason']}", file=sys.stderr, flush=True)
+        return
     columns = [
         *("decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "decode_ms_warm_p50", "full_ms_p50"),
         *("speedup_vs_full", "speedup_ci_low", "speedup_ci_high"),
         *(f"{stage}_ms" for stage in STAGES),
     ]
-    ok = {name: row for name, row in rows.items() if row["status"] == "ok"}
-    for name, row in ok.items():
-        cells = [f"{row[one]:.3f}" if row.get(one) is not None else "-" for one in columns]
-        unsteady = "  unsteady" if row["timing_note"] else ""
-        print(f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in cells) + unsteady, flush=True)
-    for name, row in ok.items():
-        if row["timing_note"]:
-            print(f"unsteady: {name}: {row['timing_note']}")
+    cells = [f"{row[one]:.3f}" if row.get(one) is not None else "-" for one in columns]
+    unsteady = f"  unsteady: {row['timing_note']}" if row["timing_note"] else ""
+    print(f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in cells) + unsteady, flush=True)
 
 
 def faster_from(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -306,6 +288,7 @@ def write(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 def free_bytes(device: torch.device) -> int | None:
     """Return the free memory of a CUDA device, or of a Linux machine; None elsewhere."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what earlier shapes took
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())

@@ -25,12 +25,11 @@ from torch import Tensor
 from topkbench.analysis import report
 from topkbench.analysis.row import COLUMNS as ROW_COLUMNS
 from topkbench.analysis.row import SPEED_COLUMNS, Row
-from topkbench.kernels import operators, timing
-from topkbench.kernels.full_attention.api import full_attention
-from topkbench.kernels.gpu_check import __main__ as script
-from topkbench.kernels.gpu_check import checks, decode, dense, plan, supervisor, worker, workplace
-from topkbench.kernels.gpu_check.dense import BASELINES, Baseline
-from topkbench.kernels.gpu_check.plan import (
+from topkbench.harness import variants
+from topkbench.harness.gpu_check import __main__ as script
+from topkbench.harness.gpu_check import checks, decode, dense, plan, supervisor, worker, workplace
+from topkbench.harness.gpu_check.dense import BASELINES, Baseline
+from topkbench.harness.gpu_check.plan import (
     CHECKED,
     CHECKS_END_S,
     DTYPES,
@@ -38,35 +37,17 @@ from topkbench.kernels.gpu_check.plan import (
     Plan,
     make_plan,
 )
-from topkbench.kernels.gpu_check.rows import COLUMNS, DeviceLost, Writer, outcome
-from topkbench.kernels.gpu_check.supervisor import Supervisor
-from topkbench.kernels.gpu_check.workplace import Workplace
-from topkbench.kernels.steps import Layer
+from topkbench.harness.gpu_check.rows import COLUMNS, DeviceLost, Writer
+from topkbench.harness.gpu_check.supervisor import Supervisor
+from topkbench.harness.gpu_check.workplace import Workplace
+from topkbench.harness.outcome import Unavailable, outcome
+from topkbench.harness.planted import PlantedStates
+from topkbench.kernels import operators, timing
+from topkbench.kernels.full_attention.api import full_attention
 from topkbench.kernels.testing import WrongResult
 from topkbench.kernels.timing import Timing
 
 ROOT = Path(__file__).parents[2]
-ABSENT = (
-    *(
-        "transformers",
-        "tokenizers",
-        "hydra",
-        "omegaconf",
-        "wandb",
-        "pandas",
-        "matplotlib",
-        "jinja2",
-    ),
-    *("pyarrow", "filelock", "psutil", "safetensors", "tabulate", "tqdm", "pytest", "hypothesis"),
-)
-HIDE = f"""
-import sys
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {ABSENT!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}")
-sys.meta_path.insert(0, Hidden())
-"""
 
 
 @pytest.fixture
@@ -109,15 +90,14 @@ def do(job: Job, rows: list[dict[str, Any]], toy: bool = True) -> list[dict[str,
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
-def test_the_whole_script_runs_in_the_interpreter_on_a_bare_machine(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(HIDE)
+def test_the_whole_script_runs_in_the_interpreter_on_a_bare_machine(
+    bare_machine: dict[str, str], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    path = os.pathsep.join([str(tmp_path), str(ROOT / ".types")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
+    bare_machine.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, "-m", "topkbench.kernels.gpu_check", "--toy", "--out", str(out)],
-        capture_output=True, text=True, env=environment, cwd=tmp_path,
+        [sys.executable, "-m", "topkbench.harness.gpu_check", "--toy", "--out", str(out)],
+        capture_output=True, text=True, env=bare_machine, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("plan: ")
@@ -142,8 +122,12 @@ def test_the_whole_script_runs_in_the_interpreter_on_a_bare_machine(tmp_path: Pa
 
 
 def test_the_plan_fits_eight_minutes_and_begins_with_the_most_important() -> None:
-    plan = make_plan(11, False, ["flashinfer"])
+    whole = make_plan(11, False, ["flashinfer"])
+    plan = Plan([job for job in whole.jobs if not job.last], 11)
     assert plan.total_s <= 8 * 60
+    # What comes after it delays none of it.
+    assert whole.steps[: len(plan.steps)] == plan.steps
+    assert whole.total_s <= 15 * 60
     assert sum(job.compiles for job in plan.jobs) > 100
     checks = [job for job in plan.jobs if job.kind == "check"]
     settings = [(job.options["dtype"], job.options["head_dim"], job.options["group"])
@@ -164,6 +148,11 @@ def test_the_plan_fits_eight_minutes_and_begins_with_the_most_important() -> Non
         assert {(s[one], s[other]) for s in first} == {(s[one], s[other]) for s in settings}
     assert "(no time)" not in plan.text(8)
     assert plan.text(2).count("(no time)") > 20
+    first = ["hata_integer", "hata", "exact", "quest", "loki", "streaming_llm"]
+    timed = [job.options["method"] for job in whole.jobs if job.kind == "method"]
+    assert timed[:24] == first * 4
+    assert timed[24:] == [name for name in variants.names() if name not in ("full", *first)] * 4
+    assert [job.last for job in whole.jobs if job.kind == "method"] == [False] * 24 + [True] * 48
 
 
 def test_each_setting_is_checked_whole_and_bounded_planted_and_plain() -> None:
@@ -182,7 +171,7 @@ def test_each_setting_is_checked_whole_and_bounded_planted_and_plain() -> None:
 @pytest.mark.parametrize("workers", [3, 7])
 def test_with_few_processes_timing_begins_in_time_and_checks_go_on_after_it(workers: int) -> None:
     plan = make_plan(workers, False, ["flashinfer"])
-    timed = [(start, job) for start, job in plan.steps if job.alone]
+    timed = [(start, job) for start, job in plan.steps if job.before_checks]
     assert timed[0][0] <= CHECKS_END_S + 5
     assert timed[-1][0] + timed[-1][1].estimate_s < 8 * 60
     before = [job for start, job in plan.steps if start < timed[0][0]]
@@ -191,7 +180,8 @@ def test_with_few_processes_timing_begins_in_time_and_checks_go_on_after_it(work
     names = [job.name for _, job in plan.steps]
     assert sorted(names) == sorted(job.name for job in plan.jobs)
     kinds = [alone for alone, _ in itertools.groupby(job.alone for _, job in plan.steps)]
-    assert kinds == [False, True, False]
+    assert kinds == [False, True, False, True]
+    assert [job.last for _, job in plan.steps].index(True) == len(plan.steps) - 48
 
 
 def test_a_plan_counts_compiling_and_what_must_be_alone() -> None:
@@ -327,6 +317,11 @@ def test_only_a_comparison_calls_a_result_wrong() -> None:
     assert outcome(AssertionError("num_warps"))["status"] == "failed"
 
 
+def test_what_cannot_run_here_is_skipped_and_has_no_exceptions_name() -> None:
+    for error in (Unavailable("head_dim must be even."), timing.NotCaptured("it waits.")):
+        assert outcome(error) == {"status": "skipped", "reason": str(error)}
+
+
 @pytest.mark.usefixtures("interpreted")
 def test_an_operator_that_failed_a_check_has_no_speed_in_the_same_setting(times: Times) -> None:
     jobs = toy_jobs()
@@ -342,6 +337,12 @@ def test_an_operator_that_failed_a_check_has_no_speed_in_the_same_setting(times:
     )
     other = [{**before, "p_group": 8}, {**before, "p_group": 2, "method": "page_score"}]
     assert do(step, other, toy=False)[0]["status"] == "ok"
+    # Of Twilight it is the base that uses this one, in a cache of more than the base's budget.
+    pages = {**before, "p_group": 2, "method": "page_score"}
+    for length, status in ((96, "ok"), (300, "wrong")):
+        options = {**jobs["twilight"].options, "length": length}
+        found = do(replace(jobs["twilight"], options=options), [pages], toy=False)[0]
+        assert found["status"] == status
     one = replace(jobs["operators"], parts=("sparse_attention", "code_score"))
     rows = do(one, [{**before, "p_group": 2, "p_dtype": "bfloat16"}], toy=False)
     assert [row["status"] for row in rows] == ["wrong", "ok"]
@@ -351,8 +352,9 @@ def test_an_operator_that_failed_a_check_has_no_speed_in_the_same_setting(times:
 def test_a_method_is_timed_against_the_fastest_dense_that_is_right(
     monkeypatch: pytest.MonkeyPatch, times: Times
 ) -> None:
-    def half(layer: Layer) -> Callable[[], Tensor]:
-        call = BASELINES["sdpa math"].make(replace(layer, values=layer.values / 2))
+    def half(states: PlantedStates) -> Callable[[], Tensor]:
+        halved = replace(states, value_states=states.value_states / 2)
+        call = BASELINES["sdpa math"].make(halved)
         return call
 
     monkeypatch.setitem(BASELINES, "sdpa cudnn", Baseline(lambda: "torch 9", half))
@@ -492,7 +494,7 @@ def test_flashinfer_is_prepared_by_its_batched_kernel(monkeypatch: pytest.Monkey
 def test_a_missing_library_and_a_lack_of_memory_are_rows_with_their_reasons(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full(layer: Layer) -> Callable[[], Tensor]:
+    def full(states: PlantedStates) -> Callable[[], Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     for name in ("flash_attn", "flash_attn_interface", "flashinfer"):
@@ -506,10 +508,10 @@ def test_a_missing_library_and_a_lack_of_memory_are_rows_with_their_reasons(
         assert package in row["reason"]
     assert "OutOfMemoryError: CUDA out of memory. Tried" in rows[3]["reason"]
 
-    def draw(*arguments: Any) -> Layer:
+    def draw(*arguments: Any) -> PlantedStates:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(decode.Layer, "draw", draw)
+    monkeypatch.setattr(decode.PlantedStates, "draw", draw)
     jobs = toy_jobs()
     rows = [*do(jobs["dense"], []), *do(jobs["quest"], [])]
     # Each baseline that is there has its own row.
@@ -758,7 +760,7 @@ def test_the_summary_compares_the_results_with_the_goals() -> None:
     jobs = make_plan(1, False, []).jobs
     rows: list[dict[str, Any]] = []
     for job in jobs:
-        if job.kind == "method" and job.about["method"] == "hata":
+        if job.kind == "method" and job.about["method"] in ("hata", "exact"):
             times = {"decode_ms_p50": 0.5, "speedup_vs_full": 9.0, "full_backend": "triton, 3"}
             rows.append({**job.about, **times, "status": "ok"})
         if job.kind == "operators":
@@ -772,6 +774,9 @@ def test_the_summary_compares_the_results_with_the_goals() -> None:
     assert "32/8 heads of 128, 131072 tokens: at least 6 times the fastest dense: met, 9.00" in text
     assert "hamming_score: at least 70% of the bandwidth: met, 75%, 75%" in text
     assert "not measured" not in text
+    named = "32/8 heads of 128, 131072 tokens: {} 0.5000 ms, 9.00 times triton, 3"
+    for name in ("hata with norms", "hata with integer scores", "exact"):
+        assert named.format(name) in text
     assert script.summary([]).count("not measured") == 5
 
 

@@ -3,7 +3,7 @@
 It sends ``("hello", columns)`` when it is ready; if it cannot start, it sends ``("broken",
 reason)`` and ends. For each job it sends ``("part", part)`` before each part, ``("row", part,
 columns)`` after it, and ``("done", alive)`` at the end. If the device only answers with errors,
-``alive`` is false and the process ends. `topkbench.kernels.gpu_check.supervisor` receives these.
+``alive`` is false and the process ends. `topkbench.harness.gpu_check.supervisor` receives these.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any, Protocol
 
 import torch
 
-from topkbench.kernels.gpu_check import checks, decode
-from topkbench.kernels.gpu_check.plan import Job
-from topkbench.kernels.gpu_check.rows import DeviceLost, outcome
-from topkbench.kernels.gpu_check.workplace import Workplace
+from topkbench.harness.gpu_check import checks, decode
+from topkbench.harness.gpu_check.plan import Job
+from topkbench.harness.gpu_check.rows import DeviceLost
+from topkbench.harness.gpu_check.workplace import Workplace
+from topkbench.harness.outcome import outcome
 from topkbench.kernels.timing import machine_name, versions
 
 JOBS = {
