@@ -355,15 +355,20 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
     def encode(self, index: HATAIndex, context: StepContext) -> Tensor:
         impl = self.impl_for("hash_encode")
         codes = hash_encode(context.query_states, index.query_weight, impl=impl)
+        if self.query_codes == 1:
+            return codes
         # For scoring, each code counts as a query of the group.
         return codes.unflatten(-1, (self.query_codes, -1)).flatten(2, 3)
 
     def score(self, encoded: Tensor, index: HATAIndex, context: StepContext) -> Tensor:
-        norms = index.key_norms
+        codes, norms = index.key_codes, index.key_norms
+        if index.length < index.capacity:
+            codes = codes[:, :, : index.length]
+            norms = None if norms is None else norms[:, :, : index.length]
         return hamming_score(
             encoded,
-            index.key_codes[:, :, : index.length],
-            None if norms is None else norms[:, :, : index.length],
+            codes,
+            norms,
             index.kv_start,
             index.kv_len,
             impl=self.impl_for("hamming_score"),
