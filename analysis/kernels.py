@@ -136,21 +136,21 @@ def draw(rows: pd.DataFrame, folder: Path, context: str) -> list[Drawn]:
             "One decode step against the fastest dense attention",
             "Times the speed of the fastest dense attention of each shape, timed in turn; bars: "
             "95% intervals over the pairs.",
-            lambda: _speedups(rows),
+            lambda: speedups(rows),
         ),
         (
             "dense_baselines",
             "Dense attention: share of the memory bandwidth",
             "Each timed alone. Orange: the fastest of its shape, "
             "among the steady ones if there are any.",
-            lambda: _shares(rows[rows["task"] == DENSE]),
+            lambda: bandwidth_shares(rows[rows["task"] == DENSE]),
         ),
         (
             "operator_bandwidth",
             "Operators: share of the memory bandwidth",
             "Bytes that the operator must move, over its time and the measured bandwidth. "
             f"The dashed line is the target for the Hamming score, {GOAL_PERCENT}%.",
-            lambda: _shares(rows[rows["task"] == TIMES]),
+            lambda: bandwidth_shares(rows[rows["task"] == TIMES]),
         ),
     ]
     drawn = []
@@ -203,7 +203,8 @@ def _compared(rows: pd.DataFrame) -> pd.DataFrame:
     return data
 
 
-def _speedups(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+def speedups(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw each method's speed-up over full attention; None without rows that have one."""
     data = _compared(rows)
     if not len(data):
         return None
@@ -226,7 +227,8 @@ def _speedups(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     return figure, data[[*columns, "timing_note"]].reset_index(drop=True)
 
 
-def _shares(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+def bandwidth_shares(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw the share of the memory bandwidth that each row reaches; None without timed rows."""
     data = _timed(rows).copy()
     if not len(data):
         return None

@@ -81,14 +81,14 @@ def resolve(op: str, impl: Impl, device: torch.device) -> str:
             that it needs is not installed, or the device cannot run it.
     """
     # The environment is read only if it matters: that takes longer than the rest.
-    chosen = _choose(op, impl, device.type, impl == "triton" and interpreted())
+    chosen = choose(op, impl, device.type, impl == "triton" and interpreted())
     if chosen == "cpu" and torch.get_num_threads() != getattr(_numba_threads, "count", 0):
         _prepare_numba()
     return chosen
 
 
 @cache
-def _choose(op: str, impl: str, device_type: str, interpreted: bool) -> str:
+def choose(op: str, impl: str, device_type: str, interpreted: bool) -> str:
     """Return the implementation for a device type; cached, as it never changes in a process."""
     words = get_args(Impl)
     if impl not in words:

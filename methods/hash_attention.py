@@ -173,7 +173,7 @@ class HashAttention(
                 key_layers,
                 queries[:, drawn_queries.to(device)].float(),
                 keys[:, drawn_keys.to(device)].float(),
-                _past(drawn_keys, query_positions).to(device),
+                past_keys(drawn_keys, query_positions).to(device),
             )
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -327,7 +327,7 @@ def _draw(size: int, count: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(size, generator=generator)[:count]
 
 
-def _past(key_positions: Tensor, query_positions: Tensor) -> Tensor:
+def past_keys(key_positions: Tensor, query_positions: Tensor) -> Tensor:
     """Return bool ``[Q, K]``: the keys in each query's past, without the forced first and last."""
     first, last = FORCED
     return (key_positions >= first) & (key_positions <= query_positions[:, None] - last)

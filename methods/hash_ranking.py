@@ -116,7 +116,7 @@ class RankingRecipe:
             {"params": [log_factor], "lr": TEMPERATURE_RATE * self.learning_rate},
         ]
         optimiser = torch.optim.Adam(groups, self.learning_rate)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, self._rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, self.rate)
         for step in range(self.steps):
             batch = self.draw(sequences, generator)
             loss = self.loss(key_weight * shrink, query_weight * query_shrink, log_factor, batch)
@@ -138,7 +138,7 @@ class RankingRecipe:
         noisy = key_weight.repeat(1, 1, extra) + 0.5 * noise
         return key_weight, torch.cat([key_weight, noisy], 2)
 
-    def _rate(self, step: int) -> float:
+    def rate(self, step: int) -> float:
         falling = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return min(1.0, (step + 1) / WARM_UP) * (LAST_RATE + (1 - LAST_RATE) * falling)
 

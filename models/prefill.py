@@ -158,14 +158,14 @@ class PrefillStore:
         if key in self._in_memory:
             states = self._in_memory[key]
             if not needs <= states.needs:
-                states = self._in_memory[key] = self._run(token_ids, needs, states)
+                states = self._in_memory[key] = self.compute_states(token_ids, needs, states)
             return states
         spilled = not self._bytes_left or self.folder.exists()
         stored = self._load(self._path(key)) if spilled else None
         if stored is not None and needs <= stored.needs:
             return stored
         if stored is None and self._bytes_left > 0:
-            states = self._run(token_ids, needs)
+            states = self.compute_states(token_ids, needs)
             if states.num_bytes <= self._bytes_left:
                 self._bytes_left -= states.num_bytes
                 self._in_memory[key] = states
@@ -180,7 +180,7 @@ class PrefillStore:
             stored = self._load(path)
             if stored is not None and needs <= stored.needs:
                 return stored
-            states = self._run(token_ids, needs, stored)
+            states = self.compute_states(token_ids, needs, stored)
             _save(states, path)
             return states
 
@@ -208,7 +208,7 @@ class PrefillStore:
             return None
         return stored
 
-    def _run(
+    def compute_states(
         self, token_ids: Sequence[int], needs: frozenset[str], stored: Prefill | None = None
     ) -> Prefill:
         """Compute a prefill, or only the captures that ``stored`` lacks."""

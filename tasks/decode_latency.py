@@ -128,7 +128,7 @@ class DecodeLatency(Task):
             reason = f"{need / 2**30:.1f} GiB of states exceed half of the free memory."
             return TaskRow(name, columns, "skipped", reason)
         if self.states == "captured":
-            states = self._captured(context, length)
+            states = self.captured_states(context, length)
         else:
             dtype = self._dtype(context)
             states = PlantedStates.draw(geometry, batch_size, length, dtype, self.seed)
@@ -161,7 +161,7 @@ class DecodeLatency(Task):
         )
 
     @torch.no_grad()
-    def _captured(self, context: Context, length: int) -> PlantedStates:
+    def captured_states(self, context: Context, length: int) -> PlantedStates:
         """Return one layer's states for a RULER prompt, whose last token is the one decoded.
 
         Raises:

@@ -130,7 +130,7 @@ class DecodeThroughput(Task):
         """Return the values (besides the length), the status and the reason of one length's row."""
         model, method, policy = context.loaded.model, context.method, context.policy
         load = OtherLoad(model.device)
-        cache, needs_ms = self._random_cache(context, length)
+        cache, needs_ms = self.random_cache(context, length)
         values: dict[str, Any] = {"full_backend": getattr(context.full, "backend", None)}
         if method.selects:
             values["k"] = policy.k
@@ -172,7 +172,7 @@ class DecodeThroughput(Task):
         """Return whether steps are replayed from a CUDA graph."""
         return self.cuda_graph and device.type == "cuda"
 
-    def _random_cache(self, context: Context, length: int) -> tuple[DecodeCache, float]:
+    def random_cache(self, context: Context, length: int) -> tuple[DecodeCache, float]:
         """Return a cache of random states, and the milliseconds of capturing what the method needs.
 
         The cache's last slot is free for the token to decode. The capture is measured on one

@@ -108,7 +108,7 @@ def method(workplace: Workplace, job: Job, rows: Sequence[Mapping[str, Any]]) ->
         columns |= {"status": "ok", "bytes_read_per_step": float(read)}
         if not workplace.toy:
             needed = read * len(states.key_states)
-            full = {one: _baseline(workplace, job, one) for one in _fastest(job, rows)}
+            full = {one: _baseline(workplace, job, one) for one in fastest_baselines(job, rows)}
             timings = workplace.timed({**full, name: lambda: layer.step().out})
             best = min(full, key=lambda one: _steady_then_fast(timings[one]), default=None)
             baseline = None if best is None else timings[best]
@@ -165,7 +165,7 @@ def _steady_then_fast(timing: Timing) -> tuple[bool, float]:
     return unsteady(timing, None, None) is not None, timing.p50_ms
 
 
-def _fastest(job: Job, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def fastest_baselines(job: Job, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the fastest dense baselines of a job's shape, as their rows name them."""
     same = ("model", "subtask", "p_dtype")
     dense = [

@@ -94,7 +94,7 @@ class Supervisor:
                 self._stop_late_parts()
                 self._begin_timing()
         finally:
-            self._end_workers(*self.workers)
+            self.end_workers(*self.workers)
 
     def _hand_out(self) -> None:
         """Give each idle process the next job that may run now and fits the remaining time."""
@@ -104,7 +104,7 @@ class Supervisor:
             if job.alone:
                 if busy:
                     return
-                self._end_workers(*self.workers[1:])  # this also frees their device memory
+                self.end_workers(*self.workers[1:])  # this also frees their device memory
             elif len(busy) >= self.plan.workers or any(one.job and one.job.alone for one in busy):
                 return
             now = time.monotonic()
@@ -145,7 +145,7 @@ class Supervisor:
         checking = [one for one in self.workers if one.job is not None and not one.job.alone]
         for worker in checking:
             assert worker.job is not None
-            self._end_workers(worker)
+            self.end_workers(worker)
             self._requeue(worker.job, worker.reported)
         self.waiting = timing_first(self.waiting)
 
@@ -189,7 +189,7 @@ class Supervisor:
         elif kind == "done":
             job, worker.job = worker.job, None
             if not content[0] and job is not None:
-                self._end_workers(worker)
+                self.end_workers(worker)
                 self._requeue(job, worker.reported)
 
     def _stop_late_parts(self) -> None:
@@ -209,7 +209,7 @@ class Supervisor:
         If no part was running, all remaining parts have failed.
         """
         job, running = worker.job, worker.current_part
-        self._end_workers(worker)
+        self.end_workers(worker)
         if job is None:
             return
         failed = (
@@ -225,7 +225,7 @@ class Supervisor:
         if rest.remaining_parts:
             self.waiting.appendleft(rest)
 
-    def _end_workers(self, *workers: Worker) -> None:
+    def end_workers(self, *workers: Worker) -> None:
         """End processes: tell the idle ones to stop, all at once; kill those that have a job."""
         until = time.monotonic() + SECONDS_TO_END
         for worker in workers:

@@ -54,7 +54,7 @@ class Workplace:
             return read_bandwidth(self.device, least).ceiling_gb_s
 
     @cached_property
-    def _emptier(self) -> Callable[[], object]:
+    def emptier(self) -> Callable[[], object]:
         return cache_emptier(self.device)
 
     def timed(self, functions: Mapping[str, Callable[[], Tensor]]) -> dict[str, Timing]:
@@ -69,7 +69,7 @@ class Workplace:
             name: captured(function, self.device) if on_gpu else function
             for name, function in functions.items()
         }
-        timings = measure(calls, self.trials, 3, self.device, before=self._emptier)
+        timings = measure(calls, self.trials, 3, self.device, before=self.emptier)
         for name, function in functions.items():
             try:
                 assert_same(calls[name](), function())

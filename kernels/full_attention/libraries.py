@@ -23,7 +23,7 @@ def flash_attn(
     Source:
         FlashAttention-2 (arXiv:2307.08691), ``flash_attn_with_kvcache``.
     """
-    library = _library("flash_attn", "flash-attn")
+    library = imported("flash_attn", "flash-attn")
     # The library needs lengths if there is left padding.
     if kv_start is not None and kv_len is None:
         kv_len = torch.full_like(kv_start, key_states.shape[2])
@@ -53,7 +53,7 @@ def flash_attn_3(
     Source:
         FlashAttention-3 (arXiv:2407.08608), ``flash_attn_interface.flash_attn_with_kvcache``.
     """
-    library = _library("flash_attn_interface", "flash-attn-3")
+    library = imported("flash_attn_interface", "flash-attn-3")
     if kv_start is not None and kv_len is None:
         kv_len = torch.full_like(kv_start, key_states.shape[2])
     found = library.flash_attn_with_kvcache(
@@ -87,7 +87,7 @@ def flashinfer(
     Source:
         FlashInfer (arXiv:2501.01005), ``single_decode_with_kv_cache``.
     """
-    library = _library("flashinfer", "flashinfer-python")
+    library = imported("flashinfer", "flashinfer-python")
     batch_size, num_slots = len(query_states), key_states.shape[2]
     starts = [0] * batch_size if kv_start is None else kv_start.tolist()
     ends = [num_slots] * batch_size if kv_len is None else kv_len.tolist()
@@ -132,7 +132,7 @@ class FlashInferBatch:
         scale: float,
         page_size: int = 16,
     ) -> None:
-        library = _library("flashinfer", "flashinfer-python")
+        library = imported("flashinfer", "flashinfer-python")
         batch_size, num_kv_heads, num_slots, head_dim = key_states.shape
         if num_slots % page_size:
             raise ValueError(f"n must be a multiple of page_size={page_size}, got {num_slots}.")
@@ -177,14 +177,14 @@ def library_version(module: str, distribution: str) -> str:
     Raises:
         ValueError: If it cannot be imported; the message has the reason.
     """
-    library = _library(module, distribution)
+    library = imported(module, distribution)
     try:
         return version(distribution)
     except PackageNotFoundError:
         return str(getattr(library, "__version__", "of unknown version"))
 
 
-def _library(module: str, distribution: str) -> ModuleType:
+def imported(module: str, distribution: str) -> ModuleType:
     """Import an optional library, or raise a ValueError of one sentence if it is missing."""
     try:
         return importlib.import_module(module)

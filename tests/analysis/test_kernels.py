@@ -173,8 +173,8 @@ def test_an_unsteady_baseline_is_the_fastest_only_where_no_other_is(
             timed("kernel_dense", "full", 2, 0.2, full_backend="b"),
         ]
     )
-    kernels._shares(rows)
-    kernels._shares(rows[:1])
+    kernels.bandwidth_shares(rows)
+    kernels.bandwidth_shares(rows[:1])
     assert drawn == [[style.BLUE, style.RED], [style.RED]]
 
 
@@ -185,7 +185,7 @@ def test_operators_share_one_scale_with_the_goal_on_it() -> None:
             timed("kernel_times", "hash_encode", 2, 10.0, timing_note=None, batch_size=8),
         ]
     )
-    made = kernels._shares(rows)
+    made = kernels.bandwidth_shares(rows)
     assert made is not None
     for axes in made[0].axes:
         assert axes.get_xlim() == (0, 118)
@@ -200,7 +200,7 @@ def test_titles_of_panels_do_not_run_over_each_other() -> None:
     more = {**long, "timing_note": None, "speedup_ci_low": None, "speedup_ci_high": None}
     rows = [timed("decode_latency", "quest", n, 0.1, speedup_vs_full=2.0, batch_size=n, **more)
             for n in (1, 2, 3, 4)]  # fmt: skip
-    made = kernels._speedups(pd.DataFrame(rows))
+    made = kernels.speedups(pd.DataFrame(rows))
     assert made is not None
     figure = made[0]
     FigureCanvasAgg(figure).draw()

@@ -394,7 +394,7 @@ def test_a_baseline_that_cannot_be_timed_takes_no_other_with_it(times: Times) ->
     # A steady one is the baseline, though the median of the unsteady one is less.
     hata = do(jobs["hata"], rows, toy=False)[0]
     assert (hata["full_backend"].partition(",")[0], hata["speedup_vs_full"]) == ("triton", 2.0)
-    assert decode._fastest(jobs["hata"], rows)[0].startswith("triton, ")
+    assert decode.fastest_baselines(jobs["hata"], rows)[0].startswith("triton, ")
 
 
 def test_a_row_gives_torchs_reasons_for_lacking_a_backend(
@@ -418,7 +418,7 @@ def test_a_row_gives_torchs_reasons_for_lacking_a_backend(
 @pytest.mark.usefixtures("interpreted")
 def test_the_timed_graphs_output_is_compared_again() -> None:
     place = Workplace(torch.device("cpu"), False, 2)
-    vars(place)["_emptier"] = lambda: None
+    vars(place)["emptier"] = lambda: None
     count = itertools.count()
     right = {"a": lambda: torch.ones(3), "b": lambda: torch.arange(3)}
     taken = place.timed(right)
@@ -430,7 +430,7 @@ def test_the_timed_graphs_output_is_compared_again() -> None:
 def test_caches_are_emptied_before_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "_PROBE_BYTES", 2**12)
     place = Workplace(torch.device("cpu"), False, 2)
-    assert float(place._emptier()) == 2**10  # type: ignore[arg-type]
+    assert float(place.emptier()) == 2**10  # type: ignore[arg-type]
 
 
 def test_bandwidth_is_measured_with_less_where_memory_is_short(
@@ -738,7 +738,7 @@ def test_idle_processes_are_told_to_end_before_any_is_waited_for(tmp_path: Path)
     own = Supervisor(Plan([], 2), Writer(tmp_path), 1, "", True, 1, {}, done.append)
     fakes = [Fake(name) for name in "ab"]
     own.workers = [supervisor.Worker(fake, fake) for fake in fakes]  # type: ignore[arg-type]
-    own._end_workers(*own.workers)
+    own.end_workers(*own.workers)
     assert done == ["tell a", "tell b", "wait for a", "wait for b"]
 
 

@@ -41,12 +41,12 @@ def run(job):
     os.chdir(job["cwd"])
     os.environ.update(job["env"])
     sys.argv = [job["script"], *job["arguments"]]
-    computed = topkbench.models.prefill.PrefillStore._run
+    computed = topkbench.models.prefill.PrefillStore.compute_states
     def counted(store, token_ids, *needs):
         with open(job["forwards"], "a") as file:
             file.write(json.dumps(list(token_ids)) + "\\n")
         return computed(store, token_ids, *needs)
-    topkbench.models.prefill.PrefillStore._run = counted
+    topkbench.models.prefill.PrefillStore.compute_states = counted
     try:
         runpy.run_path(job["script"], run_name="__main__")
         status = 0

@@ -46,13 +46,13 @@ def test_triton_runs_on_a_cpu_only_in_its_interpreter(
 
 def test_without_triton_a_gpu_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
-    dispatch._choose.cache_clear()
+    dispatch.choose.cache_clear()
     try:
         assert resolve("topk_select", "auto", CUDA) == "reference"
         with pytest.raises(ValueError, match="needs the package triton, which is not installed"):
             resolve("topk_select", "triton", CUDA)
     finally:
-        dispatch._choose.cache_clear()
+        dispatch.choose.cache_clear()
 
 
 def test_an_implementation_is_the_function_of_the_references_name() -> None:

@@ -43,7 +43,7 @@ def test_a_missing_library_gives_an_error_of_one_sentence() -> None:
     from topkbench.kernels.full_attention import libraries
 
     with pytest.raises(ValueError, match=r"needs the package none-such.* use backend='sdpa'"):
-        libraries._library("no_such_library", "none-such")
+        libraries.imported("no_such_library", "none-such")
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -91,7 +91,7 @@ def test_the_loss_by_hand() -> None:
 
 
 def test_training_leaves_out_forced_and_future_keys() -> None:
-    past = hash_attention._past(torch.tensor([0, 3, 4, 9, 12, 13]), torch.tensor([20, 12]))
+    past = hash_attention.past_keys(torch.tensor([0, 3, 4, 9, 12, 13]), torch.tensor([20, 12]))
     assert past.tolist() == [
         [False, False, True, True, True, False],
         [False, False, True] + [False] * 3,

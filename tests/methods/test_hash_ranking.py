@@ -207,7 +207,7 @@ def test_a_step_against_the_gradient_lowers_the_loss() -> None:
 
 
 def test_the_rate_rises_and_falls() -> None:
-    rates = [recipe(steps=100)._rate(step) for step in range(101)]
+    rates = [recipe(steps=100).rate(step) for step in range(101)]
     assert rates[0] == pytest.approx(1 / 20)
     assert max(rates) == pytest.approx(rates[19])
     assert rates[19:] == sorted(rates[19:], reverse=True)

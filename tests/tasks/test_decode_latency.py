@@ -263,7 +263,7 @@ def test_captured_states_equal_the_models(
 ) -> None:
     latency_task = task(lengths=(200,), states="captured", layer=1, cache_dir=str(tmp_path))
     context = Context(loaded, store, ExactTopK(), Policy(k=16), FullAttention())
-    states = latency_task._captured(context, 200)
+    states = latency_task.captured_states(context, 200)
     (sample,) = (tmp_path / "samples").iterdir()
     n = states.key_states.shape[2]
     assert 180 < n <= 200
@@ -273,7 +273,7 @@ def test_captured_states_equal_the_models(
     outputs: list[Tensor] = []
     projection = loaded.model.model.layers[1].self_attn.o_proj
     hook = projection.register_forward_pre_hook(lambda _, args: outputs.append(args[0][0, -1]))
-    latency_task._captured(context, 200)
+    latency_task.captured_states(context, 200)
     hook.remove()
     expected = (weights @ states.value_states).flatten()
     torch.testing.assert_close(expected, outputs[0], rtol=1e-4, atol=1e-5)

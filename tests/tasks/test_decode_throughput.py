@@ -143,7 +143,7 @@ def test_with_every_token_kept_the_logits_are_full_attentions(
     fit_on(method, cell.geometry, random_keys(cell.geometry))
     twin = sharing_weights(loaded.model)
     with torch.inference_mode():
-        cache, _ = DecodeThroughput()._random_cache(cell, 60)
+        cache, _ = DecodeThroughput().random_cache(cell, 60)
         buffers = [layer.keys.data_ptr() for layer in cache.layers]
         with (
             attach(loaded.model, method, Policy(k=60)) as all_kept,
