@@ -81,8 +81,6 @@ class GenerationTask(Task):
                 return Outcome([TaskRow("mean", {}, "skipped", reason)], [])
         answered = context.keep("answers", lambda: self._answer(context, prompts))
         samples, counts = answered["samples"], answered["subtasks"]
-        if context.full_answers is None and not context.method.selects:
-            context.full_answers = {one["sample_id"]: one["tokens"] for one in samples}
         if context.method.selects and not any(one["steps_taken"] for one in counts.values()):
             longest = max(one["longest"] for one in counts.values())
             reason = no_sparse_step_reason(k, longest)

@@ -37,6 +37,7 @@ from topkbench.methods.base import (
     StageTimer,
     StepContext,
     StepResult,
+    copy_of,
     kv_bytes,
     with_impl,
 )
@@ -262,12 +263,15 @@ def _sorted_units(selection: Selection) -> Tensor:
     return selection.indices.sort(-1).values
 
 
-def fit_on(method: AnyMethod, geometry: Geometry, calibration: PlantedCalibration) -> None:
-    """Fit a method that cannot run without its artifact, and has none, on planted states."""
-    if not isinstance(method, LearningMethod) or method.artifact:
-        return
-    if method.artifact_spec(geometry) is not None:
-        method.load_artifact(method.fit(calibration))
+def fitted_on(method: AnyMethod, geometry: Geometry, calibration: PlantedCalibration) -> AnyMethod:
+    """Return the method, or a copy fitted on planted states if it cannot run without a fit."""
+    copied = copy_of(method)
+    if not isinstance(copied, LearningMethod) or copied.artifact:
+        return method
+    if copied.artifact_spec(geometry) is None:
+        return method
+    copied.load_artifact(copied.fit(calibration))
+    return copied
 
 
 def bytes_needed(method: AnyMethod, geometry: Geometry, batch_size: int, n: int) -> int:

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from topkbench.harness.layer import Layer, budget, fit_on
+from topkbench.harness.layer import Layer, budget, fitted_on
 from topkbench.harness.outcome import Unavailable
 from topkbench.harness.planted import PlantedCalibration, PlantedStates, drawn_capture
 from topkbench.methods import base
@@ -85,7 +85,7 @@ def layer_of(method: AnyMethod, geometry: Geometry, states: PlantedStates) -> La
     Raises:
         Unavailable: If the method does not support the geometry or the policy.
     """
-    fit_on(method, geometry, PlantedCalibration.of(states))
+    method = fitted_on(method, geometry, PlantedCalibration.of(states))
     method, policy = method.resolve(Policy(k=budget(states.key_states.shape[2])))
     reason = method.unsupported_reason(geometry, policy)
     if reason is not None:

@@ -59,6 +59,7 @@ __all__ = [
     "TopKMethod",
     "Traits",
     "check_whole",
+    "copy_of",
     "kv_bytes",
     "top_units",
     "with_impl",
@@ -485,17 +486,24 @@ def top_units(scores: Tensor, index: Index, policy: Policy, impl: Impl) -> Selec
     return Selection(indices)
 
 
-def with_impl(method: AnyMethod, impl: Impl | Mapping[str, Impl]) -> AnyMethod:
-    """Return a copy of a method that runs other implementations of the operators.
-
-    A method inside the method (Twilight's base) is copied likewise; the artifact is shared.
-    """
+def copy_of(method: AnyMethod) -> AnyMethod:
+    """Return a copy of a method, and of a method inside it; both share the loaded artifact."""
     copied = copy.copy(method)
-    copied.impl = impl
     for one in fields(method):
         value = getattr(method, one.name)
         if isinstance(value, TopKMethod):
-            setattr(copied, one.name, with_impl(value, impl))
+            setattr(copied, one.name, copy_of(value))
+    return copied
+
+
+def with_impl(method: AnyMethod, impl: Impl | Mapping[str, Impl]) -> AnyMethod:
+    """Return a copy of a method that runs other implementations of the operators."""
+    copied = copy_of(method)
+    pending: list[AnyMethod] = [copied]
+    while pending:
+        one = pending.pop()
+        one.impl = impl
+        pending += [value for value in vars(one).values() if isinstance(value, TopKMethod)]
     return copied
 
 

@@ -7,8 +7,13 @@ from typing import ClassVar, Literal
 import torch
 
 from topkbench.harness.decoding import tokenise_all
-from topkbench.harness.layer import Layer, budget, bytes_needed, fit_on, time_layer
-from topkbench.harness.planted import MEMORY_SHARE, PlantedCalibration, PlantedStates
+from topkbench.harness.layer import Layer, budget, bytes_needed, fitted_on, time_layer
+from topkbench.harness.planted import (
+    CALIBRATION_TOKENS,
+    MEMORY_SHARE,
+    PlantedCalibration,
+    PlantedStates,
+)
 from topkbench.harness.reads import no_sparse_step_reason
 from topkbench.harness.task import Context, Outcome, Task, TaskRow, compact_unsupported_reason
 from topkbench.methods.base import Geometry, check_whole
@@ -110,6 +115,12 @@ class DecodeLatency(Task):
         return list(dict.fromkeys([*lengths, *batches]))
 
     def run(self, context: Context) -> Outcome:
+        if self.states == "planted":
+            geometry = self._planted_geometry(context)
+            drawn = (1, 2 * CALIBRATION_TOKENS, self._dtype(context), self.seed)
+            calibration = PlantedCalibration.of(PlantedStates.draw(geometry, *drawn))
+            method = fitted_on(context.method, geometry, calibration)
+            context = replace(context, method=method)
         return Outcome([self._row(context, *s) for s in context.track(self.shapes, self.name)], [])
 
     def _row(self, context: Context, length: int, batch_size: int) -> TaskRow:
@@ -132,7 +143,6 @@ class DecodeLatency(Task):
         else:
             dtype = self._dtype(context)
             states = PlantedStates.draw(geometry, batch_size, length, dtype, self.seed)
-            fit_on(method, geometry, PlantedCalibration.of(states))
         k, n = None, states.key_states.shape[2]
         if self.budget is not None and method.selects:
             k = budget(n, self.budget)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from topkbench.harness.cell import peak_memory_mib, reset_peak_memory
 from topkbench.harness.decoding import NotFiniteError
-from topkbench.harness.layer import fit_on
+from topkbench.harness.layer import fitted_on
 from topkbench.harness.planted import MEMORY_SHARE, PlantedCalibration, capture
 from topkbench.harness.reads import (
     ReadCounter,
@@ -83,6 +83,9 @@ class DecodeThroughput(Task):
             raise ValueError(f"task.budget must be a share above 0 and up to 1, got {self.budget}.")
 
     def run(self, context: Context) -> Outcome:
+        keys = random_keys(context.geometry)
+        method = fitted_on(context.method, context.geometry, keys)
+        context = replace(context, method=method)
         rows = [self._row(context, n) for n in context.track(self.lengths, self.name)]
         return Outcome(rows, [])
 
@@ -101,7 +104,6 @@ class DecodeThroughput(Task):
             return TaskRow(str(length), values, "skipped", no_sparse_step_reason(policy.k, length))
         device = context.loaded.model.device
         reset_peak_memory(device)
-        fit_on(context.method, context.geometry, random_keys(context.geometry))
         context = replace(context, policy=policy)
         try:
             timed, status, reason = self._time(context, length)

@@ -1,5 +1,6 @@
 """A question-answering cell: its rows, its samples, and what each pass measures."""
 
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 
 from topkbench.harness.cell import run_cell
 from topkbench.harness.task import Context, Outcome
+from topkbench.kernels.topk_select.api import topk_select
+from topkbench.methods import base
 from topkbench.methods.base import AnyMethod, Policy
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
@@ -15,6 +18,7 @@ from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 from topkbench.tasks.ruler import Ruler
 
+ROOT = Path(__file__).resolve().parents[2]
 QUALITY = ("recall_at_k", "attention_mass", "output_rel_error")
 
 
@@ -25,6 +29,27 @@ def run(
     task = Ruler(**{**settings, "cache_dir": str(tmp_path), **knobs})  # type: ignore[arg-type]
     policy = Policy(k=24, num_sink=0, num_recent=0)
     return run_cell(Context(loaded, store, method, policy, FullAttention(), None, 1e9), task)
+
+
+def test_a_budget_is_followed_to_the_selection_through_few_files(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks: set[tuple[str, ...]] = set()
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        entered = [Path(frame.filename).resolve() for frame in traceback.extract_stack()]
+        own = [path for path in entered if path.is_relative_to(ROOT) and "tests" not in path.parts]
+        walks.add(tuple(dict.fromkeys(path.relative_to(ROOT).as_posix() for path in own)))
+        return topk_select(*args, **kwargs)
+
+    monkeypatch.setattr(base, "topk_select", watched)
+    run(loaded, store, tmp_path, ExactTopK(), timed_prompts=0, judged_prompts=0)
+    assert walks == {
+        (
+            *("harness/cell.py", "harness/generation.py", "harness/decoding.py"),
+            *("models/compat.py", "models/attach.py", "methods/base.py"),
+        )
+    }
 
 
 def test_a_cell_has_a_row_per_subtask_and_their_mean(

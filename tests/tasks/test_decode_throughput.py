@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from topkbench.harness.layer import fit_on
+from topkbench.harness.layer import fitted_on
 from topkbench.harness.planted import capture
 from topkbench.harness.task import Context, TaskRow
 from topkbench.kernels.timing import Timing
@@ -138,9 +138,8 @@ def test_every_step_decodes_the_same_position_of_one_buffer(
 def test_with_every_token_kept_the_logits_are_full_attentions(
     loaded: LoadedModel, store: PrefillStore, name: str
 ) -> None:
-    method = METHODS[name]()
-    cell = context(loaded, store, method)
-    fit_on(method, cell.geometry, random_keys(cell.geometry))
+    cell = context(loaded, store, METHODS[name]())
+    method = fitted_on(cell.method, cell.geometry, random_keys(cell.geometry))
     twin = sharing_weights(loaded.model)
     with torch.inference_mode():
         cache, _ = DecodeThroughput().random_cache(cell, 60)
@@ -155,8 +154,8 @@ def test_with_every_token_kept_the_logits_are_full_attentions(
             # Again, with full attention's step in between.
             assert torch.equal(step(twin, full, cache), expected)
             assert torch.equal(step(loaded.model, all_kept, cache), found)
-            all_kept.policy = replace(all_kept.policy, k=12)
-            fewer = step(loaded.model, all_kept, cache)
+        with attach(loaded.model, method, Policy(k=12)) as few_kept:
+            fewer = step(loaded.model, few_kept, cache)
             assert (fewer - expected).abs().max() > 1e-3
     assert (cache.n, cache.kv_len.tolist()) == (60, [60])
     assert [layer.keys.data_ptr() for layer in cache.layers] == buffers
