@@ -281,6 +281,8 @@ def bytes_needed(method: AnyMethod, geometry: Geometry, batch_size: int, n: int)
     speculates = PREVIOUS_QUERY in method.traits.needs
     width = geometry.num_heads * geometry.head_dim if speculates else 0
     copies = copies_needed(cached, geometry.device)
+    if method.traits.index == "history":
+        cached += index  # it is checked on a copy
     # Building and checking an index takes temporary copies of the keys.
     return copies * (cached + index + width**2 * geometry.dtype_bytes) + cached
 

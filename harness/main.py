@@ -637,7 +637,6 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module="hydra")
     wrapped = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-    kept_in.cache_clear()
     try:
         with prefill_folder():
             wrapped(job)()
@@ -647,6 +646,8 @@ def main() -> None:
         sys.exit(f"error: {sentence(error)}")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; what has ended is kept, and the same command goes on.")
+    finally:
+        kept_in.cache_clear()  # a second sweep of this process starts anew
 
 
 def own_version() -> str:

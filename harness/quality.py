@@ -147,39 +147,41 @@ class OffPolicyObserver(Observer):
 
     def __init__(
         self,
-        method: AnyMethod,
-        policies: Sequence[Policy],
+        resolved: Sequence[tuple[AnyMethod, Policy]],
         capacity: int,
         captured: Callable[[int], Captured | None],
     ) -> None:
-        self.method = method
-        self.needs = method.traits.needs
+        traits = resolved[0][0].traits
+        self.needs = traits.needs
+        self.has_history = traits.index == "history"
         self.capacity = capacity
         self.captured = captured
-        self.policies = policies
-        single = [[policy] for policy in policies]
-        history = method.traits.index == "history"
-        self.policy_groups = single if history else [list(policies)]
-        self.shared: list[dict[str, object]] = [{} for _ in self.policy_groups]
+        self.resolved = resolved
+        self.dense: frozenset[int] | None = None
+        single = [[pair] for pair in resolved]
+        self.groups = single if self.has_history else [list(resolved)]
+        self.shared: list[dict[str, object]] = [{} for _ in self.groups]
         self.indices: dict[tuple[int, int], Index] = {}
         self.measured: list[tuple[int, int, int, Quality]] = []
         self.steps: dict[int, int] = {}
 
     def on_step(self, context: StepContext, result: StepResult) -> None:
         layer = context.layer
-        if layer in self.policies[0].resolve_dense_layers(context.num_layers):
+        if self.dense is None:
+            self.dense = self.resolved[0][1].resolve_dense_layers(context.num_layers)
+        if layer in self.dense:
             return
         self.steps[layer] = self.steps.get(layer, -1) + 1
         reference = DenseReference.of(context)
-        for policy_group, policies in enumerate(self.policy_groups):
-            index, ranking = self._index(context, policy_group), None
-            for policy in policies:
+        for number, group in enumerate(self.groups):
+            index, ranking = self._index(context, number), None
+            for method, policy in group:
                 # All tokens are then attended to without calling the method.
                 is_dense = policy.k >= context.cache.n
-                if is_dense and self.method.traits.index != "history":
+                if is_dense and not self.has_history:
                     continue
                 own = replace(context, policy=policy)
-                outcome = self.method.step(index, own, given=ranking)
+                outcome = method.step(index, own, given=ranking)
                 ranking = outcome.ranking or ranking
                 if is_dense:
                     continue
@@ -187,13 +189,13 @@ class OffPolicyObserver(Observer):
                 measures = quality(reference, own, outcome)
                 self.measured.append((policy.k, layer, self.steps[layer], measures))
 
-    def _index(self, context: StepContext, policy_group: int) -> Index:
-        """Return a layer's index with the current token appended."""
-        place = (context.layer, policy_group)
+    def _index(self, context: StepContext, number: int) -> Index:
+        """Return the layer's index of a group of budgets, with the current token appended."""
+        place, method = (context.layer, number), self.groups[number][0][0]
         if place not in self.indices:
             captured = self.captured(context.layer)
             inputs = {} if captured is None else captured.inputs(context.cache.n - 1)
-            own = replace(context, shared=self.shared[policy_group])
-            self.indices[place] = self.method.index_prompt(own, self.capacity, inputs)
-        self.method.append(self.indices[place], *context.cache.newest())
+            shared = self.shared[number]
+            self.indices[place] = method.index_prompt(context, self.capacity, inputs, shared)
+        method.append(self.indices[place], *context.cache.newest())
         return self.indices[place]

@@ -175,11 +175,10 @@ def layer_bytes_read(
         geometry: The model's geometry.
         n: Cached tokens.
         k: The budget.
-        reads: Counted reads; if None, the budget is charged.
+        reads: Counted reads; None only for a step that reads everything.
     """
     if not method.selects or k >= n:
         return kv_bytes(geometry, n)
-    if reads is None:
-        return method.bytes_read(geometry, n, k)
+    assert reads is not None  # the steps of a method that selects have been counted
     scanned = None if reads.scanned is None else round(reads.scanned)
     return method.bytes_read(geometry, n, round(reads.tokens), scanned)

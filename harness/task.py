@@ -74,9 +74,14 @@ class Context:
         return self.resolved()[1]
 
     @property
+    def answering_full(self) -> AnyMethod:
+        """Full attention as it answers: by its default backend, whichever one is timed."""
+        return type(self.full)()
+
+    @property
     def answering(self) -> AnyMethod:
-        """The method that answers: full attention by its default backend, whichever is timed."""
-        return self.method if self.method.selects else type(self.full)()
+        """The method that answers: the cell's, or full attention as it answers."""
+        return self.method if self.method.selects else self.answering_full
 
     def full_answer(self, prompt: Prompt) -> list[int]:
         """Return full attention's answer tokens, decoded here if no full-attention cell has run."""
@@ -84,7 +89,7 @@ class Context:
         if answer is not None:
             return list(answer)
         decoder = Decoder(self.loaded, self.store, [prompt], prompt.sample.max_new_tokens + 1)
-        with self.attached(decoder, type(self.full)()):
+        with self.attached(decoder, self.answering_full):
             return decoder.generate()[0]
 
     @contextmanager

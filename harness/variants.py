@@ -6,7 +6,7 @@ them equal to ``conf/method/``.
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -48,9 +48,18 @@ def classes() -> dict[str, type[AnyMethod]]:
 
 @cache
 def names() -> tuple[str, ...]:
-    """Return the names of all methods and of HATA with integer scores, in the order of timing."""
+    """Return the names of the methods that are timed, in that order.
+
+    They are all that have a default for every setting, and HATA with integer scores.
+    """
     first = ("full", *FIRST)
-    return (*first, *sorted({*classes(), *_VARIANTS} - {*first}))
+    made = {name for name, kind in classes().items() if name in _BASES or _has_defaults(kind)}
+    return (*first, *sorted({*made, *_VARIANTS} - {*first}))
+
+
+def _has_defaults(kind: type[AnyMethod]) -> bool:
+    settings = [one for one in fields(kind) if one.init]
+    return all(one.default_factory is not MISSING or one.default is not MISSING for one in settings)
 
 
 def make(name: str, **settings: Any) -> AnyMethod:

@@ -241,7 +241,11 @@ class TopKMethod(ABC, Generic[IndexT, QueryT]):
         """Return one layer's side information, with ``prefill.capacity`` slots."""
 
     def index_prompt(
-        self, context: StepContext, capacity: int, captured: Mapping[str, Tensor | None]
+        self,
+        context: StepContext,
+        capacity: int,
+        captured: Mapping[str, Tensor | None],
+        shared: dict[str, object] | None = None,
     ) -> IndexT:
         """Build the index of all tokens before a step's current one; ``append`` adds that.
 
@@ -249,8 +253,9 @@ class TopKMethod(ABC, Generic[IndexT, QueryT]):
             context: The step.
             capacity: Slots to allocate.
             captured: What the method needs of the prompt beyond keys and values, by name.
+            shared: What the indices of all layers of the cache share.
         """
-        return self.build_index(context.prompt(capacity, captured))
+        return self.build_index(context.prompt(capacity, captured, shared))
 
     @abstractmethod
     def append(self, index: IndexT, key_states: Tensor, value_states: Tensor) -> None:
@@ -402,7 +407,8 @@ class ScoringMethod(TopKMethod[IndexT, QueryT]):
         """Reduce what ``score`` returned to one row per selecting head: ``[B, H, U]``.
 
         Raises:
-            ValueError: If the policy selects per query head and the method scores per KV head.
+            ValueError: If the method has not declared ``per_kv_head`` and its scores have no axis
+                of query heads.
         """
         policy = context.policy
         if scores.ndim == 4:
@@ -483,7 +489,7 @@ def top_units(scores: Tensor, index: Index, policy: Policy, impl: Impl) -> Selec
         index.kv_len,
         impl=impl,
     )
-    return Selection(indices)
+    return Selection(indices, complete=True)
 
 
 def copy_of(method: AnyMethod) -> AnyMethod:
@@ -499,11 +505,10 @@ def copy_of(method: AnyMethod) -> AnyMethod:
 def with_impl(method: AnyMethod, impl: Impl | Mapping[str, Impl]) -> AnyMethod:
     """Return a copy of a method that runs other implementations of the operators."""
     copied = copy_of(method)
-    pending: list[AnyMethod] = [copied]
-    while pending:
-        one = pending.pop()
+    one: AnyMethod | None = copied
+    while one is not None:
         one.impl = impl
-        pending += [value for value in vars(one).values() if isinstance(value, TopKMethod)]
+        one = next((inner for inner in vars(one).values() if isinstance(inner, TopKMethod)), None)
     return copied
 
 
@@ -513,7 +518,7 @@ def kv_bytes(geometry: Geometry, tokens: int) -> int:
 
 
 def _per_kv_head_reason(name: str) -> str:
-    return f"head_scope must be kv_head for {name}, whose scores are per KV head, got query_head."
+    return f"head_scope must be kv_head for {name}, which selects per KV head, got query_head."
 
 
 def _unwatched(stage: str) -> AbstractContextManager[None]:

@@ -125,7 +125,7 @@ class DoubleSparsity(
             return f"channels must be at most head_dim={geometry.head_dim}, got {channels}."
         if self.label_bits == 4 and channels % 2:
             return f"channels must be even for labels of 4 bits, got {channels}; set channels."
-        return None
+        return super().unsupported_reason(geometry, policy)
 
     # Calibration --------------------------------------------------------------------------------
 

@@ -209,7 +209,7 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
                     f"rbit={self.rbit}, got {actual}."
                 )
         super().load_artifact(tensors, digest)
-        self._cache.clear()
+        self._cache = {}  # a copy of the method may share the other
 
     def hash_weight(
         self, layer: int, num_layers: int, num_kv_heads: int, head_dim: int, device: torch.device

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import AnyMethod, Geometry, IndexT, QueryT, TopKMethod
+from topkbench.methods.base import AnyMethod, Geometry, IndexT, Policy, QueryT, TopKMethod
 
 Progress = Callable[[int, int], None]
 """Called with the units of work done so far and the total."""
@@ -136,13 +136,18 @@ def artifact_spec(method: AnyMethod, geometry: Geometry) -> ArtifactSpec | None:
     return method.artifact_spec(geometry) if isinstance(method, LearningMethod) else None
 
 
-def check_ready(method: AnyMethod, geometry: Geometry) -> None:
-    """Check that a method supports the model and that the artifact it needs is loaded.
+def check_ready(method: AnyMethod, geometry: Geometry, policy: Policy | None = None) -> None:
+    """Check that a method supports the model, and that the artifact it needs is loaded.
+
+    Args:
+        method: The method.
+        geometry: The model's.
+        policy: As ``resolve`` returned it; None to ask about the model alone.
 
     Raises:
         ValueError: With the reason, or with what the artifact must hold.
     """
-    reason = method.unsupported_reason(geometry)
+    reason = method.unsupported_reason(geometry, policy)
     if reason is not None:
         raise ValueError(reason)
     if not isinstance(method, LearningMethod) or method.artifact_spec(geometry) is None:

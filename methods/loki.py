@@ -70,7 +70,7 @@ class Loki(LearningMethod[LokiIndex, Tensor], ScoringMethod[LokiIndex, Tensor]):
     def unsupported_reason(self, geometry: Geometry, policy: Policy | None = None) -> str | None:
         if self.channels(geometry.head_dim) > geometry.head_dim:
             return f"rank must be at most head_dim={geometry.head_dim}, got {self.rank}."
-        return None
+        return super().unsupported_reason(geometry, policy)
 
     def artifact_spec(self, geometry: Geometry) -> ArtifactSpec:
         # It holds all components, so one artifact serves every rank.

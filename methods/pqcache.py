@@ -105,7 +105,7 @@ class PQCache(ScoringMethod[PQCacheIndex, Tensor]):
     def unsupported_reason(self, geometry: Geometry, policy: Policy | None = None) -> str | None:
         if geometry.head_dim % self.parts:
             return f"parts must divide head_dim={geometry.head_dim}, got {self.parts}."
-        return None
+        return super().unsupported_reason(geometry, policy)
 
     def native_policy(self, policy: Policy) -> Policy:
         sinks, recent = min(self.sinks, policy.k // 4), int(self.local_share * policy.k)

@@ -114,7 +114,7 @@ class SparQ(ScoringMethod[SparQIndex, SparQQuery]):
     def unsupported_reason(self, geometry: Geometry, policy: Policy | None = None) -> str | None:
         if self.channels(geometry.head_dim) > geometry.head_dim:
             return f"rank must be at most head_dim={geometry.head_dim}, got {self.rank}."
-        return None
+        return super().unsupported_reason(geometry, policy)
 
     def native_policy(self, policy: Policy) -> Policy:
         policy = super().native_policy(policy)
@@ -168,6 +168,7 @@ class SparQ(ScoringMethod[SparQIndex, SparQQuery]):
         if self.mean_value:
             logits = ranking.raw_scores
             selection.remainder = self._remainder(selection.indices, logits, index, context)
+            selection.complete = False  # a row of which all tokens are kept has no remainder
         return selection
 
     def _remainder(

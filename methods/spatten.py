@@ -169,7 +169,7 @@ class SpAtten(QueryIndependentMethod[SpAttenIndex], FollowsAttention[SpAttenInde
                 f"head_dim must be even for spatten's 4-bit keys, got {geometry.head_dim}; set "
                 "method.requantise_below=null."
             )
-        return None
+        return super().unsupported_reason(geometry, policy)
 
     def build_index(self, prefill: PrefillInputs) -> SpAttenIndex:
         keys, sums = prefill.key_states, prefill.column_sums

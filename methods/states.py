@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Generic, Self, TypeVar
+from typing import Generic, Self, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -128,7 +128,6 @@ class StepContext:
         num_layers: Layers of the model.
         previous_query: ``[B, Hkv, G, d]`` this layer's query projection applied to the previous
             layer's attention input; None unless the method needs it, and in the first layer.
-        shared: What the indices of all layers of one cache share.
     """
 
     query_states: Tensor
@@ -139,14 +138,19 @@ class StepContext:
     layer: int = 0
     num_layers: int = 1
     previous_query: Tensor | None = None
-    shared: dict[str, object] = field(default_factory=dict)
 
-    def prompt(self, capacity: int, captured: Mapping[str, Tensor | None]) -> PrefillInputs:
+    def prompt(
+        self,
+        capacity: int,
+        captured: Mapping[str, Tensor | None],
+        shared: dict[str, object] | None = None,
+    ) -> PrefillInputs:
         """Return the states before the current token, from which an index is built.
 
         Args:
             capacity: Slots to allocate in the index.
             captured: What was captured of the prompt, as arguments of ``PrefillInputs``.
+            shared: What the indices of all layers of the cache share.
         """
         cache = self.cache
         return PrefillInputs(
@@ -159,7 +163,7 @@ class StepContext:
             kv_len=None if cache.kv_len is None else cache.kv_len - 1,
             query_tail=captured.get("query_tail"),
             column_sums=captured.get("column_sums"),
-            shared=self.shared,
+            shared={} if shared is None else shared,
             scale=self.scale,
             softcap=self.softcap,
         )
@@ -189,6 +193,15 @@ def slots_within(n: int, start: Tensor, end: Tensor) -> Tensor:
     return (slots >= start[:, None]) & (slots < end[:, None])
 
 
+class Counts(TypedDict):
+    """The attributes of `Index`, as arguments of a subclass's constructor."""
+
+    capacity: int
+    length: int
+    kv_start: Tensor | None
+    kv_len: Tensor | None
+
+
 @dataclass(kw_only=True)
 class Index:
     """Base of every method's index: which slots each row has filled.
@@ -215,7 +228,7 @@ class Index:
         return cls(**cls.counts(prefill))
 
     @staticmethod
-    def counts(prefill: PrefillInputs) -> dict[str, Any]:
+    def counts(prefill: PrefillInputs) -> Counts:
         """Return the attributes of ``Index`` as arguments for a subclass's constructor."""
         if prefill.capacity < prefill.n:
             raise ValueError(
@@ -331,6 +344,7 @@ class Selection:
         unit_size: Tokens per unit.
         remainder: Approximates the tokens not selected; None to leave them out.
         head_weight: float32 ``[B, Hq]`` factor on each head's output; None for ones.
+        complete: Whether rows of at most ``k`` tokens are known to have all their tokens.
         scanned: int64 ``[B, Hkv]`` what else a KV head read, if that depends on the data. Counted
             in tokens (whose side information was read after a first selection, or whose full keys
             were read after quantised ones) or in entries of side information. None if it does not
@@ -344,6 +358,7 @@ class Selection:
     remainder: Remainder | None = None
     head_weight: Tensor | None = None
     scanned: Tensor | None = None
+    complete: bool = False
 
     @classmethod
     def everything(cls, cache: CacheView) -> Self:
@@ -361,7 +376,7 @@ class Selection:
 
         Rows of a batch may differ in length; a short row keeps every token, as it would alone.
         """
-        if cache.kv_start is None and cache.kv_len is None:
+        if self.complete or (cache.kv_start is None and cache.kv_len is None):
             return self
         start, end = cache.bounds()
         valid = (end - start)[:, None, None]

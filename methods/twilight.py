@@ -205,11 +205,10 @@ class Twilight(LearningMethod[TwilightIndex, object]):
         given: Ranking[object] | None = None,
     ) -> tuple[Selection, Ranking[object] | None]:
         """Let the base choose as in a step of its own, and keep the fewest of its tokens."""
-        wider, ranking = replace(context, policy=self._wider(context.policy)), None
-        if wider.policy.k >= context.cache.n:
+        wider = replace(context, policy=self._wider(context.policy))
+        candidates, ranking = self.base.choose(index.base, wider, watch, given)
+        if wider.policy.k >= context.cache.n:  # the base has been asked, and its reads are counted
             candidates = Selection.everything(context.cache)
-        else:
-            candidates, ranking = self.base.choose(index.base, wider, watch, given)
         with watch("select"):
             selection = self.prune(candidates, index, context)
             return selection.with_all_of_short_rows(context.cache, context.policy.k), ranking

@@ -150,8 +150,8 @@ class Session:
 
     Attributes:
         geometry: The model's.
-        method: The method, with its policy-dependent defaults filled in.
-        policy: The effective policy.
+        method: The method, as ``resolve`` returned it.
+        policy: The policy, as ``resolve`` returned it.
         dense: The reason why a layer is always dense, for each such layer.
         partial: The attention pattern of each layer that does not attend to the whole past.
         modules: The model's attention modules.
@@ -187,10 +187,7 @@ class Session:
                 "a model can have one method attached at a time, and this one already has one; "
                 "leave the other attach block first."
             )
-        check_ready(self.method, self.geometry)
-        reason = self.method.unsupported_reason(self.geometry, self.policy)
-        if reason is not None:
-            raise ValueError(reason)
+        check_ready(self.method, self.geometry, self.policy)
         self._speculates = PREVIOUS_QUERY in method.traits.needs | observer.needs
         for module in self.modules if self._speculates else ():
             reason = speculation_unsupported_reason(module)

@@ -7,6 +7,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
+from topkbench.methods.base import Index
 from topkbench.models.compat import PartialAttention, cache_layer, written_slots
 
 
@@ -133,7 +134,7 @@ def _read_mask(mask: Tensor, key: Tensor) -> Lengths | None:
 class _Entry:
     """An index, and the state of its cache when the two last matched."""
 
-    index: Any
+    index: Index
     capacity: int
     keys: "ReferenceType[Tensor]"
     version: int | None
@@ -151,9 +152,9 @@ class IndexStore:
 
     def __init__(self) -> None:
         self._entries: WeakKeyDictionary[Any, dict[int, _Entry]] = WeakKeyDictionary()
-        self._shared: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+        self._shared: WeakKeyDictionary[Any, dict[str, object]] = WeakKeyDictionary()
 
-    def shared(self, cache: Any) -> dict[str, Any]:
+    def shared(self, cache: Any) -> dict[str, object]:
         """Return the objects that a cache's indices share; emptied once all are dropped."""
         shared = self._shared.setdefault(cache, {})
         if not self._entries.get(cache):
@@ -169,7 +170,7 @@ class IndexStore:
         if keys is None or entry.keys() is not keys or entry.version != _version(keys):
             self.drop(cache, layer)
 
-    def get(self, cache: Any, layer: int, lengths: Lengths) -> Any | None:
+    def get(self, cache: Any, layer: int, lengths: Lengths) -> Index | None:
         """Return a layer's index if it lacks only the current token, else None."""
         entry = self._entries.get(cache, {}).get(layer)
         if entry is None or entry.lengths.starts != lengths.starts:
@@ -185,7 +186,7 @@ class IndexStore:
         return entry.index
 
     def keep(
-        self, cache: Any, layer: int, index: Any, capacity: int, key: Tensor, lengths: Lengths
+        self, cache: Any, layer: int, index: Index, capacity: int, key: Tensor, lengths: Lengths
     ) -> None:
         """Store an index that now matches the whole cache.
 

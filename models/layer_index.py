@@ -41,6 +41,7 @@ class LayerIndices:
         self.method, self.observer, self.reader = method, observer, reader
         self.store = IndexStore()
         self.needs = method.traits.needs & PREFILL_NEEDS
+        self.has_history = method.traits.index == "history"
         self._captured: WeakKeyDictionary[Any, dict[int, Captured]] = WeakKeyDictionary()
 
     def index(self, cache: Any, key: Tensor, context: StepContext, lengths: Lengths) -> Index:
@@ -52,22 +53,21 @@ class LayerIndices:
             context: The step.
             lengths: The cache's valid slots.
         """
-        layer, traits = context.layer, self.method.traits
+        layer = context.layer
         index = self.store.get(cache, layer, lengths)
         capacity = 0 if index is None else self.store.capacity(cache, layer)
         if capacity < lengths.n:
             capacity = _capacity(cache_layer(cache, layer), lengths.n)
-            if index is not None and traits.index == "history":
+            if index is not None and self.has_history:
                 index.grow(capacity)  # rebuilding would lose the accumulated history
             else:
                 index = None
         if index is None:
             self.store.drop(cache, layer)
             self._check_can_build(cache, layer, key)
-            context.shared = self.store.shared(cache)
-            captured = self._inputs(cache, layer, lengths.n - 1)
+            captured, shared = self._inputs(cache, layer, lengths.n - 1), self.store.shared(cache)
             with self.observer.stage("build", layer):
-                index = self.method.index_prompt(context, capacity, captured)
+                index = self.method.index_prompt(context, capacity, captured, shared)
         with self.observer.stage("append", layer):
             self.method.append(index, *context.cache.newest())
         self.store.keep(cache, layer, index, capacity, key, lengths)
@@ -151,7 +151,7 @@ class LayerIndices:
         Raises:
             ValueError: If steps would go unnoticed, tokens are missing, or the cache frees nothing.
         """
-        if self.method.traits.index == "history" and not can_watch(cache, layer, key):
+        if self.has_history and not can_watch(cache, layer, key):
             raise ValueError(
                 f"{self.method.name} needs its index kept from step to step, and a "
                 f"{type(cache).__name__} returns other keys than it stores, so that changes to it "

@@ -99,12 +99,12 @@ class DecodeThroughput(Task):
         k = None
         if self.budget is not None and context.method.selects:
             k = max(64, round(length * self.budget))
-        _, policy = context.resolved(k)
+        method, policy = context.resolved(k)
         if context.method.selects and policy.k >= length:
             return TaskRow(str(length), values, "skipped", no_sparse_step_reason(policy.k, length))
         device = context.loaded.model.device
         reset_peak_memory(device)
-        context = replace(context, policy=policy)
+        context = replace(context, method=method, policy=policy)
         try:
             timed, status, reason = self._time(context, length)
         except NotFiniteError as error:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from topkbench.harness.decoding import Decoder, Prompt, tokenise_all
 from topkbench.harness.quality import OffPolicyObserver
 from topkbench.harness.task import Context, Outcome, TaskRow, compact_unsupported_reason
-from topkbench.methods.base import Policy
+from topkbench.methods.base import AnyMethod, Policy
 from topkbench.tasks.ruler import Ruler
 
 
@@ -44,13 +44,13 @@ class SelectionTask(Ruler):
             return Outcome(
                 [TaskRow("mean", {}, "skipped", compact_unsupported_reason(self.name))], []
             )
-        policies = [context.resolved(k)[1] for k in self.budgets]
+        resolved = [context.resolved(k) for k in self.budgets]
         samples = self.samples(context.loaded)
         outcome = Outcome(samples=[], rows=[])
         for prompt in context.track(
             tokenise_all(context.loaded, samples, self.question), "selection"
         ):
-            outcome.samples += self._measure(context, prompt, policies)
+            outcome.samples += self._measure(context, prompt, resolved)
         for k in self.budgets:
             of_budget = [one for one in outcome.samples if one["k"] == k]
             if not of_budget:
@@ -67,14 +67,14 @@ class SelectionTask(Ruler):
         return outcome
 
     def _measure(
-        self, context: Context, prompt: Prompt, policies: Sequence[Policy]
+        self, context: Context, prompt: Prompt, resolved: Sequence[tuple[AnyMethod, Policy]]
     ) -> list[dict[str, Any]]:
         answer = context.full_answer(prompt)
         needs = context.method.traits.needs
         decoder = Decoder(context.loaded, context.store, [prompt], len(answer) + 1, needs)
         cache = decoder.cache
         captured = cache.topkbench_captured
-        observer = OffPolicyObserver(context.method, policies, cache.capacity, captured)
+        observer = OffPolicyObserver(resolved, cache.capacity, captured)
         with context.attached(decoder, context.full, observer):
             decoder.teacher_force([answer])
         return [

@@ -1,6 +1,7 @@
-"""A method is two files, and they may stand outside the repository."""
+"""A method or a task is two files, and they may stand outside the repository."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,47 @@ native:
   dense_layers: 1  # first layers
 """
 
+TASK = '''
+from dataclasses import dataclass
+
+from topkbench.harness.generation import GenerationTask
+from topkbench.harness.samples import Sample
+from topkbench.tasks.words import word_pools
+
+
+@dataclass(kw_only=True)
+class Recite(GenerationTask):
+    """Repeat the last words of a list."""
+
+    name: str = "recite"
+    num_words: int = 8
+
+    def samples(self, loaded):
+        words = word_pools()[0][: self.num_words]
+        text = "".join(f" {word}" for word in words)
+        return [
+            Sample(
+                sample_id=f"recite-{copies}",
+                subtask="words",
+                context=text * copies,
+                question=text,
+                answer_prefix=f" {words[0]}",
+                answers=(words[1],),
+                max_new_tokens=3,
+                length=None,
+            )
+            for copies in (10, 20)
+        ]
+'''
+
+TASK_SETTINGS = """
+_target_: {}.Recite
+name: recite
+question: ${{question}}
+num_words: 8  # in the list
+timed_prompts: 0
+judged_prompts: 1
+"""
 
 RETURNED = """
 from hydra.experimental.callback import Callback
@@ -149,3 +191,62 @@ def test_an_edited_method_outside_the_repository_runs_again(tmp_path: Path) -> N
     assert edited["recall_at_k"] != first["recall_at_k"]
     # Full attention and its code are as they were: its cell is found.
     assert edited["full_run_id"] == first["full_run_id"]
+
+
+def run_task(checkout: Path, folder: Path, path: Path, *options: str) -> pd.DataFrame:
+    """Run ``task=recite`` with a checkout's command; return the method's rows."""
+    done = subprocess.run(
+        [
+            *(sys.executable, str(checkout / "run.py"), *options, "task=recite", "method=exact"),
+            *("k=16", "task.num_words=7", "tracker=none", f"results_dir={folder / 'results'}"),
+        ],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(path),
+            "TOPKBENCH_CACHE": str(folder / "cache"),
+            "HF_HUB_OFFLINE": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = pd.read_parquet(Path(done.stdout.split()[-1]).parent / "rows.parquet")
+    return rows[rows["method"] == "exact"].set_index("subtask")
+
+
+def check_task(rows: pd.DataFrame) -> None:
+    assert list(rows.index) == ["words", "mean"]
+    assert set(rows["status"]) == {"ok"}
+    assert set(rows["num_samples"]) == {2}
+    mean = rows.loc["mean"]
+    assert mean[["score", "delta_full", "recall_at_k", "density"]].notna().all()
+    assert pd.isna(mean["decode_ms_p50"])  # no prompt was timed
+    # Of about 7 * 15 + 7 tokens, 16 are read.
+    assert mean["density"] == pytest.approx(16 / 112, abs=0.07)
+
+
+@pytest.mark.slow
+def test_a_task_outside_the_repository_takes_two_files(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    (mine / "task").mkdir(parents=True)
+    (mine / "recite.py").write_text(TASK)
+    (mine / "task" / "recite.yaml").write_text(TASK_SETTINGS.format("recite"))
+    check_task(run_task(ROOT, tmp_path, mine, "--config-dir", str(mine)))
+
+
+@pytest.mark.slow
+def test_a_task_in_the_repository_takes_two_files(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    without = shutil.ignore_patterns("__pycache__")
+    for folder in ("conf", "harness", "tasks"):  # those that find their root, and the new files
+        shutil.copytree(ROOT / folder, checkout / folder, ignore=without)
+    for folder in ("analysis", "kernels", "methods", "models"):
+        (checkout / folder).symlink_to(ROOT / folder, target_is_directory=True)
+    (checkout / ".types").mkdir()
+    (checkout / ".types" / "topkbench").symlink_to("..", target_is_directory=True)
+    shutil.copy(ROOT / "run.py", checkout)
+    (checkout / "tasks" / "recite.py").write_text(TASK)
+    settings = TASK_SETTINGS.format("topkbench.tasks.recite")
+    (checkout / "conf" / "task" / "recite.yaml").write_text(settings)
+    check_task(run_task(checkout, tmp_path, checkout / ".types"))

@@ -695,7 +695,7 @@ def test_scores_of_a_kv_head_cannot_select_per_query_head(
     if not selecting.traits.per_kv_head:
         pytest.skip(f"{selecting.name} does not declare that its scores are per KV head")
     policy = Policy(k=20, head_scope="query_head")
-    reason = f"head_scope must be kv_head for {selecting.name}, whose scores are per KV head"
+    reason = f"head_scope must be kv_head for {selecting.name}, which selects per KV head"
     assert (selecting.unsupported_reason(geometry, policy) or "").startswith(reason)
     queries, keys, values = states(1, 45)
     context = StepContext(queries, CacheView(keys, values), policy, SCALE)

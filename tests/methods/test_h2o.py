@@ -145,5 +145,5 @@ def test_selection_per_query_head_is_refused(mode: Any, geometry: Geometry) -> N
     method = H2O(mode=mode)
     reason = method.unsupported_reason(geometry, Policy(k=4, head_scope="query_head", **FREE))
     assert reason is not None
-    assert reason.startswith("head_scope must be kv_head for h2o, whose scores are per KV head")
+    assert reason.startswith("head_scope must be kv_head for h2o, which selects per KV head")
     assert method.unsupported_reason(geometry, Policy(k=4, **FREE)) is None
