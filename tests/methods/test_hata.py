@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import Geometry, PrefillInputs
+from topkbench.methods.base import Geometry, PrefillInputs, copy_of
 from topkbench.methods.hata import HATA
 
 Score = Callable[..., Tensor]
@@ -169,3 +169,18 @@ def test_bytes_by_hand() -> None:
     # Codes and norms of 32,768 tokens, the projection, and 512 keys and values in half precision.
     wanted = 32768 * 160 + 8 * 128 * 128 * 4 + 512 * 8 * 128 * 2 * 2
     assert method.bytes_read(geometry, 32768, 512) == wanted
+
+
+def test_a_copy_of_a_method_has_the_weights_of_its_own_artifact() -> None:
+    place = (0, 1, 2, 8, torch.device("cpu"))
+    original = HATA(rbit=32)
+    copies = []
+    for value in (1.0, 2.0):
+        copied = copy_of(original)
+        assert isinstance(copied, HATA)
+        copied.load_artifact({"hash_weight": torch.full((1, 2, 8, 32), value)})
+        assert (copied.hash_weight(*place) == value).all()
+        copies.append(copied)
+    assert (copies[0].hash_weight(*place) == 1.0).all()
+    with pytest.raises(ValueError, match="got no artifact"):
+        original.hash_weight(*place)

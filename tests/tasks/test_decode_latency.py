@@ -77,7 +77,7 @@ def rows(
         ExactTopK(),
         HATA(weights="random", rbit=64),
         Quest(page_size=8),
-        Twilight(base=Quest(page_size=8), base_k=2, p=1.0),  # the inner append is undone too
+        Twilight(base=Quest(page_size=8), base_k=4, p=1.0),  # the inner append is undone too
     ],
     ids=lambda method: method.name,
 )
