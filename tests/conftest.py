@@ -31,6 +31,15 @@ from torch import Tensor  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from topkbench.harness.main import make_method as method_of  # noqa: E402
+from topkbench.kernels.channel_score.api import channel_score  # noqa: E402
+from topkbench.kernels.code_score.api import code_score  # noqa: E402
+from topkbench.kernels.group_softmax.api import group_softmax  # noqa: E402
+from topkbench.kernels.hamming_score.api import hamming_score  # noqa: E402
+from topkbench.kernels.hash_encode.api import encode_step, hash_encode  # noqa: E402
+from topkbench.kernels.lowrank_score.api import lowrank_score  # noqa: E402
+from topkbench.kernels.page_score.api import page_score  # noqa: E402
+from topkbench.kernels.sparse_attention.api import sparse_attention  # noqa: E402
+from topkbench.kernels.topk_select.api import topk_select  # noqa: E402
 from topkbench.methods.base import AnyMethod, Geometry  # noqa: E402
 from topkbench.methods.learning import LearningMethod, artifact_spec  # noqa: E402
 from topkbench.models.load import LoadedModel  # noqa: E402
@@ -39,6 +48,7 @@ from topkbench.models.tiny_tokenizer import build_tokenizer  # noqa: E402
 from topkbench.tasks.words import TEMPLATE_WORDS, random_names, word_pools  # noqa: E402
 
 WINDOW = 1024
+ONE_TOKEN = torch.ones(1, dtype=torch.int32)
 METHOD_CONFIGS = Path(__file__).parents[1] / "conf" / "method"
 # What is learned in thousands of steps is learned in few here, and once: the contract holds for any
 # weights, and the tests of HashAttention's own training take all its steps.
@@ -146,3 +156,35 @@ def count() -> Callable[[str], int]:
         return len(re.findall(r"\w+|[^\w\s]", text))
 
     return count_words
+
+
+def compile_kernels(part: int, parts: int) -> None:
+    """Compile a part of the CPU kernels by calling their operators, so that no process does all.
+
+    Compiled kernels are cached on disk, where the other processes find them.
+    """
+    codes = torch.zeros(1, 1, 16, 1, dtype=torch.int32)
+    states, weight = torch.randn(1, 1, 16, 32), torch.randn(1, 32, 32)
+    products, slots = torch.randn(1, 1, 1, 16), torch.zeros(1, 1, 2, dtype=torch.int32)
+    calls: list[Callable[[], object]] = [  # the longest first
+        lambda: lowrank_score(states[:, :, :1], states),
+        lambda: sparse_attention(states[:, :, 0], states, states, slots, 1.0),
+        lambda: page_score(states[:, :, :1], states, states),
+        lambda: channel_score(states[:, :, :1, :2], states.mT, torch.zeros(1, 1, 2).long()),
+        lambda: hamming_score(codes[:, :, :1], codes),
+        lambda: topk_select(products[:, :, 0], 4),
+        lambda: code_score(torch.randn(1, 1, 2, 1, 4), torch.zeros(1, 1, 16, 2).byte()),
+        lambda: group_softmax(products, 1.0),
+        lambda: hash_encode(states, weight),
+        lambda: encode_step(states[:, :, :1], states[:, :, :1], weight, codes, ONE_TOKEN),
+    ]
+    for call in calls[part::parts]:
+        call()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Let the processes of a parallel run share the compilation of the kernels."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:
+        parts = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        compile_kernels(int(worker.removeprefix("gw")), parts)
