@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from topkbench.harness import variants
+from topkbench.harness.commit import commit_of
 from topkbench.harness.layer import (
     LEAST_K,
     STAGES,
@@ -125,6 +126,7 @@ def run(experiment: Experiment, conditions: Conditions) -> list[dict[str, Any]]:
         **{name: found for name, found in versions().items() if name not in ("python", "cuda")},
         "p_dtype": str(conditions.dtype).removeprefix("torch."),
         "bandwidth_gb_s": bandwidth,
+        **commit_of(Path(__file__).resolve().parents[1], None),
     }
     print(", ".join(f"{name} {value}" for name, value in known.items() if value is not None))
     rows = []

@@ -64,7 +64,9 @@ ALLOWED_TO_ONE = {
 # What runs on a machine with torch, numba and Triton alone.
 BARE_MACHINE = tuple(
     f"topkbench.harness.{name}"
-    for name in ("bench", "experiments", "gpu_check", "layer", "outcome", "planted", "variants")
+    for name in (
+        *("bench", "commit", "experiments", "gpu_check", "layer", "outcome", "planted", "variants"),
+    )
 )
 
 

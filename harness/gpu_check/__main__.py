@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from topkbench.harness.commit import commit_of
 from topkbench.harness.gpu_check.plan import make_plan
 from topkbench.harness.gpu_check.rows import Writer, speedup
 from topkbench.harness.gpu_check.supervisor import Supervisor
@@ -159,38 +159,6 @@ def _workers(options: argparse.Namespace) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = torch.cuda.get_device_properties(options.device).total_memory / 2**30
     return max(1, min(_MOST_WORKERS, (cores or 1) - 1, int(memory // _GIB_PER_WORKER)))
-
-
-def commit_of(folder: Path, stated: str | None) -> dict[str, Any]:
-    """Return the columns ``git_commit`` and ``git_dirty`` of the code in a checkout.
-
-    Args:
-        folder: The checkout's root. If it is not the root of a repository, as in site-packages, it
-            counts as outside git: a repository further up is another project's.
-        stated: The commit given by the user, for code outside git; may be abbreviated.
-
-    Returns:
-        The commit, and whether a tracked file was changed since; without git only the stated
-        commit, or nothing.
-
-    Raises:
-        ValueError: If the stated commit is not the one checked out.
-    """
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(folder), *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True)
-        except OSError:
-            return None
-        return None if done.returncode else done.stdout.strip()
-
-    root, head = git("rev-parse", "--show-toplevel"), git("rev-parse", "HEAD")
-    if root is None or head is None or Path(root).resolve() != folder.resolve():
-        return {"git_commit": stated} if stated else {}
-    if stated and not head.startswith(stated):
-        raise ValueError(f"--commit must be the checked out {head}, got {stated}.")
-    return {"git_commit": head, "git_dirty": git("status", "--porcelain", "-uno") != ""}
 
 
 def _print_line(text: str) -> None:
