@@ -170,7 +170,9 @@ def compile_kernels(part: int, parts: int) -> None:
         lambda: lowrank_score(states[:, :, :1], states),
         lambda: sparse_attention(states[:, :, 0], states, states, slots, 1.0),
         lambda: page_score(states[:, :, :1], states, states),
-        lambda: channel_score(states[:, :, :1, :2], states.mT, torch.zeros(1, 1, 2).long()),
+        lambda: channel_score(
+            states[:, :, :1, :2], states.mT.contiguous(), torch.zeros(1, 1, 2).long()
+        ),
         lambda: hamming_score(codes[:, :, :1], codes),
         lambda: topk_select(products[:, :, 0], 4),
         lambda: code_score(torch.randn(1, 1, 2, 1, 4), torch.zeros(1, 1, 16, 2).byte()),
