@@ -35,7 +35,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from topkbench.analysis.provenance import git_state
 from topkbench.analysis.record import (
     Cell,
     PartStore,
@@ -46,6 +45,7 @@ from topkbench.analysis.record import (
     identity,
 )
 from topkbench.analysis.stats import full_note, paired_columns
+from topkbench.harness.commit import git_state
 from topkbench.models.files import is_of_this_user
 
 ROOT = Path(__file__).resolve().parents[1]

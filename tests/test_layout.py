@@ -35,7 +35,7 @@ ALLOWED = {
     "harness": (
         *("torch", "safetensors", "filelock", "psutil", "tqdm"),
         *("topkbench.kernels", "topkbench.models", *CONTRACT),
-        *("topkbench.analysis.record", "topkbench.analysis.provenance"),
+        "topkbench.analysis.record",
     ),
     "tasks": (
         *("torch", "triton", "psutil", "wonderwords"),
