@@ -11,7 +11,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 
 import torch
@@ -377,6 +377,8 @@ class TopKMethod(ABC, Generic[IndexT, QueryT]):
 AnyMethod = TopKMethod[Any, Any]
 """Some method, for callers that only pass its index back to it."""
 
+MethodT = TypeVar("MethodT", bound=AnyMethod)
+
 
 @dataclass(kw_only=True)
 class ScoringMethod(TopKMethod[IndexT, QueryT]):
@@ -492,24 +494,25 @@ def top_units(scores: Tensor, index: Index, policy: Policy, impl: Impl) -> Selec
     return Selection(indices, complete=True)
 
 
-def copy_of(method: AnyMethod) -> AnyMethod:
-    """Return a copy of a method, and of a method inside it; both share the loaded artifact."""
+def copy_of(method: MethodT, **settings: object) -> MethodT:
+    """Return a copy of a method, and of a method inside it; both share the loaded artifact.
+
+    Args:
+        method: The method.
+        settings: Settings that both get.
+    """
     copied = copy.copy(method)
-    for one in fields(method):
-        value = getattr(method, one.name)
+    for name, value in vars(method).items():
         if isinstance(value, TopKMethod):
-            setattr(copied, one.name, copy_of(value))
+            setattr(copied, name, copy_of(value, **settings))
+    for name, setting in settings.items():
+        setattr(copied, name, setting)
     return copied
 
 
-def with_impl(method: AnyMethod, impl: Impl | Mapping[str, Impl]) -> AnyMethod:
+def with_impl(method: MethodT, impl: Impl | Mapping[str, Impl]) -> MethodT:
     """Return a copy of a method that runs other implementations of the operators."""
-    copied = copy_of(method)
-    one: AnyMethod | None = copied
-    while one is not None:
-        one.impl = impl
-        one = next((inner for inner in vars(one).values() if isinstance(inner, TopKMethod)), None)
-    return copied
+    return copy_of(method, impl=impl)
 
 
 def kv_bytes(geometry: Geometry, tokens: int) -> int:
