@@ -24,7 +24,6 @@ from topkbench.harness.reads import layers_read
 from topkbench.harness.sources import code_digest, modules_of
 from topkbench.harness.task import Context, Outcome, Task, TaskRow
 from topkbench.kernels.timing import machine_name, versions
-from topkbench.methods import learning
 from topkbench.methods.base import AnyMethod, TopKMethod
 from topkbench.methods.learning import AnyLearningMethod, LearningMethod, Progress, check_ready
 from topkbench.models.attach import geometry_of
@@ -40,10 +39,11 @@ def artifact_spec(
     They are the model's weights and dtype, the tokens of the calibration texts, and the method's
     settings and fit version.
     """
-    spec = learning.artifact_spec(method, geometry_of(loaded.model, loaded.digest))
+    if not isinstance(method, LearningMethod):
+        return None
+    spec = method.artifact_spec(geometry_of(loaded.model, loaded.digest))
     if spec is None:
         return None
-    assert isinstance(method, LearningMethod)  # it has a spec
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     return {**spec, "dtype": dtype, "calibration": Calibration.draw(loaded, method, texts).digest}
 
@@ -82,9 +82,8 @@ def prepare_method(
             fitted with other settings.
     """
     spec = artifact_spec(loaded, method, texts)
-    if spec is None:
+    if spec is None or not isinstance(method, LearningMethod):
         return None
-    assert isinstance(method, LearningMethod)  # it has a spec
     folder = Path(artifact_dir).expanduser()
     path = None if refit else artifact.find(spec, (folder, *loaded.artifact_folders))
     fitted = False
