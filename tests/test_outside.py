@@ -107,6 +107,36 @@ class Returned(Callback):
 """
 
 
+def run_command(
+    folder: Path, path: Path, *arguments: str, checkout: Path = ROOT
+) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
+    """Run a checkout's command in a folder; return the report's folder and what it printed.
+
+    Args:
+        folder: Where it runs, and where its results and its cache are.
+        path: Where Python finds modules outside the repository.
+        arguments: Settings and options.
+        checkout: The checkout.
+    """
+    done = subprocess.run(
+        [
+            *(sys.executable, str(checkout / "run.py"), *arguments),
+            *("tracker=none", f"results_dir={folder / 'results'}"),
+        ],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(path),
+            "TOPKBENCH_CACHE": str(folder / "cache"),
+            "HF_HUB_OFFLINE": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.split()[-1]).parent, done
+
+
 @pytest.mark.slow
 def test_a_method_outside_the_repository_takes_two_files(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
@@ -115,27 +145,13 @@ def test_a_method_outside_the_repository_takes_two_files(tmp_path: Path) -> None
     (mine / "method" / "toy.yaml").write_text(SETTINGS)
     (mine / "returned.py").write_text(RETURNED)
     assert len(MODULE.strip().splitlines()) == 30
-    done = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "run.py"), "--config-dir", str(mine)),
-            *("method=toy", "k=16,32", "rbit=32", "method.power=0.5"),
-            *("task.length=256", "task.subtasks=[niah_single]", "num_samples=1"),
-            *("task.timed_prompts=1", "task.judged_prompts=1"),
-            *("tracker=none", f"results_dir={tmp_path / 'results'}", "-m"),
-            "+hydra.callbacks.returned._target_=returned.Returned",
-        ],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(mine),
-            "TOPKBENCH_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_OFFLINE": "1",
-        },
-        capture_output=True,
-        text=True,
+    folder, done = run_command(
+        *(tmp_path, mine, "--config-dir", str(mine)),
+        *("method=toy", "k=16,32", "rbit=32", "method.power=0.5"),
+        *("task.length=256", "task.subtasks=[niah_single]", "num_samples=1"),
+        *("task.timed_prompts=1", "task.judged_prompts=1", "-m"),
+        "+hydra.callbacks.returned._target_=returned.Returned",
     )
-    assert done.returncode == 0, done.stderr
-    folder = Path(done.stdout.split()[-1]).parent
     rows = pd.read_parquet(folder / "rows.parquet")
     found = rows[(rows["method"] == "toy") & (rows["subtask"] == "mean")]
     assert set(found["status"]) == {"ok"}
@@ -165,20 +181,12 @@ def test_an_edited_method_outside_the_repository_runs_again(tmp_path: Path) -> N
     (mine / "method" / "toy.yaml").write_text(SETTINGS)
 
     def run(*more: str) -> dict[str, object]:
-        done = subprocess.run(
-            [
-                *(sys.executable, str(ROOT / "run.py"), "--config-dir", str(mine), "method=toy"),
-                *("k=32", "task.length=256", "task.subtasks=[niah_single]", "num_samples=1"),
-                *("task.timed_prompts=1", "task.judged_prompts=1"),
-                *("tracker=none", f"results_dir={tmp_path / 'results'}", *more),
-            ],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(mine), "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
+        folder, _ = run_command(
+            *(tmp_path, mine, "--config-dir", str(mine), "method=toy", "k=32"),
+            *("task.length=256", "task.subtasks=[niah_single]", "num_samples=1"),
+            *("task.timed_prompts=1", "task.judged_prompts=1", *more),
         )
-        assert done.returncode == 0, done.stderr
-        rows = pd.read_parquet(Path(done.stdout.split()[-1]).parent / "rows.parquet")
+        rows = pd.read_parquet(folder / "rows.parquet")
         (row,) = rows[(rows["method"] == "toy") & (rows["subtask"] == "mean")].to_dict("records")
         return {str(name): value for name, value in row.items()}
 
@@ -193,29 +201,12 @@ def test_an_edited_method_outside_the_repository_runs_again(tmp_path: Path) -> N
     assert edited["full_run_id"] == first["full_run_id"]
 
 
-def run_task(checkout: Path, folder: Path, path: Path, *options: str) -> pd.DataFrame:
-    """Run ``task=recite`` with a checkout's command; return the method's rows."""
-    done = subprocess.run(
-        [
-            *(sys.executable, str(checkout / "run.py"), *options, "task=recite", "method=exact"),
-            *("k=16", "task.num_words=7", "tracker=none", f"results_dir={folder / 'results'}"),
-        ],
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(path),
-            "TOPKBENCH_CACHE": str(folder / "cache"),
-            "HF_HUB_OFFLINE": "1",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = pd.read_parquet(Path(done.stdout.split()[-1]).parent / "rows.parquet")
-    return rows[rows["method"] == "exact"].set_index("subtask")
+RECITE = ("task=recite", "method=exact", "k=16", "task.num_words=7")
 
 
-def check_task(rows: pd.DataFrame) -> None:
+def check_task(folder: Path) -> None:
+    rows = pd.read_parquet(folder / "rows.parquet")
+    rows = rows[rows["method"] == "exact"].set_index("subtask")
     assert list(rows.index) == ["words", "mean"]
     assert set(rows["status"]) == {"ok"}
     assert set(rows["num_samples"]) == {2}
@@ -232,7 +223,8 @@ def test_a_task_outside_the_repository_takes_two_files(tmp_path: Path) -> None:
     (mine / "task").mkdir(parents=True)
     (mine / "recite.py").write_text(TASK)
     (mine / "task" / "recite.yaml").write_text(TASK_SETTINGS.format("recite"))
-    check_task(run_task(ROOT, tmp_path, mine, "--config-dir", str(mine)))
+    folder, _ = run_command(tmp_path, mine, "--config-dir", str(mine), *RECITE)
+    check_task(folder)
 
 
 @pytest.mark.slow
@@ -249,4 +241,5 @@ def test_a_task_in_the_repository_takes_two_files(tmp_path: Path) -> None:
     (checkout / "tasks" / "recite.py").write_text(TASK)
     settings = TASK_SETTINGS.format("topkbench.tasks.recite")
     (checkout / "conf" / "task" / "recite.yaml").write_text(settings)
-    check_task(run_task(checkout, tmp_path, checkout / ".types"))
+    folder, _ = run_command(tmp_path, checkout / ".types", *RECITE, checkout=checkout)
+    check_task(folder)
