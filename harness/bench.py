@@ -17,7 +17,7 @@ import torch
 
 from topkbench.harness import experiments, variants
 from topkbench.harness.layer import Layer
-from topkbench.harness.planted import PlantedStates
+from topkbench.harness.planted import DTYPES, PlantedStates
 from topkbench.kernels.dispatch import Impl, resolve
 from topkbench.kernels.operators import Geometry, Operators
 from topkbench.kernels.testing import WrongResult
@@ -25,18 +25,12 @@ from topkbench.kernels.timing import OtherLoad, Timing, measure, read_bandwidth,
 from topkbench.methods.base import Policy, with_impl
 from topkbench.methods.learning import LearningMethod
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, print the tables and return the exit status."""
     options = _parser().parse_args(arguments)
     device = torch.device(options.device)
-    dtype = _DTYPES[options.dtype]
+    dtype = DTYPES[options.dtype]
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.experiment:
@@ -75,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--rbit", type=int, default=128)
     parser.add_argument("--k", type=int, help="default: kv_len / 64")
-    parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--impl", choices=("auto", "reference", "cpu", "triton"), default="auto")
     parser.add_argument("--trials", type=int, default=20)

@@ -32,13 +32,12 @@ from topkbench.harness.layer import (
     bytes_needed,
     heads_label,
     one_layer,
+    shape_label,
     time_layer,
+    too_large_reason,
 )
 from topkbench.harness.outcome import outcome
-from topkbench.harness.planted import (
-    MEMORY_SHARE,
-    PlantedStates,
-)
+from topkbench.harness.planted import PlantedStates
 from topkbench.kernels.dispatch import OPERATORS, Impl, resolve
 from topkbench.kernels.timing import machine_name, read_bandwidth, versions
 from topkbench.methods.base import AnyMethod, Geometry, with_impl
@@ -135,7 +134,7 @@ def run(experiment: Experiment, conditions: Conditions) -> list[dict[str, Any]]:
         label = heads_label(geometry)
         for length, batch_size in experiment.shapes:
             print(f"\n{name} ({label}), {length:,} tokens, batch {batch_size}", flush=True)
-            subtask = str(length) if batch_size == 1 else f"{length} x {batch_size}"
+            subtask = shape_label(length, batch_size)
             place = {
                 **{"model": label, "task": "decode_latency", "subtask": subtask},
                 **{"length": length, "kv_len": length, "batch_size": batch_size},
@@ -171,9 +170,8 @@ def _shape(
     for label, method in methods.items():
         row = rows[label]
         row |= {"seed": 0, "started_at": datetime.now(UTC).isoformat(timespec="seconds")}
-        need = bytes_needed(method, geometry, batch_size, length)
-        if free is not None and need > MEMORY_SHARE * free:
-            reason = f"{need / 2**30:.1f} GiB of states exceed half of the free memory."
+        reason = too_large_reason(bytes_needed(method, geometry, batch_size, length), free)
+        if reason is not None:
             row |= {"status": "skipped", "reason": reason}
         else:
             if states is None:

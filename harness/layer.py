@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topkbench.harness.planted import PlantedCalibration, PlantedStates, capture
+from topkbench.harness.planted import (
+    MEMORY_SHARE,
+    PlantedCalibration,
+    PlantedStates,
+    capture,
+)
 from topkbench.kernels.testing import WrongResult, near_tolerance, require
 from topkbench.kernels.timing import (
     OtherLoad,
@@ -65,6 +70,11 @@ def one_layer(num_heads: int, num_kv_heads: int, head_dim: int) -> Geometry:
 def heads_label(geometry: Geometry) -> str:
     """Return a layer's heads in words, the column ``model`` of rows without a model."""
     return f"{geometry.num_heads}/{geometry.num_kv_heads} heads of {geometry.head_dim}"
+
+
+def shape_label(length: int, batch_size: int) -> str:
+    """Return the column ``subtask`` of a row of ``length`` cached tokens in each batch row."""
+    return str(length) if batch_size == 1 else f"{length} x {batch_size}"
 
 
 class Layer:
@@ -265,13 +275,13 @@ def _sorted_units(selection: Selection) -> Tensor:
 
 def fitted_on(method: AnyMethod, geometry: Geometry, calibration: PlantedCalibration) -> AnyMethod:
     """Return the method, or a copy fitted on planted states if it cannot run without a fit."""
-    copied = copy_of(method)
-    if not isinstance(copied, LearningMethod) or copied.artifact:
+    if not isinstance(method, LearningMethod) or method.artifact:
         return method
-    if copied.artifact_spec(geometry) is None:
+    if method.artifact_spec(geometry) is None:
         return method
-    copied.load_artifact(copied.fit(calibration))
-    return copied
+    fitted = copy_of(method)
+    fitted.load_artifact(fitted.fit(calibration))
+    return fitted
 
 
 def bytes_needed(method: AnyMethod, geometry: Geometry, batch_size: int, n: int) -> int:
@@ -285,6 +295,18 @@ def bytes_needed(method: AnyMethod, geometry: Geometry, batch_size: int, n: int)
         cached += index  # it is checked on a copy
     # Building and checking an index takes temporary copies of the keys.
     return copies * (cached + index + width**2 * geometry.dtype_bytes) + cached
+
+
+def too_large_reason(need: int, free: int | None) -> str | None:
+    """Return why states of ``need`` bytes are skipped, or None if there is memory for them.
+
+    Args:
+        need: What `bytes_needed` returned.
+        free: Free bytes; None if unknown.
+    """
+    if free is None or need <= MEMORY_SHARE * free:
+        return None
+    return f"{need / 2**30:.1f} GiB of states exceed half of the free memory."
 
 
 def time_layer(

@@ -9,6 +9,7 @@ from topkbench.methods.base import QUERY_TAIL, Geometry
 from topkbench.methods.captured import Captured
 
 NEEDLES = 8
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEMORY_SHARE = 0.5  # of the free memory; rows that need more are skipped
 BLOCK = 4096  # tokens that are drawn at random; longer states repeat them
 CALIBRATION_TOKENS = 256

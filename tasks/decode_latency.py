@@ -7,10 +7,20 @@ from typing import ClassVar, Literal
 import torch
 
 from topkbench.harness.decoding import tokenise_all
-from topkbench.harness.layer import Layer, budget, bytes_needed, fitted_on, time_layer
+from topkbench.harness.layer import (
+    Layer,
+    budget,
+    bytes_needed,
+    fitted_on,
+    heads_label,
+    one_layer,
+    shape_label,
+    time_layer,
+    too_large_reason,
+)
 from topkbench.harness.planted import (
     CALIBRATION_TOKENS,
-    MEMORY_SHARE,
+    DTYPES,
     PlantedCalibration,
     PlantedStates,
 )
@@ -20,8 +30,6 @@ from topkbench.methods.base import Geometry, check_whole
 from topkbench.models.load import free_bytes
 from topkbench.models.watch import LayerCall, watched_attention
 from topkbench.tasks.ruler import Ruler
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(kw_only=True)
@@ -78,7 +86,7 @@ class DecodeLatency(Task):
     def __post_init__(self) -> None:
         self.all_budgets = self.budget is not None  # then k follows from the length
         self.uses_model = self.states == "captured"
-        self.subject = f"{self.num_heads}/{self.num_kv_heads} heads of {self.head_dim}"
+        self.subject = heads_label(self._heads)
         if self.states not in ("planted", "captured"):
             raise ValueError(f"task.states must be planted or captured, got {self.states!r}.")
         for knob in ("num_heads", "num_kv_heads", "head_dim", "trials"):
@@ -124,7 +132,7 @@ class DecodeLatency(Task):
         return Outcome([self._row(context, *s) for s in context.track(self.shapes, self.name)], [])
 
     def _row(self, context: Context, length: int, batch_size: int) -> TaskRow:
-        name = str(length) if batch_size == 1 else f"{length} x {batch_size}"
+        name = shape_label(length, batch_size)
         columns = {"kv_len": length, "length": length, "batch_size": batch_size}
         method = context.method
         if method.compacts:
@@ -135,8 +143,8 @@ class DecodeLatency(Task):
         else:
             geometry, position = self._planted_geometry(context), (0, 1)
         need = bytes_needed(method, geometry, batch_size, length)
-        if need > MEMORY_SHARE * free_bytes(geometry.device):
-            reason = f"{need / 2**30:.1f} GiB of states exceed half of the free memory."
+        reason = too_large_reason(need, free_bytes(geometry.device))
+        if reason is not None:
             return TaskRow(name, columns, "skipped", reason)
         if self.states == "captured":
             states = self.captured_states(context, length)
@@ -159,13 +167,14 @@ class DecodeLatency(Task):
         model: torch.dtype = context.loaded.model.dtype
         return model if self.dtype == "auto" else DTYPES[self.dtype]
 
+    @property
+    def _heads(self) -> Geometry:
+        return one_layer(self.num_heads, self.num_kv_heads, self.head_dim)
+
     def _planted_geometry(self, context: Context) -> Geometry:
-        return Geometry(
-            num_layers=1,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            dtype_bytes=torch.empty(0, dtype=self._dtype(context)).element_size(),
+        return replace(
+            self._heads,
+            dtype_bytes=self._dtype(context).itemsize,
             device=context.loaded.model.device,
             model_digest=f"planted-{self.seed}",
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from topkbench.harness.cell import peak_memory_mib, reset_peak_memory
 from topkbench.harness.decoding import NotFiniteError
-from topkbench.harness.layer import fitted_on
+from topkbench.harness.layer import budget, fitted_on
 from topkbench.harness.planted import MEMORY_SHARE, PlantedCalibration, capture
 from topkbench.harness.reads import (
     ReadCounter,
@@ -98,7 +98,7 @@ class DecodeThroughput(Task):
             return TaskRow(str(length), values, "skipped", reason)
         k = None
         if self.budget is not None and context.method.selects:
-            k = max(64, round(length * self.budget))
+            k = budget(length, self.budget)
         method, policy = context.resolved(k)
         if context.method.selects and policy.k >= length:
             return TaskRow(str(length), values, "skipped", no_sparse_step_reason(policy.k, length))

@@ -8,8 +8,9 @@ from typing import Any
 
 from topkbench.harness.gpu_check.plan import RBIT, Job, Size
 from topkbench.harness.gpu_check.rows import time_columns
-from topkbench.harness.gpu_check.workplace import DTYPES, Workplace, wrong_operators
+from topkbench.harness.gpu_check.workplace import Workplace, wrong_operators
 from topkbench.harness.layer import budget
+from topkbench.harness.planted import DTYPES
 from topkbench.kernels.full_attention.api import full_attention
 from topkbench.kernels.operators import Geometry, Operators
 from topkbench.kernels.testing import WrongResult

@@ -13,10 +13,10 @@ from topkbench.harness import variants
 from topkbench.harness.gpu_check.dense import BASELINES, attention_inputs
 from topkbench.harness.gpu_check.plan import RBIT, Job
 from topkbench.harness.gpu_check.rows import time_columns
-from topkbench.harness.gpu_check.workplace import DTYPES, Workplace, wrong_operators
+from topkbench.harness.gpu_check.workplace import Workplace, wrong_operators
 from topkbench.harness.layer import one_layer
 from topkbench.harness.outcome import Unavailable
-from topkbench.harness.planted import PlantedStates
+from topkbench.harness.planted import DTYPES, PlantedStates
 from topkbench.kernels.dispatch import OPERATORS, Impl
 from topkbench.kernels.testing import (
     WrongResult,

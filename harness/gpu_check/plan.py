@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from topkbench.harness import variants
 from topkbench.harness.gpu_check.dense import BASELINES
-from topkbench.harness.layer import budget, heads_label, one_layer
+from topkbench.harness.layer import budget, heads_label, one_layer, shape_label
 from topkbench.kernels.dispatch import OPERATORS
 from topkbench.methods.base import Geometry
 
@@ -89,8 +89,7 @@ class Shape(NamedTuple):
 
     def columns(self) -> dict[str, Any]:
         """Return the shape as columns of a row."""
-        one_row = self.batch_size == 1
-        label = str(self.length) if one_row else f"{self.length} x {self.batch_size}"
+        label = shape_label(self.length, self.batch_size)
         return {
             **{"model": heads_label(self.heads), "subtask": label, "length": self.length},
             **{"kv_len": self.length, "batch_size": self.batch_size, "p_dtype": self.dtype},

@@ -16,12 +16,6 @@ from topkbench.harness.outcome import outcome
 from topkbench.kernels.testing import WrongResult, assert_same
 from topkbench.kernels.timing import Timing, cache_emptier, captured, measure, read_bandwidth
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
 _PROBE_BYTES = (2**31, 2**28)  # the second is used if there is no memory for the first
 
 
