@@ -14,6 +14,7 @@ from topkbench.methods.base import (
     Observer,
     Policy,
     Selection,
+    SharedState,
     StepContext,
     StepResult,
 )
@@ -160,7 +161,7 @@ class OffPolicyObserver(Observer):
         self.dense: frozenset[int] | None = None
         single = [[pair] for pair in resolved]
         self.groups = single if self.has_history else [list(resolved)]
-        self.shared: list[dict[str, object]] = [{} for _ in self.groups]
+        self.shared: list[dict[str, SharedState]] = [{} for _ in self.groups]
         self.indices: dict[tuple[int, int], Index] = {}
         self.measured: list[tuple[int, int, int, Quality]] = []
         self.steps: dict[int, int] = {}

@@ -7,7 +7,7 @@ declares it in its traits.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Captured:
         column_sums: float32 ``[B, Hq, n]`` attention weight that each token received, summed over
             all queries; None if not needed.
         milliseconds: How long capturing each took.
+        begin: First slot of the tokens whose queries were captured, without a gap, up to ``end``.
         end: Slots of the cache that were filled after the last chunk.
     """
 
@@ -37,6 +38,7 @@ class Captured:
     query_tail: Tensor | None = None
     column_sums: Tensor | None = None
     milliseconds: dict[str, float] = field(default_factory=dict)
+    begin: int = 0
     end: int = 0
 
     def update(
@@ -49,9 +51,8 @@ class Captured:
     ) -> None:
         """Add the queries of the last ``m`` tokens; a prompt may be prefilled in several chunks.
 
-        A chunk that begins at the first slot begins a new prompt. A chunk that does not follow the
-        previous one directly (after decoded or cropped tokens) restarts the tail, whose queries
-        must be those of consecutive tokens.
+        A chunk that does not follow the previous one directly (a new prompt, or one after tokens
+        that were decoded, cropped or not seen) discards what was captured before.
 
         Args:
             query: ``[B, Hq, m, d]``.
@@ -61,11 +62,10 @@ class Captured:
             softcap: The attention's logit cap, or None.
         """
         begin = key.shape[2] - query.shape[2]
-        if begin == 0:
+        if begin == 0 or begin != self.end:
             self.query_tail = self.column_sums = None
             self.milliseconds.clear()
-        if begin != self.end:
-            self.query_tail = None
+            self.begin = begin
         self.end = key.shape[2]
         if "query_tail" in self.needs:
             with self._timed("query_tail", query.device):
@@ -96,15 +96,30 @@ class Captured:
         """Return a copy on another device."""
         tail = None if self.query_tail is None else self.query_tail.to(device)
         sums = None if self.column_sums is None else self.column_sums.to(device)
-        return Captured(self.needs, tail, sums, self.milliseconds)
+        return replace(self, query_tail=tail, column_sums=sums)
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Let row ``b`` become the present row ``rows[b]``; rows may repeat or be left out."""
+        for need in ("query_tail", "column_sums"):
+            states = getattr(self, need)
+            if states is not None:
+                setattr(self, need, states.index_select(0, rows.to(states.device)))
+
+    def of_part(self) -> list[str]:
+        """Return the needs that were captured of a part of the first ``end`` tokens only."""
+        if self.begin == 0:
+            return []
+        has_tail = self.end - self.begin >= QUERY_TAIL
+        return sorted(self.needs - {"query_tail"} if has_tail else self.needs)
 
     def merged(self, other: "Captured") -> "Captured":
         """Return the union of two captures of the same prompt."""
-        return Captured(
-            self.needs | other.needs,
-            other.query_tail if self.query_tail is None else self.query_tail,
-            other.column_sums if self.column_sums is None else self.column_sums,
-            self.milliseconds | other.milliseconds,
+        return replace(
+            self,
+            needs=self.needs | other.needs,
+            query_tail=other.query_tail if self.query_tail is None else self.query_tail,
+            column_sums=other.column_sums if self.column_sums is None else self.column_sums,
+            milliseconds=self.milliseconds | other.milliseconds,
         )
 
     @classmethod

@@ -43,6 +43,8 @@ class DoubleSparsityIndex(Index):
     channels: Tensor
     num_kv_heads: int
 
+    without_rows: ClassVar[frozenset[str]] = frozenset({"channels"})
+
 
 @dataclass(kw_only=True)
 class DoubleSparsity(

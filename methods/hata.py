@@ -48,6 +48,8 @@ class HATAIndex(Index):
     hash_weight: Tensor
     query_weight: Tensor
 
+    without_rows: ClassVar[frozenset[str]] = frozenset({"hash_weight", "query_weight"})
+
 
 @dataclass(kw_only=True)
 class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):

@@ -41,6 +41,8 @@ class InfiniGenIndex(Index):
     low_keys: Tensor
     skew: Tensor
 
+    without_rows: ClassVar[frozenset[str]] = frozenset({"skew"})
+
 
 @dataclass(kw_only=True)
 class InfiniGen(LearningMethod[InfiniGenIndex, Tensor], ScoringMethod[InfiniGenIndex, Tensor]):

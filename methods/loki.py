@@ -33,6 +33,8 @@ class LokiIndex(Index):
     low_keys: Tensor
     rotation: Tensor
 
+    without_rows: ClassVar[frozenset[str]] = frozenset({"rotation"})
+
 
 @dataclass(kw_only=True)
 class Loki(LearningMethod[LokiIndex, Tensor], ScoringMethod[LokiIndex, Tensor]):

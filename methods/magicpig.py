@@ -38,8 +38,8 @@ class MagicPIGIndex(Index):
 
     Attributes:
         entries: int32 ``[B, Hkv, L, capacity]`` slots, sorted by bucket; unused after the prompt.
-        starts: int32 ``[B * Hkv * L, 2**K + 1]`` each bucket's start in its table, and the end.
-        mean: float32 ``[B * Hkv, d]`` mean of the prompt's keys.
+        starts: int32 ``[B, Hkv, L, 2**K + 1]`` each bucket's start in its table, and the end.
+        mean: float32 ``[B, Hkv, d]`` mean of the prompt's keys.
         planes: float32 ``[1, d, 16 L]`` normals of the hyperplanes: K per table, padded with zeros
             to 16, and one more table of zeros if L is odd.
         prompt_end: int32 ``[B]`` end of each row's prompt.
@@ -52,6 +52,11 @@ class MagicPIGIndex(Index):
     planes: Tensor
     prompt_end: Tensor
     layer: int
+
+    without_rows: ClassVar[frozenset[str]] = frozenset({"planes"})
+
+    def grow(self, capacity: int) -> None:
+        self.capacity = capacity  # decoded tokens are in no table
 
 
 @dataclass(kw_only=True)
@@ -155,8 +160,8 @@ class MagicPIG(ScoringMethod[MagicPIGIndex, Tensor]):
                 starts[row, head, :, 1:] = sizes.view(-1, buckets + 1)[:, :-1].cumsum(1)
         return MagicPIGIndex(
             entries=entries,
-            starts=starts.flatten(0, 2),
-            mean=mean.flatten(0, 1),
+            starts=starts,
+            mean=mean,
             planes=planes,
             prompt_end=prefill.bounds()[1].clone(),
             layer=prefill.layer,
@@ -189,8 +194,9 @@ class MagicPIG(ScoringMethod[MagicPIGIndex, Tensor]):
         tables = torch.arange(batch_size * num_kv_heads * num_tables, device=codes.device)
         tables = tables.view(batch_size, num_kv_heads, 1, num_tables).expand_as(codes)
         tables, codes = tables.flatten(), codes.flatten()
-        begin = index.starts[tables, codes].long()
-        size = index.starts[tables, codes + 1] - begin
+        starts = index.starts.flatten(0, 2)
+        begin = starts[tables, codes].long()
+        size = starts[tables, codes + 1] - begin
         bucket = torch.arange(len(size), device=size.device).repeat_interleave(size)
         before = size.cumsum(0) - size
         entry = torch.arange(len(bucket), device=size.device) - before[bucket] + begin[bucket]
@@ -265,10 +271,10 @@ class MagicPIG(ScoringMethod[MagicPIGIndex, Tensor]):
         self, index: MagicPIGIndex, context: StepContext, slots: Tensor
     ) -> Tensor:
         """Return each slot's probability to share the query's bucket in a table, ``[B, Hq, m]``."""
-        batch_size, num_kv_heads, group, head_dim = context.query_states.shape
+        batch_size, num_kv_heads, group, _ = context.query_states.shape
         keys = at_slots(context.cache.key_states, slots.view(batch_size, num_kv_heads, -1)).float()
-        keys = keys - index.mean.view(batch_size, num_kv_heads, 1, head_dim)
-        keys = keys.view(batch_size, num_kv_heads, group, -1, head_dim)
+        keys = keys - index.mean[:, :, None]
+        keys = keys.unflatten(2, (group, -1))
         queries = context.query_states.float()[..., None, :]
         cosine = torch.cosine_similarity(queries, keys, dim=-1).clamp(-1, 1)
         return (1 - torch.acos(cosine) / torch.pi).pow(self.hash_bits).flatten(1, 2)

@@ -50,6 +50,12 @@ class Cascade:
         padding = (0, capacity - self.importance.shape[2])
         self.importance, self.tokens = pad(self.importance, padding), pad(self.tokens, padding)
 
+    def take_rows(self, rows: Tensor) -> None:
+        """Let row ``b`` become the present row ``rows[b]``; called once for all layers."""
+        for name in ("importance", "head_importance", "tokens", "heads"):
+            value = getattr(self, name)
+            setattr(self, name, value.index_select(0, rows.to(value.device)))
+
 
 @dataclass(kw_only=True)
 class SpAttenIndex(Index):
@@ -78,11 +84,17 @@ class SpAttenIndex(Index):
     codes: Tensor | None = None
     ranges: Tensor | None = None
 
+    without_rows: ClassVar[frozenset[str]] = frozenset({"importance"})
+
     def grow(self, capacity: int) -> None:
         if self.cascade.importance.shape[2] < capacity:
             self.cascade.grow(capacity)
         super().grow(capacity)
         self.importance = self.cascade.importance  # the shared tensor, not a padded copy
+
+    def take_rows(self, rows: Tensor) -> None:
+        super().take_rows(rows)
+        self.importance = self.cascade.importance  # which took its rows before
 
 
 @dataclass

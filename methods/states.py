@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Generic, Self, TypedDict, TypeVar
+from typing import ClassVar, Generic, Protocol, Self, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,13 @@ from torch.nn.functional import pad
 from topkbench.methods.policy import Policy
 
 QueryT_co = TypeVar("QueryT_co", covariant=True)
+
+
+class SharedState(Protocol):
+    """State shared by the indices of all layers of one cache."""
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Let row ``b`` become the present row ``rows[b]``; called once for all layers."""
 
 
 @dataclass(kw_only=True)
@@ -45,7 +52,7 @@ class PrefillInputs:
     kv_len: Tensor | None = None
     query_tail: Tensor | None = None
     column_sums: Tensor | None = None
-    shared: dict[str, object] = field(default_factory=dict)
+    shared: dict[str, SharedState] = field(default_factory=dict)
     scale: float | None = None
     softcap: float | None = None
 
@@ -143,7 +150,7 @@ class StepContext:
         self,
         capacity: int,
         captured: Mapping[str, Tensor | None],
-        shared: dict[str, object] | None = None,
+        shared: dict[str, SharedState] | None = None,
     ) -> PrefillInputs:
         """Return the states before the current token, from which an index is built.
 
@@ -206,17 +213,22 @@ class Counts(TypedDict):
 class Index:
     """Base of every method's index: which slots each row has filled.
 
+    The first axis of a tensor in it is the batch's rows, unless ``without_rows`` names it.
+
     Attributes:
         capacity: Allocated slots.
         length: Slots in use in the longest row (an upper bound where rows differ).
         kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
         kv_len: int32 ``[B]`` end of each row's valid slots; None for ``length``.
+        without_rows: Names of tensors that all rows share, such as a layer's weights.
     """
 
     capacity: int
     length: int
     kv_start: Tensor | None
     kv_len: Tensor | None
+
+    without_rows: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def of(cls, prefill: PrefillInputs) -> Self:
@@ -274,6 +286,17 @@ class Index:
                 padding = (0, 0) * (value.ndim - 3) + (0, capacity - self.capacity)
                 setattr(self, one.name, pad(value, padding))
         self.capacity = capacity
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Let row ``b`` become the present row ``rows[b]``, as when a beam search reorders a cache.
+
+        Args:
+            rows: int64 ``[B']``; rows may repeat or be left out.
+        """
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Tensor) and one.name not in self.without_rows:
+                setattr(self, one.name, value.index_select(0, rows.to(value.device)))
 
     def first(self, n: int) -> Self:
         """Return the index without the tokens that were appended since it had ``n`` slots in use.

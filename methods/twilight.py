@@ -56,6 +56,10 @@ class TwilightIndex(Index):
         part.base = self.base.first(n)
         return part
 
+    def take_rows(self, rows: Tensor) -> None:
+        super().take_rows(rows)
+        self.base.take_rows(rows)
+
     def undo_append(self) -> None:
         super().undo_append()
         self.base.undo_append()

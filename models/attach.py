@@ -36,7 +36,7 @@ from topkbench.models.compat import (
     speculate_queries,
     speculation_unsupported_reason,
     using_attention,
-    watching_writes,
+    watching_caches,
 )
 from topkbench.models.layer_index import LayerIndices
 from topkbench.models.softcap import softcap_attention
@@ -93,10 +93,16 @@ def attach(
     """Let a method choose what a model's decode steps attend to, inside a ``with`` block.
 
     A forward of one token over a filled cache is a decode step; everything else runs dense, with
-    torch's SDPA. No gradient flows through a decode step. Each layer's index is built at its first
-    decode step, lives as long as the cache object, and is rebuilt if the cache was changed in
-    between (crop, reset, beam search). Layers with a sliding window stay dense, see
-    ``Session.dense``.
+    torch's SDPA. No gradient flows through a decode step. Layers with a sliding window stay dense,
+    see ``Session.dense``.
+
+    Each layer's index is built at its first decode step and kept on the cache object until the
+    block ends: a copy of the cache, or a pickled one, has its own. It follows the cache's own
+    methods. Reordering, repeating and selecting rows take its rows along, and a crop shortens it;
+    if that is impossible, it is built again from the keys. A method that depends on the prompt or
+    on its steps so far (``Traits.index``) cannot be built again in all cases, and then the next
+    step raises: after a crop into the prompt or a later turn for methods that need the prompt's
+    queries, if decoded tokens were cropped, or if the cache was changed by other means.
 
     Every decode step is counted (``Session.count``). Leaving the block raises if decode steps over
     more than ``k`` tokens did not go through the method. Causes are generation without a cache, a
@@ -118,7 +124,7 @@ def attach(
 
     Raises:
         ValueError: If the model is not supported, by attach or by the method, or the method does
-            not support the policy; one sentence says why.
+            not support the policy, or, inside the block, the cache; one sentence says why.
         MethodBypassedError: When the block ends, if decode steps did not go through the method.
 
     When the block is left, also by an exception, the model is restored.
@@ -135,7 +141,7 @@ def attach(
             _SESSIONS[module] = session
         model_hook = partial(_before_forward, session)
         hooks.append(model.register_forward_pre_hook(model_hook, with_kwargs=True))
-        with using_attention(model, IMPLEMENTATION), watching_writes(session.before_write):
+        with using_attention(model, IMPLEMENTATION), watching_caches(session):
             yield session
         session.end()
     finally:
@@ -143,6 +149,7 @@ def attach(
             _SESSIONS.pop(module, None)
         for hook_handle in hooks:
             hook_handle.remove()
+        session.indices.store.close()
 
 
 class Session:
@@ -284,6 +291,18 @@ class Session:
         if layer is not None:
             self._note_cache(layer, cache)
 
+    def before_change(self, cache: Any) -> None:
+        """Check what is kept beside a cache before one of the cache's methods changes it."""
+        self.indices.store.before_change(cache)
+
+    def took_rows(self, cache: Any, rows: Tensor) -> None:
+        """Follow a cache whose row ``b`` has become its former row ``rows[b]``."""
+        self.indices.store.took_rows(cache, rows)
+
+    def was_cropped(self, cache: Any) -> None:
+        """Follow a cache that may have lost its newest tokens."""
+        self.indices.store.was_cropped(cache)
+
     def _note_cache(self, layer: int, cache: Any) -> None:
         self._cache[layer] = cache
         self.indices.store.check(cache, layer)
@@ -320,9 +339,11 @@ class Session:
                     key, value, mask = key[:, :, first:], value[:, :, first:], None
                 mask = None if mask is None else mask.to(key.device)
             is_prompt = q_len > 1 or (lengths is not None and lengths.n == 1)
-            if cache is not None and is_prompt and self.indices.needs and layer not in self.dense:
-                softcap = options.get("softcap")
-                self.indices.capture(layer, cache, query, key, mask, scale, softcap)
+            if cache is not None and layer not in self.dense:
+                if is_prompt and self.indices.captures:
+                    softcap = options.get("softcap")
+                    self.indices.capture(layer, cache, query, key, mask, scale, softcap)
+                self.indices.store.saw(cache, layer)
             return _dense(module, query, key, value, mask, scale, options)
         with torch.no_grad():
             out = self._step(layer, cache, query, key, value, lengths, scale, options)

@@ -1,13 +1,12 @@
-"""Which slots of a cache are valid, and whether a stored index still matches its cache."""
+"""Which slots of a cache are valid, and whether changes to them can be detected."""
 
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 
-from topkbench.methods.base import Index
 from topkbench.models.compat import PartialAttention, cache_layer, written_slots
 
 
@@ -28,6 +27,15 @@ class Lengths:
     kv_len: Tensor | None = None
     is_decode_cache: bool = False
     starts: tuple[int, ...] | None = None
+
+    def take_rows(self, rows: Tensor) -> "Lengths":
+        """Return the slots after row ``b`` has become the present row ``rows[b]``."""
+        kv_start, kv_len = (
+            None if bound is None else bound.index_select(0, rows.to(bound.device))
+            for bound in (self.kv_start, self.kv_len)
+        )
+        starts = None if self.starts is None else tuple(self.starts[row] for row in rows.tolist())
+        return replace(self, kv_start=kv_start, kv_len=kv_len, starts=starts)
 
     def causal_mask(
         self, q_len: int, num_slots: int, partial: PartialAttention | None = None
@@ -130,96 +138,6 @@ def _read_mask(mask: Tensor, key: Tensor) -> Lengths | None:
     return Lengths(max(ends), kv_start, kv_len, starts=starts if any(starts) else None)
 
 
-@dataclass
-class _Entry:
-    """An index, and the state of its cache when the two last matched."""
-
-    index: Index
-    capacity: int
-    keys: "ReferenceType[Tensor]"
-    version: int | None
-    lengths: Lengths
-
-
-class IndexStore:
-    """The indices of each cache's layers; they live as long as the cache object.
-
-    An index is valid if the cache layer still holds the same key tensor as after the index's last
-    token, and that tensor has not been written to since: cropping, resetting, reordering or
-    repeating rows all replace the tensor or write to it. (Writes to tensors made in inference mode
-    are not counted; a caller that rewrites a pre-allocated cache there attaches anew.)
-    """
-
-    def __init__(self) -> None:
-        self._entries: WeakKeyDictionary[Any, dict[int, _Entry]] = WeakKeyDictionary()
-        self._shared: WeakKeyDictionary[Any, dict[str, object]] = WeakKeyDictionary()
-
-    def shared(self, cache: Any) -> dict[str, object]:
-        """Return the objects that a cache's indices share; emptied once all are dropped."""
-        shared = self._shared.setdefault(cache, {})
-        if not self._entries.get(cache):
-            shared.clear()
-        return shared
-
-    def check(self, cache: Any, layer: int) -> None:
-        """Drop a layer's index if the cache has changed since; called before each write."""
-        entry = self._entries.get(cache, {}).get(layer)
-        if entry is None:
-            return
-        keys = getattr(cache_layer(cache, layer), "keys", None)
-        if keys is None or entry.keys() is not keys or entry.version != _version(keys):
-            self.drop(cache, layer)
-
-    def get(self, cache: Any, layer: int, lengths: Lengths) -> Index | None:
-        """Return a layer's index if it lacks only the current token, else None."""
-        entry = self._entries.get(cache, {}).get(layer)
-        if entry is None or entry.lengths.starts != lengths.starts:
-            return None
-        before = entry.lengths
-        if before.n + 1 != lengths.n:
-            return None
-        if before.kv_len is None or lengths.kv_len is None:
-            return entry.index if before.kv_len is lengths.kv_len else None
-        # Not compared on a GPU, which would synchronise; there every row gains one token a step.
-        if before.kv_len.is_cpu and not torch.equal(before.kv_len + 1, lengths.kv_len):
-            return None
-        return entry.index
-
-    def keep(
-        self, cache: Any, layer: int, index: Index, capacity: int, key: Tensor, lengths: Lengths
-    ) -> None:
-        """Store an index that now matches the whole cache.
-
-        If the cache's writes cannot be watched, nothing is stored and each step builds its index.
-        """
-        if not can_watch(cache, layer, key):
-            self.drop(cache, layer)
-            return
-        keys = cache_layer(cache, layer).keys
-        entry = _Entry(index, capacity, ref(keys), _version(keys), lengths)
-        self._entries.setdefault(cache, {})[layer] = entry
-
-    def capacity(self, cache: Any, layer: int) -> int:
-        """Return the slots allocated in a layer's stored index."""
-        return self._entries[cache][layer].capacity
-
-    def undo_append(self, cache: Any) -> None:
-        """Remove the newest token from a cache's indices; the next append overwrites its slot."""
-        for entry in self._entries.get(cache, {}).values():
-            entry.index.undo_append()
-            kv_len = entry.lengths.kv_len
-            kv_len = None if kv_len is None else kv_len - 1
-            entry.lengths = replace(entry.lengths, n=entry.lengths.n - 1, kv_len=kv_len)
-
-    def drop(self, cache: Any, layer: int) -> None:
-        """Drop a layer's index, or all of the cache's indices if they share state."""
-        if cache is None:
-            return
-        entries = self._entries.get(cache, {})
-        if entries.pop(layer, None) is not None and self._shared.get(cache):
-            entries.clear()  # a rebuilt index would add its part to the shared state again
-
-
 def can_watch(cache: Any, layer: int, key: Tensor) -> bool:
     """Return whether writes to a layer can be detected: it returned the very keys it stores.
 
@@ -228,8 +146,3 @@ def can_watch(cache: Any, layer: int, key: Tensor) -> bool:
     """
     keys = getattr(cache_layer(cache, layer), "keys", None)
     return keys is not None and (keys.data_ptr(), keys.stride()) == (key.data_ptr(), key.stride())
-
-
-def _version(tensor: Tensor | None) -> int | None:
-    """Return how often a tensor was written to; None if torch does not count."""
-    return None if tensor is None or tensor.is_inference() else tensor._version

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ __all__ = [
     "register_attention",
     "sdpa_attention_forward",
     "token_logits",
-    "watching_writes",
+    "watching_caches",
 ]
 
 
@@ -355,51 +355,121 @@ def speculation_unsupported_reason(module: nn.Module) -> str | None:
     )
 
 
-# Writes to caches ---------------------------------------------------------------------------------
+# Changes of caches --------------------------------------------------------------------------------
 
 _LOCK = threading.Lock()
-_LISTENERS: list[Callable[[Any], None]] = []
-_ORIGINAL: dict[type[Cache], Any] = {}
+_LISTENERS: list["CacheListener"] = []
+_ORIGINAL: dict[tuple[type[Cache], str], Any] = {}
+_CHANGING = threading.local()
+"""The caches whose methods are running in a thread: a method may call that of its base class."""
+
+
+class CacheListener(Protocol):
+    """Is told of changes to transformers' caches."""
+
+    def before_write(self, cache: Any) -> None:
+        """A cache is about to get states of new tokens."""
+
+    def before_change(self, cache: Any) -> None:
+        """One of a cache's methods is about to change its rows, or crop it."""
+
+    def took_rows(self, cache: Any, rows: Tensor) -> None:
+        """Row ``b`` of a cache has become its former row ``rows[b]``, int64 ``[B']``."""
+
+    def was_cropped(self, cache: Any) -> None:
+        """A cache may have lost its newest tokens."""
+
+
+# For each method that changes rows: given the former rows and its argument, the rows it leaves.
+_ROWS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "reorder_cache": lambda rows, beams: rows[beams.cpu()],
+    "batch_select_indices": lambda rows, indices: rows[_on_cpu(indices)],
+    "batch_repeat_interleave": lambda rows, repeats: rows.repeat_interleave(repeats),
+}
+
+
+def _on_cpu(indices: Any) -> Any:
+    return indices.cpu() if isinstance(indices, Tensor) else indices
 
 
 @contextmanager
-def watching_writes(listener: Callable[[Any], None]) -> Iterator[None]:
-    """Call ``listener`` with a transformers cache before each write to it, inside the block."""
+def watching_caches(listener: CacheListener) -> Iterator[None]:
+    """Tell a listener of each change to a transformers cache, inside the block.
+
+    Only changes by the cache's own methods are seen, not those of its layers' methods or tensors.
+    """
     with _LOCK:
         _LISTENERS.append(listener)
-        for kind in _cache_classes():
-            if kind not in _ORIGINAL:
-                _ORIGINAL[kind] = kind.__dict__["update"]
-                kind.update = _with_listeners(_ORIGINAL[kind])  # type: ignore[method-assign]
+        for kind, name in _cache_methods():
+            if (kind, name) not in _ORIGINAL:
+                method = _ORIGINAL[kind, name] = kind.__dict__[name]
+                watched = _watched_update if name == "update" else _watched_change
+                setattr(kind, name, watched(method))
     try:
         yield
     finally:
         with _LOCK:
             _LISTENERS.remove(listener)
             if not _LISTENERS:
-                for kind, update in _ORIGINAL.items():
-                    kind.update = update  # type: ignore[method-assign]
+                for (kind, name), method in _ORIGINAL.items():
+                    setattr(kind, name, method)
                 _ORIGINAL.clear()
 
 
-def _cache_classes() -> list[type[Cache]]:
-    """Return every cache class that defines its own ``update``."""
-    classes, waiting = [], [Cache]
+def _cache_methods() -> list[tuple[type[Cache], str]]:
+    """Return the watched methods of every cache class, where a class defines its own."""
+    found, waiting = [], [Cache]
     while waiting:
         kind = waiting.pop()
         waiting += kind.__subclasses__()
-        if "update" in kind.__dict__:
-            classes.append(kind)
-    return classes
+        found += [(kind, name) for name in ("update", "crop", *_ROWS) if name in kind.__dict__]
+    return found
 
 
-def _with_listeners(update: Callable[..., Any]) -> Callable[..., Any]:
+def _watched_update(update: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a cache's ``update`` so that it calls every listener first."""
 
     @functools.wraps(update)
     def watched(self: Cache, *args: Any, **kwargs: Any) -> Any:
         for listener in tuple(_LISTENERS):
-            listener(self)
+            listener.before_write(self)
         return update(self, *args, **kwargs)
 
     return watched
+
+
+def _watched_change(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method that crops a cache or changes its rows so that listeners can follow."""
+    rows_after = _ROWS.get(method.__name__)
+
+    @functools.wraps(method)
+    def watched(self: Cache, *args: Any, **kwargs: Any) -> Any:
+        running = vars(_CHANGING).setdefault("caches", [])
+        if any(cache is self for cache in running):
+            return method(self, *args, **kwargs)
+        running.append(self)
+        try:
+            for listener in tuple(_LISTENERS):
+                listener.before_change(self)
+            batch_size = _batch_size(self)
+            result = method(self, *args, **kwargs)
+        finally:
+            running.pop()
+        for listener in tuple(_LISTENERS):
+            if rows_after is None:
+                listener.was_cropped(self)
+            elif batch_size is not None:
+                (argument,) = (*args, *kwargs.values())
+                listener.took_rows(self, rows_after(torch.arange(batch_size), argument))
+        return result
+
+    return watched
+
+
+def _batch_size(cache: Any) -> int | None:
+    """Return the number of a cache's rows; None if it is empty."""
+    for stored in getattr(cache, "layers", ()):
+        keys = getattr(stored, "keys", None)
+        if isinstance(keys, Tensor) and keys.ndim == 4:
+            return len(keys)
+    return None

@@ -1,7 +1,7 @@
 """Builds an attached method's indices, and captures what they need of the prompt."""
 
+from contextlib import nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,13 +15,8 @@ from topkbench.methods.base import (
     StepContext,
 )
 from topkbench.methods.captured import Captured, missing
-from topkbench.models.cache_watch import (
-    IndexStore,
-    LengthReader,
-    Lengths,
-    can_watch,
-    is_decode_cache,
-)
+from topkbench.models.cache_state import StateStore
+from topkbench.models.cache_watch import LengthReader, Lengths, can_watch, is_decode_cache
 from topkbench.models.compat import cache_layer, max_slots
 
 
@@ -34,15 +29,15 @@ class LayerIndices:
         reader: Reads the valid slots of a cache.
 
     Attributes:
-        store: Keeps the indices beside their caches.
+        store: Keeps indices and captures beside their caches.
+        captures: Whether prompts are captured: what the method needs of them, or where they end.
     """
 
     def __init__(self, method: AnyMethod, observer: Observer, reader: LengthReader) -> None:
         self.method, self.observer, self.reader = method, observer, reader
-        self.store = IndexStore()
-        self.needs = method.traits.needs & PREFILL_NEEDS
-        self.has_history = method.traits.index == "history"
-        self._captured: WeakKeyDictionary[Any, dict[int, Captured]] = WeakKeyDictionary()
+        self.store = StateStore(method.traits)
+        self._needs = method.traits.needs & PREFILL_NEEDS
+        self.captures = bool(self._needs) or method.traits.depends_on_prompt
 
     def index(self, cache: Any, key: Tensor, context: StepContext, lengths: Lengths) -> Index:
         """Return a layer's index, built if needed, with the current token appended.
@@ -52,14 +47,17 @@ class LayerIndices:
             key: The keys that the cache's layer returned.
             context: The step.
             lengths: The cache's valid slots.
+
+        Raises:
+            ValueError: If the index must be built and cannot be; one sentence says why.
         """
         layer = context.layer
-        index = self.store.get(cache, layer, lengths)
-        capacity = 0 if index is None else self.store.capacity(cache, layer)
+        index = self.store.index(cache, layer, lengths)
+        capacity = 0 if index is None else self.store.layer(cache, layer).capacity
         if capacity < lengths.n:
             capacity = _capacity(cache_layer(cache, layer), lengths.n)
-            if index is not None and self.has_history:
-                index.grow(capacity)  # rebuilding would lose the accumulated history
+            if index is not None and self.method.traits.depends_on_prompt:
+                index.grow(capacity)
             else:
                 index = None
         if index is None:
@@ -111,39 +109,86 @@ class LayerIndices:
             softcap: The attention's logit cap, or None.
 
         Raises:
-            ValueError: If rows of the prompt end at different slots or have holes.
+            ValueError: If the method needs queries, and rows of the prompt end at different slots
+                or have holes.
         """
         newest = None if mask is None else mask[:, :, -1:]
         lengths = self.reader.lengths(cache, cache_layer(cache, layer), key, newest)
-        if lengths is None or lengths.kv_len is not None:
+        if self._needs and (lengths is None or lengths.kv_len is not None):
             raise ValueError(
                 f"{self.method.name} reads queries of the prompt, so all rows must end at the same "
                 "slot without holes, got a mask with holes or padding on the right; pad on the "
                 "left."
             )
-        layers = self._captured.setdefault(cache, {})
-        captured = layers.setdefault(layer, Captured(self.needs))
-        with torch.no_grad(), self.observer.stage("build", layer):
-            captured.update(query, key[:, :, : lengths.n], scale, lengths.kv_start, softcap)
+        n = key.shape[2] if lengths is None else lengths.n
+        kv_start = None if lengths is None else lengths.kv_start
+        known = self.store.layer(cache, layer)
+        if known.captured is None:
+            known.captured = Captured(self._needs)
+        stage = self.observer.stage("build", layer) if self._needs else nullcontext()
+        with torch.no_grad(), stage:
+            known.captured.update(query, key[:, :, :n], scale, kv_start, softcap)
+        if known.captured.begin == 0:  # a new prompt
+            known.is_lost = False
 
     def _inputs(self, cache: Any, layer: int, n: int) -> dict[str, Tensor | None]:
-        """Return what was captured for the first ``n`` slots, as arguments of ``PrefillInputs``.
+        """Return what was captured of the first ``n`` slots, as arguments of ``PrefillInputs``.
 
         Raises:
-            ValueError: If something that the method needs was not captured.
+            ValueError: If the method depends on the prompt, and what was captured is not of exactly
+                these slots.
         """
-        if is_decode_cache(cache):
+        name = self.method.name
+        if is_decode_cache(cache):  # filled with whole prefills by topkbench's own loop
             captured = cache.topkbench_captured(layer)
         else:
-            captured = self._captured.get(cache, {}).get(layer)
+            known = self.store.layer(cache, layer)
+            if known.is_lost and self.captures:
+                raise ValueError(
+                    f"{name} depends on which tokens were the prompt, and this cache was changed "
+                    "by other means than its own methods (crop, reorder_cache, ...); prefill a new "
+                    "one."
+                )
+            captured = known.captured
+            if captured is None and not self._needs and self.captures:
+                captured = known.captured = Captured(self._needs, end=n)  # all of it is the prompt
+            if captured is not None:
+                self._check_covers(captured, n)
         inputs = {} if captured is None else captured.inputs(n)
-        lacking = missing(self.needs, inputs)
+        lacking = missing(self._needs, inputs)
         if lacking:
             raise ValueError(
-                f"{self.method.name} needs {' and '.join(lacking)} of the prompt, and this cache "
-                "was filled without capturing them; prefill it inside the with block of attach."
+                f"{name} needs {' and '.join(lacking)} of the prompt, and this cache was filled "
+                "without capturing them; prefill it inside the with block of attach."
             )
         return inputs
+
+    def _check_covers(self, captured: Captured, n: int) -> None:
+        """Check that what was captured is of exactly the first ``n`` slots.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        name, part = self.method.name, captured.of_part()
+        if part:
+            raise ValueError(
+                f"{name} needs {' and '.join(part)} of all tokens, and the first {captured.begin} "
+                "of this cache were read or decoded without capturing them; prefill the whole "
+                "prompt inside the with block of attach."
+            )
+        if n > captured.end:
+            raise ValueError(
+                f"{name} depends on the steps so far, and the index that held those after the "
+                f"{captured.end} tokens of the prompt was lost when the cache was changed; prefill "
+                f"the prompt again instead of decoding token {n + 1} of this cache."
+            )
+        if n < captured.end:
+            if self._needs:
+                raise ValueError(
+                    f"{name} needs what was captured of a prompt, and this cache was cropped to "
+                    f"{n} of its {captured.end} tokens; prefill the shorter prompt again."
+                )
+            captured.end = n  # the rest is the prompt
 
     def _check_can_build(self, cache: Any, layer: int, key: Tensor) -> None:
         """Check that an index built now sees every token and, if it compacts, can free memory.
@@ -151,7 +196,7 @@ class LayerIndices:
         Raises:
             ValueError: If steps would go unnoticed, tokens are missing, or the cache frees nothing.
         """
-        if self.has_history and not can_watch(cache, layer, key):
+        if self.captures and not can_watch(cache, layer, key):
             raise ValueError(
                 f"{self.method.name} needs its index kept from step to step, and a "
                 f"{type(cache).__name__} returns other keys than it stores, so that changes to it "

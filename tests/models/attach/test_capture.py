@@ -22,6 +22,7 @@ from topkbench.methods.base import (
     Traits,
 )
 from topkbench.methods.captured import Captured
+from topkbench.methods.snapkv import SnapKV, SnapKVIndex
 from topkbench.models.attach import attach
 from topkbench.models.cache import DecodeCache
 from topkbench.models.compat import cache_keyword, speculate_queries
@@ -160,16 +161,33 @@ def test_a_new_prompt_in_the_same_cache_restarts_the_capture(
         torch.testing.assert_close(built.column_sums, expected(whole[layer][1], None))
 
 
-def test_a_tail_holds_queries_of_consecutive_tokens(llama: PreTrainedModel, prompt: Make) -> None:
-    """A second turn follows decoded tokens: the tail must not include the first turn's queries."""
-    ids, method = prompt(2, 40), Needy()
-    run(llama, method, [ids[:, :20], ids[:, 20:21], ids[:, 21:22], ids[:, 22:34], ids[:, 34:35]])
-    built = method.built[1]
-    assert built.query_tail is not None
-    assert built.query_tail.shape[2] == 12
-    assert built.column_sums is not None
-    # 32 queries of the two turns are summed, those of the two decoded tokens are not.
-    torch.testing.assert_close(built.column_sums.sum(-1), torch.full((2, 4), 32.0))
+def test_a_later_turn_is_refused_where_decoded_queries_are_missing(
+    llama: PreTrainedModel, prompt: Make
+) -> None:
+    """The queries of decoded tokens are not captured, so the sums would not be of all queries."""
+    ids = prompt(2, 40)
+    turns = [ids[:, :20], ids[:, 20:21], ids[:, 21:22], ids[:, 22:34], ids[:, 34:35]]
+    message = (
+        "needy needs column_sums and query_tail of all tokens, and the first 22 of this cache were "
+        "read or decoded without capturing them"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(llama, Needy(), turns)
+
+
+def test_a_turn_as_long_as_the_tail_has_a_whole_tail(llama: PreTrainedModel, prompt: Make) -> None:
+    ids, method = prompt(2, 30 + QUERY_TAIL), SnapKV(window=8)
+    built: list[PrefillInputs] = []
+    build = method.build_index
+
+    def recording(prefill: PrefillInputs) -> SnapKVIndex:
+        built.append(prefill)
+        return build(prefill)
+
+    method.build_index = recording  # type: ignore[method-assign]
+    run(llama, method, [ids[:, :20], ids[:, 20:21], ids[:, 21:-1], ids[:, -1:]])
+    tails = [one.query_tail.shape[2] for one in built if one.query_tail is not None]
+    assert tails == [20, 20, QUERY_TAIL, QUERY_TAIL]
 
 
 def test_a_cache_filled_outside_the_block_is_refused(llama: PreTrainedModel, prompt: Make) -> None:

@@ -117,7 +117,7 @@ def test_a_budget_of_all_tokens_frees_nothing(llama: PreTrainedModel, which: str
     assert [layer.keys.shape[2] for layer in cache.layers] == [60, 60]
 
 
-@pytest.mark.parametrize("which", [*ADAPTIVE, "twilight"])
+@pytest.mark.parametrize("which", [*ADAPTIVE, "pqcache", "twilight"])
 def test_an_index_grows_with_the_cache(
     llama: PreTrainedModel, make_method: Make, prompt: Make, make_counter: Make, which: str
 ) -> None:
