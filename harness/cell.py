@@ -24,8 +24,9 @@ from topkbench.harness.reads import layers_read
 from topkbench.harness.sources import code_digest, modules_of
 from topkbench.harness.task import Context, Outcome, Task, TaskRow
 from topkbench.kernels.timing import machine_name, versions
-from topkbench.methods.base import AnyMethod, TopKMethod
+from topkbench.methods.base import PREVIOUS_QUERY, AnyMethod, TopKMethod
 from topkbench.methods.learning import AnyLearningMethod, LearningMethod, Progress, check_ready
+from topkbench.models import speculation
 from topkbench.models.attach import geometry_of
 from topkbench.models.load import LoadedModel
 from topkbench.models.step_count import MethodBypassedError
@@ -143,6 +144,8 @@ def run_cell(context: Context, task: Task) -> Outcome:
             f"at least one layer must be left to {method.name}, but the policy and the design of "
             f"{context.loaded.name} keep all of them dense."
         )
+    if reason is None and task.uses_model and PREVIOUS_QUERY in method.traits.needs:
+        reason = speculation.unsupported_reason(context.loaded.model)
     if reason is not None:
         return Outcome([TaskRow("mean", status="skipped", reason=reason)], [])
     context = replace(context, method=resolved)

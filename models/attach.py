@@ -22,6 +22,7 @@ from topkbench.methods.base import (
     StepContext,
 )
 from topkbench.methods.learning import check_ready
+from topkbench.models import speculation
 from topkbench.models.cache_watch import LengthReader, Lengths, is_decode_cache
 from topkbench.models.compat import (
     AttentionCall,
@@ -34,7 +35,6 @@ from topkbench.models.compat import (
     register_attention,
     sdpa_attention_forward,
     speculate_queries,
-    speculation_unsupported_reason,
     using_attention,
     watching_caches,
 )
@@ -46,9 +46,10 @@ from topkbench.models.step_guard import StepGuard
 IMPLEMENTATION = "topkbench"
 """The name under which our attention function is registered with transformers."""
 
-# Attention inputs that a decode step here cannot honour: sink logits, biases, paged caches and the
-# model's own selections.
-_OTHER_INPUTS = ("s_aux", "position_bias", "cache", "indices")
+# The tensors besides queries, keys, values and mask that an attention function may be passed: they
+# do not change its result. Others (sink logits, biases, bounds of packed texts, the model's own
+# selections) would, and a decode step here cannot honour them.
+_WITHOUT_EFFECT = {"position_ids", "cache_position"}
 
 # The session of each attention module: transformers passes the attention function only the module.
 _SESSIONS: "WeakKeyDictionary[nn.Module, Session]" = WeakKeyDictionary()
@@ -196,10 +197,9 @@ class Session:
             )
         check_ready(self.method, self.geometry, self.policy)
         self._speculates = PREVIOUS_QUERY in method.traits.needs | observer.needs
-        for module in self.modules if self._speculates else ():
-            reason = speculation_unsupported_reason(module)
-            if reason is not None:
-                raise ValueError(reason)
+        reason = speculation.unsupported_reason(model) if self._speculates else None
+        if reason is not None:
+            raise ValueError(reason)
         self.partial = partial_layers(model)
         self.dense = self._dense_layers()
         if method.selects and len(self.dense) == self.geometry.num_layers:
@@ -411,8 +411,8 @@ def _attention(
     Keys and values are ``[B, Hkv, n, d]``, not repeated for the query heads.
     """
     options = {name: value for name, value in options.items() if not is_cache(value)}
-    for name in _OTHER_INPUTS:
-        if options.get(name) is not None:
+    for name, option in options.items():
+        if isinstance(option, Tensor) and name not in _WITHOUT_EFFECT:
             raise ValueError(
                 f"attach supports attention of queries, keys and values only, and "
                 f"{type(module).__name__} also passes {name}."

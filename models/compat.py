@@ -314,6 +314,9 @@ def speculate_queries(
 ) -> Tensor:
     """Return the post-RoPE queries that an attention module computes from another layer's input.
 
+    It repeats what the forward of Llama's, Qwen's, Phi-3's and similar modules does to a query;
+    ``speculation.unsupported_reason`` checks whether a model's modules do the same.
+
     Args:
         module: The attention module whose query projection is applied.
         hidden_states: ``[B, m, hidden]`` normed input of an earlier layer's attention.
@@ -341,18 +344,6 @@ def speculate_queries(
     rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
     rotated: Tensor = rotate(queries, queries, cosines, sines)[0]
     return rotated
-
-
-def speculation_unsupported_reason(module: nn.Module) -> str | None:
-    """Return one sentence saying why a module's queries cannot be speculated, or None."""
-    has_projection = hasattr(module, "q_proj") or hasattr(module, "qkv_proj")
-    rotates = hasattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb")
-    if has_projection and rotates and hasattr(module, "head_dim"):
-        return None
-    return (
-        f"queries can be speculated only if attention has q_proj or qkv_proj and rotary positions, "
-        f"which {type(module).__name__} has not."
-    )
 
 
 # Changes of caches --------------------------------------------------------------------------------
