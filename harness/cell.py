@@ -76,7 +76,7 @@ def prepare_method(
         refit: Fit even if there is an artifact, and replace the one in ``artifact_dir``.
 
     Returns:
-        The artifact, or None if the method learns nothing.
+        The artifact, or None if the method learns nothing, or cannot run in the model.
 
     Raises:
         ValueError: If the method does not support the model, or the artifact is damaged or was
@@ -84,6 +84,8 @@ def prepare_method(
     """
     spec = artifact_spec(loaded, method, texts)
     if spec is None or not isinstance(method, LearningMethod):
+        return None
+    if _speculation_unsupported_reason(loaded, method) is not None:
         return None
     folder = Path(artifact_dir).expanduser()
     path = None if refit else artifact.find(spec, (folder, *loaded.artifact_folders))
@@ -144,8 +146,8 @@ def run_cell(context: Context, task: Task) -> Outcome:
             f"at least one layer must be left to {method.name}, but the policy and the design of "
             f"{context.loaded.name} keep all of them dense."
         )
-    if reason is None and task.uses_model and PREVIOUS_QUERY in method.traits.needs:
-        reason = speculation.unsupported_reason(context.loaded.model)
+    if reason is None and task.uses_model:
+        reason = _speculation_unsupported_reason(context.loaded, method)
     if reason is not None:
         return Outcome([TaskRow("mean", status="skipped", reason=reason)], [])
     context = replace(context, method=resolved)
@@ -158,6 +160,13 @@ def run_cell(context: Context, task: Task) -> Outcome:
         if type(error) is RuntimeError and "can't allocate memory" not in str(error):
             raise  # torch has no separate exception class for running out of CPU memory
         return Outcome([TaskRow("mean", status="out_of_memory", reason=_sentence(error))], [])
+
+
+def _speculation_unsupported_reason(loaded: LoadedModel, method: AnyMethod) -> str | None:
+    """Return why a model's queries cannot be speculated; None if they can or need not be."""
+    if PREVIOUS_QUERY not in method.traits.needs:
+        return None
+    return speculation.unsupported_reason(loaded.model)
 
 
 def environment(loaded: LoadedModel) -> dict[str, Any]:

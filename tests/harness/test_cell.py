@@ -23,9 +23,11 @@ from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.h2o import H2O
 from topkbench.methods.hata import HATA
+from topkbench.methods.infinigen import InfiniGen
 from topkbench.methods.policy import Policy
 from topkbench.methods.snapkv import SnapKV
 from topkbench.methods.streaming_llm import StreamingLLM
+from topkbench.models import speculation
 from topkbench.models.attach import attach
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
@@ -89,6 +91,19 @@ def test_a_method_that_frees_tokens_is_skipped_for_a_policy_per_query_head(
         attach(loaded.model, made, policy),
     ):
         pass
+
+
+def test_a_model_whose_queries_cannot_be_speculated_is_skipped_before_anything_is_fitted(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "a layer's queries must be those that Llama's attention would compute."
+    monkeypatch.setattr(speculation, "unsupported_reason", lambda model: reason)
+    method = InfiniGen()
+    assert prepare_method(loaded, method, TEXTS, tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+    outcome = run(loaded, store, tmp_path, method)
+    assert outcome.rows == [TaskRow("mean", {}, "skipped", reason)]
+    assert store.forwards == 0
 
 
 def test_an_unsupported_model_is_skipped_with_a_reason(

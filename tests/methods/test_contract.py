@@ -388,6 +388,30 @@ def test_an_undone_append_can_be_repeated(
     assert torch.equal(steps[0].selection.indices, steps[2].selection.indices)
 
 
+@pytest.mark.parametrize("ends", [None, int32(40, 33, 38)])
+def test_rows_taken_select_what_they_selected(
+    selecting: AnyMethod, states: States, build: Build, ends: Tensor | None
+) -> None:
+    """A cache's rows may be reordered, repeated or left out, and the index takes them along."""
+    (queries, keys, values), rows = states(3, 40), torch.tensor([2, 0, 0, 1])
+    steps = []
+    for taken in (torch.arange(3), rows):
+        index = build(selecting, keys, values, None, ends, capacity=41)
+        if len(taken) > 3:
+            for shared in {id(one): one for one in vars(index).values()}.values():
+                if hasattr(shared, "take_rows") and not isinstance(shared, Index):
+                    shared.take_rows(taken)
+            index.take_rows(taken)
+        view = CacheView(keys[taken], values[taken], None, None if ends is None else ends[taken])
+        steps.append(selecting.step(index, StepContext(queries[taken], view, Policy(k=20), SCALE)))
+    before, after = steps
+    torch.testing.assert_close(after.out, before.out[rows])
+    assert before.selection is not None
+    assert after.selection is not None
+    kept_before = before.selection.slots(CacheView(keys, values, None, ends))
+    assert torch.equal(after.selection.slots(view), kept_before[rows])
+
+
 def test_appending_beyond_capacity_is_refused(
     selecting: AnyMethod, states: States, build: Build
 ) -> None:

@@ -145,3 +145,14 @@ def test_an_index_gets_the_layers_scale_and_softcap(
     with attach(models["gemma2"], Recording(), Policy(k=16)):
         models["gemma2"].generate(prompt(1), **GREEDY)
     assert received == [(1, pytest.approx(24**-0.5), 2.0)]
+
+
+@pytest.mark.parametrize("name", ["s_aux", "sinks", "position_bias", "cu_seq_lens_q"])
+def test_attention_with_other_inputs_is_refused(
+    llama: PreTrainedModel, prompt: Make, name: str
+) -> None:
+    """Whatever a model passes to its attention function, a decode step must not ignore."""
+    message = f"attention of queries, keys and values only, and LlamaAttention also passes {name}"
+    block = attach(llama, ExactTopK(), Policy(k=16))
+    with block, torch.no_grad(), pytest.raises(ValueError, match=message):
+        llama(prompt(), **{name: torch.zeros(4)})
