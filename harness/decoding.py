@@ -1,5 +1,6 @@
 """The decoding loop that all methods share: prefill once, then decode step by step."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -115,10 +116,10 @@ def tokenise_all(
 
 
 def batches(prompts: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:
-    """Group prompts of one sub-task and question length, at most ``batch_size`` to a batch."""
-    groups: dict[tuple[str, int], list[Prompt]] = {}
+    """Group prompts by sub-task, at most ``batch_size`` to a batch."""
+    groups: dict[str, list[Prompt]] = {}
     for prompt in prompts:
-        groups.setdefault((prompt.sample.subtask, len(prompt.decode_ids)), []).append(prompt)
+        groups.setdefault(prompt.sample.subtask, []).append(prompt)
     return [
         group[begin : begin + batch_size]
         for group in groups.values()
@@ -146,8 +147,8 @@ class Decoder:
     Args:
         loaded: The model.
         store: Stores the prompts' prefills.
-        prompts: A batch whose rows have the same number of question tokens to decode.
-        new_tokens: Cache slots for tokens after the question.
+        prompts: A batch.
+        new_tokens: Cache slots for tokens after the longest question.
         needs: What the method needs beyond keys and values.
 
     Attributes:
@@ -172,7 +173,7 @@ class Decoder:
         self.prompts = prompts
         self.prefill_ms = [states.milliseconds for states in prefills]
         self.needs_ms = [states.needs_ms(needs) for states in prefills]
-        free_slots = len(prompts[0].decode_ids) + new_tokens
+        free_slots = max(len(prompt.decode_ids) for prompt in prompts) + new_tokens
         self.cache = DecodeCache(prefills, free_slots, layer_devices(loaded.model))
         self.first_logits = torch.stack([states.logits for states in prefills]).to(self.device)
         self.lengths: list[int] = []
@@ -208,37 +209,61 @@ class Decoder:
         return token_logits(self.loaded.model, tokens[:, None], self.cache, self.cache.positions)
 
     def read_question(self) -> Tensor:
-        """Decode the question's tokens; return the logits after the last, ``[B, vocabulary]``."""
+        """Decode the question's tokens; return the logits after the last, ``[B, vocabulary]``.
+
+        Raises:
+            ValueError: If the rows' questions differ in length.
+        """
+        return self.teacher_force([()] * len(self.prompts))
+
+    def teacher_force(self, answers: Sequence[Sequence[int]]) -> Tensor:
+        """Decode the questions, then the given answers instead of predictions.
+
+        Returns:
+            The logits after the last token, ``[B, vocabulary]``.
+
+        Raises:
+            ValueError: If the rows differ in the number of tokens.
+        """
+        given = [
+            [*prompt.decode_ids, *answer]
+            for prompt, answer in zip(self.prompts, answers, strict=True)
+        ]
+        if len({len(row) for row in given}) > 1:
+            raise ValueError(
+                "rows that are forced must have the same number of tokens, got "
+                f"{list(map(len, given))}."
+            )
         logits = self.first_logits
-        question = torch.tensor([prompt.decode_ids for prompt in self.prompts], device=self.device)
-        for column in range(question.shape[1]):
-            logits = self.check(self.step(question[:, column]))
+        for column in torch.tensor(given, dtype=torch.long, device=self.device).unbind(1):
+            logits = self.check(self.step(column))
         return logits
 
     def generate(self) -> list[list[int]]:
-        """Decode the question, then answer greedily; return each row's tokens, without the EOS."""
+        """Decode the questions, then answer greedily; return each row's tokens, without the EOS.
+
+        A row whose question is shorter begins its answer earlier.
+        """
         eos = eos_ids(self.loaded)
-        limits = [prompt.sample.max_new_tokens for prompt in self.prompts]
         answers: list[list[int]] = [[] for _ in self.prompts]
-        done = [limit == 0 for limit in limits]
-        tokens = self.read_question().argmax(-1)
-        while True:
-            for row, token in enumerate(tokens.tolist()):
-                if not done[row] and token in eos:
+        done = [prompt.sample.max_new_tokens == 0 for prompt in self.prompts]
+        logits = self.first_logits
+        for position in itertools.count():
+            tokens = logits.argmax(-1).tolist()
+            is_asking = False
+            for row, prompt in enumerate(self.prompts):
+                if position < len(prompt.decode_ids):
+                    tokens[row], is_asking = prompt.decode_ids[position], True
+                elif not done[row] and tokens[row] in eos:
                     done[row] = True
                 elif not done[row]:
-                    answers[row].append(token)
-                    done[row] = len(answers[row]) >= limits[row]
-            if all(done):
-                return answers
-            tokens = self.check(self.step(tokens), done).argmax(-1)
-
-    def teacher_force(self, answers: Sequence[Sequence[int]]) -> None:
-        """Decode the question, then the given answers (of equal length) instead of predictions."""
-        self.read_question()
-        forced = torch.tensor([list(answer) for answer in answers], device=self.device)
-        for column in range(forced.shape[1]):
-            self.check(self.step(forced[:, column].long()))
+                    answers[row].append(tokens[row])
+                    done[row] = len(answers[row]) >= prompt.sample.max_new_tokens
+            if all(done) and not is_asking:
+                break
+            step = self.step(torch.tensor(tokens, device=self.device))
+            logits = self.check(step, done)
+        return answers
 
 
 def eos_ids(loaded: LoadedModel) -> frozenset[int]:

@@ -156,14 +156,40 @@ def test_teacher_forcing_puts_the_given_tokens_into_the_cache(
     )
 
 
-def test_batches_do_not_mix_question_lengths_or_subtasks() -> None:
+def test_batches_do_not_mix_subtasks() -> None:
     def made(name: str, subtask: str, question: int) -> Prompt:
         return Prompt(sample("x", name, subtask), (1, 2), tuple(range(question)))
 
     all_prompts = [made("a", "vt", 3), made("b", "vt", 4), made("c", "vt", 3), made("d", "cwe", 3)]
     all_prompts += [made("e", "vt", 3)]
     names = [[one.sample.sample_id for one in group] for group in batches(all_prompts, 2)]
-    assert names == [["a", "c"], ["e"], ["b"], ["d"]]
+    assert names == [["a", "b"], ["c", "e"], ["d"]]
+
+
+@pytest.mark.parametrize("method", [FullAttention(), ExactTopK(), Quest(page_size=4)])
+def test_questions_of_a_batch_may_differ_in_length(
+    loaded: LoadedModel, store: PrefillStore, method: AnyMethod
+) -> None:
+    """A row whose question is shorter answers while the others are still read."""
+    (first, second, third) = prompts(loaded, "sparse")
+    batch = [
+        first,
+        replace(second, decode_ids=second.decode_ids[:2]),
+        replace(third, decode_ids=third.decode_ids * 3),
+    ]
+    alone = [answer(loaded, store, [prompt], method, 16)[0] for prompt in batch]
+    assert answer(loaded, store, batch, method, 16) == alone
+    assert min(map(len, alone)) > 0
+
+
+def test_forced_rows_must_have_the_same_number_of_tokens(
+    loaded: LoadedModel, store: PrefillStore
+) -> None:
+    (first, second, _) = prompts(loaded, "sparse")
+    decoder = Decoder(loaded, store, [first, second], 2)
+    longer = [*range(len(first.decode_ids) - len(second.decode_ids) + 2)]
+    with pytest.raises(ValueError, match="rows that are forced must have the same number of"):
+        decoder.teacher_force([[5], [5, 6, *longer]])
 
 
 def test_few_prompts_are_spread_over_the_subtasks() -> None:
