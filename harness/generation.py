@@ -1,27 +1,29 @@
 """Tasks whose samples are questions with known answers.
 
-A cell makes three passes over its prompts: it generates and scores the answers (in batches), times
-decode steps (one prompt at a time, full attention and the method in turn), and measures the quality
-of the selections (untimed). Each result is stored under its own key, so a pass runs again only if
+On each batch of prompts a cell generates and scores the answers, times decode steps (one prompt at
+a time, full attention and the method in turn), and measures the quality of the selections
+(untimed). Each of these parts is stored under its own key, so it is measured again only if
 something that it depends on has changed.
 """
 
 import statistics
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
+
+import torch
 
 from topkbench.harness.decoding import (
     Decoder,
     Prompt,
     Question,
-    batches,
     spread_over_subtasks,
     tokenise_all,
 )
-from topkbench.harness.quality import SelectionMeter
+from topkbench.harness.quality import MEASURES, SelectionMeter
 from topkbench.harness.reads import (
+    ReadCount,
     ReadCounter,
     Reads,
     accounting,
@@ -29,14 +31,15 @@ from topkbench.harness.reads import (
     no_sparse_step_reason,
 )
 from topkbench.harness.samples import Sample, string_match_all, string_match_part
-from topkbench.harness.speed import speed
-from topkbench.harness.task import Context, Outcome, Task, TaskRow
+from topkbench.harness.speed import speed_of, time_prompt
+from topkbench.harness.sweep import Plan, PromptTask, Record
+from topkbench.harness.task import Context, Outcome, TaskRow
 from topkbench.methods.base import check_whole
 from topkbench.models.load import LoadedModel
 
 
 @dataclass(kw_only=True)
-class GenerationTask(Task):
+class GenerationTask(PromptTask):
     """A task whose samples are questions with known answers, scored by string match.
 
     Attributes:
@@ -69,56 +72,81 @@ class GenerationTask(Task):
     def samples(self, loaded: LoadedModel) -> list[Sample]:
         """Return the samples for a model; the same for every method."""
 
-    def run(self, context: Context) -> Outcome:
-        prompts = tokenise_all(context.loaded, self.samples(context.loaded), self.question)
-        k = context.effective_policy.k
-        sparse_prompts = prompts
-        if context.method.selects:
-            sparse_prompts = [prompt for prompt in prompts if prompt.most_cached > k]
-            if not sparse_prompts:
-                longest = max(prompt.most_cached for prompt in prompts)
-                reason = no_sparse_step_reason(k, longest)
-                return Outcome([TaskRow("mean", {}, "skipped", reason)], [])
-        answered = context.keep("answers", lambda: self._answer(context, prompts))
-        samples, counts = answered["samples"], answered["subtasks"]
-        if context.method.selects and not any(one["steps_taken"] for one in counts.values()):
-            longest = max(one["longest"] for one in counts.values())
-            reason = no_sparse_step_reason(k, longest)
+    def tokenised(self, loaded: LoadedModel) -> list[Prompt]:
+        return tokenise_all(loaded, self.samples(loaded), self.question)
+
+    def plan(self, context: Context, prompts: Sequence[Prompt]) -> Plan | Outcome:
+        k, selects = context.effective_policy.k, context.method.selects
+        # A step over at most k tokens selects nothing, so it is neither timed nor judged.
+        sparse = [prompt for prompt in prompts if prompt.most_cached > k or not selects]
+        if not sparse:
+            longest = max(prompt.most_cached for prompt in prompts)
+            return Outcome([TaskRow("mean", {}, "skipped", no_sparse_step_reason(k, longest))], [])
+        parts = {"answers": prompts}
+        timed = [prompt for prompt in sparse if prompt.num_tokens >= k or not selects]
+        if self.timed_prompts and timed:
+            parts["speed"] = spread_over_subtasks(timed, self.timed_prompts)
+        # A method that frees tokens cannot be compared with full attention over all of them.
+        if self.judged_prompts and selects and not context.method.compacts:
+            parts["selections"] = spread_over_subtasks(sparse, self.judged_prompts)
+        return Plan(
+            {
+                part: frozenset(prompt.sample.sample_id for prompt in chosen)
+                for part, chosen in parts.items()
+            }
+        )
+
+    def measure(self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]) -> Record:
+        if part == "answers":
+            return answer(replace(context, method=context.answering), prompts)
+        if part == "speed":
+            num_timed = len(plan.parts[part])
+            return {"prompts": [time_prompt(context, prompt, num_timed) for prompt in prompts]}
+        return {"prompts": [measure_selection(context, prompt) for prompt in prompts]}
+
+    def outcome(
+        self,
+        context: Context,
+        plan: Plan,
+        prompts: Sequence[Prompt],
+        records: Mapping[str, Sequence[Record]],
+    ) -> Outcome:
+        selects, k = context.method.selects, context.effective_policy.k
+        samples = [sample for record in records["answers"] for sample in record["samples"]]
+        order = {prompt.sample.sample_id: position for position, prompt in enumerate(prompts)}
+        samples.sort(key=lambda one: order[one["sample_id"]])
+        counts: dict[str, ReadCount] = {}
+        for record in records["answers"]:
+            counts.setdefault(record["subtask"], ReadCount()).add(ReadCount(**record["count"]))
+        if selects and not any(one.taken for one in counts.values()):
+            reason = no_sparse_step_reason(k, max(one.longest for one in counts.values()))
             return Outcome([TaskRow("mean", {}, "skipped", reason)], [])
-        prompts, samples = list(prompts), list(samples)
         rows = []
         # In a sub-task without a step over more than k tokens the method did nothing: the sub-task
         # is skipped, and the mean is over the others.
-        for subtask, count in counts.items() if context.method.selects else ():
-            if not count["steps_taken"]:
-                reason = no_sparse_step_reason(k, count["longest"])
-                rows.append(TaskRow(subtask, {}, "skipped", reason))
-                prompts = [one for one in prompts if one.sample.subtask != subtask]
-                samples = [one for one in samples if one["subtask"] != subtask]
-        counts = {one["subtask"]: counts[one["subtask"]] for one in samples}
-        densities = [one["density"] for one in counts.values() if one["density"] is not None]
+        for subtask in [name for name, one in counts.items() if selects and not one.taken]:
+            reason = no_sparse_step_reason(k, counts.pop(subtask).longest)
+            rows.append(TaskRow(subtask, {}, "skipped", reason))
+        prompts = [one for one in prompts if one.sample.subtask in counts]
+        samples = [one for one in samples if one["subtask"] in counts]
+        densities = [one.density for one in counts.values() if one.density is not None]
         density = statistics.fmean(densities) if densities else None
-        reads = [Reads(**one["reads"]) for one in counts.values() if one["reads"] is not None]
+        reads = [one.step_reads for one in counts.values() if one.step_reads is not None]
         shared: dict[str, Any] = {"batch_size": 1, "density": density}
-        if context.method.selects:
-            shared["sparse_step_share"] = statistics.fmean(
-                one["sparse_step_share"] for one in counts.values()
-            )
-        lengths = (len(prompt.prefill_ids) + len(prompt.decode_ids) for prompt in prompts)
-        shared |= accounting(context, round(statistics.fmean(lengths)), Reads.mean(reads))
+        if selects:
+            shares = [one.share_taken for one in counts.values() if one.share_taken is not None]
+            shared["sparse_step_share"] = statistics.fmean(shares)
+        mean_length = statistics.fmean(prompt.num_tokens for prompt in prompts)
+        shared |= accounting(context, round(mean_length), Reads.mean(reads))
         shared["density_all"] = density_of_all_layers(context, shared["kv_len"], density)
-        # A step over at most k tokens selects nothing, so it is not timed or measured.
-        timed = [prompt for prompt in sparse_prompts if prompt.num_tokens >= k]
-        if self.timed_prompts and (timed or not context.method.selects):
-            timed = spread_over_subtasks(timed or prompts, self.timed_prompts)
-            bytes_read = shared["bytes_read_per_step"]
-            shared |= context.keep("speed", lambda: speed(context, timed, bytes_read))
-        # A method that frees tokens cannot be compared with full attention over all of them.
-        if self.judged_prompts and context.method.selects and not context.method.compacts:
-            measured = spread_over_subtasks(sparse_prompts, self.judged_prompts)
-            shared |= context.keep("selections", lambda: measure_selection(context, measured))
+        if records.get("speed"):
+            timed = [one for record in records["speed"] for one in record["prompts"]]
+            shared |= speed_of(context, timed, shared["bytes_read_per_step"])
+        if records.get("selections"):
+            judged = [one for record in records["selections"] for one in record["prompts"]]
+            shared |= selection_means(judged)
         scored = []
-        for subtask in counts:
+        for subtask, count in counts.items():
             scores = [one["score"] for one in samples if one["subtask"] == subtask]
             values: dict[str, Any] = {
                 "score": statistics.fmean(scores),
@@ -126,69 +154,65 @@ class GenerationTask(Task):
             }
             # Columns that identify a configuration are in all rows of a cell.
             values |= {name: shared.get(name) for name in ("batch_size", "kv_len", "full_backend")}
-            values["density"] = counts[subtask]["density"]
-            if context.method.selects:
-                values["sparse_step_share"] = counts[subtask]["sparse_step_share"]
+            values["density"] = count.density
+            if selects:
+                values["sparse_step_share"] = count.share_taken
             scored.append(TaskRow(subtask, values))
         mean = statistics.fmean(row.values["score"] for row in scored)
         scored.append(TaskRow("mean", {"score": mean, "num_samples": len(samples), **shared}))
         return Outcome([*rows, *scored], samples)
 
-    def _answer(self, context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """Decode all prompts; return scored samples and each sub-task's counts, as plain values.
 
-        Full attention always answers with the same kernel, whatever backend it is timed with.
-        """
-        context = replace(context, method=context.answering)
-        for prompt in context.track(prompts, "prefill"):
-            context.store.get(prompt.prefill_ids, context.method.traits.needs)
-        tokenizer = context.loaded.tokenizer
-        counters: dict[str, ReadCounter] = {}
-        samples = []
-        label = context.method.name
-        for batch in context.track(batches(prompts, self.batch_size), label):
-            most_new = max(prompt.sample.max_new_tokens for prompt in batch)
-            needs = context.method.traits.needs
-            decoder = Decoder(context.loaded, context.store, batch, most_new + 1, needs)
-            counter = counters.setdefault(batch[0].sample.subtask, ReadCounter())
-            with context.attached(decoder, context.method, counter) as session:
-                answers = decoder.generate()
-            counter.steps.add(session.count)
-            counter.longest = max(counter.longest, *decoder.lengths, 0)
-            for prompt, tokens, milliseconds in zip(
-                batch, answers, decoder.prefill_ms, strict=True
-            ):
-                sample = prompt.sample
-                prediction = str(tokenizer.decode(tokens, skip_special_tokens=True))
-                match = string_match_part if sample.subtask.startswith("qa") else string_match_all
-                samples.append(
-                    {
-                        "sample_id": sample.sample_id,
-                        "subtask": sample.subtask,
-                        "length": len(prompt.prefill_ids) + len(prompt.decode_ids),
-                        "score": match(prediction, sample.answers),
-                        "prediction": prediction,
-                        "references": list(sample.answers),
-                        "num_generated": len(tokens),
-                        "tokens": tokens,
-                        "prefill_ms": milliseconds,
-                    }
-                )
-        order = {prompt.sample.sample_id: position for position, prompt in enumerate(prompts)}
-        samples.sort(key=lambda one: order[one["sample_id"]])
-        return {
-            "samples": samples,
-            "subtasks": {subtask: counter.as_dict() for subtask, counter in counters.items()},
-        }
+def answer(context: Context, prompts: Sequence[Prompt]) -> Record:
+    """Decode a batch of one sub-task; return its scored samples and what its steps read.
+
+    Full attention always answers with the same kernel, whatever backend it is timed with: the
+    context's method is the one that answers.
+    """
+    tokenizer = context.loaded.tokenizer
+    most_new = max(prompt.sample.max_new_tokens for prompt in prompts)
+    needs = context.method.traits.needs
+    decoder = Decoder(context.loaded, context.store, prompts, most_new + 1, needs)
+    counter = ReadCounter()
+    with context.attached(decoder, context.method, counter) as session:
+        answers = decoder.generate()
+    counter.add_steps(session.count, decoder.lengths)
+    samples = []
+    for prompt, tokens, milliseconds in zip(prompts, answers, decoder.prefill_ms, strict=True):
+        sample = prompt.sample
+        prediction = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        match = string_match_part if sample.subtask.startswith("qa") else string_match_all
+        samples.append(
+            {
+                "sample_id": sample.sample_id,
+                "subtask": sample.subtask,
+                "length": prompt.num_tokens,
+                "score": match(prediction, sample.answers),
+                "prediction": prediction,
+                "references": list(sample.answers),
+                "num_generated": len(tokens),
+                "tokens": tokens,
+                "prefill_ms": milliseconds,
+            }
+        )
+    subtask = prompts[0].sample.subtask
+    return {"subtask": subtask, "samples": samples, "count": asdict(counter.count)}
 
 
-def measure_selection(context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Measure the quality of the method's selections while it decodes full attention's answers."""
-    meter = SelectionMeter()
-    for prompt in context.track(prompts, "selections"):
-        answer = context.full_answer(prompt)
-        needs = context.method.traits.needs
-        decoder = Decoder(context.loaded, context.store, [prompt], len(answer) + 1, needs)
-        with context.attached(decoder, context.method, meter):
-            decoder.teacher_force([answer])
-    return dict(meter.means())
+def measure_selection(context: Context, prompt: Prompt) -> dict[str, list[float]]:
+    """Measure the method's selections at each step and layer while it decodes full's answer."""
+    meter, given = SelectionMeter(), context.full_answer(prompt)
+    needs = context.method.traits.needs
+    decoder = Decoder(context.loaded, context.store, [prompt], len(given) + 1, needs)
+    with context.attached(decoder, context.method, meter):
+        decoder.teacher_force([given])
+    return meter.values()
+
+
+def selection_means(judged: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float | None]:
+    """Return the mean of each measure of selection quality over steps and layers of all prompts."""
+    means: dict[str, float | None] = {}
+    for name in MEASURES:
+        values = [value for one in judged for value in one[name]]
+        means[name] = torch.tensor(values).mean().item() if values else None
+    return means

@@ -113,6 +113,10 @@ def check_finite(result: StepResult, layer: int) -> None:
         )
 
 
+MEASURES = ("recall_at_k", "attention_mass", "output_rel_error")
+"""The measures of selection quality that rows have."""
+
+
 @dataclass
 class SelectionMeter(Observer):
     """Measures selection quality at an attached method's steps over more than ``k`` tokens."""
@@ -126,14 +130,11 @@ class SelectionMeter(Observer):
         reference = DenseReference.of(context)
         self.measured.append((context.layer, quality(reference, context, result)))
 
-    def means(self) -> dict[str, float | None]:
-        """Return each measure's mean over steps, layers and heads; None without steps."""
-        names = ("recall_at_k", "attention_mass", "output_rel_error")
-        if not self.measured:
-            return dict.fromkeys(names)
+    def values(self) -> dict[str, list[float]]:
+        """Return each measure's mean over rows and heads, by step and layer."""
         return {
-            name: torch.stack([getattr(one, name).mean() for _, one in self.measured]).mean().item()
-            for name in names
+            name: [getattr(one, name).mean().item() for _, one in self.measured]
+            for name in MEASURES
         }
 
 

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from topkbench.harness.quality import check_finite
@@ -41,39 +41,35 @@ class Reads:
         return cls(tokens, statistics.fmean(scanned) if scanned else None)
 
 
-class ReadCounter(Observer):
-    """Counts what a KV head reads in the sparse layers of decode steps.
+@dataclass
+class ReadCount:
+    """What decode steps read, summed over steps and layers.
 
     Attributes:
-        steps: Decode steps by layer, those that went through the method and those that did not; the
-            caller adds the session's.
-        longest: Most cached tokens at any step; the caller takes them from the decoder.
+        layer_steps: Steps of the layers in which the method selects; each counts once per layer.
+        read: Distinct tokens that a KV head read, summed over these.
+        scanned: Index entries that it read, likewise; None if they do not depend on the data.
+        cached: Cached tokens, likewise.
+        taken: Steps of single layers with a selection among more than ``k`` tokens.
+        all_steps: Steps of all layers.
+        longest: Most cached tokens at any step.
     """
 
-    def __init__(self) -> None:
-        self.steps = StepCount()
-        self.longest = 0
-        self.layer_steps = 0  # each step counts once per layer
-        self.read = 0.0
-        self.scanned: float | None = None
-        self.cached = 0.0
+    layer_steps: int = 0
+    read: float = 0.0
+    scanned: float | None = None
+    cached: float = 0.0
+    taken: int = 0
+    all_steps: int = 0
+    longest: int = 0
 
-    def on_step(self, context: StepContext, result: StepResult) -> None:
-        check_finite(result, context.layer)
-        cache = context.cache
-        start, end = cache.bounds()
-        cached = (end - start).double().mean().item()
-        if cache.freed is not None:
-            cached += cache.freed.double().mean().item()
-        self.layer_steps += 1
-        self.cached += cached
-        if result.selection is None:
-            self.read += cached
-        else:
-            self.read += result.selection.tokens_read(cache).double().mean().item()
-            if result.selection.scanned is not None:
-                scanned = result.selection.scanned.double().mean().item()
-                self.scanned = scanned + (self.scanned or 0.0)
+    def add(self, other: "ReadCount") -> None:
+        """Add the counts of other steps."""
+        for name in ("layer_steps", "read", "cached", "taken", "all_steps"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        if other.scanned is not None:
+            self.scanned = other.scanned + (self.scanned or 0.0)
+        self.longest = max(self.longest, other.longest)
 
     @property
     def density(self) -> float | None:
@@ -90,16 +86,44 @@ class ReadCounter(Observer):
             None if self.scanned is None else self.scanned / self.layer_steps,
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the counts as plain values that JSON can hold."""
-        reads = self.step_reads
-        return {
-            "density": self.density,
-            "reads": None if reads is None else asdict(reads),
-            "steps_taken": self.steps.taken.total(),
-            "sparse_step_share": self.steps.share_taken,
-            "longest": self.longest,
-        }
+    @property
+    def share_taken(self) -> float | None:
+        """Share of all layers' steps that the method took; None before the first step."""
+        return self.taken / self.all_steps if self.all_steps else None
+
+
+class ReadCounter(Observer):
+    """Counts what a KV head reads in the sparse layers of decode steps.
+
+    Attributes:
+        count: The counts so far, without the steps' own, which the caller adds.
+    """
+
+    def __init__(self) -> None:
+        self.count = ReadCount()
+
+    def on_step(self, context: StepContext, result: StepResult) -> None:
+        check_finite(result, context.layer)
+        cache, count = context.cache, self.count
+        start, end = cache.bounds()
+        cached = (end - start).double().mean().item()
+        if cache.freed is not None:
+            cached += cache.freed.double().mean().item()
+        count.layer_steps += 1
+        count.cached += cached
+        if result.selection is None:
+            count.read += cached
+        else:
+            count.read += result.selection.tokens_read(cache).double().mean().item()
+            if result.selection.scanned is not None:
+                scanned = result.selection.scanned.double().mean().item()
+                count.scanned = scanned + (count.scanned or 0.0)
+
+    def add_steps(self, steps: StepCount, lengths: Sequence[int]) -> None:
+        """Add the counts of a session's steps, and the cached tokens at each."""
+        self.count.taken += steps.taken.total()
+        self.count.all_steps += steps.num_steps
+        self.count.longest = max(self.count.longest, *lengths, 0)
 
 
 def accounting(context: Context, n: int, reads: Reads | None) -> dict[str, Any]:

@@ -28,63 +28,99 @@ class StageTimes(Observer):
         return self.stages(name)
 
 
-def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dict[str, Any]:
-    """Time decode steps of single prompts, full attention and the method in turn.
+def time_prompt(context: Context, prompt: Prompt, num_prompts: int) -> dict[str, Any]:
+    """Time decode steps of one prompt, full attention and the method in turn.
 
-    Times are medians over steps. The first steps of each turn build the index and are discarded as
-    warm-up. With few prompts, each takes more turns, to give enough pairs for a confidence
-    interval. Stages are timed in separate turns, since timers inside a step cost time.
+    The first steps of each turn build the index and are discarded as warm-up. Stages are timed in
+    separate turns, since timers inside a step cost time.
+
+    Args:
+        context: The cell's context.
+        prompt: The prompt.
+        num_prompts: Prompts on which the cell is timed. With few, each takes more turns, to give
+            enough pairs for a confidence interval.
+
+    Returns:
+        The milliseconds of each step by turn, and of each stage, as plain values.
     """
     device = context.loaded.model.device
     load = OtherLoad(device)
-    rounds = max(TIMED_ROUNDS, math.ceil(LEAST_PAIRS / len(prompts)))
+    rounds = max(TIMED_ROUNDS, math.ceil(LEAST_PAIRS / num_prompts))
     per_round = 3 * (WARM_UP_STEPS + TIMED_STEPS)
     turn_ms: dict[str, list[list[float]]] = {"full": [], "method": []}
     stages: dict[str, list[float]] = {}
-    prefill_ms = []
     cache_bytes: list[int] = []
     new_tokens = rounds * per_round + 1
-    for prompt in context.track(prompts, "speed"):
-        decoder = decoder_after_question(context, prompt, new_tokens)
-        prefill_ms += decoder.prefill_ms
-        # Every step decodes the same token, since only the time matters.
-        token = decoder.first_logits.argmax(-1)
-        turns = {"full": context.full, "method": context.method}
-        for _ in range(rounds):
-            for name, method in turns.items():
-                used = decoder
-                if method.compacts:  # it frees tokens that the next turn needs, so use a fresh one
-                    used = decoder_after_question(context, prompt, new_tokens)
-                turn_ms[name].append(_timed_steps(context, used, method, token, Observer()))
-                if name == "method":
-                    cache_bytes.append(used.cache.num_bytes)
-            observer = StageTimes(device)
-            if context.method.compacts:
+    decoder = decoder_after_question(context, prompt, new_tokens)
+    # Every step decodes the same token, since only the time matters.
+    token = decoder.first_logits.argmax(-1)
+    for _ in range(rounds):
+        for name, method in (("full", context.full), ("method", context.method)):
+            used = decoder
+            if method.compacts:  # it frees tokens that the next turn needs, so use a fresh one
                 used = decoder_after_question(context, prompt, new_tokens)
-            _timed_steps(context, used, context.method, token, observer)
-            steps = WARM_UP_STEPS + TIMED_STEPS
-            for stage, milliseconds in observer.stages.times().items():
-                if stage == "build":
-                    # The time to capture what the method needs at prefill counts as build time.
-                    build_ms = sum(milliseconds) + decoder.needs_ms[0]
-                    stages.setdefault(stage, []).append(build_ms)
-                    continue
-                layers = len(milliseconds) // steps  # the layers that have this stage
-                per_step = [
-                    sum(milliseconds[step * layers : (step + 1) * layers])
-                    for step in range(WARM_UP_STEPS, steps)
-                ]
-                stages.setdefault(stage, []).extend(per_step)
-    full = turn_ms["full"] if context.method.selects else None
-    timed = speed_columns(turn_ms["method"], full, load.share())
+            turn_ms[name].append(_timed_steps(context, used, method, token, Observer()))
+            if name == "method":
+                cache_bytes.append(used.cache.num_bytes)
+        observer = StageTimes(device)
+        if context.method.compacts:
+            used = decoder_after_question(context, prompt, new_tokens)
+        _timed_steps(context, used, context.method, token, observer)
+        steps = WARM_UP_STEPS + TIMED_STEPS
+        for stage, milliseconds in observer.stages.times().items():
+            if stage == "build":
+                # The time to capture what the method needs at prefill counts as build time.
+                build_ms = sum(milliseconds) + decoder.needs_ms[0]
+                stages.setdefault(stage, []).append(build_ms)
+                continue
+            layers = len(milliseconds) // steps  # the layers that have this stage
+            per_step = [
+                sum(milliseconds[step * layers : (step + 1) * layers])
+                for step in range(WARM_UP_STEPS, steps)
+            ]
+            stages.setdefault(stage, []).extend(per_step)
+    return {
+        "turn_ms": turn_ms,
+        "stages": stages,
+        "prefill_ms": decoder.prefill_ms[0],
+        "cache_bytes": cache_bytes,
+        "other_load": load.share(),
+        "full_backend": getattr(context.full, "backend", None),
+        "bandwidth": context.bandwidth,
+    }
+
+
+def speed_of(
+    context: Context, timed: Sequence[dict[str, Any]], bytes_read: float
+) -> dict[str, Any]:
+    """Return a row's columns on speed: medians over the steps of all timed prompts.
+
+    Args:
+        context: The cell's context.
+        timed: What `time_prompt` returned for each prompt.
+        bytes_read: Bytes that a step reads.
+    """
+    turns = {
+        name: [turn for one in timed for turn in one["turn_ms"][name]]
+        for name in ("full", "method")
+    }
+    stages: dict[str, list[float]] = {}
+    for one in timed:
+        for stage, milliseconds in one["stages"].items():
+            stages.setdefault(stage, []).extend(milliseconds)
+    loads = [one["other_load"] for one in timed]
+    load = None if None in loads else statistics.fmean(loads)
     columns: dict[str, Any] = {
         "speedup_vs_full": None,
-        **timed,
-        "prefill_ms": statistics.median(prefill_ms),
-        "tokens_per_s": 1e3 / timed["decode_ms_p50"],
-        "full_backend": getattr(context.full, "backend", None),
-        "kv_cache_mib": statistics.fmean(cache_bytes) / 2**20,
+        **speed_columns(turns["method"], turns["full"] if context.method.selects else None, load),
+        "prefill_ms": statistics.median(one["prefill_ms"] for one in timed),
+        "full_backend": timed[0]["full_backend"],
+        "kv_cache_mib": statistics.fmean(
+            num_bytes for one in timed for num_bytes in one["cache_bytes"]
+        )
+        / 2**20,
     }
+    columns["tokens_per_s"] = 1e3 / columns["decode_ms_p50"]
     for stage in ("build", *STAGES):
         columns[f"{stage}_ms"] = statistics.median(stages[stage]) if stage in stages else None
     if not context.method.selects and "full" in stages:
@@ -92,8 +128,9 @@ def speed(context: Context, prompts: Sequence[Prompt], bytes_read: float) -> dic
     attention = sum(columns[f"{stage}_ms"] or 0.0 for stage in STAGES)
     if context.method.selects and "full" in stages:  # the layers that the policy keeps dense
         attention += statistics.median(stages["full"])
-    if context.bandwidth and attention:
-        columns["bandwidth_fraction"] = bytes_read / (attention * 1e-3) / context.bandwidth
+    bandwidth = timed[0]["bandwidth"]
+    if bandwidth and attention:
+        columns["bandwidth_fraction"] = bytes_read / (attention * 1e-3) / bandwidth
     return columns
 
 

@@ -14,19 +14,11 @@ from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
-Keep = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
-"""Takes the name of a part of a cell and a function that computes it; returns the stored or
-computed result."""
 
 
 def no_progress(items: Sequence[Any], label: str) -> Iterable[Any]:
     """Return the items without showing progress."""
     return items
-
-
-def always_compute(part: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Compute a part of a cell, ignoring stored results."""
-    return compute()
 
 
 @dataclass
@@ -44,7 +36,6 @@ class Context:
         bandwidth: Measured memory bandwidth of the machine in bytes per second; None if unknown.
         track: Shows progress over a sequence.
         artifact: What the method has learned; None if it learns nothing or the task fits it.
-        keep: Returns parts of the cell that are stored; computes and stores the others.
     """
 
     loaded: LoadedModel
@@ -56,7 +47,6 @@ class Context:
     bandwidth: float | None = None
     track: Track = no_progress
     artifact: Artifact | None = None
-    keep: Keep = always_compute
 
     @property
     def geometry(self) -> Geometry:

@@ -184,6 +184,10 @@ class PrefillStore:
             _save(states, path)
             return states
 
+    def release(self) -> None:
+        """Drop all states that are in memory."""
+        self._in_memory.clear()
+
     def _path(self, key: str) -> Path:
         """Return a prompt's file, named by everything that its states depend on."""
         if self._identity is None:

@@ -50,10 +50,14 @@ class StepCount:
         self.missed += other.missed
 
     @property
+    def num_steps(self) -> int:
+        """Number of steps, of all layers together."""
+        return self.taken.total() + self.dense.total() + self.missed.total()
+
+    @property
     def share_taken(self) -> float | None:
         """Share of all layers' steps that the method took; None before the first step."""
-        all_steps = self.taken.total() + self.dense.total() + self.missed.total()
-        return self.taken.total() / all_steps if all_steps else None
+        return self.taken.total() / self.num_steps if self.num_steps else None
 
     def require_none_missed(self, method: str, k: int, layers: Iterable[int]) -> None:
         """Raise if a step was missed, or a layer took fewer steps than another.

@@ -213,9 +213,9 @@ class DecodeThroughput(Task):
             session.require_steps(1)
         if not logits.isfinite().all():
             raise NotFiniteError("the logits must be finite, got infinity or NaN.")
-        columns = accounting(context, cache.n, observer.step_reads)
-        columns |= {"density": observer.density}
-        columns["density_all"] = density_of_all_layers(context, cache.n, observer.density)
+        columns = accounting(context, cache.n, observer.count.step_reads)
+        columns |= {"density": observer.count.density}
+        columns["density_all"] = density_of_all_layers(context, cache.n, observer.count.density)
         if session.method.selects:
             columns["sparse_step_share"] = session.count.share_taken
         return columns, sum(observer.stages.times().get("build", ()))

@@ -28,6 +28,7 @@ from hydra.utils import instantiate  # noqa: E402
 
 from topkbench.harness.cell import prepare_method, run_cell  # noqa: E402
 from topkbench.harness.decoding import Decoder, Question, tokenise_all  # noqa: E402
+from topkbench.harness.generation import selection_means  # noqa: E402
 from topkbench.harness.main import make_method  # noqa: E402
 from topkbench.harness.quality import SelectionMeter  # noqa: E402
 from topkbench.harness.task import Context  # noqa: E402
@@ -42,6 +43,7 @@ CELLS = list(itertools.product(METHODS, QUESTIONS, ("unified", "native")))
 K = 64
 SETTINGS = (
     *("task.length=512", "task.subtasks=[niah_multikey,niah_multivalue]", "num_samples=1"),
+    *("task.timed_prompts=0", "task.judged_prompts=0"),
     *(f"k={K}", "rbit=128", "dtype=float32", "tracker=none"),
 )
 COUNTED = ("density", "density_all", "bytes_read_per_step", "index_bytes_per_token")
@@ -97,7 +99,6 @@ class Machine:
             policy=policy,
             full=make_method(compose("config", overrides=["method=full"]).method),
             full_answers=self._full.get(question),
-            keep=lambda part, compute: compute() if part == "answers" else {},
         )
         outcome = run_cell(context, task)
         mean = outcome.rows[-1]
@@ -119,7 +120,7 @@ class Machine:
             decoder = Decoder(self._loaded, self._store, [prompt], new_tokens, method.traits.needs)
             with attach(self._loaded.model, method, policy, recorder):
                 decoder.teacher_force([answer])
-        numbers |= {column: recorder.means().get(column) for column in QUALITY}
+        numbers |= selection_means([recorder.values()])
         return numbers, np.concatenate(recorder.attended or [np.zeros(0, dtype=bool)])
 
 

@@ -111,7 +111,7 @@ def test_quality_and_counter_agree_on_the_tokens_read(selection: Selection | Non
     counter = ReadCounter()
     counter.on_step(step, result)
     found = quality(DenseReference.of(step), step, result)
-    assert counter.density == found.tokens.mean().item() / 4
+    assert counter.count.density == found.tokens.mean().item() / 4
 
 
 def test_slots_outside_a_row_are_neither_exact_nor_selected() -> None:

@@ -60,8 +60,8 @@ def decode(
             ids = {"input_ids": token, "position_ids": cache.positions}
             logits.append(model(**ids, **cache_keyword(model, cache)).logits[:, -1])
             token = logits[-1].argmax(-1, keepdim=True)
-    assert counter.density is not None
-    return torch.stack(logits), cache, counter.density
+    assert counter.count.density is not None
+    return torch.stack(logits), cache, counter.count.density
 
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
