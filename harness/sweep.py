@@ -150,18 +150,14 @@ def run_by_prompts(
         claim: Given the number of a batch, returns a context that is entered while it is measured.
         after: Called with the number of each batch after it was measured.
     """
-    if not cells:
-        return
-    full_answers: dict[str, list[int]] = {}
+    answers: dict[str, list[int]] = {}  # full attention's, whichever cell decodes them
     for cell in cells:
-        if cell.context.method.selects:
-            cell.context = replace(
-                cell.context, full_answers=cell.context.full_answers or full_answers
-            )
-    for number, batch in enumerate(cells[0].batches()):
+        answers |= cell.context.full_answers
+        cell.context = replace(cell.context, full_answers=answers)
+    for number, batch in enumerate(cells[0].batches() if cells else ()):
         if any(cell.missing(number, batch) for cell in cells):
             with claim(number):
-                _run_batch(cells, store, number, batch, full_answers)
+                _run_batch(cells, store, number, batch, answers)
                 store.release()
         after(number)
 
@@ -171,7 +167,7 @@ def _run_batch(
     store: PrefillStore,
     number: int,
     batch: Sequence[Prompt],
-    full_answers: dict[str, list[int]],
+    answers: dict[str, list[int]],
 ) -> None:
     waiting = [cell for cell in cells if cell.missing(number, batch)]
     needs = frozenset[str]().union(*(cell.context.method.traits.needs for cell in waiting))
@@ -185,7 +181,7 @@ def _run_batch(
                 cell.ended = outcome_of(error)
         if not cell.context.method.selects and number in cell.records.get("answers", {}):
             for sample in cell.records["answers"][number]["samples"]:
-                full_answers[sample["sample_id"]] = sample["tokens"]
+                answers[sample["sample_id"]] = sample["tokens"]
 
 
 def outcome_of(error: Exception) -> Outcome:

@@ -31,8 +31,7 @@ class Context:
         method: The method, its artifact loaded.
         policy: Budget and rules, as configured.
         full: Full attention, the baseline for answers and time.
-        full_answers: Full attention's answer tokens by sample id; None if this cell is full
-            attention.
+        full_answers: Full attention's answer tokens by sample id, as far as they are known.
         bandwidth: Measured memory bandwidth of the machine in bytes per second; None if unknown.
         track: Shows progress over a sequence.
         artifact: What the method has learned; None if it learns nothing or the task fits it.
@@ -43,7 +42,7 @@ class Context:
     method: AnyMethod
     policy: Policy
     full: AnyMethod
-    full_answers: Mapping[str, Sequence[int]] | None = None
+    full_answers: dict[str, list[int]] = field(default_factory=dict)
     bandwidth: float | None = None
     track: Track = no_progress
     artifact: Artifact | None = None
@@ -74,13 +73,13 @@ class Context:
         return self.method if self.method.selects else self.answering_full
 
     def full_answer(self, prompt: Prompt) -> list[int]:
-        """Return full attention's answer tokens, decoded here if no full-attention cell has run."""
-        answer = (self.full_answers or {}).get(prompt.sample.sample_id)
-        if answer is not None:
-            return list(answer)
-        decoder = Decoder(self.loaded, self.store, [prompt], prompt.sample.max_new_tokens + 1)
-        with self.attached(decoder, self.answering_full):
-            return decoder.generate()[0]
+        """Return full attention's answer tokens, decoded here if they are not known."""
+        sample = prompt.sample
+        if sample.sample_id not in self.full_answers:
+            decoder = Decoder(self.loaded, self.store, [prompt], sample.max_new_tokens + 1)
+            with self.attached(decoder, self.answering_full):
+                self.full_answers[sample.sample_id] = decoder.generate()[0]
+        return self.full_answers[sample.sample_id]
 
     @contextmanager
     def attached(

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from topkbench.harness.decoding import Decoder, Prompt, tokenise_all
-from topkbench.harness.quality import OffPolicyObserver
+from topkbench.harness.decoding import Decoder, Prompt
+from topkbench.harness.quality import MEASURES, OffPolicyObserver
+from topkbench.harness.sweep import Plan, Record
 from topkbench.harness.task import Context, Outcome, TaskRow, compact_unsupported_reason
 from topkbench.methods.base import AnyMethod, Policy
 from topkbench.tasks.ruler import Ruler
@@ -36,33 +37,45 @@ class SelectionTask(Ruler):
                 f"task.budgets must be one or more values of k of at least 1, got {self.budgets}."
             )
 
-    def run(self, context: Context) -> Outcome:
+    def plan(self, context: Context, prompts: Sequence[Prompt]) -> Plan | Outcome:
+        reason = None
         if not context.method.selects:
             reason = "task=selection needs a method that selects; full attention reads all tokens."
+        elif context.method.compacts:
+            reason = compact_unsupported_reason(self.name)
+        if reason is not None:
             return Outcome([TaskRow("mean", {}, "skipped", reason)], [])
-        if context.method.compacts:
-            return Outcome(
-                [TaskRow("mean", {}, "skipped", compact_unsupported_reason(self.name))], []
-            )
+        return Plan({"selections": frozenset(prompt.sample.sample_id for prompt in prompts)})
+
+    def measure(self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]) -> Record:
         resolved = [context.resolved(k) for k in self.budgets]
-        samples = self.samples(context.loaded)
-        outcome = Outcome(samples=[], rows=[])
-        for prompt in context.track(
-            tokenise_all(context.loaded, samples, self.question), "selection"
-        ):
-            outcome.samples += self._measure(context, prompt, resolved)
+        return {
+            "samples": [
+                one for prompt in prompts for one in self._measure(context, prompt, resolved)
+            ]
+        }
+
+    def outcome(
+        self,
+        context: Context,
+        plan: Plan,
+        prompts: Sequence[Prompt],
+        records: Mapping[str, Sequence[Record]],
+    ) -> Outcome:
+        samples = [one for record in records["selections"] for one in record["samples"]]
+        outcome = Outcome([], samples)
         for k in self.budgets:
-            of_budget = [one for one in outcome.samples if one["k"] == k]
+            of_budget = [one for one in samples if one["k"] == k]
             if not of_budget:
                 reason = f"no decode step had more than k={k} cached tokens to choose from."
                 outcome.rows.append(TaskRow("mean", {"k": k}, "skipped", reason))
                 continue
             means = {
                 name: sum(one[name] for one in of_budget) / len(of_budget)
-                for name in ("recall_at_k", "attention_mass", "output_rel_error", "density")
+                for name in (*MEASURES, "density")
             }
             outcome.rows.append(
-                TaskRow(subtask="mean", values={"k": k, "num_samples": len(samples), **means})
+                TaskRow(subtask="mean", values={"k": k, "num_samples": len(prompts), **means})
             )
         return outcome
 

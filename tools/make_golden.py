@@ -98,7 +98,7 @@ class Machine:
             method=method,
             policy=policy,
             full=make_method(compose("config", overrides=["method=full"]).method),
-            full_answers=self._full.get(question),
+            full_answers=self._full.get(question, {}),
         )
         outcome = run_cell(context, task)
         mean = outcome.rows[-1]

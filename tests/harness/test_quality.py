@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from topkbench.harness.generation import selection_means
 from topkbench.harness.quality import DenseReference, SelectionMeter, quality
 from topkbench.harness.reads import ReadCounter
 from topkbench.methods.base import CacheView, Policy, Selection, StepContext, StepResult
@@ -131,14 +132,14 @@ def test_slots_outside_a_row_are_neither_exact_nor_selected() -> None:
 
 def test_the_meter_takes_the_mean_over_steps_and_layers() -> None:
     meter = SelectionMeter()
-    assert meter.means() == {
+    assert selection_means([meter.values()]) == {
         "recall_at_k": None,
         "attention_mass": None,
         "output_rel_error": None,
     }
     for layer, selection in enumerate((pick(0, 3), pick(0, 1), pick(1, 2))):
         meter.on_step(step_at(2, layer), StepResult(FULL_OUT, None, selection))
-    found = meter.means()
+    found = selection_means([meter.values()])
     assert found["recall_at_k"] == pytest.approx(0.5)
     assert found["attention_mass"] == pytest.approx((0.65 + 0.45 + 0.35) / 3)
     assert found["output_rel_error"] == pytest.approx(0.0, abs=1e-6)

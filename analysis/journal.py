@@ -1,0 +1,174 @@
+"""What a sweep has measured so far, on disk, so that a killed one goes on where it was.
+
+A part of a cell is measured batch by batch. Each writer appends one line per batch to a file of its
+own; when the last batch is in, the lines become the part's file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from topkbench.analysis.files import json_bytes, read_json, translate_os_error, write_atomic
+from topkbench.analysis.row import RecordError
+
+Record = dict[str, Any]
+
+MOST_DEATHS = 3
+"""How often a process may die while it measures the same before the measurement is given up."""
+
+MOST_OOM_DEATHS = 2
+"""The same, if the system has killed processes for want of memory each time."""
+
+
+class DisagreementError(RecordError):
+    """Two processes measured the same and found different results."""
+
+
+class GivenUpError(MemoryError):
+    """A measurement has killed its process too often."""
+
+
+class Journal:
+    """The records of one part of one cell, by number of the batch.
+
+    Args:
+        folder: The part's own folder.
+        same: Returns whether two records of one batch agree.
+    """
+
+    def __init__(self, folder: Path, same: Callable[[Record, Record], bool]) -> None:
+        self._folder = folder
+        self._same = same
+        self._path = folder / f"{socket.gethostname()}-{os.getpid()}.jsonl"
+
+    def read(self) -> dict[int, Record]:
+        """Return all records; a line that was cut off when its writer died is left out.
+
+        Raises:
+            DisagreementError: If two records of one batch differ.
+        """
+        found: dict[int, Record] = {}
+        for path in sorted(self._folder.glob("*.jsonl")):
+            for line in path.read_bytes().split(b"\n"):
+                try:
+                    entry = json.loads(line)
+                    number, record = entry["batch"], entry["record"]
+                except (ValueError, TypeError, KeyError):
+                    continue
+                if number in found and not self._same(found[number], record):
+                    raise DisagreementError(
+                        f"two processes that measure the same must agree, but batch {number} was "
+                        f"measured twice with different results in {self._folder}; run the command "
+                        "again with force=true."
+                    )
+                found.setdefault(number, record)
+        return found
+
+    def append(self, number: int, record: Record) -> None:
+        """Add a record; it is on disk when this returns.
+
+        Raises:
+            NotWritableError: If the folder cannot be written.
+        """
+        line = json.dumps({"batch": number, "record": record}, allow_nan=False)
+        with translate_os_error(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                # The beginning of a line that was cut off by a full disk must not spoil this one.
+                file.write(f"\n{line}\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    @contextlib.contextmanager
+    def measuring(self, number: int) -> Iterator[None]:
+        """Record that a batch is being measured, inside the block, in case this kills the process.
+
+        Raises:
+            GivenUpError: If that has killed its process before, too often.
+        """
+        path = self._folder / f"measuring-{number}.json"
+        before = read_json(path)
+        killed, deaths, oom_deaths = oom_kills(), 0, 0
+        if isinstance(before, dict):
+            deaths = int(before.get("deaths", 0)) + 1
+            was_oom = None not in (killed, before.get("oom_kills")) and killed > before["oom_kills"]
+            oom_deaths = int(before.get("oom_deaths", 0)) + was_oom
+        if deaths >= MOST_DEATHS or oom_deaths >= MOST_OOM_DEATHS:
+            path.unlink(missing_ok=True)  # the next command tries again
+            raise GivenUpError(
+                f"the process was killed {deaths} times while it measured this, "
+                + ("for want of memory." if oom_deaths else "perhaps for want of memory.")
+            )
+        content = {"deaths": deaths, "oom_deaths": oom_deaths, "oom_kills": killed}
+        with translate_os_error(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(json_bytes(content))
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Delete all records."""
+        with translate_os_error(self._folder), contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self._folder)
+
+
+def oom_kills() -> int | None:
+    """Return how many processes Linux has killed for want of memory since it started; else None."""
+    try:
+        found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) if found else None
+
+
+class Claims:
+    """Who measures which batch of a group of cells, so that no two processes measure the same.
+
+    Args:
+        folder: The group's own folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @contextlib.contextmanager
+    def claim(self, number: int, wait: bool) -> Iterator[bool]:
+        """Claim a batch, inside the block; the system releases it if the process dies.
+
+        Args:
+            number: The batch.
+            wait: Whether to wait for another process that measures it.
+
+        Yields:
+            False if another process measures it.
+        """
+        with translate_os_error(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self._folder / f"{number}.lock", timeout=-1 if wait else 0)
+        try:
+            with translate_os_error(self._folder):
+                lock.acquire()
+        except filelock.Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+
+def write_whole(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a part's file."""
+    write_atomic(path, json_bytes(content))
