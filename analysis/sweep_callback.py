@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
@@ -29,6 +30,9 @@ NO_REPORT_STATUS = 2
 FAILED_STATUS = 3
 """Exit status of a sweep in which a cell failed, was wrong, out of memory or interrupted."""
 
+ONE_PER_SWEEP = ("results_dir", "experiment_name")
+"""Settings that name the folder of a sweep."""
+
 
 class ReportCallback(Callback):
     """Builds the report of the folder that Hydra ran in, ``results/<experiment>/<name>/``.
@@ -48,6 +52,14 @@ class ReportCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check a sweep's folder before anything is computed."""
+        given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        for one in given:
+            if one.is_sweep_override() and one.key_or_group in ONE_PER_SWEEP:
+                say_error(
+                    f"{one.key_or_group} must be the same for all cells of a sweep, got "
+                    f"{one.input_line}."
+                )
+                raise SystemExit(1)
         self._begin(config)
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:

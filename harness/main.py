@@ -641,7 +641,7 @@ def main() -> None:
 def run_command() -> None:
     """Run the command that ``sys.argv`` gives."""
     if "--version" in sys.argv[1:]:
-        print(f"topkbench {own_version()}, Hydra {hydra.__version__}")
+        say(f"topkbench {own_version()}, Hydra {hydra.__version__}")
         return
     sys.argv[1:] = settings_first(sys.argv[1:])
     # Hydra then raises the original error, which is printed below in one line.

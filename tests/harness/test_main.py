@@ -732,6 +732,15 @@ def test_a_folder_of_results_without_a_name_is_refused(
     assert not (commands.folder / "cache").exists()
 
 
+@pytest.mark.parametrize("given", ["results_dir=a,b", "experiment_name=x,y"])
+def test_a_sweep_has_one_folder(commands: Commands, given: str) -> None:
+    """Else its report would have no cell, and its status would hide those that failed."""
+    assert commands.run("method=full", given, "-m") == 1
+    name = given.split("=")[0]
+    one_sentence(commands, f"{name} must be the same for all cells of a sweep, got {given}.")
+    assert list((commands.folder / "cwd").iterdir()) == []
+
+
 def test_a_cache_that_cannot_be_written_is_one_sentence(commands: Commands) -> None:
     (commands.folder / "file").write_text("in the way")
     commands.extra = {"TOPKBENCH_CACHE": str(commands.folder / "file" / "cache")}
