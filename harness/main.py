@@ -36,7 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from topkbench.analysis.console import console, say, say_error
-from topkbench.analysis.files import NotWritableError
+from topkbench.analysis.files import NotWritableError, Place, translate_os_error
 from topkbench.analysis.record import (
     Cell,
     PartStore,
@@ -52,6 +52,7 @@ from topkbench.models.files import is_of_this_user
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
+TEMPORARY = Place("temporary", "the environment variable TMPDIR")
 PREFILL_FOLDER = "TOPKBENCH_PREFILL"
 PREFILL_PREFIX = "topkbench-prefill-"
 # Settings of a method that have a column of their own, or are no parameter of it.
@@ -595,7 +596,8 @@ def prefill_folder() -> Iterator[None]:
     if PREFILL_FOLDER in os.environ:  # set by the parent process, or by the user
         yield
         return
-    temporary = Path(tempfile.gettempdir())
+    with translate_os_error(Path(os.environ.get("TMPDIR", "/tmp")), TEMPORARY):
+        temporary = Path(tempfile.gettempdir())
     for left in temporary.glob(f"{PREFILL_PREFIX}*"):
         with contextlib.suppress(OSError, filelock.Timeout):
             if left.is_symlink() or not is_of_this_user(left.stat()):
