@@ -35,6 +35,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from topkbench.analysis.console import console, say, say_error
+from topkbench.analysis.files import NotWritableError, Place, translate_os_error
 from topkbench.analysis.record import (
     Cell,
     PartStore,
@@ -50,6 +52,7 @@ from topkbench.models.files import is_of_this_user
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
+TEMPORARY = Place("temporary", "the environment variable TMPDIR")
 PREFILL_FOLDER = "TOPKBENCH_PREFILL"
 PREFILL_PREFIX = "topkbench-prefill-"
 # Settings of a method that have a column of their own, or are no parameter of it.
@@ -454,7 +457,7 @@ def run_or_reuse(run: Run, sweep: Sweep) -> Cell:
         if ended:
             if run.task.refits and cell.identity not in done:
                 done.add(cell.identity)
-                print(f"{describe(cell.read())}: found, and not fitted again", flush=True)
+                say(f"{describe(cell.read())}: found, and not fitted again")
             track(cell, run, sweep)
             return cell
         done.add(cell.identity)
@@ -462,8 +465,8 @@ def run_or_reuse(run: Run, sweep: Sweep) -> Cell:
         began = time.perf_counter()
         log: list[str] = []
         try:
-            rows, samples = run.execute(full, full_cell, PartStore(sweep.store.folder.parent))
-        except KeyboardInterrupt:
+            rows, samples = run.execute(full, full_cell, PartStore(sweep.results_dir))
+        except (KeyboardInterrupt, NotWritableError):
             raise
         except Exception as error:  # the row says why the cell failed, and the sweep goes on
             log.append(traceback.format_exc())
@@ -472,10 +475,10 @@ def run_or_reuse(run: Run, sweep: Sweep) -> Cell:
         seconds = time.perf_counter() - began
         log.append(f"{describe(rows)}, {seconds:.1f} s")
         cell.write(rows, samples, run.settings, "\n".join(log))
-        print(log[-1], flush=True)
+        say(log[-1])
         for row in rows:
             if not row.status.settled:
-                print(f"error: {row.reason}", file=sys.stderr, flush=True)
+                say_error(row.reason)
         track(cell, run, sweep)
     return cell
 
@@ -512,9 +515,13 @@ def job(config: DictConfig) -> float | None:
     """Run one cell of a sweep, or the only one; return its score, for sweepers that ask."""
     state = HydraConfig.get()
     folder = state.sweep.dir if state.mode == RunMode.MULTIRUN else state.run.dir
-    sweep, kept = Sweep.open(folder), kept_in(folder)
+    # Hydra may have changed the working folder.
+    sweep = Sweep(*map(hydra.utils.to_absolute_path, (folder, config.results_dir)))
+    kept = kept_in(folder)
     try:
         rows = run_or_reuse(Run(config, kept), sweep).read()
+    except NotWritableError as error:  # no other cell could be written either
+        sys.exit(f"error: {error}")
     except Exception as error:
         # The configuration is wrong, or its method cannot be fitted: a row says so, its log has the
         # traceback, and the sweep goes on.
@@ -528,7 +535,7 @@ def record_config_error(error: Exception, config: DictConfig, sweep: Sweep, kept
     reason = sentence(error)
     if reason not in kept.reported:
         kept.reported.add(reason)
-        print(f"error: {reason}", file=sys.stderr, flush=True)
+        say_error(reason)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     settings["method"] = method_settings(settings["method"])
     run_id = identity({"config_error": json.dumps(settings, sort_keys=True, default=str)})
@@ -589,7 +596,8 @@ def prefill_folder() -> Iterator[None]:
     if PREFILL_FOLDER in os.environ:  # set by the parent process, or by the user
         yield
         return
-    temporary = Path(tempfile.gettempdir())
+    with translate_os_error(Path(os.environ.get("TMPDIR", "/tmp")), TEMPORARY):
+        temporary = Path(tempfile.gettempdir())
     for left in temporary.glob(f"{PREFILL_PREFIX}*"):
         with contextlib.suppress(OSError, filelock.Timeout):
             if left.is_symlink() or not is_of_this_user(left.stat()):
@@ -628,8 +636,14 @@ def settings_first(arguments: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Run the command; a user's mistake ends it with one sentence instead of a traceback."""
+    with console():
+        run_command()
+
+
+def run_command() -> None:
+    """Run the command that ``sys.argv`` gives."""
     if "--version" in sys.argv[1:]:
-        print(f"topkbench {own_version()}, Hydra {hydra.__version__}")
+        say(f"topkbench {own_version()}, Hydra {hydra.__version__}")
         return
     sys.argv[1:] = settings_first(sys.argv[1:])
     # Hydra then raises the original error, which is printed below in one line.
@@ -642,6 +656,8 @@ def main() -> None:
             wrapped(job)()
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {unknown_option(sentence(error))}")
+    except BrokenPipeError:
+        raise  # of a print: nobody reads the output any more
     except (OSError, RecordError) as error:
         sys.exit(f"error: {sentence(error)}")
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -163,7 +163,9 @@ def _cached_hash(note: Path, status: dict[str, Any]) -> str | None:
 
 def _cache_hash(note: Path, noted: dict[str, Any]) -> None:
     note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(dir=note.parent)  # readable by this user only
+    unfinished = note.with_name(f".{note.name}.{secrets.token_hex(8)}.part")
+    # Readable by this user only.
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump({"noted": noted, "digest": _short(noted)}, file)
-    Path(unfinished).replace(note)
+    unfinished.replace(note)

@@ -6,12 +6,12 @@ import hashlib
 import json
 import random
 import re
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from topkbench.harness.caching import write_cached
 from topkbench.harness.decoding import Question
 from topkbench.harness.generation import GenerationTask
 from topkbench.harness.samples import Sample, TaskDoesNotFit, samples_digest
@@ -200,10 +200,7 @@ def _read_cache(path: Path) -> list[Sample] | None:
 def _write_cache(path: Path, samples: Sequence[Sample]) -> None:
     """Write samples, one per line, after a first line with their number and sha256."""
     lines = [json.dumps(asdict(sample)) for sample in samples]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    unfinished.write_text("\n".join([json.dumps(_head(lines)), *lines]) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_cached(path, ("\n".join([json.dumps(_head(lines)), *lines]) + "\n").encode())
 
 
 def _head(lines: Sequence[str]) -> dict[str, Any]:

@@ -286,7 +286,7 @@ def test_the_report_computes_the_same_intervals_as_the_cells(small_sweep: Sweep)
 
 
 def test_missing_samples_are_no_error(tmp_path: Path, row: RowMaker) -> None:
-    sweep = Sweep(tmp_path, "a", "b")
+    sweep = Sweep(tmp_path / "a" / "b", tmp_path)
     assert sweep.samples().columns.tolist() == ["run_id"]
     assert compare(frame([row()]), sweep.samples()).configurations["method"].tolist() == ["full"]
 
