@@ -38,7 +38,16 @@ class ReportCallback(Callback):
     """
 
     def __init__(self, models: Sequence[str] | None = None, published: bool = False) -> None:
-        self.models = models
+        if isinstance(models, str | int | float):
+            raise RecordError(
+                "hydra.callbacks.report.models must be a list of NAME=PARAMETERS/LAYERS or null,"
+                f" got {models!r}."
+            )
+        if not isinstance(published, bool):
+            raise RecordError(
+                f"hydra.callbacks.report.published must be true or false, got {published!r}."
+            )
+        self.models = MODELS if models is None else model_sizes(models)
         self.published = published
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -59,8 +68,7 @@ class ReportCallback(Callback):
             if not sweep.identities():
                 return
             sweep.note_command(_command())
-            models = MODELS if self.models is None else model_sizes(self.models)
-            path = build(folder, models=models, published=self.published)
+            path = build(folder, models=self.models, published=self.published)
             rows, samples = sweep.rows(), sweep.samples()
         except RecordError as error:
             print(f"error: {error}", file=sys.stderr)

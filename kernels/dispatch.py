@@ -15,7 +15,7 @@ import torch
 Impl = Literal["auto", "reference", "cpu", "triton"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-OPERATORS = (
+Operator = Literal[
     "hash_encode",
     "hamming_score",
     "page_score",
@@ -25,7 +25,8 @@ OPERATORS = (
     "group_softmax",
     "topk_select",
     "sparse_attention",
-)
+]
+OPERATORS: tuple[Operator, ...] = get_args(Operator)
 """The operators with several implementations; full attention has backends instead."""
 
 # The module that holds each implementation, inside the operator's folder.

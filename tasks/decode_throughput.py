@@ -24,6 +24,7 @@ from topkbench.kernels.timing import OtherLoad, Stages, measure, speed_columns
 from topkbench.methods.base import (
     PREFILL_NEEDS,
     Geometry,
+    check_list,
     check_whole,
     kv_bytes,
 )
@@ -75,10 +76,8 @@ class DecodeThroughput(Task):
         self.all_budgets = self.budget is not None  # then k follows from the length
         for knob in ("batch_size", "trials"):
             check_whole(f"task.{knob}", getattr(self, knob))
-        if not self.lengths or min(self.lengths) < 2:
-            raise ValueError(
-                f"task.lengths must be numbers of cached tokens of at least 2, got {self.lengths}."
-            )
+        check_whole("seed", self.seed, least=0)
+        check_list("task.lengths", self.lengths, least=2)
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ValueError(f"task.budget must be a share above 0 and up to 1, got {self.budget}.")
 
