@@ -319,7 +319,7 @@ def _declared(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter],
     """Return a target's parameters, and their annotations where they can be read."""
     annotated: Any = target
     if isinstance(target, type) and not dataclasses.is_dataclass(target):
-        annotated = target.__init__
+        annotated = vars(target).get("__init__", target)
     try:
         hints = typing.get_type_hints(annotated, include_extras=True)
     except (NameError, TypeError, AttributeError):

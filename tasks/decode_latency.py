@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -147,7 +147,7 @@ class DecodeLatency(Task):
 
     def _row(self, context: Context, length: int, batch_size: int) -> TaskRow:
         name = shape_label(length, batch_size)
-        columns = {"kv_len": length, "length": length, "batch_size": batch_size}
+        columns: dict[str, Any] = {"kv_len": length, "length": length, "batch_size": batch_size}
         method = context.method
         if method.compacts:
             return TaskRow(name, columns, "skipped", compact_unsupported_reason(self.name))
@@ -159,6 +159,7 @@ class DecodeLatency(Task):
         need = bytes_needed(method, geometry, batch_size, length)
         reason = too_large_reason(need, free_bytes(geometry.device))
         if reason is not None:
+            columns["memory_needed_mib"] = need / 2**20
             return TaskRow(name, columns, "skipped", reason)
         if self.states == "captured":
             states = self.captured_states(context, length)
