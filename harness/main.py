@@ -141,8 +141,12 @@ def bandwidth(device: str) -> float:
     return read_bandwidth(device).ceiling_gb_s * 1e9
 
 
-def composed_of(config: DictConfig) -> Any:
+def checked(config: DictConfig, given: Sequence[str] | None = None) -> Any:
     """Check a configuration before anything is loaded, and return the objects it stands for.
+
+    Args:
+        config: The composed configuration, without Hydra's own part.
+        given: Names of the settings on the command line; None for those that Hydra read.
 
     Raises:
         SettingsError: If a setting is wrong.
@@ -154,7 +158,8 @@ def composed_of(config: DictConfig) -> Any:
         settings: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:  # a reference to what is not there
         raise SettingsError(sentence(error)) from error
-    given = [text.lstrip("+").split("=")[0] for text in HydraConfig.get().overrides.task]
+    if given is None:
+        given = [text.lstrip("+").split("=")[0] for text in HydraConfig.get().overrides.task]
     return Composed.of(written, settings, given)
 
 
@@ -442,7 +447,7 @@ def compared_with(run: Run) -> Run:
         return run
     config = copy.deepcopy(run.config)
     config.method = OmegaConf.load(CONF / "method" / "full.yaml")
-    return Run(config, composed_of(config), run.kept)
+    return Run(config, checked(config), run.kept)
 
 
 def run_or_reuse(run: Run, sweep: Sweep) -> Cell:
@@ -523,7 +528,7 @@ def job(config: DictConfig) -> float | None:
     folder = Path(state.sweep.dir if state.mode == RunMode.MULTIRUN else state.run.dir).absolute()
     sweep, kept = Sweep.open(folder), kept_in(folder)
     try:
-        composed = composed_of(config)
+        composed = checked(config)
     except SettingsError as error:
         refuse(error, config, sweep, kept)
         return None

@@ -335,7 +335,7 @@ def _check_arguments(
     takes_any = inspect.Parameter.VAR_KEYWORD in {one.kind for one in parameters.values()}
     for name, value in given.items():
         if name not in parameters and not takes_any:
-            raise _unknown(_join(path, name), [_join(path, one) for one in parameters])
+            raise _unknown(_join(path, name), parameters)
         _check_type(names, _join(path, name), hints.get(name, Any), value)
     for name, parameter in parameters.items():
         variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
@@ -343,9 +343,11 @@ def _check_arguments(
             raise SettingsError(f"{_join(path, name)} must be given.")
 
 
-def _unknown(name: str, known: Sequence[str]) -> SettingsError:
-    near = difflib.get_close_matches(name, known, n=1)
-    guess = f"; did you mean {near[0]}" if near else ""
+def _unknown(name: str, known: Iterable[str]) -> SettingsError:
+    """Return the error about a setting's full name, given the last parts of those that exist."""
+    path, _, last = name.rpartition(".")
+    near = difflib.get_close_matches(last, known, n=1)
+    guess = f"; did you mean {_join(path, near[0])}" if near else ""
     return SettingsError(f"there is no setting {name}{guess}.")
 
 
@@ -388,7 +390,7 @@ def _check_entries(names: Names, path: str, hint: Any, value: Mapping[str, Any])
     for name, one in value.items():
         place = f"{names.name(path)}.{name}"
         if name not in known:
-            raise _unknown(place, [f"{names.name(path)}.{other}" for other in known])
+            raise _unknown(place, known)
         _check_type(names, place, known[name], one)
 
 

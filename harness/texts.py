@@ -53,6 +53,9 @@ class TextFiles:
         check_whole("calibration.max_length", self.max_length, least=2)
         if self.files is not None:
             check_list("calibration.files", self.files)
+            for file in self.files:
+                if not Path(file).is_file():
+                    raise ValueError(f"calibration.files must be files, found none at {file!r}.")
 
     def sequences(self, loaded: LoadedModel, length: int, count: int) -> list[list[int]]:
         """Return the token ids of ``count`` texts of at most ``length`` tokens each.

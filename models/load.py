@@ -191,6 +191,8 @@ def read_shape(
     Raises:
         ModelNotAvailable: As ``load_model`` does.
     """
+    if not name.strip():
+        raise ModelNotAvailable("name must not be empty.")
     config = _read_config(path, dtype, device, device_map, revision, window, architecture)
     return ModelShape(
         name=name,
@@ -210,6 +212,8 @@ def _read_config(
     architecture: Mapping[str, Any] | None,
 ) -> Any:
     """Check arguments of `load_model`, and return the model's configuration."""
+    if not path.strip():
+        raise ModelNotAvailable("path must not be empty.")
     if (path == RANDOM) != (architecture is not None):
         raise ModelNotAvailable(
             f"model.architecture must be given with model.path={RANDOM} and with no other, got"
