@@ -186,7 +186,7 @@ def check(names: Names, settings: Mapping[str, Any]) -> None:
     referred = re.findall(r"\$\{(\w+)", str(names.written))
     for name in settings:
         if name not in {*declared, *GROUPS, *referred}:
-            raise _unknown(name, [*declared, *GROUPS])
+            raise _unknown(name, [*declared, *GROUPS], ", and none that refers to it")
     with naming(names, "", declared):
         RunSettings(**run)
     for group in GROUPS:
@@ -343,12 +343,12 @@ def _check_arguments(
             raise SettingsError(f"{_join(path, name)} must be given.")
 
 
-def _unknown(name: str, known: Iterable[str]) -> SettingsError:
+def _unknown(name: str, known: Iterable[str], note: str = "") -> SettingsError:
     """Return the error about a setting's full name, given the last parts of those that exist."""
     path, _, last = name.rpartition(".")
     near = difflib.get_close_matches(last, known, n=1)
     guess = f"; did you mean {_join(path, near[0])}" if near else ""
-    return SettingsError(f"there is no setting {name}{guess}.")
+    return SettingsError(f"there is no setting {name}{note}{guess}.")
 
 
 # Types --------------------------------------------------------------------------------------------

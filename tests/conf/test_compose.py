@@ -174,7 +174,7 @@ def test_every_cell_of_an_experiment_becomes_objects(name: str) -> None:
         axes.append([f"{override.get_key_element()}={value}" for value in values])
     # First and last value of each axis: the product of all says nothing more.
     for overrides in product(*({axis[0], axis[-1]} for axis in axes)):
-        composed = checked(resolved(f"experiment={name}", *overrides), [])
+        composed = checked(compose("config", overrides=[f"experiment={name}", *overrides]), [])
         assert isinstance(composed.method, TopKMethod)
         assert isinstance(composed.task, Task)
         assert isinstance(composed.policy, Policy)

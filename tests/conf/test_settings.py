@@ -77,7 +77,10 @@ BAD = {
     "calibration_memory_gib=inf": (
         "calibration_memory_gib must be a finite number or null, got inf."
     ),
-    "+foo=1": "there is no setting foo.",
+    "+foo=1": "there is no setting foo, and none that refers to it.",
+    "+num_sample=1": (
+        "there is no setting num_sample, and none that refers to it; did you mean num_samples."
+    ),
     "k=${foo}": "Interpolation key 'foo' not found",
     # The model.
     "model.name=7": "model.name must be text, got 7; quotes inside quotes make it text",
