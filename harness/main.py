@@ -556,19 +556,19 @@ def refuse(error: Exception, config: DictConfig, sweep: Sweep, kept: Kept) -> No
     if reason not in kept.reported:
         kept.reported.add(reason)
         print(f"error: {reason}", file=sys.stderr, flush=True)
-    settings: Any = OmegaConf.to_container(config)
-    run_id = identity({"config_error": json.dumps(settings, sort_keys=True, default=str)})
+    written: Any = OmegaConf.to_container(config)
+    whole = {name: written.get(name) for name in ("k", "rbit") if type(written.get(name)) is int}
     choices = HydraConfig.get().runtime.choices
+    chosen = {name: str(choices[name]) for name in ("model", "task", "method")}
+    # Axes of the sweep that the reason does not name make no rows of their own.
+    run_id = identity({"refused": reason, "k": whole.get("k"), **chosen})
     row = Row(
         run_id=run_id,
         status=Status.FAILED,
         reason=reason,
-        model=str(choices["model"]),
-        task=str(choices["task"]),
+        **chosen,
         subtask="mean",
-        method=str(choices["method"]),
-        k=settings.get("k") if type(settings.get("k")) is int else None,
-        rbit=settings.get("rbit") if type(settings.get("rbit")) is int else None,
+        **whole,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         **git_state(ROOT),
     )
@@ -580,7 +580,9 @@ def refuse(error: Exception, config: DictConfig, sweep: Sweep, kept: Kept) -> No
 
 
 def write_refusal(row: Row, log: str, sweep: Sweep) -> None:
-    """Write the row of a configuration that cannot be run."""
+    """Write the row of a configuration that cannot be run, once a sweep."""
+    if row.run_id in sweep.identities():
+        return
     cell = sweep.store.cell(row.run_id)
     with cell.lock():
         cell.begin(row)
@@ -619,8 +621,9 @@ class NewFolders(Callback):
             folder, there = cls.noted.pop()
             if (folder / "cells.json").exists():
                 continue
-            if folder != there:
-                (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's
+            with contextlib.suppress(OSError):
+                if folder != there:
+                    (folder / "multirun.yaml").unlink()  # Hydra's
             with contextlib.suppress(OSError):
                 (folder / "jobs").rmdir()
             with contextlib.suppress(OSError):  # not empty
