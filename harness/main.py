@@ -210,12 +210,18 @@ class Run:
     @functools.cached_property
     def payload(self) -> dict[str, Any]:
         """The settings that a result depends on, and digests of model, inputs and artifact."""
+        import torch
+
         from topkbench.kernels.dispatch import OPERATORS, resolve
+        from topkbench.models.attach import geometry_of
         from topkbench.models.digests import model_digest
 
-        device = self.loaded.model.device
         method = {**self.settings["method"]}
-        method["impl"] = {op: resolve(op, self.method.impl_for(op), device) for op in OPERATORS}
+        channels = self.settings["task"].get("head_dim")  # of states that are of no model
+        if self.task.uses_model:
+            channels = geometry_of(self.loaded.model).head_dim
+        read = (self.loaded.model.device, getattr(torch, self.dtype), channels)
+        method["impl"] = {op: resolve(op, self.method.impl_for(op), *read) for op in OPERATORS}
         method["artifact"] = "" if self.artifact is None else self.artifact.digest
         protocol = {**self.settings["protocol"]} if self.method.selects else {}
         if protocol.get("protocol") != "native":
