@@ -221,9 +221,9 @@ class Cell:
         return next((status for status in order if status in found), None)
 
     def finished(self) -> bool:
-        """Return whether the cell need not run again: complete, and ok or skipped."""
-        status = self.status
-        return status is not None and status.settled
+        """Return whether the cell need not run again: complete, and each of its rows settled."""
+        rows = self.read()
+        return bool(rows) and all(row.settled for row in rows)
 
     def samples(self) -> pd.DataFrame:
         """Return the samples passed to `write`, one row each; empty if there are none."""

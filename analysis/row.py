@@ -32,7 +32,7 @@ class Status(enum.StrEnum):
 
     @property
     def settled(self) -> bool:
-        """Whether the cell need not run again, since it would end the same way."""
+        """Whether the cell ended as it should; it then need not run again, see `Row.settled`."""
         return self in (Status.OK, Status.SKIPPED)
 
 
@@ -205,6 +205,8 @@ class Row:
     attention's if the method frees the tokens that it drops."""
     peak_memory_mib: float | None = None
     """Peak memory of the cell, MiB (2**20 bytes); empty if a part of the cell was reused."""
+    memory_needed_mib: float | None = None
+    """Memory for want of which the row was skipped, MiB; empty for every other row."""
     bandwidth_fraction: float | None = None
     """Achieved divided by measured memory bandwidth; above 1 only if the states fit in a cache."""
     bandwidth_gb_s: float | None = None
@@ -307,6 +309,11 @@ class Row:
                 raise RecordError(
                     f"method parameter {name} must be a number, a word or None, got {value!r}."
                 )
+
+    @property
+    def settled(self) -> bool:
+        """Whether the row would come out the same again: not if memory was short, which varies."""
+        return self.status.settled and self.memory_needed_mib is None
 
     def flat(self) -> dict[str, Scalar]:
         """Return the row as a flat mapping, with parameters as ``p_<name>`` at the end."""

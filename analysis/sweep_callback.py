@@ -18,13 +18,13 @@ from omegaconf import DictConfig
 
 from topkbench.analysis.break_even import MODELS, model_sizes
 from topkbench.analysis.console import say, say_error
-from topkbench.analysis.files import remove_left_over
+from topkbench.analysis.files import NotWritableError, remove_left_over
 from topkbench.analysis.record import RecordError, Sweep, checked_results_dir
 from topkbench.analysis.report import build, summary_table
 from topkbench.analysis.row import Status
 from topkbench.analysis.tracking import NoTracker, Tracker
 
-NO_REPORT_STATUS = 2
+NO_REPORT_STATUS = 1
 """Exit status of a sweep whose report could not be made or shown."""
 
 FAILED_STATUS = 3
@@ -47,7 +47,16 @@ class ReportCallback(Callback):
     """
 
     def __init__(self, models: Sequence[str] | None = None, published: bool = False) -> None:
-        self.models = models
+        if isinstance(models, str | int | float):
+            raise RecordError(
+                "hydra.callbacks.report.models must be a list of NAME=PARAMETERS/LAYERS or null,"
+                f" got {models!r}."
+            )
+        if not isinstance(published, bool):
+            raise RecordError(
+                f"hydra.callbacks.report.published must be true or false, got {published!r}."
+            )
+        self.models = MODELS if models is None else model_sizes(models)
         self.published = published
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -59,7 +68,7 @@ class ReportCallback(Callback):
                     f"{one.key_or_group} must be the same for all cells of a sweep, got "
                     f"{one.input_line}."
                 )
-                raise SystemExit(1)
+                raise SystemExit(2)
         self._begin(config)
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -81,10 +90,9 @@ class ReportCallback(Callback):
     def _begin(self, config: DictConfig) -> None:
         try:
             folder = checked_results_dir(config.results_dir)
-            model_sizes(self.models or ())
         except RecordError as error:
             say_error(error)
-            raise SystemExit(1) from None
+            raise SystemExit(1 if isinstance(error, NotWritableError) else 2) from None
         for place in (folder, Path(config.cache_dir).expanduser()):
             remove_left_over(place)
 
@@ -99,8 +107,7 @@ class ReportCallback(Callback):
     def _report(self, sweep: Sweep, tracker: Tracker) -> int:
         """Build a sweep's report, copy it to the tracker and print it; return the exit status."""
         sweep.note_command(_command())
-        models = MODELS if self.models is None else model_sizes(self.models)
-        path = build(sweep.folder, models=models, published=self.published)
+        path = build(sweep.folder, models=self.models, published=self.published)
         rows, samples = sweep.rows(), sweep.samples()
         tracker.log_sweep(sweep.folder, sweep.title, rows, samples)
         say(f"\n{summary_table(rows, samples)}\n")

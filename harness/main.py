@@ -23,13 +23,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import filelock
 import hydra
 import psutil
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -57,10 +58,10 @@ PREFILL_FOLDER = "TOPKBENCH_PREFILL"
 PREFILL_PREFIX = "topkbench-prefill-"
 # Settings of a method that have a column of their own, or are no parameter of it.
 NOT_PARAMETERS = {"_target_", "rbit", "seed", "impl", "native", "backend"}
-# What a method's configuration holds for tables and figures; no setting of the method.
-APPEARANCE = ("label", "colour")
 # Settings of the policy, besides k, that distinguish cells.
 POLICY_PARAMETERS = ("num_sink", "num_recent", "dense_layers", "head_scope", "aggregation")
+REFUSED_STATUS = 2
+"""Exit status of a command whose settings are wrong, so that nothing was run."""
 # Settings that say where things are kept, not what is computed.
 NOT_CONTENT = {"cache_dir"}
 # Hydra's options that are followed by a value.
@@ -84,12 +85,16 @@ class Kept:
         fitted: Artifacts that were fitted again, by identity.
         done: Cells that have ended.
         reported: Errors that were printed.
+        refused: Rows and logs of jobs whose settings were refused before any other job ran.
+        has_begun: Whether a job's settings were accepted.
     """
 
     models: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     fitted: set[str] = field(default_factory=set)
     done: set[str] = field(default_factory=set)
     reported: set[str] = field(default_factory=set)
+    refused: list[tuple[Row, str]] = field(default_factory=list)
+    has_begun: bool = False
 
     def model_and_store(
         self, model_config: str, cache_dir: str, memory_gib: float | None
@@ -108,18 +113,19 @@ class Kept:
 
 
 @functools.lru_cache(maxsize=1)
-def kept_in(folder: str) -> Kept:
+def kept_in(folder: Path) -> Kept:
     """Return what this process keeps for the sweep of a folder; another sweep starts anew."""
     return Kept()
 
 
 def _load(model_config: str, cache_dir: str, memory_gib: float | None) -> tuple[Any, Any]:
     from topkbench.harness.cell import environment
+    from topkbench.harness.settings import Names, construct
     from topkbench.harness.sources import code_digest
     from topkbench.models.digests import model_digest
     from topkbench.models.prefill import PrefillStore
 
-    loaded = hydra.utils.instantiate(json.loads(model_config), cache_dir=cache_dir)
+    loaded = construct(Names({}), "model", json.loads(model_config), cache_dir=cache_dir)
     folder = Path(os.environ[PREFILL_FOLDER])
     limit = None if memory_gib is None else int(memory_gib * 2**30)
     made_by = {
@@ -138,29 +144,42 @@ def bandwidth(device: str) -> float:
     return read_bandwidth(device).ceiling_gb_s * 1e9
 
 
+def checked(config: DictConfig, given: Sequence[str] | None = None) -> Any:
+    """Check a configuration before anything is loaded, and return the objects it stands for.
+
+    Args:
+        config: The composed configuration, without Hydra's own part.
+        given: Names of the settings on the command line; None for those that Hydra read.
+
+    Raises:
+        SettingsError: If a setting is wrong.
+    """
+    from topkbench.harness.settings import Composed, SettingsError
+
+    written: Any = OmegaConf.to_container(config)
+    try:
+        settings: Any = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:  # a reference to what is not there
+        raise SettingsError(sentence(error)) from error
+    if given is None:
+        given = [text.lstrip("+").split("=")[0] for text in HydraConfig.get().overrides.task]
+    return Composed.of(written, settings, given)
+
+
 class Run:
     """The objects of one composed configuration, and the keys that identify its results."""
 
-    def __init__(self, config: DictConfig, kept: Kept) -> None:
+    def __init__(self, config: DictConfig, composed: Any, kept: Kept) -> None:
         self.config, self.kept = config, kept
-        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        assert isinstance(resolved, dict)
-        self.settings: dict[str, Any] = {str(name): value for name, value in resolved.items()}
-        self.appearance = {name: self.settings["method"].get(name) for name in APPEARANCE}
-        self.settings["method"] = method_settings(self.settings["method"])
-        # Bad settings of these are errors at once, before a model is loaded.
-        self.method = make_method(config.method)
-        self.policy = hydra.utils.instantiate(config.protocol)
-        self.task = hydra.utils.instantiate(config.task)
-        self.texts = hydra.utils.instantiate(config.calibration)
-        self.tracker = hydra.utils.instantiate(config.tracker)
-        launcher = HydraConfig.get().launcher._target_
-        alone = launcher.endswith("BasicLauncher")
+        self.settings = composed.settings
+        self.appearance = composed.appearance
+        self.method, self.policy = composed.method, composed.policy
+        self.task, self.texts, self.tracker = composed.task, composed.texts, composed.tracker
         self.loaded, self.store = kept.model_and_store(
             json.dumps(self.settings["model"]),
             self.settings["cache_dir"],
             # Processes of a parallel launcher share prefills only through files.
-            self.settings["prefill_memory_gib"] if alone else 0.0,
+            self.settings["prefill_memory_gib"] if runs_alone() else 0.0,
         )
         self.artifact = self._prepare(self.method)
 
@@ -194,12 +213,18 @@ class Run:
     @functools.cached_property
     def payload(self) -> dict[str, Any]:
         """The settings that a result depends on, and digests of model, inputs and artifact."""
+        import torch
+
         from topkbench.kernels.dispatch import OPERATORS, resolve
+        from topkbench.models.attach import geometry_of
         from topkbench.models.digests import model_digest
 
-        device = self.loaded.model.device
         method = {**self.settings["method"]}
-        method["impl"] = {op: resolve(op, self.method.impl_for(op), device) for op in OPERATORS}
+        channels = self.settings["task"].get("head_dim")  # of states that are of no model
+        if self.task.uses_model:
+            channels = geometry_of(self.loaded.model).head_dim
+        read = (self.loaded.model.device, getattr(torch, self.dtype), channels)
+        method["impl"] = {op: resolve(op, self.method.impl_for(op), *read) for op in OPERATORS}
         method["artifact"] = "" if self.artifact is None else self.artifact.digest
         protocol = {**self.settings["protocol"]} if self.method.selects else {}
         if protocol.get("protocol") != "native":
@@ -383,17 +408,10 @@ def make_method(config: DictConfig) -> Any:
     Args:
         config: Its settings with ``_target_``, and its label and colour, which are no settings.
     """
+    from topkbench.harness.settings import Names, construct
+
     resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    return hydra.utils.instantiate(method_settings(resolved))
-
-
-def method_settings(method: dict[str, Any]) -> dict[str, Any]:
-    """Return a method's settings without its label and colour, and those of a method inside it."""
-    return {
-        name: method_settings(value) if isinstance(value, dict) and "_target_" in value else value
-        for name, value in method.items()
-        if name not in APPEARANCE
-    }
+    return construct(Names({}), "method", resolved)
 
 
 def parameters(method: dict[str, Any]) -> dict[str, Any]:
@@ -438,7 +456,7 @@ def compared_with(run: Run) -> Run:
         return run
     config = copy.deepcopy(run.config)
     config.method = OmegaConf.load(CONF / "method" / "full.yaml")
-    return Run(config, run.kept)
+    return Run(config, checked(config), run.kept)
 
 
 def run_or_reuse(run: Run, sweep: Sweep) -> Cell:
@@ -513,51 +531,118 @@ def sentence(error: BaseException) -> str:
 
 def job(config: DictConfig) -> float | None:
     """Run one cell of a sweep, or the only one; return its score, for sweepers that ask."""
+    from topkbench.harness.settings import SettingsError
+
     state = HydraConfig.get()
     folder = state.sweep.dir if state.mode == RunMode.MULTIRUN else state.run.dir
     # Hydra may have changed the working folder.
     sweep = Sweep(*map(hydra.utils.to_absolute_path, (folder, config.results_dir)))
-    kept = kept_in(folder)
+    kept = kept_in(sweep.folder)
     try:
-        rows = run_or_reuse(Run(config, kept), sweep).read()
+        composed = checked(config)
+    except SettingsError as error:
+        refuse(error, config, sweep, kept)
+        return None
+    kept.has_begun = True
+    for row, log in kept.refused:
+        write_refusal(row, log, sweep)
+    kept.refused.clear()
+    try:
+        rows = run_or_reuse(Run(config, composed, kept), sweep).read()
     except NotWritableError as error:  # no other cell could be written either
         sys.exit(f"error: {error}")
     except Exception as error:
-        # The configuration is wrong, or its method cannot be fitted: a row says so, its log has the
+        # The model cannot be loaded, or the method not be fitted: a row says so, its log has the
         # traceback, and the sweep goes on.
-        record_config_error(error, config, sweep, kept)
+        refuse(error, config, sweep, kept)
         return None
     return next((row.score for row in rows if row.subtask == "mean"), None)
 
 
-def record_config_error(error: Exception, config: DictConfig, sweep: Sweep, kept: Kept) -> None:
-    """Print once why a configuration cannot be run, and write a row with the same reason."""
+def refuse(error: Exception, config: DictConfig, sweep: Sweep, kept: Kept) -> None:
+    """Print once why a configuration cannot be run, and write a row with the same reason.
+
+    The row waits for the first configuration that can be run, since a sweep without any leaves
+    nothing behind. Processes of a parallel launcher know nothing of each other and do not wait.
+    """
     reason = sentence(error)
     if reason not in kept.reported:
         kept.reported.add(reason)
         say_error(reason)
-    settings: Any = OmegaConf.to_container(config, resolve=True)
-    settings["method"] = method_settings(settings["method"])
-    run_id = identity({"config_error": json.dumps(settings, sort_keys=True, default=str)})
+    written: Any = OmegaConf.to_container(config)
+    whole = {name: written.get(name) for name in ("k", "rbit") if type(written.get(name)) is int}
     choices = HydraConfig.get().runtime.choices
+    chosen = {name: str(choices[name]) for name in ("model", "task", "method")}
+    # Axes of the sweep that the reason does not name make no rows of their own.
+    run_id = identity({"refused": reason, "k": whole.get("k"), **chosen})
     row = Row(
         run_id=run_id,
         status=Status.FAILED,
         reason=reason,
-        model=str(choices["model"]),
-        task=str(choices["task"]),
+        **chosen,
         subtask="mean",
-        method=str(choices["method"]),
-        k=config.k if isinstance(config.k, int) else None,
-        rbit=config.rbit if isinstance(config.rbit, int) else None,
+        **whole,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         **git_state(ROOT),
     )
-    cell = sweep.store.cell(run_id)
+    log = "".join(traceback.format_exception(error))
+    if kept.has_begun or not runs_alone():
+        write_refusal(row, log, sweep)
+    else:
+        kept.refused.append((row, log))
+
+
+def write_refusal(row: Row, log: str, sweep: Sweep) -> None:
+    """Write the row of a configuration that cannot be run, once a sweep."""
+    if row.run_id in sweep.identities():
+        return
+    cell = sweep.store.cell(row.run_id)
     with cell.lock():
         cell.begin(row)
-        cell.write([row], [], {}, "".join(traceback.format_exception(error)))
-    sweep.append(run_id)
+        cell.write([row], [], {}, log)
+    sweep.append(row.run_id)
+
+
+def runs_alone() -> bool:
+    """Return whether one process runs all jobs of the sweep."""
+    target: str = HydraConfig.get().launcher._target_
+    return target.endswith("BasicLauncher")
+
+
+class NewFolders(Callback):
+    """Notes which folders Hydra is about to make, to remove them if no cell was run."""
+
+    noted: ClassVar[list[tuple[Path, Path]]] = []
+    """Folders of runs and sweeps, each with the first of its parents that is there already."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note a single run's folder."""
+        self._note(Path(config.hydra.run.dir).absolute())
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note a sweep's folder."""
+        self._note(Path(config.hydra.sweep.dir).absolute())
+
+    def _note(self, folder: Path) -> None:
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        self.noted.append((folder, there))
+
+    @classmethod
+    def remove_unused(cls) -> None:
+        """Remove noted folders in which no cell was run; whatever else is in them stays."""
+        while cls.noted:
+            folder, there = cls.noted.pop()
+            if (folder / "cells.json").exists():
+                continue
+            with contextlib.suppress(OSError):
+                if folder != there:
+                    (folder / "multirun.yaml").unlink()  # Hydra's
+            with contextlib.suppress(OSError):
+                (folder / "jobs").rmdir()
+            with contextlib.suppress(OSError):  # not empty
+                while folder != there:
+                    folder.rmdir()
+                    folder = folder.parent
 
 
 def unknown_option(text: str) -> str:
@@ -654,8 +739,11 @@ def run_command() -> None:
     try:
         with prefill_folder():
             wrapped(job)()
+        if any(kept_in(folder).refused for folder, _ in NewFolders.noted):
+            sys.exit(REFUSED_STATUS)  # each job said why
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {unknown_option(sentence(error))}")
+        say_error(unknown_option(sentence(error)))
+        sys.exit(REFUSED_STATUS)
     except BrokenPipeError:
         raise  # of a print: nobody reads the output any more
     except (OSError, RecordError) as error:
@@ -663,6 +751,7 @@ def run_command() -> None:
     except KeyboardInterrupt:
         sys.exit("error: interrupted; what has ended is kept, and the same command goes on.")
     finally:
+        NewFolders.remove_unused()
         kept_in.cache_clear()  # a second sweep of this process starts anew
 
 

@@ -10,7 +10,7 @@ from topkbench.harness.artifact import Artifact
 from topkbench.harness.decoding import Decoder, Prompt
 from topkbench.methods.base import AnyMethod, Geometry, Observer, Policy
 from topkbench.models.attach import Session, attach, geometry_of
-from topkbench.models.load import LoadedModel
+from topkbench.models.load import LoadedModel, ModelShape
 from topkbench.models.prefill import PrefillStore
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -164,6 +164,14 @@ class Task(ABC):
     def inputs_digest(self, loaded: LoadedModel) -> str:
         """Return a digest of all inputs that the configuration does not contain."""
         return ""
+
+    def check_model(self, shape: ModelShape) -> None:
+        """Check the task's settings against a model that is not loaded yet.
+
+        Raises:
+            ValueError: If the task cannot run with it; one sentence names the setting.
+        """
+        return
 
     @abstractmethod
     def run(self, context: Context) -> Outcome:

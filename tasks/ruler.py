@@ -9,16 +9,16 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from topkbench.harness.caching import write_cached
 from topkbench.harness.decoding import Question
 from topkbench.harness.generation import GenerationTask
 from topkbench.harness.samples import Sample, TaskDoesNotFit, samples_digest
 from topkbench.harness.sources import code_digest
-from topkbench.methods.base import check_whole
+from topkbench.methods.base import check_list, check_whole
 from topkbench.models.digests import tokenizer_digest
-from topkbench.models.load import LoadedModel
+from topkbench.models.load import LoadedModel, ModelShape
 from topkbench.tasks.ruler_prompts import SUBTASKS, Prompt, make_prompt
 from topkbench.tasks.words import TEST_NAMES, word_pools
 
@@ -69,6 +69,8 @@ class Ruler(GenerationTask):
     question_tokens: int = 0
     example: bool | None = None
     cache_dir: str = "~/.cache/topkbench"
+    _longest: ClassVar[str] = "task.length"
+    """The setting that says how long the longest prompt is."""
     _official: list[Sample] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -78,11 +80,26 @@ class Ruler(GenerationTask):
             raise ValueError(
                 f"task.subtasks must be among {', '.join(SUBTASKS)}, got {unknown[0]!r}."
             )
+        check_list("task.subtasks", self.subtasks)
         for knob in ("length", "num_samples"):
             check_whole(knob, getattr(self, knob))
+        for knob in ("seed", "question_tokens"):
+            check_whole(knob, getattr(self, knob), least=0)
         if self.source is not None:  # read now, so that a bad file fails before a model is loaded
             self._official = read_official(
                 Path(self.source), self.num_samples, self.question, self.question_tokens
+            )
+
+    def check_model(self, shape: ModelShape) -> None:
+        super().check_model(shape)
+        if self.source is None:
+            self._check_window(shape.name, shape.window)
+
+    def _check_window(self, name: str, window: int) -> None:
+        if self.length > window:
+            raise TaskDoesNotFit(
+                f"{self._longest} must be at most the window of {window} tokens of {name}, got"
+                f" {self.length}; model.window=TOKENS sets another window."
             )
 
     def inputs_digest(self, loaded: LoadedModel) -> str:
@@ -92,11 +109,7 @@ class Ruler(GenerationTask):
         """Return the samples for a model, from the cache if they are there."""
         if self.source is not None:
             return self._official
-        if self.length > loaded.window:
-            raise TaskDoesNotFit(
-                f"task.length must be at most the window of {loaded.window} tokens of"
-                f" {loaded.name}, got {self.length}."
-            )
+        self._check_window(loaded.name, loaded.window)
         path = self._cache_file(loaded)
         samples = _read_cache(path)
         if samples is None:

@@ -422,6 +422,7 @@ class CalibrationPrompts:
     def __post_init__(self) -> None:
         for setting in ("num_sequences", "max_length"):
             check_whole(f"calibration.{setting}", getattr(self, setting))
+        check_whole("calibration.seed", self.seed, least=0)
 
     def sequences(self, loaded: LoadedModel, length: int, count: int) -> list[list[int]]:
         """Return the token ids of ``count`` texts of at most ``length`` tokens each."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from topkbench.harness.decoding import Decoder, Prompt, tokenise_all
 from topkbench.harness.quality import OffPolicyObserver
 from topkbench.harness.task import Context, Outcome, TaskRow, compact_unsupported_reason
-from topkbench.methods.base import AnyMethod, Policy
+from topkbench.methods.base import AnyMethod, Policy, check_list
 from topkbench.tasks.ruler import Ruler
 
 
@@ -31,10 +31,7 @@ class SelectionTask(Ruler):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.all_budgets = True
-        if not self.budgets or min(self.budgets) < 1:
-            raise ValueError(
-                f"task.budgets must be one or more values of k of at least 1, got {self.budgets}."
-            )
+        check_list("task.budgets", self.budgets, least=1)
 
     def run(self, context: Context) -> Outcome:
         if not context.method.selects:

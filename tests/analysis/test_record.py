@@ -87,6 +87,7 @@ encode_ms append_ms score_ms select_ms attend_ms tokens_per_s
 full_ms_p50 full_ms_p20 full_ms_p80 speedup_vs_full speedup_ci_low speedup_ci_high
 other_load timing_note
 bytes_read_per_step index_bytes_per_token kv_cache_mib peak_memory_mib
+memory_needed_mib
 bandwidth_fraction bandwidth_gb_s
 fit_s loss_first loss_last calibration artifact_path
 device clock_mhz driver torch threads numba triton transformers tokenizers numpy
@@ -192,6 +193,16 @@ def test_a_cell_that_failed_runs_again(
     assert not cell.finished()
     cell.write([row(status="skipped", reason="why.")], [], {}, "")
     assert cell.finished()
+
+
+def test_a_row_skipped_for_want_of_memory_is_tried_again(
+    store: CellStore, row: Callable[..., Row]
+) -> None:
+    cell = store.cell("0123456789abcdef")
+    skipped = row(subtask="65536", status="skipped", reason="why.", memory_needed_mib=3.5)
+    cell.write([row(), skipped], [], {}, "")
+    assert cell.status == "ok"
+    assert not cell.finished()
 
 
 @pytest.mark.parametrize("keep", [0, 1, 40, -3])
