@@ -160,7 +160,7 @@ def _shape(
     methods: dict[str, AnyMethod] = {}
     for name, slow in experiment.timed:
         impl: dict[Operator, Impl] = dict.fromkeys(OPERATORS, conditions.impl)
-        impl |= dict.fromkeys(slow, "reference")
+        impl |= {op: "reference" for op in OPERATORS if op in slow}
         ran = _implementations(impl, geometry.device, conditions.dtype, geometry.head_dim)
         label = ran if len(experiment.slow) > 1 and name != "full" else name
         methods[label] = with_impl(variants.make(name, rbit=conditions.rbit), impl)
