@@ -10,6 +10,7 @@ from torch import Tensor
 from topkbench.harness.samples import Sample, TaskDoesNotFit
 from topkbench.models.cache import DecodeCache
 from topkbench.models.compat import layer_devices, token_logits
+from topkbench.models.encoding import answer_ends, encode_split, has_template, render_chat
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 
@@ -18,9 +19,6 @@ Question = Literal["sparse", "dense"]
 
 class NotFiniteError(ValueError):
     """A model or a method computed infinity or NaN."""
-
-
-_SPLIT = "\u241e"  # marks where the context ends inside a chat template; occurs in no prompt
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,9 @@ class Prompt:
 def tokenise(loaded: LoadedModel, sample: Sample, question: Question) -> Prompt:
     """Encode a sample for a model and split it into a prefilled and a decoded part.
 
+    The prompt is encoded as a whole, in the model's chat template if ``loaded.chat`` is true and
+    the text is not wrapped in one already, so both settings of ``question`` give the same tokens.
+
     Args:
         loaded: The model.
         sample: The sample.
@@ -63,27 +64,16 @@ def tokenise(loaded: LoadedModel, sample: Sample, question: Question) -> Prompt:
 
     Raises:
         TaskDoesNotFit: If prompt and answer exceed the model's window.
-        ValueError: If the sample cannot be split as ``question`` asks.
+        ValueError: If the sample cannot be split as ``question`` asks, or the chat template cannot
+            wrap it.
     """
     if question not in ("sparse", "dense"):
         raise ValueError(f"question must be sparse or dense, got {question!r}.")
-    context, rest = sample.context, sample.question + sample.answer_prefix
-    chat = loaded.chat and not sample.as_is
-    if chat:
-        message = [{"role": "user", "content": f"{context}{_SPLIT}{sample.question}"}]
-        text = loaded.tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True
-        )
-        context, rest = str(text).split(_SPLIT)
-        rest += sample.answer_prefix
-    # A chat template, rendered here or in an official file, already contains the special tokens.
-    has_bos = bool(loaded.tokenizer.bos_token) and context.startswith(loaded.tokenizer.bos_token)
-    prefill_ids = loaded.tokenizer.encode(context, add_special_tokens=not chat and not has_bos)
-    decode_ids = loaded.tokenizer.encode(rest, add_special_tokens=False) if rest else []
+    prefill_ids, decode_ids = _encode(loaded, sample)
     total = len(prefill_ids) + len(decode_ids) + sample.max_new_tokens
     if total > loaded.window:
         remedy = (
-            "use shorter prompts in task.source" if sample.as_is else "use a smaller task.length"
+            "use shorter prompts in task.source" if sample.official else "use a smaller task.length"
         )
         raise TaskDoesNotFit(
             f"prompt and answer must fit the window of {loaded.window} tokens of {loaded.name}, got"
@@ -105,6 +95,33 @@ def tokenise(loaded: LoadedModel, sample: Sample, question: Question) -> Prompt:
     if question == "dense":
         prefill_ids, decode_ids = prefill_ids + decode_ids, []
     return Prompt(sample, tuple(prefill_ids), tuple(decode_ids))
+
+
+def count_tokens(loaded: LoadedModel, sample: Sample) -> int:
+    """Return the number of tokens of a sample's prompt, the chat template included."""
+    return sum(map(len, _encode(loaded, sample)))
+
+
+def is_wrapped(loaded: LoadedModel, sample: Sample) -> bool:
+    """Return whether a sample reaches the model in a chat template, the model's or its own."""
+    return loaded.chat or _has_template(loaded, sample)
+
+
+def _has_template(loaded: LoadedModel, sample: Sample) -> bool:
+    text = sample.context + sample.question
+    return sample.official and has_template(loaded.tokenizer, text, loaded.chat_template_kwargs)
+
+
+def _encode(loaded: LoadedModel, sample: Sample) -> tuple[list[int], list[int]]:
+    """Return the tokens of a sample's prompt up to the end of its context, and the others."""
+    text, cut = sample.context + sample.question, len(sample.context)
+    wrap = loaded.chat and not _has_template(loaded, sample)
+    if wrap:
+        text, cut = render_chat(
+            loaded.tokenizer, sample.context, sample.question, loaded.chat_template_kwargs
+        )
+    # What a template writes is complete: it contains the special tokens.
+    return encode_split(loaded.tokenizer, text + sample.answer_prefix, cut, begin=not wrap)
 
 
 def tokenise_all(
@@ -216,15 +233,15 @@ class Decoder:
         return logits
 
     def generate(self) -> list[list[int]]:
-        """Decode the question, then answer greedily; return each row's tokens, without the EOS."""
-        eos = eos_ids(self.loaded)
+        """Decode the question, then answer greedily; return each row's tokens without the end."""
+        ends = answer_ends(self.loaded)
         limits = [prompt.sample.max_new_tokens for prompt in self.prompts]
         answers: list[list[int]] = [[] for _ in self.prompts]
         done = [limit == 0 for limit in limits]
         tokens = self.read_question().argmax(-1)
         while True:
             for row, token in enumerate(tokens.tolist()):
-                if not done[row] and token in eos:
+                if not done[row] and token in ends:
                     done[row] = True
                 elif not done[row]:
                     answers[row].append(token)
@@ -239,12 +256,3 @@ class Decoder:
         forced = torch.tensor([list(answer) for answer in answers], device=self.device)
         for column in range(forced.shape[1]):
             self.check(self.step(forced[:, column].long()))
-
-
-def eos_ids(loaded: LoadedModel) -> frozenset[int]:
-    """Return the tokens that end an answer."""
-    config = getattr(loaded.model, "generation_config", None)
-    ids = getattr(config, "eos_token_id", None)
-    if ids is None:
-        ids = loaded.tokenizer.eos_token_id
-    return frozenset([ids] if isinstance(ids, int) else ids or [])

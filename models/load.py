@@ -23,6 +23,7 @@ from transformers.utils.hub import cached_file
 
 from topkbench.models.compat import partial_layers
 from topkbench.models.digests import weights_digest
+from topkbench.models.encoding import check_template_arguments
 
 SHIPPED = {"tiny": Path(__file__).resolve().parent / "tiny"}
 RANDOM = "random"
@@ -44,6 +45,7 @@ class LoadedModel:
             that an answer depends on is in ``digests.model_digest``.
         window: Longest sequence in tokens.
         chat: Whether prompts are wrapped in the tokenizer's chat template.
+        chat_template_kwargs: Arguments of the chat template: ``{"enable_thinking": False}``.
         short_answers: Whether the model ends its answers itself, so that it is enough to generate
             as many tokens as the reference answer has, and a few more.
         artifact_folders: Folders with fitted artifacts that ship with the model.
@@ -55,6 +57,7 @@ class LoadedModel:
     digest: str
     window: int
     chat: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     short_answers: bool = False
     artifact_folders: tuple[Path, ...] = field(default=())
 
@@ -67,6 +70,7 @@ def load_model(
     device_map: str | None = None,
     revision: str | None = None,
     chat: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     short_answers: bool = False,
     architecture: Mapping[str, Any] | None = None,
     cache_dir: str | Path | None = None,
@@ -84,6 +88,7 @@ def load_model(
         device_map: Passed to transformers to spread a model over several GPUs; needs accelerate.
         revision: Revision of a hub id.
         chat: Wrap prompts in the chat template.
+        chat_template_kwargs: Arguments of the chat template; None for none.
         short_answers: See ``LoadedModel``.
         architecture: With ``path="random"``: the fields of a transformers configuration,
             ``model_type`` among them. The weights are drawn on the device, with a fixed seed.
@@ -110,6 +115,12 @@ def load_model(
         raise ModelNotAvailable(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
     if architecture is not None:
         return _draw(name, architecture, "bfloat16" if dtype == "auto" else dtype, device)
+    if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
+        raise ModelNotAvailable(
+            "model.chat_template_kwargs must be arguments by name, such as {enable_thinking:"
+            f" false}}, or null, got {chat_template_kwargs!r}."
+        )
+    template_arguments = dict(chat_template_kwargs or {})
     transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
@@ -121,6 +132,7 @@ def load_model(
             raise ValueError(f"a {type(tokenizer).__name__} with an empty vocabulary")
         # The tasks check lengths themselves; this silences the tokenizer's own warning.
         tokenizer.model_max_length = VERY_LARGE_INTEGER
+        _check_template(tokenizer, chat, template_arguments)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
@@ -145,6 +157,8 @@ def load_model(
             if info[f"{kind}_keys"]:
                 raise ValueError(f"{words} for {', '.join(sorted(info[f'{kind}_keys'])[:3])}.")
         digest = weights_digest(_snapshot(source, revision), cache_dir)
+    except ModelNotAvailable:
+        raise
     except (OSError, SafetensorError, ValueError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelNotAvailable(
@@ -160,6 +174,7 @@ def load_model(
         digest=digest,
         window=int(config.get_text_config(decoder=True).max_position_embeddings),
         chat=chat,
+        chat_template_kwargs=template_arguments,
         short_answers=short_answers,
         artifact_folders=(folder / "artifacts",) if folder else (),
     )
@@ -220,6 +235,16 @@ def _draw(name: str, architecture: Mapping[str, Any], dtype: str, device: str) -
         digest=hashlib.sha256(text.encode()).hexdigest()[:16],
         window=int(model.config.get_text_config(decoder=True).max_position_embeddings),
     )
+
+
+def _check_template(
+    tokenizer: PreTrainedTokenizerBase, chat: bool, arguments: Mapping[str, Any]
+) -> None:
+    """Refuse a chat template that cannot be used as set, before weights are loaded."""
+    try:
+        check_template_arguments(tokenizer, chat, arguments)
+    except ValueError as error:
+        raise ModelNotAvailable(str(error)) from error
 
 
 def free_bytes(device: torch.device) -> int:
