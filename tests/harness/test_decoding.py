@@ -65,8 +65,8 @@ def answer(
 
 
 TEMPLATE = (
-    "{{ bos_token }}<|user|>{{ messages[0].content }}<|assistant|>{% if mood is defined %} {{ mood }}:"
-    "{% endif %}"
+    "{{ bos_token }}<|user|>{{ messages[0].content }}<|assistant|>"
+    "{% if mood is defined %} {{ mood }}:{% endif %}"
 )
 
 

@@ -1,5 +1,7 @@
 """The ruler task: generated samples, the same for all methods, and NVIDIA's official files."""
 
+import copy
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 
 from topkbench.harness.decoding import tokenise
 from topkbench.harness.samples import TaskDoesNotFit, samples_digest
 from topkbench.models.load import LoadedModel
+from topkbench.tasks.needle import Needle
 from topkbench.tasks.ruler import Ruler
-from topkbench.tasks.ruler_prompts import SUBTASKS
+from topkbench.tasks.ruler_prompts import SUBTASKS, VERSION
 
 MakeTask = Callable[..., Ruler]
 
@@ -37,6 +41,13 @@ def test_a_sample_does_not_depend_on_the_number_of_samples(
     assert alone == [sample for sample in more if sample.subtask == "vt"][:2]
 
 
+def test_what_is_null_is_the_same_cell_as_the_value_that_is_used(tmp_path: Path) -> None:
+    expected = {"length": 4096, "subtasks": list(SUBTASKS)}
+    assert Ruler().decided() == expected
+    assert Ruler(length=4096, subtasks=SUBTASKS).decided() == expected
+    assert Ruler(length=300, subtasks=["vt"]).decided() == {"length": 300, "subtasks": ["vt"]}
+
+
 def test_seed_and_length_change_the_samples(loaded: LoadedModel, make: MakeTask) -> None:
     digests = {
         make(subtasks=("vt",), **knobs).inputs_digest(loaded)
@@ -56,6 +67,37 @@ def test_prompt_and_answer_fill_the_length_exactly_as_stated(
         dense = tokenise(loaded, sample, "dense")
         assert dense.prefill_ids == prompt.prefill_ids + prompt.decode_ids
         assert dense.decode_ids == ()
+
+
+def test_a_prompt_never_exceeds_its_length(loaded: LoadedModel, make: MakeTask) -> None:
+    """Apart, the parts of a text may have fewer tokens than together, or more."""
+    joined = copy.deepcopy(loaded.tokenizer)
+    rules = joined.backend_tokenizer
+    rules.normalizer = normalizers.Replace(
+        ".\n", ".\n" + "~" * 9
+    )  # where context and question meet
+    of_llama_2 = copy.deepcopy(loaded.tokenizer)
+    of_llama_2.backend_tokenizer.normalizer = normalizers.Prepend("~")
+    chat = copy.deepcopy(loaded.tokenizer)
+    chat.chat_template = "{{ bos_token }}Read the text: {{ messages[0].content }} Answer:"
+    for tokenizer, wrapped in ((joined, False), (of_llama_2, False), (chat, True)):
+        reader = replace(loaded, tokenizer=tokenizer, chat=wrapped)
+        for sample in make(length=400, num_samples=2).samples(reader):
+            prompt = tokenise(reader, sample, "sparse")
+            assert prompt.num_tokens + sample.max_new_tokens == sample.length
+            assert 250 < sample.length <= 400
+
+
+def test_the_prompts_of_a_version_stay_the_same(loaded: LoadedModel, make: MakeTask) -> None:
+    """Prompts that change need another ``VERSION``, so that rows of both are not compared."""
+    tasks = (make(num_samples=2), Needle(lengths=(300,), cache_dir=make().cache_dir))
+    text = "".join(
+        "".join([one.context, one.question, one.answer_prefix, *one.answers])
+        for task in tasks
+        for one in task.samples(loaded)
+    )
+    digests = {1: "bd6fce093b630698"}
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == digests[VERSION]
 
 
 def test_a_model_trained_to_end_its_answers_gets_8_extra_tokens(
