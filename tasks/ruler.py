@@ -66,6 +66,9 @@ class Ruler(GenerationTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole("num_samples", self.num_samples)
+        check_whole("task.question_tokens", self.question_tokens, least=0)
+        if not isinstance(self.skip_bad, bool):
+            raise ValueError(f"task.skip_bad must be true or false, got {self.skip_bad!r}.")
         if self.source is None:
             self._check_generated()
             return
@@ -73,7 +76,7 @@ class Ruler(GenerationTask):
             if getattr(self, setting) is not None:
                 raise ValueError(
                     f"task.{setting} must be null with task.source, whose prompts are written"
-                    f" already, got {getattr(self, setting)!r}; leave it out."
+                    f" already, got {getattr(self, setting)!r}; use task.{setting}=null."
                 )
         # Read now, so that a bad file fails before a model is loaded.
         self._official = read_official(

@@ -6,9 +6,9 @@ them costs more than the tiny cells do; what depends on a fresh interpreter gets
 
 import json
 import os
-import re
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
