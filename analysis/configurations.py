@@ -136,6 +136,8 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
         name = f"configuration{index:04d}"
         pool = outcomes[outcomes["run_id"].isin(cells["run_id"])]
         full = _full_samples(cells, good, outcomes) if key["method"] != "full" else None
+        if str(key["prompts"]).startswith("RULER"):
+            pool, full = _once(pool), None if full is None else _once(full)
         scores: dict[str, dict[str, float | None]] = {}
         if len(pool):
             try:
@@ -266,6 +268,15 @@ def _with_seed(samples: pd.DataFrame | None, rows: pd.DataFrame) -> pd.DataFrame
         ["run_id", "subtask", "sample_id"], keep="last"
     )
     return known.assign(seed=known["run_id"].map(seeds).astype("Int64"))
+
+
+def _once(outcomes: pd.DataFrame) -> pd.DataFrame:
+    """Average the scores of a sample over seeds: a file's samples are the same under each."""
+    names = ["subtask", "sample_id"]
+    if not len(outcomes) or not outcomes.duplicated(names).any():
+        return outcomes
+    kept = {name: "first" for name in ("references",) if name in outcomes}
+    return outcomes.groupby(names, sort=False, as_index=False).agg({"score": "mean", **kept})
 
 
 def _full_samples(

@@ -47,7 +47,7 @@ def encode_split(
     Returns:
         The tokens before and after the cut; together they are the tokens of the whole text.
     """
-    if tokenizer.is_fast:
+    if getattr(tokenizer, "is_fast", False):
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = list(found["input_ids"])
         # Several tokens may share a character; all of them end at the same place.

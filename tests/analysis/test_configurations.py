@@ -235,6 +235,20 @@ def test_different_prompts_are_never_pooled_or_compared(row: RowMaker) -> None:
     ]
 
 
+def test_a_files_samples_count_once_whatever_the_number_of_seeds(row: RowMaker) -> None:
+    rows, outcomes = [], []
+    for seed in (0, 1, 2):
+        for method, score in (("full", 100.0), ("quest", 50.0)):
+            known = {"method": method, "k": 64 if method == "quest" else None, "seed": seed}
+            name = f"{method[0]}{seed}".ljust(16, "0")
+            rows.append(row(run_id=name, prompts="RULER 00112233 (raw)", **known))
+            outcomes.append(samples(name, [score + seed * 10 * (method == "quest")] * 4))
+    overall = compare(frame(rows), pd.concat(outcomes)).overall
+    assert overall["n"].tolist() == [4, 4]
+    (quest,) = overall[overall["method"] == "quest"].to_dict("records")
+    assert (quest["score"], quest["delta_full"]) == (60.0, -40.0)
+
+
 def test_full_attention_on_other_prompts_is_no_reference(row: RowMaker) -> None:
     """After a merge, the cell that a row names as its reference may not be among the rows."""
     rows = frame(
