@@ -117,10 +117,11 @@ def _encode(loaded: LoadedModel, sample: Sample) -> tuple[list[int], list[int]]:
     text, cut = sample.context + sample.question, len(sample.context)
     wrap = loaded.chat and not _has_template(loaded, sample)
     if wrap:
+        # What a template writes is complete: it contains the special tokens, and no second ones.
+        context = sample.context.removeprefix(loaded.tokenizer.bos_token or "")
         text, cut = render_chat(
-            loaded.tokenizer, sample.context, sample.question, loaded.chat_template_kwargs
+            loaded.tokenizer, context, sample.question, loaded.chat_template_kwargs
         )
-    # What a template writes is complete: it contains the special tokens.
     return encode_split(loaded.tokenizer, text + sample.answer_prefix, cut, begin=not wrap)
 
 

@@ -98,6 +98,8 @@ def test_an_official_prompt_is_wrapped_once(chat: LoadedModel, loaded: LoadedMod
     raw = replace(sample("the secret"), official=True)
     whole = tokenise(chat, raw, "dense").prefill_ids
     assert text_of(chat, whole) == f"<bos><|user|>the secret{QUESTION}<|assistant|> answer"
+    raw_with_bos = replace(raw, context=f"<bos>{raw.context}")
+    assert tokenise(chat, raw_with_bos, "dense").prefill_ids == whole
     assert [is_wrapped(one, raw) for one in (chat, replace(chat, chat=False))] == [True, False]
     wrapped = replace(raw, context="<|user|>the secret", question=f"{QUESTION}<|assistant|>")
     with_bos = replace(wrapped, context=f"<bos>{wrapped.context}")
