@@ -121,6 +121,13 @@ class Row:
     """Seed of the data and of the method's random draws."""
     num_samples: int | None = None
     """Number of scored samples; for the mean, of all sub-tasks."""
+    prompts: str | None = None
+    """Where the prompts come from: ``topkbench`` and the version of its prompts, or ``RULER``, the
+    digest of the files, and whether they are raw or in a chat template."""
+    source_samples: int | None = None
+    """Number of samples in the files, of which ``num_samples`` were scored; None without files."""
+    skipped_samples: int | None = None
+    """Number of bad lines in the files, which ``task.skip_bad`` left out; None without files."""
     parameters: dict[str, Scalar] = field(default_factory=dict)
     """Other parameters of the method, flattened to columns ``p_<name>``."""
 

@@ -231,7 +231,7 @@ class Run:
             method.pop("native", None)
         if self.task.all_budgets:
             protocol.pop("k", None)
-        task = dict(self.settings["task"])
+        task = self.task_settings
         task["inputs"] = self.task.inputs_digest(self.loaded)
         model = {**self.settings["model"], "digest": model_digest(self.loaded)}
         if not self.task.uses_model:
@@ -246,6 +246,19 @@ class Run:
         if self.artifact is not None:
             payload["calibration"] = self.settings["calibration"]
         return payload
+
+    @property
+    def task_settings(self) -> dict[str, Any]:
+        """The task's settings, with what the task uses where the configuration has null."""
+        settings = dict(self.settings["task"])
+        return settings | {
+            name: value for name, value in self.task.decided().items() if name in settings
+        }
+
+    @functools.cached_property
+    def prompts(self) -> str | None:
+        """Where the task's prompts come from."""
+        return self.task.prompts(self.loaded)
 
     @functools.cached_property
     def code(self) -> str:
@@ -292,7 +305,7 @@ class Run:
         """Return a row with the columns that are known before anything has run."""
         from topkbench.harness.cell import environment
 
-        method, task = self.settings["method"], self.settings["task"]
+        method, task = self.settings["method"], self.task_settings
         selects = self.method.selects
         fitted_on = {"dtype": self.dtype}
         if self.artifact is not None:
@@ -305,8 +318,7 @@ class Run:
             model=self.loaded.name if self.task.uses_model else self.task.subject,
             task=self.task.name,
             subtask="mean",
-            # Official files have the length they were made at, whatever ours would be.
-            length=None if task.get("source") else task.get("length"),
+            length=task.get("length"),
             method=self.method.name,
             **{f"method_{name}": value for name, value in self.appearance.items()},
             impl=implementations(self.payload["method"]["impl"]),
@@ -326,6 +338,8 @@ class Run:
             code_digest=self.code,
             config_digest=identity(without_seeds(self.payload)),
             full_run_id=full_run_id,
+            prompts=self.prompts,
+            **self.task.sample_counts("mean"),
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
             **environment(self.loaded),
             **git_state(ROOT),
@@ -393,6 +407,8 @@ class Run:
                 full_note=full_note(full_rows, part.subtask),
                 **{
                     "peak_memory_mib": peak,
+                    **dict.fromkeys(self.task.sample_counts("mean")),
+                    **self.task.sample_counts(part.subtask),
                     **part.values,
                     **(paired.get(part.subtask, {}) if part.status == Status.OK else {}),
                 },

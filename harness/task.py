@@ -173,6 +173,18 @@ class Task(ABC):
         """
         return
 
+    def decided(self) -> dict[str, Any]:
+        """Return the values that the task uses for settings whose value is None."""
+        return {}
+
+    def prompts(self, loaded: LoadedModel) -> str | None:
+        """Return where the prompts come from, in words; None for a task without prompts."""
+        return None
+
+    def sample_counts(self, subtask: str) -> dict[str, int]:
+        """Return a row's columns that count the samples of the files that were read."""
+        return {}
+
     @abstractmethod
     def run(self, context: Context) -> Outcome:
         """Run one cell."""

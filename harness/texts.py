@@ -9,6 +9,7 @@ from pydoc_data.topics import topics
 from typing import Literal
 
 from topkbench.methods.base import check_list, check_whole
+from topkbench.models.encoding import encode
 from topkbench.models.load import LoadedModel
 
 
@@ -63,7 +64,7 @@ class TextFiles:
         Raises:
             ValueError: If a file cannot be read, or the files contain fewer than 2 tokens.
         """
-        ids = list(loaded.tokenizer.encode(self._text()))
+        ids = encode(loaded.tokenizer, self._text())
         if len(ids) < 2:
             raise ValueError(
                 f"calibration.files must hold a text, got {len(ids)} tokens in {self.files}."

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from topkbench.models.encoding import answer_ends, template_around
 from topkbench.models.files import is_of_this_user
 
 if TYPE_CHECKING:
@@ -52,9 +53,11 @@ def weights_digest(source: str | Path, cache_dir: str | Path | None = None) -> s
 def model_digest(loaded: "LoadedModel") -> str:
     """Return 16 hex digits of everything that a loaded model's answers depend on.
 
-    That is its weights, configuration, dtype, tokenizer, chat template and generation settings, and
-    how prompts are wrapped for it. A hub snapshot and a folder of the same files have one digest.
+    That is its weights, configuration, dtype, tokenizer, chat template and generation settings,
+    what the template writes around a prompt, and the tokens that end an answer. A hub snapshot and
+    a folder of the same files have one digest.
     """
+    template = loaded.chat_template_kwargs
     config, generation = loaded.model.config, getattr(loaded.model, "generation_config", None)
     return _short(
         {
@@ -65,6 +68,8 @@ def model_digest(loaded: "LoadedModel") -> str:
             "tokenizer": tokenizer_digest(loaded.tokenizer),
             "window": loaded.window,
             "chat": loaded.chat,
+            "around prompts": template_around(loaded.tokenizer, template) if loaded.chat else None,
+            "answer ends": sorted(answer_ends(loaded)),
             "short_answers": loaded.short_answers,
         }
     )

@@ -26,6 +26,7 @@ from transformers.utils.hub import cached_file
 from topkbench.methods.base import check_whole
 from topkbench.models.compat import context_window, partial_layers
 from topkbench.models.digests import weights_digest
+from topkbench.models.encoding import check_template_arguments
 
 SHIPPED = {"tiny": Path(__file__).resolve().parent / "tiny"}
 RANDOM = "random"
@@ -49,6 +50,7 @@ class LoadedModel:
             that an answer depends on is in ``digests.model_digest``.
         window: Longest sequence in tokens; see ``compat.context_window``.
         chat: Whether prompts are wrapped in the tokenizer's chat template.
+        chat_template_kwargs: Arguments of the chat template: ``{"enable_thinking": False}``.
         short_answers: Whether the model ends its answers itself, so that it is enough to generate
             as many tokens as the reference answer has, and a few more.
         artifact_folders: Folders with fitted artifacts that ship with the model.
@@ -60,6 +62,7 @@ class LoadedModel:
     digest: str
     window: int
     chat: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     short_answers: bool = False
     artifact_folders: tuple[Path, ...] = field(default=())
 
@@ -89,6 +92,7 @@ def load_model(
     device_map: DeviceMap | None = None,
     revision: str | None = None,
     chat: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     short_answers: bool = False,
     window: int | None = None,
     architecture: Mapping[str, Any] | None = None,
@@ -107,6 +111,7 @@ def load_model(
         device_map: Passed to transformers to spread a model over several GPUs; needs accelerate.
         revision: Revision of a hub id.
         chat: Wrap prompts in the chat template.
+        chat_template_kwargs: Arguments of the chat template; None for none.
         short_answers: See ``LoadedModel``.
         window: Longest sequence in tokens; None for what the configuration says. A longer one is
             taken as it is: the model then meets positions that it was not trained on.
@@ -123,6 +128,7 @@ def load_model(
         dtype = "bfloat16" if dtype == "auto" else dtype
         return _draw(name, architecture, config, dtype, device, window)
     folder, source = SHIPPED.get(path), _source(path)
+    template_arguments = dict(chat_template_kwargs or {})
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -133,6 +139,7 @@ def load_model(
             raise ValueError(f"a {type(tokenizer).__name__} with an empty vocabulary")
         # The tasks check lengths themselves; this silences the tokenizer's own warning.
         tokenizer.model_max_length = VERY_LARGE_INTEGER
+        _check_template(tokenizer, chat, template_arguments)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
@@ -157,6 +164,8 @@ def load_model(
             if info[f"{kind}_keys"]:
                 raise ValueError(f"{words} for {', '.join(sorted(info[f'{kind}_keys'])[:3])}.")
         digest = weights_digest(_snapshot(source, revision), cache_dir)
+    except ModelNotAvailable:
+        raise
     except (OSError, SafetensorError, ValueError, ImportError, RuntimeError) as error:
         raise _unreadable(path, error) from error
     if device_map is None:
@@ -168,6 +177,7 @@ def load_model(
         digest=digest,
         window=window,
         chat=chat,
+        chat_template_kwargs=template_arguments,
         short_answers=short_answers,
         artifact_folders=(folder / "artifacts",) if folder else (),
     )
@@ -367,6 +377,16 @@ def _draw(
         digest=hashlib.sha256(text.encode()).hexdigest()[:16],
         window=window,
     )
+
+
+def _check_template(
+    tokenizer: PreTrainedTokenizerBase, chat: bool, arguments: Mapping[str, Any]
+) -> None:
+    """Refuse a chat template that cannot be used as set, before weights are loaded."""
+    try:
+        check_template_arguments(tokenizer, chat, arguments)
+    except ValueError as error:
+        raise ModelNotAvailable(str(error)) from error
 
 
 def free_bytes(device: torch.device) -> int:

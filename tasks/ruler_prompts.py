@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from topkbench.harness.samples import TaskDoesNotFit
 from topkbench.methods.base import check_whole
 from topkbench.models.digests import tokenizer_digest
+from topkbench.models.encoding import encode
 from topkbench.models.load import LoadedModel
 from topkbench.tasks.words import (
     CALIBRATION_NAMES,
@@ -23,6 +24,9 @@ from topkbench.tasks.words import (
     word_pools,
 )
 
+VERSION = 1
+"""Counts the changes of these prompts and of the needle task's: rows of different ones are not
+compared."""
 SUBTASKS = (
     "niah_single",
     "niah_multikey",
@@ -429,7 +433,8 @@ class CalibrationPrompts:
         key = (tokenizer_digest(loaded.tokenizer), length, count, self.seed)
         if key not in _CALIBRATION:
             _CALIBRATION[key] = [
-                list(loaded.tokenizer.encode(text)) for text in self.texts(loaded, length, count)
+                encode(loaded.tokenizer, text)[:length]
+                for text in self.texts(loaded, length, count)
             ]
         return _CALIBRATION[key]
 

@@ -38,7 +38,7 @@ ALLOWED = {
         *("topkbench.analysis.record", "topkbench.analysis.files"),
     ),
     "tasks": (
-        *("torch", "triton", "psutil", "wonderwords"),
+        *("torch", "triton", "psutil", "wonderwords", "pyarrow"),
         *("topkbench.harness", "topkbench.models", "topkbench.methods.base"),
         *(*KERNEL_APIS, "topkbench.kernels.timing"),
     ),

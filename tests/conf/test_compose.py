@@ -52,8 +52,10 @@ def test_every_folder_is_a_group_that_is_tested() -> None:
 def test_the_defaults_are_the_main_job() -> None:
     config = resolved()
     assert config.model.path == "tiny"
-    assert (config.task.name, config.task.length, config.task.num_samples) == ("ruler", 4096, 25)
-    assert list(config.task.subtasks) == [
+    assert (config.task.name, config.task.num_samples) == ("ruler", 25)
+    task = instantiate(config.task)
+    assert task.prompt_length == 4096
+    assert list(task.chosen_subtasks) == [
         *("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery"),
         *("vt", "cwe", "fwe"),
     ]

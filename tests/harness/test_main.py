@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -254,6 +255,8 @@ def test_a_sweep_leaves_its_rows_and_a_report(swept: Commands) -> None:
     assert sparse[["recall_at_k", "attention_mass", "output_rel_error"]].notna().all(axis=None)
     assert sparse[["decode_ms_p50", "speedup_vs_full", "delta_full"]].notna().all(axis=None)
     assert set(found["question"]) == {"sparse"}
+    assert (set(found["length"]), set(found["prompts"])) == ({256}, {"topkbench 1"})
+    assert found["source_samples"].isna().all()
     assert (found["peak_memory_mib"] > 0).all()
     folder = swept.report.parent
     for name in ("report.html", "report.md", "rows.csv", "samples.parquet", "cells.json"):
@@ -307,6 +310,30 @@ def test_a_sweep_over_dtypes_prefills_each_prompt_once_for_each(commands: Comman
     full = rows[rows["method"] == "full"].set_index("p_dtype")["run_id"]
     sparse = rows[rows["method"] == "streaming_llm"]
     assert (sparse["full_run_id"] == sparse["p_dtype"].map(full)).all()
+
+
+def test_rows_of_files_say_where_their_prompts_come_from(commands: Commands) -> None:
+    context = "One of the secret words is blue. " * 20
+    line = {"input": context + "\nWhich secret word is it?", "outputs": ["blue"]}
+    bad = {**line, "outputs": [""]}
+    path = commands.folder / "vt.jsonl"
+    path.write_text("".join(f"{json.dumps(one)}\n" for one in (line, bad, line, line)))
+    of_file = (f"task.source={path}", "task.length=null", "task.subtasks=[vt]", "num_samples=2")
+    assert commands.run("method=exact", "k=16", *of_file) == 3
+    one_sentence(commands, f"line 2 of {path}", "a reference in outputs must be a text", 'got "".')
+    assert commands.forwards == []
+    assert commands.run("method=exact", "k=16", *of_file, "task.skip_bad=true") == 0
+    rows = commands.rows[commands.rows["status"] == "ok"]
+    assert len(rows) == 2 * 2  # of full attention and the method, with their means
+    assert rows["length"].isna().all()
+    (prompts,) = rows["prompts"].unique()
+    assert re.fullmatch(r"RULER [0-9a-f]{8} \(raw\)", prompts)
+    assert set(rows["num_samples"]) == {2}
+    assert set(rows["source_samples"]) == {3}
+    assert rows.groupby("subtask")["skipped_samples"].max().fillna(-1).to_dict() == {
+        "mean": 1,
+        "vt": -1,
+    }
 
 
 def test_axes_that_a_method_ignores_make_no_cells(commands: Commands) -> None:
@@ -471,7 +498,24 @@ def one_sentence(commands: Commands, *words: str) -> None:
         (["model.path=nobody/no-such-model"], ["nobody/no-such-model", "reachable"]),
         (["task.length=16385"], ["must be at most the window of 16384 tokens", "got 16385;"]),
         (["task.length=30"], ["use a larger task.length."]),
-        (["task.source=/no/such/file"], ["task.source must be", "/no/such/file"]),
+        (
+            ["task.source=/no/such/file", "task.length=null"],
+            ["task.source must be", "/no/such/file"],
+        ),
+        (["task.source=/no/such/file"], ["task.length must be null with task.source", "got 256"]),
+        (["task.skip_bad=true"], ["task.skip_bad is a setting of task.source"]),
+        (
+            ["model=local", "model.name=mine", "model.chat=true"],
+            ["model.chat=true needs a chat template", "use model.chat=false."],
+        ),
+        (
+            ["model=local", "model.name=mine", "model.chat_template_kwargs={mood: good}"],
+            ["model.chat_template_kwargs needs prompts in the chat template", "got mood"],
+        ),
+        (
+            ["model=local", "model.name=mine", "model.chat_template_kwargs=good"],
+            ["model.chat_template_kwargs must be arguments by name", "got 'good'."],
+        ),
         (["device=cuda:99"], ["cuda:99"]),
         (
             ["method=quest", "task=fit"],

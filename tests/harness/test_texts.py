@@ -1,14 +1,18 @@
 """Calibration texts from files: Python's documentation in two halves, or a user's files."""
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+from tokenizers import processors
 
 from topkbench.harness.calibration import Calibration
 from topkbench.harness.texts import TextFiles, python_topics
 from topkbench.methods.loki import Loki
 from topkbench.models.load import LoadedModel
+from topkbench.tasks.ruler_prompts import CalibrationPrompts
 
 
 def test_every_topic_of_pythons_documentation_is_in_exactly_one_half() -> None:
@@ -29,6 +33,22 @@ def test_texts_are_taken_at_even_distances(loaded: LoadedModel, tmp_path: Path) 
     assert found == [ids[:10], ids[round(last / 2) : round(last / 2) + 10], ids[last:]]
     assert texts.sequences(loaded, 999, 2) == [ids, ids]  # no more than there is
     assert texts.sequences(loaded, 10, 1) == [ids[:10]]
+
+
+def test_a_text_has_the_beginning_token_once_and_no_end(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    reader = replace(loaded, tokenizer=tokenizer)
+    (tmp_path / "one.txt").write_text("and are each list")
+    (found,) = TextFiles(files=[str(tmp_path / "one.txt")]).sequences(reader, 99, 1)
+    assert found == loaded.tokenizer.encode("and are each list")
+    for ids in CalibrationPrompts(num_sequences=3).sequences(reader, 300, 3):
+        assert (ids[0], ids.count(1), ids.count(2)) == (1, 1, 0)
+        assert len(ids) <= 300
 
 
 def test_the_description_contains_the_digest_of_the_files(
