@@ -97,6 +97,12 @@ BAD = {
     "model=local model.name=a model.path=tiny model.chat=1": (
         "model.chat must be true or false, got 1."
     ),
+    "model=local model.name=a model.path=tiny model.chat_template_kwargs=think": (
+        "model.chat_template_kwargs must be a mapping or null, got 'think'."
+    ),
+    "model=local model.name=a model.path=tiny model.chat_template_kwargs=[enable_thinking]": (
+        "model.chat_template_kwargs must be a mapping or null, got ['enable_thinking']."
+    ),
     "model.short_answers=null": "model.short_answers must be true or false, got null.",
     "model.window=0": "model.window must be at least 1, got 0.",
     "model.window=4e3": "model.window must be a whole number or null, got 4000.0.",
@@ -113,21 +119,24 @@ BAD = {
     "task.name=5": "task.name must be text, got 5",
     "task.length=-1": "task.length must be at least 1, got -1.",
     "task.length=16385": "task.length must be at most the window of 16384 tokens of tiny, got",
-    "task.length=[4096]": "task.length must be a whole number, got [4096].",
+    "task.length=[4096]": "task.length must be a whole number or null, got [4096].",
     "task.num_samples=1.5": "task.num_samples must be a whole number, got 1.5.",
     "task.batch_size=0": "task.batch_size must be at least 1, got 0.",
     "task.timed_prompts=-1": "task.timed_prompts must be at least 0, got -1.",
     "task.judged_prompts=all": "task.judged_prompts must be a whole number, got 'all'.",
     "task.subtasks=niah_single": (
-        "task.subtasks must be a list of texts, got 'niah_single'; brackets make a list:"
+        "task.subtasks must be a list of texts or null, got 'niah_single'; brackets make a list:"
         " 'task.subtasks=[niah_single]'."
     ),
     "task.subtasks=[]": "task.subtasks must list at least one value, got [].",
     "task.subtasks=[vt,vt]": "task.subtasks must list each value once, got 'vt' twice.",
     "task.subtasks=[niah]": f"task.subtasks must be among {SUBTASKS}, got 'niah'.",
-    "task.subtasks=[1]": "task.subtasks must be a list of texts, got [1].",
-    "task.source=/no/such/file": "task.source must be a JSON lines file or a folder of them, found",
+    "task.subtasks=[1]": "task.subtasks must be a list of texts or null, got [1].",
+    "task.source=/no/such/file": "task.source must be a file of JSON lines or Parquet, or",
     "task.source=7": "task.source must be text or null, got 7; quotes",
+    "task.skip_bad=1": "task.skip_bad must be true or false, got 1.",
+    "task.skip_bad=true": "task.skip_bad is a setting of task.source, got True without one",
+    "task.question_tokens=3": "task.question_tokens is a setting of task.source, got 3 without",
     "task.question_tokens=-1": "task.question_tokens must be at least 0, got -1.",
     "task.example=maybe": "task.example must be true or false or null, got 'maybe'.",
     "task.cache_dir=1": "task.cache_dir must be text, got 1; quotes",
@@ -341,13 +350,14 @@ def leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield the settings of a configuration's file, with what stands there."""
     for name, value in node.items():
         here = f"{path}.{name}" if path else str(name)
-        if isinstance(value, dict) and value and "_target_" not in value and here != ARCHITECTURE:
+        if isinstance(value, dict) and value and "_target_" not in value and here not in FREE:
             yield from leaves(value, here)
         elif name not in ("_target_", "defaults"):
             yield here, value
 
 
-ARCHITECTURE = "model.architecture"
+FREE = ("model.architecture", "model.chat_template_kwargs")
+"""Mappings whose keys belong to transformers, and to a model's template."""
 FILES = [(group, path) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 
 
@@ -379,7 +389,7 @@ def test_each_setting_of_each_file_has_a_type(group: str, path: Path) -> None:
     written: Any = OmegaConf.to_container(config)
     check(Names(written), resolved)
     for name, value in settings_of(group, path):
-        if name == ARCHITECTURE:
+        if name in FREE:
             continue
         for wrong in ({"nothing": 1}, [{"nothing": 1}]):
             settings = copy.deepcopy(resolved)
