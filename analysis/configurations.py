@@ -21,8 +21,9 @@ from topkbench.analysis.row import PARAMETER_PREFIX, Status
 BASELINES = ("full", "exact", "block_oracle")
 """Methods that serve as references; they do not compete for the best score."""
 
-SETTING = ("model", "task", "question", "protocol", "device", "length")
+SETTING = ("model", "task", "prompts", "question", "protocol", "device", "length")
 """Columns that must agree in compared configurations; full attention suits any protocol."""
+_OF_ALL_LENGTHS = tuple(name for name in SETTING if name not in ("protocol", "length"))
 _CONFIGURATION = (
     *("method", "k", "rbit", "impl", "full_backend", "batch_size", "config_digest"),
     "artifact",
@@ -100,7 +101,7 @@ class Comparison:
 
     def _by_setting_of_all_lengths(self) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
         """Yield each setting, lengths not separated, with its configurations."""
-        for key, part in _groups(self.configurations, ("model", "task", "question", "device")):
+        for key, part in _groups(self.configurations, _OF_ALL_LENGTHS):
             free = part["protocol"].isna()
             for name in sorted(part["protocol"].dropna().unique(), reverse=True) or [None]:
                 yield {**key, "protocol": name}, part[free | (part["protocol"] == name)]
@@ -135,6 +136,8 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
         name = f"configuration{index:04d}"
         pool = outcomes[outcomes["run_id"].isin(cells["run_id"])]
         full = _full_samples(cells, good, outcomes) if key["method"] != "full" else None
+        if str(key["prompts"]).startswith("RULER"):
+            pool, full = _once(pool), None if full is None else _once(full)
         scores: dict[str, dict[str, float | None]] = {}
         if len(pool):
             try:
@@ -191,6 +194,7 @@ def _mixed(rows: pd.DataFrame) -> list[str]:
         ("driver", "drivers"),
         *((name, f"versions of {name}") for name in _LIBRARIES),
         ("model", "models"),
+        ("prompts", "prompts"),
         ("question", "question settings"),
     ):
         found = sorted(str(one) for one in rows[column].dropna().unique())
@@ -266,6 +270,15 @@ def _with_seed(samples: pd.DataFrame | None, rows: pd.DataFrame) -> pd.DataFrame
     return known.assign(seed=known["run_id"].map(seeds).astype("Int64"))
 
 
+def _once(outcomes: pd.DataFrame) -> pd.DataFrame:
+    """Average the scores of a sample over seeds: a file's samples are the same under each."""
+    names = ["subtask", "sample_id"]
+    if not len(outcomes) or not outcomes.duplicated(names).any():
+        return outcomes
+    kept = {name: "first" for name in ("references",) if name in outcomes}
+    return outcomes.groupby(names, sort=False, as_index=False).agg({"score": "mean", **kept})
+
+
 def _full_samples(
     cells: pd.DataFrame, rows: pd.DataFrame, outcomes: pd.DataFrame
 ) -> pd.DataFrame | None:
@@ -285,7 +298,7 @@ def _full_samples(
             chosen.append(str(first["full_run_id"]))
             continue
         answered = _sample_names(outcomes, first["run_id"])
-        for name in ("model", "task", "length", "question", "seed"):
+        for name in ("model", "task", "prompts", "length", "question", "seed"):
             same = candidates[name].eq(first[name]).fillna(False).astype(bool)
             candidates = candidates[candidates[name].isna() if pd.isna(first[name]) else same]
         if len(candidates):
@@ -478,7 +491,7 @@ def _sorted(configurations: pd.DataFrame) -> pd.DataFrame:
     rank = configurations["method"].map({name: place for place, name in enumerate(methods)})
     ordered = configurations.assign(rank=rank).sort_values(
         [
-            *("model", "task", "question", "device", "length"),
+            *("model", "task", "prompts", "question", "device", "length"),
             *("rank", "variant", "k", "rbit", "batch_size"),
         ],
         kind="stable",

@@ -1,46 +1,99 @@
-"""Atomic file writes, and file locks that the system releases when their process ends."""
+"""Atomic file writes, and file locks that the system releases when their process ends.
+
+A file is written under a temporary name, ``.NAME.DIGITS.part``, and locked until it is renamed: one
+that is not locked was left behind by a killed process.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import filelock
 
 from topkbench.analysis.row import RecordError
 
+# Elsewhere an open file is safe without a lock: it can be neither removed nor renamed.
+_LOCKS_PARTS = os.name == "posix"
+if _LOCKS_PARTS:
+    import fcntl
+
+
+class Place(NamedTuple):
+    """A folder that the command writes to: its name in a sentence, and the setting to move it."""
+
+    name: str
+    setting: str
+
+
+RESULTS = Place("results", "results_dir=PATH")
+CACHE = Place("cache", "cache_dir=PATH or the environment variable TOPKBENCH_CACHE")
+
+_PART = re.compile(r"\..+\.[0-9a-f]{16}\.part")
+
+
+class NotWritableError(RecordError):
+    """A folder cannot be written: it is read-only, its disk is full, or a file is in the way."""
+
+    def __init__(self, place: Place, path: Path, reason: str) -> None:
+        super().__init__(
+            f"the {place.name} folder must be writable, but {path} is not ({reason}); "
+            f"choose another with {place.setting}."
+        )
+
 
 @contextlib.contextmanager
-def translate_os_error(path: Path) -> Iterator[None]:
-    """Turn an OSError into a RecordError of one sentence."""
+def translate_os_error(path: Path, place: Place = RESULTS) -> Iterator[None]:
+    """Turn an OSError into a NotWritableError, which is one sentence."""
     try:
         yield
     except OSError as error:
-        raise RecordError(
-            f"the results folder must be writable, but {path} is not "
-            f"({error.strerror or error}); choose another with results_dir=PATH."
-        ) from error
+        raise NotWritableError(place, path, error.strerror or str(error)) from error
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def check_writable(path: Path, place: Place = RESULTS) -> None:
+    """Check that a folder can be written or made, without making it.
+
+    Raises:
+        NotWritableError: If it cannot.
+    """
+    existing = path.absolute()
+    with translate_os_error(path, place):
+        while not os.path.lexists(existing):
+            existing = existing.parent
+    if not existing.is_dir():
+        raise NotWritableError(place, path, f"{existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise NotWritableError(place, path, f"{existing} is read-only")
+
+
+def write_atomic(path: Path, content: bytes, place: Place = RESULTS) -> None:
     """Write a file atomically: after a crash it is either complete or absent.
 
     Raises:
-        RecordError: If the folder cannot be written.
+        NotWritableError: If the folder cannot be written; nothing is left behind.
     """
-    with translate_os_error(path.parent):
+    with translate_os_error(path.parent, place):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-        with part.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        part, file = _open_part(path)
+        try:
+            with file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                if _LOCKS_PARTS:
+                    part.replace(path)
+            if not _LOCKS_PARTS:
+                part.replace(path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
         if os.name == "posix":  # the rename is durable only once the folder is synced
             folder = os.open(path.parent, os.O_RDONLY)
             try:
@@ -49,15 +102,50 @@ def write_atomic(path: Path, content: bytes) -> None:
                 os.close(folder)
 
 
+def _open_part(path: Path) -> tuple[Path, BinaryIO]:
+    """Open a new temporary file for a path, locked as long as it is open."""
+    while True:
+        part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+        file = part.open("xb")
+        if not _LOCKS_PARTS:
+            return part, file
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return part, file
+        file.close()  # another process has removed it before it was locked
+
+
+def remove_left_over(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder and the folders below it.
+
+    Those of a process that still writes are locked, and stay.
+    """
+    for place, folders, files in os.walk(folder):
+        folders[:] = [one for one in folders if one != "wandb" and not one.startswith(".")]
+        for name in filter(_PART.fullmatch, files):
+            with contextlib.suppress(OSError):
+                _remove_unless_locked(Path(place, name))
+
+
+def _remove_unless_locked(part: Path) -> None:
+    if not _LOCKS_PARTS:
+        part.unlink()  # refused while it is open
+        return
+    with part.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises an OSError if it is locked
+        part.unlink()
+
+
 @contextlib.contextmanager
-def locked(path: Path, timeout_s: float) -> Iterator[None]:
+def locked(path: Path, timeout_s: float, place: Place = RESULTS) -> Iterator[None]:
     """Hold a file lock; the system releases it when the process ends, even by a crash.
 
     Raises:
-        RecordError: If the folder cannot be written, or the lock is not acquired in time.
+        NotWritableError: If the folder cannot be written.
+        RecordError: If the lock is not acquired in time, or the disk has no locks.
     """
     lock = filelock.FileLock(path)
-    with translate_os_error(path.parent):
+    with translate_os_error(path.parent, place):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=timeout_s)
@@ -68,8 +156,8 @@ def locked(path: Path, timeout_s: float) -> Iterator[None]:
             ) from None
         except NotImplementedError:
             raise RecordError(
-                f"the results folder must allow file locks, but {path.parent} does not; "
-                "choose a local disk with results_dir=PATH."
+                f"the {place.name} folder must allow file locks, but {path.parent} does not; "
+                f"choose a local disk with {place.setting}."
             ) from None
     try:
         yield

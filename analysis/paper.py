@@ -205,7 +205,10 @@ def _differences(
             reasons.append(
                 f"sub-tasks: {len(there)} of RULER's 13 in the mean there, {len(here_tasks)} here"
             )
-    if number["benchmark"] == "ruler" and not pd.isna(configuration["length"]):
+    ours = not pd.isna(configuration["length"])  # older rows do not say whose prompts they have
+    if not pd.isna(configuration["prompts"]):
+        ours = not str(configuration["prompts"]).startswith("RULER")
+    if number["benchmark"] == "ruler" and ours:
         reasons.append(
             "prompts: RULER's generator there, ours here (task.source reads RULER's files)"
         )

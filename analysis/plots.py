@@ -5,6 +5,7 @@ A figure is drawn only if its data vary: a curve needs two points, a comparison 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,12 +280,16 @@ def at_one_length(configurations: pd.DataFrame) -> pd.DataFrame:
 
 def save(figure: Figure, data: pd.DataFrame, drawn: Drawn) -> None:
     """Write a figure as PNG and SVG, and its data as CSV."""
-    drawn.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(drawn.csv, data.to_csv(index=False, lineterminator="\n").encode())
     FigureCanvasAgg(figure)
     # Lay out once: constrained layout takes most of the time of each of the two files.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     # No date and no version, so that the same rows give the same bytes.
-    figure.savefig(drawn.png, metadata={"Software": None})
-    figure.savefig(drawn.svg, metadata={"Date": None, "Creator": None})
+    for path, metadata in (
+        (drawn.png, {"Software": None}),
+        (drawn.svg, {"Date": None, "Creator": None}),
+    ):
+        content = io.BytesIO()
+        figure.savefig(content, format=path.suffix[1:], metadata=metadata)
+        write_atomic(path, content.getvalue())

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,14 @@ from typing import Any
 
 import pandas as pd
 
-from topkbench.analysis.files import json_bytes, locked, read_json, translate_os_error, write_atomic
+from topkbench.analysis.files import (
+    check_writable,
+    json_bytes,
+    locked,
+    read_json,
+    translate_os_error,
+    write_atomic,
+)
 from topkbench.analysis.row import (
     COLUMNS,
     PAIRED_COLUMNS,
@@ -39,11 +47,14 @@ __all__ = [
     "Scalar",
     "Status",
     "Sweep",
+    "checked_results_dir",
     "frame",
     "identity",
 ]
 
 _IDENTITY = re.compile(r"[0-9a-f]{16}")
+_PLACE = "results_dir.txt"
+"""File of a sweep that holds the path from its folder to the results."""
 
 
 def identity(payload: Mapping[str, Any]) -> str:
@@ -75,6 +86,21 @@ def _canonical(value: Any, where: str) -> Any:
     if isinstance(value, float) and math.isfinite(value):
         return value
     raise RecordError(f"{where} must be plain and finite to be digested, got {value!r}.")
+
+
+def checked_results_dir(value: Any) -> Path:
+    """Return the folder of results that a setting names, without making it.
+
+    Raises:
+        RecordError: If the setting names no folder, or the folder cannot be written.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise RecordError(
+            f"results_dir must name a folder, got {value!r}; the default is results_dir=results."
+        )
+    folder = Path(value)
+    check_writable(folder)
+    return folder
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
@@ -195,9 +221,9 @@ class Cell:
         return next((status for status in order if status in found), None)
 
     def finished(self) -> bool:
-        """Return whether the cell need not run again: complete, and ok or skipped."""
-        status = self.status
-        return status is not None and status.settled
+        """Return whether the cell need not run again: complete, and each of its rows settled."""
+        rows = self.read()
+        return bool(rows) and all(row.settled for row in rows)
 
     def samples(self) -> pd.DataFrame:
         """Return the samples passed to `write`, one row each; empty if there are none."""
@@ -331,22 +357,30 @@ class PartStore:
 
 
 class Sweep:
-    """A sweep's folder ``results/<experiment>/<name>/``: a list of cells, and the report."""
+    """A sweep's folder: a list of cells, which are kept in the folder of results, and the report.
 
-    def __init__(self, results_dir: str | Path, experiment: str, name: str) -> None:
-        self.folder = Path(results_dir) / experiment / name
+    The sweep's folder may be anywhere: it records where the results are.
+    """
+
+    def __init__(self, folder: str | Path, results_dir: str | Path) -> None:
+        self.folder = Path(folder)
+        self.results_dir = Path(results_dir)
         self.store = CellStore(results_dir)
 
     @classmethod
     def open(cls, folder: str | Path) -> Sweep:
-        """Return the sweep of a folder two levels below the results folder."""
+        """Return the sweep of a folder; without its record of the results it has no cell."""
         path = Path(folder).absolute()
-        return cls(path.parent.parent, path.parent.name, path.name)
+        record = path / _PLACE
+        place = record.read_text(encoding="utf-8") if record.is_file() else "."
+        return cls(path, path / place)
 
     @property
     def title(self) -> str:
-        """The sweep's name for a tracker: ``<experiment>/<name>``."""
-        return f"{self.folder.parent.name}/{self.folder.name}"
+        """The sweep's name for a tracker: its folder's place in the results, if it is there."""
+        folder, results = self.folder.resolve(), self.results_dir.resolve()
+        inside = results in folder.parents
+        return folder.relative_to(results).as_posix() if inside else folder.name
 
     @property
     def _list(self) -> Path:
@@ -373,6 +407,9 @@ class Sweep:
         self.store.cell(identity)
         with locked(self.folder / ".cells.lock", timeout_s=60):
             known = self.identities()
+            if not known:  # relative, so that results can be moved as a whole
+                place = os.path.relpath(self.results_dir.resolve(), self.folder.resolve())
+                write_atomic(self.folder / _PLACE, place.encode())
             if identity not in known:
                 write_atomic(self._list, json_bytes([*known, identity]))
 

@@ -21,6 +21,7 @@ import pandas as pd
 from topkbench.analysis import kernels, style, tables
 from topkbench.analysis.break_even import MODELS, ModelSize, break_even_table, model_sizes
 from topkbench.analysis.configurations import Comparison, compare
+from topkbench.analysis.console import console, say, say_error
 from topkbench.analysis.files import translate_os_error, write_atomic
 from topkbench.analysis.matched import MATCHED, matched_table
 from topkbench.analysis.paper import compare_with_published, published_table, without_counterpart
@@ -120,7 +121,15 @@ def _read_rows(file: Path) -> pd.DataFrame:
 
 
 def _read_samples(file: Path) -> pd.DataFrame:
-    return pd.read_parquet(file) if file.is_file() else pd.DataFrame({"run_id": []})
+    if not file.is_file():
+        return pd.DataFrame({"run_id": []})
+    try:
+        return pd.read_parquet(file)
+    except (OSError, ValueError) as error:
+        raise RecordError(
+            f"{file} must be a table of samples, but cannot be read: {error}; "
+            "without that file the report has no intervals."
+        ) from None
 
 
 def _merge(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -397,6 +406,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="show the paper's published numbers beside ours, and say which are comparable",
     )
     options = parser.parse_args(arguments)
+    with console():
+        return _report(options)
+
+
+def _report(options: argparse.Namespace) -> int:
+    """Build the report that the command line asks for; return the exit status."""
     try:
         models = model_sizes(options.models)
         # A run that was stopped before its first cell leaves an empty folder.
@@ -404,9 +419,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for one in options.results if results else ():
             if one not in results:
                 print(f"{one} is empty and left out.", file=sys.stderr)
-        print(build(results or options.results, options.out, models, options.published))
+        say(build(results or options.results, options.out, models, options.published))
     except RecordError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2
     return 0
 

@@ -32,7 +32,7 @@ class Status(enum.StrEnum):
 
     @property
     def settled(self) -> bool:
-        """Whether the cell need not run again, since it would end the same way."""
+        """Whether the cell ended as it should; it then need not run again, see `Row.settled`."""
         return self in (Status.OK, Status.SKIPPED)
 
 
@@ -121,6 +121,13 @@ class Row:
     """Seed of the data and of the method's random draws."""
     num_samples: int | None = None
     """Number of scored samples; for the mean, of all sub-tasks."""
+    prompts: str | None = None
+    """Where the prompts come from: ``topkbench`` and the version of its prompts, or ``RULER``, the
+    digest of the files, and whether they are raw or in a chat template."""
+    source_samples: int | None = None
+    """Number of samples in the files, of which ``num_samples`` were scored; None without files."""
+    skipped_samples: int | None = None
+    """Number of bad lines in the files, which ``task.skip_bad`` left out; None without files."""
     parameters: dict[str, Scalar] = field(default_factory=dict)
     """Other parameters of the method, flattened to columns ``p_<name>``."""
 
@@ -205,6 +212,8 @@ class Row:
     attention's if the method frees the tokens that it drops."""
     peak_memory_mib: float | None = None
     """Peak memory of the cell, MiB (2**20 bytes); empty if a part of the cell was reused."""
+    memory_needed_mib: float | None = None
+    """Memory for want of which the row was skipped, MiB; empty for every other row."""
     bandwidth_fraction: float | None = None
     """Achieved divided by measured memory bandwidth; above 1 only if the states fit in a cache."""
     bandwidth_gb_s: float | None = None
@@ -307,6 +316,11 @@ class Row:
                 raise RecordError(
                     f"method parameter {name} must be a number, a word or None, got {value!r}."
                 )
+
+    @property
+    def settled(self) -> bool:
+        """Whether the row would come out the same again: not if memory was short, which varies."""
+        return self.status.settled and self.memory_needed_mib is None
 
     def flat(self) -> dict[str, Scalar]:
         """Return the row as a flat mapping, with parameters as ``p_<name>`` at the end."""

@@ -293,6 +293,8 @@ def setting(key: dict[str, Any]) -> str:
     words = [f"{key['model']}, {key['task']}"]
     if key.get("length") is not None and not pd.isna(key["length"]):
         words.append(f"{int(key['length']):,} tokens")
+    if key.get("prompts"):
+        words.append(f"prompts of {key['prompts']}")
     if key.get("question"):
         words.append(f"question={key['question']}")
     if key.get("protocol"):

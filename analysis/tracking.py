@@ -7,19 +7,18 @@ There is one run per cell, grouped by sweep, and one run for the sweep with its 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import importlib
-import netrc
 import os
 import sys
-import urllib.parse
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args, get_origin
 
 import pandas as pd
 
+from topkbench.analysis.console import console, say, say_error
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.row import Row
 from topkbench.analysis.stats import MEAN
@@ -33,8 +32,6 @@ from topkbench.analysis.wandb_payload import (
     table_value,
     tags,
 )
-
-Mode = Literal["auto", "online", "offline", "disabled"]
 
 _MOST_SAMPLES = 10_000
 
@@ -86,24 +83,105 @@ class NoTracker:
         """Do nothing."""
 
 
-def account_configured(environment: Mapping[str, str] | None = None) -> bool:
-    """Return whether W&B would find an account: an API key, or a netrc entry for its host.
+def check_setting(name: str, value: Any, setting: str, *also: str) -> None:
+    """Let W&B check a value of one of its settings.
 
     Args:
-        environment: Environment variables; None for those of the process.
+        name: Name of W&B's setting.
+        value: The value.
+        setting: What a user knows it as, for the message.
+        also: Words that are accepted besides.
+
+    Raises:
+        ValueError: If W&B does not accept the value.
     """
-    known = os.environ if environment is None else environment
-    if known.get("WANDB_API_KEY"):
-        return True
-    base = known.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    host = urllib.parse.urlparse(base).hostname or base
-    home = Path(known.get("HOME", "~")).expanduser()
-    named = known.get("NETRC")
-    for path in [Path(named)] if named else [home / ".netrc", home / "_netrc"]:
-        with contextlib.suppress(OSError, netrc.NetrcParseError):
-            if host in netrc.netrc(path).hosts:
+    import wandb
+
+    if value in also:
+        return
+    try:
+        wandb.Settings(**{name: value})
+    except (ValueError, wandb.errors.UsageError) as error:
+        kind = wandb.Settings.model_fields[name].annotation
+        if get_origin(kind) is Literal:
+            rule = f"must be one of {', '.join((*also, *get_args(kind)))}, got {value!r}."
+        else:
+            found: Any = error
+            reason = found.errors()[0]["msg"] if isinstance(error, ValueError) else error
+            rule = f"must be a name that W&B accepts, got {value!r}: {reason}."
+        raise ValueError(f"{setting} {rule}") from None
+
+
+class Session:
+    """How the runs of this process reach W&B, which is asked once: an answer may take seconds.
+
+    W&B says which mode its own settings ask for, whether there is an account, and whether its host
+    answers. If it does not, or fails later, the process goes on with offline runs.
+
+    Args:
+        mode: The setting ``tracker.mode``; WANDB_MODE overrides it.
+
+    Attributes:
+        mode: W&B's mode of the next run; None if even offline runs have failed.
+    """
+
+    def __init__(self, mode: str) -> None:
+        self.mode: str | None = None
+        try:
+            self.mode = self._ask(mode)
+        except Exception as error:  # in W&B's settings files
+            self._fall_back(error)
+
+    def _ask(self, mode: str) -> str:
+        import wandb
+
+        given: Any = {} if mode == "auto" or "WANDB_MODE" in os.environ else {"mode": mode}
+        # If silent, W&B does not ask for a key at the terminal.
+        settings = wandb.setup(wandb.Settings(silent=True, quiet=True, **given)).settings
+        self.mode = settings.mode
+        if self.mode == "disabled" or settings.run_mode == "offline-run":
+            return self.mode
+        try:
+            wandb.login()
+        except wandb.errors.UsageError as error:  # there is no account
+            if "mode" not in settings.model_fields_set:  # nobody asked for one
+                return "offline"
+            self._fall_back(error)
+        except Exception as error:
+            self._fall_back(error)
+        return self.mode
+
+    def _fall_back(self, error: Exception) -> None:
+        """Go on offline, or not at all if that has failed, and warn."""
+        reason = " ".join(str(error).split())
+        if self.mode in ("offline", None):
+            self.mode = None
+            said = f"W&B tracking stopped, the results folder has everything: {reason}"
+        else:
+            self.mode = "offline"
+            said = f"W&B runs are offline from here on, `wandb sync` uploads them: {reason}"
+        warnings.warn(said, stacklevel=2)
+
+    def copy(self, write: Callable[[str], None]) -> bool:
+        """Make a run; offline if it fails, since a run whose rows are on disk must not end.
+
+        Args:
+            write: Makes the run in a mode of W&B.
+
+        Returns:
+            Whether the run was made.
+        """
+        while self.mode not in ("disabled", None):
+            try:
+                write(self.mode)
                 return True
-    return False
+            except Exception as error:
+                self._fall_back(error)
+        return False
+
+
+session = functools.cache(Session)
+"""Return the session of this process for a mode."""
 
 
 class WandbTracker:
@@ -112,58 +190,43 @@ class WandbTracker:
     Args:
         project: Name of the project.
         entity: Team or user; None for the account's default.
-        mode: ``auto`` is online if an account is configured, else offline; WANDB_MODE overrides it.
+        mode: One of W&B's modes, or ``auto``: as W&B's settings say, and else online if there is an
+            account and its host answers, offline if not. WANDB_MODE overrides it.
+
+    Raises:
+        ValueError: If W&B does not accept one of them, or WANDB_MODE.
     """
 
     def __init__(
-        self, project: str = "topkbench", entity: str | None = None, mode: Mode = "auto"
+        self, project: str = "topkbench", entity: str | None = None, mode: str = "auto"
     ) -> None:
+        check_setting("project", project, "tracker.project")
+        check_setting("entity", entity, "tracker.entity")
+        check_setting("mode", mode, "tracker.mode", "auto")
+        if "WANDB_MODE" in os.environ:
+            check_setting("mode", os.environ["WANDB_MODE"], "the environment variable WANDB_MODE")
         self.project = project
         self.entity = entity
-        if mode not in get_args(Mode):
-            words = ", ".join(get_args(Mode))
-            raise ValueError(f"tracker.mode must be one of {words}, got {mode!r}.")
         self.mode = mode
-        self._broken = False
 
-    def _mode(self) -> Literal["online", "offline", "disabled"]:
-        chosen = os.environ.get("WANDB_MODE") or self.mode
-        if chosen == "auto":
-            return "online" if account_configured() else "offline"
-        if chosen not in ("online", "offline", "disabled"):
-            raise ValueError(f"tracker mode must be auto, online, offline or disabled: {chosen!r}.")
-        return cast(Literal["online", "offline", "disabled"], chosen)
-
-    @contextlib.contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """Turn any exception into one warning, since what is tracked is only a copy."""
-        try:
-            yield
-        # An exception of W&B must not end a run whose rows are safely on disk.
-        except Exception as error:
-            if not self._broken:
-                self._broken = True
-                warnings.warn(
-                    f"W&B tracking stopped, the results folder has everything: {error}",
-                    stacklevel=3,
-                )
-
-    def _start(self, folder: str | Path, **options: Any) -> Any:
+    def _start(self, folder: str | Path, mode: str, **options: Any) -> Any:
         import wandb
 
         return wandb.init(
             project=self.project,
             entity=self.entity,
             dir=str(folder),
-            mode=self._mode(),
             reinit="finish_previous",
             settings=wandb.Settings(
+                mode=cast(Any, mode),
                 console="off",
                 quiet=True,
                 silent=True,
                 save_code=False,
                 x_disable_stats=True,
                 init_timeout=30,
+                finish_timeout=120,
+                finish_timeout_raises=True,
             ),
             **options,
         )
@@ -178,15 +241,17 @@ class WandbTracker:
         attempt: int = 1,
     ) -> bool:
         """Copy a finished cell: configuration, summary, samples and training losses."""
-        if self._broken or not rows:
+        if not rows:
             return False
-        with self._guarded():
+
+        def write(mode: str) -> None:
             import wandb
 
             top = next((row for row in rows if row.subtask == MEAN), rows[0])
             settled = all(row.status.settled for row in rows)
             run = self._start(
                 folder,
+                mode,
                 id=f"{top.run_id}-{attempt}",
                 name=run_name(top),
                 group=sweep,
@@ -205,19 +270,21 @@ class WandbTracker:
                 run.summary.update(summary(rows))
             finally:
                 run.finish(exit_code=0 if settled else 1)
-        return not self._broken
+
+        return session(self.mode).copy(write)
 
     def log_sweep(
         self, folder: str | Path, sweep: str, rows: pd.DataFrame, samples: pd.DataFrame
     ) -> None:
         """Copy the sweep's curves over k and rbit, and the figures of its report."""
-        if self._broken or not len(rows):
+        if not len(rows):
             return
-        with self._guarded():
+
+        def write(mode: str) -> None:
             import wandb
 
             run = self._start(
-                folder, name=sweep, group=sweep, job_type="sweep", tags=["sweep"], config={}
+                folder, mode, name=sweep, group=sweep, job_type="sweep", tags=["sweep"], config={}
             )
             try:
                 for x in ("k", "rbit"):
@@ -232,6 +299,8 @@ class WandbTracker:
                 run.summary.update({f"cells/{name}": int(n) for name, n in counts.items()})
             finally:
                 run.finish()
+
+        session(self.mode).copy(write)
 
 
 def dashboard(entity: str, project: str) -> Any:
@@ -345,24 +414,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--entity", default="", help="team or user; default: the account's own")
     parser.add_argument("--project", default="topkbench")
     options = parser.parse_args(arguments)
-    if not account_configured():
-        print(
-            "error: a workspace is saved to an account, but none is configured; "
-            "run `wandb login` first.",
-            file=sys.stderr,
+    with console():
+        return _save(options.entity, options.project)
+
+
+def _save(entity: str, project: str) -> int:
+    """Save the workspace of a project, of the account's own entity if none is given."""
+    import wandb
+
+    try:
+        # If silent, W&B does not ask for a key at the terminal.
+        mode = wandb.setup(wandb.Settings(silent=True)).settings.mode
+        if not wandb.login():
+            say_error(
+                f"a workspace is saved online, but W&B's mode is {mode}; run `wandb online` first."
+            )
+            return 2
+        workspace = dashboard(entity or wandb.Api().default_entity or "", project)
+        workspace.save()
+    except wandb.errors.UsageError:
+        say_error(
+            "a workspace is saved to an account, but none is configured; run `wandb login` first."
         )
         return 2
-    try:
-        import wandb
-
-        entity = options.entity or wandb.Api().default_entity or ""
-        workspace = dashboard(entity, options.project)
-        workspace.save()
     # Whether the network, the key or the server fails, the user gets one sentence.
     except Exception as error:
-        print(f"error: the workspace could not be saved: {error}", file=sys.stderr)
+        say_error(f"the workspace could not be saved: {' '.join(str(error).split())}")
         return 1
-    print(workspace.url)
+    say(workspace.url)
     return 0
 
 

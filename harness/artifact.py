@@ -3,17 +3,18 @@
 import hashlib
 import json
 import platform
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from topkbench.harness.caching import write_cached
 
 _PACKAGES = ("topkbench", "torch", "transformers", "safetensors", "numpy")
 
@@ -91,20 +92,17 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[st
 
     Returns:
         The path.
+
+    Raises:
+        NotWritableError: If its folder cannot be written.
     """
     path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "provenance": json.dumps(provenance, sort_keys=True, default=str),
         "digest": digest_of(on_cpu),
     }
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        save_file(on_cpu, unfinished, metadata=metadata)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_cached(path, safetensors.torch.save(on_cpu, metadata=metadata))
     return path
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 import torch
-from filelock import FileLock
 
 from topkbench.harness import artifact
 from topkbench.harness.artifact import Artifact
+from topkbench.harness.caching import cache_lock
 from topkbench.harness.calibration import Calibration, CalibrationTexts
 from topkbench.harness.canary import check_acting
 from topkbench.harness.fitting import fit_layers, learning_devices
@@ -92,8 +92,7 @@ def prepare_method(
     fitted = False
     if path is None:
         path = folder / artifact.file_name(spec)
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
+        with cache_lock(path.with_suffix(".lock")):
             if refit or not path.is_file():
                 fit_method(loaded, method, texts, path, spec, progress, memory_limit)
                 fitted = True

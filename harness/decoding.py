@@ -11,6 +11,7 @@ from torch import Tensor
 from topkbench.harness.samples import Sample, TaskDoesNotFit
 from topkbench.models.cache import DecodeCache
 from topkbench.models.compat import layer_devices, token_logits
+from topkbench.models.encoding import answer_ends, encode_split, has_template, render_chat
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 
@@ -19,9 +20,6 @@ Question = Literal["sparse", "dense"]
 
 class NotFiniteError(ValueError):
     """A model or a method computed infinity or NaN."""
-
-
-_SPLIT = "\u241e"  # marks where the context ends inside a chat template; occurs in no prompt
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,9 @@ class Prompt:
 def tokenise(loaded: LoadedModel, sample: Sample, question: Question) -> Prompt:
     """Encode a sample for a model and split it into a prefilled and a decoded part.
 
+    The prompt is encoded as a whole, in the model's chat template if ``loaded.chat`` is true and
+    the text is not wrapped in one already, so both settings of ``question`` give the same tokens.
+
     Args:
         loaded: The model.
         sample: The sample.
@@ -64,27 +65,16 @@ def tokenise(loaded: LoadedModel, sample: Sample, question: Question) -> Prompt:
 
     Raises:
         TaskDoesNotFit: If prompt and answer exceed the model's window.
-        ValueError: If the sample cannot be split as ``question`` asks.
+        ValueError: If the sample cannot be split as ``question`` asks, or the chat template cannot
+            wrap it.
     """
     if question not in ("sparse", "dense"):
         raise ValueError(f"question must be sparse or dense, got {question!r}.")
-    context, rest = sample.context, sample.question + sample.answer_prefix
-    chat = loaded.chat and not sample.as_is
-    if chat:
-        message = [{"role": "user", "content": f"{context}{_SPLIT}{sample.question}"}]
-        text = loaded.tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True
-        )
-        context, rest = str(text).split(_SPLIT)
-        rest += sample.answer_prefix
-    # A chat template, rendered here or in an official file, already contains the special tokens.
-    has_bos = bool(loaded.tokenizer.bos_token) and context.startswith(loaded.tokenizer.bos_token)
-    prefill_ids = loaded.tokenizer.encode(context, add_special_tokens=not chat and not has_bos)
-    decode_ids = loaded.tokenizer.encode(rest, add_special_tokens=False) if rest else []
+    prefill_ids, decode_ids = _encode(loaded, sample)
     total = len(prefill_ids) + len(decode_ids) + sample.max_new_tokens
     if total > loaded.window:
         remedy = (
-            "use shorter prompts in task.source" if sample.as_is else "use a smaller task.length"
+            "use shorter prompts in task.source" if sample.official else "use a smaller task.length"
         )
         raise TaskDoesNotFit(
             f"prompt and answer must fit the window of {loaded.window} tokens of {loaded.name}, got"
@@ -106,6 +96,34 @@ def tokenise(loaded: LoadedModel, sample: Sample, question: Question) -> Prompt:
     if question == "dense":
         prefill_ids, decode_ids = prefill_ids + decode_ids, []
     return Prompt(sample, tuple(prefill_ids), tuple(decode_ids))
+
+
+def count_tokens(loaded: LoadedModel, sample: Sample) -> int:
+    """Return the number of tokens of a sample's prompt, the chat template included."""
+    return sum(map(len, _encode(loaded, sample)))
+
+
+def is_wrapped(loaded: LoadedModel, sample: Sample) -> bool:
+    """Return whether a sample reaches the model in a chat template, the model's or its own."""
+    return loaded.chat or _has_template(loaded, sample)
+
+
+def _has_template(loaded: LoadedModel, sample: Sample) -> bool:
+    text = sample.context + sample.question
+    return sample.official and has_template(loaded.tokenizer, text, loaded.chat_template_kwargs)
+
+
+def _encode(loaded: LoadedModel, sample: Sample) -> tuple[list[int], list[int]]:
+    """Return the tokens of a sample's prompt up to the end of its context, and the others."""
+    text, cut = sample.context + sample.question, len(sample.context)
+    wrap = loaded.chat and not _has_template(loaded, sample)
+    if wrap:
+        # What a template writes is complete: it contains the special tokens, and no second ones.
+        context = sample.context.removeprefix(loaded.tokenizer.bos_token or "")
+        text, cut = render_chat(
+            loaded.tokenizer, context, sample.question, loaded.chat_template_kwargs
+        )
+    return encode_split(loaded.tokenizer, text + sample.answer_prefix, cut, begin=not wrap)
 
 
 def tokenise_all(
@@ -240,11 +258,11 @@ class Decoder:
         return logits
 
     def generate(self) -> list[list[int]]:
-        """Decode the questions, then answer greedily; return each row's tokens, without the EOS.
+        """Decode the questions, then answer greedily; return each row's tokens, without the end.
 
         A row whose question is shorter begins its answer earlier.
         """
-        eos = eos_ids(self.loaded)
+        ends = answer_ends(self.loaded)
         answers: list[list[int]] = [[] for _ in self.prompts]
         done = [prompt.sample.max_new_tokens == 0 for prompt in self.prompts]
         logits = self.first_logits
@@ -254,7 +272,7 @@ class Decoder:
             for row, prompt in enumerate(self.prompts):
                 if position < len(prompt.decode_ids):
                     tokens[row], is_asking = prompt.decode_ids[position], True
-                elif not done[row] and tokens[row] in eos:
+                elif not done[row] and tokens[row] in ends:
                     done[row] = True
                 elif not done[row]:
                     answers[row].append(tokens[row])
@@ -264,12 +282,3 @@ class Decoder:
             step = self.step(torch.tensor(tokens, device=self.device))
             logits = self.check(step, done)
         return answers
-
-
-def eos_ids(loaded: LoadedModel) -> frozenset[int]:
-    """Return the tokens that end an answer."""
-    config = getattr(loaded.model, "generation_config", None)
-    ids = getattr(config, "eos_token_id", None)
-    if ids is None:
-        ids = loaded.tokenizer.eos_token_id
-    return frozenset([ids] if isinstance(ids, int) else ids or [])

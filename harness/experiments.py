@@ -38,7 +38,7 @@ from topkbench.harness.layer import (
 )
 from topkbench.harness.outcome import outcome
 from topkbench.harness.planted import PlantedStates
-from topkbench.kernels.dispatch import OPERATORS, Impl, resolve
+from topkbench.kernels.dispatch import OPERATORS, Impl, Operator, resolve
 from topkbench.kernels.timing import machine_name, read_bandwidth, versions
 from topkbench.methods.base import AnyMethod, Geometry, with_impl
 
@@ -159,9 +159,9 @@ def _shape(
     rows: dict[str, dict[str, Any]] = {}
     methods: dict[str, AnyMethod] = {}
     for name, slow in experiment.timed:
-        impl: dict[str, Impl] = dict.fromkeys(OPERATORS, conditions.impl)
-        impl |= dict.fromkeys(slow, "reference")
-        ran = _implementations(impl, geometry.device)
+        impl: dict[Operator, Impl] = dict.fromkeys(OPERATORS, conditions.impl)
+        impl |= {op: "reference" for op in OPERATORS if op in slow}
+        ran = _implementations(impl, geometry.device, conditions.dtype, geometry.head_dim)
         label = ran if len(experiment.slow) > 1 and name != "full" else name
         methods[label] = with_impl(variants.make(name, rbit=conditions.rbit), impl)
         rows[label] = {**variants.columns(methods[label]), "impl": ran, "full_backend": "sdpa"}
@@ -208,9 +208,11 @@ def _timed(
     return {**values, "status": status, "reason": reason}
 
 
-def _implementations(impl: Mapping[str, Impl], device: torch.device) -> str:
+def _implementations(
+    impl: Mapping[Operator, Impl], device: torch.device, dtype: torch.dtype, channels: int
+) -> str:
     """Return the name of the fast implementation, and the operators that run in torch instead."""
-    ran = {op: resolve(op, one, device) for op, one in impl.items()}
+    ran = {op: resolve(op, one, device, dtype, channels) for op, one in impl.items()}
     fast = sorted(set(ran.values()) - {"reference"})
     slow = [op for op in OPERATORS if ran[op] == "reference"]
     if not fast:

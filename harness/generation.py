@@ -35,7 +35,7 @@ from topkbench.harness.speed import speed_of, time_prompt
 from topkbench.harness.sweep import Plan, PromptTask, Record
 from topkbench.harness.task import Context, Outcome, TaskRow
 from topkbench.methods.base import check_whole
-from topkbench.models.load import LoadedModel
+from topkbench.models.load import LoadedModel, ModelNotAvailable, ModelShape, needs_text
 
 
 @dataclass(kw_only=True)
@@ -67,6 +67,10 @@ class GenerationTask(PromptTask):
         check_whole("task.batch_size", self.batch_size)
         for knob in ("timed_prompts", "judged_prompts"):
             check_whole(f"task.{knob}", getattr(self, knob), least=0)
+
+    def check_model(self, shape: ModelShape) -> None:
+        if not shape.has_tokenizer:
+            raise ModelNotAvailable(needs_text(shape.name))
 
     @abstractmethod
     def samples(self, loaded: LoadedModel) -> list[Sample]:

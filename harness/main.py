@@ -23,18 +23,21 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import filelock
 import hydra
 import psutil
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from topkbench.analysis.console import console, say, say_error
+from topkbench.analysis.files import NotWritableError, Place, translate_os_error
 from topkbench.analysis.record import (
     Cell,
     PartStore,
@@ -50,14 +53,15 @@ from topkbench.models.files import is_of_this_user
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
+TEMPORARY = Place("temporary", "the environment variable TMPDIR")
 PREFILL_FOLDER = "TOPKBENCH_PREFILL"
 PREFILL_PREFIX = "topkbench-prefill-"
 # Settings of a method that have a column of their own, or are no parameter of it.
 NOT_PARAMETERS = {"_target_", "rbit", "seed", "impl", "native", "backend"}
-# What a method's configuration holds for tables and figures; no setting of the method.
-APPEARANCE = ("label", "colour")
 # Settings of the policy, besides k, that distinguish cells.
 POLICY_PARAMETERS = ("num_sink", "num_recent", "dense_layers", "head_scope", "aggregation")
+REFUSED_STATUS = 2
+"""Exit status of a command whose settings are wrong, so that nothing was run."""
 # Settings that say where things are kept, not what is computed.
 NOT_CONTENT = {"cache_dir"}
 # Hydra's options that are followed by a value.
@@ -81,12 +85,16 @@ class Kept:
         fitted: Artifacts that were fitted again, by identity.
         done: Cells that have ended.
         reported: Errors that were printed.
+        refused: Rows and logs of jobs whose settings were refused before any other job ran.
+        has_begun: Whether a job's settings were accepted.
     """
 
     models: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     fitted: set[str] = field(default_factory=set)
     done: set[str] = field(default_factory=set)
     reported: set[str] = field(default_factory=set)
+    refused: list[tuple[Row, str]] = field(default_factory=list)
+    has_begun: bool = False
 
     def model_and_store(
         self, model_config: str, cache_dir: str, memory_gib: float | None
@@ -105,18 +113,19 @@ class Kept:
 
 
 @functools.lru_cache(maxsize=1)
-def kept_in(folder: str) -> Kept:
+def kept_in(folder: Path) -> Kept:
     """Return what this process keeps for the sweep of a folder; another sweep starts anew."""
     return Kept()
 
 
 def _load(model_config: str, cache_dir: str, memory_gib: float | None) -> tuple[Any, Any]:
     from topkbench.harness.cell import environment
+    from topkbench.harness.settings import Names, construct
     from topkbench.harness.sources import code_digest
     from topkbench.models.digests import model_digest
     from topkbench.models.prefill import PrefillStore
 
-    loaded = hydra.utils.instantiate(json.loads(model_config), cache_dir=cache_dir)
+    loaded = construct(Names({}), "model", json.loads(model_config), cache_dir=cache_dir)
     folder = Path(os.environ[PREFILL_FOLDER])
     limit = None if memory_gib is None else int(memory_gib * 2**30)
     made_by = {
@@ -135,29 +144,42 @@ def bandwidth(device: str) -> float:
     return read_bandwidth(device).ceiling_gb_s * 1e9
 
 
+def checked(config: DictConfig, given: Sequence[str] | None = None) -> Any:
+    """Check a configuration before anything is loaded, and return the objects it stands for.
+
+    Args:
+        config: The composed configuration, without Hydra's own part.
+        given: Names of the settings on the command line; None for those that Hydra read.
+
+    Raises:
+        SettingsError: If a setting is wrong.
+    """
+    from topkbench.harness.settings import Composed, SettingsError
+
+    written: Any = OmegaConf.to_container(config)
+    try:
+        settings: Any = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:  # a reference to what is not there
+        raise SettingsError(sentence(error)) from error
+    if given is None:
+        given = [text.lstrip("+").split("=")[0] for text in HydraConfig.get().overrides.task]
+    return Composed.of(written, settings, given)
+
+
 class Run:
     """The objects of one composed configuration, and the keys that identify its results."""
 
-    def __init__(self, config: DictConfig, kept: Kept) -> None:
+    def __init__(self, config: DictConfig, composed: Any, kept: Kept) -> None:
         self.config, self.kept = config, kept
-        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        assert isinstance(resolved, dict)
-        self.settings: dict[str, Any] = {str(name): value for name, value in resolved.items()}
-        self.appearance = {name: self.settings["method"].get(name) for name in APPEARANCE}
-        self.settings["method"] = method_settings(self.settings["method"])
-        # Bad settings of these are errors at once, before a model is loaded.
-        self.method = make_method(config.method)
-        self.policy = hydra.utils.instantiate(config.protocol)
-        self.task = hydra.utils.instantiate(config.task)
-        self.texts = hydra.utils.instantiate(config.calibration)
-        self.tracker = hydra.utils.instantiate(config.tracker)
-        launcher = HydraConfig.get().launcher._target_
-        alone = launcher.endswith("BasicLauncher")
+        self.settings = composed.settings
+        self.appearance = composed.appearance
+        self.method, self.policy = composed.method, composed.policy
+        self.task, self.texts, self.tracker = composed.task, composed.texts, composed.tracker
         self.loaded, self.store = kept.model_and_store(
             json.dumps(self.settings["model"]),
             self.settings["cache_dir"],
             # Processes of a parallel launcher share prefills only through files.
-            self.settings["prefill_memory_gib"] if alone else 0.0,
+            self.settings["prefill_memory_gib"] if runs_alone() else 0.0,
         )
         self.artifact = self._prepare(self.method)
 
@@ -191,19 +213,25 @@ class Run:
     @functools.cached_property
     def payload(self) -> dict[str, Any]:
         """The settings that a result depends on, and digests of model, inputs and artifact."""
+        import torch
+
         from topkbench.kernels.dispatch import OPERATORS, resolve
+        from topkbench.models.attach import geometry_of
         from topkbench.models.digests import model_digest
 
-        device = self.loaded.model.device
         method = {**self.settings["method"]}
-        method["impl"] = {op: resolve(op, self.method.impl_for(op), device) for op in OPERATORS}
+        channels = self.settings["task"].get("head_dim")  # of states that are of no model
+        if self.task.uses_model:
+            channels = geometry_of(self.loaded.model).head_dim
+        read = (self.loaded.model.device, getattr(torch, self.dtype), channels)
+        method["impl"] = {op: resolve(op, self.method.impl_for(op), *read) for op in OPERATORS}
         method["artifact"] = "" if self.artifact is None else self.artifact.digest
         protocol = {**self.settings["protocol"]} if self.method.selects else {}
         if protocol.get("protocol") != "native":
             method.pop("native", None)
         if self.task.all_budgets:
             protocol.pop("k", None)
-        task = dict(self.settings["task"])
+        task = self.task_settings
         task["inputs"] = self.task.inputs_digest(self.loaded)
         model = {**self.settings["model"], "digest": model_digest(self.loaded)}
         if not self.task.uses_model:
@@ -218,6 +246,19 @@ class Run:
         if self.artifact is not None:
             payload["calibration"] = self.settings["calibration"]
         return payload
+
+    @property
+    def task_settings(self) -> dict[str, Any]:
+        """The task's settings, with what the task uses where the configuration has null."""
+        settings = dict(self.settings["task"])
+        return settings | {
+            name: value for name, value in self.task.decided().items() if name in settings
+        }
+
+    @functools.cached_property
+    def prompts(self) -> str | None:
+        """Where the task's prompts come from."""
+        return self.task.prompts(self.loaded)
 
     @functools.cached_property
     def code(self) -> str:
@@ -264,7 +305,7 @@ class Run:
         """Return a row with the columns that are known before anything has run."""
         from topkbench.harness.cell import environment
 
-        method, task = self.settings["method"], self.settings["task"]
+        method, task = self.settings["method"], self.task_settings
         selects = self.method.selects
         fitted_on = {"dtype": self.dtype}
         if self.artifact is not None:
@@ -277,8 +318,7 @@ class Run:
             model=self.loaded.name if self.task.uses_model else self.task.subject,
             task=self.task.name,
             subtask="mean",
-            # Official files have the length they were made at, whatever ours would be.
-            length=None if task.get("source") else task.get("length"),
+            length=task.get("length"),
             method=self.method.name,
             **{f"method_{name}": value for name, value in self.appearance.items()},
             impl=implementations(self.payload["method"]["impl"]),
@@ -298,6 +338,8 @@ class Run:
             code_digest=self.code,
             config_digest=identity(without_seeds(self.payload)),
             full_run_id=full_run_id,
+            prompts=self.prompts,
+            **self.task.sample_counts("mean"),
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
             **environment(self.loaded),
             **git_state(ROOT),
@@ -365,6 +407,8 @@ class Run:
                 full_note=full_note(full_rows, part.subtask),
                 **{
                     "peak_memory_mib": peak,
+                    **dict.fromkeys(self.task.sample_counts("mean")),
+                    **self.task.sample_counts(part.subtask),
                     **part.values,
                     **(paired.get(part.subtask, {}) if part.status == Status.OK else {}),
                 },
@@ -380,17 +424,10 @@ def make_method(config: DictConfig) -> Any:
     Args:
         config: Its settings with ``_target_``, and its label and colour, which are no settings.
     """
+    from topkbench.harness.settings import Names, construct
+
     resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    return hydra.utils.instantiate(method_settings(resolved))
-
-
-def method_settings(method: dict[str, Any]) -> dict[str, Any]:
-    """Return a method's settings without its label and colour, and those of a method inside it."""
-    return {
-        name: method_settings(value) if isinstance(value, dict) and "_target_" in value else value
-        for name, value in method.items()
-        if name not in APPEARANCE
-    }
+    return construct(Names({}), "method", resolved)
 
 
 def parameters(method: dict[str, Any]) -> dict[str, Any]:
@@ -435,7 +472,7 @@ def compared_with(run: Run) -> Run:
         return run
     config = copy.deepcopy(run.config)
     config.method = OmegaConf.load(CONF / "method" / "full.yaml")
-    return Run(config, run.kept)
+    return Run(config, checked(config), run.kept)
 
 
 def run_or_reuse(run: Run, sweep: Sweep) -> Cell:
@@ -454,7 +491,7 @@ def run_or_reuse(run: Run, sweep: Sweep) -> Cell:
         if ended:
             if run.task.refits and cell.identity not in done:
                 done.add(cell.identity)
-                print(f"{describe(cell.read())}: found, and not fitted again", flush=True)
+                say(f"{describe(cell.read())}: found, and not fitted again")
             track(cell, run, sweep)
             return cell
         done.add(cell.identity)
@@ -462,8 +499,8 @@ def run_or_reuse(run: Run, sweep: Sweep) -> Cell:
         began = time.perf_counter()
         log: list[str] = []
         try:
-            rows, samples = run.execute(full, full_cell, PartStore(sweep.store.folder.parent))
-        except KeyboardInterrupt:
+            rows, samples = run.execute(full, full_cell, PartStore(sweep.results_dir))
+        except (KeyboardInterrupt, NotWritableError):
             raise
         except Exception as error:  # the row says why the cell failed, and the sweep goes on
             log.append(traceback.format_exc())
@@ -472,10 +509,10 @@ def run_or_reuse(run: Run, sweep: Sweep) -> Cell:
         seconds = time.perf_counter() - began
         log.append(f"{describe(rows)}, {seconds:.1f} s")
         cell.write(rows, samples, run.settings, "\n".join(log))
-        print(log[-1], flush=True)
+        say(log[-1])
         for row in rows:
             if not row.status.settled:
-                print(f"error: {row.reason}", file=sys.stderr, flush=True)
+                say_error(row.reason)
         track(cell, run, sweep)
     return cell
 
@@ -510,47 +547,118 @@ def sentence(error: BaseException) -> str:
 
 def job(config: DictConfig) -> float | None:
     """Run one cell of a sweep, or the only one; return its score, for sweepers that ask."""
+    from topkbench.harness.settings import SettingsError
+
     state = HydraConfig.get()
     folder = state.sweep.dir if state.mode == RunMode.MULTIRUN else state.run.dir
-    sweep, kept = Sweep.open(folder), kept_in(folder)
+    # Hydra may have changed the working folder.
+    sweep = Sweep(*map(hydra.utils.to_absolute_path, (folder, config.results_dir)))
+    kept = kept_in(sweep.folder)
     try:
-        rows = run_or_reuse(Run(config, kept), sweep).read()
+        composed = checked(config)
+    except SettingsError as error:
+        refuse(error, config, sweep, kept)
+        return None
+    kept.has_begun = True
+    for row, log in kept.refused:
+        write_refusal(row, log, sweep)
+    kept.refused.clear()
+    try:
+        rows = run_or_reuse(Run(config, composed, kept), sweep).read()
+    except NotWritableError as error:  # no other cell could be written either
+        sys.exit(f"error: {error}")
     except Exception as error:
-        # The configuration is wrong, or its method cannot be fitted: a row says so, its log has the
+        # The model cannot be loaded, or the method not be fitted: a row says so, its log has the
         # traceback, and the sweep goes on.
-        record_config_error(error, config, sweep, kept)
+        refuse(error, config, sweep, kept)
         return None
     return next((row.score for row in rows if row.subtask == "mean"), None)
 
 
-def record_config_error(error: Exception, config: DictConfig, sweep: Sweep, kept: Kept) -> None:
-    """Print once why a configuration cannot be run, and write a row with the same reason."""
+def refuse(error: Exception, config: DictConfig, sweep: Sweep, kept: Kept) -> None:
+    """Print once why a configuration cannot be run, and write a row with the same reason.
+
+    The row waits for the first configuration that can be run, since a sweep without any leaves
+    nothing behind. Processes of a parallel launcher know nothing of each other and do not wait.
+    """
     reason = sentence(error)
     if reason not in kept.reported:
         kept.reported.add(reason)
-        print(f"error: {reason}", file=sys.stderr, flush=True)
-    settings: Any = OmegaConf.to_container(config, resolve=True)
-    settings["method"] = method_settings(settings["method"])
-    run_id = identity({"config_error": json.dumps(settings, sort_keys=True, default=str)})
+        say_error(reason)
+    written: Any = OmegaConf.to_container(config)
+    whole = {name: written.get(name) for name in ("k", "rbit") if type(written.get(name)) is int}
     choices = HydraConfig.get().runtime.choices
+    chosen: dict[str, Any] = {name: str(choices[name]) for name in ("model", "task", "method")}
+    # Axes of the sweep that the reason does not name make no rows of their own.
+    run_id = identity({"refused": reason, "k": whole.get("k"), **chosen})
     row = Row(
         run_id=run_id,
         status=Status.FAILED,
         reason=reason,
-        model=str(choices["model"]),
-        task=str(choices["task"]),
+        **chosen,
         subtask="mean",
-        method=str(choices["method"]),
-        k=config.k if isinstance(config.k, int) else None,
-        rbit=config.rbit if isinstance(config.rbit, int) else None,
+        **whole,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         **git_state(ROOT),
     )
-    cell = sweep.store.cell(run_id)
+    log = "".join(traceback.format_exception(error))
+    if kept.has_begun or not runs_alone():
+        write_refusal(row, log, sweep)
+    else:
+        kept.refused.append((row, log))
+
+
+def write_refusal(row: Row, log: str, sweep: Sweep) -> None:
+    """Write the row of a configuration that cannot be run, once a sweep."""
+    if row.run_id in sweep.identities():
+        return
+    cell = sweep.store.cell(row.run_id)
     with cell.lock():
         cell.begin(row)
-        cell.write([row], [], {}, "".join(traceback.format_exception(error)))
-    sweep.append(run_id)
+        cell.write([row], [], {}, log)
+    sweep.append(row.run_id)
+
+
+def runs_alone() -> bool:
+    """Return whether one process runs all jobs of the sweep."""
+    target: str = HydraConfig.get().launcher._target_
+    return target.endswith("BasicLauncher")
+
+
+class NewFolders(Callback):
+    """Notes which folders Hydra is about to make, to remove them if no cell was run."""
+
+    noted: ClassVar[list[tuple[Path, Path]]] = []
+    """Folders of runs and sweeps, each with the first of its parents that is there already."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note a single run's folder."""
+        self._note(Path(config.hydra.run.dir).absolute())
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note a sweep's folder."""
+        self._note(Path(config.hydra.sweep.dir).absolute())
+
+    def _note(self, folder: Path) -> None:
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        self.noted.append((folder, there))
+
+    @classmethod
+    def remove_unused(cls) -> None:
+        """Remove noted folders in which no cell was run; whatever else is in them stays."""
+        while cls.noted:
+            folder, there = cls.noted.pop()
+            if (folder / "cells.json").exists():
+                continue
+            with contextlib.suppress(OSError):
+                if folder != there:
+                    (folder / "multirun.yaml").unlink()  # Hydra's
+            with contextlib.suppress(OSError):
+                (folder / "jobs").rmdir()
+            with contextlib.suppress(OSError):  # not empty
+                while folder != there:
+                    folder.rmdir()
+                    folder = folder.parent
 
 
 def unknown_option(text: str) -> str:
@@ -589,7 +697,8 @@ def prefill_folder() -> Iterator[None]:
     if PREFILL_FOLDER in os.environ:  # set by the parent process, or by the user
         yield
         return
-    temporary = Path(tempfile.gettempdir())
+    with translate_os_error(Path(os.environ.get("TMPDIR", "/tmp")), TEMPORARY):
+        temporary = Path(tempfile.gettempdir())
     for left in temporary.glob(f"{PREFILL_PREFIX}*"):
         with contextlib.suppress(OSError, filelock.Timeout):
             if left.is_symlink() or not is_of_this_user(left.stat()):
@@ -628,8 +737,14 @@ def settings_first(arguments: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Run the command; a user's mistake ends it with one sentence instead of a traceback."""
+    with console():
+        run_command()
+
+
+def run_command() -> None:
+    """Run the command that ``sys.argv`` gives."""
     if "--version" in sys.argv[1:]:
-        print(f"topkbench {own_version()}, Hydra {hydra.__version__}")
+        say(f"topkbench {own_version()}, Hydra {hydra.__version__}")
         return
     sys.argv[1:] = settings_first(sys.argv[1:])
     # Hydra then raises the original error, which is printed below in one line.
@@ -640,13 +755,19 @@ def main() -> None:
     try:
         with prefill_folder():
             wrapped(job)()
+        if any(kept_in(folder).refused for folder, _ in NewFolders.noted):
+            sys.exit(REFUSED_STATUS)  # each job said why
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {unknown_option(sentence(error))}")
+        say_error(unknown_option(sentence(error)))
+        sys.exit(REFUSED_STATUS)
+    except BrokenPipeError:
+        raise  # of a print: nobody reads the output any more
     except (OSError, RecordError) as error:
         sys.exit(f"error: {sentence(error)}")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; what has ended is kept, and the same command goes on.")
     finally:
+        NewFolders.remove_unused()
         kept_in.cache_clear()  # a second sweep of this process starts anew
 
 

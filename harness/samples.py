@@ -26,7 +26,7 @@ class Sample:
             model's tokenizer.
         question_tokens: Number of last tokens of ``context`` that are the question, for a prompt
             that is split by count; 0 if question and context are already separate.
-        as_is: Whether the text is already complete, so that no chat template is applied.
+        official: Whether the text comes from a file, which may have wrapped it in a chat template.
     """
 
     sample_id: str
@@ -38,7 +38,7 @@ class Sample:
     max_new_tokens: int
     length: int | None
     question_tokens: int = 0
-    as_is: bool = False
+    official: bool = False
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:

@@ -10,7 +10,7 @@ from topkbench.harness.artifact import Artifact
 from topkbench.harness.decoding import Decoder, Prompt
 from topkbench.methods.base import AnyMethod, Geometry, Observer, Policy
 from topkbench.models.attach import Session, attach, geometry_of
-from topkbench.models.load import LoadedModel
+from topkbench.models.load import LoadedModel, ModelShape
 from topkbench.models.prefill import PrefillStore
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -153,6 +153,26 @@ class Task(ABC):
     def inputs_digest(self, loaded: LoadedModel) -> str:
         """Return a digest of all inputs that the configuration does not contain."""
         return ""
+
+    def check_model(self, shape: ModelShape) -> None:
+        """Check the task's settings against a model that is not loaded yet.
+
+        Raises:
+            ValueError: If the task cannot run with it; one sentence names the setting.
+        """
+        return
+
+    def decided(self) -> dict[str, Any]:
+        """Return the values that the task uses for settings whose value is None."""
+        return {}
+
+    def prompts(self, loaded: LoadedModel) -> str | None:
+        """Return where the prompts come from, in words; None for a task without prompts."""
+        return None
+
+    def sample_counts(self, subtask: str) -> dict[str, int]:
+        """Return a row's columns that count the samples of the files that were read."""
+        return {}
 
     @abstractmethod
     def run(self, context: Context) -> Outcome:

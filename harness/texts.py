@@ -8,7 +8,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Literal
 
-from topkbench.methods.base import check_whole
+from topkbench.methods.base import check_list, check_whole
+from topkbench.models.encoding import encode
 from topkbench.models.load import LoadedModel
 
 
@@ -51,11 +52,11 @@ class TextFiles:
     def __post_init__(self) -> None:
         check_whole("calibration.num_sequences", self.num_sequences)
         check_whole("calibration.max_length", self.max_length, least=2)
-        if self.files is not None and (isinstance(self.files, str) or not self.files):
-            raise ValueError(
-                f"calibration.files must be a list of paths, or null for Python's documentation"
-                f" topics, got {self.files!r}."
-            )
+        if self.files is not None:
+            check_list("calibration.files", self.files)
+            for file in self.files:
+                if not Path(file).is_file():
+                    raise ValueError(f"calibration.files must be files, found none at {file!r}.")
 
     def sequences(self, loaded: LoadedModel, length: int, count: int) -> list[list[int]]:
         """Return the token ids of ``count`` texts of at most ``length`` tokens each.
@@ -63,7 +64,7 @@ class TextFiles:
         Raises:
             ValueError: If a file cannot be read, or the files contain fewer than 2 tokens.
         """
-        ids = list(loaded.tokenizer.encode(self._text()))
+        ids = encode(loaded.tokenizer, self._text())
         if len(ids) < 2:
             raise ValueError(
                 f"calibration.files must hold a text, got {len(ids)} tokens in {self.files}."

@@ -144,10 +144,12 @@ def _folder() -> Path:
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file atomically, also if other processes write it at the same time."""
-    unfinished = path.with_name(f".{secrets.token_hex(16)}")
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         unfinished.write_bytes(content)
         unfinished.replace(path)
+    except FileNotFoundError:
+        pass  # removed by a process that took it for the remains of a killed one
     except OSError:
         unfinished.unlink(missing_ok=True)
         raise

@@ -15,7 +15,7 @@ import torch
 Impl = Literal["auto", "reference", "cpu", "triton"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-OPERATORS = (
+Operator = Literal[
     "hash_encode",
     "hamming_score",
     "page_score",
@@ -25,17 +25,29 @@ OPERATORS = (
     "group_softmax",
     "topk_select",
     "sparse_attention",
-)
+]
+OPERATORS: tuple[Operator, ...] = get_args(Operator)
 """The operators with several implementations; full attention has backends instead."""
 
 # The module that holds each implementation, inside the operator's folder.
 _MODULES = {"reference": "reference", "cpu": "cpu", "triton": "fused"}
 
+# Operators that read the cached states themselves, and the dtypes in which the compiled ones do.
+_READ_STATES = ("page_score", "lowrank_score", "channel_score", "sparse_attention")
+_READABLE = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
+MOST_CHANNELS = 256
+"""Channels of a head that sparse attention in Triton has room for."""
+
 # The number of threads last set in numba, which numba stores per Python thread.
 _numba_threads = threading.local()
 
 
-def implementation(reference: Function, impl: Impl, device: torch.device) -> Function:
+def implementation(
+    reference: Function, impl: Impl, device: torch.device, states: torch.Tensor | None = None
+) -> Function:
     """Return the implementation of an operator that runs on a device, as ``resolve`` chooses it.
 
     Args:
@@ -43,12 +55,14 @@ def implementation(reference: Function, impl: Impl, device: torch.device) -> Fun
             functions of the same name and parameters, in ``cpu.py`` and ``fused.py`` beside it.
         impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
         device: Device of the operator's tensors.
+        states: The cached states of an operator that reads them, channels last if it attends.
 
     Raises:
         ValueError: If ``impl`` cannot be used; see ``resolve``.
     """
     folder = reference.__module__.rpartition(".")[0]
-    chosen = resolve(folder.rpartition(".")[2], impl, device)
+    dtype, channels = (None, None) if states is None else (states.dtype, states.shape[-1])
+    chosen = resolve(folder.rpartition(".")[2], impl, device, dtype, channels)
     if chosen == "reference":
         return reference
     function: Function = getattr(_module(folder, chosen), reference.__name__)
@@ -61,17 +75,26 @@ def _module(folder: str, chosen: str) -> ModuleType:
     return import_module(f"{folder}.{_MODULES[chosen]}")
 
 
-def resolve(op: str, impl: Impl, device: torch.device) -> str:
+def resolve(
+    op: str,
+    impl: Impl,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    channels: int | None = None,
+) -> str:
     """Return the implementation of an operator that runs on a device.
 
     ``auto`` takes the fastest available: ``cpu`` on a CPU, ``triton`` on a CUDA device if Triton is
-    installed, else ``reference``. A named implementation is used or refused, never replaced. On a
-    CPU ``triton`` is possible only in Triton's interpreter, which is meant for tests.
+    installed. It takes ``reference`` elsewhere, and where the fastest cannot read the states, such
+    as float16 on a CPU. A named implementation is used or refused, never replaced. On a CPU
+    ``triton`` is possible only in Triton's interpreter, which is meant for tests.
 
     Args:
         op: The operator's folder name, such as ``"hamming_score"``.
         impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
         device: Device of the operator's tensors.
+        dtype: Dtype of the cached states; None for any.
+        channels: Channels of a head; None for any.
 
     Returns:
         ``"reference"``, ``"cpu"`` or ``"triton"``.
@@ -81,14 +104,21 @@ def resolve(op: str, impl: Impl, device: torch.device) -> str:
             that it needs is not installed, or the device cannot run it.
     """
     # The environment is read only if it matters: that takes longer than the rest.
-    chosen = choose(op, impl, device.type, impl == "triton" and interpreted())
+    chosen = choose(op, impl, device.type, impl == "triton" and interpreted(), dtype, channels)
     if chosen == "cpu" and torch.get_num_threads() != getattr(_numba_threads, "count", 0):
         _prepare_numba()
     return chosen
 
 
 @cache
-def choose(op: str, impl: str, device_type: str, interpreted: bool) -> str:
+def choose(
+    op: str,
+    impl: str,
+    device_type: str,
+    interpreted: bool,
+    dtype: torch.dtype | None = None,
+    channels: int | None = None,
+) -> str:
     """Return the implementation for a device type; cached, as it never changes in a process."""
     words = get_args(Impl)
     if impl not in words:
@@ -96,6 +126,7 @@ def choose(op: str, impl: str, device_type: str, interpreted: bool) -> str:
     if impl == "auto":
         fastest = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
         available = _exists(op, fastest) and (fastest != "triton" or has_triton())
+        available = available and _reads(op, fastest, dtype, channels)
         return fastest if available else "reference"
     if not _exists(op, impl):
         raise ValueError(
@@ -119,6 +150,15 @@ def choose(op: str, impl: str, device_type: str, interpreted: bool) -> str:
 
 def _exists(op: str, impl: str) -> bool:
     return (Path(__file__).parent / op / f"{_MODULES[impl]}.py").is_file()
+
+
+def _reads(op: str, impl: str, dtype: torch.dtype | None, channels: int | None) -> bool:
+    """Return whether an implementation can read states of a dtype and a number of channels."""
+    if op not in _READ_STATES or impl not in _READABLE:
+        return True
+    if impl == "triton" and op == "sparse_attention" and (channels or 0) > MOST_CHANNELS:
+        return False
+    return dtype is None or dtype in _READABLE[impl]
 
 
 def has_triton() -> bool:

@@ -17,10 +17,17 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 import torch
 from torch import Tensor
 
-from topkbench.kernels.dispatch import Impl
+from topkbench.kernels.dispatch import Impl, Operator
 from topkbench.kernels.sparse_attention.api import sparse_attention
 from topkbench.kernels.topk_select.api import topk_select
-from topkbench.methods.policy import NativePolicy, Policy, aggregate, check_whole
+from topkbench.methods.policy import (
+    NativePolicy,
+    Policy,
+    aggregate,
+    check_list,
+    check_multiple,
+    check_whole,
+)
 from topkbench.methods.states import (
     CacheView,
     Index,
@@ -60,6 +67,8 @@ __all__ = [
     "StepResult",
     "TopKMethod",
     "Traits",
+    "check_list",
+    "check_multiple",
     "check_whole",
     "copy_of",
     "kv_bytes",
@@ -199,7 +208,7 @@ class TopKMethod(ABC, Generic[IndexT, QueryT]):
     name: ClassVar[str]
     selects: ClassVar[bool] = True
 
-    impl: Impl | Mapping[str, Impl] = "auto"
+    impl: Impl | Mapping[Operator, Impl] = "auto"
     native: NativePolicy = field(default_factory=NativePolicy, repr=False)
 
     @property
@@ -207,7 +216,7 @@ class TopKMethod(ABC, Generic[IndexT, QueryT]):
         """What the method needs, keeps and may select."""
         return Traits()
 
-    def impl_for(self, op: str) -> Impl:
+    def impl_for(self, op: Operator) -> Impl:
         """Return the implementation requested for one operator."""
         return self.impl if isinstance(self.impl, str) else self.impl.get(op, "auto")
 
@@ -518,7 +527,7 @@ def copy_of(method: MethodT, **settings: object) -> MethodT:
     return copied
 
 
-def with_impl(method: MethodT, impl: Impl | Mapping[str, Impl]) -> MethodT:
+def with_impl(method: MethodT, impl: Impl | Mapping[Any, Impl]) -> MethodT:
     """Return a copy of a method that runs other implementations of the operators."""
     return copy_of(method, impl=impl)
 

@@ -94,7 +94,7 @@ class DoubleSparsity(
 
     channels: int | None = None
     label_scope: LabelScope | None = None
-    label_bits: int = 16
+    label_bits: Literal[4, 16] = 16
     calibration_queries: int = 512
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from topkbench.methods.base import (
     PrefillInputs,
     ScoringMethod,
     StepContext,
+    check_multiple,
     check_whole,
     kv_bytes,
 )
@@ -105,16 +106,16 @@ class HashAttention(
     edge: int = 128
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or self.bits < 32 or self.bits % 32:
-            raise ValueError(f"bits must be a positive multiple of 32, got {self.bits!r}.")
+        check_multiple("bits", self.bits, 32)
+        check_whole("seed", self.seed, least=0)
         if self.hidden is not None:
             check_whole("hidden", self.hidden)
         for name in ("steps", "queries_per_sequence", "step_queries", "step_keys", "positives"):
             check_whole(name, getattr(self, name))
         check_whole("edge", self.edge, least=0)
         for name in ("learning_rate", "positive_weight"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
 
     def native_policy(self, policy: Policy) -> Policy:
         edge = min(self.edge, policy.k // 4)

@@ -17,6 +17,7 @@ from topkbench.methods.base import (
     ScoringMethod,
     StepContext,
     Traits,
+    check_multiple,
     check_whole,
     kv_bytes,
 )
@@ -154,8 +155,16 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
             raise ValueError(
                 f"positive_ratio must be a share above 0 and up to 1, got {self.positive_ratio}."
             )
-        if not isinstance(self.rbit, int) or self.rbit < 32 or self.rbit % 32:
-            raise ValueError(f"rbit must be a positive multiple of 32, got {self.rbit!r}.")
+        check_multiple("rbit", self.rbit, 32)
+        check_whole("seed", self.seed, least=0)
+        for name in ("sigma", "learning_rate", "positive_label", "ranking_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        for name in ("epsilon", "balance_weight", "decorrelation_weight", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be from 0 to below 1, got {self.momentum}.")
         if self.weights not in get_args(HashWeights):
             words = ", ".join(get_args(HashWeights))
             raise ValueError(f"weights must be one of {words}, got {self.weights!r}.")

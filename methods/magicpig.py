@@ -127,7 +127,8 @@ class MagicPIG(ScoringMethod[MagicPIGIndex, Tensor]):
     def __post_init__(self) -> None:
         for setting in ("hash_bits", "num_tables", "min_collisions"):
             check_whole(setting, getattr(self, setting))
-        check_whole("native_local", self.native_local, 0)
+        for setting in ("native_local", "seed"):
+            check_whole(setting, getattr(self, setting), least=0)
         if self.hash_bits > CODE_BITS - 2:  # one bit for the sign, one for the code of no token
             raise ValueError(f"hash_bits must be at most {CODE_BITS - 2}, got {self.hash_bits}.")
         if self.min_collisions > self.num_tables:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict, get_args
+from typing import Annotated, Literal, TypedDict, get_args
 
 from torch import Tensor
 
@@ -12,6 +12,8 @@ from topkbench.kernels.group_softmax.api import group_softmax
 HeadScope = Literal["kv_head", "query_head"]
 Aggregation = Literal["native", "sum_softmax", "sum_logit", "max_softmax"]
 Protocol = Literal["unified", "native"]
+Slice = Annotated[str, "a slice such as '::16'"]
+DenseLayers = int | tuple[int, ...] | Slice | None
 
 
 def check_whole(name: str, value: object, least: int = 1) -> None:
@@ -24,6 +26,36 @@ def check_whole(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name} must be a whole number, got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def check_multiple(name: str, value: object, factor: int) -> None:
+    """Check that a setting is a positive multiple of a number.
+
+    Raises:
+        ValueError: One sentence that names the setting.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0 or value % factor:
+        raise ValueError(f"{name} must be a positive multiple of {factor}, got {value!r}.")
+
+
+def check_list(name: str, values: Sequence[object], least: int | None = None) -> None:
+    """Check that a setting lists at least one value, and none twice.
+
+    Args:
+        name: The setting.
+        values: What it lists.
+        least: If given, all must be whole numbers of at least this.
+
+    Raises:
+        ValueError: One sentence that names the setting.
+    """
+    if isinstance(values, str) or not values:
+        raise ValueError(f"{name} must list at least one value, got {values!r}.")
+    for place, value in enumerate(values):
+        if least is not None:
+            check_whole(name, value, least)
+        if value in values[:place]:
+            raise ValueError(f"{name} must list each value once, got {value!r} twice.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +78,15 @@ class Policy:
     k: int
     num_sink: int = 4
     num_recent: int = 8
-    dense_layers: int | tuple[int, ...] | str | None = None
+    dense_layers: DenseLayers = None
     head_scope: HeadScope = "kv_head"
     aggregation: Aggregation = "native"
     protocol: Protocol = "unified"
 
     def __post_init__(self) -> None:
         check_whole("k", self.k)
-        if self.num_sink < 0 or self.num_recent < 0:
-            raise ValueError(
-                "num_sink and num_recent must not be negative, "
-                f"got {self.num_sink} and {self.num_recent}."
-            )
+        check_whole("num_sink", self.num_sink, least=0)
+        check_whole("num_recent", self.num_recent, least=0)
         if self.num_sink + self.num_recent > self.k:
             raise ValueError(
                 f"num_sink + num_recent must be at most k={self.k}, got {self.num_sink} + "
@@ -69,22 +98,29 @@ class Policy:
         if isinstance(self.dense_layers, str):
             _slice(self.dense_layers)
         elif isinstance(self.dense_layers, Sequence):  # a list from YAML
-            object.__setattr__(self, "dense_layers", tuple(int(x) for x in self.dense_layers))
-        elif self.dense_layers is not None and self.dense_layers < 0:
-            raise ValueError(f"dense_layers must not be negative, got {self.dense_layers}.")
+            check_list("dense_layers", self.dense_layers, least=0)
+            object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        elif self.dense_layers is not None:
+            check_whole("dense_layers", self.dense_layers, least=0)
 
     def resolve_dense_layers(self, num_layers: int) -> frozenset[int]:
         """Return the indices of the layers that attend to everything.
 
         Raises:
-            ValueError: If the model has no layer of a listed index.
+            ValueError: If the model has no layer of a listed index, or none that a slice reaches.
         """
         if self.dense_layers is None:
             return frozenset(range(2 if num_layers >= 16 else 0))
         if isinstance(self.dense_layers, int):
             return frozenset(range(min(self.dense_layers, num_layers)))
         if isinstance(self.dense_layers, str):
-            return frozenset(range(num_layers)[_slice(self.dense_layers)])
+            reached = frozenset(range(num_layers)[_slice(self.dense_layers)])
+            if not reached:
+                raise ValueError(
+                    f"dense_layers must reach a layer, and {self.dense_layers!r} reaches none of"
+                    f" {num_layers}; 0 leaves no layer dense."
+                )
+            return reached
         for layer in self.dense_layers:
             if not 0 <= layer < num_layers:
                 raise ValueError(
@@ -98,7 +134,7 @@ class NativePolicy(TypedDict, total=False):
 
     num_sink: int
     num_recent: int
-    dense_layers: int | tuple[int, ...] | str | None
+    dense_layers: DenseLayers
     head_scope: HeadScope
     aggregation: Aggregation
 

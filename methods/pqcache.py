@@ -93,7 +93,8 @@ class PQCache(ScoringMethod[PQCacheIndex, Tensor]):
     def __post_init__(self) -> None:
         for name in ("parts", "bits", "iterations"):
             check_whole(name, getattr(self, name))
-        check_whole("sinks", self.sinks, least=0)
+        for name in ("sinks", "seed"):
+            check_whole(name, getattr(self, name), least=0)
         if self.bits > 8:
             raise ValueError(f"bits must be at most 8, as a code is one byte, got {self.bits}.")
         if not 0 <= self.local_share <= 0.75:

@@ -12,6 +12,7 @@ from topkbench.methods.base import (
     QueryIndependentMethod,
     Selection,
     StepContext,
+    check_whole,
     top_units,
 )
 from topkbench.methods.draws import draw_tokens
@@ -37,6 +38,9 @@ class RandomSelection(QueryIndependentMethod[Index]):
     name: ClassVar[str] = "random"
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole("seed", self.seed, least=0)
 
     def build_index(self, prefill: PrefillInputs) -> Index:
         return Index.of(prefill)

@@ -27,6 +27,7 @@ __all__ = [
     "attention_modules",
     "cache_keyword",
     "configs_of",
+    "context_window",
     "is_cache",
     "layer_of",
     "max_slots",
@@ -85,8 +86,55 @@ class PartialAttention:
         return n - int(self.first_visible(torch.tensor(n - 1)))
 
 
-def partial_attention(module: nn.Module) -> PartialAttention | None:
-    """Return a layer's attention pattern, or None if it attends to the whole past."""
+def context_window(config: Any) -> int | None:
+    """Return the longest sequence that a model is made for, in tokens; None if nothing says it.
+
+    It is the configuration's number of positions, or what the scaling of rotary positions extends
+    them to if that is more: the scaling's factor times the positions of the training
+    (``original_max_position_embeddings``). Where those are not given, YaRN and dynamic scaling
+    extend the configuration's positions; with linear scaling these may or may not be extended
+    already, and are taken as they are. Those of ``llama3`` and ``longrope`` always are extended.
+
+    A tokenizer's ``model_max_length`` says when it truncates, and is no limit of the model.
+
+    Args:
+        config: The model's configuration.
+    """
+    config = config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return None
+    scaling = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" not in scaling:  # one entry for each kind of layer
+        scaling = scaling.get("full_attention") or {}
+    kind, factor = scaling.get("rope_type"), scaling.get("factor")
+    original = scaling.get("original_max_position_embeddings")
+    if original is None and kind != "linear":
+        original = positions
+    if kind not in ("yarn", "dynamic", "linear") or factor is None or original is None:
+        return positions
+    return max(positions, int(original * factor))
+
+
+def partial_attention(module: nn.Module, positions: int | None = None) -> PartialAttention | None:
+    """Return a layer's attention pattern, or None if it attends to the whole past.
+
+    A window or chunk of at least as many tokens as the model has positions is the whole past.
+
+    Args:
+        module: The layer's attention module.
+        positions: The longest sequence; None for what the model's configuration says.
+    """
+    pattern = _configured_pattern(module)
+    if positions is None:
+        positions = context_window(module.config)
+    if pattern is None or pattern.size is None or positions is None or pattern.size < positions:
+        return pattern
+    return None
+
+
+def _configured_pattern(module: nn.Module) -> PartialAttention | None:
+    """Return the attention pattern that a module or its configuration names, or None."""
     config: Any = module.config
     kinds = getattr(config, "layer_types", None)
     # A module's own attribute overrides the configuration: None there means no sliding window.
@@ -108,9 +156,16 @@ def partial_attention(module: nn.Module) -> PartialAttention | None:
     )
 
 
-def partial_layers(model: PreTrainedModel) -> dict[int, PartialAttention]:
-    """Return the attention patterns of the layers that do not attend to the whole past."""
-    kinds = {layer_of(module): partial_attention(module) for module in attention_modules(model)}
+def partial_layers(
+    model: PreTrainedModel, positions: int | None = None
+) -> dict[int, PartialAttention]:
+    """Return the attention patterns of the layers that do not attend to the whole past.
+
+    Args:
+        model: The model.
+        positions: The longest sequence; None for what the model's configuration says.
+    """
+    kinds = {layer_of(one): partial_attention(one, positions) for one in attention_modules(model)}
     return {layer: kind for layer, kind in kinds.items() if kind is not None}
 
 

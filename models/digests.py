@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from topkbench.models.encoding import answer_ends, template_around
 from topkbench.models.files import is_of_this_user
 
 if TYPE_CHECKING:
@@ -52,9 +53,11 @@ def weights_digest(source: str | Path, cache_dir: str | Path | None = None) -> s
 def model_digest(loaded: "LoadedModel") -> str:
     """Return 16 hex digits of everything that a loaded model's answers depend on.
 
-    That is its weights, configuration, dtype, tokenizer, chat template and generation settings, and
-    how prompts are wrapped for it. A hub snapshot and a folder of the same files have one digest.
+    That is its weights, configuration, dtype, tokenizer, chat template and generation settings,
+    what the template writes around a prompt, and the tokens that end an answer. A hub snapshot and
+    a folder of the same files have one digest.
     """
+    template = loaded.chat_template_kwargs
     config, generation = loaded.model.config, getattr(loaded.model, "generation_config", None)
     return _short(
         {
@@ -65,6 +68,8 @@ def model_digest(loaded: "LoadedModel") -> str:
             "tokenizer": tokenizer_digest(loaded.tokenizer),
             "window": loaded.window,
             "chat": loaded.chat,
+            "around prompts": template_around(loaded.tokenizer, template) if loaded.chat else None,
+            "answer ends": sorted(answer_ends(loaded)),
             "short_answers": loaded.short_answers,
         }
     )
@@ -163,7 +168,9 @@ def _cached_hash(note: Path, status: dict[str, Any]) -> str | None:
 
 def _cache_hash(note: Path, noted: dict[str, Any]) -> None:
     note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(dir=note.parent)  # readable by this user only
+    unfinished = note.with_name(f".{note.name}.{secrets.token_hex(8)}.part")
+    # Readable by this user only.
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump({"noted": noted, "digest": _short(noted)}, file)
-    Path(unfinished).replace(note)
+    unfinished.replace(note)

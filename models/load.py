@@ -1,11 +1,13 @@
 """Loads a model from a hub id, a local folder, the repository's own model, or random weights."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast, get_args
 
 import psutil
 import torch
@@ -21,11 +23,15 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from topkbench.models.compat import partial_layers
+from topkbench.methods.base import check_whole
+from topkbench.models.compat import context_window, partial_layers
 from topkbench.models.digests import weights_digest
+from topkbench.models.encoding import check_template_arguments
 
 SHIPPED = {"tiny": Path(__file__).resolve().parent / "tiny"}
 RANDOM = "random"
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 
 
 class ModelNotAvailable(ValueError):
@@ -42,8 +48,9 @@ class LoadedModel:
         tokenizer: Its tokenizer; for random weights an object that raises on any use.
         digest: 16 hex digits of all bytes of the weights and of the configuration. Everything else
             that an answer depends on is in ``digests.model_digest``.
-        window: Longest sequence in tokens.
+        window: Longest sequence in tokens; see ``compat.context_window``.
         chat: Whether prompts are wrapped in the tokenizer's chat template.
+        chat_template_kwargs: Arguments of the chat template: ``{"enable_thinking": False}``.
         short_answers: Whether the model ends its answers itself, so that it is enough to generate
             as many tokens as the reference answer has, and a few more.
         artifact_folders: Folders with fitted artifacts that ship with the model.
@@ -55,19 +62,39 @@ class LoadedModel:
     digest: str
     window: int
     chat: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     short_answers: bool = False
     artifact_folders: tuple[Path, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What is known of a model before its weights are loaded.
+
+    Attributes:
+        name: The model's name in rows and figures.
+        num_layers: Decoder layers.
+        window: Longest sequence in tokens; see ``compat.context_window``.
+        has_tokenizer: Whether it reads text; random weights do not.
+    """
+
+    name: str
+    num_layers: int
+    window: int
+    has_tokenizer: bool
 
 
 def load_model(
     name: str,
     path: str,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     device: str = "cpu",
-    device_map: str | None = None,
+    device_map: DeviceMap | None = None,
     revision: str | None = None,
     chat: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     short_answers: bool = False,
+    window: int | None = None,
     architecture: Mapping[str, Any] | None = None,
     cache_dir: str | Path | None = None,
 ) -> LoadedModel:
@@ -84,7 +111,10 @@ def load_model(
         device_map: Passed to transformers to spread a model over several GPUs; needs accelerate.
         revision: Revision of a hub id.
         chat: Wrap prompts in the chat template.
+        chat_template_kwargs: Arguments of the chat template; None for none.
         short_answers: See ``LoadedModel``.
+        window: Longest sequence in tokens; None for what the configuration says. A longer one is
+            taken as it is: the model then meets positions that it was not trained on.
         architecture: With ``path="random"``: the fields of a transformers configuration,
             ``model_type`` among them. The weights are drawn on the device, with a fixed seed.
         cache_dir: Folder in which hashes of large weight files are kept; see ``weights_digest``.
@@ -92,27 +122,15 @@ def load_model(
     Raises:
         ModelNotAvailable: If it cannot be reached, is damaged, or does not fit the device.
     """
-    if (path == RANDOM) != (architecture is not None):
-        raise ModelNotAvailable(
-            f"model.architecture must be given with model.path={RANDOM} and with no other, got"
-            f" {'none' if architecture is None else 'one'} with model.path={path}."
-        )
-    folder = SHIPPED.get(path)
-    source = str(folder or Path(path).expanduser()) if folder or _is_local(path) else path
-    if architecture is None and _is_local(source) and not Path(source).is_dir():
-        raise ModelNotAvailable(
-            f"model.path must be a hub id, a folder or one of {', '.join(SHIPPED)}, found no"
-            f" folder {source}; check the path."
-        )
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelNotAvailable(f"device={device} needs a CUDA device, found none; use device=cpu.")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ModelNotAvailable(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+    config = _read_config(path, dtype, device, device_map, revision, window, architecture)
+    window = window or _window(path, config)
     if architecture is not None:
-        return _draw(name, architecture, "bfloat16" if dtype == "auto" else dtype, device)
+        dtype = "bfloat16" if dtype == "auto" else dtype
+        return _draw(name, architecture, config, dtype, device, window)
+    folder, source = SHIPPED.get(path), _source(path)
+    template_arguments = dict(chat_template_kwargs or {})
     transformers_logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=False
         )
@@ -121,6 +139,7 @@ def load_model(
             raise ValueError(f"a {type(tokenizer).__name__} with an empty vocabulary")
         # The tasks check lengths themselves; this silences the tokenizer's own warning.
         tokenizer.model_max_length = VERY_LARGE_INTEGER
+        _check_template(tokenizer, chat, template_arguments)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
@@ -132,7 +151,7 @@ def load_model(
             output_loading_info=True,
         )
         model, info = loaded
-        if partial_layers(model):
+        if partial_layers(model, window):
             raise ValueError(
                 "layers with a sliding window, which the harness's cache does not support; use"
                 " attach in your own script for such a model"
@@ -145,12 +164,10 @@ def load_model(
             if info[f"{kind}_keys"]:
                 raise ValueError(f"{words} for {', '.join(sorted(info[f'{kind}_keys'])[:3])}.")
         digest = weights_digest(_snapshot(source, revision), cache_dir)
+    except ModelNotAvailable:
+        raise
     except (OSError, SafetensorError, ValueError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelNotAvailable(
-            f"the model {path} must be a reachable, whole safetensors model without code of its"
-            f" own, got {type(error).__name__}: {reason}"
-        ) from error
+        raise _unreadable(path, error) from error
     if device_map is None:
         model = model.to(device)
     return LoadedModel(
@@ -158,10 +175,150 @@ def load_model(
         model=model.eval().requires_grad_(False),
         tokenizer=tokenizer,
         digest=digest,
-        window=int(config.get_text_config(decoder=True).max_position_embeddings),
+        window=window,
         chat=chat,
+        chat_template_kwargs=template_arguments,
         short_answers=short_answers,
         artifact_folders=(folder / "artifacts",) if folder else (),
+    )
+
+
+def read_shape(
+    name: str,
+    path: str,
+    dtype: Dtype = "auto",
+    device: str = "cpu",
+    device_map: DeviceMap | None = None,
+    revision: str | None = None,
+    window: int | None = None,
+    architecture: Mapping[str, Any] | None = None,
+    **others: Any,
+) -> ModelShape:
+    """Check the arguments of `load_model` and return the model's shape; no weights are loaded.
+
+    The arguments are those of ``load_model``, the ``others`` among them those that need no check.
+
+    Raises:
+        ModelNotAvailable: As ``load_model`` does.
+    """
+    if not name.strip():
+        raise ModelNotAvailable("name must not be empty.")
+    config = _read_config(path, dtype, device, device_map, revision, window, architecture)
+    return ModelShape(
+        name=name,
+        num_layers=int(config.get_text_config(decoder=True).num_hidden_layers),
+        window=window or _window(path, config),
+        has_tokenizer=architecture is None,
+    )
+
+
+def _read_config(
+    path: str,
+    dtype: Dtype,
+    device: str,
+    device_map: DeviceMap | None,
+    revision: str | None,
+    window: int | None,
+    architecture: Mapping[str, Any] | None,
+) -> Any:
+    """Check arguments of `load_model`, and return the model's configuration."""
+    if not path.strip():
+        raise ModelNotAvailable("path must not be empty.")
+    if (path == RANDOM) != (architecture is not None):
+        raise ModelNotAvailable(
+            f"model.architecture must be given with model.path={RANDOM} and with no other, got"
+            f" {'none' if architecture is None else 'one'} with model.path={path}."
+        )
+    if dtype not in get_args(Dtype):
+        words = ", ".join(get_args(Dtype))
+        raise ModelNotAvailable(f"dtype must be one of {words}, got {dtype!r}.")
+    _check_device(device)
+    if device_map is not None and find_spec("accelerate") is None:
+        raise ModelNotAvailable(
+            f"model.device_map={device_map} needs the package accelerate, which is not installed;"
+            " install topkbench[gpu] or use model.device_map=null."
+        )
+    if window is not None:
+        check_whole("window", window)
+    if architecture is not None:
+        try:
+            return AutoConfig.for_model(**architecture)
+        except Exception as error:  # of the classes that each field's own check raises
+            raise _no_architecture(error) from error
+    source = _source(path)
+    if _is_local(source) and not Path(source).is_dir():
+        raise ModelNotAvailable(
+            f"model.path must be a hub id, a folder or one of {', '.join(SHIPPED)}, found no"
+            f" folder {source}; check the path."
+        )
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # of the classes that each field's own check raises, too
+        raise _unreadable(path, error) from error
+
+
+def _check_device(name: str) -> None:
+    """Check that a device exists.
+
+    Raises:
+        ModelNotAvailable: If it does not.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ModelNotAvailable(f"device must be cpu, cuda or cuda:NUMBER, got {name!r}.")
+    if device.type == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise ModelNotAvailable(f"device={name} needs a CUDA device, found none; use device=cpu.")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise ModelNotAvailable(
+            f"device={name} must be one of the {torch.cuda.device_count()} CUDA devices, which are"
+            " counted from 0."
+        )
+
+
+def _source(path: str) -> str:
+    """Return the folder of a shipped or local model, or the hub id as it is."""
+    if path in SHIPPED:
+        return str(SHIPPED[path])
+    return str(Path(path).expanduser()) if _is_local(path) else path
+
+
+def _window(path: str, config: Any) -> int:
+    """Return the longest sequence in tokens that a configuration names."""
+    found = context_window(config)
+    if found is None:
+        raise ModelNotAvailable(
+            f"model.window must be given, since the configuration of {path} names no number of"
+            " positions."
+        )
+    return found
+
+
+def _unreadable(path: str, error: BaseException) -> ModelNotAvailable:
+    reason = " ".join(str(error).split())[:200]
+    return ModelNotAvailable(
+        f"the model {path} must be a reachable, whole safetensors model without code of its"
+        f" own, got {type(error).__name__}: {reason}"
+    )
+
+
+def _no_architecture(error: BaseException) -> ModelNotAvailable:
+    reason = " ".join(str(error).split())[:200]
+    return ModelNotAvailable(
+        f"model.architecture must be the fields of a transformers configuration, model_type"
+        f" among them, got {type(error).__name__}: {reason}"
+    )
+
+
+def needs_text(name: str) -> str:
+    """Return why a task that reads text cannot run with a model of random weights."""
+    return (
+        f"this task needs text, and {name} has random weights and no tokenizer; use"
+        " task=decode_throughput, or a trained model."
     )
 
 
@@ -172,13 +329,17 @@ class NoTokenizer:
         self._name = name
 
     def __getattr__(self, attribute: str) -> NoReturn:
-        raise ModelNotAvailable(
-            f"this task needs text, and {self._name} has random weights and no tokenizer; use"
-            " task=decode_throughput, or a trained model."
-        )
+        raise ModelNotAvailable(needs_text(self._name))
 
 
-def _draw(name: str, architecture: Mapping[str, Any], dtype: str, device: str) -> LoadedModel:
+def _draw(
+    name: str,
+    architecture: Mapping[str, Any],
+    config: Any,
+    dtype: str,
+    device: str,
+    window: int,
+) -> LoadedModel:
     """Make a model with random weights, directly on its device and in its precision.
 
     Raises:
@@ -188,7 +349,7 @@ def _draw(name: str, architecture: Mapping[str, Any], dtype: str, device: str) -
     def make(target: torch.device) -> PreTrainedModel:
         with target:
             made: PreTrainedModel = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(**architecture),
+                copy.deepcopy(config),
                 dtype=getattr(torch, dtype),
                 attn_implementation="sdpa",
             )
@@ -197,12 +358,8 @@ def _draw(name: str, architecture: Mapping[str, Any], dtype: str, device: str) -
     target = torch.device(device)
     try:
         need = make(torch.device("meta")).get_memory_footprint()
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelNotAvailable(
-            f"model.architecture must be the fields of a transformers configuration, model_type"
-            f" among them, got {type(error).__name__}: {reason}"
-        ) from error
+    except Exception as error:  # of any kind: a module refuses what the fields name
+        raise _no_architecture(error) from error
     free = free_bytes(target)
     if need > free:
         raise ModelNotAvailable(
@@ -218,8 +375,18 @@ def _draw(name: str, architecture: Mapping[str, Any], dtype: str, device: str) -
         model=model.eval().requires_grad_(False),
         tokenizer=cast(PreTrainedTokenizerBase, NoTokenizer(name)),
         digest=hashlib.sha256(text.encode()).hexdigest()[:16],
-        window=int(model.config.get_text_config(decoder=True).max_position_embeddings),
+        window=window,
     )
+
+
+def _check_template(
+    tokenizer: PreTrainedTokenizerBase, chat: bool, arguments: Mapping[str, Any]
+) -> None:
+    """Refuse a chat template that cannot be used as set, before weights are loaded."""
+    try:
+        check_template_arguments(tokenizer, chat, arguments)
+    except ValueError as error:
+        raise ModelNotAvailable(str(error)) from error
 
 
 def free_bytes(device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -26,8 +26,8 @@ from topkbench.harness.planted import (
 )
 from topkbench.harness.reads import no_sparse_step_reason
 from topkbench.harness.task import Context, Outcome, Task, TaskRow, compact_unsupported_reason
-from topkbench.methods.base import Geometry, check_whole
-from topkbench.models.load import free_bytes
+from topkbench.methods.base import Geometry, check_list, check_whole
+from topkbench.models.load import Dtype, ModelNotAvailable, ModelShape, free_bytes, needs_text
 from topkbench.models.watch import LayerCall, watched_attention
 from topkbench.tasks.ruler import Ruler
 
@@ -76,7 +76,7 @@ class DecodeLatency(Task):
     num_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     seed: int = 0
     trials: int = 15
     cache_dir: str = "~/.cache/topkbench"
@@ -86,18 +86,18 @@ class DecodeLatency(Task):
     def __post_init__(self) -> None:
         self.all_budgets = self.budget is not None  # then k follows from the length
         self.uses_model = self.states == "captured"
-        self.subject = heads_label(self._heads)
         if self.states not in ("planted", "captured"):
             raise ValueError(f"task.states must be planted or captured, got {self.states!r}.")
         for knob in ("num_heads", "num_kv_heads", "head_dim", "trials"):
             check_whole(f"task.{knob}", getattr(self, knob))
-        if not self.shapes or min(length for length, _ in self.shapes) < 2:
-            raise ValueError(
-                f"task.lengths must be numbers of cached tokens of at least 2, got {self.lengths}"
-                f"{f' and batch_length={self.batch_length}' if self.batch_sizes else ''}."
-            )
+        for knob in ("layer", "seed"):
+            check_whole(knob, getattr(self, knob), least=0)
+        check_whole("task.batch_length", self.batch_length, least=2)
+        if self.batch_sizes:
+            check_list("task.batch_sizes", self.batch_sizes, least=1)
+        if self.lengths or not self.batch_sizes:
+            check_list("task.lengths", self.lengths, least=2)
         for size in self.batch_sizes:
-            check_whole("task.batch_sizes", size)
             if size > 1 and self.states == "captured":
                 raise ValueError(
                     f"task.batch_sizes must be [] or [1] with states=captured, got {size}; states"
@@ -114,12 +114,26 @@ class DecodeLatency(Task):
             )
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ValueError(f"task.budget must be a share above 0 and up to 1, got {self.budget}.")
+        self.subject = heads_label(self._heads)
+
+    def check_model(self, shape: ModelShape) -> None:
+        if self.states != "captured":
+            return
+        if not shape.has_tokenizer:
+            raise ModelNotAvailable(needs_text(shape.name))
+        self._check_layer(shape.num_layers)
+
+    def _check_layer(self, num_layers: int) -> None:
+        if self.layer >= num_layers:
+            raise ValueError(
+                f"task.layer must lie between 0 and {num_layers - 1}, got {self.layer}."
+            )
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """Cached tokens and batch size of each row of the report, without duplicates."""
-        lengths = [(int(length), 1) for length in self.lengths]
-        batches = [(int(self.batch_length), int(size)) for size in self.batch_sizes]
+        lengths = [(length, 1) for length in self.lengths]
+        batches = [(self.batch_length, size) for size in self.batch_sizes]
         return list(dict.fromkeys([*lengths, *batches]))
 
     def run(self, context: Context) -> Outcome:
@@ -133,7 +147,7 @@ class DecodeLatency(Task):
 
     def _row(self, context: Context, length: int, batch_size: int) -> TaskRow:
         name = shape_label(length, batch_size)
-        columns = {"kv_len": length, "length": length, "batch_size": batch_size}
+        columns: dict[str, Any] = {"kv_len": length, "length": length, "batch_size": batch_size}
         method = context.method
         if method.compacts:
             return TaskRow(name, columns, "skipped", compact_unsupported_reason(self.name))
@@ -145,6 +159,7 @@ class DecodeLatency(Task):
         need = bytes_needed(method, geometry, batch_size, length)
         reason = too_large_reason(need, free_bytes(geometry.device))
         if reason is not None:
+            columns["memory_needed_mib"] = need / 2**20
             return TaskRow(name, columns, "skipped", reason)
         if self.states == "captured":
             states = self.captured_states(context, length)
@@ -187,11 +202,7 @@ class DecodeLatency(Task):
             ValueError: If the model does not have the layer.
         """
         loaded = context.loaded
-        if not 0 <= self.layer < context.geometry.num_layers:
-            raise ValueError(
-                f"task.layer must lie between 0 and {context.geometry.num_layers - 1}, got"
-                f" {self.layer}."
-            )
+        self._check_layer(context.geometry.num_layers)
         task = Ruler(
             length=length,
             num_samples=1,

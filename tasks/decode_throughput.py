@@ -24,6 +24,7 @@ from topkbench.kernels.timing import OtherLoad, Stages, measure, speed_columns
 from topkbench.methods.base import (
     PREFILL_NEEDS,
     Geometry,
+    check_list,
     check_whole,
     kv_bytes,
 )
@@ -75,10 +76,8 @@ class DecodeThroughput(Task):
         self.all_budgets = self.budget is not None  # then k follows from the length
         for knob in ("batch_size", "trials"):
             check_whole(f"task.{knob}", getattr(self, knob))
-        if not self.lengths or min(self.lengths) < 2:
-            raise ValueError(
-                f"task.lengths must be numbers of cached tokens of at least 2, got {self.lengths}."
-            )
+        check_whole("seed", self.seed, least=0)
+        check_list("task.lengths", self.lengths, least=2)
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ValueError(f"task.budget must be a share above 0 and up to 1, got {self.budget}.")
 
@@ -91,10 +90,22 @@ class DecodeThroughput(Task):
 
     def _row(self, context: Context, length: int) -> TaskRow:
         values: dict[str, Any] = {"kv_len": length, "length": length, "batch_size": self.batch_size}
-        reason = self._too_long(context, length)
         if context.method.compacts:
             reason = compact_unsupported_reason(self.name)
-        if reason is not None:
+            return TaskRow(str(length), values, "skipped", reason)
+        if length > context.loaded.window:
+            reason = (
+                f"{length} tokens exceed the window of {context.loaded.window} tokens of"
+                f" {context.loaded.name}."
+            )
+            return TaskRow(str(length), values, "skipped", reason)
+        need, device = self._bytes_needed(context, length), context.loaded.model.device
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # counts memory that earlier lengths freed as free
+        weights = context.loaded.model.get_memory_footprint()
+        if need > MEMORY_SHARE * (free_bytes(device) + weights):
+            reason = f"{need / 2**30:.1f} GiB of weights and caches exceed half of the free memory."
+            values["memory_needed_mib"] = need / 2**20
             return TaskRow(str(length), values, "skipped", reason)
         k = None
         if self.budget is not None and context.method.selects:
@@ -102,7 +113,6 @@ class DecodeThroughput(Task):
         method, policy = context.resolved(k)
         if context.method.selects and policy.k >= length:
             return TaskRow(str(length), values, "skipped", no_sparse_step_reason(policy.k, length))
-        device = context.loaded.model.device
         reset_peak_memory(device)
         context = replace(context, method=method, policy=policy)
         try:
@@ -112,20 +122,12 @@ class DecodeThroughput(Task):
         values |= {**timed, "peak_memory_mib": peak_memory_mib(device)}
         return TaskRow(str(length), values, status, reason)
 
-    def _too_long(self, context: Context, length: int) -> str | None:
-        """Return a reason if the length exceeds the model's window or the free memory, or None."""
-        loaded, geometry = context.loaded, context.geometry
-        if length > loaded.window:
-            return f"{length} tokens exceed the window of {loaded.window} tokens of {loaded.name}."
-        device = loaded.model.device
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # counts memory that earlier lengths freed as free
+    def _bytes_needed(self, context: Context, length: int) -> float:
+        """Return the bytes of the weights, and of the cache and the index of ``length`` tokens."""
+        geometry = context.geometry
         per_token = kv_bytes(geometry, 1) + context.method.index_bytes_per_token(geometry)
-        weights = loaded.model.get_memory_footprint()
-        need = weights + self.batch_size * length * geometry.num_layers * per_token
-        if need > MEMORY_SHARE * (free_bytes(device) + weights):
-            return f"{need / 2**30:.1f} GiB of weights and caches exceed half of the free memory."
-        return None
+        weights = context.loaded.model.get_memory_footprint()
+        return weights + self.batch_size * length * geometry.num_layers * per_token
 
     @torch.inference_mode()
     def _time(self, context: Context, length: int) -> tuple[dict[str, Any], str, str]:

@@ -3,9 +3,10 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from topkbench.harness.samples import Sample
+from topkbench.methods.base import check_list
 from topkbench.models.load import LoadedModel
 from topkbench.tasks.ruler import Ruler
 from topkbench.tasks.ruler_prompts import needle_prompt
@@ -28,18 +29,14 @@ class Needle(Ruler):
     name: str = "needle"
     lengths: Sequence[int] = (1024, 2048, 4096)
     depths: Sequence[int] = (0, 25, 50, 75, 100)
+    _longest: ClassVar[str] = "task.lengths"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(
-                f"task.lengths must be one or more numbers of tokens of at least 1, got"
-                f" {self.lengths}."
-            )
-        if not self.depths or min(self.depths) < 0 or max(self.depths) > 100:
-            raise ValueError(
-                f"task.depths must be one or more percentages from 0 to 100, got {self.depths}."
-            )
+        check_list("task.lengths", self.lengths, least=1)
+        check_list("task.depths", self.depths, least=0)
+        if max(self.depths) > 100:
+            raise ValueError(f"task.depths must be at most 100 percent, got {max(self.depths)}.")
         self.length = max(self.lengths)
 
     def _draw(self, loaded: LoadedModel) -> list[Sample]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from topkbench.harness.samples import TaskDoesNotFit
 from topkbench.methods.base import check_whole
 from topkbench.models.digests import tokenizer_digest
+from topkbench.models.encoding import encode
 from topkbench.models.load import LoadedModel
 from topkbench.tasks.words import (
     CALIBRATION_NAMES,
@@ -23,6 +24,9 @@ from topkbench.tasks.words import (
     word_pools,
 )
 
+VERSION = 1
+"""Counts the changes of these prompts and of the needle task's: rows of different ones are not
+compared."""
 SUBTASKS = (
     "niah_single",
     "niah_multikey",
@@ -422,13 +426,15 @@ class CalibrationPrompts:
     def __post_init__(self) -> None:
         for setting in ("num_sequences", "max_length"):
             check_whole(f"calibration.{setting}", getattr(self, setting))
+        check_whole("calibration.seed", self.seed, least=0)
 
     def sequences(self, loaded: LoadedModel, length: int, count: int) -> list[list[int]]:
         """Return the token ids of ``count`` texts of at most ``length`` tokens each."""
         key = (tokenizer_digest(loaded.tokenizer), length, count, self.seed)
         if key not in _CALIBRATION:
             _CALIBRATION[key] = [
-                list(loaded.tokenizer.encode(text)) for text in self.texts(loaded, length, count)
+                encode(loaded.tokenizer, text)[:length]
+                for text in self.texts(loaded, length, count)
             ]
         return _CALIBRATION[key]
 

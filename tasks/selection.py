@@ -8,7 +8,7 @@ from topkbench.harness.decoding import Decoder, Prompt
 from topkbench.harness.quality import MEASURES, OffPolicyObserver
 from topkbench.harness.sweep import Plan, Record
 from topkbench.harness.task import Context, Outcome, TaskRow, compact_unsupported_reason
-from topkbench.methods.base import AnyMethod, Policy
+from topkbench.methods.base import AnyMethod, Policy, check_list
 from topkbench.tasks.ruler import Ruler
 
 
@@ -32,10 +32,7 @@ class SelectionTask(Ruler):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.all_budgets = True
-        if not self.budgets or min(self.budgets) < 1:
-            raise ValueError(
-                f"task.budgets must be one or more values of k of at least 1, got {self.budgets}."
-            )
+        check_list("task.budgets", self.budgets, least=1)
 
     def plan(self, context: Context, prompts: Sequence[Prompt]) -> Plan | Outcome:
         reason = None

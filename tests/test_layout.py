@@ -35,10 +35,10 @@ ALLOWED = {
     "harness": (
         *("torch", "safetensors", "filelock", "psutil", "tqdm"),
         *("topkbench.kernels", "topkbench.models", *CONTRACT),
-        "topkbench.analysis.record",
+        *("topkbench.analysis.record", "topkbench.analysis.files"),
     ),
     "tasks": (
-        *("torch", "triton", "psutil", "wonderwords"),
+        *("torch", "triton", "psutil", "wonderwords", "pyarrow"),
         *("topkbench.harness", "topkbench.models", "topkbench.methods.base"),
         *(*KERNEL_APIS, "topkbench.kernels.timing"),
     ),
@@ -55,7 +55,9 @@ ALLOWED = {
 ALLOWED_TO_ONE = {
     "kernels/full_attention/libraries.py": ("flash_attn", "flash_attn_interface", "flashinfer"),
     "methods/magicpig.py": ("numpy",),
-    "harness/main.py": ("hydra", "omegaconf", "topkbench.analysis.stats"),
+    "harness/main.py": (
+        *("hydra", "omegaconf", "topkbench.analysis.stats", "topkbench.analysis.console"),
+    ),
     "analysis/tracking.py": ("wandb", "wandb_workspaces"),
     "analysis/sweep_callback.py": ("hydra", "omegaconf"),
 }

@@ -20,7 +20,8 @@ from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from topkbench.analysis import style  # noqa: E402
-from topkbench.harness.main import APPEARANCE, make_method  # noqa: E402
+from topkbench.harness.main import make_method  # noqa: E402
+from topkbench.harness.settings import APPEARANCE  # noqa: E402
 from topkbench.methods.base import AnyMethod, Geometry, kv_bytes  # noqa: E402
 from topkbench.methods.learning import LearningMethod, artifact_spec  # noqa: E402
 from topkbench.tasks.ruler_prompts import SUBTASKS, CalibrationPrompts  # noqa: E402

@@ -56,5 +56,5 @@ def channel_score(
     check_device("channel_keys", channel_keys, device)
     check_device("channels", channels, device)
     check_range(kv_start, kv_len, batch_size, device)
-    run = implementation(reference.channel_score, impl, device)
+    run = implementation(reference.channel_score, impl, device, channel_keys)
     return run(query, channel_keys, channels, kv_start, kv_len)

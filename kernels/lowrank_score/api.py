@@ -41,5 +41,5 @@ def lowrank_score(
     device = query.device
     check_device("keys", keys, device)
     check_range(kv_start, kv_len, batch_size, device)
-    run = implementation(reference.lowrank_score, impl, device)
+    run = implementation(reference.lowrank_score, impl, device, keys)
     return run(query, keys, kv_start, kv_len)

@@ -47,5 +47,5 @@ def page_score(
         check_floating(argument, tensor)
         check_device(argument, tensor, device)
     check_range(kv_start, kv_len, batch_size, device)
-    run = implementation(reference.page_score, impl, device)
+    run = implementation(reference.page_score, impl, device, page_min)
     return run(query_states, page_min, page_max, kv_start, kv_len)

@@ -95,7 +95,7 @@ def sparse_attention(
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}.")
     check_range(kv_start, kv_len, batch_size, device)
-    run = implementation(reference.sparse_attention, impl, device)
+    run = implementation(reference.sparse_attention, impl, device, key_states)
     return run(
         query_states, key_states, value_states, indices, scale, count, log_weight, unit_size,
         kv_start, kv_len, softcap,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topkbench.kernels.dispatch import MOST_CHANNELS
 from topkbench.kernels.split_k import merge, store_part, tanh
 from topkbench.kernels.tiles import (
     check_readable,
@@ -44,9 +45,10 @@ def sparse_attention(
     """Return the output ``[B, Hq, d]`` and the log-sum-exp ``[B, Hq]``; see the api."""
     check_readable("query_states", query_states)
     batch_size, num_heads, head_dim = query_states.shape
-    if head_dim > 256:
+    if head_dim > MOST_CHANNELS:
         raise ValueError(
-            f"head_dim must be at most 256 for impl='triton', got {head_dim}; use impl='reference'."
+            f"head_dim must be at most {MOST_CHANNELS} for impl='triton', got {head_dim};"
+            " use impl='reference'."
         )
     _, num_kv_heads, num_slots, _ = key_states.shape
     _, num_index_heads, num_units = indices.shape

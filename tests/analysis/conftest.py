@@ -146,7 +146,8 @@ def fail(sweep: Sweep) -> None:
 @pytest.fixture(scope="session")
 def big_sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """Six methods, four budgets, four bit widths, one failure and one skip."""
-    sweep = Sweep(tmp_path_factory.mktemp("big") / "results", "default", "six methods")
+    results = tmp_path_factory.mktemp("big") / "results"
+    sweep = Sweep(results / "default" / "six methods", results)
     fill(
         sweep,
         ("exact", "hata", "quest", "loki", "streaming_llm"),
@@ -160,7 +161,7 @@ def big_sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
 @pytest.fixture
 def small_sweep(tmp_path: Path) -> Sweep:
     """The sweep of ``method=hata k=512 -m``: four bit widths, and full attention."""
-    sweep = Sweep(tmp_path / "results", "default", "first")
+    sweep = Sweep(tmp_path / "results" / "default" / "first", tmp_path / "results")
     fill(sweep, ("hata",), (512,), (32, 64, 128, 256))
     return sweep
 

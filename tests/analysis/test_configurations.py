@@ -208,6 +208,61 @@ def test_machines_are_never_averaged_and_a_mix_is_reported(row: RowMaker) -> Non
     assert [key["device"] for key, _ in found.by_setting()] == ["A", "B"]
 
 
+def test_different_prompts_are_never_pooled_or_compared(row: RowMaker) -> None:
+    kinds = (None, "RULER 00112233 (chat template)", "RULER 00112233 (raw)", "topkbench 1")
+    rows = frame(
+        [
+            row(
+                run_id=f"{method[0]}{seed}{place}".ljust(16, "0"),
+                method=method,
+                k=k,
+                prompts=prompts,
+                seed=seed,
+                score=10.0 * place,
+            )
+            for place, prompts in enumerate(kinds)
+            for seed in (0, 1)
+            for method, k in (("full", None), ("quest", 64))
+        ]
+    )
+    found = compare(rows)
+    quest = found.overall[found.overall["method"] == "quest"]
+    assert quest["score"].tolist() == [0.0, 10.0, 20.0, 30.0]  # of two seeds each
+    assert [key["prompts"] for key, _ in found.by_setting()] == list(kinds)
+    assert [len(part) for _, part in found.by_setting()] == [2, 2, 2, 2]
+    assert found.notes == [
+        "These rows mix prompts: RULER 00112233 (chat template), RULER 00112233 (raw), topkbench 1."
+    ]
+
+
+def test_a_files_samples_count_once_whatever_the_number_of_seeds(row: RowMaker) -> None:
+    rows, outcomes = [], []
+    for seed in (0, 1, 2):
+        for method, score in (("full", 100.0), ("quest", 50.0)):
+            known = {"method": method, "k": 64 if method == "quest" else None, "seed": seed}
+            name = f"{method[0]}{seed}".ljust(16, "0")
+            rows.append(row(run_id=name, prompts="RULER 00112233 (raw)", **known))
+            outcomes.append(samples(name, [score + seed * 10 * (method == "quest")] * 4))
+    overall = compare(frame(rows), pd.concat(outcomes)).overall
+    assert overall["n"].tolist() == [4, 4]
+    (quest,) = overall[overall["method"] == "quest"].to_dict("records")
+    assert (quest["score"], quest["delta_full"]) == (60.0, -40.0)
+
+
+def test_full_attention_on_other_prompts_is_no_reference(row: RowMaker) -> None:
+    """After a merge, the cell that a row names as its reference may not be among the rows."""
+    rows = frame(
+        [
+            row(run_id="1" * 16, method="full", prompts="RULER 00112233 (raw)"),
+            row(run_id="2" * 16, method="quest", k=64, prompts="topkbench 1", full_run_id="9" * 16),
+        ]
+    )
+    outcomes = pd.concat([samples("1" * 16, [100.0] * 4), samples("2" * 16, [50.0] * 4)])
+    overall = compare(rows, outcomes).overall
+    (quest,) = overall[overall["method"] == "quest"].to_dict("records")
+    assert (quest["score"], pd.isna(quest["delta_full"])) == (50.0, True)
+
+
 def test_of_repeated_cells_the_latest_counts(row: RowMaker) -> None:
     rows = frame(
         [row(score=10.0, started_at="2026-01-02"), row(score=20.0, started_at="2026-01-01")]
@@ -286,7 +341,7 @@ def test_the_report_computes_the_same_intervals_as_the_cells(small_sweep: Sweep)
 
 
 def test_missing_samples_are_no_error(tmp_path: Path, row: RowMaker) -> None:
-    sweep = Sweep(tmp_path, "a", "b")
+    sweep = Sweep(tmp_path / "a" / "b", tmp_path)
     assert sweep.samples().columns.tolist() == ["run_id"]
     assert compare(frame([row()]), sweep.samples()).configurations["method"].tolist() == ["full"]
 

@@ -112,8 +112,9 @@ def verdict(rows: pd.DataFrame, task: str = "mean") -> pd.Series:
     return found
 
 
-def test_the_papers_own_setting_is_comparable(row: RowMaker) -> None:
-    found = verdict(ruler_rows(row, RULER_11))
+@pytest.mark.parametrize("prompts", [None, "RULER 00112233 (chat template)"])
+def test_the_papers_own_setting_is_comparable(row: RowMaker, prompts: str | None) -> None:
+    found = verdict(ruler_rows(row, RULER_11, prompts=prompts))
     assert (found["comparable"], found["why"]) == (True, "")
     assert (found["published"], found["ours"]) == (80.57, 80.0)
     assert found["ours_is"] == "llama31_8b, 131,000 tokens, k=2048, rbit=128"
@@ -132,6 +133,10 @@ def test_the_papers_own_setting_is_comparable(row: RowMaker) -> None:
         ({"protocol": "unified"}, "protocol: the paper's there, protocol=unified here"),
         (
             {"length": 131072},
+            "prompts: RULER's generator there, ours here (task.source reads RULER's files)",
+        ),
+        (
+            {"prompts": "topkbench 1"},
             "prompts: RULER's generator there, ours here (task.source reads RULER's files)",
         ),
     ],

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from topkbench.analysis.files import NotWritableError, remove_left_over, write_atomic
 from topkbench.analysis.record import (
     COLUMNS,
     CellStore,
@@ -76,7 +79,7 @@ def test_identity_refuses_values_without_a_canonical_form(value: object) -> None
 DESIGN = """
 run_id status reason model task subtask length method method_label method_colour
 impl full_backend protocol question
-k kv_len batch_size rbit seed num_samples
+k kv_len batch_size rbit seed num_samples prompts source_samples skipped_samples
 score score_ci_low score_ci_high delta_full delta_ci_low delta_ci_high full_note
 recall_at_k attention_mass output_rel_error density density_all sparse_step_share
 prefill_ms build_ms decode_ms_p50 decode_ms_p20 decode_ms_p80 decode_ms_warm_p50
@@ -84,6 +87,7 @@ encode_ms append_ms score_ms select_ms attend_ms tokens_per_s
 full_ms_p50 full_ms_p20 full_ms_p80 speedup_vs_full speedup_ci_low speedup_ci_high
 other_load timing_note
 bytes_read_per_step index_bytes_per_token kv_cache_mib peak_memory_mib
+memory_needed_mib
 bandwidth_fraction bandwidth_gb_s
 fit_s loss_first loss_last calibration artifact_path
 device clock_mhz driver torch threads numba triton transformers tokenizers numpy
@@ -191,6 +195,16 @@ def test_a_cell_that_failed_runs_again(
     assert cell.finished()
 
 
+def test_a_row_skipped_for_want_of_memory_is_tried_again(
+    store: CellStore, row: Callable[..., Row]
+) -> None:
+    cell = store.cell("0123456789abcdef")
+    skipped = row(subtask="65536", status="skipped", reason="why.", memory_needed_mib=3.5)
+    cell.write([row(), skipped], [], {}, "")
+    assert cell.status == "ok"
+    assert not cell.finished()
+
+
 @pytest.mark.parametrize("keep", [0, 1, 40, -3])
 def test_a_truncated_cell_is_not_finished(
     store: CellStore, row: Callable[..., Row], keep: int
@@ -223,7 +237,7 @@ def test_a_folder_that_cannot_be_written_gives_an_error_of_one_sentence(
         lambda: cell.write([row()], [], {}, ""),
         lambda: cell.begin(row()),
         lambda: cell.lock().__enter__(),
-        lambda: Sweep(tmp_path / "results", "a", "b").append("0123456789abcdef"),
+        lambda: Sweep(tmp_path / "results" / "a", tmp_path / "results").append("0123456789abcdef"),
     ):
         with pytest.raises(RecordError, match="results folder must be writable") as caught:
             action()
@@ -276,13 +290,13 @@ def test_parallel_writers_lose_no_cell_and_add_none_twice(tmp_path: Path) -> Non
 import sys
 from topkbench.analysis.record import Sweep
 for i in range(int(sys.argv[2]), int(sys.argv[2]) + 10):
-    Sweep(sys.argv[1], "default", "one").append(f"{i:016x}")
+    Sweep(f"{sys.argv[1]}/default/one", sys.argv[1]).append(f"{i:016x}")
 """
     writers = [spawn(code, str(tmp_path), str(start)) for start in (0, 5, 10)]
     for writer in writers:
         writer.communicate(timeout=60)
         assert writer.returncode == 0
-    found = Sweep(tmp_path, "default", "one").identities()
+    found = Sweep(tmp_path / "default" / "one", tmp_path).identities()
     assert sorted(found) == [f"{i:016x}" for i in range(20)]
 
 
@@ -309,8 +323,72 @@ while True:
         assert len(cell.samples()) == (50 if cell.finished() else 0)
 
 
+def test_a_temporary_file_is_removed_once_its_process_has_ended(tmp_path: Path) -> None:
+    code = """
+import os, sys, time
+from pathlib import Path
+from topkbench.analysis import files
+os.fsync = lambda descriptor: (print("writes", flush=True), time.sleep(600))
+files.write_atomic(Path(sys.argv[1]) / "cells" / "rows.json", b"half")
+"""
+    with spawn(code, str(tmp_path)) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "writes\n"
+        (part,) = (tmp_path / "cells").iterdir()
+        assert re.fullmatch(r"\.rows\.json\.[0-9a-f]{16}\.part", part.name)
+        remove_left_over(tmp_path)
+        assert part.exists()
+        writer.kill()
+        writer.wait()
+    remove_left_over(tmp_path)
+    assert not part.exists()
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.json"
+    write_atomic(path, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(NotWritableError) as caught:
+        write_atomic(path, b"new")
+    assert str(caught.value) == (
+        f"the results folder must be writable, but {tmp_path} is not (No space left on device); "
+        "choose another with results_dir=PATH."
+    )
+    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [("rows.json", b"old")]
+
+
+@pytest.mark.parametrize(
+    ("folder", "title"),
+    [
+        ("results/a/now", "a/now"),
+        ("results/now", "now"),
+        ("results/a/b/now", "a/b/now"),
+        ("x", "x"),
+    ],
+)
+def test_a_sweeps_folder_may_be_anywhere(
+    tmp_path: Path, row: Callable[..., Row], folder: str, title: str
+) -> None:
+    before = tmp_path / "before"
+    sweep = Sweep(before / folder, before / "results")
+    sweep.store.cell("0" * 16).write([row(score=50.0)], SAMPLES, {}, "")
+    sweep.append("0" * 16)
+    assert sweep.title == title
+    assert (before / "results" / "cells" / ("0" * 16) / "rows.json").is_file()
+    moved = before.rename(tmp_path / "after")  # all of it
+    again = Sweep.open(moved / folder)
+    assert again.rows()["score"].tolist() == [50.0]
+    assert again.title == title
+
+
 def test_a_sweep_gathers_its_cells_in_order(tmp_path: Path, row: Callable[..., Row]) -> None:
-    sweep = Sweep(tmp_path, "default", "one")
+    sweep = Sweep(tmp_path / "default" / "one", tmp_path)
     for i in (2, 1, 2):
         name = f"{i:016x}"
         sweep.store.cell(name).write([row(run_id=name, k=i * 64)], SAMPLES, {}, "")
@@ -327,7 +405,7 @@ def test_a_damaged_list_gives_an_error_of_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "cells.json").write_text('["012')
     with pytest.raises(RecordError, match="must be a list of identities, but is damaged"):
-        Sweep(tmp_path, "a", "b").rows()
+        Sweep(tmp_path / "a" / "b", tmp_path).rows()
 
 
 @pytest.mark.parametrize("edit", ["score", "digest", "samples", "config"])

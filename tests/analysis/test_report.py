@@ -122,14 +122,14 @@ def test_a_path_without_results_gives_an_error_of_one_sentence(
 
 
 def test_an_empty_sweep_gives_an_error_of_one_sentence(tmp_path: Path) -> None:
-    sweep = Sweep(tmp_path, "a", "b")
+    sweep = Sweep(tmp_path / "a" / "b", tmp_path)
     sweep.append("0" * 16)
     with pytest.raises(RecordError, match="at least one row"):
         report.build(sweep.folder)
 
 
 def test_the_command_works_without_torch(tmp_path: Path, row: Callable[..., Row]) -> None:
-    sweep = Sweep(tmp_path, "default", "one")
+    sweep = Sweep(tmp_path / "default" / "one", tmp_path)
     sweep.store.cell("0" * 16).write([row(run_id="0" * 16, score=1.0)], [], {}, "")
     sweep.append("0" * 16)
     code = (

@@ -1,30 +1,50 @@
 from __future__ import annotations
 
+import http.server
 import json
+import os
 import subprocess
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pandas as pd
 import pytest
+import wandb
 from hydra.core.utils import JobReturn, JobStatus
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from topkbench.analysis import report, tracking
 from topkbench.analysis.record import Row, Sweep, frame
 from topkbench.analysis.sweep_callback import ReportCallback
-from topkbench.analysis.tracking import NoTracker, WandbTracker, account_configured, dashboard
+from topkbench.analysis.tracking import NoTracker, Session, WandbTracker, dashboard, session
 from topkbench.analysis.wandb_payload import cell_config, curves, plain_config, run_name, summary
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The folder of a user of W&B who has no account, in a process that has not used it yet."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in [one for one in os.environ if one.startswith("WANDB_") or one == "NETRC"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home)
+    wandb.teardown()
+    session.cache_clear()
+    yield home
+    wandb.teardown()
+    session.cache_clear()
+
+
+@pytest.fixture
+def offline(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / name.lower()))
 
 
 def inspect(run: Path) -> dict[str, Any]:
@@ -91,28 +111,187 @@ def test_training_losses_are_read_back_step_by_step(
     assert (totals["loss/mean"], totals["loss_last"]) == (1.5, 1.5)
 
 
-def test_a_failing_tracker_gives_one_warning(
+KEY = "0" * 40
+
+
+class Host(http.server.BaseHTTPRequestHandler):
+    """A host of W&B that refuses every key, and counts the requests."""
+
+    requests = 0
+
+    def do_POST(self) -> None:
+        Host.requests += 1
+        self.send_error(401)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    Host.requests = 0
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host) as server:
+        threading.Thread(target=server.serve_forever).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        yield
+        server.shutdown()
+
+
+def offline_runs(sweep: Sweep) -> list[str]:
+    return [path.name for path in sorted((sweep.folder / "wandb").glob("offline-run-*"))]
+
+
+@pytest.mark.usefixtures("user", "host")
+def test_a_host_is_asked_once_a_process_and_then_runs_are_offline(
     small_sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WANDB_MODE", "sideways")
-    tracker = WandbTracker()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    cells = small_sweep.cells()[:2]
+    asked = []
+
+    def track() -> None:
+        for cell in cells:  # each of them has a tracker of its own
+            rows, samples = cell.read(), cell.samples()
+            assert WandbTracker().log_cell(small_sweep.folder, "s", rows, samples, {})
+            asked.append(Host.requests)
+        WandbTracker().log_sweep(small_sweep.folder, "s", small_sweep.rows(), small_sweep.samples())
+
+    with pytest.warns(UserWarning, match="runs are offline from here on, `wandb sync`") as said:
+        track()
+    assert len(said) == 1
+    assert asked[0] == asked[1] == Host.requests > 0
+    found = offline_runs(small_sweep)
+    assert len(found) == 3
+    assert all(any(cell.identity in name for name in found) for cell in cells)
+
+
+@pytest.mark.usefixtures("user")
+def test_a_cell_whose_run_fails_is_copied_offline(
+    small_sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host has answered, but the run cannot be made."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(wandb, "login", lambda: True)
+    start, modes = wandb.init, []
+
+    def init(**options: Any) -> Any:
+        modes.append(options["settings"].mode)
+        if modes[-1] != "offline":
+            raise wandb.errors.CommError("the connection\nis lost")
+        return start(**options)
+
+    monkeypatch.setattr(wandb, "init", init)
     cell = small_sweep.cells()[0]
-    with pytest.warns(UserWarning, match="W&B tracking stopped, the results folder has every"):
-        tracker.log_cell(small_sweep.folder, "s", cell.read(), [], {})
+
+    def track() -> None:
+        for attempt in (1, 2):
+            assert WandbTracker().log_cell(small_sweep.folder, "s", cell.read(), [], {}, attempt)
+
+    with pytest.warns(
+        UserWarning, match="offline from here on, .*: the connection is lost$"
+    ) as said:
+        track()
+    assert len(said) == 1
+    assert modes == ["online", "offline", "offline"]
+    assert len(offline_runs(small_sweep)) == 2
+
+
+@pytest.mark.usefixtures("offline")
+def test_tracking_that_fails_offline_too_gives_one_warning_and_no_exception(
+    small_sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(wandb, "init", init)
+    cell = small_sweep.cells()[0]
+
+    def track() -> None:
+        for _ in range(2):
+            assert not WandbTracker().log_cell(small_sweep.folder, "s", cell.read(), [], {})
+        WandbTracker().log_sweep(small_sweep.folder, "s", small_sweep.rows(), small_sweep.samples())
+
+    with pytest.warns(UserWarning, match="W&B tracking stopped, the results folder has") as said:
+        track()
+    assert len(said) == 1
+
+
+def test_without_account_and_request_runs_are_offline_without_a_word(user: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tracker.log_cell(small_sweep.folder, "s", cell.read(), [], {})
-        tracker.log_sweep(small_sweep.folder, "s", small_sweep.rows(), small_sweep.samples())
+        assert Session("auto").mode == "offline"
 
 
-def test_an_account_is_a_key_or_a_netrc_entry_of_the_host(tmp_path: Path) -> None:
-    home = {"HOME": str(tmp_path)}
-    assert not account_configured(home)
-    assert account_configured({**home, "WANDB_API_KEY": "x"})
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x\n")
-    assert account_configured(home)
-    assert not account_configured({**home, "WANDB_BASE_URL": "https://wandb.example.org"})
-    assert not account_configured({**home, "NETRC": str(tmp_path / "nowhere")})
+def test_who_asks_for_online_runs_without_account_is_told(user: Path) -> None:
+    with pytest.warns(UserWarning, match="offline from here on, .*: No API key configured"):
+        assert Session("online").mode == "offline"
+
+
+@pytest.mark.parametrize(
+    ("variable", "mode", "found"),
+    [
+        (None, "auto", "offline"),  # of the settings file
+        (None, "disabled", "disabled"),
+        ("dryrun", "auto", "dryrun"),
+        ("disabled", "auto", "disabled"),
+        ("dryrun", "disabled", "dryrun"),
+    ],
+)
+def test_the_mode_of_wandbs_own_settings_is_honoured(
+    user: Path, monkeypatch: pytest.MonkeyPatch, variable: str | None, mode: str, found: str
+) -> None:
+    """An account alone does not switch on what was switched off."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    (user / "wandb").mkdir()
+    (user / "wandb" / "settings").write_text("[default]\nmode = offline\n")  # by `wandb offline`
+    if variable is not None:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Session(mode).mode == found
+
+
+@pytest.mark.usefixtures("user")
+def test_nothing_is_copied_if_wandb_is_disabled(
+    small_sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    cell = small_sweep.cells()[0]
+    # Later, when it is enabled, the cell is copied.
+    assert not WandbTracker().log_cell(small_sweep.folder, "s", cell.read(), [], {})
+    assert not (small_sweep.folder / "wandb").exists()
+
+
+@pytest.mark.usefixtures("user")
+@pytest.mark.parametrize(
+    ("given", "variable", "message"),
+    [
+        ({"mode": "foo"}, None, r"tracker\.mode must be one of auto, online, .*, got 'foo'\.$"),
+        ({"mode": None}, None, r"tracker\.mode must be one of auto, .*, got None\.$"),
+        ({"mode": ["offline"]}, None, r"tracker\.mode must be one of auto, .*, got \['offline'\]"),
+        ({"project": 7}, None, r"tracker\.project must be a name that W&B accepts, got 7: "),
+        ({"project": "a/b"}, None, r"tracker\.project must be .*, got 'a/b': .* cannot contain"),
+        ({"entity": True}, None, r"tracker\.entity must be a name that W&B accepts, got True: "),
+        ({}, "sideways", r"variable WANDB_MODE must be one of online, .*, got 'sideways'\.$"),
+        ({}, "auto", r"variable WANDB_MODE must be one of online, .*, got 'auto'\.$"),
+        ({}, "", r"variable WANDB_MODE must be one of online, .*, got ''\.$"),
+    ],
+)
+def test_settings_that_wandb_does_not_accept_are_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], variable: str | None, message: str
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    with pytest.raises(ValueError, match=message):
+        WandbTracker(**given)
+
+
+@pytest.mark.usefixtures("user")
+@pytest.mark.parametrize("mode", ["online", "offline", "shared", "disabled", "dryrun", "run"])
+def test_every_mode_of_wandb_is_accepted(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    WandbTracker(mode=mode)
+    monkeypatch.setenv("WANDB_MODE", mode)
+    WandbTracker()
 
 
 def test_names_configuration_and_summary(row: Callable[..., Row]) -> None:
@@ -166,30 +345,37 @@ def test_the_workspace_is_specified_offline() -> None:
     assert [one["name"] for one in grouping] == ["group", "jobType"]
 
 
-def test_saving_the_workspace_needs_an_account(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(tracking, "account_configured", lambda: False)
+@pytest.mark.usefixtures("user")
+def test_saving_the_workspace_needs_an_account(capsys: pytest.CaptureFixture[str]) -> None:
     assert tracking.main(["dashboard"]) == 2
     error = capsys.readouterr().err
     assert "run `wandb login` first" in error
     assert error.count("\n") == 1
 
 
-def hydra_config(folder: Path, **more: object) -> Any:
+@pytest.mark.usefixtures("offline")
+def test_saving_the_workspace_needs_the_network(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tracking.main(["dashboard"]) == 2
+    assert capsys.readouterr().err == (
+        "error: a workspace is saved online, but W&B's mode is offline; run `wandb online` first.\n"
+    )
+
+
+def hydra_config(sweep: Sweep, **more: object) -> Any:
     given = {"task": ["method=hata"], "hydra": []}
-    hydra = {"sweep": {"dir": str(folder)}, "run": {"dir": str(folder)}, "overrides": given}
-    return OmegaConf.create({"hydra": hydra, **more})
+    folder = str(sweep.folder)
+    hydra = {"sweep": {"dir": folder}, "run": {"dir": folder}, "overrides": given}
+    return OmegaConf.create({"hydra": hydra, "results_dir": str(sweep.results_dir), **more})
 
 
 def test_the_last_line_is_the_path_of_the_report(
     tmp_path: Path, row: Callable[..., Row], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sweep = Sweep(tmp_path, "default", "one")
+    sweep = Sweep(tmp_path / "default" / "one", tmp_path)
     sweep.store.cell("0" * 16).write([row(method="hata", k=64, score=1.0)], [], {}, "")
     sweep.append("0" * 16)
     tracker = {"_target_": "topkbench.analysis.tracking.NoTracker"}
-    ReportCallback().on_multirun_end(hydra_config(sweep.folder, tracker=tracker))
+    ReportCallback().on_multirun_end(hydra_config(sweep, tracker=tracker))
     lines = capsys.readouterr().out.rstrip().splitlines()
     assert lines[-1] == str(sweep.folder / "report.html")
     assert any(line.startswith("HATA") for line in lines)
@@ -201,14 +387,14 @@ def test_the_last_line_is_the_path_of_the_report(
 def test_a_cell_that_failed_makes_the_sweep_fail(
     tmp_path: Path, row: Callable[..., Row], status: str
 ) -> None:
-    sweep = Sweep(tmp_path, "default", "one")
+    sweep = Sweep(tmp_path / "default" / "one", tmp_path)
     sweep.store.cell("0" * 16).write([row(status=status, reason="why.")], [], {}, "")
     sweep.append("0" * 16)
     if status in ("ok", "skipped"):
-        ReportCallback().on_run_end(hydra_config(sweep.folder))
+        ReportCallback().on_run_end(hydra_config(sweep))
     else:
         with pytest.raises(SystemExit) as caught:
-            ReportCallback().on_run_end(hydra_config(sweep.folder))
+            ReportCallback().on_run_end(hydra_config(sweep))
         assert caught.value.code == 3
     assert (sweep.folder / "report.html").exists()
 
@@ -218,17 +404,91 @@ def test_a_report_that_cannot_be_written_gives_an_error_of_one_sentence(
 ) -> None:
     (small_sweep.folder / "figures").write_text("in the way")
     with pytest.raises(SystemExit) as caught:
-        ReportCallback().on_multirun_end(hydra_config(small_sweep.folder))
+        ReportCallback().on_multirun_end(hydra_config(small_sweep))
     assert caught.value.code == 2
     assert "results folder must be writable" in capsys.readouterr().err
+
+
+def test_a_report_that_fails_for_any_reason_gives_an_error_of_one_sentence(
+    small_sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hydra would turn the exception into a warning and the exit status into 0."""
+
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise RuntimeError("no font\nwas found")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(SystemExit) as caught:
+        ReportCallback().on_multirun_end(hydra_config(small_sweep))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: the report could not be made (RuntimeError: no font was found), but all rows are in"
+        f" {small_sweep.store.folder};"
+        f" `python -m topkbench.analysis.report {small_sweep.folder}` makes it.\n"
+    )
+    assert len(pd.read_parquet(small_sweep.folder / "rows.parquet")) == len(small_sweep.rows()) > 0
+    assert all(cell.finished() for cell in small_sweep.cells())
+
+
+@pytest.mark.parametrize(
+    ("results_dir", "message"),
+    [
+        ("", "results_dir must name a folder, got ''; the default is results_dir=results."),
+        (" ", "results_dir must name a folder, got ' '; the default is results_dir=results."),
+        (None, "results_dir must name a folder, got None; the default is results_dir=results."),
+        (7, "results_dir must name a folder, got 7; the default is results_dir=results."),
+        (
+            "{tmp}/file",
+            "the results folder must be writable, but {tmp}/file is not ({tmp}/file is not a"
+            " folder); choose another with results_dir=PATH.",
+        ),
+        (
+            "{tmp}/file/below/it",
+            "the results folder must be writable, but {tmp}/file/below/it is not ({tmp}/file is not"
+            " a folder); choose another with results_dir=PATH.",
+        ),
+    ],
+)
+def test_a_folder_of_results_is_checked_before_anything_is_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], results_dir: Any, message: str
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    if isinstance(results_dir, str):
+        results_dir = results_dir.format(tmp=tmp_path)
+    config = hydra_config(Sweep(tmp_path / "a", tmp_path), results_dir=results_dir)
+    for start in (ReportCallback().on_run_start, ReportCallback().on_multirun_start):
+        with pytest.raises(SystemExit) as caught:
+            start(config)
+        assert caught.value.code == 1
+        assert capsys.readouterr().err == f"error: {message.format(tmp=tmp_path)}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_killed_processes_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
+    left = [
+        tmp_path / "results" / "cells" / "0123456789abcdef" / ".rows.json.0123456789abcdef.part",
+        tmp_path / "results" / "parts" / ".speed-1.json.0123456789abcdef.part",
+        tmp_path / "results" / "a" / "b" / "now" / "figures" / ".x.png.0123456789abcdef.part",
+        tmp_path / "cache" / "samples" / ".ruler-1.jsonl.0123456789abcdef.part",
+    ]
+    kept = [
+        tmp_path / "results" / "cells" / "0123456789abcdef" / "rows.json",
+        tmp_path / "results" / ".film.mkv.part",  # of somebody else
+    ]
+    for path in (*left, *kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    sweep = Sweep(tmp_path / "results" / "sweep" / "now", tmp_path / "results")
+    ReportCallback().on_run_start(hydra_config(sweep, cache_dir=str(tmp_path / "cache")))
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
 
 
 def test_nothing_is_reported_where_no_cell_ran_or_the_job_raised(
     tmp_path: Path, small_sweep: Sweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ReportCallback().on_multirun_end(hydra_config(tmp_path / "a" / "b"))
+    ReportCallback().on_multirun_end(hydra_config(Sweep(tmp_path / "a" / "b", tmp_path)))
     failed = cast(JobReturn, SimpleNamespace(status=JobStatus.FAILED))
-    ReportCallback().on_run_end(hydra_config(small_sweep.folder), job_return=failed)
+    ReportCallback().on_run_end(hydra_config(small_sweep), job_return=failed)
     assert capsys.readouterr().out == ""
 
 

@@ -118,7 +118,7 @@ def test_nothing_is_drawn_without_training_losses(rows: list[Row]) -> None:
 def test_the_report_of_a_fit_has_its_figure_and_its_seconds(
     rows: list[Row], tmp_path: Path
 ) -> None:
-    sweep = Sweep(tmp_path / "results", "fit", "first")
+    sweep = Sweep(tmp_path / "results" / "fit" / "first", tmp_path / "results")
     for cell in ("a", "b"):
         own = [one for one in rows if one.run_id == identity_of(cell)]
         cell_folder = sweep.store.cell(identity_of(cell))

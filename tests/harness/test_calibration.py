@@ -91,7 +91,7 @@ def experiments_tasks(folder: Path) -> Iterator[Ruler]:
     for name in sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose("config", [f"experiment={name}"], return_hydra_config=True)
-            lengths = axis(config, "task.length", str(config.task.get("length")))
+            lengths = axis(config, "task.length", str(config.task.get("length") or "null"))
             for length, seed in product(lengths, axis(config, "seed", "0")):
                 overrides = [f"experiment={name}", f"seed={seed}", f"cache_dir={folder}"]
                 overrides += [f"task.length={length}"] if "length" in config.task else []

@@ -1,5 +1,7 @@
 """The decoding loop: prefill and decode give the same answers as the model's own generate."""
 
+import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from topkbench.harness.decoding import (
     Prompt,
     Question,
     batches,
-    eos_ids,
+    is_wrapped,
     spread_over_subtasks,
     tokenise,
 )
@@ -23,8 +25,10 @@ from topkbench.methods.full import FullAttention
 from topkbench.methods.quest import Quest
 from topkbench.models.attach import attach
 from topkbench.models.compat import cache_keyword
-from topkbench.models.load import LoadedModel
+from topkbench.models.encoding import answer_ends
+from topkbench.models.load import LoadedModel, load_model
 from topkbench.models.prefill import PrefillStore
+from topkbench.tasks.ruler import Ruler
 
 # The first is by far the longest, so that the rows of a batch end at different slots.
 CONTEXTS = ("the secret of word " * 17, "hidden text and facts " * 6, "list every other value")
@@ -60,18 +64,73 @@ def answer(
         return decoder.generate()
 
 
-def test_no_chat_template_or_second_bos_is_added_to_an_official_prompt(loaded: LoadedModel) -> None:
-    chat = replace(loaded, chat=True)  # the tokenizer has no template, so applying one fails
-    with pytest.raises(ValueError, match="chat_template"):
-        tokenise(chat, sample(CONTEXTS[0]), "sparse")
-    plain = tokenise(loaded, sample(CONTEXTS[0]), "sparse")
-    as_is = replace(sample(CONTEXTS[0]), as_is=True)
-    assert tokenise(chat, as_is, "sparse").prefill_ids == plain.prefill_ids
-    # A text that begins with the BOS token does not get a second one.
-    bos = loaded.tokenizer.bos_token
-    assert isinstance(bos, str)
-    with_bos = replace(as_is, context=bos + as_is.context)
-    assert tokenise(chat, with_bos, "sparse").prefill_ids.count(1) == 1
+TEMPLATE = (
+    "{{ bos_token }}<|user|>{{ messages[0].content }}<|assistant|>"
+    "{% if mood is defined %} {{ mood }}:{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat(loaded: LoadedModel) -> LoadedModel:
+    """The model with a chat template."""
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    tokenizer.chat_template = TEMPLATE
+    return replace(loaded, tokenizer=tokenizer, chat=True)
+
+
+def text_of(loaded: LoadedModel, ids: Sequence[int]) -> str:
+    return str(loaded.tokenizer.decode(list(ids)))
+
+
+def test_a_prompt_is_wrapped_in_the_chat_template_and_then_cut(chat: LoadedModel) -> None:
+    sparse = tokenise(chat, sample("the secret"), "sparse")
+    assert text_of(chat, sparse.prefill_ids) == "<bos><|user|>the secret"
+    assert text_of(chat, sparse.decode_ids) == f"{QUESTION}<|assistant|> answer"
+    dense = tokenise(chat, sample("the secret"), "dense")
+    assert dense.prefill_ids == sparse.prefill_ids + sparse.decode_ids
+    cheerful = replace(chat, chat_template_kwargs={"mood": "list"})
+    found = tokenise(cheerful, sample("the secret"), "sparse")
+    assert text_of(chat, found.decode_ids) == f"{QUESTION}<|assistant|> list: answer"
+
+
+def test_an_official_prompt_is_wrapped_once(chat: LoadedModel, loaded: LoadedModel) -> None:
+    raw = replace(sample("the secret"), official=True)
+    whole = tokenise(chat, raw, "dense").prefill_ids
+    assert text_of(chat, whole) == f"<bos><|user|>the secret{QUESTION}<|assistant|> answer"
+    raw_with_bos = replace(raw, context=f"<bos>{raw.context}")
+    assert tokenise(chat, raw_with_bos, "dense").prefill_ids == whole
+    assert [is_wrapped(one, raw) for one in (chat, replace(chat, chat=False))] == [True, False]
+    wrapped = replace(raw, context="<|user|>the secret", question=f"{QUESTION}<|assistant|>")
+    with_bos = replace(wrapped, context=f"<bos>{wrapped.context}")
+    for given in (wrapped, with_bos):
+        assert tokenise(chat, given, "dense").prefill_ids == whole
+        assert tokenise(replace(chat, chat=False), given, "dense").prefill_ids == whole
+        assert is_wrapped(replace(chat, chat=False), given)
+
+
+def test_question_tokens_are_the_last_of_a_message_in_its_template(chat: LoadedModel) -> None:
+    given = replace(sample("the secret which word"), question="", question_tokens=2, official=True)
+    found = tokenise(chat, given, "sparse")
+    assert text_of(chat, found.prefill_ids) == "<bos><|user|>the secret"
+    assert text_of(chat, found.decode_ids) == " which word<|assistant|> answer"
+
+
+def test_chat_without_a_template_is_refused(loaded: LoadedModel) -> None:
+    with pytest.raises(ValueError, match=r"^model\.chat=true needs a chat template, and the model"):
+        tokenise(replace(loaded, chat=True), sample(CONTEXTS[0]), "sparse")
+
+
+def test_an_answer_ends_at_the_tokenizers_end_too(tmp_path: Path) -> None:
+    """A base model's generation settings under a chat tokenizer name another end."""
+    shipped = load_model("tiny", "tiny", short_answers=True)
+    shipped.model.generation_config.eos_token_id = 0
+    shipped.model.config.eos_token_id = None
+    task = Ruler(length=512, num_samples=1, subtasks=["niah_single"], cache_dir=str(tmp_path))
+    prompt = tokenise(shipped, task.samples(shipped)[0], "sparse")
+    store = PrefillStore(shipped.model, tmp_path / "prefill", 2**30)
+    (tokens,) = answer(shipped, store, [prompt], FullAttention())
+    assert len(tokens) == 3
 
 
 def test_full_attention_generates_what_the_models_generate_does(
@@ -81,7 +140,7 @@ def test_full_attention_generates_what_the_models_generate_does(
         ids = torch.tensor([prompt.prefill_ids])
         generated = loaded.model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS)
         expected = generated[0, ids.shape[1] :].tolist()
-        if expected[-1] in eos_ids(loaded):
+        if expected[-1] in answer_ends(loaded):
             expected.pop()
         assert answer(loaded, store, [prompt], FullAttention()) == [expected]
 

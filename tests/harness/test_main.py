@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -37,9 +38,11 @@ import topkbench.models.prefill
 def run(job):
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     os.chdir(job["cwd"])
     os.environ.update(job["env"])
+    encoding = os.environ.get("PYTHONIOENCODING")
+    sys.stdout = os.fdopen(1, "w", encoding=encoding)
+    sys.stderr = os.fdopen(2, "w", encoding=encoding, errors="backslashreplace")
     sys.argv = [job["script"], *job["arguments"]]
     computed = topkbench.models.prefill.PrefillStore.compute_states
     def counted(store, token_ids, *needs):
@@ -47,6 +50,7 @@ def run(job):
             file.write(json.dumps(list(token_ids)) + "\\n")
         return computed(store, token_ids, *needs)
     topkbench.models.prefill.PrefillStore.compute_states = counted
+    exec(job["before"], globals())
     try:
         runpy.run_path(job["script"], run_name="__main__")
         status = 0
@@ -86,6 +90,7 @@ class Commands:
         self.number = 0
         self.mode = "disabled"
         self.extra: dict[str, str] = {}
+        self.before = ""  # code that its process runs first
         for name in ("tmp", "cwd"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -115,15 +120,16 @@ class Commands:
         defaults = (f"{name}={value}" for name, value in settings.items() if name not in names)
         return [*defaults, *given]
 
-    def start(self, *given: str) -> None:
+    def start(self, *given: str, out: Path | None = None) -> None:
         self.number += 1
         job = {
             "script": str(RUN),
             "arguments": self.arguments(*given),
             "cwd": str(self.folder / "cwd"),
             "env": self.environment,
+            "before": self.before,
             "forwards": str(self.folder / f"forwards-{self.number}"),
-            "out": str(self.folder / f"out-{self.number}"),
+            "out": str(out or self.folder / f"out-{self.number}"),
             "err": str(self.folder / f"err-{self.number}"),
         }
         assert self.server.stdin is not None
@@ -137,8 +143,8 @@ class Commands:
     def wait(self) -> int:
         return int(self.read())
 
-    def run(self, *given: str) -> int:
-        self.start(*given)
+    def run(self, *given: str, out: Path | None = None) -> int:
+        self.start(*given, out=out)
         return self.wait()
 
     def text(self, kind: str) -> str:
@@ -249,6 +255,8 @@ def test_a_sweep_leaves_its_rows_and_a_report(swept: Commands) -> None:
     assert sparse[["recall_at_k", "attention_mass", "output_rel_error"]].notna().all(axis=None)
     assert sparse[["decode_ms_p50", "speedup_vs_full", "delta_full"]].notna().all(axis=None)
     assert set(found["question"]) == {"sparse"}
+    assert (set(found["length"]), set(found["prompts"])) == ({256}, {"topkbench 1"})
+    assert found["source_samples"].isna().all()
     assert (found["peak_memory_mib"] > 0).all()
     folder = swept.report.parent
     for name in ("report.html", "report.md", "rows.csv", "samples.parquet", "cells.json"):
@@ -304,6 +312,30 @@ def test_a_sweep_over_dtypes_prefills_each_prompt_once_for_each(commands: Comman
     assert (sparse["full_run_id"] == sparse["p_dtype"].map(full)).all()
 
 
+def test_rows_of_files_say_where_their_prompts_come_from(commands: Commands) -> None:
+    context = "One of the secret words is blue. " * 20
+    line = {"input": context + "\nWhich secret word is it?", "outputs": ["blue"]}
+    bad = {**line, "outputs": [""]}
+    path = commands.folder / "vt.jsonl"
+    path.write_text("".join(f"{json.dumps(one)}\n" for one in (line, bad, line, line)))
+    of_file = (f"task.source={path}", "task.length=null", "task.subtasks=[vt]", "num_samples=2")
+    assert commands.run("method=exact", "k=16", *of_file) == 3
+    one_sentence(commands, f"line 2 of {path}", "a reference in outputs must be a text", 'got "".')
+    assert commands.forwards == []
+    assert commands.run("method=exact", "k=16", *of_file, "task.skip_bad=true") == 0
+    rows = commands.rows[commands.rows["status"] == "ok"]
+    assert len(rows) == 2 * 2  # of full attention and the method, with their means
+    assert rows["length"].isna().all()
+    (prompts,) = rows["prompts"].unique()
+    assert re.fullmatch(r"RULER [0-9a-f]{8} \(raw\)", prompts)
+    assert set(rows["num_samples"]) == {2}
+    assert set(rows["source_samples"]) == {3}
+    assert rows.groupby("subtask")["skipped_samples"].max().fillna(-1).to_dict() == {
+        "mean": 1,
+        "vt": -1,
+    }
+
+
 def test_axes_that_a_method_ignores_make_no_cells(commands: Commands) -> None:
     assert commands.run("method=streaming_llm,full", "k=16", "rbit=32,64", "-m") == 0
     assert (
@@ -326,7 +358,7 @@ def test_a_failing_cell_leaves_a_row_and_the_others_go_on(commands: Commands) ->
     means = rows[(rows["subtask"] == "mean") & (rows["method"] == "exact")]
     assert sorted(means["status"]) == ["failed", "ok", "ok"]
     (failed,) = means[means["status"] == "failed"].to_dict("records")
-    assert failed["reason"] == "dense_layers must lie between 0 and 3, got 99."
+    assert failed["reason"] == "protocol.dense_layers must lie between 0 and 3, got 99."
     assert pd.isna(failed["decode_ms_p50"])
     one_sentence(commands, "dense_layers must lie between 0 and 3, got 99")
     # A failed cell is tried again, the finished ones are not.
@@ -431,7 +463,7 @@ def one_sentence(commands: Commands, *words: str) -> None:
         (["k=-5"], ["k must be at least 1, got -5."]),
         (["k=0,-5", "rbit=32", "-m"], None),
         (["rbit=100"], ["rbit must be a positive multiple of 32, got 100."]),
-        (["rbit=abc"], ["rbit must be a positive multiple of 32, got 'abc'."]),
+        (["rbit=abc"], ["rbit must be a whole number, got 'abc'."]),
         (["num_samples=two"], ["num_samples must be a whole number, got 'two'."]),
         (
             ["method=quest", "method.page_size=16.5"],
@@ -444,9 +476,12 @@ def one_sentence(commands: Commands, *words: str) -> None:
         ),
         (["method=hatta"], ["method must be one of", "did you mean hata"]),
         (["experiment=hatta"], ["experiment must be one of", "tiny_accuracy"]),
-        (["impl=gpu"], ["impl must be one of auto, reference, cpu, triton, got 'gpu'"]),
+        (
+            ["impl=gpu"],
+            ["impl must be one of auto, reference, cpu, triton or a mapping, got 'gpu'"],
+        ),
         (["impl=triton"], ["triton"]),
-        (["question=open"], ["question must be sparse or dense, got 'open'."]),
+        (["question=open"], ["question must be one of sparse, dense, got 'open'."]),
         (["task.judged_prompts=-1"], ["task.judged_prompts must be at least 0, got -1."]),
         (["task.lenght=5"], ["there is no setting task.lenght; did you mean task.length."]),
         (["num_sample=5"], ["there is no setting num_sample; did you mean num_samples."]),
@@ -461,9 +496,26 @@ def one_sentence(commands: Commands, *words: str) -> None:
         (["method.rbits=5"], ["method.rbits"]),
         (["model.path=/no/such/model"], ["found no folder /no/such/model"]),
         (["model.path=nobody/no-such-model"], ["nobody/no-such-model", "reachable"]),
-        (["task.length=16385"], ["must be at most the window of 16384 tokens", "got 16385."]),
+        (["task.length=16385"], ["must be at most the window of 16384 tokens", "got 16385;"]),
         (["task.length=30"], ["use a larger task.length."]),
-        (["task.source=/no/such/file"], ["task.source must be", "/no/such/file"]),
+        (
+            ["task.source=/no/such/file", "task.length=null"],
+            ["task.source must be", "/no/such/file"],
+        ),
+        (["task.source=/no/such/file"], ["task.length must be null with task.source", "got 256"]),
+        (["task.skip_bad=true"], ["task.skip_bad is a setting of task.source"]),
+        (
+            ["model=local", "model.name=mine", "model.chat=true"],
+            ["model.chat=true needs a chat template", "use model.chat=false."],
+        ),
+        (
+            ["model=local", "model.name=mine", "model.chat_template_kwargs={mood: good}"],
+            ["model.chat_template_kwargs needs prompts in the chat template", "got mood"],
+        ),
+        (
+            ["model=local", "model.name=mine", "model.chat_template_kwargs=good"],
+            ["model.chat_template_kwargs must be arguments by name", "got 'good'."],
+        ),
         (["device=cuda:99"], ["cuda:99"]),
         (
             ["method=quest", "task=fit"],
@@ -568,6 +620,183 @@ def test_a_run_that_a_kill_kept_from_the_tracker_is_told_later(
     assert commands.run(*given) == 0
     assert sum(cell in name for name in told()) == 2
     assert commands.forwards == []
+
+
+# How the command ends ----------------------------------------------------------------------------
+
+PAIR = ("method=streaming_llm", "k=16,32", "rbit=32", "-m")  # three cells with full attention
+
+
+def finished(commands: Commands) -> dict[Path, int]:
+    """Return the cells' rows and when they were written; every one must be ok."""
+    assert {row["status"] for rows in commands.cells.values() for row in rows} == {"ok"}
+    return {path: path.stat().st_mtime_ns for path in commands.results.glob("cells/*/rows.json")}
+
+
+def test_a_closed_pipe_ends_the_command_and_no_cell_fails(commands: Commands) -> None:
+    """As in ``topkbench ... | head -1``; 141 is what a shell reports for SIGPIPE."""
+    pipe = commands.folder / "pipe"
+    os.mkfifo(pipe)
+    commands.start(*PAIR, out=pipe)
+    with pipe.open() as reader:
+        assert reader.readline().startswith("tiny ruler method=full")
+    assert commands.wait() == 141
+    assert commands.text("err") == ""
+    before = finished(commands)
+    assert len(before) >= 1
+    assert commands.run(*PAIR) == 0, commands.text("err")
+    after = finished(commands)
+    assert len(after) == 3
+    assert before.items() <= after.items()  # what was finished is not run again
+
+
+def test_a_console_that_lacks_a_sign_gets_another(swept: Commands) -> None:
+    again = Commands(swept.server, swept.folder, swept.model)
+    again.number = 60
+    again.extra = {"PYTHONIOENCODING": "ascii"}
+    assert again.run("method=exact", "k=16", TWO, SWEEP[4]) == 0, again.text("err")
+    assert again.forwards == []
+    out = again.text("out")
+    assert out.isascii()
+    assert "Score (0-100)" in out
+    assert "\nFull attention    -  " in out
+    assert again.text("err") == ""
+
+
+def test_an_output_that_cannot_be_written_is_said(commands: Commands) -> None:
+    assert commands.run("method=full", out=Path("/dev/full")) == 1
+    one_sentence(commands, "the output must be writable, but is not (No space left on device).")
+    assert len(finished(commands)) == 1
+
+
+def test_a_full_disk_is_said_and_what_was_computed_is_kept(commands: Commands) -> None:
+    commands.before = """
+import errno
+def full(descriptor):
+    if "samples.parquet" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+os.fsync = full
+"""
+    assert commands.run(*PAIR) == 1
+    one_sentence(
+        commands,
+        "the results folder must be writable, but",
+        "is not (No space left on device); choose another with results_dir=PATH.",
+    )
+    assert commands.cells == {}
+    assert len(commands.forwards) == 1  # the sweep ended at the first cell that could not be kept
+    assert [path for path in commands.results.rglob("*") if path.suffix == ".part"] == []
+    commands.before = ""
+    assert commands.run(*PAIR) == 0, commands.text("err")
+    assert len(finished(commands)) == 3
+    full = commands.rows[commands.rows["method"] == "full"]
+    assert set(full["reused"]) == {"answers"}
+
+
+def test_whatever_goes_wrong_with_a_report_keeps_the_rows(commands: Commands) -> None:
+    assert commands.run(*PAIR) == 0, commands.text("err")
+    before = finished(commands)
+    # It is killed.
+    commands.before = """
+import signal
+import matplotlib.figure
+matplotlib.figure.Figure.savefig = lambda *given, **named: os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert commands.run(*PAIR) == -signal.SIGKILL
+    assert commands.forwards == []
+    # It cannot be drawn.
+    commands.before = """
+import matplotlib.figure
+def fail(*given, **named):
+    raise ValueError("no such font")
+matplotlib.figure.Figure.savefig = fail
+"""
+    assert commands.run(*PAIR) == 2
+    one_sentence(commands, "the report could not be made (ValueError: no such font), but all rows")
+    # Nothing but the report has to be made again.
+    commands.before = ""
+    assert commands.run(*PAIR) == 0, commands.text("err")
+    assert commands.forwards == []
+    assert len(commands.rows) == 6
+    assert finished(commands) == before
+
+
+def test_a_damaged_file_of_samples_makes_its_cell_run_again(commands: Commands) -> None:
+    assert commands.run("method=full") == 0, commands.text("err")
+    ((path, written),) = finished(commands).items()
+    samples = path.parent / "samples.parquet"
+    samples.write_bytes(samples.read_bytes()[:100])
+    assert commands.run("method=full") == 0, commands.text("err")
+    assert len(pd.read_parquet(samples)) == 1
+    assert finished(commands)[path] > written
+    assert means(commands, "full")["status"] == "ok"
+
+
+def test_a_temporary_file_that_a_killed_command_left_is_removed(commands: Commands) -> None:
+    commands.before = """
+import signal
+def kill(descriptor):
+    os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = kill
+"""
+    assert commands.run("method=full") == -signal.SIGKILL
+    commands.before = ""
+
+    def left() -> list[Path]:
+        return [path for path in commands.folder.rglob("*") if path.suffix == ".part"]
+
+    assert len(left()) == 1
+    assert commands.run("method=full") == 0, commands.text("err")
+    assert left() == []
+
+
+def test_cells_are_in_the_folder_of_results_whatever_the_sweeps_folder_is(
+    commands: Commands,
+) -> None:
+    for given, folder in (
+        (("experiment_name=a/b",), "results/a/b/*"),
+        (("experiment_name=",), "results/2*"),
+        (("hydra.job.chdir=true", "results_dir=../results"), "results/sweep/*"),
+        (("-m", "hydra.sweep.dir=a/b/c", "hydra.sweep.subdir=d/e"), "cwd/a/b/c"),
+    ):
+        assert commands.run("method=full", "rbit=32", "k=16", *given) == 0, commands.text("err")
+        assert len(commands.forwards) == (commands.number == 1)  # then the cell is found
+        (report,) = commands.folder.glob(f"{folder}/report.html")
+        assert commands.report.resolve() == report
+        assert set(commands.rows["status"]) == {"ok"}
+    assert len(finished(commands)) == 1
+    assert len(list(commands.folder.rglob("cells"))) == 1
+    assert len(list(commands.folder.rglob("parts"))) == 1
+
+
+@pytest.mark.parametrize("multirun", [(), ("-m",)])
+def test_a_folder_of_results_without_a_name_is_refused(
+    commands: Commands, multirun: tuple[str, ...]
+) -> None:
+    assert commands.run("method=full", "results_dir=", *multirun) == 1
+    one_sentence(commands, "results_dir must name a folder, got ''")
+    assert list((commands.folder / "cwd").iterdir()) == []
+    assert not (commands.folder / "cache").exists()
+
+
+@pytest.mark.parametrize("given", ["results_dir=a,b", "experiment_name=x,y"])
+def test_a_sweep_has_one_folder(commands: Commands, given: str) -> None:
+    """Else its report would have no cell, and its status would hide those that failed."""
+    assert commands.run("method=full", given, "-m") == 1
+    name = given.split("=")[0]
+    one_sentence(commands, f"{name} must be the same for all cells of a sweep, got {given}.")
+    assert list((commands.folder / "cwd").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(commands: Commands) -> None:
+    (commands.folder / "file").write_text("in the way")
+    commands.extra = {"TOPKBENCH_CACHE": str(commands.folder / "file" / "cache")}
+    assert commands.run(*PAIR) == 1
+    one_sentence(
+        commands,
+        "the cache folder must be writable, but",
+        "choose another with cache_dir=PATH or the environment variable TOPKBENCH_CACHE.",
+    )
 
 
 # What a finished cell depends on ---------------------------------------------------------------
@@ -862,7 +1091,7 @@ def test_the_version_is_printed(commands: Commands) -> None:
     ],
 )
 def test_a_misspelt_group_gets_a_hint(commands: Commands, given: str, hint: str) -> None:
-    assert commands.run(given) == 1
+    assert commands.run(given) == 2
     one_sentence(commands, f"there is no setting {given.split('=')[0]}; did you mean {hint}.")
 
 

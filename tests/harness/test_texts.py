@@ -1,14 +1,18 @@
 """Calibration texts from files: Python's documentation in two halves, or a user's files."""
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+from tokenizers import processors
 
 from topkbench.harness.calibration import Calibration
 from topkbench.harness.texts import TextFiles, python_topics
 from topkbench.methods.loki import Loki
 from topkbench.models.load import LoadedModel
+from topkbench.tasks.ruler_prompts import CalibrationPrompts
 
 
 def test_every_topic_of_pythons_documentation_is_in_exactly_one_half() -> None:
@@ -31,6 +35,22 @@ def test_texts_are_taken_at_even_distances(loaded: LoadedModel, tmp_path: Path) 
     assert texts.sequences(loaded, 10, 1) == [ids[:10]]
 
 
+def test_a_text_has_the_beginning_token_once_and_no_end(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    reader = replace(loaded, tokenizer=tokenizer)
+    (tmp_path / "one.txt").write_text("and are each list")
+    (found,) = TextFiles(files=[str(tmp_path / "one.txt")]).sequences(reader, 99, 1)
+    assert found == loaded.tokenizer.encode("and are each list")
+    for ids in CalibrationPrompts(num_sequences=3).sequences(reader, 300, 3):
+        assert (ids[0], ids.count(1), ids.count(2)) == (1, 1, 0)
+        assert len(ids) <= 300
+
+
 def test_the_description_contains_the_digest_of_the_files(
     loaded: LoadedModel, tmp_path: Path
 ) -> None:
@@ -50,15 +70,15 @@ def test_the_description_contains_the_digest_of_the_files(
 
 @pytest.mark.parametrize("files", [[], "notes.txt"])
 def test_files_must_be_a_list(files: object) -> None:
-    with pytest.raises(ValueError, match=r"calibration\.files must be a list of paths, or null"):
+    with pytest.raises(ValueError, match=r"calibration\.files must list at least one value"):
         TextFiles(files=files)  # type: ignore[arg-type]
 
 
 def test_a_file_that_cannot_be_read_is_refused_in_one_line(
     loaded: LoadedModel, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"calibration\.files must be readable texts in UTF-8: .*"):
-        TextFiles(files=[str(tmp_path / "none.txt")]).sequences(loaded, 10, 2)
+    with pytest.raises(ValueError, match=r"calibration\.files must be files, found none at"):
+        TextFiles(files=[str(tmp_path / "none.txt")])
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"must be readable texts in UTF-8"):
         TextFiles(files=[str(tmp_path / "latin.txt")]).sequences(loaded, 10, 2)

@@ -66,6 +66,38 @@ def test_an_implementation_is_the_function_of_the_references_name() -> None:
         implementation(reference.hash_encode, "cpu", CUDA)
 
 
+STATES = ("page_score", "lowrank_score", "channel_score", "sparse_attention")
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize(
+    ("device", "dtype", "channels", "slow"),
+    [
+        (CPU, torch.float32, 128, ()),
+        (CPU, torch.bfloat16, 512, ()),
+        (CPU, torch.float16, 128, STATES),
+        (CPU, torch.float64, 128, STATES),
+        (CUDA, torch.float16, 256, ()),
+        (CUDA, torch.float16, 512, ("sparse_attention",)),
+        (CUDA, torch.float64, 128, STATES),
+    ],
+)
+def test_auto_takes_what_can_read_the_states(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    channels: int,
+    slow: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    dispatch.choose.cache_clear()
+    fast = {CPU: "cpu", CUDA: "triton"}[device]
+    expected = "reference" if op in slow else fast
+    assert resolve(op, "auto", device, dtype, channels) == expected
+    dispatch.choose.cache_clear()
+
+
 @pytest.mark.parametrize("file", ["cpu", "fused"])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_all_implementations_take_the_references_parameters(op: str, file: str) -> None:

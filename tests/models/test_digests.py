@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -156,12 +157,38 @@ def test_the_weights_digest_excludes_generation_settings(copy: Path) -> None:
     assert weights_digest(copy) == digest
 
 
-def test_the_model_digest_includes_dtype_and_prompt_wrapping() -> None:
-    found = {
-        model_digest(load_model("tiny", "tiny", **knobs))  # type: ignore[arg-type]
-        for knobs in ({}, {"dtype": "bfloat16"}, {"chat": True}, {"short_answers": True})
-    }
-    assert len(found) == 4
+def test_the_model_digest_includes_dtype_and_prompt_wrapping(copy: Path) -> None:
+    (copy / "chat_template.jinja").write_text("{{ about }} {{ messages[0].content }}")
+    settings: tuple[dict[str, Any], ...] = (
+        {},
+        {"dtype": "bfloat16"},
+        {"chat": True},
+        {"chat": True, "chat_template_kwargs": {"about": "Answer."}},
+        {"short_answers": True},
+    )
+    found = {model_digest(load_model("tiny", str(copy), **one)) for one in settings}
+    assert len(found) == 5
+
+
+def test_the_model_digest_changes_with_what_a_template_writes_of_itself(copy: Path) -> None:
+    """Some templates write the date."""
+    (copy / "chat_template.jinja").write_text(
+        "{{ strftime_now('%Y %f') }} {{ messages[0].content }}"
+    )
+    loaded = load_model("tiny", str(copy), chat=True)
+    assert model_digest(loaded) != model_digest(loaded)
+
+
+@pytest.mark.parametrize("place", ["config.json", "generation_config.json", "the tokenizer"])
+def test_the_model_digest_changes_with_what_ends_an_answer(copy: Path, place: str) -> None:
+    loaded = load_model("tiny", str(copy))
+    before = model_digest(loaded)
+    if place == "the tokenizer":
+        loaded.tokenizer.eos_token = "<pad>"
+    else:
+        config = loaded.model.config if place == "config.json" else loaded.model.generation_config
+        config.eos_token_id = [2, 5]
+    assert model_digest(loaded) != before
 
 
 def test_a_hub_snapshot_counts_every_byte_too(

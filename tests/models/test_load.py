@@ -8,9 +8,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from topkbench.models.load import ModelNotAvailable, load_model
+from topkbench.models.compat import context_window, partial_layers
+from topkbench.models.load import ModelNotAvailable, ModelShape, load_model, read_shape
 from topkbench.models.tiny_tokenizer import build_tokenizer
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -170,7 +171,9 @@ def test_a_missing_device_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "float", "nn"])
 def test_an_unknown_dtype(folder: Path, dtype: str) -> None:
-    with pytest.raises(ModelNotAvailable, match=f"dtype must be auto, float32.*got '{dtype}'"):
+    with pytest.raises(
+        ModelNotAvailable, match=f"dtype must be one of auto, float32.*got '{dtype}'"
+    ):
         load_model("mine", str(folder), dtype=dtype)
 
 
@@ -185,6 +188,123 @@ SMALL = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
+PHI3 = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 48,
+    "long_factor": [4.0] * 48,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "positions", "more", "window"),
+    [
+        ("llama", 512, {}, 512),
+        # Qwen2.5 and Qwen3 with YaRN: the positions are those without it.
+        (
+            *("qwen2", 32768),
+            {"rope_parameters": {**YARN, "original_max_position_embeddings": 32768}},
+            131072,
+        ),
+        (
+            *("qwen3", 40960),
+            {"rope_parameters": {**YARN, "original_max_position_embeddings": 32768}},
+            131072,
+        ),
+        ("qwen2", 32768, {"rope_parameters": YARN}, 131072),
+        # DeepSeek's positions include it.
+        (
+            *("llama", 163840),
+            {"rope_parameters": {**YARN, "factor": 40, "original_max_position_embeddings": 4096}},
+            163840,
+        ),
+        # Llama 3.1's factor and training positions make more than the model is made for.
+        (
+            *("llama", 131072),
+            {
+                "rope_parameters": {
+                    **{"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0},
+                    **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+                    "original_max_position_embeddings": 8192,
+                }
+            },
+            131072,
+        ),
+        (
+            *("phi3", 131072),
+            {"rope_parameters": PHI3, "original_max_position_embeddings": 4096},
+            131072,
+        ),
+        # Llama-2-7B-32K names the extended positions; the factor alone does not extend them.
+        (
+            *("llama", 32768),
+            {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}},
+            32768,
+        ),
+        (
+            *("llama", 4096),
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            8192,
+        ),
+        # As older configuration files have it.
+        (
+            *("llama", 4096),
+            {
+                "rope_scaling": {
+                    **{"type": "yarn", "factor": 2.0},
+                    "original_max_position_embeddings": 4096,
+                }
+            },
+            8192,
+        ),
+        # Gemma 3 has an entry for each kind of layer.
+        ("gemma3_text", 2048, {"sliding_window": 512}, 2048),
+        ("gpt2", 1024, {}, 1024),
+        ("bloom", None, {}, None),
+    ],
+)
+def test_the_window_is_read_with_the_scaling_of_positions(
+    kind: str, positions: int | None, more: dict[str, object], window: int | None
+) -> None:
+    given = {} if positions is None else {"max_position_embeddings": positions}
+    assert context_window(AutoConfig.for_model(kind, **given, **more)) == window
+
+
+@pytest.mark.parametrize(
+    ("sliding", "positions", "slides"),
+    [(2047, 4096, True), (4095, 4096, True), (4096, 4096, False), (262144, 131072, False)],
+)
+def test_a_sliding_window_of_all_positions_is_full_attention(
+    sliding: int, positions: int, slides: bool
+) -> None:
+    """Phi-3's window is larger than its positions; Phi-3-mini's is smaller."""
+    config = AutoConfig.for_model(
+        **{**SMALL, "model_type": "phi3", "pad_token_id": 0},
+        **{"sliding_window": sliding},
+    )
+    config.max_position_embeddings = positions
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sorted(partial_layers(model)) == ([0, 1] if slides else [])
+    assert sorted(partial_layers(model, positions=sliding + 1)) == [0, 1]
+
+
+def test_a_window_may_be_given(folder: Path) -> None:
+    assert load_model("mine", str(folder), window=4096).window == 4096
+    assert load_model("mine", "random", window=100, architecture=SMALL).window == 100
+    shape = read_shape("mine", str(folder), window=32, chat=True)
+    assert (shape.num_layers, shape.window, shape.has_tokenizer) == (1, 32, True)
+    assert read_shape("mine", "random", architecture=SMALL) == ModelShape("mine", 2, 512, False)
+
+
+def test_a_model_without_positions_needs_a_window() -> None:
+    bloom = {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 2, "vocab_size": 99}
+    with pytest.raises(ModelNotAvailable, match=r"model\.window must be given, since the config"):
+        read_shape("mine", "random", architecture=bloom)
+    assert read_shape("mine", "random", architecture=bloom, window=64).window == 64
 
 
 def test_random_weights_are_drawn_the_same_every_time() -> None:

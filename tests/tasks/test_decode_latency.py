@@ -370,6 +370,8 @@ def test_all_copies_count_towards_the_memory_needed(
     assert row.status == "ok"
     monkeypatch.setattr(decode_latency, "free_bytes", lambda device: 2 * 3 * cached - 2)
     (row,) = rows(loaded, store, ExactTopK(), task())
+    needed = row.values.pop("memory_needed_mib")
+    assert needed == pytest.approx(3 * cached / 2**20, rel=0.01)
     assert (row.status, row.values) == (
         "skipped",
         {"kv_len": 300, "length": 300, "batch_size": 1},
@@ -379,10 +381,11 @@ def test_all_copies_count_towards_the_memory_needed(
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"lengths": (1,)}, r"task\.lengths must be numbers of cached tokens of at least 2, got"),
-        ({"lengths": ()}, r"task\.lengths must be"),
-        ({"batch_sizes": (2,), "batch_length": 1}, r"and batch_length=1\."),
-        ({"batch_sizes": (0,)}, r"task\.batch_sizes must be"),
+        ({"lengths": (1,)}, r"task\.lengths must be at least 2, got 1"),
+        ({"lengths": ()}, r"task\.lengths must list at least one value"),
+        ({"lengths": (64, 64)}, r"task\.lengths must list each value once, got 64 twice"),
+        ({"batch_sizes": (2,), "batch_length": 1}, r"task\.batch_length must be at least 2, got 1"),
+        ({"batch_sizes": (0,)}, r"task\.batch_sizes must be at least 1, got 0"),
         ({"batch_sizes": (2,), "states": "captured"}, r"\[\] or \[1\] with states=captured"),
     ],
 )

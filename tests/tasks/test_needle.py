@@ -50,17 +50,18 @@ def test_depths_give_different_prompts_and_more_samples_keep_the_first(
 
 
 def test_a_length_past_the_window_is_refused(loaded: LoadedModel, tmp_path: Path) -> None:
-    with pytest.raises(TaskDoesNotFit, match=r"task\.length must be at most the window"):
+    with pytest.raises(TaskDoesNotFit, match=r"task\.lengths must be at most the window of 1024"):
         task(tmp_path, lengths=(200, 4096)).samples(loaded)
 
 
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"lengths": ()}, "task.lengths must be one or more numbers of tokens"),
-        ({"lengths": (0,)}, "task.lengths must be"),
-        ({"depths": ()}, "task.depths must be one or more percentages"),
-        ({"depths": (0, 101)}, "task.depths must be"),
+        ({"lengths": ()}, "task.lengths must list at least one value"),
+        ({"lengths": (0,)}, "task.lengths must be at least 1, got 0"),
+        ({"lengths": (64, 64)}, "task.lengths must list each value once, got 64 twice"),
+        ({"depths": ()}, "task.depths must list at least one value"),
+        ({"depths": (0, 101)}, "task.depths must be at most 100 percent, got 101"),
     ],
 )
 def test_an_invalid_grid_is_refused(tmp_path: Path, knobs: dict[str, object], message: str) -> None:

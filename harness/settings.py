@@ -1,0 +1,466 @@
+"""Checks a composed configuration before anything is loaded, and makes the objects it stands for.
+
+What a setting must be is said where it is used: by the annotations of the class or function that
+the configuration's ``_target_`` names, and by what its ``__post_init__`` refuses. An error names
+the setting as the user writes it.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import json
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from topkbench.harness.calibration import CalibrationTexts
+from topkbench.harness.decoding import Question
+from topkbench.harness.task import Task
+from topkbench.kernels.dispatch import Impl, Operator
+from topkbench.kernels.full_attention.api import Backend
+from topkbench.methods.base import AnyMethod, Policy, check_multiple, check_whole
+from topkbench.models.load import Dtype, ModelShape, load_model, read_shape
+
+GROUPS = ("model", "task", "method", "protocol", "calibration", "tracker")
+# What a method's configuration holds for tables and figures; no setting of the method.
+APPEARANCE = ("label", "colour")
+# Keys of a node with a target that are Hydra's own.
+_OF_HYDRA = {"_target_", "_convert_"}
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+_MISSING = "???"
+_TOO_LARGE = 2**63  # rows hold whole numbers in 64 bits
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; one sentence names it as the user writes it."""
+
+
+@dataclass(kw_only=True)
+class RunSettings:
+    """Settings of the whole run, at the top of ``conf/config.yaml``, which says what they mean."""
+
+    k: int
+    rbit: int
+    seed: int
+    question: Question
+    num_samples: int
+    device: str
+    dtype: Dtype
+    impl: Impl | Mapping[Operator, Impl]
+    force: bool
+    full_backend: Backend
+    experiment_name: str
+    results_dir: str
+    cache_dir: str
+    artifact_dir: str
+    prefill_memory_gib: float | None
+    calibration_memory_gib: float | None
+
+    def __post_init__(self) -> None:
+        check_whole("k", self.k)
+        check_multiple("rbit", self.rbit, 32)
+        check_whole("seed", self.seed, least=0)
+        check_whole("num_samples", self.num_samples)
+        for name in ("experiment_name", "cache_dir", "artifact_dir"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name} must not be empty.")
+        if self.prefill_memory_gib is not None and self.prefill_memory_gib < 0:
+            raise ValueError(
+                f"prefill_memory_gib must be at least 0, got {self.prefill_memory_gib}."
+            )
+        if self.calibration_memory_gib is not None and self.calibration_memory_gib <= 0:
+            raise ValueError(
+                f"calibration_memory_gib must be above 0, got {self.calibration_memory_gib}."
+            )
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of a configuration's settings, as the user writes them.
+
+    Attributes:
+        written: The configuration with its references, such as ``${k}``, unresolved.
+    """
+
+    written: Mapping[str, Any]
+
+    def name(self, path: str) -> str:
+        """Return the setting from which one gets its value: ``k`` for ``protocol.k``."""
+        reference = _REFERENCE.fullmatch(str(self._at(path)))
+        return path if reference is None else self.name(reference[1])
+
+    def _at(self, path: str) -> Any:
+        value: Any = self.written
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed configuration that was checked, and the objects that it stands for.
+
+    Attributes:
+        settings: All settings, references resolved, without the method's label and colour.
+        appearance: The method's label and colour.
+    """
+
+    settings: dict[str, Any]
+    appearance: dict[str, Any]
+    method: AnyMethod
+    policy: Policy
+    task: Task
+    texts: CalibrationTexts
+    tracker: Any
+
+    @classmethod
+    def of(
+        cls, written: Mapping[str, Any], settings: dict[str, Any], given: Sequence[str]
+    ) -> "Composed":
+        """Check a configuration before anything is loaded, and make its objects.
+
+        Args:
+            written: The composed configuration, its references unresolved.
+            settings: The same, references resolved.
+            given: Names of the settings on the command line.
+
+        Raises:
+            SettingsError: If a setting is wrong.
+        """
+        names = Names(written)
+        check(names, settings)
+        _check_hidden(written["task"], given)
+        appearance = {name: settings["method"].get(name) for name in APPEARANCE}
+        settings = {**settings, "method": without_appearance(settings["method"])}
+        made = {
+            group: construct(names, group, settings[group])
+            for group in ("method", "protocol", "task", "calibration", "tracker")
+        }
+        composed = cls(settings, appearance, *made.values())
+        composed._check_together(names)
+        return composed
+
+    def _check_together(self, names: Names) -> None:
+        """Check what the model, the task, the method and the policy ask of each other."""
+        method, policy = self.method, self.policy
+        with naming(names, "model", self.settings["model"]):
+            shape = _model_shape(json.dumps(self.settings["model"]))
+        with naming(names, "protocol", self.settings["protocol"]):
+            policies = [replace(policy, k=k) for k in getattr(self.task, "budgets", [policy.k])]
+            if shape is not None:
+                policy.resolve_dense_layers(shape.num_layers)
+        with naming(names, "method.native", method.native):
+            native = method.native_policy(replace(policy, k=sys.maxsize))
+            if shape is not None:
+                native.resolve_dense_layers(shape.num_layers)
+            for one in policies:
+                method.resolve(one)
+        if shape is not None:
+            with naming(names, "task", self.settings["task"]):
+                self.task.check_model(shape)
+
+
+def check(names: Names, settings: Mapping[str, Any]) -> None:
+    """Check the names and types of all settings, and the ranges of those of the whole run.
+
+    Args:
+        names: The configuration's names.
+        settings: The composed configuration, its references resolved, without Hydra's own part.
+
+    Raises:
+        SettingsError: If a setting is unknown, missing, or of another type than is declared where
+            it is used.
+    """
+    declared = [one.name for one in dataclasses.fields(RunSettings)]
+    run = {name: settings[name] for name in declared if name in settings}
+    _check_arguments(names, "", RunSettings, run)
+    # An experiment may have settings of its own, to which others refer.
+    referred = re.findall(r"\$\{(\w+)", str(names.written))
+    for name in settings:
+        if name not in {*declared, *GROUPS, *referred}:
+            raise _unknown(name, [*declared, *GROUPS], ", and none that refers to it")
+    with naming(names, "", declared):
+        RunSettings(**run)
+    for group in GROUPS:
+        node = settings.get(group)
+        if not _has_target(node):
+            raise SettingsError(f"{group} must be chosen, as in {group}=NAME, got {_shown(node)}.")
+        check_node(names, group, node)
+
+
+def check_node(names: Names, path: str, node: Any) -> None:
+    """Check the names and types of the settings of a node with a target, and of those inside it.
+
+    Raises:
+        SettingsError: As ``check`` does.
+    """
+    given = {name: value for name, value in node.items() if name not in _OF_HYDRA}
+    if path.startswith("method"):
+        for name in APPEARANCE:
+            _check_type(names, f"{path}.{name}", str | None, given.pop(name, None))
+        if not re.fullmatch("#[0-9A-Fa-f]{6}", node.get("colour") or "#000000"):
+            raise SettingsError(
+                f"{path}.colour must be quoted as in '#D55E00', got {_shown(node['colour'])}."
+            )
+    _check_arguments(names, path, _target(path, node), given)
+
+
+def construct(names: Names, path: str, node: Mapping[str, Any], **more: Any) -> Any:
+    """Call a node's target with its settings; nodes with a target inside it are called first.
+
+    Args:
+        names: The configuration's names.
+        path: Where the node stands, such as ``method``.
+        node: Its settings, references resolved.
+        more: Arguments that are no settings.
+
+    Raises:
+        SettingsError: If the target, or one inside it, refuses a setting.
+    """
+    given = {
+        name: construct(names, f"{path}.{name}", value) if _has_target(value) else value
+        for name, value in without_appearance(node).items()
+        if name not in _OF_HYDRA
+    }
+    target = _target(path, node)
+    with naming(names, path, given):
+        return target(**given, **more)
+
+
+@contextlib.contextmanager
+def naming(names: Names, path: str, known: Iterable[str]) -> Iterator[None]:
+    """Give errors about settings, raised inside the block, the settings' full names.
+
+    Args:
+        names: The configuration's names.
+        path: Where the settings stand: empty at the top, else such as ``method.base``.
+        known: Their names, with one of which an error may begin: ``rank must be at least 1.``
+
+    Raises:
+        SettingsError: Instead of a ValueError or an OSError.
+    """
+    try:
+        yield
+    except SettingsError:
+        raise
+    except (ValueError, OSError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        first = re.match(r"\w+", text)
+        if first is not None and first[0] in known:
+            text = names.name(_join(path, first[0])) + text[first.end() :]
+        raise SettingsError(text) from error
+
+
+def without_appearance(method: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a method's settings without its label and colour, and those of a method inside it."""
+    return {
+        name: without_appearance(value) if _has_target(value) else value
+        for name, value in method.items()
+        if name not in APPEARANCE
+    }
+
+
+def _check_hidden(task: Mapping[str, Any], given: Sequence[str]) -> None:
+    """Check that no setting of the run on the command line is hidden by the task's own."""
+    for name in given:
+        own = task.get(name)
+        if own not in (None, f"${{{name}}}") and f"task.{name}" not in given:
+            raise SettingsError(
+                f"{name} has no effect with task={task['name']}, which has a {name} of its own;"
+                f" give task.{name} instead."
+            )
+
+
+@functools.lru_cache(maxsize=64)
+def _model_shape(model: str) -> ModelShape | None:
+    """Return a model's shape without loading it; None for a loader outside the repository.
+
+    Args:
+        model: Its settings as JSON.
+    """
+    settings = json.loads(model)
+    if settings["_target_"] != f"{load_model.__module__}.{load_model.__name__}":
+        return None
+    return read_shape(**{name: one for name, one in settings.items() if name not in _OF_HYDRA})
+
+
+def _has_target(value: Any) -> bool:
+    return isinstance(value, Mapping) and "_target_" in value
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _target(path: str, node: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return the class or function that a node names."""
+    dotted = node["_target_"]
+    try:
+        module, _, name = dotted.rpartition(".")
+        target: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingsError(
+            f"{path}._target_ must name a class or function that can be imported, got"
+            f" {_shown(dotted)}: {error}."
+        ) from error
+    return target
+
+
+@functools.cache
+def _declared(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """Return a target's parameters, and their annotations where they can be read."""
+    annotated: Any = target
+    if isinstance(target, type) and not dataclasses.is_dataclass(target):
+        annotated = vars(target).get("__init__", target)
+    try:
+        hints = typing.get_type_hints(annotated, include_extras=True)
+    except (NameError, TypeError, AttributeError):
+        hints = {}
+    return dict(inspect.signature(target).parameters), hints
+
+
+def _check_arguments(
+    names: Names, path: str, target: Callable[..., Any], given: Mapping[str, Any]
+) -> None:
+    """Check settings against the parameters of the target that gets them."""
+    parameters, hints = _declared(target)
+    takes_any = inspect.Parameter.VAR_KEYWORD in {one.kind for one in parameters.values()}
+    for name, value in given.items():
+        if name not in parameters and not takes_any:
+            raise _unknown(_join(path, name), parameters)
+        _check_type(names, _join(path, name), hints.get(name, Any), value)
+    for name, parameter in parameters.items():
+        variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if parameter.default is parameter.empty and not variable and name not in given:
+            raise SettingsError(f"{_join(path, name)} must be given.")
+
+
+def _unknown(name: str, known: Iterable[str], note: str = "") -> SettingsError:
+    """Return the error about a setting's full name, given the last parts of those that exist."""
+    path, _, last = name.rpartition(".")
+    near = difflib.get_close_matches(last, known, n=1)
+    guess = f"; did you mean {_join(path, near[0])}" if near else ""
+    return SettingsError(f"there is no setting {name}{note}{guess}.")
+
+
+# Types --------------------------------------------------------------------------------------------
+
+
+def _check_type(names: Names, path: str, hint: Any, value: Any) -> None:
+    """Check a value against an annotation; an object's class is left to whoever gets the object."""
+    name = names.name(path)
+    if value == _MISSING:
+        raise SettingsError(f"{name} must be given.")
+    if _has_target(value):
+        check_node(names, path, value)
+        return
+    options = _options(hint)
+    for option in options:
+        if _fits(option, value):
+            if isinstance(value, Mapping):
+                _check_entries(names, path, option, value)
+            return
+    way_out = ""
+    if str in options and isinstance(value, int | float):
+        way_out = f"""; quotes inside quotes make it text: '{name}="{value}"'"""
+    elif int in options and isinstance(value, int) and abs(value) >= _TOO_LARGE:
+        way_out = "; rows hold whole numbers in 64 bits"
+    elif isinstance(value, str | int | float) and any(map(_item, options)):
+        way_out = f"; brackets make a list: '{name}=[{value}]'"
+    words = " or ".join(dict.fromkeys(map(_words, options)))
+    raise SettingsError(f"{name} must be {words}, got {_shown(value)}{way_out}.")
+
+
+def _check_entries(names: Names, path: str, hint: Any, value: Mapping[str, Any]) -> None:
+    """Check the names and the values of a mapping."""
+    if typing.is_typeddict(hint):
+        known = typing.get_type_hints(hint)
+    else:
+        key, entry = (*typing.get_args(hint), Any, Any)[:2]
+        is_closed = typing.get_origin(key) is Literal
+        known = dict.fromkeys(typing.get_args(key) if is_closed else value, entry)
+    for name, one in value.items():
+        place = f"{names.name(path)}.{name}"
+        if name not in known:
+            raise _unknown(place, known)
+        _check_type(names, place, known[name], one)
+
+
+def _options(hint: Any) -> list[Any]:
+    """Return the members of a union, or the annotation itself."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [one for member in typing.get_args(hint) for one in _options(member)]
+    return [hint]
+
+
+def _item(hint: Any) -> Any:
+    """Return the annotation of a sequence's items; None for what is no sequence."""
+    origin = typing.get_origin(hint)
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return typing.get_args(hint)[0]
+    return None
+
+
+def _is_mapping(hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    return typing.is_typeddict(hint) or (isinstance(origin, type) and issubclass(origin, Mapping))
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Return whether a plain value is of an annotation's type: true is no 1, and 1.0 is no 1."""
+    if typing.get_origin(hint) is Annotated:
+        return _fits(typing.get_args(hint)[0], value)
+    if typing.get_origin(hint) is Literal:
+        return any(type(value) is type(one) and value == one for one in typing.get_args(hint))
+    if _is_mapping(hint):
+        return isinstance(value, Mapping)
+    item = _item(hint)
+    if item is not None:
+        return isinstance(value, list) and all(
+            any(_fits(option, one) for option in _options(item)) for one in value
+        )
+    if hint in (None, types.NoneType):
+        return value is None
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return number and isinstance(value, int) and abs(value) < _TOO_LARGE
+    if hint is float:
+        return number and math.isfinite(value)
+    return True
+
+
+def _words(hint: Any, plural: bool = False) -> str:
+    """Say what an annotation asks for."""
+    if typing.get_origin(hint) is Annotated:
+        return str(typing.get_args(hint)[1])
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    if _is_mapping(hint):
+        return "a mapping"
+    item = _item(hint)
+    if item is not None:
+        return f"a list of {' or '.join(_words(option, True) for option in _options(item))}"
+    words = {
+        int: ("a whole number", "whole numbers"),
+        float: ("a finite number", "finite numbers"),
+        bool: ("true or false", "true or false"),
+        str: ("text", "texts"),
+    }
+    return words[hint][plural] if hint in words else "null"
+
+
+def _shown(value: Any) -> str:
+    """Return a value as YAML has it, shortened."""
+    words = {None: "null", True: "true", False: "false"}
+    text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

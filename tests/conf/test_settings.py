@@ -1,0 +1,517 @@
+"""A wrong setting is one sentence that names it, before anything is loaded or written."""
+
+import copy
+import os
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from topkbench.harness import main as command
+from topkbench.harness.settings import GROUPS, Composed, Names, SettingsError, check
+from topkbench.models import load
+
+CONF = Path(__file__).parents[2] / "conf"
+SUBTASKS = "niah_single, niah_multikey, niah_multivalue, niah_multiquery, vt, cwe, fwe"
+
+# The line, and how its sentence begins.
+BAD = {
+    # Settings of the whole run, whichever part of it uses them.
+    "k=sixty": "k must be a whole number, got 'sixty'.",
+    "k=0": "k must be at least 1, got 0.",
+    "k=-5": "k must be at least 1, got -5.",
+    "k=64.0": "k must be a whole number, got 64.0.",
+    "k=true": "k must be a whole number, got true.",
+    "k=[64]": "k must be a whole number, got [64].",
+    "k=null": "k must be a whole number, got null.",
+    "k=11": "protocol.num_sink + num_recent must be at most k=11, got 4 + 8",
+    "k=99999999999999999999": "k must be a whole number, got 99999999999999999999; rows hold",
+    "rbit=100": "rbit must be a positive multiple of 32, got 100.",
+    "rbit=0 method=quest": "rbit must be a positive multiple of 32, got 0.",
+    "rbit='64'": "rbit must be a whole number, got '64'.",
+    "seed=[1,2]": "seed must be a whole number, got [1, 2].",
+    "seed=-1": "seed must be at least 0, got -1.",
+    "seed=0.5": "seed must be a whole number, got 0.5.",
+    "question=open": "question must be one of sparse, dense, got 'open'.",
+    "question=true": "question must be one of sparse, dense, got true.",
+    "num_samples=0": "num_samples must be at least 1, got 0.",
+    "num_samples=two task=decode_latency": "num_samples must be a whole number, got 'two'.",
+    "task=selection num_samples=5": (
+        "num_samples has no effect with task=selection, which has a num_samples of its own; give"
+        " task.num_samples instead."
+    ),
+    "device=nonsense": "device must be cpu, cuda or cuda:NUMBER, got 'nonsense'.",
+    "device=meta": "device must be cpu, cuda or cuda:NUMBER, got 'meta'.",
+    "device=0": "device must be text, got 0; quotes inside quotes make it text: 'device=\"0\"'.",
+    "dtype=float64": "dtype must be one of auto, float32, bfloat16, float16, got 'float64'.",
+    "dtype=[float32]": "dtype must be one of auto, float32, bfloat16, float16, got ['float32'].",
+    "impl=gpu": "impl must be one of auto, reference, cpu, triton or a mapping, got 'gpu'.",
+    "impl=[cpu]": "impl must be one of auto, reference, cpu, triton or a mapping, got ['cpu'].",
+    "impl={hamming_scor:reference}": (
+        "there is no setting impl.hamming_scor; did you mean impl.hamming_score."
+    ),
+    "impl={hamming_score:fast}": (
+        "impl.hamming_score must be one of auto, reference, cpu, triton, got 'fast'."
+    ),
+    "force=1": "force must be true or false, got 1.",
+    "force=yes_please": "force must be true or false, got 'yes_please'.",
+    "full_backend=cuda": (
+        "full_backend must be one of sdpa, triton, flash_attn, flash_attn_3, flashinfer, got 'cuda'"
+    ),
+    "experiment_name=[a]": "experiment_name must be text, got ['a'].",
+    "experiment_name=": "experiment_name must not be empty.",
+    "results_dir=7": "results_dir must be text, got 7; quotes inside quotes make it text",
+    "cache_dir=null": "cache_dir must be text, got null.",
+    "artifact_dir=true": "artifact_dir must be text, got true; quotes",
+    "prefill_memory_gib=abc": "prefill_memory_gib must be a finite number or null, got 'abc'.",
+    "prefill_memory_gib=-1": "prefill_memory_gib must be at least 0, got -1.",
+    "prefill_memory_gib=nan": "prefill_memory_gib must be a finite number or null, got nan.",
+    "calibration_memory_gib=0": "calibration_memory_gib must be above 0, got 0.",
+    "calibration_memory_gib=inf": (
+        "calibration_memory_gib must be a finite number or null, got inf."
+    ),
+    "+foo=1": "there is no setting foo, and none that refers to it.",
+    "+num_sample=1": (
+        "there is no setting num_sample, and none that refers to it; did you mean num_samples."
+    ),
+    "k=${foo}": "Interpolation key 'foo' not found",
+    # The model.
+    "model.name=7": "model.name must be text, got 7; quotes inside quotes make it text",
+    "model.name=": "model.name must not be empty.",
+    "model=local model.path=/x": "model.name must be given.",
+    "model.path=": "model.path must not be empty.",
+    "model.path=[tiny]": "model.path must be text, got ['tiny'].",
+    "model.path=/no/such/folder": "model.path must be a hub id, a folder or one of tiny, found no",
+    "model.path=random": "model.architecture must be given with model.path=random",
+    "model=local model.name=a model.path=tiny model.device_map=nearest": (
+        "model.device_map must be one of auto, balanced, balanced_low_0, sequential or null, got"
+        " 'nearest'."
+    ),
+    "model=local model.name=a model.path=tiny model.chat=1": (
+        "model.chat must be true or false, got 1."
+    ),
+    "model=local model.name=a model.path=tiny model.chat_template_kwargs=think": (
+        "model.chat_template_kwargs must be a mapping or null, got 'think'."
+    ),
+    "model=local model.name=a model.path=tiny model.chat_template_kwargs=[enable_thinking]": (
+        "model.chat_template_kwargs must be a mapping or null, got ['enable_thinking']."
+    ),
+    "model.short_answers=null": "model.short_answers must be true or false, got null.",
+    "model.window=0": "model.window must be at least 1, got 0.",
+    "model.window=4e3": "model.window must be a whole number or null, got 4000.0.",
+    "model.window=2048": "task.length must be at most the window of 2048 tokens of tiny, got 4096",
+    "model=random_1b model.architecture=llama task=decode_throughput": (
+        "model.architecture must be a mapping or null, got 'llama'."
+    ),
+    "model=random_1b model.architecture.hidden_size=big task=decode_throughput": (
+        "model.architecture must be the fields of a transformers configuration"
+    ),
+    "model=random_1b": "this task needs text, and random_1b has random weights and no tokenizer",
+    "+model.tokenizer=mine": "there is no setting model.tokenizer.",
+    # RULER.
+    "task.name=5": "task.name must be text, got 5",
+    "task.length=-1": "task.length must be at least 1, got -1.",
+    "task.length=16385": "task.length must be at most the window of 16384 tokens of tiny, got",
+    "task.length=[4096]": "task.length must be a whole number or null, got [4096].",
+    "task.num_samples=1.5": "task.num_samples must be a whole number, got 1.5.",
+    "task.batch_size=0": "task.batch_size must be at least 1, got 0.",
+    "task.timed_prompts=-1": "task.timed_prompts must be at least 0, got -1.",
+    "task.judged_prompts=all": "task.judged_prompts must be a whole number, got 'all'.",
+    "task.subtasks=niah_single": (
+        "task.subtasks must be a list of texts or null, got 'niah_single'; brackets make a list:"
+        " 'task.subtasks=[niah_single]'."
+    ),
+    "task.subtasks=[]": "task.subtasks must list at least one value, got [].",
+    "task.subtasks=[vt,vt]": "task.subtasks must list each value once, got 'vt' twice.",
+    "task.subtasks=[niah]": f"task.subtasks must be among {SUBTASKS}, got 'niah'.",
+    "task.subtasks=[1]": "task.subtasks must be a list of texts or null, got [1].",
+    "task.source=/no/such/file": "task.source must be a file of JSON lines or Parquet, or",
+    "task.source=7": "task.source must be text or null, got 7; quotes",
+    "task.skip_bad=1": "task.skip_bad must be true or false, got 1.",
+    "task.skip_bad=true": "task.skip_bad is a setting of task.source, got True without one",
+    "task.question_tokens=3": "task.question_tokens is a setting of task.source, got 3 without",
+    "task.question_tokens=-1": "task.question_tokens must be at least 0, got -1.",
+    "task.example=maybe": "task.example must be true or false or null, got 'maybe'.",
+    "task.cache_dir=1": "task.cache_dir must be text, got 1; quotes",
+    "+task.lenght=5": "there is no setting task.lenght; did you mean task.length.",
+    # The other tasks.
+    "task=needle task.lengths=[]": "task.lengths must list at least one value, got [].",
+    "task=needle task.lengths=[1024,1024]": "task.lengths must list each value once, got 1024",
+    "task=needle task.lengths=1024": "task.lengths must be a list of whole numbers, got 1024;",
+    "task=needle task.lengths=[20000]": "task.lengths must be at most the window of 16384 tokens",
+    "task=needle task.depths=[0,101]": "task.depths must be at most 100 percent, got 101.",
+    "task=needle task.depths=[-1]": "task.depths must be at least 0, got -1.",
+    "task=needle task.depths=[0.5]": "task.depths must be a list of whole numbers, got [0.5].",
+    "task=selection task.budgets=[]": "task.budgets must list at least one value, got [].",
+    "task=selection task.budgets=[64,0]": "task.budgets must be at least 1, got 0.",
+    "task=selection task.budgets=[8]": "protocol.num_sink + num_recent must be at most k=8, got 4",
+    "task=selection task.budgets=64": "task.budgets must be a list of whole numbers, got 64;",
+    "task=decode_latency task.lengths=[1]": "task.lengths must be at least 2, got 1.",
+    "task=decode_latency task.lengths=[true]": "task.lengths must be a list of whole numbers, got",
+    "task=decode_latency task.lengths=[]": "task.lengths must list at least one value, got [].",
+    "task=decode_latency task.batch_sizes=[0]": "task.batch_sizes must be at least 1, got 0.",
+    "task=decode_latency task.batch_sizes=4": "task.batch_sizes must be a list of whole numbers,",
+    "task=decode_latency task.batch_sizes=[2,2]": "task.batch_sizes must list each value once,",
+    "task=decode_latency task.batch_length=1": "task.batch_length must be at least 2, got 1.",
+    "task=decode_latency task.budget=2": "task.budget must be a share above 0 and up to 1, got 2.",
+    "task=decode_latency task.budget=none": "task.budget must be a finite number or null, got",
+    "task=decode_latency task.states=real": "task.states must be one of planted, captured, got",
+    "task=decode_latency task.layer=-1": "task.layer must be at least 0, got -1.",
+    "task=decode_latency task.states=captured task.layer=4": "task.layer must lie between 0 and 3",
+    "task=decode_latency task.num_heads=0": "task.num_heads must be at least 1, got 0.",
+    "task=decode_latency task.num_kv_heads=5": "task.num_heads must be a multiple of",
+    "task=decode_latency task.head_dim=1e2": "task.head_dim must be a whole number, got 100.0.",
+    "task=decode_latency task.dtype=int8": "task.dtype must be one of auto, float32, bfloat16, flo",
+    "task=decode_latency task.trials=0": "task.trials must be at least 1, got 0.",
+    "task=decode_throughput task.budget=0": "task.budget must be a share above 0 and up to 1, got",
+    "task=decode_throughput task.lengths=[64,64]": "task.lengths must list each value once, got 64",
+    "task=decode_throughput task.batch_size=[1]": "task.batch_size must be a whole number, got",
+    "task=decode_throughput task.trials=few": "task.trials must be a whole number, got 'few'.",
+    "task=decode_throughput task.cuda_graph=2": "task.cuda_graph must be true or false, got 2.",
+    # The policy.
+    "protocol.protocol=mine": "protocol.protocol must be one of unified, native, got 'mine'.",
+    "protocol.num_sink=4.5": "protocol.num_sink must be a whole number, got 4.5.",
+    "protocol.num_sink=-1": "protocol.num_sink must be at least 0, got -1.",
+    "protocol.num_recent=true": "protocol.num_recent must be a whole number, got true.",
+    'protocol.dense_layers="100:"': (
+        "protocol.dense_layers must reach a layer, and '100:' reaches none of 4; 0 leaves no"
+    ),
+    "protocol.dense_layers=[0.9]": (
+        "protocol.dense_layers must be a whole number or a list of whole numbers or a slice such as"
+        " '::16' or null, got [0.9]."
+    ),
+    "protocol.dense_layers=first": "protocol.dense_layers must be a number, a list, or a slice",
+    "protocol.dense_layers=[0,0]": "protocol.dense_layers must list each value once, got 0 twice.",
+    "protocol.dense_layers=[]": "protocol.dense_layers must list at least one value, got [].",
+    "protocol.dense_layers=[4]": "protocol.dense_layers must lie between 0 and 3, got 4.",
+    "protocol.dense_layers=-1": "protocol.dense_layers must be at least 0, got -1.",
+    "protocol.head_scope=head": "protocol.head_scope must be one of kv_head, query_head, got",
+    "protocol.aggregation=[native]": "protocol.aggregation must be one of native, sum_softmax, sum",
+    "protocol.k=none": "protocol.k must be a whole number, got 'none'.",
+    # What every method has.
+    "method.label=7": "method.label must be text or null, got 7; quotes",
+    "method.colour=red": "method.colour must be quoted as in '#D55E00', got 'red'.",
+    "method.native.num_sink=-1": "method.native.num_sink must be at least 0, got -1.",
+    "method.native.num_recent=few": "method.native.num_recent must be a whole number, got 'few'.",
+    'method.native.dense_layers="9:"': "method.native.dense_layers must reach a layer, and '9:'",
+    "method.native.head_scope=all": "method.native.head_scope must be one of kv_head, query_head",
+    "method.native.aggregation=1": "method.native.aggregation must be one of native, sum_softmax",
+    "+method.native.num_snk=1": "there is no setting method.native.num_snk; did you mean",
+    "method.native=none": "method.native must be a mapping, got 'none'.",
+    "protocol=native method=hata k=4 method.native.num_sink=5": (
+        "method.native.num_sink + num_recent must be at most k=4, got 5 + 0"
+    ),
+    "method._target_=nowhere.Nothing": "method._target_ must name a class or function that can be",
+    "+method.foo=1": "there is no setting method.foo",
+    # HATA and the other methods that hash.
+    "method.weights=learned": "method.weights must be one of trained, random, orthonormal, got",
+    "method.recipe=ours": "method.recipe must be one of published, ranking, got 'ours'.",
+    "method.use_norm=0": "method.use_norm must be true or false, got 0.",
+    "method.centre_keys=mean": "method.centre_keys must be true or false, got 'mean'.",
+    "method.query_codes=2": "method.query_codes must be 1 unless codes are trained by ranking,",
+    "method.seed=-1": "method.seed must be at least 0, got -1.",
+    "method.sigma=0": "method.sigma must be above 0, got 0.",
+    "method.epsilon=-0.1": "method.epsilon must be at least 0, got -0.1.",
+    "method.balance_weight=heavy": "method.balance_weight must be a finite number, got 'heavy'.",
+    "method.decorrelation_weight=-1": "method.decorrelation_weight must be at least 0, got -1.",
+    "method.balance_queries=[true]": "method.balance_queries must be true or false, got [True].",
+    "method.learning_rate=-1": "method.learning_rate must be above 0, got -1.",
+    "method.momentum=1": "method.momentum must be from 0 to below 1, got 1.",
+    "method.weight_decay=-1": "method.weight_decay must be at least 0, got -1.",
+    "method.epochs=0": "method.epochs must be at least 1, got 0.",
+    "method.steps_per_epoch=2.5": "method.steps_per_epoch must be a whole number, got 2.5.",
+    "method.chunks_per_epoch=-3": "method.chunks_per_epoch must be at least 1, got -3.",
+    "method.chunk_size=0": "method.chunk_size must be at least 1, got 0.",
+    "method.positive_ratio=0": "method.positive_ratio must be a share above 0 and up to 1, got 0.",
+    "method.positive_label=0": "method.positive_label must be above 0, got 0.",
+    "method.queries_per_sequence=0": "method.queries_per_sequence must be at least 1, got 0.",
+    "method.ranking_steps=0": "method.ranking_steps must be at least 1, got 0.",
+    "method.ranking_learning_rate=0": "method.ranking_learning_rate must be above 0, got 0.",
+    "method.ranking_pool=0": "method.ranking_pool must be at least 1, got 0.",
+    "method.ranking_queries=0": "method.ranking_queries must be at least 1, got 0.",
+    "method.ranking_keys=64": "method.ranking_keys must be at least 128, got 64.",
+    "method.ranking_late_share=2": "method.ranking_late_share must be a share from 0 to 1, got 2.",
+    "method=hash_attention method.bits=33": "method.bits must be a positive multiple of 32, got",
+    "method=hash_attention method.hidden=0": "method.hidden must be at least 1, got 0.",
+    "method=hash_attention method.edge=-1": "method.edge must be at least 0, got -1.",
+    "method=hash_attention method.steps=0": "method.steps must be at least 1, got 0.",
+    "method=hash_attention method.step_queries=0": "method.step_queries must be at least 1, got 0.",
+    "method=hash_attention method.step_keys=no": "method.step_keys must be a whole number, got",
+    "method=hash_attention method.positives=0": "method.positives must be at least 1, got 0.",
+    "method=hash_attention method.positive_weight=0": "method.positive_weight must be above 0,",
+    "method=magicpig method.hash_bits=15": "method.hash_bits must be at most 14, got 15.",
+    "method=magicpig method.num_tables=0": "method.num_tables must be at least 1, got 0.",
+    "method=magicpig method.min_collisions=151": "method.min_collisions must be at most",
+    "method=magicpig method.native_local=-1": "method.native_local must be at least 0, got -1.",
+    # The others.
+    "method=quest method.page_size=16.5": "method.page_size must be a whole number, got 16.5.",
+    "method=quest method.page_size=0": "method.page_size must be at least 1, got 0.",
+    "method=loki method.rank=0": "method.rank must be at least 1, got 0.",
+    "method=sparq method.rank=true": "method.rank must be a whole number or null, got true.",
+    "method=sparq method.mean_value=null": "method.mean_value must be true or false, got null.",
+    "method=sparq method.local_share=1.5": "method.local_share must be a share from 0 to 1, got",
+    "method=double_sparsity method.channels=0": "method.channels must be at least 1, got 0.",
+    "method=double_sparsity method.label_bits=8": "method.label_bits must be one of 4, 16, got 8.",
+    "method=double_sparsity method.label_scope=head": (
+        "method.label_scope must be one of kv_head, query_head or null, got 'head'."
+    ),
+    "method=double_sparsity method.calibration_queries=0": (
+        "method.calibration_queries must be at least 1, got 0."
+    ),
+    "method=infinigen method.partial_ratio=0": "method.partial_ratio must be a share above 0 and",
+    "method=infinigen method.alpha=-1": "method.alpha must be above 0, got -1.",
+    "method=pqcache method.parts=0": "method.parts must be at least 1, got 0.",
+    "method=pqcache method.bits=9": "method.bits must be at most 8, as a code is one byte, got 9.",
+    "method=pqcache method.iterations=many": "method.iterations must be a whole number, got",
+    "method=pqcache method.sinks=-1": "method.sinks must be at least 0, got -1.",
+    "method=pqcache method.local_share=1": "method.local_share must be a share from 0 to 0.75,",
+    "method=snapkv method.window=65": "method.window must be at most 64, the queries that are",
+    "method=snapkv method.kernel=4": "method.kernel must be odd, got 4.",
+    "method=snapkv method.pooling=mean": "method.pooling must be one of avg, max, got 'mean'.",
+    "method=h2o method.heavy_share=1": "method.heavy_share must be from 0 to below 1",
+    "method=h2o method.mode=free": "method.mode must be one of masked, compact, got 'free'.",
+    "method=spatten method.last_keep=0": "method.last_keep must be above 0 and at most 1, got 0.",
+    "method=spatten method.last_heads=2": "method.last_heads must be above 0 and at most 1, got 2.",
+    "method=spatten method.requantise_below=0": "method.requantise_below must be above 0 and at",
+    "method=twilight method.base_k=0": "method.base_k must be at least 1, got 0.",
+    "method=twilight method.p=0": "method.p must be above 0 and at most 1, got 0.",
+    "method=twilight method.base=loki": "method.base must be a method, got 'loki'; name one by met",
+    "method=twilight method@method.base=full": "method.base must be another method that selects,",
+    "method=twilight method@method.base=loki method.base.rank=0": (
+        "method.base.rank must be at least 1, got 0."
+    ),
+    "method=twilight method.base.page_size=big": "method.base.page_size must be a whole number,",
+    "method=twilight +method.base.pages=2": "there is no setting method.base.pages",
+    "method=full method.backend=cuda": "method.backend must be one of sdpa, triton, flash_attn,",
+    # Calibration texts and the tracker.
+    "calibration.seed=-1": "calibration.seed must be at least 0, got -1.",
+    "calibration.num_sequences=0": "calibration.num_sequences must be at least 1, got 0.",
+    "calibration.max_length=4k": "calibration.max_length must be a whole number, got '4k'.",
+    "calibration=text calibration.files=a.txt": (
+        "calibration.files must be a list of texts or null, got 'a.txt'; brackets make a list"
+    ),
+    "calibration=text calibration.files=[]": "calibration.files must list at least one value, got",
+    "calibration=text calibration.files=[no.txt]": "calibration.files must be files, found none at",
+    "tracker.project=1": "tracker.project must be text, got 1; quotes",
+    "tracker.entity=[me]": "tracker.entity must be text or null, got ['me'].",
+    "tracker.mode=foo": "tracker.mode must be one of auto, online, offline, ",
+    "tracker=none +tracker.mode=offline": "there is no setting tracker.mode",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+    base.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "AutoModelForCausalLM", None)
+    monkeypatch.setattr(load, "AutoTokenizer", None)
+
+
+@cache
+def base(*choices: str) -> DictConfig:
+    return compose("config", overrides=list(choices))
+
+
+def composed(line: str) -> Composed:
+    """Return what a command line stands for; Hydra composes each choice of options once."""
+    overrides = OverridesParser.create().parse_overrides(line.split(" "))
+    chosen = [one for one in overrides if one.key_or_group in GROUPS or one.package]
+    config = copy.deepcopy(base(*(str(one.input_line) for one in chosen)))
+    with open_dict(config):
+        for one in overrides:
+            if one not in chosen:
+                OmegaConf.update(config, one.key_or_group, one.value(), merge=False)
+    return command.checked(config, [one.key_or_group for one in overrides])
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_a_bad_line_is_one_sentence_that_names_the_setting(line: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        composed(line)
+    text = str(refused.value)
+    assert text.startswith(BAD[line])
+    assert "\n" not in text
+
+
+def leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the settings of a configuration's file, with what stands there."""
+    for name, value in node.items():
+        here = f"{path}.{name}" if path else str(name)
+        if isinstance(value, dict) and value and "_target_" not in value and here not in FREE:
+            yield from leaves(value, here)
+        elif name not in ("_target_", "defaults"):
+            yield here, value
+
+
+FREE = ("model.architecture", "model.chat_template_kwargs")
+"""Mappings whose keys belong to transformers, and to a model's template."""
+FILES = [(group, path) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+
+
+def settings_of(group: str, path: Path) -> list[tuple[str, Any]]:
+    node: Any = OmegaConf.to_container(OmegaConf.load(path))
+    return list(leaves(node, group))
+
+
+def test_every_setting_has_a_bad_line() -> None:
+    known = {"protocol.k"}
+    top: Any = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))
+    known |= {name for name in top if name not in ("defaults", "hydra")}
+    for group, path in FILES:
+        # A setting that follows another one is checked with that one.
+        known |= {
+            name for name, value in settings_of(group, path) if not str(value).startswith("${")
+        }
+    tried = {one.split("=")[0].lstrip("+") for line in BAD for one in line.split(" ") if "=" in one}
+    assert known - tried == set()
+    assert len(BAD) > 100
+
+
+@pytest.mark.parametrize(("group", "path"), FILES, ids=lambda value: getattr(value, "stem", value))
+def test_each_setting_of_each_file_has_a_type(group: str, path: Path) -> None:
+    """Whatever stands there, a mapping of nothing known is refused, and a list of mappings."""
+    given = ["model.name=a", "model.path=tiny"] if path.stem == "local" else []
+    config = base(f"{group}={path.stem}", *given)
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    written: Any = OmegaConf.to_container(config)
+    check(Names(written), resolved)
+    for name, value in settings_of(group, path):
+        if name in FREE:
+            continue
+        for wrong in ({"nothing": 1}, [{"nothing": 1}]):
+            settings = copy.deepcopy(resolved)
+            *places, last = name.split(".")
+            node = settings
+            for place in places:
+                node = node[place]
+            node[last] = wrong
+            expected = value[2:-1] if str(value).startswith("${") else name
+            with pytest.raises(SettingsError) as refused:
+                check(Names(written), settings)
+            words = ("there is no setting ", f"{expected}.nothing")
+            text = str(refused.value)
+            assert text.startswith(f"{expected} must be ") or all(one in text for one in words)
+
+
+@pytest.mark.parametrize(("group", "path"), FILES, ids=lambda value: getattr(value, "stem", value))
+def test_each_option_is_accepted(group: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "find_spec", lambda name: object())  # accelerate
+    line = f"{group}={path.stem}"
+    if group == "model" and path.stem != "tiny":
+        line += " model.path=tiny" if not path.stem.startswith("random") else ""
+        line += " model.name=a" if path.stem == "local" else ""
+        line += " task=decode_throughput"
+    assert composed(line).settings["k"] == 512
+
+
+GOOD = [
+    "impl={hamming_score:reference,topk_select:cpu}",
+    "protocol.dense_layers=1",
+    "protocol.dense_layers=[1,3]",
+    'protocol.dense_layers="::2"',
+    "protocol.num_sink=0 protocol.num_recent=0 k=1",
+    "method.sigma=1 method.epsilon=0",
+    "method=loki method.rank=null",
+    "method=twilight method@method.base=hata method.base.rbit=64",
+    "method.label=null method.colour=null",
+    'model.name="7"',
+    "model.window=100000 task.length=20000",
+    "task=selection task.num_samples=5",
+    "task=selection num_samples=5 task.num_samples=3",
+    "task=decode_latency task.batch_sizes=[4] task.lengths=[]",
+    "task=decode_latency task.budget=1",
+    "prefill_memory_gib=0 calibration_memory_gib=0.5",
+    "+point={rbit:64} rbit=${point.rbit}",
+]
+
+
+@pytest.mark.parametrize("line", GOOD)
+def test_a_good_line_is_accepted(line: str) -> None:
+    composed(line)
+
+
+def test_a_reference_is_named_by_what_the_user_sets() -> None:
+    with pytest.raises(SettingsError, match=r"^point\.rbit must be a whole number, got 'many'\.$"):
+        composed("+point={rbit:many} rbit=${point.rbit}")
+
+
+# The command --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run the command in this process; return its exit status and its lines of errors."""
+
+    def not_reached(*arguments: Any) -> None:
+        raise AssertionError("a model must not be loaded")
+
+    monkeypatch.setattr(command, "_load", not_reached)
+    monkeypatch.setenv("TOPKBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+    def run_once(*arguments: str) -> tuple[Any, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["topkbench", *arguments])
+        GlobalHydra.instance().clear()
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+        return ended.value.code, capsys.readouterr().err.strip().splitlines()
+
+    environment = dict(os.environ)
+    yield run_once
+    os.environ.clear()
+    os.environ.update(environment)
+    GlobalHydra.instance().clear()
+
+
+COMMANDS = {
+    "k=sixty": ["error: k must be a whole number, got 'sixty'."],
+    "k=sixty,0 rbit=32,64 -m": [
+        "error: k must be a whole number, got 'sixty'.",
+        "error: k must be at least 1, got 0.",
+    ],
+    'protocol.dense_layers="100:"': [
+        "error: protocol.dense_layers must reach a layer, and '100:' reaches none of 4; 0 leaves no"
+        " layer dense."
+    ],
+    "foo=1 -m": ["error: there is no setting foo."],
+    "method=hatta": None,
+    "model=local": ["error: model.name must be given."],
+    "results_dir=7": None,
+    "hydra.callbacks.report.published=maybe": [
+        "error: hydra.callbacks.report.published must be true or false, got 'maybe'."
+    ],
+    "hydra.callbacks.report.models=8B": [
+        "error: hydra.callbacks.report.models must be a list of NAME=PARAMETERS/LAYERS or null, got"
+        " '8B'."
+    ],
+    "hydra.callbacks.report.models=[8B]": None,
+}
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_bad_command_leaves_nothing(run: Any, tmp_path: Path, line: str) -> None:
+    status, errors = run(*line.split(" "))
+    assert status == command.REFUSED_STATUS == 2
+    assert errors == COMMANDS[line] if COMMANDS[line] else len(errors) == 1
+    assert all(one.startswith("error: ") for one in errors)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_there_stays(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    assert run("k=sixty")[0] == 2
+    assert run("k=sixty", "-m")[0] == 2
+    assert list(tmp_path.rglob("*")) == [tmp_path / "results"]
