@@ -352,6 +352,11 @@ class PartStore:
         stored = {"digest": _digest([plain], {part: key}), "content": plain}
         write_atomic(self._path(part, key), json_bytes(stored))
 
+    def remove(self, part: str, key: str) -> None:
+        """Delete a part's result, if there is one."""
+        with translate_os_error(self.folder):
+            self._path(part, key).unlink(missing_ok=True)
+
     def _path(self, part: str, key: str) -> Path:
         return self.folder / f"{part}-{key}.json"
 

@@ -22,6 +22,7 @@ from topkbench.harness.canary import check_acting
 from topkbench.harness.fitting import fit_layers, learning_devices
 from topkbench.harness.reads import layers_read
 from topkbench.harness.sources import code_digest, modules_of
+from topkbench.harness.sweep import outcome_of
 from topkbench.harness.task import Context, Outcome, Task, TaskRow
 from topkbench.kernels.timing import machine_name, versions
 from topkbench.methods.base import PREVIOUS_QUERY, AnyMethod, TopKMethod
@@ -29,7 +30,6 @@ from topkbench.methods.learning import AnyLearningMethod, LearningMethod, Progre
 from topkbench.models import speculation
 from topkbench.models.attach import geometry_of
 from topkbench.models.load import LoadedModel
-from topkbench.models.step_count import MethodBypassedError
 
 
 def artifact_spec(
@@ -137,6 +137,19 @@ def run_cell(context: Context, task: Task) -> Outcome:
     runs out, ``out_of_memory``. Any other exception propagates.
     """
     reset_peak_memory(context.loaded.model.device)
+    try:
+        ready = checked_context(context, task)
+        return ready if isinstance(ready, Outcome) else task.run(ready)
+    except Exception as error:
+        return outcome_of(error)
+
+
+def checked_context(context: Context, task: Task) -> Context | Outcome:
+    """Return a cell's context with the method as it acts, or its rows if it cannot run.
+
+    Raises:
+        MethodBypassedError: If what a method selects does not reach the model's logits.
+    """
     method = context.method
     resolved, policy = context.resolved()
     reason = method.unsupported_reason(context.geometry, policy)
@@ -150,15 +163,8 @@ def run_cell(context: Context, task: Task) -> Outcome:
     if reason is not None:
         return Outcome([TaskRow("mean", status="skipped", reason=reason)], [])
     context = replace(context, method=resolved)
-    try:
-        check_acting(context)
-        return task.run(context)
-    except MethodBypassedError as error:
-        return Outcome([TaskRow("mean", status="wrong", reason=_sentence(error, 500))], [])
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
-            raise  # torch has no separate exception class for running out of CPU memory
-        return Outcome([TaskRow("mean", status="out_of_memory", reason=_sentence(error))], [])
+    check_acting(context)
+    return context
 
 
 def _speculation_unsupported_reason(loaded: LoadedModel, method: AnyMethod) -> str | None:
@@ -220,7 +226,3 @@ def reset_peak_memory(device: torch.device) -> None:
 
 def _read(path: Path) -> str:
     return path.read_text() if path.exists() else ""
-
-
-def _sentence(error: BaseException, max_chars: int = 200) -> str:
-    return " ".join(str(error).split())[:max_chars] or type(error).__name__

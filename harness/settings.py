@@ -29,7 +29,7 @@ from topkbench.kernels.full_attention.api import Backend
 from topkbench.methods.base import AnyMethod, Policy, check_multiple, check_whole
 from topkbench.models.load import Dtype, ModelShape, load_model, read_shape
 
-GROUPS = ("model", "task", "method", "protocol", "calibration", "tracker")
+GROUPS = ("model", "task", "method", "protocol", "calibration", "tracker", "report")
 # What a method's configuration holds for tables and figures; no setting of the method.
 APPEARANCE = ("label", "colour")
 # Keys of a node with a target that are Hydra's own.
@@ -61,7 +61,7 @@ class RunSettings:
     results_dir: str
     cache_dir: str
     artifact_dir: str
-    prefill_memory_gib: float | None
+    prefill_memory_gib: float
     calibration_memory_gib: float | None
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class RunSettings:
         for name in ("experiment_name", "cache_dir", "artifact_dir"):
             if not getattr(self, name).strip():
                 raise ValueError(f"{name} must not be empty.")
-        if self.prefill_memory_gib is not None and self.prefill_memory_gib < 0:
+        if self.prefill_memory_gib < 0:
             raise ValueError(
                 f"prefill_memory_gib must be at least 0, got {self.prefill_memory_gib}."
             )
@@ -120,6 +120,7 @@ class Composed:
     task: Task
     texts: CalibrationTexts
     tracker: Any
+    report: Any
 
     @classmethod
     def of(
@@ -142,7 +143,7 @@ class Composed:
         settings = {**settings, "method": without_appearance(settings["method"])}
         made = {
             group: construct(names, group, settings[group])
-            for group in ("method", "protocol", "task", "calibration", "tracker")
+            for group in ("method", "protocol", "task", "calibration", "tracker", "report")
         }
         composed = cls(settings, appearance, *made.values())
         composed._check_together(names)

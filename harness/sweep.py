@@ -3,11 +3,12 @@
 Only the states of one batch of prompts are in memory, whatever the number of prompts and cells.
 """
 
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -84,8 +85,8 @@ class PromptCell:
         prompts: All prompts, in order.
         plan: What is measured on which of them.
         records: What was measured so far, by part and number of the batch.
-        ended: The rows of a cell that ends early: it failed, or was skipped.
-        write: Stores a record, given its part and the number of its batch.
+        ended: The rows of a cell that ended early: it failed, or was skipped.
+        seconds: Time spent on measuring.
     """
 
     context: Context
@@ -94,10 +95,10 @@ class PromptCell:
     plan: Plan
     records: dict[str, dict[int, Record]] = field(default_factory=dict)
     ended: Outcome | None = None
-    write: Callable[[str, int, Record], None] = lambda part, number, record: None
+    seconds: float = 0.0
 
     @classmethod
-    def of(cls, context: Context, task: PromptTask, prompts: list[Prompt]) -> "PromptCell":
+    def of(cls, context: Context, task: PromptTask, prompts: list[Prompt]) -> Self:
         """Return a cell of which nothing has been measured."""
         plan = task.plan(context, prompts)
         if isinstance(plan, Outcome):
@@ -119,11 +120,26 @@ class PromptCell:
         ]
 
     def measure(self, part: str, number: int, batch: Sequence[Prompt]) -> None:
-        """Measure a part on a batch; a failure ends the cell."""
+        """Measure a part on a batch; an error that makes a row of its own ends the cell."""
+        began = time.perf_counter()
         prompts = self.plan.measured(part, batch)
-        record = self.task.measure(self.context, self.plan, part, prompts)
+        try:
+            record = self.task.measure(self.context, self.plan, part, prompts)
+            self.keep(part, number, record)
+        except Exception as error:
+            self.ended = self.outcome_of(error)
+        self.seconds += time.perf_counter() - began
+
+    def keep(self, part: str, number: int, record: Record) -> None:
+        """Add a record."""
         self.records[part][number] = record
-        self.write(part, number, record)
+
+    def outcome_of(self, error: Exception) -> Outcome:
+        """Return the row of a cell that an error ended, or raise it again."""
+        return outcome_of(error)
+
+    def refresh(self) -> None:
+        """Read what other processes have measured."""
 
     def result(self) -> Outcome:
         """Return the rows and samples, once everything has been measured."""
@@ -136,30 +152,43 @@ class PromptCell:
         return self.task.outcome(self.context, self.plan, self.prompts, records)
 
 
+Claim = Callable[[int, bool], AbstractContextManager[bool]]
+"""Given the number of a batch and whether to wait, claims it: yields whether this process may
+measure it now."""
+
+
+def always_mine(number: int, wait: bool) -> AbstractContextManager[bool]:
+    """Claim a batch where there is no other process."""
+    return nullcontext(True)
+
+
 def run_by_prompts(
     cells: Sequence[PromptCell],
     store: PrefillStore,
-    claim: Callable[[int], AbstractContextManager[None]] = lambda number: nullcontext(),
-    after: Callable[[int], None] = lambda number: None,
+    claim: Claim = always_mine,
+    after: Callable[[], None] = lambda: None,
 ) -> None:
     """Measure what is missing of cells over the same prompts, batch by batch.
 
     Args:
         cells: The cells, full attention first: its answers are what others are measured on.
-        store: The prompts' prefills.
-        claim: Given the number of a batch, returns a context that is entered while it is measured.
-        after: Called with the number of each batch after it was measured.
+        store: The prompts' prefills; only those of one batch are kept.
+        claim: Claims batches, so that no two processes measure the same.
+        after: Called after each batch.
     """
     answers: dict[str, list[int]] = {}  # full attention's, whichever cell decodes them
     for cell in cells:
         answers |= cell.context.full_answers
         cell.context = replace(cell.context, full_answers=answers)
-    for number, batch in enumerate(cells[0].batches() if cells else ()):
-        if any(cell.missing(number, batch) for cell in cells):
-            with claim(number):
-                _run_batch(cells, store, number, batch, answers)
-                store.release()
-        after(number)
+    numbered = list(enumerate(cells[0].batches() if cells else ()))
+    for wait in (False, True):  # batches that other processes measure come last
+        for number, batch in numbered:
+            if any(cell.missing(number, batch) for cell in cells):
+                with claim(number, wait) as is_mine:
+                    if is_mine:
+                        _run_batch(cells, store, number, batch, answers)
+            store.release()
+            after()
 
 
 def _run_batch(
@@ -169,16 +198,16 @@ def _run_batch(
     batch: Sequence[Prompt],
     answers: dict[str, list[int]],
 ) -> None:
+    for cell in cells:
+        cell.refresh()
     waiting = [cell for cell in cells if cell.missing(number, batch)]
     needs = frozenset[str]().union(*(cell.context.method.traits.needs for cell in waiting))
-    for prompt in batch:
+    for prompt in batch if waiting else ():
         store.get(prompt.prefill_ids, needs)
     for cell in cells:
         for part in cell.missing(number, batch):
-            try:
+            if cell.ended is None:
                 cell.measure(part, number, batch)
-            except Exception as error:
-                cell.ended = outcome_of(error)
         if not cell.context.method.selects and number in cell.records.get("answers", {}):
             for sample in cell.records["answers"][number]["samples"]:
                 answers[sample["sample_id"]] = sample["tokens"]

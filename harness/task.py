@@ -170,7 +170,7 @@ class Task(ABC):
         """Return where the prompts come from, in words; None for a task without prompts."""
         return None
 
-    def sample_counts(self, subtask: str) -> dict[str, int]:
+    def sample_counts(self, subtask: str) -> dict[str, Any]:
         """Return a row's columns that count the samples of the files that were read."""
         return {}
 

@@ -1,26 +1,18 @@
 """A prompt's prefill: computed once and shared by every cell that needs it."""
 
-import hashlib
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from topkbench.methods.base import PREFILL_NEEDS
 from topkbench.methods.captured import Captured
 from topkbench.models.compat import token_logits
-from topkbench.models.digests import states_digest
 from topkbench.models.watch import LayerCall, watched_attention
 
 
@@ -108,19 +100,15 @@ def prefill(
 
 
 class PrefillStore:
-    """Prefills by prompt: in memory up to a limit, then in files that several workers can share.
+    """The prefills of the prompts that are being decoded, in memory.
 
-    Every cell goes through the prompts in the same order, so evicting the oldest would always drop
-    the one needed next. Prompts beyond the limit therefore go to disk, and are memory-mapped.
+    A sweep goes through its prompts batch by batch and calls ``release`` after each, so that the
+    states of one batch are in memory.
 
     Args:
         model: The model; each store serves one model.
-        folder: Folder of the files; stores with the same folder share them.
-        memory_limit: Bytes to keep in memory; None for half of the free memory. With 0 every
-            prompt goes to a file.
-        identity: Digest of everything that the states depend on besides the prompt. Files are
-            named by it, so that stores share only files of the same identity. None to compute it
-            from the model's configuration and weights when the first file is needed.
+        kept_bytes: Bytes of states to keep at ``release``, those of the first prompts, for a sweep
+            that goes through few prompts several times.
         compute: Replaces ``prefill`` in tests.
 
     Attributes:
@@ -130,87 +118,36 @@ class PrefillStore:
     def __init__(
         self,
         model: PreTrainedModel,
-        folder: Path,
-        memory_limit: int | None = None,
-        identity: str | None = None,
+        kept_bytes: int = 0,
         compute: Callable[[PreTrainedModel, Sequence[int], frozenset[str]], Prefill] = prefill,
     ) -> None:
         self.model = model
-        self.folder = folder
+        self.kept_bytes = kept_bytes
         self.forwards = 0
         self._compute = compute
-        self._identity = identity
-        self._checked: set[tuple[Path, int, int]] = set()
-        self._in_memory: dict[str, Prefill] = {}
-        self._bytes_left = (
-            psutil.virtual_memory().available // 2 if memory_limit is None else memory_limit
-        )
+        self._states: dict[tuple[int, ...], Prefill] = {}
 
     def get(self, token_ids: Sequence[int], needs: frozenset[str] = frozenset()) -> Prefill:
-        """Return the prompt's states, computing them unless a store has already.
+        """Return the prompt's states, computed unless they are in memory.
 
         Args:
             token_ids: The prompt.
             needs: What must have been captured; if something is missing, the prefill runs again.
         """
         needs &= PREFILL_NEEDS
-        key = hashlib.sha256(" ".join(map(str, token_ids)).encode()).hexdigest()[:32]
-        if key in self._in_memory:
-            states = self._in_memory[key]
-            if not needs <= states.needs:
-                states = self._in_memory[key] = self.compute_states(token_ids, needs, states)
-            return states
-        spilled = not self._bytes_left or self.folder.exists()
-        stored = self._load(self._path(key)) if spilled else None
-        if stored is not None and needs <= stored.needs:
-            return stored
-        if stored is None and self._bytes_left > 0:
-            states = self.compute_states(token_ids, needs)
-            if states.num_bytes <= self._bytes_left:
-                self._bytes_left -= states.num_bytes
-                self._in_memory[key] = states
-                return states
-            # From here on every prompt goes to a file, so that all workers can use it.
-            self._bytes_left = 0
-            _save(states, self._path(key))
-            return states
-        path = self._path(key)
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            stored = self._load(path)
-            if stored is not None and needs <= stored.needs:
-                return stored
-            states = self.compute_states(token_ids, needs, stored)
-            _save(states, path)
-            return states
+        key = tuple(token_ids)
+        states = self._states.get(key)
+        if states is None or not needs <= states.needs:
+            states = self._states[key] = self.compute_states(token_ids, needs, states)
+        return states
 
     def release(self) -> None:
-        """Drop all states that are in memory."""
-        self._in_memory.clear()
-
-    def _path(self, key: str) -> Path:
-        """Return a prompt's file, named by everything that its states depend on."""
-        if self._identity is None:
-            self._identity = states_digest(self.model)
-        digest = hashlib.sha256(f"{self._identity} {key}".encode()).hexdigest()[:32]
-        return self.folder / f"{digest}.safetensors"
-
-    def _load(self, path: Path) -> Prefill | None:
-        """Return a file's prefill; None if there is no file, it is damaged or of another prompt.
-
-        Each store checks a file's digest once, and again if the file is replaced.
-        """
-        try:
-            status = path.stat()
-            stored, metadata = _read(path)
-            state = (path, status.st_ino, status.st_ctime_ns)
-            if state not in self._checked:
-                if metadata != _metadata(stored, path):
-                    return None
-                self._checked.add(state)
-        except (OSError, SafetensorError, KeyError, ValueError):
-            return None
-        return stored
+        """Drop the states that are not kept."""
+        left = self.kept_bytes
+        for key, states in list(self._states.items()):
+            left -= states.num_bytes
+            if left < 0:
+                del self._states[key]
 
     def compute_states(
         self, token_ids: Sequence[int], needs: frozenset[str], stored: Prefill | None = None
@@ -224,59 +161,3 @@ class PrefillStore:
             pairs = zip(stored.captured, captured, strict=True)
             captured = tuple(old.merged(new) for old, new in pairs)
         return replace(stored, captured=captured)
-
-
-def _save(states: Prefill, path: Path) -> None:
-    """Write a prefill to a temporary file and rename it, so that readers see only whole files."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        save_file(_tensors(states), unfinished, metadata=_metadata(states, path))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _tensors(states: Prefill) -> dict[str, Tensor]:
-    """Return a prefill as named tensors."""
-    tensors = {"logits": states.logits, "milliseconds": torch.tensor(states.milliseconds)}
-    for layer in range(states.num_layers):
-        tensors[f"keys.{layer}"] = states.key_states[layer]
-        tensors[f"values.{layer}"] = states.value_states[layer]
-    for layer, one in enumerate(states.captured):
-        for need in one.needs:
-            tensors[f"{need}.{layer}"] = getattr(one, need)
-            tensors[f"{need}_ms.{layer}"] = torch.tensor(one.milliseconds[need])
-    return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-
-
-def _metadata(states: Prefill, path: Path) -> dict[str, str]:
-    """Return a file's metadata: its name, number of tokens and tensors, and a digest."""
-    tensors = _tensors(states)
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)} ".encode())
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())
-    counts = {"tokens": str(states.num_tokens), "tensors": str(len(tensors))}
-    return {"name": path.stem, **counts, "digest": digest.hexdigest()}
-
-
-def _read(path: Path) -> tuple[Prefill, dict[str, str]]:
-    """Return a file's prefill and its metadata."""
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        num_layers = sum(name.startswith("keys.") for name in names)
-        needs = frozenset(need for need in PREFILL_NEEDS if f"{need}.0" in names)
-        captured = []
-        for layer in range(num_layers if needs else 0):
-            tensors = {need: file.get_tensor(f"{need}.{layer}") for need in needs}
-            took = {need: float(file.get_tensor(f"{need}_ms.{layer}")) for need in needs}
-            captured.append(Captured(needs, milliseconds=took, **tensors))
-        stored = Prefill(
-            tuple(file.get_tensor(f"keys.{layer}") for layer in range(num_layers)),
-            tuple(file.get_tensor(f"values.{layer}") for layer in range(num_layers)),
-            file.get_tensor("logits"),
-            float(file.get_tensor("milliseconds")),
-            tuple(captured),
-        )
-        return stored, dict(file.metadata() or {})

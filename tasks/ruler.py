@@ -127,7 +127,7 @@ class Ruler(GenerationTask):
         how = "partly raw" if len(wrapped) > 1 else "chat template" if True in wrapped else "raw"
         return f"RULER {self._official.digest} ({how})"
 
-    def sample_counts(self, subtask: str) -> dict[str, int]:
+    def sample_counts(self, subtask: str) -> dict[str, Any]:
         if self._official is None:
             return {}
         counts = self._official.counts

@@ -80,7 +80,7 @@ class Machine:
         }
         self._folder = folder
         self._loaded = instantiate(compose("config", overrides=[*SETTINGS]).model)
-        self._store = PrefillStore(self._loaded.model, folder / "prefills", 2**30)
+        self._store = PrefillStore(self._loaded.model)
         self._full: dict[str, dict[str, list[int]]] = {}  # full attention's answers by question
 
     def run(

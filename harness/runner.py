@@ -1,0 +1,473 @@
+"""Runs a sweep: loads each model once, fits what must be fitted, and measures all its cells."""
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from tqdm import tqdm
+
+from topkbench.analysis.console import say, say_error
+from topkbench.analysis.files import NotWritableError
+from topkbench.analysis.journal import Claims, Journal
+from topkbench.analysis.record import Cell, PartStore, Row, Status, Sweep, identity
+from topkbench.harness.cell import (
+    checked_context,
+    peak_memory_mib,
+    prepare_method,
+    reset_peak_memory,
+    run_cell,
+)
+from topkbench.harness.commit import git_state
+from topkbench.harness.decoding import Prompt
+from topkbench.harness.run import ROOT, Run, answers_in, describe
+from topkbench.harness.settings import Composed, Names, construct
+from topkbench.harness.sweep import PromptCell, PromptTask, Record, outcome_of, run_by_prompts
+from topkbench.harness.task import Outcome, TaskRow
+from topkbench.models.load import LoadedModel
+from topkbench.models.prefill import PrefillStore
+
+
+@dataclass(frozen=True)
+class Job:
+    """One composed configuration of a sweep.
+
+    Attributes:
+        composed: The configuration, checked.
+        full: The same with full attention; the same object if that is the method.
+        choices: The option chosen in each group, such as ``{"method": "hata"}``.
+    """
+
+    composed: Composed
+    full: Composed
+    choices: Mapping[str, str]
+
+
+class Runner:
+    """Runs the jobs of one sweep in this process.
+
+    Args:
+        sweep: The sweep.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.parts = PartStore(sweep.results_dir)
+        self._fitted: set[str] = set()
+        self._reported: set[str] = set()
+        self._last_score: float | None = None
+
+    def run(self, jobs: Sequence[Job]) -> float | None:
+        """Run all jobs, those of one model together; return the score of the last one's cell."""
+        by_model: dict[str, list[Job]] = {}
+        for job in jobs:
+            by_model.setdefault(json.dumps(job.composed.settings["model"]), []).append(job)
+        for of_model in by_model.values():
+            settings = of_model[0].composed.settings
+            try:
+                loaded: LoadedModel = construct(
+                    Names({}), "model", settings["model"], cache_dir=settings["cache_dir"]
+                )
+            except Exception as error:  # rows say why, and the sweep goes on with other models
+                for job in of_model:
+                    self.refuse(error, job.choices, job.composed.settings)
+                continue
+            self._run_model(loaded, of_model)
+        return self._last_score
+
+    def _run_model(self, loaded: LoadedModel, jobs: Sequence[Job]) -> None:
+        kept_gib = jobs[0].composed.settings["prefill_memory_gib"]
+        store = PrefillStore(loaded.model, int(kept_gib * 2**30))
+        cells: dict[str, SweepCell] = {}
+        for job in jobs:
+            try:
+                self._add(cells, job, loaded)
+            except NotWritableError:
+                raise
+            except Exception as error:  # its method cannot be fitted, or its prompts not be made
+                self.refuse(error, job.choices, job.composed.settings)
+        waiting = [cell for cell in cells.values() if not cell.is_found()]
+        for cell in cells.values():
+            if cell not in waiting:
+                cell.report_found()
+        groups: dict[str, list[SweepCell]] = {}
+        for cell in waiting:
+            groups.setdefault(cell.group, []).append(cell)
+        # The cells of a sweep end in the order in which their groups were named.
+        for name, group in groups.items():
+            if isinstance(group[0].run.task, PromptTask):
+                self._run_by_prompts(name, group, store)
+            else:
+                for cell in group:
+                    cell.run_alone(store)
+        rows = cells[list(cells)[-1]].cell.read() if cells else []
+        self._last_score = next((row.score for row in rows if row.subtask == "mean"), None)
+
+    def _add(self, cells: dict[str, "SweepCell"], job: Job, loaded: LoadedModel) -> None:
+        """Add a job's cell, and that of full attention, unless they are among the cells."""
+        run = self._prepare(job.composed, job.full, loaded)
+        full = None
+        if run.task.needs_full and job.full is not job.composed:
+            full_run = self._prepare(job.full, job.full, loaded)
+            full = cells.setdefault(full_run.identity, SweepCell(full_run, self, None))
+        cells.setdefault(run.identity, SweepCell(run, self, full))
+        for cell in (cells[run.identity], full):
+            if cell is not None:
+                self.sweep.append(cell.run.identity)
+
+    def _prepare(self, composed: Composed, full: Composed, loaded: LoadedModel) -> Run:
+        """Return a configuration's run, its method fitted first if there is no artifact."""
+        artifact, task, settings = None, composed.task, composed.settings
+        if task.uses_model and task.fits_methods:
+            # Several cells use the same artifact; with force=true a process fits it once.
+            name = identity({part: settings[part] for part in ("model", "method", "calibration")})
+            refit = settings["force"] and task.refits and name not in self._fitted
+            self._fitted.add(name)
+            memory_gib = settings["calibration_memory_gib"]
+            with tqdm(desc=f"{composed.method.name} learns", disable=None, leave=False) as bar:
+
+                def show(done: int, total: int) -> None:
+                    bar.total = total
+                    bar.update(done - bar.n)
+
+                artifact = prepare_method(
+                    loaded,
+                    composed.method,
+                    composed.texts,
+                    settings["artifact_dir"],
+                    show,
+                    None if memory_gib is None else int(memory_gib * 2**30),
+                    refit,
+                )
+        return Run(composed, full.method, loaded, artifact)
+
+    def _run_by_prompts(
+        self, group: str, cells: Sequence["SweepCell"], store: PrefillStore
+    ) -> None:
+        """Measure the cells of one group batch by batch; each is written when its last is in."""
+        # Full attention first, as others are judged on its answers.
+        ordered = sorted(cells, key=lambda one: one.run.method.selects)
+        claims = Claims(self.sweep.results_dir / "claims" / group)
+        started = [cell for cell in ordered if cell.begin(store)]
+        progress = Progress(started)
+
+        def after() -> None:
+            progress.update()
+            for cell in ordered:
+                cell.write_if_complete()
+
+        after()
+        run_by_prompts([cell.measured for cell in started], store, claims.claim, after)
+        progress.close()
+
+    def say_once(self, error: Exception) -> str:
+        """Print an error's message unless it was printed before; return it in one line."""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if reason not in self._reported:
+            self._reported.add(reason)
+            say_error(reason)
+        return reason
+
+    def refuse(
+        self, error: Exception, choices: Mapping[str, str], settings: Mapping[str, Any]
+    ) -> None:
+        """Print once why a configuration cannot be run, and write a row with the same reason."""
+        reason = self.say_once(error)
+        whole: dict[str, Any] = {
+            name: settings[name] for name in ("k", "rbit") if type(settings.get(name)) is int
+        }
+        chosen: dict[str, Any] = {name: str(choices[name]) for name in ("model", "task", "method")}
+        # Axes of the sweep that the reason does not name make no rows of their own.
+        run_id = identity({"refused": reason, "k": whole.get("k"), **chosen})
+        if run_id in self.sweep.identities():
+            return
+        row = Row(
+            run_id=run_id,
+            status=Status.FAILED,
+            reason=reason,
+            **chosen,
+            subtask="mean",
+            **whole,
+            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            **git_state(ROOT),
+        )
+        cell = self.sweep.store.cell(run_id)
+        with cell.lock():
+            cell.begin(row)
+            cell.write([row], [], {}, "".join(traceback.format_exception(error)))
+        self.sweep.append(run_id)
+
+
+@dataclass(eq=False)
+class SweepCell:
+    """A cell of a sweep: measured by itself or prompt by prompt, and written when it has ended.
+
+    Attributes:
+        run: The cell.
+        runner: The sweep's.
+        full: Full attention's cell, with which it is compared; None if it is not compared.
+        measured: What was measured so far of a cell that is measured prompt by prompt.
+        is_written: Whether the cell has ended in this process.
+    """
+
+    run: Run
+    runner: Runner
+    full: "SweepCell | None"
+    measured: "JournaledCell" = field(init=False)
+    is_written: bool = False
+
+    @property
+    def cell(self) -> Cell:
+        """The cell's folder."""
+        return self.runner.sweep.store.cell(self.run.identity)
+
+    @property
+    def group(self) -> str:
+        """The identity of the cells that share prompts and batches with this one."""
+        task, payload = self.run.task, self.run.payload
+        if not isinstance(task, PromptTask):
+            return self.run.identity
+        inputs = {name: payload["task"].get(name) for name in ("inputs", "question", "batch_size")}
+        return identity({"task": task.name, "model": payload["model"], **inputs})
+
+    def is_found(self) -> bool:
+        """Return whether the cell has ended before and need not run again."""
+        return not self.run.settings["force"] and self.cell.finished()
+
+    def report_found(self) -> None:
+        """Track a cell that was found, unless it was tracked before."""
+        if self.run.task.refits:
+            say(f"{describe(self.cell.read())}: found, and not fitted again")
+        self._track()
+
+    def run_alone(self, store: PrefillStore) -> None:
+        """Run the whole cell."""
+        with self.cell.lock():
+            self.cell.begin(self.run.row())
+        began = time.perf_counter()
+        log = ""
+        try:
+            reset_peak_memory(self.run.loaded.model.device)
+            outcome = run_cell(self.run.context(store, self._full_answers()), self.run.task)
+        except NotWritableError:
+            raise
+        except Exception as error:  # the row says why the cell failed, and the sweep goes on
+            log, outcome = traceback.format_exc(), failed(error)
+        peak = peak_memory_mib(self.run.loaded.model.device)
+        self._write(outcome, log, time.perf_counter() - began, (), peak)
+
+    def begin(self, store: PrefillStore) -> bool:
+        """Begin to measure a cell prompt by prompt; return whether there is anything to measure."""
+        with self.cell.lock():
+            self.cell.begin(self.run.row())
+        context = self.run.context(store, self._full_answers())
+        task = self.run.task
+        assert isinstance(task, PromptTask)
+        try:
+            ready = checked_context(context, task)
+            if isinstance(ready, Outcome):
+                self._write(ready)
+                return False
+            self.measured = JournaledCell.of(ready, task, task.tokenised(context.loaded))
+            self.measured.open(self.run, self.runner.parts)
+        except NotWritableError:
+            raise
+        except Exception as error:
+            self._write(ended_by(error), traceback.format_exc())
+            return False
+        return True
+
+    def write_if_complete(self) -> None:
+        """Write the cell once its last batch is in, and full attention's cell has ended."""
+        if self.is_written or not self.measured.is_complete():
+            return
+        if self.full is not None and not (self.full.is_written or self.full.is_found()):
+            return
+        measured = self.measured
+        measured.close(self.runner.parts)
+        try:
+            outcome, log = measured.result(), measured.log
+        except Exception as error:
+            outcome, log = failed(error), traceback.format_exc()
+        peak = None if measured.found else measured.peak_mib
+        self._write(outcome, log, measured.seconds, measured.found, peak)
+
+    def _full_answers(self) -> dict[str, list[int]]:
+        """Return full attention's answers, if its cell was found."""
+        return {} if self.full is None else answers_in(self.full.cell.samples())
+
+    def _write(
+        self,
+        outcome: Outcome,
+        log: str = "",
+        seconds: float = 0.0,
+        found: Sequence[str] = (),
+        peak_mib: float | None = None,
+    ) -> None:
+        rows = self.run.rows(outcome, self.full.cell if self.full else None, found, peak_mib)
+        ended = f"{describe(rows)}, {seconds:.1f} s"
+        with self.cell.lock():
+            self.cell.write(rows, outcome.samples, self.run.settings, f"{log}\n{ended}".strip())
+        self.is_written = True
+        say(ended)
+        for row in rows:
+            if not row.status.settled:
+                say_error(row.reason)
+        self._track()
+
+    def _track(self) -> None:
+        """Log the cell to the tracker, unless that was done; a killed process may not have."""
+        cell, sweep = self.cell, self.runner.sweep
+        if cell.tracked:
+            return
+        tracker = self.run.composed.tracker
+        if tracker.log_cell(
+            sweep.folder, sweep.title, cell.read(), cell.samples(), cell.config(), cell.attempt
+        ):
+            cell.mark_tracked()
+
+
+@dataclass
+class JournaledCell(PromptCell):
+    """A cell whose records are on disk as soon as they are measured.
+
+    Attributes:
+        journals: Each part's journal.
+        found: The parts that were whole before anything was measured.
+        peak_mib: Peak memory while the cell was measured, in MiB.
+        log: The traceback of the error that ended it.
+    """
+
+    journals: dict[str, Journal] = field(default_factory=dict)
+    found: tuple[str, ...] = ()
+    peak_mib: float = 0.0
+    log: str = ""
+    _read_whole: Callable[[str], dict[str, Any] | None] = lambda part: None
+
+    def open(self, run: Run, parts: PartStore) -> None:
+        """Read what was measured before; with ``force=true`` it is deleted."""
+        self.journals = {
+            part: Journal(parts.folder / f"{part}-{run.keys[part]}", same_record)
+            for part in self.plan.parts
+        }
+        if run.settings["force"]:
+            for journal in self.journals.values():
+                journal.remove()
+            for part in self.plan.parts:
+                parts.remove(part, run.keys[part])
+        self._keys = run.keys
+        self._read_whole = lambda part: parts.read(part, run.keys[part])
+        self.found = tuple(part for part in self.plan.parts if self._read_whole(part) is not None)
+        self.refresh()
+
+    def refresh(self) -> None:
+        for part, journal in self.journals.items():
+            if not self.records[part] or not self._is_whole(part):
+                whole = self._read_whole(part)
+                records = whole["records"] if whole is not None else journal.read()
+                self.records[part] = {int(number): one for number, one in records.items()}
+
+    def _is_whole(self, part: str) -> bool:
+        numbered = enumerate(self.batches())
+        return all(
+            number in self.records[part]
+            for number, batch in numbered
+            if self.plan.measured(part, batch)
+        )
+
+    def is_complete(self) -> bool:
+        """Return whether the cell has ended, or all of its parts are measured."""
+        return self.ended is not None or all(map(self._is_whole, self.plan.parts))
+
+    def close(self, parts: PartStore) -> None:
+        """Write each whole part as one file, and delete its journal."""
+        for part, journal in self.journals.items():
+            if part not in self.found and self._is_whole(part):
+                records = {str(number): one for number, one in self.records[part].items()}
+                parts.write(part, self._keys[part], {"records": records})
+            if self._is_whole(part):
+                journal.remove()
+
+    def measure(self, part: str, number: int, batch: Sequence[Prompt]) -> None:
+        device = self.context.loaded.model.device
+        reset_peak_memory(device)
+        try:
+            with self.journals[part].measuring(number):
+                super().measure(part, number, batch)
+        except MemoryError as error:
+            self.ended = outcome_of(error)
+        self.peak_mib = max(self.peak_mib, peak_memory_mib(device))
+
+    def keep(self, part: str, number: int, record: Record) -> None:
+        self.journals[part].append(number, record)
+        super().keep(part, number, record)
+
+    def outcome_of(self, error: Exception) -> Outcome:
+        if isinstance(error, NotWritableError):
+            raise error
+        self.log = traceback.format_exc()
+        return ended_by(error)
+
+
+def ended_by(error: Exception) -> Outcome:
+    """Return the row of a cell that an error ended."""
+    try:
+        return outcome_of(error)
+    except Exception as other:
+        return failed(other)
+
+
+def failed(error: Exception) -> Outcome:
+    """Return the row of a cell that an unexpected error ended."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return Outcome([TaskRow("mean", status="failed", reason=reason)], [])
+
+
+def same_record(one: Record, other: Record) -> bool:
+    """Return whether two records of one batch agree in all that does not vary from run to run."""
+
+    def without_times(sample: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in sample.items() if name != "prefill_ms"}
+
+    return [*map(without_times, one.get("samples", ()))] == [
+        *map(without_times, other.get("samples", ()))
+    ]
+
+
+class Progress:
+    """Says how far the cells of a group are: a bar on a terminal, else a line every 30 s."""
+
+    INTERVAL_S = 30.0
+
+    def __init__(self, cells: Sequence[SweepCell]) -> None:
+        self._cells = cells
+        total = sum(len(cell.measured.prompts) for cell in cells)
+        self._bar = tqdm(total=total, desc="samples", disable=None, leave=False)
+        self._total, self._began = total, time.monotonic()
+        self._done_at_start = self._done()
+        self._said = self._began
+
+    def _done(self) -> int:
+        return sum(
+            len(batch)
+            for cell in self._cells
+            for number, batch in enumerate(cell.measured.batches())
+            if not cell.measured.missing(number, batch)
+        )
+
+    def update(self) -> None:
+        """Show what is done now."""
+        done, now = self._done(), time.monotonic()
+        self._bar.update(done - self._bar.n)
+        if self._bar.disable and now - self._said >= self.INTERVAL_S:
+            self._said = now
+            measured = done - self._done_at_start
+            left = (now - self._began) / max(1, measured) * (self._total - done)
+            say(f"{done} of {self._total} samples, about {left / 60:.0f} min left")
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.close()
