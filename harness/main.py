@@ -586,7 +586,9 @@ def refuse(error: Exception, config: DictConfig, sweep: Sweep, kept: Kept) -> No
         kept.reported.add(reason)
         say_error(reason)
     written: Any = OmegaConf.to_container(config)
-    whole = {name: written.get(name) for name in ("k", "rbit") if type(written.get(name)) is int}
+    whole: dict[str, Any] = {
+        name: written.get(name) for name in ("k", "rbit") if type(written.get(name)) is int
+    }
     choices = HydraConfig.get().runtime.choices
     chosen: dict[str, Any] = {name: str(choices[name]) for name in ("model", "task", "method")}
     # Axes of the sweep that the reason does not name make no rows of their own.
