@@ -35,6 +35,7 @@ from topkbench.methods.states import (
     Ranking,
     Remainder,
     Selection,
+    SharedState,
     StepContext,
     StepResult,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "ScoreKind",
     "ScoringMethod",
     "Selection",
+    "SharedState",
     "StageTimer",
     "StepContext",
     "StepResult",
@@ -118,7 +120,7 @@ class Geometry:
     model_digest: str = ""
 
     @property
-    def identity(self) -> dict[str, object]:
+    def identity(self) -> dict[str, SharedState]:
         """The model's digest and attention shape, by which an artifact is tied to its model."""
         names = ("model_digest", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         return {name: getattr(self, name) for name in names}
@@ -136,7 +138,8 @@ class Traits:
             ``"running"``: also what covers several tokens (a page's bounds, a sum), so that an
             index of more tokens does not contain those of fewer.
             ``"prompt"``: also statistics of the prompt alone (a mean, a codebook), so that
-            appending tokens differs from rebuilding the index.
+            appending tokens differs from rebuilding the index, which is then never rebuilt from
+            tokens that were decoded.
             ``"history"``: what depends on earlier selections or on which tokens were decoded, so
             that it cannot be rebuilt, and each budget needs its own index.
         variable_budget: Whether a head may select fewer tokens than ``k``.
@@ -148,6 +151,11 @@ class Traits:
     index: IndexKind = "token"
     variable_budget: bool = False
     per_kv_head: bool = False
+
+    @property
+    def depends_on_prompt(self) -> bool:
+        """Whether the index depends on which of its tokens were the prompt."""
+        return self.index in ("prompt", "history")
 
     @property
     def restricts(self) -> bool:
@@ -254,7 +262,7 @@ class TopKMethod(ABC, Generic[IndexT, QueryT]):
         context: StepContext,
         capacity: int,
         captured: Mapping[str, Tensor | None],
-        shared: dict[str, object] | None = None,
+        shared: dict[str, SharedState] | None = None,
     ) -> IndexT:
         """Build the index of all tokens before a step's current one; ``append`` adds that.
 
