@@ -64,7 +64,7 @@ class Experiment:
     batch_sizes: Sequence[int] = ()
     batch_length: int = 32768
     methods: Sequence[str] = field(default_factory=variants.names)
-    slow: Sequence[Sequence[str]] = ((),)
+    slow: Sequence[Sequence[Operator]] = ((),)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -73,7 +73,7 @@ class Experiment:
         return list(dict.fromkeys([*((length, 1) for length in self.lengths), *batches]))
 
     @property
-    def timed(self) -> list[tuple[str, Sequence[str]]]:
+    def timed(self) -> list[tuple[str, Sequence[Operator]]]:
         """Pairs of a method and its operators that run in torch; full attention has none."""
         return [
             (method, slow)

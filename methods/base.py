@@ -527,7 +527,7 @@ def copy_of(method: MethodT, **settings: object) -> MethodT:
     return copied
 
 
-def with_impl(method: MethodT, impl: Impl | Mapping[Any, Impl]) -> MethodT:
+def with_impl(method: MethodT, impl: Impl | Mapping[Operator, Impl]) -> MethodT:
     """Return a copy of a method that runs other implementations of the operators."""
     return copy_of(method, impl=impl)
 

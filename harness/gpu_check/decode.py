@@ -17,7 +17,7 @@ from topkbench.harness.gpu_check.workplace import Workplace, wrong_operators
 from topkbench.harness.layer import one_layer
 from topkbench.harness.outcome import Unavailable
 from topkbench.harness.planted import DTYPES, PlantedStates
-from topkbench.kernels.dispatch import OPERATORS, Impl
+from topkbench.kernels.dispatch import OPERATORS, Impl, Operator
 from topkbench.kernels.testing import (
     WrongResult,
     assert_near,
@@ -34,14 +34,14 @@ _PREPARED = (2, 4096)  # batch rows and tokens with which FlashInfer is prepared
 _NUM_BASELINES = 3  # each method is timed in turn with this many of the fastest dense baselines
 
 
-class _UsedOperators(dict[str, Impl]):
+class _UsedOperators(dict[Operator, Impl]):
     """The implementation of each operator; records the names that were looked up."""
 
     def __init__(self) -> None:
         super().__init__(dict.fromkeys(OPERATORS, "triton"))
         self.names: set[str] = set()
 
-    def get(self, name: str, default: Any = None) -> Any:
+    def get(self, name: Operator, default: Any = None) -> Any:
         self.names.add(name)
         return super().get(name, default)
 

@@ -181,7 +181,7 @@ def test_bad_settings_and_artifacts_are_refused() -> None:
         HashAttention(bits=48)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         HashAttention(steps=0)
-    with pytest.raises(ValueError, match="learning_rate must be positive, got 0"):
+    with pytest.raises(ValueError, match="learning_rate must be above 0, got 0"):
         HashAttention(learning_rate=0)
     with pytest.raises(ValueError, match="got no artifact"):
         HashAttention().build_index(prefill(torch.zeros(1, 2, 3, 16)))
