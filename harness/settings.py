@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
+from topkbench.analysis.record import RecordError
 from topkbench.harness.calibration import CalibrationTexts
 from topkbench.harness.decoding import Question
 from topkbench.harness.task import Task
@@ -252,7 +253,7 @@ def naming(names: Names, path: str, known: Iterable[str]) -> Iterator[None]:
         yield
     except SettingsError:
         raise
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecordError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         first = re.match(r"\w+", text)
         if first is not None and first[0] in known:

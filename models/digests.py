@@ -11,8 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from topkbench.models.encoding import answer_ends, template_around
 from topkbench.models.files import is_of_this_user
@@ -93,16 +92,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
             },
         }
     )
-
-
-def states_digest(model: PreTrainedModel) -> str:
-    """Return 16 hex digits of a model's configuration and of its weights in memory."""
-    digest = hashlib.sha256(_short(_settings(model.config.to_dict())).encode())
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(plain.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 # Settings that say where a model was loaded from and by which release; answers do not depend on

@@ -145,7 +145,7 @@ def loaded() -> LoadedModel:
 
 @pytest.fixture
 def store(loaded: LoadedModel, tmp_path: Path) -> PrefillStore:
-    return PrefillStore(loaded.model, tmp_path / "prefill", 2**30)
+    return PrefillStore(loaded.model)
 
 
 @pytest.fixture(scope="session")

@@ -55,11 +55,10 @@ ALLOWED = {
 ALLOWED_TO_ONE = {
     "kernels/full_attention/libraries.py": ("flash_attn", "flash_attn_interface", "flashinfer"),
     "methods/magicpig.py": ("numpy",),
-    "harness/main.py": (
-        *("hydra", "omegaconf", "topkbench.analysis.stats", "topkbench.analysis.console"),
-    ),
+    "harness/main.py": ("hydra", "omegaconf", "topkbench.analysis.console"),
+    "harness/run.py": ("pandas", "topkbench.analysis.stats"),
+    "harness/runner.py": ("topkbench.analysis.console", "topkbench.analysis.journal"),
     "analysis/tracking.py": ("wandb", "wandb_workspaces"),
-    "analysis/sweep_callback.py": ("hydra", "omegaconf"),
 }
 
 

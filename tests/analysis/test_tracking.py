@@ -9,19 +9,16 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pandas as pd
 import pytest
 import wandb
-from hydra.core.utils import JobReturn, JobStatus
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 
 from topkbench.analysis import report, tracking
 from topkbench.analysis.record import Row, Sweep, frame
-from topkbench.analysis.sweep_callback import ReportCallback
+from topkbench.analysis.sweep_report import SweepReport
 from topkbench.analysis.tracking import NoTracker, Session, WandbTracker, dashboard, session
 from topkbench.analysis.wandb_payload import cell_config, curves, plain_config, run_name, summary
 
@@ -361,11 +358,8 @@ def test_saving_the_workspace_needs_the_network(capsys: pytest.CaptureFixture[st
     )
 
 
-def hydra_config(sweep: Sweep, **more: object) -> Any:
-    given = {"task": ["method=hata"], "hydra": []}
-    folder = str(sweep.folder)
-    hydra = {"sweep": {"dir": folder}, "run": {"dir": folder}, "overrides": given}
-    return OmegaConf.create({"hydra": hydra, "results_dir": str(sweep.results_dir), **more})
+def finish(sweep: Sweep) -> int:
+    return SweepReport().finish(sweep, "python run.py", NoTracker())
 
 
 def test_the_last_line_is_the_path_of_the_report(
@@ -374,8 +368,7 @@ def test_the_last_line_is_the_path_of_the_report(
     sweep = Sweep(tmp_path / "default" / "one", tmp_path)
     sweep.store.cell("0" * 16).write([row(method="hata", k=64, score=1.0)], [], {}, "")
     sweep.append("0" * 16)
-    tracker = {"_target_": "topkbench.analysis.tracking.NoTracker"}
-    ReportCallback().on_multirun_end(hydra_config(sweep, tracker=tracker))
+    assert finish(sweep) == 0
     lines = capsys.readouterr().out.rstrip().splitlines()
     assert lines[-1] == str(sweep.folder / "report.html")
     assert any(line.startswith("HATA") for line in lines)
@@ -390,12 +383,7 @@ def test_a_cell_that_failed_makes_the_sweep_fail(
     sweep = Sweep(tmp_path / "default" / "one", tmp_path)
     sweep.store.cell("0" * 16).write([row(status=status, reason="why.")], [], {}, "")
     sweep.append("0" * 16)
-    if status in ("ok", "skipped"):
-        ReportCallback().on_run_end(hydra_config(sweep))
-    else:
-        with pytest.raises(SystemExit) as caught:
-            ReportCallback().on_run_end(hydra_config(sweep))
-        assert caught.value.code == 3
+    assert finish(sweep) == (0 if status in ("ok", "skipped") else 3)
     assert (sweep.folder / "report.html").exists()
 
 
@@ -404,23 +392,21 @@ def test_a_report_that_cannot_be_written_gives_an_error_of_one_sentence(
 ) -> None:
     (small_sweep.folder / "figures").write_text("in the way")
     with pytest.raises(SystemExit) as caught:
-        ReportCallback().on_multirun_end(hydra_config(small_sweep))
-    assert caught.value.code == 2
+        finish(small_sweep)
+    assert caught.value.code == 1
     assert "results folder must be writable" in capsys.readouterr().err
 
 
 def test_a_report_that_fails_for_any_reason_gives_an_error_of_one_sentence(
     small_sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Hydra would turn the exception into a warning and the exit status into 0."""
-
     def fail(*arguments: object, **keywords: object) -> None:
         raise RuntimeError("no font\nwas found")
 
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(SystemExit) as caught:
-        ReportCallback().on_multirun_end(hydra_config(small_sweep))
-    assert caught.value.code == 2
+        finish(small_sweep)
+    assert caught.value.code == 1
     assert capsys.readouterr().err == (
         "error: the report could not be made (RuntimeError: no font was found), but all rows are in"
         f" {small_sweep.store.folder};"
@@ -428,68 +414,6 @@ def test_a_report_that_fails_for_any_reason_gives_an_error_of_one_sentence(
     )
     assert len(pd.read_parquet(small_sweep.folder / "rows.parquet")) == len(small_sweep.rows()) > 0
     assert all(cell.finished() for cell in small_sweep.cells())
-
-
-@pytest.mark.parametrize(
-    ("results_dir", "message"),
-    [
-        ("", "results_dir must name a folder, got ''; the default is results_dir=results."),
-        (" ", "results_dir must name a folder, got ' '; the default is results_dir=results."),
-        (None, "results_dir must name a folder, got None; the default is results_dir=results."),
-        (7, "results_dir must name a folder, got 7; the default is results_dir=results."),
-        (
-            "{tmp}/file",
-            "the results folder must be writable, but {tmp}/file is not ({tmp}/file is not a"
-            " folder); choose another with results_dir=PATH.",
-        ),
-        (
-            "{tmp}/file/below/it",
-            "the results folder must be writable, but {tmp}/file/below/it is not ({tmp}/file is not"
-            " a folder); choose another with results_dir=PATH.",
-        ),
-    ],
-)
-def test_a_folder_of_results_is_checked_before_anything_is_computed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], results_dir: Any, message: str
-) -> None:
-    (tmp_path / "file").write_text("in the way")
-    if isinstance(results_dir, str):
-        results_dir = results_dir.format(tmp=tmp_path)
-    config = hydra_config(Sweep(tmp_path / "a", tmp_path), results_dir=results_dir)
-    for start in (ReportCallback().on_run_start, ReportCallback().on_multirun_start):
-        with pytest.raises(SystemExit) as caught:
-            start(config)
-        assert caught.value.code == 1
-        assert capsys.readouterr().err == f"error: {message.format(tmp=tmp_path)}\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_what_killed_processes_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
-    left = [
-        tmp_path / "results" / "cells" / "0123456789abcdef" / ".rows.json.0123456789abcdef.part",
-        tmp_path / "results" / "parts" / ".speed-1.json.0123456789abcdef.part",
-        tmp_path / "results" / "a" / "b" / "now" / "figures" / ".x.png.0123456789abcdef.part",
-        tmp_path / "cache" / "samples" / ".ruler-1.jsonl.0123456789abcdef.part",
-    ]
-    kept = [
-        tmp_path / "results" / "cells" / "0123456789abcdef" / "rows.json",
-        tmp_path / "results" / ".film.mkv.part",  # of somebody else
-    ]
-    for path in (*left, *kept):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("half")
-    sweep = Sweep(tmp_path / "results" / "sweep" / "now", tmp_path / "results")
-    ReportCallback().on_run_start(hydra_config(sweep, cache_dir=str(tmp_path / "cache")))
-    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
-
-
-def test_nothing_is_reported_where_no_cell_ran_or_the_job_raised(
-    tmp_path: Path, small_sweep: Sweep, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ReportCallback().on_multirun_end(hydra_config(Sweep(tmp_path / "a" / "b", tmp_path)))
-    failed = cast(JobReturn, SimpleNamespace(status=JobStatus.FAILED))
-    ReportCallback().on_run_end(hydra_config(small_sweep), job_return=failed)
-    assert capsys.readouterr().out == ""
 
 
 def test_the_empty_tracker_accepts_every_call() -> None:

@@ -70,9 +70,9 @@ BAD = {
     "results_dir=7": "results_dir must be text, got 7; quotes inside quotes make it text",
     "cache_dir=null": "cache_dir must be text, got null.",
     "artifact_dir=true": "artifact_dir must be text, got true; quotes",
-    "prefill_memory_gib=abc": "prefill_memory_gib must be a finite number or null, got 'abc'.",
+    "prefill_memory_gib=abc": "prefill_memory_gib must be a finite number, got 'abc'.",
     "prefill_memory_gib=-1": "prefill_memory_gib must be at least 0, got -1.",
-    "prefill_memory_gib=nan": "prefill_memory_gib must be a finite number or null, got nan.",
+    "prefill_memory_gib=nan": "prefill_memory_gib must be a finite number, got nan.",
     "calibration_memory_gib=0": "calibration_memory_gib must be above 0, got 0.",
     "calibration_memory_gib=inf": (
         "calibration_memory_gib must be a finite number or null, got inf."
@@ -302,6 +302,9 @@ BAD = {
     "tracker.project=1": "tracker.project must be text, got 1; quotes",
     "tracker.entity=[me]": "tracker.entity must be text or null, got ['me'].",
     "tracker.mode=foo": "tracker.mode must be one of auto, online, offline, ",
+    "report.models=8B": "report.models must be a list of texts or null, got '8B'; brackets",
+    "report.models=[8B]": "report.models must be NAME=PARAMETERS/LAYERS",
+    "report.published=maybe": "report.published must be true or false, got 'maybe'.",
     "tracker=none +tracker.mode=offline": "there is no setting tracker.mode",
 }
 
@@ -490,14 +493,6 @@ COMMANDS = {
     "method=hatta": None,
     "model=local": ["error: model.name must be given."],
     "results_dir=7": None,
-    "hydra.callbacks.report.published=maybe": [
-        "error: hydra.callbacks.report.published must be true or false, got 'maybe'."
-    ],
-    "hydra.callbacks.report.models=8B": [
-        "error: hydra.callbacks.report.models must be a list of NAME=PARAMETERS/LAYERS or null, got"
-        " '8B'."
-    ],
-    "hydra.callbacks.report.models=[8B]": None,
 }
 
 

@@ -67,7 +67,9 @@ def run(loaded: LoadedModel, store: PrefillStore, tmp_path: Path, method: AnyMet
 def test_tasks_that_need_all_tokens_skip_a_method_that_frees_some(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path, task: Any
 ) -> None:
-    made = task(cache_dir=str(tmp_path)) if task is not DecodeThroughput else task()
+    settings = {DecodeThroughput: {}, DecodeLatency: {}, SelectionTask: {"length": 200}}[task]
+    folder = {} if task is DecodeThroughput else {"cache_dir": str(tmp_path)}
+    made = task(**settings, **folder)
     context = Context(loaded, store, H2O(mode="compact"), Policy(k=24), FullAttention())
     for row in run_cell(context, made).rows:
         assert row.status == "skipped"
@@ -278,7 +280,7 @@ def test_an_artifact_that_does_not_match_is_refused_in_one_line(
 
 
 def context(loaded: LoadedModel, method: Any, folder: Path, found: Any) -> Context:
-    store = PrefillStore(loaded.model, folder)
+    store = PrefillStore(loaded.model)
     return Context(loaded, store, method, Policy(k=16), ExactTopK(), artifact=found)
 
 

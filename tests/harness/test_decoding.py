@@ -128,7 +128,7 @@ def test_an_answer_ends_at_the_tokenizers_end_too(tmp_path: Path) -> None:
     shipped.model.config.eos_token_id = None
     task = Ruler(length=512, num_samples=1, subtasks=["niah_single"], cache_dir=str(tmp_path))
     prompt = tokenise(shipped, task.samples(shipped)[0], "sparse")
-    store = PrefillStore(shipped.model, tmp_path / "prefill", 2**30)
+    store = PrefillStore(shipped.model)
     (tokens,) = answer(shipped, store, [prompt], FullAttention())
     assert len(tokens) == 3
 

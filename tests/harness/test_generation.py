@@ -28,7 +28,7 @@ def run(
     settings = {"length": 200, "num_samples": 2, "subtasks": ("niah_single", "vt")}
     task = Ruler(**{**settings, "cache_dir": str(tmp_path), **knobs})  # type: ignore[arg-type]
     policy = Policy(k=24, num_sink=0, num_recent=0)
-    return run_cell(Context(loaded, store, method, policy, FullAttention(), None, 1e9), task)
+    return run_cell(Context(loaded, store, method, policy, FullAttention(), {}, 1e9), task)
 
 
 def test_a_budget_is_followed_to_the_selection_through_few_files(
@@ -45,10 +45,10 @@ def test_a_budget_is_followed_to_the_selection_through_few_files(
 
     monkeypatch.setattr(base, "topk_select", watched)
     run(loaded, store, tmp_path, ExactTopK(), timed_prompts=0, judged_prompts=0)
-    # A command begins in harness/main.py, whose parts of a cell stand where harness/task.py does.
+    # A command begins in harness/main.py and runner.py, which stand where harness/cell.py does.
     assert walks == {
         (
-            *("harness/cell.py", "harness/generation.py", "harness/task.py"),
+            *("harness/cell.py", "harness/sweep.py", "harness/generation.py"),
             *("harness/decoding.py", "models/compat.py", "models/attach.py", "methods/base.py"),
         )
     }

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pandas as pd
 import pytest
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
@@ -32,7 +31,7 @@ RUN = ROOT / "run.py"
 SERVER = """
 import json, os, runpy, sys, traceback
 import hydra, numba, torch, transformers, matplotlib.pyplot
-import topkbench.analysis.sweep_callback, topkbench.harness.cell, topkbench.tasks.selection
+import topkbench.analysis.sweep_report, topkbench.harness.cell, topkbench.tasks.selection
 import topkbench.models.prefill
 
 def run(job):
@@ -113,7 +112,6 @@ class Commands:
             "task.timed_prompts": "0",  # the tests that look at times measure them
             "tracker": "none",
             "results_dir": str(self.results),
-            "prefill_memory_gib": "0.5",
         }
         if "task" in names:  # a task with knobs of its own
             settings = {name: one for name, one in settings.items() if "task." not in name}
@@ -901,35 +899,6 @@ def test_an_edited_cell_runs_again(commands: Commands) -> None:
     assert commands.run(*ONE) == 0, commands.text("err")
     assert means(commands)["score"] == first["score"]
     assert "12.5" not in path.read_text()
-
-
-def test_a_prefill_that_another_left_is_never_used(
-    commands: Commands, own_model: Path, tmp_path: Path
-) -> None:
-    """A folder of prefills that a user keeps, and other weights at the path of the first."""
-    given = ("method=full", "prefill_memory_gib=0")
-    commands.extra = {"TOPKBENCH_PREFILL": str(tmp_path / "kept")}
-    assert commands.run(*given) == 0, commands.text("err")
-    assert len(commands.forwards) == 1
-    assert commands.run(*given, "task.timed_prompts=1") == 0, commands.text("err")
-    assert commands.forwards == []
-    assert oct((tmp_path / "kept").stat().st_mode & 0o777) == "0o700"
-    weights = bytearray((own_model / "model.safetensors").read_bytes())
-    weights[-3] ^= 1
-    (own_model / "model.safetensors").write_bytes(weights)
-    assert commands.run(*given) == 0, commands.text("err")
-    assert len(commands.forwards) == 1
-
-
-def test_a_folder_of_prefills_that_others_made_is_left_alone(commands: Commands) -> None:
-    folder = commands.folder / "tmp" / "topkbench-prefill-mine"
-    folder.mkdir()
-    lock = filelock.FileLock(folder / "in use")
-    with lock:  # as a sweep that runs holds it
-        assert commands.run("method=full", "prefill_memory_gib=0") == 0, commands.text("err")
-        assert folder.exists()
-    assert commands.run("method=full", "prefill_memory_gib=0", "force=true") == 0
-    assert list((commands.folder / "tmp").iterdir()) == []  # it had been left by a killed one
 
 
 # Beside Hugging Face's package of the name `kernels` ------------------------------------------

@@ -79,7 +79,7 @@ def full_answers(
     """A store of prefills, and prompts with full attention's answers."""
     folder = tmp_path_factory.mktemp("full")
     task = Ruler(length=400, num_samples=1, cache_dir=str(folder), question=request.param)
-    store = PrefillStore(tiny.model, folder, 2**30)
+    store = PrefillStore(tiny.model)
     prompts = [tokenise(tiny, sample, request.param) for sample in task.samples(tiny)[:4]]
     full = method_of("full")
     return store, [(prompt, answer(tiny, store, full, prompt)) for prompt in prompts]

@@ -251,7 +251,7 @@ def test_a_step_that_cannot_be_captured_in_a_graph_is_skipped(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_whole_step_can_be_captured_in_a_graph(tmp_path: Path, loaded: LoadedModel) -> None:
     moved = replace(loaded, model=copy.deepcopy(loaded.model).to("cuda", torch.bfloat16))
-    store = PrefillStore(moved.model, tmp_path, 0)
+    store = PrefillStore(moved.model)
     for make in (FullAttention, *METHODS.values()):
         (row,) = rows(moved, store, make())
         assert (row.status, row.reason) == ("ok", "")

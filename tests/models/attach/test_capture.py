@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -267,20 +266,18 @@ def same(one: Captured | None, other: Captured | None) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("limit", [None, 0])
 def test_the_store_captures_the_same_as_attach(
-    models: dict[str, PreTrainedModel], prompt: Make, tmp_path: Path, family: str, limit: int | None
+    models: dict[str, PreTrainedModel], prompt: Make, family: str
 ) -> None:
     model, ids, method = models[family], prompt(1, 80), Needy()
     run(model, method, [ids[:, :-1], ids[:, -1:]])
-    store = PrefillStore(model, tmp_path, limit)
+    store = PrefillStore(model)
     tokens = ids[0, :-1].tolist()
     with torch.no_grad():
         alone = model(ids[:, :-1]).logits[0, -1]
     first, again = store.get(tokens, NEEDS), store.get(tokens, NEEDS)
     assert store.forwards == 1
     torch.testing.assert_close(again.logits, alone, atol=1e-5, rtol=1e-4)
-    assert bool(list(tmp_path.glob("*.safetensors"))) == (limit == 0)
     cache = DecodeCache([again, first], 1)
     for layer, built in method.built.items():
         wanted = Captured(NEEDS, built.query_tail, built.column_sums)
@@ -294,11 +291,8 @@ def test_the_store_captures_the_same_as_attach(
     assert again.needs_ms(NEEDS) > 0
 
 
-@pytest.mark.parametrize("limit", [None, 0])
-def test_captures_for_two_methods_are_kept_together(
-    llama: PreTrainedModel, tmp_path: Path, limit: int | None
-) -> None:
-    store = PrefillStore(llama, tmp_path, limit)
+def test_captures_for_two_methods_are_kept_together(llama: PreTrainedModel) -> None:
+    store = PrefillStore(llama)
     tokens = list(range(1, 30))
     assert store.get(tokens).captured == ()
     assert store.get(tokens, frozenset({"query_tail"})).needs == {"query_tail"}
