@@ -405,24 +405,30 @@ class JournaledCell(PromptCell):
         self.journals[part].append(number, record)
         super().keep(part, number, record)
 
-    def outcome_of(self, error: Exception) -> Outcome:
+    def outcome_of(self, error: Exception, place: str) -> Outcome:
         if isinstance(error, NotWritableError):
             raise error
         self.log = traceback.format_exc()
-        return ended_by(error)
+        return ended_by(error, place)
 
 
-def ended_by(error: Exception) -> Outcome:
+def ended_by(error: Exception, place: str = "") -> Outcome:
     """Return the row of a cell that an error ended."""
     try:
         return outcome_of(error)
     except Exception as other:
-        return failed(other)
+        return failed(other, place)
 
 
-def failed(error: Exception) -> Outcome:
-    """Return the row of a cell that an unexpected error ended."""
+def failed(error: Exception, place: str = "") -> Outcome:
+    """Return the row of a cell that an unexpected error ended.
+
+    Args:
+        error: The error.
+        place: What was measured when it was raised.
+    """
     reason = " ".join(str(error).split()) or type(error).__name__
+    reason += f" ({place})" if place else ""
     return Outcome([TaskRow("mean", status="failed", reason=reason)], [])
 
 

@@ -70,7 +70,7 @@ class RunSettings:
         check_multiple("rbit", self.rbit, 32)
         check_whole("seed", self.seed, least=0)
         check_whole("num_samples", self.num_samples)
-        for name in ("experiment_name", "cache_dir", "artifact_dir"):
+        for name in ("cache_dir", "artifact_dir"):
             if not getattr(self, name).strip():
                 raise ValueError(f"{name} must not be empty.")
         if self.prefill_memory_gib < 0:

@@ -127,15 +127,22 @@ class PromptCell:
             record = self.task.measure(self.context, self.plan, part, prompts)
             self.keep(part, number, record)
         except Exception as error:
-            self.ended = self.outcome_of(error)
+            names = [prompt.sample.sample_id for prompt in prompts]
+            place = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+            self.ended = self.outcome_of(error, f"{part} of {place}")
         self.seconds += time.perf_counter() - began
 
     def keep(self, part: str, number: int, record: Record) -> None:
         """Add a record."""
         self.records[part][number] = record
 
-    def outcome_of(self, error: Exception) -> Outcome:
-        """Return the row of a cell that an error ended, or raise it again."""
+    def outcome_of(self, error: Exception, place: str) -> Outcome:
+        """Return the row of a cell that an error ended, or raise it again.
+
+        Args:
+            error: The error.
+            place: The part and the prompts that were measured.
+        """
         return outcome_of(error)
 
     def refresh(self) -> None:

@@ -107,6 +107,15 @@ class Returned(Callback):
 """
 
 
+SWEEPER = """
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+
+class ValueSweeper(BasicSweeper):
+    pass
+"""
+
+
 def run_command(
     folder: Path, path: Path, *arguments: str, checkout: Path = ROOT
 ) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
@@ -144,6 +153,8 @@ def test_a_method_outside_the_repository_takes_two_files(tmp_path: Path) -> None
     (mine / "toy.py").write_text(MODULE)
     (mine / "method" / "toy.yaml").write_text(SETTINGS)
     (mine / "returned.py").write_text(RETURNED)
+    (mine / "hydra_plugins").mkdir()
+    (mine / "hydra_plugins" / "values.py").write_text(SWEEPER)
     assert len(MODULE.strip().splitlines()) == 30
     folder, done = run_command(
         *(tmp_path, mine, "--config-dir", str(mine)),
@@ -151,12 +162,13 @@ def test_a_method_outside_the_repository_takes_two_files(tmp_path: Path) -> None
         *("task.length=256", "task.subtasks=[niah_single]", "num_samples=1"),
         *("task.timed_prompts=1", "task.judged_prompts=1", "-m"),
         "+hydra.callbacks.returned._target_=returned.Returned",
+        "hydra.sweeper._target_=hydra_plugins.values.ValueSweeper",
     )
     rows = pd.read_parquet(folder / "rows.parquet")
     found = rows[(rows["method"] == "toy") & (rows["subtask"] == "mean")]
     assert set(found["status"]) == {"ok"}
     assert sorted(found["k"]) == [16, 32]
-    # Hydra's sweepers that look for values get each job's score.
+    # A sweeper that looks for values has each cell run at once, and gets its score.
     returned = (tmp_path / "returned").read_text().split()
     assert [float(one) for one in returned] == found.sort_values("k")["score"].tolist()
     assert found[["score", "delta_full", "decode_ms_p50", "recall_at_k"]].notna().all(axis=None)

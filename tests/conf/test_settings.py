@@ -66,7 +66,6 @@ BAD = {
         "full_backend must be one of sdpa, triton, flash_attn, flash_attn_3, flashinfer, got 'cuda'"
     ),
     "experiment_name=[a]": "experiment_name must be text, got ['a'].",
-    "experiment_name=": "experiment_name must not be empty.",
     "results_dir=7": "results_dir must be text, got 7; quotes inside quotes make it text",
     "cache_dir=null": "cache_dir must be text, got null.",
     "artifact_dir=true": "artifact_dir must be text, got true; quotes",

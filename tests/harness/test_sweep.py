@@ -1,0 +1,260 @@
+"""Cells over the same prompts: each prompt is prefilled once, and what was measured is kept."""
+
+import gc
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import pytest
+
+from topkbench.analysis import journal as journal_module
+from topkbench.analysis.journal import Claims, DisagreementError, GivenUpError, Journal
+from topkbench.analysis.record import PartStore
+from topkbench.harness.cell import run_cell
+from topkbench.harness.runner import JournaledCell, same_record
+from topkbench.harness.sweep import PromptCell, run_by_prompts
+from topkbench.harness.task import Context, Outcome
+from topkbench.methods.base import AnyMethod, Policy
+from topkbench.methods.exact import ExactTopK
+from topkbench.methods.full import FullAttention
+from topkbench.methods.h2o import H2O
+from topkbench.methods.quest import Quest
+from topkbench.methods.snapkv import SnapKV
+from topkbench.models.load import LoadedModel
+from topkbench.models.prefill import Prefill, PrefillStore, prefill
+from topkbench.tasks.ruler import Ruler
+
+METHODS: list[AnyMethod] = [ExactTopK(), Quest(page_size=4), H2O()]
+BUDGETS = (16, 24, 32, 40)
+
+
+def task(folder: Path, **settings: Any) -> Ruler:
+    given = {"length": 140, "num_samples": 2, "subtasks": ("niah_single", "vt"), "batch_size": 2}
+    more = {"timed_prompts": 0, "judged_prompts": 3, "cache_dir": str(folder), "question": "dense"}
+    return Ruler(**{**given, **more, **settings})  # type: ignore[arg-type]
+
+
+def context(loaded: LoadedModel, store: PrefillStore, method: AnyMethod, k: int) -> Context:
+    return Context(loaded, store, method, Policy(k=k, num_sink=1, num_recent=2), FullAttention())
+
+
+def cells_of(
+    loaded: LoadedModel,
+    store: PrefillStore,
+    made: Ruler,
+    methods: Sequence[AnyMethod] = METHODS,
+    budgets: Sequence[int] = BUDGETS,
+) -> list[PromptCell]:
+    prompts = made.tokenised(loaded)
+    given = [(FullAttention(), 16), *((method, k) for method in methods for k in budgets)]
+    contexts = [context(loaded, store, method, k) for method, k in given]
+    return [PromptCell.of(one, made, prompts) for one in contexts]
+
+
+def without_times(outcome: Outcome) -> list[Any]:
+    """Return rows and samples without what varies from run to run."""
+    samples = [{**one, "prefill_ms": None} for one in outcome.samples]
+    return [outcome.rows, samples]
+
+
+@pytest.fixture
+def counted(loaded: LoadedModel) -> tuple[PrefillStore, WeakSet[Any], list[int]]:
+    """A store, the states that are alive, and their number after each prefill."""
+    alive: WeakSet[Any] = WeakSet()
+    numbers: list[int] = []
+
+    def compute(model: Any, token_ids: Sequence[int], needs: frozenset[str]) -> Prefill:
+        made = prefill(model, token_ids, needs)
+        alive.add(made.logits)
+        numbers.append(len(alive))
+        return made
+
+    return PrefillStore(loaded.model, compute=compute), alive, numbers
+
+
+def test_prompts_are_prefilled_once_and_dropped_after_their_batch(
+    loaded: LoadedModel,
+    tmp_path: Path,
+    counted: tuple[PrefillStore, WeakSet[Any], list[int]],
+) -> None:
+    """Three methods by four budgets on ten prompts, in batches of two."""
+    store, alive, numbers = counted
+    cells = cells_of(loaded, store, task(tmp_path, num_samples=5, judged_prompts=0))
+    run_by_prompts(cells, store)
+    assert store.forwards == 10
+    assert max(numbers) == 2
+    gc.collect()
+    assert len(alive) == 0
+    assert len(cells) == 13
+    for cell in cells:
+        assert [row.subtask for row in cell.result().rows] == ["niah_single", "vt", "mean"]
+
+
+def test_a_cell_in_a_sweep_equals_the_cell_alone(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    made = task(tmp_path, question="sparse")
+    methods = [ExactTopK(), SnapKV(window=8), H2O(mode="compact")]
+    cells = cells_of(loaded, store, made, methods, BUDGETS[:2])
+    run_by_prompts(cells, store)
+    for cell in cells:
+        own = PrefillStore(loaded.model)
+        again = context(loaded, own, cell.context.method, cell.context.policy.k)
+        assert without_times(run_cell(again, made)) == without_times(cell.result())
+
+
+@pytest.mark.parametrize("num_samples", [2, 4, 8])
+def test_memory_does_not_grow_with_the_number_of_prompts(
+    loaded: LoadedModel,
+    tmp_path: Path,
+    counted: tuple[PrefillStore, WeakSet[Any], list[int]],
+    num_samples: int,
+) -> None:
+    store, _, numbers = counted
+    made = task(tmp_path, num_samples=num_samples, judged_prompts=0)
+    run_by_prompts(cells_of(loaded, store, made)[:3], store)
+    assert (store.forwards, max(numbers)) == (2 * num_samples, 2)
+
+
+class Failing(ExactTopK):
+    """Fails while it decodes the given number of prompts."""
+
+    steps = 0
+
+    def score(self, *args: Any) -> Any:
+        type(self).steps += 1
+        if type(self).steps > 5:
+            raise RuntimeError("a kernel that breaks")
+        return super().score(*args)
+
+
+# The journal --------------------------------------------------------------------------------------
+
+
+class Run:
+    """What `JournaledCell.open` reads of a run."""
+
+    def __init__(self, force: bool = False) -> None:
+        self.settings = {"force": force}
+        self.keys = {"answers": "1", "selections": "2", "speed": "3"}
+
+
+@pytest.fixture
+def open_cell(loaded: LoadedModel, store: PrefillStore, tmp_path: Path) -> Callable[..., Any]:
+    def make(method: AnyMethod, force: bool = False) -> tuple[JournaledCell, Any]:
+        made = task(tmp_path, num_samples=2)
+        of_method = context(loaded, store, method, 24)
+        cell = JournaledCell.of(of_method, made, made.tokenised(loaded))
+        parts = PartStore(tmp_path / "results")
+        cell.open(Run(force), parts)  # type: ignore[arg-type]
+        return cell, parts
+
+    return make
+
+
+def test_a_sweep_that_was_killed_goes_on_with_the_batch_that_it_was_at(
+    open_cell: Callable[..., Any], store: PrefillStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, _ = open_cell(ExactTopK())
+    run_by_prompts([undisturbed], store)
+    wanted = without_times(undisturbed.result())
+    (killed, _) = open_cell(ExactTopK(), force=True)
+    measured: list[tuple[str, int]] = []
+    measure = Ruler.measure
+
+    def dies(self: Any, context: Any, plan: Any, part: str, prompts: Any) -> Any:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append((part, len(prompts)))
+        return measure(self, context, plan, part, prompts)
+
+    monkeypatch.setattr(Ruler, "measure", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_by_prompts([killed], store)
+    assert len(measured) == 2
+    (again, parts) = open_cell(ExactTopK())
+    assert sum(map(len, again.records.values())) == 2
+    measured.append(("", 0))  # goes on
+    run_by_prompts([again], store)
+    assert without_times(again.result()) == wanted
+    assert len(measured) - 1 == sum(map(len, again.records.values())) == 4
+    again.close(parts)
+    assert sorted(path.name for path in parts.folder.iterdir()) == [
+        "answers-1.json",
+        "selections-2.json",
+    ]
+    found, _ = open_cell(ExactTopK())
+    assert found.found == ("answers", "selections")
+    assert without_times(found.result()) == wanted
+
+
+def test_a_cell_that_fails_takes_no_further_part_and_the_others_go_on(
+    open_cell: Callable[..., Any], loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    failing, _ = open_cell(Failing())
+    made = failing.task
+    other = PromptCell.of(context(loaded, store, Quest(page_size=4), 24), made, failing.prompts)
+    run_by_prompts([failing, other], store)
+    (row,) = failing.result().rows
+    assert (row.status, row.values) == ("failed", {})
+    place = "answers of niah_single-140-0-0 to niah_single-140-0-1"
+    assert row.reason == f"a kernel that breaks ({place})"
+    assert "Traceback" in failing.log
+    assert [one.status for one in other.result().rows] == ["ok", "ok", "ok"]
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "answers-1", same_record)
+    assert journal.read() == {}
+    journal.append(0, {"samples": [{"tokens": [1, 2]}]})
+    journal.append(3, {"samples": []})
+    (path,) = (tmp_path / "answers-1").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    assert journal.read() == {0: {"samples": [{"tokens": [1, 2]}]}}
+    journal.append(3, {"samples": []})
+    assert sorted(journal.read()) == [0, 3]
+
+
+def test_two_writers_must_agree(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, same_record)
+    journal.append(1, {"samples": [{"tokens": [1], "prefill_ms": 3.0}], "count": {"read": 1.0}})
+    line = {"batch": 1, "record": {"samples": [{"tokens": [1], "prefill_ms": 4.0}]}}
+    (tmp_path / "other-7.jsonl").write_text(json.dumps(line) + "\n")
+    assert sorted(journal.read()) == [1]
+    line["record"]["samples"][0]["tokens"] = [2]  # type: ignore[index]
+    (tmp_path / "other-7.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(DisagreementError, match="batch 1 was measured twice with different"):
+        journal.read()
+
+
+@pytest.mark.parametrize(("oom_kills", "most"), [((5, 5, 5, 5), 3), ((5, 6, 7), 2)])
+def test_what_kills_its_process_again_and_again_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oom_kills: tuple[int, ...], most: int
+) -> None:
+    """After three deaths, or two at which the system was out of memory."""
+    journal = Journal(tmp_path, same_record)
+    for count in oom_kills[:-1]:
+        monkeypatch.setattr(journal_module, "oom_kills", lambda count=count: count)
+        killed = os.fork()
+        if killed == 0:
+            with journal.measuring(4):
+                os._exit(9)
+        os.waitpid(killed, 0)
+    monkeypatch.setattr(journal_module, "oom_kills", lambda: oom_kills[-1])
+    message = f"the process was killed {most} times while it measured this, .*want of memory"
+    with pytest.raises(GivenUpError, match=message), journal.measuring(4):
+        pass
+    with journal.measuring(4):  # the next command tries again
+        pass
+
+
+def test_a_batch_is_claimed_by_one_process(tmp_path: Path) -> None:
+    one, other = Claims(tmp_path), Claims(tmp_path)
+    with one.claim(0, False) as mine, other.claim(0, False) as its, other.claim(1, False) as free:
+        assert (mine, its, free) == (True, False, True)
+    with other.claim(0, True) as mine:
+        assert mine
