@@ -157,10 +157,13 @@ class Claims:
         with translate_os_error(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self._folder / f"{number}.lock", timeout=-1 if wait else 0)
-        try:
-            with translate_os_error(self._folder):
+        with translate_os_error(self._folder):
+            try:
                 lock.acquire()
-        except filelock.Timeout:
+                is_mine = True
+            except filelock.Timeout:
+                is_mine = False
+        if not is_mine:
             yield False
             return
         try:

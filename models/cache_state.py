@@ -33,9 +33,9 @@ class LayerState:
         index: The index, which matches the whole layer; None if there is none.
         capacity: Slots allocated in the index.
         lengths: The valid slots that the index covers; None without an index.
-        keys: The layer's keys when the state last matched them; None if their writes cannot be
-            detected.
-        version: How often ``keys`` had been written to.
+        tensors: The layer's keys and values when the state last matched them; empty if nothing is
+            compared.
+        versions: How often each of them had been written to.
         is_lost: Whether the keys were changed since by anything else than the cache's own methods.
     """
 
@@ -43,22 +43,23 @@ class LayerState:
     index: Index | None = None
     capacity: int = 0
     lengths: Lengths | None = None
-    keys: Tensor | None = None
-    version: int | None = None
+    tensors: tuple[Tensor | None, ...] = ()
+    versions: tuple[int | None, ...] = ()
     is_lost: bool = False
 
-    def matches(self, keys: Tensor | None) -> bool:
-        """Return whether these are the keys that the state was made from, unchanged since.
+    def matches(self, tensors: tuple[Tensor | None, ...]) -> bool:
+        """Return whether these are the tensors that the state was made from, unchanged since.
 
         Cropping, resetting, reordering or repeating rows replace a tensor or write to it. (Writes
         to tensors made in inference mode are not counted; a caller that rewrites a pre-allocated
         cache there, other than by its own methods, attaches anew.)
         """
-        return self.keys is keys and self.version == _version(keys)
+        same = all(one is other for one, other in zip(self.tensors, tensors, strict=True))
+        return same and self.versions == _versions(tensors)
 
-    def match(self, keys: Tensor | None) -> None:
-        """Record that the state matches these keys."""
-        self.keys, self.version = keys, _version(keys)
+    def match(self, tensors: tuple[Tensor | None, ...]) -> None:
+        """Record that the state matches these tensors."""
+        self.tensors, self.versions = tensors, _versions(tensors)
 
     def drop_index(self) -> None:
         """Forget the index."""
@@ -68,11 +69,11 @@ class LayerState:
     # A copied tensor has a count of writes of its own, so a copy counts from there.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "version": self.matches(self.keys)}
+        return {**vars(self), "versions": self.matches(self.tensors)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.version = _version(self.keys) if state["version"] else -1
+        self.versions = _versions(self.tensors) if state["versions"] else (-1,)
 
 
 @dataclass
@@ -170,7 +171,7 @@ class StateStore:
             return
         known = self.layer(cache, layer)
         known.index, known.capacity, known.lengths = index, capacity, lengths
-        known.match(cache_layer(cache, layer).keys)
+        known.match(_states(cache, layer))
 
     def drop(self, cache: Any, layer: int) -> None:
         """Drop a layer's index, or all of the cache's indices if they share state."""
@@ -199,18 +200,18 @@ class StateStore:
         """Drop a layer's state if its keys were changed unnoticed; called before each change."""
         state = self._known(cache)
         known = None if state is None else state.layers.get(layer)
-        if known is None or known.keys is None:
+        if known is None or not known.tensors:
             return
-        if not known.matches(getattr(cache_layer(cache, layer), "keys", None)):
+        if not known.matches(_states(cache, layer)):
             self.drop(cache, layer)
             known.captured, known.is_lost = None, True
-            known.match(None)
+            known.match(())
 
     def saw(self, cache: Any, layer: int) -> None:
         """Record that a layer's state matches what the layer holds now."""
         state = self._known(cache)
         if state is not None and layer in state.layers:
-            state.layers[layer].match(getattr(cache_layer(cache, layer), "keys", None))
+            state.layers[layer].match(_states(cache, layer))
 
     def before_change(self, cache: Any) -> None:
         """Drop states that do not match; called before one of the cache's methods changes it."""
@@ -242,7 +243,7 @@ class StateStore:
         for layer in self._layers(cache):
             assert state is not None
             known, n = state.layers[layer], cached_tokens(cache, layer)
-            if known.matches(getattr(cache_layer(cache, layer), "keys", None)):
+            if known.tensors and known.matches(_states(cache, layer)):
                 continue
             if not self._restrict(known, n):
                 self.drop(cache, layer)
@@ -266,6 +267,14 @@ class StateStore:
         yield from () if state is None else list(state.layers)
 
 
-def _version(tensor: Tensor | None) -> int | None:
-    """Return how often a tensor was written to; None if torch does not count."""
-    return None if tensor is None or tensor.is_inference() else tensor._version
+def _states(cache: Any, layer: int) -> tuple[Tensor | None, ...]:
+    """Return the keys and values that a cache's layer holds."""
+    stored = cache_layer(cache, layer)
+    return getattr(stored, "keys", None), getattr(stored, "values", None)
+
+
+def _versions(tensors: tuple[Tensor | None, ...]) -> tuple[int | None, ...]:
+    """Return how often each tensor was written to; None where torch does not count."""
+    return tuple(
+        None if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors
+    )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -156,15 +157,17 @@ def _configured_pattern(module: nn.Module) -> PartialAttention | None:
     )
 
 
-def partial_layers(
-    model: PreTrainedModel, positions: int | None = None
-) -> dict[int, PartialAttention]:
-    """Return the attention patterns of the layers that do not attend to the whole past.
+_WINDOWS: "WeakKeyDictionary[PreTrainedModel, int]" = WeakKeyDictionary()
 
-    Args:
-        model: The model.
-        positions: The longest sequence; None for what the model's configuration says.
-    """
+
+def set_window(model: PreTrainedModel, window: int) -> None:
+    """Record the longest sequence that a model is run on, if its configuration says another."""
+    _WINDOWS[model] = window
+
+
+def partial_layers(model: PreTrainedModel) -> dict[int, PartialAttention]:
+    """Return the attention patterns of the layers that do not attend to the whole past."""
+    positions = _WINDOWS.get(model)
     kinds = {layer_of(one): partial_attention(one, positions) for one in attention_modules(model)}
     return {layer: kind for layer, kind in kinds.items() if kind is not None}
 

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from topkbench.methods.base import check_whole
-from topkbench.models.compat import context_window, partial_layers
+from topkbench.models.compat import context_window, partial_layers, set_window
 from topkbench.models.digests import weights_digest
 from topkbench.models.encoding import check_template_arguments
 
@@ -151,7 +151,8 @@ def load_model(
             output_loading_info=True,
         )
         model, info = loaded
-        if partial_layers(model, window):
+        set_window(model, window)
+        if partial_layers(model):
             raise ValueError(
                 "layers with a sliding window, which the harness's cache does not support; use"
                 " attach in your own script for such a model"
@@ -369,6 +370,7 @@ def _draw(
     with torch.random.fork_rng([target] if target.type == "cuda" else []):
         torch.manual_seed(0)
         model = make(target)
+    set_window(model, window)
     text = json.dumps({**architecture, "dtype": dtype, "drawn on": target.type}, sort_keys=True)
     return LoadedModel(
         name=name,

@@ -32,7 +32,7 @@ BUDGETS = (16, 24, 32, 40)
 
 
 def task(folder: Path, **settings: Any) -> Ruler:
-    given = {"length": 140, "num_samples": 2, "subtasks": ("niah_single", "vt"), "batch_size": 2}
+    given = {"length": 170, "num_samples": 2, "subtasks": ("niah_single", "vt"), "batch_size": 2}
     more = {"timed_prompts": 0, "judged_prompts": 3, "cache_dir": str(folder), "question": "dense"}
     return Ruler(**{**given, **more, **settings})  # type: ignore[arg-type]
 
@@ -200,7 +200,7 @@ def test_a_cell_that_fails_takes_no_further_part_and_the_others_go_on(
     run_by_prompts([failing, other], store)
     (row,) = failing.result().rows
     assert (row.status, row.values) == ("failed", {})
-    place = "answers of niah_single-140-0-0 to niah_single-140-0-1"
+    place = "answers of niah_single-170-0-0 to niah_single-170-0-1"
     assert row.reason == f"a kernel that breaks ({place})"
     assert "Traceback" in failing.log
     assert [one.status for one in other.result().rows] == ["ok", "ok", "ok"]

@@ -10,7 +10,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from topkbench.models.compat import context_window, partial_layers
+from topkbench.methods.base import Policy
+from topkbench.methods.exact import ExactTopK
+from topkbench.models.attach import attach
+from topkbench.models.compat import context_window, partial_layers, set_window
 from topkbench.models.load import ModelNotAvailable, ModelShape, load_model, read_shape
 from topkbench.models.tiny_tokenizer import build_tokenizer
 
@@ -289,7 +292,12 @@ def test_a_sliding_window_of_all_positions_is_full_attention(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert sorted(partial_layers(model)) == ([0, 1] if slides else [])
-    assert sorted(partial_layers(model, positions=sliding + 1)) == [0, 1]
+    set_window(model, sliding + 1)
+    assert sorted(partial_layers(model)) == [0, 1]
+    set_window(model, sliding)  # whoever asks: no sequence is longer than what a layer sees
+    assert partial_layers(model) == {}
+    with attach(model, ExactTopK(), Policy(k=16)) as session:
+        assert session.dense == {}
 
 
 def test_a_window_may_be_given(folder: Path) -> None:
