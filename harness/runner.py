@@ -90,6 +90,7 @@ class Runner:
             except Exception as error:  # its method cannot be fitted, or its prompts not be made
                 self.refuse(error, job.choices, job.composed.settings)
         waiting = [cell for cell in cells.values() if not cell.is_found()]
+        self._say_what_runs(loaded.name, len(jobs), cells, len(waiting))
         for cell in cells.values():
             if cell not in waiting:
                 cell.report_found()
@@ -106,6 +107,16 @@ class Runner:
         rows = cells[list(cells)[-1]].cell.read() if cells else []
         self._last_score = next((row.score for row in rows if row.subtask == "mean"), None)
 
+    def _say_what_runs(
+        self, model: str, num_jobs: int, cells: Mapping[str, "SweepCell"], num_waiting: int
+    ) -> None:
+        """Say how many cells a model has, and how many of them were found."""
+        alike = num_jobs - sum(cell.is_asked_for for cell in cells.values())
+        words = [f"{model}: {len(cells)} cells", f"{len(cells) - num_waiting} found"]
+        if alike:
+            words.append(f"{alike} configurations are the same as others")
+        say(f"{', '.join(words)}; results in {self.sweep.results_dir}")
+
     def _add(self, cells: dict[str, "SweepCell"], job: Job, loaded: LoadedModel) -> None:
         """Add a job's cell, and that of full attention, unless they are among the cells."""
         run = self._prepare(job.composed, job.full, loaded)
@@ -113,7 +124,7 @@ class Runner:
         if run.task.needs_full and job.full is not job.composed:
             full_run = self._prepare(job.full, job.full, loaded)
             full = cells.setdefault(full_run.identity, SweepCell(full_run, self, None))
-        cells.setdefault(run.identity, SweepCell(run, self, full))
+        cells.setdefault(run.identity, SweepCell(run, self, full)).is_asked_for = True
         for cell in (cells[run.identity], full):
             if cell is not None:
                 self.sweep.append(cell.run.identity)
@@ -211,6 +222,8 @@ class SweepCell:
         full: Full attention's cell, with which it is compared; None if it is not compared.
         measured: What was measured so far of a cell that is measured prompt by prompt.
         is_written: Whether the cell has ended in this process.
+        is_asked_for: Whether a configuration of the sweep is this cell; else it is full
+            attention's, with which others are compared.
     """
 
     run: Run
@@ -218,6 +231,7 @@ class SweepCell:
     full: "SweepCell | None"
     measured: "JournaledCell" = field(init=False)
     is_written: bool = False
+    is_asked_for: bool = False
 
     @property
     def cell(self) -> Cell:
@@ -345,6 +359,7 @@ class JournaledCell(PromptCell):
     found: tuple[str, ...] = ()
     peak_mib: float = 0.0
     log: str = ""
+    _seen: dict[str, dict[str, int]] = field(default_factory=dict)
     _read_whole: Callable[[str], dict[str, Any] | None] = lambda part: None
 
     def open(self, run: Run, parts: PartStore) -> None:
@@ -365,7 +380,9 @@ class JournaledCell(PromptCell):
 
     def refresh(self) -> None:
         for part, journal in self.journals.items():
-            if not self.records[part] or not self._is_whole(part):
+            others = journal.written_by_others()
+            if part not in self._seen or self._seen[part] != others:
+                self._seen[part] = others
                 whole = self._read_whole(part)
                 records = whole["records"] if whole is not None else journal.read()
                 self.records[part] = {int(number): one for number, one in records.items()}
