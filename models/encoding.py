@@ -236,9 +236,9 @@ def _template(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) 
             f" name of one, got {chosen!r}."
         )
     try:
-        template = tokenizer.get_chat_template(chosen, arguments.get("tools"))
+        template: str | None = tokenizer.get_chat_template(chosen, arguments.get("tools"))
     except ValueError:  # several, and none of them is the default
-        template = chosen
+        template = None
     if isinstance(named, dict) and (template is None or (template == chosen and "{" not in chosen)):
         raise ValueError(
             "model.chat_template_kwargs must give as chat_template one of the model's,"
