@@ -197,6 +197,8 @@ class SweepFolders(Callback):
         folder = Path(named).absolute()
         try:
             results = checked_results_dir(config.results_dir)
+            if not named.strip():  # it would be the working folder
+                raise RecordError(f"{setting} must name a folder, got {named!r}.")
             inside = results.absolute() in folder.parents
             check_writable(folder, RESULTS if inside else Place("sweep", f"{setting}=PATH"))
         except RecordError as error:

@@ -118,6 +118,21 @@ def test_a_sweeps_own_folder_is_checked_too(
         )
 
 
+def test_an_empty_sweeps_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = hydra_config(Sweep(tmp_path, tmp_path))
+    config.hydra.run.dir = config.hydra.sweep.dir = ""
+    for start, setting in (
+        (SweepFolders().on_run_start, "hydra.run.dir"),
+        (SweepFolders().on_multirun_start, "hydra.sweep.dir"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            start(config)
+        assert caught.value.code == 2
+        assert capsys.readouterr().err == f"error: {setting} must name a folder, got ''.\n"
+
+
 MOVED = ("WANDB_DATA_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "MPLCONFIGDIR")
 
 
