@@ -6,11 +6,14 @@ that is not locked was left behind by a killed process.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
 import re
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -34,6 +37,15 @@ class Place(NamedTuple):
 
 RESULTS = Place("results", "results_dir=PATH")
 CACHE = Place("cache", "cache_dir=PATH or the environment variable TOPKBENCH_CACHE")
+
+# Where W&B and matplotlib write in a home: the variable that moves it, the one that names the
+# folder above it, what that one is by default, and the folder.
+_IN_HOME = (
+    ("WANDB_DATA_DIR", "XDG_DATA_HOME", ".local/share", "wandb"),
+    ("WANDB_CONFIG_DIR", "XDG_CONFIG_HOME", ".config", "wandb"),
+    ("WANDB_CACHE_DIR", "XDG_CACHE_HOME", ".cache", "wandb"),
+    ("MPLCONFIGDIR", "XDG_CONFIG_HOME", ".config", "matplotlib"),
+)
 
 _PART = re.compile(r"\..+\.[0-9a-f]{16}\.part")
 
@@ -71,6 +83,45 @@ def check_writable(path: Path, place: Place = RESULTS) -> None:
         raise NotWritableError(place, path, f"{existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise NotWritableError(place, path, f"{existing} is read-only")
+    with translate_os_error(path, place), tempfile.TemporaryFile(dir=existing):
+        pass  # folders of the system, such as /proc, refuse although their permissions do not
+
+
+def keep_off_read_only_home(cache: Path) -> None:
+    """Let W&B and matplotlib write below the cache folder what they cannot write in the home.
+
+    It must be called before they are imported. What the environment says already stays, and so does
+    a folder of W&B's with the user's settings, which W&B only reads.
+
+    Args:
+        cache: The cache folder; if it cannot be written, a temporary folder is used.
+    """
+    place: Path | None = None
+    for variable, parent_variable, default, name in _IN_HOME:
+        # Unlike Path's, it raises nothing where the user has no home.
+        home = os.path.expanduser("~")  # noqa: PTH111
+        parent = os.environ.get(parent_variable) or f"{home}/{default}"
+        own = Path(parent, name)
+        if variable in os.environ or (
+            variable == "WANDB_CONFIG_DIR" and (own / "settings").exists()
+        ):
+            continue
+        if _can_write(own):
+            continue
+        if place is None:
+            place = cache / "home"
+            if not _can_write(place):
+                place = Path(tempfile.mkdtemp(prefix="topkbench-"))
+                atexit.register(shutil.rmtree, place, ignore_errors=True)
+        os.environ[variable] = str((place / variable.lower()).absolute())
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        check_writable(folder)
+    except NotWritableError:
+        return False
+    return True
 
 
 def write_atomic(path: Path, content: bytes, place: Place = RESULTS) -> None:

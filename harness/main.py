@@ -28,7 +28,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from topkbench.analysis.console import console, say, say_error
-from topkbench.analysis.files import NotWritableError, remove_left_over
+from topkbench.analysis.files import (
+    RESULTS,
+    NotWritableError,
+    Place,
+    check_writable,
+    keep_off_read_only_home,
+    remove_left_over,
+)
 from topkbench.analysis.record import RecordError, Sweep, checked_results_dir
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,14 +175,14 @@ def run_collected() -> float | None:
 
 
 class SweepFolders(Callback):
-    """Checks the folder of results, and removes Hydra's folders if no cell was run."""
+    """Checks the folders that are written, and removes Hydra's folders if no cell was run."""
 
     noted: ClassVar[list[tuple[Path, Path]]] = []
     """Folders of runs and sweeps, each with the first of its parents that is there already."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check and note a single run's folder."""
-        self._begin(config, config.hydra.run.dir)
+        self._begin(config, "hydra.run.dir", config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check and note a sweep's folder."""
@@ -184,20 +191,26 @@ class SweepFolders(Callback):
             if name in ONE_PER_SWEEP and "," in value:
                 say_error(f"{name} must be the same for all cells of a sweep, got {text}.")
                 raise SystemExit(REFUSED_STATUS)
-        self._begin(config, config.hydra.sweep.dir)
+        self._begin(config, "hydra.sweep.dir", config.hydra.sweep.dir)
 
-    def _begin(self, config: DictConfig, place: str) -> None:
+    def _begin(self, config: DictConfig, setting: str, named: str) -> None:
+        folder = Path(named).absolute()
         try:
             results = checked_results_dir(config.results_dir)
+            if not named.strip():  # it would be the working folder
+                raise RecordError(f"{setting} must name a folder, got {named!r}.")
+            inside = results.absolute() in folder.parents
+            check_writable(folder, RESULTS if inside else Place("sweep", f"{setting}=PATH"))
         except RecordError as error:
             say_error(error)
             status = 1 if isinstance(error, NotWritableError) else REFUSED_STATUS
             raise SystemExit(status) from None
-        folder = Path(place).absolute()
         there = next(parent for parent in (folder, *folder.parents) if parent.exists())
         self.noted.append((folder, there))
-        for written in (results, Path(config.cache_dir).expanduser()):
+        cache = Path(config.cache_dir).expanduser()
+        for written in (results, cache):
             remove_left_over(written)
+        keep_off_read_only_home(cache)
 
     @classmethod
     def remove_unused(cls) -> None:

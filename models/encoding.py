@@ -1,18 +1,24 @@
 """How a text reaches a model: its chat template, its tokens, and the tokens that end an answer."""
 
 import inspect
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError, meta
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 if TYPE_CHECKING:
     from topkbench.models.load import LoadedModel
 
 _PROBE = "\u241e"  # stands for a message where only the template around it matters
-# Parameters of transformers' ``apply_chat_template`` that are arguments of the template itself.
-_PASSED_ON = ("tools", "documents", "chat_template")
+# What a template may rewrite: it upper-cases, quotes, escapes, joins lines or removes marks.
+_MIXED_PROBE = "Aa \"b\" 'c' <d> & {e}\n\nf  g \\ \u00e9 " + _PROBE
+# Parameters of transformers' ``apply_chat_template`` that are variables of the template.
+_PASSED_ON = ("tools", "documents")
+_WORDS_FOR_FALSE = ("false", "no", "off", "none", "null", "0")
 
 
 # Tokens ------------------------------------------------------------------------------------------
@@ -67,11 +73,18 @@ def encode_split(
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that the tokenizer puts before every text; none for some tokenizers."""
-    plain = tokenizer.encode("a", add_special_tokens=False)
-    whole = tokenizer.encode("a", add_special_tokens=True)
-    for place in range(len(whole) - len(plain) + 1):
-        if whole[place : place + len(plain)] == plain:
-            return list(whole[:place])
+    special = set(tokenizer.all_special_tokens)
+    # Some vocabularies have no letter "a", and nothing that stands for what they lack.
+    pieces = (piece for piece in tokenizer.get_vocab() if piece not in special)
+    for text in itertools.chain("a", pieces):
+        plain = tokenizer.encode(text, add_special_tokens=False)
+        if not plain:
+            continue
+        whole = tokenizer.encode(text, add_special_tokens=True)
+        for place in range(len(whole) - len(plain) + 1):
+            if whole[place : place + len(plain)] == plain:
+                return list(whole[:place])
+        return []
     return []
 
 
@@ -89,8 +102,8 @@ def check_template_arguments(
         arguments: The arguments of the template.
 
     Raises:
-        ValueError: If there is no template, it does not take an argument, or it cannot wrap a
-            message as it is.
+        ValueError: If there is no template, it does not use an argument, takes a text such as
+            "false" as true, or cannot wrap a message as it is.
     """
     if arguments and not chat:
         raise ValueError(
@@ -100,17 +113,33 @@ def check_template_arguments(
         )
     if not chat:
         return
-    _check_has_template(tokenizer, arguments)
+    template = _template(tokenizer, arguments)
     own = set(inspect.signature(tokenizer.apply_chat_template).parameters) - set(_PASSED_ON)
-    template = arguments.get("chat_template") or tokenizer.get_chat_template()
+    try:
+        variables = meta.find_undeclared_variables(
+            _compile_jinja_template(template).environment.parse(template)
+        )
+    except TemplateError:  # it is named where the template is rendered
+        variables = set(arguments)
     for name in arguments:
-        taken = name in _PASSED_ON or re.search(rf"\b{re.escape(str(name))}\b", template)
-        if not isinstance(name, str) or name in own or not taken:
+        if name != "chat_template" and name not in variables - own - {"messages"}:
             raise ValueError(
                 "model.chat_template_kwargs must be arguments that the model's chat template uses,"
                 f" got {name!r}; correct it, or use model.chat_template_kwargs=null."
             )
-    render_chat(tokenizer, _PROBE, "", arguments)
+    render_chat(tokenizer, _MIXED_PROBE, "", arguments)
+    for name, value in arguments.items():
+        if not isinstance(value, str) or value.strip().lower() not in _WORDS_FOR_FALSE:
+            continue
+        as_text, as_true, as_false = (
+            template_around(tokenizer, {**arguments, name: one}) for one in (value, True, False)
+        )
+        if as_text == as_true != as_false:
+            raise ValueError(
+                f"model.chat_template_kwargs must give {name} as true or false, got the text"
+                f" {value!r}, which the model's chat template takes as true; use {name}: false,"
+                " without quotes."
+            )
 
 
 def render_chat(
@@ -133,7 +162,7 @@ def render_chat(
         ValueError: If there is no template, it raises, or it changes the message; it may strip
             white space around it.
     """
-    _check_has_template(tokenizer, arguments)
+    _template(tokenizer, arguments)
     message = context + question
     leading = len(message) - len(message.lstrip())
     problems = []
@@ -189,12 +218,34 @@ def template_around(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, 
     return [rendered[: end - len(_PROBE)], rendered[end:]]
 
 
-def _check_has_template(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> None:
-    if not tokenizer.chat_template and not arguments.get("chat_template"):
+def _template(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
+    """Return the text of the chat template that the arguments choose.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    named, chosen = tokenizer.chat_template, arguments.get("chat_template")
+    if not named and not chosen:
         raise ValueError(
             "model.chat=true needs a chat template, and the model's tokenizer has none; use"
             " model.chat=false."
         )
+    if chosen is not None and not isinstance(chosen, str):
+        raise ValueError(
+            "model.chat_template_kwargs must give chat_template as the text of a template or the"
+            f" name of one, got {chosen!r}."
+        )
+    try:
+        template: str | None = tokenizer.get_chat_template(chosen, arguments.get("tools"))
+    except ValueError:  # several, and none of them is the default
+        template = None
+    if isinstance(named, dict) and (template is None or (template == chosen and "{" not in chosen)):
+        raise ValueError(
+            "model.chat_template_kwargs must give as chat_template one of the model's,"
+            f" {', '.join(sorted(named))}, got {chosen!r}; use model.chat_template_kwargs="
+            f"{{chat_template: {min(named)}}}."
+        )
+    return str(template)
 
 
 def _contents(message: str) -> tuple[Any, Any]:
@@ -225,8 +276,8 @@ def answer_ends(loaded: "LoadedModel") -> frozenset[int]:
     """Return the tokens that end an answer.
 
     They are all that the generation settings, the model's configuration and the tokenizer name as
-    end tokens, and the special token that the chat template writes after an answer, if it has one:
-    a chat model ends its turn with it also where it is asked without the template.
+    end tokens, and the token that the chat template writes after an answer, if it is a special or
+    an added one: a chat model ends its turn with it also where it is asked without the template.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     config = model.config
@@ -248,7 +299,7 @@ def answer_ends(loaded: "LoadedModel") -> frozenset[int]:
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> int | None:
-    """Return the special token that the chat template writes after an answer, or None."""
+    """Return the special or added token that the template writes after an answer, or None."""
     if not tokenizer.chat_template and not arguments.get("chat_template"):
         return None
     for asked, answered in zip(_contents("a"), _contents(_PROBE), strict=True):
@@ -260,11 +311,10 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) 
             continue
         _, found, after = text.rpartition(_PROBE)
         after = after.lstrip()
-        special = tokenizer.added_tokens_decoder.items()
         follows = {
             str(token): number
-            for number, token in special
-            if found and token.special and after.startswith(str(token))
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if found and str(token).strip() and after.startswith(str(token))
         }
         if follows:
             return follows[max(follows, key=len)]

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,10 @@ WITHIN_NAME = re.compile(rf"(?<![a-z0-9])(?:{SUBTASK.pattern})(?![a-z0-9])")
 # In prompts of NVIDIA's generator the question is the last line that begins with one of these.
 QUESTION_STEM = re.compile(r"\n(?=(?:What|Which|Question:|Answer the question)[^\n]*)")
 
+# Signs that show nothing, though Unicode counts them as letters, marks or symbols.
+_BLANK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -286,7 +291,7 @@ def _parse(entry: bytes | dict[str, Any], number: int, location: str) -> Line:
             raise bad(f"it must have one of {' and '.join(names)}", list(values))
     prompt = "context" if "context" in values else "input"
     context, question = values.get(prompt), values.get("question", "")
-    if not isinstance(context, str) or not context.strip():
+    if not isinstance(context, str) or _is_invisible(context):
         raise bad(f"{prompt} must be a text and not empty", context)
     if not isinstance(question, str):
         raise bad("question must be a text", question)
@@ -302,8 +307,8 @@ def _parse(entry: bytes | dict[str, Any], number: int, location: str) -> Line:
     if not isinstance(answers, list) or not answers:
         raise bad(f"{references} must be a list of references", answers)
     for answer in answers:
-        # An empty reference would match every prediction.
-        if not isinstance(answer, str) or not answer.strip():
+        # An empty reference would match every prediction, an invisible one none.
+        if not isinstance(answer, str) or _is_invisible(answer):
             raise bad(f"a reference in {references} must be a text and not empty", answer)
     prefix = values.get("answer_prefix", "")
     if not isinstance(prefix, str):
@@ -324,6 +329,14 @@ def _parse(entry: bytes | dict[str, Any], number: int, location: str) -> Line:
         answers=tuple(answers),
         subtask=subtask,
         max_new_tokens=new_tokens,
+    )
+
+
+def _is_invisible(text: str) -> bool:
+    """Return whether a text has nothing to see: it is empty, or of spaces and control signs."""
+    return all(
+        sign.isspace() or unicodedata.category(sign) in ("Cc", "Cf") or _BLANK.match(sign)
+        for sign in text
     )
 
 

@@ -4,10 +4,11 @@ Since the pools are disjoint, no test prompt contains a word or name that a meth
 """
 
 import random
+import re
 import string
 from functools import cache
-
-from wonderwords import RandomWord
+from importlib.metadata import distribution
+from pathlib import Path
 
 # The words of the prompt templates. A key or value among them would make a prompt ambiguous.
 TEMPLATE_WORDS = frozenset(
@@ -30,10 +31,24 @@ CALIBRATION_NUMBERS = frozenset({"83476", "47950"})
 @cache
 def word_pools() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the disjoint (test, calibration) pools of lower-case words of 3 to 9 letters."""
-    words = sorted(set(RandomWord().filter(regex="[a-z]{3,9}")) - TEMPLATE_WORDS)
+    words = sorted(_listed_words() - TEMPLATE_WORDS)
     random.Random(ORDER_SEED).shuffle(words)
     end = NUM_TEST_WORDS + NUM_CALIBRATION_WORDS
     return tuple(words[:NUM_TEST_WORDS]), tuple(words[NUM_TEST_WORDS:end])
+
+
+def _listed_words() -> set[str]:
+    """Return the words of 3 to 9 letters in wonderwords' lists of nouns, verbs and adjectives.
+
+    Its module is not imported: it opens them in the encoding of the locale, and they are UTF-8.
+    """
+    package = distribution("wonderwords")
+    files = (
+        Path(str(package.locate_file(f"wonderwords/assets/{kind}list.txt")))
+        for kind in ("noun", "verb", "adjective")
+    )
+    lines = (line.strip() for file in files for line in file.read_text("utf-8").splitlines())
+    return {line for line in lines if re.fullmatch("[a-z]{3,9}", line)}
 
 
 @cache

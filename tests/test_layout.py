@@ -29,7 +29,7 @@ ALLOWED = {
     "kernels": ("torch", "triton", "numba", "llvmlite", "numpy"),
     "methods": ("torch", *KERNEL_APIS, "topkbench.kernels.dispatch"),
     "models": (
-        *("torch", "transformers", "tokenizers", "safetensors", "filelock", "psutil"),
+        *("torch", "transformers", "tokenizers", "safetensors", "filelock", "psutil", "jinja2"),
         *(*KERNEL_APIS, *CONTRACT),
     ),
     "harness": (

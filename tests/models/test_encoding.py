@@ -171,6 +171,15 @@ def test_a_text_begins_with_what_its_tokenizer_puts_there_once(
     assert given.count(tokenizer.bos_token_id) == 1
 
 
+def test_a_vocabulary_without_an_a_and_without_unknowns_has_its_beginning() -> None:
+    rules = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "\u7532": 2, "\u4e59": 3}, merges=[]))
+    special = [("<s>", 0), ("</s>", 1)]
+    rules.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, bos_token="<s>", eos_token="</s>")
+    assert tokenizer.encode("a", add_special_tokens=False) == []
+    assert encode(tokenizer, "\u4e59\u7532") == [0, 3, 2]
+
+
 # Templates --------------------------------------------------------------------------------------
 
 CHATML = (
@@ -192,7 +201,7 @@ PARTS = (
 PARTS_BY_INDEX = "<|im_start|>{{ messages[0]['content'][0]['text'] }}<|im_end|>"
 
 
-def chat(template: str | None) -> PreTrainedTokenizerBase:
+def chat(template: Any) -> PreTrainedTokenizerBase:
     tokenizer = build_tokenizer([" secret", " is", " the"], 64)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = template
@@ -264,7 +273,23 @@ def test_a_template_that_cannot_wrap_a_prompt_is_refused_in_one_sentence(
         ),
         (True, {"tokenize": True}, "template uses, got 'tokenize'"),
         (True, {"conversation": 1}, "template uses, got 'conversation'"),
+        (True, {"messages": []}, "template uses, got 'messages'"),
         (True, {3: 1}, "template uses, got 3"),
+        # Words that stand in the template, but are none of its variables.
+        (True, {"think": False}, "template uses, got 'think'"),
+        (True, {"role": "x"}, "template uses, got 'role'"),
+        (True, {"message": 1}, "template uses, got 'message'"),
+        (True, {"defined": 1}, "template uses, got 'defined'"),
+        # Known to transformers, not to this template.
+        (True, {"tools": []}, "template uses, got 'tools'"),
+        (True, {"documents": []}, "template uses, got 'documents'"),
+        (
+            True,
+            {"enable_thinking": "False"},
+            "give enable_thinking as true or false, got the text 'False', which the model's chat"
+            " template takes as true; use enable_thinking: false, without quotes.",
+        ),
+        (True, {"chat_template": 3}, "as the text of a template or the name of one, got 3."),
         (False, {"enable_thinking": False}, "got enable_thinking with model.chat=false; use model"),
     ],
 )
@@ -275,6 +300,63 @@ def test_template_arguments_are_used_or_refused(
         check_template_arguments(chat(CHATML), use, arguments)
     assert message in str(caught.value)
     check_template_arguments(chat(CHATML), False, {})
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments"),
+    [
+        (CHATML, {"enable_thinking": False}),
+        (CHATML, {"enable_thinking": True}),  # what it does without being told
+        (CHATML, {"chat_template": LLAMA_2}),
+        (CHATML + "{% if tools %}{{ tools | length }}{% endif %}", {"tools": []}),
+        ("{{ effort }}" + CHATML, {"effort": "none"}),  # a text that is no truth value
+        ("{% if not date is defined %}{% set date = 1 %}{% endif %}" + CHATML, {"date": "today"}),
+        ({"a": CHATML, "b": PARTS}, {"chat_template": "a", "enable_thinking": False}),
+        ({"default": CHATML, "b": PARTS}, {"enable_thinking": False}),
+        ({"default": CHATML, "tool_use": CHATML + "{{ tools }}"}, {"tools": []}),
+    ],
+)
+def test_what_a_template_uses_is_accepted(template: Any, arguments: dict[str, Any]) -> None:
+    check_template_arguments(chat(template), True, arguments)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"chat_template": "c"}])
+def test_one_of_several_templates_without_a_default_must_be_named(
+    arguments: dict[str, Any],
+) -> None:
+    named = chat({"b": PARTS, "a": CHATML})
+    expected = (
+        "model.chat_template_kwargs must give as chat_template one of the model's, a, b, got"
+        f" {arguments.get('chat_template')!r}; use"
+        " model.chat_template_kwargs={chat_template: a}."
+    )
+    with pytest.raises(ValueError, match=r"^model\.chat_template_kwargs") as caught:
+        check_template_arguments(named, True, arguments)
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(
+    "rewriting",
+    [
+        "upper",
+        "lower",
+        "e",
+        "tojson",
+        "urlencode",
+        "striptags",
+        "replace('\\n', ' ')",
+        "replace('  ', ' ')",
+        "replace('\\\\', '')",
+        "replace('{', '(')",
+        "truncate(9)",
+    ],
+)
+def test_a_template_that_rewrites_texts_is_refused_before_there_is_a_prompt(
+    rewriting: str,
+) -> None:
+    template = CHATML.replace("message.content", f"message.content | {rewriting}")
+    with pytest.raises(ValueError, match=r"^model\.chat=true needs a chat template that wraps"):
+        check_template_arguments(chat(template), True, {})
 
 
 @pytest.mark.parametrize(
@@ -336,6 +418,14 @@ def test_an_answer_ends_at_any_end_that_is_named(
     assert found == {
         one if isinstance(one, int) else own.convert_tokens_to_ids(one) for one in expected
     }
+
+
+def test_an_answer_ends_at_an_added_token_that_is_not_special(loaded: LoadedModel) -> None:
+    own = chat(CHATML.replace("<|im_end|>", "<end of turn>"))
+    own.add_tokens(["<end of turn>"])
+    found = answer_ends(replace(loaded, tokenizer=own))
+    assert not own.added_tokens_decoder[own.convert_tokens_to_ids("<end of turn>")].special
+    assert own.convert_tokens_to_ids("<end of turn>") in found
 
 
 def test_the_text_models_configuration_names_ends_too(loaded: LoadedModel) -> None:

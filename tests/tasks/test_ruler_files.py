@@ -190,6 +190,12 @@ def test_more_question_tokens_than_prompt_tokens_are_refused(
         ('{"input": "x", "outputs": "red"}', r'outputs must be a list of references, got "red"'),
         ('{"input": "x", "outputs": [""]}', r'a reference in outputs must be a text .*, got ""'),
         ('{"input": "x", "outputs": ["a", " "]}', r'a reference in outputs .*, got " "'),
+        # Nothing to see, though str.strip leaves it.
+        (r'{"input": "x", "outputs": ["\u200b"]}', r'a reference in outputs .*, got "\\u200b"'),
+        (r'{"input": "x", "outputs": ["\u200d \ufe0f"]}', r"a reference in outputs .*, got .*"),
+        (r'{"input": "x", "outputs": ["\u2800\u3164"]}', r"a reference in outputs .*, got .*"),
+        (r'{"input": "x", "outputs": ["\ufeff\u0007"]}', r"a reference in outputs .*, got .*"),
+        (r'{"input": "\u200b", "outputs": ["x"]}', r"input must be a text and not empty, got .*"),
         ('{"input": "x", "outputs": ["a", null]}', r"a reference in outputs .*, got null"),
         ('{"input": "x", "outputs": [7]}', r"a reference in outputs .*, got 7"),
         ('{"input": "x", "outputs": [["a"]]}', r'a reference in outputs .*, got \["a"\]'),
@@ -388,6 +394,15 @@ def test_columns_that_contradict_are_refused(
     path = write(tmp_path / "vt.jsonl", entry(), line)
     with pytest.raises(ValueError, match=rf"^line 2 of .*vt\.jsonl must be .*: {problem}"):
         read_official(path, 1, "dense")
+
+
+@pytest.mark.parametrize(
+    "answer", ["\u2764\ufe0f", "-", "\u0e34", "a\u200b", "\ue000", "\U0001fae9"]
+)
+def test_a_reference_of_any_visible_sign_is_read(tmp_path: Path, answer: str) -> None:
+    path = write(tmp_path / "vt.jsonl", entry(outputs=[answer]))
+    (sample,) = read(path, 1, "dense", 0)
+    assert sample.answers == (answer,)
 
 
 def test_bad_lines_are_left_out_and_counted_if_asked(loaded: LoadedModel, tmp_path: Path) -> None:

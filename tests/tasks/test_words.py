@@ -1,11 +1,16 @@
 """The words and names of tests and calibration: the same in every process, and disjoint."""
 
 import os
+import random
 import subprocess
 import sys
 
+import pytest
+from wonderwords import RandomWord
+
 from topkbench.tasks.words import (
     CALIBRATION_NAMES,
+    ORDER_SEED,
     TEMPLATE_WORDS,
     TEST_NAMES,
     random_names,
@@ -36,14 +41,29 @@ def test_more_names_extend_the_same_sequence() -> None:
     assert many[:20] == few
 
 
-def test_the_pools_are_the_same_in_every_process() -> None:
+def test_the_pools_are_made_of_all_words_that_wonderwords_knows() -> None:
+    known = set(RandomWord().filter(regex="[a-z]{3,9}")) - TEMPLATE_WORDS
+    words = sorted(known)
+    random.Random(ORDER_SEED).shuffle(words)
+    assert word_pools() == (tuple(words[:2048]), tuple(words[2048:2560]))
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONHASHSEED": "7"},
+        # The lists are UTF-8, whatever the locale's encoding is.
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+)
+def test_the_pools_are_the_same_in_every_process(environment: dict[str, str]) -> None:
     code = (
         "from topkbench.tasks.words import *;"
         "print([pool[:3] for pool in word_pools()], random_names(5, upper=True)[:3])"
     )
     printed = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONHASHSEED": "7"},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=True,
