@@ -37,6 +37,7 @@ APPEARANCE = ("label", "colour")
 _OF_HYDRA = {"_target_", "_convert_"}
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 _MISSING = "???"
+_NOTHING = object()  # where no setting stands
 _TOO_LARGE = 2**63  # rows hold whole numbers in 64 bits
 
 
@@ -98,10 +99,29 @@ class Names:
         reference = _REFERENCE.fullmatch(str(self._at(path)))
         return path if reference is None else self.name(reference[1])
 
+    def check_references(self) -> None:
+        """Check that what a setting refers to is there.
+
+        Raises:
+            SettingsError: If it is not.
+        """
+        for place, value in _leaves(self.written, ""):
+            for other in _REFERENCE.findall(value) if isinstance(value, str) else ():
+                if other.startswith("."):  # relative to where it stands
+                    continue
+                found = self._at(other)
+                is_ours = other in {one.name for one in dataclasses.fields(RunSettings)}
+                if found == _MISSING or (found is _NOTHING and is_ours):
+                    raise SettingsError(f"{other} must be given.")
+                if found is _NOTHING:
+                    raise SettingsError(
+                        f"{place} must refer to a setting that there is, got {value!r}."
+                    )
+
     def _at(self, path: str) -> Any:
         value: Any = self.written
         for part in path.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
+            value = value.get(part, _NOTHING) if isinstance(value, Mapping) else _NOTHING
         return value
 
 
@@ -298,6 +318,18 @@ def _has_target(value: Any) -> bool:
     return isinstance(value, Mapping) and "_target_" in value
 
 
+def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the values inside mappings and lists, each with the name of its setting."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from _leaves(value, _join(path, name))
+    elif isinstance(node, list):
+        for value in node:
+            yield from _leaves(value, path)
+    else:
+        yield path, node
+
+
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
@@ -375,7 +407,7 @@ def _check_type(names: Names, path: str, hint: Any, value: Any) -> None:
         way_out = f"""; quotes inside quotes make it text: '{name}="{value}"'"""
     elif int in options and isinstance(value, int) and abs(value) >= _TOO_LARGE:
         way_out = "; rows hold whole numbers in 64 bits"
-    elif isinstance(value, str | int | float) and any(map(_item, options)):
+    elif not isinstance(value, list) and any(_fits(option, [value]) for option in options):
         way_out = f"; brackets make a list: '{name}=[{value}]'"
     words = " or ".join(dict.fromkeys(map(_words, options)))
     raise SettingsError(f"{name} must be {words}, got {_shown(value)}{way_out}.")

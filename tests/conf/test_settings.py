@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from topkbench.harness import main as command
+from topkbench.harness.runner import Runner
 from topkbench.harness.settings import GROUPS, Composed, Names, SettingsError, check
 from topkbench.models import load
 
@@ -80,7 +81,8 @@ BAD = {
     "+num_sample=1": (
         "there is no setting num_sample, and none that refers to it; did you mean num_samples."
     ),
-    "k=${foo}": "Interpolation key 'foo' not found",
+    "k=${foo}": "k must refer to a setting that there is, got '${foo}'.",
+    "k=???": "k must be given.",
     # The model.
     "model.name=7": "model.name must be text, got 7; quotes inside quotes make it text",
     "model.name=": "model.name must not be empty.",
@@ -127,6 +129,7 @@ BAD = {
         "task.subtasks must be a list of texts or null, got 'niah_single'; brackets make a list:"
         " 'task.subtasks=[niah_single]'."
     ),
+    "task.subtasks=true": "task.subtasks must be a list of texts or null, got true.",
     "task.subtasks=[]": "task.subtasks must list at least one value, got [].",
     "task.subtasks=[vt,vt]": "task.subtasks must list each value once, got 'vt' twice.",
     "task.subtasks=[niah]": f"task.subtasks must be among {SUBTASKS}, got 'niah'.",
@@ -458,9 +461,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """Run the command in this process; return its exit status and its lines of errors."""
 
     def not_reached(*arguments: Any) -> None:
-        raise AssertionError("a model must not be loaded")
+        raise AssertionError("nothing must be run")
 
-    monkeypatch.setattr(command, "_load", not_reached)
+    monkeypatch.setattr(Runner, "run", not_reached)
     monkeypatch.setenv("TOPKBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
 
@@ -478,6 +481,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     GlobalHydra.instance().clear()
 
 
+ONE_OPTION = (
+    "error: {0} must name one option, as in {0}=NAME, got {1}; with -m, commas separate several."
+)
 COMMANDS = {
     "k=sixty": ["error: k must be a whole number, got 'sixty'."],
     "k=sixty,0 rbit=32,64 -m": [
@@ -492,6 +498,33 @@ COMMANDS = {
     "method=hatta": None,
     "model=local": ["error: model.name must be given."],
     "results_dir=7": None,
+    # Groups.
+    "model=null": [ONE_OPTION.format("model", "model=null")],
+    "task=": [ONE_OPTION.format("task", "task=")],
+    "protocol=5": [ONE_OPTION.format("protocol", "protocol=5")],
+    "~method": [ONE_OPTION.format("method", "~method")],
+    "method=[hata,quest] -m": [ONE_OPTION.format("method", "method=[hata,quest]")],
+    "+experiment=null": [ONE_OPTION.format("experiment", "+experiment=null")],
+    "hydra/launcher=joblib": ["error: there is no option hydra/launcher=joblib."],
+    # What Hydra reads, merges and resolves.
+    "foo": ["error: a setting must be NAME=VALUE, got 'foo'."],
+    "=5": ["error: a setting must be NAME=VALUE, got '=5'."],
+    "method.colour=#12": [
+        "error: method.colour must be NAME=VALUE with a value that Hydra can read, got"
+        " 'method.colour=#12'; quotes inside quotes make any value text: 'method.colour=\"#12\"'."
+    ],
+    "k=1,2": [
+        "error: k must be one value, got k=1,2; -m runs a sweep over several values, and brackets"
+        " make a list: 'k=[1,2]'."
+    ],
+    "task=needle task.lengths={a:1}": ["error: task.lengths must be a list, got a mapping."],
+    "task=selection task.budgets={a:1}": ["error: task.budgets must be a list, got a mapping."],
+    "method.native=[]": ["error: method.native must be a mapping, got a list."],
+    "~k": ["error: k must be given."],
+    "k=???": ["error: k must be given."],
+    "k=${foo}": ["error: k must refer to a setting that there is, got '${foo}'."],
+    "~experiment_name": ["error: experiment_name must be given, as other settings refer to it."],
+    "cache_dir=${oc.env:NOPE}": None,
 }
 
 
@@ -502,6 +535,15 @@ def test_a_bad_command_leaves_nothing(run: Any, tmp_path: Path, line: str) -> No
     assert errors == COMMANDS[line] if COMMANDS[line] else len(errors) == 1
     assert all(one.startswith("error: ") for one in errors)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_list_of_cells_is_said_once(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "fixed").mkdir()
+    (tmp_path / "fixed" / "cells.json").write_text("{")
+    status, (error,) = run("hydra.run.dir=fixed")
+    assert status == 2
+    assert error.startswith(f"error: {tmp_path}/fixed/cells.json must be a list of identities")
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "fixed", tmp_path / "fixed" / "cells.json"]
 
 
 def test_a_folder_that_was_there_stays(run: Any, tmp_path: Path) -> None:
