@@ -137,6 +137,7 @@ def job(config: DictConfig) -> float | None:
     choices = {name: str(state.runtime.choices.get(name)) for name in ("model", "task", "method")}
     try:
         composed = full = checked(config)
+        composed.check_task_takes_method()
         if composed.method.selects:
             config.method = OmegaConf.load(CONF / "method" / "full.yaml")
             full = checked(config)

@@ -25,9 +25,10 @@ from topkbench.analysis.record import RecordError
 from topkbench.harness.calibration import CalibrationTexts
 from topkbench.harness.decoding import Question
 from topkbench.harness.task import Task
-from topkbench.kernels.dispatch import Impl, Operator
-from topkbench.kernels.full_attention.api import Backend
-from topkbench.methods.base import AnyMethod, Policy, check_multiple, check_whole
+from topkbench.kernels.dispatch import Impl, Operator, interpreted, missing
+from topkbench.kernels.full_attention.api import Backend, missing_for
+from topkbench.methods.base import AnyMethod, Geometry, Policy, check_multiple, check_whole
+from topkbench.methods.full import FullAttention
 from topkbench.models.load import Dtype, ModelShape, load_model, read_shape
 
 GROUPS = ("model", "task", "method", "protocol", "calibration", "tracker", "report")
@@ -188,6 +189,39 @@ class Composed:
         if shape is not None:
             with naming(names, "task", self.settings["task"]):
                 self.task.check_model(shape)
+            if self.task.uses_model and shape.geometry is not None:
+                _check_supported(names, "method", method, shape.geometry)
+        if self.settings["model"].get("device_map") is None:  # else its devices are not known yet
+            self._check_device(names)
+
+    def _check_device(self, names: Names) -> None:
+        """Check that the named kernels run on the device."""
+        device, impl = self.settings["device"].split(":")[0], self.settings["impl"]
+        named = (
+            {f"impl.{op}": one for op, one in impl.items()}
+            if isinstance(impl, dict)
+            else {"impl": impl}
+        )
+        for name, one in named.items():
+            needed = missing(one, device, interpreted())
+            if needed is not None:
+                raise SettingsError(f"{name}={one} needs {needed} use {name}=auto.")
+        if isinstance(self.method, FullAttention):
+            backend, name = self.method.backend, names.name("method.backend")
+            needed = missing_for(backend, device)
+            if needed is not None:
+                raise SettingsError(f"{name}={backend} needs {needed} use {name}=sdpa.")
+
+    def check_task_takes_method(self) -> None:
+        """Check that the task can be run with the method, rather than compared with it.
+
+        Raises:
+            SettingsError: If it cannot.
+        """
+        shape = _model_shape(json.dumps(self.settings["model"]))
+        if shape is not None and shape.geometry is not None:
+            with naming(Names({}), "task", ()):
+                self.task.check_method(self.method, shape.geometry)
 
 
 def check(names: Names, settings: Mapping[str, Any]) -> None:
@@ -299,6 +333,21 @@ def _check_hidden(task: Mapping[str, Any], given: Sequence[str]) -> None:
                 f"{name} has no effect with task={task['name']}, which has a {name} of its own;"
                 f" give task.{name} instead."
             )
+
+
+def _check_supported(names: Names, path: str, method: AnyMethod, geometry: Geometry) -> None:
+    """Check the settings of a method, and of one inside it, against a model's geometry.
+
+    What a method cannot do in a model whatever its settings makes a skipped row instead.
+    """
+    known = [one.name for one in dataclasses.fields(method)]
+    reason = method.unsupported_reason(geometry)
+    with naming(names, path, known):
+        if reason is not None and reason.split()[0] in known:
+            raise ValueError(reason)
+    base = getattr(method, "base", None)
+    if base is not None:
+        _check_supported(names, f"{path}.base", base, geometry)
 
 
 @functools.lru_cache(maxsize=64)

@@ -321,7 +321,7 @@ def hydra() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "AutoModelForCausalLM", None)
+    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", None)
     monkeypatch.setattr(load, "AutoTokenizer", None)
 
 
