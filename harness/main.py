@@ -90,7 +90,10 @@ def checked(config: DictConfig, given: Sequence[str] | None = None) -> Any:
     except OmegaConfBaseException as error:  # of a resolver, such as oc.env
         raise SettingsError(in_our_words(sentence(error))) from error
     if given is None:
-        given = [text.lstrip("+").split("=")[0] for text in HydraConfig.get().overrides.task]
+        state = HydraConfig.get()
+        given = [text.lstrip("+").split("=")[0] for text in state.overrides.task]
+        if state.mode == RunMode.MULTIRUN:  # an axis is dropped where it has no effect
+            given = [name for name in given if name not in (state.sweeper.get("params") or ())]
     return Composed.of(written, settings, given)
 
 

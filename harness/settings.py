@@ -13,12 +13,14 @@ import importlib
 import inspect
 import json
 import math
+import os
 import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from topkbench.analysis.record import RecordError
@@ -32,8 +34,12 @@ from topkbench.methods.full import FullAttention
 from topkbench.models.load import Dtype, ModelShape, load_model, read_shape
 
 GROUPS = ("model", "task", "method", "protocol", "calibration", "tracker", "report")
+# Settings of the run that only tasks read.
+OF_TASKS = ("question", "num_samples")
 # What a method's configuration holds for tables and figures; no setting of the method.
 APPEARANCE = ("label", "colour")
+RESULT_FOLDERS = ("cells", "parts", "claims")
+"""Folders of ``results_dir`` that hold the results of all sweeps."""
 # Keys of a node with a target that are Hydra's own.
 _OF_HYDRA = {"_target_", "_convert_"}
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
@@ -72,6 +78,12 @@ class RunSettings:
         check_multiple("rbit", self.rbit, 32)
         check_whole("seed", self.seed, least=0)
         check_whole("num_samples", self.num_samples)
+        place = Path(os.path.normpath(self.experiment_name))
+        if place.is_absolute() or {*place.parts[:1]} & {"..", *RESULT_FOLDERS}:
+            raise ValueError(
+                "experiment_name must name a folder inside results_dir, and none of"
+                f" {', '.join(RESULT_FOLDERS)}, got {self.experiment_name!r}."
+            )
         for name in ("cache_dir", "artifact_dir"):
             if not getattr(self, name).strip():
                 raise ValueError(f"{name} must not be empty.")
@@ -160,7 +172,7 @@ class Composed:
         """
         names = Names(written)
         check(names, settings)
-        _check_hidden(written["task"], given)
+        _check_effect(written["task"], given)
         appearance = {name: settings["method"].get(name) for name in APPEARANCE}
         settings = {**settings, "method": without_appearance(settings["method"])}
         made = {
@@ -168,6 +180,11 @@ class Composed:
             for group in ("method", "protocol", "task", "calibration", "tracker", "report")
         }
         composed = cls(settings, appearance, *made.values())
+        if "k" in given and composed.task.all_budgets:
+            way_out = "task.budget=null uses it" if "budget" in settings["task"] else "leave it out"
+            raise SettingsError(
+                f"k has no effect with task={composed.task.name} and these settings; {way_out}."
+            )
         composed._check_together(names)
         return composed
 
@@ -189,8 +206,9 @@ class Composed:
         if shape is not None:
             with naming(names, "task", self.settings["task"]):
                 self.task.check_model(shape)
-            if self.task.uses_model and shape.geometry is not None:
-                _check_supported(names, "method", method, shape.geometry)
+        geometry = self.task.attention(None if shape is None else shape.geometry)
+        if geometry is not None:
+            _check_supported(names, "method", method, geometry)
         if self.settings["model"].get("device_map") is None:  # else its devices are not known yet
             self._check_device(names)
 
@@ -324,9 +342,14 @@ def without_appearance(method: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_hidden(task: Mapping[str, Any], given: Sequence[str]) -> None:
-    """Check that no setting of the run on the command line is hidden by the task's own."""
+def _check_effect(task: Mapping[str, Any], given: Sequence[str]) -> None:
+    """Check that each setting of the run on the command line has an effect on the task."""
     for name in given:
+        if name in OF_TASKS and name not in task:
+            raise SettingsError(
+                f"{name} has no effect with task={task['name']}, which has no such setting; leave"
+                " it out."
+            )
         own = task.get(name)
         if own not in (None, f"${{{name}}}") and f"task.{name}" not in given:
             raise SettingsError(

@@ -162,6 +162,10 @@ class Task(ABC):
         """
         return
 
+    def attention(self, model: Geometry | None) -> Geometry | None:
+        """Return the attention that the method runs in: that of the model, None if not known."""
+        return model
+
     def check_method(self, method: AnyMethod, geometry: Geometry) -> None:
         """Check a method against the task and a model that is not loaded yet.
 
