@@ -30,7 +30,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from topkbench.analysis.console import console, say, say_error
 from topkbench.analysis.files import NotWritableError, remove_left_over
-from topkbench.analysis.record import RecordError, Sweep, checked_results_dir
+from topkbench.analysis.record import (
+    RecordError,
+    Sweep,
+    check_experiment_name,
+    checked_results_dir,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -198,6 +203,7 @@ class SweepFolders(Callback):
         folder = Path(place).absolute()
         try:
             results = checked_results_dir(config.results_dir)
+            check_experiment_name(str(config.experiment_name))  # its type is checked later
             Sweep(folder, results).identities()  # a list of cells that is there can be read
         except RecordError as error:
             say_error(error)

@@ -13,17 +13,15 @@ import importlib
 import inspect
 import json
 import math
-import os
 import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from topkbench.analysis.record import RecordError
+from topkbench.analysis.record import RecordError, check_experiment_name
 from topkbench.harness.calibration import CalibrationTexts
 from topkbench.harness.decoding import Question
 from topkbench.harness.task import Task
@@ -38,8 +36,6 @@ GROUPS = ("model", "task", "method", "protocol", "calibration", "tracker", "repo
 OF_TASKS = ("question", "num_samples")
 # What a method's configuration holds for tables and figures; no setting of the method.
 APPEARANCE = ("label", "colour")
-RESULT_FOLDERS = ("cells", "parts", "claims")
-"""Folders of ``results_dir`` that hold the results of all sweeps."""
 # Keys of a node with a target that are Hydra's own.
 _OF_HYDRA = {"_target_", "_convert_"}
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
@@ -78,12 +74,7 @@ class RunSettings:
         check_multiple("rbit", self.rbit, 32)
         check_whole("seed", self.seed, least=0)
         check_whole("num_samples", self.num_samples)
-        place = Path(os.path.normpath(self.experiment_name))
-        if place.is_absolute() or {*place.parts[:1]} & {"..", *RESULT_FOLDERS}:
-            raise ValueError(
-                "experiment_name must name a folder inside results_dir, and none of"
-                f" {', '.join(RESULT_FOLDERS)}, got {self.experiment_name!r}."
-            )
+        check_experiment_name(self.experiment_name)
         for name in ("cache_dir", "artifact_dir"):
             if not getattr(self, name).strip():
                 raise ValueError(f"{name} must not be empty.")
