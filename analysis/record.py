@@ -47,12 +47,14 @@ __all__ = [
     "Scalar",
     "Status",
     "Sweep",
+    "check_experiment_name",
     "checked_results_dir",
     "frame",
     "identity",
 ]
 
 _IDENTITY = re.compile(r"[0-9a-f]{16}")
+_SHARED = ("cells", "parts", "claims")  # folders of results that all sweeps share
 _PLACE = "results_dir.txt"
 """File of a sweep that holds the path from its folder to the results."""
 
@@ -101,6 +103,20 @@ def checked_results_dir(value: Any) -> Path:
     folder = Path(value)
     check_writable(folder)
     return folder
+
+
+def check_experiment_name(name: str) -> None:
+    """Check the setting that says where in the folder of results a sweep's folder is.
+
+    Raises:
+        RecordError: If it leads out of the folder of results, or into what all sweeps share.
+    """
+    place = Path(os.path.normpath(name))
+    if place.is_absolute() or {*place.parts[:1]} & {"..", *_SHARED}:
+        raise RecordError(
+            "experiment_name must name a folder inside results_dir, and none of"
+            f" {', '.join(_SHARED)}, got {name!r}."
+        )
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:

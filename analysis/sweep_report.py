@@ -32,7 +32,13 @@ class SweepReport:
     """
 
     def __init__(self, models: Sequence[str] | None = None, published: bool = False) -> None:
-        self.models = MODELS if models is None else model_sizes(models)
+        try:
+            self.models = MODELS if models is None else model_sizes(models)
+        except RecordError as error:
+            raise RecordError(
+                "models must be NAME=PARAMETERS/LAYERS, such as 8B=8.03e9/32, got"
+                f" {list(models or ())}."
+            ) from error
         self.published = published
 
     def finish(self, sweep: Sweep, command: str, tracker: Tracker) -> int:

@@ -194,12 +194,16 @@ class WandbTracker:
             account and its host answers, offline if not. WANDB_MODE overrides it.
 
     Raises:
-        ValueError: If W&B does not accept one of them, or WANDB_MODE.
+        ValueError: If one of them is empty, or W&B does not accept it or WANDB_MODE.
     """
 
     def __init__(
         self, project: str = "topkbench", entity: str | None = None, mode: str = "auto"
     ) -> None:
+        if not project.strip():
+            raise ValueError("project must not be empty.")
+        if entity is not None and not entity.strip():
+            raise ValueError("entity must not be empty; null is the account's default.")
         check_setting("project", project, "tracker.project")
         check_setting("entity", entity, "tracker.entity")
         check_setting("mode", mode, "tracker.mode", "auto")

@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -36,7 +37,12 @@ from topkbench.analysis.files import (
     keep_off_read_only_home,
     remove_left_over,
 )
-from topkbench.analysis.record import RecordError, Sweep, checked_results_dir
+from topkbench.analysis.record import (
+    RecordError,
+    Sweep,
+    check_experiment_name,
+    checked_results_dir,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -87,15 +93,19 @@ def checked(config: DictConfig, given: Sequence[str] | None = None) -> Any:
     Raises:
         SettingsError: If a setting is wrong.
     """
-    from topkbench.harness.settings import Composed, SettingsError
+    from topkbench.harness.settings import Composed, Names, SettingsError
 
     written: Any = OmegaConf.to_container(config)
+    Names(written).check_references()
     try:
         settings: Any = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:  # a reference to what is not there
-        raise SettingsError(sentence(error)) from error
+    except OmegaConfBaseException as error:  # of a resolver, such as oc.env
+        raise SettingsError(in_our_words(sentence(error))) from error
     if given is None:
-        given = [text.lstrip("+").split("=")[0] for text in HydraConfig.get().overrides.task]
+        state = HydraConfig.get()
+        given = [text.lstrip("+").split("=")[0] for text in state.overrides.task]
+        if state.mode == RunMode.MULTIRUN:  # an axis is dropped where it has no effect
+            given = [name for name in given if name not in (state.sweeper.get("params") or ())]
     return Composed.of(written, settings, given)
 
 
@@ -130,16 +140,19 @@ def job(config: DictConfig) -> float | None:
 
     state, commanded = HydraConfig.get(), collected()
     if not state.launcher._target_.endswith("BasicLauncher"):
-        raise SettingsError(
+        say_error(
             f"hydra/launcher must be basic, got {state.runtime.choices['hydra/launcher']}: the "
             "cells of a sweep run in one process, which reads each prompt once for all of them."
         )
+        raise SystemExit(REFUSED_STATUS)  # Hydra prints lines of its own about an error
     folder = state.sweep.dir if state.mode == RunMode.MULTIRUN else state.run.dir
     # Hydra may have changed the working folder.
     commanded.sweep = Sweep(*map(hydra.utils.to_absolute_path, (folder, config.results_dir)))
-    choices = {name: str(state.runtime.choices[name]) for name in ("model", "task", "method")}
+    # A group is no choice where a user's own configuration leaves it out.
+    choices = {name: str(state.runtime.choices.get(name)) for name in ("model", "task", "method")}
     try:
         composed = full = checked(config)
+        composed.check_task_takes_method()
         if composed.method.selects:
             config.method = OmegaConf.load(CONF / "method" / "full.yaml")
             full = checked(config)
@@ -197,10 +210,12 @@ class SweepFolders(Callback):
         folder = Path(named).absolute()
         try:
             results = checked_results_dir(config.results_dir)
+            check_experiment_name(str(config.experiment_name))  # its type is checked later
             if not named.strip():  # it would be the working folder
                 raise RecordError(f"{setting} must name a folder, got {named!r}.")
             inside = results.absolute() in folder.parents
             check_writable(folder, RESULTS if inside else Place("sweep", f"{setting}=PATH"))
+            Sweep(folder, results).identities()  # a list of cells that is there can be read
         except RecordError as error:
             say_error(error)
             status = 1 if isinstance(error, NotWritableError) else REFUSED_STATUS
@@ -230,8 +245,20 @@ class SweepFolders(Callback):
                     folder = folder.parent
 
 
-def unknown_option(text: str) -> str:
-    """Return Hydra's message on an unknown setting, shortened, with the nearest name."""
+def in_our_words(text: str) -> str:
+    """Return a message of Hydra's in the command's words, with the nearest name if there is one."""
+    resolved = re.search(r"raised while resolving interpolation: (.+) full_key: ([\w.]+)", text)
+    if resolved is not None:
+        return f"{resolved[2]} must refer to what is there, got: {resolved[1]}."
+    missing = re.search(r"Interpolation key '([\w.]+)' not found", text)
+    missing = missing or re.search(r"Missing mandatory value: ([\w.]+)", text)
+    if missing is not None:
+        return f"{missing[1]} must be given, as other settings refer to it."
+    merged = re.search(r"Cannot merge .* full_key: ([\w.]+) object_type=(\w+)", text)
+    if merged is not None:
+        words = "a mapping", "a list"
+        wanted, got = words if merged[2] == "dict" else words[::-1]
+        return f"{merged[1]} must be {wanted}, got {got}."
     unknown = re.search(r"Key '(\w+)' is not in struct full_key: ([\w.]+)", text)
     if unknown is not None:
         key, place = unknown.groups()
@@ -246,14 +273,53 @@ def unknown_option(text: str) -> str:
         near = difflib.get_close_matches(key, sorted(set().union(*names.values())), n=1)
         guess = f"; did you mean {f'{group}.' if group else ''}{near[0]}" if near else ""
         return f"there is no setting {place}{guess}."
-    found = re.search(r"Could not find '(\w+)/([^']+)'", text)
+    found = re.search(r"Could not find '([\w/]+)/([^']*)'", text)
     if found is None:
         return " ".join(text.split())
     group, name = found.groups()
     options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    if not options:  # a group of Hydra's
+        return f"there is no option {group}={name}."
     near = difflib.get_close_matches(name, options, n=1)
     guess = f"; did you mean {near[0]}" if near else ""
     return f"{group} must be one of {', '.join(options)}, got {name!r}{guess}."
+
+
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Check the settings of a command line that Hydra would refuse in words of its own.
+
+    Args:
+        arguments: The settings and options, settings first.
+
+    Raises:
+        ValueError: If a setting cannot be read, or names anything but one option of a group.
+    """
+    groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
+    is_sweep = any(one in ("-m", "--multirun") or "hydra.mode=" in one for one in arguments)
+    for text in itertools.takewhile(lambda one: not one.startswith("-"), arguments):
+        name, equals, value = text.partition("=")
+        if name in ("", "~") or not (equals or text.startswith("~")):
+            raise ValueError(f"a setting must be NAME=VALUE, got {text!r}.")
+        try:
+            (one,) = OverridesParser.create().parse_overrides([text])
+        except OverrideParseException as error:
+            raise ValueError(
+                f"{name} must be NAME=VALUE with a value that Hydra can read, got"
+                f" {text!r}; quotes inside quotes make any value text: '{name}=\"{value}\"'."
+            ) from error
+        if one.is_sweep_override() and not is_sweep:
+            raise ValueError(
+                f"{name} must be one value, got {text}; -m runs a sweep over several values, and"
+                f" brackets make a list: '{name}=[{value}]'."
+            )
+        if one.key_or_group not in groups:
+            continue
+        chosen = list(one.sweep_iterator()) if one.is_sweep_override() else [one.value()]
+        if one.is_delete() or not all(isinstance(option, str) and option for option in chosen):
+            raise ValueError(
+                f"{one.key_or_group} must name one option, as in {one.key_or_group}=NAME, got"
+                f" {text}; with -m, commas separate several."
+            )
 
 
 def settings_first(arguments: Sequence[str]) -> list[str]:
@@ -294,6 +360,7 @@ def run_command() -> None:
     wrapped = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     collected.cache_clear()  # a second command of this process starts anew
     try:
+        check_overrides(sys.argv[1:])
         wrapped(job)()
         run_collected()
         commanded = collected()
@@ -304,7 +371,7 @@ def run_command() -> None:
         elif commanded.refused:
             sys.exit(REFUSED_STATUS)  # each job said why
     except (HydraException, OmegaConfBaseException) as error:
-        say_error(unknown_option(sentence(error)))
+        say_error(in_our_words(sentence(error)))
         sys.exit(REFUSED_STATUS)
     except BrokenPipeError:
         raise  # of a print: nobody reads the output any more

@@ -21,22 +21,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from topkbench.analysis.record import RecordError
+from topkbench.analysis.record import RecordError, check_experiment_name
 from topkbench.harness.calibration import CalibrationTexts
 from topkbench.harness.decoding import Question
 from topkbench.harness.task import Task
-from topkbench.kernels.dispatch import Impl, Operator
-from topkbench.kernels.full_attention.api import Backend
-from topkbench.methods.base import AnyMethod, Policy, check_multiple, check_whole
+from topkbench.kernels.dispatch import Impl, Operator, interpreted, missing
+from topkbench.kernels.full_attention.api import Backend, missing_for
+from topkbench.methods.base import AnyMethod, Geometry, Policy, check_multiple, check_whole
+from topkbench.methods.full import FullAttention
 from topkbench.models.load import Dtype, ModelShape, load_model, read_shape
 
 GROUPS = ("model", "task", "method", "protocol", "calibration", "tracker", "report")
+# Settings of the run that only tasks read.
+OF_TASKS = ("question", "num_samples")
 # What a method's configuration holds for tables and figures; no setting of the method.
 APPEARANCE = ("label", "colour")
 # Keys of a node with a target that are Hydra's own.
 _OF_HYDRA = {"_target_", "_convert_"}
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 _MISSING = "???"
+_NOTHING = object()  # where no setting stands
 _TOO_LARGE = 2**63  # rows hold whole numbers in 64 bits
 
 
@@ -70,6 +74,7 @@ class RunSettings:
         check_multiple("rbit", self.rbit, 32)
         check_whole("seed", self.seed, least=0)
         check_whole("num_samples", self.num_samples)
+        check_experiment_name(self.experiment_name)
         for name in ("cache_dir", "artifact_dir"):
             if not getattr(self, name).strip():
                 raise ValueError(f"{name} must not be empty.")
@@ -98,10 +103,29 @@ class Names:
         reference = _REFERENCE.fullmatch(str(self._at(path)))
         return path if reference is None else self.name(reference[1])
 
+    def check_references(self) -> None:
+        """Check that what a setting refers to is there.
+
+        Raises:
+            SettingsError: If it is not.
+        """
+        for place, value in _leaves(self.written, ""):
+            for other in _REFERENCE.findall(value) if isinstance(value, str) else ():
+                if other.startswith("."):  # relative to where it stands
+                    continue
+                found = self._at(other)
+                is_ours = other in {one.name for one in dataclasses.fields(RunSettings)}
+                if found == _MISSING or (found is _NOTHING and is_ours):
+                    raise SettingsError(f"{other} must be given.")
+                if found is _NOTHING:
+                    raise SettingsError(
+                        f"{place} must refer to a setting that there is, got {value!r}."
+                    )
+
     def _at(self, path: str) -> Any:
         value: Any = self.written
         for part in path.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
+            value = value.get(part, _NOTHING) if isinstance(value, Mapping) else _NOTHING
         return value
 
 
@@ -139,7 +163,7 @@ class Composed:
         """
         names = Names(written)
         check(names, settings)
-        _check_hidden(written["task"], given)
+        _check_effect(written["task"], given)
         appearance = {name: settings["method"].get(name) for name in APPEARANCE}
         settings = {**settings, "method": without_appearance(settings["method"])}
         made = {
@@ -147,6 +171,11 @@ class Composed:
             for group in ("method", "protocol", "task", "calibration", "tracker", "report")
         }
         composed = cls(settings, appearance, *made.values())
+        if "k" in given and composed.task.all_budgets:
+            way_out = "task.budget=null uses it" if "budget" in settings["task"] else "leave it out"
+            raise SettingsError(
+                f"k has no effect with task={composed.task.name} and these settings; {way_out}."
+            )
         composed._check_together(names)
         return composed
 
@@ -168,6 +197,40 @@ class Composed:
         if shape is not None:
             with naming(names, "task", self.settings["task"]):
                 self.task.check_model(shape)
+        geometry = self.task.attention(None if shape is None else shape.geometry)
+        if geometry is not None:
+            _check_supported(names, "method", method, geometry)
+        if self.settings["model"].get("device_map") is None:  # else its devices are not known yet
+            self._check_device(names)
+
+    def _check_device(self, names: Names) -> None:
+        """Check that the named kernels run on the device."""
+        device, impl = self.settings["device"].split(":")[0], self.settings["impl"]
+        named = (
+            {f"impl.{op}": one for op, one in impl.items()}
+            if isinstance(impl, dict)
+            else {"impl": impl}
+        )
+        for name, one in named.items():
+            needed = missing(one, device, interpreted())
+            if needed is not None:
+                raise SettingsError(f"{name}={one} needs {needed} use {name}=auto.")
+        if isinstance(self.method, FullAttention):
+            backend, name = self.method.backend, names.name("method.backend")
+            needed = missing_for(backend, device)
+            if needed is not None:
+                raise SettingsError(f"{name}={backend} needs {needed} use {name}=sdpa.")
+
+    def check_task_takes_method(self) -> None:
+        """Check that the task can be run with the method, rather than compared with it.
+
+        Raises:
+            SettingsError: If it cannot.
+        """
+        shape = _model_shape(json.dumps(self.settings["model"]))
+        if shape is not None and shape.geometry is not None:
+            with naming(Names({}), "task", ()):
+                self.task.check_method(self.method, shape.geometry)
 
 
 def check(names: Names, settings: Mapping[str, Any]) -> None:
@@ -270,15 +333,35 @@ def without_appearance(method: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_hidden(task: Mapping[str, Any], given: Sequence[str]) -> None:
-    """Check that no setting of the run on the command line is hidden by the task's own."""
+def _check_effect(task: Mapping[str, Any], given: Sequence[str]) -> None:
+    """Check that each setting of the run on the command line has an effect on the task."""
     for name in given:
+        if name in OF_TASKS and name not in task:
+            raise SettingsError(
+                f"{name} has no effect with task={task['name']}, which has no such setting; leave"
+                " it out."
+            )
         own = task.get(name)
         if own not in (None, f"${{{name}}}") and f"task.{name}" not in given:
             raise SettingsError(
                 f"{name} has no effect with task={task['name']}, which has a {name} of its own;"
                 f" give task.{name} instead."
             )
+
+
+def _check_supported(names: Names, path: str, method: AnyMethod, geometry: Geometry) -> None:
+    """Check the settings of a method, and of one inside it, against a model's geometry.
+
+    What a method cannot do in a model whatever its settings makes a skipped row instead.
+    """
+    known = [one.name for one in dataclasses.fields(method)]
+    reason = method.unsupported_reason(geometry)
+    with naming(names, path, known):
+        if reason is not None and reason.split()[0] in known:
+            raise ValueError(reason)
+    base = getattr(method, "base", None)
+    if base is not None:
+        _check_supported(names, f"{path}.base", base, geometry)
 
 
 @functools.lru_cache(maxsize=64)
@@ -296,6 +379,18 @@ def _model_shape(model: str) -> ModelShape | None:
 
 def _has_target(value: Any) -> bool:
     return isinstance(value, Mapping) and "_target_" in value
+
+
+def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the values inside mappings and lists, each with the name of its setting."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from _leaves(value, _join(path, name))
+    elif isinstance(node, list):
+        for value in node:
+            yield from _leaves(value, path)
+    else:
+        yield path, node
 
 
 def _join(path: str, name: str) -> str:
@@ -375,7 +470,7 @@ def _check_type(names: Names, path: str, hint: Any, value: Any) -> None:
         way_out = f"""; quotes inside quotes make it text: '{name}="{value}"'"""
     elif int in options and isinstance(value, int) and abs(value) >= _TOO_LARGE:
         way_out = "; rows hold whole numbers in 64 bits"
-    elif isinstance(value, str | int | float) and any(map(_item, options)):
+    elif not isinstance(value, list) and any(_fits(option, [value]) for option in options):
         way_out = f"; brackets make a list: '{name}=[{value}]'"
     words = " or ".join(dict.fromkeys(map(_words, options)))
     raise SettingsError(f"{name} must be {words}, got {_shown(value)}{way_out}.")

@@ -162,6 +162,18 @@ class Task(ABC):
         """
         return
 
+    def attention(self, model: Geometry | None) -> Geometry | None:
+        """Return the attention that the method runs in: that of the model, None if not known."""
+        return model
+
+    def check_method(self, method: AnyMethod, geometry: Geometry) -> None:
+        """Check a method against the task and a model that is not loaded yet.
+
+        Raises:
+            ValueError: If the task cannot run with it; one sentence says why.
+        """
+        return
+
     def decided(self) -> dict[str, Any]:
         """Return the values that the task uses for settings whose value is None."""
         return {}

@@ -132,20 +132,28 @@ def choose(
         raise ValueError(
             f"impl={impl!r} needs {_MODULES[impl]}.py, which {op} does not have; use impl='auto'."
         )
+    needed = missing(impl, device_type, interpreted)
+    if needed is not None:
+        raise ValueError(f"impl={impl!r} of {op} needs {needed} use impl='auto'.")
+    return impl
+
+
+def missing(impl: str, device_type: str, interpreted: bool) -> str | None:
+    """Return what an implementation needs that is not there, up to the way out; None if nothing.
+
+    Args:
+        impl: Any implementation, or ``"auto"``, which needs nothing.
+        device_type: ``"cpu"`` or ``"cuda"``.
+        interpreted: Whether Triton's kernels run in its interpreter.
+    """
     needed = {"cpu": "cpu", "triton": "cuda"}.get(impl, device_type)
     if impl == "triton" and interpreted and device_type == "cpu":
         needed = "cpu"
     if device_type != needed:
-        raise ValueError(
-            f"impl={impl!r} of {op} needs tensors on a {needed} device, got {device_type}; "
-            "use impl='auto'."
-        )
+        return f"tensors on a {needed} device, got {device_type};"
     if impl == "triton" and not has_triton():
-        raise ValueError(
-            f"impl='triton' of {op} needs the package triton, which is not installed; "
-            "install topkbench[gpu] or use impl='auto'."
-        )
-    return impl
+        return "the package triton, which is not installed; install topkbench[gpu] or"
+    return None
 
 
 def _exists(op: str, impl: str) -> bool:

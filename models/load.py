@@ -1,5 +1,6 @@
 """Loads a model from a hub id, a local folder, the repository's own model, or random weights."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -23,7 +24,8 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from topkbench.methods.base import check_whole
+from topkbench.methods.base import Geometry, check_whole
+from topkbench.models.attach import geometry_of
 from topkbench.models.compat import context_window, partial_layers, set_window
 from topkbench.models.digests import weights_digest
 from topkbench.models.encoding import check_template_arguments
@@ -76,12 +78,16 @@ class ModelShape:
         num_layers: Decoder layers.
         window: Longest sequence in tokens; see ``compat.context_window``.
         has_tokenizer: Whether it reads text; random weights do not.
+        short_answers: See ``LoadedModel``.
+        geometry: The shape of its attention; None if its class is not made without weights.
     """
 
     name: str
     num_layers: int
     window: int
     has_tokenizer: bool
+    short_answers: bool = False
+    geometry: Geometry | None = None
 
 
 def load_model(
@@ -151,12 +157,7 @@ def load_model(
             output_loading_info=True,
         )
         model, info = loaded
-        set_window(model, window)
-        if partial_layers(model):
-            raise ValueError(
-                "layers with a sliding window, which the harness's cache does not support; use"
-                " attach in your own script for such a model"
-            )
+        _check_whole_past(path, model, window)
         # Transformers only warns: it draws missing weights at random and drops unexpected ones.
         for kind, words in (
             ("missing", "no weights"),
@@ -193,6 +194,7 @@ def read_shape(
     revision: str | None = None,
     window: int | None = None,
     architecture: Mapping[str, Any] | None = None,
+    short_answers: bool = False,
     **others: Any,
 ) -> ModelShape:
     """Check the arguments of `load_model` and return the model's shape; no weights are loaded.
@@ -205,12 +207,49 @@ def read_shape(
     if not name.strip():
         raise ModelNotAvailable("name must not be empty.")
     config = _read_config(path, dtype, device, device_map, revision, window, architecture)
+    window = window or _window(path, config)
     return ModelShape(
         name=name,
         num_layers=int(config.get_text_config(decoder=True).num_hidden_layers),
-        window=window or _window(path, config),
+        window=window,
         has_tokenizer=architecture is None,
+        short_answers=short_answers,
+        geometry=_geometry(path, config, window, architecture),
     )
+
+
+def _geometry(
+    path: str, config: Any, window: int, architecture: Mapping[str, Any] | None
+) -> Geometry | None:
+    """Return the shape of a model's attention; None if its class is not made without weights.
+
+    Raises:
+        ModelNotAvailable: If a layer does not attend to the whole past, or transformers has no
+            such architecture.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except Exception as error:  # of any kind: a module refuses what the fields name
+        if architecture is not None:
+            raise _no_architecture(error) from error
+        return None  # loading says why
+    if architecture is None:
+        _check_whole_past(path, model, window)
+    with contextlib.suppress(ValueError):  # attaching says why
+        return geometry_of(model)
+    return None
+
+
+def _check_whole_past(path: str, model: PreTrainedModel, window: int) -> None:
+    """Refuse a model with layers that do not attend to the whole past."""
+    set_window(model, window)
+    if partial_layers(model):
+        raise ModelNotAvailable(
+            f"the model {path} must attend to the whole past in every layer, got layers with a"
+            " sliding window, which the harness's cache does not support; use attach in your own"
+            " script for such a model."
+        )
 
 
 def _read_config(
@@ -268,7 +307,7 @@ def _check_device(name: str) -> None:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
         raise ModelNotAvailable(f"device must be cpu, cuda or cuda:NUMBER, got {name!r}.")
     if device.type == "cpu":
         return

@@ -116,6 +116,9 @@ class DecodeLatency(Task):
             raise ValueError(f"task.budget must be a share above 0 and up to 1, got {self.budget}.")
         self.subject = heads_label(self._heads)
 
+    def attention(self, model: Geometry | None) -> Geometry | None:
+        return model if self.uses_model else self._heads
+
     def check_model(self, shape: ModelShape) -> None:
         if self.states != "captured":
             return

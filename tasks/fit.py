@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from topkbench.harness.task import Context, Outcome, Task, TaskRow
+from topkbench.methods.base import AnyMethod, Geometry
+from topkbench.methods.learning import artifact_spec
 
 
 @dataclass(kw_only=True)
@@ -20,13 +22,20 @@ class Fit(Task):
     needs_full: ClassVar[bool] = False
     refits: ClassVar[bool] = True
 
+    def check_method(self, method: AnyMethod, geometry: Geometry) -> None:
+        if artifact_spec(method, geometry) is None:
+            raise self._learns_nothing(method)
+
+    def _learns_nothing(self, method: AnyMethod) -> ValueError:
+        return ValueError(
+            f"task={self.name} needs a method that learns, but {method.name} with these settings"
+            " learns nothing; choose another."
+        )
+
     def run(self, context: Context) -> Outcome:
         artifact = context.artifact
         if artifact is None:
-            raise ValueError(
-                f"task={self.name} needs a method that learns, but {context.method.name} with these"
-                " settings learns nothing; choose another."
-            )
+            raise self._learns_nothing(context.method)
         provenance = artifact.provenance
         num_layers = context.geometry.num_layers
         # Artifacts of older versions have no losses.

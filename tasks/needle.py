@@ -39,6 +39,10 @@ class Needle(Ruler):
             raise ValueError(f"task.depths must be at most 100 percent, got {max(self.depths)}.")
         self.length = max(self.lengths)
 
+    @property
+    def _shortest(self) -> int:
+        return min(self.lengths)
+
     def _draw(self, loaded: LoadedModel) -> list[Sample]:
         samples = []
         for length in self.lengths:

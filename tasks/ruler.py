@@ -111,6 +111,11 @@ class Ruler(GenerationTask):
         return DEFAULT_LENGTH if self.length is None else self.length
 
     @property
+    def _shortest(self) -> int:
+        """Tokens of the shortest prompt and its answer."""
+        return self.prompt_length
+
+    @property
     def chosen_subtasks(self) -> Sequence[str]:
         """The sub-tasks of generated prompts."""
         return SUBTASKS if self.subtasks is None else self.subtasks
@@ -138,8 +143,15 @@ class Ruler(GenerationTask):
 
     def check_model(self, shape: ModelShape) -> None:
         super().check_model(shape)
-        if self.source is None:
-            self._check_window(shape.name, shape.window)
+        if self.source is not None:
+            return
+        self._check_window(shape.name, shape.window)
+        answers = max(_reserved(one, shape.short_answers) for one in self.chosen_subtasks)
+        if self._shortest <= answers:
+            raise TaskDoesNotFit(
+                f"{self._longest} must be more than the {answers} tokens kept for an answer, got"
+                f" {self._shortest}."
+            )
 
     def _check_window(self, name: str, window: int) -> None:
         if self.prompt_length > window:
@@ -214,9 +226,7 @@ class Ruler(GenerationTask):
         wrapping = sum(map(count, self._around(loaded)))
         if not loaded.chat:
             wrapping = len(beginning(loaded.tokenizer))
-        # The needle task's sub-tasks, such as "4096 x 50%", have no prefix: they count as niah.
-        official = NEW_TOKENS.get(subtask.split("_")[0], NEW_TOKENS["niah"])
-        reserved = SPARE_TOKENS if loaded.short_answers else official
+        reserved = _reserved(subtask, loaded.short_answers)
         budget = length - wrapping - reserved
         while True:
             rng = random.Random(f"{self.seed}-{subtask}-{length}-{index}")
@@ -243,6 +253,13 @@ class Ruler(GenerationTask):
         if not loaded.chat:
             return []
         return template_around(loaded.tokenizer, loaded.chat_template_kwargs)
+
+
+def _reserved(subtask: str, short_answers: bool) -> int:
+    """Return the tokens kept for an answer: besides the reference's, if answers are short."""
+    # The needle task's sub-tasks, such as "4096 x 50%", have no prefix: they count as niah.
+    official = NEW_TOKENS.get(subtask.split("_")[0], NEW_TOKENS["niah"])
+    return SPARE_TOKENS if short_answers else official
 
 
 # Samples that this process has read or made, since all cells of a sweep use the same ones.

@@ -448,7 +448,15 @@ class CalibrationPrompts:
         for index in range(count):
             rng = random.Random(f"calibration-{self.seed}-{index}")
             subtask = SUBTASKS[index % len(SUBTASKS)]
-            prompt = make_prompt(subtask, rng, words, length - 2, count_tokens, CALIBRATION_NAMES)
+            try:
+                prompt = make_prompt(
+                    subtask, rng, words, length - 2, count_tokens, CALIBRATION_NAMES
+                )
+            except TaskDoesNotFit as error:
+                raise TaskDoesNotFit(
+                    f"calibration.max_length must leave room for a prompt of {subtask}, got"
+                    f" {length}; use a larger calibration.max_length."
+                ) from error
             texts.append(prompt.context + prompt.question + prompt.answer_prefix + prompt.reference)
         return texts
 

@@ -4,11 +4,27 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from topkbench.kernels.dispatch import has_triton, interpreted
+from topkbench.kernels.dispatch import interpreted, missing
 from topkbench.kernels.shapes import check_device, check_floating, check_range, check_shape
 
 Backend = Literal["sdpa", "triton", "flash_attn", "flash_attn_3", "flashinfer"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+
+
+def missing_for(backend: Backend, device_type: str) -> str | None:
+    """Return what a backend needs that is not there, up to the way out; None if nothing.
+
+    Whether a library can be imported is left to the backend.
+
+    Args:
+        backend: The backend.
+        device_type: ``"cpu"`` or ``"cuda"``.
+    """
+    if backend == "triton":
+        return missing("triton", device_type, interpreted())
+    if backend != "sdpa" and device_type != "cuda":
+        return f"tensors on a cuda device, got {device_type};"
+    return None
 
 
 def full_attention(
@@ -67,17 +83,10 @@ def full_attention(
         from topkbench.kernels.full_attention import reference
 
         return reference.full_attention(*arguments)
-    if device.type != "cuda" and not (backend == "triton" and interpreted()):
-        raise ValueError(
-            f"backend={backend!r} needs tensors on a cuda device, got {device.type}; "
-            "use backend='sdpa'."
-        )
+    needed = missing_for(backend, device.type)
+    if needed is not None:
+        raise ValueError(f"backend={backend!r} needs {needed} use backend='sdpa'.")
     if backend == "triton":
-        if not has_triton():
-            raise ValueError(
-                "backend='triton' needs the package triton, which is not installed; install "
-                "topkbench[gpu] or use backend='sdpa'."
-            )
         from topkbench.kernels.full_attention import fused
 
         return fused.full_attention(*arguments)

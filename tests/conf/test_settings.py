@@ -1,6 +1,7 @@
 """A wrong setting is one sentence that names it, before anything is loaded or written."""
 
 import copy
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from topkbench.harness import main as command
+from topkbench.harness.runner import Runner
 from topkbench.harness.settings import GROUPS, Composed, Names, SettingsError, check
 from topkbench.models import load
 
@@ -43,15 +45,31 @@ BAD = {
     "question=true": "question must be one of sparse, dense, got true.",
     "num_samples=0": "num_samples must be at least 1, got 0.",
     "num_samples=two task=decode_latency": "num_samples must be a whole number, got 'two'.",
+    "task=decode_latency num_samples=3": (
+        "num_samples has no effect with task=decode_latency, which has no such setting; leave it"
+        " out."
+    ),
+    "task=decode_latency k=64": (
+        "k has no effect with task=decode_latency and these settings; task.budget=null uses it."
+    ),
+    "task=selection k=64": "k has no effect with task=selection and these settings; leave it out.",
+    "task=fit num_samples=3": "num_samples has no effect with task=fit, which has no such setting;",
+    "task=decode_latency question=dense": "question has no effect with task=decode_latency, which",
+    "task=decode_throughput question=dense": "question has no effect with task=decode_throughput,",
     "task=selection num_samples=5": (
         "num_samples has no effect with task=selection, which has a num_samples of its own; give"
         " task.num_samples instead."
     ),
     "device=nonsense": "device must be cpu, cuda or cuda:NUMBER, got 'nonsense'.",
     "device=meta": "device must be cpu, cuda or cuda:NUMBER, got 'meta'.",
+    "device=cpu:1": "device must be cpu, cuda or cuda:NUMBER, got 'cpu:1'.",
     "device=0": "device must be text, got 0; quotes inside quotes make it text: 'device=\"0\"'.",
     "dtype=float64": "dtype must be one of auto, float32, bfloat16, float16, got 'float64'.",
     "dtype=[float32]": "dtype must be one of auto, float32, bfloat16, float16, got ['float32'].",
+    "impl=triton": "impl=triton needs tensors on a cuda device, got cpu; use impl=auto.",
+    "impl={topk_select:triton} method=exact": (
+        "impl.topk_select=triton needs tensors on a cuda device, got cpu; use impl.topk_select=auto"
+    ),
     "impl=gpu": "impl must be one of auto, reference, cpu, triton or a mapping, got 'gpu'.",
     "impl=[cpu]": "impl must be one of auto, reference, cpu, triton or a mapping, got ['cpu'].",
     "impl={hamming_scor:reference}": (
@@ -65,6 +83,18 @@ BAD = {
     "full_backend=cuda": (
         "full_backend must be one of sdpa, triton, flash_attn, flash_attn_3, flashinfer, got 'cuda'"
     ),
+    "full_backend=flash_attn method=full": (
+        "full_backend=flash_attn needs tensors on a cuda device, got cpu; use full_backend=sdpa."
+    ),
+    "method=full method.backend=triton": "method.backend=triton needs tensors on a cuda device, ",
+    "experiment_name=cells": (
+        "experiment_name must name a folder inside results_dir, and none of cells, parts, claims,"
+        " got 'cells'."
+    ),
+    "experiment_name=parts": "experiment_name must name a folder inside results_dir, and none of",
+    "experiment_name=a/../cells/b": "experiment_name must name a folder inside results_dir, and",
+    "experiment_name=../..": "experiment_name must name a folder inside results_dir, and none of",
+    "experiment_name=/tmp": "experiment_name must name a folder inside results_dir, and none of",
     "experiment_name=[a]": "experiment_name must be text, got ['a'].",
     "results_dir=7": "results_dir must be text, got 7; quotes inside quotes make it text",
     "cache_dir=null": "cache_dir must be text, got null.",
@@ -80,7 +110,8 @@ BAD = {
     "+num_sample=1": (
         "there is no setting num_sample, and none that refers to it; did you mean num_samples."
     ),
-    "k=${foo}": "Interpolation key 'foo' not found",
+    "k=${foo}": "k must refer to a setting that there is, got '${foo}'.",
+    "k=???": "k must be given.",
     # The model.
     "model.name=7": "model.name must be text, got 7; quotes inside quotes make it text",
     "model.name=": "model.name must not be empty.",
@@ -117,6 +148,8 @@ BAD = {
     # RULER.
     "task.name=5": "task.name must be text, got 5",
     "task.length=-1": "task.length must be at least 1, got -1.",
+    "task.length=8": "task.length must be more than the 8 tokens kept for an answer, got 8.",
+    "model.short_answers=false task.length=128": "task.length must be more than the 128 tokens",
     "task.length=16385": "task.length must be at most the window of 16384 tokens of tiny, got",
     "task.length=[4096]": "task.length must be a whole number or null, got [4096].",
     "task.num_samples=1.5": "task.num_samples must be a whole number, got 1.5.",
@@ -127,6 +160,7 @@ BAD = {
         "task.subtasks must be a list of texts or null, got 'niah_single'; brackets make a list:"
         " 'task.subtasks=[niah_single]'."
     ),
+    "task.subtasks=true": "task.subtasks must be a list of texts or null, got true.",
     "task.subtasks=[]": "task.subtasks must list at least one value, got [].",
     "task.subtasks=[vt,vt]": "task.subtasks must list each value once, got 'vt' twice.",
     "task.subtasks=[niah]": f"task.subtasks must be among {SUBTASKS}, got 'niah'.",
@@ -142,6 +176,7 @@ BAD = {
     "+task.lenght=5": "there is no setting task.lenght; did you mean task.length.",
     # The other tasks.
     "task=needle task.lengths=[]": "task.lengths must list at least one value, got [].",
+    "task=needle task.lengths=[4096,1]": "task.lengths must be more than the 8 tokens kept for an",
     "task=needle task.lengths=[1024,1024]": "task.lengths must list each value once, got 1024",
     "task=needle task.lengths=1024": "task.lengths must be a list of whole numbers, got 1024;",
     "task=needle task.lengths=[20000]": "task.lengths must be at most the window of 16384 tokens",
@@ -253,6 +288,13 @@ BAD = {
     "method=quest method.page_size=16.5": "method.page_size must be a whole number, got 16.5.",
     "method=quest method.page_size=0": "method.page_size must be at least 1, got 0.",
     "method=loki method.rank=0": "method.rank must be at least 1, got 0.",
+    "method=sparq method.rank=9999": "method.rank must be at most head_dim=64, got 9999.",
+    "task=decode_latency method=sparq method.rank=129": "method.rank must be at most head_dim=128,",
+    "method=pqcache method.parts=3": "method.parts must divide head_dim=64, got 3.",
+    "method=double_sparsity method.channels=65": "method.channels must be at most head_dim=64, got",
+    "method=twilight method@method.base=loki method.base.rank=65": (
+        "method.base.rank must be at most head_dim=64, got 65."
+    ),
     "method=sparq method.rank=true": "method.rank must be a whole number or null, got true.",
     "method=sparq method.mean_value=null": "method.mean_value must be true or false, got null.",
     "method=sparq method.local_share=1.5": "method.local_share must be a share from 0 to 1, got",
@@ -299,6 +341,8 @@ BAD = {
     "calibration=text calibration.files=[]": "calibration.files must list at least one value, got",
     "calibration=text calibration.files=[no.txt]": "calibration.files must be files, found none at",
     "tracker.project=1": "tracker.project must be text, got 1; quotes",
+    "tracker.project=": "tracker.project must not be empty.",
+    "tracker.entity=": "tracker.entity must not be empty; null is the account's default.",
     "tracker.entity=[me]": "tracker.entity must be text or null, got ['me'].",
     "tracker.mode=foo": "tracker.mode must be one of auto, online, offline, ",
     "report.models=8B": "report.models must be a list of texts or null, got '8B'; brackets",
@@ -318,8 +362,9 @@ def hydra() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "AutoModelForCausalLM", None)
+    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", None)
     monkeypatch.setattr(load, "AutoTokenizer", None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @cache
@@ -435,6 +480,11 @@ GOOD = [
     "task=selection num_samples=5 task.num_samples=3",
     "task=decode_latency task.batch_sizes=[4] task.lengths=[]",
     "task=decode_latency task.budget=1",
+    "task=decode_latency task.budget=null k=64",
+    "task=decode_latency method=sparq method.rank=128",
+    "experiment_name=a/b",
+    "experiment_name=",
+    "impl=cpu",
     "prefill_memory_gib=0 calibration_memory_gib=0.5",
     "+point={rbit:64} rbit=${point.rbit}",
 ]
@@ -458,9 +508,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """Run the command in this process; return its exit status and its lines of errors."""
 
     def not_reached(*arguments: Any) -> None:
-        raise AssertionError("a model must not be loaded")
+        raise AssertionError("nothing must be run")
 
-    monkeypatch.setattr(command, "_load", not_reached)
+    monkeypatch.setattr(Runner, "run", not_reached)
     monkeypatch.setenv("TOPKBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
 
@@ -478,6 +528,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     GlobalHydra.instance().clear()
 
 
+ONE_OPTION = (
+    "error: {0} must name one option, as in {0}=NAME, got {1}; with -m, commas separate several."
+)
 COMMANDS = {
     "k=sixty": ["error: k must be a whole number, got 'sixty'."],
     "k=sixty,0 rbit=32,64 -m": [
@@ -492,6 +545,45 @@ COMMANDS = {
     "method=hatta": None,
     "model=local": ["error: model.name must be given."],
     "results_dir=7": None,
+    # Groups.
+    "model=null": [ONE_OPTION.format("model", "model=null")],
+    "task=": [ONE_OPTION.format("task", "task=")],
+    "protocol=5": [ONE_OPTION.format("protocol", "protocol=5")],
+    "~method": [ONE_OPTION.format("method", "~method")],
+    "method=[hata,quest] -m": [ONE_OPTION.format("method", "method=[hata,quest]")],
+    "+experiment=null": [ONE_OPTION.format("experiment", "+experiment=null")],
+    "hydra/launcher=joblib": ["error: there is no option hydra/launcher=joblib."],
+    # What Hydra reads, merges and resolves.
+    "foo": ["error: a setting must be NAME=VALUE, got 'foo'."],
+    "=5": ["error: a setting must be NAME=VALUE, got '=5'."],
+    "method.colour=#12": [
+        "error: method.colour must be NAME=VALUE with a value that Hydra can read, got"
+        " 'method.colour=#12'; quotes inside quotes make any value text: 'method.colour=\"#12\"'."
+    ],
+    "k=1,2": [
+        "error: k must be one value, got k=1,2; -m runs a sweep over several values, and brackets"
+        " make a list: 'k=[1,2]'."
+    ],
+    "task=needle task.lengths={a:1}": ["error: task.lengths must be a list, got a mapping."],
+    "task=selection task.budgets={a:1}": ["error: task.budgets must be a list, got a mapping."],
+    "method.native=[]": ["error: method.native must be a mapping, got a list."],
+    "~k": ["error: k must be given."],
+    "k=???": ["error: k must be given."],
+    "k=${foo}": ["error: k must refer to a setting that there is, got '${foo}'."],
+    "~experiment_name": ["error: experiment_name must be given, as other settings refer to it."],
+    "cache_dir=${oc.env:NOPE}": None,
+    # What is compared with the method, and what the task makes of it.
+    "full_backend=flash_attn": [
+        "error: full_backend=flash_attn needs tensors on a cuda device, got cpu; use"
+        " full_backend=sdpa."
+    ],
+    "task=fit method=exact": [
+        "error: task=fit needs a method that learns, but exact with these settings learns nothing;"
+        " choose another."
+    ],
+    "task=fit method=full": None,
+    "task=fit method.weights=random": None,
+    "experiment_name=../..": None,
 }
 
 
@@ -502,6 +594,31 @@ def test_a_bad_command_leaves_nothing(run: Any, tmp_path: Path, line: str) -> No
     assert errors == COMMANDS[line] if COMMANDS[line] else len(errors) == 1
     assert all(one.startswith("error: ") for one in errors)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_list_of_cells_is_said_once(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "fixed").mkdir()
+    (tmp_path / "fixed" / "cells.json").write_text("{")
+    status, (error,) = run("hydra.run.dir=fixed")
+    assert status == 2
+    assert error.startswith(f"error: {tmp_path}/fixed/cells.json must be a list of identities")
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "fixed", tmp_path / "fixed" / "cells.json"]
+
+
+def test_a_model_that_slides_is_refused_by_its_configuration(run: Any, tmp_path: Path) -> None:
+    config = json.loads((load.SHIPPED["tiny"] / "config.json").read_text())
+    changed = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    folder = tmp_path / "sliding"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**config, **changed, "sliding_window": 64}))
+    status, (error,) = run("model=local", "model.name=a", f"model.path={folder}")
+    assert status == 2
+    assert error.startswith(
+        f"error: the model {folder} must attend to the whole past in every layer"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["sliding"]
+    # A window as long as the longest sequence is the whole past.
+    assert load.read_shape("a", str(folder), window=64).geometry is not None
 
 
 def test_a_folder_that_was_there_stays(run: Any, tmp_path: Path) -> None:

@@ -114,7 +114,10 @@ class Commands:
             "results_dir": str(self.results),
         }
         if "task" in names:  # a task with knobs of its own
-            settings = {name: one for name, one in settings.items() if "task." not in name}
+            of_ruler = ("task.", "num_samples")
+            settings = {
+                name: one for name, one in settings.items() if not name.startswith(of_ruler)
+            }
         defaults = (f"{name}={value}" for name, value in settings.items() if name not in names)
         return [*defaults, *given]
 
