@@ -82,15 +82,17 @@ class Runner:
         kept_gib = jobs[0].composed.settings["prefill_memory_gib"]
         store = PrefillStore(loaded.model, int(kept_gib * 2**30))
         cells: dict[str, SweepCell] = {}
+        num_added = 0
         for job in jobs:
             try:
                 self._add(cells, job, loaded)
+                num_added += 1
             except NotWritableError:
                 raise
             except Exception as error:  # its method cannot be fitted, or its prompts not be made
                 self.refuse(error, job.choices, job.composed.settings)
         waiting = [cell for cell in cells.values() if not cell.is_found()]
-        self._say_what_runs(loaded.name, len(jobs), cells, len(waiting))
+        self._say_what_runs(loaded.name, num_added, cells, len(waiting))
         for cell in cells.values():
             if cell not in waiting:
                 cell.report_found()
