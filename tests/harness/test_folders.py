@@ -23,6 +23,7 @@ def hydra_config(sweep: Sweep, **more: object) -> Any:
     folder = str(sweep.folder)
     hydra = {"sweep": {"dir": folder}, "run": {"dir": folder}, "overrides": given}
     settings = {"results_dir": str(sweep.results_dir), "cache_dir": str(sweep.results_dir)}
+    settings["experiment_name"] = "sweep"
     return OmegaConf.create({"hydra": hydra, **settings, **more})
 
 
