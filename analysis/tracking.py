@@ -200,12 +200,12 @@ class WandbTracker:
     def __init__(
         self, project: str = "topkbench", entity: str | None = None, mode: str = "auto"
     ) -> None:
+        check_setting("project", project, "tracker.project")
+        check_setting("entity", entity, "tracker.entity")
         if not project.strip():
             raise ValueError("project must not be empty.")
         if entity is not None and not entity.strip():
             raise ValueError("entity must not be empty; null is the account's default.")
-        check_setting("project", project, "tracker.project")
-        check_setting("entity", entity, "tracker.entity")
         check_setting("mode", mode, "tracker.mode", "auto")
         if "WANDB_MODE" in os.environ:
             check_setting("mode", os.environ["WANDB_MODE"], "the environment variable WANDB_MODE")

@@ -28,7 +28,6 @@ from topkbench.harness.task import Task
 from topkbench.kernels.dispatch import Impl, Operator, interpreted, missing
 from topkbench.kernels.full_attention.api import Backend, missing_for
 from topkbench.methods.base import AnyMethod, Geometry, Policy, check_multiple, check_whole
-from topkbench.methods.full import FullAttention
 from topkbench.models.load import Dtype, ModelShape, load_model, read_shape
 
 GROUPS = ("model", "task", "method", "protocol", "calibration", "tracker", "report")
@@ -215,8 +214,9 @@ class Composed:
             needed = missing(one, device, interpreted())
             if needed is not None:
                 raise SettingsError(f"{name}={one} needs {needed} use {name}=auto.")
-        if isinstance(self.method, FullAttention):
-            backend, name = self.method.backend, names.name("method.backend")
+        backend = self.settings["method"].get("backend")
+        if not self.method.selects and backend is not None:  # full attention's
+            name = names.name("method.backend")
             needed = missing_for(backend, device)
             if needed is not None:
                 raise SettingsError(f"{name}={backend} needs {needed} use {name}=sdpa.")

@@ -40,7 +40,7 @@ ALLOWED = {
     "tasks": (
         *("torch", "triton", "psutil", "wonderwords", "pyarrow"),
         *("topkbench.harness", "topkbench.models", "topkbench.methods.base"),
-        *(*KERNEL_APIS, "topkbench.kernels.timing"),
+        *(*KERNEL_APIS, "topkbench.kernels.timing", "topkbench.methods.learning"),
     ),
     "analysis": (
         *("numpy", "pandas", "matplotlib", "jinja2", "pyarrow", "filelock", "tabulate", "yaml"),

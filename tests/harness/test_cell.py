@@ -67,7 +67,11 @@ def run(loaded: LoadedModel, store: PrefillStore, tmp_path: Path, method: AnyMet
 def test_tasks_that_need_all_tokens_skip_a_method_that_frees_some(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path, task: Any
 ) -> None:
-    settings = {DecodeThroughput: {}, DecodeLatency: {}, SelectionTask: {"length": 200}}[task]
+    settings = {
+        DecodeThroughput: {},
+        DecodeLatency: {},
+        SelectionTask: {"length": 200, "subtasks": ("vt",)},
+    }[task]
     folder = {} if task is DecodeThroughput else {"cache_dir": str(tmp_path)}
     made = task(**settings, **folder)
     context = Context(loaded, store, H2O(mode="compact"), Policy(k=24), FullAttention())
