@@ -14,7 +14,7 @@ from topkbench.harness.cell import run_cell
 from topkbench.harness.decoding import NotFiniteError, tokenise_all
 from topkbench.harness.quality import check_finite
 from topkbench.harness.reads import density_of_all_layers
-from topkbench.harness.speed import speed
+from topkbench.harness.speed import time_prompt
 from topkbench.harness.task import Context, Outcome
 from topkbench.methods.base import AnyMethod, Policy
 from topkbench.methods.exact import ExactTopK
@@ -34,7 +34,7 @@ MEASURED = ("score", "recall_at_k", "decode_ms_p50", "speedup_vs_full", "density
 def context_of(loaded: LoadedModel, tmp_path: Path, method: AnyMethod, k: int = 24) -> Context:
     policy = Policy(k=k, num_sink=0, num_recent=0)
     store = PrefillStore(loaded.model)
-    return Context(loaded, store, method, policy, FullAttention(), None, 1e9)
+    return Context(loaded, store, method, policy, FullAttention(), {}, 1e9)
 
 
 def ruler(tmp_path: Path, **knobs: Any) -> Ruler:
@@ -208,7 +208,7 @@ def test_timed_steps_that_are_not_finite_have_no_time(
     with torch.no_grad():
         breakable.model.get_input_embeddings().weight[token] = float("nan")  # type: ignore[index, operator]
     with pytest.raises(NotFiniteError, match="must be finite"):
-        speed(context, [prompt], 1.0)
+        time_prompt(context, prompt, 1)
 
 
 def test_a_model_whose_layers_all_slide_is_skipped(olmo3: LoadedModel, tmp_path: Path) -> None:
