@@ -60,6 +60,10 @@ class NotWritableError(RecordError):
         )
 
 
+class LockedError(RecordError):
+    """A lock is held by another process."""
+
+
 @contextlib.contextmanager
 def translate_os_error(path: Path, place: Place = RESULTS) -> Iterator[None]:
     """Turn an OSError into a NotWritableError, which is one sentence."""
@@ -193,7 +197,8 @@ def locked(path: Path, timeout_s: float, place: Place = RESULTS) -> Iterator[Non
 
     Raises:
         NotWritableError: If the folder cannot be written.
-        RecordError: If the lock is not acquired in time, or the disk has no locks.
+        LockedError: If the lock is not acquired in time.
+        RecordError: If the disk has no locks.
     """
     lock = filelock.FileLock(path)
     with translate_os_error(path.parent, place):
@@ -201,7 +206,7 @@ def locked(path: Path, timeout_s: float, place: Place = RESULTS) -> Iterator[Non
         try:
             lock.acquire(timeout=timeout_s)
         except filelock.Timeout:
-            raise RecordError(
+            raise LockedError(
                 f"the lock {path} must come free within {timeout_s:g} s, but another process "
                 "holds it; wait for that one to end."
             ) from None

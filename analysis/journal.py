@@ -12,13 +12,17 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
-
-from topkbench.analysis.files import json_bytes, read_json, translate_os_error, write_atomic
+from topkbench.analysis.files import (
+    LockedError,
+    json_bytes,
+    locked,
+    read_json,
+    translate_os_error,
+)
 from topkbench.analysis.row import RecordError
 
 Record = dict[str, Any]
@@ -163,24 +167,11 @@ class Claims:
         Yields:
             False if another process measures it.
         """
-        with translate_os_error(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(self._folder / f"{number}.lock", timeout=-1 if wait else 0)
-        with translate_os_error(self._folder):
+        with contextlib.ExitStack() as stack:
             try:
-                lock.acquire()
+                lock = locked(self._folder / f"{number}.lock", -1 if wait else 0)
+                stack.enter_context(lock)
                 is_mine = True
-            except filelock.Timeout:
+            except LockedError:
                 is_mine = False
-        if not is_mine:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
-
-
-def write_whole(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a part's file."""
-    write_atomic(path, json_bytes(content))
+            yield is_mine

@@ -5,7 +5,6 @@ import functools
 import json
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -18,7 +17,7 @@ from topkbench.harness.artifact import Artifact
 from topkbench.harness.cell import environment, fit_source, libraries
 from topkbench.harness.commit import git_state
 from topkbench.harness.settings import Composed
-from topkbench.harness.sources import code_digest, modules_of
+from topkbench.harness.sources import ROOT, code_digest, modules_of
 from topkbench.harness.task import Context, Outcome
 from topkbench.kernels.dispatch import OPERATORS, resolve
 from topkbench.kernels.timing import read_bandwidth
@@ -28,7 +27,6 @@ from topkbench.models.digests import model_digest
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
 
-ROOT = Path(__file__).resolve().parents[1]
 # Settings of a method that have a column of their own, or are no parameter of it.
 NOT_PARAMETERS = {"_target_", "rbit", "seed", "impl", "native", "backend"}
 # Settings of the policy, besides k, that distinguish cells.

@@ -1,9 +1,10 @@
 """Runs a sweep: loads each model once, fits what must be fitted, and measures all its cells."""
 
+import functools
 import json
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -22,10 +23,17 @@ from topkbench.harness.cell import (
     run_cell,
 )
 from topkbench.harness.commit import git_state
-from topkbench.harness.decoding import Prompt
-from topkbench.harness.run import ROOT, Run, answers_in, describe
+from topkbench.harness.run import Run, answers_in, describe
 from topkbench.harness.settings import Composed, Names, construct
-from topkbench.harness.sweep import PromptCell, PromptTask, Record, outcome_of, run_by_prompts
+from topkbench.harness.sources import ROOT
+from topkbench.harness.sweep import (
+    PromptCell,
+    PromptTask,
+    Record,
+    message_of,
+    outcome_of,
+    run_by_prompts,
+)
 from topkbench.harness.task import Outcome, TaskRow
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import PrefillStore
@@ -58,10 +66,10 @@ class Runner:
         self.parts = PartStore(sweep.results_dir)
         self._fitted: set[str] = set()
         self._reported: set[str] = set()
-        self._last_score: float | None = None
 
     def run(self, jobs: Sequence[Job]) -> float | None:
         """Run all jobs, those of one model together; return the score of the last one's cell."""
+        score: float | None = None
         by_model: dict[str, list[Job]] = {}
         for job in jobs:
             by_model.setdefault(json.dumps(job.composed.settings["model"]), []).append(job)
@@ -75,10 +83,10 @@ class Runner:
                 for job in of_model:
                     self.refuse(error, job.choices, job.composed.settings)
                 continue
-            self._run_model(loaded, of_model)
-        return self._last_score
+            score = self._run_model(loaded, of_model)
+        return score
 
-    def _run_model(self, loaded: LoadedModel, jobs: Sequence[Job]) -> None:
+    def _run_model(self, loaded: LoadedModel, jobs: Sequence[Job]) -> float | None:
         kept_gib = jobs[0].composed.settings["prefill_memory_gib"]
         store = PrefillStore(loaded.model, int(kept_gib * 2**30))
         cells: dict[str, SweepCell] = {}
@@ -91,15 +99,15 @@ class Runner:
                 raise
             except Exception as error:  # its method cannot be fitted, or its prompts not be made
                 self.refuse(error, job.choices, job.composed.settings)
-        waiting = [cell for cell in cells.values() if not cell.is_found()]
-        self._say_what_runs(loaded.name, num_added, cells, len(waiting))
         for cell in cells.values():
-            if cell not in waiting:
-                cell.report_found()
+            cell.has_ended = cell.is_found()
+        self._say_what_runs(loaded.name, num_added, cells)
         groups: dict[str, list[SweepCell]] = {}
-        for cell in waiting:
-            groups.setdefault(cell.group, []).append(cell)
-        # The cells of a sweep end in the order in which their groups were named.
+        for cell in cells.values():
+            if cell.has_ended:
+                cell.report_found()
+            else:
+                groups.setdefault(cell.group, []).append(cell)
         for name, group in groups.items():
             if isinstance(group[0].run.task, PromptTask):
                 self._run_by_prompts(name, group, store)
@@ -107,14 +115,13 @@ class Runner:
                 for cell in group:
                     cell.run_alone(store)
         rows = cells[list(cells)[-1]].cell.read() if cells else []
-        self._last_score = next((row.score for row in rows if row.subtask == "mean"), None)
+        return next((row.score for row in rows if row.subtask == "mean"), None)
 
-    def _say_what_runs(
-        self, model: str, num_jobs: int, cells: Mapping[str, "SweepCell"], num_waiting: int
-    ) -> None:
+    def _say_what_runs(self, model: str, num_jobs: int, cells: Mapping[str, "SweepCell"]) -> None:
         """Say how many cells a model has, and how many of them were found."""
         alike = num_jobs - sum(cell.is_asked_for for cell in cells.values())
-        words = [f"{model}: {len(cells)} cells", f"{len(cells) - num_waiting} found"]
+        found = sum(cell.has_ended for cell in cells.values())
+        words = [f"{model}: {len(cells)} cells", f"{found} found"]
         if alike:
             words.append(f"{alike} configurations are the same as others")
         say(f"{', '.join(words)}; results in {self.sweep.results_dir}")
@@ -178,7 +185,7 @@ class Runner:
 
     def say_once(self, error: Exception) -> str:
         """Print an error's message unless it was printed before; return it in one line."""
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = message_of(error)
         if reason not in self._reported:
             self._reported.add(reason)
             say_error(reason)
@@ -192,7 +199,7 @@ class Runner:
         whole: dict[str, Any] = {
             name: settings[name] for name in ("k", "rbit") if type(settings.get(name)) is int
         }
-        chosen: dict[str, Any] = {name: str(choices[name]) for name in ("model", "task", "method")}
+        chosen: dict[str, Any] = {**choices}
         # Axes of the sweep that the reason does not name make no rows of their own.
         run_id = identity({"refused": reason, "k": whole.get("k"), **chosen})
         if run_id in self.sweep.identities():
@@ -223,7 +230,7 @@ class SweepCell:
         runner: The sweep's.
         full: Full attention's cell, with which it is compared; None if it is not compared.
         measured: What was measured so far of a cell that is measured prompt by prompt.
-        is_written: Whether the cell has ended in this process.
+        has_ended: Whether the cell was found, or was written by this process.
         is_asked_for: Whether a configuration of the sweep is this cell; else it is full
             attention's, with which others are compared.
     """
@@ -232,7 +239,7 @@ class SweepCell:
     runner: Runner
     full: "SweepCell | None"
     measured: "JournaledCell" = field(init=False)
-    is_written: bool = False
+    has_ended: bool = False
     is_asked_for: bool = False
 
     @property
@@ -298,12 +305,12 @@ class SweepCell:
 
     def write_if_complete(self) -> None:
         """Write the cell once its last batch is in, and full attention's cell has ended."""
-        if self.is_written or not self.measured.is_complete():
+        if self.has_ended or not self.measured.is_complete():
             return
-        if self.full is not None and not (self.full.is_written or self.full.is_found()):
+        if self.full is not None and not self.full.has_ended:
             return
         measured = self.measured
-        measured.close(self.runner.parts)
+        measured.close()
         try:
             outcome, log = measured.result(), measured.log
         except Exception as error:
@@ -311,9 +318,14 @@ class SweepCell:
         peak = None if measured.found else measured.peak_mib
         self._write(outcome, log, measured.seconds, measured.found, peak)
 
+    @functools.cached_property
+    def found_answers(self) -> dict[str, list[int]]:
+        """The answers in the cell's folder when it is first asked; empty if it had not ended."""
+        return answers_in(self.cell.samples())
+
     def _full_answers(self) -> dict[str, list[int]]:
         """Return full attention's answers, if its cell was found."""
-        return {} if self.full is None else answers_in(self.full.cell.samples())
+        return {} if self.full is None else self.full.found_answers
 
     def _write(
         self,
@@ -327,7 +339,7 @@ class SweepCell:
         ended = f"{describe(rows)}, {seconds:.1f} s"
         with self.cell.lock():
             self.cell.write(rows, outcome.samples, self.run.settings, f"{log}\n{ended}".strip())
-        self.is_written = True
+        self.has_ended = True
         say(ended)
         for row in rows:
             if not row.status.settled:
@@ -362,7 +374,8 @@ class JournaledCell(PromptCell):
     peak_mib: float = 0.0
     log: str = ""
     _seen: dict[str, dict[str, int]] = field(default_factory=dict)
-    _read_whole: Callable[[str], dict[str, Any] | None] = lambda part: None
+    _keys: Mapping[str, str] = field(init=False)
+    _parts: PartStore = field(init=False)
 
     def open(self, run: Run, parts: PartStore) -> None:
         """Read what was measured before; with ``force=true`` it is deleted."""
@@ -370,14 +383,12 @@ class JournaledCell(PromptCell):
             part: Journal(parts.folder / f"{part}-{run.keys[part]}", same_record)
             for part in self.plan.parts
         }
+        self._keys, self._parts = run.keys, parts
         if run.settings["force"]:
-            for journal in self.journals.values():
+            for part, journal in self.journals.items():
                 journal.remove()
-            for part in self.plan.parts:
                 parts.remove(part, run.keys[part])
-        self._keys = run.keys
-        self._read_whole = lambda part: parts.read(part, run.keys[part])
-        self.found = tuple(part for part in self.plan.parts if self._read_whole(part) is not None)
+        self.found = tuple(part for part in self.journals if self._read_whole(part) is not None)
         self.refresh()
 
     def refresh(self) -> None:
@@ -389,33 +400,32 @@ class JournaledCell(PromptCell):
                 records = whole["records"] if whole is not None else journal.read()
                 self.records[part] = {int(number): one for number, one in records.items()}
 
+    def _read_whole(self, part: str) -> dict[str, Any] | None:
+        return self._parts.read(part, self._keys[part])
+
     def _is_whole(self, part: str) -> bool:
-        numbered = enumerate(self.batches())
-        return all(
-            number in self.records[part]
-            for number, batch in numbered
-            if self.plan.measured(part, batch)
-        )
+        return self.planned[part] <= self.records[part].keys()
 
     def is_complete(self) -> bool:
         """Return whether the cell has ended, or all of its parts are measured."""
         return self.ended is not None or all(map(self._is_whole, self.plan.parts))
 
-    def close(self, parts: PartStore) -> None:
+    def close(self) -> None:
         """Write each whole part as one file, and delete its journal."""
         for part, journal in self.journals.items():
-            if part not in self.found and self._is_whole(part):
+            if not self._is_whole(part):
+                continue
+            if part not in self.found:
                 records = {str(number): one for number, one in self.records[part].items()}
-                parts.write(part, self._keys[part], {"records": records})
-            if self._is_whole(part):
-                journal.remove()
+                self._parts.write(part, self._keys[part], {"records": records})
+            journal.remove()
 
-    def measure(self, part: str, number: int, batch: Sequence[Prompt]) -> None:
+    def measure(self, part: str, number: int) -> None:
         device = self.context.loaded.model.device
         reset_peak_memory(device)
         try:
             with self.journals[part].measuring(number):
-                super().measure(part, number, batch)
+                super().measure(part, number)
         except MemoryError as error:
             self.ended = outcome_of(error)
         self.peak_mib = max(self.peak_mib, peak_memory_mib(device))
@@ -446,7 +456,7 @@ def failed(error: Exception, place: str = "") -> Outcome:
         error: The error.
         place: What was measured when it was raised.
     """
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = message_of(error)
     reason += f" ({place})" if place else ""
     return Outcome([TaskRow("mean", status="failed", reason=reason)], [])
 
@@ -479,8 +489,8 @@ class Progress:
         return sum(
             len(batch)
             for cell in self._cells
-            for number, batch in enumerate(cell.measured.batches())
-            if not cell.measured.missing(number, batch)
+            for number, batch in enumerate(cell.measured.batches)
+            if not cell.measured.missing(number)
         )
 
     def update(self) -> None:

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 from topkbench.analysis.record import RecordError, check_experiment_name
 from topkbench.harness.calibration import CalibrationTexts
 from topkbench.harness.decoding import Question
+from topkbench.harness.sweep import message_of
 from topkbench.harness.task import Task
 from topkbench.kernels.dispatch import Impl, Operator, interpreted, missing
 from topkbench.kernels.full_attention.api import Backend, missing_for
@@ -317,7 +318,7 @@ def naming(names: Names, path: str, known: Iterable[str]) -> Iterator[None]:
     except SettingsError:
         raise
     except (ValueError, OSError, RecordError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = message_of(error)
         first = re.match(r"\w+", text)
         if first is not None and first[0] in known:
             text = names.name(_join(path, first[0])) + text[first.end() :]

@@ -3,6 +3,7 @@
 Only the states of one batch of prompts are in memory, whatever the number of prompts and cells.
 """
 
+import functools
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -105,24 +106,34 @@ class PromptCell:
             return cls(context, task, prompts, Plan({}), ended=plan)
         return cls(context, task, prompts, plan, {part: {} for part in plan.parts})
 
+    @functools.cached_property
     def batches(self) -> list[list[Prompt]]:
-        """Return the batches, which depend on the prompts and the batch size alone."""
+        """The batches, which depend on the prompts and the batch size alone."""
         return batches(self.prompts, self.task.batch_size)
 
-    def missing(self, number: int, batch: Sequence[Prompt]) -> list[str]:
+    @functools.cached_property
+    def planned(self) -> dict[str, set[int]]:
+        """The numbers of the batches on which each part is measured."""
+        numbered = list(enumerate(self.batches))
+        return {
+            part: {number for number, batch in numbered if self.plan.measured(part, batch)}
+            for part in self.plan.parts
+        }
+
+    def missing(self, number: int) -> list[str]:
         """Return the parts that are still to be measured on a batch."""
         if self.ended is not None:
             return []
         return [
             part
-            for part in self.plan.parts
-            if number not in self.records[part] and self.plan.measured(part, batch)
+            for part, numbers in self.planned.items()
+            if number in numbers and number not in self.records[part]
         ]
 
-    def measure(self, part: str, number: int, batch: Sequence[Prompt]) -> None:
+    def measure(self, part: str, number: int) -> None:
         """Measure a part on a batch; an error that makes a row of its own ends the cell."""
         began = time.perf_counter()
-        prompts = self.plan.measured(part, batch)
+        prompts = self.plan.measured(part, self.batches[number])
         try:
             record = self.task.measure(self.context, self.plan, part, prompts)
             self.keep(part, number, record)
@@ -181,19 +192,20 @@ def run_by_prompts(
         cells: The cells, full attention first: its answers are what others are measured on.
         store: The prompts' prefills; only those of one batch are kept.
         claim: Claims batches, so that no two processes measure the same.
-        after: Called after each batch.
+        after: Called after each batch on which something was missing.
     """
     answers: dict[str, list[int]] = {}  # full attention's, whichever cell decodes them
     for cell in cells:
         answers |= cell.context.full_answers
         cell.context = replace(cell.context, full_answers=answers)
-    numbered = list(enumerate(cells[0].batches() if cells else ()))
+    num_batches = len(cells[0].batches) if cells else 0
     for wait in (False, True):  # batches that other processes measure come last
-        for number, batch in numbered:
-            if any(cell.missing(number, batch) for cell in cells):
-                with claim(number, wait) as is_mine:
-                    if is_mine:
-                        _run_batch(cells, store, number, batch, answers)
+        for number in range(num_batches):
+            if not any(cell.missing(number) for cell in cells):
+                continue
+            with claim(number, wait) as is_mine:
+                if is_mine:
+                    _run_batch(cells, store, number, answers)
             store.release()
             after()
 
@@ -202,22 +214,26 @@ def _run_batch(
     cells: Sequence[PromptCell],
     store: PrefillStore,
     number: int,
-    batch: Sequence[Prompt],
     answers: dict[str, list[int]],
 ) -> None:
     for cell in cells:
         cell.refresh()
-    waiting = [cell for cell in cells if cell.missing(number, batch)]
+    waiting = [cell for cell in cells if cell.missing(number)]
     needs = frozenset[str]().union(*(cell.context.method.traits.needs for cell in waiting))
-    for prompt in batch if waiting else ():
+    for prompt in cells[0].batches[number] if waiting else ():
         store.get(prompt.prefill_ids, needs)
     for cell in cells:
-        for part in cell.missing(number, batch):
+        for part in cell.missing(number):
             if cell.ended is None:
-                cell.measure(part, number, batch)
+                cell.measure(part, number)
         if not cell.context.method.selects and number in cell.records.get("answers", {}):
             for sample in cell.records["answers"][number]["samples"]:
                 answers[sample["sample_id"]] = sample["tokens"]
+
+
+def message_of(error: Exception) -> str:
+    """Return an error's message in one line; its class if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def outcome_of(error: Exception) -> Outcome:
@@ -226,7 +242,7 @@ def outcome_of(error: Exception) -> Outcome:
     If decode steps did not all go through the method it is ``wrong``; if memory ran out,
     ``out_of_memory``. Any other exception is raised again.
     """
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = message_of(error)
     if isinstance(error, MethodBypassedError):
         return Outcome([TaskRow("mean", status="wrong", reason=text[:500])], [])
     is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or (

@@ -431,7 +431,7 @@ class CacheListener(Protocol):
 
 # For each method that changes rows: given the former rows and its argument, the rows it leaves.
 _ROWS: dict[str, Callable[[Tensor, Any], Tensor]] = {
-    "reorder_cache": lambda rows, beams: rows[beams.cpu()],
+    "reorder_cache": lambda rows, beams: rows[_on_cpu(beams)],
     "batch_select_indices": lambda rows, indices: rows[_on_cpu(indices)],
     "batch_repeat_interleave": lambda rows, repeats: rows.repeat_interleave(repeats),
 }

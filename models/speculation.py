@@ -21,7 +21,7 @@ from topkbench.models.watch import watched_attention
 TOKENS = 4  # at the beginning of the model's window, and as many at its end
 TOLERANCE = 1e-2  # relative to the queries' norm; another rotation or norm makes 0.1 and more
 
-_CHECKED: "WeakKeyDictionary[PreTrainedModel, list[str]]" = WeakKeyDictionary()
+_REASONS: "WeakKeyDictionary[PreTrainedModel, str | None]" = WeakKeyDictionary()
 
 
 def unsupported_reason(model: PreTrainedModel) -> str | None:
@@ -34,10 +34,9 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     Args:
         model: A decoder-only model without an attached method.
     """
-    if model not in _CHECKED:
-        reason = _difference(model)
-        _CHECKED[model] = [] if reason is None else [reason]
-    return next(iter(_CHECKED[model]), None)
+    if model not in _REASONS:
+        _REASONS[model] = _difference(model)
+    return _REASONS[model]
 
 
 def _difference(model: PreTrainedModel) -> str | None:

@@ -181,7 +181,7 @@ def test_a_sweep_that_was_killed_goes_on_with_the_batch_that_it_was_at(
     run_by_prompts([again], store)
     assert without_times(again.result()) == wanted
     assert len(measured) - 1 == sum(map(len, again.records.values())) == 4
-    again.close(parts)
+    again.close()
     assert sorted(path.name for path in parts.folder.iterdir()) == [
         "answers-1.json",
         "selections-2.json",
