@@ -145,7 +145,7 @@ def test_a_model_composes(name: str) -> None:
     elif name.startswith("random"):
         assert config.model.path == "random"
         assert config.model.architecture.model_type == "llama"
-    else:
+    elif not config.model.path.startswith("package:"):
         owner, _, repository = config.model.path.partition("/")
         assert owner
         assert repository
