@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from topkbench.harness.samples import Sample, TaskDoesNotFit
-from topkbench.models.cache import DecodeCache
-from topkbench.models.compat import layer_devices, token_logits
+from topkbench.models.compat import token_logits
 from topkbench.models.encoding import answer_ends, encode_split, has_template, render_chat
 from topkbench.models.load import LoadedModel
-from topkbench.models.prefill import PrefillStore
+from topkbench.models.prefill_store import PrefillStore
 
 Question = Literal["sparse", "dense"]
 
@@ -192,7 +191,7 @@ class Decoder:
         self.prefill_ms = [states.milliseconds for states in prefills]
         self.needs_ms = [states.needs_ms(needs) for states in prefills]
         free_slots = max(len(prompt.decode_ids) for prompt in prompts) + new_tokens
-        self.cache = DecodeCache(prefills, free_slots, layer_devices(loaded.model))
+        self.cache = store.cache([prompt.prefill_ids for prompt in prompts], free_slots, needs)
         self.first_logits = torch.stack([states.logits for states in prefills]).to(self.device)
         self.lengths: list[int] = []
         self.check(self.first_logits)

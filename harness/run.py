@@ -25,7 +25,7 @@ from topkbench.methods.base import AnyMethod
 from topkbench.models.attach import geometry_of
 from topkbench.models.digests import model_digest
 from topkbench.models.load import LoadedModel
-from topkbench.models.prefill import PrefillStore
+from topkbench.models.prefill_store import PrefillStore
 
 # Settings of a method that have a column of their own, or are no parameter of it.
 NOT_PARAMETERS = {"_target_", "rbit", "seed", "impl", "native", "backend"}

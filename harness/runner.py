@@ -36,7 +36,7 @@ from topkbench.harness.sweep import (
 )
 from topkbench.harness.task import Outcome, TaskRow
 from topkbench.models.load import LoadedModel
-from topkbench.models.prefill import PrefillStore
+from topkbench.models.prefill_store import PrefillStore
 
 
 @dataclass(frozen=True)

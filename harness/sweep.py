@@ -16,7 +16,7 @@ import torch
 from topkbench.harness.decoding import Prompt, batches
 from topkbench.harness.task import Context, Outcome, Task, TaskRow
 from topkbench.models.load import LoadedModel
-from topkbench.models.prefill import PrefillStore
+from topkbench.models.prefill_store import PrefillStore
 from topkbench.models.step_count import MethodBypassedError
 
 Record = dict[str, Any]

@@ -11,7 +11,7 @@ from topkbench.harness.decoding import Decoder, Prompt
 from topkbench.methods.base import AnyMethod, Geometry, Observer, Policy
 from topkbench.models.attach import Session, attach, geometry_of
 from topkbench.models.load import LoadedModel, ModelShape
-from topkbench.models.prefill import PrefillStore
+from topkbench.models.prefill_store import PrefillStore
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -121,6 +121,61 @@ class DecodeLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name in transformers 5.5
 
 
+class Buffers:
+    """The keys and values of a batch of prompts, left-aligned, with free slots after them.
+
+    Args:
+        keys: For each layer ``[B, Hkv, capacity, d]``.
+        values: Likewise.
+    """
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        self.keys = keys
+        self.values = values
+
+    @classmethod
+    def of(
+        cls,
+        prefills: Sequence[Prefill],
+        capacity: int,
+        devices: Sequence[torch.device],
+        move: bool = False,
+    ) -> Self:
+        """Allocate buffers and copy prompts into them.
+
+        Args:
+            prefills: One per row.
+            capacity: Slots of each row.
+            devices: Each layer's device.
+            move: Make the prefills views of the buffers, so that a layer's states are there once
+                before the next one is copied.
+        """
+        buffers = cls([], [])
+        for layer, device in enumerate(devices):
+            for name, kept in (("key_states", buffers.keys), ("value_states", buffers.values)):
+                rows = [getattr(prefill, name) for prefill in prefills]
+                num_heads, _, head_dim = rows[0][layer].shape
+                shape = (len(rows), num_heads, capacity, head_dim)
+                buffer = torch.empty(shape, dtype=rows[0][layer].dtype, device=device)
+                for index, states in enumerate(rows):
+                    n = states[layer].shape[1]
+                    buffer[index, :, :n] = states[layer]
+                    if move:
+                        states[layer] = buffer[index, :, :n]
+                kept.append(buffer)
+        return buffers
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each row."""
+        return self.keys[0].shape[2]
+
+    def rows(self, first: int, end: int) -> Self:
+        """Return the same buffers restricted to the rows from ``first`` to ``end - 1``."""
+        keys = [states[first:end] for states in self.keys]
+        return type(self)(keys, [states[first:end] for states in self.values])
+
+
 class DecodeCache(Cache):
     """A batch of prefilled prompts, left-aligned, with slots for the tokens to decode.
 
@@ -130,28 +185,30 @@ class DecodeCache(Cache):
     Args:
         prefills: One per row.
         new_tokens: Tokens to decode per row.
-        devices: Each layer's device; the counters are on the first layer's. None for the CPU.
+        buffers: Keys and values of the same prompts, in which the tokens are decoded; None
+            allocates them, on the CPU. The counters are on the first layer's device.
     """
 
     def __init__(
-        self,
-        prefills: Sequence[Prefill],
-        new_tokens: int,
-        devices: Sequence[torch.device] | None = None,
+        self, prefills: Sequence[Prefill], new_tokens: int, buffers: Buffers | None = None
     ) -> None:
-        if devices is None:
-            devices = [torch.device("cpu")] * prefills[0].num_layers
         lengths = [prefill.num_tokens for prefill in prefills]
         self.n = max(lengths)
         self._level = min(lengths) == self.n
         self.capacity = self.n + new_tokens
+        if buffers is None:
+            devices = [torch.device("cpu")] * prefills[0].num_layers
+            buffers = Buffers.of(prefills, self.capacity, devices)
+        devices = [states.device for states in buffers.keys]
         self.kv_len = torch.tensor(lengths, dtype=torch.int32, device=devices[0])
         self.rows = torch.arange(len(prefills), device=devices[0])
         self.slots = self.kv_len.long() - 1
         layers: list[Any] = []
-        for layer, device in enumerate(devices):
-            keys = self._stack([prefill.key_states[layer] for prefill in prefills], device)
-            values = self._stack([prefill.value_states[layer] for prefill in prefills], device)
+        for pair in zip(buffers.keys, buffers.values, strict=True):
+            keys, values = (states[:, :, : self.capacity] for states in pair)
+            for row, length in enumerate(lengths):  # slots to be written must not hold NaN
+                keys[row, :, length:].zero_()
+                values[row, :, length:].zero_()
             layers.append(DecodeLayer(self, keys, values))
         super().__init__(layers=layers)
         self._captured: list[Captured | None] = []
@@ -176,15 +233,6 @@ class DecodeCache(Cache):
     def topkbench_captured(self, layer: int) -> Captured | None:
         """Return what was captured of a layer at prefill, or None."""
         return self._captured[layer] if self._captured else None
-
-    def _stack(self, rows: Sequence[Tensor], device: torch.device) -> Tensor:
-        num_heads, _, head_dim = rows[0].shape
-        shape = (len(rows), num_heads, self.capacity, head_dim)
-        buffer = torch.empty(shape, dtype=rows[0].dtype, device=device)
-        for index, states in enumerate(rows):
-            buffer[index, :, : states.shape[1]] = states
-            buffer[index, :, states.shape[1] :].zero_()  # unwritten slots must not hold NaN
-        return buffer
 
     def extend(self) -> None:
         """Open one slot in every row for the token that is decoded next.

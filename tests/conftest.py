@@ -44,7 +44,7 @@ from topkbench.kernels.topk_select.api import topk_select  # noqa: E402
 from topkbench.methods.base import AnyMethod, Geometry  # noqa: E402
 from topkbench.methods.learning import LearningMethod, artifact_spec  # noqa: E402
 from topkbench.models.load import GGUF_PACKAGES, LoadedModel, load_model  # noqa: E402
-from topkbench.models.prefill import PrefillStore  # noqa: E402
+from topkbench.models.prefill_store import PrefillStore  # noqa: E402
 from topkbench.models.tiny_tokenizer import build_tokenizer  # noqa: E402
 from topkbench.tasks.words import TEMPLATE_WORDS, random_names, word_pools  # noqa: E402
 

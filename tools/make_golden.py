@@ -34,7 +34,7 @@ from topkbench.harness.quality import SelectionMeter  # noqa: E402
 from topkbench.harness.task import Context  # noqa: E402
 from topkbench.methods.base import StepContext, StepResult  # noqa: E402
 from topkbench.models.attach import attach  # noqa: E402
-from topkbench.models.prefill import PrefillStore  # noqa: E402
+from topkbench.models.prefill_store import PrefillStore  # noqa: E402
 
 FOLDER = ROOT / "tests" / "golden"
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))

@@ -30,7 +30,7 @@ from topkbench.methods.streaming_llm import StreamingLLM
 from topkbench.models import speculation
 from topkbench.models.attach import attach
 from topkbench.models.load import LoadedModel
-from topkbench.models.prefill import PrefillStore
+from topkbench.models.prefill_store import PrefillStore
 from topkbench.tasks.decode_latency import DecodeLatency
 from topkbench.tasks.decode_throughput import DecodeThroughput
 from topkbench.tasks.fit import Fit

@@ -27,7 +27,7 @@ from topkbench.models.attach import attach
 from topkbench.models.compat import cache_keyword
 from topkbench.models.encoding import answer_ends
 from topkbench.models.load import LoadedModel, load_model
-from topkbench.models.prefill import PrefillStore
+from topkbench.models.prefill_store import PrefillStore
 from topkbench.tasks.ruler import Ruler
 
 # The first is by far the longest, so that the rows of a batch end at different slots.

@@ -15,7 +15,7 @@ from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.h2o import H2O
 from topkbench.models.load import LoadedModel
-from topkbench.models.prefill import PrefillStore
+from topkbench.models.prefill_store import PrefillStore
 from topkbench.tasks.ruler import Ruler
 
 ROOT = Path(__file__).resolve().parents[2]

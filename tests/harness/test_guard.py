@@ -21,7 +21,7 @@ from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.quest import Quest
 from topkbench.models.load import LoadedModel
-from topkbench.models.prefill import PrefillStore
+from topkbench.models.prefill_store import PrefillStore
 from topkbench.models.step_count import MethodBypassedError
 from topkbench.tasks.decode_latency import DecodeLatency
 from topkbench.tasks.decode_throughput import DecodeThroughput

@@ -43,12 +43,12 @@ def run(job):
     sys.stdout = os.fdopen(1, "w", encoding=encoding)
     sys.stderr = os.fdopen(2, "w", encoding=encoding, errors="backslashreplace")
     sys.argv = [job["script"], *job["arguments"]]
-    computed = topkbench.models.prefill.PrefillStore.compute_states
+    computed = topkbench.models.prefill_store.PrefillStore.compute_states
     def counted(store, token_ids, *needs):
         with open(job["forwards"], "a") as file:
             file.write(json.dumps(list(token_ids)) + "\\n")
         return computed(store, token_ids, *needs)
-    topkbench.models.prefill.PrefillStore.compute_states = counted
+    topkbench.models.prefill_store.PrefillStore.compute_states = counted
     exec(job["before"], globals())
     try:
         runpy.run_path(job["script"], run_name="__main__")

@@ -17,7 +17,7 @@ from topkbench.methods.snapkv import SnapKV
 from topkbench.methods.twilight import Twilight
 from topkbench.models.attach import attach
 from topkbench.models.load import LoadedModel
-from topkbench.models.prefill import PrefillStore
+from topkbench.models.prefill_store import PrefillStore
 from topkbench.tasks.ruler import Ruler
 from topkbench.tasks.ruler_prompts import CalibrationPrompts
 

@@ -24,7 +24,8 @@ from topkbench.methods.h2o import H2O
 from topkbench.methods.quest import Quest
 from topkbench.methods.snapkv import SnapKV
 from topkbench.models.load import LoadedModel
-from topkbench.models.prefill import Prefill, PrefillStore, prefill
+from topkbench.models.prefill import Prefill, prefill
+from topkbench.models.prefill_store import PrefillStore
 from topkbench.tasks.ruler import Ruler
 
 METHODS: list[AnyMethod] = [ExactTopK(), Quest(page_size=4), H2O()]

@@ -11,7 +11,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from topkbench.models.cache import DecodeCache
 from topkbench.models.compat import cache_keyword
-from topkbench.models.prefill import Prefill, PrefillStore, prefill
+from topkbench.models.prefill import Prefill, prefill
+from topkbench.models.prefill_store import PrefillStore
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 8
 
@@ -34,7 +35,7 @@ def model() -> LlamaForCausalLM:
 
 def states(tokens: int, value: float) -> Prefill:
     keys = torch.full((KV_HEADS, tokens, HEAD_DIM), value)
-    return Prefill((keys,) * LAYERS, (-keys,) * LAYERS, torch.zeros(50), 1.0)
+    return Prefill([keys] * LAYERS, [-keys] * LAYERS, torch.zeros(50), 1.0)
 
 
 def token(*values: float) -> torch.Tensor:
@@ -149,3 +150,76 @@ def test_released_states_are_dropped_beyond_what_is_kept(
     for ids, states_ in zip(prompts, made, strict=True):
         same(store.get(ids), states_)
     assert store.forwards == 3 + again
+
+
+def step(cache: DecodeCache, *values: float) -> None:
+    cache.extend()
+    for layer in cache.layers:
+        layer.update(token(*values), token(*values))
+
+
+def test_cells_decode_in_the_same_buffers_one_after_the_other(model: LlamaForCausalLM) -> None:
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9, 10]]
+    store = PrefillStore(model)
+    alone = [prefill(model, ids).key_states for ids in prompts]
+    cache = store.cache(prompts, new_tokens=4)
+    address = cache.layers[0].keys.data_ptr()
+    step(cache, float("nan"), 1.0, 2.0)  # what an earlier cell wrote, whatever it was
+    del cache
+
+    cache = store.cache(prompts, new_tokens=2)
+    assert cache.layers[0].keys.data_ptr() == address
+    assert cache.layers[0].keys.shape[2] == 7
+    assert cache.kv_len.tolist() == [3, 5, 2]
+    for layer in range(LAYERS):
+        for row, states in enumerate(alone):
+            n = len(prompts[row])
+            assert torch.equal(cache.layers[layer].keys[row, :, :n], states[layer])
+            assert not cache.layers[layer].keys[row, :, n:].any()
+    del cache
+
+    one = store.cache(prompts[1:2], new_tokens=1)
+    two = store.cache(prompts[1:], new_tokens=1)
+    base = one.layers[0].keys
+    assert base.untyped_storage().data_ptr() == address
+    # The prompts are in use, so these have memory of their own.
+    assert two.layers[0].keys.untyped_storage().data_ptr() != address
+    step(two, 7.0, 8.0)
+    step(one, 9.0)
+    assert base[0, 0, 5, 0] == 9
+    assert two.layers[0].keys[0, 0, 5, 0] == 7
+
+
+def test_more_free_slots_move_all_prompts_once(model: LlamaForCausalLM) -> None:
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    store = PrefillStore(model)
+    store.cache(prompts, new_tokens=1)
+    address = store.cache(prompts[:1], new_tokens=30).layers[0].keys.data_ptr()
+    assert store.cache(prompts, new_tokens=9).layers[0].keys.data_ptr() == address
+    for ids in prompts:
+        of_store, alone = store.get(ids), prefill(model, ids)
+        assert of_store.key_states[0].untyped_storage().data_ptr() == address
+        assert torch.equal(of_store.value_states[1], alone.value_states[1])
+    assert store.forwards == 2
+
+
+def test_kept_states_outlive_their_buffers(model: LlamaForCausalLM) -> None:
+    store = PrefillStore(model, kept_bytes=10**6)
+    cache = store.cache([[1, 2, 3]], new_tokens=1)
+    address = cache.layers[0].keys.data_ptr()
+    del cache
+    store.release()
+    kept = store.get([1, 2, 3])
+    assert kept.key_states[0].untyped_storage().data_ptr() != address
+    assert torch.equal(kept.key_states[0], prefill(model, [1, 2, 3]).key_states[0])
+    assert store.forwards == 1
+
+
+def test_a_method_that_frees_tokens_leaves_the_prompts_as_they_are(model: LlamaForCausalLM) -> None:
+    store = PrefillStore(model)
+    cache = store.cache([[1, 2, 3, 4]], new_tokens=2)
+    cache.topkbench_keep(0, torch.tensor([[[1, 3]] * KV_HEADS], dtype=torch.int32))
+    step(cache, 5.0)
+    del cache
+    again = store.cache([[1, 2, 3, 4]], new_tokens=2).layers[0].keys[0, :, :4]
+    assert torch.equal(again, prefill(model, [1, 2, 3, 4]).key_states[0])

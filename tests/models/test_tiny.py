@@ -16,7 +16,7 @@ from topkbench.methods.base import AnyMethod, Policy, TopKMethod
 from topkbench.methods.learning import LearningMethod
 from topkbench.models.attach import attach
 from topkbench.models.load import LoadedModel, load_model
-from topkbench.models.prefill import PrefillStore
+from topkbench.models.prefill_store import PrefillStore
 from topkbench.tasks.ruler import Ruler
 from topkbench.tasks.ruler_prompts import CalibrationPrompts
 

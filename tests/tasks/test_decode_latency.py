@@ -33,7 +33,7 @@ from topkbench.methods.quest import Quest
 from topkbench.methods.snapkv import SnapKV
 from topkbench.methods.twilight import Twilight
 from topkbench.models.load import LoadedModel
-from topkbench.models.prefill import PrefillStore
+from topkbench.models.prefill_store import PrefillStore
 from topkbench.tasks import decode_latency
 from topkbench.tasks.decode_latency import DecodeLatency
 

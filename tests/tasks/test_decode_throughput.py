@@ -25,7 +25,7 @@ from topkbench.methods.quest import Quest
 from topkbench.methods.streaming_llm import StreamingLLM
 from topkbench.models.attach import attach
 from topkbench.models.load import LoadedModel
-from topkbench.models.prefill import PrefillStore
+from topkbench.models.prefill_store import PrefillStore
 from topkbench.tasks import decode_throughput
 from topkbench.tasks.decode_throughput import (
     DecodeThroughput,

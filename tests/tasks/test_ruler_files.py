@@ -16,7 +16,7 @@ from topkbench.harness.task import Context
 from topkbench.methods.base import Policy
 from topkbench.methods.full import FullAttention
 from topkbench.models.load import LoadedModel
-from topkbench.models.prefill import PrefillStore
+from topkbench.models.prefill_store import PrefillStore
 from topkbench.tasks.ruler import Ruler
 from topkbench.tasks.ruler_files import read_official
 

@@ -10,7 +10,7 @@ from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.streaming_llm import StreamingLLM
 from topkbench.models.load import LoadedModel
-from topkbench.models.prefill import PrefillStore
+from topkbench.models.prefill_store import PrefillStore
 from topkbench.tasks.selection import SelectionTask
 
 BARE = Policy(k=16, num_sink=0, num_recent=0)

@@ -25,7 +25,8 @@ from topkbench.methods.snapkv import SnapKV, SnapKVIndex
 from topkbench.models.attach import attach
 from topkbench.models.cache import DecodeCache
 from topkbench.models.compat import cache_keyword, speculate_queries
-from topkbench.models.prefill import PrefillStore, prefill
+from topkbench.models.prefill import prefill
+from topkbench.models.prefill_store import PrefillStore
 from topkbench.models.watch import watched_attention
 
 Make = Callable[..., Any]
