@@ -25,7 +25,7 @@ from topkbench.analysis.files import (
 )
 from topkbench.analysis.row import RecordError
 
-Record = dict[str, Any]
+Records = list[dict[str, Any]]
 
 MOST_DEATHS = 3
 """How often a process may die while it measures the same before the measurement is given up."""
@@ -47,35 +47,35 @@ class Journal:
 
     Args:
         folder: The part's own folder.
-        same: Returns whether two records of one batch agree.
+        same: Returns whether two measurements of one batch agree.
     """
 
-    def __init__(self, folder: Path, same: Callable[[Record, Record], bool]) -> None:
+    def __init__(self, folder: Path, same: Callable[[Records, Records], bool]) -> None:
         self._folder = folder
         self._same = same
         self._path = folder / f"{socket.gethostname()}-{os.getpid()}.jsonl"
 
-    def read(self) -> dict[int, Record]:
+    def read(self) -> dict[int, Records]:
         """Return all records; a line that was cut off when its writer died is left out.
 
         Raises:
-            DisagreementError: If two records of one batch differ.
+            DisagreementError: If two measurements of one batch differ.
         """
-        found: dict[int, Record] = {}
+        found: dict[int, Records] = {}
         for path in sorted(self._folder.glob("*.jsonl")):
             for line in path.read_bytes().split(b"\n"):
                 try:
                     entry = json.loads(line)
-                    number, record = entry["batch"], entry["record"]
+                    number, records = entry["batch"], entry["records"]
                 except (ValueError, TypeError, KeyError):
                     continue
-                if number in found and not self._same(found[number], record):
+                if number in found and not self._same(found[number], records):
                     raise DisagreementError(
                         f"two processes that measure the same must agree, but batch {number} was "
                         f"measured twice with different results in {self._folder}; run the command "
                         "again with force=true."
                     )
-                found.setdefault(number, record)
+                found.setdefault(number, records)
         return found
 
     def written_by_others(self) -> dict[str, int]:
@@ -87,13 +87,13 @@ class Journal:
                     sizes[path.name] = path.stat().st_size
         return sizes
 
-    def append(self, number: int, record: Record) -> None:
-        """Add a record; it is on disk when this returns.
+    def append(self, number: int, records: Records) -> None:
+        """Add a batch's records; they are on disk when this returns.
 
         Raises:
             NotWritableError: If the folder cannot be written.
         """
-        line = json.dumps({"batch": number, "record": record}, allow_nan=False)
+        line = json.dumps({"batch": number, "records": records}, allow_nan=False)
         with translate_os_error(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:

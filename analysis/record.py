@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 _IDENTITY = re.compile(r"[0-9a-f]{16}")
-_SHARED = ("cells", "parts", "claims")  # folders of results that all sweeps share
+_SHARED = ("cells", "parts", "claims", "batch_sizes")  # folders of results that all sweeps share
 _PLACE = "results_dir.txt"
 """File of a sweep that holds the path from its folder to the results."""
 

@@ -113,6 +113,9 @@ class Row:
     """Selected tokens per KV head and decode step, including sinks and recent tokens."""
     kv_len: int | None = None
     """Cached tokens at the measured decode step."""
+    prompts_per_batch: int | None = None
+    """Most prompts whose answers were decoded together; where memory ran out in some batch, of the
+    smallest share of it."""
     batch_size: int | None = None
     """Prompts decoded together in the timed pass."""
     rbit: int | None = None

@@ -10,7 +10,7 @@ import statistics
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -44,14 +44,15 @@ class GenerationTask(PromptTask):
 
     Attributes:
         question: ``"sparse"`` decodes the question with the method, ``"dense"`` prefills it.
-        batch_size: At most this many prompts decode together.
+        batch_size: At most this many prompts decode together; ``"auto"`` as many as half of the
+            memory holds, at most 32, chosen once for a model and its prompts.
         timed_prompts: Number of prompts on which speed is measured; 0 measures none.
         judged_prompts: Number of prompts on which selection quality is measured; 0 measures none.
     """
 
     name: str = "generation"
     question: Question = "sparse"
-    batch_size: int = 25
+    batch_size: int | Literal["auto"] = 25
     timed_prompts: int = 3
     judged_prompts: int = 8
     parts: ClassVar[Mapping[str, frozenset[str]]] = {
@@ -64,7 +65,8 @@ class GenerationTask(PromptTask):
     def __post_init__(self) -> None:
         if self.question not in ("sparse", "dense"):
             raise ValueError(f"question must be sparse or dense, got {self.question!r}.")
-        check_whole("task.batch_size", self.batch_size)
+        if self.batch_size != "auto":
+            check_whole("task.batch_size", self.batch_size)
         for knob in ("timed_prompts", "judged_prompts"):
             check_whole(f"task.{knob}", getattr(self, knob), least=0)
 
@@ -137,9 +139,11 @@ class GenerationTask(PromptTask):
         density = statistics.fmean(densities) if densities else None
         reads = [one.step_reads for one in counts.values() if one.step_reads is not None]
         shared: dict[str, Any] = {"batch_size": 1, "density": density}
+        shares = [record["share"] for record in records["answers"] if "share" in record]
+        shared["prompts_per_batch"] = min(shares, default=self.batch_size)
         if selects:
-            shares = [one.share_taken for one in counts.values() if one.share_taken is not None]
-            shared["sparse_step_share"] = statistics.fmean(shares)
+            taken = [one.share_taken for one in counts.values() if one.share_taken is not None]
+            shared["sparse_step_share"] = statistics.fmean(taken)
         mean_length = statistics.fmean(prompt.num_tokens for prompt in prompts)
         shared |= accounting(context, round(mean_length), Reads.mean(reads))
         shared["density_all"] = density_of_all_layers(context, shared["kv_len"], density)
@@ -157,7 +161,8 @@ class GenerationTask(PromptTask):
                 "num_samples": len(scores),
             }
             # Columns that identify a configuration are in all rows of a cell.
-            values |= {name: shared.get(name) for name in ("batch_size", "kv_len", "full_backend")}
+            names = ("prompts_per_batch", "batch_size", "kv_len", "full_backend")
+            values |= {name: shared.get(name) for name in names}
             values["density"] = count.density
             if selects:
                 values["sparse_step_share"] = count.share_taken

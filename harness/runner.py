@@ -4,10 +4,10 @@ import functools
 import json
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -15,6 +15,7 @@ from topkbench.analysis.console import say, say_error
 from topkbench.analysis.files import NotWritableError
 from topkbench.analysis.journal import Claims, Journal
 from topkbench.analysis.record import Cell, PartStore, Row, Status, Sweep, identity
+from topkbench.harness.batch_size import recorded
 from topkbench.harness.cell import (
     checked_context,
     peak_memory_mib,
@@ -23,6 +24,7 @@ from topkbench.harness.cell import (
     run_cell,
 )
 from topkbench.harness.commit import git_state
+from topkbench.harness.decoding import Prompt
 from topkbench.harness.run import Run, answers_in, describe
 from topkbench.harness.settings import Composed, Names, construct
 from topkbench.harness.sources import ROOT
@@ -35,6 +37,7 @@ from topkbench.harness.sweep import (
     run_by_prompts,
 )
 from topkbench.harness.task import Outcome, TaskRow
+from topkbench.models.digests import model_digest
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill_store import PrefillStore
 
@@ -108,10 +111,16 @@ class Runner:
                 cell.report_found()
             else:
                 groups.setdefault(cell.group, []).append(cell)
+        by_prompts = {
+            name: group
+            for name, group in groups.items()
+            if isinstance(group[0].run.task, PromptTask)
+        }
+        with Progress(sum(map(len, by_prompts.values()))) as progress:
+            for name, group in by_prompts.items():
+                self._run_by_prompts(name, group, store, progress)
         for name, group in groups.items():
-            if isinstance(group[0].run.task, PromptTask):
-                self._run_by_prompts(name, group, store)
-            else:
+            if name not in by_prompts:
                 for cell in group:
                     cell.run_alone(store)
         rows = cells[list(cells)[-1]].cell.read() if cells else []
@@ -162,17 +171,29 @@ class Runner:
                     None if memory_gib is None else int(memory_gib * 2**30),
                     refit,
                 )
+        if isinstance(task, PromptTask) and task.batch_size == "auto":
+            question = settings["task"].get("question")
+            inputs = {"model": model_digest(loaded), "inputs": task.inputs_digest(loaded)}
+            name = f"{identity({**inputs, 'question': question})}.json"
+            path = self.sweep.results_dir / "batch_sizes" / name
+            task.choose_batch_size(loaded, functools.partial(recorded, path))
         return Run(composed, full.method, loaded, artifact)
 
     def _run_by_prompts(
-        self, group: str, cells: Sequence["SweepCell"], store: PrefillStore
+        self,
+        group: str,
+        cells: Sequence["SweepCell"],
+        store: PrefillStore,
+        progress: "Progress",
     ) -> None:
         """Measure the cells of one group batch by batch; each is written when its last is in."""
         # Full attention first, as others are judged on its answers.
         ordered = sorted(cells, key=lambda one: one.run.method.selects)
         claims = Claims(self.sweep.results_dir / "claims" / group)
-        started = [cell for cell in ordered if cell.begin(store)]
-        progress = Progress(started)
+        # All cells of a group have the same prompts.
+        prompts = functools.cache(lambda: prompts_of(ordered[0].run))
+        started = [cell for cell in ordered if cell.begin(store, prompts)]
+        progress.begin(started, len(ordered) - len(started))
 
         def after() -> None:
             progress.update()
@@ -181,7 +202,6 @@ class Runner:
 
         after()
         run_by_prompts([cell.measured for cell in started], store, claims.claim, after)
-        progress.close()
 
     def say_once(self, error: Exception) -> str:
         """Print an error's message unless it was printed before; return it in one line."""
@@ -219,6 +239,12 @@ class Runner:
             cell.begin(row)
             cell.write([row], [], {}, "".join(traceback.format_exception(error)))
         self.sweep.append(run_id)
+
+
+def prompts_of(run: Run) -> list[Prompt]:
+    """Return the prompts of a cell whose task is measured prompt by prompt."""
+    assert isinstance(run.task, PromptTask)
+    return run.task.tokenised(run.loaded)
 
 
 @dataclass(eq=False)
@@ -282,8 +308,13 @@ class SweepCell:
         peak = peak_memory_mib(self.run.loaded.model.device)
         self._write(outcome, log, time.perf_counter() - began, (), peak)
 
-    def begin(self, store: PrefillStore) -> bool:
-        """Begin to measure a cell prompt by prompt; return whether there is anything to measure."""
+    def begin(self, store: PrefillStore, prompts: Callable[[], list[Prompt]]) -> bool:
+        """Begin to measure a cell prompt by prompt; return whether there is anything to measure.
+
+        Args:
+            store: The model's prefills.
+            prompts: Returns the cell's prompts.
+        """
         with self.cell.lock():
             self.cell.begin(self.run.row())
         context = self.run.context(store, self._full_answers())
@@ -294,7 +325,7 @@ class SweepCell:
             if isinstance(ready, Outcome):
                 self._write(ready)
                 return False
-            self.measured = JournaledCell.of(ready, task, task.tokenised(context.loaded))
+            self.measured = JournaledCell.of(ready, task, prompts())
             self.measured.open(self.run, self.runner.parts)
         except NotWritableError:
             raise
@@ -380,7 +411,7 @@ class JournaledCell(PromptCell):
     def open(self, run: Run, parts: PartStore) -> None:
         """Read what was measured before; with ``force=true`` it is deleted."""
         self.journals = {
-            part: Journal(parts.folder / f"{part}-{run.keys[part]}", same_record)
+            part: Journal(parts.folder / f"{part}-{run.keys[part]}", same_records)
             for part in self.plan.parts
         }
         self._keys, self._parts = run.keys, parts
@@ -420,19 +451,19 @@ class JournaledCell(PromptCell):
                 self._parts.write(part, self._keys[part], {"records": records})
             journal.remove()
 
-    def measure(self, part: str, number: int) -> None:
+    def measure(self, part: str, number: int, share: Sequence[Prompt]) -> None:
         device = self.context.loaded.model.device
         reset_peak_memory(device)
         try:
             with self.journals[part].measuring(number):
-                super().measure(part, number)
+                super().measure(part, number, share)
         except MemoryError as error:
             self.ended = outcome_of(error)
         self.peak_mib = max(self.peak_mib, peak_memory_mib(device))
 
-    def keep(self, part: str, number: int, record: Record) -> None:
-        self.journals[part].append(number, record)
-        super().keep(part, number, record)
+    def keep(self, part: str, number: int, records: list[Record]) -> None:
+        self.journals[part].append(number, records)
+        super().keep(part, number, records)
 
     def outcome_of(self, error: Exception, place: str) -> Outcome:
         if isinstance(error, NotWritableError):
@@ -461,29 +492,47 @@ def failed(error: Exception, place: str = "") -> Outcome:
     return Outcome([TaskRow("mean", status="failed", reason=reason)], [])
 
 
-def same_record(one: Record, other: Record) -> bool:
-    """Return whether two records of one batch agree in all that does not vary from run to run."""
+def same_records(one: Sequence[Record], other: Sequence[Record]) -> bool:
+    """Return whether two measurements of one batch agree in all that does not vary between runs."""
 
-    def without_times(sample: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in sample.items() if name != "prefill_ms"}
+    def samples(records: Sequence[Record]) -> list[dict[str, Any]]:
+        return [
+            {name: value for name, value in sample.items() if name != "prefill_ms"}
+            for record in records
+            for sample in record.get("samples", ())
+        ]
 
-    return [*map(without_times, one.get("samples", ()))] == [
-        *map(without_times, other.get("samples", ()))
-    ]
+    return samples(one) == samples(other)
 
 
 class Progress:
-    """Says how far the cells of a group are: a bar on a terminal, else a line every 30 s."""
+    """Says how far a model's cells are: one bar on a terminal, else a line at most every 30 s.
+
+    Args:
+        num_cells: Cells that are measured prompt by prompt.
+    """
 
     INTERVAL_S = 30.0
 
-    def __init__(self, cells: Sequence[SweepCell]) -> None:
-        self._cells = cells
-        total = sum(len(cell.measured.prompts) for cell in cells)
-        self._bar = tqdm(total=total, desc="samples", disable=None, leave=False)
-        self._total, self._began = total, time.monotonic()
-        self._done_at_start = self._done()
-        self._said = self._began
+    def __init__(self, num_cells: int) -> None:
+        self._num_cells = num_cells
+        self._cells: list[SweepCell] = []
+        self._bar = tqdm(total=0, desc="samples", disable=None, leave=False)
+        self._began = self._said = time.monotonic()
+        self._found = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def begin(self, cells: Sequence[SweepCell], num_ended: int) -> None:
+        """Add cells that are measured from now on, and leave out those that have ended already."""
+        before = self._done()
+        self._num_cells -= num_ended
+        self._cells += cells
+        self._found += self._done() - before
 
     def _done(self) -> int:
         return sum(
@@ -494,15 +543,17 @@ class Progress:
         )
 
     def update(self) -> None:
-        """Show what is done now."""
+        """Show what is done now, of all cells if those to come have as many samples."""
+        sizes = [len(cell.measured.prompts) for cell in self._cells]
+        total = round(sum(sizes) / max(1, len(sizes)) * self._num_cells)
         done, now = self._done(), time.monotonic()
+        self._bar.total = total
         self._bar.update(done - self._bar.n)
         if self._bar.disable and now - self._said >= self.INTERVAL_S:
             self._said = now
-            measured = done - self._done_at_start
-            left = (now - self._began) / max(1, measured) * (self._total - done)
-            say(f"{done} of {self._total} samples, about {left / 60:.0f} min left")
-
-    def close(self) -> None:
-        """Remove the bar."""
-        self._bar.close()
+            measured = done - self._found
+            left = ""
+            if measured:
+                minutes = (now - self._began) / measured * (total - done) / 60
+                left = f", about {minutes:.0f} min left"
+            say(f"{done:,} of {total:,} samples{left}")

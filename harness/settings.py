@@ -542,7 +542,8 @@ def _words(hint: Any, plural: bool = False) -> str:
     if typing.get_origin(hint) is Annotated:
         return str(typing.get_args(hint)[1])
     if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+        words = list(map(str, typing.get_args(hint)))
+        return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
     if _is_mapping(hint):
         return "a mapping"
     item = _item(hint)

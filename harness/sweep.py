@@ -9,18 +9,22 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
+from topkbench.analysis.console import say
+from topkbench.harness.batch_size import most_prompts
 from topkbench.harness.decoding import Prompt, batches
 from topkbench.harness.task import Context, Outcome, Task, TaskRow
-from topkbench.models.load import LoadedModel
+from topkbench.models.attach import geometry_of
+from topkbench.models.load import LoadedModel, free_bytes
 from topkbench.models.prefill_store import PrefillStore
 from topkbench.models.step_count import MethodBypassedError
 
 Record = dict[str, Any]
-"""What was measured for one part of a cell on one batch: plain values that JSON can hold."""
+"""What was measured for one part of a cell on one batch: plain values that JSON can hold. A batch
+for which memory was short has several, each with ``share``, the number of its prompts."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,13 @@ class PromptTask(Task):
     """A task that is measured prompt by prompt.
 
     Attributes:
-        batch_size: At most this many prompts decode together.
+        batch_size: At most this many prompts decode together; ``"auto"`` until a sweep has chosen.
     """
 
-    batch_size: int
+    batch_size: int | Literal["auto"]
+
+    def decided(self) -> dict[str, Any]:
+        return {"batch_size": self.batch_size}
 
     @abstractmethod
     def tokenised(self, loaded: LoadedModel) -> list[Prompt]:
@@ -68,9 +75,29 @@ class PromptTask(Task):
         prompts: Sequence[Prompt],
         records: Mapping[str, Sequence[Record]],
     ) -> Outcome:
-        """Return the rows and samples of a cell, given each part's records in order of batches."""
+        """Return the rows and samples of a cell, given each part's records in order of prompts."""
+
+    def choose_batch_size(
+        self, loaded: LoadedModel, choose: Callable[[int, int], int] = most_prompts
+    ) -> None:
+        """Choose the batch size if it is ``"auto"``.
+
+        Args:
+            loaded: The model.
+            choose: Called with the bytes of the longest prompt's keys and values, and the free
+                bytes of the model's device.
+        """
+        if self.batch_size == "auto":
+            tokens = max(
+                prompt.num_tokens + prompt.sample.max_new_tokens
+                for prompt in self.tokenised(loaded)
+            )
+            one = geometry_of(loaded.model)
+            row_bytes = 2 * one.num_layers * one.num_kv_heads * one.head_dim * one.dtype_bytes
+            self.batch_size = choose(tokens * row_bytes, free_bytes(loaded.model.device))
 
     def run(self, context: Context) -> Outcome:
+        self.choose_batch_size(context.loaded)
         cell = PromptCell.of(context, self, self.tokenised(context.loaded))
         run_by_prompts([cell], context.store)
         return cell.result()
@@ -94,9 +121,10 @@ class PromptCell:
     task: PromptTask
     prompts: list[Prompt]
     plan: Plan
-    records: dict[str, dict[int, Record]] = field(default_factory=dict)
+    records: dict[str, dict[int, list[Record]]] = field(default_factory=dict)
     ended: Outcome | None = None
     seconds: float = 0.0
+    _unfinished: dict[str, list[Record]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, context: Context, task: PromptTask, prompts: list[Prompt]) -> Self:
@@ -109,6 +137,7 @@ class PromptCell:
     @functools.cached_property
     def batches(self) -> list[list[Prompt]]:
         """The batches, which depend on the prompts and the batch size alone."""
+        assert self.task.batch_size != "auto", "choose_batch_size comes before"
         return batches(self.prompts, self.task.batch_size)
 
     @functools.cached_property
@@ -130,22 +159,52 @@ class PromptCell:
             if number in numbers and number not in self.records[part]
         ]
 
-    def measure(self, part: str, number: int) -> None:
-        """Measure a part on a batch; an error that makes a row of its own ends the cell."""
+    def measure(self, part: str, number: int, share: Sequence[Prompt]) -> None:
+        """Measure a part on a batch; an error that makes a row of its own ends the cell.
+
+        Where memory runs out, one half of the prompts is measured after the other.
+
+        Args:
+            part: The part.
+            number: The batch.
+            share: Its prompts, or the next ones of them if memory is short for all.
+        """
         began = time.perf_counter()
-        prompts = self.plan.measured(part, self.batches[number])
-        try:
-            record = self.task.measure(self.context, self.plan, part, prompts)
-            self.keep(part, number, record)
-        except Exception as error:
-            names = [prompt.sample.sample_id for prompt in prompts]
-            place = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-            self.ended = self.outcome_of(error, f"{part} of {place}")
+        batch = self.batches[number]
+        whole = self.plan.measured(part, batch)
+        records = self._unfinished.setdefault(part, [])
+        waiting = [self.plan.measured(part, share)]
+        while waiting and self.ended is None:
+            prompts = waiting.pop(0)
+            if not prompts:
+                continue
+            try:
+                record = self.task.measure(self.context, self.plan, part, prompts)
+            except Exception as error:
+                if len(prompts) == 1 or not is_out_of_memory(error):
+                    self.ended = self.outcome_of(error, f"{part} of {named(prompts)}")
+                    break
+                waiting[:0] = halves(prompts)
+            else:
+                is_whole = len(prompts) == len(whole)
+                records.append(record if is_whole else {**record, "share": len(prompts)})
+                continue
+            # Now that the error is handled, nothing refers to the states any more.
+            self.context.store.release()
+            say(f"memory ran out in {part} of {named(prompts)}: halved")
+        is_last = share[-1].sample.sample_id == batch[-1].sample.sample_id
+        if is_last and self.ended is None:
+            self.keep(part, number, self._unfinished.pop(part))
         self.seconds += time.perf_counter() - began
 
-    def keep(self, part: str, number: int, record: Record) -> None:
-        """Add a record."""
-        self.records[part][number] = record
+    def keep(self, part: str, number: int, records: list[Record]) -> None:
+        """Add a batch's records."""
+        self.records[part][number] = records
+
+    def answers(self, number: int) -> dict[str, list[int]]:
+        """Return the answer tokens of a batch by sample id, as far as they are decoded."""
+        records = self.records.get("answers", {}).get(number) or self._unfinished.get("answers", [])
+        return {one["sample_id"]: one["tokens"] for record in records for one in record["samples"]}
 
     def outcome_of(self, error: Exception, place: str) -> Outcome:
         """Return the row of a cell that an error ended, or raise it again.
@@ -164,7 +223,7 @@ class PromptCell:
         if self.ended is not None:
             return self.ended
         records = {
-            part: [by_batch[number] for number in sorted(by_batch)]
+            part: [record for number in sorted(by_batch) for record in by_batch[number]]
             for part, by_batch in self.records.items()
         }
         return self.task.outcome(self.context, self.plan, self.prompts, records)
@@ -192,7 +251,7 @@ def run_by_prompts(
         cells: The cells, full attention first: its answers are what others are measured on.
         store: The prompts' prefills; only those of one batch are kept.
         claim: Claims batches, so that no two processes measure the same.
-        after: Called after each batch on which something was missing.
+        after: Called whenever something was measured, or by another process.
     """
     answers: dict[str, list[int]] = {}  # full attention's, whichever cell decodes them
     for cell in cells:
@@ -205,7 +264,7 @@ def run_by_prompts(
                 continue
             with claim(number, wait) as is_mine:
                 if is_mine:
-                    _run_batch(cells, store, number, answers)
+                    _run_batch(cells, store, number, answers, after)
             store.release()
             after()
 
@@ -215,25 +274,69 @@ def _run_batch(
     store: PrefillStore,
     number: int,
     answers: dict[str, list[int]],
+    after: Callable[[], None],
 ) -> None:
     for cell in cells:
         cell.refresh()
+        if not cell.context.method.selects:
+            answers |= cell.answers(number)
     waiting = [cell for cell in cells if cell.missing(number)]
     needs = frozenset[str]().union(*(cell.context.method.traits.needs for cell in waiting))
-    for prompt in cells[0].batches[number] if waiting else ():
-        store.get(prompt.prefill_ids, needs)
-    for cell in cells:
-        for part in cell.missing(number):
-            if cell.ended is None:
-                cell.measure(part, number)
-        if not cell.context.method.selects and number in cell.records.get("answers", {}):
-            for sample in cell.records["answers"][number]["samples"]:
-                answers[sample["sample_id"]] = sample["tokens"]
+    shares = [cells[0].batches[number]] if waiting else []
+    while shares:
+        share = shares.pop(0)
+        if not _can_prefill(share, store, needs):
+            store.release()
+            shares[:0] = halves(share)
+            continue
+        for cell in waiting:
+            for part in cell.missing(number):
+                cell.measure(part, number, share)
+            if not cell.context.method.selects:
+                answers |= cell.answers(number)
+            after()
+        if shares:  # memory was short for all of them at a time
+            store.release()
+
+
+def _can_prefill(prompts: Sequence[Prompt], store: PrefillStore, needs: frozenset[str]) -> bool:
+    """Prefill prompts; return False if memory is short for all of them, but perhaps not for half.
+
+    Any other error is left to the cells, each of which meets it again and says so in its row.
+    """
+    try:
+        for prompt in prompts:
+            store.get(prompt.prefill_ids, needs)
+    except Exception as error:
+        if len(prompts) > 1 and is_out_of_memory(error):
+            say(f"memory ran out in the prefill of {named(prompts)}: halved")
+            return False
+    return True
+
+
+def halves(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """Return the first half of some prompts, which is not the smaller one, and the second."""
+    middle = (len(prompts) + 1) // 2
+    return [list(prompts[:middle]), list(prompts[middle:])]
+
+
+def named(prompts: Sequence[Prompt]) -> str:
+    """Return the ids of the first and the last prompt."""
+    first, last = prompts[0].sample.sample_id, prompts[-1].sample.sample_id
+    return first if len(prompts) == 1 else f"{first} to {last}"
 
 
 def message_of(error: Exception) -> str:
     """Return an error's message in one line; its class if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        # torch has no separate exception class for running out of CPU memory
+        type(error) is RuntimeError and "can't allocate memory" in str(error)
+    )
 
 
 def outcome_of(error: Exception) -> Outcome:
@@ -245,10 +348,6 @@ def outcome_of(error: Exception) -> Outcome:
     text = message_of(error)
     if isinstance(error, MethodBypassedError):
         return Outcome([TaskRow("mean", status="wrong", reason=text[:500])], [])
-    is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        # torch has no separate exception class for running out of CPU memory
-        type(error) is RuntimeError and "can't allocate memory" in text
-    )
-    if not is_memory:
+    if not is_out_of_memory(error):
         raise error
     return Outcome([TaskRow("mean", status="out_of_memory", reason=text[:200])], [])

@@ -121,9 +121,14 @@ class Ruler(GenerationTask):
         return SUBTASKS if self.subtasks is None else self.subtasks
 
     def decided(self) -> dict[str, Any]:
+        decided = super().decided()
         if self.source is not None:
-            return {}
-        return {"length": self.prompt_length, "subtasks": list(self.chosen_subtasks)}
+            return decided
+        return {
+            **decided,
+            "length": self.prompt_length,
+            "subtasks": list(self.chosen_subtasks),
+        }
 
     def prompts(self, loaded: LoadedModel) -> str:
         if self._official is None:

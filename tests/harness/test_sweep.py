@@ -1,5 +1,6 @@
 """Cells over the same prompts: each prompt is prefilled once, and what was measured is kept."""
 
+import functools
 import gc
 import json
 import os
@@ -9,12 +10,15 @@ from typing import Any
 from weakref import WeakSet
 
 import pytest
+from torch import OutOfMemoryError, Tensor
 
 from topkbench.analysis import journal as journal_module
 from topkbench.analysis.journal import Claims, DisagreementError, GivenUpError, Journal
 from topkbench.analysis.record import PartStore
+from topkbench.harness.batch_size import most_prompts, recorded
 from topkbench.harness.cell import run_cell
-from topkbench.harness.runner import JournaledCell, same_record
+from topkbench.harness.decoding import Prompt
+from topkbench.harness.runner import JournaledCell, same_records
 from topkbench.harness.sweep import PromptCell, run_by_prompts
 from topkbench.harness.task import Context, Outcome
 from topkbench.methods.base import AnyMethod, Policy
@@ -23,6 +27,7 @@ from topkbench.methods.full import FullAttention
 from topkbench.methods.h2o import H2O
 from topkbench.methods.quest import Quest
 from topkbench.methods.snapkv import SnapKV
+from topkbench.models.attach import geometry_of
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import Prefill, prefill
 from topkbench.models.prefill_store import PrefillStore
@@ -107,17 +112,127 @@ def test_a_cell_in_a_sweep_equals_the_cell_alone(
         assert without_times(run_cell(again, made)) == without_times(cell.result())
 
 
-@pytest.mark.parametrize("num_samples", [2, 4, 8])
-def test_memory_does_not_grow_with_the_number_of_prompts(
-    loaded: LoadedModel,
-    tmp_path: Path,
-    counted: tuple[PrefillStore, WeakSet[Any], list[int]],
-    num_samples: int,
+def live_bytes() -> int:
+    """Return the bytes of all tensors that are alive, each storage once."""
+    storages = {
+        one.untyped_storage().data_ptr(): one.untyped_storage().nbytes()
+        for one in gc.get_objects()
+        if type(one) is Tensor
+    }
+    return sum(storages.values())
+
+
+def note_live_bytes(seen: list[int]) -> None:
+    seen.append(live_bytes())
+
+
+def test_memory_grows_neither_with_prompts_nor_with_cells(
+    loaded: LoadedModel, tmp_path: Path
 ) -> None:
-    store, _, numbers = counted
-    made = task(tmp_path, num_samples=num_samples, judged_prompts=0)
-    run_by_prompts(cells_of(loaded, store, made)[:3], store)
-    assert (store.forwards, max(numbers)) == (2 * num_samples, 2)
+    """The most that a batch holds, at three sizes of a sweep."""
+    most: list[int] = []
+    for num_samples, num_cells in ((2, 2), (4, 2), (4, 4)):
+        made = task(tmp_path, num_samples=num_samples, judged_prompts=0)
+        store = PrefillStore(loaded.model)
+        cells = cells_of(loaded, store, made)[:num_cells]
+        before = live_bytes()
+        seen = [before]
+        run_by_prompts(cells, store, after=functools.partial(note_live_bytes, seen))
+        states = sum(prompt_bytes(loaded, prompt) for prompt in cells[0].batches[0])
+        most.append(max(seen) - before)
+        assert states <= most[-1] < 2 * states
+        assert live_bytes() - before < states / 20
+    assert max(most) < 1.1 * min(most)
+
+
+def prompt_bytes(loaded: LoadedModel, prompt: Prompt) -> int:
+    """Return the bytes of a prompt's keys and values."""
+    one = geometry_of(loaded.model)
+    row_bytes = 2 * one.num_layers * one.num_kv_heads * one.head_dim * one.dtype_bytes
+    return len(prompt.prefill_ids) * row_bytes
+
+
+# Memory that runs out -----------------------------------------------------------------------------
+
+
+class Hungry(ExactTopK):
+    """Runs out of memory with more than one prompt."""
+
+    def score(self, *args: Any) -> Any:
+        if args[2].query_states.shape[0] > 1:
+            raise OutOfMemoryError("a small device")
+        return super().score(*args)
+
+
+def test_a_batch_that_memory_is_short_for_is_halved_and_the_row_says_so(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    made = task(tmp_path, num_samples=3, batch_size=3)
+    contexts = [context(loaded, store, one, 24) for one in (Hungry(), ExactTopK())]
+    cells = [PromptCell.of(one, made, made.tokenised(loaded)) for one in contexts]
+    run_by_prompts(cells, store)
+    halved, whole = (cell.result() for cell in cells)
+    assert [row.values["prompts_per_batch"] for row in halved.rows] == [1, 1, 1]
+    assert [row.values["prompts_per_batch"] for row in whole.rows] == [3, 3, 3]
+    assert [one["sample_id"] for one in halved.samples] == [
+        one["sample_id"] for one in whole.samples
+    ]
+    single = task(tmp_path, num_samples=3, batch_size=1)
+    alone = run_cell(context(loaded, store, ExactTopK(), 24), single)
+    assert without_times(halved)[1] == without_times(alone)[1]
+
+
+def test_a_prefill_that_memory_is_short_for_is_halved_for_all_cells(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    held: WeakSet[Any] = WeakSet()
+
+    def compute(model: Any, token_ids: Sequence[int], needs: frozenset[str]) -> Prefill:
+        if len(held) >= 2:
+            raise OutOfMemoryError("a small device")
+        made = prefill(model, token_ids, needs)
+        held.add(made.logits)
+        return made
+
+    store = PrefillStore(loaded.model, compute=compute)
+    made = task(tmp_path, num_samples=4, batch_size=4, judged_prompts=0)
+    cells = cells_of(loaded, store, made)[:3]
+    run_by_prompts(cells, store)
+    for cell in cells:
+        rows = cell.result().rows
+        assert [row.values["prompts_per_batch"] for row in rows] == [2, 2, 2]
+        assert [row.values["num_samples"] for row in rows] == [4, 4, 8]
+    # In each sub-task two prompts, the third that memory is short for, and then all four.
+    assert store.forwards == 2 * (3 + 4)
+
+
+def test_a_prefill_that_fails_ends_the_cells_and_not_the_sweep(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    def compute(model: Any, token_ids: Sequence[int], needs: frozenset[str]) -> Prefill:
+        raise OutOfMemoryError("a small device")
+
+    store = PrefillStore(loaded.model, compute=compute)
+    cells = cells_of(loaded, store, task(tmp_path))[:2]
+    run_by_prompts(cells, store)
+    for cell in cells:
+        (row,) = cell.result().rows
+        assert (row.status, row.reason) == ("out_of_memory", "a small device")
+
+
+@pytest.mark.parametrize(
+    ("free", "size"), [(0, 1), (199, 1), (400, 2), (799, 2), (800, 4), (10**9, 32)]
+)
+def test_a_batch_size_is_a_power_of_two_that_fits_half_of_the_memory(free: int, size: int) -> None:
+    assert most_prompts(100, free) == size
+
+
+def test_a_batch_size_is_chosen_once(tmp_path: Path) -> None:
+    path = tmp_path / "batch_sizes" / "a.json"
+    assert recorded(path, 100, 800) == 4
+    assert recorded(path, 100, 10**9) == 4  # whatever is free later
+    path.write_text("{")
+    assert recorded(path, 100, 400) == 2
 
 
 class Failing(ExactTopK):
@@ -208,25 +323,25 @@ def test_a_cell_that_fails_takes_no_further_part_and_the_others_go_on(
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "answers-1", same_record)
+    journal = Journal(tmp_path / "answers-1", same_records)
     assert journal.read() == {}
-    journal.append(0, {"samples": [{"tokens": [1, 2]}]})
-    journal.append(3, {"samples": []})
+    journal.append(0, [{"samples": [{"tokens": [1, 2]}]}])
+    journal.append(3, [{"samples": []}])
     (path,) = (tmp_path / "answers-1").iterdir()
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])
-    assert journal.read() == {0: {"samples": [{"tokens": [1, 2]}]}}
-    journal.append(3, {"samples": []})
+    assert journal.read() == {0: [{"samples": [{"tokens": [1, 2]}]}]}
+    journal.append(3, [{"samples": []}])
     assert sorted(journal.read()) == [0, 3]
 
 
 def test_two_writers_must_agree(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, same_record)
-    journal.append(1, {"samples": [{"tokens": [1], "prefill_ms": 3.0}], "count": {"read": 1.0}})
-    line = {"batch": 1, "record": {"samples": [{"tokens": [1], "prefill_ms": 4.0}]}}
+    journal = Journal(tmp_path, same_records)
+    journal.append(1, [{"samples": [{"tokens": [1], "prefill_ms": 3.0}], "count": {"read": 1.0}}])
+    line = {"batch": 1, "records": [{"samples": [{"tokens": [1], "prefill_ms": 4.0}]}]}
     (tmp_path / "other-7.jsonl").write_text(json.dumps(line) + "\n")
     assert sorted(journal.read()) == [1]
-    line["record"]["samples"][0]["tokens"] = [2]  # type: ignore[index]
+    line["records"][0]["samples"][0]["tokens"] = [2]  # type: ignore[index]
     (tmp_path / "other-7.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(DisagreementError, match="batch 1 was measured twice with different"):
         journal.read()
@@ -237,7 +352,7 @@ def test_what_kills_its_process_again_and_again_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oom_kills: tuple[int, ...], most: int
 ) -> None:
     """After three deaths, or two at which the system was out of memory."""
-    journal = Journal(tmp_path, same_record)
+    journal = Journal(tmp_path, same_records)
     for count in oom_kills[:-1]:
         monkeypatch.setattr(journal_module, "oom_kills", lambda count=count: count)
         killed = os.fork()
