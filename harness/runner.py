@@ -422,6 +422,9 @@ class JournaledCell(PromptCell):
         self.found = tuple(part for part in self.journals if self._read_whole(part) is not None)
         self.refresh()
 
+    def note(self, text: str) -> None:
+        say(text)
+
     def refresh(self) -> None:
         for part, journal in self.journals.items():
             others = journal.written_by_others()

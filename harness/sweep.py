@@ -13,7 +13,6 @@ from typing import Any, Literal, Self
 
 import torch
 
-from topkbench.analysis.console import say
 from topkbench.harness.batch_size import most_prompts
 from topkbench.harness.decoding import Prompt, batches
 from topkbench.harness.task import Context, Outcome, Task, TaskRow
@@ -191,7 +190,7 @@ class PromptCell:
                 continue
             # Now that the error is handled, nothing refers to the states any more.
             self.context.store.release()
-            say(f"memory ran out in {part} of {named(prompts)}: halved")
+            self.note(f"memory ran out in {part} of {named(prompts)}: halved")
         is_last = share[-1].sample.sample_id == batch[-1].sample.sample_id
         if is_last and self.ended is None:
             self.keep(part, number, self._unfinished.pop(part))
@@ -214,6 +213,9 @@ class PromptCell:
             place: The part and the prompts that were measured.
         """
         return outcome_of(error)
+
+    def note(self, text: str) -> None:
+        """Tell the user, where there is a console."""
 
     def refresh(self) -> None:
         """Read what other processes have measured."""
@@ -286,6 +288,7 @@ def _run_batch(
     while shares:
         share = shares.pop(0)
         if not _can_prefill(share, store, needs):
+            waiting[0].note(f"memory ran out in the prefill of {named(share)}: halved")
             store.release()
             shares[:0] = halves(share)
             continue
@@ -308,9 +311,7 @@ def _can_prefill(prompts: Sequence[Prompt], store: PrefillStore, needs: frozense
         for prompt in prompts:
             store.get(prompt.prefill_ids, needs)
     except Exception as error:
-        if len(prompts) > 1 and is_out_of_memory(error):
-            say(f"memory ran out in the prefill of {named(prompts)}: halved")
-            return False
+        return len(prompts) == 1 or not is_out_of_memory(error)
     return True
 
 

@@ -89,7 +89,7 @@ BAD = {
     "method=full method.backend=triton": "method.backend=triton needs tensors on a cuda device, ",
     "experiment_name=cells": (
         "experiment_name must name a folder inside results_dir, and none of cells, parts, claims,"
-        " got 'cells'."
+        " batch_sizes, got 'cells'."
     ),
     "experiment_name=parts": "experiment_name must name a folder inside results_dir, and none of",
     "experiment_name=a/../cells/b": "experiment_name must name a folder inside results_dir, and",
