@@ -4,7 +4,6 @@ import contextlib
 import functools
 import re
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +18,7 @@ from topkbench.harness.artifact import Artifact
 from topkbench.harness.caching import cache_lock
 from topkbench.harness.calibration import Calibration, CalibrationTexts
 from topkbench.harness.canary import check_acting
-from topkbench.harness.fitting import fit_layers, learning_devices
+from topkbench.harness.fitting import KeptLayers, fit_layers, learning_devices
 from topkbench.harness.reads import layers_read
 from topkbench.harness.sources import code_digest, modules_of
 from topkbench.harness.sweep import outcome_of
@@ -111,11 +110,14 @@ def fit_method(
     progress: Progress | None = None,
     memory_limit: int | None = None,
 ) -> None:
-    """Fit a method on calibration texts and save the artifact of ``spec`` at ``path``."""
-    start = time.perf_counter()
+    """Fit a method on calibration texts and save the artifact of ``spec`` at ``path``.
+
+    Each layer is kept beside it until the whole is there, so that a fit that is killed goes on.
+    """
+    kept = KeptLayers(path.with_suffix(".layers"), spec, fit_source(method))
     calibration = Calibration.draw(loaded, method, texts, memory_limit=memory_limit)
     devices = learning_devices(loaded.model.device)
-    tensors, losses = fit_layers(method, calibration, devices, progress)
+    tensors, losses = fit_layers(method, calibration, devices, progress, kept)
     provenance = artifact.provenance(
         spec,
         calibration.description,
@@ -123,10 +125,11 @@ def fit_method(
         model=loaded.name,
         machine=machine_name(loaded.model.device),
         source=fit_source(method),
-        seconds=time.perf_counter() - start,
+        seconds=kept.seconds,
         losses=losses,
     )
     artifact.save(path, tensors, provenance)
+    kept.remove()
 
 
 def run_cell(context: Context, task: Task) -> Outcome:

@@ -1,12 +1,18 @@
 """Fit a method on all layers of a model: captured group by group, distributed over devices."""
 
+import contextlib
+import shutil
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from topkbench.harness import artifact
 from topkbench.harness.calibration import Calibration
 from topkbench.methods.learning import AnyLearningMethod, LayerStates, Progress, stack_layers
 
@@ -18,11 +24,60 @@ def learning_devices(model_device: torch.device) -> list[torch.device]:
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
+class KeptLayers:
+    """The layers that a fit has finished, each a file, so that a killed fit goes on after them.
+
+    Args:
+        folder: The fit's own folder.
+        spec: The settings that identify the artifact.
+        source: Digest of the code that fits; layers of other code are not used.
+    """
+
+    def __init__(self, folder: Path, spec: Mapping[str, Any], source: str) -> None:
+        self._folder = folder
+        self._expect = {**spec, "source": source}
+        self._began = time.perf_counter()
+        self._seconds_before = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the fit so far, those before it was killed included."""
+        return self._seconds_before + time.perf_counter() - self._began
+
+    def read(self, layer: int) -> tuple[dict[str, Tensor], list[float]] | None:
+        """Return a layer's tensors and its losses; None if it is not there or damaged."""
+        try:
+            found = artifact.load(self._path(layer), self._expect)
+            losses, seconds = found.provenance["losses"], float(found.provenance["seconds"])
+        except (ValueError, KeyError, TypeError):
+            return None
+        self._seconds_before = max(self._seconds_before, seconds)
+        return found.tensors, losses
+
+    def write(self, layer: int, tensors: Mapping[str, Tensor], losses: Sequence[float]) -> None:
+        """Keep a layer.
+
+        Raises:
+            NotWritableError: If the folder cannot be written.
+        """
+        fit = {"spec": self._expect, "losses": list(losses), "seconds": self.seconds}
+        artifact.save(self._path(layer), tensors, fit)
+
+    def remove(self) -> None:
+        """Delete all layers."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self._folder)
+
+    def _path(self, layer: int) -> Path:
+        return self._folder / f"layer_{layer}.safetensors"
+
+
 def fit_layers(
     method: AnyLearningMethod,
     calibration: Calibration,
     devices: Sequence[torch.device],
     progress: Progress | None = None,
+    kept: KeptLayers | None = None,
 ) -> tuple[dict[str, Tensor], list[list[float]]]:
     """Fit a method on every layer of a model.
 
@@ -36,6 +91,7 @@ def fit_layers(
         devices: Devices to fit on; one may be listed several times.
         progress: Called with the units of work done and their total; a prompt read counts as 1, a
             fitted layer as 100.
+        kept: Keeps the layers as they are finished, and has those of a fit that was killed.
 
     Returns:
         The artifact's tensors, and for each layer the loss at each training step; the losses are
@@ -44,11 +100,17 @@ def fit_layers(
     Raises:
         ValueError: If a layer exceeds the memory limit, or a fitted tensor is not finite.
     """
-    groups, num_layers = calibration.groups(), calibration.num_layers
-    read, total = 0, len(groups) * len(calibration.prompts) + 100 * num_layers
+    num_layers = calibration.num_layers
     fitted: dict[int, dict[str, Tensor]] = {}
     losses: list[list[float]] = [[] for _ in range(num_layers)]
     shares = [0.0] * num_layers
+    for layer in range(num_layers):
+        found = None if kept is None else kept.read(layer)
+        if found is not None:
+            (fitted[layer], losses[layer]), shares[layer] = found, 1.0
+    to_fit = [[one for one in group if one not in fitted] for group in calibration.groups()]
+    groups = [group for group in to_fit if group]
+    read, total = 0, len(groups) * len(calibration.prompts) + 100 * num_layers
     lock = threading.Lock()
 
     def report_progress(prompts: int = 0) -> None:
@@ -64,6 +126,8 @@ def fit_layers(
 
         states = [(queries.to(device), keys.to(device)) for queries, keys in captured.pop(layer)]
         fitted[layer] = method.fit_layer(layer, states, report_loss)
+        if kept is not None:
+            kept.write(layer, fitted[layer], losses[layer])
         shares[layer] = 1.0
         report_progress()
 

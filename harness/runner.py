@@ -156,18 +156,13 @@ class Runner:
             refit = settings["force"] and task.refits and name not in self._fitted
             self._fitted.add(name)
             memory_gib = settings["calibration_memory_gib"]
-            with tqdm(desc=f"{composed.method.name} learns", disable=None, leave=False) as bar:
-
-                def show(done: int, total: int) -> None:
-                    bar.total = total
-                    bar.update(done - bar.n)
-
+            with FitProgress(composed.method.name, loaded.name) as progress:
                 artifact = prepare_method(
                     loaded,
                     composed.method,
                     composed.texts,
                     settings["artifact_dir"],
-                    show,
+                    progress.update,
                     None if memory_gib is None else int(memory_gib * 2**30),
                     refit,
                 )
@@ -515,13 +510,12 @@ class Progress:
         num_cells: Cells that are measured prompt by prompt.
     """
 
-    INTERVAL_S = 30.0
-
     def __init__(self, num_cells: int) -> None:
         self._num_cells = num_cells
         self._cells: list[SweepCell] = []
         self._bar = tqdm(total=0, desc="samples", disable=None, leave=False)
-        self._began = self._said = time.monotonic()
+        self._began = time.monotonic()
+        self._lines = Lines()
         self._found = 0
 
     def __enter__(self) -> Self:
@@ -549,14 +543,67 @@ class Progress:
         """Show what is done now, of all cells if those to come have as many samples."""
         sizes = [len(cell.measured.prompts) for cell in self._cells]
         total = round(sum(sizes) / max(1, len(sizes)) * self._num_cells)
-        done, now = self._done(), time.monotonic()
+        done = self._done()
         self._bar.total = total
         self._bar.update(done - self._bar.n)
-        if self._bar.disable and now - self._said >= self.INTERVAL_S:
-            self._said = now
-            measured = done - self._found
-            left = ""
-            if measured:
-                minutes = (now - self._began) / measured * (total - done) / 60
-                left = f", about {minutes:.0f} min left"
+        if self._bar.disable and self._lines.is_due():
+            left = time_left(done - self._found, total - self._found, self._began)
             say(f"{done:,} of {total:,} samples{left}")
+
+
+class FitProgress:
+    """Says how far a fit is: a bar on a terminal, else a line at most every 30 s.
+
+    Args:
+        method: The method's name.
+        model: The model's name.
+    """
+
+    def __init__(self, method: str, model: str) -> None:
+        self._name = f"{method} learns on {model}"
+        self._bar: tqdm[None] | None = None  # none for a method that learns nothing
+        self._began, self._first = time.monotonic(), 0
+        self._lines = Lines()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, done: int, total: int) -> None:
+        """Show the units of work done, of their total."""
+        bar = self._bar
+        if bar is None:
+            self._first = done  # of a fit that was killed before
+            bar = self._bar = tqdm(desc=self._name, disable=None, leave=False, unit=" units")
+        bar.total = total
+        bar.update(done - bar.n)
+        if bar.disable and self._lines.is_due():
+            left = time_left(done - self._first, total - self._first, self._began)
+            say(f"{self._name}: {done / total:.0%}{left}")
+
+
+class Lines:
+    """Says when the next line is due where there is no bar: not more often than every 30 s."""
+
+    INTERVAL_S = 30.0
+
+    def __init__(self) -> None:
+        self._said = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Return whether a line is due, and count it as said."""
+        now = time.monotonic()
+        is_due = now - self._said >= self.INTERVAL_S
+        self._said = now if is_due else self._said
+        return is_due
+
+
+def time_left(done: int, total: int, began: float) -> str:
+    """Return in words how long it takes to do the rest; nothing if nothing is done."""
+    if done < 1:
+        return ""
+    minutes = (time.monotonic() - began) / done * (total - done) / 60
+    return f", about {minutes:.0f} min left" if minutes >= 1 else ", less than a minute left"

@@ -549,13 +549,13 @@ def _words(hint: Any, plural: bool = False) -> str:
     item = _item(hint)
     if item is not None:
         return f"a list of {' or '.join(_words(option, True) for option in _options(item))}"
-    words = {
+    names = {
         int: ("a whole number", "whole numbers"),
         float: ("a finite number", "finite numbers"),
         bool: ("true or false", "true or false"),
         str: ("text", "texts"),
     }
-    return words[hint][plural] if hint in words else "null"
+    return names[hint][plural] if hint in names else "null"
 
 
 def _shown(value: Any) -> str:

@@ -1,6 +1,7 @@
 """Fitting a model's layers: the same result for any grouping and any number of devices."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from topkbench.harness.artifact import digest_of
 from topkbench.harness.calibration import Calibration
-from topkbench.harness.fitting import fit_layers, learning_devices
+from topkbench.harness.fitting import KeptLayers, fit_layers, learning_devices
 from topkbench.methods.hata import HATA
 from topkbench.methods.learning import LayerStates, LossReport
 from topkbench.methods.loki import Loki
@@ -56,6 +57,55 @@ def test_fitting_all_layers_gives_what_fitting_each_layer_gives(loaded: LoadedMo
     assert all(steps[-1] < steps[0] for steps in losses)
     second = method.fit_layer(1, calibration.capture([1])[1])
     assert torch.equal(tensors["hash_weight"][1], second["hash_weight"])
+
+
+def test_a_fit_that_is_killed_goes_on_after_its_last_layer(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    method, spec = quick(), {"method": "hata"}
+    undisturbed, losses = fit_layers(method, drawn(loaded, method), [CPU])
+    fitted: list[int] = []
+
+    class Killed(HATA):
+        def fit_layer(self, layer: int, *args: Any) -> dict[str, torch.Tensor]:
+            if len(fitted) == 1:
+                raise KeyboardInterrupt
+            fitted.append(layer)
+            return super().fit_layer(layer, *args)
+
+    killed = Killed(rbit=32, epochs=2, steps_per_epoch=3)
+    with pytest.raises(KeyboardInterrupt):
+        kept = KeptLayers(tmp_path, spec, "code")
+        fit_layers(killed, drawn(loaded, killed), [CPU], kept=kept)
+    assert [path.name for path in tmp_path.iterdir()] == ["layer_0.safetensors"]
+    fitted.clear()
+    kept, done = KeptLayers(tmp_path, spec, "code"), []
+    again, its = fit_layers(
+        killed, drawn(loaded, killed), [CPU], lambda one, _: done.append(one), kept
+    )
+    assert fitted == [1]
+    assert min(done) > 100  # the first layer counts as done
+    assert digest_of(again) == digest_of(undisturbed)
+    assert its == losses
+    for other in (
+        KeptLayers(tmp_path, spec, "other"),
+        KeptLayers(tmp_path, {"method": "x"}, "code"),
+    ):
+        assert other.read(0) is None
+    (tmp_path / "layer_1.safetensors").write_bytes(b"damaged")
+    assert kept.read(1) is None
+    assert kept.read(0) is not None
+    kept.remove()
+    assert not tmp_path.exists()
+
+
+def test_the_seconds_of_a_fit_include_those_before_it_was_killed(tmp_path: Path) -> None:
+    first = KeptLayers(tmp_path, {"method": "hata"}, "code")
+    first._began -= 100
+    first.write(3, {"weight": torch.zeros(1)}, [])
+    again = KeptLayers(tmp_path, {"method": "hata"}, "code")
+    again.read(3)
+    assert 100 <= again.seconds < 110
 
 
 def test_a_method_without_steps_has_no_losses(loaded: LoadedModel) -> None:
