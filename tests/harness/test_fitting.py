@@ -74,12 +74,13 @@ def test_a_fit_that_is_killed_goes_on_after_its_last_layer(
             return super().fit_layer(layer, *args)
 
     killed = Killed(rbit=32, epochs=2, steps_per_epoch=3)
+    kept = KeptLayers(tmp_path, spec, "code")
     with pytest.raises(KeyboardInterrupt):
-        kept = KeptLayers(tmp_path, spec, "code")
         fit_layers(killed, drawn(loaded, killed), [CPU], kept=kept)
     assert [path.name for path in tmp_path.iterdir()] == ["layer_0.safetensors"]
     fitted.clear()
-    kept, done = KeptLayers(tmp_path, spec, "code"), []
+    kept = KeptLayers(tmp_path, spec, "code")
+    done: list[int] = []
     again, its = fit_layers(
         killed, drawn(loaded, killed), [CPU], lambda one, _: done.append(one), kept
     )
@@ -87,11 +88,8 @@ def test_a_fit_that_is_killed_goes_on_after_its_last_layer(
     assert min(done) > 100  # the first layer counts as done
     assert digest_of(again) == digest_of(undisturbed)
     assert its == losses
-    for other in (
-        KeptLayers(tmp_path, spec, "other"),
-        KeptLayers(tmp_path, {"method": "x"}, "code"),
-    ):
-        assert other.read(0) is None
+    assert KeptLayers(tmp_path, spec, "other").read(0) is None
+    assert KeptLayers(tmp_path, {"method": "loki"}, "code").read(0) is None
     (tmp_path / "layer_1.safetensors").write_bytes(b"damaged")
     assert kept.read(1) is None
     assert kept.read(0) is not None
