@@ -1,6 +1,8 @@
 """Copy results to Weights & Biases; the results folder remains the original.
 
-There is one run per cell, grouped by sweep, and one run for the sweep with its curves and figures.
+There is one run per cell, grouped by sweep, written with the cell's rows. The sweep has its own
+run, live from its start: the console, how many samples are done, each cell's score so far, and at
+the end curves and figures.
 ``python -m topkbench.analysis.tracking dashboard`` builds the project's workspace.
 """
 
@@ -39,6 +41,23 @@ _MOST_SAMPLES = 10_000
 class Tracker(Protocol):
     """A destination that a sweep is copied to. No call raises an exception."""
 
+    def begin_sweep(self, folder: str | Path, sweep: str) -> None:
+        """Begin to copy a sweep.
+
+        Args:
+            folder: The sweep's folder.
+            sweep: Name of the sweep.
+        """
+
+    def log_progress(self, done: int, total: int, cells: Sequence[Mapping[str, Any]]) -> None:
+        """Copy how far the sweep is.
+
+        Args:
+            done: Samples measured.
+            total: Samples to measure.
+            cells: For each cell: its name, its samples done, and its score so far.
+        """
+
     def log_cell(
         self,
         folder: str | Path,
@@ -74,6 +93,12 @@ class Tracker(Protocol):
 
 class NoTracker:
     """A tracker that copies nothing."""
+
+    def begin_sweep(self, *arguments: Any) -> None:
+        """Do nothing."""
+
+    def log_progress(self, *arguments: Any) -> None:
+        """Do nothing."""
 
     def log_cell(self, *arguments: Any, **keywords: Any) -> bool:
         """Do nothing."""
@@ -130,7 +155,7 @@ class Session:
         try:
             self.mode = self._ask(mode)
         except Exception as error:  # in W&B's settings files
-            self._fall_back(error)
+            self.fall_back(error)
 
     def _ask(self, mode: str) -> str:
         import wandb
@@ -146,12 +171,12 @@ class Session:
         except wandb.errors.UsageError as error:  # there is no account
             if "mode" not in settings.model_fields_set:  # nobody asked for one
                 return "offline"
-            self._fall_back(error)
+            self.fall_back(error)
         except Exception as error:
-            self._fall_back(error)
+            self.fall_back(error)
         return self.mode
 
-    def _fall_back(self, error: Exception) -> None:
+    def fall_back(self, error: Exception) -> None:
         """Go on offline, or not at all if that has failed, and warn."""
         reason = " ".join(str(error).split())
         if self.mode in ("offline", None):
@@ -176,7 +201,7 @@ class Session:
                 write(self.mode)
                 return True
             except Exception as error:
-                self._fall_back(error)
+                self.fall_back(error)
         return False
 
 
@@ -212,18 +237,19 @@ class WandbTracker:
         self.project = project
         self.entity = entity
         self.mode = mode
+        self._live: Any = None  # the sweep's run, between its begin and its end
 
-    def _start(self, folder: str | Path, mode: str, **options: Any) -> Any:
+    def _start(self, folder: str | Path, mode: str, console: str = "off", **options: Any) -> Any:
         import wandb
 
         return wandb.init(
             project=self.project,
             entity=self.entity,
             dir=str(folder),
-            reinit="finish_previous",
+            reinit="create_new",  # a cell's run does not end the sweep's
             settings=wandb.Settings(
                 mode=cast(Any, mode),
-                console="off",
+                console=cast(Any, console),
                 quiet=True,
                 silent=True,
                 save_code=False,
@@ -234,6 +260,39 @@ class WandbTracker:
             ),
             **options,
         )
+
+    def _start_sweep(self, folder: str | Path, sweep: str, mode: str) -> Any:
+        return self._start(
+            folder,
+            mode,
+            console="wrap",
+            name=sweep,
+            group=sweep,
+            job_type="sweep",
+            tags=["sweep"],
+            config={},
+        )
+
+    def begin_sweep(self, folder: str | Path, sweep: str) -> None:
+        """Start the sweep's run."""
+
+        def start(mode: str) -> None:
+            self._live = self._start_sweep(folder, sweep, mode)
+
+        session(self.mode).copy(start)
+
+    def log_progress(self, done: int, total: int, cells: Sequence[Mapping[str, Any]]) -> None:
+        """Copy the samples done and each cell's score so far to the sweep's run."""
+        if self._live is None:
+            return
+        try:
+            import wandb
+
+            table = wandb.Table(dataframe=pd.DataFrame(list(cells)))
+            self._live.log({"samples/done": done, "samples/all": total, "cells/so far": table})
+        except Exception as error:  # the end of the sweep makes a run of its own
+            self._live = None
+            session(self.mode).fall_back(error)
 
     def log_cell(
         self,
@@ -280,16 +339,16 @@ class WandbTracker:
     def log_sweep(
         self, folder: str | Path, sweep: str, rows: pd.DataFrame, samples: pd.DataFrame
     ) -> None:
-        """Copy the sweep's curves over k and rbit, and the figures of its report."""
+        """Copy the sweep's curves over k and rbit, and the figures of its report; end its run."""
         if not len(rows):
             return
 
         def write(mode: str) -> None:
             import wandb
 
-            run = self._start(
-                folder, mode, name=sweep, group=sweep, job_type="sweep", tags=["sweep"], config={}
-            )
+            run, self._live = self._live, None
+            if run is None:  # it could not begin, or it failed
+                run = self._start_sweep(folder, sweep, mode)
             try:
                 for x in ("k", "rbit"):
                     run.define_metric(x, hidden=True)

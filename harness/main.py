@@ -48,8 +48,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 REFUSED_STATUS = 2
 """Exit status of a command whose settings are wrong, so that nothing was run."""
-ONE_PER_SWEEP = ("results_dir", "experiment_name")
-"""Settings that name the folder of a sweep."""
+ONE_PER_SWEEP = ("results_dir", "experiment_name", "launcher", "tracker", "report")
+"""Settings and groups that are those of a sweep, not of a cell."""
 # Hydra's options that are followed by a value.
 OPTIONS_WITH_VALUE = {
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
@@ -67,7 +67,7 @@ class Collected:
             settings.
         sweep: The sweep; None before the first job.
         report: Makes the report; None before the first job without a wrong setting.
-        tracker: Where results are copied to, likewise.
+        tracker: Where the sweep is copied to: the first job's; likewise.
     """
 
     jobs: list[Any] = field(default_factory=list)
@@ -140,10 +140,7 @@ def job(config: DictConfig) -> float | None:
 
     state, commanded = HydraConfig.get(), collected()
     if not state.launcher._target_.endswith("BasicLauncher"):
-        say_error(
-            f"hydra/launcher must be basic, got {state.runtime.choices['hydra/launcher']}: the "
-            "cells of a sweep run in one process, which reads each prompt once for all of them."
-        )
+        say_error(own_launcher(state.runtime.choices["hydra/launcher"]))
         raise SystemExit(REFUSED_STATUS)  # Hydra prints lines of its own about an error
     folder = state.sweep.dir if state.mode == RunMode.MULTIRUN else state.run.dir
     # Hydra may have changed the working folder.
@@ -161,7 +158,7 @@ def job(config: DictConfig) -> float | None:
         commanded.refused.append((error, choices, written))
         return None
     commanded.jobs.append(Job(composed, full, choices))
-    commanded.report, commanded.tracker = composed.report, composed.tracker
+    commanded.report = composed.report
     if state.sweeper._target_.endswith("BasicSweeper"):
         return None
     return run_collected()
@@ -174,7 +171,11 @@ def run_collected() -> float | None:
     commanded = collected()
     if commanded.sweep is None:
         return None
-    runner = Runner(commanded.sweep)
+    sweep = commanded.sweep
+    if commanded.tracker is None and commanded.jobs:
+        commanded.tracker = commanded.jobs[0].composed.tracker
+        commanded.tracker.begin_sweep(sweep.folder, sweep.title)
+    runner = Runner(sweep, commanded.tracker)
     jobs, commanded.jobs = commanded.jobs, []
     refused, commanded.refused = commanded.refused, []
     if not jobs:
@@ -184,7 +185,8 @@ def run_collected() -> float | None:
         return None
     for error, choices, settings in refused:
         runner.refuse(error, choices, settings)
-    return runner.run(jobs)
+    score: float | None = jobs[0].composed.launcher.run(runner, jobs)
+    return score
 
 
 class SweepFolders(Callback):
@@ -245,6 +247,15 @@ class SweepFolders(Callback):
                     folder = folder.parent
 
 
+def own_launcher(name: str) -> str:
+    """Return in one sentence what to use in place of a launcher of Hydra's."""
+    options = ", ".join(sorted(path.stem for path in (CONF / "launcher").glob("*.yaml")))
+    return (
+        f"hydra/launcher must be basic, got {name!r}: cells share prompts, and Hydra's launchers"
+        f" run each by itself; launcher= says where a sweep runs ({options})."
+    )
+
+
 def in_our_words(text: str) -> str:
     """Return a message of Hydra's in the command's words, with the nearest name if there is one."""
     resolved = re.search(r"raised while resolving interpolation: (.+) full_key: ([\w.]+)", text)
@@ -278,6 +289,8 @@ def in_our_words(text: str) -> str:
         return " ".join(text.split())
     group, name = found.groups()
     options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    if group == "hydra/launcher":
+        return own_launcher(name)
     if not options:  # a group of Hydra's
         return f"there is no option {group}={name}."
     near = difflib.get_close_matches(name, options, n=1)

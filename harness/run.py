@@ -305,8 +305,13 @@ def without_seeds(payload: dict[str, Any]) -> dict[str, Any]:
 def describe(rows: Sequence[Row]) -> str:
     """Return one line with a cell's settings and score or status."""
     top = next((row for row in rows if row.subtask == "mean"), rows[0])
-    names = ("method", "k", "rbit", "protocol", "question")
-    settings = [f"{name}={getattr(top, name)}" for name in names if getattr(top, name)]
     score = "" if top.score is None else f": score {top.score:.1f}"
     status = "" if top.status.value == "ok" else f": {top.status.value}"
-    return " ".join((top.model, top.task, *settings)) + score + status
+    return describe_settings(top) + score + status
+
+
+def describe_settings(row: Row) -> str:
+    """Return a cell's model, task and settings in one line."""
+    names = ("method", "k", "rbit", "protocol", "question")
+    settings = [f"{name}={getattr(row, name)}" for name in names if getattr(row, name)]
+    return " ".join((row.model, row.task, *settings))

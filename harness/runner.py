@@ -25,7 +25,7 @@ from topkbench.harness.cell import (
 )
 from topkbench.harness.commit import git_state
 from topkbench.harness.decoding import Prompt
-from topkbench.harness.run import Run, answers_in, describe
+from topkbench.harness.run import Run, answers_in, describe, describe_settings
 from topkbench.harness.settings import Composed, Names, construct
 from topkbench.harness.sources import ROOT
 from topkbench.harness.sweep import (
@@ -57,15 +57,25 @@ class Job:
     choices: Mapping[str, str]
 
 
+class Local:
+    """Runs sweeps in this process: ``launcher=local``."""
+
+    def run(self, runner: "Runner", jobs: Sequence[Job]) -> float | None:
+        """Run a sweep's jobs; return the score of the last one's cell."""
+        return runner.run(jobs)
+
+
 class Runner:
     """Runs the jobs of one sweep in this process.
 
     Args:
         sweep: The sweep.
+        tracker: The ``Tracker`` to which its progress is copied.
     """
 
-    def __init__(self, sweep: Sweep) -> None:
+    def __init__(self, sweep: Sweep, tracker: Any) -> None:
         self.sweep = sweep
+        self.tracker = tracker
         self.parts = PartStore(sweep.results_dir)
         self._fitted: set[str] = set()
         self._reported: set[str] = set()
@@ -116,7 +126,7 @@ class Runner:
             for name, group in groups.items()
             if isinstance(group[0].run.task, PromptTask)
         }
-        with Progress(sum(map(len, by_prompts.values()))) as progress:
+        with Progress(sum(map(len, by_prompts.values())), self.tracker) as progress:
             for name, group in by_prompts.items():
                 self._run_by_prompts(name, group, store, progress)
         for name, group in groups.items():
@@ -329,6 +339,22 @@ class SweepCell:
             return False
         return True
 
+    def so_far(self) -> dict[str, Any]:
+        """Return the cell's name, its samples done, and the mean of their scores."""
+        measured = self.measured
+        scores = [
+            sample["score"]
+            for records in measured.records.get("answers", {}).values()
+            for record in records
+            for sample in record["samples"]
+        ]
+        return {
+            "cell": describe_settings(self.run.row()),
+            "samples": len(scores),
+            "score": sum(scores) / len(scores) if scores else None,
+            "ended": self.has_ended,
+        }
+
     def write_if_complete(self) -> None:
         """Write the cell once its last batch is in, and full attention's cell has ended."""
         if self.has_ended or not self.measured.is_complete():
@@ -508,10 +534,12 @@ class Progress:
 
     Args:
         num_cells: Cells that are measured prompt by prompt.
+        tracker: The ``Tracker`` to which the progress is copied.
     """
 
-    def __init__(self, num_cells: int) -> None:
+    def __init__(self, num_cells: int, tracker: Any) -> None:
         self._num_cells = num_cells
+        self._tracker = tracker
         self._cells: list[SweepCell] = []
         self._bar = tqdm(total=0, desc="samples", disable=None, leave=False)
         self._began = time.monotonic()
@@ -546,7 +574,10 @@ class Progress:
         done = self._done()
         self._bar.total = total
         self._bar.update(done - self._bar.n)
-        if self._bar.disable and self._lines.is_due():
+        if not self._lines.is_due():
+            return
+        self._tracker.log_progress(done, total, [cell.so_far() for cell in self._cells])
+        if self._bar.disable:
             left = time_left(done - self._found, total - self._found, self._began)
             say(f"{done:,} of {total:,} samples{left}")
 
@@ -561,7 +592,7 @@ class FitProgress:
 
     def __init__(self, method: str, model: str) -> None:
         self._name = f"{method} learns on {model}"
-        self._bar: tqdm[None] | None = None  # none for a method that learns nothing
+        self._bar: Any = None  # none for a method that learns nothing
         self._began, self._first = time.monotonic(), 0
         self._lines = Lines()
 
@@ -574,10 +605,10 @@ class FitProgress:
 
     def update(self, done: int, total: int) -> None:
         """Show the units of work done, of their total."""
-        bar = self._bar
-        if bar is None:
+        if self._bar is None:
             self._first = done  # of a fit that was killed before
-            bar = self._bar = tqdm(desc=self._name, disable=None, leave=False, unit=" units")
+            self._bar = tqdm(desc=self._name, disable=None, leave=False, unit=" units")
+        bar = self._bar
         bar.total = total
         bar.update(done - bar.n)
         if bar.disable and self._lines.is_due():

@@ -31,7 +31,7 @@ from topkbench.kernels.full_attention.api import Backend, missing_for
 from topkbench.methods.base import AnyMethod, Geometry, Policy, check_multiple, check_whole
 from topkbench.models.load import Dtype, ModelShape, load_model, read_shape
 
-GROUPS = ("model", "task", "method", "protocol", "calibration", "tracker", "report")
+GROUPS = ("model", "method", "protocol", "task", "calibration", "launcher", "tracker", "report")
 # Settings of the run that only tasks read.
 OF_TASKS = ("question", "num_samples")
 # What a method's configuration holds for tables and figures; no setting of the method.
@@ -144,6 +144,7 @@ class Composed:
     policy: Policy
     task: Task
     texts: CalibrationTexts
+    launcher: Any
     tracker: Any
     report: Any
 
@@ -166,9 +167,9 @@ class Composed:
         _check_effect(written["task"], given)
         appearance = {name: settings["method"].get(name) for name in APPEARANCE}
         settings = {**settings, "method": without_appearance(settings["method"])}
+        # The model is loaded when everything else is known to be right.
         made = {
-            group: construct(names, group, settings[group])
-            for group in ("method", "protocol", "task", "calibration", "tracker", "report")
+            group: construct(names, group, settings[group]) for group in GROUPS if group != "model"
         }
         composed = cls(settings, appearance, *made.values())
         if "k" in given and composed.task.all_budgets:

@@ -92,6 +92,47 @@ def test_cells_and_sweep_are_read_back_with_wandbs_tool(small_sweep: Sweep) -> N
 
 
 @pytest.mark.usefixtures("offline")
+def test_a_sweep_has_one_run_from_its_start_to_its_end(small_sweep: Sweep) -> None:
+    tracker, cell = WandbTracker(), small_sweep.cells()[1]
+    tracker.begin_sweep(small_sweep.folder, small_sweep.title)
+    print("a line of the console")
+    cells = [{"cell": "tiny ruler method=hata", "samples": 5, "score": 60.0, "ended": False}]
+    tracker.log_progress(5, 20, cells)
+    content = (cell.read(), cell.samples(), {})
+    assert tracker.log_cell(small_sweep.folder, small_sweep.title, *content)
+    tracker.log_progress(20, 20, [{**cells[0], "samples": 20, "ended": True}])
+    tracker.log_sweep(
+        small_sweep.folder, small_sweep.title, small_sweep.rows(), small_sweep.samples()
+    )
+    runs = sorted((small_sweep.folder / "wandb").glob("offline-run-*"))
+    of_cell, of_sweep = sorted(map(inspect, runs), key=lambda one: one["name"] == "default/first")
+    assert of_cell["run_id"] == f"{cell.identity}-1"
+    found = of_sweep["summary"]
+    assert (found["samples/done"], found["samples/all"]) == (20, 20)
+    assert (found["cells/so far"]["nrows"], found["cells/ok"]) == (1, 5)
+    logs = [path.read_text() for path in small_sweep.folder.glob("wandb/*/files/output.log")]
+    assert logs == ["a line of the console\n"]
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_sweep_whose_run_breaks_has_one_at_its_end(
+    small_sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = WandbTracker()
+    tracker.begin_sweep(small_sweep.folder, small_sweep.title)
+    monkeypatch.setattr(tracker._live, "log", lambda *given: 1 / 0)
+    monkeypatch.setattr(session("auto"), "mode", "online")  # so that it can go on offline
+    with pytest.warns(UserWarning, match="offline from here on.*division by zero"):
+        tracker.log_progress(1, 2, [{"cell": "one"}])
+    tracker.log_progress(2, 2, [{"cell": "one"}])  # nothing is left to copy it to
+    tracker.log_sweep(
+        small_sweep.folder, small_sweep.title, small_sweep.rows(), small_sweep.samples()
+    )
+    runs = [inspect(path) for path in (small_sweep.folder / "wandb").glob("offline-run-*")]
+    assert sorted("cells/ok" in one["summary"] for one in runs) == [False, True]
+
+
+@pytest.mark.usefixtures("offline")
 def test_training_losses_are_read_back_step_by_step(
     small_sweep: Sweep, row: Callable[..., Row]
 ) -> None:

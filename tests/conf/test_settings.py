@@ -352,6 +352,7 @@ BAD = {
     ),
     "calibration=text calibration.files=[]": "calibration.files must list at least one value, got",
     "calibration=text calibration.files=[no.txt]": "calibration.files must be files, found none at",
+    "launcher=local +launcher.workers=2": "there is no setting launcher.workers",
     "tracker.project=1": "tracker.project must be text, got 1; quotes",
     "tracker.project=": "tracker.project must not be empty.",
     "tracker.entity=": "tracker.entity must not be empty; null is the account's default.",
@@ -565,7 +566,10 @@ COMMANDS = {
     "~method": [ONE_OPTION.format("method", "~method")],
     "method=[hata,quest] -m": [ONE_OPTION.format("method", "method=[hata,quest]")],
     "+experiment=null": [ONE_OPTION.format("experiment", "+experiment=null")],
-    "hydra/launcher=joblib": ["error: there is no option hydra/launcher=joblib."],
+    "hydra/launcher=joblib": [
+        "error: hydra/launcher must be basic, got 'joblib': cells share prompts, and Hydra's"
+        " launchers run each by itself; launcher= says where a sweep runs (local)."
+    ],
     # What Hydra reads, merges and resolves.
     "foo": ["error: a setting must be NAME=VALUE, got 'foo'."],
     "=5": ["error: a setting must be NAME=VALUE, got '=5'."],
