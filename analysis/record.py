@@ -97,8 +97,9 @@ def checked_results_dir(value: Any) -> Path:
         RecordError: If the setting names no folder, or the folder cannot be written.
     """
     if not isinstance(value, str) or not value.strip():
+        found = "null" if value is None else repr(value)
         raise RecordError(
-            f"results_dir must name a folder, got {value!r}; the default is results_dir=results."
+            f"results_dir must name a folder, got {found}; the default is results_dir=results."
         )
     folder = Path(value)
     check_writable(folder)

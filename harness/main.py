@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
@@ -307,6 +309,14 @@ def check_overrides(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: If a setting cannot be read, or names anything but one option of a group.
     """
+    known = set(get_args_parser()._option_string_actions)
+    for option in itertools.dropwhile(lambda one: not one.startswith("-"), arguments):
+        name, equals, _ = option.partition("=")
+        if option.startswith("-") and name not in known:
+            raise ValueError(
+                f"there is no option {name}; a setting has no dashes (NAME=VALUE), and --help lists"
+                " the options."
+            )
     groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
     is_sweep = any(one in ("-m", "--multirun") or "hydra.mode=" in one for one in arguments)
     for text in itertools.takewhile(lambda one: not one.startswith("-"), arguments):
@@ -354,8 +364,27 @@ def settings_first(arguments: Sequence[str]) -> list[str]:
     return settings + options
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end, as a batch system does before it takes a machine back.
+
+    Args:
+        number: The signal's.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.status = 128 + number  # as a shell reports it
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated(number)
+
+
 def main() -> None:
     """Run the command; a user's mistake ends it with one sentence instead of a traceback."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), _terminate)
     with console():
         run_command()
 
@@ -393,8 +422,9 @@ def run_command() -> None:
     except ValueError as error:  # a setting of Hydra's own
         say_error(sentence(error))
         sys.exit(REFUSED_STATUS)
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted; what was measured is kept, and the same command goes on.")
+    except KeyboardInterrupt as error:
+        say_error("interrupted; what was measured is kept, and the same command goes on.")
+        sys.exit(error.status if isinstance(error, Terminated) else 1)
     finally:
         SweepFolders.remove_unused()
 

@@ -44,6 +44,7 @@ class Run:
         full: AnyMethod,
         loaded: LoadedModel,
         artifact: Artifact | None,
+        started_at: str | None = None,
     ) -> None:
         """Hold what a cell is made of.
 
@@ -52,11 +53,19 @@ class Run:
             full: Full attention, with which the method is compared and timed alternately.
             loaded: The model.
             artifact: What the method has learned, loaded into it; None if it learns nothing.
+            started_at: When the cell began, ISO 8601 in UTC; None for when its row is first asked
+                for.
         """
+        self._started_at = started_at
         self.composed, self.full = composed, full
         self.settings = composed.settings
         self.method, self.policy, self.task = composed.method, composed.policy, composed.task
         self.loaded, self.artifact = loaded, artifact
+
+    @functools.cached_property
+    def started_at(self) -> str:
+        """When the cell began, ISO 8601 in UTC."""
+        return self._started_at or now()
 
     @functools.cached_property
     def payload(self) -> dict[str, Any]:
@@ -174,7 +183,7 @@ class Run:
             full_run_id=full_run_id,
             prompts=self.prompts,
             **self.task.sample_counts("mean"),
-            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            started_at=self.started_at,
             **environment(self.loaded),
             **git_state(ROOT),
         )
@@ -300,6 +309,11 @@ def without_seeds(payload: dict[str, Any]) -> dict[str, Any]:
         else settings
         for part, settings in payload.items()
     }
+
+
+def now() -> str:
+    """Return the time, ISO 8601 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def describe(rows: Sequence[Row]) -> str:

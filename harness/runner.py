@@ -6,7 +6,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, Self
 
 from tqdm import tqdm
@@ -25,7 +24,7 @@ from topkbench.harness.cell import (
 )
 from topkbench.harness.commit import git_state
 from topkbench.harness.decoding import Prompt
-from topkbench.harness.run import Run, answers_in, describe, describe_settings
+from topkbench.harness.run import Run, answers_in, describe, describe_settings, now
 from topkbench.harness.settings import Composed, Names, construct
 from topkbench.harness.sources import ROOT
 from topkbench.harness.sweep import (
@@ -140,9 +139,9 @@ class Runner:
         """Say how many cells a model has, and how many of them were found."""
         alike = num_jobs - sum(cell.is_asked_for for cell in cells.values())
         found = sum(cell.has_ended for cell in cells.values())
-        words = [f"{model}: {len(cells)} cells", f"{found} found"]
+        words = [f"{model}: {len(cells)} cell{'s' if len(cells) != 1 else ''}", f"{found} found"]
         if alike:
-            words.append(f"{alike} configurations are the same as others")
+            words.append(f"{alike} left out that differ only in a setting their method lacks")
         say(f"{', '.join(words)}; results in {self.sweep.results_dir}")
 
     def _add(self, cells: dict[str, "SweepCell"], job: Job, loaded: LoadedModel) -> None:
@@ -160,6 +159,7 @@ class Runner:
     def _prepare(self, composed: Composed, full: Composed, loaded: LoadedModel) -> Run:
         """Return a configuration's run, its method fitted first if there is no artifact."""
         artifact, task, settings = None, composed.task, composed.settings
+        began = now()
         if task.uses_model and task.fits_methods:
             # Several cells use the same artifact; with force=true a process fits it once.
             name = identity({part: settings[part] for part in ("model", "method", "calibration")})
@@ -182,7 +182,8 @@ class Runner:
             name = f"{identity({**inputs, 'question': question})}.json"
             path = self.sweep.results_dir / "batch_sizes" / name
             task.choose_batch_size(loaded, functools.partial(recorded, path))
-        return Run(composed, full.method, loaded, artifact)
+        # A cell that reports a fit begins with the fit.
+        return Run(composed, full.method, loaded, artifact, began if task.refits else None)
 
     def _run_by_prompts(
         self,
@@ -211,18 +212,24 @@ class Runner:
     def say_once(self, error: Exception) -> str:
         """Print an error's message unless it was printed before; return it in one line."""
         reason = message_of(error)
+        self.say_reason(reason)
+        return reason
+
+    def say_reason(self, reason: str) -> None:
+        """Print why something failed unless it was printed before."""
         if reason not in self._reported:
             self._reported.add(reason)
             say_error(reason)
-        return reason
 
     def refuse(
         self, error: Exception, choices: Mapping[str, str], settings: Mapping[str, Any]
     ) -> None:
         """Print once why a configuration cannot be run, and write a row with the same reason."""
         reason = self.say_once(error)
+        method = settings.get("method")
+        known = ["k", "rbit"] if isinstance(method, dict) and "rbit" in method else ["k"]
         whole: dict[str, Any] = {
-            name: settings[name] for name in ("k", "rbit") if type(settings.get(name)) is int
+            name: settings[name] for name in known if type(settings.get(name)) is int
         }
         chosen: dict[str, Any] = {**choices}
         # Axes of the sweep that the reason does not name make no rows of their own.
@@ -236,7 +243,7 @@ class Runner:
             **chosen,
             subtask="mean",
             **whole,
-            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            started_at=now(),
             **git_state(ROOT),
         )
         cell = self.sweep.store.cell(run_id)
@@ -388,6 +395,7 @@ class SweepCell:
         peak_mib: float | None = None,
     ) -> None:
         rows = self.run.rows(outcome, self.full.cell if self.full else None, found, peak_mib)
+        seconds += sum(row.fit_s or 0.0 for row in rows if row.subtask == "mean")
         ended = f"{describe(rows)}, {seconds:.1f} s"
         with self.cell.lock():
             self.cell.write(rows, outcome.samples, self.run.settings, f"{log}\n{ended}".strip())
@@ -395,7 +403,7 @@ class SweepCell:
         say(ended)
         for row in rows:
             if not row.status.settled:
-                say_error(row.reason)
+                self.runner.say_reason(row.reason)
         self._track()
 
     def _track(self) -> None:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import json
+import textwrap
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any, Literal, NoReturn, cast, get_args
 
 import psutil
 import torch
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -441,7 +443,9 @@ def _window(path: str, config: Any) -> int:
 
 
 def _unreadable(path: str, error: BaseException, gguf_file: str | None) -> ModelNotAvailable:
-    reason = " ".join(str(error).split())[:200]
+    reason = textwrap.shorten(str(error), 600, placeholder=" ...")
+    if isinstance(error, OSError) and not _is_local(_source(path)) and HF_HUB_OFFLINE:
+        reason = "it is not in the hub's cache, and HF_HUB_OFFLINE is set."
     kind = "safetensors model" if gguf_file is None else f"GGUF file {gguf_file}"
     return ModelNotAvailable(
         f"the model {path} must be a reachable, whole {kind} without code of its"

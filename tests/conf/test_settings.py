@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -536,7 +537,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         return ended.value.code, capsys.readouterr().err.strip().splitlines()
 
     environment = dict(os.environ)
+    handlers = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)}
     yield run_once
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     os.environ.clear()
     os.environ.update(environment)
     GlobalHydra.instance().clear()
@@ -643,3 +647,27 @@ def test_a_folder_that_was_there_stays(run: Any, tmp_path: Path) -> None:
     assert run("k=sixty")[0] == 2
     assert run("k=sixty", "-m")[0] == 2
     assert list(tmp_path.rglob("*")) == [tmp_path / "results"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_batch_system_that_ends_the_process_gets_a_sentence_and_the_signals_status(
+    run: Any, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    monkeypatch.setattr(Runner, "run", lambda *given: os.kill(os.getpid(), number))
+    assert run("method=exact", "tracker=none") == (
+        status,
+        ["error: interrupted; what was measured is kept, and the same command goes on."],
+    )
+    assert not list(Path("results").glob("sweep/*"))  # no cell was begun
+
+
+@pytest.mark.parametrize("option", ["--foo", "-x", "--k=3"])
+def test_an_unknown_option_is_one_sentence(run: Any, option: str) -> None:
+    name = option.partition("=")[0]
+    assert run("method=exact", option) == (
+        2,
+        [
+            f"error: there is no option {name}; a setting has no dashes (NAME=VALUE), and --help"
+            " lists the options."
+        ],
+    )
