@@ -36,6 +36,7 @@ from topkbench.harness.sweep import (
     run_by_prompts,
 )
 from topkbench.harness.task import Outcome, TaskRow
+from topkbench.kernels.compiled import are_cached
 from topkbench.models.digests import model_digest
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill_store import PrefillStore
@@ -81,6 +82,8 @@ class Runner:
 
     def run(self, jobs: Sequence[Job]) -> float | None:
         """Run all jobs, those of one model together; return the score of the last one's cell."""
+        if not are_cached():
+            say("CPU kernels are compiled when first used, once on this machine: up to a minute")
         score: float | None = None
         by_model: dict[str, list[Job]] = {}
         for job in jobs:

@@ -57,6 +57,14 @@ def entry_point(function: Callable[..., Any]) -> Any:
     return compiled
 
 
+def are_cached() -> bool:
+    """Return whether this machine has machine code of the present kernels."""
+    try:
+        return any(_folder().iterdir())
+    except OSError:
+        return False
+
+
 def _source_digest() -> str:
     """Return the digest of the kernels' sources on disk."""
     digest = hashlib.sha256()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from topkbench.kernels import compiled
+
 KERNELS = Path(__file__).parents[2] / "kernels"
 PROBE = """
 import numpy as np
@@ -97,6 +99,15 @@ class Checkout:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path)
+
+
+def test_cached_code_is_seen_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled.config, "CACHE_DIR", str(tmp_path))
+    assert not compiled.are_cached()
+    compiled._folder().mkdir(parents=True)
+    assert not compiled.are_cached()
+    (compiled._folder() / "kernel").touch()
+    assert compiled.are_cached()
 
 
 def test_an_edit_of_a_function_that_a_kernel_calls_and_its_undoing_take_effect(
