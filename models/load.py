@@ -16,7 +16,6 @@ from typing import Any, Literal, NoReturn, cast, get_args
 
 import psutil
 import torch
-from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -27,7 +26,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, is_offline_mode
 
 from topkbench.methods.base import Geometry, check_whole
 from topkbench.models.attach import geometry_of
@@ -444,7 +443,7 @@ def _window(path: str, config: Any) -> int:
 
 def _unreadable(path: str, error: BaseException, gguf_file: str | None) -> ModelNotAvailable:
     reason = textwrap.shorten(str(error), 600, placeholder=" ...")
-    if isinstance(error, OSError) and not _is_local(_source(path)) and HF_HUB_OFFLINE:
+    if isinstance(error, OSError) and not _is_local(_source(path)) and is_offline_mode():
         reason = "it is not in the hub's cache, and HF_HUB_OFFLINE is set."
     kind = "safetensors model" if gguf_file is None else f"GGUF file {gguf_file}"
     return ModelNotAvailable(
