@@ -25,8 +25,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+from transformers.utils import is_offline_mode
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import cached_file, is_offline_mode
+from transformers.utils.hub import cached_file
 
 from topkbench.methods.base import Geometry, check_whole
 from topkbench.models.attach import geometry_of
