@@ -25,9 +25,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
-from transformers.utils import is_offline_mode
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import (
+    cached_file,
+    is_offline_mode,  # type: ignore[attr-defined]  # re-exported from huggingface-hub
+)
 
 from topkbench.methods.base import Geometry, check_whole
 from topkbench.models.attach import geometry_of
