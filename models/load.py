@@ -26,9 +26,9 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import (
+from transformers.utils.hub import (  # type: ignore[attr-defined]  # one is huggingface-hub's
     cached_file,
-    is_offline_mode,  # type: ignore[attr-defined]  # re-exported from huggingface-hub
+    is_offline_mode,
 )
 
 from topkbench.methods.base import Geometry, check_whole
