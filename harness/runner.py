@@ -349,6 +349,11 @@ class SweepCell:
             return False
         return True
 
+    @functools.cached_property
+    def title(self) -> str:
+        """The cell's model, task and settings in one line."""
+        return describe_settings(self.run.row())
+
     def so_far(self) -> dict[str, Any]:
         """Return the cell's name, its samples done, and the mean of their scores."""
         measured = self.measured
@@ -359,7 +364,7 @@ class SweepCell:
             for sample in record["samples"]
         ]
         return {
-            "cell": describe_settings(self.run.row()),
+            "cell": self.title,
             "samples": len(scores),
             "score": sum(scores) / len(scores) if scores else None,
             "ended": self.has_ended,

@@ -32,7 +32,18 @@ SERVER = """
 import json, os, runpy, sys, traceback
 import hydra, numba, torch, transformers, matplotlib.pyplot
 import topkbench.analysis.sweep_report, topkbench.harness.cell, topkbench.tasks.selection
-import topkbench.models.prefill
+import topkbench.models.prefill_store
+from hydra import compose, initialize_config_dir
+from numba.core.registry import cpu_target
+from topkbench.harness.main import CONF
+from topkbench.models.load import load_model
+
+# What every process does once, without starting a thread, which a fork would lose.
+load_model("tiny", "tiny")
+cpu_target.typing_context.refresh()
+cpu_target.target_context.refresh()
+with initialize_config_dir(str(CONF), version_base="1.3"):
+    compose("config")
 
 def run(job):
     for descriptor, name in ((1, "out"), (2, "err")):
