@@ -14,6 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from topkbench.analysis import style
 from topkbench.analysis.configurations import OVER_SEEDS
+from topkbench.analysis.counts import counted
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.stats import MEAN
 from topkbench.analysis.timings import RATIOS, interval_of, is_unsteady
@@ -228,8 +229,8 @@ def table(configurations: pd.DataFrame, *columns: str) -> pd.DataFrame:
         **{name: (f"{name}_ci_low", f"{name}_ci_high") for name in OVER_SEEDS},
     }
     names = ["method", "variant", "subtask", "k", "rbit"]
-    names += [name for one in columns for name in (one, *extra.get(one, ())) if name not in names]
-    return configurations[names].reset_index(drop=True)
+    names += [name for one in columns for name in (one, *extra.get(one, ()), *counted(one))]
+    return configurations[list(dict.fromkeys(names))].reset_index(drop=True)
 
 
 def context_curve(

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from topkbench.analysis import style
 from topkbench.analysis.bars import ablation, heat_table, needle_heatmap, stages
 from topkbench.analysis.break_even import MODELS, ModelSize, break_even, step_bound
+from topkbench.analysis.counts import measured_on
 from topkbench.analysis.curves import context_curve, curve
 from topkbench.analysis.files import write_atomic
 from topkbench.analysis.pareto import pareto, pareto_pair
@@ -85,7 +86,7 @@ def draw_all(
     Args:
         configurations: Those of one setting (`Comparison.by_setting`), sub-tasks included.
         folder: Folder of the files.
-        context: What was measured: model, task, length, question, samples, machine, commit.
+        context: What was measured: model, task, length, question, machine, commit.
         suffix: Suffix of the files' names, for a report of several settings.
         models: Whole models for which the bound on a decode step is drawn.
         samples: The samples behind the configurations, for the figures that need them.
@@ -253,11 +254,10 @@ def draw_all(
                 figure.axes[0].set_title(title)
                 shown = every_length if name in OVER_LENGTHS else top
                 words = figure_words(shown, name in RATIOS) if name in TIMED else ""
+                number = measured_on(data)
+                parts = (f"{reading}{words}{at if name not in OVER_LENGTHS else ''}", number)
                 one = Drawn(
-                    name + suffix,
-                    title,
-                    f"{reading}{words}{at if name not in OVER_LENGTHS else ''} {context}",
-                    folder,
+                    name + suffix, title, " ".join([*filter(None, parts), context]), folder
                 )
                 save(figure, data, one)
                 drawn.append(one)

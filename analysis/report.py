@@ -316,15 +316,10 @@ def _kernels(rows: pd.DataFrame, folder: Path) -> dict[str, Any] | None:
 
 
 def _context(words: str, configurations: pd.DataFrame) -> str:
-    parts = [words]
-    counts = sorted({int(one) for one in configurations["n"].dropna()})
-    if counts and configurations["score"].notna().any():
-        shown = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        parts.append(f"n = {shown} samples")
     commits = sorted(
         {part for one in configurations["git_commit"] for part in one.split(", ") if part}
     )
-    return "; ".join([*parts, f"commit {', '.join(commits) or 'unknown'}"]) + "."
+    return f"{words}; commit {', '.join(commits) or 'unknown'}."
 
 
 def _markdown(content: dict[str, Any]) -> str:

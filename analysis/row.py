@@ -131,6 +131,10 @@ class Row:
     """Number of samples in the files, of which ``num_samples`` were scored; None without files."""
     skipped_samples: int | None = None
     """Number of bad lines in the files, which ``task.skip_bad`` left out; None without files."""
+    judged_prompts: int | None = None
+    """Number of prompts on which the selections were measured; None if they were not."""
+    timed_prompts: int | None = None
+    """Number of prompts on which the times were measured; None without prompts or times."""
     parameters: dict[str, Scalar] = field(default_factory=dict)
     """Other parameters of the method, flattened to columns ``p_<name>``."""
 
