@@ -116,7 +116,7 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
         samples: What `record.Sweep.samples` returns; without them the rows' own intervals are used.
     """
     data = _drop_duplicates(typed(rows))
-    notes = _mixed(data) + _without_full(data)
+    notes = _mixed(data) + _missing_samples(data) + _without_full(data)
     good = data[data["status"] == Status.OK.value] if len(data) else data
     if not len(good):
         return Comparison(
@@ -235,6 +235,29 @@ def _untested(rows: pd.DataFrame) -> list[str]:
     if not others:
         return []
     return [f"Made with versions other than those of constraints.txt: {'; '.join(others)}."]
+
+
+def _missing_samples(rows: pd.DataFrame) -> list[str]:
+    """Return a sentence per set of files of which lines were left out, or that hold too few."""
+    notes = []
+    of_files = rows[rows["source_samples"].notna()] if len(rows) else rows
+    for (task, prompts), part in of_files.groupby(["task", "prompts"], sort=False):
+        skipped = part["skipped_samples"].max()
+        if not pd.isna(skipped) and skipped > 0:
+            lines = "1 bad line" if skipped == 1 else f"{skipped} bad lines"
+            notes.append(
+                f"{task}, prompts of {prompts}: task.skip_bad left out {lines} of the files; "
+                "task.skip_bad=false names the first."
+            )
+        short = part[
+            part["subtask"].ne(stats.MEAN) & (part["source_samples"] < part["wanted_samples"])
+        ]
+        for _, row in short.drop_duplicates(["subtask", "wanted_samples"]).iterrows():
+            notes.append(
+                f"{task}/{row['subtask']}: the files hold {row['source_samples']} of the "
+                f"{row['wanted_samples']} samples that num_samples asks for."
+            )
+    return notes
 
 
 def _without_full(rows: pd.DataFrame) -> list[str]:

@@ -20,7 +20,7 @@ COUNTS = {
         "prompt",
     ),
 }
-"""What can be measured: its columns, the column that counts what it was measured on, and of what."""
+"""What is measured: its columns, the column of the number it was measured on, and of what."""
 
 
 def counted(column: str) -> tuple[str, ...]:

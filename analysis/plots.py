@@ -256,9 +256,7 @@ def draw_all(
                 words = figure_words(shown, name in RATIOS) if name in TIMED else ""
                 number = measured_on(data)
                 parts = (f"{reading}{words}{at if name not in OVER_LENGTHS else ''}", number)
-                one = Drawn(
-                    name + suffix, title, " ".join([*filter(None, parts), context]), folder
-                )
+                one = Drawn(name + suffix, title, " ".join([*filter(None, parts), context]), folder)
                 save(figure, data, one)
                 drawn.append(one)
     return drawn

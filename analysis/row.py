@@ -127,6 +127,8 @@ class Row:
     prompts: str | None = None
     """Where the prompts come from: ``topkbench`` and the version of its prompts, or ``RULER``, the
     digest of the files, and whether they are raw or in a chat template."""
+    wanted_samples: int | None = None
+    """Number of samples that were asked for; the files may hold fewer. None without files."""
     source_samples: int | None = None
     """Number of samples in the files, of which ``num_samples`` were scored; None without files."""
     skipped_samples: int | None = None

@@ -60,12 +60,13 @@ def test_the_html_report_is_a_single_file(built: Path) -> None:
 def test_a_caption_counts_what_its_figure_shows(big_sweep: Sweep, tmp_path: Path) -> None:
     found = compare(big_sweep.rows(), big_sweep.samples()).configurations
     captions = {one.name: one.caption for one in draw_all(found, tmp_path, "words")}
-    numbers = {name: re.findall(r"(?:\w+: )?n = [\w ]+", one) for name, one in captions.items()}
+    pattern = re.compile(r"(?:\w+: )?n = [\w ]+")
+    numbers = {name: ", ".join(pattern.findall(one)) for name, one in captions.items()}
     assert numbers == {
-        **dict.fromkeys(("score_vs_k", "score_vs_rbit", "score_vs_bytes"), ["n = 125 samples"]),
-        **dict.fromkeys(("recall_vs_k", "recall_vs_rbit"), ["n = 8 prompts"]),
-        **dict.fromkeys(("decode_vs_k", "decode_vs_rbit", "stages"), ["n = 3 prompts"]),
-        "subtasks": ["n = 25 samples"],
+        **dict.fromkeys(("score_vs_k", "score_vs_rbit", "score_vs_bytes"), "n = 125 samples"),
+        **dict.fromkeys(("recall_vs_k", "recall_vs_rbit"), "n = 8 prompts"),
+        **dict.fromkeys(("decode_vs_k", "decode_vs_rbit", "stages"), "n = 3 prompts"),
+        "subtasks": "n = 25 samples",
     }
     assert pd.read_csv(tmp_path / "recall_vs_k.csv")["judged_prompts"].unique().tolist() == [8]
     notes = main_table(compare(big_sweep.rows(), big_sweep.samples()).overall).notes
