@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import dataclasses
 import html
 import re
 import sys
@@ -27,7 +26,8 @@ from topkbench.analysis.matched import MATCHED, matched_table
 from topkbench.analysis.paper import compare_with_published, published_table, without_counterpart
 from topkbench.analysis.plots import Drawn, draw_all, smallest_batch
 from topkbench.analysis.record import CellStore, RecordError, Sweep, frame, samples_of, typed
-from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX, Row
+from topkbench.analysis.row import PARAMETER_PREFIX
+from topkbench.analysis.rows_file import read_rows, read_samples
 from topkbench.analysis.stats import paired_columns
 from topkbench.analysis.variants import difference_table
 
@@ -79,7 +79,7 @@ def load(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             ``rows.parquet`` or ``rows.csv``, or such a file itself.
 
     Raises:
-        RecordError: If there are no results.
+        RecordError: If there are no results, or a file of them is damaged.
     """
     folder = Path(path)
     if not folder.exists():
@@ -94,42 +94,11 @@ def load(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         return frame([row for cell in cells for row in cell.read()]), samples_of(cells)
     for file in [folder] if folder.is_file() else [folder / name for name in _ROWS]:
         if file.is_file() and file.suffix in (".parquet", ".csv"):
-            return _read_rows(file), _read_samples(file.with_name("samples.parquet"))
+            return read_rows(file), read_samples(file.with_name("samples.parquet"))
     raise RecordError(
         f"{path} must hold cells.json, cells/, rows.parquet or rows.csv, but holds none of them; "
         "name a sweep's folder under results/."
     )
-
-
-def _read_rows(file: Path) -> pd.DataFrame:
-    try:
-        # Text columns are named, since an identity of only digits would be read as a number.
-        words = {name: str for name in COLUMNS if Row.__annotations__[name].startswith("str")}
-        data = (
-            pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file, dtype=words)
-        )
-    except (OSError, ValueError) as error:
-        raise RecordError(f"{file} must be a table of rows, but cannot be read: {error}.") from None
-    known = [one for one in dataclasses.fields(Row) if one.name in COLUMNS]
-    required = [one.name for one in known if one.default is dataclasses.MISSING]
-    missing = [name for name in required if name not in data.columns]
-    if missing:
-        raise RecordError(f"{file} must have {', '.join(required)}, but lacks {missing[0]}.")
-    # Columns that are newer than the file are added, empty.
-    extra = [name for name in data.columns if name not in COLUMNS]
-    return typed(data.reindex(columns=[*COLUMNS, *extra]))
-
-
-def _read_samples(file: Path) -> pd.DataFrame:
-    if not file.is_file():
-        return pd.DataFrame({"run_id": []})
-    try:
-        return pd.read_parquet(file)
-    except (OSError, ValueError) as error:
-        raise RecordError(
-            f"{file} must be a table of samples, but cannot be read: {error}; "
-            "without that file the report has no intervals."
-        ) from None
 
 
 def _merge(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
