@@ -194,8 +194,7 @@ def curve(configurations: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.Data
     axes.set_ylabel(METRICS[y].axis)
     shown = pd.concat([data[y], full[y]])
     if y == "decode_vs_full":
-        highest = pd.concat([shown, data["decode_vs_full_ci_high"]]).max()
-        axes.set_ylim(bottom=0, top=1.05 * float(highest))
+        from_zero(axes)
     else:
         whole_axis(axes, float(shown.min()), 100.0 if y == "score" else 1.0)
     legend(figure, axes)
@@ -206,6 +205,13 @@ def whole_axis(axes: Axes, lowest: float, whole: float, margin: float = 0.02) ->
     """End the vertical axis just above ``whole``; begin it at a tenth of it, below all points."""
     bottom = math.floor(10 * (lowest / whole - 0.08)) / 10 * whole
     axes.set_ylim(max(bottom, -0.02 * whole), (1.0 + margin) * whole)
+
+
+def from_zero(*panels: Axes) -> None:
+    """Begin the vertical axes at zero, and end all of them above the highest point of any."""
+    highest = max(axes.dataLim.y1 for axes in panels)
+    for axes in panels:
+        axes.set_ylim(0, 1.06 * highest)
 
 
 def called_by_shape(configurations: pd.DataFrame) -> pd.Series:
@@ -308,7 +314,7 @@ def context_curve(
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     else:  # on a logarithmic axis a small difference would look large
-        axes.set_ylim(bottom=0)
+        from_zero(axes)
     axes.set_xlabel(METRICS[x].axis)
     axes.set_ylabel(METRICS[y].axis)
     legend(figure, axes)

@@ -251,7 +251,10 @@ def draw_all(
             made = make() if only in (None, name) else None
             if made is not None:
                 figure, data = made
-                figure.axes[0].set_title(title)
+                if any(axes.get_title(loc="left") for axes in figure.axes[1:]):
+                    figure.suptitle(title, x=0.01, ha="left", size=10, weight="bold")
+                else:
+                    figure.axes[0].set_title(title)
                 shown = every_length if name in OVER_LENGTHS else top
                 words = figure_words(shown, name in RATIOS) if name in TIMED else ""
                 number = measured_on(data)
