@@ -22,7 +22,7 @@ from topkbench.analysis.break_even import MODELS, ModelSize, break_even, step_bo
 from topkbench.analysis.counts import measured_on
 from topkbench.analysis.curves import context_curve, curve
 from topkbench.analysis.files import write_atomic
-from topkbench.analysis.pareto import pareto, pareto_pair
+from topkbench.analysis.pareto import COSTS, bars_words, pareto, pareto_pair
 from topkbench.analysis.stats import MEAN
 from topkbench.analysis.timings import figure_words
 from topkbench.analysis.training import loss_curve
@@ -163,14 +163,15 @@ def draw_all(
             "score_vs_bytes",
             "Score against bytes read",
             "Up and to the left is better; the Pareto front is joined, dominated points are faint; "
-            "points that would overlap are drawn side by side.",
+            f"points that would overlap are drawn side by side. {bars_words(top, COSTS[:1])}",
             lambda: pareto(top),
         ),
         (
             "score_vs_cost",
             "Score against bytes read, and against the decode step",
             "Up and to the left is better; Pareto fronts are joined, dominated points are faint; "
-            "points that would overlap are drawn side by side. Bars: 95% intervals of times.",
+            f"points that would overlap are drawn side by side. {bars_words(top, COSTS)} "
+            "Horizontal bars: 95% intervals of times.",
             lambda: pareto_pair(top),
         ),
         (
