@@ -36,10 +36,12 @@ __all__ = ["build", "load", "main", "paired_columns", "summary_table"]
 summary_table = tables.summary_table
 
 _HOW_TO_READ = (
-    "Brackets are 95% intervals: Wilson's for right-or-wrong scores of one sub-task, else a "
-    "bootstrap of 10,000 resamples drawn within each sub-task; those of recall, attention mass and "
-    "output error are Student's over seeds, where there are several. Δ full is paired with full "
-    "attention on the same samples. Bold: the best score at each budget and those whose paired "
+    "Brackets are 95% intervals. Scores: Wilson's for right-or-wrong scores of one sub-task, else "
+    "a bootstrap of 10,000 resamples drawn within each sub-task; recall, attention mass and output "
+    "error: Student's over seeds, where there are several. Δ full is paired with full attention on "
+    "the same samples. Its interval allows for differences that these samples do not show: with n "
+    "samples of which none differs it is ± 384 / (n + 3.84) points, and wider where some differ. "
+    "Bold: the best score at each budget and those whose paired "
     "difference to it does not exclude 0; nothing is bold if that holds for all. Full attention "
     "and the oracles, exact top-k and exact pages, are references and never bold; nor are times "
     "and speed-ups. A speed-up is the ratio of the median times of full attention and the method, "
