@@ -46,7 +46,10 @@ _HOW_TO_READ = (
     "and the oracles, exact top-k and exact pages, are references and never bold; nor are times "
     "and speed-ups. A speed-up is the ratio of the median times of full attention and the method, "
     "timed alternately, with a bootstrap interval over those pairs. k counts all selected tokens "
-    "per KV head, including sinks and recent tokens."
+    "per KV head, including sinks and recent tokens. Recall@k is the share of the k tokens with "
+    "the most attention that was selected: where sinks and recent tokens are always "
+    "kept, even exact top-k misses as many of the k as these take the place of, and its recall is "
+    "below 1."
 )
 
 _HOW_TO_RANK = (
