@@ -21,7 +21,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from topkbench.analysis import style
-from topkbench.analysis.curves import hollow, legend, log2_axis, spread
+from topkbench.analysis.curves import from_zero, hollow, legend, log2_axis, spread
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.row import RecordError
 from topkbench.analysis.tables import Table
@@ -309,18 +309,12 @@ def step_bound(
     share_axes, *others = figure.subplots(1, len(models) + 1)
     _, longest = max(found, key=lambda one: len(one[1]))
     parts = []
+    named: list[tuple[float, str, str]] = []
     for place, ((name, size), axes) in enumerate(zip(models.items(), others, strict=True)):
         share = size.layers * longest["full_ms"] / step_ms(longest, "full_ms", size)
         colour = style.shade("#222222", place / max(len(models) - 1, 1))
         share_axes.plot(longest["length"].astype(float), 100 * share, color=colour, marker="o")
-        share_axes.annotate(
-            name,
-            (float(longest["length"].iloc[-1]), 100 * share.iloc[-1]),
-            xytext=(3, -3),
-            textcoords="offset points",
-            color=colour,
-            fontsize=8,
-        )
+        named.append((100 * float(share.iloc[-1]), name, colour))
         axes.axhline(1, color=style.style("full").colour, lw=1.4)
         for configuration, points in found:
             look = style.style(configuration["method"])
@@ -349,12 +343,22 @@ def step_bound(
                 )
             )
         axes.set_title(f"{name}, {size.layers} layers", fontsize=9, fontweight="normal")
-        axes.set_ylim(bottom=0)
     # One scale for all models, so that a small gain does not look like a large one.
-    highest = max(axes.get_ylim()[1] for axes in others)
-    for axes in others:
-        axes.set_ylim(0, highest)
-    share_axes.set_ylim(0, 100)
+    from_zero(*others)
+    from_zero(share_axes)
+    lowest, apart = 0.0, 0.055 * share_axes.get_ylim()[1]  # a line of text
+    for percent, name, colour in sorted(named):
+        lowest = max(percent, lowest)
+        share_axes.annotate(
+            name,
+            (float(longest["length"].iloc[-1]), lowest),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontsize=8,
+        )
+        lowest += apart
     share_axes.set_ylabel("Attention's share of a step (%)")
     others[0].set_ylabel("Speed-up of the step, at most (×)")
     data = pd.concat(parts)

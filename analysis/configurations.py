@@ -65,7 +65,8 @@ class Comparison:
             them, ``configuration_id``, ``label``, ``variant``, scores with intervals, metrics,
             ``decode_vs_full`` (decode time relative to full attention) with its interval,
             ``timing_note`` (why the times are unreliable), ``by_seed`` (the selection's quality:
-            metric to seed to value), ``n`` samples, ``cells``, their ``run_ids``, and ``best``.
+            metric to seed to value), ``n`` samples, ``judged_prompts`` and ``timed_prompts`` over
+            all seeds, ``cells``, their ``run_ids``, and ``best``.
         notes: Sentences about what is mixed or could not be compared.
         answers: The scored samples of each configuration that has any, with their seeds.
     """
@@ -115,7 +116,7 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
         samples: What `record.Sweep.samples` returns; without them the rows' own intervals are used.
     """
     data = _drop_duplicates(typed(rows))
-    notes = _mixed(data) + _without_full(data)
+    notes = _mixed(data) + _missing_samples(data) + _without_full(data)
     good = data[data["status"] == Status.OK.value] if len(data) else data
     if not len(good):
         return Comparison(
@@ -236,6 +237,29 @@ def _untested(rows: pd.DataFrame) -> list[str]:
     return [f"Made with versions other than those of constraints.txt: {'; '.join(others)}."]
 
 
+def _missing_samples(rows: pd.DataFrame) -> list[str]:
+    """Return a sentence per set of files of which lines were left out, or that hold too few."""
+    notes = []
+    of_files = rows[rows["source_samples"].notna()] if len(rows) else rows
+    for (task, prompts), part in of_files.groupby(["task", "prompts"], sort=False):
+        skipped = part["skipped_samples"].max()
+        if not pd.isna(skipped) and skipped > 0:
+            lines = "1 bad line" if skipped == 1 else f"{skipped} bad lines"
+            notes.append(
+                f"{task}, prompts of {prompts}: task.skip_bad left out {lines} of the files; "
+                "task.skip_bad=false names the first."
+            )
+        short = part[
+            part["subtask"].ne(stats.MEAN) & (part["source_samples"] < part["wanted_samples"])
+        ]
+        for _, row in short.drop_duplicates(["subtask", "wanted_samples"]).iterrows():
+            notes.append(
+                f"{task}/{row['subtask']}: the files hold {row['source_samples']} of the "
+                f"{row['wanted_samples']} samples that num_samples asks for."
+            )
+    return notes
+
+
 def _without_full(rows: pd.DataFrame) -> list[str]:
     """Return a sentence per reason why a difference to full attention is not informative."""
     if not len(rows) or "full_note" not in rows:
@@ -351,6 +375,12 @@ def _metrics(part: pd.DataFrame) -> dict[str, Any]:
     }
     values |= _relative_to_full(part, values)
     kv_len, samples = part["kv_len"].mean(), part["num_samples"].sum()
+    # Each seed draws its own prompts, but those of a file are the same under each.
+    from_files = str(part["prompts"].iloc[0]).startswith("RULER")
+    for name in ("judged_prompts", "timed_prompts"):
+        counts = part[name]
+        number = counts.max() if from_files else counts.sum()
+        values[name] = None if counts.isna().any() else int(number)
     values["kv_len"] = None if pd.isna(kv_len) else round(float(kv_len))
     values["num_samples"] = int(samples)
     values["cells"] = len(part)
@@ -391,7 +421,7 @@ def _labelled(configurations: pd.DataFrame, parameters: list[str]) -> pd.DataFra
     for name in ("k", "rbit", "length", "kv_len", "batch_size", *parameters):
         if pd.api.types.is_float_dtype(configurations[name]) and name not in parameters:
             configurations[name] = configurations[name].astype("Int64")
-    for name in ("k", "rbit", "length", "kv_len", "batch_size"):
+    for name in ("k", "rbit", "length", "kv_len", "batch_size", "judged_prompts", "timed_prompts"):
         configurations[name] = pd.to_numeric(configurations[name]).astype("Int64")
     for name in (*_SCORES, *_MEANS, *_MEDIANS, *_ENDS, *_RATIO_ENDS, "decode_vs_full"):
         configurations[name] = pd.to_numeric(configurations[name]).astype("float64")

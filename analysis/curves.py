@@ -14,6 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from topkbench.analysis import style
 from topkbench.analysis.configurations import OVER_SEEDS
+from topkbench.analysis.counts import counted
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.stats import MEAN
 from topkbench.analysis.timings import RATIOS, interval_of, is_unsteady
@@ -193,8 +194,7 @@ def curve(configurations: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.Data
     axes.set_ylabel(METRICS[y].axis)
     shown = pd.concat([data[y], full[y]])
     if y == "decode_vs_full":
-        highest = pd.concat([shown, data["decode_vs_full_ci_high"]]).max()
-        axes.set_ylim(bottom=0, top=1.05 * float(highest))
+        from_zero(axes)
     else:
         whole_axis(axes, float(shown.min()), 100.0 if y == "score" else 1.0)
     legend(figure, axes)
@@ -205,6 +205,13 @@ def whole_axis(axes: Axes, lowest: float, whole: float, margin: float = 0.02) ->
     """End the vertical axis just above ``whole``; begin it at a tenth of it, below all points."""
     bottom = math.floor(10 * (lowest / whole - 0.08)) / 10 * whole
     axes.set_ylim(max(bottom, -0.02 * whole), (1.0 + margin) * whole)
+
+
+def from_zero(*panels: Axes) -> None:
+    """Begin the vertical axes at zero, and end all of them above the highest point of any."""
+    highest = max(axes.dataLim.y1 for axes in panels)
+    for axes in panels:
+        axes.set_ylim(0, 1.06 * highest)
 
 
 def called_by_shape(configurations: pd.DataFrame) -> pd.Series:
@@ -228,8 +235,8 @@ def table(configurations: pd.DataFrame, *columns: str) -> pd.DataFrame:
         **{name: (f"{name}_ci_low", f"{name}_ci_high") for name in OVER_SEEDS},
     }
     names = ["method", "variant", "subtask", "k", "rbit"]
-    names += [name for one in columns for name in (one, *extra.get(one, ())) if name not in names]
-    return configurations[names].reset_index(drop=True)
+    names += [name for one in columns for name in (one, *extra.get(one, ()), *counted(one))]
+    return configurations[list(dict.fromkeys(names))].reset_index(drop=True)
 
 
 def context_curve(
@@ -307,7 +314,7 @@ def context_curve(
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     else:  # on a logarithmic axis a small difference would look large
-        axes.set_ylim(bottom=0)
+        from_zero(axes)
     axes.set_xlabel(METRICS[x].axis)
     axes.set_ylabel(METRICS[y].axis)
     legend(figure, axes)

@@ -39,10 +39,18 @@ _PLACES = (
     ((6, 0), "left", "center"),
     ((-6, 0), "right", "center"),
 )
+_AT_END = 2  # distance of a label from the end of its point's interval, in points
+_AT_ENDS = (
+    ("score_ci_high", (0, _AT_END), "center", "bottom"),
+    ("score_ci_low", (0, -_AT_END), "center", "top"),
+)
 _POINT = 5.0  # half the width of the area around a point that is kept free of labels, in points
 _ALONG = 60  # positions between two points of the front that are kept free of labels
 _OVERLAP = 5.0  # points nearer than this overlap, in points of length,
 _SHIFT = 6.5  # and one of them is shifted by this much, in points of length,
+_ROUND = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)  # mantissas of ticks
+_APART = 0.06  # distance between ticks, as a share of the axis
+_MOST_BARS = 24  # if there are more points, only those of the front have an interval
 _SIDES = (0, 1, -1)  # to the first of these sides that is free; if none is, it is not shifted
 
 
@@ -58,6 +66,20 @@ def on_front(cost: Sequence[float], gain: Sequence[float]) -> list[bool]:
         )
         for i in range(len(cost))
     ]
+
+
+def has_all_bars(points: pd.DataFrame) -> bool:
+    """Return whether all points have the interval of their score, and not only the front's."""
+    return len(points) <= _MOST_BARS
+
+
+def bars_words(configurations: pd.DataFrame, costs: Sequence[str]) -> str:
+    """Return what the vertical bars of a figure over some costs are, for its caption."""
+    which = "" if has_all_bars(_with_costs(configurations, costs)) else ", of the front alone"
+    return (
+        f"Vertical bars: 95% intervals of scores{which}; points whose bars overlap may be on the "
+        "front, or off it, by chance."
+    )
 
 
 def pareto(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
@@ -118,11 +140,22 @@ def _draw(axes: Axes, data: pd.DataFrame, cost: str) -> tuple[pd.Series, pd.Seri
     marks = on_front(list(price[rivals.index]), list(rivals["score"]))
     front = pd.Series(marks, index=rivals.index).reindex(data.index, fill_value=False)
     _cost_axis(axes, price)
-    bottom, top = (10 * part for part in (data["score"].min() // 10, -(-data["score"].max() // 10)))
+    barred = data if has_all_bars(data) else data[front]
+    bottom = 10 * (pd.concat([data["score"], barred["score_ci_low"]]).min() // 10)
+    top = -10 * (-pd.concat([data["score"], barred["score_ci_high"]]).max() // 10)
     top = max(top, bottom + 10)  # all scores may be equal
     margin = 0.06 * (top - bottom)
     axes.set_ylim(bottom - margin, top + margin)
     shown = _without_overlap(axes, price, data["score"], front)
+    axes.vlines(
+        shown[barred.index],
+        barred["score_ci_low"],
+        barred["score_ci_high"],
+        colors=[style.style(method).colour for method in barred["method"]],
+        lw=0.8,
+        alpha=0.5,
+        zorder=2.5,
+    )
     ordered = data[front].assign(price=price[front]).sort_values(["price", "score"])
     axes.plot(
         shown[ordered.index],
@@ -222,20 +255,39 @@ def _without_overlap(axes: Axes, price: pd.Series, score: pd.Series, front: pd.S
 
 
 def _cost_axis(axes: Axes, price: pd.Series) -> None:
-    """Put ticks at powers of two, or at round numbers if there would be few of these."""
+    """Put ticks at powers of two, or at round numbers near the points if these would be few."""
     axes.set_xscale("log", base=2)
     low, high = math.log2(float(price.min())), math.log2(float(price.max()))
+    margin = 0.1 * (high - low) + 0.03
+    ends = 2.0 ** (low - margin), 2.0 ** (high + margin)
     if high - low >= 3:
         step = 2 if high - low >= 9 else 1
         ticks = [2.0**place for place in range(math.floor(low), math.ceil(high) + 1, step)]
     else:
-        round_ones = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(2.0**low, 2.0**high)
-        ticks = [float(one) for one in round_ones if one > 0]
+        ticks = _round_near(price, *ends)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-    margin = 0.08 * (high - low) + 0.03
-    axes.set_xlim(2.0 ** (low - margin), 2.0 ** (high + margin))
+    axes.set_xlim(*ends)
+
+
+def _round_near(price: pd.Series, low: float, high: float) -> list[float]:
+    """Return round numbers between two ends, those nearest to a point first where space is short.
+
+    Those are kept that are far enough apart on a logarithmic axis for their labels.
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [one * 10.0**power for power in powers for one in _ROUND]
+    inside = [one for one in found if low <= one <= high]
+    if len(inside) < 3:  # all points cost nearly the same
+        inside = [float(one) for one in MaxNLocator(5).tick_values(low, high) if low <= one <= high]
+    points = np.log(price.astype(float).to_numpy())
+    inside.sort(key=lambda one: float(np.abs(points - math.log(one)).min()))
+    ticks: list[float] = []
+    for one in inside:
+        if all(abs(math.log(one / other)) >= _APART * math.log(high / low) for other in ticks):
+            ticks.append(one)
+    return sorted(ticks)
 
 
 def _finish(
@@ -271,13 +323,22 @@ def _label(axes: Axes, data: pd.DataFrame, front: pd.Series, renderer: RendererA
     joined = axes.transData.transform(axes.lines[0].get_xydata())
     for first, second in itertools.pairwise(joined):
         taken += [around(x, y, pixels) for x, y in np.linspace(first, second, _ALONG)]
+    barred = data.index[has_all_bars(data) | front]
+    for _, point in data.loc[barred].iterrows():
+        ends = [[point["shown"], point[f"score_ci_{end}"]] for end in ("low", "high")]
+        (x, bottom), (_, top) = axes.transData.transform(np.array(ends, dtype=float))
+        if not math.isnan(bottom):
+            taken.append(Bbox([[x - pixels, bottom], [x + pixels, top]]))
     inside = axes.get_window_extent(renderer)
 
     def fits(text: str, configuration: pd.Series) -> bool:
-        for shift, across, along in _PLACES if text else ():
+        tried = [("score", *place) for place in _PLACES]
+        if configuration.name in barred and not pd.isna(configuration["score_ci_low"]):
+            tried += _AT_ENDS
+        for height, shift, across, along in tried if text else ():
             label = axes.annotate(
                 text,
-                (configuration["shown"], configuration["score"]),
+                (configuration["shown"], configuration[height]),
                 xytext=shift,
                 textcoords="offset points",
                 ha=across,
@@ -287,11 +348,10 @@ def _label(axes: Axes, data: pd.DataFrame, front: pd.Series, renderer: RendererA
             )
             label.set_in_layout(False)
             box = label.get_window_extent(renderer)
-            free = inside.x0 <= box.x0 and box.x1 <= inside.x1
+            free = inside.x0 <= box.x0 and box.x1 <= inside.x1 and box.y1 <= inside.y1
             gaps = {index: _gap(box, *place) for index, place in places.items()}
-            is_nearest = (
-                gaps.pop(configuration.name) < min(gaps.values(), default=math.inf) - pixels
-            )
+            own = gaps.pop(configuration.name) if height == "score" else _AT_END * pixels
+            is_nearest = own < min(gaps.values(), default=math.inf) - pixels
             if free and is_nearest and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 return True

@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 from topkbench.analysis import style
 from topkbench.analysis.bars import ablation, heat_table, needle_heatmap, stages
 from topkbench.analysis.break_even import MODELS, ModelSize, break_even, step_bound
+from topkbench.analysis.counts import measured_on
 from topkbench.analysis.curves import context_curve, curve
 from topkbench.analysis.files import write_atomic
-from topkbench.analysis.pareto import pareto, pareto_pair
+from topkbench.analysis.pareto import COSTS, bars_words, pareto, pareto_pair
 from topkbench.analysis.stats import MEAN
 from topkbench.analysis.timings import figure_words
 from topkbench.analysis.training import loss_curve
@@ -85,7 +86,7 @@ def draw_all(
     Args:
         configurations: Those of one setting (`Comparison.by_setting`), sub-tasks included.
         folder: Folder of the files.
-        context: What was measured: model, task, length, question, samples, machine, commit.
+        context: What was measured: model, task, length, question, machine, commit.
         suffix: Suffix of the files' names, for a report of several settings.
         models: Whole models for which the bound on a decode step is drawn.
         samples: The samples behind the configurations, for the figures that need them.
@@ -162,14 +163,15 @@ def draw_all(
             "score_vs_bytes",
             "Score against bytes read",
             "Up and to the left is better; the Pareto front is joined, dominated points are faint; "
-            "points that would overlap are drawn side by side.",
+            f"points that would overlap are drawn side by side. {bars_words(top, COSTS[:1])}",
             lambda: pareto(top),
         ),
         (
             "score_vs_cost",
             "Score against bytes read, and against the decode step",
             "Up and to the left is better; Pareto fronts are joined, dominated points are faint; "
-            "points that would overlap are drawn side by side. Bars: 95% intervals of times.",
+            f"points that would overlap are drawn side by side. {bars_words(top, COSTS)} "
+            "Horizontal bars: 95% intervals of times.",
             lambda: pareto_pair(top),
         ),
         (
@@ -250,15 +252,15 @@ def draw_all(
             made = make() if only in (None, name) else None
             if made is not None:
                 figure, data = made
-                figure.axes[0].set_title(title)
+                if any(axes.get_title(loc="left") for axes in figure.axes[1:]):
+                    figure.suptitle(title, x=0.01, ha="left", size=10, weight="bold")
+                else:
+                    figure.axes[0].set_title(title)
                 shown = every_length if name in OVER_LENGTHS else top
                 words = figure_words(shown, name in RATIOS) if name in TIMED else ""
-                one = Drawn(
-                    name + suffix,
-                    title,
-                    f"{reading}{words}{at if name not in OVER_LENGTHS else ''} {context}",
-                    folder,
-                )
+                number = measured_on(data)
+                parts = (f"{reading}{words}{at if name not in OVER_LENGTHS else ''}", number)
+                one = Drawn(name + suffix, title, " ".join([*filter(None, parts), context]), folder)
                 save(figure, data, one)
                 drawn.append(one)
     return drawn

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import dataclasses
 import html
 import re
 import sys
@@ -27,7 +26,8 @@ from topkbench.analysis.matched import MATCHED, matched_table
 from topkbench.analysis.paper import compare_with_published, published_table, without_counterpart
 from topkbench.analysis.plots import Drawn, draw_all, smallest_batch
 from topkbench.analysis.record import CellStore, RecordError, Sweep, frame, samples_of, typed
-from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX, Row
+from topkbench.analysis.row import PARAMETER_PREFIX
+from topkbench.analysis.rows_file import read_rows, read_samples
 from topkbench.analysis.stats import paired_columns
 from topkbench.analysis.variants import difference_table
 
@@ -36,15 +36,20 @@ __all__ = ["build", "load", "main", "paired_columns", "summary_table"]
 summary_table = tables.summary_table
 
 _HOW_TO_READ = (
-    "Brackets are 95% intervals: Wilson's for right-or-wrong scores of one sub-task, else a "
-    "bootstrap of 10,000 resamples drawn within each sub-task; those of recall, attention mass and "
-    "output error are Student's over seeds, where there are several. Δ full is paired with full "
-    "attention on the same samples. Bold: the best score at each budget and those whose paired "
+    "Brackets are 95% intervals. Scores: Wilson's for right-or-wrong scores of one sub-task, else "
+    "a bootstrap of 10,000 resamples drawn within each sub-task; recall, attention mass and output "
+    "error: Student's over seeds, where there are several. Δ full is paired with full attention on "
+    "the same samples. Its interval allows for differences that these samples do not show: with n "
+    "samples of which none differs it is ± 384 / (n + 3.84) points, and wider where some differ. "
+    "Bold: the best score at each budget and those whose paired "
     "difference to it does not exclude 0; nothing is bold if that holds for all. Full attention "
     "and the oracles, exact top-k and exact pages, are references and never bold; nor are times "
     "and speed-ups. A speed-up is the ratio of the median times of full attention and the method, "
     "timed alternately, with a bootstrap interval over those pairs. k counts all selected tokens "
-    "per KV head, including sinks and recent tokens."
+    "per KV head, including sinks and recent tokens. Recall@k is the share of the k tokens with "
+    "the most attention that was selected: where sinks and recent tokens are always "
+    "kept, even exact top-k misses as many of the k as these take the place of, and its recall is "
+    "below 1."
 )
 
 _HOW_TO_RANK = (
@@ -79,7 +84,7 @@ def load(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             ``rows.parquet`` or ``rows.csv``, or such a file itself.
 
     Raises:
-        RecordError: If there are no results.
+        RecordError: If there are no results, or a file of them is damaged.
     """
     folder = Path(path)
     if not folder.exists():
@@ -94,42 +99,11 @@ def load(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         return frame([row for cell in cells for row in cell.read()]), samples_of(cells)
     for file in [folder] if folder.is_file() else [folder / name for name in _ROWS]:
         if file.is_file() and file.suffix in (".parquet", ".csv"):
-            return _read_rows(file), _read_samples(file.with_name("samples.parquet"))
+            return read_rows(file), read_samples(file.with_name("samples.parquet"))
     raise RecordError(
         f"{path} must hold cells.json, cells/, rows.parquet or rows.csv, but holds none of them; "
         "name a sweep's folder under results/."
     )
-
-
-def _read_rows(file: Path) -> pd.DataFrame:
-    try:
-        # Text columns are named, since an identity of only digits would be read as a number.
-        words = {name: str for name in COLUMNS if Row.__annotations__[name].startswith("str")}
-        data = (
-            pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file, dtype=words)
-        )
-    except (OSError, ValueError) as error:
-        raise RecordError(f"{file} must be a table of rows, but cannot be read: {error}.") from None
-    known = [one for one in dataclasses.fields(Row) if one.name in COLUMNS]
-    required = [one.name for one in known if one.default is dataclasses.MISSING]
-    missing = [name for name in required if name not in data.columns]
-    if missing:
-        raise RecordError(f"{file} must have {', '.join(required)}, but lacks {missing[0]}.")
-    # Columns that are newer than the file are added, empty.
-    extra = [name for name in data.columns if name not in COLUMNS]
-    return typed(data.reindex(columns=[*COLUMNS, *extra]))
-
-
-def _read_samples(file: Path) -> pd.DataFrame:
-    if not file.is_file():
-        return pd.DataFrame({"run_id": []})
-    try:
-        return pd.read_parquet(file)
-    except (OSError, ValueError) as error:
-        raise RecordError(
-            f"{file} must be a table of samples, but cannot be read: {error}; "
-            "without that file the report has no intervals."
-        ) from None
 
 
 def _merge(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -316,15 +290,10 @@ def _kernels(rows: pd.DataFrame, folder: Path) -> dict[str, Any] | None:
 
 
 def _context(words: str, configurations: pd.DataFrame) -> str:
-    parts = [words]
-    counts = sorted({int(one) for one in configurations["n"].dropna()})
-    if counts and configurations["score"].notna().any():
-        shown = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        parts.append(f"n = {shown} samples")
     commits = sorted(
         {part for one in configurations["git_commit"] for part in one.split(", ") if part}
     )
-    return "; ".join([*parts, f"commit {', '.join(commits) or 'unknown'}"]) + "."
+    return f"{words}; commit {', '.join(commits) or 'unknown'}."
 
 
 def _markdown(content: dict[str, Any]) -> str:

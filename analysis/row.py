@@ -127,10 +127,16 @@ class Row:
     prompts: str | None = None
     """Where the prompts come from: ``topkbench`` and the version of its prompts, or ``RULER``, the
     digest of the files, and whether they are raw or in a chat template."""
+    wanted_samples: int | None = None
+    """Number of samples that were asked for; the files may hold fewer. None without files."""
     source_samples: int | None = None
     """Number of samples in the files, of which ``num_samples`` were scored; None without files."""
     skipped_samples: int | None = None
     """Number of bad lines in the files, which ``task.skip_bad`` left out; None without files."""
+    judged_prompts: int | None = None
+    """Number of prompts on which the selections were measured; None if they were not."""
+    timed_prompts: int | None = None
+    """Number of prompts on which the times were measured; None without prompts or times."""
     parameters: dict[str, Scalar] = field(default_factory=dict)
     """Other parameters of the method, flattened to columns ``p_<name>``."""
 

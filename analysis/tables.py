@@ -10,6 +10,7 @@ from tabulate import tabulate
 
 from topkbench.analysis import style
 from topkbench.analysis.configurations import compare
+from topkbench.analysis.counts import measured_on
 from topkbench.analysis.curves import called_by_shape
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.row import Status
@@ -137,7 +138,8 @@ def main_table(configurations: pd.DataFrame) -> Table:
     heads = [head for head, _ in columns]
     rows = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
     strong = {(i, place) for i, best in enumerate(configurations["best"]) if best}
-    return Table(heads, rows, strong, words, timing_notes(configurations))
+    notes = [*filter(None, [measured_on(configurations)]), *timing_notes(configurations)]
+    return Table(heads, rows, strong, words, notes)
 
 
 def subtask_table(configurations: pd.DataFrame) -> Table | None:

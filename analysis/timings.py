@@ -16,6 +16,11 @@ RATIOS = ("speedup_vs_full", "decode_vs_full")
 """Columns that compare a step with full attention, with an interval."""
 TIMED = ("decode_ms_p50", "decode_ms_warm_p50", "full_ms_p50", "tokens_per_s", *RATIOS)
 """Columns of times, which are marked if they are unsteady."""
+AGAIN = (
+    "the same command reuses them, and with force=true measures its cells again, best on an idle "
+    "machine"
+)
+"""What to do about unsteady times."""
 _MOST_NAMED = 8
 """Largest number of unsteady configurations named under a table."""
 
@@ -74,6 +79,8 @@ def timing_notes(configurations: pd.DataFrame) -> list[str]:
     if len(unsteady) > _MOST_NAMED:
         more = len(unsteady) - _MOST_NAMED
         notes.append(f"{UNSTEADY} So are {more} more; the column timing_note says why.")
+    if len(unsteady):
+        notes.append(f"{UNSTEADY} {AGAIN[0].upper()}{AGAIN[1:]}.")
     return notes
 
 
@@ -100,5 +107,5 @@ def figure_words(configurations: pd.DataFrame, of_ratios: bool) -> str:
     if of_ratios and lacks_interval(configurations).any():
         words += f" {NO_INTERVAL} or without a bar: no interval was recorded."
     if is_unsteady(configurations).any():
-        words += f" Hollow or {UNSTEADY}: unsteady times, not to be quoted."
+        words += f" Hollow or {UNSTEADY}: unsteady times, not to be quoted; {AGAIN}."
     return words

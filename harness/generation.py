@@ -150,9 +150,12 @@ class GenerationTask(PromptTask):
         if records.get("speed"):
             timed = [one for record in records["speed"] for one in record["prompts"]]
             shared |= speed_of(context, timed, shared["bytes_read_per_step"])
+            shared["timed_prompts"] = len(timed)
         if records.get("selections"):
             judged = [one for record in records["selections"] for one in record["prompts"]]
             shared |= selection_means(judged)
+            # A prompt whose answer ended before a step over more than k tokens shows no selection.
+            shared["judged_prompts"] = sum(any(one.values()) for one in judged) or None
         scored = []
         for subtask, count in counts.items():
             scores = [one["score"] for one in samples if one["subtask"] == subtask]

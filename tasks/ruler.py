@@ -142,9 +142,12 @@ class Ruler(GenerationTask):
             return {}
         counts = self._official.counts
         if subtask != "mean":
-            return {"source_samples": counts[subtask]}
-        skipped = self._official.skipped
-        return {"source_samples": sum(counts.values()), "skipped_samples": skipped}
+            return {"wanted_samples": self.num_samples, "source_samples": counts[subtask]}
+        return {
+            "wanted_samples": self.num_samples * len(counts),
+            "source_samples": sum(counts.values()),
+            "skipped_samples": self._official.skipped,
+        }
 
     def check_model(self, shape: ModelShape) -> None:
         super().check_model(shape)

@@ -72,7 +72,15 @@ class SelectionTask(Ruler):
                 for name in (*MEASURES, "density")
             }
             outcome.rows.append(
-                TaskRow(subtask="mean", values={"k": k, "num_samples": len(prompts), **means})
+                TaskRow(
+                    subtask="mean",
+                    values={
+                        "k": k,
+                        "num_samples": len(prompts),
+                        "judged_prompts": len({one["sample_id"] for one in of_budget}),
+                        **means,
+                    },
+                )
             )
         return outcome
 

@@ -99,6 +99,8 @@ def make_cell(
             impl=None if method == "full" else "cpu",
             subtask=subtask,
             num_samples=N * (len(SUBTASKS) if subtask == MEAN else 1),
+            judged_prompts=None if method == "full" else 8,
+            timed_prompts=3,
             recall_at_k=None if method == "full" else max(0.05, 0.98 - 0.9 * loss(method, k, rbit)),
             attention_mass=None if k is None else max(0.2, 1 - 0.8 * loss(method, k, rbit)),
             density=share,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from topkbench.analysis import report
+from topkbench.analysis import plots, report
 from topkbench.analysis.break_even import (
     ModelSize,
     break_even,
@@ -228,3 +231,29 @@ def test_a_report_of_few_columns_has_the_section(
     assert "At most, 10M step, of which attention 80% (×)" in text
     assert (out / "figures" / "step_bound.png").is_file()
     assert "Break-even" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_bounds_title_covers_no_panel_and_its_markers_are_whole(
+    row: RowMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(plots, "save", lambda figure, *_: figures.append(figure))
+    # Attention is a small part of these steps: bounds near 1, where a scale from 0 has least space.
+    models = {f"{n}B": ModelSize(n * 1e9, 16) for n in range(1, number + 1)}
+    plots.draw_all(latency_lines(row), tmp_path, "", models=models, only="step_bound")
+    (figure,) = figures
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    _, *panels = figure.axes
+    assert len(panels) == number
+    boxes = [axes._left_title.get_window_extent(renderer) for axes in panels]
+    title = next(text for text in figure.texts if text.get_text().startswith("Upper bound"))
+    boxes += [title.get_window_extent(renderer), figure.legends[0].get_window_extent(renderer)]
+    boxes += [text.get_window_extent(renderer) for text in figure.axes[0].texts]
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+    for axes in panels:
+        highest = axes.transData.transform((1024, axes.dataLim.y1))[1]
+        half_a_marker = 0.5 * axes.lines[-1].get_markersize() * figure.dpi / 72
+        assert highest + half_a_marker < axes.get_window_extent(renderer).y1

@@ -45,6 +45,23 @@ def trio(row: RowMaker) -> tuple[pd.DataFrame, pd.DataFrame]:
     return rows, outcomes
 
 
+def test_lines_left_out_and_samples_that_files_lack_are_said(row: Callable[..., Row]) -> None:
+    rows = [
+        row(run_id=run_id, method=method, subtask=subtask, prompts="RULER 01ab (raw)", **numbers)
+        for run_id, method in (("a" * 16, "full"), ("b" * 16, "quest"))
+        for subtask, numbers in (
+            ("vt", {"wanted_samples": 500, "source_samples": 3}),
+            ("cwe", {"wanted_samples": 500, "source_samples": 500}),
+            ("mean", {"wanted_samples": 1000, "source_samples": 503, "skipped_samples": 2}),
+        )
+    ]
+    assert compare(frame(rows)).notes == [
+        "ruler, prompts of RULER 01ab (raw): task.skip_bad left out 2 bad lines of the files; "
+        "task.skip_bad=false names the first.",
+        "ruler/vt: the files hold 3 of the 500 samples that num_samples asks for.",
+    ]
+
+
 def test_a_small_frame_gives_the_expected_table(trio: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     table = main_table(compare(*trio).overall)
     assert table.head == [
@@ -65,7 +82,7 @@ def test_a_small_frame_gives_the_expected_table(trio: tuple[pd.DataFrame, pd.Dat
     ]
     assert table.rows[0][3:5] == ["100.0 [83.9, 100.0]", "–"]
     assert table.rows[1][3] == "90.0 [69.9, 97.2]"
-    assert table.rows[1][4].startswith("−10.0 [−25.0")
+    assert table.rows[1][4] == "−10.0 [−28.1, +11.3]"
     assert table.strong == {(1, 3)}
     assert "**90.0 [69.9, 97.2]**" in table.markdown()
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.collections import LineCollection, PathCollection
 
 from topkbench.analysis import report, style
 from topkbench.analysis.configurations import Comparison, compare
 from topkbench.analysis.matched import MATCHED, at_cost, levels, matched_table
-from topkbench.analysis.pareto import pareto, pareto_pair
+from topkbench.analysis.pareto import bars_words, pareto, pareto_pair
 from topkbench.analysis.record import Row, frame
 from topkbench.analysis.row import COLUMNS
 from topkbench.analysis.tables import Table, league_table
@@ -171,13 +172,36 @@ def test_overlapping_points_are_drawn_side_by_side(results: Results) -> None:
     assert made is not None
     figure, data = made
     (axes,) = figure.axes
-    at = [one.get_offsets() for one in axes.collections]
+    at = [one.get_offsets() for one in axes.collections if isinstance(one, PathCollection)]
     pixels = [axes.transData.transform(part) for part in at if len(part)]
     low = sorted(x for part in pixels for x, y in part if y < 200)
     assert len(low) == 3
     point = figure.dpi / 72
     assert min(second - first for first, second in itertools.pairwise(low)) > 4 * point
     assert sorted(data["bytes_read_per_step"] / MIB) == [1, 1, 1, 8]
+
+
+def test_ticks_are_where_the_points_are_and_scores_have_bars(results: Results) -> None:
+    """Four widths read 2.3 to 3.6 MiB, full attention 15.8."""
+    results.add("full", None, {"vt": [100.0] * 12 + [0.0] * 8}, mib=15.8)
+    for place, mib in enumerate((2.31, 2.5, 2.87, 3.61)):
+        answers = {"vt": [100.0] * (10 + place) + [0.0] * (10 - place)}
+        results.add("quest", 64 + place, answers, mib=mib)
+    made = pareto(results.compared.overall)
+    assert made is not None
+    figure, data = made
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    ticks = [float(one) for one in axes.get_xticks() if low <= one <= high]
+    assert ticks == [2, 2.5, 3, 4, 5, 6, 8, 10, 12, 15]
+    bars = [one for one in axes.collections if isinstance(one, LineCollection)]
+    ends = sorted(segment[:, 1].tolist() for one in bars for segment in one.get_segments())
+    assert ends == sorted(data[["score_ci_low", "score_ci_high"]].to_numpy().tolist())
+    bottom, top = axes.get_ylim()
+    assert bottom < ends[0][0]
+    assert top > max(end for _, end in ends)
+    words = bars_words(results.compared.overall, ("bytes_read_per_step",))
+    assert words.startswith("Vertical bars: 95% intervals of scores;")
 
 
 def test_a_larger_budget_that_was_faster_is_taken_to_cost_as_much(results: Results) -> None:

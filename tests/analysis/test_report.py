@@ -57,6 +57,44 @@ def test_the_html_report_is_a_single_file(built: Path) -> None:
         assert text in page
 
 
+def test_a_caption_counts_what_its_figure_shows(big_sweep: Sweep, tmp_path: Path) -> None:
+    found = compare(big_sweep.rows(), big_sweep.samples()).configurations
+    captions = {one.name: one.caption for one in draw_all(found, tmp_path, "words")}
+    pattern = re.compile(r"(?:\w+: )?n = [\w ]+")
+    numbers = {name: ", ".join(pattern.findall(one)) for name, one in captions.items()}
+    assert numbers == {
+        **dict.fromkeys(("score_vs_k", "score_vs_rbit", "score_vs_bytes"), "n = 125 samples"),
+        **dict.fromkeys(("recall_vs_k", "recall_vs_rbit"), "n = 8 prompts"),
+        **dict.fromkeys(("decode_vs_k", "decode_vs_rbit", "stages"), "n = 3 prompts"),
+        "subtasks": "n = 25 samples",
+    }
+    assert pd.read_csv(tmp_path / "recall_vs_k.csv")["judged_prompts"].unique().tolist() == [8]
+    notes = main_table(compare(big_sweep.rows(), big_sweep.samples()).overall).notes
+    assert notes[0] == (
+        "Scores: n = 125 samples; selection quality: n = 8 prompts; times: n = 3 prompts."
+    )
+    older = big_sweep.rows().assign(judged_prompts=None, timed_prompts=None)
+    drawn = draw_all(compare(older, big_sweep.samples()).configurations, tmp_path, "words")
+    assert [one.name for one in drawn if " n = " in one.caption] == [
+        *("score_vs_k", "score_vs_rbit", "score_vs_bytes", "subtasks"),
+    ]
+
+
+def test_seeds_add_up_their_prompts_unless_a_file_has_them(row: Callable[..., Row]) -> None:
+    def pooled(prompts: str) -> int:
+        rows = frame(
+            [
+                row(run_id=f"{seed:016x}", method="quest", k=64, seed=seed, prompts=prompts)
+                for seed in range(3)
+            ]
+        )
+        (found,) = compare(rows.assign(judged_prompts=8)).overall["judged_prompts"]
+        return int(found)
+
+    assert pooled("topkbench 2") == 24
+    assert pooled("RULER 0123abcd (raw)") == 8
+
+
 def test_markdown_has_the_same_table(built: Path) -> None:
     text = built.with_name("report.md").read_text()
     assert "| Full attention |   – |      – |" in text

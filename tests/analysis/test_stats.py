@@ -62,19 +62,54 @@ def test_equal_samples_do_not_give_certainty() -> None:
 def test_pairing_narrows_the_interval() -> None:
     full = np.array([100.0, 0.0] * 50)
     method = full.copy()
-    method[:7:2] = 0.0
+    method[:13:2] = 0.0
     paired = stats.paired_interval(method, full)
-    assert paired.estimate == -4.0
+    assert paired.estimate == -7.0
     assert paired.excludes_zero
-    assert -9 < paired.low < paired.high < 0
+    # 7 lost of 103.84: -6.74, and 1.96 standard errors of sqrt(7 * 93 / 99 + 3.84) / 103.84
+    assert paired[1:3] == pytest.approx((-12.83, -0.65), abs=0.01)
+    unpaired = stats.score_interval(method)
+    assert paired.high - paired.low < unpaired.high - unpaired.low
 
 
-def test_an_interval_that_ends_at_zero_does_not_exclude_zero() -> None:
-    full = np.array([100.0] * 124 + [0.0])
-    method = np.array([100.0] * 123 + [0.0, 0.0])
-    found = stats.paired_interval(method, full, np.repeat(list("abcde"), 25))
-    assert found.high == 0.0
-    assert not found.excludes_zero
+def test_a_method_that_differs_nowhere_has_the_narrowest_interval() -> None:
+    """A small difference in one of 12 samples, or a whole one, widens it."""
+    widths = []
+    for lost in (0.0, 12.5, 50.0, 100.0):
+        found = stats.paired_interval([100.0 - lost] + [100.0] * 11, [100.0] * 12)
+        widths.append(found.high - found.low)
+    assert widths[0] == pytest.approx(2 * 24.25, abs=0.01)  # 3.84 / (12 + 3.84)
+    assert widths == sorted(widths)
+    assert widths[-1] > widths[0] + 5
+    one, seven = (
+        stats.paired_interval([50.0] * 175, [50.0] * 175, strata)
+        for strata in (None, np.repeat(list("abcdefg"), 25))
+    )
+    assert one == pytest.approx(seven)
+
+
+@pytest.mark.parametrize(("lost", "excludes"), [(4, False), (5, False), (6, True)])
+def test_a_difference_excludes_zero_where_the_exact_test_does(lost: int, excludes: bool) -> None:
+    """McNemar's exact test has p = 0.125, 0.0625 and 0.031 for 4, 5 and 6 lost and none won."""
+    method = np.array([0.0] * lost + [100.0] * (20 - lost))
+    assert stats.paired_interval(method, [100.0] * 20).excludes_zero is excludes
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "n"),
+    [(0.02, 0.01, 25), (0.002, 0.0, 25), (0.1, 0.1, 25), (0.3, 0.02, 10), (0.5, 0.5, 4)],
+)
+def test_the_paired_interval_covers_the_true_difference(lost: float, won: float, n: int) -> None:
+    """Of 400 tables of 7 sub-tasks, 95% or more hold the true difference."""
+    generator = np.random.default_rng(5)
+    strata = np.repeat([str(i) for i in range(7)], n)
+    covered = 0
+    for _ in range(400):
+        drawn = generator.random(7 * n)
+        difference = np.where(drawn < lost, -100.0, np.where(drawn > 1 - won, 100.0, 0.0))
+        found = stats.paired_interval(difference, np.zeros(7 * n), strata)
+        covered += found.low <= 100 * (won - lost) <= found.high
+    assert covered >= 376
 
 
 @given(st.lists(st.sampled_from([0.0, 25.0, 50.0, 100.0]), min_size=1, max_size=40))

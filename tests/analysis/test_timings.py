@@ -82,6 +82,8 @@ def test_a_table_shows_full_attention_timed_alternately_with_each_method(row: Ro
     assert table.notes == [
         "† No interval was recorded: the row is older than intervals, or too few pairs were timed.",
         f"‡ Unsteady, not to be quoted: Quest, 4,110 tokens, k=64: {WILD}.",
+        "‡ The same command reuses them, and with force=true measures its cells again, best on an "
+        "idle machine.",
     ]
     assert table.strong == set()
 
@@ -100,13 +102,15 @@ def test_console_and_report_mark_unsteady_numbers(row: RowMaker, tmp_path: Path)
         assert WILD in said
         assert "16.00†" in said
         assert "No interval was recorded" in said
+        assert "force=true" in said
+    assert "its recall is below 1." in text
 
 
 def test_many_unsteady_configurations_are_counted(row: RowMaker) -> None:
     rows = [timed(row, "hata", 2.0, 4.0, k=k, note=WILD) for k in range(64, 84)]
     table = main_table(compare(frame(rows)).overall)
-    assert len(table.notes) == 9
-    assert table.notes[-1] == "‡ So are 12 more; the column timing_note says why."
+    assert len(table.notes) == 10
+    assert table.notes[-2] == "‡ So are 12 more; the column timing_note says why."
 
 
 def test_intervals_of_several_seeds_go_from_the_lowest_end_to_the_highest(row: RowMaker) -> None:
@@ -173,7 +177,7 @@ def test_stages_show_the_full_attention_of_their_own_row(row: RowMaker) -> None:
 def test_unsteady_points_are_hollow_and_captions_say_so(row: RowMaker, tmp_path: Path) -> None:
     every = {"latency_vs_context", "break_even", "stages"}
     for note, width, words, names in (
-        (WILD, 0.1, "Hollow or ‡: unsteady times, not to be quoted.", every),
+        (WILD, 0.1, "Hollow or ‡: unsteady times, not to be quoted; the same command", every),
         (None, None, "† or without a bar: no interval was recorded.", {"break_even"}),
         (None, 0.1, "no interval", set()),
     ):

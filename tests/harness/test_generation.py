@@ -64,6 +64,7 @@ def test_a_cell_has_a_row_per_subtask_and_their_mean(
     scores = [one["score"] for one in outcome.samples]
     assert mean["score"] == pytest.approx(sum(scores) / 4)
     assert mean["recall_at_k"] == pytest.approx(1.0)
+    assert (mean["judged_prompts"], mean["timed_prompts"]) == (4, 3)
     assert 0 < mean["attention_mass"] < 1
     # About 190 tokens are cached, of which 24 are read.
     assert mean["density"] == pytest.approx(24 / 190, abs=0.02)
@@ -120,6 +121,7 @@ def test_full_attention_has_no_selection_quality(
 ) -> None:
     mean = run(loaded, store, tmp_path, FullAttention(), num_samples=1).rows[-1].values
     assert [mean.get(name) for name in QUALITY] == [None, None, None]
+    assert (mean.get("judged_prompts"), mean["timed_prompts"]) == (None, 2)
     assert mean["density"] == 1.0
     assert mean["speedup_vs_full"] is None
     assert mean["full_backend"] == "sdpa"

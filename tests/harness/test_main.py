@@ -342,6 +342,10 @@ def test_rows_of_files_say_where_their_prompts_come_from(commands: Commands) -> 
     assert re.fullmatch(r"RULER [0-9a-f]{8} \(raw\)", prompts)
     assert set(rows["num_samples"]) == {2}
     assert set(rows["source_samples"]) == {3}
+    said = f"ruler, prompts of {prompts}: task.skip_bad left out 1 bad line of the files"
+    (report,) = commands.folder.rglob("report.md")
+    assert said in commands.text("out")
+    assert said in report.read_text()
     assert rows.groupby("subtask")["skipped_samples"].max().fillna(-1).to_dict() == {
         "mean": 1,
         "vt": -1,

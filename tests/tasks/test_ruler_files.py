@@ -411,8 +411,9 @@ def test_bad_lines_are_left_out_and_counted_if_asked(loaded: LoadedModel, tmp_pa
     task = Ruler(source=str(tmp_path), num_samples=2, skip_bad=True)
     names = [one.sample_id for one in task.samples(loaded)]
     assert names == ["cwe.jsonl:2", "vt.jsonl:2", "vt.jsonl:4"]
-    assert task.sample_counts("vt") == {"source_samples": 3}
-    assert task.sample_counts("mean") == {"source_samples": 4, "skipped_samples": 3}
+    assert task.sample_counts("vt") == {"wanted_samples": 2, "source_samples": 3}
+    mean = {"wanted_samples": 4, "source_samples": 4, "skipped_samples": 3}
+    assert task.sample_counts("mean") == mean
     write(tmp_path / "fwe.jsonl", entry(outputs=[""]))
     with pytest.raises(ValueError, match=r"at least one sample in each file, found none in .*fwe"):
         Ruler(source=str(tmp_path), skip_bad=True)

@@ -35,7 +35,7 @@ def test_exact_top_k_recalls_everything(
     ]
     for row in outcome.rows:
         assert row.values["recall_at_k"] == pytest.approx(1.0)
-        assert row.values["num_samples"] == 2
+        assert row.values["num_samples"] == row.values["judged_prompts"] == 2
     few, many = (row.values for row in outcome.rows)
     assert few["attention_mass"] < many["attention_mass"] < 1
     assert few["output_rel_error"] > many["output_rel_error"] > 0

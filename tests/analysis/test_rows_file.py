@@ -1,0 +1,92 @@
+"""Files of rows and samples that are cut, edited or damaged are refused in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from topkbench.analysis import report
+from topkbench.analysis.record import RecordError, Row, frame
+from topkbench.analysis.rows_file import read_rows, read_samples
+
+
+@pytest.fixture
+def file(tmp_path: Path, row: Callable[..., Row]) -> Path:
+    """Three rows; of the last, the last field is a method's setting."""
+    numbers: dict[str, float] = {"speedup_vs_full": 1.5, "speedup_ci_low": 1.25}
+    rows = [
+        row(run_id=f"{place:016x}", method="quest", k=64, score=50.0 + place, **numbers)
+        for place in range(3)
+    ]
+    path = tmp_path / "rows.csv"
+    frame([one.replace(parameters={"page_size": 16}) for one in rows]).to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("score", "good", "score must be a finite number or empty, but row 2 of FILE has 'good'"),
+        ("score", "inf", "score must be a finite number or empty, but row 2 of FILE has 'inf'"),
+        ("k", "64.5", "k must be a whole number or empty, but row 2 of FILE has '64.5'"),
+        ("status", "fine", "row 2 of FILE is not as a run wrote it: status must be one of ok,"),
+        ("status", "wrong", "row 2 of FILE is not as a run wrote it: columns of scores,"),
+        ("status", "", "row 2 of FILE is not as a run wrote it: status must be one of ok,"),
+        ("git_dirty", "maybe", "row 2 of FILE is not as a run wrote it: git_dirty must be bool"),
+    ],
+)
+def test_a_value_that_no_row_has_is_named_with_its_row_and_column(
+    file: Path,
+    capsys: pytest.CaptureFixture[str],
+    column: str,
+    value: str,
+    message: str,
+) -> None:
+    data = pd.read_csv(file, dtype=str)
+    data.loc[1, column] = value
+    data.to_csv(file, index=False)
+    data.to_parquet(file.with_suffix(".parquet"))
+    for edited in (file, file.with_suffix(".parquet")):
+        assert report.main([str(edited)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: " + message.replace("FILE", str(edited)))
+        assert error.count("\n") == 1
+    assert not (file.parent / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (1, "must end with the end of a line, but line 4 has none"),
+        (2, "must end with the end of a line, but line 4 has none"),
+        (3, "must end with the end of a line, but line 4 has none"),
+        (40, "fields in every line, as in its head, but line 4 has"),
+    ],
+)
+def test_a_file_that_was_cut_is_refused(file: Path, cut: int, message: str) -> None:
+    whole = file.read_text()
+    file.write_text(whole[:-cut])
+    with pytest.raises(RecordError, match=message):
+        read_rows(file)
+    file.write_text(whole + "\n")  # a blank line at the end is no damage
+    assert read_rows(file)["score"].tolist() == [50.0, 51.0, 52.0]
+
+
+def test_a_field_that_holds_a_line_end_is_no_damage(file: Path) -> None:
+    data = pd.read_csv(file).assign(device="two\nlines, and a \u2028 sign")
+    data.to_csv(file, index=False)
+    assert read_rows(file)["device"].unique().tolist() == ["two\nlines, and a \u2028 sign"]
+
+
+def test_samples_have_numbers_as_scores(tmp_path: Path) -> None:
+    path = tmp_path / "samples.parquet"
+    assert read_samples(path).empty
+    pd.DataFrame({"run_id": ["a", "b"], "score": ["100", "half"]}).to_parquet(path)
+    with pytest.raises(RecordError, match=f"score must be a finite number .* row 2 of {path} has"):
+        read_samples(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(RecordError, match="must be a table of samples, but cannot be read"):
+        read_samples(path)
