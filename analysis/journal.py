@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -63,20 +64,28 @@ class Journal:
         """
         found: dict[int, Records] = {}
         for path in sorted(self._folder.glob("*.jsonl")):
-            for line in path.read_bytes().split(b"\n"):
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:  # its part has become whole
+                continue
+            for line in content.split(b"\n"):
                 try:
                     entry = json.loads(line)
                     number, records = entry["batch"], entry["records"]
                 except (ValueError, TypeError, KeyError):
                     continue
                 if number in found and not self._same(found[number], records):
-                    raise DisagreementError(
-                        f"two processes that measure the same must agree, but batch {number} was "
-                        f"measured twice with different results in {self._folder}; run the command "
-                        "again with force=true."
-                    )
+                    raise DisagreementError(self.disagreement(number))
                 found.setdefault(number, records)
         return found
+
+    def disagreement(self, number: int) -> str:
+        """Return in one sentence that a batch was measured twice with different results."""
+        return (
+            f"two processes that measure the same must agree, but batch {number} was measured"
+            f" twice with different results in {self._folder}; run the command again with"
+            " force=true."
+        )
 
     def written_by_others(self) -> dict[str, int]:
         """Return the sizes of other writers' files, to see whether they have added anything."""
@@ -102,39 +111,48 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
 
-    @contextlib.contextmanager
-    def measuring(self, number: int) -> Iterator[None]:
+    def measuring(self, number: int) -> AbstractContextManager[None]:
         """Record that a batch is being measured, inside the block, in case this kills the process.
 
         Raises:
             GivenUpError: If that has killed its process before, too often.
         """
-        path = self._folder / f"measuring-{number}.json"
-        before = read_json(path)
-        killed, deaths, oom_deaths = oom_kills(), 0, 0
-        if isinstance(before, dict):
-            deaths = int(before.get("deaths", 0)) + 1
-            was_oom = None not in (killed, before.get("oom_kills")) and killed > before["oom_kills"]
-            oom_deaths = int(before.get("oom_deaths", 0)) + was_oom
-        if deaths >= MOST_DEATHS or oom_deaths >= MOST_OOM_DEATHS:
-            path.unlink(missing_ok=True)  # the next command tries again
-            raise GivenUpError(
-                f"the process was killed {deaths} times while it measured this, "
-                + ("for want of memory." if oom_deaths else "perhaps for want of memory.")
-            )
-        content = {"deaths": deaths, "oom_deaths": oom_deaths, "oom_kills": killed}
-        with translate_os_error(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(json_bytes(content))
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        return counting_deaths(self._folder / f"measuring-{number}.json")
 
     def remove(self) -> None:
         """Delete all records."""
         with translate_os_error(self._folder), contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self._folder)
+
+
+@contextlib.contextmanager
+def counting_deaths(path: Path) -> Iterator[None]:
+    """Have a file, inside the block, that counts how often the process died there.
+
+    Raises:
+        GivenUpError: If it died too often; the next command tries again.
+        NotWritableError: If the file cannot be written.
+    """
+    before = read_json(path)
+    killed, deaths, oom_deaths = oom_kills(), 0, 0
+    if isinstance(before, dict):
+        deaths = int(before.get("deaths", 0)) + 1
+        was_oom = None not in (killed, before.get("oom_kills")) and killed > before["oom_kills"]
+        oom_deaths = int(before.get("oom_deaths", 0)) + was_oom
+    if deaths >= MOST_DEATHS or oom_deaths >= MOST_OOM_DEATHS:
+        path.unlink(missing_ok=True)
+        raise GivenUpError(
+            f"the process was killed {deaths} times while it measured this, "
+            + ("for want of memory." if oom_deaths else "perhaps for want of memory.")
+        )
+    content = {"deaths": deaths, "oom_deaths": oom_deaths, "oom_kills": killed}
+    with translate_os_error(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(json_bytes(content))
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def oom_kills() -> int | None:
@@ -175,3 +193,11 @@ class Claims:
             except LockedError:
                 is_mine = False
             yield is_mine
+
+    def prefilling(self, number: int) -> AbstractContextManager[None]:
+        """Record that a batch is being prefilled, inside the block, in case this kills the process.
+
+        Raises:
+            GivenUpError: If that has killed its process before, too often.
+        """
+        return counting_deaths(self._folder / f"prefilling-{number}.json")

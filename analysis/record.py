@@ -356,6 +356,13 @@ class PartStore:
             return None
         return dict(found["content"]) if intact else None
 
+    def written_at(self, part: str, key: str) -> int | None:
+        """Return when a part's file was written, in nanoseconds; None if there is none."""
+        try:
+            return self._path(part, key).stat().st_mtime_ns
+        except OSError:
+            return None
+
     def write(self, part: str, key: str, content: Mapping[str, Any]) -> None:
         """Store a part's result atomically; a result with a number that is not finite is dropped.
 

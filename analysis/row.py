@@ -271,7 +271,8 @@ class Row:
     model_digest: str | None = None
     """Digest of weights, configuration, tokenizer, chat template and generation settings."""
     reused: str | None = None
-    """Parts of the cell that were reused from earlier cells: answers, selections, speed."""
+    """Parts of the cell (answers, selections, speed) that were not measured by it in one run: they
+    were found, wholly or in part, or measured by another cell or process."""
     artifact_code: str | None = None
     """``same`` if the artifact was fitted by the present code, else ``other`` or ``unknown``; None
     for a method that learns nothing."""

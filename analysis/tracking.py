@@ -238,6 +238,7 @@ class WandbTracker:
         self.entity = entity
         self.mode = mode
         self._live: Any = None  # the sweep's run, between its begin and its end
+        self._live_mode: str | None = None
 
     def _start(self, folder: str | Path, mode: str, console: str = "off", **options: Any) -> Any:
         import wandb
@@ -277,7 +278,7 @@ class WandbTracker:
         """Start the sweep's run."""
 
         def start(mode: str) -> None:
-            self._live = self._start_sweep(folder, sweep, mode)
+            self._live, self._live_mode = self._start_sweep(folder, sweep, mode), mode
 
         session(self.mode).copy(start)
 
@@ -292,7 +293,8 @@ class WandbTracker:
             self._live.log({"samples/done": done, "samples/all": total, "cells/so far": table})
         except Exception as error:  # the end of the sweep makes a run of its own
             self._live = None
-            session(self.mode).fall_back(error)
+            if session(self.mode).mode == self._live_mode:  # else it has fallen back already
+                session(self.mode).fall_back(error)
 
     def log_cell(
         self,
@@ -342,6 +344,8 @@ class WandbTracker:
         """Copy the sweep's curves over k and rbit, and the figures of its report; end its run."""
         if not len(rows):
             return
+        if session(self.mode).mode != self._live_mode:  # its host does not answer any more
+            self._live = None
 
         def write(mode: str) -> None:
             import wandb

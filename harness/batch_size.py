@@ -4,6 +4,7 @@ Rows of a batch are not bit for bit those of single prompts, so the batches of a
 depend on the memory that happens to be free when it runs again, or on another machine.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from topkbench.analysis.files import json_bytes, locked, read_json, write_atomic
@@ -28,8 +29,12 @@ def most_prompts(bytes_per_prompt: int, free: int) -> int:
     return int(min(MOST, 1 << (fitting.bit_length() - 1)))
 
 
-def recorded(path: Path, bytes_per_prompt: int, free: int) -> int:
+def recorded(path: Path, measure: Callable[[], tuple[int, int]]) -> int:
     """Return the batch size that a file has; if there is none, choose and record it.
+
+    Args:
+        path: The file.
+        measure: Returns the arguments of ``most_prompts``; called only if there is no file.
 
     Raises:
         NotWritableError: If the file cannot be written.
@@ -39,11 +44,8 @@ def recorded(path: Path, bytes_per_prompt: int, free: int) -> int:
         size = found.get("batch_size") if isinstance(found, dict) else None
         if isinstance(size, int) and 1 <= size <= MOST:
             return size
+        bytes_per_prompt, free = measure()
         size = most_prompts(bytes_per_prompt, free)
-        write_atomic(
-            path,
-            json_bytes(
-                {"batch_size": size, "bytes_per_prompt": bytes_per_prompt, "free_bytes": free}
-            ),
-        )
+        content = {"batch_size": size, "bytes_per_prompt": bytes_per_prompt, "free_bytes": free}
+        write_atomic(path, json_bytes(content))
         return size

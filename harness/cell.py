@@ -93,7 +93,7 @@ def prepare_method(
         path = folder / artifact.file_name(spec)
         with cache_lock(path.with_suffix(".lock")):
             if refit or not path.is_file():
-                fit_method(loaded, method, texts, path, spec, progress, memory_limit)
+                fit_method(loaded, method, texts, path, spec, progress, memory_limit, refit)
                 fitted = True
     learned = replace(artifact.load(path, expect=spec), fitted=fitted)
     method.load_artifact(learned.tensors, learned.digest)
@@ -109,12 +109,15 @@ def fit_method(
     spec: Mapping[str, Any],
     progress: Progress | None = None,
     memory_limit: int | None = None,
+    refit: bool = False,
 ) -> None:
     """Fit a method on calibration texts and save the artifact of ``spec`` at ``path``.
 
     Each layer is kept beside it until the whole is there, so that a fit that is killed goes on.
     """
     kept = KeptLayers(path.with_suffix(".layers"), spec, fit_source(method))
+    if refit:
+        kept.remove()
     calibration = Calibration.draw(loaded, method, texts, memory_limit=memory_limit)
     devices = learning_devices(loaded.model.device)
     tensors, losses = fit_layers(method, calibration, devices, progress, kept)

@@ -35,7 +35,7 @@ class KeptLayers:
 
     def __init__(self, folder: Path, spec: Mapping[str, Any], source: str) -> None:
         self._folder = folder
-        self._expect = {**spec, "source": source}
+        self._expect = {**spec, "source": source, "torch": torch.__version__}
         self._began = time.perf_counter()
         self._seconds_before = 0.0
 
@@ -150,6 +150,8 @@ def fit_layers(
     tensors = stack_layers([fitted[layer] for layer in range(num_layers)])
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
+            if kept is not None:  # it would not be finite the next time either
+                kept.remove()
             raise ValueError(
                 f"{method.name} must learn finite values, got infinity or NaN in {name}; a smaller"
                 " learning rate may help."

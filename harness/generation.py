@@ -139,8 +139,12 @@ class GenerationTask(PromptTask):
         density = statistics.fmean(densities) if densities else None
         reads = [one.step_reads for one in counts.values() if one.step_reads is not None]
         shared: dict[str, Any] = {"batch_size": 1, "density": density}
-        shares = [record["share"] for record in records["answers"] if "share" in record]
-        shared["prompts_per_batch"] = min(shares, default=self.batch_size)
+        per_batch: dict[str, Any] = {}
+        for record in records["answers"]:
+            together = record.get("share", self.batch_size)
+            before = per_batch.get(record["subtask"], self.batch_size)
+            per_batch[record["subtask"]] = min(before, together)
+        shared["prompts_per_batch"] = min(per_batch[subtask] for subtask in counts)
         if selects:
             taken = [one.share_taken for one in counts.values() if one.share_taken is not None]
             shared["sparse_step_share"] = statistics.fmean(taken)
@@ -164,8 +168,8 @@ class GenerationTask(PromptTask):
                 "num_samples": len(scores),
             }
             # Columns that identify a configuration are in all rows of a cell.
-            names = ("prompts_per_batch", "batch_size", "kv_len", "full_backend")
-            values |= {name: shared.get(name) for name in names}
+            values |= {name: shared.get(name) for name in ("batch_size", "kv_len", "full_backend")}
+            values["prompts_per_batch"] = per_batch[subtask]
             values["density"] = count.density
             if selects:
                 values["sparse_step_share"] = count.share_taken

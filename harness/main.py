@@ -70,6 +70,7 @@ class Collected:
         sweep: The sweep; None before the first job.
         report: Makes the report; None before the first job without a wrong setting.
         tracker: Where the sweep is copied to: the first job's; likewise.
+        runner: Runs the jobs, as ``runner.Runner``; None before the first one runs.
     """
 
     jobs: list[Any] = field(default_factory=list)
@@ -77,6 +78,7 @@ class Collected:
     sweep: Sweep | None = None
     report: Any = None
     tracker: Any = None
+    runner: Any = None
 
 
 @functools.cache
@@ -177,16 +179,20 @@ def run_collected() -> float | None:
     if commanded.tracker is None and commanded.jobs:
         commanded.tracker = commanded.jobs[0].composed.tracker
         commanded.tracker.begin_sweep(sweep.folder, sweep.title)
-    runner = Runner(sweep, commanded.tracker)
+    if commanded.runner is None or commanded.runner.sweep.folder != sweep.folder:
+        commanded.runner = Runner(sweep, commanded.tracker)
+    runner = commanded.runner
     jobs, commanded.jobs = commanded.jobs, []
     refused, commanded.refused = commanded.refused, []
-    if not jobs:
+    if not jobs and commanded.report is None:  # no configuration of the command can run
         for error, _, _ in refused:
             runner.say_once(error)
         commanded.refused = refused
         return None
     for error, choices, settings in refused:
         runner.refuse(error, choices, settings)
+    if not jobs:
+        return None
     score: float | None = jobs[0].composed.launcher.run(runner, jobs)
     return score
 
@@ -383,8 +389,9 @@ def _terminate(number: int, frame: object) -> None:
 def main() -> None:
     """Run the command; a user's mistake ends it with one sentence instead of a traceback."""
     for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), _terminate)
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _terminate)
     with console():
         run_command()
 
@@ -402,8 +409,14 @@ def run_command() -> None:
     wrapped = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     collected.cache_clear()  # a second command of this process starts anew
     try:
-        check_overrides(sys.argv[1:])
-        wrapped(job)()
+        try:
+            check_overrides(sys.argv[1:])
+            wrapped(job)()
+        except (HydraException, OmegaConfBaseException, RecordError):
+            raise
+        except ValueError as error:  # a setting of Hydra's own
+            say_error(sentence(error))
+            sys.exit(REFUSED_STATUS)
         run_collected()
         commanded = collected()
         if commanded.report is not None:
@@ -419,11 +432,9 @@ def run_command() -> None:
         raise  # of a print: nobody reads the output any more
     except (OSError, RecordError) as error:
         sys.exit(f"error: {sentence(error)}")
-    except ValueError as error:  # a setting of Hydra's own
-        say_error(sentence(error))
-        sys.exit(REFUSED_STATUS)
     except KeyboardInterrupt as error:
-        say_error("interrupted; what was measured is kept, and the same command goes on.")
+        how = " without force=true" if re.search(r"(?i)\bforce=true", " ".join(sys.argv)) else ""
+        say_error(f"interrupted; what was measured is kept, and the same command{how} goes on.")
         sys.exit(error.status if isinstance(error, Terminated) else 1)
     finally:
         SweepFolders.remove_unused()

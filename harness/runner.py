@@ -1,18 +1,21 @@
 """Runs a sweep: loads each model once, fits what must be fitted, and measures all its cells."""
 
 import functools
+import gc
 import json
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
+import torch
 from tqdm import tqdm
 
 from topkbench.analysis.console import say, say_error
 from topkbench.analysis.files import NotWritableError
-from topkbench.analysis.journal import Claims, Journal
+from topkbench.analysis.journal import Claims, DisagreementError
 from topkbench.analysis.record import Cell, PartStore, Row, Status, Sweep, identity
 from topkbench.harness.batch_size import recorded
 from topkbench.harness.cell import (
@@ -24,6 +27,7 @@ from topkbench.harness.cell import (
 )
 from topkbench.harness.commit import git_state
 from topkbench.harness.decoding import Prompt
+from topkbench.harness.parts import MeasuredPart
 from topkbench.harness.run import Run, answers_in, describe, describe_settings, now
 from topkbench.harness.settings import Composed, Names, construct
 from topkbench.harness.sources import ROOT
@@ -31,6 +35,7 @@ from topkbench.harness.sweep import (
     PromptCell,
     PromptTask,
     Record,
+    is_out_of_memory,
     message_of,
     outcome_of,
     run_by_prompts,
@@ -77,8 +82,24 @@ class Runner:
         self.sweep = sweep
         self.tracker = tracker
         self.parts = PartStore(sweep.results_dir)
+        self.ended: set[str] = set()  # the identities of the cells that this command has run
         self._fitted: set[str] = set()
         self._reported: set[str] = set()
+        self._parts: dict[tuple[str, str], MeasuredPart] = {}
+        self._batch_sizes: dict[Path, int] = {}
+        self._model: tuple[str, LoadedModel, PrefillStore] | None = None
+
+    def part(self, name: str, key: str, force: bool) -> MeasuredPart:
+        """Return what was measured of a part; the same object for all cells that have it.
+
+        Args:
+            name: Name of the part.
+            key: Digest of everything that it depends on.
+            force: Whether what was measured before this command is deleted.
+        """
+        if (name, key) not in self._parts:
+            self._parts[name, key] = MeasuredPart(self.parts, name, key, force)
+        return self._parts[name, key]
 
     def run(self, jobs: Sequence[Job]) -> float | None:
         """Run all jobs, those of one model together; return the score of the last one's cell."""
@@ -88,22 +109,33 @@ class Runner:
         by_model: dict[str, list[Job]] = {}
         for job in jobs:
             by_model.setdefault(json.dumps(job.composed.settings["model"]), []).append(job)
-        for of_model in by_model.values():
-            settings = of_model[0].composed.settings
+        for name, of_model in by_model.items():
             try:
-                loaded: LoadedModel = construct(
-                    Names({}), "model", settings["model"], cache_dir=settings["cache_dir"]
-                )
+                loaded, store = self._load(name, of_model[0].composed.settings)
             except Exception as error:  # rows say why, and the sweep goes on with other models
                 for job in of_model:
                     self.refuse(error, job.choices, job.composed.settings)
                 continue
-            score = self._run_model(loaded, of_model)
+            score = self._run_model(loaded, store, of_model)
         return score
 
-    def _run_model(self, loaded: LoadedModel, jobs: Sequence[Job]) -> float | None:
-        kept_gib = jobs[0].composed.settings["prefill_memory_gib"]
-        store = PrefillStore(loaded.model, int(kept_gib * 2**30))
+    def _load(self, name: str, settings: Mapping[str, Any]) -> tuple[LoadedModel, PrefillStore]:
+        """Return a model and its prefills; the model before, if it is another one, is dropped."""
+        if self._model is None or self._model[0] != name:
+            self._model = None  # before the next one takes memory
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            loaded = construct(
+                Names({}), "model", settings["model"], cache_dir=settings["cache_dir"]
+            )
+            store = PrefillStore(loaded.model, int(settings["prefill_memory_gib"] * 2**30))
+            self._model = name, loaded, store
+        return self._model[1:]
+
+    def _run_model(
+        self, loaded: LoadedModel, store: PrefillStore, jobs: Sequence[Job]
+    ) -> float | None:
         cells: dict[str, SweepCell] = {}
         num_added = 0
         for job in jobs:
@@ -180,11 +212,16 @@ class Runner:
                     refit,
                 )
         if isinstance(task, PromptTask) and task.batch_size == "auto":
-            question = settings["task"].get("question")
-            inputs = {"model": model_digest(loaded), "inputs": task.inputs_digest(loaded)}
-            name = f"{identity({**inputs, 'question': question})}.json"
-            path = self.sweep.results_dir / "batch_sizes" / name
-            task.choose_batch_size(loaded, functools.partial(recorded, path))
+            inputs = {
+                "model": model_digest(loaded),
+                "device": loaded.model.device.type,
+                "inputs": task.inputs_digest(loaded),
+                "question": settings["task"].get("question"),
+            }
+            path = self.sweep.results_dir / "batch_sizes" / f"{identity(inputs)}.json"
+            if path not in self._batch_sizes:
+                self._batch_sizes[path] = recorded(path, lambda: task.memory(loaded))
+            task.batch_size = self._batch_sizes[path]
         # A cell that reports a fit begins with the fit.
         return Run(composed, full.method, loaded, artifact, began if task.refits else None)
 
@@ -210,7 +247,19 @@ class Runner:
                 cell.write_if_complete()
 
         after()
-        run_by_prompts([cell.measured for cell in started], store, claims.claim, after)
+        if started:
+            one = started[0].measured
+            say(
+                f"{len(one.prompts)} prompts in {len(one.batches)} batches, decoded with"
+                f" {len(started)} cell{'s' if len(started) > 1 else ''}"
+            )
+        run_by_prompts(
+            [cell.measured for cell in started],
+            store,
+            claims.claim,
+            claims.prefilling,
+            after,
+        )
 
     def say_once(self, error: Exception) -> str:
         """Print an error's message unless it was printed before; return it in one line."""
@@ -241,7 +290,7 @@ class Runner:
             return
         row = Row(
             run_id=run_id,
-            status=Status.FAILED,
+            status=Status.OUT_OF_MEMORY if is_out_of_memory(error) else Status.FAILED,
             reason=reason,
             **chosen,
             subtask="mean",
@@ -299,7 +348,18 @@ class SweepCell:
 
     def is_found(self) -> bool:
         """Return whether the cell has ended before and need not run again."""
-        return not self.run.settings["force"] and self.cell.finished()
+        is_forced = self.run.settings["force"] and self.run.identity not in self.runner.ended
+        return not is_forced and self.cell.finished()
+
+    def _begin(self) -> bool:
+        """Write that the cell has begun, unless another process has ended it; return whether."""
+        with self.cell.lock():
+            self.has_ended = self.is_found()
+            if not self.has_ended:
+                self.cell.begin(self.run.row())
+        if self.has_ended:
+            self.report_found()
+        return not self.has_ended
 
     def report_found(self) -> None:
         """Track a cell that was found, unless it was tracked before."""
@@ -309,8 +369,8 @@ class SweepCell:
 
     def run_alone(self, store: PrefillStore) -> None:
         """Run the whole cell."""
-        with self.cell.lock():
-            self.cell.begin(self.run.row())
+        if not self._begin():
+            return
         began = time.perf_counter()
         log = ""
         try:
@@ -330,8 +390,8 @@ class SweepCell:
             store: The model's prefills.
             prompts: Returns the cell's prompts.
         """
-        with self.cell.lock():
-            self.cell.begin(self.run.row())
+        if not self._begin():
+            return False
         context = self.run.context(store, self._full_answers())
         task = self.run.task
         assert isinstance(task, PromptTask)
@@ -341,7 +401,7 @@ class SweepCell:
                 self._write(ready)
                 return False
             self.measured = JournaledCell.of(ready, task, prompts())
-            self.measured.open(self.run, self.runner.parts)
+            self.measured.open(self.run, self.runner)
         except NotWritableError:
             raise
         except Exception as error:
@@ -382,8 +442,9 @@ class SweepCell:
             outcome, log = measured.result(), measured.log
         except Exception as error:
             outcome, log = failed(error), traceback.format_exc()
-        peak = None if measured.found else measured.peak_mib
-        self._write(outcome, log, measured.seconds, measured.found, peak)
+        reused = measured.reused
+        peak = None if reused else measured.peak_mib
+        self._write(outcome, log, measured.seconds, reused, peak)
 
     @functools.cached_property
     def found_answers(self) -> dict[str, list[int]]:
@@ -408,6 +469,7 @@ class SweepCell:
         with self.cell.lock():
             self.cell.write(rows, outcome.samples, self.run.settings, f"{log}\n{ended}".strip())
         self.has_ended = True
+        self.runner.ended.add(self.run.identity)
         say(ended)
         for row in rows:
             if not row.status.settled:
@@ -431,48 +493,38 @@ class JournaledCell(PromptCell):
     """A cell whose records are on disk as soon as they are measured.
 
     Attributes:
-        journals: Each part's journal.
-        found: The parts that were whole before anything was measured.
+        measured_parts: Each part, on disk.
         peak_mib: Peak memory while the cell was measured, in MiB.
         log: The traceback of the error that ended it.
     """
 
-    journals: dict[str, Journal] = field(default_factory=dict)
-    found: tuple[str, ...] = ()
+    measured_parts: dict[str, MeasuredPart] = field(default_factory=dict)
     peak_mib: float = 0.0
     log: str = ""
-    _seen: dict[str, dict[str, int]] = field(default_factory=dict)
-    _keys: Mapping[str, str] = field(init=False)
-    _parts: PartStore = field(init=False)
+    _own: set[tuple[str, int]] = field(default_factory=set)
 
-    def open(self, run: Run, parts: PartStore) -> None:
+    def open(self, run: Run, runner: Runner) -> None:
         """Read what was measured before; with ``force=true`` it is deleted."""
-        self.journals = {
-            part: Journal(parts.folder / f"{part}-{run.keys[part]}", same_records)
-            for part in self.plan.parts
-        }
-        self._keys, self._parts = run.keys, parts
-        if run.settings["force"]:
-            for part, journal in self.journals.items():
-                journal.remove()
-                parts.remove(part, run.keys[part])
-        self.found = tuple(part for part in self.journals if self._read_whole(part) is not None)
+        for part in self.plan.parts:
+            one = runner.part(part, run.keys[part], run.settings["force"])
+            self.measured_parts[part], self.records[part] = one, one.records
         self.refresh()
 
     def note(self, text: str) -> None:
         say(text)
 
     def refresh(self) -> None:
-        for part, journal in self.journals.items():
-            others = journal.written_by_others()
-            if part not in self._seen or self._seen[part] != others:
-                self._seen[part] = others
-                whole = self._read_whole(part)
-                records = whole["records"] if whole is not None else journal.read()
-                self.records[part] = {int(number): one for number, one in records.items()}
+        for part in self.measured_parts.values():
+            part.refresh()
 
-    def _read_whole(self, part: str) -> dict[str, Any] | None:
-        return self._parts.read(part, self._keys[part])
+    @property
+    def reused(self) -> list[str]:
+        """The parts that were not measured by this cell in this process, or only in part."""
+        return [
+            part
+            for part, numbers in self.planned.items()
+            if any((part, number) not in self._own for number in numbers)
+        ]
 
     def _is_whole(self, part: str) -> bool:
         return self.planned[part] <= self.records[part].keys()
@@ -483,27 +535,23 @@ class JournaledCell(PromptCell):
 
     def close(self) -> None:
         """Write each whole part as one file, and delete its journal."""
-        for part, journal in self.journals.items():
-            if not self._is_whole(part):
-                continue
-            if part not in self.found:
-                records = {str(number): one for number, one in self.records[part].items()}
-                self._parts.write(part, self._keys[part], {"records": records})
-            journal.remove()
+        for name, part in self.measured_parts.items():
+            if self._is_whole(name):
+                part.close()
 
     def measure(self, part: str, number: int, share: Sequence[Prompt]) -> None:
         device = self.context.loaded.model.device
         reset_peak_memory(device)
         try:
-            with self.journals[part].measuring(number):
+            with self.measured_parts[part].journal.measuring(number):
                 super().measure(part, number, share)
         except MemoryError as error:
             self.ended = outcome_of(error)
         self.peak_mib = max(self.peak_mib, peak_memory_mib(device))
 
     def keep(self, part: str, number: int, records: list[Record]) -> None:
-        self.journals[part].append(number, records)
-        super().keep(part, number, records)
+        self.measured_parts[part].keep(number, records)
+        self._own.add((part, number))
 
     def outcome_of(self, error: Exception, place: str) -> Outcome:
         if isinstance(error, NotWritableError):
@@ -514,6 +562,8 @@ class JournaledCell(PromptCell):
 
 def ended_by(error: Exception, place: str = "") -> Outcome:
     """Return the row of a cell that an error ended."""
+    if isinstance(error, DisagreementError):
+        return Outcome([TaskRow("mean", status="wrong", reason=message_of(error))], [])
     try:
         return outcome_of(error)
     except Exception as other:
@@ -530,19 +580,6 @@ def failed(error: Exception, place: str = "") -> Outcome:
     reason = message_of(error)
     reason += f" ({place})" if place else ""
     return Outcome([TaskRow("mean", status="failed", reason=reason)], [])
-
-
-def same_records(one: Sequence[Record], other: Sequence[Record]) -> bool:
-    """Return whether two measurements of one batch agree in all that does not vary between runs."""
-
-    def samples(records: Sequence[Record]) -> list[dict[str, Any]]:
-        return [
-            {name: value for name, value in sample.items() if name != "prefill_ms"}
-            for record in records
-            for sample in record.get("samples", ())
-        ]
-
-    return samples(one) == samples(other)
 
 
 class Progress:
@@ -567,6 +604,7 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()
+        self._copy()
 
     def begin(self, cells: Sequence[SweepCell], num_ended: int) -> None:
         """Add cells that are measured from now on, and leave out those that have ended already."""
@@ -574,6 +612,7 @@ class Progress:
         self._num_cells -= num_ended
         self._cells += cells
         self._found += self._done() - before
+        self._copy()
 
     def _done(self) -> int:
         return sum(
@@ -585,17 +624,25 @@ class Progress:
 
     def update(self) -> None:
         """Show what is done now, of all cells if those to come have as many samples."""
-        sizes = [len(cell.measured.prompts) for cell in self._cells]
-        total = round(sum(sizes) / max(1, len(sizes)) * self._num_cells)
-        done = self._done()
+        done, total = self._done(), self._total()
         self._bar.total = total
         self._bar.update(done - self._bar.n)
         if not self._lines.is_due():
             return
-        self._tracker.log_progress(done, total, [cell.so_far() for cell in self._cells])
+        self._copy()
         if self._bar.disable:
             left = time_left(done - self._found, total - self._found, self._began)
             say(f"{done:,} of {total:,} samples{left}")
+
+    def _total(self) -> int:
+        sizes = [len(cell.measured.prompts) for cell in self._cells]
+        return round(sum(sizes) / max(1, len(sizes)) * self._num_cells)
+
+    def _copy(self) -> None:
+        """Copy what is done now to the tracker."""
+        if self._cells:
+            so_far = [cell.so_far() for cell in self._cells]
+            self._tracker.log_progress(self._done(), self._total(), so_far)
 
 
 class FitProgress:

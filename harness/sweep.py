@@ -76,27 +76,22 @@ class PromptTask(Task):
     ) -> Outcome:
         """Return the rows and samples of a cell, given each part's records in order of prompts."""
 
-    def choose_batch_size(
-        self, loaded: LoadedModel, choose: Callable[[int, int], int] = most_prompts
-    ) -> None:
-        """Choose the batch size if it is ``"auto"``.
+    def memory(self, loaded: LoadedModel) -> tuple[int, int]:
+        """Return the bytes of the longest prompt's keys and values, and those free on the device.
 
         Args:
             loaded: The model.
-            choose: Called with the bytes of the longest prompt's keys and values, and the free
-                bytes of the model's device.
         """
-        if self.batch_size == "auto":
-            tokens = max(
-                prompt.num_tokens + prompt.sample.max_new_tokens
-                for prompt in self.tokenised(loaded)
-            )
-            one = geometry_of(loaded.model)
-            row_bytes = 2 * one.num_layers * one.num_kv_heads * one.head_dim * one.dtype_bytes
-            self.batch_size = choose(tokens * row_bytes, free_bytes(loaded.model.device))
+        tokens = max(
+            prompt.num_tokens + prompt.sample.max_new_tokens for prompt in self.tokenised(loaded)
+        )
+        one = geometry_of(loaded.model)
+        token_bytes = 2 * one.num_layers * one.num_kv_heads * one.head_dim * one.dtype_bytes
+        return tokens * token_bytes, free_bytes(loaded.model.device)
 
     def run(self, context: Context) -> Outcome:
-        self.choose_batch_size(context.loaded)
+        if self.batch_size == "auto":
+            self.batch_size = most_prompts(*self.memory(context.loaded))
         cell = PromptCell.of(context, self, self.tokenised(context.loaded))
         run_by_prompts([cell], context.store)
         return cell.result()
@@ -136,7 +131,7 @@ class PromptCell:
     @functools.cached_property
     def batches(self) -> list[list[Prompt]]:
         """The batches, which depend on the prompts and the batch size alone."""
-        assert self.task.batch_size != "auto", "choose_batch_size comes before"
+        assert self.task.batch_size != "auto", "it is chosen before"
         return batches(self.prompts, self.task.batch_size)
 
     @functools.cached_property
@@ -173,10 +168,13 @@ class PromptCell:
         whole = self.plan.measured(part, batch)
         records = self._unfinished.setdefault(part, [])
         waiting = [self.plan.measured(part, share)]
+        is_halved = False
         while waiting and self.ended is None:
             prompts = waiting.pop(0)
             if not prompts:
                 continue
+            if is_halved:  # nothing refers to the states of the other half any more
+                self.context.store.release()
             try:
                 record = self.task.measure(self.context, self.plan, part, prompts)
             except Exception as error:
@@ -184,16 +182,18 @@ class PromptCell:
                     self.ended = self.outcome_of(error, f"{part} of {named(prompts)}")
                     break
                 waiting[:0] = halves(prompts)
+                is_halved = True
             else:
                 is_whole = len(prompts) == len(whole)
                 records.append(record if is_whole else {**record, "share": len(prompts)})
                 continue
-            # Now that the error is handled, nothing refers to the states any more.
-            self.context.store.release()
             self.note(f"memory ran out in {part} of {named(prompts)}: halved")
         is_last = share[-1].sample.sample_id == batch[-1].sample.sample_id
         if is_last and self.ended is None:
-            self.keep(part, number, self._unfinished.pop(part))
+            try:
+                self.keep(part, number, self._unfinished.pop(part))
+            except Exception as error:  # a number that is not finite
+                self.ended = self.outcome_of(error, f"{part} of {named(whole)}")
         self.seconds += time.perf_counter() - began
 
     def keep(self, part: str, number: int, records: list[Record]) -> None:
@@ -245,6 +245,7 @@ def run_by_prompts(
     cells: Sequence[PromptCell],
     store: PrefillStore,
     claim: Claim = always_mine,
+    prefilling: Callable[[int], AbstractContextManager[object]] = nullcontext,
     after: Callable[[], None] = lambda: None,
 ) -> None:
     """Measure what is missing of cells over the same prompts, batch by batch.
@@ -253,6 +254,8 @@ def run_by_prompts(
         cells: The cells, full attention first: its answers are what others are measured on.
         store: The prompts' prefills; only those of one batch are kept.
         claim: Claims batches, so that no two processes measure the same.
+        prefilling: Given the number of a batch, returns a context in which it is prefilled; it
+            raises MemoryError if that has killed the process too often.
         after: Called whenever something was measured, or by another process.
     """
     answers: dict[str, list[int]] = {}  # full attention's, whichever cell decodes them
@@ -266,7 +269,7 @@ def run_by_prompts(
                 continue
             with claim(number, wait) as is_mine:
                 if is_mine:
-                    _run_batch(cells, store, number, answers, after)
+                    _run_batch(cells, store, number, answers, prefilling, after)
             store.release()
             after()
 
@@ -276,10 +279,14 @@ def _run_batch(
     store: PrefillStore,
     number: int,
     answers: dict[str, list[int]],
+    prefilling: Callable[[int], AbstractContextManager[object]],
     after: Callable[[], None],
 ) -> None:
     for cell in cells:
-        cell.refresh()
+        try:
+            cell.refresh()
+        except Exception as error:  # another process has found something else
+            cell.ended = cell.outcome_of(error, "")
         if not cell.context.method.selects:
             answers |= cell.answers(number)
     waiting = [cell for cell in cells if cell.missing(number)]
@@ -287,7 +294,15 @@ def _run_batch(
     shares = [cells[0].batches[number]] if waiting else []
     while shares:
         share = shares.pop(0)
-        if not _can_prefill(share, store, needs):
+        try:
+            with prefilling(number):
+                is_prefilled = _can_prefill(share, store, needs)
+        except MemoryError as error:
+            for cell in waiting:
+                cell.ended = outcome_of(error)
+            after()
+            return
+        if not is_prefilled:
             waiting[0].note(f"memory ran out in the prefill of {named(share)}: halved")
             store.release()
             shares[:0] = halves(share)
@@ -334,9 +349,10 @@ def message_of(error: Exception) -> str:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether memory ran out."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        # torch has no separate exception class for running out of CPU memory
-        type(error) is RuntimeError and "can't allocate memory" in str(error)
+        # torch has no separate exception class for a CPU's memory, nor for that of a library
+        isinstance(error, RuntimeError) and any(one in str(error) for one in words)
     )
 
 

@@ -56,6 +56,8 @@ class Prefill:
 
     def copied(self) -> Self:
         """Return the same states, keys and values in host memory of their own."""
+        if not self.key_states[0]._is_view() and self.key_states[0].is_cpu:
+            return self
         host = torch.device("cpu")
         keys = [states.to(host, copy=True) for states in self.key_states]
         values = [states.to(host, copy=True) for states in self.value_states]

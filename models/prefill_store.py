@@ -1,5 +1,6 @@
 """Holds the states of the prompts that are being decoded, once for all cells that use them."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from weakref import WeakSet
@@ -102,10 +103,10 @@ class PrefillStore:
         left = self.kept_bytes
         for key, states in list(self._states.items()):
             left -= states.num_bytes
-            if left < 0:
-                del self._states[key]
-            else:
-                self._states[key] = states.copied()
+            del self._states[key]
+            if left >= 0:
+                with contextlib.suppress(MemoryError, RuntimeError):  # memory for them is short
+                    self._states[key] = states.copied()
 
     def compute_states(
         self, token_ids: Sequence[int], needs: frozenset[str], stored: Prefill | None = None

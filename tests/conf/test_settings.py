@@ -671,3 +671,11 @@ def test_an_unknown_option_is_one_sentence(run: Any, option: str) -> None:
             " lists the options."
         ],
     )
+
+
+def test_a_signal_that_is_ignored_stays_ignored(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nohup starts a command."""
+    monkeypatch.setattr(Runner, "run", lambda *given: sys.exit(5))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert run("method=exact", "tracker=none") == (5, [])
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

@@ -18,7 +18,8 @@ from topkbench.analysis.record import PartStore
 from topkbench.harness.batch_size import most_prompts, recorded
 from topkbench.harness.cell import run_cell
 from topkbench.harness.decoding import Prompt
-from topkbench.harness.runner import JournaledCell, same_records
+from topkbench.harness.parts import MeasuredPart, Record, same_records
+from topkbench.harness.runner import JournaledCell
 from topkbench.harness.sweep import PromptCell, run_by_prompts
 from topkbench.harness.task import Context, Outcome
 from topkbench.methods.base import AnyMethod, Policy
@@ -229,10 +230,10 @@ def test_a_batch_size_is_a_power_of_two_that_fits_half_of_the_memory(free: int, 
 
 def test_a_batch_size_is_chosen_once(tmp_path: Path) -> None:
     path = tmp_path / "batch_sizes" / "a.json"
-    assert recorded(path, 100, 800) == 4
-    assert recorded(path, 100, 10**9) == 4  # whatever is free later
+    assert recorded(path, lambda: (100, 800)) == 4
+    assert recorded(path, lambda: 1 / 0) == 4  # whatever is free later  # type: ignore[arg-type]
     path.write_text("{")
-    assert recorded(path, 100, 400) == 2
+    assert recorded(path, lambda: (100, 400)) == 2
 
 
 class Failing(ExactTopK):
@@ -258,15 +259,29 @@ class Run:
         self.keys = {"answers": "1", "selections": "2", "speed": "3"}
 
 
+class Runner:
+    """What it asks a runner for: one object for each part."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store = PartStore(folder)
+        self.parts: dict[str, MeasuredPart] = {}
+
+    def part(self, name: str, key: str, force: bool) -> MeasuredPart:
+        if name not in self.parts:
+            self.parts[name] = MeasuredPart(self.store, name, key, force)
+        return self.parts[name]
+
+
 @pytest.fixture
 def open_cell(loaded: LoadedModel, store: PrefillStore, tmp_path: Path) -> Callable[..., Any]:
-    def make(method: AnyMethod, force: bool = False) -> tuple[JournaledCell, Any]:
+    def make(
+        method: AnyMethod, force: bool = False, runner: Runner | None = None
+    ) -> tuple[JournaledCell, Path]:
         made = task(tmp_path, num_samples=2)
         of_method = context(loaded, store, method, 24)
         cell = JournaledCell.of(of_method, made, made.tokenised(loaded))
-        parts = PartStore(tmp_path / "results")
-        cell.open(Run(force), parts)  # type: ignore[arg-type]
-        return cell, parts
+        cell.open(Run(force), runner or Runner(tmp_path / "results"))  # type: ignore[arg-type]
+        return cell, tmp_path / "results" / "parts"
 
     return make
 
@@ -296,14 +311,16 @@ def test_a_sweep_that_was_killed_goes_on_with_the_batch_that_it_was_at(
     measured.append(("", 0))  # goes on
     run_by_prompts([again], store)
     assert without_times(again.result()) == wanted
+    assert again.reused == ["answers", "selections"]  # of both a batch was there
+    assert undisturbed.reused == []
     assert len(measured) - 1 == sum(map(len, again.records.values())) == 4
     again.close()
-    assert sorted(path.name for path in parts.folder.iterdir()) == [
+    assert sorted(path.name for path in parts.iterdir()) == [
         "answers-1.json",
         "selections-2.json",
     ]
     found, _ = open_cell(ExactTopK())
-    assert found.found == ("answers", "selections")
+    assert found.reused == ["answers", "selections"]
     assert without_times(found.result()) == wanted
 
 
@@ -322,6 +339,102 @@ def test_a_cell_that_fails_takes_no_further_part_and_the_others_go_on(
     assert [one.status for one in other.result().rows] == ["ok", "ok", "ok"]
 
 
+def test_cells_that_share_a_part_measure_it_once(
+    open_cell: Callable[..., Any], store: PrefillStore, tmp_path: Path
+) -> None:
+    runner = Runner(tmp_path / "results")
+    one, _ = open_cell(ExactTopK(), runner=runner)
+    other, _ = open_cell(ExactTopK(), runner=runner)
+    run_by_prompts([one, other], store)
+    assert (one.reused, other.reused) == ([], ["answers", "selections"])
+    assert without_times(one.result()) == without_times(other.result())
+
+
+def test_a_process_that_waited_finds_what_the_other_one_has_finished(
+    open_cell: Callable[..., Any], store: PrefillStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, _ = open_cell(ExactTopK())
+    quick, parts = open_cell(ExactTopK())
+    run_by_prompts([quick], store)
+    quick.close()
+    assert sorted(path.suffix for path in parts.iterdir()) == [".json", ".json"]
+    monkeypatch.setattr(Ruler, "measure", lambda *given: 1 / 0)  # nothing is left to measure
+    run_by_prompts([waiting], store)
+    assert without_times(waiting.result()) == without_times(quick.result())
+    assert waiting.reused == ["answers", "selections"]
+
+
+def test_a_process_that_finds_other_results_makes_its_cell_wrong_and_goes_on(
+    open_cell: Callable[..., Any], loaded: LoadedModel, store: PrefillStore
+) -> None:
+    cell, parts = open_cell(ExactTopK())
+    made = cell.task
+    healthy = PromptCell.of(context(loaded, store, Quest(page_size=4), 24), made, cell.prompts)
+    measure, calls = type(made).measure, []
+
+    def disturbed(self: Any, own: Context, plan: Any, part: str, prompts: Any) -> Any:
+        calls.append(part)
+        if len(calls) == 3:  # after exact's first answers
+            (path,) = (parts / "answers-1").glob("*.jsonl")
+            line = json.loads(path.read_text().strip().splitlines()[0])
+            line["records"][0]["samples"][0]["tokens"] = [1]
+            (parts / "answers-1" / "other-9.jsonl").write_text(json.dumps(line) + "\n")
+        return measure(self, own, plan, part, prompts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(made), "measure", disturbed)
+        run_by_prompts([cell, healthy], store)
+    (row,) = cell.result().rows
+    assert (row.status, row.values) == ("wrong", {})
+    assert "batch 0 was measured twice with different results" in row.reason
+    assert [one.status for one in healthy.result().rows] == ["ok", "ok", "ok"]
+
+
+def test_a_number_that_is_not_finite_fails_its_cell(
+    open_cell: Callable[..., Any], store: PrefillStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell, _ = open_cell(ExactTopK())
+    measure = Ruler.measure
+
+    def not_finite(self: Any, own: Context, plan: Any, part: str, prompts: Any) -> Any:
+        record = measure(self, own, plan, part, prompts)
+        return {**record, "value": float("nan")} if part == "selections" else record
+
+    monkeypatch.setattr(Ruler, "measure", not_finite)
+    run_by_prompts([cell], store)
+    (row,) = cell.result().rows
+    assert row.status == "failed"
+    assert "(selections of niah_single-170-0-0 to niah_single-170-0-1)" in row.reason
+
+
+def test_what_was_measured_twice_agrees_but_for_times_and_rounding() -> None:
+    one = [{"samples": [{"tokens": [1], "prefill_ms": 1.0}], "count": {"read": 5.0}}]
+    assert same_records(one, [{**one[0], "count": {"read": 5.0001}}])
+    assert not same_records(one, [{**one[0], "count": {"read": 6.0}}])
+    assert not same_records(one, [*one, *one])
+    timed = [{"prompts": [{"turn_ms": {"full": [1.0]}}]}]
+    assert same_records(timed, [{"prompts": [{"turn_ms": {"full": [2.0]}}]}])
+
+
+def test_a_prefill_that_kills_its_process_is_given_up_and_ends_the_batchs_cells(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims = Claims(tmp_path / "claims")
+    for _ in range(3):
+        killed = os.fork()
+        if killed == 0:
+            with claims.prefilling(0):
+                os._exit(9)
+        os.waitpid(killed, 0)
+    store = PrefillStore(loaded.model)
+    cells = cells_of(loaded, store, task(tmp_path))[:2]
+    run_by_prompts(cells, store, claims.claim, claims.prefilling)
+    for cell in cells:
+        (row,) = cell.result().rows
+        assert row.status == "out_of_memory"
+        assert "the process was killed 3 times while it measured this" in row.reason
+
+
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "answers-1", same_records)
     assert journal.read() == {}
@@ -338,10 +451,11 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
 def test_two_writers_must_agree(tmp_path: Path) -> None:
     journal = Journal(tmp_path, same_records)
     journal.append(1, [{"samples": [{"tokens": [1], "prefill_ms": 3.0}], "count": {"read": 1.0}}])
-    line = {"batch": 1, "records": [{"samples": [{"tokens": [1], "prefill_ms": 4.0}]}]}
+    record: Record = {"samples": [{"tokens": [1], "prefill_ms": 4.0}], "count": {"read": 1.0}}
+    line = {"batch": 1, "records": [record]}
     (tmp_path / "other-7.jsonl").write_text(json.dumps(line) + "\n")
     assert sorted(journal.read()) == [1]
-    line["records"][0]["samples"][0]["tokens"] = [2]  # type: ignore[index]
+    record["samples"][0]["tokens"] = [2]
     (tmp_path / "other-7.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(DisagreementError, match="batch 1 was measured twice with different"):
         journal.read()
