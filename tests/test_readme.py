@@ -37,16 +37,20 @@ def test_the_scripts_that_readme_prints_run(
     assert names["method"].artifact_digest
     whole = names["tokenizer"](names["text"] + names["question"], return_tensors="pt")
 
-    def ask_in_one_forward(**given: bool) -> Any:
+    def ask_in_one_forward(num_tokens: int, **given: bool) -> Any:
         with names["attach"](names["model"], names["method"], names["Policy"](k=256), **given):
             context = names["tokenizer"](names["text"], return_tensors="pt")
             cache = names["model"](**context).past_key_values
             copied = copy.deepcopy(cache)
-            return names["model"].generate(**whole, past_key_values=copied, max_new_tokens=3)
+            return names["model"].generate(
+                **whole, past_key_values=copied, max_new_tokens=num_tokens
+            )
 
     with pytest.raises(MethodBypassedError, match="allow_dense_forwards=True"):
-        ask_in_one_forward()
-    assert ask_in_one_forward(allow_dense_forwards=True).shape[1] == whole["input_ids"].shape[1] + 3
+        ask_in_one_forward(1)
+    length = whole["input_ids"].shape[1]
+    assert ask_in_one_forward(1, allow_dense_forwards=True).shape[1] == length + 1
+    assert ask_in_one_forward(3).shape[1] == length + 3  # the question counts as the prompt's end
     assert list(tmp_path.iterdir()) == []  # the artifact ships with the model: nothing was fitted
 
 
