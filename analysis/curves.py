@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -192,19 +191,24 @@ def curve(configurations: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.Data
     log2_axis(axes.xaxis, [float(v) for v in data[x]])
     axes.set_xlabel(METRICS[x].axis)
     axes.set_ylabel(METRICS[y].axis)
-    shown = pd.concat([data[y], full[y]])
     if y == "decode_vs_full":
         from_zero(axes)
     else:
-        whole_axis(axes, float(shown.min()), 100.0 if y == "score" else 1.0)
+        share_axis(axes, 100.0 if y == "score" else 1.0)
     legend(figure, axes)
     return figure, table(pd.concat([full.head(1), data]), x, y)
 
 
-def whole_axis(axes: Axes, lowest: float, whole: float, margin: float = 0.02) -> None:
-    """End the vertical axis just above ``whole``; begin it at a tenth of it, below all points."""
-    bottom = math.floor(10 * (lowest / whole - 0.08)) / 10 * whole
-    axes.set_ylim(max(bottom, -0.02 * whole), (1.0 + margin) * whole)
+def share_axis(axes: Axes, whole: float) -> None:
+    """Fit the vertical axis to what is drawn with its intervals, to a tenth of ``whole`` or more.
+
+    Args:
+        axes: The axes, with everything drawn.
+        whole: Largest possible value; the smallest is 0.
+    """
+    low, high = axes.dataLim.y0, axes.dataLim.y1
+    margin = max(0.06 * (high - low), (0.1 * whole - (high - low)) / 2)
+    axes.set_ylim(max(low - margin, -0.02 * whole), min(high + margin, 1.02 * whole))
 
 
 def from_zero(*panels: Axes) -> None:

@@ -246,7 +246,9 @@ def _content(
     return {
         "title": f"topkbench: {folder.parent.name}/{folder.name}",
         "ran": [
-            f"{len(cells)} cells: " + ", ".join(f"{n} {name}" for name, n in counts.items()) + ".",
+            f"{len(cells)} cell{'' if len(cells) == 1 else 's'}: "
+            + ", ".join(f"{n} {name}" for name, n in counts.items())
+            + ".",
             f"Methods: {', '.join(dict.fromkeys(cells['method'].astype(str)))}.",
             *(
                 f"{label}: {', '.join(str(int(v)) for v in sorted(cells[name].dropna().unique()))}."

@@ -61,10 +61,14 @@ class SelectionTask(Ruler):
     ) -> Outcome:
         samples = [one for record in records["selections"] for one in record["samples"]]
         outcome = Outcome([], samples)
+        longest = max(prompt.most_cached for prompt in prompts)
         for k in self.budgets:
             of_budget = [one for one in samples if one["k"] == k]
             if not of_budget:
-                reason = f"no decode step had more than k={k} cached tokens to choose from."
+                reason = (
+                    f"k={k} must be below the number of cached tokens, which was at most {longest};"
+                    f" use longer prompts, or leave {k} out of task.budgets."
+                )
                 outcome.rows.append(TaskRow("mean", {"k": k}, "skipped", reason))
                 continue
             means = {

@@ -1,5 +1,6 @@
 """README's script and its example method run as printed, and that method can stay."""
 
+import copy
 import os
 import re
 import shutil
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from topkbench.models.step_count import MethodBypassedError
 
 ROOT = Path(__file__).parents[1]
 LINKED = ("kernels", "models", "harness", "analysis", "tasks", "tools")
@@ -20,14 +23,34 @@ def blocks() -> list[str]:
     return re.findall(r"```(?:python|yaml)\n(.*?)```", text, re.DOTALL)
 
 
-def test_the_script_that_readme_prints_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_scripts_that_readme_prints_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The second goes on from the first, and each prints what its last line says."""
     monkeypatch.chdir(tmp_path)
-    (script,) = [block for block in blocks() if "with attach(" in block]
+    scripts = [block for block in blocks() if "with attach(" in block]
+    assert len(scripts) == 2
     names: dict[str, Any] = {}
-    exec(compile(script, "README.md", "exec"), names)
+    for script in scripts:
+        exec(compile(script, "README.md", "exec"), names)
+        assert capsys.readouterr().out.strip() == script.rpartition("  # ")[2].strip()
     assert names["method"].artifact_digest
+    whole = names["tokenizer"](names["text"] + names["question"], return_tensors="pt")
+
+    def ask_in_one_forward(num_tokens: int, **given: bool) -> Any:
+        with names["attach"](names["model"], names["method"], names["Policy"](k=256), **given):
+            context = names["tokenizer"](names["text"], return_tensors="pt")
+            cache = names["model"](**context).past_key_values
+            copied = copy.deepcopy(cache)
+            return names["model"].generate(
+                **whole, past_key_values=copied, max_new_tokens=num_tokens
+            )
+
+    with pytest.raises(MethodBypassedError, match="allow_dense_forwards=True"):
+        ask_in_one_forward(1)
+    length = whole["input_ids"].shape[1]
+    assert ask_in_one_forward(1, allow_dense_forwards=True).shape[1] == length + 1
+    assert ask_in_one_forward(3).shape[1] == length + 3  # the question counts as the prompt's end
     assert list(tmp_path.iterdir()) == []  # the artifact ships with the model: nothing was fitted
 
 

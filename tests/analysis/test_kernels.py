@@ -12,7 +12,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from topkbench.analysis import kernels, report, style
-from topkbench.analysis.record import Row
+from topkbench.analysis.record import COLUMNS, Row, typed
 
 MADE_UP = {"device": "Made-up GPU", "torch": "2.11.0", "git_commit": "0123456789abcdef"}
 
@@ -127,13 +127,19 @@ def test_rows_without_times_have_tables_and_no_figures(tmp_path: Path) -> None:
     assert list((tmp_path / "figures").iterdir()) == []
 
 
-def test_a_time_in_a_row_that_is_not_ok_is_shown_nowhere(tmp_path: Path) -> None:
+def test_a_time_in_a_row_that_is_not_ok_is_refused_and_drawn_nowhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     wrong = {"status": "wrong", "reason": "off by 1."}
     rows = [*made_up(), timed("kernel_times", "hamming_score", 20, 0.7654, **wrong)]
     rows.append(timed("kernel_dense", "full", 21, 0.0001, full_backend="broken, 1", **wrong))
     pd.DataFrame(rows).to_csv(tmp_path / "rows.csv", index=False)
-    assert report.main([str(tmp_path)]) == 0
-    assert "0.7654" not in (tmp_path / "report.md").read_text()
+    assert report.main([str(tmp_path)]) == 2
+    assert "must be empty unless status is ok" in capsys.readouterr().err
+    (tmp_path / "figures").mkdir()
+    every = pd.DataFrame(rows)
+    missing = [name for name in COLUMNS if name not in every]
+    kernels.draw(typed(every.reindex(columns=[*every, *missing])), tmp_path / "figures", "")
     for name in ("operator_bandwidth", "dense_baselines"):
         shown = pd.read_csv(tmp_path / "figures" / f"{name}.csv")
         assert not {"hamming_score", "broken, 1"} & set(shown["name"])

@@ -80,6 +80,33 @@ def test_a_caption_counts_what_its_figure_shows(big_sweep: Sweep, tmp_path: Path
     ]
 
 
+def test_a_figures_data_have_each_column_once(big_sweep: Sweep, tmp_path: Path) -> None:
+    found = compare(big_sweep.rows(), big_sweep.samples()).configurations
+    for one in draw_all(found, tmp_path, "words"):
+        names = one.csv.read_text().splitlines()[0].split(",")
+        assert len(names) == len(set(names)), one.name
+
+
+def test_a_score_axis_follows_what_is_drawn(small_sweep: Sweep) -> None:
+    """Scores of 54 to 55 are not drawn on an axis to 100, and full attention's line is on it."""
+    configurations = compare(small_sweep.rows(), small_sweep.samples()).overall
+    near = configurations.assign(
+        score=[54.9, 54.3, 55.3, 55.1, 55.1],
+        score_ci_low=[51.6, 51.6, 52.7, 51.8, 51.7],
+        score_ci_high=[58.1, 57.4, 58.3, 58.3, 58.2],
+    )
+    made = curve(near, "score", "rbit")
+    assert made is not None
+    bottom, top = made[0].axes[0].get_ylim()
+    assert 48 < bottom < 51.6
+    assert 58.3 < top < 62
+    assert top - bottom >= 10
+    perfect = near.assign(score=100.0, score_ci_low=96.0, score_ci_high=100.0)
+    made = curve(perfect, "score", "rbit")
+    assert made is not None
+    assert made[0].axes[0].get_ylim() == pytest.approx((93, 102))
+
+
 def test_seeds_add_up_their_prompts_unless_a_file_has_them(row: Callable[..., Row]) -> None:
     def pooled(prompts: str) -> int:
         rows = frame(
@@ -180,6 +207,7 @@ def test_the_command_works_without_torch(tmp_path: Path, row: Callable[..., Row]
         [sys.executable, "-c", code, str(sweep.folder)], capture_output=True, text=True
     )
     assert found.returncode == 0, found.stderr
+    assert "- 1 cell: 1 ok." in (sweep.folder / "report.md").read_text()
     assert found.stdout.strip() == str(sweep.folder / "report.html")
 
 

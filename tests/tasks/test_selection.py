@@ -69,7 +69,11 @@ def test_a_budget_of_all_tokens_is_a_skipped_row(
     rows = task(tmp_path, budgets=(16, 500)).run(cell).rows
     assert [row.status for row in rows] == ["ok", "skipped"]
     assert rows[1].values == {"k": 500}
-    assert rows[1].reason == "no decode step had more than k=500 cached tokens to choose from."
+    longest = max(prompt.most_cached for prompt in task(tmp_path).tokenised(loaded))
+    assert rows[1].reason == (
+        f"k=500 must be below the number of cached tokens, which was at most {longest}; use longer "
+        "prompts, or leave 500 out of task.budgets."
+    )
 
 
 def test_full_attention_is_skipped_since_it_selects_nothing(
