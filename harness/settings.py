@@ -173,7 +173,11 @@ class Composed:
         }
         composed = cls(settings, appearance, *made.values())
         if "k" in given and composed.task.all_budgets:
-            way_out = "task.budget=null uses it" if "budget" in settings["task"] else "leave it out"
+            way_out = "leave it out"
+            if "budget" in settings["task"]:
+                way_out = "task.budget=null uses it"
+            elif "budgets" in settings["task"]:
+                way_out = f"task.budgets=[{settings['k']}] sets the task's own"
             raise SettingsError(
                 f"k has no effect with task={composed.task.name} and these settings; {way_out}."
             )

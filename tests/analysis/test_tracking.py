@@ -122,6 +122,7 @@ def test_a_sweep_whose_run_breaks_has_one_at_its_end(
     tracker.begin_sweep(small_sweep.folder, small_sweep.title)
     monkeypatch.setattr(tracker._live, "log", lambda *given: 1 / 0)
     monkeypatch.setattr(session("auto"), "mode", "online")  # so that it can go on offline
+    monkeypatch.setattr(tracker, "_live_mode", "online")
     with pytest.warns(UserWarning, match="offline from here on.*division by zero"):
         tracker.log_progress(1, 2, [{"cell": "one"}])
     tracker.log_progress(2, 2, [{"cell": "one"}])  # nothing is left to copy it to

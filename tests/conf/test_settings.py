@@ -53,7 +53,10 @@ BAD = {
     "task=decode_latency k=64": (
         "k has no effect with task=decode_latency and these settings; task.budget=null uses it."
     ),
-    "task=selection k=64": "k has no effect with task=selection and these settings; leave it out.",
+    "task=selection k=64": (
+        "k has no effect with task=selection and these settings; task.budgets=[64] sets the task's"
+        " own."
+    ),
     "task=fit num_samples=3": "num_samples has no effect with task=fit, which has no such setting;",
     "task=decode_latency question=dense": "question has no effect with task=decode_latency, which",
     "task=decode_throughput question=dense": "question has no effect with task=decode_throughput,",
