@@ -175,7 +175,7 @@ class Task(ABC):
         return
 
     def decided(self) -> dict[str, Any]:
-        """Return the values that the task uses for settings whose value is None."""
+        """Return the values that the task uses where settings are None or auto."""
         return {}
 
     def prompts(self, loaded: LoadedModel) -> str | None:

@@ -656,6 +656,7 @@ def test_a_folder_that_was_there_stays(run: Any, tmp_path: Path) -> None:
 def test_a_batch_system_that_ends_the_process_gets_a_sentence_and_the_signals_status(
     run: Any, monkeypatch: pytest.MonkeyPatch, number: int, status: int
 ) -> None:
+    signal.signal(number, signal.SIG_DFL)  # whatever the tests were started with
     monkeypatch.setattr(Runner, "run", lambda *given: os.kill(os.getpid(), number))
     assert run("method=exact", "tracker=none") == (
         status,

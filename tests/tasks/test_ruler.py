@@ -42,10 +42,11 @@ def test_a_sample_does_not_depend_on_the_number_of_samples(
 
 
 def test_what_is_null_is_the_same_cell_as_the_value_that_is_used(tmp_path: Path) -> None:
-    expected = {"length": 4096, "subtasks": list(SUBTASKS)}
+    expected = {"length": 4096, "subtasks": list(SUBTASKS), "batch_size": 25}
     assert Ruler().decided() == expected
     assert Ruler(length=4096, subtasks=SUBTASKS).decided() == expected
-    assert Ruler(length=300, subtasks=["vt"]).decided() == {"length": 300, "subtasks": ["vt"]}
+    found = Ruler(length=300, subtasks=["vt"], batch_size=4).decided()
+    assert found == {"length": 300, "subtasks": ["vt"], "batch_size": 4}
 
 
 def test_seed_and_length_change_the_samples(loaded: LoadedModel, make: MakeTask) -> None:
