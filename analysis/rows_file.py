@@ -48,9 +48,13 @@ def read_rows(file: Path) -> pd.DataFrame:
             data[name] = data[name].replace({"True": True, "False": False})
     data = typed(data)
     recorded = [name for name in data.columns if name in COLUMNS or _is_parameter(name)]
+    # An empty text is read as missing; the GPU check's rows of parts that did not run have some.
+    empty: dict[str, Any] = {name: "" for name in required if name in words}
     for place, values in enumerate(data[recorded].astype(object).to_dict("records"), start=1):
         try:
-            Row.from_flat({str(k): None if pd.isna(v) else v for k, v in values.items()})
+            Row.from_flat(
+                {str(k): empty.get(str(k)) if pd.isna(v) else v for k, v in values.items()}
+            )
         except RecordError as error:
             raise RecordError(f"row {place} of {file} is not as a run wrote it: {error}") from None
     return data

@@ -32,7 +32,7 @@ def hydra_config(sweep: Sweep, **more: object) -> Any:
     [
         ("", "results_dir must name a folder, got ''; the default is results_dir=results."),
         (" ", "results_dir must name a folder, got ' '; the default is results_dir=results."),
-        (None, "results_dir must name a folder, got None; the default is results_dir=results."),
+        (None, "results_dir must name a folder, got null; the default is results_dir=results."),
         (7, "results_dir must name a folder, got 7; the default is results_dir=results."),
         (
             "{tmp}/file",
