@@ -69,7 +69,7 @@ def main() -> int:
             stderr=subprocess.DEVNULL,
         )
         try:
-            process.wait(moments.uniform(0.2, 1.0) * seconds)
+            process.wait(moments.uniform(0.2, 0.8) * seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
