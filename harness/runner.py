@@ -122,10 +122,11 @@ class Runner:
     def _load(self, name: str, settings: Mapping[str, Any]) -> tuple[LoadedModel, PrefillStore]:
         """Return a model and its prefills; the model before, if it is another one, is dropped."""
         if self._model is None or self._model[0] != name:
-            self._model = None  # before the next one takes memory
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            if self._model is not None:  # before the next one takes memory
+                self._model = None
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
             loaded = construct(
                 Names({}), "model", settings["model"], cache_dir=settings["cache_dir"]
             )
