@@ -22,7 +22,7 @@ from topkbench.methods.base import (
     StepContext,
 )
 from topkbench.models.attach import attach
-from topkbench.models.cache import Buffers, DecodeCache
+from topkbench.models.cache import DecodeCache
 from topkbench.models.compat import layer_devices, partial_layers, token_logits
 from topkbench.models.prefill import prefill
 from topkbench.models.step_count import MethodBypassedError
@@ -110,9 +110,7 @@ def _logits(context: Context, method: AnyMethod) -> Tensor:
     vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (PROMPT + STEPS,), generator=generator).tolist()
-    prompt = [prefill(model, ids[:PROMPT])]
-    buffers = Buffers.of(prompt, PROMPT + STEPS, layer_devices(model))
-    cache = DecodeCache(prompt, STEPS, buffers)
+    cache = DecodeCache.on(layer_devices(model), [prefill(model, ids[:PROMPT])], STEPS)
     policy = Policy(k=FEW, num_sink=0, num_recent=0, dense_layers=0)
     logits = []
     with attach(model, method, policy) as session:

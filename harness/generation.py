@@ -139,12 +139,11 @@ class GenerationTask(PromptTask):
         density = statistics.fmean(densities) if densities else None
         reads = [one.step_reads for one in counts.values() if one.step_reads is not None]
         shared: dict[str, Any] = {"batch_size": 1, "density": density}
-        per_batch: dict[str, Any] = {}
+        per_batch: dict[str, Any] = dict.fromkeys(counts, self.batch_size)
         for record in records["answers"]:
-            together = record.get("share", self.batch_size)
-            before = per_batch.get(record["subtask"], self.batch_size)
-            per_batch[record["subtask"]] = min(before, together)
-        shared["prompts_per_batch"] = min(per_batch[subtask] for subtask in counts)
+            if "share" in record and record["subtask"] in counts:
+                per_batch[record["subtask"]] = min(per_batch[record["subtask"]], record["share"])
+        shared["prompts_per_batch"] = min(per_batch.values())
         if selects:
             taken = [one.share_taken for one in counts.values() if one.share_taken is not None]
             shared["sparse_step_share"] = statistics.fmean(taken)

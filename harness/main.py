@@ -316,9 +316,9 @@ def check_overrides(arguments: Sequence[str]) -> None:
         ValueError: If a setting cannot be read, or names anything but one option of a group.
     """
     known = set(get_args_parser()._option_string_actions)
-    for option in itertools.dropwhile(lambda one: not one.startswith("-"), arguments):
-        name, equals, _ = option.partition("=")
-        if option.startswith("-") and name not in known:
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name.startswith("-") and name not in known:
             raise ValueError(
                 f"there is no option {name}; a setting has no dashes (NAME=VALUE), and --help lists"
                 " the options."

@@ -6,8 +6,7 @@ from typing import Any
 
 from topkbench.analysis.journal import DisagreementError, Journal
 from topkbench.analysis.record import PartStore
-
-Record = dict[str, Any]
+from topkbench.harness.sweep import Record
 
 
 class MeasuredPart:
@@ -74,7 +73,7 @@ class MeasuredPart:
 
 
 def same_records(one: Sequence[Record], other: Sequence[Record]) -> bool:
-    """Return whether two measurements of one batch agree in all that is no time.
+    """Return whether two measurements of one batch agree in everything except times.
 
     Measured values may differ in rounding, as on a GPU; tokens, texts and counts may not.
     """
@@ -82,7 +81,7 @@ def same_records(one: Sequence[Record], other: Sequence[Record]) -> bool:
 
 
 def _without_times(records: Sequence[Record]) -> Any:
-    """Return records without times; nothing of those that are times and little else."""
+    """Return records without the time of prefills, and without the times of decode steps."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from tqdm import tqdm
 
 from topkbench.analysis.console import say, say_error
 from topkbench.analysis.files import NotWritableError
@@ -28,6 +27,7 @@ from topkbench.harness.cell import (
 from topkbench.harness.commit import git_state
 from topkbench.harness.decoding import Prompt
 from topkbench.harness.parts import MeasuredPart
+from topkbench.harness.progress import Bar
 from topkbench.harness.run import Run, answers_in, describe, describe_settings, now
 from topkbench.harness.settings import Composed, Names, construct
 from topkbench.harness.sources import ROOT
@@ -103,7 +103,8 @@ class Runner:
 
     def run(self, jobs: Sequence[Job]) -> float | None:
         """Run all jobs, those of one model together; return the score of the last one's cell."""
-        if not are_cached():
+        on_cpu = any(job.composed.settings["device"] == "cpu" for job in jobs)
+        if on_cpu and not are_cached():
             say("CPU kernels are compiled when first used, once on this machine: up to a minute")
         score: float | None = None
         by_model: dict[str, list[Job]] = {}
@@ -202,13 +203,15 @@ class Runner:
             refit = settings["force"] and task.refits and name not in self._fitted
             self._fitted.add(name)
             memory_gib = settings["calibration_memory_gib"]
-            with FitProgress(composed.method.name, loaded.name) as progress:
+            title = f"{composed.method.name} learns on {loaded.name}"
+            # A method that learns nothing shows no bar.
+            with Bar(title, lambda done, total: f"{title}: {done / total:.0%}") as bar:
                 artifact = prepare_method(
                     loaded,
                     composed.method,
                     composed.texts,
                     settings["artifact_dir"],
-                    progress.update,
+                    bar.update,
                     None if memory_gib is None else int(memory_gib * 2**30),
                     refit,
                 )
@@ -321,6 +324,7 @@ class SweepCell:
         runner: The sweep's.
         full: Full attention's cell, with which it is compared; None if it is not compared.
         measured: What was measured so far of a cell that is measured prompt by prompt.
+        title: The cell's model, task and settings in one line, once it has begun.
         has_ended: Whether the cell was found, or was written by this process.
         is_asked_for: Whether a configuration of the sweep is this cell; else it is full
             attention's, with which others are compared.
@@ -330,6 +334,7 @@ class SweepCell:
     runner: Runner
     full: "SweepCell | None"
     measured: "JournaledCell" = field(init=False)
+    title: str = field(init=False)
     has_ended: bool = False
     is_asked_for: bool = False
 
@@ -357,7 +362,9 @@ class SweepCell:
         with self.cell.lock():
             self.has_ended = self.is_found()
             if not self.has_ended:
-                self.cell.begin(self.run.row())
+                row = self.run.row()
+                self.cell.begin(row)
+                self.title = describe_settings(row)
         if self.has_ended:
             self.report_found()
         return not self.has_ended
@@ -409,11 +416,6 @@ class SweepCell:
             self._write(ended_by(error), traceback.format_exc())
             return False
         return True
-
-    @functools.cached_property
-    def title(self) -> str:
-        """The cell's model, task and settings in one line."""
-        return describe_settings(self.run.row())
 
     def so_far(self) -> dict[str, Any]:
         """Return the cell's name, its samples done, and the mean of their scores."""
@@ -584,7 +586,7 @@ def failed(error: Exception, place: str = "") -> Outcome:
 
 
 class Progress:
-    """Says how far a model's cells are: one bar on a terminal, else a line at most every 30 s.
+    """Says how far a model's cells are, on the console and to the tracker.
 
     Args:
         num_cells: Cells that are measured prompt by prompt.
@@ -595,45 +597,29 @@ class Progress:
         self._num_cells = num_cells
         self._tracker = tracker
         self._cells: list[SweepCell] = []
-        self._bar = tqdm(total=0, desc="samples", disable=None, leave=False)
-        self._began = time.monotonic()
-        self._lines = Lines()
-        self._found = 0
+        self._bar = Bar("samples", lambda done, total: f"{done:,} of {total:,} samples", self._copy)
+        self._bar.before = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.close()
+        self._bar.__exit__(*error)
         self._copy()
 
     def begin(self, cells: Sequence[SweepCell], num_ended: int) -> None:
         """Add cells that are measured from now on, and leave out those that have ended already."""
-        before = self._done()
         self._num_cells -= num_ended
         self._cells += cells
-        self._found += self._done() - before
+        self._bar.before = (self._bar.before or 0) + sum(map(_samples_done, cells))
         self._copy()
-
-    def _done(self) -> int:
-        return sum(
-            len(batch)
-            for cell in self._cells
-            for number, batch in enumerate(cell.measured.batches)
-            if not cell.measured.missing(number)
-        )
 
     def update(self) -> None:
         """Show what is done now, of all cells if those to come have as many samples."""
-        done, total = self._done(), self._total()
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
-        if not self._lines.is_due():
-            return
-        self._copy()
-        if self._bar.disable:
-            left = time_left(done - self._found, total - self._found, self._began)
-            say(f"{done:,} of {total:,} samples{left}")
+        self._bar.update(self._done(), self._total())
+
+    def _done(self) -> int:
+        return sum(map(_samples_done, self._cells))
 
     def _total(self) -> int:
         sizes = [len(cell.measured.prompts) for cell in self._cells]
@@ -646,59 +632,9 @@ class Progress:
             self._tracker.log_progress(self._done(), self._total(), so_far)
 
 
-class FitProgress:
-    """Says how far a fit is: a bar on a terminal, else a line at most every 30 s.
-
-    Args:
-        method: The method's name.
-        model: The model's name.
-    """
-
-    def __init__(self, method: str, model: str) -> None:
-        self._name = f"{method} learns on {model}"
-        self._bar: Any = None  # none for a method that learns nothing
-        self._began, self._first = time.monotonic(), 0
-        self._lines = Lines()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def update(self, done: int, total: int) -> None:
-        """Show the units of work done, of their total."""
-        if self._bar is None:
-            self._first = done  # of a fit that was killed before
-            self._bar = tqdm(desc=self._name, disable=None, leave=False, unit=" units")
-        bar = self._bar
-        bar.total = total
-        bar.update(done - bar.n)
-        if bar.disable and self._lines.is_due():
-            left = time_left(done - self._first, total - self._first, self._began)
-            say(f"{self._name}: {done / total:.0%}{left}")
-
-
-class Lines:
-    """Says when the next line is due where there is no bar: not more often than every 30 s."""
-
-    INTERVAL_S = 30.0
-
-    def __init__(self) -> None:
-        self._said = time.monotonic()
-
-    def is_due(self) -> bool:
-        """Return whether a line is due, and count it as said."""
-        now = time.monotonic()
-        is_due = now - self._said >= self.INTERVAL_S
-        self._said = now if is_due else self._said
-        return is_due
-
-
-def time_left(done: int, total: int, began: float) -> str:
-    """Return in words how long it takes to do the rest; nothing if nothing is done."""
-    if done < 1:
-        return ""
-    minutes = (time.monotonic() - began) / done * (total - done) / 60
-    return f", about {minutes:.0f} min left" if minutes >= 1 else ", less than a minute left"
+def _samples_done(cell: SweepCell) -> int:
+    """Return how many samples a cell has measured."""
+    measured = cell.measured
+    return sum(
+        len(batch) for number, batch in enumerate(measured.batches) if not measured.missing(number)
+    )

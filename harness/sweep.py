@@ -16,6 +16,7 @@ import torch
 from topkbench.harness.batch_size import most_prompts
 from topkbench.harness.decoding import Prompt, batches
 from topkbench.harness.task import Context, Outcome, Task, TaskRow
+from topkbench.methods.base import kv_bytes
 from topkbench.models.attach import geometry_of
 from topkbench.models.load import LoadedModel, free_bytes
 from topkbench.models.prefill_store import PrefillStore
@@ -85,9 +86,9 @@ class PromptTask(Task):
         tokens = max(
             prompt.num_tokens + prompt.sample.max_new_tokens for prompt in self.tokenised(loaded)
         )
-        one = geometry_of(loaded.model)
-        token_bytes = 2 * one.num_layers * one.num_kv_heads * one.head_dim * one.dtype_bytes
-        return tokens * token_bytes, free_bytes(loaded.model.device)
+        geometry = geometry_of(loaded.model)
+        all_layers = geometry.num_layers * kv_bytes(geometry, tokens)
+        return all_layers, free_bytes(loaded.model.device)
 
     def run(self, context: Context) -> Outcome:
         if self.batch_size == "auto":

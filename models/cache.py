@@ -217,6 +217,14 @@ class DecodeCache(Cache):
                 parts = [prefill.captured[layer] for prefill in prefills]
                 self._captured.append(Captured.batch(parts, self.n, device))
 
+    @classmethod
+    def on(
+        cls, devices: Sequence[torch.device], prefills: Sequence[Prefill], new_tokens: int
+    ) -> Self:
+        """Return a cache with buffers of its own, each layer on its device."""
+        capacity = max(prefill.num_tokens for prefill in prefills) + new_tokens
+        return cls(prefills, new_tokens, Buffers.of(prefills, capacity, devices))
+
     @property
     def num_bytes(self) -> int:
         """Bytes allocated for keys and values, unused slots included."""

@@ -77,24 +77,22 @@ class PrefillStore:
         """
         rows = [tuple(ids) for ids in prompts]
         states = [self.get(ids, needs) for ids in rows]
-        capacity = max(map(len, rows)) + new_tokens
         if self._users:
-            buffers = Buffers.of(states, capacity, layer_devices(self.model))
-            return DecodeCache(states, new_tokens, buffers)
-        cache = DecodeCache(states, new_tokens, self._shared(rows, capacity))
+            return DecodeCache.on(layer_devices(self.model), states, new_tokens)
+        shared = self._shared(rows, max(map(len, rows)) + new_tokens)
+        cache = DecodeCache(states, new_tokens, shared)
         self._users.add(cache)
         return cache
 
     def _shared(self, rows: list[tuple[int, ...]], capacity: int) -> Buffers:
         """Return buffers of prompts that other caches may use later."""
         first = _position(rows, self._rows)
-        if first is None or self._buffers is None or self._buffers.capacity < capacity:
-            if first is None:
-                self._rows = rows
+        if first is None:
+            self._rows, self._buffers, first = rows, None, 0
+        if self._buffers is None or self._buffers.capacity < capacity:
             states = [self._states[ids] for ids in self._rows]
             self._buffers = None  # each layer is freed once it has moved
             self._buffers = Buffers.of(states, capacity, layer_devices(self.model), move=True)
-            first = _position(rows, self._rows) or 0
         return self._buffers.rows(first, first + len(rows))
 
     def release(self) -> None:

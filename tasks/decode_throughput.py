@@ -29,7 +29,7 @@ from topkbench.methods.base import (
     kv_bytes,
 )
 from topkbench.models.attach import Session, attach
-from topkbench.models.cache import Buffers, DecodeCache
+from topkbench.models.cache import DecodeCache
 from topkbench.models.compat import PreTrainedModel, layer_devices, token_logits
 from topkbench.models.load import free_bytes
 from topkbench.models.prefill import Prefill
@@ -195,9 +195,7 @@ class DecodeThroughput(Task):
             scale = geometry.head_dim**-0.5
             captured = capture(needs, keys[None], geometry.num_heads, scale)
             prefill = replace(prefill, captured=(captured,) * layers)
-        prefills = [prefill] * self.batch_size
-        buffers = Buffers.of(prefills, prefill.num_tokens + 1, layer_devices(model))
-        cache = DecodeCache(prefills, 1, buffers)
+        cache = DecodeCache.on(layer_devices(model), [prefill] * self.batch_size, 1)
         cache.extend()
         return cache, self.batch_size * prefill.needs_ms(needs)
 

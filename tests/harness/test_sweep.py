@@ -18,11 +18,11 @@ from topkbench.analysis.record import PartStore
 from topkbench.harness.batch_size import most_prompts, recorded
 from topkbench.harness.cell import run_cell
 from topkbench.harness.decoding import Prompt
-from topkbench.harness.parts import MeasuredPart, Record, same_records
+from topkbench.harness.parts import MeasuredPart, same_records
 from topkbench.harness.runner import JournaledCell
-from topkbench.harness.sweep import PromptCell, run_by_prompts
+from topkbench.harness.sweep import PromptCell, Record, run_by_prompts
 from topkbench.harness.task import Context, Outcome
-from topkbench.methods.base import AnyMethod, Policy
+from topkbench.methods.base import AnyMethod, Policy, kv_bytes
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.h2o import H2O
@@ -148,9 +148,8 @@ def test_memory_grows_neither_with_prompts_nor_with_cells(
 
 def prompt_bytes(loaded: LoadedModel, prompt: Prompt) -> int:
     """Return the bytes of a prompt's keys and values."""
-    one = geometry_of(loaded.model)
-    row_bytes = 2 * one.num_layers * one.num_kv_heads * one.head_dim * one.dtype_bytes
-    return len(prompt.prefill_ids) * row_bytes
+    geometry = geometry_of(loaded.model)
+    return geometry.num_layers * kv_bytes(geometry, len(prompt.prefill_ids))
 
 
 # Memory that runs out -----------------------------------------------------------------------------
