@@ -9,7 +9,7 @@ attention of their own steps, ``Evicting`` (``methods/eviction.py``) for those t
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, cast
@@ -51,6 +51,7 @@ __all__ = [
     "Index",
     "IndexKind",
     "IndexT",
+    "KnownTokens",
     "Observer",
     "Policy",
     "PrefillInputs",
@@ -92,6 +93,9 @@ ScoreKind = Literal["logit", "count"]
 """What scores are: dot products up to the attention's scale, or anything else."""
 
 IndexKind = Literal["token", "running", "prompt", "history"]
+
+KnownTokens = Literal["together", "in turn", "one by one"]
+"""How tokens that are known beforehand go through a method, see ``TopKMethod.known_tokens``."""
 
 IndexT = TypeVar("IndexT", bound=Index)
 QueryT = TypeVar("QueryT")
@@ -145,12 +149,15 @@ class Traits:
         variable_budget: Whether a head may select fewer tokens than ``k``.
         per_kv_head: Whether scores are those of a KV head's group, so that query heads cannot
             select separately.
+        across_layers: Whether each step changes what the layers share, so that a step must go
+            through all layers before the next one begins.
     """
 
     needs: frozenset[str] = frozenset()
     index: IndexKind = "token"
     variable_budget: bool = False
     per_kv_head: bool = False
+    across_layers: bool = False
 
     @property
     def depends_on_prompt(self) -> bool:
@@ -286,6 +293,22 @@ class TopKMethod(ABC, Generic[IndexT, QueryT]):
             key_states: ``[B, Hkv, 1, d]``.
             value_states: ``[B, Hkv, 1, d]``.
         """
+
+    def known_tokens(self, counts: Sequence[int]) -> KnownTokens:
+        """Return how tokens that are known beforehand go through the method.
+
+        ``"together"``: in one forward of the model, and in one step of each layer.
+        ``"in turn"``: in one forward of the model, one step after the other in each layer.
+        ``"one by one"``: in a forward each.
+
+        Args:
+            counts: How many tokens each row of the batch has.
+        """
+        if not self.selects or (self.traits.restricts and not self.compacts):
+            return "together"
+        if self.compacts or self.traits.across_layers or len(set(counts)) > 1:
+            return "one by one"
+        return "in turn"
 
     # One decode step ----------------------------------------------------------------------------
 

@@ -156,7 +156,10 @@ class SpAtten(QueryIndependentMethod[SpAttenIndex], FollowsAttention[SpAttenInde
 
     name: ClassVar[str] = "spatten"
     traits: ClassVar[Traits] = Traits(
-        needs=frozenset({"column_sums"}), index="history", variable_budget=True
+        needs=frozenset({"column_sums"}),
+        index="history",
+        variable_budget=True,
+        across_layers=True,  # importance, and the tokens and heads that a step has pruned so far
     )
 
     last_keep: float = 1.0

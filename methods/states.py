@@ -1,7 +1,7 @@
 """The data passed between a method and its caller: cached states, indices, selections."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Generic, Protocol, Self, TypedDict, TypeVar
 
@@ -87,6 +87,7 @@ class CacheView:
         kv_len: int32 ``[B]`` end of each row's valid slots; None for ``n``.
         freed: int32 ``[B]`` how many tokens of each row have been freed from the cache; None for
             none.
+        new_tokens: How many of each row's last slots no index holds yet; one at a decode step.
     """
 
     key_states: Tensor
@@ -94,6 +95,7 @@ class CacheView:
     kv_start: Tensor | None = None
     kv_len: Tensor | None = None
     freed: Tensor | None = None
+    new_tokens: int = 1
 
     @property
     def n(self) -> int:
@@ -119,6 +121,51 @@ class CacheView:
             return self.key_states[:, :, -1:], self.value_states[:, :, -1:]
         rows, slots = torch.arange(len(self.kv_len), device=self.device), self.kv_len.long() - 1
         return self.key_states[rows, :, slots, None], self.value_states[rows, :, slots, None]
+
+    def without_newest(self, tokens: int) -> "CacheView":
+        """Return the cache as it was ``tokens`` tokens ago, at the step of the token then newest.
+
+        Args:
+            tokens: Less than ``new_tokens``.
+        """
+        n = self.n - tokens
+        return CacheView(
+            self.key_states[:, :, :n],
+            self.value_states[:, :, :n],
+            self.kv_start,
+            None if self.kv_len is None else self.kv_len - tokens,
+            self.freed,
+        )
+
+    def by_token(self, row: int, ends: Sequence[int]) -> "CacheView":
+        """Return one row once for each of some of its tokens, as the cache was at their steps.
+
+        Args:
+            row: The row.
+            ends: Each token's slot plus one.
+
+        Returns:
+            A view without copies: rows have stride 0.
+        """
+        one, n = slice(row, row + 1), max(ends)
+        return CacheView(
+            self.key_states[one, :, :n].expand(len(ends), -1, -1, -1),
+            self.value_states[one, :, :n].expand(len(ends), -1, -1, -1),
+            None if self.kv_start is None else self.kv_start[one].expand(len(ends)),
+            torch.tensor(ends, dtype=torch.int32, device=self.device),
+        )
+
+    def take_rows(self, rows: Sequence[int]) -> "CacheView":
+        """Return some rows, without a copy if all are the same one (see ``by_token``)."""
+        if self.key_states.stride(0) == 0:
+            keys, values = (one[: len(rows)] for one in (self.key_states, self.value_states))
+        else:
+            keys, values = (one[list(rows)] for one in (self.key_states, self.value_states))
+        start, end, freed = (
+            None if bound is None else bound[list(rows)]
+            for bound in (self.kv_start, self.kv_len, self.freed)
+        )
+        return CacheView(keys, values, start, end, freed)
 
 
 @dataclass
@@ -152,7 +199,7 @@ class StepContext:
         captured: Mapping[str, Tensor | None],
         shared: dict[str, SharedState] | None = None,
     ) -> PrefillInputs:
-        """Return the states before the current token, from which an index is built.
+        """Return the states before the new tokens, from which an index is built.
 
         Args:
             capacity: Slots to allocate in the index.
@@ -160,14 +207,15 @@ class StepContext:
             shared: What the indices of all layers of the cache share.
         """
         cache = self.cache
+        n = cache.n - cache.new_tokens
         return PrefillInputs(
-            key_states=cache.key_states[:, :, :-1],
-            value_states=cache.value_states[:, :, :-1],
+            key_states=cache.key_states[:, :, :n],
+            value_states=cache.value_states[:, :, :n],
             capacity=capacity,
             layer=self.layer,
             num_layers=self.num_layers,
             kv_start=cache.kv_start,
-            kv_len=None if cache.kv_len is None else cache.kv_len - 1,
+            kv_len=None if cache.kv_len is None else cache.kv_len - cache.new_tokens,
             query_tail=captured.get("query_tail"),
             column_sums=captured.get("column_sums"),
             shared={} if shared is None else shared,
@@ -312,6 +360,42 @@ class Index:
         if self.kv_len is not None:
             part.kv_len = self.kv_len - (self.length - n)
         return part
+
+    def by_token(self, row: int, ends: Sequence[int]) -> Self:
+        """Return one row once for each of some of its tokens, as the index was at their steps.
+
+        It is so if the method's ``traits.restricts`` holds. Nothing is copied: rows have stride 0,
+        and no token may be appended.
+
+        Args:
+            row: The row.
+            ends: Each token's slot plus one.
+        """
+        part, one = copy.copy(self), slice(row, row + 1)
+        for field_ in fields(self):
+            value = getattr(self, field_.name)
+            if isinstance(value, Index):
+                setattr(part, field_.name, value.by_token(row, ends))
+            elif isinstance(value, Tensor) and field_.name not in self.without_rows:
+                expanded = value[one].expand(len(ends), *[-1] * (value.ndim - 1))
+                setattr(part, field_.name, expanded)
+        device = next((v.device for v in vars(self).values() if isinstance(v, Tensor)), None)
+        part.length = max(ends)
+        part.kv_len = torch.tensor(ends, dtype=torch.int32, device=device)
+        return part
+
+    def end_at(self, ends: Tensor, n: int) -> None:
+        """Let rows end at given slots; later tokens of a row are overwritten by the next ones.
+
+        Args:
+            ends: int32 ``[B]`` each row's slots in use, at most those it has.
+            n: The largest of them.
+        """
+        self.length, self.kv_len = n, ends.clone()
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Index):
+                value.end_at(ends, n)
 
     def undo_append(self) -> None:
         """Remove the last token of every row; the next ``append`` overwrites its slot."""

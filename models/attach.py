@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from topkbench.kernels.full_attention.api import full_attention
 from topkbench.methods.base import (
     PREVIOUS_QUERY,
     AnyMethod,
@@ -23,11 +22,12 @@ from topkbench.methods.base import (
 )
 from topkbench.methods.learning import check_ready
 from topkbench.models import speculation
-from topkbench.models.cache_watch import LengthReader, Lengths, is_decode_cache
+from topkbench.models.cache_watch import LengthReader, Lengths, is_decode_cache, new_tokens
 from topkbench.models.compat import (
     AttentionCall,
     attention_modules,
     cache_layer,
+    cached_tokens,
     is_cache,
     layer_of,
     partial_layers,
@@ -37,11 +37,13 @@ from topkbench.models.compat import (
     speculate_queries,
     using_attention,
     watching_caches,
+    watching_prefill,
 )
 from topkbench.models.layer_index import LayerIndices
 from topkbench.models.softcap import softcap_attention
 from topkbench.models.step_count import StepCount
 from topkbench.models.step_guard import StepGuard
+from topkbench.models.steps import LayerForward, Steps
 
 IMPLEMENTATION = "topkbench"
 """The name under which our attention function is registered with transformers."""
@@ -142,7 +144,11 @@ def attach(
             _SESSIONS[module] = session
         model_hook = partial(_before_forward, session)
         hooks.append(model.register_forward_pre_hook(model_hook, with_kwargs=True))
-        with using_attention(model, IMPLEMENTATION), watching_caches(session):
+        with (
+            using_attention(model, IMPLEMENTATION),
+            watching_caches(session),
+            watching_prefill(model, session.prefill),
+        ):
             yield session
         session.end()
     finally:
@@ -165,6 +171,7 @@ class Session:
         modules: The model's attention modules.
         guard: Counts the decode steps and refuses those that bypassed the method.
         indices: The method's indices.
+        steps: Runs the method's steps.
     """
 
     def __init__(
@@ -212,9 +219,12 @@ class Session:
         )
         self._reader = LengthReader()
         self.indices = LayerIndices(self.method, observer, self._reader)
+        self.steps = Steps(self.method, observer, self.guard, self.indices)
         self._running = threading.local()
         self._cache: dict[int, Any] = {}
         self._speculated: dict[int, Tensor] = {}
+        # Inside ``prefill``, the caches that were empty.
+        self._prompts: WeakSet[Any] | None = None
 
     @property
     def count(self) -> StepCount:
@@ -279,11 +289,21 @@ class Session:
             self._note_cache(layer, call.cache)
         if not self._speculates or next_layer >= len(self.modules) or hidden is None:
             return
-        if q_len == 1 and call.rotary is not None:
+        if call.rotary is not None and self._may_step(call.cache, layer, q_len):
             with torch.no_grad(), self.observer.stage("encode", next_layer):
                 self._speculated[next_layer] = speculate_queries(
                     self.modules[next_layer], hidden.detach(), call.rotary
                 )
+
+    def _may_step(self, cache: Any, layer: int, q_len: int) -> bool:
+        """Return whether a forward that begins may be decode steps, as far as it is known."""
+        if q_len == 1 or cache is None:
+            return True
+        cached = cached_tokens(cache, layer)
+        if cached is None:
+            return True
+        before = cached - q_len if is_decode_cache(cache) else cached
+        return before > 0 and (self._prompts is None or cache not in self._prompts)
 
     def before_write(self, cache: Any) -> None:
         """Record which cache the running layer is about to write to, if no argument showed it."""
@@ -307,6 +327,19 @@ class Session:
         self._cache[layer] = cache
         self.indices.store.check(cache, layer)
 
+    @contextmanager
+    def prefill(self) -> Iterator[None]:
+        """Let later forwards over a cache be parts of its prompt, inside the block.
+
+        The cache must be empty when the block begins. ``generate`` does this for its prompt by
+        itself. Elsewhere the tokens that follow a filled cache are decode steps.
+        """
+        before, self._prompts = self._prompts, WeakSet()
+        try:
+            yield
+        finally:
+            self._prompts = before
+
     def attend(
         self,
         module: nn.Module,
@@ -318,83 +351,91 @@ class Session:
         options: dict[str, Any],
     ) -> Tensor:
         """Attend from ``query [B, Hq, q, d]``; return ``[B, q, Hq, d]``."""
-        layer, q_len = layer_of(module), query.shape[2]
+        layer, (batch_size, _, q_len, _) = layer_of(module), query.shape
         self._running.layer = None
         self.guard.reached(layer)
-        cache = self._cache.pop(layer, None)
+        cache, speculated = self._cache.pop(layer, None), self._speculated.pop(layer, None)
+        is_prompt = cache is not None and self._is_prompt(cache, layer, q_len, key.shape[2])
         lengths = None
-        if cache is not None and (q_len == 1 or is_decode_cache(cache)):
-            lengths = self._reader.lengths(cache, cache_layer(cache, layer), key, mask)
-        self.guard.forward(layer, cache, lengths, q_len, key)
-        is_step = q_len == 1 and lengths is not None and lengths.n > 1
+        if cache is not None and (not is_prompt or is_decode_cache(cache)):
+            lengths = self._reader.lengths(cache, cache_layer(cache, layer), key, mask, q_len)
+        counts = new_tokens(cache, batch_size, q_len)
+        how = self.method.known_tokens(counts) if q_len > 1 else None
+        slots = key.shape[2]
+        is_step = self.guard.forward(layer, cache, lengths, sum(counts), slots, is_prompt, how)
         if not is_step or lengths is None or layer in self.partial:
             self.indices.store.drop(cache, layer)
             if lengths is not None and lengths.is_decode_cache:
                 # Rows may end at different slots, which transformers' masks do not express.
                 kind = self.partial.get(layer)
-                mask = lengths.causal_mask(q_len, key.shape[2], kind)
+                mask = lengths.causal_mask(q_len, slots, kind)
                 if kind is not None and q_len == 1 and lengths.kv_start is lengths.kv_len is None:
                     # All rows end at the same slot, so it is enough to read the window.
                     first = lengths.n - kind.tokens_read(lengths.n)
                     key, value, mask = key[:, :, first:], value[:, :, first:], None
                 mask = None if mask is None else mask.to(key.device)
-            is_prompt = q_len > 1 or (lengths is not None and lengths.n == 1)
             if cache is not None and layer not in self.dense:
-                if is_prompt and self.indices.captures:
+                is_read = is_prompt or q_len > 1 or (lengths is not None and lengths.n == 1)
+                if is_read and self.indices.captures:
                     softcap = options.get("softcap")
                     self.indices.capture(layer, cache, query, key, mask, scale, softcap)
                 self.indices.store.saw(cache, layer)
-            return _dense(module, query, key, value, mask, scale, options)
+            out = _dense(module, query, key, value, mask, scale, options)
+            if self.method.selects or layer in self.dense or is_prompt or lengths is None:
+                return out
+        context = self._context(layer, query, key, value, scale, lengths, options.get("softcap"))
+        context.cache.freed = getattr(cache_layer(cache, layer), "freed", None)
+        states = query.detach()
+        forward = LayerForward(cache, key, states, speculated, context, lengths, counts)
+        if not is_step:
+            self.steps.observe_dense(forward, out)
+            return out
         with torch.no_grad():
-            out = self._step(layer, cache, query, key, value, lengths, scale, options)
-        return out[:, None].to(query.dtype)
+            return self.steps.run(forward).to(query.dtype)
 
-    def _step(
+    def _is_prompt(self, cache: Any, layer: int, q_len: int, slots: int) -> bool:
+        """Return whether a forward's tokens are a prompt, or the next part of one.
+
+        Args:
+            cache: The cache, in which the tokens are already.
+            layer: Index of the layer.
+            q_len: New tokens of each row.
+            slots: Slots that are attended to.
+        """
+        cached = None if q_len == 1 else cached_tokens(cache, layer)
+        if (slots if cached is None else cached) > q_len:
+            return self._prompts is not None and cache in self._prompts
+        if self._prompts is not None:
+            self._prompts.add(cache)
+        return True
+
+    def _context(
         self,
         layer: int,
-        cache: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        lengths: Lengths,
         scale: float,
-        options: dict[str, Any],
-    ) -> Tensor:
-        """Run one decode step; return ``[B, Hq, d]``."""
-        n, kv_start, kv_len = lengths.n, lengths.kv_start, lengths.kv_len
-        view = CacheView(key[:, :, :n].detach(), value[:, :, :n].detach(), kv_start, kv_len)
-        view.freed = getattr(cache_layer(cache, layer), "freed", None)
-        softcap, method, num_kv_heads = options.get("softcap"), self.method, key.shape[1]
-        query, speculated = query.detach()[:, :, 0], self._speculated.pop(layer, None)
-        if layer in self.dense:
-            with self.observer.stage("full", layer):
-                states = (query, view.key_states, view.value_states)
-                return full_attention(*states, scale, kv_start, kv_len, softcap)
-        context = StepContext(
-            query_states=query.unflatten(1, (num_kv_heads, -1)),
-            cache=view,
+        lengths: Lengths,
+        softcap: float | None = None,
+    ) -> StepContext:
+        """Return the step of a forward's newest token."""
+        n, num_kv_heads = lengths.n, key.shape[1]
+        return StepContext(
+            query_states=query[:, :, -1].detach().unflatten(1, (num_kv_heads, -1)),
+            cache=CacheView(
+                key[:, :, :n].detach(),
+                value[:, :, :n].detach(),
+                lengths.kv_start,
+                lengths.kv_len,
+                new_tokens=query.shape[2],
+            ),
             policy=self.policy,
             scale=scale,
             softcap=softcap,
             layer=layer,
             num_layers=self.geometry.num_layers,
         )
-        if speculated is not None:
-            context.previous_query = speculated[:, :, 0].unflatten(1, (num_kv_heads, -1))
-        if method.selects:
-            index = self.indices.index(cache, key, context, lengths)
-            result = method.step(index, context, lambda name: self.observer.stage(name, layer))
-            # Where tokens were freed the step is sparse, however few tokens are left.
-            can_select = view.n > self.policy.k or view.freed is not None
-            self.guard.step(layer, result.selection is not None, can_select)
-            if method.compacts and result.selection is not None:
-                with self.observer.stage("append", layer):
-                    self.indices.compact(cache, index, result.selection, context)
-        else:
-            with self.observer.stage("full", layer):
-                result = method.step(None, context)
-        self.observer.on_step(context, result)
-        return result.out
 
 
 def _attention(

@@ -44,11 +44,11 @@ class DecodeLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write one token per row to the slots that ``DecodeCache.extend`` opened.
+        """Write new tokens to the slots that ``DecodeCache.extend`` opened.
 
         Args:
-            key_states: ``[B, Hkv, 1, d]``.
-            value_states: ``[B, Hkv, 1, d]``.
+            key_states: ``[B, Hkv, q, d]``; of one token in a layer that has freed tokens.
+            value_states: ``[B, Hkv, q, d]``.
             args: Ignored.
             kwargs: Ignored.
 
@@ -56,15 +56,15 @@ class DecodeLayer(CacheLayerMixin):
             The used part of the buffers, ``[B, Hkv, n, d]``, as views.
         """
         owner = self.owner
-        rows, slots = owner.rows.to(self.keys.device), owner.slots.to(self.keys.device)
+        rows, slots = owner.rows.to(self.keys.device), owner.positions.to(self.keys.device)
         if self.freed is not None:
             self._n += 1
             if self.kv_len is not None:
                 self.kv_len = self.kv_len + 1
-            slots = torch.full_like(slots, self._n - 1) if self.kv_len is None else self.kv_len - 1
-            slots = slots.long()
-        self.keys[rows, :, slots] = key_states[:, :, 0]
-        self.values[rows, :, slots] = value_states[:, :, 0]
+            last = self._n - 1 if self.kv_len is None else self.kv_len[:, None].long() - 1
+            slots = torch.zeros_like(slots) + last
+        self.keys[rows[:, None], :, slots] = key_states.transpose(1, 2)
+        self.values[rows[:, None], :, slots] = value_states.transpose(1, 2)
         n = self.get_seq_length()
         return self.keys[:, :, :n], self.values[:, :, :n]
 
@@ -180,29 +180,43 @@ class DecodeCache(Cache):
     """A batch of prefilled prompts, left-aligned, with slots for the tokens to decode.
 
     Row ``b`` uses the slots below ``kv_len[b]``. A token's slot is its position, so ``positions``
-    are the position ids. Call ``extend`` before each forward of one token per row.
+    are the position ids. Call ``extend`` before each forward. If that gives rows different numbers
+    of tokens, shorter ones are padded behind; call ``drop_padding`` after it.
 
     Args:
         prefills: One per row.
-        new_tokens: Tokens to decode per row.
+        new_tokens: Slots for tokens after the longest prompt.
         buffers: Keys and values of the same prompts, in which the tokens are decoded; None
             allocates them, on the CPU. The counters are on the first layer's device.
+
+    Attributes:
+        n: Slots in use in the longest row.
+        kv_len: int32 ``[B]`` end of each row's slots.
+        ends: The same as Python's integers.
+        positions: int64 ``[B, q]`` slots of the newest forward's tokens.
+        new_tokens: How many of them each row has, without padding.
     """
+
+    n: int
+    ends: list[int]
+    kv_len: Tensor
+    positions: Tensor
+    new_tokens: list[int]
 
     def __init__(
         self, prefills: Sequence[Prefill], new_tokens: int, buffers: Buffers | None = None
     ) -> None:
         lengths = [prefill.num_tokens for prefill in prefills]
         self.n = max(lengths)
-        self._level = min(lengths) == self.n
         self.capacity = self.n + new_tokens
         if buffers is None:
             devices = [torch.device("cpu")] * prefills[0].num_layers
             buffers = Buffers.of(prefills, self.capacity, devices)
         devices = [states.device for states in buffers.keys]
-        self.kv_len = torch.tensor(lengths, dtype=torch.int32, device=devices[0])
+        self._set_ends(lengths, devices[0])
         self.rows = torch.arange(len(prefills), device=devices[0])
-        self.slots = self.kv_len.long() - 1
+        self.positions = self.kv_len[:, None].long() - 1
+        self.new_tokens = [1] * len(prefills)
         layers: list[Any] = []
         for pair in zip(buffers.keys, buffers.values, strict=True):
             keys, values = (states[:, :, : self.capacity] for states in pair)
@@ -242,25 +256,41 @@ class DecodeCache(Cache):
         """Return what was captured of a layer at prefill, or None."""
         return self._captured[layer] if self._captured else None
 
-    def extend(self) -> None:
-        """Open one slot in every row for the token that is decoded next.
+    def extend(self, new_tokens: Sequence[int] | None = None) -> None:
+        """Open slots for the tokens of the next forward.
+
+        Args:
+            new_tokens: How many each row has; None for one.
 
         Raises:
-            ValueError: If all slots are used.
+            ValueError: If there are not as many slots.
         """
-        if self.n >= self.capacity:
+        self.new_tokens = [1] * len(self.ends) if new_tokens is None else list(new_tokens)
+        q = max(self.new_tokens)
+        if self.n + q > self.capacity:
             raise ValueError(
-                f"the cache must have room for one token more, got capacity={self.capacity} with "
-                "all in use; build it with more new_tokens."
+                f"the cache must have room for {q} more in each row, got capacity={self.capacity}"
+                f" with {self.n} in use; build it with more new_tokens."
             )
-        self.n += 1
-        self.kv_len += 1
-        self.slots = self.kv_len.long() - 1
+        begin = self.kv_len[:, None].long()
+        self.positions = begin + torch.arange(q, device=begin.device)
+        # In place, as a recorded CUDA graph reads the same tensor at each step.
+        self.kv_len += q
+        self.n += q
+        self.ends = [end + q for end in self.ends]
 
-    @property
-    def positions(self) -> Tensor:
-        """Position of each row's newest token, int64 ``[B, 1]``."""
-        return self.slots[:, None]
+    def drop_padding(self) -> None:
+        """Let each row end at the last of its own new tokens."""
+        q = max(self.new_tokens)
+        ends = [end - q + count for end, count in zip(self.ends, self.new_tokens, strict=True)]
+        if ends != self.ends:
+            self._set_ends(ends, self.kv_len.device)
+
+    def _set_ends(self, ends: list[int], device: torch.device) -> None:
+        self.ends = ends
+        self.n = max(ends)
+        self._level = min(ends) == self.n
+        self.kv_len = torch.tensor(ends, dtype=torch.int32, device=device)
 
     @property
     def topkbench_lengths(self) -> tuple[None, Tensor | None]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor
 
 from topkbench.methods.base import Index, SharedState, Traits
@@ -129,20 +128,12 @@ class StateStore:
 
     # The index ----------------------------------------------------------------------------------
 
-    def index(self, cache: Any, layer: int, lengths: Lengths) -> Index | None:
-        """Return a layer's index if it lacks only the current token, else None."""
+    def index(self, cache: Any, layer: int, lengths: Lengths, num_new: int) -> Index | None:
+        """Return a layer's index if it lacks only the new tokens of each row, else None."""
         known = self.layer(cache, layer)
-        before = known.lengths
-        if known.index is None or before is None or before.starts != lengths.starts:
+        if known.index is None or known.lengths is None:
             return None
-        if before.n + 1 != lengths.n:
-            return None
-        if before.kv_len is None or lengths.kv_len is None:
-            return known.index if before.kv_len is lengths.kv_len else None
-        # Not compared on a GPU, which would synchronise; there every row gains one token a step.
-        if before.kv_len.is_cpu and not torch.equal(before.kv_len + 1, lengths.kv_len):
-            return None
-        return known.index
+        return known.index if lengths.follow(known.lengths, num_new) else None
 
     def shared(self, cache: Any) -> dict[str, SharedState]:
         """Return what a cache's indices share; emptied once all of them are dropped."""

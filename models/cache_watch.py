@@ -28,6 +28,24 @@ class Lengths:
     is_decode_cache: bool = False
     starts: tuple[int, ...] | None = None
 
+    def ends(self, batch_size: int) -> list[int]:
+        """Return the end of each row's valid slots."""
+        return [self.n] * batch_size if self.kv_len is None else self.kv_len.tolist()
+
+    def follow(self, before: "Lengths", num_new: int) -> bool:
+        """Return whether these are the slots of before, and as many new tokens in each row.
+
+        On a GPU the ends of rows are not compared, which would synchronise.
+        """
+        if before.starts != self.starts or before.n + num_new != self.n:
+            return False
+        now, then = (
+            torch.tensor(one.n) if one.kv_len is None else one.kv_len for one in (self, before)
+        )
+        if not (now.is_cpu and then.is_cpu):
+            return True
+        return bool((then + num_new == now).all())
+
     def take_rows(self, rows: Tensor) -> "Lengths":
         """Return the slots after row ``b`` has become the present row ``rows[b]``."""
         kv_start, kv_len = (
@@ -73,14 +91,19 @@ class LengthReader:
         self._mask: ReferenceType[Tensor] | None = None
         self._read: Lengths | None = None
 
-    def lengths(self, cache: Any, stored: Any, key: Tensor, mask: Tensor | None) -> Lengths | None:
+    def lengths(
+        self, cache: Any, stored: Any, key: Tensor, mask: Tensor | None, q_len: int = 1
+    ) -> Lengths | None:
         """Return the valid slots at this layer, or None if a row's are not one range.
+
+        Neither are they if a query does not see exactly its own slot and those before it.
 
         Args:
             cache: The transformers cache.
             stored: The cache's object for this layer.
             key: ``[B, Hkv, slots, d]`` the keys that it returned.
             mask: Transformers' mask, which covers padding and unwritten slots.
+            q_len: Queries of each row.
         """
         if is_decode_cache(cache):
             return _decode_cache_lengths(cache, stored, key)
@@ -92,12 +115,27 @@ class LengthReader:
         if self._mask is None or self._mask() is not mask:
             self._mask = ref(mask)
             self._read = _read_mask(mask, key)
+            if self._read is not None and q_len > 1:
+                causal = self._read.causal_mask(q_len, key.shape[2])
+                if causal is None or not torch.equal(causal.to(mask.device).expand_as(mask), mask):
+                    self._read = None
         return self._read
 
 
 def is_decode_cache(cache: Any) -> bool:
     """Return whether a cache is topkbench's DecodeCache, which records its rows' lengths."""
     return hasattr(cache, "topkbench_lengths")
+
+
+def new_tokens(cache: Any, batch_size: int, q_len: int) -> list[int]:
+    """Return how many tokens of a forward each row has, without padding behind them.
+
+    Args:
+        cache: The cache; None without one.
+        batch_size: Rows.
+        q_len: Queries of each row.
+    """
+    return list(cache.new_tokens) if is_decode_cache(cache) else [q_len] * batch_size
 
 
 def _decode_cache_lengths(cache: Any, stored: Any, key: Tensor) -> Lengths:

@@ -10,7 +10,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
@@ -38,6 +38,7 @@ __all__ = [
     "sdpa_attention_forward",
     "token_logits",
     "watching_caches",
+    "watching_prefill",
 ]
 
 
@@ -273,6 +274,37 @@ def _declares_cache(annotation: Any) -> bool:
     if isinstance(annotation, type):
         return issubclass(annotation, Cache)
     return any(_declares_cache(part) for part in getattr(annotation, "__args__", ()))
+
+
+@contextmanager
+def watching_prefill(
+    model: PreTrainedModel, block: Callable[[], AbstractContextManager[object]]
+) -> Iterator[None]:
+    """Enter a context whenever ``generate`` reads its prompt, which it may do in several forwards.
+
+    Args:
+        model: The model.
+        block: Returns the context.
+    """
+    read_prompt = getattr(model, "_prefill", None)
+    if read_prompt is None:  # then later forwards over the prompt's cache count as decode steps
+        yield
+        return
+
+    @functools.wraps(read_prompt)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with block():
+            return read_prompt(*args, **kwargs)
+
+    before = vars(model).get("_prefill")
+    vars(model)["_prefill"] = watched
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(model)["_prefill"]
+        else:
+            vars(model)["_prefill"] = before
 
 
 # One call of an attention module ------------------------------------------------------------------

@@ -39,38 +39,43 @@ class LayerIndices:
         self._needs = method.traits.needs & PREFILL_NEEDS
         self.captures = bool(self._needs) or method.traits.depends_on_prompt
 
-    def index(self, cache: Any, key: Tensor, context: StepContext, lengths: Lengths) -> Index:
-        """Return a layer's index, built if needed, with the current token appended.
+    def before_new_tokens(self, cache: Any, context: StepContext, lengths: Lengths) -> Index:
+        """Return a layer's index of the tokens before the new ones, built if needed.
 
         Args:
             cache: The cache.
-            key: The keys that the cache's layer returned.
-            context: The step.
+            context: The step of the newest token.
             lengths: The cache's valid slots.
 
         Raises:
             ValueError: If the index must be built and cannot be; one sentence says why.
         """
-        layer = context.layer
-        index = self.store.index(cache, layer, lengths)
+        layer, num_new = context.layer, context.cache.new_tokens
+        index = self.store.index(cache, layer, lengths, num_new)
         capacity = 0 if index is None else self.store.layer(cache, layer).capacity
         if capacity < lengths.n:
             capacity = _capacity(cache_layer(cache, layer), lengths.n)
             if index is not None and self.method.traits.depends_on_prompt:
                 index.grow(capacity)
+                self.store.layer(cache, layer).capacity = capacity
             else:
                 index = None
-        if index is None:
-            self.store.drop(cache, layer)
-            self._check_can_build(cache, layer, key)
-            captured, shared = self._inputs(cache, layer, lengths.n - 1), self.store.shared(cache)
-            with self.observer.stage("build", layer):
-                index = self.method.index_prompt(context, capacity, captured, shared)
-        with self.observer.stage("append", layer):
-            self.method.append(index, *context.cache.newest())
-        self.store.keep(cache, layer, index, capacity, key, lengths)
-        built: Index = index
+        if index is not None:
+            known: Index = index
+            return known
+        self.store.drop(cache, layer)
+        self._check_can_build(cache, layer, context.cache.key_states)
+        captured = self._inputs(cache, layer, lengths.n - num_new)
+        shared = self.store.shared(cache)
+        with self.observer.stage("build", layer):
+            built: Index = self.method.index_prompt(context, capacity, captured, shared)
+        self.store.layer(cache, layer).capacity = capacity
         return built
+
+    def keep(self, cache: Any, layer: int, index: Index, key: Tensor, lengths: Lengths) -> None:
+        """Keep an index that now covers the whole layer; see ``StateStore.keep``."""
+        capacity = self.store.layer(cache, layer).capacity
+        self.store.keep(cache, layer, index, capacity, key, lengths)
 
     def compact(self, cache: Any, index: Index, selection: Selection, context: StepContext) -> None:
         """Free the tokens that a step did not select, at the first step and whenever full."""

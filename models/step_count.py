@@ -1,14 +1,13 @@
 """Counts the decode steps that go through a method, those that bypass it, and the reasons."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
-from weakref import WeakKeyDictionary
 
 NO_CACHE = "generation without a cache"
 HOLES = "a mask with holes"
 SEVERAL = "a forward of several tokens over a filled cache"
+ALLOWED = "a forward of several tokens that allow_dense_forwards leaves dense"
 LIKELIHOOD = "a likelihood of several tokens in one forward"
 UNREACHED = "an attention that never reached the method"
 SMALL = "k is at least the number of cached tokens"
@@ -17,8 +16,8 @@ REMEDIES = {
     HOLES: "pad on one side only",
     LIKELIHOOD: "read a context first, then one token at a time",
     UNREACHED: "leave the model's attention implementation as attach sets it",
-    SEVERAL: "decode one token at a time, or pass allow_dense_forwards=True if these forwards are"
-    " meant to attend to everything",
+    SEVERAL: "decode one token at a time with this method, or pass allow_dense_forwards=True if"
+    " these forwards are meant to attend to everything",
 }
 
 
@@ -28,7 +27,7 @@ class MethodBypassedError(RuntimeError):
 
 @dataclass
 class StepCount:
-    """Decode steps of one attached method, by layer.
+    """Decode steps of one attached method, by layer: one for each token of each row.
 
     A step is taken if the method made a selection. Otherwise it is dense by design (the policy or
     the model keeps the layer dense, or there are no more than ``k`` tokens), or it was missed.
@@ -113,90 +112,3 @@ def _require_equal(method: str, k: int, counts: dict[int, int], steps: int) -> N
         f"{steps * len(counts)} in all, got {sum(counts.values())}: layer {fewest} took "
         f"{counts[fewest]}, the rest of its steps never reached the method."
     )
-
-
-@dataclass
-class _LayerProgress:
-    """How far one layer of a cache is filled.
-
-    Attributes:
-        length: Tokens in the cache.
-        decoding: Whether a decode step has followed the prompt.
-        pending: Multi-token forwards that may be chunks of a prompt, until a decode step follows.
-    """
-
-    length: int = 0
-    decoding: bool = False
-    pending: int = 0
-
-
-class PromptReading:
-    """Tells a chunked prefill from multi-token forwards that should have been decode steps.
-
-    Chunks of a prompt follow one another from the first slot on, before the first decode step, and
-    are followed by decode steps. Any other forward of several tokens over a filled cache (computing
-    a likelihood, verifying a draft, a later turn of a conversation) is not part of a prefill.
-
-    Args:
-        miss: Called with the layer, the reason, and how many forwards should have been steps.
-    """
-
-    def __init__(self, miss: Callable[[int, str, int], None]) -> None:
-        self._report = miss
-        self._progress: WeakKeyDictionary[Any, dict[int, _LayerProgress]] = WeakKeyDictionary()
-        self._unresolved: Counter[int] = Counter()
-
-    def multi_token_forward(self, cache: Any, layer: int, before: int, after: int, k: int) -> None:
-        """Record a forward of several tokens.
-
-        Args:
-            cache: The cache.
-            layer: Index of the layer.
-            before: Tokens that were cached.
-            after: Tokens that are cached now.
-            k: The budget.
-        """
-        progress = self._of(cache, layer)
-        if before == 0:
-            self._miss(layer, progress)
-            self._progress[cache][layer] = _LayerProgress(after)
-            return
-        continues = not progress.decoding and before in (
-            progress.length,
-            progress.length or before,
-        )
-        if after > k:
-            if continues:
-                progress.pending += 1
-                self._unresolved[layer] += 1
-            else:
-                self._miss(layer, progress)
-                self._report(layer, SEVERAL, 1)
-        progress.length = after
-
-    def step(self, cache: Any, layer: int, after: int) -> None:
-        """Record a decode step; ``after`` tokens are cached now."""
-        progress = self._of(cache, layer)
-        if progress.pending and after != progress.length + 1:
-            self._miss(layer, progress)
-        self._unresolved[layer] -= progress.pending
-        progress.pending = 0
-        progress.decoding, progress.length = True, after
-
-    def end(self) -> None:
-        """Count as missed the pending forwards that no decode step followed."""
-        for layer, forwards in self._unresolved.items():
-            if forwards:
-                self._report(layer, SEVERAL, forwards)
-        self._unresolved.clear()
-        self._progress.clear()
-
-    def _of(self, cache: Any, layer: int) -> _LayerProgress:
-        return self._progress.setdefault(cache, {}).setdefault(layer, _LayerProgress())
-
-    def _miss(self, layer: int, progress: _LayerProgress) -> None:
-        """Count the pending forwards as missed."""
-        if progress.pending:
-            self._report(layer, SEVERAL, progress.pending)
-            self._unresolved[layer] -= progress.pending
-            progress.pending = 0

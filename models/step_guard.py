@@ -4,18 +4,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
+from topkbench.methods.base import KnownTokens
 from topkbench.models.cache_watch import Lengths
 from topkbench.models.compat import cached_tokens
 from topkbench.models.step_count import (
+    ALLOWED,
     HOLES,
     LIKELIHOOD,
     NO_CACHE,
     REMEDIES,
+    SEVERAL,
     SMALL,
     UNREACHED,
-    PromptReading,
     StepCount,
 )
 
@@ -49,7 +49,6 @@ class StepGuard:
         self.allow_dense_forwards = allow_dense_forwards
         self.count = StepCount()
         self.scores_text = False
-        self._reading = PromptReading(self._miss)
         # By layer, the queries of an attention call that has not reached our function yet.
         self._unfinished_queries: dict[int, int] = {}
         self._warned: set[str] = set()
@@ -71,48 +70,69 @@ class StepGuard:
         self._unfinished_queries.pop(layer, None)
 
     def forward(
-        self, layer: int, cache: Any, lengths: Lengths | None, q_len: int, key: Tensor
-    ) -> None:
-        """Count a layer's forward as dense or missed; ``step`` counts steps of the method.
+        self,
+        layer: int,
+        cache: Any,
+        lengths: Lengths | None,
+        num_tokens: int,
+        slots: int,
+        is_prompt: bool,
+        how: KnownTokens | None,
+    ) -> bool:
+        """Return whether a layer's forward is decode steps; if not, count it as dense or missed.
+
+        ``step`` counts the method's steps.
 
         Args:
             layer: Index of the layer.
             cache: The cache; None without one.
             lengths: Its valid slots; None if a row's are not one range.
-            q_len: Queries of each row.
-            key: ``[B, Hkv, n, d]`` the keys that are attended to.
+            num_tokens: New tokens of all rows together.
+            slots: Slots that are attended to.
+            is_prompt: Whether the tokens are a prompt.
+            how: How several tokens go through the method; None for one token of each row.
         """
-        if not self.layers:
-            return
-        if q_len > 1:
-            if layer not in self.dense:
-                self._several_tokens(layer, cache, q_len, key.shape[2])
-            return
-        n = key.shape[2] if lengths is None else lengths.n
-        if n <= 1:
-            return
-        if layer in self.dense:
-            self.count.dense[layer, self.dense[layer]] += 1
-        elif cache is None or lengths is None:
+        n = slots if lengths is None else lengths.n
+        if is_prompt:
+            if self.scores_text and n > self.k and layer in self.layers and how is not None:
+                self._miss(layer, LIKELIHOOD)
+            return False
+        if not self.layers or layer in self.dense:
+            is_step = how is None and cache is not None and lengths is not None and n > 1
+            if self.layers and n > 1 and (how is None or cache is not None):
+                self.count.dense[layer, self.dense[layer]] += num_tokens
+            return is_step
+        if n <= 1 or (how is not None and cache is not None and self.allow_dense_forwards):
             if n > self.k:
-                self._miss(layer, NO_CACHE if cache is None else HOLES)
-            else:
-                self.count.dense[layer, SMALL] += 1
-        else:
-            self._reading.step(cache, layer, n)
+                self._warn(ALLOWED)
+            return False
+        reason = None
+        if cache is None:
+            reason = NO_CACHE
+        elif lengths is None:
+            reason = HOLES
+        elif how == "one by one":
+            reason = SEVERAL
+        if reason is None:
+            return True
+        if n > self.k:
+            self._miss(layer, reason, num_tokens)
+        elif how is None or cache is not None:
+            self.count.dense[layer, SMALL] += num_tokens
+        return False
 
-    def step(self, layer: int, has_selection: bool, can_select: bool) -> None:
-        """Count a decode step of the method.
+    def step(self, layer: int, taken: int, small: int) -> None:
+        """Count decode steps of the method, one for each token of each row.
 
         Args:
             layer: Index of the layer.
-            has_selection: Whether the method selected tokens.
-            can_select: Whether there were more than ``k`` tokens to choose from.
+            taken: Steps with a selection among more than ``k`` tokens.
+            small: Steps with at most ``k`` tokens to choose from.
         """
-        if can_select:
-            self.count.taken[layer] += has_selection
-        else:
-            self.count.dense[layer, SMALL] += 1
+        if taken:
+            self.count.taken[layer] += taken
+        if small:
+            self.count.dense[layer, SMALL] += small
 
     def require_all(self, caches: Mapping[int, Any]) -> None:
         """Raise if decode steps that should have gone through the method did not.
@@ -126,7 +146,6 @@ class StepGuard:
         if self.layers:
             for layer in list(self._unfinished_queries):
                 self._end_unreached(layer, caches.get(layer))
-            self._reading.end()
             self.count.require_none_missed(self.method, self.k, self.layers)
 
     def require(self, steps: int) -> None:
@@ -141,19 +160,6 @@ class StepGuard:
         if self.layers:
             self.count.require(self.method, self.k, self.layers, steps)
 
-    def _several_tokens(self, layer: int, cache: Any, q_len: int, slots: int) -> None:
-        if cache is None:
-            if slots > self.k:
-                self._miss(layer, NO_CACHE)
-        elif self.allow_dense_forwards:
-            return
-        elif self.scores_text and slots > self.k:
-            self._miss(layer, LIKELIHOOD)
-        else:
-            cached = cached_tokens(cache, layer)
-            after = slots if cached is None else cached
-            self._reading.multi_token_forward(cache, layer, after - q_len, after, self.k)
-
     def _end_unreached(self, layer: int, cache: Any) -> None:
         """Count a decode step as missed if the layer's module never called our attention."""
         q_len = self._unfinished_queries.pop(layer, None)
@@ -166,10 +172,13 @@ class StepGuard:
     def _miss(self, layer: int, reason: str, steps: int = 1) -> None:
         """Count steps that should have gone through the method; warn once per reason."""
         self.count.missed[layer, reason] += steps
+        self._warn(reason)
+
+    def _warn(self, reason: str) -> None:
         if reason not in self._warned:
             self._warned.add(reason)
+            remedy = f": {REMEDIES[reason]}" if reason in REMEDIES else ""
             warnings.warn(
-                f"{self.method} does not act on {reason}, which attends to everything: "
-                f"{REMEDIES[reason]}.",
+                f"{self.method} does not act on {reason}, which attends to everything{remedy}.",
                 stacklevel=2,
             )

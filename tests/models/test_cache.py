@@ -82,7 +82,7 @@ def test_a_dropped_cache_is_freed_at_once() -> None:
 def test_a_full_cache_is_one_sentence() -> None:
     cache = DecodeCache([states(3, 1.0)], new_tokens=1)
     cache.extend()
-    with pytest.raises(ValueError, match=r"got capacity=4 with all in use; build it with more"):
+    with pytest.raises(ValueError, match=r"got capacity=4 with 4 in use; build it with more"):
         cache.extend()
     assert (cache.n, cache.kv_len.tolist()) == (4, [4])
 

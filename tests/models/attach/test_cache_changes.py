@@ -29,6 +29,8 @@ from topkbench.models.attach import attach
 from topkbench.models.cache_state import ATTRIBUTE
 from topkbench.models.compat import cache_keyword
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*allow_dense_forwards")
+
 Make = Callable[..., Any]
 POLICY = Policy(k=16, num_sink=1, num_recent=2)
 METHODS: dict[str, Callable[[], AnyMethod]] = {

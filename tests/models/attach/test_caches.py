@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from topkbench.methods.base import Policy, PrefillInputs
 from topkbench.methods.h2o import H2O
+from topkbench.methods.snapkv import SnapKV
 from topkbench.methods.spatten import SpAtten, SpAttenIndex
 from topkbench.models.attach import Session, attach
 from topkbench.models.compat import cache_keyword
@@ -34,21 +35,38 @@ def test_chunked_prefill_ends_in_a_chunk_of_one(
     llama: PreTrainedModel, method_for: Make, prompt: Make, make_counter: Make
 ) -> None:
     ids = prompt(2, 35)
-    counter = make_counter()
-    with attach(llama, method_for("hata", llama), Policy(k=200), counter):
-        sizes = [16, 16, 1, 1, 1]
-        found = logits_by_chunks(llama, ids, sizes, DynamicCache(config=llama.config))
+    counter, cache = make_counter(), DynamicCache(config=llama.config)
+    with attach(llama, method_for("hata", llama), Policy(k=200), counter) as session:
+        with session.prefill():
+            read = logits_by_chunks(llama, ids[:, :33], [16, 16, 1], cache)
+        decoded = logits_by_chunks(llama, ids[:, 33:], [1, 1], cache)
     with torch.no_grad():
         wanted = llama(ids).logits
-    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.cat([read, decoded], 1), wanted, atol=2e-5, rtol=1e-4)
     assert counter.count("build", 0) == 1
-    assert counter.count("append", 0) == 3
+    assert counter.count("append", 0) == 2
 
 
+@pytest.mark.parametrize("which", ["hata", "snapkv"])
+def test_generate_reads_its_prompt_in_chunks(
+    llama: PreTrainedModel, method_for: Make, prompt: Make, which: str
+) -> None:
+    ids = prompt(1, 35)
+    method = SnapKV(window=8) if which == "snapkv" else method_for("hata", llama)
+    with attach(llama, method, Policy(k=16)) as session:
+        wanted = llama.generate(ids, **GREEDY)
+    steps = session.count.taken
+    with attach(llama, method, Policy(k=16)) as session:
+        found = llama.generate(ids, prefill_chunk_size=8, **GREEDY)
+    assert torch.equal(found, wanted)
+    assert session.count.taken == steps == {0: 7, 1: 7}
+
+
+@pytest.mark.filterwarnings("ignore:.*allow_dense_forwards")
 def test_a_chunk_after_decoding_rebuilds_the_index(
     llama: PreTrainedModel, method_for: Make, prompt: Make, make_counter: Make
 ) -> None:
-    """Single tokens in the middle of a chunked prefill are decode steps."""
+    """Single tokens between dense forwards of several are decode steps."""
     ids = prompt(2, 40)
     counter = make_counter()
     method = method_for("exact", llama)

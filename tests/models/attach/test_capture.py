@@ -29,6 +29,8 @@ from topkbench.models.prefill import prefill
 from topkbench.models.prefill_store import PrefillStore
 from topkbench.models.watch import watched_attention
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*allow_dense_forwards")
+
 Make = Callable[..., Any]
 NEEDS = frozenset({"query_tail", "column_sums"})
 FAMILIES = ["llama", "qwen3", "phi3", "gemma2"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     DynamicCache,
     GPTBigCodeConfig,
@@ -20,9 +20,10 @@ from transformers import (
 from topkbench.methods.base import Policy
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
+from topkbench.methods.spatten import SpAtten
 from topkbench.models.attach import attach
 from topkbench.models.compat import cache_keyword, partial_attention
-from topkbench.models.step_count import MethodBypassedError
+from topkbench.models.step_count import SMALL, MethodBypassedError
 
 Make = Callable[..., Any]
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
@@ -73,48 +74,74 @@ def test_a_mask_with_holes_warns_once_and_raises_when_the_block_ends(
 
 
 @pytest.mark.filterwarnings("ignore:.*does not act")
-@pytest.mark.parametrize(
-    "options",
-    [{"use_cache": False}, {"prompt_lookup_num_tokens": 3, "eos_token_id": 60}],
-    ids=lambda one: next(iter(one)),
-)
-def test_generating_without_the_method_raises(
-    llama: PreTrainedModel, prompt: Make, options: dict[str, Any]
-) -> None:
-    ids = prompt(1, 30).repeat(1, 3)  # repeated text, so that prompt lookup finds drafts
+def test_generating_without_a_cache_raises(llama: PreTrainedModel, prompt: Make) -> None:
     with (
         pytest.raises(MethodBypassedError, match="must go through exact"),
         attach(llama, ExactTopK(), Policy(k=16)),
     ):
-        llama.generate(ids, **GREEDY, **options)
+        llama.generate(prompt(1, 30), use_cache=False, **GREEDY)
 
 
-@pytest.mark.filterwarnings("ignore:.*does not act")
-def test_assisted_decoding_raises(llama: PreTrainedModel, prompt: Make) -> None:
-    with (
-        pytest.raises(MethodBypassedError, match="several tokens over a filled cache"),
-        attach(llama, ExactTopK(), Policy(k=16)),
-    ):
-        llama.generate(prompt(1, 30), assistant_model=llama, **GREEDY)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("drafts", ["prompt lookup", "assistant"])
+def test_drafts_are_verified_by_steps_of_the_method(
+    llama: PreTrainedModel, prompt: Make, drafts: str
+) -> None:
+    ids = prompt(1, 30).repeat(1, 3)  # repeated text, so that prompt lookup finds drafts
+    options: dict[str, Any] = {"assistant_model": llama}
+    if drafts == "prompt lookup":
+        options = {"prompt_lookup_num_tokens": 3, "eos_token_id": 60}
+    with attach(llama, ExactTopK(), Policy(k=89)) as session:
+        found = llama.generate(ids, **GREEDY, **options)
+    wanted = llama.generate(ids, **GREEDY, eos_token_id=60)
+    # Nearly all tokens are selected. The first drafts are verified in the forward of the prompt.
+    assert torch.equal(found[:, :92], wanted[:, :92])
+    assert session.count.taken[0] == session.count.taken[1] > 3
 
 
-@pytest.mark.filterwarnings("ignore:.*does not act")
-def test_a_likelihood_in_one_forward_raises(llama: PreTrainedModel, prompt: Make) -> None:
-    ids, cache = prompt(1, 40), DynamicCache()
+@pytest.mark.filterwarnings("error")
+def test_tokens_after_a_filled_cache_are_steps(llama: PreTrainedModel, prompt: Make) -> None:
+    """A likelihood in one forward equals that of one token at a time, also after a crop."""
+    ids = prompt(2, 40)
 
-    def likelihood() -> None:
-        with torch.no_grad(), attach(llama, ExactTopK(), Policy(k=16)):
+    def likelihood(sizes: list[int]) -> tuple[Tensor, Counter[int]]:
+        cache, logits = DynamicCache(), []
+        with torch.no_grad(), attach(llama, ExactTopK(), Policy(k=16)) as session:
             llama(ids[:, :30], **cache_keyword(llama, cache))
-            llama(ids[:, 30:], **cache_keyword(llama, cache))
+            for part in ids[:, 30:].split(sizes, 1):
+                logits.append(llama(part, **cache_keyword(llama, cache)).logits)
+            cache.crop(-10)
+            again = llama(ids[:, 30:], **cache_keyword(llama, cache)).logits
+        torch.testing.assert_close(again, torch.cat(logits, 1), atol=2e-5, rtol=1e-4)
+        return torch.cat(logits, 1), session.count.taken
 
-    with pytest.raises(MethodBypassedError, match="2 by a forward of several tokens"):
-        likelihood()
+    one_by_one, steps = likelihood([1] * 10)
+    assert steps == {0: 40, 1: 40}  # two rows
+    for sizes in ([10], [4, 1, 5]):
+        found, counted = likelihood(sizes)
+        torch.testing.assert_close(found, one_by_one, atol=2e-5, rtol=1e-4)
+        assert counted == steps
+    with torch.no_grad():
+        dense = llama(ids).logits[:, 30:]
+    assert (dense - one_by_one).abs().max() > 0.1
 
 
-@pytest.mark.filterwarnings("ignore:.*does not act")
-def test_a_later_turn_raises_unless_dense_forwards_are_allowed(
+@pytest.mark.filterwarnings("error")
+def test_at_most_k_tokens_after_a_filled_cache_are_dense(
     llama: PreTrainedModel, prompt: Make
 ) -> None:
+    ids, cache = prompt(1, 40), DynamicCache()
+    with torch.no_grad(), attach(llama, ExactTopK(), Policy(k=35)) as session:
+        llama(ids[:, :30], **cache_keyword(llama, cache))
+        found = llama(ids[:, 30:], **cache_keyword(llama, cache)).logits[:, :5]
+    assert session.count.taken == {0: 5, 1: 5}
+    assert session.count.dense == {(layer, SMALL): 5 for layer in (0, 1)}
+    with torch.no_grad():
+        torch.testing.assert_close(found, llama(ids).logits[:, 30:35], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not act")
+def test_a_later_turn_may_be_left_dense(llama: PreTrainedModel, prompt: Make) -> None:
     ids = prompt(1, 40)
 
     def converse(**options: Any) -> Counter[int]:
@@ -124,36 +151,33 @@ def test_a_later_turn_raises_unless_dense_forwards_are_allowed(
                 llama(ids[:, begin:end], **cache_keyword(llama, cache))
         return session.count.taken
 
-    with pytest.raises(MethodBypassedError, match="of 6 steps of single layers 2 attended"):
-        converse()
-    assert converse(allow_dense_forwards=True) == {0: 2, 1: 2}
-
-
-@pytest.mark.filterwarnings("error")
-def test_chunked_prefill_does_not_raise(llama: PreTrainedModel, prompt: Make) -> None:
-    ids, cache = prompt(1, 40), DynamicCache()
-    with torch.no_grad(), attach(llama, ExactTopK(), Policy(k=16)) as session:
-        for part in ids.split([16, 16, 6, 1, 1], 1):
-            llama(part, **cache_keyword(llama, cache))
-    assert session.count.taken == {0: 2, 1: 2}
+    assert converse() == {0: 11, 1: 11}
+    with pytest.warns(UserWarning, match="that allow_dense_forwards leaves dense"):
+        assert converse(allow_dense_forwards=True) == {0: 2, 1: 2}
 
 
 @pytest.mark.filterwarnings("ignore:.*does not act")
-def test_cropped_chunks_do_not_count_as_a_prompt(llama: PreTrainedModel, prompt: Make) -> None:
-    """Two candidates are scored over one context, then one token is decoded."""
+@pytest.mark.parametrize("what", ["spatten", "a mask that is not causal"])
+def test_several_tokens_that_cannot_be_steps_raise(
+    llama: PreTrainedModel, prompt: Make, what: str
+) -> None:
+    """Each of SpAtten's steps changes what its layers share; a tree of drafts has no order."""
     ids, cache = prompt(1, 40), DynamicCache()
+    options = {}
+    if what != "spatten":
+        mask = torch.ones(10, 40, dtype=torch.bool).tril(30)
+        mask[5, 32] = False
+        options = {"attention_mask": mask[None, None]}
 
-    def compare() -> None:
-        with torch.no_grad(), attach(llama, ExactTopK(), Policy(k=16)):
+    def likelihood() -> None:
+        method = SpAtten() if what == "spatten" else ExactTopK()
+        with torch.no_grad(), attach(llama, method, Policy(k=16)):
             llama(ids[:, :30], **cache_keyword(llama, cache))
-            llama(ids[:, 30:35], **cache_keyword(llama, cache))
-            cache.crop(-5)
-            llama(ids[:, 35:], **cache_keyword(llama, cache))
-            cache.crop(-5)
-            llama(ids[:, 30:31], **cache_keyword(llama, cache))
+            llama(ids[:, 30:], **cache_keyword(llama, cache), **options)
 
-    with pytest.raises(MethodBypassedError, match="4 by a forward of several tokens"):
-        compare()
+    reason = "several tokens over a filled cache" if what == "spatten" else "a mask with holes"
+    with pytest.raises(MethodBypassedError, match=f"20 by .*{reason}"):
+        likelihood()
 
 
 @pytest.mark.filterwarnings("error")
