@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from topkbench.harness.samples import Sample, TaskDoesNotFit
+from topkbench.methods.base import KnownTokens
 from topkbench.models.compat import token_logits
 from topkbench.models.encoding import answer_ends, encode_split, has_template, render_chat
 from topkbench.models.load import LoadedModel
@@ -169,8 +170,8 @@ class Decoder:
         needs: What the method needs beyond keys and values.
 
     Attributes:
-        lengths: For each step so far, the cached tokens of the longest row, including the step's
-            own token.
+        lengths: For each token of each row so far, the cached tokens at its step, its own included:
+            of the longest row if all rows decode a token, of its own row if several are known.
 
     Raises:
         NotFiniteError: If the prefill's logits, or later a step's, are not finite.
@@ -197,7 +198,12 @@ class Decoder:
         self.check(self.first_logits)
 
     def steps_over(self, k: int, since: int = 0) -> int:
-        """Return the number of steps over more than ``k`` cached tokens, from step ``since`` on."""
+        """Return the number of steps over more than ``k`` cached tokens, one for each row.
+
+        Args:
+            k: The budget.
+            since: Steps that are not counted, the first ones.
+        """
         return sum(n > k for n in self.lengths[since:])
 
     def check(self, logits: Tensor, done: Sequence[bool] | None = None) -> Tensor:
@@ -214,27 +220,68 @@ class Decoder:
             raise NotFiniteError(
                 f"the logits must be finite, got infinity or NaN from {self.loaded.name} in "
                 f"{str(self.loaded.model.dtype).removeprefix('torch.')} at sample "
-                f"{self.prompts[row].sample.sample_id}, {len(self.lengths)} tokens after its "
+                f"{self.prompts[row].sample.sample_id}, {self._decoded(row)} tokens after its "
                 "prefill; use dtype=float32, or check the weights."
             )
         return logits
 
+    def _decoded(self, row: int) -> int:
+        return self.cache.ends[row] - len(self.prompts[row].prefill_ids)
+
     def step(self, tokens: Tensor) -> Tensor:
         """Decode one token per row, ``[B]``; return the logits ``[B, vocabulary]``."""
         self.cache.extend()
-        self.lengths.append(self.cache.n)
+        self.lengths += [self.cache.n] * len(self.prompts)
         return token_logits(self.loaded.model, tokens[:, None], self.cache, self.cache.positions)
 
-    def read_question(self) -> Tensor:
-        """Decode the question's tokens; return the logits after the last, ``[B, vocabulary]``.
+    def forward(self, given: Sequence[Sequence[int]], every: bool = False) -> Tensor:
+        """Decode known tokens in one forward of the model.
 
-        Raises:
-            ValueError: If the rows' questions differ in length.
+        Args:
+            given: Each row's tokens; rows may have different numbers of them, one row at least one.
+            every: Return the logits after every token; rows must then have equally many.
+
+        Returns:
+            The logits after each row's last token, ``[B, vocabulary]``; with ``every``
+            ``[B, tokens, vocabulary]``.
         """
-        return self.teacher_force([()] * len(self.prompts))
+        counts = [len(tokens) for tokens in given]
+        before, most = list(self.cache.ends), max(counts)
+        self.cache.extend(counts)
+        # Padding behind a row's tokens is decoded too, at the position of its last one.
+        padded = [[*tokens, *[0] * (most - len(tokens))] for tokens in given]
+        last = torch.tensor(
+            [[end + max(count, 1) - 1] for end, count in zip(before, counts, strict=True)],
+            device=self.device,
+        )
+        kept = range(most) if every else sorted({max(count, 1) - 1 for count in counts})
+        logits = token_logits(
+            self.loaded.model,
+            torch.tensor(padded, device=self.device),
+            self.cache,
+            torch.minimum(self.cache.positions, last),
+            torch.tensor(kept, device=self.device),
+        )
+        self.cache.drop_padding()
+        for end, count in zip(before, counts, strict=True):
+            self.lengths += range(end + 1, end + count + 1)
+        if every:
+            self.check(logits.flatten(1))
+            return logits
+        place = {token: kept.index(token) for token in kept}
+        rows = [
+            logits[row, place[count - 1]] if count else self.first_logits[row].to(logits.dtype)
+            for row, count in enumerate(counts)
+        ]
+        return self.check(torch.stack(rows))
+
+    def read_question(self) -> Tensor:
+        """Decode the question's tokens in one forward; return the logits ``[B, vocabulary]``."""
+        questions = [prompt.decode_ids for prompt in self.prompts]
+        return self.forward(questions) if any(questions) else self.first_logits
 
     def teacher_force(self, answers: Sequence[Sequence[int]]) -> Tensor:
-        """Decode the questions, then the given answers instead of predictions.
+        """Decode the questions, then the given answers instead of predictions, step by step.
 
         Returns:
             The logits after the last token, ``[B, vocabulary]``.
@@ -256,21 +303,26 @@ class Decoder:
             logits = self.check(self.step(column))
         return logits
 
-    def generate(self) -> list[list[int]]:
+    def generate(self, known: KnownTokens = "one by one") -> list[list[int]]:
         """Decode the questions, then answer greedily; return each row's tokens, without the end.
 
-        A row whose question is shorter begins its answer earlier.
+        Args:
+            known: How the attached method takes the questions, see ``TopKMethod.known_tokens``. If
+                one by one, a row whose question is shorter begins its answer earlier.
         """
         ends = answer_ends(self.loaded)
         answers: list[list[int]] = [[] for _ in self.prompts]
         done = [prompt.sample.max_new_tokens == 0 for prompt in self.prompts]
+        questions = [prompt.decode_ids for prompt in self.prompts]
         logits = self.first_logits
+        if known != "one by one":
+            logits, questions = self.read_question(), [()] * len(self.prompts)
         for position in itertools.count():
             tokens = logits.argmax(-1).tolist()
             is_asking = False
-            for row, prompt in enumerate(self.prompts):
-                if position < len(prompt.decode_ids):
-                    tokens[row], is_asking = prompt.decode_ids[position], True
+            for row, (prompt, question) in enumerate(zip(self.prompts, questions, strict=True)):
+                if position < len(question):
+                    tokens[row], is_asking = question[position], True
                 elif not done[row] and tokens[row] in ends:
                     done[row] = True
                 elif not done[row]:

@@ -189,8 +189,9 @@ def answer(context: Context, prompts: Sequence[Prompt]) -> Record:
     needs = context.method.traits.needs
     decoder = Decoder(context.loaded, context.store, prompts, most_new + 1, needs)
     counter = ReadCounter()
+    known = context.method.known_tokens([len(prompt.decode_ids) for prompt in prompts])
     with context.attached(decoder, context.method, counter) as session:
-        answers = decoder.generate()
+        answers = decoder.generate(known)
     counter.add_steps(session.count, decoder.lengths)
     samples = []
     for prompt, tokens, milliseconds in zip(prompts, answers, decoder.prefill_ms, strict=True):
@@ -211,7 +212,9 @@ def answer(context: Context, prompts: Sequence[Prompt]) -> Record:
             }
         )
     subtask = prompts[0].sample.subtask
-    return {"subtask": subtask, "samples": samples, "count": asdict(counter.count)}
+    record = {"subtask": subtask, "samples": samples, "count": asdict(counter.count)}
+    is_sparse = context.method.selects and any(prompt.decode_ids for prompt in prompts)
+    return {**record, "known_tokens": known if is_sparse else None}
 
 
 def measure_selection(context: Context, prompt: Prompt) -> dict[str, list[float]]:

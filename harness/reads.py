@@ -43,10 +43,11 @@ class Reads:
 
 @dataclass
 class ReadCount:
-    """What decode steps read, summed over steps and layers.
+    """What decode steps read, summed over steps, rows and layers.
 
     Attributes:
-        layer_steps: Steps of the layers in which the method selects; each counts once per layer.
+        layer_steps: Steps of the layers in which the method selects; each counts once per layer and
+            row.
         read: Distinct tokens that a KV head read, summed over these.
         scanned: Index entries that it read, likewise; None if they do not depend on the data.
         cached: Cached tokens, likewise.
@@ -106,17 +107,17 @@ class ReadCounter(Observer):
         check_finite(result, context.layer)
         cache, count = context.cache, self.count
         start, end = cache.bounds()
-        cached = (end - start).double().mean().item()
+        cached = (end - start).double().sum().item()
         if cache.freed is not None:
-            cached += cache.freed.double().mean().item()
-        count.layer_steps += 1
+            cached += cache.freed.double().sum().item()
+        count.layer_steps += len(start)
         count.cached += cached
         if result.selection is None:
             count.read += cached
         else:
-            count.read += result.selection.tokens_read(cache).double().mean().item()
+            count.read += result.selection.tokens_read(cache).double().mean(1).sum().item()
             if result.selection.scanned is not None:
-                scanned = result.selection.scanned.double().mean().item()
+                scanned = result.selection.scanned.double().mean(1).sum().item()
                 count.scanned = scanned + (count.scanned or 0.0)
 
     def add_steps(self, steps: StepCount, lengths: Sequence[int]) -> None:

@@ -139,7 +139,8 @@ def decoder_after_question(context: Context, prompt: Prompt, new_tokens: int) ->
     decoder = Decoder(
         context.loaded, context.store, [prompt], new_tokens, context.method.traits.needs
     )
-    decoder.read_question()
+    with context.attached(decoder, context.answering_full):
+        decoder.read_question()
     return decoder
 
 

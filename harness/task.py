@@ -78,7 +78,7 @@ class Context:
         if sample.sample_id not in self.full_answers:
             decoder = Decoder(self.loaded, self.store, [prompt], sample.max_new_tokens + 1)
             with self.attached(decoder, self.answering_full):
-                self.full_answers[sample.sample_id] = decoder.generate()[0]
+                self.full_answers[sample.sample_id] = decoder.generate("together")[0]
         return self.full_answers[sample.sample_id]
 
     @contextmanager

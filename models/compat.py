@@ -225,17 +225,19 @@ def token_logits(
     token_ids: Tensor,
     cache: Any = None,
     position_ids: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
-    """Run a model over tokens that follow those in a cache; return the last token's logits.
+    """Run a model over tokens that follow those in a cache; return logits.
 
     Args:
         model: A decoder-only model.
         token_ids: int64 ``[B, m]``.
         cache: Is read and written; None for no cache.
         position_ids: int64 ``[B, m]``; None to let the model count them.
+        keep: int64 ``[kept]`` the tokens whose logits are returned; None for the last.
 
     Returns:
-        ``[B, vocabulary]`` in the model's dtype.
+        ``[B, vocabulary]`` in the model's dtype; with ``keep`` ``[B, kept, vocabulary]``.
 
     Raises:
         ValueError: If the model's forward takes no cache.
@@ -247,9 +249,11 @@ def token_logits(
     if position_ids is not None:
         arguments["position_ids"] = position_ids
     if "logits_to_keep" in names:
-        arguments["logits_to_keep"] = 1
+        arguments["logits_to_keep"] = 1 if keep is None else keep
     logits: Tensor = model(**arguments).logits
-    return logits[:, -1]
+    if keep is None:
+        return logits[:, -1]
+    return logits if "logits_to_keep" in names else logits[:, keep]
 
 
 def cache_keyword(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
