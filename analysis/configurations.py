@@ -65,8 +65,8 @@ class Comparison:
             them, ``configuration_id``, ``label``, ``variant``, scores with intervals, metrics,
             ``decode_vs_full`` (decode time relative to full attention) with its interval,
             ``timing_note`` (why the times are unreliable), ``by_seed`` (the selection's quality:
-            metric to seed to value), ``n`` samples, ``judged_prompts`` and ``timed_prompts`` over
-            all seeds, ``cells``, their ``run_ids``, and ``best``.
+            metric to seed to value), ``n`` samples, ``judged_prompts``, ``judged_tokens`` and
+            ``timed_prompts`` over all seeds, ``cells``, their ``run_ids``, and ``best``.
         notes: Sentences about what is mixed or could not be compared.
         answers: The scored samples of each configuration that has any, with their seeds.
     """
@@ -377,7 +377,7 @@ def _metrics(part: pd.DataFrame) -> dict[str, Any]:
     kv_len, samples = part["kv_len"].mean(), part["num_samples"].sum()
     # Each seed draws its own prompts, but those of a file are the same under each.
     from_files = str(part["prompts"].iloc[0]).startswith("RULER")
-    for name in ("judged_prompts", "timed_prompts"):
+    for name in ("judged_prompts", "judged_tokens", "timed_prompts"):
         counts = part[name]
         number = counts.max() if from_files else counts.sum()
         values[name] = None if counts.isna().any() else int(number)
@@ -421,7 +421,8 @@ def _labelled(configurations: pd.DataFrame, parameters: list[str]) -> pd.DataFra
     for name in ("k", "rbit", "length", "kv_len", "batch_size", *parameters):
         if pd.api.types.is_float_dtype(configurations[name]) and name not in parameters:
             configurations[name] = configurations[name].astype("Int64")
-    for name in ("k", "rbit", "length", "kv_len", "batch_size", "judged_prompts", "timed_prompts"):
+    counts = ("judged_prompts", "judged_tokens", "timed_prompts")
+    for name in ("k", "rbit", "length", "kv_len", "batch_size", *counts):
         configurations[name] = pd.to_numeric(configurations[name]).astype("Int64")
     for name in (*_SCORES, *_MEANS, *_MEDIANS, *_ENDS, *_RATIO_ENDS, "decode_vs_full"):
         configurations[name] = pd.to_numeric(configurations[name]).astype("float64")

@@ -109,6 +109,10 @@ class Row:
     """Name of the selection policy; None for a method that selects nothing."""
     question: str | None = None
     """``dense``: the question is prefilled; ``sparse``: it is decoded with the method."""
+    known_tokens: str | None = None
+    """How the question, whose tokens are known, was decoded: ``together`` in one forward of the
+    model and one call of the method in each layer, ``in turn`` in one forward and one step after
+    the other in each layer, ``one by one`` in a forward each. None where it was prefilled."""
     k: int | None = None
     """Selected tokens per KV head and decode step, including sinks and recent tokens."""
     kv_len: int | None = None
@@ -135,6 +139,9 @@ class Row:
     """Number of bad lines in the files, which ``task.skip_bad`` left out; None without files."""
     judged_prompts: int | None = None
     """Number of prompts on which the selections were measured; None if they were not."""
+    judged_tokens: int | None = None
+    """Number of decode steps, over all of these prompts, at which the selections were measured;
+    None if they were not, and in older rows, which measured all steps of question and answer."""
     timed_prompts: int | None = None
     """Number of prompts on which the times were measured; None without prompts or times."""
     parameters: dict[str, Scalar] = field(default_factory=dict)

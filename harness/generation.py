@@ -48,6 +48,8 @@ class GenerationTask(PromptTask):
             memory holds, at most 32, chosen once for a model and its prompts.
         timed_prompts: Number of prompts on which speed is measured; 0 measures none.
         judged_prompts: Number of prompts on which selection quality is measured; 0 measures none.
+        judged_tokens: Decode steps of each of them at which it is measured, spread evenly over the
+            question and as many tokens of the answer; None for all steps of question and answer.
     """
 
     name: str = "generation"
@@ -55,11 +57,12 @@ class GenerationTask(PromptTask):
     batch_size: int | Literal["auto"] = 25
     timed_prompts: int = 3
     judged_prompts: int = 8
+    judged_tokens: int | None = 16
     parts: ClassVar[Mapping[str, frozenset[str]]] = {
-        "answers": frozenset({"timed_prompts", "judged_prompts"}),
+        "answers": frozenset({"timed_prompts", "judged_prompts", "judged_tokens"}),
         "selections": frozenset({"timed_prompts"}),
         # bandwidth_fraction uses the bytes counted in the answers, so it depends on their settings.
-        "speed": frozenset({"judged_prompts"}),
+        "speed": frozenset({"judged_prompts", "judged_tokens"}),
     }
 
     def __post_init__(self) -> None:
@@ -69,6 +72,8 @@ class GenerationTask(PromptTask):
             check_whole("task.batch_size", self.batch_size)
         for knob in ("timed_prompts", "judged_prompts"):
             check_whole(f"task.{knob}", getattr(self, knob), least=0)
+        if self.judged_tokens is not None:
+            check_whole("task.judged_tokens", self.judged_tokens)
 
     def check_model(self, shape: ModelShape) -> None:
         if not shape.has_tokenizer:
@@ -108,7 +113,8 @@ class GenerationTask(PromptTask):
         if part == "speed":
             num_timed = len(plan.parts[part])
             return {"prompts": [time_prompt(context, prompt, num_timed) for prompt in prompts]}
-        return {"prompts": [measure_selection(context, prompt) for prompt in prompts]}
+        judged = self.judged_tokens
+        return {"prompts": [measure_selection(context, prompt, judged) for prompt in prompts]}
 
     def outcome(
         self,
@@ -144,6 +150,8 @@ class GenerationTask(PromptTask):
             if "share" in record and record["subtask"] in counts:
                 per_batch[record["subtask"]] = min(per_batch[record["subtask"]], record["share"])
         shared["prompts_per_batch"] = min(per_batch.values())
+        known = {record["known_tokens"] for record in records["answers"]} - {None}
+        shared["known_tokens"] = ", ".join(sorted(known)) or None
         if selects:
             taken = [one.share_taken for one in counts.values() if one.share_taken is not None]
             shared["sparse_step_share"] = statistics.fmean(taken)
@@ -159,6 +167,7 @@ class GenerationTask(PromptTask):
             shared |= selection_means(judged)
             # A prompt whose answer ended before a step over more than k tokens shows no selection.
             shared["judged_prompts"] = sum(any(one.values()) for one in judged) or None
+            shared["judged_tokens"] = sum(len(one[MEASURES[0]]) for one in judged) or None
         scored = []
         for subtask, count in counts.items():
             scores = [one["score"] for one in samples if one["subtask"] == subtask]
@@ -217,20 +226,46 @@ def answer(context: Context, prompts: Sequence[Prompt]) -> Record:
     return {**record, "known_tokens": known if is_sparse else None}
 
 
-def measure_selection(context: Context, prompt: Prompt) -> dict[str, list[float]]:
-    """Measure the method's selections at each step and layer while it decodes full's answer."""
-    meter, given = SelectionMeter(), context.full_answer(prompt)
-    needs = context.method.traits.needs
+def measure_selection(
+    context: Context, prompt: Prompt, num_judged: int | None = None
+) -> dict[str, list[list[float]]]:
+    """Measure the method's selections, by step and layer, while it decodes full's answer.
+
+    Args:
+        context: The cell's context.
+        prompt: The prompt.
+        num_judged: How many steps are measured, spread evenly over those of the question and of as
+            many of the answer; None for all.
+    """
+    given = [*prompt.decode_ids, *context.full_answer(prompt)[:num_judged]]
+    method, begin = context.method, len(prompt.prefill_ids)
+    steps = range(begin + 1, begin + len(given) + 1)
+    sparse = [n for n in steps if n > context.effective_policy.k]
+    judged = None if num_judged is None else frozenset(spread(sparse, num_judged))
+    meter, needs = SelectionMeter(judged), method.traits.needs
+    if not sparse:
+        return meter.values()
     decoder = Decoder(context.loaded, context.store, [prompt], len(given) + 1, needs)
-    with context.attached(decoder, context.method, meter):
-        decoder.teacher_force([given])
+    with context.attached(decoder, method, meter):
+        if method.known_tokens([len(given)]) == "one by one":
+            decoder.teacher_force([given[len(prompt.decode_ids) :]])
+        else:
+            decoder.forward([given])
     return meter.values()
 
 
-def selection_means(judged: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float | None]:
+def spread(items: Sequence[int], limit: int) -> list[int]:
+    """Return at most ``limit`` items, spread evenly, the last one included."""
+    count = min(limit, len(items))
+    return [items[(place + 1) * len(items) // count - 1] for place in range(count)]
+
+
+def selection_means(
+    judged: Sequence[Mapping[str, Sequence[Sequence[float]]]],
+) -> dict[str, float | None]:
     """Return the mean of each measure of selection quality over steps and layers of all prompts."""
     means: dict[str, float | None] = {}
     for name in MEASURES:
-        values = [value for one in judged for value in one[name]]
+        values = [value for one in judged for layers in one[name] for value in layers]
         means[name] = torch.tensor(values).mean().item() if values else None
     return means

@@ -1,7 +1,7 @@
 """Selection quality: recall of the exact top-k, attention mass, and error of the output."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -42,11 +42,11 @@ class DenseReference:
         """Compute full attention of a step's queries over its cache."""
         cache = context.cache
         valid = cache.valid_slots()[:, None, None]
-        products = torch.matmul(context.query_states.float(), cache.key_states.float().mT)
+        products = _product(context.query_states.float(), cache.key_states.mT)
         logits = capped(products * context.scale, context.softcap)
         weights = logits.masked_fill(~valid, -torch.inf).softmax(-1)
         grouped = weights.sum(2).masked_fill(~valid[:, :, 0], -1.0)
-        return cls(weights, grouped, torch.matmul(weights, cache.value_states.float()))
+        return cls(weights, grouped, _product(weights, cache.value_states))
 
     def exact(self, k: int) -> Tensor:
         """Return the exact top ``k`` by the group's summed weights, as bool ``[B, Hkv, n]``."""
@@ -54,6 +54,19 @@ class DenseReference:
         chosen = torch.zeros_like(self.group_weights, dtype=torch.bool)
         chosen.scatter_(-1, indices.long(), True)
         return chosen & (self.group_weights >= 0)
+
+
+def _product(rows: Tensor, states: Tensor) -> Tensor:
+    """Multiply ``[B, Hkv, G, m]`` by ``[B, Hkv, m, c]`` in float32; the latter is not repeated.
+
+    Where the rows of ``states`` are one and the same, as for known tokens, it is read once.
+    """
+    if states.stride(0) or len(states) == 1:
+        return torch.matmul(rows, states.float())
+    batch_size, num_heads, group, _ = rows.shape
+    together = rows.transpose(0, 1).reshape(num_heads, batch_size * group, -1)
+    product = torch.matmul(together, states[0].float())
+    return product.view(num_heads, batch_size, group, -1).transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,10 @@ class Quality:
     attention_mass: Tensor
     output_rel_error: Tensor
     tokens: Tensor
+
+    def row(self, row: int) -> "Quality":
+        """Return the quality in one row, ``[Hkv]`` each."""
+        return Quality(*(getattr(self, one.name)[row] for one in fields(self)))
 
 
 def quality(reference: DenseReference, context: StepContext, result: StepResult) -> Quality:
@@ -119,21 +136,46 @@ MEASURES = ("recall_at_k", "attention_mass", "output_rel_error")
 
 @dataclass
 class SelectionMeter(Observer):
-    """Measures selection quality at an attached method's steps over more than ``k`` tokens."""
+    """Measures selection quality at an attached method's steps over more than ``k`` tokens.
 
-    measured: list[tuple[int, Quality]] = field(default_factory=list)
+    Attributes:
+        judged: The steps that are measured, each named by its number of cached tokens; None for
+            all.
+        measured: The quality of each measured step, by its number of cached tokens, in order of
+            layers. The rows of a step that decodes a token of each row are measured together.
+    """
+
+    judged: frozenset[int] | None = None
+    measured: dict[int, list[Quality]] = field(default_factory=dict)
 
     def on_step(self, context: StepContext, result: StepResult) -> None:
         check_finite(result, context.layer)
-        if context.policy.k >= context.cache.n:
-            return  # all tokens are attended to without calling the method
-        reference = DenseReference.of(context)
-        self.measured.append((context.layer, quality(reference, context, result)))
+        cache = context.cache
+        if cache.key_states.stride(0):  # one token of each row
+            if self._is_judged(cache.n, context):
+                found = quality(DenseReference.of(context), context, result)
+                self.measured.setdefault(cache.n, []).append(found)
+            return
+        ends = cache.bounds()[1].tolist()
+        rows = [row for row, n in enumerate(ends) if self._is_judged(n, context)]
+        if not rows:
+            return
+        context, result = context.take_rows(rows), result.take_rows(rows)
+        found = quality(DenseReference.of(context), context, result)
+        for row, place in enumerate(rows):
+            self.measured.setdefault(ends[place], []).append(found.row(row))
 
-    def values(self) -> dict[str, list[float]]:
-        """Return each measure's mean over rows and heads, by step and layer."""
+    def _is_judged(self, n: int, context: StepContext) -> bool:
+        # With at most k tokens all are attended to without calling the method.
+        return n > context.policy.k and (self.judged is None or n in self.judged)
+
+    def values(self) -> dict[str, list[list[float]]]:
+        """Return each measure by step and layer, its mean over rows and heads."""
         return {
-            name: [getattr(one, name).mean().item() for _, one in self.measured]
+            name: [
+                [getattr(one, name).mean().item() for one in layers]
+                for _, layers in sorted(self.measured.items())
+            ]
             for name in MEASURES
         }
 

@@ -193,6 +193,17 @@ class StepContext:
     num_layers: int = 1
     previous_query: Tensor | None = None
 
+    def take_rows(self, rows: Sequence[int]) -> "StepContext":
+        """Return the step of some rows."""
+        kept = list(rows)
+        previous = self.previous_query
+        return replace(
+            self,
+            query_states=self.query_states[kept],
+            cache=self.cache.take_rows(kept),
+            previous_query=None if previous is None else previous[kept],
+        )
+
     def prompt(
         self,
         capacity: int,
@@ -519,6 +530,17 @@ class Selection:
             scanned=scanned,
         )
 
+    def take_rows(self, rows: Sequence[int]) -> Self:
+        """Return the selection of some rows."""
+        kept, part = list(rows), copy.copy(self)
+        for name in ("indices", "count", "log_weight", "head_weight", "scanned"):
+            value = getattr(self, name)
+            setattr(part, name, None if value is None else value[kept])
+        if self.remainder is not None:
+            value, weight = self.remainder.value, self.remainder.weight
+            part.remainder = Remainder(value[kept], weight[kept])
+        return part
+
     def slots(self, cache: CacheView) -> Tensor:
         """Return bool ``[B, H, n]``: the tokens that each head attends to; pages are expanded."""
         indices = self.indices.long()
@@ -573,3 +595,10 @@ class StepResult:
     lse: Tensor | None
     selection: Selection | None
     ranking: Ranking[object] | None = None
+
+    def take_rows(self, rows: Sequence[int]) -> "StepResult":
+        """Return outputs and selection of some rows, without the scores."""
+        kept = list(rows)
+        lse = None if self.lse is None else self.lse[kept]
+        selection = None if self.selection is None else self.selection.take_rows(kept)
+        return StepResult(self.out[kept], lse, selection)

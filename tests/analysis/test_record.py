@@ -78,10 +78,10 @@ def test_identity_refuses_values_without_a_canonical_form(value: object) -> None
 
 DESIGN = """
 run_id status reason model task subtask length method method_label method_colour
-impl full_backend protocol question
+impl full_backend protocol question known_tokens
 k kv_len prompts_per_batch batch_size rbit seed num_samples prompts
 wanted_samples source_samples skipped_samples
-judged_prompts timed_prompts
+judged_prompts judged_tokens timed_prompts
 score score_ci_low score_ci_high delta_full delta_ci_low delta_ci_high full_note
 recall_at_k attention_mass output_rel_error density density_all sparse_step_share
 prefill_ms build_ms decode_ms_p50 decode_ms_p20 decode_ms_p80 decode_ms_warm_p50

@@ -280,6 +280,65 @@ def test_an_index_restricted_to_its_first_slots_is_the_index_of_fewer_tokens(
             assert torch.equal(found.ranking.scores, wanted.ranking.scores)
 
 
+@pytest.mark.parametrize("protocol", ["unified", "native"])
+@pytest.mark.parametrize(
+    ("start", "end"), [(None, None), (int32(0, 5, 18), None), (None, int32(90, 83, 88))]
+)
+def test_known_tokens_as_rows_of_one_step_equal_a_step_each(
+    selecting: AnyMethod,
+    states: States,
+    build: Build,
+    start: Tensor | None,
+    end: Tensor | None,
+    protocol: Any,
+) -> None:
+    """Six queries over one row's cache and index, of which nothing is copied."""
+    if not selecting.traits.restricts:
+        pytest.skip(f"{selecting.name} declares that its index does not restrict")
+    method, policy = selecting.resolve(Policy(k=20, protocol=protocol))
+    _, keys, values = states(3, 96)
+    index = build(method, keys[:, :, :90], values[:, :, :90], start, end, capacity=96)
+    rows = torch.arange(3)
+    before = torch.full((3,), 90) if end is None else end.long()
+    for at in (before + step for step in range(6)):
+        method.append(index, keys[rows, :, at, None], values[rows, :, at, None])
+    row = 1
+    begin, first = int(before[row]), 0 if start is None else int(start[row])
+    ends = list(range(begin + 1, begin + 7))
+    queries = states(6, 1, seed=3)[0]
+    whole = CacheView(keys, values, start, None if end is None else end + 6)
+    view = whole.by_token(row, ends)
+    assert view.key_states.data_ptr() == keys[row].data_ptr()
+    assert view.key_states.stride(0) == 0
+    together = method.step(
+        index.by_token(row, ends),
+        StepContext(queries, view, policy, SCALE, previous_query=queries.flip(-1)),
+    )
+    assert together.selection is not None
+    for token, n in enumerate(ends):
+        one = slice(row, row + 1)
+        alone = build(
+            method, keys[one, :, :90], values[one, :, :90],
+            None if start is None else start[one], None if end is None else end[one], capacity=96,
+        )  # fmt: skip
+        for at in range(begin, n):
+            method.append(alone, keys[one, :, at, None], values[one, :, at, None])
+        own = CacheView(keys[one, :, :n], values[one, :, :n], None if start is None else start[one])
+        query = queries[token : token + 1]
+        context = StepContext(query, own, policy, SCALE, previous_query=query.flip(-1))
+        step = method.step(alone, context)
+        assert step.selection is not None
+        for head in range(step.selection.indices.shape[1]):
+            assert kept(together.selection, token, head, first, n) == kept(
+                step.selection, 0, head, first, n
+            )
+        assert torch.equal(
+            together.selection.take_rows([token]).tokens_read(view.take_rows([token])),
+            step.selection.tokens_read(own),
+        )
+        torch.testing.assert_close(together.out[[token]], step.out, atol=2e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("running", ["quest", "sparq"])
 def test_a_running_index_contains_later_tokens(
     running: str, methods: dict[str, AnyMethod], states: States, build: Build
