@@ -22,6 +22,7 @@ from topkbench.harness.samples import Sample, TaskDoesNotFit
 from topkbench.methods.base import AnyMethod, Policy
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
+from topkbench.methods.pqcache import PQCache
 from topkbench.methods.quest import Quest
 from topkbench.models.attach import attach
 from topkbench.models.compat import cache_keyword
@@ -296,3 +297,74 @@ def test_prompts_shared_by_methods_are_prefilled_once(
     assert store.forwards == 3
     answer(loaded, store, prompts(loaded, "dense"), FullAttention())
     assert store.forwards == 6  # with question=dense other tokens are prefilled
+
+
+KNOWN = ((5, 6, 7, 8), (9,), (4, 3, 2))
+
+
+@pytest.mark.parametrize("method", [ExactTopK(), PQCache(bits=2), FullAttention()])
+def test_known_tokens_of_rows_are_as_many_as_each_row_has(
+    loaded: LoadedModel, store: PrefillStore, method: AnyMethod
+) -> None:
+    """In one forward, padded behind; the rows then decode on as each does alone."""
+    batch, policy = prompts(loaded, "dense"), Policy(k=24)
+
+    def logits(rows: list[Prompt], given: Sequence[Sequence[int]]) -> torch.Tensor:
+        decoder = Decoder(loaded, store, rows, 8)
+        with attach(loaded.model, method, policy) as session:
+            after = decoder.forward(given)
+            then = decoder.step(torch.full((len(rows),), 11))
+        assert decoder.cache.ends == [
+            len(one.prefill_ids) + len(tokens) + 1 for one, tokens in zip(rows, given, strict=True)
+        ]
+        if method.selects:
+            session.require_steps(decoder.steps_over(24))
+        return torch.stack([after, then])
+
+    together = logits(batch, KNOWN)
+    for row, given in enumerate(KNOWN):
+        alone = logits([batch[row]], [given])
+        torch.testing.assert_close(together[:, [row]], alone, atol=2e-4, rtol=1e-4)
+
+
+def test_a_row_without_known_tokens_keeps_its_logits(
+    loaded: LoadedModel, store: PrefillStore
+) -> None:
+    batch = prompts(loaded, "dense")
+    decoder = Decoder(loaded, store, batch, 8)
+    with attach(loaded.model, ExactTopK(), Policy(k=24)):
+        logits = decoder.forward([(5, 6), (), (7,)])
+    assert torch.equal(logits[1], decoder.first_logits[1])
+    assert decoder.cache.ends == [
+        len(one.prefill_ids) + count for one, count in zip(batch, (2, 0, 1), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("method", [ExactTopK(), Quest(page_size=4), FullAttention()])
+def test_logits_after_every_known_token_are_those_of_single_steps(
+    loaded: LoadedModel, store: PrefillStore, method: AnyMethod
+) -> None:
+    given = [[5, 6, 7, 8, 9]] * 3
+
+    def found(known: bool) -> torch.Tensor:
+        decoder = Decoder(loaded, store, prompts(loaded, "dense"), 8)
+        with attach(loaded.model, method, Policy(k=24)):
+            if known:
+                return decoder.forward(given, every=True)
+            steps = torch.tensor(given).unbind(1)
+            return torch.stack([decoder.step(tokens) for tokens in steps], 1)
+
+    torch.testing.assert_close(found(True), found(False), atol=2e-4, rtol=1e-4)
+
+
+def test_answers_do_not_depend_on_how_the_question_is_decoded(
+    loaded: LoadedModel, store: PrefillStore
+) -> None:
+    batch = prompts(loaded, "sparse")
+    for method in (ExactTopK(), FullAttention()):
+        answers = []
+        for known in ("together", "one by one"):
+            decoder = Decoder(loaded, store, batch, NEW_TOKENS + 1)
+            with attach(loaded.model, method, Policy(k=24)):
+                answers.append(decoder.generate(known))
+        assert answers[0] == answers[1]

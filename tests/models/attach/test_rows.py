@@ -24,6 +24,7 @@ from topkbench.models.attach import attach
 from topkbench.models.cache import DecodeCache
 from topkbench.models.compat import cache_keyword
 from topkbench.models.prefill import prefill
+from topkbench.models.step_count import MethodBypassedError
 
 ROOT = Path(__file__).parents[3]
 Make = Callable[..., Any]
@@ -73,6 +74,7 @@ class Chosen(Observer):
 
     def __init__(self) -> None:
         self.rows: dict[int, list[list[list[list[int]]]]] = {}
+        self.found: dict[int, list[tuple[int, list[list[int]]]]] = {}
         self.reads_less = True
 
     def on_step(self, context: StepContext, result: StepResult) -> None:
@@ -86,6 +88,12 @@ class Chosen(Observer):
             for row in range(len(slots))
         ]
         self.rows.setdefault(context.layer, []).append(step)
+        lengths = (end - start).tolist()
+        self.found.setdefault(context.layer, []).extend(zip(lengths, step, strict=True))
+
+    def by_length(self, layer: int) -> list[tuple[int, list[list[int]]]]:
+        """Return all selections of a layer by the tokens that they were made from, sorted."""
+        return sorted(self.found[layer])
 
     def of(self, row: int) -> dict[int, list[list[list[int]]]]:
         return {layer: [step[row] for step in steps] for layer, steps in self.rows.items()}
@@ -97,18 +105,24 @@ def texts(lengths: Sequence[int], steps: int) -> list[Tensor]:
 
 
 def decode(
-    model: PreTrainedModel, method: AnyMethod, policy: Policy, rows: list[Tensor], steps: int
+    model: PreTrainedModel,
+    method: AnyMethod,
+    policy: Policy,
+    rows: list[Tensor],
+    steps: int,
+    known: bool = False,
 ) -> tuple[Tensor, Chosen]:
-    """Decode the last tokens of each row, padded on the left; return ``[steps, B, vocabulary]``."""
+    """Decode the last tokens of each row, padded on the left; return ``[steps, B, vocabulary]``.
+
+    With ``known`` they are decoded in one forward.
+    """
     longest = max(map(len, rows))
     ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
     mask = (ids > 0).long()
     places = (mask.cumsum(1) - 1).clamp_min(0)
     seen, found = Chosen(), []
-    parts = [
-        slice(0, longest - steps),
-        *(slice(at, at + 1) for at in range(longest - steps, longest)),
-    ]
+    begin, size = longest - steps, steps if known else 1
+    parts = [slice(0, begin), *(slice(at, at + size) for at in range(begin, longest, size))]
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), attach(model, method, policy, seen):
         for part in parts:
@@ -118,8 +132,8 @@ def decode(
                 position_ids=places[:, part],
                 **cache_keyword(model, cache),
             )
-            found.append(out.logits[:, -1])
-    return torch.stack(found[1:]), seen
+            found.append(out.logits[:, -min(size, part.stop - part.start) :])
+    return torch.cat(found[1:], 1).transpose(0, 1), seen
 
 
 def decode_own(
@@ -171,6 +185,34 @@ def test_a_row_selects_in_a_batch_what_it_selects_alone(
     heads = 4 if effective.head_scope == "query_head" or name == "magicpig" else 2
     for steps in by_padded.rows.values():
         assert all(len(step[row]) == heads for step in steps for row in range(3))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not act")
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("protocol", ["unified", "native"])
+@pytest.mark.parametrize("lengths", [LENGTHS[:1], LENGTHS])
+def test_known_tokens_in_one_forward_select_what_they_select_one_by_one(
+    deep: dict[str, PreTrainedModel],
+    method_in: Make,
+    name: str,
+    family: str,
+    protocol: Any,
+    lengths: tuple[int, ...],
+) -> None:
+    model, method, rows = deep[family], method_in(name, family), texts(lengths, STEPS)
+    policy = Policy(k=K, protocol=protocol)
+    wanted, one_by_one = decode(model, method, policy, rows, STEPS)
+    if method.known_tokens([STEPS] * len(rows)) == "one by one":
+        assert name == "spatten"
+        with pytest.raises(MethodBypassedError, match="several tokens over a filled cache"):
+            decode(model, method, policy, rows, STEPS, known=True)
+        return
+    logits, together = decode(model, method, policy, rows, STEPS, known=True)
+    torch.testing.assert_close(logits, wanted, **CLOSE)
+    assert set(together.found) == set(one_by_one.found)
+    for layer in one_by_one.found:
+        assert together.by_length(layer) == one_by_one.by_length(layer)
 
 
 @pytest.mark.parametrize("protocol", ["unified", "native"])
