@@ -95,8 +95,10 @@ def attach(
 ) -> Iterator["Session"]:
     """Let a method choose what a model's decode steps attend to, inside a ``with`` block.
 
-    A forward of one token over a filled cache is a decode step; everything else runs dense, with
-    torch's SDPA. No gradient flows through a decode step. Layers with a sliding window stay dense,
+    Tokens that follow a filled cache are decode steps, one or several in a forward; everything
+    else runs dense, with torch's SDPA. Several tokens give what they give one by one. A prompt
+    that is read in several forwards is read inside ``with session.prefill():``; ``generate`` does
+    so by itself. No gradient flows through a decode step. Layers with a sliding window stay dense,
     see ``Session.dense``.
 
     Each layer's index is built at its first decode step and kept on the cache object until the
@@ -104,14 +106,14 @@ def attach(
     methods. Reordering, repeating and selecting rows take its rows along, and a crop shortens it;
     if that is impossible, it is built again from the keys. A method that depends on the prompt or
     on its steps so far (``Traits.index``) cannot be built again in all cases, and then the next
-    step raises: after a crop into the prompt or a later turn for methods that need the prompt's
-    queries, if decoded tokens were cropped, or if the cache was changed by other means.
+    step raises: after a crop into the prompt, if decoded tokens were cropped, or if the cache was
+    changed by other means.
 
-    Every decode step is counted (``Session.count``). Leaving the block raises if decode steps over
-    more than ``k`` tokens did not go through the method. Causes are generation without a cache, a
-    mask with holes, and forwards of several tokens over a filled cache (computing a likelihood,
-    prompt lookup, assisted decoding, a later turn). A block that only runs a prefill does not
-    raise.
+    Every decode step is counted, one for each token of each row (``Session.count``). Leaving the
+    block raises if decode steps over more than ``k`` tokens did not go through the method. Causes
+    are generation without a cache, a mask with holes or one that is not causal, the likelihood of
+    a whole text in one forward, and several tokens at once with a method that takes one at a time
+    (``TopKMethod.known_tokens``). A block that only runs a prefill does not raise.
 
     Args:
         model: A decoder-only model of transformers 5, such as Llama, Mistral, Qwen2, Qwen3, Phi-3,
@@ -119,8 +121,8 @@ def attach(
         method: The method, its artifact loaded.
         policy: Budget and rules; the native protocol replaces them by the method's own.
         observer: Is called around stages and after steps.
-        allow_dense_forwards: Accept forwards of several tokens over a filled cache, which attend
-            to everything, instead of raising.
+        allow_dense_forwards: Let forwards of several tokens over a filled cache attend to
+            everything, with a warning.
 
     Yields:
         The session.

@@ -29,7 +29,7 @@ class StepGuard:
         layers: The layers in which the method selects; none if it reads the whole cache, and
             nothing is then counted.
         dense: The reason why a layer is always dense, for each such layer.
-        allow_dense_forwards: Accept forwards of several tokens over a filled cache.
+        allow_dense_forwards: Leave forwards of several tokens over a filled cache dense.
 
     Attributes:
         count: The decode steps so far, by layer.

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from topkbench.models.step_count import MethodBypassedError
-
 ROOT = Path(__file__).parents[1]
 LINKED = ("kernels", "models", "harness", "analysis", "tasks", "tools")
 
@@ -37,20 +35,18 @@ def test_the_scripts_that_readme_prints_run(
     assert names["method"].artifact_digest
     whole = names["tokenizer"](names["text"] + names["question"], return_tensors="pt")
 
-    def ask_in_one_forward(num_tokens: int, **given: bool) -> Any:
-        with names["attach"](names["model"], names["method"], names["Policy"](k=256), **given):
+    def ask_in_one_forward(num_tokens: int) -> Any:
+        with names["attach"](names["model"], names["method"], names["Policy"](k=256)) as session:
             context = names["tokenizer"](names["text"], return_tensors="pt")
             cache = names["model"](**context).past_key_values
             copied = copy.deepcopy(cache)
-            return names["model"].generate(
-                **whole, past_key_values=copied, max_new_tokens=num_tokens
-            )
+            names["model"].generate(**whole, past_key_values=copied, max_new_tokens=num_tokens)
+        return session.count.taken[0]
 
-    with pytest.raises(MethodBypassedError, match="allow_dense_forwards=True"):
-        ask_in_one_forward(1)
-    length = whole["input_ids"].shape[1]
-    assert ask_in_one_forward(1, allow_dense_forwards=True).shape[1] == length + 1
-    assert ask_in_one_forward(3).shape[1] == length + 3  # the question counts as the prompt's end
+    context = names["tokenizer"](names["text"], return_tensors="pt")["input_ids"].shape[1]
+    asked = whole["input_ids"].shape[1] - context
+    for num_tokens in (1, 3):  # the question's tokens, and all of the answer's but the last
+        assert ask_in_one_forward(num_tokens) == asked + num_tokens - 1
     assert list(tmp_path.iterdir()) == []  # the artifact ships with the model: nothing was fitted
 
 
