@@ -10,7 +10,7 @@ Numba distinguishes functions of the same name and type (here: those that a fact
 two and four queries) by a number that counts up from 1 in every process, in the order of
 compilation. If cached code of two processes is loaded into one, the linker takes equal names for
 the same function, so that a kernel would call another one's helper. Therefore each process starts
-to count at a random number.
+to count at a random number, a forked one too.
 
 The folder is ``numba/`` in ``TOPKBENCH_CACHE`` or ``~/.cache/topkbench``, or ``topkbench/`` in
 ``NUMBA_CACHE_DIR`` if that is set.
@@ -46,8 +46,16 @@ _SETTINGS = (
     *("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "ENABLE_AVX", "USING_SVML"),
     *("BOUNDSCHECK", "DEBUGINFO_DEFAULT"),
 )
-FunctionIdentity._unique_ids = itertools.count(secrets.randbits(62))
 _UNUSED_SECONDS = 30 * 24 * 3600  # after which unused machine code is removed
+
+
+def _count_from_a_random_number() -> None:
+    FunctionIdentity._unique_ids = itertools.count(secrets.randbits(62))
+
+
+_count_from_a_random_number()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_count_from_a_random_number)
 
 
 def entry_point(function: Callable[..., Any]) -> Any:

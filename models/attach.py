@@ -46,7 +46,11 @@ from topkbench.models.step_guard import StepGuard
 from topkbench.models.steps import LayerForward, Steps
 
 IMPLEMENTATION = "topkbench"
-"""The name under which our attention function is registered with transformers."""
+"""The name under which our attention function is registered with transformers.
+
+Outside a block of ``attach`` it is dense attention: torch's SDPA, or capped logits where a model
+has them, which transformers' own SDPA function leaves uncapped or refuses, by the release.
+"""
 
 # The tensors besides queries, keys, values and mask that an attention function may be passed: they
 # do not change its result. Others (sink logits, biases, bounds of packed texts, the model's own
@@ -135,9 +139,7 @@ def attach(
     When the block is left, also by an exception, the model is restored.
     """
     session = Session(model, method, policy, observer or Observer(), allow_dense_forwards)
-    # Excluded from torch.compile, which would trace through the bookkeeping.
-    eager = torch.compiler.disable
-    register_attention(IMPLEMENTATION, eager(_attention))
+    eager = torch.compiler.disable  # it would trace through the bookkeeping
     hooks = []
     try:
         for module in session.modules:
@@ -462,9 +464,12 @@ def _attention(
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     session = _SESSIONS.get(module)
-    if session is None:  # a model that shares the config object but is not attached
+    if session is None:  # the model is not attached
         return _dense(module, query, key, value, attention_mask, scale, options), None
     return session.attend(module, query, key, value, attention_mask, scale, options), None
+
+
+register_attention(IMPLEMENTATION, torch.compiler.disable(_attention))
 
 
 def _dense(

@@ -9,6 +9,7 @@ import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
@@ -87,10 +88,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return 16 hex digits of a tokenizer's rules, chat template and settings; "" without one."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return ""
-    fast: Any = getattr(tokenizer, "backend_tokenizer", None)
     return _short(
         {
-            "rules": fast.to_str() if fast is not None else tokenizer.get_vocab(),
+            "rules": _rules(tokenizer),
             "class": type(tokenizer).__name__,
             "template": tokenizer.chat_template,
             "special": tokenizer.special_tokens_map,
@@ -101,6 +101,18 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
             },
         }
     )
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return a tokenizer's rules; for one written in Python its tokens and digests of its files."""
+    fast: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is not None:
+        return fast.to_str()
+    with TemporaryDirectory() as folder, contextlib.suppress(NotImplementedError):
+        tokenizer.save_vocabulary(folder)  # merges among them, which are not in the tokens
+        files = {path.name: _read_hash(path) for path in Path(folder).iterdir()}
+        return {"tokens": tokenizer.get_vocab(), "files": files}
+    return {"tokens": tokenizer.get_vocab()}
 
 
 # Settings that say where a model was loaded from and by which release; answers do not depend on

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers import __version__ as transformers_version
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import (  # type: ignore[attr-defined]  # one is huggingface-hub's
@@ -32,7 +33,7 @@ from transformers.utils.hub import (  # type: ignore[attr-defined]  # one is hug
 )
 
 from topkbench.methods.base import Geometry, check_whole
-from topkbench.models.attach import geometry_of
+from topkbench.models.attach import IMPLEMENTATION, geometry_of
 from topkbench.models.compat import context_window, partial_layers, set_window
 from topkbench.models.digests import weights_digest
 from topkbench.models.encoding import check_template_arguments
@@ -163,6 +164,8 @@ def load_model(
         if not set(tokenizer.encode("Hello, world 1")) - set(tokenizer.all_special_ids):
             # Some releases return an empty tokenizer if a folder has none.
             raise ValueError(f"a {type(tokenizer).__name__} with an empty vocabulary")
+        if gguf_file is not None:
+            _check_vocabulary(tokenizer, config)
         # The tasks check lengths themselves; this silences the tokenizer's own warning.
         tokenizer.model_max_length = VERY_LARGE_INTEGER
         _check_template(tokenizer, chat, template_arguments)
@@ -175,7 +178,7 @@ def load_model(
                 device_map=device_map,
                 trust_remote_code=False,
                 use_safetensors=True,
-                attn_implementation="sdpa",
+                attn_implementation=IMPLEMENTATION,
                 output_loading_info=True,
             )
         model, info = loaded
@@ -352,6 +355,23 @@ def _check_gguf(source: str, name: str) -> None:
         )
 
 
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    """Check that transformers has read a GGUF file's tokenizer as it is.
+
+    Release 5.5 makes some into tokenizers of another kind, with tokens that the model lacks.
+
+    Raises:
+        ModelNotAvailable: If the tokenizer has more tokens than the model.
+    """
+    tokens = int(config.get_text_config(decoder=True).vocab_size)
+    if len(tokenizer) > tokens:
+        raise ModelNotAvailable(
+            f"a GGUF file's tokenizer must have at most the model's {tokens} tokens, got"
+            f" {len(tokenizer)} in a {type(tokenizer).__name__}, as which transformers"
+            f" {transformers_version} reads it; install a newer transformers."
+        )
+
+
 def _dtype(
     dtype: Dtype, config: Any, device: str, device_map: DeviceMap | None
 ) -> torch.dtype | Literal["auto"]:
@@ -500,7 +520,7 @@ def _draw(
             made: PreTrainedModel = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config),
                 dtype=getattr(torch, dtype),
-                attn_implementation="sdpa",
+                attn_implementation=IMPLEMENTATION,
             )
         return made
 

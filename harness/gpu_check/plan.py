@@ -207,10 +207,15 @@ class Plan:
 
     def text(self, minutes: float) -> str:
         """Return the plan as lines; jobs that do not fit the time by the estimates are marked."""
+        first = [(start, job) for start, job in self.steps if not job.last]
+        end_s = max(start + job.estimate_s for start, job in first)
+        others = len(self.steps) - len(first)
+        then = f", then {others} steps of other methods until {self.total_s / 60:.1f}"
         lines = [
-            f"plan: {len(self.jobs)} steps, {sum(job.compiles for job in self.jobs)} kernels to "
-            f"compile, {self.workers} processes: about {self.total_s / 60:.1f} of {minutes:g} "
-            "minutes. A step for which there is no time left is dropped, later ones first.",
+            f"plan: {len(first)} steps, {self.workers} processes: about {end_s / 60:.1f} of "
+            f"{minutes:g} minutes{then if others else ''}; "
+            f"{sum(job.compiles for job in self.jobs)} kernels to compile. A step for which there "
+            "is no time left is dropped, later ones first.",
             f"{'from s':>7} {'for s':>6} {'kernels':>8}  step",
         ]
         for start, job in self.steps:

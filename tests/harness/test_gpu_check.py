@@ -7,6 +7,7 @@ import importlib
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -147,6 +148,14 @@ def test_the_plan_fits_eight_minutes_and_begins_with_the_most_important() -> Non
     for one, other in itertools.combinations(range(3), 2):
         assert {(s[one], s[other]) for s in first} == {(s[one], s[other]) for s in settings}
     assert "(no time)" not in plan.text(8)
+    # In eight minutes only the methods that come last lack time.
+    lines = whole.text(8).splitlines()
+    assert re.match(
+        r"plan: 50 steps, 11 processes: about [67]\.\d of 8 minutes, then 48 ", lines[0]
+    )
+    late = [line for line in lines if "(no time)" in line]
+    assert late == lines[-len(late) :]
+    assert 0 < len(late) <= 48
     assert plan.text(2).count("(no time)") > 20
     first = ["hata_integer", "hata", "exact", "quest", "loki", "streaming_llm"]
     timed = [job.options["method"] for job in whole.jobs if job.kind == "method"]

@@ -141,6 +141,23 @@ def test_cached_code_calls_its_own_helpers_next_to_newly_compiled_code(
     assert checkout.run(quiet + load + "run(rising, falling)") == ("True\nTrue", "")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_numbers_functions_from_another_number(checkout: Checkout) -> None:
+    program = """
+import os, sys
+from topkbench.kernels import compiled
+for child in range(2):
+    sys.stdout.flush()
+    if os.fork() == 0:
+        print(next(compiled.FunctionIdentity._unique_ids) >> 16, flush=True)
+        os._exit(0)
+    os.wait()
+print(next(compiled.FunctionIdentity._unique_ids) >> 16)
+"""
+    printed, _ = checkout.run(program)
+    assert len(set(printed.split())) == 3
+
+
 def test_code_for_other_numba_settings_is_cached_separately(checkout: Checkout) -> None:
     assert checkout.run() == (RIGHT, "")
     assert checkout.run(NUMBA_OPT="1") == (RIGHT, "")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import CTRLTokenizer
 
 from topkbench.models.digests import model_digest, tokenizer_digest, weights_digest
 from topkbench.models.load import load_model
@@ -216,3 +217,16 @@ def test_the_tokenizer_digest_depends_on_rules_and_template() -> None:
     other = build_tokenizer([" one", " two"], 64)
     other.chat_template = "{{ messages }}"
     assert tokenizer_digest(plain) != tokenizer_digest(other)
+
+
+def test_the_tokenizer_digest_depends_on_the_merges_of_one_written_in_python(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps({"a@@": 0, "b": 1, "ab": 2, "<unk>": 3}))
+    digests = []
+    for merge, expected in (("a b</w>", [2]), ("b a</w>", [0, 1]), ("a b</w>", [2])):
+        (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merge}\n")
+        tokenizer = CTRLTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+        assert tokenizer.encode("ab") == expected
+        digests.append(tokenizer_digest(tokenizer))
+    assert digests[0] == digests[2] != digests[1]

@@ -7,10 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from topkbench.models import load
 from topkbench.models.digests import model_digest
-from topkbench.models.load import LoadedModel, ModelNotAvailable, cpu_dtype, load_model, read_shape
+from topkbench.models.load import (
+    LoadedModel,
+    ModelNotAvailable,
+    _check_vocabulary,
+    cpu_dtype,
+    load_model,
+    read_shape,
+)
+from topkbench.models.tiny_tokenizer import build_tokenizer
 
 needs_gguf = pytest.mark.skipif(
     any(find_spec(package) is None for package in load.GGUF_PACKAGES),
@@ -74,6 +83,17 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(20))
     with pytest.raises(ModelNotAvailable, match=r"must be a reachable, whole GGUF file a\.gguf"):
         read_shape("mine", str(tmp_path), gguf_file="a.gguf")
+
+
+def test_a_tokenizer_with_tokens_that_the_model_lacks_is_refused() -> None:
+    """Transformers 5.5 reads SmolLM2's as Code Llama's, which has five more."""
+    tokenizer = build_tokenizer([" word"], 64)
+    size = len(tokenizer)
+    _check_vocabulary(tokenizer, LlamaConfig(vocab_size=size))
+    with pytest.raises(
+        ModelNotAvailable, match=rf"at most the model's {size - 5} tokens, got {size} "
+    ):
+        _check_vocabulary(tokenizer, LlamaConfig(vocab_size=size - 5))
 
 
 def test_packages_that_are_missing_are_named(

@@ -8,13 +8,21 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from topkbench.methods.base import Policy
 from topkbench.methods.exact import ExactTopK
 from topkbench.models.attach import attach
 from topkbench.models.compat import context_window, partial_layers, set_window
 from topkbench.models.load import ModelNotAvailable, load_model, read_shape
+from topkbench.models.prefill import prefill
 from topkbench.models.tiny_tokenizer import build_tokenizer
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -298,6 +306,27 @@ def test_a_sliding_window_of_all_positions_is_full_attention(
     assert partial_layers(model) == {}
     with attach(model, ExactTopK(), Policy(k=16)) as session:
         assert session.dense == {}
+
+
+def test_capped_logits_are_capped_at_every_prefill(folder: Path, tmp_path: Path) -> None:
+    """Transformers' SDPA function leaves them uncapped or refuses them, by its release."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=61, hidden_size=64, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=64,
+        sliding_window=64, attn_logit_softcapping=2.0, query_pre_attn_scalar=16,
+        initializer_range=0.5, attn_implementation="eager",
+    )  # fmt: skip
+    made = Gemma2ForCausalLM(config).eval()
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)  # the tokenizer
+    made.save_pretrained(tmp_path)
+    ids = torch.randint(61, (40,)).tolist()
+    with torch.no_grad():
+        wanted = made(torch.tensor([ids])).logits[0, -1]
+    model = load_model("mine", str(tmp_path)).model
+    for needs in (frozenset[str](), frozenset({"column_sums"})):
+        found = prefill(model, ids, needs).logits
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_a_window_may_be_given(folder: Path) -> None:

@@ -62,6 +62,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
             layer_types=SLIDING,
             attn_logit_softcapping=2.0,
             query_pre_attn_scalar=24,
+            attn_implementation="eager",  # in their SDPA function, some releases cap nothing
             **SMALL,
         )
     ),
