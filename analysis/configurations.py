@@ -34,6 +34,7 @@ _MOST_NAMED = 3
 _NAMED_APART = ("artifact", "config_digest")
 """Digests that are added to a label only if nothing else distinguishes two configurations."""
 _MEANS = (
+    *("nll", "nll_delta", "kl_full", "top1_agreement"),
     *("recall_at_k", "attention_mass", "output_rel_error", "density", "bytes_read_per_step"),
     *("index_bytes_per_token", "peak_memory_mib", "bandwidth_fraction"),
     *("bandwidth_gb_s", "loss_first", "loss_last"),
@@ -46,9 +47,13 @@ _MEDIANS = (
 _RATIO_ENDS = tuple(
     f"{name}_{end}" for name in ("speedup_ci", "decode_vs_full_ci") for end in ("low", "high")
 )
+OVER_WINDOWS = ("nll_delta", "kl_full")
+"""Metrics with an interval over windows of text, which rows record."""
 OVER_SEEDS = ("recall_at_k", "attention_mass", "output_rel_error")
 """Metrics that are not recorded per sample: their intervals are over a configuration's seeds."""
-_ENDS = tuple(f"{name}_ci_{end}" for name in OVER_SEEDS for end in ("low", "high"))
+_ENDS = tuple(
+    f"{name}_ci_{end}" for name in (*OVER_SEEDS, *OVER_WINDOWS) for end in ("low", "high")
+)
 _SCORES = (
     *("score", "score_ci_low", "score_ci_high"),
     *("delta_full", "delta_ci_low", "delta_ci_high"),
@@ -370,6 +375,11 @@ def _metrics(part: pd.DataFrame) -> dict[str, Any]:
         found = stats.seed_interval(known) if len(known) else None
         values[f"{name}_ci_low"] = None if found is None else _number(found.low)
         values[f"{name}_ci_high"] = None if found is None else _number(found.high)
+    for name in OVER_WINDOWS:  # over several seeds, from the lowest end to the highest
+        low, high = part[f"{name}_ci_low"], part[f"{name}_ci_high"]
+        has_ends = low.notna().all() and high.notna().all()
+        values[f"{name}_ci_low"] = _number(low.min()) if has_ends else None
+        values[f"{name}_ci_high"] = _number(high.max()) if has_ends else None
     values["by_seed"] = {
         name: dict(zip(part["seed"], part[name], strict=True)) for name in OVER_SEEDS
     }
@@ -377,7 +387,7 @@ def _metrics(part: pd.DataFrame) -> dict[str, Any]:
     kv_len, samples = part["kv_len"].mean(), part["num_samples"].sum()
     # Each seed draws its own prompts, but those of a file are the same under each.
     from_files = str(part["prompts"].iloc[0]).startswith("RULER")
-    for name in ("judged_prompts", "judged_tokens", "timed_prompts"):
+    for name in ("judged_prompts", "judged_tokens", "timed_prompts", "scored_tokens"):
         counts = part[name]
         number = counts.max() if from_files else counts.sum()
         values[name] = None if counts.isna().any() else int(number)
@@ -421,7 +431,7 @@ def _labelled(configurations: pd.DataFrame, parameters: list[str]) -> pd.DataFra
     for name in ("k", "rbit", "length", "kv_len", "batch_size", *parameters):
         if pd.api.types.is_float_dtype(configurations[name]) and name not in parameters:
             configurations[name] = configurations[name].astype("Int64")
-    counts = ("judged_prompts", "judged_tokens", "timed_prompts")
+    counts = ("judged_prompts", "judged_tokens", "timed_prompts", "scored_tokens")
     for name in ("k", "rbit", "length", "kv_len", "batch_size", *counts):
         configurations[name] = pd.to_numeric(configurations[name]).astype("Int64")
     for name in (*_SCORES, *_MEANS, *_MEDIANS, *_ENDS, *_RATIO_ENDS, "decode_vs_full"):

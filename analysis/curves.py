@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from topkbench.analysis import style
-from topkbench.analysis.configurations import OVER_SEEDS
+from topkbench.analysis.configurations import OVER_SEEDS, OVER_WINDOWS
 from topkbench.analysis.counts import counted
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.stats import MEAN
@@ -99,7 +99,7 @@ def spread(points: pd.DataFrame, y: str) -> np.ndarray | None:
     ends = {
         "score": ("score_ci_low", "score_ci_high"),
         "decode_ms_p50": ("decode_ms_p20", "decode_ms_p80"),
-        **{name: (f"{name}_ci_low", f"{name}_ci_high") for name in OVER_SEEDS},
+        **{name: (f"{name}_ci_low", f"{name}_ci_high") for name in (*OVER_SEEDS, *OVER_WINDOWS)},
         **{name: tuple(f"{interval_of(name)}_{end}" for end in ("low", "high")) for name in RATIOS},
     }.get(y)
     if ends is None:
@@ -127,6 +127,10 @@ def hollow(axes: Axes, points: pd.DataFrame, x: str, y: str) -> None:
         )
 
 
+LINEAR = 0.01
+"""Losses up to this, in nats, are on the linear part of their axis, which also shows gains."""
+
+
 def legend(figure: Figure, axes: Axes) -> None:
     """Put the legend outside the axes, where it covers nothing."""
     handles, labels = axes.get_legend_handles_labels()
@@ -138,7 +142,7 @@ def curve(configurations: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.Data
 
     Args:
         configurations: `Comparison.overall` of one setting.
-        y: ``score``, ``recall_at_k`` or ``decode_vs_full``.
+        y: ``score``, ``recall_at_k``, ``decode_vs_full``, ``nll_delta`` or ``kl_full``.
         x: ``k`` or ``rbit``.
 
     Returns:
@@ -191,7 +195,14 @@ def curve(configurations: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.Data
     log2_axis(axes.xaxis, [float(v) for v in data[x]])
     axes.set_xlabel(METRICS[x].axis)
     axes.set_ylabel(METRICS[y].axis)
-    if y == "decode_vs_full":
+    if y == "nll_delta":
+        look = style.style("full")
+        axes.axhline(0, color=look.colour, lw=1.4, label=look.label)
+        axes.set_yscale("symlog", linthresh=LINEAR)  # losses differ by orders of magnitude
+        axes.set_ylim(bottom=min(axes.dataLim.y0, -LINEAR / 4))
+    elif y == "kl_full":
+        axes.set_yscale("log")
+    elif y == "decode_vs_full":
         from_zero(axes)
     else:
         share_axis(axes, 100.0 if y == "score" else 1.0)
@@ -236,7 +247,7 @@ def table(configurations: pd.DataFrame, *columns: str) -> pd.DataFrame:
         "decode_ms_p50": _TIMES[1:],
         "tokens_per_s": _TIMES,
         "decode_vs_full": ("decode_vs_full_ci_low", "decode_vs_full_ci_high", "timing_note"),
-        **{name: (f"{name}_ci_low", f"{name}_ci_high") for name in OVER_SEEDS},
+        **{name: (f"{name}_ci_low", f"{name}_ci_high") for name in (*OVER_SEEDS, *OVER_WINDOWS)},
     }
     names = ["method", "variant", "subtask", "k", "rbit"]
     names += [name for one in columns for name in (one, *extra.get(one, ()), *counted(one))]

@@ -46,6 +46,20 @@ METRICS: dict[str, Metric] = {
     "delta_full": Metric(
         label="Difference to full attention", unit="points", better="higher", format="+.1f"
     ),
+    "nll": Metric(label="Negative log-likelihood", unit="nats/token", better="lower", format=".4f"),
+    "nll_delta": Metric(
+        label="Loss over full attention", unit="nats/token", better="lower", format="+.4f"
+    ),
+    "kl_full": Metric(
+        label="KL divergence from full attention",
+        unit="nats/token",
+        better="lower",
+        format=".4f",
+        scale="log",
+    ),
+    "top1_agreement": Metric(
+        label="Same likeliest next token as full attention", better="higher", format=".3f"
+    ),
     "recall_at_k": Metric(label="Recall@k", better="higher", format=".3f"),
     "attention_mass": Metric(label="Attention mass kept", better="higher", format=".3f"),
     "output_rel_error": Metric(

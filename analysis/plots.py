@@ -120,6 +120,19 @@ def draw_all(
             lambda: None if ladder(top) else curve(top, "score", "rbit"),
         ),
         (
+            "nll_vs_k",
+            "Likelihood of text against budget",
+            "Negative log-likelihood minus full attention's on the same tokens: 0 loses nothing; "
+            "bars: 95% intervals over windows.",
+            lambda: curve(top, "nll_delta", "k"),
+        ),
+        (
+            "kl_vs_k",
+            "Divergence of the predictions from full attention's against budget",
+            "Lower is better; bars: 95% intervals over windows.",
+            lambda: curve(top, "kl_full", "k"),
+        ),
+        (
             "recall_vs_k",
             "Recall of the exact top-k against budget",
             "Higher is better.",

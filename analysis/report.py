@@ -38,7 +38,9 @@ summary_table = tables.summary_table
 _HOW_TO_READ = (
     "Brackets are 95% intervals. Scores: Wilson's for right-or-wrong scores of one sub-task, else "
     "a bootstrap of 10,000 resamples drawn within each sub-task; recall, attention mass and output "
-    "error: Student's over seeds, where there are several. Δ full is paired with full attention on "
+    "error: Student's over seeds, where there are several; likelihoods: Student's over windows of "
+    "text. Δ NLL and KL compare each predicted token with full attention's prediction at the same "
+    "place. Δ full is paired with full attention on "
     "the same samples. Its interval allows for differences that these samples do not show: with n "
     "samples of which none differs it is ± 384 / (n + 3.84) points, and wider where some differ. "
     "Bold: the best score at each budget and those whose paired "

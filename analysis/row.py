@@ -61,7 +61,10 @@ SPEED_COLUMNS = (
 )
 """Columns that stay empty unless the status is ok: a wrong result has no speed."""
 
-RESULT_COLUMNS = ("score", "recall_at_k", "attention_mass", "output_rel_error")
+RESULT_COLUMNS = (
+    *("score", "nll", "nll_delta", "kl_full", "top1_agreement"),
+    *("recall_at_k", "attention_mass", "output_rel_error"),
+)
 """Columns that also stay empty unless the status is ok: no other cell has a valid result."""
 
 PAIRED_COLUMNS = (
@@ -70,8 +73,12 @@ PAIRED_COLUMNS = (
     "delta_full",
     "delta_ci_low",
     "delta_ci_high",
+    "nll_delta_ci_low",
+    "nll_delta_ci_high",
+    "kl_full_ci_low",
+    "kl_full_ci_high",
 )
-"""Columns that `stats.paired_columns` computes from the samples."""
+"""Columns that `stats.paired_columns` and `stats.window_columns` compute from the samples."""
 
 
 @dataclass(kw_only=True)
@@ -161,6 +168,25 @@ class Row:
     """Upper end of the paired difference's 95% interval, points."""
     full_note: str | None = None
     """Why the difference is missing or not informative: full attention failed, or scored 0."""
+    nll: float | None = None
+    """Negative log-likelihood of a token of the text, mean, nats; perplexity is its exponential."""
+    nll_delta: float | None = None
+    """``nll`` minus full attention's on the same tokens, nats."""
+    nll_delta_ci_low: float | None = None
+    """Lower end of its 95% interval over windows, nats."""
+    nll_delta_ci_high: float | None = None
+    """Upper end of its 95% interval over windows, nats."""
+    kl_full: float | None = None
+    """Kullback-Leibler divergence of the predicted distribution from full attention's, mean over
+    tokens, nats."""
+    kl_full_ci_low: float | None = None
+    """Lower end of its 95% interval over windows, nats."""
+    kl_full_ci_high: float | None = None
+    """Upper end of its 95% interval over windows, nats."""
+    top1_agreement: float | None = None
+    """Fraction of tokens after which the likeliest next token is full attention's, 0 to 1."""
+    scored_tokens: int | None = None
+    """Number of predicted tokens behind these, of all windows; ``num_samples`` counts windows."""
     recall_at_k: float | None = None
     """Fraction of the exact top-k that was selected, 0 to 1; mean over layers, KV heads, steps."""
     attention_mass: float | None = None

@@ -178,6 +178,30 @@ def seed_interval(values: ArrayLike) -> Interval:
     return Interval(estimate, estimate - half, estimate + half, data.size)
 
 
+def window_columns(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the intervals of a row's likelihoods over its windows of text.
+
+    The tokens of one window depend on each other, so Student's interval is over the windows' means.
+
+    Args:
+        samples: One mapping per window with its mean ``nll``, ``full_nll`` and ``kl_full``.
+
+    Returns:
+        The columns ``nll_delta_ci_*`` and ``kl_full_ci_*``; none for a single window.
+    """
+    if len(samples) < 2:
+        return {}
+    found = {
+        "nll_delta": seed_interval([one["nll"] - one["full_nll"] for one in samples]),
+        "kl_full": seed_interval([one["kl_full"] for one in samples]),
+    }
+    return {
+        f"{name}_ci_{end}": value
+        for name, interval in found.items()
+        for end, value in (("low", interval.low), ("high", interval.high))
+    }
+
+
 def quotient(first: Iterable[float], second: Iterable[float]) -> tuple[float, float, float]:
     """Return the ratio of two positive, independent estimates with its 95% interval.
 

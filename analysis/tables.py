@@ -21,6 +21,10 @@ LEAGUE = 6
 """If a setting has more methods than this, they are also ranked in a table."""
 
 _METRICS = (
+    ("nll", "NLL"),
+    ("nll_delta", "Δ NLL"),
+    ("kl_full", "KL"),
+    ("top1_agreement", "Same token"),
     ("recall_at_k", "Recall@k"),
     ("attention_mass", "Mass"),
     ("output_rel_error", "Output error"),

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from topkbench.analysis.record import Cell, Row, Status, identity
-from topkbench.analysis.stats import full_note, paired_columns
+from topkbench.analysis.stats import full_note, paired_columns, window_columns
 from topkbench.harness.artifact import Artifact
 from topkbench.harness.cell import environment, fit_source, libraries
 from topkbench.harness.commit import git_state
@@ -236,6 +236,8 @@ class Run:
         compared = full_cell.samples() if full_cell is not None else None
         scored = [one for one in outcome.samples if "score" in one]
         paired = paired_columns(scored, compared)
+        if self.method.selects and outcome.samples and "nll" in outcome.samples[0]:
+            paired = {"mean": {**window_columns(outcome.samples)}}
         full_rows = full_cell.read() if full_cell is not None else []
         return [
             known.replace(

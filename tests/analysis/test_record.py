@@ -83,6 +83,8 @@ k kv_len prompts_per_batch batch_size rbit seed num_samples prompts
 wanted_samples source_samples skipped_samples
 judged_prompts judged_tokens timed_prompts
 score score_ci_low score_ci_high delta_full delta_ci_low delta_ci_high full_note
+nll nll_delta nll_delta_ci_low nll_delta_ci_high kl_full kl_full_ci_low kl_full_ci_high
+top1_agreement scored_tokens
 recall_at_k attention_mass output_rel_error density density_all sparse_step_share
 prefill_ms build_ms decode_ms_p50 decode_ms_p20 decode_ms_p80 decode_ms_warm_p50
 encode_ms append_ms score_ms select_ms attend_ms tokens_per_s
