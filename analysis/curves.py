@@ -202,6 +202,7 @@ def curve(configurations: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.Data
         axes.set_ylim(bottom=min(axes.dataLim.y0, -LINEAR / 4))
     elif y == "kl_full":
         axes.set_yscale("log")
+        axes.set_ylim(bottom=float(data[y].min()) / 3)  # an interval may begin at zero
     elif y == "decode_vs_full":
         from_zero(axes)
     else:

@@ -14,6 +14,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +170,12 @@ class Claims:
 
     Args:
         folder: The group's own folder.
+        note: Told in one sentence which process measures a batch that is waited for.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, note: Callable[[str], None] = lambda text: None) -> None:
         self._folder = folder
+        self._note = note
 
     @contextlib.contextmanager
     def claim(self, number: int, wait: bool) -> Iterator[bool]:
@@ -185,13 +188,28 @@ class Claims:
         Yields:
             False if another process measures it.
         """
+        path, claimed = self._folder / f"{number}.lock", self._folder / f"{number}.json"
         with contextlib.ExitStack() as stack:
             try:
-                lock = locked(self._folder / f"{number}.lock", -1 if wait else 0)
-                stack.enter_context(lock)
+                stack.enter_context(locked(path, 0))
                 is_mine = True
             except LockedError:
                 is_mine = False
+            if wait and not is_mine:
+                holder = read_json(claimed)
+                if isinstance(holder, dict) and {"host", "pid", "since"} <= holder.keys():
+                    self._note(
+                        f"batch {number} is measured by process {holder['pid']} on"
+                        f" {holder['host']} since {holder['since']}: waiting for it"
+                    )
+                stack.enter_context(locked(path, -1))
+                is_mine = True
+            if is_mine:
+                since = datetime.now(UTC).isoformat(timespec="seconds")
+                holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+                with translate_os_error(self._folder):
+                    claimed.write_bytes(json_bytes(holder))
+                stack.callback(claimed.unlink, missing_ok=True)
             yield is_mine
 
     def prefilling(self, number: int) -> AbstractContextManager[None]:

@@ -128,7 +128,7 @@ def draw_all(
         ),
         (
             "kl_vs_k",
-            "Divergence of the predictions from full attention's against budget",
+            "Divergence from full attention's predictions",
             "Lower is better; bars: 95% intervals over windows.",
             lambda: curve(top, "kl_full", "k"),
         ),

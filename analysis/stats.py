@@ -198,7 +198,11 @@ def window_columns(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {
         f"{name}_ci_{end}": value
         for name, interval in found.items()
-        for end, value in (("low", interval.low), ("high", interval.high))
+        for end, value in (
+            # A divergence is never negative.
+            ("low", max(interval.low, 0.0) if name == "kl_full" else interval.low),
+            ("high", interval.high),
+        )
     }
 
 

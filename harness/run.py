@@ -322,6 +322,7 @@ def describe(rows: Sequence[Row]) -> str:
     """Return one line with a cell's settings and score or status."""
     top = next((row for row in rows if row.subtask == "mean"), rows[0])
     score = "" if top.score is None else f": score {top.score:.1f}"
+    score += "" if top.nll is None else f": {top.nll:.4f} nats per token"
     status = "" if top.status.value == "ok" else f": {top.status.value}"
     return describe_settings(top) + score + status
 

@@ -3,6 +3,7 @@
 import functools
 import gc
 import json
+import math
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -110,6 +111,9 @@ class Runner:
         by_model: dict[str, list[Job]] = {}
         for job in jobs:
             by_model.setdefault(json.dumps(job.composed.settings["model"]), []).append(job)
+        if len(jobs) > 1:
+            models = f" over {len(by_model)} models" if len(by_model) > 1 else ""
+            say(f"{len(jobs)} configurations{models}; results in {self.sweep.results_dir}")
         for name, of_model in by_model.items():
             try:
                 loaded, store = self._load(name, of_model[0].composed.settings)
@@ -170,7 +174,8 @@ class Runner:
                 for cell in group:
                     cell.run_alone(store)
         rows = cells[list(cells)[-1]].cell.read() if cells else []
-        return next((row.score for row in rows if row.subtask == "mean"), None)
+        scores = [row.score for row in rows if row.subtask == "mean" and row.score is not None]
+        return scores[0] if scores else math.nan  # what a sweeper takes for a failed trial
 
     def _say_what_runs(self, model: str, num_jobs: int, cells: Mapping[str, "SweepCell"]) -> None:
         """Say how many cells a model has, and how many of them were found."""
@@ -179,7 +184,7 @@ class Runner:
         words = [f"{model}: {len(cells)} cell{'s' if len(cells) != 1 else ''}", f"{found} found"]
         if alike:
             words.append(f"{alike} left out that differ only in a setting their method lacks")
-        say(f"{', '.join(words)}; results in {self.sweep.results_dir}")
+        say(", ".join(words))
 
     def _add(self, cells: dict[str, "SweepCell"], job: Job, loaded: LoadedModel) -> None:
         """Add a job's cell, and that of full attention, unless they are among the cells."""
@@ -239,7 +244,7 @@ class Runner:
         """Measure the cells of one group batch by batch; each is written when its last is in."""
         # Full attention first, as others are judged on its answers.
         ordered = sorted(cells, key=lambda one: one.run.method.selects)
-        claims = Claims(self.sweep.results_dir / "claims" / group)
+        claims = Claims(self.sweep.results_dir / "claims" / group, say)
         # All cells of a group have the same prompts.
         prompts = functools.cache(lambda: prompts_of(ordered[0].run))
         started = [cell for cell in ordered if cell.begin(store, prompts)]

@@ -180,7 +180,8 @@ class PromptCell:
                 record = self.task.measure(self.context, self.plan, part, prompts)
             except Exception as error:
                 if len(prompts) == 1 or not is_out_of_memory(error):
-                    self.ended = self.outcome_of(error, f"{part} of {named(prompts)}")
+                    culprits = self._culprits(part, prompts, error)
+                    self.ended = self.outcome_of(error, f"{part} of {named(culprits)}")
                     break
                 waiting[:0] = halves(prompts)
                 is_halved = True
@@ -196,6 +197,23 @@ class PromptCell:
             except Exception as error:  # a number that is not finite
                 self.ended = self.outcome_of(error, f"{part} of {named(whole)}")
         self.seconds += time.perf_counter() - began
+
+    def _culprits(self, part: str, prompts: Sequence[Prompt], error: Exception) -> Sequence[Prompt]:
+        """Return the prompt that an error comes from; all, if no half of them fails by itself."""
+        while len(prompts) > 1 and not isinstance(error, MethodBypassedError):
+            failing = next((half for half in halves(prompts) if self._fails(part, half)), None)
+            if failing is None:
+                break
+            prompts = failing
+        return prompts
+
+    def _fails(self, part: str, prompts: Sequence[Prompt]) -> bool:
+        self.context.store.release()
+        try:
+            self.task.measure(self.context, self.plan, part, prompts)
+        except Exception:
+            return True
+        return False
 
     def keep(self, part: str, number: int, records: list[Record]) -> None:
         """Add a batch's records."""

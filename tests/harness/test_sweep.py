@@ -4,6 +4,7 @@ import functools
 import gc
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from topkbench.harness.cell import run_cell
 from topkbench.harness.decoding import Prompt
 from topkbench.harness.parts import MeasuredPart, same_records
 from topkbench.harness.runner import JournaledCell
-from topkbench.harness.sweep import PromptCell, Record, run_by_prompts
-from topkbench.harness.task import Context, Outcome
+from topkbench.harness.sweep import Plan, PromptCell, Record, run_by_prompts
+from topkbench.harness.task import Context, Outcome, TaskRow
 from topkbench.methods.base import AnyMethod, Policy, kv_bytes
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
@@ -488,3 +489,52 @@ def test_a_batch_is_claimed_by_one_process(tmp_path: Path) -> None:
         assert (mine, its, free) == (True, False, True)
     with other.claim(0, True) as mine:
         assert mine
+
+
+def test_a_process_that_waits_says_for_whom(tmp_path: Path) -> None:
+    said: list[str] = []
+    with Claims(tmp_path).claim(3, False):
+        waiting = os.fork()
+        if waiting == 0:
+            reader = Claims(tmp_path, lambda text: (tmp_path / "said").write_text(text) and None)
+            with reader.claim(3, True):
+                os._exit(0)
+        while not (tmp_path / "said").is_file():
+            assert os.waitpid(waiting, os.WNOHANG) == (0, 0)
+        said.append((tmp_path / "said").read_text())
+    assert os.waitpid(waiting, 0)[1] == 0
+    assert re.fullmatch(
+        rf"batch 3 is measured by process {os.getpid()} on \S+ since \S+: waiting for it", said[0]
+    )
+
+
+class FailsOn(Ruler):
+    """Fails on some prompts, whatever is decoded with them."""
+
+    bad: frozenset[str] = frozenset()
+
+    def measure(self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]) -> Record:
+        if self.bad & {prompt.sample.sample_id for prompt in prompts}:
+            raise ArithmeticError("a prompt that cannot be decoded")
+        return super().measure(context, plan, part, prompts)
+
+
+class Placed(PromptCell):
+    place = ""
+
+    def outcome_of(self, error: Exception, place: str) -> Outcome:
+        self.place = place
+        return Outcome([TaskRow("mean", status="failed", reason=str(error))], [])
+
+
+def test_a_cell_that_fails_in_a_batch_names_the_prompt(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    given = {"length": 170, "num_samples": 5, "subtasks": ("vt",), "batch_size": 5}
+    made = FailsOn(**given, timed_prompts=0, judged_prompts=0, cache_dir=str(tmp_path))  # type: ignore[arg-type]
+    prompts = made.tokenised(loaded)
+    made.bad = frozenset({prompts[3].sample.sample_id})
+    cell = Placed.of(context(loaded, store, ExactTopK(), 24), made, prompts)
+    run_by_prompts([cell], store)
+    assert cell.result().rows[0].status == "failed"
+    assert cell.place == f"answers of {prompts[3].sample.sample_id}"
