@@ -296,7 +296,9 @@ def _windows(texts: Iterable[str], tokenizer: Any, size: int, most: int) -> Iter
     waiting, num_found = "", 0
     for text in texts:
         joined = f"{waiting}\n\n{text}" if waiting else text
-        ids = [] if len(joined) < size else tokenizer.encode(joined, add_special_tokens=False)
+        ids = []
+        if len(joined) >= size:
+            ids = tokenizer.encode(joined, add_special_tokens=False, verbose=False)
         if len(ids) < size:
             waiting = joined
             continue

@@ -61,6 +61,7 @@ ALLOWED_TO_ONE = {
     "harness/parts.py": ("topkbench.analysis.journal",),
     "harness/runner.py": ("topkbench.analysis.console", "topkbench.analysis.journal"),
     "analysis/tracking.py": ("wandb", "wandb_workspaces"),
+    "tasks/perplexity.py": ("huggingface_hub",),
 }
 
 

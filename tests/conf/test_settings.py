@@ -172,6 +172,15 @@ BAD = {
     "task.batch_size=0": "task.batch_size must be at least 1, got 0.",
     "task.timed_prompts=-1": "task.timed_prompts must be at least 0, got -1.",
     "task.judged_prompts=all": "task.judged_prompts must be a whole number, got 'all'.",
+    "task.judged_tokens=0": "task.judged_tokens must be at least 1, got 0.",
+    "task=perplexity task.windows=0": "task.windows must be at least 1, got 0.",
+    "task=perplexity task.scored_tokens=-3": "task.scored_tokens must be at least 1, got -3.",
+    "task=perplexity task.length=200": "task.length must leave a context before 256 scored tokens",
+    "task=perplexity task.files=a.txt": "task.files must be a list of texts or null, got 'a.txt'",
+    "task=perplexity task.files=[/no]": "task.files must be files, found none at '/no'.",
+    "task=perplexity task.dataset=7": "task.dataset must be text or null, got 7; quotes",
+    "task=perplexity task.dataset_files=7": "task.dataset_files must be text, got 7; quotes",
+    "task=perplexity task.column=5": "task.column must be text, got 5; quotes",
     "task.subtasks=niah_single": (
         "task.subtasks must be a list of texts or null, got 'niah_single'; brackets make a list:"
         " 'task.subtasks=[niah_single]'."
