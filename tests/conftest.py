@@ -5,6 +5,7 @@ with random weights and a tokenizer of the prompts' words, and every method as i
 it, fitted on small random states.
 """
 
+import gc
 import os
 import re
 from collections.abc import Callable
@@ -196,6 +197,17 @@ def compile_kernels(part: int, parts: int) -> None:
     ]
     for call in calls[part::parts]:
         call()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave what is imported out of the garbage collections that follow: a second for each."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let the interpreter free what is imported, without which libraries report leaks."""
+    gc.unfreeze()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
