@@ -55,7 +55,7 @@ def inspect(run: Path) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(found.stdout))
 
 
-@pytest.mark.usefixtures("offline")
+@pytest.mark.usefixtures("offline", "pictures")
 def test_cells_and_sweep_are_read_back_with_wandbs_tool(small_sweep: Sweep) -> None:
     tracker = WandbTracker()
     cell = small_sweep.cells()[1]
