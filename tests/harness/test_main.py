@@ -1,7 +1,8 @@
 """The command itself: rows appear, nothing runs twice, and what goes wrong is one sentence.
 
 Most commands run in a process forked from one that has imported the libraries, since importing
-them costs more than the tiny cells do; what depends on a fresh interpreter gets one.
+them costs more than the tiny cells do; what depends on a fresh interpreter gets one. Few steps
+are timed, and the figures of a report are empty files in tests that are not about them.
 """
 
 import json
@@ -29,13 +30,17 @@ ROOT = Path(__file__).parents[2]
 RUN = ROOT / "run.py"
 
 SERVER = """
-import json, os, runpy, sys, traceback
-import hydra, numba, torch, transformers, matplotlib.pyplot
-import topkbench.analysis.sweep_report, topkbench.harness.cell, topkbench.tasks.selection
-import topkbench.models.prefill_store
+import gc, importlib, json, os, runpy, sys, tempfile, traceback
+from pathlib import Path
+import hydra, matplotlib.pyplot, numba, pandas, torch, transformers
+import topkbench.analysis.sweep_report, topkbench.harness.runner, topkbench.models.prefill_store
 from hydra import compose, initialize_config_dir
 from numba.core.registry import cpu_target
+from topkbench.analysis import plots, style
+from topkbench.harness import speed
 from topkbench.harness.main import CONF
+from topkbench.harness.run import bandwidth
+from topkbench.harness.sources import ROOT, code_digest
 from topkbench.models.load import load_model
 
 # What every process does once, without starting a thread, which a fork would lose.
@@ -44,6 +49,23 @@ cpu_target.typing_context.refresh()
 cpu_target.target_context.refresh()
 with initialize_config_dir(str(CONF), version_base="1.3"):
     compose("config")
+found = [path for name in ("methods", "tasks") for path in (ROOT / name).glob("[!_]*.py")]
+modules = [f"topkbench.{path.parent.name}.{path.stem}" for path in found]
+for name in modules:
+    importlib.import_module(name)
+code_digest(["topkbench.harness.run", *modules])
+bandwidth("cpu")
+style.shipped()
+with matplotlib.rc_context(style.RC_PARAMS), tempfile.TemporaryDirectory() as folder:
+    figure = matplotlib.figure.Figure()
+    figure.subplots().set_xlabel("text")
+    plots.save(figure, pandas.DataFrame(), plots.Drawn("any", "", "", Path(folder)))
+gc.collect()
+gc.freeze()  # else each process would visit all of these objects again
+
+def save_nothing(figure, data, drawn):
+    for path in (drawn.png, drawn.svg, drawn.csv):
+        path.write_bytes(b"")
 
 def run(job):
     for descriptor, name in ((1, "out"), (2, "err")):
@@ -60,6 +82,9 @@ def run(job):
             file.write(json.dumps(list(token_ids)) + "\\n")
         return computed(store, token_ids, *needs)
     topkbench.models.prefill_store.PrefillStore.compute_states = counted
+    speed.WARM_UP_STEPS, speed.TIMED_STEPS = 1, 2
+    if not job["figures"]:
+        plots.save = save_nothing
     exec(job["before"], globals())
     try:
         runpy.run_path(job["script"], run_name="__main__")
@@ -83,6 +108,7 @@ for line in sys.stdin:
         run(json.loads(line))
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+gc.unfreeze()
 """
 
 
@@ -101,6 +127,7 @@ class Commands:
         self.mode = "disabled"
         self.extra: dict[str, str] = {}
         self.before = ""  # code that its process runs first
+        self.figures = False  # whether figures are drawn; else they are empty files
         for name in ("tmp", "cwd"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -140,6 +167,7 @@ class Commands:
             "cwd": str(self.folder / "cwd"),
             "env": self.environment,
             "before": self.before,
+            "figures": self.figures,
             "forwards": str(self.folder / f"forwards-{self.number}"),
             "out": str(out or self.folder / f"out-{self.number}"),
             "err": str(self.folder / f"err-{self.number}"),
@@ -230,6 +258,7 @@ def swept(
 ) -> Commands:
     """A sweep that nobody disturbed."""
     commands = Commands(server, tmp_path_factory.mktemp("swept"), model)
+    commands.figures = True
     assert commands.run(*SWEEP) == 0, commands.text("err")
     return commands
 
@@ -441,6 +470,7 @@ def test_the_decode_throughput_task_fits_and_prefills_nothing(commands: Commands
 def test_a_fit_is_kept_found_and_made_anew(commands: Commands) -> None:
     quick = ("method.epochs=1", "method.steps_per_epoch=3", *FEW_TEXTS, "task=fit")
     quick = (*quick, "method=hata", "rbit=32")
+    commands.figures = True
     assert commands.run(*quick) == 0, commands.text("err")
     rows = commands.rows.set_index("subtask")
     assert list(rows.index) == [*(f"layer {layer}" for layer in range(4)), "mean"]
@@ -711,6 +741,7 @@ os.fsync = full
 
 
 def test_whatever_goes_wrong_with_a_report_keeps_the_rows(commands: Commands) -> None:
+    commands.figures = True
     assert commands.run(*PAIR) == 0, commands.text("err")
     before = finished(commands)
     # It is killed.
