@@ -439,6 +439,7 @@ def test_a_report_that_cannot_be_written_gives_an_error_of_one_sentence(
     assert "results folder must be writable" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_report_that_fails_for_any_reason_gives_an_error_of_one_sentence(
     small_sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
