@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import wandb.sdk.launch  # noqa: F401
 from hydra import compose, initialize_config_dir
 from numba.core.registry import cpu_target
 
