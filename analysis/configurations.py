@@ -7,7 +7,8 @@ two cells of one seed, never share one.
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterator, Mapping
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,11 @@ _CONFIGURATION = (
     *("method", "k", "rbit", "impl", "full_backend", "batch_size", "config_digest"),
     "artifact",
 )
+_OF_FULL = (
+    *("run_id", "model", "task", "prompts", "length", "question", "seed", "device", "num_samples"),
+    "started_at",
+)
+"""Columns by which full attention's cell of a configuration is found."""
 _LIBRARIES = ("torch", "numba", "triton", "transformers", "tokenizers", "numpy")
 _MOST_NAMED = 3
 """If more parameters than this vary, a label names only those with an unusual value."""
@@ -136,25 +142,34 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
     # Copied to defragment: rows of many methods have hundreds of columns, added one by one.
     good = good.copy().assign(context=context)
     good = good.assign(artifact=_refitted(good, parameters))
-    for index, (key, cells) in enumerate(
-        _groups(good, (*SETTING, *_CONFIGURATION, *parameters, "context"))
+    answered = good["method"].eq("full") & good["run_id"].isin(outcomes["run_id"])
+    full_cells = good.loc[answered, list(_OF_FULL)]
+    # Plain values: in a frame of hundreds of columns each look-up takes a millisecond.
+    every: list[dict[str, Any]] = good.to_dict("records")  # type: ignore[assignment]
+    for index, (key, places) in enumerate(
+        _places(good, (*SETTING, *_CONFIGURATION, *parameters, "context"))
     ):
         name = f"configuration{index:04d}"
-        pool = outcomes[outcomes["run_id"].isin(cells["run_id"])]
-        full = _full_samples(cells, good, outcomes) if key["method"] != "full" else None
-        if str(key["prompts"]).startswith("RULER"):
-            pool, full = _once(pool), None if full is None else _once(full)
+        cells = [every[place] for place in places]
+        run_ids = tuple(dict.fromkeys(one["run_id"] for one in cells))
+        pool = outcomes[outcomes["run_id"].isin(run_ids)]
         scores: dict[str, dict[str, float | None]] = {}
         if len(pool):
+            full = _full_samples(cells, full_cells, outcomes) if key["method"] != "full" else None
+            if str(key["prompts"]).startswith("RULER"):
+                pool, full = _once(pool), None if full is None else _once(full)
             try:
                 scores = stats.paired_columns(pool, full)
                 pools[name] = pool
             except ValueError as error:
                 notes.append(f"{key['method']} (k={key['k']}) is not paired: {error}")
-        for subtask, part in _groups(cells, ("subtask",)):
-            own = scores.get(subtask["subtask"]) or _own_scores(part)
-            known = {"configuration_id": name, "run_ids": tuple(cells["run_id"].unique())}
-            records.append({**known, **key, **subtask, **own, **_metrics(part)})
+        by_subtask: dict[str, list[dict[str, Any]]] = {}
+        for one in cells:
+            by_subtask.setdefault(one["subtask"], []).append(one)
+        for subtask, part in by_subtask.items():
+            own = scores.get(subtask) or _own_scores(part)
+            known = {"configuration_id": name, "run_ids": run_ids}
+            records.append({**known, **key, "subtask": subtask, **own, **_metrics(part)})
     configurations = _labelled(pd.DataFrame.from_records(records), parameters)
     configurations["n"] = _count(configurations, pools)
     configurations["best"] = _best(configurations, pools)
@@ -165,6 +180,14 @@ def _groups(
     data: pd.DataFrame, columns: tuple[str, ...]
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     """Yield the groups of rows that agree in some columns; missing values equal each other."""
+    for key, places in _places(data, columns):
+        yield key, data if len(places) == len(data) else data.iloc[places]
+
+
+def _places(
+    data: pd.DataFrame, columns: tuple[str, ...]
+) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """Yield what `_groups` does, with the positions of the rows in place of the rows."""
     if not len(data):
         return
     plain = pd.DataFrame(
@@ -176,7 +199,7 @@ def _groups(
     for position, record in enumerate(records):
         positions.setdefault(json.dumps(record, default=str), []).append(position)
     for members in positions.values():
-        yield records[members[0]], data if len(members) == len(data) else data.iloc[members]
+        yield records[members[0]], members
 
 
 def _drop_duplicates(rows: pd.DataFrame) -> pd.DataFrame:
@@ -282,7 +305,9 @@ def _refitted(rows: pd.DataFrame, parameters: list[str]) -> pd.Series:
     names = pd.Series(None, index=rows.index, dtype=object)
     known = [name for name in _CONFIGURATION if name != "artifact"]
     columns = (*SETTING, *known, *parameters, "seed", "subtask", "context")
-    for _, part in _groups(rows[[*columns, "run_id", "artifact_digest"]], columns):
+    artifacts = rows[["run_id", "artifact_digest"]]
+    for _, places in _places(rows, columns):
+        part = artifacts.iloc[places] if len(places) > 1 else artifacts[:0]
         if part["run_id"].nunique() > 1:
             digests = part["artifact_digest"].fillna("").astype(str).str[:8]
             names[part.index] = digests if digests.is_unique else part["run_id"].str[:8]
@@ -309,23 +334,29 @@ def _once(outcomes: pd.DataFrame) -> pd.DataFrame:
 
 
 def _full_samples(
-    cells: pd.DataFrame, rows: pd.DataFrame, outcomes: pd.DataFrame
+    cells: Sequence[Mapping[str, Any]], full_cells: pd.DataFrame, outcomes: pd.DataFrame
 ) -> pd.DataFrame | None:
     """Return full attention's samples for each seed of a configuration.
 
     They are those of the cell that the row names as its reference. If that cell is not among the
     rows, as after a merge, they are those of the cell that answered most of the same prompts,
     preferably on the same machine.
+
+    Args:
+        cells: The configuration's rows.
+        full_cells: The columns ``_OF_FULL`` of full attention's rows that have samples.
+        outcomes: All samples.
     """
     chosen: list[str] = []
-    full = rows[rows["method"] == "full"]
-    for seed in cells["seed"].unique():
-        first = cells[cells["seed"].eq(seed) | (cells["seed"].isna() & pd.isna(seed))].iloc[0]
-        candidates = full[full["run_id"].isin(outcomes["run_id"])]
-        is_recorded = candidates["run_id"] == first["full_run_id"]
-        if is_recorded.any():
+    of_seeds: dict[int | None, Mapping[str, Any]] = {}
+    for one in cells:
+        of_seeds.setdefault(None if pd.isna(one["seed"]) else one["seed"], one)
+    recorded = set(full_cells["run_id"])
+    for first in of_seeds.values():
+        if first["full_run_id"] in recorded:
             chosen.append(str(first["full_run_id"]))
             continue
+        candidates = full_cells
         answered = _sample_names(outcomes, first["run_id"])
         for name in ("model", "task", "prompts", "length", "question", "seed"):
             same = candidates[name].eq(first[name]).fillna(False).astype(bool)
@@ -334,7 +365,8 @@ def _full_samples(
             rank = candidates.assign(
                 near=candidates["device"] == first["device"],
                 common=[
-                    len(answered & _sample_names(outcomes, one)) for one in candidates["run_id"]
+                    len(answered & _sample_names(outcomes, run_id))
+                    for run_id in candidates["run_id"]
                 ],
             )
             rank = rank.sort_values(["common", "near", "num_samples", "started_at"], kind="stable")
@@ -348,13 +380,12 @@ def _sample_names(outcomes: pd.DataFrame, run_id: str) -> set[tuple[str, str]]:
     return set(zip(own["subtask"], own["sample_id"], strict=True)) if len(own) else set()
 
 
-def _own_scores(part: pd.DataFrame) -> dict[str, float | None]:
+def _own_scores(part: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Return the score columns of the rows; over several seeds, means without intervals."""
     if len(part) == 1:
-        only = part.iloc[0]
-        return {name: _number(only[name]) for name in _SCORES}
+        return {name: _number(part[0][name]) for name in _SCORES}
     return {
-        name: _number(part[name].mean()) if name in ("score", "delta_full") else None
+        name: _number(_numbers(part, name).mean()) if name in ("score", "delta_full") else None
         for name in _SCORES
     }
 
@@ -363,42 +394,51 @@ def _number(value: Any) -> float | None:
     return None if pd.isna(value) else float(value)
 
 
-def _metrics(part: pd.DataFrame) -> dict[str, Any]:
+def _numbers(part: Sequence[Mapping[str, Any]], name: str) -> pd.Series:
+    """Return a column of rows, NaN where a value is missing."""
+    found = [math.nan if pd.isna(one[name]) else float(one[name]) for one in part]
+    return pd.Series(found, dtype="float64")
+
+
+def _present(part: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    """Return the values of a column that are not missing."""
+    return [one[name] for one in part if not pd.isna(one[name])]
+
+
+def _metrics(part: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if len(part) == 1:  # the usual case, and the mean of a column takes pandas 0.1 ms
-        only = part.iloc[0]
-        values: dict[str, Any] = {name: _number(only[name]) for name in (*_MEANS, *_MEDIANS)}
+        values: dict[str, Any] = {name: _number(part[0][name]) for name in (*_MEANS, *_MEDIANS)}
     else:
-        values = {name: _number(part[name].mean()) for name in _MEANS}
-        values |= {name: _number(part[name].median()) for name in _MEDIANS}
+        values = {name: _number(_numbers(part, name).mean()) for name in _MEANS}
+        values |= {name: _number(_numbers(part, name).median()) for name in _MEDIANS}
     for name in OVER_SEEDS:
-        known = part[name].dropna()
-        found = stats.seed_interval(known) if len(known) else None
+        known = _present(part, name)
+        found = stats.seed_interval(known) if known else None
         values[f"{name}_ci_low"] = None if found is None else _number(found.low)
         values[f"{name}_ci_high"] = None if found is None else _number(found.high)
     for name in OVER_WINDOWS:  # over several seeds, from the lowest end to the highest
-        low, high = part[f"{name}_ci_low"], part[f"{name}_ci_high"]
-        has_ends = low.notna().all() and high.notna().all()
-        values[f"{name}_ci_low"] = _number(low.min()) if has_ends else None
-        values[f"{name}_ci_high"] = _number(high.max()) if has_ends else None
-    values["by_seed"] = {
-        name: dict(zip(part["seed"], part[name], strict=True)) for name in OVER_SEEDS
-    }
+        for end, pick in (("low", min), ("high", max)):
+            ends = _present(part, f"{name}_ci_{end}")
+            values[f"{name}_ci_{end}"] = _number(pick(ends)) if len(ends) == len(part) else None
+    values["by_seed"] = {name: {one["seed"]: one[name] for one in part} for name in OVER_SEEDS}
     values |= _relative_to_full(part, values)
-    kv_len, samples = part["kv_len"].mean(), part["num_samples"].sum()
+    kv_len = _number(_numbers(part, "kv_len").mean())
     # Each seed draws its own prompts, but those of a file are the same under each.
-    from_files = str(part["prompts"].iloc[0]).startswith("RULER")
+    from_files = str(part[0]["prompts"]).startswith("RULER")
     for name in ("judged_prompts", "judged_tokens", "timed_prompts", "scored_tokens"):
-        counts = part[name]
-        number = counts.max() if from_files else counts.sum()
-        values[name] = None if counts.isna().any() else int(number)
-    values["kv_len"] = None if pd.isna(kv_len) else round(float(kv_len))
-    values["num_samples"] = int(samples)
+        counts = _present(part, name)
+        number = max(counts, default=0) if from_files else sum(counts)
+        values[name] = None if len(counts) < len(part) else int(number)
+    values["kv_len"] = None if kv_len is None else round(kv_len)
+    values["num_samples"] = int(sum(_present(part, "num_samples")))
     values["cells"] = len(part)
-    values["git_commit"] = ", ".join(sorted({str(c)[:12] for c in part["git_commit"].dropna()}))
+    values["git_commit"] = ", ".join(sorted({str(c)[:12] for c in _present(part, "git_commit")}))
     return values
 
 
-def _relative_to_full(part: pd.DataFrame, values: dict[str, Any]) -> dict[str, Any]:
+def _relative_to_full(
+    part: Sequence[Mapping[str, Any]], values: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the columns that compare a decode step with full attention timed alternately with it.
 
     The times of full attention's own cell are not used: they were measured at another moment, and
@@ -406,10 +446,10 @@ def _relative_to_full(part: pd.DataFrame, values: dict[str, Any]) -> dict[str, A
     lowest end to the highest.
     """
     found: dict[str, Any] = dict.fromkeys((*_RATIO_ENDS, "decode_vs_full"))
-    notes = part["timing_note"].dropna()
-    found["timing_note"] = "; ".join(dict.fromkeys(notes)) if len(notes) else None
+    notes = _present(part, "timing_note")
+    found["timing_note"] = "; ".join(dict.fromkeys(notes)) if notes else None
     step, speedup = values["decode_ms_p50"], values["speedup_vs_full"]
-    if part["method"].iloc[0] == "full":
+    if part[0]["method"] == "full":
         own = {f"full_ms_{end}": values[f"decode_ms_{end}"] for end in ("p50", "p20", "p80")}
         return {**found, **own, "decode_vs_full": None if step is None else 1.0}
     if not speedup:
@@ -417,9 +457,10 @@ def _relative_to_full(part: pd.DataFrame, values: dict[str, Any]) -> dict[str, A
     found["decode_vs_full"] = 1 / speedup
     if values["full_ms_p50"] is None and step is not None:
         found["full_ms_p50"] = step * speedup  # older rows lack the column
-    ends = part.loc[part["speedup_vs_full"].notna(), ["speedup_ci_low", "speedup_ci_high"]]
-    if ends.notna().all(axis=None):
-        low, high = float(ends["speedup_ci_low"].min()), float(ends["speedup_ci_high"].max())
+    compared = [one for one in part if not pd.isna(one["speedup_vs_full"])]
+    lows, highs = (_present(compared, f"speedup_ci_{end}") for end in ("low", "high"))
+    if len(lows) == len(highs) == len(compared):
+        low, high = float(min(lows)), float(max(highs))
         found["speedup_ci_low"], found["speedup_ci_high"] = low, high
         found["decode_vs_full_ci_low"], found["decode_vs_full_ci_high"] = 1 / high, 1 / low
     return found

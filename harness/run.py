@@ -211,7 +211,7 @@ class Run:
             policy=self.policy,
             full=self.full,
             full_answers=full_answers,
-            bandwidth=bandwidth(str(self.loaded.model.device)),
+            bandwidth=functools.partial(bandwidth, str(self.loaded.model.device)),
             track=progress,
             artifact=self.artifact,
         )

@@ -86,7 +86,7 @@ def time_prompt(context: Context, prompt: Prompt, num_prompts: int) -> dict[str,
         "cache_bytes": cache_bytes,
         "other_load": load.share(),
         "full_backend": getattr(context.full, "backend", None),
-        "bandwidth": context.bandwidth,
+        "bandwidth": context.bandwidth(),
     }
 
 

@@ -21,6 +21,10 @@ def no_progress(items: Sequence[Any], label: str) -> Iterable[Any]:
     return items
 
 
+def unknown_bandwidth() -> None:
+    """Return None: nothing is measured."""
+
+
 @dataclass
 class Context:
     """What a task needs to run one cell.
@@ -32,7 +36,8 @@ class Context:
         policy: Budget and rules, as configured.
         full: Full attention, the baseline for answers and time.
         full_answers: Full attention's answer tokens by sample id, as far as they are known.
-        bandwidth: Measured memory bandwidth of the machine in bytes per second; None if unknown.
+        bandwidth: Returns the machine's memory bandwidth in bytes per second, measured when first
+            called; None if unknown.
         track: Shows progress over a sequence.
         artifact: What the method has learned; None if it learns nothing or the task fits it.
     """
@@ -43,7 +48,7 @@ class Context:
     policy: Policy
     full: AnyMethod
     full_answers: dict[str, list[int]] = field(default_factory=dict)
-    bandwidth: float | None = None
+    bandwidth: Callable[[], float | None] = unknown_bandwidth
     track: Track = no_progress
     artifact: Artifact | None = None
 

@@ -19,6 +19,8 @@ from topkbench.models.cache_state import StateStore
 from topkbench.models.cache_watch import LengthReader, Lengths, can_watch, is_decode_cache
 from topkbench.models.compat import cache_layer, max_slots
 
+LEAST_SPARE = 256  # slots that an index gets beyond the tokens of a cache that grows
+
 
 class LayerIndices:
     """One method's indices of the layers of each cache, built when a layer first decodes.
@@ -223,4 +225,4 @@ class LayerIndices:
 def _capacity(stored: Any, n: int) -> int:
     """Return the slots to allocate: the cache layer's, or ``n`` and spare ones if it grows."""
     slots = max_slots(stored)
-    return n + max(256, n // 4) if slots is None else max(slots, n)
+    return n + max(LEAST_SPARE, n // 4) if slots is None else max(slots, n)

@@ -177,7 +177,7 @@ class DecodeLatency(Task):
             return TaskRow(name, columns, "skipped", no_sparse_step_reason(policy.k, n))
         layer = Layer(method, policy, states, *position)
         values, status, reason = time_layer(
-            layer, context.full, geometry, self.trials, context.bandwidth
+            layer, context.full, geometry, self.trials, context.bandwidth()
         )
         return TaskRow(name, {**columns, **values, "kv_len": n}, status, reason)
 

@@ -5,9 +5,15 @@ with random weights and a tokenizer of the prompts' words, and every method as i
 it, fitted on small random states.
 """
 
+import functools
+import gc
+import importlib
+import json
 import os
 import re
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,6 +58,7 @@ from topkbench.tasks.words import TEMPLATE_WORDS, random_names, word_pools  # no
 WINDOW = 1024
 ONE_TOKEN = torch.ones(1, dtype=torch.int32)
 METHOD_CONFIGS = Path(__file__).parents[1] / "conf" / "method"
+TYPES = Path(__file__).parents[1] / ".types"
 # What is learned in thousands of steps is learned in few here, and once: the contract holds for any
 # weights, and the tests of HashAttention's own training take all its steps.
 FEW_STEPS: dict[str, dict[str, Any]] = {"hash_attention": {"steps": 300, "learning_rate": 3e-3}}
@@ -106,13 +113,67 @@ def make(name: str, fit: bool = True, **overrides: Any) -> AnyMethod:
     return method
 
 
+class Server:
+    """Runs commands, each in a process forked from ``server.py``; one at a time."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        # The checkout that is tested, which another one may be installed beside.
+        paths = [str(TYPES), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        environment.pop("TRITON_INTERPRET", None)  # a user's process has no interpreter on
+        self.process = subprocess.Popen(
+            # As text: a script's folder would come first where modules are looked for.
+            [sys.executable, "-c", Path(__file__).with_name("server.py").read_text()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        assert self._read() == "ready"
+
+    def _read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def start(self, job: dict[str, Any]) -> int:
+        """Start a job, as ``server.py`` describes it; return its process id."""
+        assert self.process.stdin is not None
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        return int(self._read())
+
+    def wait(self) -> int:
+        """Return the exit status of the job that was started last."""
+        return int(self._read())
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    assert server.process.stdin is not None
+    server.process.stdin.close()
+    server.process.wait()
+
+
 @pytest.fixture(scope="session")
 def make_method() -> Callable[..., AnyMethod]:
     return make
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> LoadedModel:
+def gguf_read_once() -> Iterator[None]:
+    """Parse each GGUF file once: transformers does for each of its parts, ten seconds at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec("gguf") is not None:
+            for name in ("GGUFReader", "get_tensor_name_map"):
+                cached = functools.cache(getattr(importlib.import_module("gguf"), name))
+                patch.setattr(f"gguf.{name}", cached)
+        yield
+
+
+@pytest.fixture(scope="session")
+def smollm2(gguf_read_once: None) -> LoadedModel:
     """SmolLM2-135M-Instruct, where its package and those that read it are installed."""
     settings = OmegaConf.load(METHOD_CONFIGS.parent / "model" / "smollm2_135m.yaml")
     assert isinstance(settings, DictConfig)
@@ -199,6 +260,23 @@ def compile_kernels(part: int, parts: int) -> None:
     ]
     for call in calls[part::parts]:
         call()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with slow tests first, so that none of them is what a process ends with."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave what is imported out of the garbage collections that follow: a second for each."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let the interpreter free what is imported, without which libraries report leaks."""
+    gc.unfreeze()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

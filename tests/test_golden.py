@@ -29,6 +29,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("question", ["sparse", "dense"])
 def test_every_cell_gives_what_the_golden_file_holds(machine: Machine, question: str) -> None:
     golden = json.loads((FOLDER / "numbers.json").read_text())

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -146,6 +147,25 @@ def run_command(
     return Path(done.stdout.split()[-1]).parent, done
 
 
+def run_forked(server: Any, folder: Path, path: Path, *arguments: str) -> Path:
+    """Do what `run_command` does in a forked process; return the report's folder.
+
+    The checkout is the tested one, and the report has no figures.
+    """
+    job = {
+        "script": str(ROOT / "run.py"),
+        "arguments": [*arguments, "tracker=none", f"results_dir={folder / 'results'}"],
+        "cwd": str(folder),
+        "env": {"TOPKBENCH_CACHE": str(folder / "cache")},
+        "before": f"sys.path.insert(1, {str(path)!r})",  # after the script's folder
+        "figures": False,
+        **{name: str(folder / name) for name in ("out", "err", "forwards")},
+    }
+    server.start(job)
+    assert server.wait() == 0, (folder / "err").read_text()
+    return Path((folder / "out").read_text().split()[-1]).parent
+
+
 @pytest.mark.slow
 def test_a_method_outside_the_repository_takes_two_files(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
@@ -184,7 +204,7 @@ def test_a_method_outside_the_repository_takes_two_files(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_an_edited_method_outside_the_repository_runs_again(tmp_path: Path) -> None:
+def test_an_edited_method_outside_the_repository_runs_again(server: Any, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     (mine / "method").mkdir(parents=True)
     module = MODULE.replace("self.power", "self.power * sign()")
@@ -193,8 +213,8 @@ def test_an_edited_method_outside_the_repository_runs_again(tmp_path: Path) -> N
     (mine / "method" / "toy.yaml").write_text(SETTINGS)
 
     def run(*more: str) -> dict[str, object]:
-        folder, _ = run_command(
-            *(tmp_path, mine, "--config-dir", str(mine), "method=toy", "k=32"),
+        folder = run_forked(
+            *(server, tmp_path, mine, "--config-dir", str(mine), "method=toy", "k=32"),
             *("task.length=256", "task.subtasks=[niah_single]", "num_samples=1"),
             *("task.timed_prompts=1", "task.judged_prompts=1", *more),
         )
@@ -230,21 +250,20 @@ def check_task(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_task_outside_the_repository_takes_two_files(tmp_path: Path) -> None:
+def test_a_task_outside_the_repository_takes_two_files(server: Any, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     (mine / "task").mkdir(parents=True)
     (mine / "recite.py").write_text(TASK)
     (mine / "task" / "recite.yaml").write_text(TASK_SETTINGS.format("recite"))
-    folder, _ = run_command(tmp_path, mine, "--config-dir", str(mine), *RECITE)
+    folder = run_forked(server, tmp_path, mine, "--config-dir", str(mine), *RECITE)
     check_task(folder)
 
 
 @pytest.mark.slow
 def test_a_task_in_the_repository_takes_two_files(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
-    without = shutil.ignore_patterns("__pycache__")
     for folder in ("conf", "harness", "tasks"):  # those that find their root, and the new files
-        shutil.copytree(ROOT / folder, checkout / folder, ignore=without)
+        shutil.copytree(ROOT / folder, checkout / folder)
     for folder in ("analysis", "kernels", "methods", "models"):
         (checkout / folder).symlink_to(ROOT / folder, target_is_directory=True)
     (checkout / ".types").mkdir()

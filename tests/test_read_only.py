@@ -27,8 +27,7 @@ def without_roots_rights() -> list[str]:
 def test_a_checkout_and_a_home_that_cannot_be_written(tmp_path: Path) -> None:
     checkout, home = tmp_path / "checkout", tmp_path / "home"
     for folder in CODE:
-        without = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / folder, checkout / folder, ignore=without)
+        shutil.copytree(ROOT / folder, checkout / folder)
     (checkout / ".types").mkdir()
     (checkout / ".types" / "topkbench").symlink_to("..", target_is_directory=True)
     shutil.copy(ROOT / "run.py", checkout)

@@ -70,7 +70,7 @@ def test_the_method_that_readme_adds_passes_the_contract_as_printed(tmp_path: Pa
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     environment = {name: one for name, one in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "mine"],
+        [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", "-k", "mine"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -94,9 +94,8 @@ def test_a_method_stays_in_the_repository_with_two_files_and_a_run_of_the_tool(
         "\n\n    Compared with the authors' code:\n        None to compare with: it is an example."
     )
     sentence = "Keep the tokens whose keys are longest."
-    without = shutil.ignore_patterns("__pycache__")
     for folder in ("analysis", "conf", "harness", "methods", "tools"):  # those that find their root
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=without)
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     for folder in ("kernels", "models", "tasks"):
         (tmp_path / folder).symlink_to(ROOT / folder, target_is_directory=True)
     (tmp_path / ".types").mkdir()

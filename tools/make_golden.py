@@ -81,7 +81,8 @@ class Machine:
         self._folder = folder
         self._loaded = instantiate(compose("config", overrides=[*SETTINGS]).model)
         self._store = PrefillStore(self._loaded.model)
-        self._full: dict[str, dict[str, list[int]]] = {}  # full attention's answers by question
+        self._full = make_method(compose("config", overrides=["method=full"]).method)
+        self._answers: dict[str, dict[str, list[int]]] = {}  # its answers by question
 
     def run(
         self, name: str, question: Question, protocol: str
@@ -97,8 +98,8 @@ class Machine:
             store=self._store,
             method=method,
             policy=policy,
-            full=make_method(compose("config", overrides=["method=full"]).method),
-            full_answers=self._full.get(question, {}),
+            full=self._full,
+            full_answers=self._answers.get(question, {}),
         )
         outcome = run_cell(context, task)
         mean = outcome.rows[-1]
@@ -109,13 +110,13 @@ class Machine:
             **{column: mean.values.get(column) for column in COUNTED},
         }
         prompts = tokenise_all(self._loaded, task.samples(self._loaded), question)
-        if question not in self._full:
-            self._full[question] = {
+        if question not in self._answers:
+            self._answers[question] = {
                 prompt.sample.sample_id: context.full_answer(prompt) for prompt in prompts
             }
         recorder = Recorder()
         for prompt in prompts if method.selects else ():
-            answer = self._full[question][prompt.sample.sample_id]
+            answer = self._answers[question][prompt.sample.sample_id]
             new_tokens = len(answer) + 1
             decoder = Decoder(self._loaded, self._store, [prompt], new_tokens, method.traits.needs)
             with attach(self._loaded.model, method, policy, recorder):

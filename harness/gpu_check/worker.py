@@ -8,6 +8,7 @@ columns)`` after it, and ``("done", alive)`` at the end. If the device only answ
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -57,12 +58,16 @@ def serve(channel: Channel, device: str, toy: bool, trials: int) -> None:
     except Exception as error:
         channel.send(("broken", outcome(error)["reason"]))
         return
-    while (message := channel.recv()) is not None:
-        job, rows = message
-        alive = run(workplace, job, rows, channel)
-        channel.send(("done", alive))
-        if not alive:
-            return
+    gc.freeze()  # collecting garbage after each part then skips what is imported
+    try:
+        while (message := channel.recv()) is not None:
+            job, rows = message
+            alive = run(workplace, job, rows, channel)
+            channel.send(("done", alive))
+            if not alive:
+                return
+    finally:
+        gc.unfreeze()  # else libraries report leaks when the process ends
 
 
 def run(

@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
+from topkbench.analysis import kernels, plots
+from topkbench.analysis.configurations import Comparison, compare
 from topkbench.analysis.provenance import pinned_versions
 from topkbench.analysis.record import CellStore, Row, Status, Sweep, identity
 from topkbench.analysis.stats import MEAN, paired_columns
@@ -145,6 +150,28 @@ def fail(sweep: Sweep) -> None:
         sweep.append(name)
 
 
+def save_data(figure: Figure, data: pd.DataFrame, drawn: plots.Drawn) -> None:
+    """Lay a figure out, and write its data, and empty files for its pictures."""
+    FigureCanvasAgg(figure)
+    figure.draw_without_rendering()
+    drawn.csv.write_text(data.to_csv(index=False))
+    drawn.png.touch()
+    drawn.svg.touch()
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write pictures, which takes most of a report's time, only in tests that use `pictures`."""
+    if "pictures" not in request.fixturenames:
+        for module in (plots, kernels):
+            monkeypatch.setattr(module, "save", save_data)
+
+
+@pytest.fixture
+def pictures() -> None:
+    """Let pictures be written."""
+
+
 @pytest.fixture(scope="session")
 def big_sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """Six methods, four budgets, four bit widths, one failure and one skip."""
@@ -158,6 +185,12 @@ def big_sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     )
     fail(sweep)
     return sweep
+
+
+@pytest.fixture(scope="session")
+def big(big_sweep: Sweep) -> Comparison:
+    """The configurations of the big sweep, compared."""
+    return compare(big_sweep.rows(), big_sweep.samples())
 
 
 @pytest.fixture

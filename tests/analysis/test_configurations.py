@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from topkbench.analysis.configurations import compare
+from topkbench.analysis.configurations import Comparison, compare
 from topkbench.analysis.provenance import pinned_versions
 from topkbench.analysis.record import Row, Sweep, frame
 from topkbench.analysis.tables import failure_table, main_table, subtask_table, summary_table
@@ -336,11 +336,10 @@ def test_without_samples_the_rows_intervals_are_shown(row: RowMaker) -> None:
     assert main_table(compare(rows).overall).rows[0][1] == "50.0 [40.0, 60.0]"
 
 
-def test_sub_tasks_of_a_sweep(big_sweep: Sweep) -> None:
-    found = compare(big_sweep.rows(), big_sweep.samples())
-    assert len(found.overall) == 33
-    assert set(found.overall["subtask"]) == {"mean"}
-    table = subtask_table(found.configurations)
+def test_sub_tasks_of_a_sweep(big: Comparison) -> None:
+    assert len(big.overall) == 33
+    assert set(big.overall["subtask"]) == {"mean"}
+    table = subtask_table(big.configurations)
     assert table is not None
     assert table.head[3:] == ["niah_single", "niah_multikey", "niah_multivalue", "vt", "cwe"]
     assert table.rows[0] == ["Full attention", "–", "–", "100.0", "92.0", "92.0", "60.0", "56.0"]

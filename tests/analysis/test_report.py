@@ -12,7 +12,7 @@ import pytest
 
 from topkbench.analysis import report
 from topkbench.analysis.bars import ablation
-from topkbench.analysis.configurations import compare
+from topkbench.analysis.configurations import Comparison, compare
 from topkbench.analysis.curves import context_curve, curve
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.pareto import on_front, pareto
@@ -57,9 +57,10 @@ def test_the_html_report_is_a_single_file(built: Path) -> None:
         assert text in page
 
 
-def test_a_caption_counts_what_its_figure_shows(big_sweep: Sweep, tmp_path: Path) -> None:
-    found = compare(big_sweep.rows(), big_sweep.samples()).configurations
-    captions = {one.name: one.caption for one in draw_all(found, tmp_path, "words")}
+def test_a_caption_counts_what_its_figure_shows(
+    big_sweep: Sweep, big: Comparison, tmp_path: Path
+) -> None:
+    captions = {one.name: one.caption for one in draw_all(big.configurations, tmp_path, "words")}
     pattern = re.compile(r"(?:\w+: )?n = [\w ]+")
     numbers = {name: ", ".join(pattern.findall(one)) for name, one in captions.items()}
     assert numbers == {
@@ -69,7 +70,7 @@ def test_a_caption_counts_what_its_figure_shows(big_sweep: Sweep, tmp_path: Path
         "subtasks": "n = 25 samples",
     }
     assert pd.read_csv(tmp_path / "recall_vs_k.csv")["judged_prompts"].unique().tolist() == [8]
-    notes = main_table(compare(big_sweep.rows(), big_sweep.samples()).overall).notes
+    notes = main_table(big.overall).notes
     assert notes[0] == (
         "Scores: n = 125 samples; selection quality: n = 8 prompts; times: n = 3 prompts."
     )
@@ -80,9 +81,8 @@ def test_a_caption_counts_what_its_figure_shows(big_sweep: Sweep, tmp_path: Path
     ]
 
 
-def test_a_figures_data_have_each_column_once(big_sweep: Sweep, tmp_path: Path) -> None:
-    found = compare(big_sweep.rows(), big_sweep.samples()).configurations
-    for one in draw_all(found, tmp_path, "words"):
+def test_a_figures_data_have_each_column_once(big: Comparison, tmp_path: Path) -> None:
+    for one in draw_all(big.configurations, tmp_path, "words"):
         names = one.csv.read_text().splitlines()[0].split(",")
         assert len(names) == len(set(names)), one.name
 
@@ -134,6 +134,7 @@ def test_only_what_varies_is_drawn(small_sweep: Sweep) -> None:
     assert {one.stem for one in folder.glob("*.png")} == FIGURES
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_report_built_twice_is_identical_to_the_byte(small_sweep: Sweep, tmp_path: Path) -> None:
     folders = [tmp_path / "1", tmp_path / "2"]
     for folder in folders:
@@ -414,8 +415,8 @@ def test_the_terminal_shows_throughput_where_nothing_is_scored(row: Callable[...
     assert "Throughput" not in summary_table(frame([timed.replace(score=50.0)]))
 
 
-def test_axes_and_legend_of_a_curve(big_sweep: Sweep) -> None:
-    made = curve(compare(big_sweep.rows(), big_sweep.samples()).overall, "score", "k")
+def test_axes_and_legend_of_a_curve(big: Comparison) -> None:
+    made = curve(big.overall, "score", "k")
     assert made is not None
     figure, data = made
     (axes,) = figure.axes

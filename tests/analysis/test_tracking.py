@@ -55,7 +55,7 @@ def inspect(run: Path) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(found.stdout))
 
 
-@pytest.mark.usefixtures("offline")
+@pytest.mark.usefixtures("offline", "pictures")
 def test_cells_and_sweep_are_read_back_with_wandbs_tool(small_sweep: Sweep) -> None:
     tracker = WandbTracker()
     cell = small_sweep.cells()[1]
@@ -439,6 +439,7 @@ def test_a_report_that_cannot_be_written_gives_an_error_of_one_sentence(
     assert "results folder must be writable" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_report_that_fails_for_any_reason_gives_an_error_of_one_sentence(
     small_sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,15 +90,17 @@ def experiments_tasks(folder: Path) -> Iterator[Ruler]:
     """Yield the RULER tasks of conf/experiment at each length and seed, with few samples."""
     for name in sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")):
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", [f"experiment={name}"], return_hydra_config=True)
-            lengths = axis(config, "task.length", str(config.task.get("length") or "null"))
-            for length, seed in product(lengths, axis(config, "seed", "0")):
-                overrides = [f"experiment={name}", f"seed={seed}", f"cache_dir={folder}"]
-                overrides += [f"task.length={length}"] if "length" in config.task else []
-                task = instantiate(compose("config", [*overrides, "num_samples=2"]).task)
-                if isinstance(task, Ruler):
-                    task.num_samples = 2
-                    yield task
+            overrides = [f"experiment={name}", f"cache_dir={folder}", "num_samples=2"]
+            config = compose("config", overrides, return_hydra_config=True)
+        lengths = axis(config, "task.length", str(config.task.get("length") or "null"))
+        for length, seed in product(lengths, axis(config, "seed", "0")):
+            config.seed = int(seed)
+            if "length" in config.task:
+                config.task.length = None if length == "null" else int(length)
+            task = instantiate(config.task)
+            if isinstance(task, Ruler):
+                task.num_samples = 2
+                yield task
 
 
 @pytest.fixture(scope="module")

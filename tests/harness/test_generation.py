@@ -28,7 +28,7 @@ def run(
     settings = {"length": 200, "num_samples": 2, "subtasks": ("niah_single", "vt")}
     task = Ruler(**{**settings, "cache_dir": str(tmp_path), **knobs})  # type: ignore[arg-type]
     policy = Policy(k=24, num_sink=0, num_recent=0)
-    return run_cell(Context(loaded, store, method, policy, FullAttention(), {}, 1e9), task)
+    return run_cell(Context(loaded, store, method, policy, FullAttention(), {}, lambda: 1e9), task)
 
 
 def test_a_budget_is_followed_to_the_selection_through_few_files(

@@ -1,7 +1,8 @@
 """The command itself: rows appear, nothing runs twice, and what goes wrong is one sentence.
 
 Most commands run in a process forked from one that has imported the libraries, since importing
-them costs more than the tiny cells do; what depends on a fresh interpreter gets one.
+them costs more than the tiny cells do; what depends on a fresh interpreter gets one. Few steps
+are timed, and the figures of a report are empty files in tests that are not about them.
 """
 
 import json
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,72 +28,13 @@ from topkbench.harness.main import job, settings_first
 SMALL = ("num_hidden_layers=1", "hidden_size=64", "intermediate_size=64", "vocab_size=99")
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "run.py"
-
-SERVER = """
-import json, os, runpy, sys, traceback
-import hydra, numba, torch, transformers, matplotlib.pyplot
-import topkbench.analysis.sweep_report, topkbench.harness.cell, topkbench.tasks.selection
-import topkbench.models.prefill_store
-from hydra import compose, initialize_config_dir
-from numba.core.registry import cpu_target
-from topkbench.harness.main import CONF
-from topkbench.models.load import load_model
-
-# What every process does once, without starting a thread, which a fork would lose.
-load_model("tiny", "tiny")
-cpu_target.typing_context.refresh()
-cpu_target.target_context.refresh()
-with initialize_config_dir(str(CONF), version_base="1.3"):
-    compose("config")
-
-def run(job):
-    for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    os.chdir(job["cwd"])
-    os.environ.update(job["env"])
-    encoding = os.environ.get("PYTHONIOENCODING")
-    sys.stdout = os.fdopen(1, "w", encoding=encoding)
-    sys.stderr = os.fdopen(2, "w", encoding=encoding, errors="backslashreplace")
-    sys.argv = [job["script"], *job["arguments"]]
-    computed = topkbench.models.prefill_store.PrefillStore.compute_states
-    def counted(store, token_ids, *needs):
-        with open(job["forwards"], "a") as file:
-            file.write(json.dumps(list(token_ids)) + "\\n")
-        return computed(store, token_ids, *needs)
-    topkbench.models.prefill_store.PrefillStore.compute_states = counted
-    exec(job["before"], globals())
-    try:
-        runpy.run_path(job["script"], run_name="__main__")
-        status = 0
-    except SystemExit as ended:
-        status = ended.code or 0
-        if isinstance(status, str):
-            print(status, file=sys.stderr)
-            status = 1
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-print("ready", flush=True)
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        run(json.loads(line))
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
 FEW_TEXTS = ("calibration.num_sequences=2", "calibration.max_length=256")
 
 
 class Commands:
     """Runs the command, each time in a process of its own, with results in a folder."""
 
-    def __init__(self, server: "subprocess.Popen[str]", folder: Path, model: Path) -> None:
+    def __init__(self, server: Any, folder: Path, model: Path) -> None:
         self.server = server
         self.folder = folder
         self.model = model
@@ -101,6 +43,7 @@ class Commands:
         self.mode = "disabled"
         self.extra: dict[str, str] = {}
         self.before = ""  # code that its process runs first
+        self.figures = False  # whether figures are drawn; else they are empty files
         for name in ("tmp", "cwd"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -140,20 +83,15 @@ class Commands:
             "cwd": str(self.folder / "cwd"),
             "env": self.environment,
             "before": self.before,
+            "figures": self.figures,
             "forwards": str(self.folder / f"forwards-{self.number}"),
             "out": str(out or self.folder / f"out-{self.number}"),
             "err": str(self.folder / f"err-{self.number}"),
         }
-        assert self.server.stdin is not None
-        print(json.dumps(job), file=self.server.stdin, flush=True)
-        self.process = int(self.read())
-
-    def read(self) -> str:
-        assert self.server.stdout is not None
-        return self.server.stdout.readline().strip()
+        self.process = self.server.start(job)
 
     def wait(self) -> int:
-        return int(self.read())
+        return int(self.server.wait())
 
     def run(self, *given: str, out: Path | None = None) -> int:
         self.start(*given, out=out)
@@ -193,30 +131,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(ROOT / "models" / "tiny", path))
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator["subprocess.Popen[str]"]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    # The checkout that is tested, which another one may be installed beside.
-    paths = [str(ROOT / ".types"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    environment.pop("TRITON_INTERPRET", None)  # a user's process has no interpreter switched on
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    yield process
-    assert process.stdin is not None
-    process.stdin.close()
-    process.wait()
-
-
 @pytest.fixture
-def commands(server: "subprocess.Popen[str]", tmp_path: Path, model: Path) -> Commands:
+def commands(server: Any, tmp_path: Path, model: Path) -> Commands:
     return Commands(server, tmp_path, model)
 
 
@@ -225,11 +141,10 @@ SWEEP = ("method=exact,quest", "k=16,32", "rbit=32", TWO, "task.timed_prompts=1"
 
 
 @pytest.fixture(scope="module")
-def swept(
-    server: "subprocess.Popen[str]", tmp_path_factory: pytest.TempPathFactory, model: Path
-) -> Commands:
+def swept(server: Any, tmp_path_factory: pytest.TempPathFactory, model: Path) -> Commands:
     """A sweep that nobody disturbed."""
     commands = Commands(server, tmp_path_factory.mktemp("swept"), model)
+    commands.figures = True
     assert commands.run(*SWEEP) == 0, commands.text("err")
     return commands
 
@@ -441,6 +356,7 @@ def test_the_decode_throughput_task_fits_and_prefills_nothing(commands: Commands
 def test_a_fit_is_kept_found_and_made_anew(commands: Commands) -> None:
     quick = ("method.epochs=1", "method.steps_per_epoch=3", *FEW_TEXTS, "task=fit")
     quick = (*quick, "method=hata", "rbit=32")
+    commands.figures = True
     assert commands.run(*quick) == 0, commands.text("err")
     rows = commands.rows.set_index("subtask")
     assert list(rows.index) == [*(f"layer {layer}" for layer in range(4)), "mean"]
@@ -618,7 +534,7 @@ def test_a_sweep_killed_again_and_again_ends_the_same(
 
 
 def test_a_run_that_a_kill_kept_from_the_tracker_is_told_later(
-    server: "subprocess.Popen[str]", tmp_path: Path, model: Path
+    server: Any, tmp_path: Path, model: Path
 ) -> None:
     commands = Commands(server, tmp_path, model)
     given = ("method=full", "tracker=wandb", "tracker.mode=offline")
@@ -711,6 +627,7 @@ os.fsync = full
 
 
 def test_whatever_goes_wrong_with_a_report_keeps_the_rows(commands: Commands) -> None:
+    commands.figures = True
     assert commands.run(*PAIR) == 0, commands.text("err")
     before = finished(commands)
     # It is killed.
@@ -976,7 +893,10 @@ def test_the_command_runs_beside_hugging_faces_kernels(
         "PYTHONPATH": os.pathsep.join([str(site), str(ROOT / ".types")]),
         "HF_HUB_OFFLINE": "1",
     }
-    check = """
+    arguments = commands.arguments("method=exact", "k=16")
+    # From the checkout, whose own folder `kernels` is the first that Python finds.
+    code = f"""
+import runpy, sys
 import transformers, transformers.modeling_utils, kernels
 from transformers.integrations import hub_kernels
 from transformers.models.llama import modeling_llama
@@ -985,25 +905,18 @@ import topkbench.kernels.topk_select.api as ours
 assert is_kernels_available(), "the test must simulate an accepted version"
 assert hub_kernels.CUDAProperties is kernels.CUDAProperties
 print(kernels.__file__)
-print(ours.__file__)
+print(ours.__file__, flush=True)
+sys.argv = ["run.py", *{arguments!r}]
+runpy.run_path("run.py", run_name="__main__")
 """
-    # From the checkout, whose own folder `kernels` is the first that Python finds.
     done = subprocess.run(
-        [sys.executable, "-c", check], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    theirs, ours = done.stdout.split()
+    theirs, ours, *_, report = done.stdout.split()
     assert Path(theirs) == site / "kernels" / "__init__.py"
     assert Path(ours).resolve() == ROOT / "kernels" / "topk_select" / "api.py"
-    done = subprocess.run(
-        [sys.executable, "run.py", *commands.arguments("method=exact", "k=16")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = pd.read_parquet(Path(done.stdout.split()[-1]).parent / "rows.parquet")
+    rows = pd.read_parquet(Path(report).parent / "rows.parquet")
     assert set(rows["method"]) == {"full", "exact"}
     assert set(rows["status"]) == {"ok"}
 

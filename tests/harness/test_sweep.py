@@ -88,11 +88,11 @@ def test_prompts_are_prefilled_once_and_dropped_after_their_batch(
     tmp_path: Path,
     counted: tuple[PrefillStore, WeakSet[Any], list[int]],
 ) -> None:
-    """Three methods by four budgets on ten prompts, in batches of two."""
+    """Three methods by four budgets on six prompts, in batches of at most two."""
     store, alive, numbers = counted
-    cells = cells_of(loaded, store, task(tmp_path, num_samples=5, judged_prompts=0))
+    cells = cells_of(loaded, store, task(tmp_path, num_samples=3, judged_prompts=0))
     run_by_prompts(cells, store)
-    assert store.forwards == 10
+    assert store.forwards == 6
     assert max(numbers) == 2
     gc.collect()
     assert len(alive) == 0

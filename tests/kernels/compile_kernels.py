@@ -7,6 +7,7 @@ of them, or with ``--all`` every one, and options of the operators that they do 
 kernels' names.
 """
 
+import gc
 import sys
 from dataclasses import replace
 from typing import Any
@@ -120,6 +121,7 @@ def main(everything: bool) -> None:
         shared = found.metadata.shared
         assert shared <= MOST_SHARED_BYTES, f"{name} needs {shared} bytes of shared memory."
 
+    gc.freeze()  # as the check's own processes do: garbage is collected after each part
     driver.set_active(Hopper())
     JITFunction.run = compile_only
     # Nothing is computed: every operator runs by Triton on a CPU's tensors, and none is compared.
@@ -150,6 +152,7 @@ def main(everything: bool) -> None:
     if everything:
         launch_options()
     print(*sorted(compiled))
+    gc.unfreeze()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from topkbench.kernels.compiled import entry_point
 def helper(value):
     @njit
     def walk(state):
-{STEP * 200}        return state % 1000
+{STEP * 50}        return state % 1000
     return walk
 
 one, two = helper(1), helper(2)

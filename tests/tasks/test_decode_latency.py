@@ -67,7 +67,7 @@ def rows(
     latency_task: DecodeLatency,
     k: int = 16,
 ) -> list[TaskRow]:
-    context = Context(loaded, store, method, Policy(k=k), FullAttention(), None, 1e9)
+    context = Context(loaded, store, method, Policy(k=k), FullAttention(), None, lambda: 1e9)
     return latency_task.run(context).rows
 
 

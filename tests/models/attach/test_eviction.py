@@ -14,12 +14,15 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from topkbench.harness.reads import ReadCounter
+from topkbench.methods import eviction
 from topkbench.methods.base import AnyMethod, Policy
 from topkbench.methods.eviction import SPARE, Evicting
 from topkbench.methods.h2o import H2O
 from topkbench.methods.snapkv import SnapKV
 from topkbench.methods.streaming_llm import StreamingLLM
 from topkbench.methods.twilight import Twilight
+from topkbench.models import cache as models_cache
+from topkbench.models import layer_index
 from topkbench.models.attach import attach
 from topkbench.models.cache import DecodeCache
 from topkbench.models.compat import cache_keyword
@@ -38,7 +41,7 @@ ADAPTIVE = sorted(
     if getattr(get_class(OmegaConf.load(path)["_target_"]).traits, "index", None) == "history"
 )
 LENGTHS = {1: (120,), 3: (120, 18, 70)}
-STEPS = 80
+STEPS = 30
 
 
 def texts(*lengths: int) -> list[list[int]]:
@@ -71,12 +74,16 @@ def decode(
 def test_compact_gives_the_same_as_masked_in_less_memory(
     models: dict[str, PreTrainedModel],
     make_method: Make,
+    monkeypatch: pytest.MonkeyPatch,
     which: str,
     family: str,
     rows: int,
     protocol: Any,
 ) -> None:
     """As published, except that SnapKV selects per KV head, as memory is freed per KV head."""
+    spare = 8  # so that it is freed several times in few steps
+    for module in (eviction, models_cache):
+        monkeypatch.setattr(module, "SPARE", spare)
     model, lengths = models[family], LENGTHS[rows]
     policy = Policy(k=24, protocol=protocol)
     results = {}
@@ -90,7 +97,7 @@ def test_compact_gives_the_same_as_masked_in_less_memory(
     assert masked[1].num_bytes == sum(2 * layer.keys.nbytes for layer in masked[1].layers)
     grown = STEPS if (which, protocol) == ("snapkv", "native") else 0
     for layer in compact[1].layers:
-        assert layer.keys.shape[2] <= 24 + grown + SPARE
+        assert layer.keys.shape[2] <= 24 + grown + spare
         assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes  # not a view
     assert compact[1].num_bytes < (0.9 if grown else 0.3) * masked[1].num_bytes
 
@@ -119,15 +126,21 @@ def test_a_budget_of_all_tokens_frees_nothing(llama: PreTrainedModel, which: str
 
 @pytest.mark.parametrize("which", [*ADAPTIVE, "pqcache", "twilight"])
 def test_an_index_grows_with_the_cache(
-    llama: PreTrainedModel, make_method: Make, prompt: Make, make_counter: Make, which: str
+    llama: PreTrainedModel,
+    make_method: Make,
+    prompt: Make,
+    make_counter: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    which: str,
 ) -> None:
     """A transformers cache outgrows the index's capacity; evicted tokens stay evicted."""
+    monkeypatch.setattr(layer_index, "LEAST_SPARE", 16)  # so that it does several times
     ids, counter = prompt(1, 30), make_counter()
     method = Twilight(base=SnapKV()) if which == "twilight" else make_method(which)
-    greedy: dict[str, Any] = {"max_new_tokens": 300, "do_sample": False}
+    greedy: dict[str, Any] = {"max_new_tokens": 70, "do_sample": False}
     with attach(llama, method, Policy(k=16), counter):
         found = llama.generate(ids, **greedy)
-    logits, _, _ = decode(llama, method, Policy(k=16), ids.tolist(), 299)  # allocated in advance
+    logits, _, _ = decode(llama, method, Policy(k=16), ids.tolist(), 69)  # allocated in advance
     assert found[0, 31:].tolist() == logits[:, 0].argmax(-1).tolist()
     # Capturing counts as a build stage too; the index itself is built once.
     assert counter.count("build", 0) == 1 + bool(method.traits.needs)
