@@ -462,3 +462,59 @@ def test_numbers_are_shown_with_their_metric() -> None:
     assert METRICS["delta_full"].text(3.0) == "+3.0"
     assert METRICS["bytes_read_per_step"].text(2.5 * 2**20) == "2.5"
     assert METRICS["score"].text(float("nan")) == "–"
+
+
+def test_likelihoods_of_text_have_figures_and_columns(
+    tmp_path: Path, row: Callable[..., Row]
+) -> None:
+    def one(method: str, k: int | None, delta: float | None) -> Row:
+        values: dict[str, Any] = {}
+        if delta is not None:
+            values = {
+                "nll_delta": delta,
+                "nll_delta_ci_low": delta - 0.05,
+                "nll_delta_ci_high": delta + 0.05,
+                "kl_full": abs(delta) / 2,
+                "kl_full_ci_low": 0.0,
+                "kl_full_ci_high": abs(delta),
+                "top1_agreement": 0.9,
+            }
+        return row(
+            run_id=f"{method}-{k}",
+            task="perplexity",
+            prompts="book.txt (0123)",
+            method=method,
+            k=k,
+            protocol=None if k is None else "unified",
+            score=None,
+            num_samples=8,
+            scored_tokens=2048,
+            nll=2.5 + (delta or 0.0),
+            **values,
+        )
+
+    given = {("exact", 64): 0.02, ("exact", 256): -0.001, ("quest", 64): 0.9, ("quest", 256): 0.1}
+    made = [one("full", None, None), *(one(*key, delta) for key, delta in given.items())]
+    compared = compare(frame(made))
+    drawn = {one.name: one for one in draw_all(compared.configurations, tmp_path, "words")}
+    assert set(drawn) == {"nll_vs_k", "kl_vs_k"}
+    assert "n = 2048 tokens" in drawn["nll_vs_k"].caption
+    data = pd.read_csv(drawn["nll_vs_k"].csv).dropna(subset="nll_delta")
+    assert (
+        dict(zip(zip(data["method"], data["k"], strict=True), data["nll_delta"], strict=True))
+        == given
+    )
+    assert data["nll_delta_ci_low"].tolist() == pytest.approx([d - 0.05 for d in given.values()])
+    table = main_table(compared.overall)
+    text = {tuple(line[:2]): line for line in table.rows}
+    assert table.head[:2] == ["Method", "k"]
+    assert table.head[2:6] == [
+        "NLL (nats/token)",
+        "Δ NLL (nats/token)",
+        "KL (nats/token)",
+        "Same token",
+    ]
+    assert text["Exact top-k", "256"][2:4] == ["2.4990", "−0.0010 [−0.0510, +0.0490]"]
+    other = made[1].replace(run_id="other", prompts="book.txt (4567)", nll=9.0)
+    apart = compare(frame([*made, other])).configurations
+    assert sorted(apart.loc[apart["method"] == "exact", "nll"]) == [2.499, 2.52, 9.0]
