@@ -212,7 +212,7 @@ class DecodeThroughput(Task):
         observer = TimedReadCounter(model.device)
         with attach(model, method, policy, observer) as session:
             logits = step(model, session, cache)
-            session.require_steps(1)
+            session.require_steps(self.batch_size)
         if not logits.isfinite().all():
             raise NotFiniteError("the logits must be finite, got infinity or NaN.")
         columns = accounting(context, cache.n, observer.count.step_reads)
