@@ -246,7 +246,8 @@ class Session:
         """Raise unless the method took exactly ``steps`` decode steps in each of its layers.
 
         Args:
-            steps: Decode steps that the caller ran over more than ``k`` tokens.
+            steps: Decode steps that the caller ran over more than ``k`` tokens, one for each token
+                of each row.
 
         Raises:
             MethodBypassedError: With both counts.
@@ -286,8 +287,8 @@ class Session:
             call: The arguments of its attention module.
         """
         hidden, next_layer = call.hidden_states, layer + 1
-        q_len = 0 if hidden is None else hidden.shape[1]
-        self.guard.begin(layer, q_len, self._cache.pop(layer, None))
+        batch_size, q_len = (0, 0) if hidden is None else hidden.shape[:2]
+        self.guard.begin(layer, batch_size, q_len, self._cache.pop(layer, None))
         self._running.layer = layer
         if call.cache is not None:
             self._note_cache(layer, call.cache)

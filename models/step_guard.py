@@ -49,25 +49,26 @@ class StepGuard:
         self.allow_dense_forwards = allow_dense_forwards
         self.count = StepCount()
         self.scores_text = False
-        # By layer, the queries of an attention call that has not reached our function yet.
-        self._unfinished_queries: dict[int, int] = {}
+        # By layer, queries and new tokens of an attention call that has not reached our function.
+        self._unfinished: dict[int, tuple[int, int]] = {}
         self._warned: set[str] = set()
 
-    def begin(self, layer: int, q_len: int, cache: Any) -> None:
+    def begin(self, layer: int, batch_size: int, q_len: int, cache: Any) -> None:
         """Record that a layer's attention begins; the one before it must have reached us.
 
         Args:
             layer: Index of the layer.
+            batch_size: Rows; 0 if unknown.
             q_len: Queries of each row; 0 if unknown.
             cache: The cache that the layer's last attention wrote to, if known.
         """
         self._end_unreached(layer, cache)
         if q_len:
-            self._unfinished_queries[layer] = q_len
+            self._unfinished[layer] = q_len, batch_size * q_len
 
     def reached(self, layer: int) -> None:
         """Record that a layer's attention has called our function."""
-        self._unfinished_queries.pop(layer, None)
+        self._unfinished.pop(layer, None)
 
     def forward(
         self,
@@ -144,7 +145,7 @@ class StepGuard:
             MethodBypassedError: With the counts, the reasons and the remedy.
         """
         if self.layers:
-            for layer in list(self._unfinished_queries):
+            for layer in list(self._unfinished):
                 self._end_unreached(layer, caches.get(layer))
             self.count.require_none_missed(self.method, self.k, self.layers)
 
@@ -162,12 +163,12 @@ class StepGuard:
 
     def _end_unreached(self, layer: int, cache: Any) -> None:
         """Count a decode step as missed if the layer's module never called our attention."""
-        q_len = self._unfinished_queries.pop(layer, None)
-        if q_len is None or cache is None or layer not in self.layers:
+        q_len, num_tokens = self._unfinished.pop(layer, (0, 0))
+        if not q_len or cache is None or layer not in self.layers:
             return
         cached = cached_tokens(cache, layer)
         if cached is not None and cached > max(q_len, self.k):
-            self._miss(layer, UNREACHED)
+            self._miss(layer, UNREACHED, num_tokens)
 
     def _miss(self, layer: int, reason: str, steps: int = 1) -> None:
         """Count steps that should have gone through the method; warn once per reason."""

@@ -114,15 +114,17 @@ class Machine:
             self._answers[question] = {
                 prompt.sample.sample_id: context.full_answer(prompt) for prompt in prompts
             }
-        recorder = Recorder()
+        recorders = []
         for prompt in prompts if method.selects else ():
+            recorders.append(Recorder())
             answer = self._answers[question][prompt.sample.sample_id]
             new_tokens = len(answer) + 1
             decoder = Decoder(self._loaded, self._store, [prompt], new_tokens, method.traits.needs)
-            with attach(self._loaded.model, method, policy, recorder):
+            with attach(self._loaded.model, method, policy, recorders[-1]):
                 decoder.teacher_force([answer])
-        numbers |= selection_means([recorder.values()])
-        return numbers, np.concatenate(recorder.attended or [np.zeros(0, dtype=bool)])
+        numbers |= selection_means([one.values() for one in recorders])
+        attended = [slots for one in recorders for slots in one.attended]
+        return numbers, np.concatenate(attended or [np.zeros(0, dtype=bool)])
 
 
 def main() -> None:
