@@ -29,7 +29,7 @@ class Prompt:
     Attributes:
         sample: The sample.
         prefill_ids: Tokens that are prefilled with dense attention, once for all methods.
-        decode_ids: Question tokens that are decoded one by one with the method, before the answer;
+        decode_ids: Question tokens that are decoded with the method, before the answer;
             empty under ``question="dense"``.
     """
 
@@ -242,8 +242,8 @@ class Decoder:
             every: Return the logits after every token; rows must then have equally many.
 
         Returns:
-            The logits after each row's last token, ``[B, vocabulary]``; with ``every``
-            ``[B, tokens, vocabulary]``.
+            The logits after each row's last token, ``[B, vocabulary]``, of a row without tokens
+            those of its prefill; with ``every`` ``[B, tokens, vocabulary]``.
         """
         counts = [len(tokens) for tokens in given]
         before, most = list(self.cache.ends), max(counts)

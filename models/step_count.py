@@ -14,7 +14,7 @@ SMALL = "k is at least the number of cached tokens"
 REMEDIES = {
     NO_CACHE: "generate with use_cache=True",
     HOLES: "pad on one side only",
-    LIKELIHOOD: "read a context first, then one token at a time",
+    LIKELIHOOD: "read a context first, and then the tokens that are scored",
     UNREACHED: "leave the model's attention implementation as attach sets it",
     SEVERAL: "decode one token at a time with this method, or pass allow_dense_forwards=True if"
     " these forwards are meant to attend to everything",

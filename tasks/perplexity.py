@@ -74,7 +74,7 @@ class Perplexity(PromptTask):
     column: str = "text"
     batch_size: int | Literal["auto"] = 4
     parts: ClassVar[Mapping[str, frozenset[str]]] = {"likelihoods": frozenset()}
-    _drawn: dict[str, list[Prompt]] = field(default_factory=dict, init=False, repr=False)
+    _cut: dict[str, list[list[int]]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.length is not None:
@@ -114,13 +114,15 @@ class Perplexity(PromptTask):
 
     def inputs_digest(self, loaded: LoadedModel) -> str:
         ids = [[*one.prefill_ids, *one.decode_ids] for one in self.tokenised(loaded)]
-        return hashlib.sha256(json.dumps([self.scored_tokens, ids]).encode()).hexdigest()[:16]
+        return _digest([self.scored_tokens, ids])
 
     def prompts(self, loaded: LoadedModel) -> str:
         source = self.dataset or PYTHON
         if self.files is not None:
             source = ", ".join(Path(file).name for file in self.files)
-        return f"{source} ({self.inputs_digest(loaded)})"
+        # Of all windows from which a seed draws its own, so that seeds are pooled.
+        digest = _digest([self.scored_tokens, self.windows, self._windows(loaded)])
+        return f"{source} ({digest})"
 
     def tokenised(self, loaded: LoadedModel) -> list[Prompt]:
         """Return the windows: what is prefilled, then the decoded tokens and the last target.
@@ -128,17 +130,8 @@ class Perplexity(PromptTask):
         Raises:
             TaskDoesNotFit: If the texts do not fill as many windows.
         """
-        if loaded.digest in self._drawn:
-            return self._drawn[loaded.digest]
         length, first = self._length(loaded.window), beginning(loaded.tokenizer)
-        size = length - len(first)
-        found = list(_windows(self._texts(), loaded.tokenizer, size, POOL * self.windows))
-        if len(found) < self.windows:
-            raise TaskDoesNotFit(
-                f"the texts must fill task.windows={self.windows} windows of {length} tokens of"
-                f" {loaded.name} without overlap, got {len(found)}; use fewer or shorter windows,"
-                " or other texts."
-            )
+        found = self._windows(loaded)
         chosen = sorted(random.Random(self.seed).sample(range(len(found)), self.windows))
         cut = length - self.scored_tokens - 1
         drawn = []
@@ -155,8 +148,23 @@ class Perplexity(PromptTask):
                 length=length,
             )
             drawn.append(Prompt(sample, tuple(ids[:cut]), tuple(ids[cut:])))
-        self._drawn[loaded.digest] = drawn
         return drawn
+
+    def _windows(self, loaded: LoadedModel) -> list[list[int]]:
+        """Return the windows from which some are drawn, without a text's first tokens."""
+        if loaded.digest not in self._cut:
+            length = self._length(loaded.window)
+            size = length - len(beginning(loaded.tokenizer))
+            most = POOL * self.windows
+            found = list(_windows(self._texts(), loaded.tokenizer, size, most))
+            if len(found) < self.windows:
+                raise TaskDoesNotFit(
+                    f"the texts must fill task.windows={self.windows} windows of {length} tokens of"
+                    f" {loaded.name} without overlap, got {len(found)}; use fewer or shorter"
+                    " windows, or other texts."
+                )
+            self._cut[loaded.digest] = found
+        return self._cut[loaded.digest]
 
     def _texts(self) -> Iterator[str]:
         if self.files is None and self.dataset is None:
@@ -289,6 +297,10 @@ def compared(found: Tensor, full: Tensor, targets: Tensor) -> dict[str, list[flo
         "kl_full": (full.exp() * (full - found)).sum(1).clamp_min(0).tolist(),
         "top1_agreement": (found.argmax(1) == full.argmax(1)).double().tolist(),
     }
+
+
+def _digest(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _windows(texts: Iterable[str], tokenizer: Any, size: int, most: int) -> Iterator[list[int]]:

@@ -82,6 +82,16 @@ def test_windows_do_not_overlap_and_begin_like_a_text(loaded: LoadedModel, book:
     assert made.inputs_digest(loaded) != task(book, scored_tokens=19).inputs_digest(loaded)
 
 
+def test_seeds_are_pooled_and_texts_are_not(loaded: LoadedModel, book: Path) -> None:
+    """Rows are pooled where the column is equal: seeds draw from the same windows."""
+    column = task(book).prompts(loaded)
+    assert column == task(book, seed=1).prompts(loaded)
+    others = [{"scored_tokens": 19}, {"windows": 4}, {"length": 99}]
+    assert all(task(book, **other).prompts(loaded) != column for other in others)
+    book.write_text(f" value{book.read_text()}")
+    assert task(book).prompts(loaded) != column
+
+
 def test_full_attention_has_the_likelihood_of_one_dense_forward(
     loaded: LoadedModel, store: PrefillStore, book: Path
 ) -> None:
