@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 from weakref import WeakSet
 
 from transformers import PreTrainedModel
@@ -28,6 +29,7 @@ class PrefillStore:
 
     Attributes:
         forwards: Number of prompts that this store computed.
+        shared: What cells keep for each other of the prompts in memory; emptied at ``release``.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class PrefillStore:
         self.model = model
         self.kept_bytes = kept_bytes
         self.forwards = 0
+        self.shared: dict[str, Any] = {}
         self._compute = compute
         self._states: dict[tuple[int, ...], Prefill] = {}
         self._buffers: Buffers | None = None
@@ -98,6 +101,7 @@ class PrefillStore:
     def release(self) -> None:
         """Drop the states that are not kept."""
         self._buffers, self._rows = None, []
+        self.shared.clear()
         left = self.kept_bytes
         for key, states in list(self._states.items()):
             left -= states.num_bytes

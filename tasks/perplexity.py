@@ -185,18 +185,28 @@ class Perplexity(PromptTask):
 
     def measure(self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]) -> Record:
         method, counter = context.answering, ReadCounter()
-        full, _ = log_probabilities(context, context.answering_full, prompts)
-        found, how = log_probabilities(context, method, prompts, counter)
-        targets = torch.tensor([one.decode_ids[1:] for one in prompts], device=found.device)
-        windows = [
-            {
-                "sample_id": one.sample.sample_id,
-                **compared(found[row], full[row], targets[row]),
-            }
-            for row, one in enumerate(prompts)
-        ]
-        known = how if method.selects else None
-        return {"windows": windows, "count": asdict(counter.count), "known_tokens": known}
+        name = "log-probabilities of " + ", ".join(one.sample.sample_id for one in prompts)
+        if name not in context.store.shared:  # all cells are compared with the same
+            parts = log_probabilities(context, context.answering_full, prompts)
+            context.store.shared[name] = torch.cat(list(parts), 1)
+        full, begin = context.store.shared[name], 0
+        windows: list[dict[str, list[float]]] = [{} for _ in prompts]
+        for found in log_probabilities(context, method, prompts, counter):
+            end = begin + found.shape[1]
+            for row, one in enumerate(prompts):
+                targets = torch.tensor(one.decode_ids[begin + 1 : end + 1], device=found.device)
+                for key, values in compared(found[row], full[row, begin:end], targets).items():
+                    windows[row].setdefault(key, []).extend(values)
+            begin = end
+        counts = [self.scored_tokens] * len(prompts)
+        return {
+            "windows": [
+                {"sample_id": one.sample.sample_id, **values}
+                for one, values in zip(prompts, windows, strict=True)
+            ],
+            "count": asdict(counter.count),
+            "known_tokens": method.known_tokens(counts) if method.selects else None,
+        }
 
     def outcome(
         self,
@@ -247,7 +257,7 @@ class Perplexity(PromptTask):
 
 def log_probabilities(
     context: Context, method: AnyMethod, prompts: Sequence[Prompt], observer: Observer | None = None
-) -> tuple[Tensor, str]:
+) -> Iterator[Tensor]:
     """Decode windows with a method.
 
     Args:
@@ -256,25 +266,24 @@ def log_probabilities(
         prompts: Windows of equal length.
         observer: Called at each stage and step.
 
-    Returns:
-        float32 ``[B, scored, vocabulary]`` the log-probabilities of the next token after each
-        decoded one, and how the method took the tokens, see ``TopKMethod.known_tokens``.
+    Yields:
+        float32 ``[B, tokens, vocabulary]`` the log-probabilities of the next token after each
+        decoded one, at most ``TOGETHER`` tokens at a time.
     """
     given = [prompt.decode_ids[:-1] for prompt in prompts]
     how, num_scored = method.known_tokens(list(map(len, given))), len(given[0])
     decoder = Decoder(context.loaded, context.store, prompts, 0, method.traits.needs)
-    logits = []
     with context.attached(decoder, method, observer) as session:
-        if how == "one by one":
-            for tokens in torch.tensor(given, device=decoder.device).unbind(1):
-                logits.append(decoder.check(decoder.step(tokens))[:, None])
-        else:
-            for begin in range(0, num_scored, TOGETHER):
-                part = [tokens[begin : begin + TOGETHER] for tokens in given]
-                logits.append(decoder.forward(part, every=True))
+        for begin in range(0, num_scored, TOGETHER):
+            part = [tokens[begin : begin + TOGETHER] for tokens in given]
+            if how == "one by one":
+                steps = torch.tensor(part, device=decoder.device).unbind(1)
+                logits = torch.stack([decoder.check(decoder.step(one)) for one in steps], 1)
+            else:
+                logits = decoder.forward(part, every=True)
+            yield logits.float().log_softmax(-1)
     if isinstance(observer, ReadCounter):
         observer.add_steps(session.count, decoder.lengths)
-    return torch.cat(logits, 1).float().log_softmax(-1), how
 
 
 def compared(found: Tensor, full: Tensor, targets: Tensor) -> dict[str, list[float]]:
