@@ -9,7 +9,7 @@ import pandas as pd
 
 COUNTS = {
     "scores": (("score",), "n", "sample"),
-    "likelihoods": (("nll", "nll_delta", "kl_full", "top1_agreement"), "scored_tokens", "token"),
+    "likelihoods": (("nll", "nll_delta", "kl_full", "top1_agreement"), "n", "window"),
     "selection quality": (
         ("recall_at_k", "attention_mass", "output_rel_error"),
         "judged_prompts",

@@ -138,7 +138,8 @@ def _draw(axes: Axes, data: pd.DataFrame, cost: str) -> tuple[pd.Series, pd.Seri
         hollow = is_unsteady(data)
         rivals = rivals[~hollow[rivals.index]]
     marks = on_front(list(price[rivals.index]), list(rivals["score"]))
-    front = pd.Series(marks, index=rivals.index).reindex(data.index, fill_value=False)
+    # Named, as a column without rows would not be bool.
+    front = pd.Series(marks, index=rivals.index, dtype=bool).reindex(data.index, fill_value=False)
     _cost_axis(axes, price)
     barred = data if has_all_bars(data) else data[front]
     bottom = 10 * (pd.concat([data["score"], barred["score_ci_low"]]).min() // 10)

@@ -8,6 +8,7 @@ something that it depends on has changed.
 
 import statistics
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -145,7 +146,9 @@ class GenerationTask(PromptTask):
         density = statistics.fmean(densities) if densities else None
         reads = [one.step_reads for one in counts.values() if one.step_reads is not None]
         shared: dict[str, Any] = {"batch_size": 1, "density": density}
-        per_batch: dict[str, Any] = dict.fromkeys(counts, self.batch_size)
+        assert self.batch_size != "auto", "it is chosen before"
+        in_subtask = Counter(one.sample.subtask for one in prompts)
+        per_batch = {name: min(self.batch_size, in_subtask[name]) for name in counts}
         for record in records["answers"]:
             if "share" in record and record["subtask"] in counts:
                 per_batch[record["subtask"]] = min(per_batch[record["subtask"]], record["share"])

@@ -259,7 +259,8 @@ class Runner:
         if started:
             one = started[0].measured
             say(
-                f"{len(one.prompts)} prompts in {len(one.batches)} batches, decoded with"
+                f"{len(one.prompts)} prompt{'s' if len(one.prompts) > 1 else ''} in"
+                f" {len(one.batches)} batch{'es' if len(one.batches) > 1 else ''}, decoded with"
                 f" {len(started)} cell{'s' if len(started) > 1 else ''}"
             )
         run_by_prompts(

@@ -58,7 +58,8 @@ class Perplexity(PromptTask):
         files: Paths of texts in UTF-8; None for ``dataset``, or else the half of Python's
             documentation topics that no method is fitted on.
         dataset: A data set of the hub, or a folder, that holds Parquet files.
-        dataset_files: Which of its files, as a pattern of their paths.
+        dataset_files: Which of its files, as a pattern of their paths; None for all of a folder,
+            and for those with ``test`` in their path of a data set of the hub.
         column: The files' column of texts.
         batch_size: At most this many windows decode together.
     """
@@ -70,7 +71,7 @@ class Perplexity(PromptTask):
     seed: int = 0
     files: Sequence[str] | None = None
     dataset: str | None = None
-    dataset_files: str = "*test*.parquet"
+    dataset_files: str | None = None
     column: str = "text"
     batch_size: int | Literal["auto"] = 4
     parts: ClassVar[Mapping[str, frozenset[str]]] = {"likelihoods": frozenset()}
@@ -235,7 +236,8 @@ class Perplexity(PromptTask):
             "nll": statistics.fmean(one["nll"] for one in samples),
             "batch_size": 1,
             "prompts_per_batch": min(
-                (record.get("share", self.batch_size) for record in records["likelihoods"]),
+                record.get("share", min(self.batch_size, len(samples)))
+                for record in records["likelihoods"]
             ),
             "density": count.density,
         }
@@ -331,9 +333,10 @@ def _windows(texts: Iterable[str], tokenizer: Any, size: int, most: int) -> Iter
                 return
 
 
-def _parquet_files(dataset: str, pattern: str) -> list[Path]:
+def _parquet_files(dataset: str, given: str | None) -> list[Path]:
     """Return the Parquet files of a folder, or of a data set that is fetched from the hub."""
     folder = Path(dataset).expanduser()
+    pattern = given or ("*.parquet" if folder.is_dir() else "*test*.parquet")
     if not folder.is_dir():
         try:
             fetched = snapshot_download(dataset, repo_type="dataset", allow_patterns=[pattern])

@@ -498,7 +498,7 @@ def test_likelihoods_of_text_have_figures_and_columns(
     compared = compare(frame(made))
     drawn = {one.name: one for one in draw_all(compared.configurations, tmp_path, "words")}
     assert set(drawn) == {"nll_vs_k", "kl_vs_k"}
-    assert "n = 2048 tokens" in drawn["nll_vs_k"].caption
+    assert "n = 8 windows" in drawn["nll_vs_k"].caption
     data = pd.read_csv(drawn["nll_vs_k"].csv).dropna(subset="nll_delta")
     assert (
         dict(zip(zip(data["method"], data["k"], strict=True), data["nll_delta"], strict=True))

@@ -232,6 +232,13 @@ def test_a_league_shows_intervals_of_times(row: RowMaker) -> None:
     assert any(WILD in note for note in table.notes)
 
 
+def test_where_every_time_is_unsteady_no_point_is_on_the_front_of_time(row: RowMaker) -> None:
+    made = pareto_pair(league(row, WILD).assign(timing_note=WILD))
+    assert made is not None
+    assert not made[1]["on_front_of_time"].any()
+    assert made[1]["on_front_of_bytes"].any()
+
+
 def test_an_unsteady_time_is_never_on_a_pareto_front(row: RowMaker) -> None:
     for note, expected in ((None, True), (WILD, False)):
         made = pareto_pair(league(row, note))

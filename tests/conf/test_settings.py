@@ -179,7 +179,7 @@ BAD = {
     "task=perplexity task.files=a.txt": "task.files must be a list of texts or null, got 'a.txt'",
     "task=perplexity task.files=[/no]": "task.files must be files, found none at '/no'.",
     "task=perplexity task.dataset=7": "task.dataset must be text or null, got 7; quotes",
-    "task=perplexity task.dataset_files=7": "task.dataset_files must be text, got 7; quotes",
+    "task=perplexity task.dataset_files=7": "task.dataset_files must be text or null, got 7",
     "task=perplexity task.column=5": "task.column must be text, got 5; quotes",
     "task.subtasks=niah_single": (
         "task.subtasks must be a list of texts or null, got 'niah_single'; brackets make a list:"

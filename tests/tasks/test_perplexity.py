@@ -182,7 +182,8 @@ def test_short_texts_are_joined_and_long_ones_are_not(loaded: LoadedModel, tmp_p
     (tmp_path / "data").mkdir()
     pyarrow.parquet.write_table(table, tmp_path / "data" / "test-0.parquet")
     pyarrow.parquet.write_table(table, tmp_path / "data" / "train-0.parquet")
-    made = Perplexity(length=100, windows=2, scored_tokens=9, dataset=str(tmp_path))
+    given: dict[str, Any] = {"length": 100, "dataset": str(tmp_path), "dataset_files": "*test*"}
+    made = Perplexity(windows=2, scored_tokens=9, **given)
     first, second = (
         loaded.tokenizer.decode([*one.prefill_ids, *one.decode_ids], skip_special_tokens=True)
         for one in made.tokenised(loaded)
@@ -190,11 +191,14 @@ def test_short_texts_are_joined_and_long_ones_are_not(loaded: LoadedModel, tmp_p
     assert "hidden" not in first
     assert set(second.split()) == {"hidden"}
     with pytest.raises(TaskDoesNotFit, match=r"must fill task.windows=3 windows of 100 .* got 2"):
-        Perplexity(length=100, windows=3, scored_tokens=9, dataset=str(tmp_path)).tokenised(loaded)
+        Perplexity(windows=3, scored_tokens=9, **given).tokenised(loaded)
     with pytest.raises(ValueError, match=r"task.column must be one of text .* got 'story'"):
-        Perplexity(length=100, dataset=str(tmp_path), column="story").tokenised(loaded)
+        Perplexity(column="story", **given).tokenised(loaded)
     with pytest.raises(ValueError, match="found none in"):
-        Perplexity(length=100, dataset=str(tmp_path), dataset_files="*dev*").tokenised(loaded)
+        Perplexity(**{**given, "dataset_files": "*dev*"}).tokenised(loaded)
+    # All of a folder's files, if nothing says which.
+    both = Perplexity(length=100, windows=4, scored_tokens=9, dataset=str(tmp_path))
+    assert len(both.tokenised(loaded)) == 4
 
 
 def test_a_data_set_of_the_hub_is_fetched(
