@@ -69,8 +69,7 @@ class GenerationTask(PromptTask):
     def __post_init__(self) -> None:
         if self.question not in ("sparse", "dense"):
             raise ValueError(f"question must be sparse or dense, got {self.question!r}.")
-        if self.batch_size != "auto":
-            check_whole("task.batch_size", self.batch_size)
+        self.check_batch_size()
         for knob in ("timed_prompts", "judged_prompts"):
             check_whole(f"task.{knob}", getattr(self, knob), least=0)
         if self.judged_tokens is not None:
@@ -240,7 +239,8 @@ def measure_selection(
         num_judged: How many steps are measured, spread evenly over those of the question and of as
             many of the answer; None for all.
     """
-    given = [*prompt.decode_ids, *context.full_answer(prompt)[:num_judged]]
+    answer = context.full_answer(prompt)[:num_judged]
+    given = [*prompt.decode_ids, *answer]
     method, begin = context.method, len(prompt.prefill_ids)
     steps = range(begin + 1, begin + len(given) + 1)
     sparse = [n for n in steps if n > context.effective_policy.k]
@@ -251,7 +251,7 @@ def measure_selection(
     decoder = Decoder(context.loaded, context.store, [prompt], len(given) + 1, needs)
     with context.attached(decoder, method, meter):
         if method.known_tokens([len(given)]) == "one by one":
-            decoder.teacher_force([given[len(prompt.decode_ids) :]])
+            decoder.teacher_force([answer])
         else:
             decoder.forward([given])
     return meter.values()

@@ -111,9 +111,9 @@ class Runner:
         by_model: dict[str, list[Job]] = {}
         for job in jobs:
             by_model.setdefault(json.dumps(job.composed.settings["model"]), []).append(job)
-        if len(jobs) > 1:
-            models = f" over {len(by_model)} models" if len(by_model) > 1 else ""
-            say(f"{len(jobs)} configurations{models}; results in {self.sweep.results_dir}")
+        words = f"{len(jobs)} configuration{'s' if len(jobs) > 1 else ''}"
+        models = f" over {len(by_model)} models" if len(by_model) > 1 else ""
+        say(f"{words}{models}; results in {self.sweep.results_dir}")
         for name, of_model in by_model.items():
             try:
                 loaded, store = self._load(name, of_model[0].composed.settings)

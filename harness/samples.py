@@ -10,6 +10,25 @@ class TaskDoesNotFit(ValueError):
     """The task cannot be built at the requested length."""
 
 
+def check_window(setting: str, length: int, name: str, window: int) -> None:
+    """Check that prompts fit a model's window.
+
+    Args:
+        setting: The setting that says how long they are.
+        length: Its value, in tokens.
+        name: The model's name.
+        window: Its window, in tokens.
+
+    Raises:
+        TaskDoesNotFit: If they do not.
+    """
+    if length > window:
+        raise TaskDoesNotFit(
+            f"{setting} must be at most the window of {window} tokens of {name}, got {length};"
+            " model.window=TOKENS sets another window."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """One prompt, with context and question separate: results depend on which is decoded sparsely.

@@ -16,7 +16,7 @@ import torch
 from topkbench.harness.batch_size import most_prompts
 from topkbench.harness.decoding import Prompt, batches
 from topkbench.harness.task import Context, Outcome, Task, TaskRow
-from topkbench.methods.base import kv_bytes
+from topkbench.methods.base import check_whole, kv_bytes
 from topkbench.models.attach import geometry_of
 from topkbench.models.load import LoadedModel, free_bytes
 from topkbench.models.prefill_store import PrefillStore
@@ -51,6 +51,15 @@ class PromptTask(Task):
     """
 
     batch_size: int | Literal["auto"]
+
+    def check_batch_size(self) -> None:
+        """Check the setting.
+
+        Raises:
+            ValueError: If it is neither a whole number above 0 nor ``"auto"``.
+        """
+        if self.batch_size != "auto":
+            check_whole("task.batch_size", self.batch_size)
 
     def decided(self) -> dict[str, Any]:
         return {"batch_size": self.batch_size}

@@ -1,7 +1,7 @@
 """The data passed between a method and its caller: cached states, indices, selections."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Generic, Protocol, Self, TypedDict, TypeVar
 
@@ -128,6 +128,8 @@ class CacheView:
         Args:
             tokens: Less than ``new_tokens``.
         """
+        if not tokens:
+            return self
         n = self.n - tokens
         return CacheView(
             self.key_states[:, :, :n],
@@ -345,6 +347,8 @@ class Index:
                 padding = (0, 0) * (value.ndim - 3) + (0, capacity - self.capacity)
                 setattr(self, one.name, pad(value, padding))
         self.capacity = capacity
+        for _, inner in self._inner():
+            inner.grow(capacity)
 
     def take_rows(self, rows: Tensor) -> None:
         """Let row ``b`` become the present row ``rows[b]``, as when a beam search reorders a cache.
@@ -352,10 +356,10 @@ class Index:
         Args:
             rows: int64 ``[B']``; rows may repeat or be left out.
         """
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if isinstance(value, Tensor) and one.name not in self.without_rows:
-                setattr(self, one.name, value.index_select(0, rows.to(value.device)))
+        for name, value in self._with_rows():
+            setattr(self, name, value.index_select(0, rows.to(value.device)))
+        for _, inner in self._inner():
+            inner.take_rows(rows)
 
     def first(self, n: int) -> Self:
         """Return the index without the tokens that were appended since it had ``n`` slots in use.
@@ -370,6 +374,8 @@ class Index:
         part.length = n
         if self.kv_len is not None:
             part.kv_len = self.kv_len - (self.length - n)
+        for name, inner in self._inner():
+            setattr(part, name, inner.first(n))
         return part
 
     def by_token(self, row: int, ends: Sequence[int]) -> Self:
@@ -383,13 +389,10 @@ class Index:
             ends: Each token's slot plus one.
         """
         part, one = copy.copy(self), slice(row, row + 1)
-        for field_ in fields(self):
-            value = getattr(self, field_.name)
-            if isinstance(value, Index):
-                setattr(part, field_.name, value.by_token(row, ends))
-            elif isinstance(value, Tensor) and field_.name not in self.without_rows:
-                expanded = value[one].expand(len(ends), *[-1] * (value.ndim - 1))
-                setattr(part, field_.name, expanded)
+        for name, inner in self._inner():
+            setattr(part, name, inner.by_token(row, ends))
+        for name, value in self._with_rows():
+            setattr(part, name, value[one].expand(len(ends), *[-1] * (value.ndim - 1)))
         device = next((v.device for v in vars(self).values() if isinstance(v, Tensor)), None)
         part.length = max(ends)
         part.kv_len = torch.tensor(ends, dtype=torch.int32, device=device)
@@ -403,16 +406,30 @@ class Index:
             n: The largest of them.
         """
         self.length, self.kv_len = n, ends.clone()
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if isinstance(value, Index):
-                value.end_at(ends, n)
+        for _, inner in self._inner():
+            inner.end_at(ends, n)
 
     def undo_append(self) -> None:
         """Remove the last token of every row; the next ``append`` overwrites its slot."""
         self.length -= 1
         if self.kv_len is not None:
             self.kv_len -= 1
+        for _, inner in self._inner():
+            inner.undo_append()
+
+    def _inner(self) -> Iterator[tuple[str, "Index"]]:
+        """Yield the indices inside this one, by name: that of a method inside the method."""
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Index):
+                yield one.name, value
+
+    def _with_rows(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors whose first axis is the batch's rows, by name."""
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Tensor) and one.name not in self.without_rows:
+                yield one.name, value
 
     def renumber(self, kept: Tensor, capacity: int) -> None:
         """Update the counts after the cache moved its kept tokens to the first slots.

@@ -51,23 +51,6 @@ class TwilightIndex(Index):
     codes: Tensor
     ranges: Tensor
 
-    def first(self, n: int) -> Self:
-        part = super().first(n)
-        part.base = self.base.first(n)
-        return part
-
-    def take_rows(self, rows: Tensor) -> None:
-        super().take_rows(rows)
-        self.base.take_rows(rows)
-
-    def undo_append(self) -> None:
-        super().undo_append()
-        self.base.undo_append()
-
-    def grow(self, capacity: int) -> None:
-        super().grow(capacity)
-        self.base.grow(capacity)
-
 
 @dataclass(kw_only=True)
 class Twilight(LearningMethod[TwilightIndex, object]):

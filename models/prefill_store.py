@@ -1,7 +1,7 @@
 """Holds the states of the prompts that are being decoded, once for all cells that use them."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
@@ -41,7 +41,7 @@ class PrefillStore:
         self.model = model
         self.kept_bytes = kept_bytes
         self.forwards = 0
-        self.shared: dict[str, Any] = {}
+        self.shared: dict[Hashable, Any] = {}
         self._compute = compute
         self._states: dict[tuple[int, ...], Prefill] = {}
         self._buffers: Buffers | None = None

@@ -1,5 +1,6 @@
 """Runs an attached method's decode steps of one layer, of one token or of several known ones."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,7 +9,14 @@ import torch
 from torch import Tensor
 
 from topkbench.kernels.full_attention.api import full_attention
-from topkbench.methods.base import AnyMethod, Index, Observer, StepContext, StepResult
+from topkbench.methods.base import (
+    AnyMethod,
+    CacheView,
+    Index,
+    Observer,
+    StepContext,
+    StepResult,
+)
 from topkbench.models.cache_watch import Lengths
 from topkbench.models.layer_index import LayerIndices
 from topkbench.models.step_guard import StepGuard
@@ -48,10 +56,14 @@ class LayerForward:
         """New tokens of each row, padding included."""
         return self.query.shape[2]
 
+    def cache_at(self, token: int) -> CacheView:
+        """Return the cache as it is at the step of one of the new tokens."""
+        return self.context.cache.without_newest(self.num_new - 1 - token)
+
     def step(self, token: int) -> StepContext:
         """Return the step of one of the new tokens, in all rows."""
         queries, speculated = self._queries(lambda states: states[:, :, token])
-        view = self.context.cache.without_newest(self.num_new - 1 - token)
+        view = self.cache_at(token)
         return replace(self.context, query_states=queries, previous_query=speculated, cache=view)
 
     def steps(self, row: int, first: int, end: int) -> StepContext:
@@ -66,12 +78,17 @@ class LayerForward:
 
     def ends(self, row: int) -> list[int]:
         """Return the cached tokens at the step of each of a row's own new tokens."""
-        begin = self.lengths.ends(len(self.counts))[row] - self.num_new
+        begin = self._padded_ends[row] - self.num_new
         return list(range(begin + 1, begin + self.counts[row] + 1))
+
+    @functools.cached_property
+    def _padded_ends(self) -> list[int]:
+        """Each row's slots, padding included; read once, as a GPU would wait each time."""
+        return self.lengths.ends(len(self.counts))
 
     def without_padding(self) -> Lengths:
         """Return the valid slots without the padding."""
-        padded = self.lengths.ends(len(self.counts))
+        padded = self._padded_ends
         ends = [end - self.num_new + count for end, count in zip(padded, self.counts, strict=True)]
         if ends == padded:
             return self.lengths
@@ -170,7 +187,7 @@ class Steps:
         """Append all tokens, and run the steps of each row's tokens as rows of one step."""
         with self.observer.stage("append", forward.layer):
             for token in range(forward.num_new):
-                self.method.append(index, *forward.step(token).cache.newest())
+                self.method.append(index, *forward.cache_at(token).newest())
         lengths = forward.without_padding()
         out = forward.query.new_zeros(forward.query.transpose(1, 2).shape)
         for row, count in enumerate(forward.counts):

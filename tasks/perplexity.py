@@ -24,7 +24,7 @@ from topkbench.harness.reads import (
     density_of_all_layers,
     no_sparse_step_reason,
 )
-from topkbench.harness.samples import Sample, TaskDoesNotFit
+from topkbench.harness.samples import Sample, TaskDoesNotFit, check_window
 from topkbench.harness.sweep import Plan, PromptTask, Record
 from topkbench.harness.task import Context, Outcome, TaskRow
 from topkbench.harness.texts import python_topics
@@ -83,8 +83,7 @@ class Perplexity(PromptTask):
         for knob in ("windows", "scored_tokens"):
             check_whole(f"task.{knob}", getattr(self, knob))
         check_whole("task.seed", self.seed, least=0)
-        if self.batch_size != "auto":
-            check_whole("task.batch_size", self.batch_size)
+        self.check_batch_size()
         if self.files is not None:
             check_list("task.files", self.files)
             if self.dataset is not None:
@@ -99,11 +98,7 @@ class Perplexity(PromptTask):
         if not shape.has_tokenizer:
             raise ModelNotAvailable(needs_text(shape.name))
         length = self._length(shape.window)
-        if length > shape.window:
-            raise TaskDoesNotFit(
-                f"task.length must be at most the window of {shape.window} tokens of {shape.name},"
-                f" got {length}; model.window=TOKENS sets another window."
-            )
+        check_window("task.length", length, shape.name, shape.window)
         if length < self.scored_tokens + 2:
             raise TaskDoesNotFit(
                 f"task.length must leave a context before {self.scored_tokens} scored tokens, got"
@@ -186,18 +181,18 @@ class Perplexity(PromptTask):
 
     def measure(self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]) -> Record:
         method, counter = context.answering, ReadCounter()
-        name = "log-probabilities of " + ", ".join(one.sample.sample_id for one in prompts)
-        if name not in context.store.shared:  # all cells are compared with the same
+        key = ("log-probabilities", *prompts)
+        if key not in context.store.shared:  # all cells are compared with the same
             parts = log_probabilities(context, context.answering_full, prompts)
-            context.store.shared[name] = torch.cat(list(parts), 1)
-        full, begin = context.store.shared[name], 0
+            context.store.shared[key] = torch.cat(list(parts), 1)
+        full, begin = context.store.shared[key], 0
         windows: list[dict[str, list[float]]] = [{} for _ in prompts]
         for found in log_probabilities(context, method, prompts, counter):
             end = begin + found.shape[1]
             for row, one in enumerate(prompts):
                 targets = torch.tensor(one.decode_ids[begin + 1 : end + 1], device=found.device)
-                for key, values in compared(found[row], full[row, begin:end], targets).items():
-                    windows[row].setdefault(key, []).extend(values)
+                for name, values in compared(found[row], full[row, begin:end], targets).items():
+                    windows[row].setdefault(name, []).extend(values)
             begin = end
         counts = [self.scored_tokens] * len(prompts)
         return {

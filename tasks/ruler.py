@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from topkbench.harness.caching import write_cached
 from topkbench.harness.decoding import count_tokens, is_wrapped
 from topkbench.harness.generation import GenerationTask
-from topkbench.harness.samples import Sample, TaskDoesNotFit, samples_digest
+from topkbench.harness.samples import Sample, TaskDoesNotFit, check_window, samples_digest
 from topkbench.harness.sources import code_digest
 from topkbench.methods.base import check_list, check_whole
 from topkbench.models.digests import tokenizer_digest
@@ -162,11 +162,7 @@ class Ruler(GenerationTask):
             )
 
     def _check_window(self, name: str, window: int) -> None:
-        if self.prompt_length > window:
-            raise TaskDoesNotFit(
-                f"{self._longest} must be at most the window of {window} tokens of {name}, got"
-                f" {self.prompt_length}; model.window=TOKENS sets another window."
-            )
+        check_window(self._longest, self.prompt_length, name, window)
 
     def inputs_digest(self, loaded: LoadedModel) -> str:
         return samples_digest(self.samples(loaded))

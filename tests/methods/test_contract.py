@@ -222,6 +222,24 @@ def test_the_index_of_a_prompt_holds_the_tokens_before_the_current_one(
     assert torch.equal(found.out, wanted.out)
 
 
+def grown(
+    method: AnyMethod,
+    keys: Tensor,
+    values: Tensor,
+    build: Build,
+    appended: int,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
+) -> Any:
+    """Return an index of 90 slots, or of each row's own, after tokens were appended one by one."""
+    index = build(method, keys[:, :, :90], values[:, :, :90], start, end, capacity=96)
+    rows = torch.arange(len(keys))
+    ends = torch.full((len(keys),), 90) if end is None else end.long()
+    for at in (ends + step for step in range(appended)):
+        method.append(index, keys[rows, :, at, None], values[rows, :, at, None])
+    return index
+
+
 def restricted_and_grown(
     method: AnyMethod,
     policy: Policy,
@@ -232,16 +250,7 @@ def restricted_and_grown(
 ) -> Iterator[tuple[StepResult, StepResult]]:
     """Decode at 90 to 96 tokens, by part of an index of 96 tokens and by one of as many."""
     queries, keys, values = states(3, 96)
-    ends = torch.full((3,), 90) if end is None else end.long()
-    rows = torch.arange(3)
-
-    def index_with(appended: int) -> Any:
-        index = build(method, keys[:, :, :90], values[:, :, :90], start, end, capacity=96)
-        for at in (ends + step for step in range(appended)):
-            method.append(index, keys[rows, :, at, None], values[rows, :, at, None])
-        return index
-
-    whole = index_with(6)
+    whole = grown(method, keys, values, build, 6, start, end)
     for appended in range(7):
         n = 90 + appended
         now = None if end is None else end + appended
@@ -249,7 +258,7 @@ def restricted_and_grown(
         context = StepContext(queries, view, policy, SCALE, previous_query=queries.flip(-1))
         yield (
             method.step(whole.first(n), context),
-            method.step(index_with(appended), context),
+            method.step(grown(method, keys, values, build, appended, start, end), context),
         )
 
 
@@ -297,13 +306,10 @@ def test_known_tokens_as_rows_of_one_step_equal_a_step_each(
         pytest.skip(f"{selecting.name} declares that its index does not restrict")
     method, policy = selecting.resolve(Policy(k=20, protocol=protocol))
     _, keys, values = states(3, 96)
-    index = build(method, keys[:, :, :90], values[:, :, :90], start, end, capacity=96)
-    rows = torch.arange(3)
-    before = torch.full((3,), 90) if end is None else end.long()
-    for at in (before + step for step in range(6)):
-        method.append(index, keys[rows, :, at, None], values[rows, :, at, None])
+    index = grown(method, keys, values, build, 6, start, end)
     row = 1
-    begin, first = int(before[row]), 0 if start is None else int(start[row])
+    begin = 90 if end is None else int(end[row])
+    first = 0 if start is None else int(start[row])
     ends = list(range(begin + 1, begin + 7))
     queries = states(6, 1, seed=3)[0]
     whole = CacheView(keys, values, start, None if end is None else end + 6)
@@ -317,12 +323,8 @@ def test_known_tokens_as_rows_of_one_step_equal_a_step_each(
     assert together.selection is not None
     for token, n in enumerate(ends):
         one = slice(row, row + 1)
-        alone = build(
-            method, keys[one, :, :90], values[one, :, :90],
-            None if start is None else start[one], None if end is None else end[one], capacity=96,
-        )  # fmt: skip
-        for at in range(begin, n):
-            method.append(alone, keys[one, :, at, None], values[one, :, at, None])
+        bounds = (None if bound is None else bound[one] for bound in (start, end))
+        alone = grown(method, keys[one], values[one], build, n - begin, *bounds)
         own = CacheView(keys[one, :, :n], values[one, :, :n], None if start is None else start[one])
         query = queries[token : token + 1]
         context = StepContext(query, own, policy, SCALE, previous_query=query.flip(-1))
