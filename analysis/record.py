@@ -245,6 +245,10 @@ class Cell:
         order = [s for s in reversed(Status) if not s.settled] + [Status.OK, Status.SKIPPED]
         return next((status for status in order if status in found), None)
 
+    def has_ended(self) -> bool:
+        """Return whether the last attempt has ended, whatever its rows say."""
+        return self._intact_rows() is not None
+
     def finished(self) -> bool:
         """Return whether the cell need not run again: complete, and each of its rows settled."""
         rows = self.read()

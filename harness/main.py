@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import functools
 import itertools
+import math
 import os
 import re
 import shlex
@@ -154,6 +155,7 @@ def job(config: DictConfig) -> float | None:
     try:
         composed = full = checked(config)
         composed.check_task_takes_method()
+        composed.check_launcher()
         if composed.method.selects:
             config.method = OmegaConf.load(CONF / "method" / "full.yaml")
             full = checked(config)
@@ -193,8 +195,15 @@ def run_collected() -> float | None:
         runner.refuse(error, choices, settings)
     if not jobs:
         return None
-    score: float | None = jobs[0].composed.launcher.run(runner, jobs)
-    return score
+    identities = jobs[0].composed.launcher.run(runner, jobs)
+    return score_of(sweep, identities[-1])
+
+
+def score_of(sweep: Sweep, identity: str | None) -> float:
+    """Return a cell's score; NaN, which a sweeper takes for a failed trial, if it has none."""
+    rows = [] if identity is None else sweep.store.cell(identity).read()
+    scores = [row.score for row in rows if row.subtask == "mean" and row.score is not None]
+    return scores[0] if scores else math.nan
 
 
 class SweepFolders(Callback):

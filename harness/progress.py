@@ -19,16 +19,21 @@ class Bar:
         name: What the bar is called.
         line: Returns what a line says of the units done and their total.
         also: Called whenever a line is due, on a terminal too.
+        lines: Print lines on a terminal too, as several processes do that share it.
 
     Attributes:
         before: Units that were done before, and so say nothing of the time that is left.
     """
 
     def __init__(
-        self, name: str, line: Callable[[int, int], str], also: Callable[[], None] = lambda: None
+        self,
+        name: str,
+        line: Callable[[int, int], str],
+        also: Callable[[], None] = lambda: None,
+        lines: bool = False,
     ) -> None:
         self.before: int | None = None
-        self._name, self._line, self._also = name, line, also
+        self._name, self._line, self._also, self._lines = name, line, also, lines
         self._bar: Any = None
         self._began = self._said = time.monotonic()
 
@@ -45,7 +50,7 @@ class Bar:
         Where nothing else is known, those of the first update were done before.
         """
         if self._bar is None:
-            self._bar = tqdm(desc=self._name, disable=None, leave=False)
+            self._bar = tqdm(desc=self._name, disable=self._lines or None, leave=False)
         if self.before is None:
             self.before = done
         self._bar.total = total

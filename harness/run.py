@@ -18,7 +18,7 @@ from topkbench.harness.cell import environment, fit_source, libraries
 from topkbench.harness.commit import git_state
 from topkbench.harness.settings import Composed
 from topkbench.harness.sources import ROOT, code_digest, modules_of
-from topkbench.harness.task import Context, Outcome
+from topkbench.harness.task import TIMED, Context, Outcome
 from topkbench.kernels.dispatch import OPERATORS, resolve
 from topkbench.kernels.timing import read_bandwidth
 from topkbench.methods.base import AnyMethod
@@ -127,7 +127,7 @@ class Run:
             known = copy.deepcopy(self.payload)
             known |= {"part": part, "code": self.code, "libraries": libraries()}
             known["task"] = {name: one for name, one in known["task"].items() if name not in unused}
-            if part == "speed":
+            if part == TIMED:
                 known["machine"] = environment(self.loaded)
             else:  # full attention's answers come from one backend, whichever one is timed
                 known.pop("full_backend")

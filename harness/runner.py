@@ -3,7 +3,6 @@
 import functools
 import gc
 import json
-import math
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ from topkbench.harness.cell import (
 )
 from topkbench.harness.commit import git_state
 from topkbench.harness.decoding import Prompt
+from topkbench.harness.device_use import using
 from topkbench.harness.parts import MeasuredPart
 from topkbench.harness.progress import Bar
 from topkbench.harness.run import Run, answers_in, describe, describe_settings, now
@@ -63,27 +63,64 @@ class Job:
     choices: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one worker of a sweep measures: some batches of prompts, each with all of its cells.
+
+    Attributes:
+        batches: The numbers of the batches, for each group of cells that have the same prompts.
+        cells: The identities of cells that are measured by themselves.
+    """
+
+    batches: Mapping[str, Sequence[int]]
+    cells: Sequence[str]
+
+    def split(self, count: int) -> list["Share"]:
+        """Return at most so many shares of this one, which together are all of it."""
+        shares = [
+            Share(
+                {name: numbers[i::count] for name, numbers in self.batches.items()},
+                self.cells[i::count],
+            )
+            for i in range(count)
+        ]
+        return [one for one in shares if one.cells or any(one.batches.values())]
+
+
 class Local:
     """Runs sweeps in this process: ``launcher=local``."""
 
-    def run(self, runner: "Runner", jobs: Sequence[Job]) -> float | None:
-        """Run a sweep's jobs; return the score of the last one's cell."""
-        return runner.run(jobs)
+    def check(self) -> None:
+        """Check that what it needs is installed: nothing."""
+
+    def run(self, runner: "Runner", jobs: Sequence[Job]) -> list[str | None]:
+        """Run a sweep's jobs; return the identity of each one's cell, None if it cannot be run."""
+        identities: dict[int, str] = {}
+        for positions in runner.by_model(jobs):
+            found = runner.run([jobs[one] for one in positions])
+            identities |= {positions[at]: identity for at, identity in found.items()}
+        return [identities.get(position) for position in range(len(jobs))]
 
 
 class Runner:
-    """Runs the jobs of one sweep in this process.
+    """Runs the jobs of one sweep in this process, or a share of them for a launcher.
 
     Args:
         sweep: The sweep.
-        tracker: The ``Tracker`` to which its progress is copied.
+        tracker: The ``Tracker`` to which its progress is copied; None in a worker, whose cells are
+            copied by the process that started it.
+
+    Attributes:
+        is_worker: Whether it measures a share of cells that were begun before.
+        ended: The identities of the cells that it has run.
     """
 
     def __init__(self, sweep: Sweep, tracker: Any) -> None:
         self.sweep = sweep
         self.tracker = tracker
+        self.is_worker = False
         self.parts = PartStore(sweep.results_dir)
-        self.ended: set[str] = set()  # the identities of the cells that this command has run
+        self.ended: set[str] = set()
         self._fitted: set[str] = set()
         self._reported: set[str] = set()
         self._parts: dict[tuple[str, str], MeasuredPart] = {}
@@ -102,30 +139,98 @@ class Runner:
             self._parts[name, key] = MeasuredPart(self.parts, name, key, force)
         return self._parts[name, key]
 
-    def run(self, jobs: Sequence[Job]) -> float | None:
-        """Run all jobs, those of one model together; return the score of the last one's cell."""
+    def by_model(self, jobs: Sequence[Job]) -> list[list[int]]:
+        """Return the positions of each model's jobs, and say how many jobs there are."""
         on_cpu = any(job.composed.settings["device"] == "cpu" for job in jobs)
         if on_cpu and not are_cached():
             say("CPU kernels are compiled when first used, once on this machine: up to a minute")
-        score: float | None = None
-        by_model: dict[str, list[Job]] = {}
-        for job in jobs:
-            by_model.setdefault(json.dumps(job.composed.settings["model"]), []).append(job)
+        found: dict[str, list[int]] = {}
+        for position, job in enumerate(jobs):
+            found.setdefault(json.dumps(job.composed.settings["model"]), []).append(position)
         words = f"{len(jobs)} configuration{'s' if len(jobs) > 1 else ''}"
-        models = f" over {len(by_model)} models" if len(by_model) > 1 else ""
+        models = f" over {len(found)} models" if len(found) > 1 else ""
         say(f"{words}{models}; results in {self.sweep.results_dir}")
-        for name, of_model in by_model.items():
-            try:
-                loaded, store = self._load(name, of_model[0].composed.settings)
-            except Exception as error:  # rows say why, and the sweep goes on with other models
-                for job in of_model:
-                    self.refuse(error, job.choices, job.composed.settings)
-                continue
-            score = self._run_model(loaded, store, of_model)
-        return score
+        return list(found.values())
 
-    def _load(self, name: str, settings: Mapping[str, Any]) -> tuple[LoadedModel, PrefillStore]:
-        """Return a model and its prefills; the model before, if it is another one, is dropped."""
+    def run(self, jobs: Sequence[Job]) -> dict[int, str]:
+        """Run all jobs of one model.
+
+        Returns:
+            The identity of each job's cell, by the job's position; a job that cannot be run has
+            none.
+        """
+        loaded = self._load(jobs)
+        if loaded is None:
+            return {}
+        identities, groups = self._groups(loaded[0], jobs)
+        self._run_groups(groups, loaded[1])
+        return identities
+
+    def prepare(self, jobs: Sequence[Job]) -> tuple[dict[int, str], Share]:
+        """Fit what must be fitted of one model's jobs, and begin their cells.
+
+        Returns:
+            The identities, as ``run`` does, and what is left to measure.
+        """
+        self.is_worker = False
+        loaded = self._load(jobs)
+        if loaded is None:
+            return {}, Share({}, ())
+        batches: dict[str, Sequence[int]] = {}
+        alone: list[str] = []
+        identities, groups = self._groups(loaded[0], jobs)
+        for name, group in groups.items():
+            task = group[0].run.task
+            if task.refits:  # a cell that reports a fit
+                for cell in group:
+                    cell.run_alone(loaded[1])
+                continue
+            begun = [cell for cell in group if cell.begin_attempt()]
+            if begun and isinstance(task, PromptTask):
+                for cell in begun:
+                    cell.forget_if_forced()
+                batches[name] = range(task.num_batches(loaded[0]))
+            elif begun:
+                alone.append(name)
+        return identities, Share(batches, alone)
+
+    def run_share(
+        self, jobs: Sequence[Job], share: Share, is_stopped: Callable[[], bool] = lambda: False
+    ) -> int:
+        """Measure a share of one model's jobs; write the cells of which everything is measured.
+
+        Args:
+            jobs: All jobs of the model.
+            share: What is measured.
+            is_stopped: Whether to leave what is not begun to another time.
+
+        Returns:
+            The number of prompts that were prefilled.
+        """
+        self.is_worker = True
+        loaded = self._load(jobs)
+        if loaded is None:
+            return 0
+        _, store = loaded
+        before = store.forwards
+        _, groups = self._groups(loaded[0], jobs)
+        self._run_groups(groups, store, share, is_stopped)
+        return store.forwards - before
+
+    def _load(self, jobs: Sequence[Job]) -> tuple[LoadedModel, PrefillStore] | None:
+        """Return the jobs' model and its prefills; None, and rows say why, if it cannot be loaded.
+
+        The model before, if it is another one, is dropped.
+        """
+        settings = jobs[0].composed.settings
+        try:
+            return self._loaded(json.dumps(settings["model"]), settings)
+        except Exception as error:  # the sweep goes on with other models
+            for job in jobs:
+                self.refuse(error, job.choices, job.composed.settings)
+            return None
+
+    def _loaded(self, name: str, settings: Mapping[str, Any]) -> tuple[LoadedModel, PrefillStore]:
         if self._model is None or self._model[0] != name:
             if self._model is not None:  # before the next one takes memory
                 self._model = None
@@ -139,46 +244,58 @@ class Runner:
             self._model = name, loaded, store
         return self._model[1:]
 
-    def _run_model(
-        self, loaded: LoadedModel, store: PrefillStore, jobs: Sequence[Job]
-    ) -> float | None:
+    def _run_groups(
+        self,
+        groups: Mapping[str, Sequence["SweepCell"]],
+        store: PrefillStore,
+        share: Share | None = None,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Measure cells, those that share prompts together; only a share of them if it is given."""
+        by_prompts, alone = {}, {}
+        for name, group in groups.items():
+            if isinstance(group[0].run.task, PromptTask):
+                if share is None or name in share.batches:
+                    by_prompts[name] = group
+            elif share is None or name in share.cells:
+                alone[name] = group
+        with Progress(sum(map(len, by_prompts.values())), self.tracker) as progress:
+            for name, group in by_prompts.items():
+                numbers = None if share is None else share.batches[name]
+                self._run_by_prompts(name, group, store, progress, numbers, is_stopped)
+        for group in alone.values():
+            for cell in group:
+                if not is_stopped():
+                    cell.run_alone(store)
+
+    def _groups(
+        self, loaded: LoadedModel, jobs: Sequence[Job]
+    ) -> tuple[dict[int, str], dict[str, list["SweepCell"]]]:
+        """Return the identity of each job's cell, and the cells that have not ended, by group."""
         cells: dict[str, SweepCell] = {}
-        num_added = 0
-        for job in jobs:
+        identities: dict[int, str] = {}
+        for position, job in enumerate(jobs):
             try:
-                self._add(cells, job, loaded)
-                num_added += 1
+                identities[position] = self._add(cells, job, loaded)
             except NotWritableError:
                 raise
             except Exception as error:  # its method cannot be fitted, or its prompts not be made
                 self.refuse(error, job.choices, job.composed.settings)
         for cell in cells.values():
             cell.has_ended = cell.is_found()
-        self._say_what_runs(loaded.name, num_added, cells)
+        self._say_what_runs(loaded.name, len(identities), cells)
         groups: dict[str, list[SweepCell]] = {}
         for cell in cells.values():
             if cell.has_ended:
                 cell.report_found()
             else:
                 groups.setdefault(cell.group, []).append(cell)
-        by_prompts = {
-            name: group
-            for name, group in groups.items()
-            if isinstance(group[0].run.task, PromptTask)
-        }
-        with Progress(sum(map(len, by_prompts.values())), self.tracker) as progress:
-            for name, group in by_prompts.items():
-                self._run_by_prompts(name, group, store, progress)
-        for name, group in groups.items():
-            if name not in by_prompts:
-                for cell in group:
-                    cell.run_alone(store)
-        rows = cells[list(cells)[-1]].cell.read() if cells else []
-        scores = [row.score for row in rows if row.subtask == "mean" and row.score is not None]
-        return scores[0] if scores else math.nan  # what a sweeper takes for a failed trial
+        return identities, groups
 
     def _say_what_runs(self, model: str, num_jobs: int, cells: Mapping[str, "SweepCell"]) -> None:
         """Say how many cells a model has, and how many of them were found."""
+        if self.is_worker:
+            return
         alike = num_jobs - sum(cell.is_asked_for for cell in cells.values())
         found = sum(cell.has_ended for cell in cells.values())
         words = [f"{model}: {len(cells)} cell{'s' if len(cells) != 1 else ''}", f"{found} found"]
@@ -186,8 +303,12 @@ class Runner:
             words.append(f"{alike} left out that differ only in a setting their method lacks")
         say(", ".join(words))
 
-    def _add(self, cells: dict[str, "SweepCell"], job: Job, loaded: LoadedModel) -> None:
-        """Add a job's cell, and that of full attention, unless they are among the cells."""
+    def _add(self, cells: dict[str, "SweepCell"], job: Job, loaded: LoadedModel) -> str:
+        """Add a job's cell, and that of full attention, unless they are among the cells.
+
+        Returns:
+            The identity of the job's cell.
+        """
         run = self._prepare(job.composed, job.full, loaded)
         full = None
         if run.task.needs_full and job.full is not job.composed:
@@ -197,6 +318,7 @@ class Runner:
         for cell in (cells[run.identity], full):
             if cell is not None:
                 self.sweep.append(cell.run.identity)
+        return run.identity
 
     def _prepare(self, composed: Composed, full: Composed, loaded: LoadedModel) -> Run:
         """Return a configuration's run, its method fitted first if there is no artifact."""
@@ -240,8 +362,19 @@ class Runner:
         cells: Sequence["SweepCell"],
         store: PrefillStore,
         progress: "Progress",
+        numbers: Sequence[int] | None,
+        is_stopped: Callable[[], bool],
     ) -> None:
-        """Measure the cells of one group batch by batch; each is written when its last is in."""
+        """Measure the cells of one group batch by batch; each is written when its last is in.
+
+        Args:
+            group: The group's identity.
+            cells: Its cells.
+            store: The model's prefills.
+            progress: Says how far the sweep is.
+            numbers: The batches to measure; None for all.
+            is_stopped: Whether to leave the batches that are not begun.
+        """
         # Full attention first, as others are judged on its answers.
         ordered = sorted(cells, key=lambda one: one.run.method.selects)
         claims = Claims(self.sweep.results_dir / "claims" / group, say)
@@ -256,7 +389,7 @@ class Runner:
                 cell.write_if_complete()
 
         after()
-        if started:
+        if started and not self.is_worker:
             one = started[0].measured
             say(
                 f"{len(one.prompts)} prompt{'s' if len(one.prompts) > 1 else ''} in"
@@ -269,7 +402,22 @@ class Runner:
             claims.claim,
             claims.prefilling,
             after,
+            numbers,
+            is_stopped,
         )
+        for cell in started:  # other workers may have measured the last of what is missing here
+            cell.measured.read_others()
+        after()
+
+    def track(self, cell: Cell) -> None:
+        """Copy a cell to the tracker, unless that was done; a killed process may not have."""
+        if self.tracker is None or cell.tracked:
+            return
+        rows, samples, sweep = cell.read(), cell.samples(), self.sweep
+        if self.tracker.log_cell(
+            sweep.folder, sweep.title, rows, samples, cell.config(), cell.attempt
+        ):
+            cell.mark_tracked()
 
     def say_once(self, error: Exception) -> str:
         """Print an error's message unless it was printed before; return it in one line."""
@@ -358,19 +506,39 @@ class SweepCell:
         inputs = {name: payload["task"].get(name) for name in ("inputs", "question", "batch_size")}
         return identity({"task": task.name, "model": payload["model"], **inputs})
 
-    def is_found(self) -> bool:
-        """Return whether the cell has ended before and need not run again."""
-        is_forced = self.run.settings["force"] and self.run.identity not in self.runner.ended
-        return not is_forced and self.cell.finished()
+    def is_ended(self) -> bool:
+        """Return whether the cell has ended, in this process or in another worker of its sweep."""
+        if self.runner.is_worker and not self.has_ended:
+            self.has_ended = self.cell.has_ended()
+        return self.has_ended
 
-    def _begin(self) -> bool:
-        """Write that the cell has begun, unless another process has ended it; return whether."""
+    @property
+    def is_forced(self) -> bool:
+        """Whether what was measured before this command is measured again."""
+        is_first = self.run.identity not in self.runner.ended and not self.runner.is_worker
+        return self.run.settings["force"] and is_first
+
+    def is_found(self) -> bool:
+        """Return whether the cell has ended before and need not run again.
+
+        In a worker also if it has failed: its sweep began it, and another worker has met the error.
+        """
+        if self.runner.is_worker:
+            return self.cell.has_ended()
+        return not self.is_forced and self.cell.finished()
+
+    def begin_attempt(self) -> bool:
+        """Write that the cell has begun, unless another process has ended it; return whether.
+
+        A worker writes nothing: the cells of its share were begun before.
+        """
         with self.cell.lock():
             self.has_ended = self.is_found()
             if not self.has_ended:
                 row = self.run.row()
-                self.cell.begin(row)
                 self.title = describe_settings(row)
+                if not self.runner.is_worker:
+                    self.cell.begin(row)
         if self.has_ended:
             self.report_found()
         return not self.has_ended
@@ -379,22 +547,24 @@ class SweepCell:
         """Track a cell that was found, unless it was tracked before."""
         if self.run.task.refits:
             say(f"{describe(self.cell.read())}: found, and not fitted again")
-        self._track()
+        self.runner.track(self.cell)
 
     def run_alone(self, store: PrefillStore) -> None:
         """Run the whole cell."""
-        if not self._begin():
+        if not self.begin_attempt():
             return
         began = time.perf_counter()
         log = ""
+        device = self.run.loaded.model.device
         try:
-            reset_peak_memory(self.run.loaded.model.device)
-            outcome = run_cell(self.run.context(store, self._full_answers()), self.run.task)
+            reset_peak_memory(device)
+            with using(device, alone=True):
+                outcome = run_cell(self.run.context(store, self._full_answers()), self.run.task)
         except NotWritableError:
             raise
         except Exception as error:  # the row says why the cell failed, and the sweep goes on
             log, outcome = traceback.format_exc(), failed(error)
-        peak = peak_memory_mib(self.run.loaded.model.device)
+        peak = peak_memory_mib(device)
         self._write(outcome, log, time.perf_counter() - began, (), peak)
 
     def begin(self, store: PrefillStore, prompts: Callable[[], list[Prompt]]) -> bool:
@@ -404,7 +574,7 @@ class SweepCell:
             store: The model's prefills.
             prompts: Returns the cell's prompts.
         """
-        if not self._begin():
+        if not self.begin_attempt():
             return False
         context = self.run.context(store, self._full_answers())
         task = self.run.task
@@ -422,6 +592,11 @@ class SweepCell:
             self._write(ended_by(error), traceback.format_exc())
             return False
         return True
+
+    def forget_if_forced(self) -> None:
+        """Delete what was measured before of a cell that is measured again."""
+        for part, key in self.run.keys.items():
+            self.runner.part(part, key, self.is_forced)
 
     def so_far(self) -> dict[str, Any]:
         """Return the cell's name, its samples done, and the mean of their scores."""
@@ -441,9 +616,9 @@ class SweepCell:
 
     def write_if_complete(self) -> None:
         """Write the cell once its last batch is in, and full attention's cell has ended."""
-        if self.has_ended or not self.measured.is_complete():
+        if self.is_ended() or not self.measured.is_complete():
             return
-        if self.full is not None and not self.full.has_ended:
+        if self.full is not None and not self.full.is_ended():
             return
         measured = self.measured
         measured.close()
@@ -483,18 +658,7 @@ class SweepCell:
         for row in rows:
             if not row.status.settled:
                 self.runner.say_reason(row.reason)
-        self._track()
-
-    def _track(self) -> None:
-        """Log the cell to the tracker, unless that was done; a killed process may not have."""
-        cell, sweep = self.cell, self.runner.sweep
-        if cell.tracked:
-            return
-        tracker = self.run.composed.tracker
-        if tracker.log_cell(
-            sweep.folder, sweep.title, cell.read(), cell.samples(), cell.config(), cell.attempt
-        ):
-            cell.mark_tracked()
+        self.runner.track(self.cell)
 
 
 @dataclass
@@ -514,8 +678,9 @@ class JournaledCell(PromptCell):
 
     def open(self, run: Run, runner: Runner) -> None:
         """Read what was measured before; with ``force=true`` it is deleted."""
+        force = run.settings["force"] and not runner.is_worker
         for part in self.plan.parts:
-            one = runner.part(part, run.keys[part], run.settings["force"])
+            one = runner.part(part, run.keys[part], force)
             self.measured_parts[part], self.records[part] = one, one.records
         self.refresh()
 
@@ -596,14 +761,19 @@ class Progress:
 
     Args:
         num_cells: Cells that are measured prompt by prompt.
-        tracker: The ``Tracker`` to which the progress is copied.
+        tracker: The ``Tracker`` to which the progress is copied; None in a worker.
     """
 
     def __init__(self, num_cells: int, tracker: Any) -> None:
         self._num_cells = num_cells
         self._tracker = tracker
         self._cells: list[SweepCell] = []
-        self._bar = Bar("samples", lambda done, total: f"{done:,} of {total:,} samples", self._copy)
+        self._bar = Bar(
+            "samples",
+            lambda done, total: f"{done:,} of {total:,} samples",
+            self._copy,
+            lines=tracker is None,
+        )
         self._bar.before = 0
 
     def __enter__(self) -> Self:
@@ -633,7 +803,7 @@ class Progress:
 
     def _copy(self) -> None:
         """Copy what is done now to the tracker."""
-        if self._cells:
+        if self._cells and self._tracker is not None:
             so_far = [cell.so_far() for cell in self._cells]
             self._tracker.log_progress(self._done(), self._total(), so_far)
 

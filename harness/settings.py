@@ -136,10 +136,12 @@ class Composed:
     Attributes:
         settings: All settings, references resolved, without the method's label and colour.
         appearance: The method's label and colour.
+        origin: The arguments of ``of``, with which another process makes the same.
     """
 
     settings: dict[str, Any]
     appearance: dict[str, Any]
+    origin: tuple[Mapping[str, Any], dict[str, Any], Sequence[str]]
     method: AnyMethod
     policy: Policy
     task: Task
@@ -147,6 +149,10 @@ class Composed:
     launcher: Any
     tracker: Any
     report: Any
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle plain values alone: objects are made anew where they are used."""
+        return Composed.of, self.origin
 
     @classmethod
     def of(
@@ -162,7 +168,7 @@ class Composed:
         Raises:
             SettingsError: If a setting is wrong.
         """
-        names = Names(written)
+        names, origin = Names(written), (written, settings, given)
         check(names, settings)
         _check_effect(written["task"], given)
         appearance = {name: settings["method"].get(name) for name in APPEARANCE}
@@ -171,7 +177,7 @@ class Composed:
         made = {
             group: construct(names, group, settings[group]) for group in GROUPS if group != "model"
         }
-        composed = cls(settings, appearance, *made.values())
+        composed = cls(settings, appearance, origin, *made.values())
         if "k" in given and composed.task.all_budgets:
             way_out = "leave it out"
             if "budget" in settings["task"]:
@@ -226,6 +232,15 @@ class Composed:
             needed = missing_for(backend, device)
             if needed is not None:
                 raise SettingsError(f"{name}={backend} needs {needed} use {name}=sdpa.")
+
+    def check_launcher(self) -> None:
+        """Check that the launcher's engine is installed here.
+
+        Raises:
+            SettingsError: If it is not.
+        """
+        with naming(Names({}), "launcher", ()):
+            self.launcher.check()
 
     def check_task_takes_method(self) -> None:
         """Check that the task can be run with the method, rather than compared with it.

@@ -15,7 +15,8 @@ import torch
 
 from topkbench.harness.batch_size import most_prompts
 from topkbench.harness.decoding import Prompt, batches
-from topkbench.harness.task import Context, Outcome, Task, TaskRow
+from topkbench.harness.device_use import using
+from topkbench.harness.task import TIMED, Context, Outcome, Task, TaskRow
 from topkbench.methods.base import check_whole, kv_bytes
 from topkbench.models.attach import geometry_of
 from topkbench.models.load import LoadedModel, free_bytes
@@ -85,6 +86,11 @@ class PromptTask(Task):
         records: Mapping[str, Sequence[Record]],
     ) -> Outcome:
         """Return the rows and samples of a cell, given each part's records in order of prompts."""
+
+    def num_batches(self, loaded: LoadedModel) -> int:
+        """Return in how many batches a model's prompts are measured, once the size is chosen."""
+        assert self.batch_size != "auto", "it is chosen before"
+        return len(batches(self.tokenised(loaded), self.batch_size))
 
     def memory(self, loaded: LoadedModel) -> tuple[int, int]:
         """Return the bytes of the longest prompt's keys and values, and those free on the device.
@@ -186,7 +192,8 @@ class PromptCell:
             if is_halved:  # nothing refers to the states of the other half any more
                 self.context.store.release()
             try:
-                record = self.task.measure(self.context, self.plan, part, prompts)
+                with using(self.context.loaded.model.device, alone=part == TIMED):
+                    record = self.task.measure(self.context, self.plan, part, prompts)
             except Exception as error:
                 if len(prompts) == 1 or not is_out_of_memory(error):
                     culprits = self._culprits(part, prompts, error)
@@ -248,6 +255,13 @@ class PromptCell:
     def refresh(self) -> None:
         """Read what other processes have measured."""
 
+    def read_others(self) -> None:
+        """Read what other processes have measured; if it is something else, the cell has ended."""
+        try:
+            self.refresh()
+        except Exception as error:
+            self.ended = self.outcome_of(error, "")
+
     def result(self) -> Outcome:
         """Return the rows and samples, once everything has been measured."""
         if self.ended is not None:
@@ -275,6 +289,8 @@ def run_by_prompts(
     claim: Claim = always_mine,
     prefilling: Callable[[int], AbstractContextManager[object]] = nullcontext,
     after: Callable[[], None] = lambda: None,
+    numbers: Sequence[int] | None = None,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> None:
     """Measure what is missing of cells over the same prompts, batch by batch.
 
@@ -285,15 +301,18 @@ def run_by_prompts(
         prefilling: Given the number of a batch, returns a context in which it is prefilled; it
             raises MemoryError if that has killed the process too often.
         after: Called whenever something was measured, or by another process.
+        numbers: The batches to measure; None for all.
+        is_stopped: Whether to leave the batches that are not begun.
     """
     answers: dict[str, list[int]] = {}  # full attention's, whichever cell decodes them
     for cell in cells:
         answers |= cell.context.full_answers
         cell.context = replace(cell.context, full_answers=answers)
-    num_batches = len(cells[0].batches) if cells else 0
+    if numbers is None:
+        numbers = range(len(cells[0].batches) if cells else 0)
     for wait in (False, True):  # batches that other processes measure come last
-        for number in range(num_batches):
-            if not any(cell.missing(number) for cell in cells):
+        for number in numbers:
+            if is_stopped() or not any(cell.missing(number) for cell in cells):
                 continue
             with claim(number, wait) as is_mine:
                 if is_mine:
@@ -311,10 +330,7 @@ def _run_batch(
     after: Callable[[], None],
 ) -> None:
     for cell in cells:
-        try:
-            cell.refresh()
-        except Exception as error:  # another process has found something else
-            cell.ended = cell.outcome_of(error, "")
+        cell.read_others()
         if not cell.context.method.selects:
             answers |= cell.answers(number)
     waiting = [cell for cell in cells if cell.missing(number)]
@@ -323,7 +339,9 @@ def _run_batch(
     while shares:
         share = shares.pop(0)
         try:
-            with prefilling(number):
+            # What a prefill takes is part of a cell's speed.
+            is_timed = any(TIMED in cell.missing(number) for cell in waiting)
+            with prefilling(number), using(store.model.device, alone=is_timed):
                 is_prefilled = _can_prefill(share, store, needs)
         except MemoryError as error:
             for cell in waiting:

@@ -15,6 +15,9 @@ from topkbench.models.prefill_store import PrefillStore
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
+TIMED = "speed"
+"""The part of a cell in which time is measured."""
+
 
 def no_progress(items: Sequence[Any], label: str) -> Iterable[Any]:
     """Return the items without showing progress."""

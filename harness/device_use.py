@@ -1,0 +1,63 @@
+"""Lets processes of one machine measure time alone: the others wait while one of them does.
+
+Several processes of a sweep may share a device, or a processor. What they measure at the same time
+is right, except for time.
+"""
+
+import contextlib
+import functools
+import getpass
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from filelock import ReadWriteLock, Timeout
+
+WAIT_S = 0.5
+"""Seconds of one attempt to get the device, between which the process can be interrupted."""
+
+
+@contextlib.contextmanager
+def using(device: torch.device, alone: bool) -> Iterator[None]:
+    """Use a device, inside the block, together with other processes or alone.
+
+    Where the machine has no folder for temporary files that can be locked, nobody waits; a row's
+    column ``other_load`` still says how busy the machine was.
+
+    Args:
+        device: The device.
+        alone: Whether other processes that use it must wait, as when time is measured.
+    """
+    lock = _lock(_name(device))
+    if lock is None:
+        yield
+        return
+    while True:
+        try:
+            (lock.acquire_write if alone else lock.acquire_read)(WAIT_S)
+            break
+        except Timeout:
+            continue
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _name(device: torch.device) -> str:
+    """Return a name that is one device's alone, whichever devices a process sees."""
+    if device.type != "cuda":
+        return device.type
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+@functools.cache
+def _lock(device: str) -> ReadWriteLock | None:
+    try:
+        folder = Path(tempfile.gettempdir(), f"topkbench-{getpass.getuser()}")
+        folder.mkdir(exist_ok=True)
+        return ReadWriteLock(folder / f"{device}.lock")
+    except (OSError, KeyError, ValueError, sqlite3.Error):
+        return None

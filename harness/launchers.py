@@ -1,0 +1,481 @@
+"""Runs a sweep in several processes: on this machine, on a SLURM cluster, or on a Ray cluster.
+
+The jobs of a model are prepared first, in one worker: what learns is fitted, the cells are begun,
+and the batches of prompts are counted. Then each worker measures a share: some batches, each with
+all cells that have its prompts, so that a prompt is prefilled once, whatever the number of workers.
+Workers write into the same cells as a sweep in one process, and whoever finds that everything of a
+cell is measured writes its rows.
+"""
+
+import contextlib
+import functools
+import os
+import queue
+import shutil
+import signal
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+import torch
+
+from topkbench.analysis.console import say
+from topkbench.analysis.record import RecordError, Sweep
+from topkbench.harness.runner import Job, Runner, Share
+from topkbench.methods.base import check_whole
+
+MOST_DEATHS = 10
+"""How often the process that does a work may die before the work is given up."""
+
+POLL_S = 2.0
+"""Seconds between two looks at whether a job has ended."""
+
+
+class WorkerError(RecordError):
+    """A worker could not do its task; what was measured is kept."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker is asked to do with the jobs of one model: prepare them, or measure a share.
+
+    Attributes:
+        sweep: The sweep.
+        jobs: The jobs.
+        share: What is measured; None to prepare.
+    """
+
+    sweep: Sweep
+    jobs: Sequence[Job]
+    share: Share | None = None
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a worker has done.
+
+    Attributes:
+        identities: Of a preparation: the identity of each job's cell, by the job's position.
+        share: Of a preparation: what is left to measure.
+        prefills: Of a share: the number of prompts that were prefilled.
+        error: Why it could not be done; empty if it was.
+        has_died: Whether the process ended before, so that the work is to be done again.
+    """
+
+    identities: Mapping[int, str] = field(default_factory=dict)
+    share: Share | None = None
+    prefills: int = 0
+    error: str = ""
+    has_died: bool = False
+
+
+@functools.lru_cache(maxsize=1)
+def runner_of(folder: Path, results_dir: Path) -> Runner:
+    """Return this process's runner of a sweep, which keeps its model from one work to the next."""
+    return Runner(Sweep(folder, results_dir), None)
+
+
+def do(work: Work, is_stopped: Callable[[], bool] = lambda: False) -> Done:
+    """Do a work in this process.
+
+    Args:
+        work: The work.
+        is_stopped: Whether to leave what is not begun to another time.
+    """
+    try:
+        runner = runner_of(work.sweep.folder, work.sweep.results_dir)
+        if work.share is None:
+            return Done(*runner.prepare(work.jobs))
+        return Done(prefills=runner.run_share(work.jobs, work.share, is_stopped))
+    except Exception as error:
+        return Done(error=" ".join(str(error).split()) or type(error).__name__)
+
+
+class Launcher(ABC):
+    """Runs a sweep in workers; how they are started is each launcher's own.
+
+    Attributes:
+        package: The package that starts them.
+        install: What pip installs to have it.
+    """
+
+    package: ClassVar[str]
+    install: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """Number of workers, each of which measures a share of each model's prompts."""
+
+    def check(self) -> None:
+        """Check that what starts the workers is installed.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        if find_spec(self.package) is None:
+            raise ValueError(
+                f"this launcher needs the package {self.package}, which is not installed: pip"
+                f" install '{self.install}'."
+            )
+
+    @abstractmethod
+    def start(self, works: Sequence[Work], folder: Path) -> Iterator[tuple[int, Done]]:
+        """Do works in workers.
+
+        Args:
+            works: The works.
+            folder: The sweep's folder, for the engine's own files.
+
+        Yields:
+            The position of each work and what was done, in the order in which they end.
+        """
+
+    def run(self, runner: Runner, jobs: Sequence[Job]) -> list[str | None]:
+        """Run a sweep's jobs; return the identity of each one's cell, None if it cannot be run.
+
+        Raises:
+            WorkerError: If a worker could not do its work.
+        """
+        sweep, of_model = runner.sweep, runner.by_model(jobs)
+        works = [Work(sweep, [jobs[one] for one in positions]) for positions in of_model]
+        identities: dict[int, str] = {}
+        shares: list[Work] = []
+        for position, done in self._finish(works, runner):
+            identities |= {of_model[position][at]: one for at, one in done.identities.items()}
+            assert done.share is not None, "it was a preparation"
+            shares += [
+                Work(sweep, works[position].jobs, share) for share in done.share.split(self.count)
+            ]
+        prefills = 0
+        for number, (_, done) in enumerate(self._finish(shares, runner), 1):
+            prefills += done.prefills
+            say(f"{number} of {len(shares)} shares measured, {prefills} prompts prefilled")
+        return [identities.get(position) for position in range(len(jobs))]
+
+    def _finish(self, works: Sequence[Work], runner: Runner) -> Iterator[tuple[int, Done]]:
+        """Do works, again where a worker dies; copy the cells that have ended to the tracker."""
+        left = list(range(len(works)))
+        deaths = dict.fromkeys(left, 0)
+        while left:
+            now, left = left, []
+            for at, done in self.start([works[one] for one in now], runner.sweep.folder):
+                position = now[at]
+                for cell in runner.sweep.cells():
+                    if cell.has_ended():
+                        runner.track(cell)
+                if done.has_died and deaths[position] < MOST_DEATHS:
+                    deaths[position] += 1
+                    say(f"a worker has died ({done.error}): what it had not measured is done again")
+                    left.append(position)
+                elif done.error:
+                    raise WorkerError(
+                        f"{done.error.rstrip('.')}; what was measured is kept, and the same command"
+                        " goes on."
+                    )
+                else:
+                    yield position, done
+
+
+# This machine -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Joblib(Launcher):
+    """Runs a sweep in processes of this machine: ``launcher=joblib``.
+
+    Each has its share of the processor's cores and, where there are GPUs, one of its own. The
+    processes are those of joblib's engine loky.
+
+    Attributes:
+        workers: Number of processes; None for one a GPU, and two where there is none.
+    """
+
+    package: ClassVar[str] = "joblib"
+    install: ClassVar[str] = "joblib"
+
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers is not None:
+            check_whole("workers", self.workers)
+        self.gpus = visible_gpus()
+
+    @property
+    def count(self) -> int:
+        return self.workers or len(self.gpus) or 2
+
+    def start(self, works: Sequence[Work], folder: Path) -> Iterator[tuple[int, Done]]:
+        from joblib.externals.loky import ProcessPoolExecutor
+        from joblib.externals.loky.process_executor import BrokenProcessPool
+
+        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        ended: queue.SimpleQueue[tuple[int, Done]] = queue.SimpleQueue()
+        for position in range(len(works)):
+            waiting.put(position)
+        # One process each, as all processes of a pool end when one of them dies.
+        pools: dict[int, Any] = {}
+
+        def renew(number: int) -> None:
+            pools[number] = ProcessPoolExecutor(
+                1, timeout=None, env=self.environment(number), initializer=_ignore_interrupts
+            )
+
+        def work_on(number: int) -> None:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    position = waiting.get_nowait()
+                    try:
+                        done = pools[number].submit(do, works[position]).result()
+                    except BrokenProcessPool as error:
+                        done = Done(error=_first_line(error), has_died=True)
+                        renew(number)
+                    except Exception as error:  # what it was asked to do cannot be pickled
+                        done = Done(error=_first_line(error))
+                    ended.put((position, done))
+
+        count = min(self.count, len(works))
+        for number in range(count):
+            renew(number)
+        try:
+            for number in range(count):
+                threading.Thread(target=work_on, args=[number], daemon=True).start()
+            for _ in works:
+                yield ended.get()
+        finally:
+            for pool in list(pools.values()):
+                pool.shutdown(wait=False, kill_workers=True)
+
+    def environment(self, number: int) -> dict[str, str]:
+        """Return what a worker's environment has in addition: its GPU, and its number of threads.
+
+        Args:
+            number: The worker's number.
+        """
+        cores = psutil.cpu_count(logical=False) or 1
+        added = {
+            name: os.environ.get(name, str(max(1, cores // self.count)))
+            for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+        }
+        if self.gpus:
+            added["CUDA_VISIBLE_DEVICES"] = self.gpus[number % len(self.gpus)]
+        return added
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [one.strip() for one in named.split(",") if one.strip()]
+    return [str(one) for one in range(torch.cuda.device_count())]
+
+
+def _ignore_interrupts() -> None:
+    """Leave an interrupt to the process that started the worker, which ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# SLURM --------------------------------------------------------------------------------------------
+
+
+class StopsAfterBatch:
+    """A work that a SLURM job does: warned before its time limit, it ends after its batch.
+
+    Then submitit puts the job back into the queue, and it goes on with the next batch.
+    """
+
+    def __call__(self, work: Work) -> Done:
+        """Do the work.
+
+        Args:
+            work: The work.
+        """
+        warned: list[tuple[int, Any]] = []
+        number = getattr(signal, os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "SIGUSR2"))
+        requeue = signal.getsignal(number)  # submitit's: it ends the process at once
+        signal.signal(number, lambda *arguments: warned.append(arguments))
+        try:
+            done = do(work, lambda: bool(warned))
+        finally:
+            signal.signal(number, requeue)
+        if warned and callable(requeue):
+            requeue(*warned[0])
+        return done
+
+    def checkpoint(self, work: Work) -> Any:
+        """Return what submitit does with the job once it is in the queue again: the same work."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, work)
+
+
+@dataclass
+class Submitit(Launcher):
+    """Runs a sweep as jobs of a SLURM cluster, or as if they were: ``launcher=submitit_slurm``.
+
+    This process waits for the jobs, and makes the report. If it ends before them they go on, and
+    the same command collects what they have measured.
+
+    Attributes:
+        workers: Number of jobs, in one array.
+        cluster: ``slurm``, or ``local`` for processes of this machine.
+        time_min: Time limit of a job, in minutes.
+        signal_s: Seconds before the time limit at which a job is warned: it ends after its batch,
+            goes back into the queue, and goes on there.
+        most_requeues: How often a job that met its time limit goes back into the queue.
+        gpus: GPUs of each job.
+        cpus: Processor cores of each job.
+        memory_gib: Memory of each job.
+        partition: The partition of the cluster; None for its default one.
+        at_once: Most jobs that run at a time; None for all.
+        setup: Shell commands before a job begins, such as ``module load cuda``.
+        more: Further options of sbatch, such as ``{account: NAME, qos: NAME}``.
+    """
+
+    package: ClassVar[str] = "submitit"
+    install: ClassVar[str] = "topkbench[slurm]"
+
+    workers: int
+    cluster: str = "slurm"
+    time_min: int = 240
+    signal_s: int = 600
+    most_requeues: int = 20
+    gpus: int = 1
+    cpus: int = 8
+    memory_gib: int = 64
+    partition: str | None = None
+    at_once: int | None = None
+    setup: Sequence[str] = ()
+    more: Mapping[str, str | int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "time_min", "cpus", "memory_gib"):
+            check_whole(name, getattr(self, name))
+        for name in ("signal_s", "most_requeues", "gpus"):
+            check_whole(name, getattr(self, name), least=0)
+        if self.at_once is not None:
+            check_whole("at_once", self.at_once)
+        if self.cluster not in ("slurm", "local"):
+            raise ValueError(f"cluster must be slurm or local, got {self.cluster!r}.")
+        if self.signal_s >= 60 * self.time_min:
+            raise ValueError(
+                f"signal_s must be less than the {60 * self.time_min} s of time_min, got"
+                f" {self.signal_s}."
+            )
+
+    def check(self) -> None:
+        super().check()
+        if self.cluster == "slurm" and shutil.which("sbatch") is None:
+            raise ValueError(
+                "this launcher needs SLURM's command sbatch, which is not found here: run it on a"
+                " node from which jobs are submitted, or use launcher=submitit_local."
+            )
+
+    @property
+    def count(self) -> int:
+        return self.workers
+
+    def start(self, works: Sequence[Work], folder: Path) -> Iterator[tuple[int, Done]]:
+        from submitit.core.utils import FailedJobError, UncompletedJobError
+        from submitit.helpers import as_completed
+
+        logs = folder / "submitit"
+        executor = self._executor(logs)
+        with executor.batch():
+            jobs = [executor.submit(StopsAfterBatch(), work) for work in works]
+        if jobs:
+            say(f"submitted {', '.join(job.job_id for job in jobs)}; logs in {logs}")
+        positions = {job.job_id: position for position, job in enumerate(jobs)}
+        for job in as_completed(jobs, poll_frequency=POLL_S):
+            try:
+                done = job.result()
+            except (UncompletedJobError, FailedJobError) as error:
+                done = Done(error=_first_line(error), has_died=True)
+            yield positions[job.job_id], done
+
+    def _executor(self, folder: Path) -> Any:
+        """Return submitit's executor, with the settings of a job."""
+        import submitit
+
+        executor = submitit.AutoExecutor(
+            folder, cluster=self.cluster, **{f"{self.cluster}_max_num_timeout": self.most_requeues}
+        )
+        executor.update_parameters(
+            name="topkbench",
+            timeout_min=self.time_min,
+            cpus_per_task=self.cpus,
+            gpus_per_node=self.gpus,
+            mem_gb=self.memory_gib,
+        )
+        if self.cluster == "slurm":
+            executor.update_parameters(
+                slurm_signal_delay_s=self.signal_s,
+                slurm_partition=self.partition,
+                slurm_array_parallelism=self.at_once or self.workers,
+                slurm_setup=list(self.setup),
+                slurm_additional_parameters=dict(self.more),
+            )
+        return executor
+
+
+# Ray ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ray(Launcher):
+    """Runs a sweep as tasks of a Ray cluster: ``launcher=ray``.
+
+    Attributes:
+        workers: Number of tasks.
+        address: The cluster's address, as ``ray.init`` takes it; None for one that is started here.
+        cpus: Processor cores of each task, which computes with as many threads.
+        gpus: GPUs of each task.
+    """
+
+    package: ClassVar[str] = "ray"
+    install: ClassVar[str] = "topkbench[ray]"
+
+    workers: int
+    address: str | None = "auto"
+    cpus: int = 8
+    gpus: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "cpus"):
+            check_whole(name, getattr(self, name))
+        check_whole("gpus", self.gpus, least=0)
+
+    @property
+    def count(self) -> int:
+        return self.workers
+
+    def start(self, works: Sequence[Work], folder: Path) -> Iterator[tuple[int, Done]]:
+        import ray
+
+        if not ray.is_initialized():
+            try:
+                ray.init(address=self.address, logging_level="ERROR")
+            except ConnectionError as error:
+                raise WorkerError(
+                    f"launcher.address must be that of a running Ray cluster, got {self.address}:"
+                    " start one with ray start --head, or use launcher.address=null"
+                    f" ({_first_line(error)})."
+                ) from error
+        task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0)(do)
+        waiting = {task.remote(work): position for position, work in enumerate(works)}
+        while waiting:
+            (one,), _ = ray.wait(list(waiting), num_returns=1)
+            try:
+                done = ray.get(one)
+            except ray.exceptions.RayError as error:
+                done = Done(error=_first_line(error), has_died=True)
+            yield waiting.pop(one), done
