@@ -9,11 +9,14 @@ cell is measured writes its rows.
 
 import contextlib
 import functools
+import logging
 import os
 import queue
 import shutil
 import signal
+import subprocess
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,8 +35,11 @@ from topkbench.methods.base import check_whole
 MOST_DEATHS = 10
 """How often the process that does a work may die before the work is given up."""
 
-POLL_S = 2.0
-"""Seconds between two looks at whether a job has ended."""
+POLL_S = 5.0
+"""Seconds between two looks at whether jobs have ended."""
+
+RESULT_S = 60.0
+"""Seconds in which the result of a job that has left the queue must be seen."""
 
 
 class WorkerError(RecordError):
@@ -364,6 +370,7 @@ class Submitit(Launcher):
             check_whole(name, getattr(self, name), least=0)
         if self.at_once is not None:
             check_whole("at_once", self.at_once)
+        self._seen: dict[str, float] = {}
         if self.cluster not in ("slurm", "local"):
             raise ValueError(f"cluster must be slurm or local, got {self.cluster!r}.")
         if self.signal_s >= 60 * self.time_min:
@@ -385,22 +392,36 @@ class Submitit(Launcher):
         return self.workers
 
     def start(self, works: Sequence[Work], folder: Path) -> Iterator[tuple[int, Done]]:
-        from submitit.core.utils import FailedJobError, UncompletedJobError
-        from submitit.helpers import as_completed
-
         logs = folder / "submitit"
         executor = self._executor(logs)
         with executor.batch():
             jobs = [executor.submit(StopsAfterBatch(), work) for work in works]
         if jobs:
             say(f"submitted {', '.join(job.job_id for job in jobs)}; logs in {logs}")
-        positions = {job.job_id: position for position, job in enumerate(jobs)}
-        for job in as_completed(jobs, poll_frequency=POLL_S):
-            try:
-                done = job.result()
-            except (UncompletedJobError, FailedJobError) as error:
-                done = Done(error=_first_line(error), has_died=True)
-            yield positions[job.job_id], done
+        waiting = dict(enumerate(jobs))
+        while waiting:
+            time.sleep(POLL_S)
+            for position in self._ended(waiting):
+                yield position, _done(waiting.pop(position))
+
+    def _ended(self, jobs: Mapping[int, Any]) -> list[int]:
+        """Return which jobs have left a result, or are neither running nor waiting any more."""
+        if self.cluster == "local":
+            return [position for position, job in jobs.items() if job.done()]
+        # sacct, which submitit asks, knows nothing on a cluster without accounting.
+        command = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
+        listed = subprocess.run(command, capture_output=True, text=True, check=False)
+        queued = listed.stdout.split()
+        ended = []
+        for position, job in jobs.items():
+            is_queued = listed.returncode != 0 or job.job_id in queued
+            if is_queued:
+                self._seen[job.job_id] = time.monotonic()
+            # A result may take a while to be seen on this node.
+            unseen_s = time.monotonic() - self._seen.setdefault(job.job_id, time.monotonic())
+            if job.paths.result_pickle.exists() or unseen_s > RESULT_S:
+                ended.append(position)
+        return ended
 
     def _executor(self, folder: Path) -> Any:
         """Return submitit's executor, with the settings of a job."""
@@ -425,6 +446,20 @@ class Submitit(Launcher):
                 slurm_additional_parameters=dict(self.more),
             )
         return executor
+
+
+def _done(job: Any) -> Done:
+    """Return what a job that has ended has done."""
+    from submitit.core.utils import FailedJobError, UncompletedJobError
+
+    if not job.paths.result_pickle.exists():
+        return Done(error=f"job {job.job_id} left no result", has_died=True)
+    try:
+        done = job.result()
+    except (UncompletedJobError, FailedJobError) as error:
+        return Done(error=_first_line(error), has_died=True)
+    assert isinstance(done, Done)
+    return done
 
 
 # Ray ----------------------------------------------------------------------------------------------
@@ -463,7 +498,7 @@ class Ray(Launcher):
 
         if not ray.is_initialized():
             try:
-                ray.init(address=self.address, logging_level="ERROR")
+                ray.init(address=self.address, logging_level=logging.ERROR)
             except ConnectionError as error:
                 raise WorkerError(
                     f"launcher.address must be that of a running Ray cluster, got {self.address}:"
