@@ -56,11 +56,30 @@ class Job:
         composed: The configuration, checked.
         full: The same with full attention; the same object if that is the method.
         choices: The option chosen in each group, such as ``{"method": "hata"}``.
+        trial: Number of the trial that it is in a search, which finds its cell by it; else None.
     """
 
     composed: Composed
     full: Composed
     choices: Mapping[str, str]
+    trial: int | None = None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A configuration that cannot be run, as one of its settings is wrong.
+
+    Attributes:
+        error: Which one, in a sentence.
+        choices: The option chosen in each group.
+        settings: The settings, references unresolved.
+        trial: Number of the trial that it is in a search; else None.
+    """
+
+    error: Exception
+    choices: Mapping[str, str]
+    settings: Mapping[str, Any]
+    trial: int | None = None
 
 
 class Local:
@@ -119,7 +138,7 @@ class Runner:
                 loaded, store = self._load(name, of_model[0].composed.settings)
             except Exception as error:  # rows say why, and the sweep goes on with other models
                 for job in of_model:
-                    self.refuse(error, job.choices, job.composed.settings)
+                    self.refuse(error, job.choices, job.composed.settings, job.trial)
                 continue
             score = self._run_model(loaded, store, of_model)
         return score
@@ -151,7 +170,7 @@ class Runner:
             except NotWritableError:
                 raise
             except Exception as error:  # its method cannot be fitted, or its prompts not be made
-                self.refuse(error, job.choices, job.composed.settings)
+                self.refuse(error, job.choices, job.composed.settings, job.trial)
         for cell in cells.values():
             cell.has_ended = cell.is_found()
         self._say_what_runs(loaded.name, num_added, cells)
@@ -194,6 +213,8 @@ class Runner:
             full_run = self._prepare(job.full, job.full, loaded)
             full = cells.setdefault(full_run.identity, SweepCell(full_run, self, None))
         cells.setdefault(run.identity, SweepCell(run, self, full)).is_asked_for = True
+        if job.trial is not None:
+            self.sweep.note_trial(job.trial, run.identity)
         for cell in (cells[run.identity], full):
             if cell is not None:
                 self.sweep.append(cell.run.identity)
@@ -284,7 +305,11 @@ class Runner:
             say_error(reason)
 
     def refuse(
-        self, error: Exception, choices: Mapping[str, str], settings: Mapping[str, Any]
+        self,
+        error: Exception,
+        choices: Mapping[str, str],
+        settings: Mapping[str, Any],
+        trial: int | None = None,
     ) -> None:
         """Print once why a configuration cannot be run, and write a row with the same reason."""
         reason = self.say_once(error)
@@ -296,6 +321,8 @@ class Runner:
         chosen: dict[str, Any] = {**choices}
         # Axes of the sweep that the reason does not name make no rows of their own.
         run_id = identity({"refused": reason, "k": whole.get("k"), **chosen})
+        if trial is not None:
+            self.sweep.note_trial(trial, run_id)
         if run_id in self.sweep.identities():
             return
         row = Row(
