@@ -54,7 +54,13 @@ __all__ = [
 ]
 
 _IDENTITY = re.compile(r"[0-9a-f]{16}")
-_SHARED = ("cells", "parts", "claims", "batch_sizes", "studies")  # folders of results that all sweeps share
+_SHARED = (
+    "cells",
+    "parts",
+    "claims",
+    "batch_sizes",
+    "studies",
+)  # folders of results that all sweeps share
 _PLACE = "results_dir.txt"
 """File of a sweep that holds the path from its folder to the results."""
 _TRIALS, _SEARCH = "trials.json", "search.json"
@@ -455,7 +461,9 @@ class Sweep:
     def note_trial(self, number: int, identity: str) -> None:
         """Record which cell a trial of a search is. Safe between processes."""
         with locked(self.folder / ".cells.lock", timeout_s=60):
-            write_atomic(self.folder / _TRIALS, json_bytes({**self.trials(), str(number): identity}))
+            write_atomic(
+                self.folder / _TRIALS, json_bytes({**self.trials(), str(number): identity})
+            )
 
     def trials(self) -> dict[str, str]:
         """Return the cells of the trials that have begun in this sweep, by the trial's number."""

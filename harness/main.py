@@ -143,7 +143,7 @@ def sentence(error: BaseException) -> str:
 
 def job_of(
     config: DictConfig,
-    chosen: Mapping[str, Any],
+    choices: Mapping[str, str],
     given: Sequence[str] | None = None,
     trial: int | None = None,
 ) -> Any:
@@ -151,15 +151,13 @@ def job_of(
 
     Args:
         config: The composed configuration, without Hydra's own part.
-        chosen: The option chosen in each group.
+        choices: The option chosen in each group.
         given: As in `checked`.
         trial: Number of the trial that it is in a search.
     """
     from topkbench.harness.runner import Job, Refused
     from topkbench.harness.settings import SettingsError
 
-    # A group is no choice where a user's own configuration leaves it out.
-    choices = {name: str(chosen.get(name)) for name in ("model", "task", "method")}
     try:
         composed = full = checked(config, given)
         composed.check_task_takes_method()
@@ -170,6 +168,12 @@ def job_of(
         written: Any = OmegaConf.to_container(config)
         return Refused(error, choices, written, trial)
     return Job(composed, full, choices, trial)
+
+
+def choices_among(chosen: Mapping[str, Any]) -> dict[str, str]:
+    """Return the chosen model, task and method among all that Hydra has chosen."""
+    # A group is no choice where a user's own configuration leaves it out.
+    return {name: str(chosen.get(name)) for name in ("model", "task", "method")}
 
 
 class Composer:
@@ -184,12 +188,19 @@ class Composer:
         self._name = state.job.config_name
         self._overrides = [*state.overrides.hydra, *state.overrides.task]
         self._given = names_given()
+        self._chosen = choices_among(state.runtime.choices)
 
     def job(self, overrides: Sequence[str], trial: int | None = None) -> Any:
-        config = self._loader.load_configuration(
-            self._name, [*self._overrides, *overrides], RunMode.RUN, from_shell=False
-        )
-        chosen = dict(config.hydra.runtime.choices)
+        from topkbench.harness.runner import Refused
+        from topkbench.harness.settings import SettingsError
+
+        try:
+            config = self._loader.load_configuration(
+                self._name, [*self._overrides, *overrides], RunMode.RUN, from_shell=False
+            )
+        except HydraException as error:
+            return Refused(SettingsError(in_our_words(sentence(error))), self._chosen, {}, trial)
+        chosen = choices_among(config.hydra.runtime.choices)
         with open_dict(config):
             del config["hydra"]
         names = [text.split("=")[0] for text in overrides]
@@ -213,19 +224,24 @@ class Composer:
         text = values if isinstance(values, str) else ",".join(map(json.dumps, values))
         try:
             override = OverridesParser.create(self._loader).parse_override(f"{name}={text}")
-        except OverrideParseException as error:
+        except HydraException as error:
             raise SettingsError(
                 f"search.knobs.{name} must be values that Hydra can read, as in 32,64 or"
                 f" range(16,513,16), got {values!r}."
             ) from error
-        sweep = override.value()
-        if isinstance(sweep, IntervalSweep) and sweep.start < sweep.end:
-            log = "log" in sweep.tags
-            return Interval(name, sweep.start, sweep.end, log=log)
+        sweep: Any = override.value()
+        if isinstance(sweep, IntervalSweep):
+            low, high, log = sweep.start or 0, sweep.end or 0, "log" in sweep.tags
+            if log and low <= 0:
+                raise SettingsError(
+                    f"search.knobs.{name} must begin above 0 to be logarithmic, got {values!r}."
+                )
+            if low < high:
+                return Interval(name, low, high, log=log)
         if override.is_discrete_sweep():
             several = list(dict.fromkeys(override.sweep_string_iterator()))
             if len(several) > 1 and isinstance(sweep, RangeSweep):
-                whole = sorted(override.sweep_iterator())
+                whole: Any = sorted(override.sweep_iterator())
                 if all(isinstance(one, int) for one in whole):
                     return Interval(name, whole[0], whole[-1], whole[1] - whole[0])
             if len(several) > 1:
@@ -249,7 +265,7 @@ def job(config: DictConfig) -> float | None:
     folder = state.sweep.dir if state.mode == RunMode.MULTIRUN else state.run.dir
     # Hydra may have changed the working folder.
     commanded.sweep = Sweep(*map(hydra.utils.to_absolute_path, (folder, config.results_dir)))
-    composed = job_of(config, state.runtime.choices)
+    composed = job_of(config, choices_among(state.runtime.choices))
     if isinstance(composed, Job):
         commanded.composer = commanded.composer or Composer()
         try:
@@ -383,7 +399,10 @@ def in_our_words(text: str) -> str:
     if unknown is not None:
         key, place = unknown.groups()
         if place.startswith("search.knobs."):
-            return f"{place} must be added with +: '+{place}=[VALUE,VALUE]'."
+            return (
+                f"{place} is not among the knobs; + adds a setting, as in"
+                " '+search.knobs.NAME=[VALUE,VALUE]'."
+            )
         group, _, _ = place.rpartition(".")
         files = sorted((CONF / group).glob("*.yaml"))
         names = {file.stem: {str(name) for name in OmegaConf.load(file)} for file in files}

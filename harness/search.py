@@ -125,7 +125,9 @@ class Interval:
         if isinstance(self.low, float):
             trial.suggest_float(self.name, self.low, self.high, log=self.log)
         else:
-            trial.suggest_int(self.name, self.low, int(self.high), step=self.step or 1, log=self.log)
+            trial.suggest_int(
+                self.name, self.low, int(self.high), step=self.step or 1, log=self.log
+            )
 
     def text(self, value: Any) -> str:
         """Return a trial's value as it is written on a command line."""
@@ -207,8 +209,8 @@ class Search:
         for name, values in self.knobs.items():
             if not isinstance(values, str | list):
                 raise ValueError(
-                    f"knobs.{name} must be the values to search, as in 32,64 or range(16,513,16), or"
-                    f" a list of them, got {values!r}."
+                    f"knobs.{name} must be values to search, as in 32,64 or range(16,513,16), or a"
+                    f" list of them, got {values!r}."
                 )
         if find_spec("optuna") is None:
             raise ValueError(
@@ -313,20 +315,17 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.search, self.knobs, self.path = search, knobs, path
         self.size = math.prod(knob.size for knob in knobs)
-        words = {"higher": "maximize", "lower": "minimize"}
+        of = optuna.study.StudyDirection
+        directions = {"higher": of.MAXIMIZE, "lower": of.MINIMIZE}
         self._study = optuna.create_study(
             storage=f"sqlite:///{path}",
             study_name="search",
-            directions=[words[str(METRICS[name].better)] for name in search.objectives],
+            directions=[directions[str(METRICS[name].better)] for name in search.objectives],
             load_if_exists=True,
         )
 
     def _trials(self) -> list["optuna.trial.FrozenTrial"]:
         return self._study.get_trials(deepcopy=False)
-
-    def _num_tried(self) -> int:
-        """Return how many different combinations of values the trials have."""
-        return len({tuple(sorted(one.params.items())) for one in self._trials()})
 
     def add_cells(self, sweep: Sweep) -> None:
         """Add the cells of finished trials to a sweep, with those that they are compared with."""
@@ -344,39 +343,47 @@ class Study:
         Those that an earlier command had asked for, and had not ended when it was killed, are the
         first.
         """
-        from optuna import Trial
-
         trials = self._trials()
         num_ended = sum(one.state.is_finished() for one in trials)
+        batch = [self._suggested(one) for one in trials if not one.state.is_finished()]
+        tried = {self._combination(one.params) for one in self._trials()}
         size, most = self.search.batch, self.search.trials
         end = min(most, (num_ended // size + 1) * size)
-        more = max(0, int(min(end - len(trials), self.size - self._num_tried())))
-        batch = []
-        for one in trials:
-            if not one.state.is_finished():
-                self._study.sampler = self._sampler(one.number)
-                batch.append(self._suggested(Trial(self._study, one._trial_id)))
-        for number in range(len(trials), len(trials) + more):
-            self._study.sampler = self._sampler(number)
-            batch.append(self._suggested(self._study.ask()))
+        more = max(0, int(min(end - len(trials), self.size - len(tried))))
+        untried: Iterator[tuple[Any, ...]] = iter(())
+        if self.size <= most:  # each combination is tried once, whatever it promises
+            every = itertools.product(*(knob.values for knob in self.knobs))
+            untried = (one for one in every if one not in tried)
+        for _ in range(more):
+            for values in itertools.islice(untried, 1):
+                names = (knob.name for knob in self.knobs)
+                self._study.enqueue_trial(dict(zip(names, values, strict=True)))
+            batch.append(self._suggested())
         return batch
 
-    def _suggested(self, trial: "optuna.Trial") -> "optuna.Trial":
+    def _combination(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(values.get(knob.name) for knob in self.knobs)
+
+    def _suggested(self, begun: "optuna.trial.FrozenTrial | None" = None) -> "optuna.Trial":
+        """Return a trial that has all of its values.
+
+        Args:
+            begun: A trial that was asked for, and may lack some of them; None for a new one.
+        """
+        from optuna import Trial
+        from optuna.samplers import TPESampler
+        from optuna.trial import TrialState
+
+        number = len(self._trials()) if begun is None else begun.number
+        seed = identity({"seed": self.search.seed, "trial": number})[:8]
+        self._study.sampler = TPESampler(seed=int(seed, 16))
+        if begun is not None and begun.state == TrialState.RUNNING:
+            trial = Trial(self._study, begun._trial_id)
+        else:  # the next one that waits, if there is any
+            trial = self._study.ask()
         for knob in self.knobs:
             knob.suggest(trial)
         return trial
-
-    def _sampler(self, number: int) -> "optuna.samplers.BaseSampler":
-        """Return what suggests the values of one trial.
-
-        Where there are no more combinations than trials, each is tried once.
-        """
-        from optuna.samplers import GridSampler, TPESampler
-
-        seed = self.search.seed
-        if self.size <= self.search.trials:
-            return GridSampler({knob.name: list(knob.values) for knob in self.knobs}, seed)
-        return TPESampler(seed=int(identity({"seed": seed, "trial": number})[:8], 16))
 
     def overrides(self, trial: "optuna.Trial") -> list[str]:
         """Return a trial's settings as they are written on a command line."""
@@ -394,8 +401,8 @@ class Study:
         rows = [_overall(cell.read()) for cell in cells]
         found = [[getattr(row, name) for name in self.search.objectives] for row in rows]
         good = [one for row, one in zip(rows, found, strict=True) if row.status == Status.OK]
-        for name, values in zip(self.search.objectives, zip(*good, strict=True), strict=False):
-            if all(value is None for value in values):
+        for place, name in enumerate(self.search.objectives):
+            if good and all(one[place] is None for one in good):
                 raise RecordError(
                     "search.objectives must be columns that the task fills, and task="
                     f"{rows[0].task} leaves {name} empty."
