@@ -17,6 +17,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from topkbench.analysis import style
 from topkbench.analysis.counts import measured_on
@@ -237,6 +238,7 @@ def _history(found: Outcome, data: pd.DataFrame) -> tuple[Figure, pd.DataFrame, 
     _bars(axes, data[data["best"]], first, y)
     _points(axes, data, first, height)
     axes.set_xlabel("Trial")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(METRICS[y].axis)
     legend(figure, axes)
     reading = (

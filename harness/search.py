@@ -4,7 +4,7 @@ A trial has one value for each setting that is searched, called a knob. Trials a
 in batches, so that those of a batch share their prompts' prefills. They are cells like any other:
 found if they were measured before, and compared with full attention. Which values were suggested,
 and what came out, is in a study of optuna's in the results folder, from which a killed search goes
-on. What a suggestion depends on is the study and the trial's number alone, so a search that was
+on. A suggestion depends on the study, the trial's number and the knob alone, so a search that was
 killed has the trials of one that was not.
 """
 
@@ -371,19 +371,25 @@ class Study:
             begun: A trial that was asked for, and may lack some of them; None for a new one.
         """
         from optuna import Trial
-        from optuna.samplers import TPESampler
         from optuna.trial import TrialState
 
         number = len(self._trials()) if begun is None else begun.number
-        seed = identity({"seed": self.search.seed, "trial": number})[:8]
-        self._study.sampler = TPESampler(seed=int(seed, 16))
+        self._study.sampler = self._sampler(number)
         if begun is not None and begun.state == TrialState.RUNNING:
             trial = Trial(self._study, begun._trial_id)
         else:  # the next one that waits, if there is any
             trial = self._study.ask()
         for knob in self.knobs:
+            self._study.sampler = self._sampler(number, knob.name)
             knob.suggest(trial)
         return trial
+
+    def _sampler(self, number: int, knob: str = "") -> "optuna.samplers.BaseSampler":
+        """Return what suggests the value of one knob in one trial, whatever it suggested before."""
+        from optuna.samplers import TPESampler
+
+        seed = identity({"seed": self.search.seed, "trial": number, "knob": knob})[:8]
+        return TPESampler(seed=int(seed, 16))
 
     def overrides(self, trial: "optuna.Trial") -> list[str]:
         """Return a trial's settings as they are written on a command line."""
