@@ -399,12 +399,12 @@ class Study:
         """Record what came out of trials, as the rows of their cells on disk say.
 
         Raises:
-            RecordError: If the cells lack an objective, or are of other weights than earlier ones.
+            RecordError: If a cell has not ended, or the cells lack an objective, or are of other
+                weights than earlier ones.
         """
         from optuna.trial import TrialState
 
-        cells = [sweep.store.cell(sweep.trials()[str(trial.number)]) for trial in batch]
-        rows = [_overall(cell.read()) for cell in cells]
+        rows = [_ended(sweep, trial.number) for trial in batch]
         found = [[getattr(row, name) for name in self.search.objectives] for row in rows]
         good = [one for row, one in zip(rows, found, strict=True) if row.status == Status.OK]
         for place, name in enumerate(self.search.objectives):
@@ -413,8 +413,8 @@ class Study:
                     "search.objectives must be columns that the task fills, and task="
                     f"{rows[0].task} leaves {name} empty."
                 )
-        for trial, cell, row, values in zip(batch, cells, rows, found, strict=True):
-            trial.set_user_attr("cell", cell.identity)
+        for trial, row, values in zip(batch, rows, found, strict=True):
+            trial.set_user_attr("cell", row.run_id)
             if row.status == Status.OK and None not in values:
                 self._check_weights(row)
                 self._study.tell(trial, values)
@@ -481,9 +481,17 @@ def _searched(job: Job) -> dict[str, Any]:
     return {name: settings[name] for name in names}
 
 
-def _overall(rows: Sequence[Row]) -> Row:
-    """Return the row of a cell as a whole: the mean over its sub-tasks."""
-    return next((row for row in rows if row.subtask == "mean"), rows[0])
+def _ended(sweep: Sweep, trial: int) -> Row:
+    """Return the row of a trial's cell as a whole: the mean over its sub-tasks."""
+    name = sweep.trials().get(str(trial))
+    rows = [] if name is None else sweep.store.cell(name).read()
+    found = [row for row in rows if row.status != Status.INTERRUPTED]
+    if not found:
+        raise RecordError(
+            f"all cells of a batch must have ended, and that of trial {trial} has not; run the"
+            " command again, which goes on."
+        )
+    return next((row for row in found if row.subtask == "mean"), found[0])
 
 
 @contextlib.contextmanager
