@@ -101,6 +101,7 @@ def suggested(trials: list[optuna.trial.FrozenTrial]) -> list[tuple[Any, ...]]:
     return [(one.number, one.params, one.values, one.user_attrs["cell"]) for one in trials]
 
 
+@pytest.mark.slow
 def test_trials_are_cells_of_one_group_prefilled_once_a_batch(whole: Searches) -> None:
     trials = whole.trials
     assert [one.number for one in trials] == list(range(24))
@@ -121,6 +122,7 @@ def test_trials_are_cells_of_one_group_prefilled_once_a_batch(whole: Searches) -
     assert whole.text("err") == ""
 
 
+@pytest.mark.slow
 def test_the_reports_front_is_the_one_computed_by_hand(whole: Searches) -> None:
     rows = whole.rows
     own = rows[rows["method"] == "quest"]
@@ -192,6 +194,7 @@ def test_a_search_that_is_killed_goes_on_and_loses_no_trial(
     assert searches.rows.sort_index()[best].equals(whole.rows.sort_index()[best])
 
 
+@pytest.mark.slow
 def test_a_finished_search_runs_nothing_and_goes_on_with_more_trials(
     whole: Searches, tmp_path: Path
 ) -> None:
