@@ -140,7 +140,7 @@ def _draw(axes: Axes, data: pd.DataFrame, cost: str) -> tuple[pd.Series, pd.Seri
     marks = on_front(list(price[rivals.index]), list(rivals["score"]))
     # Named, as a column without rows would not be bool.
     front = pd.Series(marks, index=rivals.index, dtype=bool).reindex(data.index, fill_value=False)
-    _cost_axis(axes, price)
+    cost_axis(axes, price)
     barred = data if has_all_bars(data) else data[front]
     bottom = 10 * (pd.concat([data["score"], barred["score_ci_low"]]).min() // 10)
     top = -10 * (-pd.concat([data["score"], barred["score_ci_high"]]).max() // 10)
@@ -255,7 +255,7 @@ def _without_overlap(axes: Axes, price: pd.Series, score: pd.Series, front: pd.S
     return 2.0 ** (low + pd.Series(found)[price.index] / width * (high - low))
 
 
-def _cost_axis(axes: Axes, price: pd.Series) -> None:
+def cost_axis(axes: Axes, price: pd.Series) -> None:
     """Put ticks at powers of two, or at round numbers near the points if these would be few."""
     axes.set_xscale("log", base=2)
     low, high = math.log2(float(price.min())), math.log2(float(price.max()))

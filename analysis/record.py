@@ -54,9 +54,17 @@ __all__ = [
 ]
 
 _IDENTITY = re.compile(r"[0-9a-f]{16}")
-_SHARED = ("cells", "parts", "claims", "batch_sizes")  # folders of results that all sweeps share
+_SHARED = (
+    "cells",
+    "parts",
+    "claims",
+    "batch_sizes",
+    "studies",
+)  # folders of results that all sweeps share
 _PLACE = "results_dir.txt"
 """File of a sweep that holds the path from its folder to the results."""
+_TRIALS, _SEARCH = "trials.json", "search.json"
+"""Files of a sweep that is a search: the cells of its trials, and all that a report shows."""
 
 
 def identity(payload: Mapping[str, Any]) -> str:
@@ -453,6 +461,27 @@ class Sweep:
                 write_atomic(self.folder / _PLACE, place.encode())
             if identity not in known:
                 write_atomic(self._list, json_bytes([*known, identity]))
+
+    def note_trial(self, number: int, identity: str) -> None:
+        """Record which cell a trial of a search is. Safe between processes."""
+        with locked(self.folder / ".cells.lock", timeout_s=60):
+            write_atomic(
+                self.folder / _TRIALS, json_bytes({**self.trials(), str(number): identity})
+            )
+
+    def trials(self) -> dict[str, str]:
+        """Return the cells of the trials that have begun in this sweep, by the trial's number."""
+        found = read_json(self.folder / _TRIALS)
+        return found if isinstance(found, dict) else {}
+
+    def note_search(self, content: Mapping[str, Any]) -> None:
+        """Record the state of a search; `analysis.search.SearchRecord` says what it holds."""
+        write_atomic(self.folder / _SEARCH, json_bytes(content))
+
+    def search(self) -> dict[str, Any] | None:
+        """Return what was recorded of the sweep's search; None if it is none."""
+        found = read_json(self.folder / _SEARCH)
+        return found if isinstance(found, dict) else None
 
     def commands(self) -> list[str]:
         """Return the command lines that ran the sweep, in order."""

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from topkbench.analysis import kernels, style, tables
+from topkbench.analysis import kernels, search, style, tables
 from topkbench.analysis.break_even import MODELS, ModelSize, break_even_table, model_sizes
 from topkbench.analysis.configurations import Comparison, compare
 from topkbench.analysis.console import console, say, say_error
@@ -171,8 +171,10 @@ def _write(
         write_atomic(folder / "rows.parquet", rows.to_parquet(None, index=False))
         write_atomic(folder / "rows.csv", rows.to_csv(index=False, lineterminator="\n").encode())
         write_atomic(folder / "samples.parquet", _plain(samples).to_parquet(None, index=False))
+    sweeps = [Sweep.open(path) for path in paths if path.is_dir()]
     content = _content(compared, rows, samples, folder, models)
-    commands = [one for path in paths if path.is_dir() for one in Sweep.open(path).commands()]
+    content["searches"] = search.sections(sweeps, rows, folder / "figures")
+    commands = [one for sweep in sweeps for one in sweep.commands()]
     content["ran"] += [f"Command: {one}" for one in dict.fromkeys(commands)]
     if published:
         numbers = compare_with_published(compared.configurations)
@@ -304,6 +306,9 @@ def _context(words: str, configurations: pd.DataFrame) -> str:
 def _markdown(content: dict[str, Any]) -> str:
     parts = [f"# {content['title']}", "## What ran", *(f"- {one}" for one in content["ran"])]
     parts += [f"- **Note:** {one}" for one in content["notes"]]
+    for one in content["searches"]:
+        parts += ["## Search", one["words"], f"### {one['title']}", one["table"].markdown()]
+        parts += map(_shown, one["figures"])
     for panel in content["panels"]:
         parts += [f"## {panel['title']}", panel["table"].markdown()]
         if panel["league"] is not None:

@@ -10,6 +10,7 @@ from topkbench.analysis.console import say, say_error
 from topkbench.analysis.record import RecordError, Sweep
 from topkbench.analysis.report import build, summary_table
 from topkbench.analysis.row import Status
+from topkbench.analysis.search import outcome, text
 from topkbench.analysis.tracking import Tracker
 
 NO_REPORT_STATUS = 1
@@ -58,6 +59,9 @@ class SweepReport:
             rows, samples = sweep.rows(), sweep.samples()
             tracker.log_sweep(sweep.folder, sweep.title, rows, samples)
             say(f"\n{summary_table(rows, samples)}\n")
+            found = outcome(sweep, rows)
+            if found is not None:
+                say(f"{text(found)}\n")
             say(path)
             good = [status.value for status in Status if status.settled]
             return 0 if rows["status"].isin(good).all() else FAILED_STATUS

@@ -22,7 +22,9 @@ import pandas as pd
 
 from topkbench.analysis.console import console, say, say_error
 from topkbench.analysis.metrics import METRICS
+from topkbench.analysis.record import Sweep
 from topkbench.analysis.row import Row
+from topkbench.analysis.search import outcome, values
 from topkbench.analysis.stats import MEAN
 from topkbench.analysis.training import loss_points
 from topkbench.analysis.wandb_payload import (
@@ -341,7 +343,10 @@ class WandbTracker:
     def log_sweep(
         self, folder: str | Path, sweep: str, rows: pd.DataFrame, samples: pd.DataFrame
     ) -> None:
-        """Copy the sweep's curves over k and rbit, and the figures of its report; end its run."""
+        """Copy the sweep's curves over k and rbit, and the figures of its report; end its run.
+
+        Of a search, its best trials are copied too.
+        """
         if not len(rows):
             return
         if session(self.mode).mode != self._live_mode:  # its host does not answer any more
@@ -362,6 +367,9 @@ class WandbTracker:
                 figures = sorted((Path(folder) / "figures").glob("*.png"))
                 if figures:
                     run.log({f"figures/{one.stem}": wandb.Image(str(one)) for one in figures})
+                found = outcome(Sweep.open(folder), rows)
+                if found is not None:
+                    run.log({"search/best": wandb.Table(dataframe=values(found))})
                 counts = rows.drop_duplicates("run_id")["status"].value_counts()
                 run.summary.update({f"cells/{name}": int(n) for name, n in counts.items()})
             finally:

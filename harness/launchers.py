@@ -53,11 +53,14 @@ class Work:
     Attributes:
         sweep: The sweep.
         jobs: The jobs.
+        ended: The identities of cells that this command has run before; ``force=true`` does not run
+            them again.
         share: What is measured; None to prepare.
     """
 
     sweep: Sweep
     jobs: Sequence[Job]
+    ended: frozenset[str]
     share: Share | None = None
 
 
@@ -95,6 +98,7 @@ def do(work: Work, is_stopped: Callable[[], bool] = lambda: False) -> Done:
     """
     try:
         runner = runner_of(work.sweep.folder, work.sweep.results_dir)
+        runner.ended |= work.ended
         if work.share is None:
             return Done(*runner.prepare(work.jobs))
         return Done(prefills=runner.run_share(work.jobs, work.share, is_stopped))
@@ -149,19 +153,22 @@ class Launcher(ABC):
             WorkerError: If a worker could not do its work.
         """
         sweep, of_model = runner.sweep, runner.by_model(jobs)
-        works = [Work(sweep, [jobs[one] for one in positions]) for positions in of_model]
+        ended = frozenset(runner.ended)
+        works = [Work(sweep, [jobs[one] for one in positions], ended) for positions in of_model]
         identities: dict[int, str] = {}
         shares: list[Work] = []
         for position, done in self._finish(works, runner):
             identities |= {of_model[position][at]: one for at, one in done.identities.items()}
             assert done.share is not None, "it was a preparation"
             shares += [
-                Work(sweep, works[position].jobs, share) for share in done.share.split(self.count)
+                Work(sweep, works[position].jobs, ended, share)
+                for share in done.share.split(self.count)
             ]
         prefills = 0
         for number, (_, done) in enumerate(self._finish(shares, runner), 1):
             prefills += done.prefills
             say(f"{number} of {len(shares)} shares measured, {prefills} prompts prefilled")
+        runner.ended |= set(sweep.identities())
         return [identities.get(position) for position in range(len(jobs))]
 
     def _finish(self, works: Sequence[Work], runner: Runner) -> Iterator[tuple[int, Done]]:

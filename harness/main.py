@@ -8,14 +8,14 @@ import contextlib
 import difflib
 import functools
 import itertools
-import math
+import json
 import os
 import re
 import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,12 +23,14 @@ from typing import Any, ClassVar
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, RangeSweep
 from hydra.errors import HydraException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from topkbench.analysis.console import console, say, say_error
@@ -66,8 +68,8 @@ class Collected:
 
     Attributes:
         jobs: The jobs, as ``runner.Job``.
-        refused: For each configuration with a wrong setting: the error, the chosen options, and the
-            settings.
+        refused: The configurations with a wrong setting, as ``runner.Refused``.
+        composer: Composes further configurations, for a search; None before the first job.
         sweep: The sweep; None before the first job.
         report: Makes the report; None before the first job without a wrong setting.
         tracker: Where the sweep is copied to: the first job's; likewise.
@@ -75,7 +77,8 @@ class Collected:
     """
 
     jobs: list[Any] = field(default_factory=list)
-    refused: list[tuple[Exception, dict[str, str], dict[str, Any]]] = field(default_factory=list)
+    refused: list[Any] = field(default_factory=list)
+    composer: Any = None
     sweep: Sweep | None = None
     report: Any = None
     tracker: Any = None
@@ -106,12 +109,16 @@ def checked(config: DictConfig, given: Sequence[str] | None = None) -> Any:
         settings: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:  # of a resolver, such as oc.env
         raise SettingsError(in_our_words(sentence(error))) from error
-    if given is None:
-        state = HydraConfig.get()
-        given = [text.lstrip("+").split("=")[0] for text in state.overrides.task]
-        if state.mode == RunMode.MULTIRUN:  # an axis is dropped where it has no effect
-            given = [name for name in given if name not in (state.sweeper.get("params") or ())]
-    return Composed.of(written, settings, given)
+    return Composed.of(written, settings, names_given() if given is None else given)
+
+
+def names_given() -> list[str]:
+    """Return the names of the settings on the command line that Hydra read, without axes."""
+    state = HydraConfig.get()
+    given = [text.lstrip("+").split("=")[0] for text in state.overrides.task]
+    if state.mode == RunMode.MULTIRUN:  # an axis is dropped where it has no effect
+        given = [name for name in given if name not in (state.sweeper.get("params") or ())]
+    return given
 
 
 def make_method(config: DictConfig) -> Any:
@@ -134,13 +141,122 @@ def sentence(error: BaseException) -> str:
     return text or type(error).__name__
 
 
+def job_of(
+    config: DictConfig,
+    choices: Mapping[str, str],
+    given: Sequence[str] | None = None,
+    trial: int | None = None,
+) -> Any:
+    """Check a configuration; return it as ``runner.Job``, or as ``Refused`` if a setting is wrong.
+
+    Args:
+        config: The composed configuration, without Hydra's own part.
+        choices: The option chosen in each group.
+        given: As in `checked`.
+        trial: Number of the trial that it is in a search.
+    """
+    from topkbench.harness.runner import Job, Refused
+    from topkbench.harness.settings import SettingsError
+
+    try:
+        composed = full = checked(config, given)
+        composed.check_task_takes_method()
+        composed.check_launcher()
+        if composed.method.selects:
+            config.method = OmegaConf.load(CONF / "method" / "full.yaml")
+            full = checked(config, given)
+    except SettingsError as error:
+        written: Any = OmegaConf.to_container(config)
+        return Refused(error, choices, written, trial)
+    return Job(composed, full, choices, trial)
+
+
+def choices_among(chosen: Mapping[str, Any]) -> dict[str, str]:
+    """Return the chosen model, task and method among all that Hydra has chosen."""
+    # A group is no choice where a user's own configuration leaves it out.
+    return {name: str(chosen.get(name)) for name in ("model", "task", "method")}
+
+
+class Composer:
+    """Composes further configurations while a command runs, as `search.Composer` describes it.
+
+    It must be made while Hydra composes the command's own.
+    """
+
+    def __init__(self) -> None:
+        state = HydraConfig.get()
+        self._loader = GlobalHydra.instance().config_loader()
+        self._name = state.job.config_name
+        self._overrides = [*state.overrides.hydra, *state.overrides.task]
+        self._given = names_given()
+        self._chosen = choices_among(state.runtime.choices)
+
+    def job(self, overrides: Sequence[str], trial: int | None = None) -> Any:
+        from topkbench.harness.runner import Refused
+        from topkbench.harness.settings import SettingsError
+
+        try:
+            config = self._loader.load_configuration(
+                self._name, [*self._overrides, *overrides], RunMode.RUN, from_shell=False
+            )
+        except HydraException as error:
+            return Refused(SettingsError(in_our_words(sentence(error))), self._chosen, {}, trial)
+        chosen = choices_among(config.hydra.runtime.choices)
+        with open_dict(config):
+            del config["hydra"]
+        names = [text.split("=")[0] for text in overrides]
+        return job_of(config, chosen, [*self._given, *names], trial)
+
+    def knobs(self, values: Mapping[str, Any]) -> list[Any]:
+        from topkbench.harness.settings import SettingsError
+
+        found = [self._knob(*one) for one in values.items() if one[0] not in self._given]
+        if not found:
+            raise SettingsError(
+                "search.knobs must have a setting that the command line gives no value, got"
+                f" {', '.join(values)}."
+            )
+        return found
+
+    def _knob(self, name: str, values: Any) -> Any:
+        from topkbench.harness.search import Choice, Interval
+        from topkbench.harness.settings import SettingsError
+
+        text = values if isinstance(values, str) else ",".join(map(json.dumps, values))
+        try:
+            override = OverridesParser.create(self._loader).parse_override(f"{name}={text}")
+        except HydraException as error:
+            raise SettingsError(
+                f"search.knobs.{name} must be values that Hydra can read, as in 32,64 or"
+                f" range(16,513,16), got {values!r}."
+            ) from error
+        sweep: Any = override.value()
+        if isinstance(sweep, IntervalSweep):
+            low, high, log = sweep.start or 0, sweep.end or 0, "log" in sweep.tags
+            if log and low <= 0:
+                raise SettingsError(
+                    f"search.knobs.{name} must begin above 0 to be logarithmic, got {values!r}."
+                )
+            if low < high:
+                return Interval(name, low, high, log=log)
+        if override.is_discrete_sweep():
+            several = list(dict.fromkeys(override.sweep_string_iterator()))
+            if len(several) > 1 and isinstance(sweep, RangeSweep):
+                whole: Any = sorted(override.sweep_iterator())
+                if all(isinstance(one, int) for one in whole):
+                    return Interval(name, whole[0], whole[-1], whole[1] - whole[0])
+            if len(several) > 1:
+                return Choice(name, tuple(several))
+        raise SettingsError(f"search.knobs.{name} must be several values, got {values!r}.")
+
+
 def job(config: DictConfig) -> float | None:
     """Collect one composed configuration.
 
     A sweeper that asks for scores (``hydra/sweeper=`` another than basic) has each cell run at
     once, and gets its score.
     """
-    from topkbench.harness.runner import Job
+    from topkbench.harness.runner import Job, Refused
     from topkbench.harness.settings import SettingsError
 
     state, commanded = HydraConfig.get(), collected()
@@ -150,21 +266,18 @@ def job(config: DictConfig) -> float | None:
     folder = state.sweep.dir if state.mode == RunMode.MULTIRUN else state.run.dir
     # Hydra may have changed the working folder.
     commanded.sweep = Sweep(*map(hydra.utils.to_absolute_path, (folder, config.results_dir)))
-    # A group is no choice where a user's own configuration leaves it out.
-    choices = {name: str(state.runtime.choices.get(name)) for name in ("model", "task", "method")}
-    try:
-        composed = full = checked(config)
-        composed.check_task_takes_method()
-        composed.check_launcher()
-        if composed.method.selects:
-            config.method = OmegaConf.load(CONF / "method" / "full.yaml")
-            full = checked(config)
-    except SettingsError as error:
-        written: Any = OmegaConf.to_container(config)
-        commanded.refused.append((error, choices, written))
+    composed = job_of(config, choices_among(state.runtime.choices))
+    if isinstance(composed, Job):
+        commanded.composer = commanded.composer or Composer()
+        try:
+            composed.composed.search.check(composed, commanded.composer)
+        except SettingsError as error:
+            composed = Refused(error, composed.choices, composed.composed.settings)
+    if isinstance(composed, Refused):
+        commanded.refused.append(composed)
         return None
-    commanded.jobs.append(Job(composed, full, choices))
-    commanded.report = composed.report
+    commanded.jobs.append(composed)
+    commanded.report = composed.composed.report
     if state.sweeper._target_.endswith("BasicSweeper"):
         return None
     return run_collected()
@@ -187,23 +300,16 @@ def run_collected() -> float | None:
     jobs, commanded.jobs = commanded.jobs, []
     refused, commanded.refused = commanded.refused, []
     if not jobs and commanded.report is None:  # no configuration of the command can run
-        for error, _, _ in refused:
-            runner.say_once(error)
+        for one in refused:
+            runner.say_once(one.error)
         commanded.refused = refused
         return None
-    for error, choices, settings in refused:
-        runner.refuse(error, choices, settings)
+    for one in refused:
+        runner.refuse(one.error, one.choices, one.settings)
     if not jobs:
         return None
-    identities = jobs[0].composed.launcher.run(runner, jobs)
-    return score_of(sweep, identities[-1])
-
-
-def score_of(sweep: Sweep, identity: str | None) -> float:
-    """Return a cell's score; NaN, which a sweeper takes for a failed trial, if it has none."""
-    rows = [] if identity is None else sweep.store.cell(identity).read()
-    scores = [row.score for row in rows if row.subtask == "mean" and row.score is not None]
-    return scores[0] if scores else math.nan
+    score: float | None = jobs[0].composed.search.run(runner, jobs, commanded.composer)
+    return score
 
 
 class SweepFolders(Callback):
@@ -218,6 +324,9 @@ class SweepFolders(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check and note a sweep's folder."""
+        if config.hydra.runtime.choices.get("search", "none") != "none":
+            say_error("a search starts from one configuration, and -m makes several; leave -m out.")
+            raise SystemExit(REFUSED_STATUS)
         for text in config.hydra.overrides.task:
             name, _, value = str(text).lstrip("+").partition("=")
             if name in ONE_PER_SWEEP and "," in value:
@@ -287,9 +396,14 @@ def in_our_words(text: str) -> str:
         words = "a mapping", "a list"
         wanted, got = words if merged[2] == "dict" else words[::-1]
         return f"{merged[1]} must be {wanted}, got {got}."
-    unknown = re.search(r"Key '(\w+)' is not in struct full_key: ([\w.]+)", text)
+    unknown = re.search(r"Key '([\w.]+)' is not in struct full_key: ([\w.]+)", text)
     if unknown is not None:
         key, place = unknown.groups()
+        if place.startswith("search.knobs."):
+            return (
+                f"{place} is not among the knobs; + adds a setting, as in"
+                " '+search.knobs.NAME=[VALUE,VALUE]'."
+            )
         group, _, _ = place.rpartition(".")
         files = sorted((CONF / group).glob("*.yaml"))
         names = {file.stem: {str(name) for name in OmegaConf.load(file)} for file in files}

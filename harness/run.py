@@ -114,10 +114,7 @@ class Run:
     @functools.cached_property
     def code(self) -> str:
         """Digest of the code that computes the cell: method, task, harness, models and kernels."""
-        loader = self.settings["model"]["_target_"].rpartition(".")[0]
-        # Every method is compared with full attention and timed alternately with it.
-        made = modules_of(self.method, self.policy, self.task, self.full)
-        return code_digest({__name__, loader, *made})
+        return code_of(self.composed, self.full)
 
     @functools.cached_property
     def keys(self) -> dict[str, str]:
@@ -256,6 +253,18 @@ class Run:
             )
             for part in outcome.rows
         ]
+
+
+def code_of(composed: Composed, full: AnyMethod) -> str:
+    """Return a digest of the code that computes a cell, as ``Run.code`` describes it.
+
+    Args:
+        composed: The cell's configuration.
+        full: Full attention, with which every method is compared and timed alternately.
+    """
+    loader = composed.settings["model"]["_target_"].rpartition(".")[0]
+    made = modules_of(composed.method, composed.policy, composed.task, full)
+    return code_digest({__name__, loader, *made})
 
 
 def answers_in(samples: pd.DataFrame) -> dict[str, list[int]]:

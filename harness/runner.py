@@ -3,6 +3,7 @@
 import functools
 import gc
 import json
+import math
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -56,11 +57,30 @@ class Job:
         composed: The configuration, checked.
         full: The same with full attention; the same object if that is the method.
         choices: The option chosen in each group, such as ``{"method": "hata"}``.
+        trial: Number of the trial that it is in a search, which finds its cell by it; else None.
     """
 
     composed: Composed
     full: Composed
     choices: Mapping[str, str]
+    trial: int | None = None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A configuration that cannot be run, as one of its settings is wrong.
+
+    Attributes:
+        error: Which one, in a sentence.
+        choices: The option chosen in each group.
+        settings: The settings, references unresolved.
+        trial: Number of the trial that it is in a search; else None.
+    """
+
+    error: Exception
+    choices: Mapping[str, str]
+    settings: Mapping[str, Any]
+    trial: int | None = None
 
 
 @dataclass(frozen=True)
@@ -227,7 +247,7 @@ class Runner:
             return self._loaded(json.dumps(settings["model"]), settings)
         except Exception as error:  # the sweep goes on with other models
             for job in jobs:
-                self.refuse(error, job.choices, job.composed.settings)
+                self.refuse(error, job.choices, job.composed.settings, job.trial)
             return None
 
     def _loaded(self, name: str, settings: Mapping[str, Any]) -> tuple[LoadedModel, PrefillStore]:
@@ -280,7 +300,7 @@ class Runner:
             except NotWritableError:
                 raise
             except Exception as error:  # its method cannot be fitted, or its prompts not be made
-                self.refuse(error, job.choices, job.composed.settings)
+                self.refuse(error, job.choices, job.composed.settings, job.trial)
         for cell in cells.values():
             cell.has_ended = cell.is_found()
         self._say_what_runs(loaded.name, len(identities), cells)
@@ -315,6 +335,8 @@ class Runner:
             full_run = self._prepare(job.full, job.full, loaded)
             full = cells.setdefault(full_run.identity, SweepCell(full_run, self, None))
         cells.setdefault(run.identity, SweepCell(run, self, full)).is_asked_for = True
+        if job.trial is not None:
+            self.sweep.note_trial(job.trial, run.identity)
         for cell in (cells[run.identity], full):
             if cell is not None:
                 self.sweep.append(cell.run.identity)
@@ -419,6 +441,12 @@ class Runner:
         ):
             cell.mark_tracked()
 
+    def score_of(self, identity: str | None) -> float:
+        """Return a cell's score; NaN, which a sweeper takes for a failed trial, if it has none."""
+        rows = [] if identity is None else self.sweep.store.cell(identity).read()
+        scores = [row.score for row in rows if row.subtask == "mean" and row.score is not None]
+        return scores[0] if scores else math.nan
+
     def say_once(self, error: Exception) -> str:
         """Print an error's message unless it was printed before; return it in one line."""
         reason = message_of(error)
@@ -432,7 +460,11 @@ class Runner:
             say_error(reason)
 
     def refuse(
-        self, error: Exception, choices: Mapping[str, str], settings: Mapping[str, Any]
+        self,
+        error: Exception,
+        choices: Mapping[str, str],
+        settings: Mapping[str, Any],
+        trial: int | None = None,
     ) -> None:
         """Print once why a configuration cannot be run, and write a row with the same reason."""
         reason = self.say_once(error)
@@ -444,6 +476,8 @@ class Runner:
         chosen: dict[str, Any] = {**choices}
         # Axes of the sweep that the reason does not name make no rows of their own.
         run_id = identity({"refused": reason, "k": whole.get("k"), **chosen})
+        if trial is not None:
+            self.sweep.note_trial(trial, run_id)
         if run_id in self.sweep.identities():
             return
         row = Row(

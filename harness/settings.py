@@ -31,7 +31,10 @@ from topkbench.kernels.full_attention.api import Backend, missing_for
 from topkbench.methods.base import AnyMethod, Geometry, Policy, check_multiple, check_whole
 from topkbench.models.load import Dtype, ModelShape, load_model, read_shape
 
-GROUPS = ("model", "method", "protocol", "task", "calibration", "launcher", "tracker", "report")
+GROUPS = (
+    *("model", "method", "protocol", "task", "calibration"),
+    *("search", "launcher", "tracker", "report"),
+)
 # Settings of the run that only tasks read.
 OF_TASKS = ("question", "num_samples")
 # What a method's configuration holds for tables and figures; no setting of the method.
@@ -146,6 +149,7 @@ class Composed:
     policy: Policy
     task: Task
     texts: CalibrationTexts
+    search: Any
     launcher: Any
     tracker: Any
     report: Any

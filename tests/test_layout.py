@@ -61,6 +61,9 @@ ALLOWED_TO_ONE = {
     "harness/progress.py": ("topkbench.analysis.console",),
     "harness/parts.py": ("topkbench.analysis.journal",),
     "harness/runner.py": ("topkbench.analysis.console", "topkbench.analysis.journal"),
+    "harness/search.py": (
+        *("optuna", "sqlalchemy", "topkbench.analysis.console", "topkbench.analysis.metrics"),
+    ),
     "analysis/tracking.py": ("wandb", "wandb_workspaces"),
     "tasks/perplexity.py": ("huggingface_hub",),
 }

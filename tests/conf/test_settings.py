@@ -93,7 +93,7 @@ BAD = {
     "method=full method.backend=triton": "method.backend=triton needs tensors on a cuda device, ",
     "experiment_name=cells": (
         "experiment_name must name a folder inside results_dir, and none of cells, parts, claims,"
-        " batch_sizes, got 'cells'."
+        " batch_sizes, studies, got 'cells'."
     ),
     "experiment_name=parts": "experiment_name must name a folder inside results_dir, and none of",
     "experiment_name=a/../cells/b": "experiment_name must name a folder inside results_dir, and",
@@ -365,6 +365,27 @@ BAD = {
     ),
     "calibration=text calibration.files=[]": "calibration.files must list at least one value, got",
     "calibration=text calibration.files=[no.txt]": "calibration.files must be files, found none at",
+    # What a search is; its knobs are tried below.
+    "search=optuna search.trials=0": "search.trials must be at least 1, got 0.",
+    "search=optuna search.batch=many": "search.batch must be a whole number, got 'many'.",
+    "search=optuna search.seed=-1": "search.seed must be at least 0, got -1.",
+    "search=optuna search.objectives=score": (
+        "search.objectives must be a list of texts, got 'score'; brackets make a list"
+    ),
+    "search=optuna search.objectives=[]": (
+        "search.objectives must be one or two different columns, got []."
+    ),
+    "search=optuna search.objectives=[score,score]": (
+        "search.objectives must be one or two different columns, got ['score', 'score']."
+    ),
+    "search=optuna search.objectives=[decode_ms_p50]": (
+        "search.objectives must be among score, delta_full, nll, nll_delta, kl_full,"
+    ),
+    "search=optuna search.knobs=k": "search.knobs must be a mapping, got 'k'.",
+    "search=optuna search.knobs={}": "search.knobs must have at least one setting, as in",
+    "search=optuna search.knobs.k=64": "search.knobs.k must be values to search, as in 32,64 or",
+    "search=none +search.trials=3": "there is no setting search.trials",
+    # Where a sweep runs, and what it leaves.
     "launcher=local +launcher.workers=2": "there is no setting launcher.workers",
     "tracker.project=1": "tracker.project must be text, got 1; quotes",
     "tracker.project=": "tracker.project must not be empty.",
@@ -429,8 +450,8 @@ def leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield here, value
 
 
-FREE = ("model.architecture", "model.chat_template_kwargs")
-"""Mappings whose keys belong to transformers, and to a model's template."""
+FREE = ("model.architecture", "model.chat_template_kwargs", "search.knobs")
+"""Mappings whose keys belong to transformers, to a model's template, and to other settings."""
 FILES = [(group, path) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 
 
@@ -617,6 +638,52 @@ COMMANDS = {
     "task=fit method=full": None,
     "task=fit method.weights=random": None,
     "experiment_name=../..": None,
+    # A search.
+    "experiment=search -m": [
+        "error: a search starts from one configuration, and -m makes several; leave -m out."
+    ],
+    "experiment=search method=quest k=64": [
+        "error: search.knobs must have a setting that the command line gives no value, got k."
+    ],
+    "experiment=search method=quest +search.knobs.rbit=[32,64]": [
+        "error: search.knobs.rbit has no effect with method=quest; ~search.knobs.rbit takes it out."
+    ],
+    "experiment=search method=full": [
+        "error: search.knobs.k has no effect with method=full; ~search.knobs.k takes it out."
+    ],
+    "experiment=search method=quest +search.knobs.method.pagesize=[8,16]": [
+        "error: there is no setting method.pagesize; did you mean method.page_size."
+    ],
+    "experiment=search method=quest search.knobs.method.page_size=[8,16]": [
+        "error: search.knobs.method is not among the knobs; + adds a setting, as in"
+        " '+search.knobs.NAME=[VALUE,VALUE]'."
+    ],
+    "experiment=search search.knobs.k=[32]": [
+        "error: search.knobs.k must be several values, got [32]."
+    ],
+    "experiment=search search.knobs.k='range(5,5)'": [
+        "error: search.knobs.k must be several values, got 'range(5,5)'."
+    ],
+    "experiment=search search.knobs.k='range(5,'": [
+        "error: search.knobs.k must be values that Hydra can read, as in 32,64 or range(16,513,16),"
+        " got 'range(5,'."
+    ],
+    "experiment=search +search.knobs.method.sigma='tag(log,interval(0,1))'": [
+        "error: search.knobs.method.sigma must begin above 0 to be logarithmic, got"
+        " 'tag(log,interval(0,1))'."
+    ],
+    "experiment=search search.knobs.k=[2,4]": [
+        "error: protocol.num_sink + num_recent must be at most k=2, got 4 + 8; raise k or"
+        " lower them."
+    ],
+    "experiment=search +search.knobs.num_samples=[5,10]": [
+        "error: search.knobs.num_samples must be a setting of the method or its protocol: all"
+        " trials of a search have the same model, task and prompts."
+    ],
+    "experiment=search task=selection": [
+        "error: k has no effect with task=selection and these settings; task.budgets=[16] sets the"
+        " task's own."
+    ],
 }
 
 
