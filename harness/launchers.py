@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import psutil
 import torch
@@ -358,7 +358,7 @@ class Submitit(Launcher):
     install: ClassVar[str] = "topkbench[slurm]"
 
     workers: int
-    cluster: str = "slurm"
+    cluster: Literal["slurm", "local"] = "slurm"
     time_min: int = 240
     signal_s: int = 600
     most_requeues: int = 20
@@ -378,8 +378,6 @@ class Submitit(Launcher):
         if self.at_once is not None:
             check_whole("at_once", self.at_once)
         self._seen: dict[str, float] = {}
-        if self.cluster not in ("slurm", "local"):
-            raise ValueError(f"cluster must be slurm or local, got {self.cluster!r}.")
         if self.signal_s >= 60 * self.time_min:
             raise ValueError(
                 f"signal_s must be less than the {60 * self.time_min} s of time_min, got"

@@ -175,8 +175,18 @@ def partial_layers(model: PreTrainedModel) -> dict[int, PartialAttention]:
 
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:
     """Return the device of each layer's attention, as a model may be spread over several."""
-    devices = {layer_of(one): next(one.parameters()).device for one in attention_modules(model)}
+    devices = {layer_of(one): _device_of(one) for one in attention_modules(model)}
     return [devices[layer] for layer in sorted(devices)]
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Return the device on which a module computes."""
+    for one in module.modules():
+        # accelerate's: the weights are elsewhere until they are used.
+        execution = getattr(getattr(one, "_hf_hook", None), "execution_device", None)
+        if execution is not None:
+            return torch.device(execution)
+    return next(module.parameters()).device
 
 
 @contextmanager

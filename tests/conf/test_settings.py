@@ -365,6 +365,38 @@ BAD = {
     ),
     "calibration=text calibration.files=[]": "calibration.files must list at least one value, got",
     "calibration=text calibration.files=[no.txt]": "calibration.files must be files, found none at",
+    # Where a sweep runs.
+    "launcher=joblib launcher.workers=0": "launcher.workers must be at least 1, got 0.",
+    "launcher=submitit_slurm launcher.cluster=pbs": (
+        "launcher.cluster must be one of slurm, local, got 'pbs'."
+    ),
+    "launcher=submitit_local launcher.workers=many": (
+        "launcher.workers must be a whole number, got 'many'."
+    ),
+    "launcher=submitit_slurm launcher.at_once=0": "launcher.at_once must be at least 1, got 0.",
+    "launcher=submitit_slurm launcher.partition=7": (
+        "launcher.partition must be text or null, got 7; quotes inside quotes make it text"
+    ),
+    "launcher=submitit_slurm launcher.time_min=0": "launcher.time_min must be at least 1, got 0.",
+    "launcher=submitit_slurm launcher.signal_s=14400": (
+        "launcher.signal_s must be less than the 14400 s of time_min, got 14400."
+    ),
+    "launcher=submitit_slurm launcher.most_requeues=-1": (
+        "launcher.most_requeues must be at least 0, got -1."
+    ),
+    "launcher=submitit_slurm launcher.gpus=-1": "launcher.gpus must be at least 0, got -1.",
+    "launcher=submitit_slurm launcher.cpus=0.5": "launcher.cpus must be a whole number, got 0.5.",
+    "launcher=submitit_slurm launcher.memory_gib=0": (
+        "launcher.memory_gib must be at least 1, got 0."
+    ),
+    "launcher=submitit_slurm launcher.setup=module": (
+        "launcher.setup must be a list of texts, got 'module'; brackets make a list"
+    ),
+    "launcher=submitit_slurm launcher.more=account": "launcher.more must be a mapping, got 'account'",
+    "launcher=ray launcher.workers=0": "launcher.workers must be at least 1, got 0.",
+    "launcher=ray launcher.address=7": "launcher.address must be text or null, got 7",
+    "launcher=ray launcher.cpus=0": "launcher.cpus must be at least 1, got 0.",
+    "launcher=ray launcher.gpus=half": "launcher.gpus must be a whole number, got 'half'.",
     # What a search is; its knobs are tried below.
     "search=optuna search.trials=0": "search.trials must be at least 1, got 0.",
     "search=optuna search.batch=many": "search.batch must be a whole number, got 'many'.",
@@ -605,7 +637,8 @@ COMMANDS = {
     "+experiment=null": [ONE_OPTION.format("experiment", "+experiment=null")],
     "hydra/launcher=joblib": [
         "error: hydra/launcher must be basic, got 'joblib': cells share prompts, and Hydra's"
-        " launchers run each by itself; launcher= says where a sweep runs (local)."
+        " launchers run each by itself; launcher= says where a sweep runs (joblib, local, ray,"
+        " submitit_local, submitit_slurm)."
     ],
     # What Hydra reads, merges and resolves.
     "foo": ["error: a setting must be NAME=VALUE, got 'foo'."],

@@ -368,3 +368,19 @@ def test_answers_do_not_depend_on_how_the_question_is_decoded(
             with attach(loaded.model, method, Policy(k=24)):
                 answers.append(decoder.generate(known))
         assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("method", [FullAttention(), Quest(), PQCache()], ids=lambda one: one.name)
+def test_a_model_with_offloaded_layers_answers_alike(method: AnyMethod, tmp_path: Path) -> None:
+    """As ``model.device_map=auto`` leaves a model that does not fit the devices."""
+    accelerate = pytest.importorskip("accelerate")
+    whole, spread = (load_model("tiny", "tiny") for _ in range(2))
+    for number in (1, 3):
+        layer = spread.model.model.layers[number]
+        accelerate.disk_offload(layer, str(tmp_path / str(number)), torch.device("cpu"))
+        assert {one.device.type for one in layer.parameters()} == {"meta"}
+    found = [
+        answer(one, PrefillStore(one.model), prompts(one, "sparse"), method)
+        for one in (whole, spread)
+    ]
+    assert found[0] == found[1]

@@ -1,0 +1,427 @@
+"""A sweep in several processes has the rows of one process, and prefills each prompt once."""
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from topkbench.analysis.record import SPEED_COLUMNS, CellStore, Sweep
+from topkbench.harness import device_use, launchers, speed
+from topkbench.harness import run as run_module
+from topkbench.harness.device_use import using
+from topkbench.harness.launchers import Joblib, Submitit, Work
+from topkbench.harness.main import CONF, job_of
+from topkbench.harness.runner import Job, Local, Runner, Share
+
+ROOT = Path(__file__).parents[2]
+# What differs between two measurements of one thing.
+OF_THE_RUN = {*SPEED_COLUMNS, "started_at", "reused", "peak_memory_mib", "git_commit", "git_dirty"}
+SETTINGS = (
+    "rbit=32",
+    "task.length=256",
+    "num_samples=2",
+    "task.batch_size=1",
+    "task.subtasks=[niah_single]",
+    "task.timed_prompts=1",
+    "tracker=none",
+)
+
+
+class NoTracker:
+    def log_cell(self, *arguments: Any, **keywords: Any) -> bool:
+        return True
+
+    def log_progress(self, *arguments: Any, **keywords: Any) -> None:
+        pass
+
+
+def jobs_of(*methods: str, settings: tuple[str, ...] = ()) -> list[Job]:
+    found = []
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for method in methods:
+            config = compose("config", [*SETTINGS, *settings, *method.split()])
+            one = job_of(config, {"model": "tiny", "task": "ruler", "method": method}, ())
+            assert isinstance(one, Job), one.error
+            found.append(one)
+    return found
+
+
+def run(launcher: Any, folder: Path, jobs: list[Job]) -> Runner:
+    runner = Runner(Sweep(folder / "sweep", folder), NoTracker())
+    identities = launcher.run(runner, jobs)
+    assert all(runner.sweep.store.cell(one).finished() for one in identities)
+    return runner
+
+
+def rows(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    return {
+        (row.run_id, row.subtask): {
+            name: value for name, value in row.flat().items() if name not in OF_THE_RUN
+        }
+        for cell in CellStore(folder).cells()
+        for row in cell.read()
+    }
+
+
+def samples(folder: Path) -> dict[str, pd.DataFrame]:
+    timed = ["prefill_ms"]
+    return {
+        cell.identity: cell.samples().drop(columns=timed, errors="ignore")
+        for cell in CellStore(folder).cells()
+    }
+
+
+def check_same(one: Path, other: Path) -> None:
+    assert rows(one) == rows(other)
+    expected, found = samples(one), samples(other)
+    assert expected.keys() == found.keys()
+    for identity, frame in expected.items():
+        pd.testing.assert_frame_equal(frame, found[identity])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_timed_steps() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "WARM_UP_STEPS", 1)
+        patch.setattr(speed, "TIMED_STEPS", 2)
+        patch.setattr(run_module, "bandwidth", lambda device: 1e9)
+        yield
+
+
+@pytest.fixture(scope="module")
+def jobs() -> list[Job]:
+    return jobs_of("method=full", "method=quest k=32", "method=hata k=16")
+
+
+@pytest.fixture(scope="module")
+def alone(jobs: list[Job], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    run(Local(), folder, jobs)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+
+class Here(Joblib):
+    """Does all works in this process, one after the other, as if each had its own."""
+
+    def start(self, works: Any, folder: Path) -> Iterator[tuple[int, launchers.Done]]:
+        for position, work in enumerate(works):
+            launchers.runner_of.cache_clear()
+            yield position, launchers.do(work)
+
+
+def test_shares_are_all_of_the_work_and_do_not_overlap() -> None:
+    share = Share({"a": range(5), "b": range(1)}, ("x", "y", "z"))
+    parts = share.split(4)
+    assert [list(part.batches["a"]) for part in parts] == [[0, 4], [1], [2], [3]]
+    assert [list(part.batches["b"]) for part in parts] == [[0], [], [], []]
+    assert [list(part.cells) for part in parts] == [["x"], ["y"], ["z"], []]
+    assert Share({"a": range(2)}, ()).split(8) == [
+        Share({"a": range(0, 2, 8)}, ()),
+        Share({"a": range(1, 2, 8)}, ()),
+    ]
+    assert Share({}, ()).split(3) == []
+
+
+def test_a_job_is_pickled_as_plain_settings(jobs: list[Job]) -> None:
+    again = pickle.loads(pickle.dumps(jobs[1]))
+    assert again.composed.settings == jobs[1].composed.settings
+    assert again.composed.method == jobs[1].composed.method
+    assert again.composed.method is not jobs[1].composed.method
+    assert again.choices == jobs[1].choices
+
+
+def test_shares_measured_apart_give_the_rows_of_one_process(
+    alone: Path, jobs: list[Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(Here(workers=2), tmp_path, jobs)
+    check_same(alone, tmp_path)
+    assert "2 of 2 shares measured, 2 prompts prefilled" in capsys.readouterr().out
+
+
+def test_what_was_measured_is_found_and_with_force_measured_again_once(
+    jobs: list[Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(Here(workers=2), tmp_path, jobs)
+    run(Here(workers=2), tmp_path, jobs)
+    assert "shares measured" not in capsys.readouterr().out.split("3 found")[1]
+    forced = jobs_of("method=full", "method=quest k=32", settings=("force=true",))
+    runner = run(Here(workers=2), tmp_path, forced)
+    assert "2 of 2 shares measured, 2 prompts prefilled" in capsys.readouterr().out
+    # A second batch of the same command, as a search has, does not measure full attention again.
+    Here(workers=2).run(
+        runner, jobs_of("method=full", "method=exact k=16", settings=("force=true",))
+    )
+    attempts = {cell.read()[0].method: cell.attempt for cell in runner.sweep.cells()}
+    assert attempts == {"full": 2, "quest": 2, "hata": 1, "exact": 1}
+
+
+def test_an_error_of_one_cell_makes_its_row_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from topkbench.methods.quest import Quest
+
+    def fail(*arguments: Any, **keywords: Any) -> Any:
+        raise RuntimeError("a fault of its own")
+
+    monkeypatch.setattr(Quest, "score", fail)
+    runner = Runner(Sweep(tmp_path / "sweep", tmp_path), NoTracker())
+    full, quest = Here(workers=2).run(runner, jobs_of("method=full", "method=quest"))
+    assert full is not None
+    assert runner.sweep.store.cell(full).finished()
+    assert quest is not None
+    (row,) = runner.sweep.store.cell(quest).read()
+    assert row.status == "failed"
+    assert "a fault of its own" in row.reason
+
+
+def test_a_work_that_cannot_be_done_ends_the_sweep_with_its_reason(
+    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(Runner, "run_share", fail)
+    runner = Runner(Sweep(tmp_path / "sweep", tmp_path), NoTracker())
+    with pytest.raises(launchers.WorkerError, match="a fault of ours; what was measured is kept"):
+        Here(workers=2).run(runner, jobs)
+
+
+@pytest.mark.slow
+def test_processes_of_joblib_give_the_rows_of_one_process(
+    alone: Path, jobs: list[Job], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(Joblib(workers=2), tmp_path, jobs)
+    check_same(alone, tmp_path)
+    assert "2 of 2 shares measured, 2 prompts prefilled" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_loses_nothing(
+    alone: Path, jobs: list[Job], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Killing(Joblib):
+        """Kills the first worker that has measured something."""
+
+        def start(self, works: Any, folder: Path) -> Iterator[tuple[int, launchers.Done]]:
+            if works[0].share is not None and not killed:
+                import threading
+
+                threading.Thread(target=kill, daemon=True).start()
+            yield from super().start(works, folder)
+
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not killed:
+            for path in (tmp_path / "parts").glob("*/*.jsonl"):
+                killed.append(int(path.stem.rpartition("-")[2]))
+                os.kill(killed[0], signal.SIGKILL)
+                return
+            time.sleep(0.01)
+
+    run(Killing(workers=2), tmp_path, jobs)
+    assert killed != []
+    assert "a worker has died" in capfd.readouterr().out
+    check_same(alone, tmp_path)
+
+
+# Devices ------------------------------------------------------------------------------------------
+
+
+def test_each_joblib_worker_has_a_gpu_and_its_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(launchers.psutil, "cpu_count", lambda logical: 16)
+    launcher = Joblib()
+    assert launcher.count == 2
+    assert [launcher.environment(one)["CUDA_VISIBLE_DEVICES"] for one in (0, 1, 2)] == [
+        "2",
+        "5",
+        "2",
+    ]
+    assert launcher.environment(0)["OMP_NUM_THREADS"] == "8"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert launcher.environment(0)["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert Joblib().count == 2  # processes, where there is no GPU
+
+
+def test_time_is_measured_while_no_other_process_uses_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+import sys, time, torch
+from topkbench.harness.device_use import using
+with using(torch.device("cpu"), alone=sys.argv[1] == "alone"):
+    print("begun", flush=True)
+    sys.stdin.read()
+print(time.monotonic(), flush=True)
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT / ".types")}
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    device_use._lock.cache_clear()
+
+    def other(how: str) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, how],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        return process
+
+    cpu = torch.device("cpu")
+    user = other("together")
+    with using(cpu, alone=False):  # two at a time
+        pass
+    timer = subprocess.Popen(
+        [sys.executable, "-c", code, "alone"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    time.sleep(1)
+    ended = time.monotonic()
+    out, _ = user.communicate("")
+    assert float(out) >= ended
+    assert timer.stdout is not None
+    assert timer.stdout.readline() == "begun\n"
+    assert timer.stdin is not None
+    timer.stdin.close()
+    with using(cpu, alone=True):
+        assert float(timer.stdout.read()) < time.monotonic()
+    device_use._lock.cache_clear()
+
+
+# SLURM and Ray ------------------------------------------------------------------------------------
+
+HAS_SLURM = shutil.which("sbatch") is not None
+HAS_RAY = find_spec("ray") is not None
+ONE_CORE = {"workers": 2, "gpus": 0, "cpus": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cluster",
+    [
+        "local",
+        pytest.param(
+            "slurm", marks=pytest.mark.skipif(not HAS_SLURM, reason="needs SLURM's sbatch")
+        ),
+    ],
+)
+def test_submitted_jobs_give_the_rows_of_one_process(
+    alone: Path,
+    jobs: list[Job],
+    tmp_path: Path,
+    cluster: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / ".types"))
+    launcher = Submitit(cluster=cluster, time_min=30, memory_gib=3, **ONE_CORE)
+    run(launcher, tmp_path, jobs)
+    check_same(alone, tmp_path)
+    assert "2 of 2 shares measured, 2 prompts prefilled" in capfd.readouterr().out
+
+
+def test_a_job_that_is_warned_ends_after_its_batch_and_goes_on_in_the_queue(
+    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = Sweep(tmp_path / "sweep", tmp_path)
+    launchers.runner_of.cache_clear()
+    prepared = launchers.do(Work(sweep, jobs, frozenset()))
+    assert prepared.share is not None
+    work = Work(sweep, jobs, frozenset(), prepared.share)
+    requeued: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: requeued.append(number))
+    measured: list[int] = []
+    run_batch = launchers.Runner._run_by_prompts
+
+    def warned(self: Runner, group: Any, cells: Any, *rest: Any) -> None:
+        keep = cells[0].runner.part
+
+        def part(*arguments: Any) -> Any:
+            found = keep(*arguments)
+            kept = found.keep
+
+            def note(number: int, records: Any) -> None:
+                kept(number, records)
+                measured.append(number)
+                os.kill(os.getpid(), signal.SIGUSR2)  # in the middle of the first batch
+
+            found.keep = note
+            return found
+
+        cells[0].runner.part = part
+        run_batch(self, group, cells, *rest)
+
+    monkeypatch.setattr(launchers.Runner, "_run_by_prompts", warned)
+    try:
+        done = launchers.StopsAfterBatch()(work)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert requeued == [signal.SIGUSR2]  # submitit's own handler, once
+    assert done.prefills == 1
+    assert set(measured) == {0}
+    assert len(measured) > 1  # all parts of all cells on it
+    monkeypatch.undo()
+    launchers.runner_of.cache_clear()
+    assert launchers.do(work).prefills == 1  # the other batch
+    assert all(cell.finished() for cell in sweep.cells())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_RAY, reason="needs the package ray")
+def test_tasks_of_ray_give_the_rows_of_one_process(
+    alone: Path, jobs: list[Job], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    try:
+        run(launchers.Ray(address=None, **ONE_CORE), tmp_path, jobs)
+    finally:
+        ray.shutdown()
+    check_same(alone, tmp_path)
+    assert "2 of 2 shares measured, 2 prompts prefilled" in capfd.readouterr().out
+
+
+def test_a_launcher_that_is_not_installed_is_refused_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launchers, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"package submitit, .*: pip install 'topkbench\[slurm\]'"):
+        Submitit(workers=1).check()
+    with pytest.raises(ValueError, match=r"package ray, .*: pip install 'topkbench\[ray\]'"):
+        launchers.Ray(workers=1).check()
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="needs SLURM's command sbatch"):
+        Submitit(workers=1).check()
+    Submitit(workers=1, cluster="local").check()
