@@ -116,7 +116,7 @@ class Runner:
         say(f"{words}{models}; results in {self.sweep.results_dir}")
         for name, of_model in by_model.items():
             try:
-                loaded, store = self._load(name, of_model[0].composed.settings)
+                loaded, store = self.load(name, of_model[0].composed.settings)
             except Exception as error:  # rows say why, and the sweep goes on with other models
                 for job in of_model:
                     self.refuse(error, job.choices, job.composed.settings)
@@ -124,7 +124,7 @@ class Runner:
             score = self._run_model(loaded, store, of_model)
         return score
 
-    def _load(self, name: str, settings: Mapping[str, Any]) -> tuple[LoadedModel, PrefillStore]:
+    def load(self, name: str, settings: Mapping[str, Any]) -> tuple[LoadedModel, PrefillStore]:
         """Return a model and its prefills; the model before, if it is another one, is dropped."""
         if self._model is None or self._model[0] != name:
             if self._model is not None:  # before the next one takes memory
@@ -221,18 +221,24 @@ class Runner:
                     refit,
                 )
         if isinstance(task, PromptTask) and task.batch_size == "auto":
-            inputs = {
-                "model": model_digest(loaded),
-                "device": loaded.model.device.type,
-                "inputs": task.inputs_digest(loaded),
-                "question": settings["task"].get("question"),
-            }
-            path = self.sweep.results_dir / "batch_sizes" / f"{identity(inputs)}.json"
+            path = self.batch_size_file(task, loaded, settings)
             if path not in self._batch_sizes:
                 self._batch_sizes[path] = recorded(path, lambda: task.memory(loaded))
             task.batch_size = self._batch_sizes[path]
         # A cell that reports a fit begins with the fit.
         return Run(composed, full.method, loaded, artifact, began if task.refits else None)
+
+    def batch_size_file(
+        self, task: PromptTask, loaded: LoadedModel, settings: Mapping[str, Any]
+    ) -> Path:
+        """Return the file that records how many prompts of a task decode together."""
+        inputs = {
+            "model": model_digest(loaded),
+            "device": loaded.model.device.type,
+            "inputs": task.inputs_digest(loaded),
+            "question": settings["task"].get("question"),
+        }
+        return self.sweep.results_dir / "batch_sizes" / f"{identity(inputs)}.json"
 
     def _run_by_prompts(
         self,
