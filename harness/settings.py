@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 
 from topkbench.analysis.record import RecordError, check_experiment_name
 from topkbench.harness.calibration import CalibrationTexts
+from topkbench.harness.card import Card, ThisDevice
 from topkbench.harness.decoding import Question
 from topkbench.harness.sweep import message_of
 from topkbench.harness.task import Task
@@ -31,7 +32,17 @@ from topkbench.kernels.full_attention.api import Backend, missing_for
 from topkbench.methods.base import AnyMethod, Geometry, Policy, check_multiple, check_whole
 from topkbench.models.load import Dtype, ModelShape, load_model, read_shape
 
-GROUPS = ("model", "method", "protocol", "task", "calibration", "launcher", "tracker", "report")
+GROUPS = (
+    "model",
+    "method",
+    "protocol",
+    "task",
+    "calibration",
+    "launcher",
+    "card",
+    "tracker",
+    "report",
+)
 # Settings of the run that only tasks read.
 OF_TASKS = ("question", "num_samples")
 # What a method's configuration holds for tables and figures; no setting of the method.
@@ -136,6 +147,7 @@ class Composed:
     Attributes:
         settings: All settings, references resolved, without the method's label and colour.
         appearance: The method's label and colour.
+        card: The device that a plan is for.
     """
 
     settings: dict[str, Any]
@@ -145,6 +157,7 @@ class Composed:
     task: Task
     texts: CalibrationTexts
     launcher: Any
+    card: Card | ThisDevice
     tracker: Any
     report: Any
 
@@ -171,6 +184,8 @@ class Composed:
         made = {
             group: construct(names, group, settings[group]) for group in GROUPS if group != "model"
         }
+        # What a plan is for is no setting of the cell.
+        settings = {name: value for name, value in settings.items() if name != "card"}
         composed = cls(settings, appearance, *made.values())
         if "k" in given and composed.task.all_budgets:
             way_out = "leave it out"
