@@ -148,18 +148,17 @@ def try_part(cell: PromptCell, part: str, prompt: Prompt, rows: int) -> Trial:
     task, context, plan = cell.task, cell.context, cell.plan
     model = context.loaded.model
 
-    def run(answer: int | None) -> tuple[Cost, int, float, float]:
+    def run(answer: int | None) -> tuple[Cost, int, float]:
         batch = copies(prompt, rows, answer)
         with counted_forwards(model) as forwards:
             cost, (record, factor) = timed(model.device, task.trial, context, plan, part, batch)
-        num_bytes = len(json.dumps(record))
-        return factor * cost, len(forwards), factor, factor * num_bytes
+        return factor * cost, len(forwards), factor * len(json.dumps(record))
 
     if part not in task.together or not prompt.sample.max_new_tokens:
-        cost, forwards, factor, num_bytes = run(None)
+        cost, forwards, num_bytes = run(None)
         return Trial(len(prompt.prefill_ids), rows, cost, forwards, Cost(), num_bytes)
-    few, few_forwards, _, _ = run(FEW_TOKENS)
-    more, forwards, _, num_bytes = run(MORE_TOKENS)
+    few, few_forwards, _ = run(FEW_TOKENS)
+    more, forwards, num_bytes = run(MORE_TOKENS)
     per_forward = (1 / max(1, few_forwards)) * few  # of answers that end at once
     if forwards > few_forwards:
         per_forward = (1 / (forwards - few_forwards)) * (more - few).at_least_nothing()
@@ -202,15 +201,15 @@ def at_length(trials: Sequence[Trial], tokens: float) -> Trial:
     )
 
 
-def alone(context: Context, task: Task) -> Cost:
+def alone(context: Context, pilots: Sequence[tuple[Task, float]]) -> Cost:
     """Return what a cell takes that is not measured prompt by prompt.
 
     Args:
         context: The cell's, its method fitted.
-        task: The cell's task.
+        pilots: As the task's ``pilots`` returned them.
     """
     device = context.loaded.model.device
-    parts = [weight * timed(device, one.run, context)[0] for one, weight in task.pilots(context)]
+    parts = [weight * timed(device, one.run, context)[0] for one, weight in pilots]
     return total(parts).at_least_nothing()
 
 

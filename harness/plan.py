@@ -35,14 +35,14 @@ from topkbench.harness.pilot import (
     total,
     try_part,
 )
-from topkbench.harness.reads import Reads, layer_bytes_read, layers_read
 from topkbench.harness.run import Run, describe_settings
 from topkbench.harness.runner import Job, JournaledCell, Runner, SweepCell
 from topkbench.harness.settings import Composed, Names, SettingsError, construct
-from topkbench.harness.sweep import PromptTask, Steps, message_of
+from topkbench.harness.sweep import PromptTask, message_of
 from topkbench.harness.task import Context, Outcome
+from topkbench.harness.work import PartOfBatch, PlannedCell, Work, prefilled
 from topkbench.kernels.timing import machine_name
-from topkbench.methods.base import QUERY_TAIL, kv_bytes
+from topkbench.methods.base import kv_bytes
 from topkbench.methods.learning import LearningMethod
 from topkbench.models.attach import geometry_of
 from topkbench.models.load import LoadedModel, free_bytes, load_model, load_without_weights
@@ -51,40 +51,12 @@ from topkbench.models.prefill_store import PrefillStore
 ANSWERED_SHARE = 0.1
 """Share of the prompts that full attention answers at most, to see how long answers are."""
 MOST_WORKERS = 64
-# Measured on three sweeps (docs/plan.md): a report with its figures takes this share of what it
-# takes to start Python and import the libraries, and each cell's rows a little more.
+# Measured on the three sweeps of docs/plan.md: a report with its figures takes this share of what
+# starting Python and importing the libraries take, and the rows of each cell a little more.
 REPORT_PER_START = 0.6
 ROWS_PER_START = 0.05
 # A sweep's samples repeat what its journals hold.
 FILES_PER_RECORD = 2.0
-
-
-@dataclass(eq=False)
-class PlannedCell:
-    """A cell of the sweep.
-
-    Attributes:
-        run: The cell.
-        full: Full attention's cell, with which it is compared; None if it is not compared.
-        title: The method and its settings in one line.
-        found: Whether it has ended before, and is not run again; None if that is not known.
-        reason: Why it will have no results; empty if it will.
-        artifact: File name of the artifact that must be fitted first; None if none must.
-        measured: The cell as it is measured prompt by prompt, once that is prepared.
-    """
-
-    run: Run
-    full: "PlannedCell | None"
-    title: str
-    found: bool | None
-    reason: str = ""
-    artifact: str | None = None
-    measured: JournaledCell = field(init=False)
-
-    @property
-    def is_run(self) -> bool:
-        """Whether there is something to measure."""
-        return not self.found and not self.reason
 
 
 @dataclass
@@ -93,8 +65,6 @@ class GroupPlan:
 
     Attributes:
         title: The task in words.
-        cells: The cells.
-        prompts: All prompts; empty if the cell is not measured prompt by prompt.
         facts: What is printed of it, by name.
         units: What can be handed to a worker, such as a batch: by part what it takes.
         longest: The same if every answer takes all its tokens.
@@ -102,12 +72,15 @@ class GroupPlan:
     """
 
     title: str
-    cells: Sequence[PlannedCell]
-    prompts: list[Prompt] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     units: list[dict[str, Cost]] = field(default_factory=list)
     longest: list[dict[str, Cost]] = field(default_factory=list)
     once: Cost = field(default_factory=Cost)
+
+    def text(self) -> str:
+        """Return the facts."""
+        rows = [[f"  {name}", value] for name, value in self.facts.items()]
+        return f"{self.title}\n{tabulate(rows, tablefmt='plain', disable_numparse=True)}".rstrip()
 
 
 class Planner:
@@ -120,6 +93,7 @@ class Planner:
     """
 
     def __init__(self, sweep: Sweep, jobs: Sequence[Job], refused: Sequence[str]) -> None:
+        # What every process of the command has done before it comes to its cells.
         self.start = Cost(time.process_time(), time.time() - psutil.Process().create_time())
         self.jobs, self.refused = jobs, refused
         self.runner = Runner(sweep, None)
@@ -140,28 +114,36 @@ class Planner:
             try:
                 loading, loaded = timed(device, self._load, name, jobs)
             except Exception as error:  # the sweep makes failed rows of them
-                self.notes.append(f"{len(jobs)} configurations will fail: {message_of(error)}")
+                self._note_failures([message_of(error)] * len(jobs))
                 continue
             device = loaded.model.device
             preparing, cells = timed(device, self._cells, jobs, loaded)
             fixed += loading + preparing
             self._measure_fits(cells)
+            of_model = self._groups(cells, PrefillStore(loaded.model))
             num_cells += len(cells)
-            store = PrefillStore(loaded.model)
-            of_model = [self._group(group, store) for group in _groups(cells).values()]
             groups += of_model
-            texts += [self._cells_text(loaded, cells), *map(_facts_text, of_model)]
-        where = machine_name(device) if self.card is None else self.card.name
-        how = f"from a few steps, measured in {time.perf_counter() - began:.0f} s"
-        if self.card is not None:
-            how = "at least, from published figures; no weights were read"
-        head = f"Plan of {len(self.jobs)} configurations on {where}, {how}. Nothing was run."
+            texts += [self._cells_text(loaded, cells), *(group.text() for group in of_model)]
         report = (REPORT_PER_START + ROWS_PER_START * num_cells) * self.start
-        costs = self._costs_text(groups, fixed, report)
-        notes = [f"- {note}" for note in dict.fromkeys([*self.notes, *self._refused_notes()])]
-        return "\n\n".join([head, *texts, *costs, *(["\n".join(notes)] if notes else [])])
+        self._note_failures(self.refused)
+        words = f"Plan of {len(self.jobs)} configuration{'s' if len(self.jobs) > 1 else ''}"
+        if self.card is None:
+            seconds = time.perf_counter() - began
+            words += f" on {machine_name(device)}, from a few steps that took {seconds:.0f} s."
+        else:
+            words += f" on {self.card.name}: what it takes at least, by its published figures."
+        texts = [f"{words} Nothing was run or written.", *texts]
+        texts += self._costs_texts(groups, fixed, report)
+        return "\n\n".join([*texts, "\n".join(f"- {note}" for note in self.notes)]).rstrip()
 
-    # What is run ---------------------------------------------------------------------------------
+    def _note_failures(self, reasons: Sequence[str]) -> None:
+        """Note configurations of which the sweep makes failed rows."""
+        for reason in dict.fromkeys(reasons):
+            count = list(reasons).count(reason)
+            words = "a configuration" if count == 1 else f"{count} configurations"
+            self.notes.append(f"{words} will fail: {reason}")
+
+    # The cells -----------------------------------------------------------------------------------
 
     def _load(self, name: str, jobs: Sequence[Job]) -> LoadedModel:
         settings = jobs[0].composed.settings
@@ -173,24 +155,26 @@ class Planner:
                 f"a plan for a card needs a model that topkbench loads, got model._target_={loader}"
                 "; leave card out."
             )
-        outline = f"{load_without_weights.__module__}.{load_without_weights.__name__}"
+        target = f"{load_without_weights.__module__}.{load_without_weights.__name__}"
         loaded: LoadedModel = construct(
-            Names({}), "model", {**settings["model"], "_target_": outline}
+            Names({}), "model", {**settings["model"], "_target_": target}
         )
         return loaded
 
-    def _cells(self, jobs: Sequence[Job], loaded: LoadedModel) -> dict[str, PlannedCell]:
-        """Return the cells of some jobs by identity, those of full attention among them."""
+    def _cells(self, jobs: Sequence[Job], loaded: LoadedModel) -> list[PlannedCell]:
+        """Return the cells of some jobs, those of full attention among them."""
         cells: dict[str, PlannedCell] = {}
+        failures = []
         for job in jobs:
             try:
                 full = None
                 if job.composed.task.needs_full and job.full is not job.composed:
                     full = self._cell(cells, job.full, job.full, loaded, None)
                 self._cell(cells, job.composed, job.full, loaded, full)
-            except Exception as error:  # the sweep makes a failed row of it
-                self.notes.append(f"a configuration will fail: {message_of(error)}")
-        return cells
+            except Exception as error:
+                failures.append(message_of(error))
+        self._note_failures(failures)
+        return list(cells.values())
 
     def _cell(
         self,
@@ -200,20 +184,19 @@ class Planner:
         loaded: LoadedModel,
         compared: PlannedCell | None,
     ) -> PlannedCell:
-        """Return a configuration's cell, which may be among the cells already."""
+        """Return a configuration's cell, by identity among the cells from now on."""
         task, settings = composed.task, composed.settings
         if isinstance(task, PromptTask) and task.batch_size == "auto":
             task.batch_size = self._batch_size(task, loaded, settings)
         learned, missing = self._artifact(composed, loaded)
         run = Run(composed, full.method, loaded, learned)
-        if run.identity in cells:
-            return cells[run.identity]
-        found = (
-            None if self.card else missing is None and SweepCell(run, self.runner, None).is_found()
-        )
-        cell = PlannedCell(run, compared, describe_settings(run.row()), found, artifact=missing)
-        cells[run.identity] = cell
-        return cell
+        if run.identity not in cells:
+            found = None
+            if self.card is None:
+                found = missing is None and SweepCell(run, self.runner, None).is_found()
+            title = describe_settings(run.row()).removeprefix(f"{loaded.name} ")
+            cells[run.identity] = PlannedCell(run, compared, title, found, artifact=missing)
+        return cells[run.identity]
 
     def _batch_size(
         self, task: PromptTask, loaded: LoadedModel, settings: Mapping[str, Any]
@@ -223,7 +206,9 @@ class Planner:
             found = found_in(self.runner.batch_size_file(task, loaded, settings))
             return most_prompts(*task.memory(loaded)) if found is None else found
         free = self.card.memory_gb * 1e9 - loaded.model.get_memory_footprint()
-        return most_prompts(task.memory(loaded)[0], max(0, int(free)))
+        tokens = max(one.num_tokens + one.sample.max_new_tokens for one in task.tokenised(loaded))
+        geometry = geometry_of(loaded.model)
+        return most_prompts(geometry.num_layers * kv_bytes(geometry, tokens), max(0, int(free)))
 
     def _artifact(
         self, composed: Composed, loaded: LoadedModel
@@ -236,31 +221,35 @@ class Planner:
         if not (task.uses_model and task.fits_methods) or not isinstance(method, LearningMethod):
             return None, None
         geometry = geometry_of(loaded.model, loaded.digest)
-        if self.card is not None:
-            spec = method.artifact_spec(geometry)
-        else:
-            spec = artifact_spec(loaded, method, composed.texts)
-        if spec is None or method.unsupported_reason(geometry) is not None:
+        if method.unsupported_reason(geometry) is not None:
             return None, None
-        refits = settings["force"] and task.refits
-        folders = (settings["artifact_dir"], *loaded.artifact_folders)
-        path = None if self.card is not None or refits else artifact.find(spec, folders)
+        if self.card is None:
+            spec = artifact_spec(loaded, method, composed.texts)
+        else:  # its name depends on the weights
+            spec = method.artifact_spec(geometry)
+        if spec is None:
+            return None, None
+        is_refitted = self.card is not None or (settings["force"] and task.refits)
+        folders = () if is_refitted else (settings["artifact_dir"], *loaded.artifact_folders)
+        path = artifact.find(spec, folders)
         if path is not None:
             learned = artifact.load(path, expect=spec)
             method.load_artifact(learned.tensors, learned.digest)
             return learned, None
         generator = torch.Generator().manual_seed(0)
-        layout = method.artifact_layout(geometry)
         method.load_artifact(
-            {name: torch.randn(shape, generator=generator) for name, shape in layout.items()}
+            {
+                name: torch.randn(shape, generator=generator)
+                for name, shape in method.artifact_layout(geometry).items()
+            }
         )
         return None, artifact.file_name(spec)
 
-    def _measure_fits(self, cells: Mapping[str, PlannedCell]) -> None:
+    def _measure_fits(self, cells: Sequence[PlannedCell]) -> None:
         """Measure what it takes to fit each artifact that some cells lack."""
-        for cell in cells.values():
+        for cell in cells:
             run, name, method = cell.run, cell.artifact, cell.run.method
-            if name is None or cell.found or name in self.fits:
+            if name is None or name in self.fits:
                 continue
             self.fits[name] = None  # as far as it is known
             if self.card is not None or not isinstance(method, LearningMethod):
@@ -270,20 +259,19 @@ class Planner:
             try:
                 self.fits[name] = fit(run.loaded, method, run.composed.texts, memory)
             except Exception as error:
-                self.notes.append(f"{method.name} cannot be fitted: {message_of(error)}")
+                cell.reason = message_of(error)
 
     def _context(self, cell: PlannedCell, store: PrefillStore) -> Context | None:
         """Return what a cell needs to be measured; None if it will have no results."""
-        full = cell.full
         answers = {}
-        if full is not None and full.found:
-            answers = SweepCell(full.run, self.runner, None).found_answers
-        context = cell.run.context(store, answers)
+        if cell.full is not None and cell.full.found:
+            answers = SweepCell(cell.full.run, self.runner, None).found_answers
+        context, task = cell.run.context(store, answers), cell.run.task
+        if self.card is not None:
+            cell.reason = unsupported_reason(context, task) or ""
+            return None if cell.reason else replace(context, method=context.resolved()[0])
         try:
-            if self.card is not None:
-                cell.reason = unsupported_reason(context, cell.run.task) or ""
-                return replace(context, method=context.resolved()[0])
-            ready = checked_context(context, cell.run.task)
+            ready = checked_context(context, task)
         except Exception as error:
             cell.reason = message_of(error)
             return None
@@ -292,24 +280,64 @@ class Planner:
             return None
         return ready
 
-    def _group(self, cells: Sequence[PlannedCell], store: PrefillStore) -> GroupPlan:
-        """Return what the cells of one group cost."""
+    # What they cost ------------------------------------------------------------------------------
+
+    def _groups(self, cells: Sequence[PlannedCell], store: PrefillStore) -> list[GroupPlan]:
+        """Return what the cells that are not found cost, by group."""
+        groups: dict[str, list[PlannedCell]] = {}
+        for cell in cells:
+            if not cell.found and not cell.reason:
+                name = SweepCell(cell.run, self.runner, None).group
+                groups.setdefault(name, []).append(cell)
+        plans = []
+        for group in groups.values():
+            if isinstance(group[0].run.task, PromptTask):
+                plans.append(self._by_prompts(group, store))
+            else:  # the cell is a group of its own
+                plans.append(self._alone(group[0], store))
+        return [plan for plan in plans if plan is not None]
+
+    def _alone(self, cell: PlannedCell, store: PrefillStore) -> GroupPlan | None:
+        """Return what a cell costs that is not measured prompt by prompt; None if it is skipped."""
+        task, plan = cell.run.task, GroupPlan(cell.title)
+        if self.card is not None:
+            self.notes.append(f"what task={task.name} takes is not known for a card.")
+            return plan
+        ready = self._context(cell, store)
+        if ready is None:
+            return None
+        device = ready.loaded.model.device
+        try:
+            fitting, context = timed(device, task.fitted, ready)
+            skipped, pilots = task.known_rows(context), task.pilots(context)
+            if pilots:  # the first of them loads or compiles kernels
+                first, _ = timed(device, pilots[0][0].run, context)
+                again, _ = timed(device, pilots[0][0].run, context)
+                plan.once = (first - again).at_least_nothing()
+            plan.units = plan.longest = [{"cell": fitting + alone(context, pilots)}]
+        except Exception as error:
+            cell.reason = message_of(error)
+            return None
+        self.notes += [f"{cell.title}: {row.subtask} is skipped: {row.reason}" for row in skipped]
+        need = task.bytes_needed(context)
+        if need:
+            plan.facts["memory"] = f"{_bytes(need)} of {_bytes(free_bytes(device))} free"
+        return plan
+
+    def _by_prompts(self, cells: Sequence[PlannedCell], store: PrefillStore) -> GroupPlan | None:
+        """Return what cells cost that share prompts; None if nothing of them is measured."""
         task = cells[0].run.task
+        assert isinstance(task, PromptTask)
         question = cells[0].run.settings["task"].get("question")
-        title = f"task={task.name}" + (f" question={question}" if question else "")
-        if not isinstance(task, PromptTask):
-            return self._alone(GroupPlan(f"{title} {cells[0].run.method.name}", cells), store)
-        prompts = task.tokenised(cells[0].run.loaded)
-        plan = GroupPlan(title, sorted(cells, key=lambda one: one.run.method.selects), prompts)
-        answers: dict[str, list[int]] = {}
+        plan = GroupPlan(f"{task.name} question={question}" if question else task.name)
+        prompts, answers = task.tokenised(cells[0].run.loaded), dict[str, list[int]]()
         started = []
-        for cell in plan.cells:
-            context = self._context(cell, store) if cell.is_run else None
-            if context is None or cell.reason:
+        for cell in sorted(cells, key=lambda one: one.run.method.selects):
+            context, own = self._context(cell, store), cell.run.task
+            if context is None:
                 continue
-            own = cell.run.task
             assert isinstance(own, PromptTask)
-            cell.measured = JournaledCell.of(context, own, plan.prompts)
+            cell.measured = JournaledCell.of(context, own, prompts)
             if cell.measured.ended is not None:
                 cell.reason = "; ".join(row.reason for row in cell.measured.ended.rows)
                 continue
@@ -318,322 +346,191 @@ class Planner:
             answers |= context.full_answers
             cell.measured.context = replace(context, full_answers=answers)
             started.append(cell)
-        if started:
-            work = _Work.of(started)
-            plan.facts |= work.facts(self.card)
-            if self.card is None:
-                self._measure(plan, work, store)
-            else:
-                plan.units = plan.longest = _at_least(work, self.card)
+        if not started:
+            return None
+        work = Work(started)
+        plan.facts |= self._facts(work)
+        if self.card is None:
+            self._measure(plan, work, store)
+        else:
+            plan.units = plan.longest = [
+                {part: Cost(wall_s=seconds) for part, seconds in unit.items()}
+                for unit in work.seconds_on(self.card)
+            ]
         return plan
 
-    def _alone(self, plan: GroupPlan, store: PrefillStore) -> GroupPlan:
-        """Return what a cell costs that is not measured prompt by prompt."""
-        cell = plan.cells[0]
-        task = cell.run.task
-        if not cell.is_run:
-            return plan
-        if self.card is not None:
-            self.notes.append(f"what task={task.name} takes is not known for a card.")
-            return plan
-        context = self._context(cell, store)
-        if context is None:
-            return plan
-        device = context.loaded.model.device
-        fitting, context = timed(device, task.fitted, context)
-        for row in task.known_rows(context):
-            self.notes.append(f"{cell.title}, {row.subtask}: skipped: {row.reason}")
-        need = task.bytes_needed(context)
-        if need:
-            plan.facts["memory"] = f"{_bytes(need)} of {_bytes(free_bytes(device))} free"
-        pilots = task.pilots(context)
-        if pilots:
-            first, _ = timed(device, pilots[0][0].run, context)
-            again, _ = timed(device, pilots[0][0].run, context)
-            plan.once = (first - again).at_least_nothing()
-        plan.units = plan.longest = [{task.name: fitting + alone(context, task)}]
-        return plan
-
-    # What is measured ----------------------------------------------------------------------------
-
-    def _measure(self, plan: GroupPlan, work: "_Work", store: PrefillStore) -> None:
+    def _measure(self, plan: GroupPlan, work: Work, store: PrefillStore) -> None:
         """Measure a few prompts, and extend what they take to all batches."""
-        one = work.cells[0].measured
-        device = one.context.loaded.model.device
-        needs = frozenset[str]().union(
-            *(cell.measured.context.method.traits.needs for cell in work.cells)
-        )
-        waiting = [prompt for number in work.missing for prompt in one.batches[number]]
-        waiting.sort(key=lambda prompt: len(prompt.prefill_ids))
-        ends = [waiting[0], waiting[-1]]
-        if len(ends[0].prefill_ids) >= SIMILAR * len(ends[1].prefill_ids):
-            ends = [waiting[len(waiting) // 2]]
-        limit = int(ANSWERED_SHARE * len(waiting))
-        others = [one for one in spread_over_subtasks(plan.prompts, limit) if one not in ends]
-        others = others[: len({prompt.sample.subtask for prompt in waiting}) - 1]
+        device, context = work.context.loaded.model.device, work.context
+        ends, others = measured_prompts(work.prompts)
         prefills: list[tuple[int, Cost]] = []
-        trials: dict[tuple[int, str], list[Trial]] = {}
+        trials: dict[tuple[PlannedCell, str], list[Trial]] = {}
         for prompt in [*ends, *others]:
-            cost, _ = timed(device, store.get, prompt.prefill_ids, needs)
+            try:
+                cost, _ = timed(device, store.get, prompt.prefill_ids, work.needs)
+                if prompt.sample.max_new_tokens:
+                    context.full_answer(prompt)
+            except Exception as error:
+                for cell in work.cells:
+                    cell.reason = message_of(error)
+                return
             prefills.append((len(prompt.prefill_ids), cost))
-            if prompt.sample.max_new_tokens:
-                one.context.full_answer(prompt)
             if prompt in ends:
-                plan.once += self._try(work, prompt, trials, is_first=prompt is ends[0])
+                self._try(plan, work, prompt, trials)
             store.release()
-        times, answers = PrefillTimes(prefills), one.context.full_answers
-        for number in work.missing:
-            prefill = total([times.of(len(prompt.prefill_ids)) for prompt in one.batches[number]])
+        times, answers = PrefillTimes(prefills), context.full_answers
+        for number, batch in zip(work.missing, work.batches, strict=True):
+            prefill = total([times.of(len(prompt.prefill_ids)) for prompt in batch])
             for units, known in ((plan.units, answers), (plan.longest, {})):
-                parts = {"prefill": prefill}
-                for place, cell, part, batch in work.of_batch(number):
-                    cost = _of_batch(cell, part, batch, trials[place, part], known)
-                    parts[part] = parts.get(part, Cost()) + cost
-                units.append(parts)
-        plan.facts["disk"] = f"about {_bytes(FILES_PER_RECORD * work.record_bytes(trials))}"
-        share = _answered_share(answers, plan.prompts)
+                unit = {"prefill": prefill}
+                for one in work.of_batch(number):
+                    cost = cost_of(one, trials[one.cell, one.part], known)
+                    unit[one.part] = unit.get(one.part, Cost()) + cost
+                units.append(unit)
+        records = sum(
+            len(one.prompts) / trial.rows * trial.num_bytes
+            for one in work.parts()
+            for trial in trials[one.cell, one.part][-1:]
+        )
+        plan.facts["disk"] = f"{_bytes(FILES_PER_RECORD * records)} of samples, and the report"
+        share = answered_share(answers, work.prompts)
         if share is not None:
+            num_known = sum(one.sample.sample_id in answers for one in work.prompts)
             plan.facts["answers"] = (
-                f"end after at most {share:.0%} of their tokens in"
-                f" {len([one for one in plan.prompts if one.sample.sample_id in answers])} prompts"
-                " that full attention answered; the table's costs count on that"
+                f"of {num_known} known prompts end after at most {share:.0%} of their tokens; the"
+                " costs below count on that"
             )
 
     def _try(
         self,
-        work: "_Work",
+        plan: GroupPlan,
+        work: Work,
         prompt: Prompt,
-        trials: dict[tuple[int, str], list[Trial]],
-        is_first: bool,
-    ) -> Cost:
-        """Measure each cell on one prompt; return what is done once in a process."""
-        once = Cost()
-        for place, cell in enumerate(work.cells):
-            context = cell.measured.context
+        trials: dict[tuple[PlannedCell, str], list[Trial]],
+    ) -> None:
+        """Measure each part of each cell on one prompt."""
+        rows: dict[tuple[PlannedCell, str], int] = {}
+        for one in work.parts():
+            known = rows.get((one.cell, one.part), 1)
+            rows[one.cell, one.part] = max(known, len(one.prompts)) if one.is_together else 1
+        for (cell, part), num_rows in rows.items():
+            measured, context = cell.measured, cell.measured.context
             device = context.loaded.model.device
-            for part in work.parts(cell):
-                if is_first:
-                    measure = cell.measured.task.trial
-                    short = copies(prompt, 1, 1)
-                    if part == "speed":
-                        once += timed(device, context.bandwidth)[0]
-                    else:  # kernels are loaded or compiled when first used
-                        measured = cell.measured.plan, part, short
-                        first, _ = timed(device, measure, context, *measured)
-                        again, _ = timed(device, measure, context, *measured)
-                        once += (first - again).at_least_nothing()
-                rows = work.rows(cell, part)
-                trials.setdefault((place, part), []).append(
-                    try_part(cell.measured, part, prompt, rows)
-                )
-        return once
+            try:
+                if (cell, part) not in trials and part != "speed":
+                    # Kernels are loaded or compiled when they are first used.
+                    arguments = context, measured.plan, part, copies(prompt, 1, 1)
+                    first, _ = timed(device, measured.task.trial, *arguments)
+                    again, _ = timed(device, measured.task.trial, *arguments)
+                    plan.once += (first - again).at_least_nothing()
+                elif (cell, part) not in trials:
+                    plan.once += timed(device, context.bandwidth)[0]  # measured once a process
+                trial = try_part(measured, part, prompt, num_rows)
+            except Exception as error:
+                cell.reason = message_of(error)
+                continue
+            trials.setdefault((cell, part), []).append(trial)
 
-    # What is printed -----------------------------------------------------------------------------
+    # The text ------------------------------------------------------------------------------------
 
-    def _cells_text(self, loaded: LoadedModel, cells: Mapping[str, PlannedCell]) -> str:
-        """Return a model's cells in words."""
-        found = sum(bool(cell.found) for cell in cells.values())
-        skipped = [cell for cell in cells.values() if cell.reason and not cell.found]
-        words = [f"{loaded.name}: {len(cells)} cells", f"{found} found already"]
+    def _facts(self, work: Work) -> dict[str, str]:
+        """Return what is known of a group before anything is measured."""
+        names = [cell.run.method.name for cell in work.cells]
+        lengths = [prompt.num_tokens for prompt in work.prompts]
+        batches = list(map(len, work.batches))
+        tokens = sum(len(prompt.prefill_ids) for prompt in work.prompts)
+        steps, memory = work.steps(), work.memory()
+        free = f"{self.card.memory_gb:g} GB" if self.card is not None else ""
+        if self.card is None:
+            free_now = free_bytes(work.context.loaded.model.device) + memory["weights"]
+            free = f"{_bytes(free_now)} free"
+        by_use = ", ".join(f"{use} {_bytes(size)}" for use, size in memory.items() if size)
+        return {
+            "cells": ", ".join(f"{names.count(one)} {one}" for one in dict.fromkeys(names)),
+            "prompts": f"{len(lengths):,} of {min(lengths):,} to {max(lengths):,} tokens",
+            "prefills": f"{len(lengths):,} of {tokens:,} tokens together",
+            "batches": f"{len(batches):,} of at most {max(batches)} prompts",
+            "decode steps": f"at most {sum(steps.values()):,}, one for each token of each prompt: "
+            + ", ".join(f"{part} {count:,}" for part, count in steps.items()),
+            "memory": f"{_bytes(sum(memory.values()))} of {free}: {by_use}",
+        }
+
+    def _cells_text(self, loaded: LoadedModel, cells: Sequence[PlannedCell]) -> str:
+        """Return in words how many cells a model has, and which of them have no results."""
+        found = f"{sum(bool(cell.found) for cell in cells)} found"
         if self.card is not None:
-            words[1] = "which of them are found is not known without weights"
-        words.append(f"{len(skipped)} without results")
-        lines = [", ".join(words)]
-        by_reason: dict[str, list[str]] = {}
-        for cell in skipped:
-            by_reason.setdefault(cell.reason, []).append(cell.title)
-        for reason, titles in by_reason.items():
-            lines += [f"  {title}" for title in titles] + [f"    {reason}"]
+            found = "found ones unknown without the weights"
+        skipped = [cell for cell in cells if cell.reason]
+        lines = [f"{loaded.name}: {len(cells)} cells, {found}, {len(skipped)} without results"]
+        for reason in dict.fromkeys(cell.reason for cell in skipped):
+            lines += [f"  {cell.title}" for cell in skipped if cell.reason == reason]
+            lines.append(f"    {reason}")
         for name, cost in self.fits.items():
-            users = {cell.run.method.name for cell in cells.values() if cell.artifact == name}
-            if users:
-                takes = "what it takes is not known" if cost is None else _seconds(cost)
-                lines.append(f"  to be fitted first: {name} of {', '.join(users)}: {takes}")
+            users = {cell.run.method.name for cell in cells if cell.artifact == name}
+            if not users:
+                continue
+            if self.card is not None:
+                lines.append(f"  {', '.join(users)} must be fitted unless its artifact is there")
+                continue
+            takes = "what it takes is unknown"
+            if cost is not None:
+                takes = f"{_number(cost.cpu_s)} processor seconds"
+            lines.append(f"  {', '.join(users)} is fitted first ({name}): {takes}")
         return "\n".join(lines)
 
-    def _costs_text(self, groups: Sequence[GroupPlan], fixed: Cost, report: Cost) -> list[str]:
-        """Return the tables of what everything takes."""
-        rows: list[list[str]] = []
+    def _costs_texts(self, groups: Sequence[GroupPlan], fixed: Cost, report: Cost) -> list[str]:
+        """Return the tables of what everything takes, alone and with several workers."""
         units = [total(list(unit.values())) for group in groups for unit in group.units]
         longest = [total(list(unit.values())) for group in groups for unit in group.longest]
+        rows: dict[str, Cost] = {}
         for group in groups:
-            parts: dict[str, list[Cost]] = {}
             for unit in group.units:
                 for part, cost in unit.items():
-                    parts.setdefault(part, []).append(cost)
-            rows += [_row(f"{group.title}: {part}", total(one)) for part, one in parts.items()]
-        if self.card is not None:
-            rows.append(_row("all", total(units)))
-            head = ["", "Card, at least (s)"]
-            return [
-                tabulate([[row[0], row[2]] for row in rows], head, "simple"),
-                self._workers_text(units, Cost(), Cost(), Cost()),
-            ]
-        fits = total([cost for cost in self.fits.values() if cost is not None])
+                    name = f"{group.title}: {part}"
+                    rows[name] = rows.get(name, Cost()) + cost
         fixed += total([group.once for group in groups])
-        if self.fits:
-            rows.append(_row("fits, once", fits))
-        rows.append(_row("Python, model, cells, kernels", fixed))
-        rows.append(_row("rows and report", report))
-        whole = fixed + fits + report
-        rows.append(_row("all", whole + total(units)))
+        fits = total([cost for cost in self.fits.values() if cost is not None])
+        if self.card is not None:  # its figures say nothing of these
+            fixed = fits = report = Cost()
+        else:
+            rows |= {"fits": fits} if self.fits else {}
+            rows |= {"Python, model, cells, kernels": fixed, "rows and report": report}
+        rows["all"] = fixed + fits + report + total(units)
         if total(longest) != total(units):
-            rows.append(_row("all, if every answer takes all its tokens", whole + total(longest)))
-        return [
-            tabulate(rows, ["", "Processor (s)", "Wall (s)"], "simple", disable_numparse=True),
-            self._workers_text(units, fixed, fits, report),
-        ]
-
-    def _workers_text(self, units: Sequence[Cost], fixed: Cost, fits: Cost, report: Cost) -> str:
-        """Return what several workers take, each with batches of its own."""
-        rows, num_workers = [], 1
-        while num_workers == 1 or num_workers <= min(MOST_WORKERS, len(units)):
-            loads = [0.0] * num_workers
-            for unit in sorted(units, key=lambda one: one.wall_s, reverse=True):
-                loads[loads.index(min(loads))] += unit.wall_s
-            everything = Cost(
-                num_workers * fixed.cpu_s + total(units).cpu_s,
-                fixed.wall_s + max(loads),
+            rows["all, if every answer takes all its tokens"] = rows["all"] + (
+                total(longest) - total(units)
             )
-            everything += fits + report
-            rows.append([str(num_workers), *_row("", everything)[1:]])
-            num_workers *= 2
+        workers = {
+            str(count): shared(units, count, fixed) + fits + report
+            for count in worker_counts(len(units))
+        }
+        return [self._table("", rows), self._table("Workers", workers)]
+
+    def _table(self, head: str, costs: Mapping[str, Cost]) -> str:
         if self.card is not None:
-            rows = [[row[0], row[2]] for row in rows]
-        head = ["Workers", "Processor (s)", "Wall (s)"] if self.card is None else ["Cards", "s"]
-        return tabulate(rows, head, "simple", disable_numparse=True)
-
-    def _refused_notes(self) -> list[str]:
-        counts: dict[str, int] = {}
-        for reason in self.refused:
-            counts[reason] = counts.get(reason, 0) + 1
-        return [f"{count} configurations will fail: {reason}" for reason, count in counts.items()]
+            rows = [[name, _number(cost.wall_s)] for name, cost in costs.items()]
+            return tabulate(rows, [head, "At least (s)"], "simple", disable_numparse=True)
+        rows = [[name, _number(one.cpu_s), _number(one.wall_s)] for name, one in costs.items()]
+        heads = [head, "Processor (s)", "Wall (s)"]
+        return tabulate(rows, heads, "simple", disable_numparse=True)
 
 
-@dataclass
-class _Work:
-    """What the cells of a group that are measured prompt by prompt have still to measure.
+def measured_prompts(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """Return the prompts on which every cell is measured, and those that are answered besides.
 
-    Attributes:
-        cells: The cells, full attention first.
-        missing: The batches of which something is missing.
+    The first are one of middle length, or the shortest and the longest if they differ much. The
+    others are of different sub-tasks.
     """
-
-    cells: Sequence[PlannedCell]
-    missing: list[int]
-
-    @classmethod
-    def of(cls, cells: Sequence[PlannedCell]) -> "_Work":
-        """Return what some cells have still to measure."""
-        numbers = range(len(cells[0].measured.batches))
-        missing = [one for one in numbers if any(cell.measured.missing(one) for cell in cells)]
-        return cls([cell for cell in cells if any(map(cell.measured.missing, missing))], missing)
-
-    def parts(self, cell: PlannedCell) -> list[str]:
-        """Return the parts of a cell of which something is missing."""
-        found = [part for number in self.missing for part in cell.measured.missing(number)]
-        return [part for part in cell.measured.plan.parts if part in found]
-
-    def of_batch(self, number: int) -> list[tuple[int, PlannedCell, str, list[Prompt]]]:
-        """Return what is missing of a batch: the cell with its place, the part and its prompts."""
-        return [
-            (place, cell, part, cell.measured.plan.measured(part, cell.measured.batches[number]))
-            for place, cell in enumerate(self.cells)
-            for part in cell.measured.missing(number)
-        ]
-
-    def rows(self, cell: PlannedCell, part: str) -> int:
-        """Return how many prompts of a batch a part decodes together."""
-        if part not in cell.measured.task.together:
-            return 1
-        return max(
-            len(batch)
-            for number in self.missing
-            for _, one, of_part, batch in self.of_batch(number)
-            if one is cell and of_part == part
-        )
-
-    def steps(self) -> dict[str, Steps]:
-        """Return the decode steps of each part."""
-        found: dict[str, Steps] = {}
-        for number in self.missing:
-            for _, cell, part, batch in self.of_batch(number):
-                measured = cell.measured
-                one = measured.task.steps(measured.context, measured.plan, part, batch)
-                before = found.get(part, Steps())
-                found[part] = Steps(
-                    before.forwards + one.forwards, before.own + one.own, before.full + one.full
-                )
-        return found
-
-    def record_bytes(self, trials: Mapping[tuple[int, str], Sequence[Trial]]) -> float:
-        """Return the size of all records."""
-        return sum(
-            trials[place, part][-1].num_bytes * len(batch) / trials[place, part][-1].rows
-            for number in self.missing
-            for place, _, part, batch in self.of_batch(number)
-        )
-
-    def facts(self, card: Card | None) -> dict[str, str]:
-        """Return what is known before anything is measured."""
-        one = self.cells[0].measured
-        prompts = [prompt for number in self.missing for prompt in one.batches[number]]
-        lengths = [prompt.num_tokens for prompt in prompts]
-        batches = [len(one.batches[number]) for number in self.missing]
-        tokens = sum(len(prompt.prefill_ids) for prompt in prompts)
-        steps = self.steps()
-        every = sum(one.own + one.full for one in steps.values())
-        by_part = ", ".join(f"{part} {one.own + one.full:,}" for part, one in steps.items())
-        return {
-            "cells": "; ".join(cell.title for cell in self.cells),
-            "prompts": (
-                f"{len(prompts):,} of {min(lengths):,} to {max(lengths):,} tokens, in"
-                f" {len(batches):,} batches of at most {max(batches)}"
-            ),
-            "prefills": f"{len(prompts):,}, {tokens:,} tokens",
-            "decode steps": f"at most {every:,} of single prompts ({by_part})",
-            "memory": self._memory(prompts, max(batches), card),
-        }
-
-    def _memory(self, prompts: Sequence[Prompt], rows: int, card: Card | None) -> str:
-        context = self.cells[0].measured.context
-        loaded, geometry = context.loaded, context.geometry
-        most = max(prompt.num_tokens + prompt.sample.max_new_tokens for prompt in prompts)
-        layers, heads = geometry.num_layers, geometry.num_heads
-        states = rows * layers * kv_bytes(geometry, most)
-        methods = [cell.measured.context.method for cell in self.cells]
-        needs = frozenset[str]().union(*(method.traits.needs for method in methods))
-        captured = 0
-        if "query_tail" in needs:
-            captured += QUERY_TAIL * heads * geometry.head_dim * geometry.dtype_bytes
-        if "column_sums" in needs:
-            captured += 4 * heads * most
-        per_token = max(method.index_bytes_per_token(geometry) for method in methods)
-        parts = {
-            "weights": loaded.model.get_memory_footprint(),
-            "keys and values of a batch": states,
-            "captured": rows * layers * captured,
-            "largest index": rows * layers * most * per_token,
-        }
-        free = free_bytes(loaded.model.device) + parts["weights"] if card is None else 0
-        has = f"{_bytes(free)} free" if card is None else f"{card.memory_gb:g} GB"
-        words = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items() if size)
-        return f"{_bytes(sum(parts.values()))} of {has}: {words}"
+    ordered = sorted(prompts, key=lambda one: len(one.prefill_ids))
+    ends = [ordered[0], ordered[-1]]
+    if len(ordered[0].prefill_ids) >= SIMILAR * len(ordered[-1].prefill_ids):
+        ends = [ordered[len(ordered) // 2]]
+    limit = int(ANSWERED_SHARE * len(prompts))
+    limit = min(limit, len({one.sample.subtask for one in prompts}))
+    return ends, [one for one in spread_over_subtasks(prompts, limit) if one not in ends]
 
 
-def _groups(cells: Mapping[str, PlannedCell]) -> dict[str, list[PlannedCell]]:
-    """Return the cells that are not found, in groups that share prompts and batches."""
-    groups: dict[str, list[PlannedCell]] = {}
-    for cell in cells.values():
-        if not cell.found:
-            group = SweepCell(cell.run, Runner(Sweep(".", "."), None), None).group
-            groups.setdefault(group, []).append(cell)
-    return groups
-
-
-def _answered_share(
-    answers: Mapping[str, Sequence[int]], prompts: Sequence[Prompt]
-) -> float | None:
+def answered_share(answers: Mapping[str, Sequence[int]], prompts: Sequence[Prompt]) -> float | None:
     """Return the largest share of its tokens that a known answer takes; None if none is known."""
     shares = [
         min(1.0, (len(answers[one.sample.sample_id]) + 1) / one.sample.max_new_tokens)
@@ -643,90 +540,53 @@ def _answered_share(
     return max(shares, default=None)
 
 
-def _of_batch(
-    cell: PlannedCell,
-    part: str,
-    batch: Sequence[Prompt],
-    trials: Sequence[Trial],
-    answers: Mapping[str, Sequence[int]],
+def cost_of(
+    one: PartOfBatch, trials: Sequence[Trial], answers: Mapping[str, Sequence[int]]
 ) -> Cost:
     """Return what a part of a cell takes on a batch.
 
     Args:
-        cell: The cell.
-        part: The part.
-        batch: The prompts that it concerns.
-        trials: What it takes on copies of one prompt, of the shortest and the longest one.
-        answers: Known answers; without any, all answers take all their tokens.
+        one: The part and the prompts.
+        trials: What it takes on copies of one prompt, or of the shortest and the longest one.
+        answers: Known answers, by sample id; without any, all answers take all their tokens.
     """
-    measured = cell.measured
-    trial = at_length(trials, sum(len(one.prefill_ids) for one in batch) / len(batch))
-    if part not in measured.task.together:
-        return len(batch) * trial.cost
-    share = _answered_share(answers, measured.prompts) or 1.0
-    expected = [copies(one, 1, math.ceil(share * one.sample.max_new_tokens))[0] for one in batch]
-    steps = measured.task.steps(measured.context, measured.plan, part, expected)
-    further = max(0, steps.forwards - trial.forwards) * trial.per_forward
-    if not any(one.sample.max_new_tokens for one in batch):
-        further = Cost()
-    return (len(batch) / trial.rows) * (trial.cost + further)
+    measured = one.cell.measured
+    trial = at_length(trials, prefilled(one.prompts))
+    if not one.is_together:
+        return len(one.prompts) * trial.cost
+    share = answered_share(answers, measured.prompts) or 1.0
+    expected = [
+        copies(prompt, 1, math.ceil(share * prompt.sample.max_new_tokens))[0]
+        for prompt in one.prompts
+    ]
+    further = max(0, replace(one, prompts=expected).steps.forwards - trial.forwards)
+    return (len(one.prompts) / trial.rows) * (trial.cost + further * trial.per_forward)
 
 
-def _at_least(work: _Work, card: Card) -> list[dict[str, Cost]]:
-    """Return what each batch takes at least on a card, by part: prefills and decode steps."""
-    one = work.cells[0].measured
-    model, geometry = one.context.loaded.model, one.context.geometry
-    # A token goes through each weight once; the output's weights are used for the last one alone.
-    output = model.get_output_embeddings()
-    linear = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
-    numbers = sum(layer.weight.numel() for layer in linear if layer is not output)
-    weights = numbers * geometry.dtype_bytes
-    channels = geometry.num_layers * geometry.num_heads * geometry.head_dim
-    units = []
-    for number in work.missing:
-        # Two products of n²/2 pairs, each of a multiplication and an addition a channel.
-        prefills = [
-            card.seconds(2 * numbers * n + 2 * channels * n**2, weights)
-            for n in (len(prompt.prefill_ids) for prompt in one.batches[number])
-        ]
-        parts = {"prefill": Cost(wall_s=sum(prefills))}
-        for _, cell, part, batch in work.of_batch(number):
-            measured = cell.measured
-            steps = measured.task.steps(measured.context, measured.plan, part, batch)
-            n = round(sum(len(prompt.prefill_ids) for prompt in batch) / len(batch))
-            num_bytes = steps.forwards * weights + steps.own * _step_bytes(measured.context, n)
-            num_bytes += steps.full * geometry.num_layers * kv_bytes(geometry, n)
-            operations = 2.0 * numbers * (steps.own + steps.full)
-            seconds = card.seconds(operations, num_bytes)
-            parts[part] = parts.get(part, Cost()) + Cost(wall_s=seconds)
-        units.append(parts)
-    return units
+def worker_counts(num_units: int) -> list[int]:
+    """Return the powers of two of workers that all have something to do, at least one."""
+    most = max(1, min(MOST_WORKERS, num_units))
+    return [2**power for power in range(most.bit_length())]
 
 
-def _step_bytes(context: Context, n: int) -> int:
-    """Return the bytes of keys, values and index that a step over ``n`` tokens reads."""
-    geometry, k = context.geometry, context.effective_policy.k
-    sparse, dense = layers_read(context, n)
-    of_layer = layer_bytes_read(context.method, geometry, n, k, Reads(min(k, n)))
-    return sparse * of_layer + sum(kv_bytes(geometry, tokens) for tokens in dense)
+def shared(units: Sequence[Cost], num_workers: int, fixed: Cost) -> Cost:
+    """Return what several workers take, if each takes the next longest unit when it is free.
 
-
-def _row(name: str, cost: Cost) -> list[str]:
-    return [name, _number(cost.cpu_s), _number(cost.wall_s)]
+    Args:
+        units: What can be handed to a worker.
+        num_workers: Their number.
+        fixed: What each of them does before.
+    """
+    loads = [0.0] * num_workers
+    for unit in sorted(units, key=lambda one: one.wall_s, reverse=True):
+        loads[loads.index(min(loads))] += unit.wall_s
+    processor = num_workers * fixed.cpu_s + total(units).cpu_s
+    return Cost(processor, fixed.wall_s + max(loads))
 
 
 def _number(seconds: float) -> str:
     return f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"
 
 
-def _seconds(cost: Cost) -> str:
-    return f"{_number(cost.cpu_s)} processor seconds, {_number(cost.wall_s)} s"
-
-
 def _bytes(size: float) -> str:
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
-
-
-def _facts_text(plan: GroupPlan) -> str:
-    rows = [[f"  {name}", value] for name, value in plan.facts.items()]
-    return f"{plan.title}\n{tabulate(rows, tablefmt='plain', disable_numparse=True)}".rstrip()

@@ -57,6 +57,7 @@ ALLOWED_TO_ONE = {
     "methods/magicpig.py": ("numpy",),
     "harness/main.py": ("hydra", "omegaconf", "topkbench.analysis.console"),
     "harness/run.py": ("pandas", "topkbench.analysis.stats"),
+    "harness/plan.py": ("tabulate",),
     "harness/progress.py": ("topkbench.analysis.console",),
     "harness/parts.py": ("topkbench.analysis.journal",),
     "harness/runner.py": ("topkbench.analysis.console", "topkbench.analysis.journal"),
