@@ -133,7 +133,8 @@ class Planner:
         else:
             words += f" on {self.card.name}: what it takes at least, by its published figures."
         texts = [f"{words} Nothing was run or written.", *texts]
-        texts += self._costs_texts(groups, fixed, report)
+        if groups or self.card is None:
+            texts += self._costs_texts(groups, fixed, report)
         return "\n\n".join([*texts, "\n".join(f"- {note}" for note in self.notes)]).rstrip()
 
     def _note_failures(self, reasons: Sequence[str]) -> None:

@@ -1078,11 +1078,11 @@ def test_a_plan_of_a_measurement_measures_its_smallest_rows(commands: Commands) 
 def test_a_plan_for_a_card_reads_no_weights(commands: Commands, tmp_path: Path) -> None:
     folder = tmp_path / "outline"
     shutil.copytree(commands.model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    model = ("model=local", "model.name=mine", f"model.path={folder}")
-    assert commands.plan("card=h100_sxm", *model, "device=cuda", *SWEEP) == 0, commands.text("err")
+    given = ("card=h100_sxm", "device=cuda", f"model.path={folder}", *SWEEP)
+    assert commands.plan(*given) == 0, commands.text("err")
     text = commands.text("out")
     assert "on H100 SXM: what it takes at least, by its published figures" in text
-    assert "mine: 5 cells, found ones unknown without the weights" in text
+    assert "tiny: 5 cells, found ones unknown without the weights" in text
     assert "At least (s)" in text
     assert commands.forwards == []
     assert commands.plan("card=h100_sxm", "task=decode_latency", "method=exact") == 0
