@@ -236,7 +236,7 @@ BAD = {
     "task=decode_throughput task.cuda_graph=2": "task.cuda_graph must be true or false, got 2.",
     # The card that a plan is for.
     "card=l4 card.name=7": "card.name must be text, got 7; quotes",
-    "card=l4 card.name=' '": "card.name must not be empty.",
+    "card=l4 card.name=''": "card.name must not be empty.",
     "card=l4 card.bf16_tflops=0": "card.bf16_tflops must be above 0, got 0",
     "card=l4 card.bandwidth_gb_s=fast": "card.bandwidth_gb_s must be a finite number, got 'fast'.",
     "card=l4 card.memory_gb=-1": "card.memory_gb must be above 0, got -1",
