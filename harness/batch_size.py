@@ -29,6 +29,13 @@ def most_prompts(bytes_per_prompt: int, free: int) -> int:
     return int(min(MOST, 1 << (fitting.bit_length() - 1)))
 
 
+def found_in(path: Path) -> int | None:
+    """Return the batch size that a file has; None if there is no such file."""
+    found = read_json(path)
+    size = found.get("batch_size") if isinstance(found, dict) else None
+    return size if isinstance(size, int) and 1 <= size <= MOST else None
+
+
 def recorded(path: Path, measure: Callable[[], tuple[int, int]]) -> int:
     """Return the batch size that a file has; if there is none, choose and record it.
 
@@ -40,9 +47,8 @@ def recorded(path: Path, measure: Callable[[], tuple[int, int]]) -> int:
         NotWritableError: If the file cannot be written.
     """
     with locked(path.with_suffix(".lock"), -1):
-        found = read_json(path)
-        size = found.get("batch_size") if isinstance(found, dict) else None
-        if isinstance(size, int) and 1 <= size <= MOST:
+        size = found_in(path)
+        if size is not None:
             return size
         bytes_per_prompt, free = measure()
         size = most_prompts(bytes_per_prompt, free)

@@ -156,8 +156,17 @@ def checked_context(context: Context, task: Task) -> Context | Outcome:
     Raises:
         MethodBypassedError: If what a method selects does not reach the model's logits.
     """
-    method = context.method
-    resolved, policy = context.resolved()
+    reason = unsupported_reason(context, task)
+    if reason is not None:
+        return Outcome([TaskRow("mean", status="skipped", reason=reason)], [])
+    context = replace(context, method=context.resolved()[0])
+    check_acting(context)
+    return context
+
+
+def unsupported_reason(context: Context, task: Task) -> str | None:
+    """Return why a method cannot run in a model under a policy, in one sentence; None if it can."""
+    method, policy = context.method, context.effective_policy
     reason = method.unsupported_reason(context.geometry, policy)
     if reason is None and task.uses_model and method.selects and not layers_read(context, 1)[0]:
         reason = (
@@ -166,11 +175,7 @@ def checked_context(context: Context, task: Task) -> Context | Outcome:
         )
     if reason is None and task.uses_model:
         reason = _speculation_unsupported_reason(context.loaded, method)
-    if reason is not None:
-        return Outcome([TaskRow("mean", status="skipped", reason=reason)], [])
-    context = replace(context, method=resolved)
-    check_acting(context)
-    return context
+    return reason
 
 
 def _speculation_unsupported_reason(loaded: LoadedModel, method: AnyMethod) -> str | None:

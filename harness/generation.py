@@ -32,8 +32,8 @@ from topkbench.harness.reads import (
     no_sparse_step_reason,
 )
 from topkbench.harness.samples import Sample, string_match_all, string_match_part
-from topkbench.harness.speed import speed_of, time_prompt
-from topkbench.harness.sweep import Plan, PromptTask, Record
+from topkbench.harness.speed import rounds_of, speed_of, time_prompt, turn_steps
+from topkbench.harness.sweep import Plan, PromptTask, Record, Steps, decode_steps
 from topkbench.harness.task import Context, Outcome, TaskRow
 from topkbench.methods.base import check_whole
 from topkbench.models.load import LoadedModel, ModelNotAvailable, ModelShape, needs_text
@@ -65,6 +65,7 @@ class GenerationTask(PromptTask):
         # bandwidth_fraction uses the bytes counted in the answers, so it depends on their settings.
         "speed": frozenset({"judged_prompts", "judged_tokens"}),
     }
+    together: ClassVar[frozenset[str]] = frozenset({"answers"})
 
     def __post_init__(self) -> None:
         if self.question not in ("sparse", "dense"):
@@ -111,10 +112,35 @@ class GenerationTask(PromptTask):
         if part == "answers":
             return answer(replace(context, method=context.answering), prompts)
         if part == "speed":
-            num_timed = len(plan.parts[part])
-            return {"prompts": [time_prompt(context, prompt, num_timed) for prompt in prompts]}
+            rounds = rounds_of(len(plan.parts[part]))
+            return {"prompts": [time_prompt(context, prompt, rounds) for prompt in prompts]}
         judged = self.judged_tokens
         return {"prompts": [measure_selection(context, prompt, judged) for prompt in prompts]}
+
+    def steps(self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]) -> Steps:
+        questions = [len(prompt.decode_ids) for prompt in prompts]
+        answers = [prompt.sample.max_new_tokens for prompt in prompts]
+        if part == "answers":
+            return decode_steps(context.answering, questions, answers)
+        if part == "speed":
+            turns = turn_steps() * rounds_of(len(plan.parts[part])) * len(prompts)
+            return Steps(3 * turns + sum(map(bool, questions)), 2 * turns, turns + sum(questions))
+        # All tokens of full attention's answer are fed back here, and so known beforehand.
+        most = max(answers) if self.judged_tokens is None else self.judged_tokens
+        given = [
+            question + min(answer, most)
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+        each = [decode_steps(context.method, [one], [0]) for one in given]
+        return Steps(sum(one.forwards for one in each), sum(one.own for one in each))
+
+    def trial(
+        self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]
+    ) -> tuple[Record, float]:
+        if part != "speed":
+            return super().trial(context, plan, part, prompts)
+        record = {"prompts": [time_prompt(context, prompt, 1) for prompt in prompts]}
+        return record, float(rounds_of(len(plan.parts[part])))
 
     def outcome(
         self,

@@ -33,7 +33,7 @@ from topkbench.harness.runner import Job, Runner, Share
 from topkbench.methods.base import check_whole
 
 MOST_DEATHS = 10
-"""How often the process that does a work may die before the work is given up."""
+"""How often the process with an assignment may die before the assignment is given up."""
 
 POLL_S = 5.0
 """Seconds between two looks at whether jobs have ended."""
@@ -47,7 +47,7 @@ class WorkerError(RecordError):
 
 
 @dataclass(frozen=True)
-class Work:
+class Assignment:
     """What a worker is asked to do with the jobs of one model: prepare them, or measure a share.
 
     Attributes:
@@ -73,7 +73,7 @@ class Done:
         share: Of a preparation: what is left to measure.
         prefills: Of a share: the number of prompts that were prefilled.
         error: Why it could not be done; empty if it was.
-        has_died: Whether the process ended before, so that the work is to be done again.
+        has_died: Whether the process ended before, so that it is to be done again.
     """
 
     identities: Mapping[int, str] = field(default_factory=dict)
@@ -85,23 +85,23 @@ class Done:
 
 @functools.lru_cache(maxsize=1)
 def runner_of(folder: Path, results_dir: Path) -> Runner:
-    """Return this process's runner of a sweep, which keeps its model from one work to the next."""
+    """Return this process's runner of a sweep, which keeps its model from one assignment to the next."""
     return Runner(Sweep(folder, results_dir), None)
 
 
-def do(work: Work, is_stopped: Callable[[], bool] = lambda: False) -> Done:
-    """Do a work in this process.
+def do(assignment: Assignment, is_stopped: Callable[[], bool] = lambda: False) -> Done:
+    """Do an assignment in this process.
 
     Args:
-        work: The work.
+        assignment: The assignment.
         is_stopped: Whether to leave what is not begun to another time.
     """
     try:
-        runner = runner_of(work.sweep.folder, work.sweep.results_dir)
-        runner.ended |= work.ended
-        if work.share is None:
-            return Done(*runner.prepare(work.jobs))
-        return Done(prefills=runner.run_share(work.jobs, work.share, is_stopped))
+        runner = runner_of(assignment.sweep.folder, assignment.sweep.results_dir)
+        runner.ended |= assignment.ended
+        if assignment.share is None:
+            return Done(*runner.prepare(assignment.jobs))
+        return Done(prefills=runner.run_share(assignment.jobs, assignment.share, is_stopped))
     except Exception as error:
         return Done(error=" ".join(str(error).split()) or type(error).__name__)
 
@@ -135,33 +135,35 @@ class Launcher(ABC):
             )
 
     @abstractmethod
-    def start(self, works: Sequence[Work], folder: Path) -> Iterator[tuple[int, Done]]:
-        """Do works in workers.
+    def start(self, assignments: Sequence[Assignment], folder: Path) -> Iterator[tuple[int, Done]]:
+        """Do assignments in workers.
 
         Args:
-            works: The works.
+            assignments: The assignments.
             folder: The sweep's folder, for the engine's own files.
 
         Yields:
-            The position of each work and what was done, in the order in which they end.
+            The position of each assignment and what was done, in the order in which they end.
         """
 
     def run(self, runner: Runner, jobs: Sequence[Job]) -> list[str | None]:
         """Run a sweep's jobs; return the identity of each one's cell, None if it cannot be run.
 
         Raises:
-            WorkerError: If a worker could not do its work.
+            WorkerError: If a worker could not do its assignment.
         """
         sweep, of_model = runner.sweep, runner.by_model(jobs)
         ended = frozenset(runner.ended)
-        works = [Work(sweep, [jobs[one] for one in positions], ended) for positions in of_model]
+        assignments = [
+            Assignment(sweep, [jobs[one] for one in positions], ended) for positions in of_model
+        ]
         identities: dict[int, str] = {}
-        shares: list[Work] = []
-        for position, done in self._finish(works, runner):
+        shares: list[Assignment] = []
+        for position, done in self._finish(assignments, runner):
             identities |= {of_model[position][at]: one for at, one in done.identities.items()}
             assert done.share is not None, "it was a preparation"
             shares += [
-                Work(sweep, works[position].jobs, ended, share)
+                Assignment(sweep, assignments[position].jobs, ended, share)
                 for share in done.share.split(self.count)
             ]
         prefills = 0
@@ -171,13 +173,15 @@ class Launcher(ABC):
         runner.ended |= set(sweep.identities())
         return [identities.get(position) for position in range(len(jobs))]
 
-    def _finish(self, works: Sequence[Work], runner: Runner) -> Iterator[tuple[int, Done]]:
-        """Do works, again where a worker dies; copy the cells that have ended to the tracker."""
-        left = list(range(len(works)))
+    def _finish(
+        self, assignments: Sequence[Assignment], runner: Runner
+    ) -> Iterator[tuple[int, Done]]:
+        """Do assignments, again where a worker dies; copy the cells that have ended to the tracker."""
+        left = list(range(len(assignments)))
         deaths = dict.fromkeys(left, 0)
         while left:
             now, left = left, []
-            for at, done in self.start([works[one] for one in now], runner.sweep.folder):
+            for at, done in self.start([assignments[one] for one in now], runner.sweep.folder):
                 position = now[at]
                 for cell in runner.sweep.cells():
                     if cell.has_ended():
@@ -223,13 +227,13 @@ class Joblib(Launcher):
     def count(self) -> int:
         return self.workers or len(self.gpus) or 2
 
-    def start(self, works: Sequence[Work], folder: Path) -> Iterator[tuple[int, Done]]:
+    def start(self, assignments: Sequence[Assignment], folder: Path) -> Iterator[tuple[int, Done]]:
         from joblib.externals.loky import ProcessPoolExecutor
         from joblib.externals.loky.process_executor import BrokenProcessPool
 
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         ended: queue.SimpleQueue[tuple[int, Done]] = queue.SimpleQueue()
-        for position in range(len(works)):
+        for position in range(len(assignments)):
             waiting.put(position)
         # One process each, as all processes of a pool end when one of them dies.
         pools: dict[int, Any] = {}
@@ -244,7 +248,7 @@ class Joblib(Launcher):
                 while True:
                     position = waiting.get_nowait()
                     try:
-                        done = pools[number].submit(do, works[position]).result()
+                        done = pools[number].submit(do, assignments[position]).result()
                     except BrokenProcessPool as error:
                         done = Done(error=_first_line(error), has_died=True)
                         renew(number)
@@ -252,13 +256,13 @@ class Joblib(Launcher):
                         done = Done(error=_first_line(error))
                     ended.put((position, done))
 
-        count = min(self.count, len(works))
+        count = min(self.count, len(assignments))
         for number in range(count):
             renew(number)
         try:
             for number in range(count):
                 threading.Thread(target=work_on, args=[number], daemon=True).start()
-            for _ in works:
+            for _ in assignments:
                 yield ended.get()
         finally:
             for pool in list(pools.values()):
@@ -301,34 +305,34 @@ def _first_line(error: BaseException) -> str:
 
 
 class StopsAfterBatch:
-    """A work that a SLURM job does: warned before its time limit, it ends after its batch.
+    """What a SLURM job does with its assignment: warned before its time limit, it ends after its batch.
 
     Then submitit puts the job back into the queue, and it goes on with the next batch.
     """
 
-    def __call__(self, work: Work) -> Done:
-        """Do the work.
+    def __call__(self, assignment: Assignment) -> Done:
+        """Do an assignment.
 
         Args:
-            work: The work.
+            assignment: The assignment.
         """
         warned: list[tuple[int, Any]] = []
         number = getattr(signal, os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "SIGUSR2"))
         requeue = signal.getsignal(number)  # submitit's: it ends the process at once
         signal.signal(number, lambda *arguments: warned.append(arguments))
         try:
-            done = do(work, lambda: bool(warned))
+            done = do(assignment, lambda: bool(warned))
         finally:
             signal.signal(number, requeue)
         if warned and callable(requeue):
             requeue(*warned[0])
         return done
 
-    def checkpoint(self, work: Work) -> Any:
-        """Return what submitit does with the job once it is in the queue again: the same work."""
+    def checkpoint(self, assignment: Assignment) -> Any:
+        """Return what submitit does with the job once it is in the queue again: the same assignment."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self, work)
+        return DelayedSubmission(self, assignment)
 
 
 @dataclass
@@ -396,11 +400,11 @@ class Submitit(Launcher):
     def count(self) -> int:
         return self.workers
 
-    def start(self, works: Sequence[Work], folder: Path) -> Iterator[tuple[int, Done]]:
+    def start(self, assignments: Sequence[Assignment], folder: Path) -> Iterator[tuple[int, Done]]:
         logs = folder / "submitit"
         executor = self._executor(logs)
         with executor.batch():
-            jobs = [executor.submit(StopsAfterBatch(), work) for work in works]
+            jobs = [executor.submit(StopsAfterBatch(), assignment) for assignment in assignments]
         if jobs:
             say(f"submitted {', '.join(job.job_id for job in jobs)}; logs in {logs}")
         waiting = dict(enumerate(jobs))
@@ -498,7 +502,7 @@ class Ray(Launcher):
     def count(self) -> int:
         return self.workers
 
-    def start(self, works: Sequence[Work], folder: Path) -> Iterator[tuple[int, Done]]:
+    def start(self, assignments: Sequence[Assignment], folder: Path) -> Iterator[tuple[int, Done]]:
         import ray
 
         if not ray.is_initialized():
@@ -511,7 +515,9 @@ class Ray(Launcher):
                     f" ({_first_line(error)})."
                 ) from error
         task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0)(do)
-        waiting = {task.remote(work): position for position, work in enumerate(works)}
+        waiting = {
+            task.remote(assignment): position for position, assignment in enumerate(assignments)
+        }
         while waiting:
             (one,), _ = ray.wait(list(waiting), num_returns=1)
             try:

@@ -53,7 +53,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 REFUSED_STATUS = 2
 """Exit status of a command whose settings are wrong, so that nothing was run."""
-ONE_PER_SWEEP = ("results_dir", "experiment_name", "launcher", "tracker", "report")
+ONE_PER_SWEEP = ("results_dir", "experiment_name", "launcher", "card", "tracker", "report")
 """Settings and groups that are those of a sweep, not of a cell."""
 # Hydra's options that are followed by a value.
 OPTIONS_WITH_VALUE = {
@@ -74,6 +74,7 @@ class Collected:
         report: Makes the report; None before the first job without a wrong setting.
         tracker: Where the sweep is copied to: the first job's; likewise.
         runner: Runs the jobs, as ``runner.Runner``; None before the first one runs.
+        is_plan: Whether the command says what the jobs would cost, and runs none of them.
     """
 
     jobs: list[Any] = field(default_factory=list)
@@ -83,6 +84,7 @@ class Collected:
     report: Any = None
     tracker: Any = None
     runner: Any = None
+    is_plan: bool = False
 
 
 @functools.cache
@@ -263,9 +265,25 @@ def job(config: DictConfig) -> float | None:
     if not state.launcher._target_.endswith("BasicLauncher"):
         say_error(own_launcher(state.runtime.choices["hydra/launcher"]))
         raise SystemExit(REFUSED_STATUS)  # Hydra prints lines of its own about an error
+    is_basic = state.sweeper._target_.endswith("BasicSweeper")
+    if commanded.is_plan and not is_basic:  # its next cells depend on the scores of the last
+        say_error("topkbench plan needs hydra/sweeper=basic, which names all cells beforehand.")
+        raise SystemExit(REFUSED_STATUS)
     folder = state.sweep.dir if state.mode == RunMode.MULTIRUN else state.run.dir
     # Hydra may have changed the working folder.
     commanded.sweep = Sweep(*map(hydra.utils.to_absolute_path, (folder, config.results_dir)))
+    is_for_card = state.runtime.choices.get("card", "none") != "none"
+    if is_for_card and not commanded.is_plan:
+        say_error("card has an effect on topkbench plan alone; leave it out, or begin with plan.")
+        raise SystemExit(REFUSED_STATUS)
+    if commanded.is_plan and state.runtime.choices.get("search", "none") != "none":
+        say_error(
+            "a search chooses its trials as it goes, so they cannot be planned; plan the same"
+            " command with search=none, which is one of them."
+        )
+        raise SystemExit(REFUSED_STATUS)
+    if is_for_card:  # the device at hand and its kernels are not the card's
+        config.device, config.impl, config.full_backend = "cpu", "auto", "sdpa"
     composed = job_of(config, choices_among(state.runtime.choices))
     if isinstance(composed, Job):
         commanded.composer = commanded.composer or Composer()
@@ -278,7 +296,7 @@ def job(config: DictConfig) -> float | None:
         return None
     commanded.jobs.append(composed)
     commanded.report = composed.composed.report
-    if state.sweeper._target_.endswith("BasicSweeper"):
+    if is_basic:
         return None
     return run_collected()
 
@@ -310,6 +328,20 @@ def run_collected() -> float | None:
         return None
     score: float | None = jobs[0].composed.search.run(runner, jobs, commanded.composer)
     return score
+
+
+def plan_collected() -> None:
+    """Say what the collected jobs would cost."""
+    from topkbench.harness.plan import Planner
+
+    commanded = collected()
+    if not commanded.jobs:
+        for reason in dict.fromkeys(sentence(one.error) for one in commanded.refused):
+            say_error(reason)
+        sys.exit(REFUSED_STATUS)
+    assert commanded.sweep is not None
+    refused = [sentence(one.error) for one in commanded.refused]
+    say(Planner(commanded.sweep, commanded.jobs, refused).plan())
 
 
 class SweepFolders(Callback):
@@ -524,13 +556,15 @@ def run_command() -> None:
     if "--version" in sys.argv[1:]:
         say(f"topkbench {own_version()}, Hydra {hydra.__version__}")
         return
-    sys.argv[1:] = settings_first(sys.argv[1:])
+    is_plan = sys.argv[1:2] == ["plan"]
+    sys.argv[1:] = settings_first(sys.argv[2:] if is_plan else sys.argv[1:])
     # Hydra then raises the original error, which is printed below in one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module="hydra")
     wrapped = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     collected.cache_clear()  # a second command of this process starts anew
+    collected().is_plan = is_plan
     try:
         try:
             check_overrides(sys.argv[1:])
@@ -540,6 +574,9 @@ def run_command() -> None:
         except ValueError as error:  # a setting of Hydra's own
             say_error(sentence(error))
             sys.exit(REFUSED_STATUS)
+        if is_plan:
+            plan_collected()
+            return
         run_collected()
         commanded = collected()
         if commanded.report is not None:
@@ -556,6 +593,9 @@ def run_command() -> None:
     except (OSError, RecordError) as error:
         sys.exit(f"error: {sentence(error)}")
     except KeyboardInterrupt as error:
+        if is_plan:
+            say_error("interrupted; a plan measures anew each time.")
+            sys.exit(error.status if isinstance(error, Terminated) else 1)
         how = " without force=true" if re.search(r"(?i)\bforce=true", " ".join(sys.argv)) else ""
         say_error(f"interrupted; what was measured is kept, and the same command{how} goes on.")
         sys.exit(error.status if isinstance(error, Terminated) else 1)

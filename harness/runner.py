@@ -238,19 +238,17 @@ class Runner:
         return store.forwards - before
 
     def _load(self, jobs: Sequence[Job]) -> tuple[LoadedModel, PrefillStore] | None:
-        """Return the jobs' model and its prefills; None, and rows say why, if it cannot be loaded.
-
-        The model before, if it is another one, is dropped.
-        """
+        """Return the jobs' model and its prefills; None, with rows that say why, if it fails."""
         settings = jobs[0].composed.settings
         try:
-            return self._loaded(json.dumps(settings["model"]), settings)
+            return self.load(json.dumps(settings["model"]), settings)
         except Exception as error:  # the sweep goes on with other models
             for job in jobs:
                 self.refuse(error, job.choices, job.composed.settings, job.trial)
             return None
 
-    def _loaded(self, name: str, settings: Mapping[str, Any]) -> tuple[LoadedModel, PrefillStore]:
+    def load(self, name: str, settings: Mapping[str, Any]) -> tuple[LoadedModel, PrefillStore]:
+        """Return a model and its prefills; the model before, if it is another one, is dropped."""
         if self._model is None or self._model[0] != name:
             if self._model is not None:  # before the next one takes memory
                 self._model = None
@@ -365,18 +363,24 @@ class Runner:
                     refit,
                 )
         if isinstance(task, PromptTask) and task.batch_size == "auto":
-            inputs = {
-                "model": model_digest(loaded),
-                "device": loaded.model.device.type,
-                "inputs": task.inputs_digest(loaded),
-                "question": settings["task"].get("question"),
-            }
-            path = self.sweep.results_dir / "batch_sizes" / f"{identity(inputs)}.json"
+            path = self.batch_size_file(task, loaded, settings)
             if path not in self._batch_sizes:
                 self._batch_sizes[path] = recorded(path, lambda: task.memory(loaded))
             task.batch_size = self._batch_sizes[path]
         # A cell that reports a fit begins with the fit.
         return Run(composed, full.method, loaded, artifact, began if task.refits else None)
+
+    def batch_size_file(
+        self, task: PromptTask, loaded: LoadedModel, settings: Mapping[str, Any]
+    ) -> Path:
+        """Return the file that records how many prompts of a task decode together."""
+        inputs = {
+            "model": model_digest(loaded),
+            "device": loaded.model.device.type,
+            "inputs": task.inputs_digest(loaded),
+            "question": settings["task"].get("question"),
+        }
+        return self.sweep.results_dir / "batch_sizes" / f"{identity(inputs)}.json"
 
     def _run_by_prompts(
         self,

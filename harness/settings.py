@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 
 from topkbench.analysis.record import RecordError, check_experiment_name
 from topkbench.harness.calibration import CalibrationTexts
+from topkbench.harness.card import Card, ThisDevice
 from topkbench.harness.decoding import Question
 from topkbench.harness.sweep import message_of
 from topkbench.harness.task import Task
@@ -33,7 +34,7 @@ from topkbench.models.load import Dtype, ModelShape, load_model, read_shape
 
 GROUPS = (
     *("model", "method", "protocol", "task", "calibration"),
-    *("search", "launcher", "tracker", "report"),
+    *("search", "launcher", "card", "tracker", "report"),
 )
 # Settings of the run that only tasks read.
 OF_TASKS = ("question", "num_samples")
@@ -140,6 +141,7 @@ class Composed:
         settings: All settings, references resolved, without the method's label and colour.
         appearance: The method's label and colour.
         origin: The arguments of ``of``, with which another process makes the same.
+        card: The device that a plan is for.
     """
 
     settings: dict[str, Any]
@@ -151,6 +153,7 @@ class Composed:
     texts: CalibrationTexts
     search: Any
     launcher: Any
+    card: Card | ThisDevice
     tracker: Any
     report: Any
 
@@ -181,6 +184,8 @@ class Composed:
         made = {
             group: construct(names, group, settings[group]) for group in GROUPS if group != "model"
         }
+        # What a plan is for is no setting of the cell.
+        settings = {name: value for name, value in settings.items() if name != "card"}
         composed = cls(settings, appearance, origin, *made.values())
         if "k" in given and composed.task.all_budgets:
             way_out = "leave it out"

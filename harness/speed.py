@@ -28,7 +28,23 @@ class StageTimes(Observer):
         return self.stages(name)
 
 
-def time_prompt(context: Context, prompt: Prompt, num_prompts: int) -> dict[str, Any]:
+def rounds_of(num_prompts: int) -> int:
+    """Return how often full attention and the method take turns on each timed prompt.
+
+    With few prompts, each takes more turns, to give enough pairs for a confidence interval.
+
+    Args:
+        num_prompts: Prompts on which the cell is timed.
+    """
+    return max(TIMED_ROUNDS, math.ceil(LEAST_PAIRS / num_prompts))
+
+
+def turn_steps() -> int:
+    """Return the steps of a turn; a round has one of full attention and two of the method."""
+    return WARM_UP_STEPS + TIMED_STEPS
+
+
+def time_prompt(context: Context, prompt: Prompt, rounds: int) -> dict[str, Any]:
     """Time decode steps of one prompt, full attention and the method in turn.
 
     The first steps of each turn build the index and are discarded as warm-up. Stages are timed in
@@ -37,16 +53,14 @@ def time_prompt(context: Context, prompt: Prompt, num_prompts: int) -> dict[str,
     Args:
         context: The cell's context.
         prompt: The prompt.
-        num_prompts: Prompts on which the cell is timed. With few, each takes more turns, to give
-            enough pairs for a confidence interval.
+        rounds: How often they take turns.
 
     Returns:
         The milliseconds of each step by turn, and of each stage, as plain values.
     """
     device = context.loaded.model.device
     load = OtherLoad(device)
-    rounds = max(TIMED_ROUNDS, math.ceil(LEAST_PAIRS / num_prompts))
-    per_round = 3 * (WARM_UP_STEPS + TIMED_STEPS)
+    per_round = 3 * turn_steps()
     turn_ms: dict[str, list[list[float]]] = {"full": [], "method": []}
     stages: dict[str, list[float]] = {}
     cache_bytes: list[int] = []
@@ -66,7 +80,7 @@ def time_prompt(context: Context, prompt: Prompt, num_prompts: int) -> dict[str,
         if context.method.compacts:
             used = decoder_after_question(context, prompt, new_tokens)
         _timed_steps(context, used, context.method, token, observer)
-        steps = WARM_UP_STEPS + TIMED_STEPS
+        steps = turn_steps()
         for stage, milliseconds in observer.stages.times().items():
             if stage == "build":
                 # The time to capture what the method needs at prefill counts as build time.
@@ -150,7 +164,7 @@ def _timed_steps(
     """Run one turn; return the milliseconds of each step after the warm-up."""
     stages = Stages(decoder.device)
     with context.attached(decoder, method, observer):
-        for _ in range(WARM_UP_STEPS + TIMED_STEPS):
+        for _ in range(turn_steps()):
             with stages("step"):
                 logits = decoder.step(token)
     decoder.check(logits)  # NaN and infinity persist, so checking the last step is enough

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 
@@ -17,7 +17,7 @@ from topkbench.harness.batch_size import most_prompts
 from topkbench.harness.decoding import Prompt, batches
 from topkbench.harness.device_use import using
 from topkbench.harness.task import TIMED, Context, Outcome, Task, TaskRow
-from topkbench.methods.base import check_whole, kv_bytes
+from topkbench.methods.base import AnyMethod, check_whole, kv_bytes
 from topkbench.models.attach import geometry_of
 from topkbench.models.load import LoadedModel, free_bytes
 from topkbench.models.prefill_store import PrefillStore
@@ -26,6 +26,21 @@ from topkbench.models.step_count import MethodBypassedError
 Record = dict[str, Any]
 """What was measured for one part of a cell on one batch: plain values that JSON can hold. A batch
 for which memory was short has several, each with ``share``, the number of its prompts."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Decode steps, one for each token of each row; at most, as an answer may end early.
+
+    Attributes:
+        forwards: Forwards of the model in which they are run.
+        own: Steps with the cell's method.
+        full: Steps with full attention, with which the method is compared.
+    """
+
+    forwards: int = 0
+    own: int = 0
+    full: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,9 +64,11 @@ class PromptTask(Task):
 
     Attributes:
         batch_size: At most this many prompts decode together; ``"auto"`` until a sweep has chosen.
+        together: The parts that decode a batch's prompts together; the others go one by one.
     """
 
     batch_size: int | Literal["auto"]
+    together: ClassVar[frozenset[str]] = frozenset()
 
     def check_batch_size(self) -> None:
         """Check the setting.
@@ -76,6 +93,22 @@ class PromptTask(Task):
     @abstractmethod
     def measure(self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]) -> Record:
         """Measure a part on the prompts of one batch that it concerns."""
+
+    def steps(self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]) -> Steps:
+        """Return the decode steps of a part on the prompts of one batch that it concerns."""
+        questions = [len(prompt.decode_ids) for prompt in prompts]
+        answers = [prompt.sample.max_new_tokens for prompt in prompts]
+        return decode_steps(context.answering, questions, answers)
+
+    def trial(
+        self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]
+    ) -> tuple[Record, float]:
+        """Measure a part in short, to see how long it takes.
+
+        Returns:
+            The record, and how many times as long measuring the whole part takes.
+        """
+        return self.measure(context, plan, part, prompts), 1.0
 
     @abstractmethod
     def outcome(
@@ -111,6 +144,23 @@ class PromptTask(Task):
         cell = PromptCell.of(context, self, self.tokenised(context.loaded))
         run_by_prompts([cell], context.store)
         return cell.result()
+
+
+def decode_steps(method: AnyMethod, questions: Sequence[int], answers: Sequence[int]) -> Steps:
+    """Return the steps of decoding a batch.
+
+    Args:
+        method: The method that decodes.
+        questions: Tokens of each row that are known beforehand.
+        answers: Tokens of each row's answer, the last of which is never fed back.
+    """
+    rows = [
+        question + max(0, answer - 1) for question, answer in zip(questions, answers, strict=True)
+    ]
+    forwards = max(rows)
+    if method.known_tokens(questions) != "one by one":
+        forwards = any(questions) + max(0, max(answers) - 1)
+    return Steps(forwards, own=sum(rows))
 
 
 @dataclass

@@ -198,6 +198,50 @@ class Task(ABC):
     def run(self, context: Context) -> Outcome:
         """Run one cell."""
 
+    def fitted(self, context: Context) -> Context:
+        """Return the context with the method fitted, if the task fits it on states of its own."""
+        return context
+
+    def known_rows(self, context: Context) -> list[TaskRow]:
+        """Return the rows that are skipped, as far as it is known before anything has run."""
+        return []
+
+    def bytes_needed(self, context: Context) -> int:
+        """Return the memory that the largest row takes, about; 0 if it is not known."""
+        return 0
+
+    def pilots(self, context: Context) -> list[tuple["Task", float]]:
+        """Return smaller tasks that show how long this one takes.
+
+        Returns:
+            Tasks, each with a weight: this one takes the sum of their times by weight.
+        """
+        return [(self, 1.0)]
+
+
+def pilot_sizes(sizes: Sequence[int]) -> list[tuple[int, float]]:
+    """Return which of some rows to measure to know the time of all, if it grows with their size.
+
+    Two are measured, the smallest and one of about a sixth of all together, and a straight line is
+    drawn through their times. Of one or two rows all are measured.
+
+    Args:
+        sizes: Tokens of each row.
+
+    Returns:
+        Positions in ``sizes``, each with the weight of its time in that of all.
+    """
+    order = sorted(range(len(sizes)), key=lambda place: sizes[place])
+    if len(set(sizes)) < 3:
+        return [(place, 1.0) for place in order]
+    first = order[0]
+    larger = [place for place in order if sizes[place] > sizes[first]]
+    # ``larger`` is in order of size.
+    second = [larger[0], *(place for place in larger if sizes[place] <= sum(sizes) / 6)][-1]
+    spread = sizes[second] - sizes[first]
+    weight = (sum(sizes) - len(sizes) * sizes[first]) / spread
+    return [(first, len(sizes) - weight), (second, weight)]
+
 
 def compact_unsupported_reason(task: str) -> str:
     """Return why a task does not support a method that frees tokens (``mode=compact``)."""

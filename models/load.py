@@ -158,17 +158,7 @@ def load_model(
     # Reading a GGUF file shows a bar of its own, which is not among transformers' progress bars.
     quiet = contextlib.nullcontext() if gguf_file is None else redirect_stderr(io.StringIO())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision, gguf_file=gguf_file, trust_remote_code=False
-        )
-        if not set(tokenizer.encode("Hello, world 1")) - set(tokenizer.all_special_ids):
-            # Some releases return an empty tokenizer if a folder has none.
-            raise ValueError(f"a {type(tokenizer).__name__} with an empty vocabulary")
-        if gguf_file is not None:
-            _check_vocabulary(tokenizer, config)
-        # The tasks check lengths themselves; this silences the tokenizer's own warning.
-        tokenizer.model_max_length = VERY_LARGE_INTEGER
-        _check_template(tokenizer, chat, template_arguments)
+        tokenizer = _read_tokenizer(source, revision, gguf_file, config, chat, template_arguments)
         with quiet:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
@@ -208,6 +198,93 @@ def load_model(
         short_answers=short_answers,
         artifact_folders=(folder / "artifacts",) if folder else (),
     )
+
+
+def load_without_weights(
+    name: str,
+    path: str,
+    dtype: Dtype = "auto",
+    device: str = "cpu",
+    device_map: DeviceMap | None = None,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    chat: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    short_answers: bool = False,
+    window: int | None = None,
+    architecture: Mapping[str, Any] | None = None,
+) -> LoadedModel:
+    """Read a model's configuration and tokenizer; its weights are on torch's device ``meta``.
+
+    The arguments are those of `load_model`; ``dtype="auto"`` is what a GPU gets, as saved. The
+    digest of the weights is empty, since they are not read.
+
+    Raises:
+        ModelNotAvailable: As `load_model` does.
+    """
+    config = _read_config(
+        path, dtype, device, device_map, revision, gguf_file, window, architecture
+    )
+    window = window or _window(path, config)
+    template_arguments, source = dict(chat_template_kwargs or {}), _source(path)
+    saved = getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
+    if architecture is not None:
+        saved = torch.bfloat16
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config),
+                dtype=saved if dtype == "auto" else getattr(torch, dtype),
+                attn_implementation=IMPLEMENTATION,
+            )
+        _check_whole_past(path, model, window)
+        if architecture is not None:
+            tokenizer = cast(PreTrainedTokenizerBase, NoTokenizer(name))
+        else:
+            tokenizer = _read_tokenizer(
+                source, revision, gguf_file, config, chat, template_arguments
+            )
+    except ModelNotAvailable:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise _unreadable(path, error, gguf_file) from error
+    return LoadedModel(
+        name=name,
+        model=model.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        digest="",
+        window=window,
+        chat=chat,
+        chat_template_kwargs=template_arguments,
+        short_answers=short_answers,
+    )
+
+
+def _read_tokenizer(
+    source: str,
+    revision: str | None,
+    gguf_file: str | None,
+    config: Any,
+    chat: bool,
+    template_arguments: Mapping[str, Any],
+) -> PreTrainedTokenizerBase:
+    """Read a model's tokenizer, and check it and its chat template.
+
+    Raises:
+        ValueError: If it is empty, or not that of the configuration.
+    """
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        source, revision=revision, gguf_file=gguf_file, trust_remote_code=False
+    )
+    if not set(tokenizer.encode("Hello, world 1")) - set(tokenizer.all_special_ids):
+        # Some releases return an empty tokenizer if a folder has none.
+        raise ValueError(f"a {type(tokenizer).__name__} with an empty vocabulary")
+    if gguf_file is not None:
+        _check_vocabulary(tokenizer, config)
+    # The tasks check lengths themselves; this silences the tokenizer's own warning.
+    tokenizer.model_max_length = VERY_LARGE_INTEGER
+    _check_template(tokenizer, chat, template_arguments)
+    return tokenizer
 
 
 def read_shape(

@@ -25,8 +25,15 @@ from topkbench.harness.planted import (
     PlantedStates,
 )
 from topkbench.harness.reads import no_sparse_step_reason
-from topkbench.harness.task import Context, Outcome, Task, TaskRow, compact_unsupported_reason
-from topkbench.methods.base import Geometry, check_list, check_whole
+from topkbench.harness.task import (
+    Context,
+    Outcome,
+    Task,
+    TaskRow,
+    compact_unsupported_reason,
+    pilot_sizes,
+)
+from topkbench.methods.base import AnyMethod, Geometry, Policy, check_list, check_whole
 from topkbench.models.load import Dtype, ModelNotAvailable, ModelShape, free_bytes, needs_text
 from topkbench.models.watch import LayerCall, watched_attention
 from topkbench.tasks.ruler import Ruler
@@ -140,41 +147,91 @@ class DecodeLatency(Task):
         return list(dict.fromkeys([*lengths, *batches]))
 
     def run(self, context: Context) -> Outcome:
-        if self.states == "planted":
-            geometry = self._planted_geometry(context)
-            drawn = (1, 2 * CALIBRATION_TOKENS, self._dtype(context), self.seed)
-            calibration = PlantedCalibration.of(PlantedStates.draw(geometry, *drawn))
-            method = fitted_on(context.method, geometry, calibration)
-            context = replace(context, method=method)
+        context = self.fitted(context)
         return Outcome([self._row(context, *s) for s in context.track(self.shapes, self.name)], [])
 
-    def _row(self, context: Context, length: int, batch_size: int) -> TaskRow:
+    def fitted(self, context: Context) -> Context:
+        if self.states == "captured":
+            return context
+        geometry = self._planted_geometry(context)
+        drawn = (1, 2 * CALIBRATION_TOKENS, self._dtype(context), self.seed)
+        calibration = PlantedCalibration.of(PlantedStates.draw(geometry, *drawn))
+        return replace(context, method=fitted_on(context.method, geometry, calibration))
+
+    def known_rows(self, context: Context) -> list[TaskRow]:
+        rows = [self._skipped(context, *shape) for shape in self.shapes]
+        return [row for row in rows if row is not None]
+
+    def bytes_needed(self, context: Context) -> int:
+        geometry = self._geometry(context)
+        needs = (bytes_needed(context.method, geometry, size, n) for n, size in self._run(context))
+        return max(needs, default=0)
+
+    def pilots(self, context: Context) -> list[tuple[Task, float]]:
+        shapes = self._run(context)
+        return [
+            (replace(self, lengths=[], batch_length=shapes[at][0], batch_sizes=[shapes[at][1]]), by)
+            for at, by in pilot_sizes([length * size for length, size in shapes])
+        ]
+
+    def _run(self, context: Context) -> list[tuple[int, int]]:
+        """Return the shapes that are not skipped, as far as that is known before."""
+        return [shape for shape in self.shapes if self._skipped(context, *shape) is None]
+
+    def _geometry(self, context: Context) -> Geometry:
+        """Return the geometry of the layer that is timed."""
+        if self.states == "captured":
+            return replace(context.geometry, num_layers=1)
+        return self._planted_geometry(context)
+
+    def _skipped(self, context: Context, length: int, batch_size: int) -> TaskRow | None:
+        """Return the row of a shape that is skipped before anything is drawn, else None."""
         name = shape_label(length, batch_size)
         columns: dict[str, Any] = {"kv_len": length, "length": length, "batch_size": batch_size}
-        method = context.method
-        if method.compacts:
+        if context.method.compacts:
             return TaskRow(name, columns, "skipped", compact_unsupported_reason(self.name))
-        if self.states == "captured":
-            geometry = replace(context.geometry, num_layers=1)
-            position = (self.layer, context.geometry.num_layers)
-        else:
-            geometry, position = self._planted_geometry(context), (0, 1)
-        need = bytes_needed(method, geometry, batch_size, length)
+        geometry = self._geometry(context)
+        need = bytes_needed(context.method, geometry, batch_size, length)
         reason = too_large_reason(need, free_bytes(geometry.device))
         if reason is not None:
             columns["memory_needed_mib"] = need / 2**20
             return TaskRow(name, columns, "skipped", reason)
+        if self.states == "planted":  # a captured prompt may be a little shorter
+            return self._skipped_dense(context, length, name, columns)
+        return None
+
+    def _skipped_dense(
+        self, context: Context, n: int, name: str, columns: dict[str, Any]
+    ) -> TaskRow | None:
+        """Return the row of a step over ``n`` tokens that are no more than ``k``, else None."""
+        k = self._acting(context, n)[1].k
+        if not context.method.selects or k < n:
+            return None
+        return TaskRow(name, columns, "skipped", no_sparse_step_reason(k, n))
+
+    def _acting(self, context: Context, n: int) -> tuple[AnyMethod, Policy]:
+        """Return the method and the policy as they act together over ``n`` tokens."""
+        is_share = self.budget is not None and context.method.selects
+        return context.resolved(budget(n, self.budget or 0.0) if is_share else None)
+
+    def _row(self, context: Context, length: int, batch_size: int) -> TaskRow:
+        skipped = self._skipped(context, length, batch_size)
+        if skipped is not None:
+            return skipped
+        name = shape_label(length, batch_size)
+        columns: dict[str, Any] = {"kv_len": length, "length": length, "batch_size": batch_size}
+        geometry, position = self._geometry(context), (0, 1)
         if self.states == "captured":
+            position = (self.layer, context.geometry.num_layers)
             states = self.captured_states(context, length)
         else:
             dtype = self._dtype(context)
             states = PlantedStates.draw(geometry, batch_size, length, dtype, self.seed)
-        k, n = None, states.key_states.shape[2]
-        if self.budget is not None and method.selects:
-            k = budget(n, self.budget)
-        method, policy = context.resolved(k)
-        if method.selects and policy.k >= n:
-            return TaskRow(name, columns, "skipped", no_sparse_step_reason(policy.k, n))
+        n = states.key_states.shape[2]
+        skipped = self._skipped_dense(context, n, name, columns)
+        if skipped is not None:
+            return skipped
+        method, policy = self._acting(context, n)
         layer = Layer(method, policy, states, *position)
         values, status, reason = time_layer(
             layer, context.full, geometry, self.trials, context.bandwidth()

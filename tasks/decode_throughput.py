@@ -19,11 +19,20 @@ from topkbench.harness.reads import (
     density_of_all_layers,
     no_sparse_step_reason,
 )
-from topkbench.harness.task import Context, Outcome, Task, TaskRow, compact_unsupported_reason
+from topkbench.harness.task import (
+    Context,
+    Outcome,
+    Task,
+    TaskRow,
+    compact_unsupported_reason,
+    pilot_sizes,
+)
 from topkbench.kernels.timing import OtherLoad, Stages, measure, speed_columns
 from topkbench.methods.base import (
     PREFILL_NEEDS,
+    AnyMethod,
     Geometry,
+    Policy,
     check_list,
     check_whole,
     kv_bytes,
@@ -82,13 +91,31 @@ class DecodeThroughput(Task):
             raise ValueError(f"task.budget must be a share above 0 and up to 1, got {self.budget}.")
 
     def run(self, context: Context) -> Outcome:
-        keys = random_keys(context.geometry)
-        method = fitted_on(context.method, context.geometry, keys)
-        context = replace(context, method=method)
+        context = self.fitted(context)
         rows = [self._row(context, n) for n in context.track(self.lengths, self.name)]
         return Outcome(rows, [])
 
-    def _row(self, context: Context, length: int) -> TaskRow:
+    def fitted(self, context: Context) -> Context:
+        keys = random_keys(context.geometry)
+        return replace(context, method=fitted_on(context.method, context.geometry, keys))
+
+    def known_rows(self, context: Context) -> list[TaskRow]:
+        rows = [self._skipped(context, length) for length in self.lengths]
+        return [row for row in rows if row is not None]
+
+    def bytes_needed(self, context: Context) -> int:
+        return max((round(self._bytes_needed(context, n)) for n in self._run(context)), default=0)
+
+    def pilots(self, context: Context) -> list[tuple[Task, float]]:
+        lengths = self._run(context)
+        return [(replace(self, lengths=[lengths[at]]), by) for at, by in pilot_sizes(lengths)]
+
+    def _run(self, context: Context) -> list[int]:
+        """Return the lengths that are not skipped, as far as that is known before."""
+        return [length for length in self.lengths if self._skipped(context, length) is None]
+
+    def _skipped(self, context: Context, length: int) -> TaskRow | None:
+        """Return the row of a length that is skipped, else None."""
         values: dict[str, Any] = {"kv_len": length, "length": length, "batch_size": self.batch_size}
         if context.method.compacts:
             reason = compact_unsupported_reason(self.name)
@@ -107,12 +134,23 @@ class DecodeThroughput(Task):
             reason = f"{need / 2**30:.1f} GiB of weights and caches exceed half of the free memory."
             values["memory_needed_mib"] = need / 2**20
             return TaskRow(str(length), values, "skipped", reason)
-        k = None
-        if self.budget is not None and context.method.selects:
-            k = budget(length, self.budget)
-        method, policy = context.resolved(k)
-        if context.method.selects and policy.k >= length:
-            return TaskRow(str(length), values, "skipped", no_sparse_step_reason(policy.k, length))
+        k = self._acting(context, length)[1].k
+        if context.method.selects and k >= length:
+            return TaskRow(str(length), values, "skipped", no_sparse_step_reason(k, length))
+        return None
+
+    def _acting(self, context: Context, length: int) -> tuple[AnyMethod, Policy]:
+        """Return the method and the policy as they act together over ``length`` tokens."""
+        is_share = self.budget is not None and context.method.selects
+        return context.resolved(budget(length, self.budget or 0.0) if is_share else None)
+
+    def _row(self, context: Context, length: int) -> TaskRow:
+        skipped = self._skipped(context, length)
+        if skipped is not None:
+            return skipped
+        values: dict[str, Any] = {"kv_len": length, "length": length, "batch_size": self.batch_size}
+        method, policy = self._acting(context, length)
+        device = context.loaded.model.device
         reset_peak_memory(device)
         context = replace(context, method=method, policy=policy)
         try:

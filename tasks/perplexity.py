@@ -3,10 +3,11 @@
 import fnmatch
 import hashlib
 import json
+import math
 import random
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +26,7 @@ from topkbench.harness.reads import (
     no_sparse_step_reason,
 )
 from topkbench.harness.samples import Sample, TaskDoesNotFit, check_window
-from topkbench.harness.sweep import Plan, PromptTask, Record
+from topkbench.harness.sweep import Plan, PromptTask, Record, Steps
 from topkbench.harness.task import Context, Outcome, TaskRow
 from topkbench.harness.texts import python_topics
 from topkbench.methods.base import AnyMethod, Observer, check_list, check_whole
@@ -75,6 +76,7 @@ class Perplexity(PromptTask):
     column: str = "text"
     batch_size: int | Literal["auto"] = 4
     parts: ClassVar[Mapping[str, frozenset[str]]] = {"likelihoods": frozenset()}
+    together: ClassVar[frozenset[str]] = frozenset({"likelihoods"})
     _cut: dict[str, list[list[int]]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -203,6 +205,20 @@ class Perplexity(PromptTask):
             "count": asdict(counter.count),
             "known_tokens": method.known_tokens(counts) if method.selects else None,
         }
+
+    def steps(self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]) -> Steps:
+        counts = [self.scored_tokens] * len(prompts)
+        rows = sum(counts)
+        if context.answering.known_tokens(counts) == "one by one":
+            return Steps(self.scored_tokens, own=rows)
+        return Steps(math.ceil(self.scored_tokens / TOGETHER), own=rows)
+
+    def trial(
+        self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]
+    ) -> tuple[Record, float]:
+        tokens = min(TOGETHER, self.scored_tokens)
+        short = [replace(one, decode_ids=one.decode_ids[: tokens + 1]) for one in prompts]
+        return self.measure(context, plan, part, short), self.scored_tokens / tokens
 
     def outcome(
         self,

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from topkbench.harness.decoding import Decoder, Prompt
 from topkbench.harness.quality import MEASURES, OffPolicyObserver
-from topkbench.harness.sweep import Plan, Record
+from topkbench.harness.sweep import Plan, Record, Steps
 from topkbench.harness.task import Context, Outcome, TaskRow, compact_unsupported_reason
 from topkbench.methods.base import AnyMethod, Policy, check_list
 from topkbench.tasks.ruler import Ruler
@@ -27,6 +27,7 @@ class SelectionTask(Ruler):
     num_samples: int = 2
     budgets: Sequence[int] = (32, 64, 128, 256, 512)
     parts: ClassVar[Mapping[str, frozenset[str]]] = {"selections": frozenset()}
+    together: ClassVar[frozenset[str]] = frozenset()
     needs_full: ClassVar[bool] = False  # full attention selects nothing, so it has no cell here
 
     def __post_init__(self) -> None:
@@ -51,6 +52,10 @@ class SelectionTask(Ruler):
                 one for prompt in prompts for one in self._measure(context, prompt, resolved)
             ]
         }
+
+    def steps(self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]) -> Steps:
+        rows = sum(len(one.decode_ids) + one.sample.max_new_tokens for one in prompts)
+        return Steps(forwards=rows, own=rows * len(self.budgets), full=rows)
 
     def outcome(
         self,

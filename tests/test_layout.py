@@ -58,6 +58,7 @@ ALLOWED_TO_ONE = {
     "harness/main.py": ("hydra", "omegaconf", "topkbench.analysis.console"),
     "harness/run.py": ("pandas", "topkbench.analysis.stats"),
     "harness/launchers.py": ("topkbench.analysis.console", "joblib", "submitit", "ray"),
+    "harness/plan.py": ("tabulate",),
     "harness/progress.py": ("topkbench.analysis.console",),
     "harness/parts.py": ("topkbench.analysis.journal",),
     "harness/runner.py": ("topkbench.analysis.console", "topkbench.analysis.journal"),

@@ -45,7 +45,7 @@ def test_every_folder_is_a_group_that_is_tested() -> None:
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
     assert groups == {
         *("model", "task", "method", "protocol", "calibration"),
-        *("search", "launcher", "tracker", "report", "experiment"),
+        *("search", "launcher", "card", "tracker", "report", "experiment"),
     }
     assert all(options(group) for group in groups)
 

@@ -234,6 +234,13 @@ BAD = {
     "task=decode_throughput task.batch_size=[1]": "task.batch_size must be a whole number, got",
     "task=decode_throughput task.trials=few": "task.trials must be a whole number, got 'few'.",
     "task=decode_throughput task.cuda_graph=2": "task.cuda_graph must be true or false, got 2.",
+    # The card that a plan is for.
+    "card=l4 card.name=7": "card.name must be text, got 7; quotes",
+    "card=l4 card.name=''": "card.name must not be empty.",
+    "card=l4 card.bf16_tflops=0": "card.bf16_tflops must be above 0, got 0",
+    "card=l4 card.bandwidth_gb_s=fast": "card.bandwidth_gb_s must be a finite number, got 'fast'.",
+    "card=l4 card.memory_gb=-1": "card.memory_gb must be above 0, got -1",
+    "+card.price=1": "there is no setting card.price",
     # The policy.
     "protocol.protocol=mine": "protocol.protocol must be one of unified, native, got 'mine'.",
     "protocol.num_sink=4.5": "protocol.num_sink must be a whole number, got 4.5.",
@@ -392,7 +399,9 @@ BAD = {
     "launcher=submitit_slurm launcher.setup=module": (
         "launcher.setup must be a list of texts, got 'module'; brackets make a list"
     ),
-    "launcher=submitit_slurm launcher.more=account": "launcher.more must be a mapping, got 'account'",
+    "launcher=submitit_slurm launcher.more=account": (
+        "launcher.more must be a mapping, got 'account'"
+    ),
     "launcher=ray launcher.workers=0": "launcher.workers must be at least 1, got 0.",
     "launcher=ray launcher.address=7": "launcher.address must be text or null, got 7",
     "launcher=ray launcher.cpus=0": "launcher.cpus must be at least 1, got 0.",

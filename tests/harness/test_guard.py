@@ -208,7 +208,7 @@ def test_timed_steps_that_are_not_finite_have_no_time(
     with torch.no_grad():
         breakable.model.get_input_embeddings().weight[token] = float("nan")  # type: ignore[index, operator]
     with pytest.raises(NotFiniteError, match="must be finite"):
-        time_prompt(context, prompt, 1)
+        time_prompt(context, prompt, 6)
 
 
 def test_a_model_whose_layers_all_slide_is_skipped(olmo3: LoadedModel, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from topkbench.analysis.record import SPEED_COLUMNS, CellStore, Sweep
 from topkbench.harness import device_use, launchers, speed
 from topkbench.harness import run as run_module
 from topkbench.harness.device_use import using
-from topkbench.harness.launchers import Joblib, Submitit, Work
+from topkbench.harness.launchers import Joblib, Submitit, Assignment
 from topkbench.harness.main import CONF, job_of
 from topkbench.harness.runner import Job, Local, Runner, Share
 
@@ -119,10 +119,10 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Here(Joblib):
-    """Does all works in this process, one after the other, as if each had its own."""
+    """Does all assignments in this process, one after the other, as if each had its own."""
 
-    def start(self, works: Any, folder: Path) -> Iterator[tuple[int, launchers.Done]]:
-        for position, work in enumerate(works):
+    def start(self, assignments: Any, folder: Path) -> Iterator[tuple[int, launchers.Done]]:
+        for position, work in enumerate(assignments):
             launchers.runner_of.cache_clear()
             yield position, launchers.do(work)
 
@@ -220,12 +220,12 @@ def test_a_worker_that_is_killed_loses_nothing(
     class Killing(Joblib):
         """Kills the first worker that has measured something."""
 
-        def start(self, works: Any, folder: Path) -> Iterator[tuple[int, launchers.Done]]:
-            if works[0].share is not None and not killed:
+        def start(self, assignments: Any, folder: Path) -> Iterator[tuple[int, launchers.Done]]:
+            if assignments[0].share is not None and not killed:
                 import threading
 
                 threading.Thread(target=kill, daemon=True).start()
-            yield from super().start(works, folder)
+            yield from super().start(assignments, folder)
 
     killed: list[int] = []
 
@@ -355,9 +355,9 @@ def test_a_job_that_is_warned_ends_after_its_batch_and_goes_on_in_the_queue(
 ) -> None:
     sweep = Sweep(tmp_path / "sweep", tmp_path)
     launchers.runner_of.cache_clear()
-    prepared = launchers.do(Work(sweep, jobs, frozenset()))
+    prepared = launchers.do(Assignment(sweep, jobs, frozenset()))
     assert prepared.share is not None
-    work = Work(sweep, jobs, frozenset(), prepared.share)
+    work = Assignment(sweep, jobs, frozenset(), prepared.share)
     requeued: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda number, frame: requeued.append(number))
     measured: list[int] = []

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,11 @@ class Commands:
         defaults = (f"{name}={value}" for name, value in settings.items() if name not in names)
         return [*defaults, *given]
 
-    def start(self, *given: str, out: Path | None = None) -> None:
+    def start(self, *given: str, out: Path | None = None, words: Sequence[str] = ()) -> None:
         self.number += 1
         job = {
             "script": str(RUN),
-            "arguments": self.arguments(*given),
+            "arguments": [*words, *self.arguments(*given)],
             "cwd": str(self.folder / "cwd"),
             "env": self.environment,
             "before": self.before,
@@ -95,6 +95,11 @@ class Commands:
 
     def run(self, *given: str, out: Path | None = None) -> int:
         self.start(*given, out=out)
+        return self.wait()
+
+    def plan(self, *given: str) -> int:
+        """Say what the command would cost."""
+        self.start(*given, words=("plan",))
         return self.wait()
 
     def text(self, kind: str) -> str:
@@ -1008,3 +1013,83 @@ def test_the_job_is_found_by_name_in_another_process() -> None:
         text=True,
     )
     assert (done.stdout.strip(), done.returncode) == ("topkbench.harness.main", 0), done.stderr
+
+
+# A plan ------------------------------------------------------------------------------------------
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_plan_says_what_a_sweep_will_do_and_writes_nothing(commands: Commands) -> None:
+    assert commands.run("plan", *SWEEP) == 2  # after settings it is none
+    assert "a setting must be NAME=VALUE, got 'plan'" in commands.text("err")
+    assert commands.plan(*SWEEP) == 0, commands.text("err")
+    text = " ".join(commands.text("out").split())
+    assert "tiny: 5 cells, 0 found, 0 without results" in text
+    assert "cells 1 full, 2 exact, 2 quest" in text
+    assert "prefills 2 of" in text
+    assert "batches 2 of at most 1 prompts" in text
+    for part in ("prefill", "answers", "selections", "speed", "all"):
+        assert re.search(rf"{part} +[0-9.]+ +[0-9.]+", commands.text("out")), part
+    assert len(commands.forwards) <= 2
+    assert not commands.results.exists()
+
+
+def test_a_plan_leaves_out_what_is_found(swept: Commands) -> None:
+    before = files_in(swept.results)
+    assert swept.plan(*SWEEP) == 0, swept.text("err")
+    assert "tiny: 5 cells, 5 found, 0 without results" in swept.text("out")
+    assert swept.plan(*SWEEP[:1], "k=16,64", *SWEEP[2:]) == 0, swept.text("err")
+    assert "tiny: 5 cells, 3 found, 0 without results" in swept.text("out")
+    assert "2 of" in swept.text("out")
+    assert files_in(swept.results) == before
+
+
+def test_a_plan_says_why_cells_have_no_results(commands: Commands) -> None:
+    assert commands.plan("method=exact", "k=8,16,1000", "rbit=32", "-m") == 0, commands.text("err")
+    text = commands.text("out")
+    assert "tiny: 3 cells, 0 found, 1 without results" in text
+    assert "  ruler method=exact k=1000" in text
+    assert "no step had more than k=1000" in text
+    assert "- a configuration will fail: protocol.num_sink + num_recent must be at most k=8" in text
+    assert commands.plan("method=exact", "k=8") == 2
+    assert commands.text("err").startswith("error: protocol.num_sink + num_recent must be at most")
+
+
+def test_a_plan_fits_nothing(commands: Commands) -> None:
+    assert commands.plan("method=hata", "k=16", "seed=7", *FEW_TEXTS) == 0, commands.text("err")
+    fitted = r"hata is fitted first \(hata-\w+\.safetensors\): [0-9.,]+ processor seconds"
+    assert re.search(fitted, commands.text("out"))
+    assert list(commands.folder.rglob("hata-*")) == []
+
+
+def test_a_plan_of_a_measurement_measures_its_smallest_rows(commands: Commands) -> None:
+    lengths = "task.lengths=[128,256,512,1024]"
+    given = ("task=decode_latency", "method=quest", lengths, "task.trials=2")
+    assert commands.plan(*given) == 0, commands.text("err")
+    text = commands.text("out")
+    assert "decode_latency method=quest" in text
+    assert re.search(r"all +[0-9.]+ +[0-9.]+", text)
+    assert not commands.results.exists()
+
+
+def test_a_plan_for_a_card_reads_no_weights(commands: Commands, tmp_path: Path) -> None:
+    folder = tmp_path / "outline"
+    shutil.copytree(commands.model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    given = ("card=h100_sxm", "device=cuda", f"model.path={folder}", *SWEEP)
+    assert commands.plan(*given) == 0, commands.text("err")
+    text = commands.text("out")
+    assert "on H100 SXM: what it takes at least, by its published figures" in text
+    assert "tiny: 5 cells, found ones unknown without the weights" in text
+    assert "At least (s)" in text
+    assert commands.forwards == []
+    assert commands.plan("card=h100_sxm", "task=decode_latency", "method=exact") == 0
+    assert "what task=decode_latency takes is not known for a card" in commands.text("out")
+
+
+def test_a_card_without_a_plan_is_refused(commands: Commands) -> None:
+    assert commands.run("card=l4", *SWEEP) == 2
+    assert commands.text("err").startswith("error: card has an effect on topkbench plan alone;")
+    assert not commands.results.exists()
