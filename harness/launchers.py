@@ -85,7 +85,7 @@ class Done:
 
 @functools.lru_cache(maxsize=1)
 def runner_of(folder: Path, results_dir: Path) -> Runner:
-    """Return this process's runner of a sweep, which keeps its model from one assignment to the next."""
+    """Return this process's runner of a sweep, which keeps its model between assignments."""
     return Runner(Sweep(folder, results_dir), None)
 
 
@@ -176,7 +176,7 @@ class Launcher(ABC):
     def _finish(
         self, assignments: Sequence[Assignment], runner: Runner
     ) -> Iterator[tuple[int, Done]]:
-        """Do assignments, again where a worker dies; copy the cells that have ended to the tracker."""
+        """Do assignments, again where a worker dies; copy cells that have ended to the tracker."""
         left = list(range(len(assignments)))
         deaths = dict.fromkeys(left, 0)
         while left:
@@ -305,7 +305,7 @@ def _first_line(error: BaseException) -> str:
 
 
 class StopsAfterBatch:
-    """What a SLURM job does with its assignment: warned before its time limit, it ends after its batch.
+    """What a SLURM job does: warned before its time limit, it ends after its batch.
 
     Then submitit puts the job back into the queue, and it goes on with the next batch.
     """
@@ -329,7 +329,7 @@ class StopsAfterBatch:
         return done
 
     def checkpoint(self, assignment: Assignment) -> Any:
-        """Return what submitit does with the job once it is in the queue again: the same assignment."""
+        """Return what the job does once it is in the queue again: the same."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, assignment)

@@ -21,7 +21,7 @@ from topkbench.analysis.record import SPEED_COLUMNS, CellStore, Sweep
 from topkbench.harness import device_use, launchers, speed
 from topkbench.harness import run as run_module
 from topkbench.harness.device_use import using
-from topkbench.harness.launchers import Joblib, Submitit, Assignment
+from topkbench.harness.launchers import Assignment, Joblib, Submitit
 from topkbench.harness.main import CONF, job_of
 from topkbench.harness.runner import Job, Local, Runner, Share
 
