@@ -183,7 +183,7 @@ def test_an_error_of_one_cell_makes_its_row_and_the_others_go_on(
 
     monkeypatch.setattr(Quest, "score", fail)
     runner = Runner(Sweep(tmp_path / "sweep", tmp_path), NoTracker())
-    full, quest = Here(workers=2).run(runner, jobs_of("method=full", "method=quest"))
+    full, quest = Here(workers=2).run(runner, jobs_of("method=full", "method=quest k=32"))
     assert full is not None
     assert runner.sweep.store.cell(full).finished()
     assert quest is not None
