@@ -10,6 +10,7 @@ cell is measured writes its rows.
 import contextlib
 import functools
 import logging
+import math
 import os
 import queue
 import shutil
@@ -19,7 +20,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -55,12 +56,14 @@ class Assignment:
         jobs: The jobs.
         ended: The identities of cells that this command has run before; ``force=true`` does not run
             them again.
+        sharing: Number of workers that share the memory of a device.
         share: What is measured; None to prepare.
     """
 
     sweep: Sweep
     jobs: Sequence[Job]
     ended: frozenset[str]
+    sharing: int = 1
     share: Share | None = None
 
 
@@ -99,6 +102,7 @@ def do(assignment: Assignment, is_stopped: Callable[[], bool] = lambda: False) -
     try:
         runner = runner_of(assignment.sweep.folder, assignment.sweep.results_dir)
         runner.ended |= assignment.ended
+        runner.sharing = assignment.sharing
         if assignment.share is None:
             return Done(*runner.prepare(assignment.jobs))
         return Done(prefills=runner.run_share(assignment.jobs, assignment.share, is_stopped))
@@ -134,6 +138,11 @@ class Launcher(ABC):
                 f" install '{self.install}'."
             )
 
+    @property
+    def sharing(self) -> int:
+        """Number of workers that share the memory of a device."""
+        return 1
+
     @abstractmethod
     def start(self, assignments: Sequence[Assignment], folder: Path) -> Iterator[tuple[int, Done]]:
         """Do assignments in workers.
@@ -155,7 +164,8 @@ class Launcher(ABC):
         sweep, of_model = runner.sweep, runner.by_model(jobs)
         ended = frozenset(runner.ended)
         assignments = [
-            Assignment(sweep, [jobs[one] for one in positions], ended) for positions in of_model
+            Assignment(sweep, [jobs[one] for one in positions], ended, self.sharing)
+            for positions in of_model
         ]
         identities: dict[int, str] = {}
         shares: list[Assignment] = []
@@ -163,7 +173,7 @@ class Launcher(ABC):
             identities |= {of_model[position][at]: one for at, one in done.identities.items()}
             assert done.share is not None, "it was a preparation"
             shares += [
-                Assignment(sweep, assignments[position].jobs, ended, share)
+                replace(assignments[position], share=share)
                 for share in done.share.split(self.count)
             ]
         prefills = 0
@@ -227,6 +237,10 @@ class Joblib(Launcher):
     def count(self) -> int:
         return self.workers or len(self.gpus) or 2
 
+    @property
+    def sharing(self) -> int:
+        return math.ceil(self.count / (len(self.gpus) or 1))
+
     def start(self, assignments: Sequence[Assignment], folder: Path) -> Iterator[tuple[int, Done]]:
         from joblib.externals.loky import ProcessPoolExecutor
         from joblib.externals.loky.process_executor import BrokenProcessPool
@@ -250,10 +264,10 @@ class Joblib(Launcher):
                     try:
                         done = pools[number].submit(do, assignments[position]).result()
                     except BrokenProcessPool as error:
-                        done = Done(error=_first_line(error), has_died=True)
+                        done = Done(error=_last_line(error), has_died=True)
                         renew(number)
                     except Exception as error:  # what it was asked to do cannot be pickled
-                        done = Done(error=_first_line(error))
+                        done = Done(error=_last_line(error))
                     ended.put((position, done))
 
         count = min(self.count, len(assignments))
@@ -297,8 +311,10 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _last_line(error: BaseException) -> str:
+    """Return the last line of an error's message, which may have a traceback before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
+    return lines[-1] if lines else type(error).__name__
 
 
 # SLURM --------------------------------------------------------------------------------------------
@@ -465,8 +481,10 @@ def _done(job: Any) -> Done:
         return Done(error=f"job {job.job_id} left no result", has_died=True)
     try:
         done = job.result()
-    except (UncompletedJobError, FailedJobError) as error:
-        return Done(error=_first_line(error), has_died=True)
+    except UncompletedJobError as error:
+        return Done(error=_last_line(error), has_died=True)
+    except FailedJobError as error:  # it would fail again: the package is not there, for instance
+        return Done(error=_last_line(error))
     assert isinstance(done, Done)
     return done
 
@@ -512,7 +530,7 @@ class Ray(Launcher):
                 raise WorkerError(
                     f"launcher.address must be that of a running Ray cluster, got {self.address}:"
                     " start one with ray start --head, or use launcher.address=null"
-                    f" ({_first_line(error)})."
+                    f" ({_last_line(error)})."
                 ) from error
         task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0)(do)
         waiting = {
@@ -522,6 +540,8 @@ class Ray(Launcher):
             (one,), _ = ray.wait(list(waiting), num_returns=1)
             try:
                 done = ray.get(one)
+            except ray.exceptions.RayTaskError as error:  # it would fail again
+                done = Done(error=_last_line(error))
             except ray.exceptions.RayError as error:
-                done = Done(error=_first_line(error), has_died=True)
+                done = Done(error=_last_line(error), has_died=True)
             yield waiting.pop(one), done

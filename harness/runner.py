@@ -132,6 +132,7 @@ class Runner:
 
     Attributes:
         is_worker: Whether it measures a share of cells that were begun before.
+        sharing: Number of processes of the sweep that share the memory of its device.
         ended: The identities of the cells that it has run.
     """
 
@@ -139,6 +140,7 @@ class Runner:
         self.sweep = sweep
         self.tracker = tracker
         self.is_worker = False
+        self.sharing = 1
         self.parts = PartStore(sweep.results_dir)
         self.ended: set[str] = set()
         self._fitted: set[str] = set()
@@ -365,10 +367,15 @@ class Runner:
         if isinstance(task, PromptTask) and task.batch_size == "auto":
             path = self.batch_size_file(task, loaded, settings)
             if path not in self._batch_sizes:
-                self._batch_sizes[path] = recorded(path, lambda: task.memory(loaded))
+                self._batch_sizes[path] = recorded(path, lambda: self._memory(task, loaded))
             task.batch_size = self._batch_sizes[path]
         # A cell that reports a fit begins with the fit.
         return Run(composed, full.method, loaded, artifact, began if task.refits else None)
+
+    def _memory(self, task: PromptTask, loaded: LoadedModel) -> tuple[int, int]:
+        """Return the bytes of a prompt's states, and those that are free for this process."""
+        bytes_per_prompt, free = task.memory(loaded)
+        return bytes_per_prompt, free // self.sharing
 
     def batch_size_file(
         self, task: PromptTask, loaded: LoadedModel, settings: Mapping[str, Any]

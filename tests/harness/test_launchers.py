@@ -1,5 +1,6 @@
 """A sweep in several processes has the rows of one process, and prefills each prompt once."""
 
+import json
 import os
 import pickle
 import shutil
@@ -24,10 +25,20 @@ from topkbench.harness.device_use import using
 from topkbench.harness.launchers import Assignment, Joblib, Submitit
 from topkbench.harness.main import CONF, job_of
 from topkbench.harness.runner import Job, Local, Runner, Share
+from topkbench.harness.sweep import PromptTask
 
 ROOT = Path(__file__).parents[2]
-# What differs between two measurements of one thing.
-OF_THE_RUN = {*SPEED_COLUMNS, "started_at", "reused", "peak_memory_mib", "git_commit", "git_dirty"}
+# What differs between two measurements of one thing; the cache has a slot for each timed step, of
+# which there are fewer in this process.
+OF_THE_RUN = {
+    "kv_cache_mib",
+    *SPEED_COLUMNS,
+    "started_at",
+    "reused",
+    "peak_memory_mib",
+    "git_commit",
+    "git_dirty",
+}
 SETTINGS = (
     "rbit=32",
     "task.length=256",
@@ -148,6 +159,22 @@ def test_a_job_is_pickled_as_plain_settings(jobs: list[Job]) -> None:
     assert again.choices == jobs[1].choices
 
 
+def test_workers_that_share_memory_choose_a_smaller_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PromptTask, "memory", lambda task, loaded: (1000, 8000))
+    found = jobs_of("method=full", settings=("task.batch_size=auto",))
+    sizes = []
+    for workers in (1, 2, 4):
+        folder = tmp_path / str(workers)
+        sweep = Sweep(folder / "sweep", folder)
+        launchers.runner_of.cache_clear()
+        launchers.do(Assignment(sweep, found, frozenset(), Joblib(workers=workers).sharing))
+        (path,) = (folder / "batch_sizes").glob("*.json")
+        sizes.append(json.loads(path.read_text())["batch_size"])
+    assert sizes == [4, 2, 1]
+
+
 def test_shares_measured_apart_give_the_rows_of_one_process(
     alone: Path, jobs: list[Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,10 +287,12 @@ def test_each_joblib_worker_has_a_gpu_and_its_share_of_the_cores(
         "2",
     ]
     assert launcher.environment(0)["OMP_NUM_THREADS"] == "8"
+    assert [Joblib(workers=one).sharing for one in (1, 2, 3, 5)] == [1, 1, 2, 3]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert launcher.environment(0)["OMP_NUM_THREADS"] == "3"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert Joblib().count == 2  # processes, where there is no GPU
+    assert Joblib().sharing == 2
 
 
 def test_time_is_measured_while_no_other_process_uses_the_device(
