@@ -9,14 +9,20 @@ import functools
 import getpass
 import sqlite3
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from filelock import ReadWriteLock, Timeout
 
+from topkbench.analysis.console import say
+
 WAIT_S = 0.5
 """Seconds of one attempt to get the device, between which the process can be interrupted."""
+
+PATIENCE_S = 60
+"""Seconds of waiting after which the user is told."""
 
 
 @contextlib.contextmanager
@@ -34,12 +40,15 @@ def using(device: torch.device, alone: bool) -> Iterator[None]:
     if lock is None:
         yield
         return
+    began, is_said = time.monotonic(), False
     while True:
         try:
             (lock.acquire_write if alone else lock.acquire_read)(WAIT_S)
             break
         except Timeout:
-            continue
+            if not is_said and time.monotonic() - began > PATIENCE_S:
+                say(f"waiting for {device}, on which another process measures")
+                is_said = True
     try:
         yield
     finally:

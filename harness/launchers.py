@@ -18,6 +18,7 @@ import signal
 import subprocess
 import threading
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,11 +30,13 @@ import psutil
 import torch
 
 from topkbench.analysis.console import say
+from topkbench.analysis.files import write_atomic
 from topkbench.analysis.record import RecordError, Sweep
+from topkbench.harness.run import describe
 from topkbench.harness.runner import Job, Runner, Share
 from topkbench.methods.base import check_whole
 
-MOST_DEATHS = 10
+MOST_DEATHS = 30
 """How often the process with an assignment may die before the assignment is given up."""
 
 POLL_S = 5.0
@@ -58,6 +61,7 @@ class Assignment:
             them again.
         sharing: Number of workers that share the memory of a device.
         share: What is measured; None to prepare.
+        prepared: The identities and the machine of the preparation.
     """
 
     sweep: Sweep
@@ -65,6 +69,7 @@ class Assignment:
     ended: frozenset[str]
     sharing: int = 1
     share: Share | None = None
+    prepared: tuple[Mapping[int, str], str] = ({}, "")
 
 
 @dataclass(frozen=True)
@@ -74,15 +79,21 @@ class Done:
     Attributes:
         identities: Of a preparation: the identity of each job's cell, by the job's position.
         share: Of a preparation: what is left to measure.
+        machine: Of a preparation: the machine in words.
         prefills: Of a share: the number of prompts that were prefilled.
+        is_stopped: Whether a part of it was left to another time.
         error: Why it could not be done; empty if it was.
+        log: The error's traceback.
         has_died: Whether the process ended before, so that it is to be done again.
     """
 
     identities: Mapping[int, str] = field(default_factory=dict)
     share: Share | None = None
+    machine: str = ""
     prefills: int = 0
+    is_stopped: bool = False
     error: str = ""
+    log: str = ""
     has_died: bool = False
 
 
@@ -99,15 +110,25 @@ def do(assignment: Assignment, is_stopped: Callable[[], bool] = lambda: False) -
         assignment: The assignment.
         is_stopped: Whether to leave what is not begun to another time.
     """
+    stopped: list[bool] = []
+
+    def ask() -> bool:
+        if is_stopped():
+            stopped.append(True)
+        return bool(stopped)
+
     try:
         runner = runner_of(assignment.sweep.folder, assignment.sweep.results_dir)
         runner.ended |= assignment.ended
         runner.sharing = assignment.sharing
-        if assignment.share is None:
-            return Done(*runner.prepare(assignment.jobs))
-        return Done(prefills=runner.run_share(assignment.jobs, assignment.share, is_stopped))
+        jobs, share = assignment.jobs, assignment.share
+        if share is None:
+            return Done(*runner.prepare(jobs))
+        prefills = runner.run_share(jobs, share, assignment.prepared, ask)
+        return Done(prefills=prefills, is_stopped=bool(stopped))
     except Exception as error:
-        return Done(error=" ".join(str(error).split()) or type(error).__name__)
+        text = " ".join(str(error).split()) or type(error).__name__
+        return Done(error=text, log=traceback.format_exc())
 
 
 class Launcher(ABC):
@@ -144,7 +165,9 @@ class Launcher(ABC):
         return 1
 
     @abstractmethod
-    def start(self, assignments: Sequence[Assignment], folder: Path) -> Iterator[tuple[int, Done]]:
+    def start(
+        self, assignments: Sequence[Assignment], folder: Path
+    ) -> Iterator[tuple[int, Done] | None]:
         """Do assignments in workers.
 
         Args:
@@ -152,7 +175,8 @@ class Launcher(ABC):
             folder: The sweep's folder, for the engine's own files.
 
         Yields:
-            The position of each assignment and what was done, in the order in which they end.
+            The position of each assignment and what was done, in the order in which they end; None
+            every few seconds in between.
         """
 
     def run(self, runner: Runner, jobs: Sequence[Job]) -> list[str | None]:
@@ -169,44 +193,81 @@ class Launcher(ABC):
         ]
         identities: dict[int, str] = {}
         shares: list[Assignment] = []
-        for position, done in self._finish(assignments, runner):
+        for position, done in self._do_all(assignments, runner):
             identities |= {of_model[position][at]: one for at, one in done.identities.items()}
             assert done.share is not None, "it was a preparation"
+            prepared = done.identities, done.machine
             shares += [
-                replace(assignments[position], share=share)
+                replace(assignments[position], share=share, prepared=prepared)
                 for share in done.share.split(self.count)
             ]
+        known = {cell.identity for cell in sweep.cells() if cell.has_ended()}
+        for one in known:
+            runner.track(sweep.store.cell(one))
         prefills = 0
-        for number, (_, done) in enumerate(self._finish(shares, runner), 1):
+        for number, (_, done) in enumerate(self._do_all(shares, runner, known), 1):
             prefills += done.prefills
-            say(f"{number} of {len(shares)} shares measured, {prefills} prompts prefilled")
+            say(
+                f"{number} of {len(shares)} shares measured, {prefills} prompts prefilled by the"
+                " processes that ended"
+            )
+        left = [cell.identity for cell in sweep.cells() if not cell.has_ended()]
+        if left:
+            raise WorkerError(
+                f"all cells must have ended when every share is measured, but {', '.join(left)}"
+                " have not; what was measured is kept, and the same command goes on."
+            )
         runner.ended |= set(sweep.identities())
         return [identities.get(position) for position in range(len(jobs))]
 
-    def _finish(
-        self, assignments: Sequence[Assignment], runner: Runner
+    def _do_all(
+        self, assignments: Sequence[Assignment], runner: Runner, known: set[str] | None = None
     ) -> Iterator[tuple[int, Done]]:
-        """Do assignments, again where a worker dies; copy cells that have ended to the tracker."""
+        """Do assignments, again where a worker dies.
+
+        Args:
+            assignments: The assignments.
+            runner: Reports the cells that have ended, and copies them to the tracker.
+            known: The identities of cells of which that was done; None if none can have ended.
+        """
+        folder = runner.sweep.folder
         left = list(range(len(assignments)))
         deaths = dict.fromkeys(left, 0)
         while left:
             now, left = left, []
-            for at, done in self.start([assignments[one] for one in now], runner.sweep.folder):
-                position = now[at]
-                for cell in runner.sweep.cells():
-                    if cell.has_ended():
-                        runner.track(cell)
+            for one in self.start([assignments[position] for position in now], folder):
+                if known is not None:
+                    _report_ended(runner, known)
+                if one is None:
+                    continue
+                position, done = now[one[0]], one[1]
                 if done.has_died and deaths[position] < MOST_DEATHS:
                     deaths[position] += 1
                     say(f"a worker has died ({done.error}): what it had not measured is done again")
                     left.append(position)
                 elif done.error:
+                    where = ""
+                    if done.log:
+                        write_atomic(folder / "worker_error.txt", done.log.encode())
+                        where = f" (traceback in {folder / 'worker_error.txt'})"
                     raise WorkerError(
-                        f"{done.error.rstrip('.')}; what was measured is kept, and the same command"
-                        " goes on."
+                        f"{done.error.rstrip('.')}{where}; what was measured is kept, and the same"
+                        " command goes on."
                     )
                 else:
                     yield position, done
+
+
+def _report_ended(runner: Runner, known: set[str]) -> None:
+    """Report and track the cells that have ended since the last time."""
+    for cell in runner.sweep.cells():
+        if cell.identity in known or not cell.has_ended():
+            continue
+        with cell.lock():  # its worker may still write
+            rows = cell.read()
+            runner.report(rows, describe(rows))
+            runner.track(cell)
+        known.add(cell.identity)
 
 
 # This machine -------------------------------------------------------------------------------------
@@ -241,7 +302,9 @@ class Joblib(Launcher):
     def sharing(self) -> int:
         return math.ceil(self.count / (len(self.gpus) or 1))
 
-    def start(self, assignments: Sequence[Assignment], folder: Path) -> Iterator[tuple[int, Done]]:
+    def start(
+        self, assignments: Sequence[Assignment], folder: Path
+    ) -> Iterator[tuple[int, Done] | None]:
         from joblib.externals.loky import ProcessPoolExecutor
         from joblib.externals.loky.process_executor import BrokenProcessPool
 
@@ -251,10 +314,15 @@ class Joblib(Launcher):
             waiting.put(position)
         # One process each, as all processes of a pool end when one of them dies.
         pools: dict[int, Any] = {}
+        is_over = threading.Event()
 
         def renew(number: int) -> None:
             pools[number] = ProcessPoolExecutor(
-                1, timeout=None, env=self.environment(number), initializer=_ignore_interrupts
+                1,
+                timeout=None,
+                env=self.environment(number),
+                initializer=_follow_parent,
+                initargs=(os.getpid(),),
             )
 
         def work_on(number: int) -> None:
@@ -264,7 +332,11 @@ class Joblib(Launcher):
                     try:
                         done = pools[number].submit(do, assignments[position]).result()
                     except BrokenProcessPool as error:
-                        done = Done(error=_last_line(error), has_died=True)
+                        if is_over.is_set():
+                            return
+                        can_read = "un-serialize" not in str(error)
+                        reason = str(error).partition(". ")[0]
+                        done = Done(error=reason, has_died=can_read)
                         renew(number)
                     except Exception as error:  # what it was asked to do cannot be pickled
                         done = Done(error=_last_line(error))
@@ -276,11 +348,17 @@ class Joblib(Launcher):
         try:
             for number in range(count):
                 threading.Thread(target=work_on, args=[number], daemon=True).start()
-            for _ in assignments:
-                yield ended.get()
+            num_ended = 0
+            while num_ended < len(assignments):
+                try:
+                    yield ended.get(timeout=POLL_S)
+                    num_ended += 1
+                except queue.Empty:
+                    yield None
         finally:
+            is_over.set()
             for pool in list(pools.values()):
-                pool.shutdown(wait=False, kill_workers=True)
+                pool.shutdown(wait=True, kill_workers=True)
 
     def environment(self, number: int) -> dict[str, str]:
         """Return what a worker's environment has in addition: its GPU, and its number of threads.
@@ -306,9 +384,16 @@ def visible_gpus() -> list[str]:
     return [str(one) for one in range(torch.cuda.device_count())]
 
 
-def _ignore_interrupts() -> None:
-    """Leave an interrupt to the process that started the worker, which ends it."""
+def _follow_parent(parent: int) -> None:
+    """Leave an interrupt to the process that started this one; end when that one has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _last_line(error: BaseException) -> str:
@@ -332,6 +417,8 @@ class StopsAfterBatch:
         Args:
             assignment: The assignment.
         """
+        if assignment.share is None:  # a fit keeps each layer, and goes on after the last one
+            return do(assignment)
         warned: list[tuple[int, Any]] = []
         number = getattr(signal, os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "SIGUSR2"))
         requeue = signal.getsignal(number)  # submitit's: it ends the process at once
@@ -340,7 +427,7 @@ class StopsAfterBatch:
             done = do(assignment, lambda: bool(warned))
         finally:
             signal.signal(number, requeue)
-        if warned and callable(requeue):
+        if warned and done.is_stopped and callable(requeue):
             requeue(*warned[0])
         return done
 
@@ -416,11 +503,21 @@ class Submitit(Launcher):
     def count(self) -> int:
         return self.workers
 
-    def start(self, assignments: Sequence[Assignment], folder: Path) -> Iterator[tuple[int, Done]]:
+    def start(
+        self, assignments: Sequence[Assignment], folder: Path
+    ) -> Iterator[tuple[int, Done] | None]:
+        from submitit.core.utils import FailedJobError
+
         logs = folder / "submitit"
         executor = self._executor(logs)
-        with executor.batch():
-            jobs = [executor.submit(StopsAfterBatch(), assignment) for assignment in assignments]
+        try:
+            with executor.batch():
+                jobs = [executor.submit(StopsAfterBatch(), one) for one in assignments]
+        except FailedJobError as error:
+            raise WorkerError(
+                f"SLURM must accept the jobs, but sbatch says: {_last_line(error)}; see the"
+                " settings of launcher, such as gpus, partition and memory_gib."
+            ) from error
         if jobs:
             say(f"submitted {', '.join(job.job_id for job in jobs)}; logs in {logs}")
         waiting = dict(enumerate(jobs))
@@ -428,6 +525,7 @@ class Submitit(Launcher):
             time.sleep(POLL_S)
             for position in self._ended(waiting):
                 yield position, _done(waiting.pop(position))
+            yield None
 
     def _ended(self, jobs: Mapping[int, Any]) -> list[int]:
         """Return which jobs have left a result, or are neither running nor waiting any more."""
@@ -520,24 +618,36 @@ class Ray(Launcher):
     def count(self) -> int:
         return self.workers
 
-    def start(self, assignments: Sequence[Assignment], folder: Path) -> Iterator[tuple[int, Done]]:
+    def start(
+        self, assignments: Sequence[Assignment], folder: Path
+    ) -> Iterator[tuple[int, Done] | None]:
         import ray
 
         if not ray.is_initialized():
             try:
-                ray.init(address=self.address, logging_level=logging.ERROR)
+                ray.init(address=self.address, logging_level=logging.ERROR, log_to_driver=False)
             except ConnectionError as error:
                 raise WorkerError(
-                    f"launcher.address must be that of a running Ray cluster, got {self.address}:"
+                    f"launcher.address must be that of a running Ray cluster, got {self.address};"
                     " start one with ray start --head, or use launcher.address=null"
-                    f" ({_last_line(error)})."
                 ) from error
+        there = ray.cluster_resources()
+        for name, wanted in (("CPU", self.cpus), ("GPU", self.gpus)):
+            if wanted > there.get(name, 0):
+                raise WorkerError(
+                    f"launcher.{name.lower()}s must be at most what the Ray cluster has,"
+                    f" {there.get(name, 0):g}, got {wanted}"
+                )
         task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0)(do)
         waiting = {
             task.remote(assignment): position for position, assignment in enumerate(assignments)
         }
         while waiting:
-            (one,), _ = ray.wait(list(waiting), num_returns=1)
+            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=POLL_S)
+            if not ready:
+                yield None
+                continue
+            (one,) = ready
             try:
                 done = ray.get(one)
             except ray.exceptions.RayTaskError as error:  # it would fail again

@@ -15,11 +15,20 @@ import torch
 
 from topkbench.analysis.console import say, say_error
 from topkbench.analysis.files import NotWritableError
-from topkbench.analysis.journal import Claims, DisagreementError
-from topkbench.analysis.record import Cell, PartStore, Row, Status, Sweep, identity
+from topkbench.analysis.journal import Claims, DisagreementError, counting_deaths
+from topkbench.analysis.record import (
+    Cell,
+    PartStore,
+    RecordError,
+    Row,
+    Status,
+    Sweep,
+    identity,
+)
 from topkbench.harness.batch_size import recorded
 from topkbench.harness.cell import (
     checked_context,
+    environment,
     peak_memory_mib,
     prepare_method,
     reset_peak_memory,
@@ -42,7 +51,7 @@ from topkbench.harness.sweep import (
     outcome_of,
     run_by_prompts,
 )
-from topkbench.harness.task import Outcome, TaskRow
+from topkbench.harness.task import TIMED, Outcome, TaskRow
 from topkbench.kernels.compiled import are_cached
 from topkbench.models.digests import model_digest
 from topkbench.models.load import LoadedModel
@@ -188,16 +197,16 @@ class Runner:
         self._run_groups(groups, loaded[1])
         return identities
 
-    def prepare(self, jobs: Sequence[Job]) -> tuple[dict[int, str], Share]:
+    def prepare(self, jobs: Sequence[Job]) -> tuple[dict[int, str], Share, str]:
         """Fit what must be fitted of one model's jobs, and begin their cells.
 
         Returns:
-            The identities, as ``run`` does, and what is left to measure.
+            The identities, as ``run`` does, what is left to measure, and the machine in words.
         """
         self.is_worker = False
         loaded = self._load(jobs)
         if loaded is None:
-            return {}, Share({}, ())
+            return {}, Share({}, ()), ""
         batches: dict[str, Sequence[int]] = {}
         alone: list[str] = []
         identities, groups = self._groups(loaded[0], jobs)
@@ -214,28 +223,41 @@ class Runner:
                 batches[name] = range(task.num_batches(loaded[0]))
             elif begun:
                 alone.append(name)
-        return identities, Share(batches, alone)
+        return identities, Share(batches, alone), machine_of(loaded[0])
 
     def run_share(
-        self, jobs: Sequence[Job], share: Share, is_stopped: Callable[[], bool] = lambda: False
+        self,
+        jobs: Sequence[Job],
+        share: Share,
+        prepared: tuple[Mapping[int, str], str],
+        is_stopped: Callable[[], bool],
     ) -> int:
         """Measure a share of one model's jobs; write the cells of which everything is measured.
 
         Args:
             jobs: All jobs of the model.
             share: What is measured.
-            is_stopped: Whether to leave what is not begun to another time.
+            prepared: The identities and the machine that ``prepare`` returned.
+            is_stopped: Asked whether to leave what is left to another time.
 
         Returns:
             The number of prompts that were prefilled.
+
+        Raises:
+            RecordError: If this machine is of another kind than the one that prepared the cells.
         """
         self.is_worker = True
         loaded = self._load(jobs)
-        if loaded is None:
-            return 0
+        assert loaded is not None, "a worker raises the error"
         _, store = loaded
         before = store.forwards
-        _, groups = self._groups(loaded[0], jobs)
+        identities, groups = self._groups(loaded[0], jobs)
+        if identities != prepared[0]:
+            raise RecordError(
+                "all workers of a sweep must have the same code, libraries, device, driver and"
+                f" number of threads, but one has {machine_of(loaded[0])}, and the first"
+                f" {prepared[1]}; choose nodes of one kind, and set OMP_NUM_THREADS"
+            )
         self._run_groups(groups, store, share, is_stopped)
         return store.forwards - before
 
@@ -245,6 +267,8 @@ class Runner:
         try:
             return self.load(json.dumps(settings["model"]), settings)
         except Exception as error:  # the sweep goes on with other models
+            if self.is_worker:  # its cells have begun, and wait for it
+                raise
             for job in jobs:
                 self.refuse(error, job.choices, job.composed.settings, job.trial)
             return None
@@ -300,6 +324,8 @@ class Runner:
             except NotWritableError:
                 raise
             except Exception as error:  # its method cannot be fitted, or its prompts not be made
+                if self.is_worker:
+                    raise
                 self.refuse(error, job.choices, job.composed.settings, job.trial)
         for cell in cells.values():
             cell.has_ended = cell.is_found()
@@ -349,8 +375,14 @@ class Runner:
         if task.uses_model and task.fits_methods:
             # Several cells use the same artifact; with force=true a process fits it once.
             name = identity({part: settings[part] for part in ("model", "method", "calibration")})
-            refit = settings["force"] and task.refits and name not in self._fitted
-            self._fitted.add(name)
+            refit = (
+                settings["force"]
+                and task.refits
+                and name not in self._fitted
+                and not self.is_worker
+            )
+            if task.refits:
+                self._fitted.add(name)
             memory_gib = settings["calibration_memory_gib"]
             title = f"{composed.method.name} learns on {loaded.name}"
             # A method that learns nothing shows no bar.
@@ -452,6 +484,20 @@ class Runner:
         ):
             cell.mark_tracked()
 
+    def report(self, rows: Sequence[Row], ended: str) -> None:
+        """Print that a cell has ended, and why if it has failed; a worker leaves it to others.
+
+        Args:
+            rows: The cell's rows.
+            ended: The cell in one line.
+        """
+        if self.is_worker:
+            return
+        say(ended)
+        for row in rows:
+            if not row.status.settled:
+                self.say_reason(row.reason)
+
     def score_of(self, identity: str | None) -> float:
         """Return a cell's score; NaN, which a sweeper takes for a failed trial, if it has none."""
         rows = [] if identity is None else self.sweep.store.cell(identity).read()
@@ -506,6 +552,13 @@ class Runner:
             cell.begin(row)
             cell.write([row], [], {}, "".join(traceback.format_exception(error)))
         self.sweep.append(run_id)
+
+
+def machine_of(loaded: LoadedModel) -> str:
+    """Return in words what the times of a cell depend on."""
+    found = environment(loaded)
+    driver = f", driver {found['driver']}" if found["driver"] else ""
+    return f"{found['device']}, {found['threads']} threads{driver}, torch {found['torch']}"
 
 
 def prompts_of(run: Run) -> list[Prompt]:
@@ -603,12 +656,15 @@ class SweepCell:
         device = self.run.loaded.model.device
         try:
             reset_peak_memory(device)
-            with using(device, alone=True):
+            with (
+                counting_deaths(self.cell.folder / "measuring.json"),
+                using(device, alone=TIMED in self.run.task.parts),
+            ):
                 outcome = run_cell(self.run.context(store, self._full_answers()), self.run.task)
         except NotWritableError:
             raise
         except Exception as error:  # the row says why the cell failed, and the sweep goes on
-            log, outcome = traceback.format_exc(), failed(error)
+            log, outcome = traceback.format_exc(), ended_by(error)
         peak = peak_memory_mib(device)
         self._write(outcome, log, time.perf_counter() - began, (), peak)
 
@@ -663,7 +719,8 @@ class SweepCell:
         """Write the cell once its last batch is in, and full attention's cell has ended."""
         if self.is_ended() or not self.measured.is_complete():
             return
-        if self.full is not None and not self.full.is_ended():
+        has_failed = self.runner.is_worker and self.measured.ended is not None
+        if self.full is not None and not self.full.is_ended() and not has_failed:
             return
         measured = self.measured
         measured.close()
@@ -692,17 +749,19 @@ class SweepCell:
         found: Sequence[str] = (),
         peak_mib: float | None = None,
     ) -> None:
-        rows = self.run.rows(outcome, self.full.cell if self.full else None, found, peak_mib)
+        # A worker's cell that failed is not compared with one that has not ended.
+        full_cell = self.full.cell if self.full is not None and self.full.is_ended() else None
+        rows = self.run.rows(outcome, full_cell, found, peak_mib)
         seconds += sum(row.fit_s or 0.0 for row in rows if row.subtask == "mean")
         ended = f"{describe(rows)}, {seconds:.1f} s"
         with self.cell.lock():
+            if self.runner.is_worker and self.cell.has_ended():  # another one was faster
+                self.has_ended = True
+                return
             self.cell.write(rows, outcome.samples, self.run.settings, f"{log}\n{ended}".strip())
         self.has_ended = True
         self.runner.ended.add(self.run.identity)
-        say(ended)
-        for row in rows:
-            if not row.status.settled:
-                self.runner.say_reason(row.reason)
+        self.runner.report(rows, ended)
         self.runner.track(self.cell)
 
 

@@ -362,7 +362,7 @@ def run_by_prompts(
         numbers = range(len(cells[0].batches) if cells else 0)
     for wait in (False, True):  # batches that other processes measure come last
         for number in numbers:
-            if is_stopped() or not any(cell.missing(number) for cell in cells):
+            if not any(cell.missing(number) for cell in cells) or is_stopped():
                 continue
             with claim(number, wait) as is_mine:
                 if is_mine:

@@ -57,6 +57,7 @@ ALLOWED_TO_ONE = {
     "methods/magicpig.py": ("numpy",),
     "harness/main.py": ("hydra", "omegaconf", "topkbench.analysis.console"),
     "harness/run.py": ("pandas", "topkbench.analysis.stats"),
+    "harness/device_use.py": ("topkbench.analysis.console",),
     "harness/launchers.py": ("topkbench.analysis.console", "joblib", "submitit", "ray"),
     "harness/plan.py": ("tabulate",),
     "harness/progress.py": ("topkbench.analysis.console",),

@@ -21,11 +21,13 @@ from hydra import compose, initialize_config_dir
 from topkbench.analysis.record import SPEED_COLUMNS, CellStore, Sweep
 from topkbench.harness import device_use, launchers, speed
 from topkbench.harness import run as run_module
+from topkbench.harness import runner as runner_module
 from topkbench.harness.device_use import using
 from topkbench.harness.launchers import Assignment, Joblib, Submitit
 from topkbench.harness.main import CONF, job_of
 from topkbench.harness.runner import Job, Local, Runner, Share
 from topkbench.harness.sweep import PromptTask
+from topkbench.tasks.ruler import Ruler
 
 ROOT = Path(__file__).parents[2]
 # What differs between two measurements of one thing; the cache has a slot for each timed step, of
@@ -169,7 +171,10 @@ def test_workers_that_share_memory_choose_a_smaller_batch(
         folder = tmp_path / str(workers)
         sweep = Sweep(folder / "sweep", folder)
         launchers.runner_of.cache_clear()
-        launchers.do(Assignment(sweep, found, frozenset(), Joblib(workers=workers).sharing))
+        sharing = Joblib(workers=workers).sharing
+        sent = pickle.loads(pickle.dumps(Assignment(sweep, found, frozenset(), sharing)))
+        done = launchers.do(sent)
+        assert done.error == ""
         (path,) = (folder / "batch_sizes").glob("*.json")
         sizes.append(json.loads(path.read_text())["batch_size"])
     assert sizes == [4, 2, 1]
@@ -219,7 +224,58 @@ def test_an_error_of_one_cell_makes_its_row_and_the_others_go_on(
     assert "a fault of its own" in row.reason
 
 
-def test_a_work_that_cannot_be_done_ends_the_sweep_with_its_reason(
+def test_a_cell_that_fails_in_one_share_alone_has_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure = Ruler.measure
+
+    def fail_on_first(task: Any, context: Any, plan: Any, part: str, prompts: Any) -> Any:
+        if context.method.name == "quest" and prompts[0].sample.sample_id.endswith("-0-0"):
+            raise RuntimeError("a fault of one prompt")
+        return measure(task, context, plan, part, prompts)
+
+    monkeypatch.setattr(Ruler, "measure", fail_on_first)
+    runner = Runner(Sweep(tmp_path / "sweep", tmp_path), NoTracker())
+    full, quest = Here(workers=2).run(runner, jobs_of("method=full", "method=quest k=32"))
+    assert full is not None
+    assert runner.sweep.store.cell(full).finished()
+    assert quest is not None
+    (row,) = runner.sweep.store.cell(quest).read()
+    assert row.status == "failed"
+    assert "a fault of one prompt" in row.reason
+    assert "a fault of one prompt" in capsys.readouterr().err
+
+
+def test_workers_of_two_kinds_are_refused_as_their_cells_differ(
+    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other(Here):
+        def start(self, assignments: Any, folder: Path) -> Iterator[Any]:
+            if assignments[0].share is not None:
+                there = run_module.environment
+
+                def other(loaded: Any) -> dict[str, Any]:
+                    return {**there(loaded), "device": "Another GPU"}
+
+                monkeypatch.setattr(run_module, "environment", other)
+                monkeypatch.setattr(runner_module, "environment", other)
+            yield from super().start(assignments, folder)
+
+    runner = Runner(Sweep(tmp_path / "sweep", tmp_path), NoTracker())
+    with pytest.raises(launchers.WorkerError, match=r"one has Another GPU, .*, and the first"):
+        Other(workers=2).run(runner, jobs)
+
+
+def test_a_cell_that_nobody_has_ended_is_no_success(
+    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runner, "run_share", lambda *arguments: 0)
+    runner = Runner(Sweep(tmp_path / "sweep", tmp_path), NoTracker())
+    with pytest.raises(launchers.WorkerError, match="all cells must have ended when every share"):
+        Here(workers=2).run(runner, jobs)
+
+
+def test_an_assignment_that_cannot_be_done_ends_the_sweep_with_its_reason(
     jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any) -> Any:
@@ -227,7 +283,9 @@ def test_a_work_that_cannot_be_done_ends_the_sweep_with_its_reason(
 
     monkeypatch.setattr(Runner, "run_share", fail)
     runner = Runner(Sweep(tmp_path / "sweep", tmp_path), NoTracker())
-    with pytest.raises(launchers.WorkerError, match="a fault of ours; what was measured is kept"):
+    with pytest.raises(
+        launchers.WorkerError, match=r"a fault of ours \(traceback in .*what was measured is kept"
+    ):
         Here(workers=2).run(runner, jobs)
 
 
@@ -386,7 +444,13 @@ def test_a_job_that_is_warned_ends_after_its_batch_and_goes_on_in_the_queue(
     launchers.runner_of.cache_clear()
     prepared = launchers.do(Assignment(sweep, jobs, frozenset()))
     assert prepared.share is not None
-    work = Assignment(sweep, jobs, frozenset(), prepared.share)
+    work = Assignment(
+        sweep,
+        jobs,
+        frozenset(),
+        share=prepared.share,
+        prepared=(prepared.identities, prepared.machine),
+    )
     requeued: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda number, frame: requeued.append(number))
     measured: list[int] = []
