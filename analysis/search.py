@@ -210,7 +210,8 @@ def _front(found: Outcome, data: pd.DataFrame) -> tuple[Figure, pd.DataFrame, st
     axes.set_ylabel(METRICS[y].axis)
     legend(figure, axes)
     reading = (
-        "The Pareto front is joined, and has its trials' numbers; dominated trials are faint."
+        "The Pareto front is joined, and has its trials' numbers and intervals; dominated trials"
+        " are faint, and their intervals are in the report's rows."
         f"{_bars_words(data, y)}"
     )
     return figure, _shown(found, data), reading

@@ -133,7 +133,7 @@ class Planner:
         else:
             words += f" on {self.card.name}: what it takes at least, by its published figures."
         texts = [f"{words} Nothing was run or written.", *texts]
-        if groups or self.card is None:
+        if self.card is None or any(group.units for group in groups):
             texts += self._costs_texts(groups, fixed, report)
         return "\n\n".join([*texts, "\n".join(f"- {note}" for note in self.notes)]).rstrip()
 
@@ -398,8 +398,8 @@ class Planner:
         if share is not None:
             num_known = sum(one.sample.sample_id in answers for one in work.prompts)
             plan.facts["answers"] = (
-                f"of {num_known} known prompts end after at most {share:.0%} of their tokens; the"
-                " costs below count on that"
+                f"on {num_known} of the prompts full attention takes at most {share:.0%} of the"
+                " tokens that an answer may have; the costs below count on that"
             )
 
     def _try(
@@ -462,7 +462,8 @@ class Planner:
         if self.card is not None:
             found = "found ones unknown without the weights"
         skipped = [cell for cell in cells if cell.reason]
-        lines = [f"{loaded.name}: {len(cells)} cells, {found}, {len(skipped)} without results"]
+        words = f"{len(cells)} cell{'s' if len(cells) != 1 else ''}"
+        lines = [f"{loaded.name}: {words}, {found}, {len(skipped)} without results"]
         for reason in dict.fromkeys(cell.reason for cell in skipped):
             lines += [f"  {cell.title}" for cell in skipped if cell.reason == reason]
             lines.append(f"    {reason}")
@@ -471,7 +472,8 @@ class Planner:
             if not users:
                 continue
             if self.card is not None:
-                lines.append(f"  {', '.join(users)} must be fitted unless its artifact is there")
+                line = f"  {', '.join(users)} must be fitted unless its artifact is there"
+                lines += [] if line in lines else [line]
                 continue
             takes = "what it takes is unknown"
             if cost is not None:
