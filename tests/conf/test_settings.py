@@ -491,8 +491,8 @@ def leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield here, value
 
 
-FREE = ("model.architecture", "model.chat_template_kwargs", "search.knobs")
-"""Mappings whose keys belong to transformers, to a model's template, and to other settings."""
+FREE = (*("model.architecture", "model.chat_template_kwargs", "search.knobs", "launcher.more"),)
+"""Mappings whose keys are those of transformers, a model's template, other settings, and sbatch."""
 FILES = [(group, path) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 
 
