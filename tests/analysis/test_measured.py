@@ -69,6 +69,18 @@ def test_the_readmes_table_is_the_main_jobs() -> None:
     assert found == expected
 
 
+def test_the_page_on_perplexity_shows_the_measured_rows() -> None:
+    path = MEASURED / "epyc_zen3_1_thread" / "perplexity.csv"
+    table = main_table(compare(rows(path)).overall)
+    lines = (ROOT / "docs" / "perplexity.md").read_text().splitlines()
+    found = [numbers(line) for line in lines if line.startswith("| ")]
+    assert found == [list(table.head), *map(list, table.rows)]
+    (hata,) = [row for row in found if row[:2] == ["HATA", "64"]]
+    assert hata[3:7] == [
+        *("2.4010", "+0.1871 [+0.1117, +0.2625]", "0.1693 [0.1345, 0.2040]", "0.810"),
+    ]
+
+
 def test_the_readmes_latencies_are_the_measured_ones() -> None:
     data = rows(MEASURED / "epyc_2_threads" / "layer_latency.csv")
     text = (ROOT / "README.md").read_text()
