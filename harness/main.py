@@ -356,7 +356,7 @@ class SweepFolders(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check and note a sweep's folder."""
-        if config.hydra.runtime.choices.get("search", "none") != "none":
+        if OmegaConf.select(config, "hydra.runtime.choices.search", default="none") != "none":
             say_error("a search starts from one configuration, and -m makes several; leave -m out.")
             raise SystemExit(REFUSED_STATUS)
         for text in config.hydra.overrides.task:

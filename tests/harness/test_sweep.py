@@ -263,6 +263,8 @@ class Run:
 class Runner:
     """What it asks a runner for: one object for each part."""
 
+    is_worker = False
+
     def __init__(self, folder: Path) -> None:
         self.store = PartStore(folder)
         self.parts: dict[str, MeasuredPart] = {}
