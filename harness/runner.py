@@ -749,9 +749,7 @@ class SweepCell:
         found: Sequence[str] = (),
         peak_mib: float | None = None,
     ) -> None:
-        # A worker's cell that failed is not compared with one that has not ended.
-        full_cell = self.full.cell if self.full is not None and self.full.is_ended() else None
-        rows = self.run.rows(outcome, full_cell, found, peak_mib)
+        rows = self.run.rows(outcome, self.full.cell if self.full else None, found, peak_mib)
         seconds += sum(row.fit_s or 0.0 for row in rows if row.subtask == "mean")
         ended = f"{describe(rows)}, {seconds:.1f} s"
         with self.cell.lock():

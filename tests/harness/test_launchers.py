@@ -205,6 +205,17 @@ def test_what_was_measured_is_found_and_with_force_measured_again_once(
     assert attempts == {"full": 2, "quest": 2, "hata": 1, "exact": 1}
 
 
+def test_a_skipped_cell_names_the_one_that_it_would_be_compared_with(tmp_path: Path) -> None:
+    runner = Runner(Sweep(tmp_path / "sweep", tmp_path), NoTracker())
+    full, skipped = Local().run(
+        runner, jobs_of("method=full", "method=exact k=32 protocol.dense_layers=4")
+    )
+    assert skipped is not None
+    (row,) = runner.sweep.store.cell(skipped).read()
+    assert row.status == "skipped"
+    assert row.full_run_id == full
+
+
 def test_an_error_of_one_cell_makes_its_row_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
