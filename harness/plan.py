@@ -5,7 +5,6 @@ On the device of the run a few steps of each cell are measured and extended to a
 the model's configuration and tokenizer are read. Nothing is written into the folder of results.
 """
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,13 @@ from topkbench.harness.pilot import (
     try_part,
 )
 from topkbench.harness.run import Run, describe_settings
-from topkbench.harness.runner import Job, JournaledCell, Runner, SweepCell
+from topkbench.harness.runner import (
+    Job,
+    JournaledCell,
+    Runner,
+    SweepCell,
+    positions_by_model,
+)
 from topkbench.harness.settings import Composed, Names, SettingsError, construct
 from topkbench.harness.sweep import PromptTask, message_of
 from topkbench.harness.task import Context, Outcome
@@ -104,15 +109,13 @@ class Planner:
 
     def plan(self) -> str:
         """Return the plan as text."""
-        by_model: dict[str, list[Job]] = {}
-        for job in self.jobs:
-            by_model.setdefault(json.dumps(job.composed.settings["model"]), []).append(job)
         began = time.perf_counter()
         texts, groups, fixed = [], list[GroupPlan](), self.start
         num_cells, device = 0, torch.device("cpu")
-        for name, jobs in by_model.items():
+        for positions in positions_by_model(self.jobs):
+            jobs = [self.jobs[one] for one in positions]
             try:
-                loading, loaded = timed(device, self._load, name, jobs)
+                loading, loaded = timed(device, self._load, jobs)
             except Exception as error:  # the sweep makes failed rows of them
                 self._note_failures([message_of(error)] * len(jobs))
                 continue
@@ -146,10 +149,10 @@ class Planner:
 
     # The cells -----------------------------------------------------------------------------------
 
-    def _load(self, name: str, jobs: Sequence[Job]) -> LoadedModel:
+    def _load(self, jobs: Sequence[Job]) -> LoadedModel:
         settings = jobs[0].composed.settings
         if self.card is None:
-            return self.runner.load(name, settings)[0]
+            return self.runner.load(settings)[0]
         loader = settings["model"]["_target_"]
         if loader != f"{load_model.__module__}.{load_model.__name__}":
             raise SettingsError(
@@ -255,10 +258,11 @@ class Planner:
             self.fits[name] = None  # as far as it is known
             if self.card is not None or not isinstance(method, LearningMethod):
                 continue
-            gib = run.settings["calibration_memory_gib"]
-            memory = None if gib is None else int(gib * 2**30)
+            composed = run.composed
             try:
-                self.fits[name] = fit(run.loaded, method, run.composed.texts, memory)
+                self.fits[name] = fit(
+                    run.loaded, method, composed.texts, composed.calibration_bytes
+                )
             except Exception as error:
                 cell.reason = message_of(error)
 

@@ -116,6 +116,19 @@ class Share:
         return [one for one in shares if one.cells or any(one.batches.values())]
 
 
+def model_settings(settings: Mapping[str, Any]) -> str:
+    """Return a configuration's settings of the model as text; equal ones have the same model."""
+    return json.dumps(settings["model"])
+
+
+def positions_by_model(jobs: Sequence[Job]) -> list[list[int]]:
+    """Return the positions of each model's jobs."""
+    found: dict[str, list[int]] = {}
+    for position, job in enumerate(jobs):
+        found.setdefault(model_settings(job.composed.settings), []).append(position)
+    return list(found.values())
+
+
 class Local:
     """Runs sweeps in this process: ``launcher=local``."""
 
@@ -175,13 +188,11 @@ class Runner:
         on_cpu = any(job.composed.settings["device"] == "cpu" for job in jobs)
         if on_cpu and not are_cached():
             say("CPU kernels are compiled when first used, once on this machine: up to a minute")
-        found: dict[str, list[int]] = {}
-        for position, job in enumerate(jobs):
-            found.setdefault(json.dumps(job.composed.settings["model"]), []).append(position)
+        found = positions_by_model(jobs)
         words = f"{len(jobs)} configuration{'s' if len(jobs) > 1 else ''}"
         models = f" over {len(found)} models" if len(found) > 1 else ""
         say(f"{words}{models}; results in {self.sweep.results_dir}")
-        return list(found.values())
+        return found
 
     def run(self, jobs: Sequence[Job]) -> dict[int, str]:
         """Run all jobs of one model.
@@ -219,7 +230,8 @@ class Runner:
             begun = [cell for cell in group if cell.begin_attempt()]
             if begun and isinstance(task, PromptTask):
                 for cell in begun:
-                    cell.forget_if_forced()
+                    if cell.is_forced:
+                        cell.forget()
                 batches[name] = range(task.num_batches(loaded[0]))
             elif begun:
                 alone.append(name)
@@ -265,7 +277,7 @@ class Runner:
         """Return the jobs' model and its prefills; None, with rows that say why, if it fails."""
         settings = jobs[0].composed.settings
         try:
-            return self.load(json.dumps(settings["model"]), settings)
+            return self.load(settings)
         except Exception as error:  # the sweep goes on with other models
             if self.is_worker:  # its cells have begun, and wait for it
                 raise
@@ -273,8 +285,9 @@ class Runner:
                 self.refuse(error, job.choices, job.composed.settings, job.trial)
             return None
 
-    def load(self, name: str, settings: Mapping[str, Any]) -> tuple[LoadedModel, PrefillStore]:
+    def load(self, settings: Mapping[str, Any]) -> tuple[LoadedModel, PrefillStore]:
         """Return a model and its prefills; the model before, if it is another one, is dropped."""
+        name = model_settings(settings)
         if self._model is None or self._model[0] != name:
             if self._model is not None:  # before the next one takes memory
                 self._model = None
@@ -383,7 +396,6 @@ class Runner:
             )
             if task.refits:
                 self._fitted.add(name)
-            memory_gib = settings["calibration_memory_gib"]
             title = f"{composed.method.name} learns on {loaded.name}"
             # A method that learns nothing shows no bar.
             with Bar(title, lambda done, total: f"{title}: {done / total:.0%}") as bar:
@@ -393,7 +405,7 @@ class Runner:
                     composed.texts,
                     settings["artifact_dir"],
                     bar.update,
-                    None if memory_gib is None else int(memory_gib * 2**30),
+                    composed.calibration_bytes,
                     refit,
                 )
         if isinstance(task, PromptTask) and task.batch_size == "auto":
@@ -694,10 +706,10 @@ class SweepCell:
             return False
         return True
 
-    def forget_if_forced(self) -> None:
-        """Delete what was measured before of a cell that is measured again."""
+    def forget(self) -> None:
+        """Delete what was measured of the cell before this command."""
         for part, key in self.run.keys.items():
-            self.runner.part(part, key, self.is_forced)
+            self.runner.part(part, key, force=True)
 
     def so_far(self) -> dict[str, Any]:
         """Return the cell's name, its samples done, and the mean of their scores."""

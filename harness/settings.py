@@ -242,6 +242,12 @@ class Composed:
             if needed is not None:
                 raise SettingsError(f"{name}={backend} needs {needed} use {name}=sdpa.")
 
+    @property
+    def calibration_bytes(self) -> int | None:
+        """Limit on captured queries and keys while a method is fitted; None for the default."""
+        gib = self.settings["calibration_memory_gib"]
+        return None if gib is None else int(gib * 2**30)
+
     def check_launcher(self) -> None:
         """Check that the launcher's engine is installed here.
 

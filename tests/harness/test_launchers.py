@@ -18,7 +18,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from topkbench.analysis.record import SPEED_COLUMNS, CellStore, Sweep
+from topkbench.analysis.record import SPEED_COLUMNS, CellStore, Row, Sweep
 from topkbench.harness import device_use, launchers, speed
 from topkbench.harness import run as run_module
 from topkbench.harness import runner as runner_module
@@ -216,6 +216,18 @@ def test_a_skipped_cell_names_the_one_that_it_would_be_compared_with(tmp_path: P
     assert row.full_run_id == full
 
 
+def failed_quest(folder: Path) -> Row:
+    """Run full attention and Quest in two shares; return the row of Quest, which must fail."""
+    runner = Runner(Sweep(folder / "sweep", folder), NoTracker())
+    full, quest = Here(workers=2).run(runner, jobs_of("method=full", "method=quest k=32"))
+    assert full is not None
+    assert runner.sweep.store.cell(full).finished()
+    assert quest is not None
+    (row,) = runner.sweep.store.cell(quest).read()
+    assert row.status == "failed"
+    return row
+
+
 def test_an_error_of_one_cell_makes_its_row_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,14 +237,7 @@ def test_an_error_of_one_cell_makes_its_row_and_the_others_go_on(
         raise RuntimeError("a fault of its own")
 
     monkeypatch.setattr(Quest, "score", fail)
-    runner = Runner(Sweep(tmp_path / "sweep", tmp_path), NoTracker())
-    full, quest = Here(workers=2).run(runner, jobs_of("method=full", "method=quest k=32"))
-    assert full is not None
-    assert runner.sweep.store.cell(full).finished()
-    assert quest is not None
-    (row,) = runner.sweep.store.cell(quest).read()
-    assert row.status == "failed"
-    assert "a fault of its own" in row.reason
+    assert "a fault of its own" in failed_quest(tmp_path).reason
 
 
 def test_a_cell_that_fails_in_one_share_alone_has_its_row(
@@ -246,14 +251,7 @@ def test_a_cell_that_fails_in_one_share_alone_has_its_row(
         return measure(task, context, plan, part, prompts)
 
     monkeypatch.setattr(Ruler, "measure", fail_on_first)
-    runner = Runner(Sweep(tmp_path / "sweep", tmp_path), NoTracker())
-    full, quest = Here(workers=2).run(runner, jobs_of("method=full", "method=quest k=32"))
-    assert full is not None
-    assert runner.sweep.store.cell(full).finished()
-    assert quest is not None
-    (row,) = runner.sweep.store.cell(quest).read()
-    assert row.status == "failed"
-    assert "a fault of one prompt" in row.reason
+    assert "a fault of one prompt" in failed_quest(tmp_path).reason
     assert "a fault of one prompt" in capsys.readouterr().err
 
 
