@@ -17,7 +17,7 @@ import pandas as pd
 from topkbench.analysis import stats, style
 from topkbench.analysis.provenance import pinned_versions
 from topkbench.analysis.record import typed
-from topkbench.analysis.row import PARAMETER_PREFIX, Status
+from topkbench.analysis.row import PARAMETER_PREFIX, Status, same_under_each_seed
 
 BASELINES = ("full", "exact", "block_oracle")
 """Methods that serve as references; they do not compete for the best score."""
@@ -156,7 +156,7 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
         scores: dict[str, dict[str, float | None]] = {}
         if len(pool):
             full = _full_samples(cells, full_cells, outcomes) if key["method"] != "full" else None
-            if str(key["prompts"]).startswith("RULER"):
+            if same_under_each_seed(key["prompts"]):
                 pool, full = _once(pool), None if full is None else _once(full)
             try:
                 scores = stats.paired_columns(pool, full)
@@ -424,7 +424,7 @@ def _metrics(part: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     values |= _relative_to_full(part, values)
     kv_len = _number(_numbers(part, "kv_len").mean())
     # Each seed draws its own prompts, but those of a file are the same under each.
-    from_files = str(part[0]["prompts"]).startswith("RULER")
+    from_files = same_under_each_seed(part[0]["prompts"])
     for name in ("judged_prompts", "judged_tokens", "timed_prompts", "scored_tokens"):
         counts = _present(part, name)
         number = max(counts, default=0) if from_files else sum(counts)

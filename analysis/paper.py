@@ -209,9 +209,7 @@ def _differences(
     if not pd.isna(configuration["prompts"]):
         ours = not str(configuration["prompts"]).startswith("RULER")
     if number["benchmark"] == "ruler" and ours:
-        reasons.append(
-            "prompts: RULER's generator there, ours here (task.source reads RULER's files)"
-        )
+        reasons.append("prompts: RULER's there, ours of random words here (task=ruler has RULER's)")
     if configuration["question"] != _QUESTION:
         reasons.append(f"question: prefilled there, {configuration['question']} here")
     if not pd.isna(configuration["protocol"]) and configuration["protocol"] != _PROTOCOL:

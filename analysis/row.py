@@ -388,6 +388,7 @@ class Row:
         columns = {
             name: value for name, value in values.items() if not name.startswith(PARAMETER_PREFIX)
         }
+        columns["task"] = present_task(columns)
         unknown = sorted(set(columns) - set(COLUMNS))
         if unknown:
             raise RecordError(f"a row has no column {unknown[0]!r}; see analysis/row.py.")
@@ -405,6 +406,28 @@ COLUMNS: tuple[str, ...] = tuple(
     item.name for item in dataclasses.fields(Row) if item.name != "parameters"
 )
 """All columns of a row in order, without the method's parameters."""
+
+
+def present_task(columns: Mapping[str, typing.Any]) -> typing.Any:
+    """Return the task's present name: ``ruler`` over our own words is ``ruler_words`` since.
+
+    Args:
+        columns: A row's columns. Where ``prompts`` is no column at all, the row is older than it,
+            and its prompts are ours if they have a length.
+    """
+    task = columns.get("task")
+    if task != "ruler":
+        return task
+    if "prompts" in columns:
+        return "ruler_words" if str(columns["prompts"]).startswith("topkbench") else task
+    length = columns.get("length")
+    return task if length is None or math.isnan(length) else "ruler_words"
+
+
+def same_under_each_seed(prompts: object) -> bool:
+    """Return whether prompts, by a row's column, were read and do not depend on the seed."""
+    text = str(prompts)
+    return text.startswith("RULER ") and not text.startswith("RULER written by topkbench")
 
 
 def _field_types() -> dict[str, tuple[tuple[type, ...], str]]:

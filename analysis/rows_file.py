@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from topkbench.analysis.record import RecordError, typed
-from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX, Row
+from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX, Row, present_task
 
 
 def read_rows(file: Path) -> pd.DataFrame:
@@ -33,6 +33,12 @@ def read_rows(file: Path) -> pd.DataFrame:
             data = pd.read_parquet(file)
     except (OSError, ValueError, csv.Error) as error:
         raise RecordError(f"{file} must be a table of rows, but cannot be read: {error}.") from None
+    if {"task", "length"} <= {*data.columns}:
+        named = [name for name in ("task", "prompts", "length") if name in data.columns]
+        data["task"] = [
+            present_task({str(name): one for name, one in columns.items()})
+            for columns in data[named].astype(object).to_dict("records")
+        ]
     known = [one for one in dataclasses.fields(Row) if one.name in COLUMNS]
     required = [one.name for one in known if one.default is dataclasses.MISSING]
     missing = [name for name in required if name not in data.columns]

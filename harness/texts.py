@@ -1,6 +1,7 @@
 """Calibration texts from files: Python's own documentation, or files that the user names."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +28,22 @@ def python_topics(half: Literal["first", "second"]) -> str:
         halves["first" if position < half_length else "second"] += text
         position += len(text)
     return halves[half]
+
+
+@cache
+def python_prose(half: Literal["first", "second"]) -> str:
+    """Return the paragraphs of prose in a half of the topics, once each, one paragraph a line.
+
+    Left out are code, lists, headings and grammar: paragraphs with an indented line, of fewer than
+    12 words, or that do not end with a full stop.
+    """
+    found: dict[str, None] = {}
+    for paragraph in re.split(r"\n\s*\n", python_topics(half)):
+        words = paragraph.split()
+        indented = any(line[:1].isspace() for line in paragraph.split("\n"))
+        if not indented and len(words) >= 12 and words[-1].endswith("."):
+            found[" ".join(words)] = None
+    return "\n".join(found)
 
 
 @dataclass(kw_only=True)

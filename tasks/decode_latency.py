@@ -36,7 +36,7 @@ from topkbench.harness.task import (
 from topkbench.methods.base import AnyMethod, Geometry, Policy, check_list, check_whole
 from topkbench.models.load import Dtype, ModelNotAvailable, ModelShape, free_bytes, needs_text
 from topkbench.models.watch import LayerCall, watched_attention
-from topkbench.tasks.ruler import Ruler
+from topkbench.tasks.ruler_words import RulerWords
 
 
 @dataclass(kw_only=True)
@@ -263,7 +263,7 @@ class DecodeLatency(Task):
         """
         loaded = context.loaded
         self._check_layer(context.geometry.num_layers)
-        task = Ruler(
+        task = RulerWords(
             length=length,
             num_samples=1,
             subtasks=("niah_multikey",),

@@ -8,18 +8,18 @@ from typing import Any, ClassVar
 from topkbench.harness.samples import Sample
 from topkbench.methods.base import check_list
 from topkbench.models.load import LoadedModel
-from topkbench.tasks.ruler import Ruler
-from topkbench.tasks.ruler_prompts import needle_prompt
+from topkbench.tasks.ruler_words import RulerWords
+from topkbench.tasks.ruler_words_prompts import needle_prompt
 from topkbench.tasks.words import word_pools
 
 
 @dataclass(kw_only=True)
-class Needle(Ruler):
+class Needle(RulerWords):
     """niah_single with the needle at a given depth: one row per length and depth, and their mean.
 
     Source: HATA's Figure 6 (arXiv:2506.02572) has 15 lengths and 10 depths with one sample each, in
-    a haystack of books; here the haystack is random words, as in ``task=ruler``, and there are
-    several samples.
+    a haystack of books; here the haystack is random words, as in ``task=ruler_words``, and there
+    are several samples.
 
     Attributes:
         lengths: Tokens of prompt and answer together.
@@ -40,18 +40,18 @@ class Needle(Ruler):
         self.length = max(self.lengths)
 
     @property
-    def _shortest(self) -> int:
+    def shortest(self) -> int:
         return min(self.lengths)
 
-    def _draw(self, loaded: LoadedModel) -> list[Sample]:
+    def draw(self, loaded: LoadedModel) -> list[Sample]:
         samples = []
         for length in self.lengths:
             for depth in self.depths:
                 write = functools.partial(needle_prompt, words=word_pools()[0], depth=depth / 100)
                 name = f"{length} x {depth}%"
                 for index in range(self.num_samples):
-                    samples.append(self._make(loaded, name, length, index, write))
+                    samples.append(self.make(loaded, name, length, index, write))
         return samples
 
-    def _content(self) -> dict[str, Any]:
-        return {"needle": [list(self.lengths), list(self.depths)]}
+    def content(self, loaded: LoadedModel) -> dict[str, Any]:
+        return super().content(loaded) | {"needle": [list(self.lengths), list(self.depths)]}

@@ -7,7 +7,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ import pyarrow.parquet
 
 from topkbench.harness.decoding import Question
 from topkbench.harness.samples import Sample
+from topkbench.tasks.generated import NEW_TOKENS
+from topkbench.tasks.hub import PREFIX, HubDataset, hub_rows, parse_hub
 
-# Tokens that RULER lets a model generate, by the prefix of the sub-task's name.
-NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 # The name of a sub-task, alone and within the name of a file or of its folder.
 SUBTASK = re.compile(
     r"niah(?:_(?:single|multikey)(?:_\d)?|_multivalue|_multiquery)?|vt|cwe|fwe|qa(?:_\d)?"
@@ -47,13 +47,14 @@ class RulerFiles:
         samples: The samples, at most as many of each sub-task as were asked for.
         counts: For each sub-task, the number of samples in the files.
         skipped: Number of lines that were left out because they are not as described.
-        digest: 8 hex digits of the files' names and bytes.
+        label: Where they come from: 8 hex digits of the files' names and bytes, after the id of a
+            data set of the hub.
     """
 
     samples: list[Sample]
     counts: dict[str, int]
     skipped: int
-    digest: str
+    label: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class File:
 
 
 def read_official(
-    path: Path,
+    source: str | Path,
     num_samples: int,
     question: Question,
     question_tokens: int = 0,
@@ -114,7 +115,8 @@ def read_official(
     Files are read to their end, so that a bad line is found however many samples are asked for.
 
     Args:
-        path: A file, or a folder with ``.jsonl`` or ``.parquet`` files.
+        source: A file; a folder with ``.jsonl`` or ``.parquet`` files; or a data set of the hub,
+            ``hub:OWNER/NAME[/CONFIG][@REVISION]``.
         num_samples: At most this many samples of each sub-task are returned, those that come first.
         question: With ``"sparse"`` the question is split off, where the line separates it or else
             where its first words are found.
@@ -127,36 +129,25 @@ def read_official(
             another file, a sub-task that is asked for is in no file, a line is not as described, a
             reference is empty, or a question is to be split off and cannot be found.
     """
-    files = [path]
-    if path.is_dir():
-        files = sorted([*path.rglob("*.jsonl"), *path.rglob("*.parquet")])
-    if not files or not all(file.is_file() for file in files):
-        raise ValueError(
-            "task.source must be a file of JSON lines or Parquet, or a folder of them, found none"
-            f" at {path}."
-        )
     samples: list[Sample] = []
     counts: dict[str, int] = {}
-    file_of: dict[str, Path] = {}
+    place_of: dict[str, str] = {}
     digests: list[tuple[str, str]] = []
     skipped = 0
-    for file in files:
-        named, file_id = _named_subtask(file)
+    for place, file_id, named, read_lines in _places(str(source)):
         if named is not None and subtasks is not None and named not in subtasks:
-            file_of.setdefault(named, file)
+            place_of.setdefault(named, place)
             continue
-        stat = file.stat()
-        state = (str(file.absolute()), stat.st_mtime_ns, stat.st_size)
-        read = _read_file(file, named, num_samples, skip_bad, state)
+        read = read_lines(named, num_samples, skip_bad)
         skipped += read.skipped
         digests.append((file_id, read.sha256))
         for subtask, lines in read.lines.items():
-            if subtask in file_of:
+            if subtask in place_of:
                 raise ValueError(
-                    f"task.source must hold one file of each sub-task, found {file_of[subtask]} and"
-                    f" {file}, both of {subtask}; give the folder of one length."
+                    f"task.source must hold one file of each sub-task, found {place_of[subtask]}"
+                    f" and {place}, both of {subtask}; give the folder of one length."
                 )
-            file_of[subtask] = file
+            place_of[subtask] = place
             if subtasks is None or subtask in subtasks:
                 counts[subtask] = read.counts[subtask]
                 samples += [
@@ -166,11 +157,44 @@ def read_official(
     for subtask in subtasks or ():
         if subtask not in counts:
             raise ValueError(
-                f"task.subtasks must be among those in task.source, {', '.join(sorted(file_of))},"
+                f"task.subtasks must be among those in task.source, {', '.join(sorted(place_of))},"
                 f" got {subtask!r}."
             )
-    digest = hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest()[:8]
-    return RulerFiles(samples, counts, skipped, digest)
+    label = hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest()[:8]
+    if str(source).startswith(PREFIX):
+        label = f"{str(source).removeprefix(PREFIX)} {label}"
+    return RulerFiles(samples, counts, skipped, label)
+
+
+# Called with the sub-task of lines that do not name one, the number of lines of each sub-task to
+# return, and whether bad lines are left out.
+ReadLines = Callable[[str | None, int, bool], "File"]
+
+
+def _places(source: str) -> Iterator[tuple[str, str, str | None, ReadLines]]:
+    """Yield each file of a source: its path, a shorter name, its sub-task, and how it is read.
+
+    The sub-task is None where neither the file's name nor its folder's is of exactly one.
+    """
+    if source.startswith(PREFIX):
+        dataset = parse_hub("task.source", source)
+        name = str(dataset).partition("@")[0]
+        yield source, name, _one_subtask(name), functools.partial(_read_dataset, dataset)
+        return
+    path = Path(source)
+    files = [path]
+    if path.is_dir():
+        files = sorted([*path.rglob("*.jsonl"), *path.rglob("*.parquet")])
+    if not files or not all(file.is_file() for file in files):
+        raise ValueError(
+            "task.source must be a file of JSON lines or Parquet, a folder of them, or"
+            f" hub:OWNER/NAME, found none at {path}."
+        )
+    for file in files:
+        named, file_id = _named_subtask(file)
+        stat = file.stat()
+        state = (str(file.absolute()), stat.st_mtime_ns, stat.st_size)
+        yield str(file), file_id, named, functools.partial(_read_file, file, state)
 
 
 def _named_subtask(file: Path) -> tuple[str | None, str]:
@@ -183,7 +207,7 @@ def _named_subtask(file: Path) -> tuple[str | None, str]:
         (path.stem, path.name),
         (path.parent.name, f"{path.parent.name}/{path.name}"),
     ):
-        subtasks = set(WITHIN_NAME.findall(name.lower().replace("-", "_")))
+        subtasks = _subtasks_within(name)
         if len(subtasks) == 1:
             return subtasks.pop(), file_id
         if subtasks:
@@ -191,28 +215,59 @@ def _named_subtask(file: Path) -> tuple[str | None, str]:
     return None, path.name
 
 
+def _subtasks_within(name: str) -> set[str]:
+    return set(WITHIN_NAME.findall(name.lower().replace("-", "_")))
+
+
+def _one_subtask(name: str) -> str | None:
+    found = _subtasks_within(name)
+    return found.pop() if len(found) == 1 else None
+
+
 # Read once by a process, since all cells of a sweep use the same files.
 @functools.lru_cache(maxsize=64)
 def _read_file(
-    file: Path, named: str | None, num_samples: int, skip_bad: bool, state: tuple[str, int, int]
+    file: Path, state: tuple[str, int, int], named: str | None, num_samples: int, skip_bad: bool
 ) -> File:
-    """Return the first lines of each sub-task of a file, which is read to its end.
+    """Return the first lines of each sub-task of a file.
 
     Args:
         file: The file.
+        state: Absolute path, time of the last change and size: a changed file is read again.
         named: The sub-task of lines that do not name one.
         num_samples: Lines of each sub-task to return.
         skip_bad: Leave out lines that are not as described.
-        state: Absolute path, time of the last change and size: a changed file is read again.
 
     Raises:
         ValueError: As ``read_official``.
     """
+    with file.open("rb") as content:
+        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    return _read(str(file), _entries(file), sha256, named, num_samples, skip_bad)
+
+
+@functools.lru_cache(maxsize=64)
+def _read_dataset(dataset: HubDataset, named: str | None, num_samples: int, skip_bad: bool) -> File:
+    """Return the first rows of each sub-task of a data set; see ``_read_file``."""
+    rows = hub_rows("task.source", dataset, ("test",))
+    sha256 = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+    return _read(str(dataset), enumerate(rows, start=1), sha256, named, num_samples, skip_bad)
+
+
+def _read(
+    place: str,
+    entries: Iterable[tuple[int, bytes | dict[str, Any]]],
+    sha256: str,
+    named: str | None,
+    num_samples: int,
+    skip_bad: bool,
+) -> File:
+    """Return the first lines of each sub-task of what was opened, which is read to its end."""
     lines: dict[str, list[Line]] = {}
     counts: Counter[str] = Counter()
     skipped = 0
-    for number, entry in _entries(file):
-        location = f"{'row' if isinstance(entry, dict) else 'line'} {number} of {file}"
+    for number, entry in entries:
+        location = f"{'row' if isinstance(entry, dict) else 'line'} {number} of {place}"
         try:
             line = _parse(entry, number, location)
         except BadLine:
@@ -224,7 +279,7 @@ def _read_file(
         if subtask is None:
             raise ValueError(
                 "task.source must name each file or its folder after one sub-task of RULER"
-                f" (niah_single_1, ..., vt, cwe, fwe, qa_1, qa_2), got {file}; rename it, as in"
+                f" (niah_single_1, ..., vt, cwe, fwe, qa_1, qa_2), got {place}; rename it, as in"
                 " qa_1/validation.jsonl."
             )
         counts[subtask] += 1
@@ -232,10 +287,8 @@ def _read_file(
             lines.setdefault(subtask, []).append(line)
     if not lines:
         raise ValueError(
-            f"task.source must hold at least one sample in each file, found none in {file}."
+            f"task.source must hold at least one sample in each file, found none in {place}."
         )
-    with file.open("rb") as content:
-        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
     return File(lines, dict(counts), skipped, sha256)
 
 

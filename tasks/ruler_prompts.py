@@ -1,472 +1,484 @@
-"""The prompts of the seven synthetic RULER sub-tasks, in our own words.
+"""RULER's 13 sub-tasks (arXiv:2404.06654), as NVIDIA's generator writes their prompts.
 
-Source: RULER (arXiv:2404.06654), section 3, with the parameters of its released configuration:
-4 keys, values or queries in the multi-* tasks, 1 chain of 4 hops, 10 common words 30 times and the
-others 3 times, coded words with zeta-distributed frequencies (alpha 2.0). The haystack is random
-words; niah_multikey's is other needles, the hard variant (multikey_2). Keys are single words
-of one half of the pool while it lasts, values are two words of the other half.
+Source: github.com/NVIDIA/RULER, commit c3f5e3b: parameters, how lengths are filled, and the
+wording, which is the benchmark's protocol and taken verbatim (Apache-2.0, see NOTICE).
+
+Two things differ. A sample has random draws of its own, so it does not depend on how many others
+there are, and needles, words and documents are shuffled anew for each (NVIDIA's generator shuffles
+those of all samples in the same order). The sentences of an essay, between which needles are put,
+are found by NLTK's Punkt after it has read the essay, not by its downloaded model of English.
 """
 
+import functools
 import itertools
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import string
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from topkbench.harness.samples import TaskDoesNotFit
-from topkbench.methods.base import check_whole
-from topkbench.models.digests import tokenizer_digest
-from topkbench.models.encoding import encode
-from topkbench.models.load import LoadedModel
-from topkbench.tasks.words import (
-    CALIBRATION_NAMES,
-    CALIBRATION_NUMBERS,
-    random_names,
-    word_pools,
-)
+from topkbench.tasks.ruler_data import Essay, QuestionSet
+from topkbench.tasks.words import listed_words
 
 VERSION = 1
-"""Counts the changes of these prompts and of the needle task's: rows of different ones are not
-compared."""
-SUBTASKS = (
-    "niah_single",
-    "niah_multikey",
-    "niah_multivalue",
-    "niah_multiquery",
-    "vt",
-    "cwe",
-    "fwe",
-)
-NUM_NEEDLES = 4
-VT_HOPS = 4
-CWE_COMMON, CWE_FREQUENT, CWE_RARE = 10, 30, 3
-FWE_ALPHA = 2.0
-SENTENCE_WORDS = 12
-WITH_EXAMPLE = ("vt", "cwe")
-EXAMPLE_TOKENS = 500
-
-FACTS = "Read the text below and remember the secret words in it.\n"
-VARIABLES = "Read the text below and remember what is assigned to each variable.\n"
-NUMBERED = "Read the numbered list of words below and remember the most common ones.\n"
-CODED = "Read the coded text below and remember the most frequent coded words.\n"
+"""Counts the changes of these prompts: rows of different ones are not compared."""
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+DEPTHS = tuple(round(100 * step / 39) for step in range(40))
+"""Percentages of an essay's sentences after which a needle may stand."""
+SHORT = 4096
+"""Below this length haystacks grow in smaller steps, and cwe repeats its words less often."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt without the identity of a sample; see :class:`topkbench.harness.samples.Sample`.
-
-    ``reference`` is the complete answer, as the shipped model is trained to write it.
-    """
+    """A prompt without the identity of a sample; see :class:`topkbench.harness.samples.Sample`."""
 
     context: str
     question: str
     answer_prefix: str
     answers: tuple[str, ...]
-    reference: str
 
+    @property
+    def text(self) -> str:
+        """The whole prompt, with the beginning of the answer."""
+        return self.context + self.question + self.answer_prefix
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wording:
+    """What surrounds the haystack of a sub-task: text before it, question, beginning of the answer.
+
+    Words in braces are replaced by what a sample asks for.
+    """
+
+    before: str
+    question: str
+    answer_prefix: str
+
+    def around(self, haystack: str, answers: Sequence[str], **asked: object) -> Prompt:
+        """Return a prompt."""
+        return Prompt(
+            context=self.before.format(**asked) + haystack,
+            question=self.question.format(**asked),
+            answer_prefix=self.answer_prefix.format(**asked),
+            answers=tuple(answers),
+        )
+
+
+NEEDLE = "One of the special magic {values} for {key} is: {value}."
+ONE_VALUE = Wording(
+    before="A special magic {value} is hidden within the following text. Make sure to memorize it."
+    " I will quiz you about the {value} afterwards.\n",
+    question="\nWhat is the special magic {value} for {query} mentioned in the provided text?",
+    answer_prefix=" The special magic {value} for {query} mentioned in the provided text is",
+)
+MANY_VALUES = Wording(
+    before="Some special magic {value}s are hidden within the following text. Make sure to memorize"
+    " it. I will quiz you about the {value}s afterwards.\n",
+    question="\nWhat are all the special magic {value}s for {query} mentioned in the provided"
+    " text?",
+    answer_prefix=" The special magic {value}s for {query} mentioned in the provided text are",
+)
+VARIABLES = Wording(
+    before="Memorize and track the chain(s) of variable assignment hidden in the following text."
+    "\n\n",
+    question="\nQuestion: Find all variables that are assigned the value {value} in the text"
+    " above.",
+    answer_prefix=" Answer: According to the chain(s) of variable assignment in the text above,"
+    " {count} variables are assigned the value {value}, they are: ",
+)
+COMMON = Wording(
+    before="Below is a numbered list of words. In these words, some appear more often than others."
+    " Memorize the ones that appear most often.\n",
+    question="\nQuestion: What are the 10 most common words in the above list?",
+    answer_prefix=" Answer: The top 10 words that appear most often in the list are:",
+)
+FREQUENT = Wording(
+    before="Read the following coded text and track the frequency of each coded word. Find the"
+    " three most frequently appeared coded words. ",
+    question="\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are"
+    " the three most frequently appeared words in the above coded text?",
+    answer_prefix=" Answer: According to the coded text above, the three most frequently appeared"
+    " words are:",
+)
+_ANSWER = (
+    "Answer the question based on the given documents. Only give me the answer and do not output"
+    " any other words."
+)
+DOCUMENTS = Wording(
+    before=f"{_ANSWER}\n\nThe following are given documents.\n\n",
+    # The haystack ends with _ANSWER and an empty line: the last line alone is the question.
+    question="\nQuestion: {query}",
+    answer_prefix=" Answer:",
+)
+
+# Haystacks ----------------------------------------------------------------------------------------
+
+
+def needle(value_type: str, key: str, value: str) -> str:
+    """Return the sentence that hides a value under a key."""
+    return NEEDLE.format(values=f"{value_type}s", key=key, value=value)
+
+
+def between_lines(lines: Sequence[str], needles: Sequence[str], places: Sequence[int]) -> str:
+    """Return lines with needles before those at the given places, which ascend, each a line."""
+    mixed = list(lines)
+    for place, one in zip(reversed(places), reversed(needles), strict=True):
+        mixed.insert(place, one)
+    return "\n".join(mixed)
+
+
+def between_sentences(
+    sentences: Sequence[str], needles: Sequence[str], depths: Sequence[int]
+) -> str:
+    """Return an essay with needles after the given percentages of its sentences.
+
+    The needle of the lowest depth is the first.
+    """
+    ends = sorted(int(len(sentences) * (depth / 100)) for depth in depths)
+    parts, begin = [], 0
+    for end, one in zip(ends, needles, strict=True):
+        parts += [" ".join(sentences[begin:end]), one]
+        begin = end
+    return " ".join([*parts, " ".join(sentences[begin:])])
+
+
+def chain(names: Sequence[str], value: str) -> list[str]:
+    """Return the assignments of one chain in order; the first assigns the value."""
+    followers = (f"VAR {new} = VAR {old} " for old, new in itertools.pairwise(names))
+    return [f"VAR {names[0]} = {value}", *followers]
+
+
+def numbered(words: Sequence[str]) -> str:
+    """Return a numbered list in one line."""
+    return " ".join(f"{number}. {word}" for number, word in enumerate(words, start=1))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as a sentence lists them."""
+    return f"{', '.join(names[:-1])}, and {names[-1]}" if len(names) > 1 else names[0]
+
+
+def common_words(example: Sequence[str], solution: Sequence[str], words: Sequence[str]) -> str:
+    """Return cwe's context after its first sentence: the solved example, then the list."""
+    solved = COMMON.around(numbered(example), ()).text.removeprefix(COMMON.before)
+    return f"{solved} {numbered(solution)}\n{COMMON.before}{numbered(words)}"
+
+
+def documents(texts: Sequence[str]) -> str:
+    """Return numbered documents and what stands between them and the question."""
+    joined = "\n\n".join(
+        f"Document {number}:\n{text}" for number, text in enumerate(texts, start=1)
+    )
+    return f"{joined}\n\n{_ANSWER}\n"
+
+
+# Sub-tasks ----------------------------------------------------------------------------------------
 
 CountTokens = Callable[[str], int]
+Tokens = Callable[[Prompt], int]
 
 
-def needle(key: str, value: str) -> str:
-    """Return the sentence that hides ``value`` under ``key``."""
-    return f" The secret words: {key} {value}."
+class Subtask(ABC):
+    """How one sub-task draws its prompts.
 
-
-def filler(rng: random.Random, words: Sequence[str]) -> str:
-    """Return one sentence of random words."""
-    return " " + " ".join(rng.choices(words, k=SENTENCE_WORDS)) + "."
-
-
-def ask_one(key: str, value: str) -> tuple[str, str, str]:
-    """Return (question, answer prefix, reference) for one key with one value."""
-    return f"\nWhat are the secret words of {key}?", f" The secret words: {key}", f" {value}."
-
-
-def ask_all_values(key: str, values: Sequence[str]) -> tuple[str, str, str]:
-    """Return (question, answer prefix, reference) for all values of one key."""
-    answer = f", {key} ".join(values)
-    return (
-        f"\nWhat are all the secret words of {key}?",
-        f" All the secret words: {key}",
-        f" {answer}.",
-    )
-
-
-def ask_many(keys: Sequence[str], values: Sequence[str]) -> tuple[str, str, str]:
-    """Return (question, answer prefix, reference) for several keys at once."""
-    items = ", ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
-    return (
-        f"\nWhat are the secret words of {', '.join(keys[:-1])} and {keys[-1]}?",
-        f" The secret words: {keys[0]}",
-        f"{items.removeprefix(keys[0])}.",
-    )
-
-
-def ask_variables(value: str, names: Sequence[str]) -> tuple[str, str, str]:
-    """Return (question, answer prefix, reference) for the variables that hold ``value``."""
-    return (
-        f"\nWhich variables hold the value {value}?",
-        f" The variables that hold {value}:",
-        f" {', '.join(names)}.",
-    )
-
-
-def ask_common(words: Sequence[str]) -> tuple[str, str, str]:
-    """Return (question, answer prefix, reference) for the most common words of a list."""
-    return (
-        "\nWhat are the ten most common words in the list?",
-        " The ten most common words:",
-        f" {', '.join(words)}.",
-    )
-
-
-def ask_frequent(words: Sequence[str]) -> tuple[str, str, str]:
-    """Return (question, answer prefix, reference) for the most frequent coded words."""
-    return (
-        "\nWhat are the three most frequent coded words in the text?",
-        " The three most frequent coded words:",
-        f" {', '.join(words)}.",
-    )
-
-
-def halves(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Split a pool into the words for keys and the words for values."""
-    return words[::2], words[1::2]
-
-
-def two_words(rng: random.Random, words: Sequence[str]) -> str:
-    """Return a value: two different words."""
-    return " ".join(rng.sample(words, 2))
-
-
-def spare_keys(rng: random.Random, words: Sequence[str]) -> Iterator[str]:
-    """Yield distinct keys forever: all single words of the pool, then pairs of words."""
-    yield from rng.sample(words, len(words))
-    pairs: set[str] = set()
-    while True:
-        pair = "-".join(rng.sample(words, 2))
-        if pair not in pairs:
-            pairs.add(pair)
-            yield pair
-
-
-def assignment_chain(rng: random.Random, names: Sequence[str], value: str) -> list[str]:
-    """Return the assignments of one chain in order; the first assigns the value."""
-    statements = [f" VAR {names[0]} = {value}."]
-    statements += [f" VAR {new} = VAR {old}." for old, new in itertools.pairwise(names)]
-    return statements
-
-
-def scatter(rng: random.Random, haystack: list[str], needles: Sequence[str], ordered: bool) -> str:
-    """Return the haystack with the needles inserted at random positions between its sentences."""
-    positions = sorted(rng.choices(range(len(haystack) + 1), k=len(needles)))
-    order = list(needles) if ordered else rng.sample(list(needles), len(needles))
-    for position, sentence in zip(reversed(positions), reversed(order), strict=True):
-        haystack.insert(position, sentence)
-    return "".join(haystack)
-
-
-def fill(
-    budget: int, count: CountTokens, draw_sentence: Callable[[], str], minimum: int = 1
-) -> list[str]:
-    """Return random sentences, drawn until the next one would exceed ``budget`` tokens in total.
-
-    Raises:
-        TaskDoesNotFit: If fewer than ``minimum`` sentences fit.
+    A prompt's size counts what its haystack is made of: words of an essay, lines, words of a list,
+    documents.
     """
-    sentences: list[str] = []
-    used = 0
-    while True:
-        sentence = draw_sentence()
-        used += count(sentence)
-        if used > budget:
-            break
-        sentences.append(sentence)
-    if len(sentences) < minimum:
-        raise TaskDoesNotFit(
-            f"the haystack must hold at least {minimum} sentences, but {budget} tokens are left for"
-            " it; use a larger task.length."
-        )
-    return sentences
+
+    @abstractmethod
+    def step(self, length: int) -> int:
+        """Return by how much a size shrinks if a prompt exceeds ``length`` tokens."""
+
+    @abstractmethod
+    def draw(self, rng: random.Random, size: int, index: int) -> Prompt:
+        """Return a prompt of a size."""
+
+    def largest(self, seed: str, length: int, tokens: Tokens) -> int:
+        """Return the largest size whose prompt and answer have at most ``length`` tokens.
+
+        Args:
+            seed: Seed of the prompts that are tried.
+            length: Tokens of prompt and answer.
+            tokens: Returns the number of tokens of a prompt and its answer.
+        """
+
+        def fits(size: int) -> bool:
+            return tokens(self.draw(random.Random(seed), size, 0)) <= length
+
+        least = self.step(length)
+        most = least
+        while fits(most):
+            least, most = most, 2 * most
+        while most - least > 1:
+            middle = (least + most) // 2
+            least, most = (middle, most) if fits(middle) else (least, middle)
+        return least
+
+    def fitted(self, seed: str, size: int, index: int, length: int, tokens: Tokens) -> Prompt:
+        """Return a prompt of at most ``length`` tokens with its answer.
+
+        Raises:
+            TaskDoesNotFit: If none of the sizes fits.
+        """
+        step = self.step(length)
+        while True:
+            prompt = self.draw(random.Random(seed), size, index)
+            found = tokens(prompt)
+            if found <= length:
+                return prompt
+            if size <= step:
+                raise TaskDoesNotFit(
+                    f"the smallest prompt and its answer must have at most task.length={length}"
+                    f" tokens, got {found}; use a larger task.length."
+                )
+            size -= step
 
 
-def _niah(
-    rng: random.Random, words: Sequence[str], budget: int, count: CountTokens, subtask: str
-) -> Prompt:
-    num_keys = NUM_NEEDLES if subtask == "niah_multiquery" else 1
-    num_values = NUM_NEEDLES if subtask == "niah_multivalue" else 1
-    key_words, value_words = halves(words)
-    keys = rng.sample(key_words, num_keys)
-    values = [two_words(rng, value_words) for _ in range(num_keys * num_values)]
-    if len({value.split()[0] for value in values}) < len(values):
-        # Values must differ in their first word, or an answer would be ambiguous: draw again.
-        return _niah(rng, words, budget, count, subtask)
-    if subtask == "niah_multivalue":
-        question, prefix, reference = ask_all_values(keys[0], values)
-        needles = [needle(keys[0], value) for value in values]
-    else:
-        needles = [needle(key, value) for key, value in zip(keys, values, strict=True)]
-        ask = ask_one(keys[0], values[0]) if num_keys == 1 else ask_many(keys, values)
-        question, prefix, reference = ask
-    others = [word for word in words if word not in keys]
-    left = budget - sum(map(count, (FACTS, question, prefix, reference, *needles)))
-    if subtask == "niah_multikey":
-        spare = spare_keys(rng, [word for word in key_words if word not in keys])
-        haystack = fill(left, count, lambda: needle(next(spare), two_words(rng, value_words)))
-    else:
-        haystack = fill(left, count, lambda: filler(rng, others))
-    context = FACTS + scatter(rng, haystack, needles, ordered=False)
-    return Prompt(
-        context=context,
-        question=question,
-        answer_prefix=prefix,
-        answers=tuple(values),
-        reference=reference,
-    )
-
-
-def _vt(
-    rng: random.Random, words: Sequence[str], budget: int, count: CountTokens, share: slice
-) -> Prompt:
-    names = rng.sample(random_names(5, upper=True)[share], VT_HOPS + 1)
-    reserved = () if share == CALIBRATION_NAMES else CALIBRATION_NUMBERS
-    numbers = (str(rng.randint(10000, 99999)) for _ in itertools.count())
-    value = next(number for number in numbers if number not in reserved)
-    statements = assignment_chain(rng, names, value)
-    question, prefix, reference = ask_variables(value, names)
-    left = budget - sum(map(count, (VARIABLES, question, prefix, reference, *statements)))
-    haystack = fill(left, count, lambda: filler(rng, words))
-    return Prompt(
-        context=VARIABLES + scatter(rng, haystack, statements, ordered=True),
-        question=question,
-        answer_prefix=prefix,
-        answers=tuple(names),
-        reference=reference,
-    )
-
-
-def numbered_list(
-    rng: random.Random, common: Sequence[str], rare: Sequence[str], frequent: int, seldom: int
-) -> list[str]:
-    """Return shuffled, numbered entries: common words ``frequent`` times, rare ones ``seldom``."""
-    entries = list(common) * frequent + list(rare) * seldom
-    rng.shuffle(entries)
-    return [f" {number}. {word}" for number, word in enumerate(entries, start=1)]
-
-
-def _cwe(rng: random.Random, words: Sequence[str], budget: int, count: CountTokens) -> Prompt:
-    order = rng.sample(words, len(words))
-    common, others = order[:CWE_COMMON], order[CWE_COMMON:]
-    question, prefix, reference = ask_common(common)
-    left = budget - sum(map(count, (NUMBERED, question, prefix, reference)))
-    # All entries have nearly the same number of tokens, so one of them gives a first estimate of
-    # the number of entries, which then shrinks until the list fits.
-    frequent = CWE_FREQUENT if budget >= 2048 else max(4, CWE_FREQUENT * budget // 2048)
-    per_entry = max(1, count(f" 1000. {common[0]}"))
-    num_entries = max(0, left // per_entry)
-    # If the pool has too few words for the budget, all words are repeated proportionally more.
-    repeat = 1 + num_entries // (CWE_COMMON * frequent + CWE_RARE * len(others))
-    num_rare = min(len(others), max(1, (num_entries // repeat - CWE_COMMON * frequent) // CWE_RARE))
-    while num_rare > 0:
-        entries = numbered_list(
-            rng, common, others[:num_rare], frequent * repeat, CWE_RARE * repeat
-        )
-        if count("".join(entries)) <= left:
-            return Prompt(
-                context=NUMBERED + "".join(entries),
-                question=question,
-                answer_prefix=prefix,
-                answers=tuple(common),
-                reference=reference,
-            )
-        num_rare -= 1 + num_rare // 50
-    raise TaskDoesNotFit(
-        f"cwe must hold {CWE_COMMON} common words {frequent} times and at least one other word,"
-        f" but {left} tokens are left for them; use a larger task.length."
-    )
-
-
-def _fwe(rng: random.Random, budget: int, count: CountTokens, share: slice) -> Prompt:
-    num_coded = max(8, budget // 50)
-    # Twice as many as needed, since ``share`` may select half of them.
-    coded = random_names(6, upper=False, count=max(256, 2 * num_coded))[share]
-    vocabulary = rng.sample(coded, num_coded)
-    answers = vocabulary[1:4]
-    question, prefix, reference = ask_frequent(answers)
-    left = budget - sum(map(count, (CODED, question, prefix, reference)))
-    ranks = range(1, len(vocabulary) + 1)
-    zeta = sum(rank**-FWE_ALPHA for rank in range(1, 100_000))
-    num_words = left // max(1, count(f" {vocabulary[0]}"))
-    while num_words > 16:
-        times = [int(num_words * rank**-FWE_ALPHA / zeta) for rank in ranks]
-        if times[3] == times[4]:  # the third answer would tie with the next word
-            num_words -= 1
-            continue
-        text = [
-            "..." if rank == 1 else word  # the most frequent one is noise, as in RULER
-            for rank, word in zip(ranks, vocabulary, strict=True)
-            for _ in range(times[rank - 1])
-        ]
-        rng.shuffle(text)
-        body = "".join(f" {word}" for word in text) + "."
-        if count(body) <= left:
-            return Prompt(
-                context=CODED + body,
-                question=question,
-                answer_prefix=prefix,
-                answers=tuple(answers),
-                reference=reference,
-            )
-        num_words -= 1 + num_words // 50
-    raise TaskDoesNotFit(
-        f"fwe must hold more than 16 coded words, but {left} tokens are left for them;"
-        " use a larger task.length."
-    )
-
-
-def needle_prompt(
-    rng: random.Random, words: Sequence[str], budget: int, count: CountTokens, depth: float
-) -> Prompt:
-    """Return a prompt with one needle at a given depth of its haystack.
-
-    Args:
-        rng: The sample's own random generator.
-        words: The pool that key, value and fillers are drawn from.
-        budget: Tokens for the context, the question, the prefix and the reference answer.
-        count: Returns the number of tokens of a text, without special tokens.
-        depth: Share of the haystack's sentences that precede the needle, 0 to 1.
-
-    Raises:
-        TaskDoesNotFit: If no sentence fits besides the needle.
-    """
-    key_words, value_words = halves(words)
-    key, value = rng.choice(key_words), two_words(rng, value_words)
-    question, prefix, reference = ask_one(key, value)
-    hidden = needle(key, value)
-    others = [word for word in words if word != key]
-    left = budget - sum(map(count, (FACTS, question, prefix, reference, hidden)))
-    haystack = fill(left, count, lambda: filler(rng, others))
-    haystack.insert(round(depth * len(haystack)), hidden)
-    return Prompt(
-        context=FACTS + "".join(haystack),
-        question=question,
-        answer_prefix=prefix,
-        answers=(value,),
-        reference=reference,
-    )
-
-
-def make_prompt(
-    subtask: str,
-    rng: random.Random,
-    words: Sequence[str],
-    budget: int,
-    count: CountTokens,
-    share: slice = slice(None),
-    example: bool = False,
-) -> Prompt:
-    """Return one prompt of ``subtask`` that fills, but does not exceed, ``budget`` tokens.
-
-    Args:
-        subtask: One of ``SUBTASKS``.
-        rng: The sample's own random generator.
-        words: The pool that keys, values and fillers are drawn from.
-        budget: Tokens for the context, the question, the prefix and the reference answer.
-        count: Returns the number of tokens of a text, without special tokens.
-        share: The part of the random names (variables and coded words) that the prompt may use.
-        example: Whether a short solved prompt of the same sub-task comes first, for the sub-tasks
-            where RULER has one (vt and cwe).
-
-    Raises:
-        TaskDoesNotFit: If the smallest prompt of the sub-task needs more than ``budget``.
-    """
-    if not example or subtask not in WITH_EXAMPLE:
-        return _make(subtask, rng, words, budget, count, share)
-    solved = _make(subtask, rng, words, min(EXAMPLE_TOKENS, budget // 4), count, share)
-    text = solved.context + solved.question + solved.answer_prefix + solved.reference + "\n\n"
-    while True:
-        prompt = _make(subtask, rng, words, budget - count(text), count, share)
-        if not set(prompt.answers) & set(solved.answers):
-            return replace(prompt, context=text + prompt.context)
-
-
-def _make(
-    subtask: str,
-    rng: random.Random,
-    words: Sequence[str],
-    budget: int,
-    count: CountTokens,
-    share: slice,
-) -> Prompt:
-    if subtask == "vt":
-        return _vt(rng, words, budget, count, share)
-    if subtask == "cwe":
-        return _cwe(rng, words, budget, count)
-    if subtask == "fwe":
-        return _fwe(rng, budget, count, share)
-    return _niah(rng, words, budget, count, subtask)
-
-
-@dataclass(kw_only=True)
-class CalibrationPrompts:
-    """Calibration texts: prompts with their answers, made of words that no test uses.
+@dataclass(frozen=True, kw_only=True)
+class Niah(Subtask):
+    """Needles in a haystack.
 
     Attributes:
-        seed: Seed of the prompts.
-        num_sequences: Number of prompts.
-        max_length: Tokens per prompt, at most; no more than the model's window.
+        haystack: An essay; ``"noise"``, five sentences over and over; ``"needles"``, other needles.
+        key: What keys are: ``word`` (an adjective and a noun) or ``uuid``.
+        value: What values are: ``number`` (7 digits) or ``uuid``.
+        num_keys: Number of keys.
+        num_values: Number of values of each key.
+        num_queries: Number of keys that are asked for.
     """
 
-    seed: int = 90210
-    num_sequences: int = 14
-    max_length: int = 4096
+    haystack: Essay | str
+    key: str = "word"
+    value: str = "number"
+    num_keys: int = 1
+    num_values: int = 1
+    num_queries: int = 1
 
-    name = "ruler_words"
+    def step(self, length: int) -> int:
+        if isinstance(self.haystack, Essay):
+            return 500
+        return 5 if length < SHORT else 25
 
-    def __post_init__(self) -> None:
-        for setting in ("num_sequences", "max_length"):
-            check_whole(f"calibration.{setting}", getattr(self, setting))
-        check_whole("calibration.seed", self.seed, least=0)
+    def draw(self, rng: random.Random, size: int, index: int) -> Prompt:
+        # All keys and values of a prompt differ, or its question would have several answers.
+        keys = _distinct(lambda: _draw(rng, self.key), self.num_keys)
+        drawn = _distinct(lambda: _draw(rng, self.value), self.num_keys * self.num_values)
+        values = [drawn[row * self.num_values :][: self.num_values] for row in range(self.num_keys)]
+        needles = [
+            needle(self.value, key, value)
+            for key, of_key in zip(keys, values, strict=True)
+            for value in of_key
+        ]
+        rng.shuffle(needles)
+        if isinstance(self.haystack, Essay):
+            sentences = self.haystack.sentences(size)
+            haystack = between_sentences(sentences, needles, rng.sample(DEPTHS, len(needles)))
+        else:
+            lines = [self._line(rng, keys) for _ in range(size)]
+            places = sorted(rng.sample(range(size), len(needles)))
+            haystack = between_lines(lines, needles, places)
+        asked = rng.sample(range(self.num_keys), self.num_queries)
+        answers = [value for row in asked for value in values[row]]
+        wording = ONE_VALUE if len(answers) == 1 else MANY_VALUES
+        query = listed([keys[row] for row in asked])
+        return wording.around(haystack, answers, value=self.value, query=query)
 
-    def sequences(self, loaded: LoadedModel, length: int, count: int) -> list[list[int]]:
-        """Return the token ids of ``count`` texts of at most ``length`` tokens each."""
-        key = (tokenizer_digest(loaded.tokenizer), length, count, self.seed)
-        if key not in _CALIBRATION:
-            _CALIBRATION[key] = [
-                encode(loaded.tokenizer, text)[:length]
-                for text in self.texts(loaded, length, count)
-            ]
-        return _CALIBRATION[key]
+    def _line(self, rng: random.Random, keys: Sequence[str]) -> str:
+        if self.haystack == "noise":
+            return NOISE
+        while (key := _draw(rng, self.key)) in keys:
+            pass
+        return needle(self.value, key, _draw(rng, self.value))
 
-    def texts(self, loaded: LoadedModel, length: int, count: int) -> list[str]:
-        """Return prompts with their answers, cycling through the sub-tasks."""
 
-        def count_tokens(text: str) -> int:
-            return len(loaded.tokenizer.encode(text, add_special_tokens=False))
+@dataclass(frozen=True, kw_only=True)
+class VariableTracking(Subtask):
+    """A chain of assignments among noise, after a solved example of at most 500 tokens.
 
-        words, texts = word_pools()[1], []
-        for index in range(count):
-            rng = random.Random(f"calibration-{self.seed}-{index}")
-            subtask = SUBTASKS[index % len(SUBTASKS)]
-            try:
-                prompt = make_prompt(
-                    subtask, rng, words, length - 2, count_tokens, CALIBRATION_NAMES
-                )
-            except TaskDoesNotFit as error:
-                raise TaskDoesNotFit(
-                    f"calibration.max_length must leave room for a prompt of {subtask}, got"
-                    f" {length}; use a larger calibration.max_length."
-                ) from error
-            texts.append(prompt.context + prompt.question + prompt.answer_prefix + prompt.reference)
-        return texts
+    Attributes:
+        count: Returns the number of tokens of a text, without special tokens.
+        seed: Seed of the places of the example's assignments, the same in all samples.
+    """
 
-    def describe(self, length: int, count: int) -> str:
-        """Return a description of the prompts."""
-        return (
-            f"{count} prompts of {length} tokens, {', '.join(SUBTASKS)} in turn, seed"
-            f" {self.seed}, {len(word_pools()[1])} words that no test uses"
+    count: CountTokens
+    seed: int
+
+    NUM_NAMES = 5
+    EXAMPLE_TOKENS = 500
+
+    def step(self, length: int) -> int:
+        return 5 if length < SHORT else 10
+
+    def draw(self, rng: random.Random, size: int, index: int) -> Prompt:
+        size_of_example, places = self._example
+        names, value = _names(rng, 3, self.NUM_NAMES), str(rng.randint(10000, 99998))
+        solved = self._around(size_of_example, places, names, value)
+        example = f"{solved.text} {' '.join(names)}\n\n"
+        names, value = _names(rng, 5, self.NUM_NAMES), str(rng.randint(10000, 99998))
+        places = sorted(rng.sample(range(size), self.NUM_NAMES))
+        prompt = self._around(size, places, names, value)
+        return Prompt(
+            context=example + prompt.context,
+            question=prompt.question,
+            answer_prefix=prompt.answer_prefix,
+            answers=prompt.answers,
         )
 
+    @functools.cached_property
+    def _example(self) -> tuple[int, list[int]]:
+        """The number of lines of noise in the example, and the places of its assignments."""
+        names = ["".join(letter * 3) for letter in "ABCDE"]
 
-# Cached per process, since every cell of a sweep needs the digest of the prompts' tokens.
-_CALIBRATION: dict[tuple[str, int, int, int], list[list[int]]] = {}
+        def places(size: int) -> list[int]:
+            rng = random.Random(f"{self.seed}-vt-example")
+            return sorted(rng.sample(range(size), self.NUM_NAMES))
+
+        size = self.NUM_NAMES
+        while (
+            self.count(self._around(size + 1, places(size + 1), names, "12345").text)
+            <= self.EXAMPLE_TOKENS
+        ):
+            size += 1
+        return size, places(size)
+
+    def _around(self, size: int, places: Sequence[int], names: Sequence[str], value: str) -> Prompt:
+        haystack = between_lines([NOISE] * size, chain(names, value), places)
+        return VARIABLES.around(haystack, names, value=value, count=len(names))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonWords(Subtask):
+    """A list in which ten words stand more often than the others, after a solved example.
+
+    Attributes:
+        words: The words, at least as many as the longest prompt needs.
+        length: Tokens of prompt and answer: short prompts repeat their words less often.
+    """
+
+    words: Sequence[str]
+    length: int
+
+    NUM_COMMON = 10
+
+    def step(self, length: int) -> int:
+        return 10
+
+    def largest(self, seed: str, length: int, tokens: Tokens) -> int:
+        if tokens(self.draw(random.Random(seed), len(self.words), 0)) <= length:
+            raise TaskDoesNotFit(
+                f"cwe needs more than {len(self.words):,} words for task.length={length}; set"
+                " task.english_words to the file english_words.json of RULER."
+            )
+        return super().largest(seed, length, tokens)
+
+    def draw(self, rng: random.Random, size: int, index: int) -> Prompt:
+        if self.length < SHORT:
+            example, solution = self._list(rng, 20, 3, 1)
+            words, answers = self._list(rng, size, 6, 1)
+        else:
+            example, solution = self._list(rng, 40, 10, 3)
+            words, answers = self._list(rng, size, 30, 3)
+        return COMMON.around(common_words(example, solution, words), answers)
+
+    def _list(
+        self, rng: random.Random, size: int, often: int, seldom: int
+    ) -> tuple[list[str], list[str]]:
+        """Return a list of ``size`` different words, ten of them ``often``, and those ten."""
+        drawn = rng.sample(self.words, min(size, len(self.words)))
+        common, others = drawn[: self.NUM_COMMON], drawn[self.NUM_COMMON :]
+        words = common * often + others * seldom
+        rng.shuffle(words)
+        return words, common
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrequentWords(Subtask):
+    """Coded words whose frequencies follow a zeta distribution; the most frequent one is dots.
+
+    Attributes:
+        limit: Tokens for the prompt alone.
+    """
+
+    limit: int
+
+    ALPHA = 2.0
+    LETTERS = 6
+
+    def step(self, length: int) -> int:
+        return max(1, self.limit // 32)
+
+    def largest(self, seed: str, length: int, tokens: Tokens) -> int:
+        size = max(1, self.limit // self.LETTERS)
+        while tokens(self.draw(random.Random(seed), size, 0)) < length:
+            size += self.step(length)
+        return max(1, size - self.step(length))
+
+    def draw(self, rng: random.Random, size: int, index: int) -> Prompt:
+        coded = functools.partial(rng.choices, string.ascii_lowercase, k=self.LETTERS)
+        vocabulary = _distinct(lambda: "".join(coded()), max(8, self.limit // 50))
+        answers, vocabulary[0] = vocabulary[1:4], "..."
+        zeta = math.pi**2 / 6  # of ALPHA
+        times = [int(size * rank**-self.ALPHA / zeta) for rank in range(1, len(vocabulary) + 1)]
+        if times[3] == times[4]:
+            raise TaskDoesNotFit(
+                f"fwe needs room for more than {size} words, or its third most frequent word is"
+                " none; use a larger task.length."
+            )
+        words = [word for word, often in zip(vocabulary, times, strict=True) for _ in range(often)]
+        rng.shuffle(words)
+        return FREQUENT.around(" ".join(words), answers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionAnswering(Subtask):
+    """A question, the documents that answer it, and others.
+
+    Attributes:
+        questions: SQuAD's or HotpotQA's.
+    """
+
+    questions: QuestionSet
+
+    def step(self, length: int) -> int:
+        return 10
+
+    def draw(self, rng: random.Random, size: int, index: int) -> Prompt:
+        asked = self.questions.questions[index]
+        texts = self.questions.documents
+        if size >= len(texts):
+            chosen = [texts[place % len(texts)] for place in range(size)]
+        else:
+            gold, related = list(asked.gold), list(asked.related)
+            missing = size - len(gold)
+            if missing > len(related):
+                known = {*gold, *related}
+                others = [place for place in range(len(texts)) if place not in known]
+                places = gold + related + rng.sample(others, missing - len(related))
+            else:
+                places = gold + rng.sample(related, max(0, missing))
+            chosen = [texts[place] for place in places]
+        rng.shuffle(chosen)
+        return DOCUMENTS.around(documents(chosen), asked.answers, query=asked.query)
+
+
+def _distinct(draw: Callable[[], str], count: int) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[draw()] = None
+    return list(found)
+
+
+def _draw(rng: random.Random, kind: str) -> str:
+    if kind == "number":
+        return str(rng.randint(10**6, 10**7 - 1))
+    if kind == "uuid":
+        return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+    return f"{rng.choice(listed_words('adjective'))}-{rng.choice(listed_words('noun'))}"
+
+
+def _names(rng: random.Random, letters: int, count: int) -> list[str]:
+    return _distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=letters)), count)

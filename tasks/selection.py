@@ -9,11 +9,11 @@ from topkbench.harness.quality import MEASURES, OffPolicyObserver
 from topkbench.harness.sweep import Plan, Record, Steps
 from topkbench.harness.task import Context, Outcome, TaskRow, compact_unsupported_reason
 from topkbench.methods.base import AnyMethod, Policy, check_list
-from topkbench.tasks.ruler import Ruler
+from topkbench.tasks.ruler_words import RulerWords
 
 
 @dataclass(kw_only=True)
-class SelectionTask(Ruler):
+class SelectionTask(RulerWords):
     """Recall, attention mass and output error of a method, by layer, KV head, step and budget.
 
     Full attention decodes RULER prompts with its own answers; at each step the method selects on

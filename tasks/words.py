@@ -26,29 +26,33 @@ ORDER_SEED = 20260601
 TEST_NAMES, CALIBRATION_NAMES = slice(0, None, 2), slice(1, None, 2)
 # The values that calibration prompts assign to variables; test prompts never use them.
 CALIBRATION_NUMBERS = frozenset({"83476", "47950"})
+_LISTS = ("noun", "verb", "adjective")
 
 
 @cache
 def word_pools() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the disjoint (test, calibration) pools of lower-case words of 3 to 9 letters."""
-    words = sorted(_listed_words() - TEMPLATE_WORDS)
+    listed = {word for word in all_listed_words() if re.fullmatch("[a-z]{3,9}", word)}
+    words = sorted(listed - TEMPLATE_WORDS)
     random.Random(ORDER_SEED).shuffle(words)
     end = NUM_TEST_WORDS + NUM_CALIBRATION_WORDS
     return tuple(words[:NUM_TEST_WORDS]), tuple(words[NUM_TEST_WORDS:end])
 
 
-def _listed_words() -> set[str]:
-    """Return the words of 3 to 9 letters in wonderwords' lists of nouns, verbs and adjectives.
+@cache
+def listed_words(kind: str) -> tuple[str, ...]:
+    """Return the distinct words of one of wonderwords' lists: noun, verb or adjective.
 
     Its module is not imported: it opens them in the encoding of the locale, and they are UTF-8.
     """
-    package = distribution("wonderwords")
-    files = (
-        Path(str(package.locate_file(f"wonderwords/assets/{kind}list.txt")))
-        for kind in ("noun", "verb", "adjective")
-    )
-    lines = (line.strip() for file in files for line in file.read_text("utf-8").splitlines())
-    return {line for line in lines if re.fullmatch("[a-z]{3,9}", line)}
+    file = Path(str(distribution("wonderwords").locate_file(f"wonderwords/assets/{kind}list.txt")))
+    return tuple(dict.fromkeys(line.rstrip() for line in file.read_text("utf-8").splitlines()))
+
+
+@cache
+def all_listed_words() -> tuple[str, ...]:
+    """Return the distinct words of all three lists, sorted."""
+    return tuple(sorted({word for kind in _LISTS for word in listed_words(kind)}))
 
 
 @cache

@@ -24,7 +24,7 @@ from topkbench.harness.main import make_method  # noqa: E402
 from topkbench.harness.settings import APPEARANCE  # noqa: E402
 from topkbench.methods.base import AnyMethod, Geometry, kv_bytes  # noqa: E402
 from topkbench.methods.learning import LearningMethod, artifact_spec  # noqa: E402
-from topkbench.tasks.ruler_prompts import SUBTASKS, CalibrationPrompts  # noqa: E402
+from topkbench.tasks.ruler_words_prompts import SUBTASKS, CalibrationPrompts  # noqa: E402
 from topkbench.tasks.words import word_pools  # noqa: E402
 from topkbench.tools.readme import with_table  # noqa: E402
 
@@ -56,8 +56,8 @@ as a share of what full attention reads. The policy of `protocol=native` is in e
 configuration file; under `protocol=unified` all methods share `conf/protocol/unified.yaml`.
 
 A method that learns is fitted on the texts that `calibration=` names: by default prompts that
-share no key, value or filler word with any test (`tasks/ruler_prompts.py`). The time to capture
-data at prefill and to compute on it is part of `build_ms`.
+share no key, value or filler word with any test (`tasks/ruler_words_prompts.py`). The time to
+capture data at prefill and to compute on it is part of `build_ms`.
 """
 
 

@@ -25,7 +25,7 @@ from topkbench.harness import artifact  # noqa: E402
 from topkbench.harness.cell import artifact_spec, fit_source  # noqa: E402
 from topkbench.methods.base import AnyMethod  # noqa: E402
 from topkbench.models.load import LoadedModel, load_model  # noqa: E402
-from topkbench.tasks.ruler_prompts import CalibrationPrompts  # noqa: E402
+from topkbench.tasks.ruler_words_prompts import CalibrationPrompts  # noqa: E402
 
 ARTIFACTS = ROOT / "models" / "tiny" / "artifacts"
 # The identifying settings of an artifact that are not settings of its method.

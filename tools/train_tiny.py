@@ -4,10 +4,10 @@
 
 Training is a curriculum. It begins with copying (random segments, repeated), which forms the
 attention heads that retrieval needs; training on retrieval from noise alone does not form them
-within thousands of steps. The prompts of ``ruler_prompts`` follow, with many questions per context,
-at growing lengths. Where a question has several right answers, every answer not yet given counts as
-right (the loss is on the total probability of their first tokens), and the answers are drawn in
-random order, so that the model may choose any and cannot rely on an order.
+within thousands of steps. The prompts of ``ruler_words_prompts`` follow, with many questions per
+context, at growing lengths. Where a question has several right answers, every answer not yet given
+counts as right (the loss is on the total probability of their first tokens), and the answers are
+drawn in random order, so that the model may choose any and cannot rely on an order.
 """
 
 import argparse
@@ -30,7 +30,7 @@ if __name__ == "__main__":  # lets the script run without installing the package
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".types")
 
 from topkbench.models.tiny_tokenizer import build_tokenizer
-from topkbench.tasks import ruler_prompts as prompts
+from topkbench.tasks import ruler_words_prompts as prompts
 from topkbench.tasks.words import random_names, word_pools
 
 log = logging.getLogger(__name__)

@@ -131,11 +131,11 @@ def test_the_papers_own_setting_is_comparable(row: RowMaker, prompts: str | None
         ({"protocol": "unified"}, "protocol: the paper's there, protocol=unified here"),
         (
             {"length": 131072},
-            "prompts: RULER's generator there, ours here (task.source reads RULER's files)",
+            "prompts: RULER's there, ours of random words here (task=ruler has RULER's)",
         ),
         (
             {"prompts": "topkbench 1"},
-            "prompts: RULER's generator there, ours here (task.source reads RULER's files)",
+            "prompts: RULER's there, ours of random words here (task=ruler has RULER's)",
         ),
     ],
 )

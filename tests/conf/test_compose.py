@@ -53,7 +53,7 @@ def test_every_folder_is_a_group_that_is_tested() -> None:
 def test_the_defaults_are_the_main_job() -> None:
     config = resolved()
     assert config.model.path == "tiny"
-    assert (config.task.name, config.task.num_samples) == ("ruler", 25)
+    assert (config.task.name, config.task.num_samples) == ("ruler_words", 25)
     task = instantiate(config.task)
     assert task.prompt_length == 4096
     assert list(task.chosen_subtasks) == [
@@ -177,7 +177,10 @@ def test_every_cell_of_an_experiment_becomes_objects(name: str) -> None:
         axes.append([f"{override.get_key_element()}={value}" for value in values])
     # First and last value of each axis: the product of all says nothing more.
     for overrides in product(*({axis[0], axis[-1]} for axis in axes)):
-        composed = checked(compose("config", overrides=[f"experiment={name}", *overrides]), [])
+        given = [f"experiment={name}", *overrides]
+        if name == "ruler_13":  # it leaves the model to the user, and the shipped one's is shorter
+            given.append("model.window=131072")
+        composed = checked(compose("config", overrides=given), [])
         assert isinstance(composed.method, TopKMethod)
         assert isinstance(composed.task, Task)
         assert isinstance(composed.policy, Policy)

@@ -23,8 +23,8 @@ from topkbench.methods.hata import HATA
 from topkbench.methods.loki import Loki
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import prefill
-from topkbench.tasks.ruler import Ruler
-from topkbench.tasks.ruler_prompts import SUBTASKS, CalibrationPrompts
+from topkbench.tasks.ruler_words import RulerWords
+from topkbench.tasks.ruler_words_prompts import SUBTASKS, CalibrationPrompts
 from topkbench.tasks.words import (
     CALIBRATION_NAMES,
     CALIBRATION_NUMBERS,
@@ -86,7 +86,7 @@ def axis(config: DictConfig, key: str, default: str) -> list[str]:
     return list(override.sweep_string_iterator())
 
 
-def experiments_tasks(folder: Path) -> Iterator[Ruler]:
+def experiments_tasks(folder: Path) -> Iterator[RulerWords]:
     """Yield the RULER tasks of conf/experiment at each length and seed, with few samples."""
     for name in sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")):
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -98,7 +98,7 @@ def experiments_tasks(folder: Path) -> Iterator[Ruler]:
             if "length" in config.task:
                 config.task.length = None if length == "null" else int(length)
             task = instantiate(config.task)
-            if isinstance(task, Ruler):
+            if isinstance(task, RulerWords):
                 task.num_samples = 2
                 yield task
 
@@ -174,12 +174,16 @@ def test_a_test_sample_never_uses_a_number_of_calibration(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def number(folder: str) -> str:
-        task = Ruler(length=300, num_samples=1, subtasks=["vt"], cache_dir=str(tmp_path / folder))
+        task = RulerWords(
+            length=300, num_samples=1, subtasks=["vt"], cache_dir=str(tmp_path / folder)
+        )
         (sample,) = task.samples(loaded)
         return re.findall(r"\d{5}", sample.question)[0]
 
     first = number("first")
-    monkeypatch.setattr("topkbench.tasks.ruler_prompts.CALIBRATION_NUMBERS", frozenset({first}))
+    monkeypatch.setattr(
+        "topkbench.tasks.ruler_words_prompts.CALIBRATION_NUMBERS", frozenset({first})
+    )
     assert number("second") != first
 
 
@@ -196,7 +200,7 @@ def test_no_random_seed_is_shared_by_tests_and_calibration(
 
     monkeypatch.setattr("random.Random", RecordingRandom)
     CalibrationPrompts().texts(loaded, 300, 7)
-    Ruler(length=300, num_samples=1, seed=SEED, cache_dir=str(tmp_path)).samples(loaded)
+    RulerWords(length=300, num_samples=1, seed=SEED, cache_dir=str(tmp_path)).samples(loaded)
     calibration, test = used[:7], used[7:]
     assert calibration[0] == f"calibration-{SEED}-0"
     assert test[0] == f"{SEED}-niah_single-300-0"

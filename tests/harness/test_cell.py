@@ -34,8 +34,8 @@ from topkbench.models.prefill_store import PrefillStore
 from topkbench.tasks.decode_latency import DecodeLatency
 from topkbench.tasks.decode_throughput import DecodeThroughput
 from topkbench.tasks.fit import Fit
-from topkbench.tasks.ruler import Ruler
-from topkbench.tasks.ruler_prompts import CalibrationPrompts
+from topkbench.tasks.ruler_words import RulerWords
+from topkbench.tasks.ruler_words_prompts import CalibrationPrompts
 from topkbench.tasks.selection import SelectionTask
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def test_peak_memory_covers_only_what_ran_since_the_reset() -> None:
 
 
 def run(loaded: LoadedModel, store: PrefillStore, tmp_path: Path, method: AnyMethod) -> Outcome:
-    task = Ruler(length=200, num_samples=1, subtasks=("vt",), cache_dir=str(tmp_path))
+    task = RulerWords(length=200, num_samples=1, subtasks=("vt",), cache_dir=str(tmp_path))
     policy = Policy(k=24, num_sink=0, num_recent=0)
     return run_cell(Context(loaded, store, method, policy, FullAttention()), task)
 
@@ -86,7 +86,7 @@ def test_a_method_that_frees_tokens_is_skipped_for_a_policy_per_query_head(
 ) -> None:
     made = method(mode="compact", native={"head_scope": "query_head"})
     policy = Policy(k=24, num_sink=0, num_recent=0, protocol="native")
-    task = Ruler(length=200, num_samples=1, cache_dir=str(tmp_path))
+    task = RulerWords(length=200, num_samples=1, cache_dir=str(tmp_path))
     outcome = run_cell(Context(loaded, store, made, policy, FullAttention()), task)
     ((status, reason),) = ((row.status, row.reason) for row in outcome.rows)
     assert status == "skipped"

@@ -29,7 +29,7 @@ from topkbench.models.compat import cache_keyword
 from topkbench.models.encoding import answer_ends
 from topkbench.models.load import LoadedModel, load_model
 from topkbench.models.prefill_store import PrefillStore
-from topkbench.tasks.ruler import Ruler
+from topkbench.tasks.ruler_words import RulerWords
 
 # The first is by far the longest, so that the rows of a batch end at different slots.
 CONTEXTS = ("the secret of word " * 17, "hidden text and facts " * 6, "list every other value")
@@ -127,7 +127,7 @@ def test_an_answer_ends_at_the_tokenizers_end_too(tmp_path: Path) -> None:
     shipped = load_model("tiny", "tiny", short_answers=True)
     shipped.model.generation_config.eos_token_id = 0
     shipped.model.config.eos_token_id = None
-    task = Ruler(length=512, num_samples=1, subtasks=["niah_single"], cache_dir=str(tmp_path))
+    task = RulerWords(length=512, num_samples=1, subtasks=["niah_single"], cache_dir=str(tmp_path))
     prompt = tokenise(shipped, task.samples(shipped)[0], "sparse")
     store = PrefillStore(shipped.model)
     (tokens,) = answer(shipped, store, [prompt], FullAttention())

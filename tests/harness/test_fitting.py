@@ -14,7 +14,7 @@ from topkbench.methods.hata import HATA
 from topkbench.methods.learning import LayerStates, LossReport
 from topkbench.methods.loki import Loki
 from topkbench.models.load import LoadedModel
-from topkbench.tasks.ruler_prompts import CalibrationPrompts
+from topkbench.tasks.ruler_words_prompts import CalibrationPrompts
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from topkbench.methods.full import FullAttention
 from topkbench.methods.h2o import H2O
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill_store import PrefillStore
-from topkbench.tasks.ruler import Ruler
+from topkbench.tasks.ruler_words import RulerWords
 
 ROOT = Path(__file__).resolve().parents[2]
 QUALITY = ("recall_at_k", "attention_mass", "output_rel_error")
@@ -26,7 +26,7 @@ def run(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path, method: AnyMethod, **knobs: Any
 ) -> Outcome:
     settings = {"length": 200, "num_samples": 2, "subtasks": ("niah_single", "vt")}
-    task = Ruler(**{**settings, "cache_dir": str(tmp_path), **knobs})  # type: ignore[arg-type]
+    task = RulerWords(**{**settings, "cache_dir": str(tmp_path), **knobs})  # type: ignore[arg-type]
     policy = Policy(k=24, num_sink=0, num_recent=0)
     return run_cell(Context(loaded, store, method, policy, FullAttention(), {}, lambda: 1e9), task)
 

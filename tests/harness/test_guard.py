@@ -25,7 +25,7 @@ from topkbench.models.prefill_store import PrefillStore
 from topkbench.models.step_count import MethodBypassedError
 from topkbench.tasks.decode_latency import DecodeLatency
 from topkbench.tasks.decode_throughput import DecodeThroughput
-from topkbench.tasks.ruler import Ruler
+from topkbench.tasks.ruler_words import RulerWords
 from topkbench.tasks.selection import SelectionTask
 
 MEASURED = ("score", "recall_at_k", "decode_ms_p50", "speedup_vs_full", "density")
@@ -37,9 +37,9 @@ def context_of(loaded: LoadedModel, tmp_path: Path, method: AnyMethod, k: int = 
     return Context(loaded, store, method, policy, FullAttention(), {}, lambda: 1e9)
 
 
-def ruler(tmp_path: Path, **knobs: Any) -> Ruler:
+def ruler(tmp_path: Path, **knobs: Any) -> RulerWords:
     settings = {"length": 200, "num_samples": 1, "subtasks": ("niah_single",)}
-    return Ruler(**{**settings, "cache_dir": str(tmp_path), **knobs})
+    return RulerWords(**{**settings, "cache_dir": str(tmp_path), **knobs})
 
 
 def run(loaded: LoadedModel, tmp_path: Path, method: AnyMethod, **knobs: Any) -> Outcome:
@@ -85,7 +85,7 @@ def test_a_method_bypassed_in_one_layer_has_no_numbers(
 
 
 @pytest.mark.parametrize(
-    "task", [SelectionTask, Ruler, DecodeThroughput], ids=lambda task: task.__name__
+    "task", [SelectionTask, RulerWords, DecodeThroughput], ids=lambda task: task.__name__
 )
 def test_the_canary_refuses_a_model_that_bypasses_the_method(
     breakable: LoadedModel, tmp_path: Path, task: Any

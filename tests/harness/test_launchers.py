@@ -27,7 +27,7 @@ from topkbench.harness.launchers import Assignment, Joblib, Submitit
 from topkbench.harness.main import CONF, job_of
 from topkbench.harness.runner import Job, Local, Runner, Share
 from topkbench.harness.sweep import PromptTask
-from topkbench.tasks.ruler import Ruler
+from topkbench.tasks.ruler_words import RulerWords
 
 ROOT = Path(__file__).parents[2]
 # What differs between two measurements of one thing; the cache has a slot for each timed step, of
@@ -65,7 +65,7 @@ def jobs_of(*methods: str, settings: tuple[str, ...] = ()) -> list[Job]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for method in methods:
             config = compose("config", [*SETTINGS, *settings, *method.split()])
-            one = job_of(config, {"model": "tiny", "task": "ruler", "method": method}, ())
+            one = job_of(config, {"model": "tiny", "task": "ruler_words", "method": method}, ())
             assert isinstance(one, Job), one.error
             found.append(one)
     return found
@@ -243,14 +243,14 @@ def test_an_error_of_one_cell_makes_its_row_and_the_others_go_on(
 def test_a_cell_that_fails_in_one_share_alone_has_its_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measure = Ruler.measure
+    measure = RulerWords.measure
 
     def fail_on_first(task: Any, context: Any, plan: Any, part: str, prompts: Any) -> Any:
         if context.method.name == "quest" and prompts[0].sample.sample_id.endswith("-0-0"):
             raise RuntimeError("a fault of one prompt")
         return measure(task, context, plan, part, prompts)
 
-    monkeypatch.setattr(Ruler, "measure", fail_on_first)
+    monkeypatch.setattr(RulerWords, "measure", fail_on_first)
     assert "a fault of one prompt" in failed_quest(tmp_path).reason
     assert "a fault of one prompt" in capsys.readouterr().err
 

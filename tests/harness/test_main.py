@@ -258,7 +258,13 @@ def test_rows_of_files_say_where_their_prompts_come_from(commands: Commands) -> 
     bad = {**line, "outputs": [""]}
     path = commands.folder / "vt.jsonl"
     path.write_text("".join(f"{json.dumps(one)}\n" for one in (line, bad, line, line)))
-    of_file = (f"task.source={path}", "task.length=null", "task.subtasks=[vt]", "num_samples=2")
+    of_file = (
+        "task=ruler",
+        f"task.source={path}",
+        "task.length=null",
+        "task.subtasks=[vt]",
+        "num_samples=2",
+    )
     assert commands.run("method=exact", "k=16", *of_file) == 2
     one_sentence(commands, f"line 2 of {path}", "a reference in outputs must be a text", 'got "".')
     assert commands.forwards == []
@@ -585,7 +591,7 @@ def test_a_closed_pipe_ends_the_command_and_no_cell_fails(commands: Commands) ->
     commands.start(*PAIR, out=pipe)
     with pipe.open() as reader:
         assert reader.readline().startswith("2 configurations; results in ")
-        assert any(line.startswith("tiny ruler method=full") for line in reader)
+        assert any(line.startswith("tiny ruler_words method=full") for line in reader)
     assert commands.wait() == 141
     assert commands.text("err") == ""
     before = finished(commands)
@@ -1059,7 +1065,7 @@ def test_a_plan_says_why_cells_have_no_results(commands: Commands) -> None:
     assert commands.plan("method=exact", "k=8,16,1000", "rbit=32", "-m") == 0, commands.text("err")
     text = commands.text("out")
     assert "tiny: 3 cells, 0 found, 1 without results" in text
-    assert "  ruler method=exact k=1000" in text
+    assert "  ruler_words method=exact k=1000" in text
     assert "no step had more than k=1000" in text
     assert "- a configuration will fail: protocol.num_sink + num_recent must be at most k=8" in text
     assert commands.plan("method=exact", "k=8") == 2

@@ -18,8 +18,8 @@ from topkbench.methods.twilight import Twilight
 from topkbench.models.attach import attach
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill_store import PrefillStore
-from topkbench.tasks.ruler import Ruler
-from topkbench.tasks.ruler_prompts import CalibrationPrompts
+from topkbench.tasks.ruler_words import RulerWords
+from topkbench.tasks.ruler_words_prompts import CalibrationPrompts
 
 
 def test_query_heads_that_select_separately_are_charged_for_all_tokens_read(
@@ -28,7 +28,7 @@ def test_query_heads_that_select_separately_are_charged_for_all_tokens_read(
     native = {"head_scope": "query_head"}
     policy = Policy(k=24, num_sink=0, num_recent=0, protocol="native")
     settings = {"length": 200, "num_samples": 1, "subtasks": ("vt",), "cache_dir": str(tmp_path)}
-    task = Ruler(**settings)  # type: ignore[arg-type]
+    task = RulerWords(**settings)  # type: ignore[arg-type]
     context = Context(
         loaded, store, ExactTopK(native=native), policy, FullAttention(), {}, lambda: 1e9
     )
@@ -46,7 +46,7 @@ def test_tokens_kept_on_top_of_the_budget_are_charged(
     """With its native policy SnapKV keeps k tokens of the prompt, and all generated tokens."""
     policy = Policy(k=24, num_sink=0, num_recent=0, protocol="native")
     settings = {"length": 200, "num_samples": 1, "subtasks": ("vt",), "cache_dir": str(tmp_path)}
-    task = Ruler(**settings)  # type: ignore[arg-type]
+    task = RulerWords(**settings)  # type: ignore[arg-type]
     method = SnapKV(window=8, mode=mode)
     context = Context(loaded, store, method, policy, FullAttention(), {}, lambda: 1e9)
     outcome = run_cell(context, task)
@@ -64,7 +64,7 @@ def test_a_partly_filled_page_is_charged_for_its_tokens_only(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
     settings = {"length": 200, "num_samples": 1, "subtasks": ("vt",), "cache_dir": str(tmp_path)}
-    task = Ruler(**settings)  # type: ignore[arg-type]
+    task = RulerWords(**settings)  # type: ignore[arg-type]
     policy = Policy(k=24, num_sink=0, num_recent=1)  # the page being filled is always read
     context = Context(loaded, store, Quest(page_size=8), policy, FullAttention(), {}, lambda: 1e9)
     mean = run_cell(context, task).rows[-1].values
@@ -78,7 +78,7 @@ def test_with_selections_per_query_head_labels_are_built_and_charged_per_query_h
 ) -> None:
     method = DoubleSparsity(channels=4, native={"head_scope": "query_head"})
     prepare_method(loaded, method, CalibrationPrompts(), tmp_path)
-    task = Ruler(length=200, num_samples=1, subtasks=("vt",), cache_dir=str(tmp_path))
+    task = RulerWords(length=200, num_samples=1, subtasks=("vt",), cache_dir=str(tmp_path))
     for protocol, heads in (("unified", 2), ("native", 4)):
         policy = Policy(k=24, num_sink=0, num_recent=0, protocol=protocol)  # type: ignore[arg-type]
         context = Context(loaded, store, method, policy, FullAttention(), {}, lambda: 1e9)
@@ -97,7 +97,7 @@ def test_the_candidates_of_query_heads_are_charged_too(
 ) -> None:
     policy = Policy(k=12, num_sink=0, num_recent=0, protocol="native")
     settings = {"length": 200, "num_samples": 1, "subtasks": ("vt",), "cache_dir": str(tmp_path)}
-    task = Ruler(**settings)  # type: ignore[arg-type]
+    task = RulerWords(**settings)  # type: ignore[arg-type]
     method = Twilight(base=ExactTopK(), base_k=4, native={"head_scope": "query_head"})
     context = Context(loaded, store, method, policy, FullAttention(), {}, lambda: 1e9)
     mean = run_cell(context, task).rows[-1].values

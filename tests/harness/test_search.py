@@ -271,8 +271,8 @@ def test_an_objective_that_the_task_leaves_empty_is_one_sentence(searches: Searc
     assert searches.run("method=quest", "search.objectives=[nll]", "search.batch=2", *SMALL) == 1
     (error,) = searches.text("err").strip().splitlines()
     assert error == (
-        "error: search.objectives must be columns that the task fills, and task=ruler leaves nll"
-        " empty."
+        "error: search.objectives must be columns that the task fills, and task=ruler_words leaves"
+        " nll empty."
     )
 
 

@@ -33,16 +33,16 @@ from topkbench.models.attach import geometry_of
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill import Prefill, prefill
 from topkbench.models.prefill_store import PrefillStore
-from topkbench.tasks.ruler import Ruler
+from topkbench.tasks.ruler_words import RulerWords
 
 METHODS: list[AnyMethod] = [ExactTopK(), Quest(page_size=4), H2O()]
 BUDGETS = (16, 24, 32, 40)
 
 
-def task(folder: Path, **settings: Any) -> Ruler:
+def task(folder: Path, **settings: Any) -> RulerWords:
     given = {"length": 170, "num_samples": 2, "subtasks": ("niah_single", "vt"), "batch_size": 2}
     more = {"timed_prompts": 0, "judged_prompts": 3, "cache_dir": str(folder), "question": "dense"}
-    return Ruler(**{**given, **more, **settings})  # type: ignore[arg-type]
+    return RulerWords(**{**given, **more, **settings})  # type: ignore[arg-type]
 
 
 def context(loaded: LoadedModel, store: PrefillStore, method: AnyMethod, k: int) -> Context:
@@ -52,7 +52,7 @@ def context(loaded: LoadedModel, store: PrefillStore, method: AnyMethod, k: int)
 def cells_of(
     loaded: LoadedModel,
     store: PrefillStore,
-    made: Ruler,
+    made: RulerWords,
     methods: Sequence[AnyMethod] = METHODS,
     budgets: Sequence[int] = BUDGETS,
 ) -> list[PromptCell]:
@@ -297,7 +297,7 @@ def test_a_sweep_that_was_killed_goes_on_with_the_batch_that_it_was_at(
     wanted = without_times(undisturbed.result())
     (killed, _) = open_cell(ExactTopK(), force=True)
     measured: list[tuple[str, int]] = []
-    measure = Ruler.measure
+    measure = RulerWords.measure
 
     def dies(self: Any, context: Any, plan: Any, part: str, prompts: Any) -> Any:
         if len(measured) == 2:
@@ -305,7 +305,7 @@ def test_a_sweep_that_was_killed_goes_on_with_the_batch_that_it_was_at(
         measured.append((part, len(prompts)))
         return measure(self, context, plan, part, prompts)
 
-    monkeypatch.setattr(Ruler, "measure", dies)
+    monkeypatch.setattr(RulerWords, "measure", dies)
     with pytest.raises(KeyboardInterrupt):
         run_by_prompts([killed], store)
     assert len(measured) == 2
@@ -361,7 +361,7 @@ def test_a_process_that_waited_finds_what_the_other_one_has_finished(
     run_by_prompts([quick], store)
     quick.close()
     assert sorted(path.suffix for path in parts.iterdir()) == [".json", ".json"]
-    monkeypatch.setattr(Ruler, "measure", lambda *given: 1 / 0)  # nothing is left to measure
+    monkeypatch.setattr(RulerWords, "measure", lambda *given: 1 / 0)  # nothing is left to measure
     run_by_prompts([waiting], store)
     assert without_times(waiting.result()) == without_times(quick.result())
     assert waiting.reused == ["answers", "selections"]
@@ -397,13 +397,13 @@ def test_a_number_that_is_not_finite_fails_its_cell(
     open_cell: Callable[..., Any], store: PrefillStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell, _ = open_cell(ExactTopK())
-    measure = Ruler.measure
+    measure = RulerWords.measure
 
     def not_finite(self: Any, own: Context, plan: Any, part: str, prompts: Any) -> Any:
         record = measure(self, own, plan, part, prompts)
         return {**record, "value": float("nan")} if part == "selections" else record
 
-    monkeypatch.setattr(Ruler, "measure", not_finite)
+    monkeypatch.setattr(RulerWords, "measure", not_finite)
     run_by_prompts([cell], store)
     (row,) = cell.result().rows
     assert row.status == "failed"
@@ -510,7 +510,7 @@ def test_a_process_that_waits_says_for_whom(tmp_path: Path) -> None:
     )
 
 
-class FailsOn(Ruler):
+class FailsOn(RulerWords):
     """Fails on some prompts, whatever is decoded with them."""
 
     bad: frozenset[str] = frozenset()

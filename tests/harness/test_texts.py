@@ -12,7 +12,7 @@ from topkbench.harness.calibration import Calibration
 from topkbench.harness.texts import TextFiles, python_topics
 from topkbench.methods.loki import Loki
 from topkbench.models.load import LoadedModel
-from topkbench.tasks.ruler_prompts import CalibrationPrompts
+from topkbench.tasks.ruler_words_prompts import CalibrationPrompts
 
 
 def test_every_topic_of_pythons_documentation_is_in_exactly_one_half() -> None:

@@ -17,8 +17,8 @@ from topkbench.methods.learning import LearningMethod
 from topkbench.models.attach import attach
 from topkbench.models.load import LoadedModel, load_model
 from topkbench.models.prefill_store import PrefillStore
-from topkbench.tasks.ruler import Ruler
-from topkbench.tasks.ruler_prompts import CalibrationPrompts
+from topkbench.tasks.ruler_words import RulerWords
+from topkbench.tasks.ruler_words_prompts import CalibrationPrompts
 
 CONF = Path(__file__).parents[2] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -78,7 +78,7 @@ def full_answers(
 ) -> tuple[PrefillStore, list[tuple[Prompt, list[list[int]]]]]:
     """A store of prefills, and prompts with full attention's answers."""
     folder = tmp_path_factory.mktemp("full")
-    task = Ruler(length=400, num_samples=1, cache_dir=str(folder), question=request.param)
+    task = RulerWords(length=400, num_samples=1, cache_dir=str(folder), question=request.param)
     store = PrefillStore(tiny.model)
     # A needle among others, and several needles.
     prompts = [tokenise(tiny, sample, request.param) for sample in task.samples(tiny)[1:3]]

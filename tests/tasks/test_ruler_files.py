@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from topkbench.analysis.row import same_under_each_seed
 from topkbench.harness.cell import run_cell
 from topkbench.harness.decoding import Question, tokenise
 from topkbench.harness.samples import Sample, TaskDoesNotFit
@@ -19,6 +21,7 @@ from topkbench.models.load import LoadedModel
 from topkbench.models.prefill_store import PrefillStore
 from topkbench.tasks.ruler import Ruler
 from topkbench.tasks.ruler_files import read_official
+from topkbench.tasks.ruler_words import RulerWords
 
 CONTEXT = "Some special magic words are hidden.\nA magic word for cat is blue.\nWhat a day it was."
 STEM = "\nWhat is the special magic word for cat mentioned in the provided text?"
@@ -439,7 +442,7 @@ def test_only_files_of_the_chosen_subtasks_are_read(loaded: LoadedModel, tmp_pat
             {"length": 4096},
             "task.length must be null with task.source, .* got 4096; use task.length=null",
         ),
-        ({"example": False}, "task.example must be null with task.source, .* got False; use task"),
+        ({"squad": "a"}, "task.squad must be null with task.source, .* got 'a'; use task"),
         ({"question_tokens": -1}, "question_tokens must be at least 0, got -1"),
         ({"source": None, "skip_bad": True}, "task.skip_bad is a setting of task.source, got True"),
         (
@@ -459,7 +462,12 @@ def test_settings_that_would_have_no_effect_are_refused(
 def test_the_prompts_are_named_by_the_files_and_how_they_reach_the_model(
     loaded: LoadedModel, tmp_path: Path
 ) -> None:
-    assert Ruler().prompts(loaded) == "topkbench 1"
+    assert RulerWords().prompts(loaded) == "topkbench 1"
+    written = Ruler().prompts(loaded)
+    assert re.fullmatch(
+        r"RULER written by topkbench 1, Python's documentation [0-9a-f]{8} \(raw\)", written
+    )
+    assert not same_under_each_seed(written)
     path = write(tmp_path / "a" / "vt.jsonl", entry(), entry())
     name = Ruler(source=str(path), num_samples=1).prompts(loaded)
     assert name.startswith("RULER ")

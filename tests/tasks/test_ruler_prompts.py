@@ -1,222 +1,149 @@
-"""The prompts of the seven sub-tasks: their content, its frequencies, and their length."""
+"""RULER's prompts: ours of an official sample's draws are that sample, byte for byte."""
 
-import random
+import json
 import re
-from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from topkbench.harness.samples import TaskDoesNotFit, string_match_all
+from topkbench.tasks.ruler_data import Essay
+from topkbench.tasks.ruler_files import read_official
 from topkbench.tasks.ruler_prompts import (
-    SUBTASKS,
+    COMMON,
+    DEPTHS,
+    DOCUMENTS,
+    FREQUENT,
+    MANY_VALUES,
+    NOISE,
+    ONE_VALUE,
+    VARIABLES,
     Prompt,
-    ask_all_values,
-    ask_many,
-    ask_one,
-    make_prompt,
+    between_lines,
+    between_sentences,
+    chain,
+    common_words,
+    documents,
     needle,
 )
-from topkbench.tasks.words import TEST_NAMES, word_pools
 
-Count = Callable[[str], int]
-# Made from the template, so that it matches needles whatever their wording is.
-KEY, VALUE = r"([\w-]+)", r"(\w+ \w+)"
-NEEDLE = re.compile(re.escape(needle("KEY", "VALUE")).replace("KEY", KEY).replace("VALUE", VALUE))
+OFFICIAL = Path(__file__).parent / "ruler_official"
+"""One sample of each sub-task, as NVIDIA's generator wrote them (commit c3f5e3b) for 2,048 tokens.
 
-
-def draw(subtask: str, budget: int, count: Count, seed: int = 0) -> Prompt:
-    rng = random.Random(f"test-{seed}")
-    return make_prompt(subtask, rng, word_pools()[0], budget, count, TEST_NAMES)
+The essay and the documents were given to it: prose of Python's documentation, and two questions.
+"""
+NEEDLE = re.compile(r"One of the special magic (\w+)s for ([\w-]+) is: ([\w-]+)\.")
 
 
-def size(prompt: Prompt, count: Count) -> int:
-    return count(prompt.context + prompt.question + prompt.answer_prefix + prompt.reference)
+def official(subtask: str) -> tuple[str, list[str]]:
+    """Return an official sample's text, with its answer prefix, and its references."""
+    line = json.loads((OFFICIAL / f"{subtask}.jsonl").read_text(encoding="utf-8"))
+    return line["input"] + line["answer_prefix"], line["outputs"]
 
 
-@pytest.mark.parametrize("subtask", SUBTASKS)
-@pytest.mark.parametrize("budget", [300, 701, 4000])
-def test_a_prompt_fills_its_budget(subtask: str, budget: int, count: Count) -> None:
-    prompt = draw(subtask, budget, count)
-    assert size(prompt, count) <= budget
-    assert size(prompt, count) > 0.8 * budget
+def niah_in_lines(text: str, answers: list[str]) -> Prompt:
+    """Written anew from its lines, needles and their places."""
+    value, query = re.findall(r"the special magic (\w+?)s? for (.+?) mentioned", text)[0]
+    lines = text.split("\n")[1:-1]
+    places = [place for place, line in enumerate(lines) if f" {query} is: " in line]
+    needles = [needle(value, query, answer) for answer in answers]
+    for place in reversed(places):
+        del lines[place]
+    places = [place - before for before, place in enumerate(places)]
+    haystack = between_lines(lines, needles, places)
+    return ONE_VALUE.around(haystack, answers, value=value, query=query)
 
 
-@pytest.mark.parametrize("subtask", SUBTASKS)
-def test_the_reference_contains_every_answer(subtask: str, count: Count) -> None:
-    prompt = draw(subtask, 600, count)
-    written = prompt.answer_prefix + prompt.reference
-    assert string_match_all(prompt.reference, prompt.answers) == 100.0
-    assert written.endswith(".")
-    assert prompt.question.startswith("\n")
-    assert prompt.question.endswith("?")
-    # Neither the question nor the prefix contains an answer.
-    assert string_match_all(prompt.question + prompt.answer_prefix, prompt.answers) == 0.0
+def niah_in_essay(text: str, answers: list[str]) -> Prompt:
+    """Written anew from its essay, needles and their depths, of which each is one of RULER's."""
+    value, query = re.findall(r"the special magic (\w+?)s? for (.+?) mentioned", text)[0]
+    body = text.split("\n")[1]
+    needles = [needle(*found) for found in NEEDLE.findall(body)]
+    parts = [part.strip(" ") for part in NEEDLE.sub("\n", body).split("\n")]
+    essay = Essay("test", " ".join(part for part in parts if part))
+    sentences = essay.sentences(len(essay.words))
+    assert len(sentences) > 20
+    depths, so_far = [], ""
+    for part in parts[:-1]:
+        so_far = f"{so_far} {part}".strip(" ")
+        (before,) = [n for n in range(len(sentences) + 1) if " ".join(sentences[:n]) == so_far]
+        depths.append(next(one for one in DEPTHS if int(len(sentences) * (one / 100)) == before))
+    wording = ONE_VALUE if len(answers) == 1 else MANY_VALUES
+    haystack = between_sentences(sentences, needles, depths)
+    return wording.around(haystack, answers, value=value, query=query)
 
 
-@pytest.mark.parametrize("subtask", SUBTASKS)
-def test_a_solved_example_comes_first_where_ruler_has_one(subtask: str, count: Count) -> None:
-    words, rngs = word_pools()[0], [random.Random("test-0") for _ in range(2)]
-    plain, with_example = (
-        make_prompt(subtask, rng, words, 4000, count, TEST_NAMES, example)
-        for rng, example in zip(rngs, (False, True), strict=True)
+def variable_tracking(text: str, answers: list[str]) -> Prompt:
+    """Written anew from names, values and places of the example and of the sample."""
+    parts = []
+    for part in text.split(VARIABLES.before)[1:]:
+        lines, after = part.split("\nQuestion: ")[0].split("\n"), part.split("\nQuestion: ")[1]
+        places = [place for place, line in enumerate(lines) if line.startswith("VAR ")]
+        names = [lines[place].split()[1] for place in places]
+        value = lines[places[0]].split()[-1]
+        places = [place - before for before, place in enumerate(places)]
+        noise = [line for line in lines if not line.startswith("VAR ")]
+        assert set(noise) == {NOISE}
+        haystack = between_lines(noise, chain(names, value), places)
+        parts.append(VARIABLES.around(haystack, names, value=value, count=len(names)))
+        if len(parts) == 1:
+            assert after.split(": ")[-1].split() == names
+    example, prompt = parts
+    assert prompt.answers == tuple(answers)
+    return Prompt(
+        context=f"{example.text} {' '.join(example.answers)}\n\n{prompt.context}",
+        question=prompt.question,
+        answer_prefix=prompt.answer_prefix,
+        answers=prompt.answers,
     )
-    if subtask not in ("vt", "cwe"):
-        assert with_example == plain
-        return
-    assert 0.8 * 4000 < size(with_example, count) <= 4000
-    example, prompt = with_example.context.split("\n\n")
-    assert 150 < count(example) <= 500
-    first_line = plain.context.splitlines()[0]
-    assert (example.splitlines()[0], prompt.splitlines()[0]) == (first_line, first_line)
-    solved = example.rpartition(":")[2]
-    assert string_match_all(solved, with_example.answers) == 0.0  # another question's answers
-    assert solved.endswith(".")
-    assert solved.count(",") == len(with_example.answers) - 1
 
 
-@pytest.mark.parametrize("subtask", SUBTASKS)
-def test_a_prompt_depends_only_on_its_own_random_generator(subtask: str, count: Count) -> None:
-    random.seed(1)
-    first = draw(subtask, 500, count)
-    random.seed(2)
-    assert draw(subtask, 500, count) == first
-    assert draw(subtask, 500, count, seed=1) != first
-
-
-def test_a_single_needle_is_hidden_once(count: Count) -> None:
-    prompt = draw("niah_single", 800, count)
-    found = NEEDLE.findall(prompt.context)
-    assert len(found) == 1
-    key, value = found[0]
-    assert prompt.answers == (value,)
-    assert (prompt.question, prompt.answer_prefix, prompt.reference) == ask_one(key, value)
-    assert len(re.findall(rf"\b{key}\b", prompt.context)) == 1  # the filler does not use the key
-
-
-def test_a_multikey_haystack_is_other_needles(count: Count) -> None:
-    prompt = draw("niah_multikey", 800, count)
-    found = NEEDLE.findall(prompt.context)
-    keys = [key for key, _ in found]
-    assert len(found) > 60
-    assert len(set(keys)) == len(keys)
-    (key,) = [key for key, value in found if value == prompt.answers[0]]
-    assert prompt.question == ask_one(key, prompt.answers[0])[0]
-    # The text after the instruction consists of needles only.
-    assert NEEDLE.sub("", prompt.context.split("\n", 1)[1]).strip() == ""
-
-
-def test_multivalue_has_four_values_of_one_key(count: Count) -> None:
-    prompt = draw("niah_multivalue", 800, count)
-    found = NEEDLE.findall(prompt.context)
-    assert len({key for key, _ in found}) == 1
-    assert sorted(value for _, value in found) == sorted(prompt.answers)
-    assert len({value.split()[0] for value in prompt.answers}) == 4
-    key = found[0][0]
-    asked = ask_all_values(key, prompt.answers)
-    assert (prompt.question, prompt.answer_prefix, prompt.reference) == asked
-
-
-def test_multiquery_has_and_asks_for_four_keys(count: Count) -> None:
-    prompt = draw("niah_multiquery", 800, count)
-    found = dict(NEEDLE.findall(prompt.context))
-    assert sorted(found.values()) == sorted(prompt.answers)
-    key_of = {value: key for key, value in found.items()}
-    asked = ask_many([key_of[value] for value in prompt.answers], prompt.answers)
-    assert (prompt.question, prompt.answer_prefix, prompt.reference) == asked
-
-
-def test_distractor_needles_do_not_run_out(count: Count) -> None:
-    # The calibration pool is used up long before the budget; then keys are pairs of words.
-    rng = random.Random(0)
-    prompt = make_prompt("niah_multikey", rng, word_pools()[1], 6000, count)
-    keys = [key for key, _ in NEEDLE.findall(prompt.context)]
-    assert len(keys) > 500
-    assert len(set(keys)) == len(keys)
-    # The same if a needle's number of tokens varies: here letters are counted.
-    letters = make_prompt("niah_multikey", random.Random(1), word_pools()[0], 20_000, len)
-    assert 19_900 < size(letters, len) <= 20_000
-
-
-def test_needles_are_at_any_depth(count: Count) -> None:
-    depths = []
-    for seed in range(60):
-        context = draw("niah_single", 400, count, seed).context
-        depths += [found.start() / len(context) for found in NEEDLE.finditer(context)]
-    assert len(depths) == 60
-    assert min(depths) < 0.2
-    assert max(depths) > 0.8
-
-
-def test_variables_are_one_chain_of_four_hops_in_order(count: Count) -> None:
-    prompt = draw("vt", 600, count)
-    names = prompt.answers
-    assert len(set(names)) == 5
-    statements = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", prompt.context)
-    value = statements[0][1]
-    assert 10000 <= int(value) <= 99999
-    assert statements == [
-        (names[0], value),
-        *((names[hop + 1], names[hop]) for hop in range(4)),
+def common(text: str, answers: list[str]) -> Prompt:
+    """Written anew from the two lists and the example's solution."""
+    example, words = [
+        re.findall(r"\d+\. (\S+)", part.split("\nQuestion")[0])
+        for part in text.split(COMMON.before)[1:]
     ]
-    assert prompt.question == f"\nWhich variables hold the value {value}?"
+    solution = re.findall(r"\d+\. (\S+)", text.split(COMMON.answer_prefix)[1].split("\n")[0])
+    assert len(solution) == len(answers) == 10
+    return COMMON.around(common_words(example, solution, words), answers)
 
 
-def test_common_words_occur_30_times_and_others_3(count: Count) -> None:
-    prompt = draw("cwe", 4000, count)
-    entries = re.findall(r"(\d+)\. (\w+)", prompt.context)
-    assert [int(number) for number, _ in entries] == list(range(1, len(entries) + 1))
-    times = Counter(word for _, word in entries)
-    assert {word for word, often in times.items() if often == 30} == set(prompt.answers)
-    assert len(prompt.answers) == 10
-    assert set(times.values()) == {30, 3}
-    assert len(times) > 200
+def frequent(text: str, answers: list[str]) -> Prompt:
+    return FREQUENT.around(text[len(FREQUENT.before) :].split("\nQuestion")[0], answers)
 
 
-def test_a_short_list_still_has_ten_most_common_words(count: Count) -> None:
-    prompt = draw("cwe", 300, count)
-    times = Counter(re.findall(r"\d+\. (\w+)", prompt.context))
-    assert {word for word, _ in times.most_common(10)} == set(prompt.answers)
-    assert times.most_common(10)[-1][1] > times.most_common(11)[-1][1]
+def question(text: str, answers: list[str]) -> Prompt:
+    body = text[len(DOCUMENTS.before) :].rsplit("\n\nAnswer the question", 1)[0]
+    texts = re.split(r"\n\nDocument \d+:\n", "\n\n" + body)[1:]
+    query = text.rsplit("\nQuestion: ", 1)[1].removesuffix(DOCUMENTS.answer_prefix)
+    assert len(texts) > 3
+    return DOCUMENTS.around(documents(texts), answers, query=query)
 
 
-def test_coded_words_follow_the_zeta_distribution(count: Count) -> None:
-    # RULER: the word of rank r occurs floor(N * r**-2 / zeta(2)) times; the first is noise.
-    prompt = draw("fwe", 4000, count)
-    words = re.findall(r"[a-z]{6}|\.\.\.", prompt.context.split("\n", 1)[1])
-    ranked = Counter(words).most_common()
-    assert ranked[0][0] == "..."
-    assert [word for word, _ in ranked[1:4]] == list(prompt.answers)
-    num_words = ranked[0][1] * 1.6449
-    for rank, (_, often) in enumerate(ranked[:6], start=1):
-        assert often == pytest.approx(num_words * rank**-2 / 1.6449, abs=1.01)
+WRITTEN_ANEW: dict[str, Callable[[str, list[str]], Prompt]] = {
+    "niah_single_1": niah_in_lines,
+    "niah_single_2": niah_in_essay,
+    "niah_single_3": niah_in_essay,
+    "niah_multikey_1": niah_in_essay,
+    "niah_multikey_2": niah_in_lines,
+    "niah_multikey_3": niah_in_lines,
+    "niah_multivalue": niah_in_essay,
+    "niah_multiquery": niah_in_essay,
+    "vt": variable_tracking,
+    "cwe": common,
+    "fwe": frequent,
+    "qa_1": question,
+    "qa_2": question,
+}
 
 
-@pytest.mark.parametrize("budget", range(93, 160, 3))
-def test_the_third_most_frequent_word_is_never_a_tie(budget: int, count: Count) -> None:
-    prompt = draw("fwe", budget, count)
-    times = Counter(re.findall(r"\b[a-z]{6}\b", prompt.context.split("\n", 1)[1]))
-    others = [often for word, often in times.items() if word not in prompt.answers]
-    assert min(times[word] for word in prompt.answers) > max(others, default=0)
-
-
-@pytest.mark.parametrize("subtask", SUBTASKS)
-@pytest.mark.parametrize("budget", [-3, 0, 1, 25])
-def test_too_small_a_budget_is_refused(subtask: str, budget: int, count: Count) -> None:
-    with pytest.raises(TaskDoesNotFit, match=r"use a larger task\.length\.$"):
-        draw(subtask, budget, count)
-
-
-@settings(max_examples=40, deadline=None)
-@given(subtask=st.sampled_from(SUBTASKS), budget=st.integers(26, 420), seed=st.integers(0, 9))
-def test_a_prompt_fits_its_budget_or_raises(
-    count: Count, subtask: str, budget: int, seed: int
-) -> None:
-    try:
-        prompt = draw(subtask, budget, count, seed)
-    except TaskDoesNotFit:
-        return
-    assert size(prompt, count) <= budget
-    assert string_match_all(prompt.context, prompt.answers) == 100.0
+@pytest.mark.parametrize("subtask", WRITTEN_ANEW)
+def test_an_official_samples_draws_give_its_text(subtask: str) -> None:
+    text, answers = official(subtask)
+    prompt = WRITTEN_ANEW[subtask](text, answers)
+    assert prompt.text == text
+    # The question is split off as in prompts that are read from RULER's files.
+    (read,) = read_official(str(OFFICIAL / f"{subtask}.jsonl"), 1, "sparse").samples
+    assert (prompt.context, prompt.question) == (read.context, read.question)
+    assert (prompt.answer_prefix, prompt.answers) == (read.answer_prefix, read.answers)

@@ -18,7 +18,7 @@ from topkbench.methods.infinigen import InfiniGen
 from topkbench.methods.learning import AnyLearningMethod
 from topkbench.methods.loki import Loki
 from topkbench.models.load import LoadedModel, load_model
-from topkbench.tasks.ruler_prompts import CalibrationPrompts
+from topkbench.tasks.ruler_words_prompts import CalibrationPrompts
 
 ARTIFACTS = Path(__file__).parents[2] / "models" / "tiny" / "artifacts"
 LAYER = 0  # its states do not depend on other layers

@@ -15,16 +15,16 @@ from topkbench.harness.decoding import tokenise
 from topkbench.harness.samples import TaskDoesNotFit, samples_digest
 from topkbench.models.load import LoadedModel
 from topkbench.tasks.needle import Needle
-from topkbench.tasks.ruler import Ruler
-from topkbench.tasks.ruler_prompts import SUBTASKS, VERSION
+from topkbench.tasks.ruler_words import RulerWords
+from topkbench.tasks.ruler_words_prompts import SUBTASKS, VERSION
 
-MakeTask = Callable[..., Ruler]
+MakeTask = Callable[..., RulerWords]
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> MakeTask:
-    def make_task(**knobs: Any) -> Ruler:
-        return Ruler(**{"length": 300, "num_samples": 1, "cache_dir": str(tmp_path), **knobs})
+    def make_task(**knobs: Any) -> RulerWords:
+        return RulerWords(**{"length": 300, "num_samples": 1, "cache_dir": str(tmp_path), **knobs})
 
     return make_task
 
@@ -43,9 +43,9 @@ def test_a_sample_does_not_depend_on_the_number_of_samples(
 
 def test_what_is_null_is_the_same_cell_as_the_value_that_is_used(tmp_path: Path) -> None:
     expected = {"length": 4096, "subtasks": list(SUBTASKS), "batch_size": 25}
-    assert Ruler().decided() == expected
-    assert Ruler(length=4096, subtasks=SUBTASKS).decided() == expected
-    found = Ruler(length=300, subtasks=["vt"], batch_size=4).decided()
+    assert RulerWords().decided() == expected
+    assert RulerWords(length=4096, subtasks=SUBTASKS).decided() == expected
+    found = RulerWords(length=300, subtasks=["vt"], batch_size=4).decided()
     assert found == {"length": 300, "subtasks": ["vt"], "batch_size": 4}
 
 

@@ -1,0 +1,174 @@
+"""Prompts that are written for a model's tokenizer, and kept in the cache folder."""
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from topkbench.harness.caching import write_cached
+from topkbench.harness.generation import GenerationTask
+from topkbench.harness.samples import Sample, TaskDoesNotFit, check_window, samples_digest
+from topkbench.harness.sources import code_digest
+from topkbench.methods.base import check_list, check_whole
+from topkbench.models.digests import tokenizer_digest
+from topkbench.models.encoding import template_around
+from topkbench.models.load import LoadedModel, ModelShape
+
+DEFAULT_LENGTH = 4096
+# Tokens that RULER lets a model generate, by the prefix of the sub-task's name.
+NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
+SPARE_TOKENS = 8
+"""Tokens that a model which is trained to end its answers may generate beside the reference."""
+
+
+@dataclass(kw_only=True)
+class GeneratedPrompts(GenerationTask):
+    """A task that writes its prompts to fill a length in the model's own tokens.
+
+    Attributes:
+        length: Tokens of prompt and answer together; None for 4,096.
+        num_samples: Samples per sub-task.
+        seed: Seed of the samples; sample ``i`` does not depend on ``num_samples``.
+        subtasks: The sub-tasks to run; None for all.
+        cache_dir: Folder in which generated samples are cached.
+    """
+
+    length: int | None = None
+    num_samples: int = 25
+    seed: int = 0
+    subtasks: Sequence[str] | None = None
+    cache_dir: str = "~/.cache/topkbench"
+    all_subtasks: ClassVar[Sequence[str]] = ()
+    _longest: ClassVar[str] = "task.length"
+    """The setting that says how long the longest prompt is."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("num_samples", self.num_samples)
+        check_whole("seed", self.seed, least=0)
+        check_whole("length", self.prompt_length)
+        if self.subtasks is not None:
+            check_list("task.subtasks", self.subtasks)
+
+    def check_subtasks(self) -> None:
+        """Check that the chosen sub-tasks exist."""
+        unknown = [name for name in self.chosen_subtasks if name not in self.all_subtasks]
+        if unknown:
+            raise ValueError(
+                f"task.subtasks must be among {', '.join(self.all_subtasks)}, got {unknown[0]!r}."
+            )
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of a generated prompt and its answer."""
+        return DEFAULT_LENGTH if self.length is None else self.length
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest prompt and its answer."""
+        return self.prompt_length
+
+    @property
+    def chosen_subtasks(self) -> Sequence[str]:
+        """The sub-tasks of generated prompts."""
+        return self.all_subtasks if self.subtasks is None else self.subtasks
+
+    def decided(self) -> dict[str, Any]:
+        return {
+            **super().decided(),
+            "length": self.prompt_length,
+            "subtasks": list(self.chosen_subtasks),
+        }
+
+    def check_model(self, shape: ModelShape) -> None:
+        super().check_model(shape)
+        check_window(self._longest, self.prompt_length, shape.name, shape.window)
+        answers = max(reserved(one, shape.short_answers) for one in self.chosen_subtasks)
+        if self.shortest <= answers:
+            raise TaskDoesNotFit(
+                f"{self._longest} must be more than the {answers} tokens kept for an answer, got"
+                f" {self.shortest}."
+            )
+
+    def inputs_digest(self, loaded: LoadedModel) -> str:
+        return samples_digest(self.samples(loaded))
+
+    def samples(self, loaded: LoadedModel) -> list[Sample]:
+        """Return the samples for a model, from the cache if they are there."""
+        check_window(self._longest, self.prompt_length, loaded.name, loaded.window)
+        path = self._cache_file(loaded)
+        samples = _read_cache(path)
+        if samples is None:
+            samples = _READ[path] = self.draw(loaded)
+            _write_cache(path, samples)
+        return samples
+
+    @abstractmethod
+    def draw(self, loaded: LoadedModel) -> list[Sample]:
+        """Return newly generated samples, sub-task by sub-task.
+
+        Each sample's randomness depends on its index, so more samples never change the first ones.
+        """
+
+    @abstractmethod
+    def content(self, loaded: LoadedModel) -> dict[str, Any]:
+        """Return what the samples depend on besides seed, code and tokenizer."""
+
+    def around(self, loaded: LoadedModel) -> list[str]:
+        """Return what the chat template writes around a prompt; nothing without one."""
+        if not loaded.chat:
+            return []
+        return template_around(loaded.tokenizer, loaded.chat_template_kwargs)
+
+    def _cache_file(self, loaded: LoadedModel) -> Path:
+        settings = {
+            "code": code_digest([type(self).__module__], folders=("tasks",)),
+            **self.content(loaded),
+            "num_samples": self.num_samples,
+            "seed": self.seed,
+            "around prompts": self.around(loaded),
+            "tokenizer": tokenizer_digest(loaded.tokenizer),
+        }
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        return Path(self.cache_dir).expanduser() / "samples" / f"{self.name}-{digest}.jsonl"
+
+
+def reserved(subtask: str, short_answers: bool) -> int:
+    """Return the tokens kept for an answer: besides the reference's, if answers are short."""
+    # The needle task's sub-tasks, such as "4096 x 50%", have no prefix: they count as niah.
+    official = NEW_TOKENS.get(subtask.split("_")[0], NEW_TOKENS["niah"])
+    return SPARE_TOKENS if short_answers else official
+
+
+# Samples that this process has read or made, since all cells of a sweep use the same ones.
+_READ: dict[Path, list[Sample]] = {}
+
+
+def _read_cache(path: Path) -> list[Sample] | None:
+    """Return the samples of a cache file, or None if it is missing or damaged."""
+    if path not in _READ:
+        try:
+            head, *lines = path.read_text(encoding="utf-8").splitlines()
+            if json.loads(head) != _head(lines):
+                return None
+            entries = [json.loads(line) for line in lines]
+            _READ[path] = [
+                Sample(**{**entry, "answers": tuple(entry["answers"])}) for entry in entries
+            ]
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+    return _READ[path]
+
+
+def _write_cache(path: Path, samples: Sequence[Sample]) -> None:
+    """Write samples, one per line, after a first line with their number and sha256."""
+    lines = [json.dumps(asdict(sample)) for sample in samples]
+    write_cached(path, ("\n".join([json.dumps(_head(lines)), *lines]) + "\n").encode())
+
+
+def _head(lines: Sequence[str]) -> dict[str, Any]:
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return {"samples": len(lines), "sha256": digest}
