@@ -18,6 +18,7 @@ import jinja2
 import pandas as pd
 
 from topkbench.analysis import kernels, search, style, tables
+from topkbench.analysis.answered import answered_table
 from topkbench.analysis.break_even import MODELS, ModelSize, break_even_table, model_sizes
 from topkbench.analysis.configurations import Comparison, compare
 from topkbench.analysis.console import console, say, say_error
@@ -54,6 +55,8 @@ _HOW_TO_READ = (
     "kept, even exact top-k misses as many of the k as these take the place of, and its recall is "
     "below 1."
 )
+
+_ANSWERED = "Mean of the sub-tasks that full attention answers"
 
 _HOW_TO_RANK = (
     "Ranked by score at each budget. The worst sub-task is the one with the largest loss to full "
@@ -241,6 +244,7 @@ def _content(
                     if (found := matched_table(top, cost, compared.answers)) is not None
                 ],
                 "subtasks": tables.subtask_table(configurations),
+                "answered": answered_table(configurations, compared.answers),
                 "differences": difference_table(top),
                 "break_even": break_even_table(smallest_batch(top), models),
                 "figures": drawn,
@@ -265,6 +269,7 @@ def _content(
         "how_to_read": _HOW_TO_READ,
         "how_to_rank": _HOW_TO_RANK,
         "how_to_match": _HOW_TO_MATCH,
+        "of_answered": _ANSWERED,
         "panels": panels,
         "kernels": _kernels(rows, folder),
         "published": None,
@@ -317,6 +322,8 @@ def _markdown(content: dict[str, Any]) -> str:
             parts += [f"### {title}", table.markdown(), content["how_to_match"]]
         if panel["subtasks"] is not None:
             parts += ["### Score by sub-task", panel["subtasks"].markdown()]
+        if panel["answered"] is not None:
+            parts += [f"### {_ANSWERED}", panel["answered"].markdown()]
         if panel["differences"] is not None:
             parts += ["### Differences, paired by seed", panel["differences"].markdown()]
         if panel["break_even"] is not None:

@@ -106,19 +106,19 @@ def main_table(configurations: pd.DataFrame) -> Table:
         if configurations[name].nunique() > 1 and (
             name == "length" or not configurations["length"].nunique() > 1
         ):
-            columns.append((f"{head} (tokens)", [_whole(one) for one in configurations[name]]))
+            columns.append((f"{head} (tokens)", [whole(one) for one in configurations[name]]))
     if configurations["batch_size"].nunique() > 1:
-        columns.append(("Batch", [_whole(one) for one in configurations["batch_size"]]))
+        columns.append(("Batch", [whole(one) for one in configurations["batch_size"]]))
     for name in ("k", "rbit"):
         if configurations[name].notna().any():
-            columns.append((name, [_whole(one) for one in configurations[name]]))
+            columns.append((name, [whole(one) for one in configurations[name]]))
     place = len(columns)
     if configurations["score"].notna().any():
         columns.append(("Score (0–100)", with_interval(configurations, "score", "score_ci")))
     if configurations["delta_full"].notna().any():
         columns.append(("Δ full (points)", with_interval(configurations, "delta_full", "delta_ci")))
     if configurations["score"].notna().any():
-        columns.append(("n", [_whole(one) for one in configurations["n"]]))
+        columns.append(("n", [whole(one) for one in configurations["n"]]))
     fits = configurations["task"].eq("fit")
     is_full = configurations["method"].eq("full")
     paired = bool(configurations.loc[~is_full, "full_ms_p50"].notna().any())
@@ -157,7 +157,7 @@ def subtask_table(configurations: pd.DataFrame) -> Table | None:
     strong: set[tuple[int, int]] = set()
     for _, part in data.groupby("configuration_id", sort=False):
         first = part.iloc[0]
-        cells = [str(first["label"]), _whole(first["k"]), _whole(first["rbit"])]
+        cells = [str(first["label"]), whole(first["k"]), whole(first["rbit"])]
         found = part.set_index("subtask")
         for subtask in subtasks:
             if subtask not in found.index:
@@ -195,10 +195,10 @@ def league_table(configurations: pd.DataFrame) -> Table | None:
         ): f"{METRICS['delta_full'].text(configuration['delta_full'])} ({configuration['subtask']})"
         for _, configuration in worst.iterrows()
     }
-    columns = [("k", [_whole(one) for one in top["k"]])]
+    columns = [("k", [whole(one) for one in top["k"]])]
     columns.append(("Method", [str(one) for one in top["label"]]))
     if top["rbit"].nunique() > 1:
-        columns.append(("rbit", [_whole(one) for one in top["rbit"]]))
+        columns.append(("rbit", [whole(one) for one in top["rbit"]]))
     place = len(columns)
     columns.append(("Score (0–100)", with_interval(top, "score", "score_ci")))
     columns.append(("Δ full (points)", with_interval(top, "delta_full", "delta_ci")))
@@ -226,7 +226,7 @@ def failure_table(rows: pd.DataFrame) -> Table | None:
     bad = bad.drop_duplicates(["run_id", "status", "reason"])
     cells = [
         [
-            _whole(value) if name in ("k", "rbit", "length") else str(value)
+            whole(value) if name in ("k", "rbit", "length") else str(value)
             for name, value in zip(names, row, strict=True)
         ]
         for row in bad[names].itertuples(index=False, name=None)
@@ -322,7 +322,8 @@ def _narrow(table: Table) -> Table:
     return Table([table.head[j] for j in keep], rows, words=words, notes=table.notes)
 
 
-def _whole(value: Any) -> str:
+def whole(value: Any) -> str:
+    """Return a whole number as text."""
     return "–" if pd.isna(value) else f"{int(value)}"
 
 

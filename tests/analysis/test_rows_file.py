@@ -90,3 +90,30 @@ def test_samples_have_numbers_as_scores(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(RecordError, match="must be a table of samples, but cannot be read"):
         read_samples(path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "task"),
+    [
+        ({"task": "ruler", "length": 4096, "prompts": "topkbench 1"}, "ruler_words"),
+        ({"task": "ruler", "length": None, "prompts": "RULER 00112233 (raw)"}, "ruler"),
+        ({"task": "ruler", "length": 4096, "prompts": "RULER written by topkbench 1"}, "ruler"),
+        ({"task": "ruler", "length": 4096, "prompts": None}, "ruler"),  # failed before its prompts
+        ({"task": "ruler", "length": 4096}, "ruler_words"),  # older than the column
+        ({"task": "ruler", "length": None}, "ruler"),
+        ({"task": "needle", "length": 4096}, "needle"),
+    ],
+)
+def test_rows_over_our_own_words_load_under_the_tasks_present_name(
+    row: Callable[..., Row], tmp_path: Path, columns: dict[str, object], task: str
+) -> None:
+    path = tmp_path / "rows.csv"
+    flat = {**row().flat(), **columns}
+    if "prompts" not in columns:
+        del flat["prompts"]
+    data = pd.DataFrame([flat])
+    data.to_csv(path, index=False)
+    assert read_rows(path)["task"].tolist() == [task]
+    data.to_parquet(tmp_path / "rows.parquet")
+    assert read_rows(tmp_path / "rows.parquet")["task"].tolist() == [task]
+    assert Row.from_flat(flat).task == task

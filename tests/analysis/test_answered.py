@@ -1,0 +1,91 @@
+"""Means over the sub-tasks that full attention answers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from topkbench.analysis.answered import answered_table
+from topkbench.analysis.configurations import compare
+from topkbench.analysis.record import Row, frame
+from topkbench.analysis.stats import MEAN
+from topkbench.analysis.tables import Table
+
+FULL = {"niah_single_1": (100, 100), "vt": (60, 40), "cwe": (50, 40), "fwe": (0, 0)}
+HATA = {"niah_single_1": (100, 0), "vt": (40, 40), "cwe": (100, 100), "fwe": (100, 100)}
+
+
+@pytest.fixture
+def table(row: Callable[..., Row]) -> Callable[..., Table | None]:
+    def made(samples: bool = True, **scores: Mapping[str, tuple[int, ...]]) -> Table | None:
+        rows: list[Row] = []
+        outcomes: list[dict[str, Any]] = []
+        for number, (method, of_method) in enumerate(scores.items()):
+            known: dict[str, Any] = {"run_id": f"{number:016x}", "method": method}
+            if method != "full":
+                known |= {"k": 64, "protocol": "unified"}
+            means = {name: statistics.fmean(values) for name, values in of_method.items()}
+            means[MEAN] = statistics.fmean(means.values())
+            rows += [row(**known, subtask=name, score=mean) for name, mean in means.items()]
+            outcomes += [
+                {"run_id": known["run_id"], "subtask": name, "sample_id": f"{name}-{place}"}
+                | {"score": float(score), "references": ["a", "b", "c", "d", "e"]}
+                for name, values in of_method.items()
+                for place, score in enumerate(values)
+            ]
+        found = compare(frame(rows), pd.DataFrame(outcomes) if samples else None)
+        return answered_table(found.configurations, found.answers)
+
+    return made
+
+
+def test_sub_tasks_that_full_attention_fails_are_shown_and_left_out_of_the_mean(
+    table: Callable[..., Table | None],
+) -> None:
+    found = table(full=FULL, hata=HATA)
+    assert found is not None
+    assert found.head == ["Method", "k", "rbit", "Score (0–100)", "Δ full (points)"]
+    full, hata = found.rows
+    # (100 + 50) / 2, and (50 + 40) / 2 in the same sub-tasks, whose two means differ by 30.
+    assert full[:3] == ["Full attention", "–", "–"]
+    assert full[3].startswith("75.0 [")
+    assert full[4] == "–"
+    assert hata[:2] == ["HATA", "64"]
+    assert hata[3].startswith("45.0 [")
+    assert hata[4].startswith("−30.0 [")
+    assert found.notes == [
+        "Means of niah_single_1, vt. Left out, since full attention scores below 50 there:"
+        " cwe (45.0), fwe (0.0)."
+    ]
+
+
+def test_a_configuration_without_one_of_them_has_no_mean(
+    table: Callable[..., Table | None],
+) -> None:
+    found = table(full=FULL, hata={name: HATA[name] for name in ("vt", "cwe", "fwe")})
+    assert found is not None
+    assert [one[0] for one in found.rows] == ["Full attention"]
+
+
+@pytest.mark.parametrize(
+    "full",
+    [
+        {"vt": (50, 50), "cwe": (100, 100)},  # all are answered: the mean is of all already
+        {"vt": (40, 50), "cwe": (0, 0)},  # none is
+    ],
+)
+def test_there_is_no_such_mean_if_all_or_none_are_answered(
+    table: Callable[..., Table | None], full: dict[str, tuple[int, ...]]
+) -> None:
+    assert table(full=full, hata={name: HATA[name] for name in full}) is None
+
+
+def test_there_is_no_such_mean_without_full_attention_or_samples(
+    table: Callable[..., Table | None],
+) -> None:
+    assert table(hata=HATA) is None
+    assert table(samples=False, full=FULL, hata=HATA) is None
