@@ -153,6 +153,8 @@ class GenerationTask(PromptTask):
         samples = [sample for record in records["answers"] for sample in record["samples"]]
         order = {prompt.sample.sample_id: position for position, prompt in enumerate(prompts)}
         samples.sort(key=lambda one: order[one["sample_id"]])
+        asked = {prompt.sample.sample_id: prompt.sample.question.strip() for prompt in prompts}
+        samples = [{**one, "question_text": asked[one["sample_id"]] or None} for one in samples]
         counts: dict[str, ReadCount] = {}
         for record in records["answers"]:
             counts.setdefault(record["subtask"], ReadCount()).add(ReadCount(**record["count"]))
