@@ -34,6 +34,7 @@ from topkbench.analysis.row import (
     Scalar,
     Status,
 )
+from topkbench.analysis.samples_file import read_samples_file, samples_bytes
 
 __all__ = [
     "COLUMNS",
@@ -63,6 +64,8 @@ _SHARED = (
 )  # folders of results that all sweeps share
 _PLACE = "results_dir.txt"
 """File of a sweep that holds the path from its folder to the results."""
+_OF_CELL = ("model", "task", "method", "k", "rbit", "protocol", "question", "seed")
+"""Columns of a cell's rows that are beside each of its samples, too."""
 _TRIALS, _SEARCH = "trials.json", "search.json"
 """Files of a sweep that is a search: the cells of its trials, and all that a report shows."""
 
@@ -263,10 +266,15 @@ class Cell:
         return bool(rows) and all(row.settled for row in rows)
 
     def samples(self) -> pd.DataFrame:
-        """Return the samples passed to `write`, one row each; empty if there are none."""
-        if self._intact_rows() is None:
+        """Return the samples passed to `write`, one row each; empty if there are none.
+
+        The first columns are the cell's settings: model, task, method, k, rbit, protocol, question
+        (sparse or dense) and seed.
+        """
+        rows = self._intact_rows()
+        if rows is None:
             return pd.DataFrame()
-        return pd.read_parquet(self.folder / "samples.parquet")
+        return _with_settings(read_samples_file(self.folder / "samples.parquet"), rows)
 
     def config(self) -> dict[str, Any]:
         """Return the resolved configuration, empty if there is none."""
@@ -285,7 +293,7 @@ class Cell:
         Args:
             rows: One per sub-task and one for the mean; at least one.
             samples: One mapping per sample: sample_id, subtask, length, score (0 to 100),
-                prediction, references (a list, stored as JSON), num_generated and any others.
+                prediction, references (a list), num_generated and any others.
             config: The resolved configuration, plain values only.
             log: Text of the cell's log.
 
@@ -298,7 +306,7 @@ class Cell:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "rows.json").unlink(missing_ok=True)
         content = {
-            "samples.parquet": _samples_bytes(samples),
+            "samples.parquet": samples_bytes(_samples_frame(samples, rows)),
             "config.json": json_bytes(_canonical(config, "config")),
             "log.txt": log.encode(errors="replace"),
         }
@@ -316,19 +324,26 @@ def _digest(rows: Sequence[Mapping[str, Any]], files: Mapping[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _samples_bytes(samples: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return the samples as Parquet; lists and mappings become JSON text."""
-    plain = [
-        {
-            name: json.dumps(value) if isinstance(value, list | tuple | Mapping) else value
-            for name, value in sample.items()
-        }
-        for sample in samples
-    ]
+def _samples_frame(samples: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> pd.DataFrame:
+    """Return the samples of a cell, one row each, with the cell's settings."""
     columns = ["sample_id", "subtask", "length", "score", "prediction", "references"]
-    data = pd.DataFrame(plain) if plain else pd.DataFrame(columns=columns)
-    content: bytes = data.to_parquet(None, index=False)
-    return content
+    data = pd.DataFrame(list(samples)) if samples else pd.DataFrame(columns=columns)
+    return _with_settings(data, rows)
+
+
+def _with_settings(samples: pd.DataFrame, rows: Sequence[Row]) -> pd.DataFrame:
+    """Return samples with the settings of their cell in front, where they have none of their own.
+
+    Args:
+        samples: The samples; those of older versions lack the settings.
+        rows: The cell's rows. A setting in which they differ stays empty.
+    """
+    for place, name in enumerate([name for name in _OF_CELL if name not in samples]):
+        values = {getattr(row, name) for row in rows}
+        value = values.pop() if len(values) == 1 else None
+        kind = "Int64" if Row.__annotations__[name].startswith("int") else object
+        samples.insert(place, name, pd.Series([value] * len(samples), samples.index, dtype=kind))
+    return samples
 
 
 class CellStore:

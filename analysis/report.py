@@ -29,6 +29,7 @@ from topkbench.analysis.plots import Drawn, draw_all, smallest_batch
 from topkbench.analysis.record import CellStore, RecordError, Sweep, frame, samples_of, typed
 from topkbench.analysis.row import PARAMETER_PREFIX
 from topkbench.analysis.rows_file import read_rows, read_samples
+from topkbench.analysis.samples_file import samples_bytes
 from topkbench.analysis.stats import paired_columns
 from topkbench.analysis.variants import difference_table
 
@@ -173,7 +174,7 @@ def _write(
     if not any(_is_read_from(path, folder) for path in paths):
         write_atomic(folder / "rows.parquet", rows.to_parquet(None, index=False))
         write_atomic(folder / "rows.csv", rows.to_csv(index=False, lineterminator="\n").encode())
-        write_atomic(folder / "samples.parquet", _plain(samples).to_parquet(None, index=False))
+        write_atomic(folder / "samples.parquet", samples_bytes(samples))
     sweeps = [Sweep.open(path) for path in paths if path.is_dir()]
     content = _content(compared, rows, samples, folder, models)
     content["searches"] = search.sections(sweeps, rows, folder / "figures")
@@ -203,17 +204,6 @@ def _is_read_from(path: Path, folder: Path) -> bool:
     if file.is_dir() and not (file / "cells.json").is_file() and not (file / "cells").is_dir():
         file = next(file / name for name in _ROWS if (file / name).is_file())
     return file.parent == folder and file.name in _ROWS
-
-
-def _plain(samples: pd.DataFrame) -> pd.DataFrame:
-    """Turn columns of mixed types into text: two tasks may use one name for different types."""
-    data = samples.copy()
-    for name in data.columns:
-        if data[name].dtype == object:
-            kinds = {type(one) for one in data[name].dropna()}
-            if len(kinds) > 1:
-                data[name] = [None if pd.isna(one) else str(one) for one in data[name]]
-    return data
 
 
 def _content(

@@ -13,6 +13,7 @@ import pandas as pd
 
 from topkbench.analysis.record import RecordError, typed
 from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX, Row, present_task
+from topkbench.analysis.samples_file import read_samples_file
 
 
 def read_rows(file: Path) -> pd.DataFrame:
@@ -75,7 +76,7 @@ def read_samples(file: Path) -> pd.DataFrame:
     if not file.is_file():
         return pd.DataFrame({"run_id": []})
     try:
-        data = pd.read_parquet(file)
+        data = read_samples_file(file)
     except (OSError, ValueError) as error:
         raise RecordError(
             f"{file} must be a table of samples, but cannot be read: {error}; "

@@ -329,7 +329,7 @@ class WandbTracker:
             try:
                 data = samples if isinstance(samples, pd.DataFrame) else pd.DataFrame(list(samples))
                 if len(data):
-                    shown = data.head(_MOST_SAMPLES).map(table_value)
+                    shown = data.head(_MOST_SAMPLES).astype(object).map(table_value)
                     run.log({"samples": wandb.Table(dataframe=shown)})
                 run.define_metric("loss/*", step_metric="step")
                 for point in loss_points(data):

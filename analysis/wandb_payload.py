@@ -47,6 +47,8 @@ def table_value(value: Any) -> Any:
     """Return a value in a type that W&B tables accept: number, boolean or text."""
     if isinstance(value, str | int | float | bool) or value is None:
         return value
+    if value is pd.NA:
+        return None
     return value.item() if hasattr(value, "item") else str(value)
 
 

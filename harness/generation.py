@@ -153,6 +153,8 @@ class GenerationTask(PromptTask):
         samples = [sample for record in records["answers"] for sample in record["samples"]]
         order = {prompt.sample.sample_id: position for position, prompt in enumerate(prompts)}
         samples.sort(key=lambda one: order[one["sample_id"]])
+        asked = {prompt.sample.sample_id: prompt.sample.question.strip() for prompt in prompts}
+        samples = [{**one, "question_text": asked[one["sample_id"]] or None} for one in samples]
         counts: dict[str, ReadCount] = {}
         for record in records["answers"]:
             counts.setdefault(record["subtask"], ReadCount()).add(ReadCount(**record["count"]))
@@ -234,13 +236,12 @@ def answer(context: Context, prompts: Sequence[Prompt]) -> Record:
     for prompt, tokens, milliseconds in zip(prompts, answers, decoder.prefill_ms, strict=True):
         sample = prompt.sample
         prediction = str(tokenizer.decode(tokens, skip_special_tokens=True))
-        match = string_match_part if sample.subtask.startswith("qa") else string_match_all
         samples.append(
             {
                 "sample_id": sample.sample_id,
                 "subtask": sample.subtask,
                 "length": prompt.num_tokens,
-                "score": match(prediction, sample.answers),
+                "score": score_of(sample, prediction),
                 "prediction": prediction,
                 "references": list(sample.answers),
                 "num_generated": len(tokens),
@@ -252,6 +253,12 @@ def answer(context: Context, prompts: Sequence[Prompt]) -> Record:
     record = {"subtask": subtask, "samples": samples, "count": asdict(counter.count)}
     is_sparse = context.method.selects and any(prompt.decode_ids for prompt in prompts)
     return {**record, "known_tokens": known if is_sparse else None}
+
+
+def score_of(sample: Sample, prediction: str) -> float:
+    """Return a prediction's score, 0 to 100, by the rule of the sample's sub-task."""
+    match = string_match_part if sample.subtask.startswith("qa") else string_match_all
+    return match(prediction, sample.answers)
 
 
 def measure_selection(

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -271,8 +270,7 @@ def answers_in(samples: pd.DataFrame) -> dict[str, list[int]]:
     """Return the answer tokens of a cell's samples by sample id; empty if it has none."""
     if "tokens" not in samples:
         return {}
-    tokens = (json.loads(text) for text in samples["tokens"])
-    return dict(zip(samples["sample_id"], tokens, strict=True))
+    return dict(zip(samples["sample_id"], samples["tokens"], strict=True))
 
 
 def progress(items: Sequence[Any], label: str) -> Iterable[Any]:

@@ -169,7 +169,7 @@ def test_a_written_cell_is_read_back(store: CellStore, row: Callable[..., Row]) 
         cell.write([row(score=50.0)], SAMPLES, {"k": 1}, "what happened\n")
     assert cell.finished()
     assert cell.read() == [row(score=50.0)]
-    assert cell.samples()["references"].tolist() == ['["x", "y"]']
+    assert cell.samples()["references"].tolist() == [["x", "y"]]
     assert cell.config() == {"k": 1}
     assert (cell.folder / "log.txt").read_text() == "what happened\n"
 

@@ -115,6 +115,8 @@ def test_samples_contain_what_re_scoring_needs(
         decoded = loaded.tokenizer.decode(one["tokens"], skip_special_tokens=True)
         assert one["prediction"] == decoded
         assert one["references"]
+    asked = [one["question_text"] for one in outcome.samples]
+    assert asked[2] == "Which variables hold the value 79531?"
 
 
 def test_full_attention_has_no_selection_quality(
