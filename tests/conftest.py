@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+gc.disable()  # until all is imported, of which nothing is garbage: a fifth of the time
+
 # Read when torch is imported: several processes at a time, one thread each.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,6 +38,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Leave what is imported out of the garbage collections that follow: a second for each."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
