@@ -278,7 +278,8 @@ class Joblib(Launcher):
     """Runs a sweep in processes of this machine: ``launcher=joblib``.
 
     Each has its share of the processor's cores and, where there are GPUs, one of its own. The
-    processes are those of joblib's engine loky.
+    processes are those of joblib's engine loky. They live as long as the sweep, so that the one
+    that prepares it has the libraries and the model when it measures.
 
     Attributes:
         workers: Number of processes; None for one a GPU, and two where there is none.
@@ -293,6 +294,8 @@ class Joblib(Launcher):
         if self.workers is not None:
             check_whole("workers", self.workers)
         self.gpus = visible_gpus()
+        # One process each, as all processes of a pool end when one of them dies.
+        self._pools: dict[int, Any] = {}
 
     @property
     def count(self) -> int:
@@ -301,6 +304,14 @@ class Joblib(Launcher):
     @property
     def sharing(self) -> int:
         return math.ceil(self.count / (len(self.gpus) or 1))
+
+    def run(self, runner: Runner, jobs: Sequence[Job]) -> list[str | None]:
+        try:
+            return super().run(runner, jobs)
+        finally:
+            for pool in self._pools.values():
+                pool.shutdown(wait=True, kill_workers=True)
+            self._pools.clear()
 
     def start(
         self, assignments: Sequence[Assignment], folder: Path
@@ -312,12 +323,10 @@ class Joblib(Launcher):
         ended: queue.SimpleQueue[tuple[int, Done]] = queue.SimpleQueue()
         for position in range(len(assignments)):
             waiting.put(position)
-        # One process each, as all processes of a pool end when one of them dies.
-        pools: dict[int, Any] = {}
         is_over = threading.Event()
 
         def renew(number: int) -> None:
-            pools[number] = ProcessPoolExecutor(
+            self._pools[number] = ProcessPoolExecutor(
                 1,
                 timeout=None,
                 env=self.environment(number),
@@ -330,7 +339,7 @@ class Joblib(Launcher):
                 while True:
                     position = waiting.get_nowait()
                     try:
-                        done = pools[number].submit(do, assignments[position]).result()
+                        done = self._pools[number].submit(do, assignments[position]).result()
                     except BrokenProcessPool as error:
                         if is_over.is_set():
                             return
@@ -344,7 +353,8 @@ class Joblib(Launcher):
 
         count = min(self.count, len(assignments))
         for number in range(count):
-            renew(number)
+            if number not in self._pools:
+                renew(number)
         try:
             for number in range(count):
                 threading.Thread(target=work_on, args=[number], daemon=True).start()
@@ -357,8 +367,6 @@ class Joblib(Launcher):
                     yield None
         finally:
             is_over.set()
-            for pool in list(pools.values()):
-                pool.shutdown(wait=True, kill_workers=True)
 
     def environment(self, number: int) -> dict[str, str]:
         """Return what a worker's environment has in addition: its GPU, and its number of threads.

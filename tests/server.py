@@ -18,21 +18,23 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-import matplotlib.pyplot as plt
-import pandas as pd
-import wandb.sdk.launch  # noqa: F401
-from hydra import compose, initialize_config_dir
-from numba.core.registry import cpu_target
+gc.disable()  # until all is imported and prepared, of which nothing is garbage
 
-import topkbench.analysis.sweep_report
-import topkbench.harness.runner  # noqa: F401
-from topkbench.analysis import plots, style
-from topkbench.harness import speed
-from topkbench.harness.main import CONF
-from topkbench.harness.run import bandwidth
-from topkbench.harness.sources import ROOT, code_digest
-from topkbench.models.load import load_model
-from topkbench.models.prefill_store import PrefillStore
+import matplotlib.pyplot as plt  # noqa: E402
+import pandas as pd  # noqa: E402
+import wandb.sdk.launch  # noqa: E402, F401
+from hydra import compose, initialize_config_dir  # noqa: E402
+from numba.core.registry import cpu_target  # noqa: E402
+
+import topkbench.analysis.sweep_report  # noqa: E402
+import topkbench.harness.runner  # noqa: E402, F401
+from topkbench.analysis import plots, style  # noqa: E402
+from topkbench.harness import speed  # noqa: E402
+from topkbench.harness.main import CONF  # noqa: E402
+from topkbench.harness.run import bandwidth  # noqa: E402
+from topkbench.harness.sources import ROOT, code_digest  # noqa: E402
+from topkbench.models.load import load_model  # noqa: E402
+from topkbench.models.prefill_store import PrefillStore  # noqa: E402
 
 
 def prepare() -> None:
@@ -56,6 +58,7 @@ def prepare() -> None:
     tempfile.tempdir = None  # a job has a folder of its own
     gc.collect()
     gc.freeze()  # else each process would visit all of these objects again
+    gc.enable()
 
 
 def save_nothing(figure: object, data: object, drawn: plots.Drawn) -> None:

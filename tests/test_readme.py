@@ -65,7 +65,8 @@ def test_the_method_that_readme_adds_passes_the_contract_as_printed(tmp_path: Pa
     (tmp_path / ".types").mkdir()
     (tmp_path / ".types" / "topkbench").symlink_to("..", target_is_directory=True)
     (tmp_path / "tests" / "methods").mkdir(parents=True)
-    for name in ("conftest.py", "methods/conftest.py", "methods/test_contract.py"):
+    contract = ("methods/conftest.py", "methods/test_contract.py")
+    for name in ("conftest.py", "fixtures.py", *contract):
         shutil.copy(ROOT / "tests" / name, tmp_path / "tests" / name)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     environment = {name: one for name, one in os.environ.items() if name != "PYTHONPATH"}
@@ -101,15 +102,16 @@ def test_a_method_stays_in_the_repository_with_two_files_and_a_run_of_the_tool(
     (tmp_path / ".types").mkdir()
     (tmp_path / ".types" / "topkbench").symlink_to("..", target_is_directory=True)
     checks = ("conf/test_compose.py", "analysis/test_style.py", "tools/test_docs.py")
-    files = (*(f"tests/{name}" for name in ("conftest.py", "test_layout.py", *checks)),)
-    for name in (*files, "docs/methods.md", "README.md", "pyproject.toml", "run.py"):
+    files = [f"tests/{name}" for name in ("test_layout.py", *checks)]
+    shared = ("tests/conftest.py", "tests/fixtures.py")
+    for name in (*shared, *files, "docs/methods.md", "README.md", "pyproject.toml", "run.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     mine = code.replace(f'"""{sentence}"""', f'"""{sentence}{sections}\n    """')
     (tmp_path / "methods" / "mine.py").write_text(mine)
     (tmp_path / "conf" / "method" / "mine.yaml").write_text(settings)
     tool = ["tools/make_methods.py"]
-    tests = ["-m", "pytest", "-n0", "-p", "no:cacheprovider", *files[1:]]
+    tests = ["-m", "pytest", "-n0", "-p", "no:cacheprovider", *files]
     tests += ["-k", "test_layout or test_style or mine or test_docs and method"]
     for arguments in (tool, tests):
         done = subprocess.run(

@@ -21,8 +21,8 @@ SMALL = (
     *("task.length=256", "num_samples=1", "task.subtasks=[niah_single,vt]"),
     *("task.judged_prompts=0", "task.timed_prompts=0", "tracker=none", "cache_dir=cache"),
 )
-OF_24 = (
-    *("method=quest", "search.knobs.k='range(16,145,16)'"),
+OF_15 = (
+    *("method=quest", "search.trials=15", "search.batch=5", "search.knobs.k='range(16,97,16)'"),
     *("+search.knobs.method.page_size=[8,16,32]", *SMALL),
 )
 
@@ -86,9 +86,9 @@ class Searches:
 
 @pytest.fixture(scope="module")
 def whole(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Searches:
-    """A search of 24 trials that nobody disturbed."""
+    """A search of 15 trials that nobody disturbed."""
     searches = Searches(server, tmp_path_factory.mktemp("whole"))
-    assert searches.run(*OF_24) == 0, searches.text("err")
+    assert searches.run(*OF_15) == 0, searches.text("err")
     return searches
 
 
@@ -104,10 +104,10 @@ def suggested(trials: list[optuna.trial.FrozenTrial]) -> list[tuple[Any, ...]]:
 @pytest.mark.slow
 def test_trials_are_cells_of_one_group_prefilled_once_a_batch(whole: Searches) -> None:
     trials = whole.trials
-    assert [one.number for one in trials] == list(range(24))
+    assert [one.number for one in trials] == list(range(15))
     assert {one.state.name for one in trials} == {"COMPLETE"}
-    assert {one.params["k"] for one in trials} <= set(range(16, 145, 16))
-    assert len(whole.text("forwards").splitlines()) == 3 * 2  # batches of 8 trials, prompts
+    assert {one.params["k"] for one in trials} <= set(range(16, 97, 16))
+    assert len(whole.text("forwards").splitlines()) == 3 * 2  # batches of 5 trials, prompts
     rows = whole.rows
     for one in trials:
         row = rows.loc[one.user_attrs["cell"]]
@@ -156,7 +156,7 @@ def test_the_reports_front_is_the_one_computed_by_hand(whole: Searches) -> None:
         assert score == f"{row['score']:.1f} [{low:.1f}, {high:.1f}]"
     assert "Pareto front" in (whole.report / "report.html").read_text()
     assert "Pareto front:" in whole.text("out")
-    assert "24 of 24 trials" in section
+    assert "15 of 15 trials" in section
 
 
 KILL = """
@@ -184,10 +184,10 @@ def test_a_search_that_is_killed_goes_on_and_loses_no_trial(
         "killing(Study, 'tell', 4)",  # while it tells what came out
         "killing(record.Cell, 'write', 3)",  # in a later batch
     ):
-        assert searches.run(*OF_24, before=code + before) == -signal.SIGKILL
+        assert searches.run(*OF_15, before=code + before) == -signal.SIGKILL
     states = [one.state.name for one in searches.trials]
     assert set(states) == {"COMPLETE", "RUNNING"}
-    assert searches.run(*OF_24) == 0, searches.text("err")
+    assert searches.run(*OF_15) == 0, searches.text("err")
     assert suggested(searches.trials) == suggested(whole.trials)
     assert searches.record == whole.record
     best = ["score", "bytes_read_per_step", "k", "p_page_size", "status"]
@@ -199,15 +199,15 @@ def test_a_finished_search_runs_nothing_and_goes_on_with_more_trials(
     whole: Searches, tmp_path: Path
 ) -> None:
     record, cells = whole.record, set(whole.rows.index)
-    assert whole.run(*OF_24) == 0
+    assert whole.run(*OF_15) == 0
     assert (whole.text("forwards"), whole.record) == ("", record)
     assert set(whole.rows.index) == cells
-    # There are 27 combinations: those that are missing are tried.
-    assert whole.run(*OF_24, "search.trials=40") == 0
+    # There are 18 combinations: those that are missing are tried.
+    assert whole.run(*OF_15, "search.trials=40") == 0
     tried = {tuple(sorted(one.params.items())) for one in whole.trials}
-    assert len(tried) == 27
+    assert len(tried) == 18
     assert "which are all combinations of its knobs' values" in whole.text("out")
-    assert whole.record["ended"][:24] == record["ended"]
+    assert whole.record["ended"][:15] == record["ended"]
 
 
 def test_another_search_has_a_study_of_its_own(searches: Searches) -> None:
