@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from topkbench.harness.decoding import Prompt, count_tokens, is_wrapped
@@ -19,6 +20,7 @@ from topkbench.tasks.generated import NEW_TOKENS, GeneratedPrompts
 from topkbench.tasks.ruler_data import (
     Essay,
     QuestionSet,
+    digest,
     read_english_words,
     read_essay,
     read_hotpotqa,
@@ -76,13 +78,17 @@ class Ruler(GeneratedPrompts):
     question_tokens: int = 0
     skip_bad: bool = False
     all_subtasks: ClassVar[Sequence[str]] = SUBTASKS
-    _official: RulerFiles | None = field(default=None, init=False, repr=False)
+    # What is read is read at once, so that a bad file fails before a model is loaded.
+    _official: RulerFiles | None = field(default=None, init=False, repr=False, compare=False)
+    _essay: Essay = field(init=False, repr=False, compare=False)
+    _words: Sequence[str] = field(init=False, repr=False, compare=False)
+    _questions: dict[str, QuestionSet] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole("question_tokens", self.question_tokens, least=0)
         if self.source is None:
-            self._check_generated()
+            self._read_texts()
             return
         for setting in _GENERATED:
             if getattr(self, setting) is not None:
@@ -90,7 +96,6 @@ class Ruler(GeneratedPrompts):
                     f"task.{setting} must be null with task.source, whose prompts are written"
                     f" already, got {getattr(self, setting)!r}; use task.{setting}=null."
                 )
-        # Read now, so that a bad file fails before a model is loaded.
         self._official = read_official(
             self.source,
             self.num_samples,
@@ -100,7 +105,8 @@ class Ruler(GeneratedPrompts):
             self.skip_bad,
         )
 
-    def _check_generated(self) -> None:
+    def _read_texts(self) -> None:
+        """Check the settings of prompts that are written here, and read what they are made of."""
         for setting in _FROM_SOURCE:
             if getattr(self, setting):
                 raise ValueError(
@@ -110,16 +116,22 @@ class Ruler(GeneratedPrompts):
         self.check_subtasks()
         if not set(self.chosen_subtasks) - set(self.skipped):
             raise TaskDoesNotFit(" ".join(self.skipped.values()))
+        self._essay, self._questions = read_essay(self.haystack), {}
+        self._words = all_listed_words()
+        if self.english_words is not None:
+            self._words = read_english_words(self.english_words)
+        if "qa_1" in self.chosen_subtasks and self.squad is not None:
+            self._questions["qa_1"] = read_squad(self.squad)
+        if "qa_2" in self.chosen_subtasks and self.hotpotqa is not None:
+            self._questions["qa_2"] = read_hotpotqa(self.hotpotqa)
         for subtask, questions in self._questions.items():
             if self.num_samples > len(questions.questions):
                 raise ValueError(
                     f"num_samples must be at most the {len(questions.questions):,} questions of"
                     f" task.{_QA[subtask][0]}, got {self.num_samples}."
                 )
-        self._essay  # noqa: B018  # read now, as above
-        self._english_words  # noqa: B018
 
-    @functools.cached_property
+    @property
     def skipped(self) -> dict[str, str]:
         """The chosen sub-tasks whose prompts cannot be written, and why."""
         return {
@@ -128,23 +140,6 @@ class Ruler(GeneratedPrompts):
             for subtask, (setting, name) in _QA.items()
             if subtask in self.chosen_subtasks and getattr(self, setting) is None
         }
-
-    @functools.cached_property
-    def _essay(self) -> Essay:
-        return read_essay(self.haystack)
-
-    @functools.cached_property
-    def _english_words(self) -> Sequence[str]:
-        return () if self.english_words is None else read_english_words(self.english_words)
-
-    @functools.cached_property
-    def _questions(self) -> dict[str, QuestionSet]:
-        found = {}
-        if "qa_1" in self.chosen_subtasks and self.squad is not None:
-            found["qa_1"] = read_squad(self.squad)
-        if "qa_2" in self.chosen_subtasks and self.hotpotqa is not None:
-            found["qa_2"] = read_hotpotqa(self.hotpotqa)
-        return found
 
     def decided(self) -> dict[str, Any]:
         if self.source is None:
@@ -161,6 +156,8 @@ class Ruler(GeneratedPrompts):
         how = "chat template" if loaded.chat else "raw"
         parts = [f"RULER written by topkbench {VERSION}", self._essay.label]
         parts += [one.label for one in self._questions.values()]
+        if self.english_words is not None:
+            parts.append(f"{Path(self.english_words).name} {digest(json.dumps(self._words))}")
         return f"{', '.join(parts)} ({how})"
 
     def sample_counts(self, subtask: str) -> dict[str, Any]:
@@ -191,11 +188,6 @@ class Ruler(GeneratedPrompts):
             "prompts": self.prompts(loaded),
             "words": hashlib.sha256(json.dumps(self._words).encode()).hexdigest(),
         }
-
-    @property
-    def _words(self) -> Sequence[str]:
-        """The words of cwe's lists."""
-        return self._english_words or all_listed_words()
 
     def draw(self, loaded: LoadedModel) -> list[Sample]:
         samples, length = [], self.prompt_length

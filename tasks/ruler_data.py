@@ -135,6 +135,12 @@ def read_squad(value: str) -> QuestionSet:
     Raises:
         ValueError: If it cannot be read, or is not as described.
     """
+    return _read_squad(value, _state(value))
+
+
+# Read once by a process, since each cell of a sweep has a task of its own.
+@functools.lru_cache(maxsize=4)
+def _read_squad(value: str, state: tuple[int, int] | None) -> QuestionSet:
     setting = "task.squad"
     if value.startswith(PREFIX):
         dataset = parse_hub(setting, value)
@@ -197,6 +203,11 @@ def read_hotpotqa(value: str) -> QuestionSet:
     Raises:
         ValueError: If it cannot be read, or is not as described.
     """
+    return _read_hotpotqa(value, _state(value))
+
+
+@functools.lru_cache(maxsize=4)
+def _read_hotpotqa(value: str, state: tuple[int, int] | None) -> QuestionSet:
     setting = "task.hotpotqa"
     if value.startswith(PREFIX):
         dataset = parse_hub(setting, value)
@@ -254,6 +265,15 @@ def read_english_words(value: str) -> tuple[str, ...]:
 
 def _spaced(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
+
+
+def _state(value: str) -> tuple[int, int] | None:
+    """Return time of the last change and size of a file, so that a changed one is read again."""
+    try:
+        found = Path(value).expanduser().stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 def _read(setting: str, value: str) -> str:

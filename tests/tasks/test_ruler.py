@@ -55,7 +55,7 @@ def words_of(prompt: Prompt) -> int:
 def niah() -> Callable[[str], Niah]:
     """The needle sub-tasks as the task makes them, over an essay of sentences of four words."""
     task = Ruler(subtasks=SUBTASKS[:8])
-    task.__dict__["_essay"] = ESSAY
+    task._essay = ESSAY
 
     def made(name: str) -> Niah:
         found = task._subtask(None, name)  # type: ignore[arg-type]
