@@ -127,7 +127,7 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
         samples: What `record.Sweep.samples` returns; without them the rows' own intervals are used.
     """
     data = _drop_duplicates(typed(rows))
-    notes = _mixed(data) + _missing_samples(data) + _without_full(data)
+    notes = _mixed(data) + _missing_samples(data) + _skipped(data) + _without_full(data)
     good = data[data["status"] == Status.OK.value] if len(data) else data
     if not len(good):
         return Comparison(
@@ -285,6 +285,18 @@ def _missing_samples(rows: pd.DataFrame) -> list[str]:
                 f"{task}/{row['subtask']}: the files hold {row['source_samples']} of the "
                 f"{row['wanted_samples']} samples that num_samples asks for."
             )
+    return notes
+
+
+def _skipped(rows: pd.DataFrame) -> list[str]:
+    """Return a sentence for each reason why a mean is not of all sub-tasks."""
+    if not len(rows):
+        return []
+    of_subtask = rows["subtask"].ne(stats.MEAN) & rows["status"].eq(Status.SKIPPED.value)
+    notes = []
+    for (task, reason), part in rows[of_subtask].groupby(["task", "reason"], sort=False):
+        names = ", ".join(dict.fromkeys(part["subtask"]))
+        notes.append(f"{task}: means are without {names}, skipped there: {reason}")
     return notes
 
 

@@ -139,6 +139,12 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
     return typed(pd.DataFrame(flat, columns=[*COLUMNS, *extra], dtype=object))
 
 
+def one_row_a_cell(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return each cell's mean, or its first row where there is none: its status is the cell's."""
+    first = rows["subtask"].ne("mean").sort_values(kind="stable").index
+    return rows.loc[rows.loc[first].drop_duplicates("run_id").index.sort_values()]
+
+
 def typed(data: pd.DataFrame) -> pd.DataFrame:
     """Return rows whose column types, Int64, float64 or object, do not depend on missing values."""
     # Set one by one in a frame, hundreds of columns take most of a small report's time.

@@ -26,7 +26,15 @@ from topkbench.analysis.files import translate_os_error, write_atomic
 from topkbench.analysis.matched import MATCHED, matched_table
 from topkbench.analysis.paper import compare_with_published, published_table, without_counterpart
 from topkbench.analysis.plots import Drawn, draw_all, smallest_batch
-from topkbench.analysis.record import CellStore, RecordError, Sweep, frame, samples_of, typed
+from topkbench.analysis.record import (
+    CellStore,
+    RecordError,
+    Sweep,
+    frame,
+    one_row_a_cell,
+    samples_of,
+    typed,
+)
 from topkbench.analysis.row import PARAMETER_PREFIX
 from topkbench.analysis.rows_file import read_rows, read_samples
 from topkbench.analysis.samples_file import samples_bytes
@@ -240,7 +248,7 @@ def _content(
                 "figures": drawn,
             }
         )
-    cells = rows.drop_duplicates("run_id")
+    cells = one_row_a_cell(rows)
     counts = cells["status"].value_counts()
     return {
         "title": f"topkbench: {folder.parent.name}/{folder.name}",

@@ -383,6 +383,8 @@ def full_note(rows: Sequence[Row], subtask: str) -> str | None:
     row = found.get(subtask, found.get(MEAN))
     if row is None:
         return None
+    if row.status is Status.SKIPPED and row.subtask == subtask != MEAN:
+        return None  # its own row says so, and there is no method's either
     if row.status is not Status.OK:
         return (
             f"full attention ended {row.status.value} here, so there is no difference to it: "

@@ -22,7 +22,7 @@ import pandas as pd
 
 from topkbench.analysis.console import console, say, say_error
 from topkbench.analysis.metrics import METRICS
-from topkbench.analysis.record import Sweep
+from topkbench.analysis.record import Sweep, one_row_a_cell
 from topkbench.analysis.row import Row
 from topkbench.analysis.search import outcome, values
 from topkbench.analysis.stats import MEAN
@@ -370,7 +370,7 @@ class WandbTracker:
                 found = outcome(Sweep.open(folder), rows)
                 if found is not None:
                     run.log({"search/best": wandb.Table(dataframe=values(found))})
-                counts = rows.drop_duplicates("run_id")["status"].value_counts()
+                counts = one_row_a_cell(rows)["status"].value_counts()
                 run.summary.update({f"cells/{name}": int(n) for name, n in counts.items()})
             finally:
                 run.finish()

@@ -4,7 +4,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +22,19 @@ DEFAULT_LENGTH = 4096
 NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 SPARE_TOKENS = 8
 """Tokens that a model which is trained to end its answers may generate beside the reference."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was written for a model.
+
+    Attributes:
+        samples: The samples, sub-task by sub-task.
+        skipped: The sub-tasks whose prompts cannot be written, and why.
+    """
+
+    samples: list[Sample]
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -98,16 +111,20 @@ class GeneratedPrompts(GenerationTask):
 
     def samples(self, loaded: LoadedModel) -> list[Sample]:
         """Return the samples for a model, from the cache if they are there."""
+        return self.drawn(loaded).samples
+
+    def drawn(self, loaded: LoadedModel) -> Drawn:
+        """Return what was written for a model, from the cache if it is there."""
         check_window(self._longest, self.prompt_length, loaded.name, loaded.window)
         path = self._cache_file(loaded)
-        samples = _read_cache(path)
-        if samples is None:
-            samples = _READ[path] = self.draw(loaded)
-            _write_cache(path, samples)
-        return samples
+        found = _read_cache(path)
+        if found is None:
+            found = _READ[path] = self.draw(loaded)
+            _write_cache(path, found)
+        return found
 
     @abstractmethod
-    def draw(self, loaded: LoadedModel) -> list[Sample]:
+    def draw(self, loaded: LoadedModel) -> Drawn:
         """Return newly generated samples, sub-task by sub-task.
 
         Each sample's randomness depends on its index, so more samples never change the first ones.
@@ -144,31 +161,35 @@ def reserved(subtask: str, short_answers: bool) -> int:
 
 
 # Samples that this process has read or made, since all cells of a sweep use the same ones.
-_READ: dict[Path, list[Sample]] = {}
+_READ: dict[Path, Drawn] = {}
 
 
-def _read_cache(path: Path) -> list[Sample] | None:
-    """Return the samples of a cache file, or None if it is missing or damaged."""
+def _read_cache(path: Path) -> Drawn | None:
+    """Return what a cache file holds, or None if it is missing or damaged."""
     if path not in _READ:
         try:
-            head, *lines = path.read_text(encoding="utf-8").splitlines()
-            if json.loads(head) != _head(lines):
+            first, *lines = path.read_text(encoding="utf-8").splitlines()
+            head = json.loads(first)
+            if head != _head(lines, head["skipped"]):
                 return None
             entries = [json.loads(line) for line in lines]
-            _READ[path] = [
-                Sample(**{**entry, "answers": tuple(entry["answers"])}) for entry in entries
-            ]
+            _READ[path] = Drawn(
+                [Sample(**{**entry, "answers": tuple(entry["answers"])}) for entry in entries],
+                dict(head["skipped"]),
+            )
         except (OSError, ValueError, TypeError, KeyError):
             return None
     return _READ[path]
 
 
-def _write_cache(path: Path, samples: Sequence[Sample]) -> None:
-    """Write samples, one per line, after a first line with their number and sha256."""
-    lines = [json.dumps(asdict(sample)) for sample in samples]
-    write_cached(path, ("\n".join([json.dumps(_head(lines)), *lines]) + "\n").encode())
+def _write_cache(path: Path, drawn: Drawn) -> None:
+    """Write samples, one per line, after a first line with their number and a sha256."""
+    lines = [json.dumps(asdict(sample)) for sample in drawn.samples]
+    head = json.dumps(_head(lines, drawn.skipped))
+    write_cached(path, ("\n".join([head, *lines]) + "\n").encode())
 
 
-def _head(lines: Sequence[str]) -> dict[str, Any]:
-    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    return {"samples": len(lines), "sha256": digest}
+def _head(lines: Sequence[str], skipped: dict[str, str]) -> dict[str, Any]:
+    content = "\n".join([json.dumps(skipped), *lines])
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return {"samples": len(lines), "skipped": skipped, "sha256": digest}

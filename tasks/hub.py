@@ -35,7 +35,7 @@ def parse_hub(setting: str, value: str) -> HubDataset:
         ValueError: If the value is not ``hub:OWNER/NAME[/CONFIG][@REVISION]``.
     """
     found = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?", value)
-    if found is None:
+    if found is None or not all(re.search(r"\w", part) for part in found[1].split("/")):
         raise ValueError(
             f"{setting} must name a data set as hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or either"
             f" with @REVISION, got {value!r}."
@@ -44,13 +44,17 @@ def parse_hub(setting: str, value: str) -> HubDataset:
 
 
 @cache
-def hub_rows(setting: str, wanted: HubDataset, splits: Sequence[str]) -> list[dict[str, Any]]:
+def hub_rows(
+    setting: str, wanted: HubDataset, splits: Sequence[str], named: re.Pattern[str] | None = None
+) -> list[dict[str, Any]]:
     """Return the rows of a data set, fetched once and then read from the hub's cache.
 
     Args:
         setting: The setting that names it, for messages.
         wanted: The data set.
         splits: Names of the split to read; the first that it has, or its only one.
+        named: If all splits have such names, all are read, and a row's ``task`` is its split's name
+            unless it has one.
 
     Raises:
         ValueError: If the package ``datasets`` is missing, the data set cannot be read, or it has
@@ -70,11 +74,13 @@ def hub_rows(setting: str, wanted: HubDataset, splits: Sequence[str]) -> list[di
             f"{setting} must name a data set of the hub that can be read, got {wanted}:"
             f" {' '.join(str(error).split())[:300]}"
         ) from None
-    names = list(loaded)
+    names = [str(name) for name in loaded]
+    if named is not None and all(map(named.fullmatch, names)):
+        return [{"task": name, **row} for name in names for row in loaded[name]]
     chosen = next((name for name in splits if name in names), names[0] if len(names) == 1 else None)
     if chosen is None:
         raise ValueError(
             f"{setting} must name a data set with the split {' or '.join(splits)}, or with one"
-            f" split alone, but {wanted} has {', '.join(map(str, names))}."
+            f" split alone, but {wanted} has {', '.join(names)}."
         )
     return list(loaded[chosen])

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from topkbench.harness.samples import Sample
 from topkbench.methods.base import check_list
 from topkbench.models.load import LoadedModel
+from topkbench.tasks.generated import Drawn
 from topkbench.tasks.ruler_words import RulerWords
 from topkbench.tasks.ruler_words_prompts import needle_prompt
 from topkbench.tasks.words import word_pools
@@ -43,7 +43,7 @@ class Needle(RulerWords):
     def shortest(self) -> int:
         return min(self.lengths)
 
-    def draw(self, loaded: LoadedModel) -> list[Sample]:
+    def draw(self, loaded: LoadedModel) -> Drawn:
         samples = []
         for length in self.lengths:
             for depth in self.depths:
@@ -51,7 +51,7 @@ class Needle(RulerWords):
                 name = f"{length} x {depth}%"
                 for index in range(self.num_samples):
                     samples.append(self.make(loaded, name, length, index, write))
-        return samples
+        return Drawn(samples)
 
     def content(self, loaded: LoadedModel) -> dict[str, Any]:
         return super().content(loaded) | {"needle": [list(self.lengths), list(self.depths)]}

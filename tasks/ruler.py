@@ -1,7 +1,6 @@
 """RULER: its 13 sub-tasks written for a model's tokenizer, or read from files or the hub."""
 
 import functools
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from topkbench.harness.task import Context, Outcome, TaskRow
 from topkbench.methods.base import check_whole
 from topkbench.models.load import LoadedModel, ModelShape
 from topkbench.tasks import ruler_prompts
-from topkbench.tasks.generated import NEW_TOKENS, GeneratedPrompts
+from topkbench.tasks.generated import NEW_TOKENS, Drawn, GeneratedPrompts
 from topkbench.tasks.ruler_data import (
     Essay,
     QuestionSet,
@@ -81,7 +80,7 @@ class Ruler(GeneratedPrompts):
     # What is read is read at once, so that a bad file fails before a model is loaded.
     _official: RulerFiles | None = field(default=None, init=False, repr=False, compare=False)
     _essay: Essay = field(init=False, repr=False, compare=False)
-    _words: Sequence[str] = field(init=False, repr=False, compare=False)
+    _english_words: Sequence[str] = field(init=False, repr=False, compare=False)
     _questions: dict[str, QuestionSet] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -116,10 +115,9 @@ class Ruler(GeneratedPrompts):
         self.check_subtasks()
         if not set(self.chosen_subtasks) - set(self.skipped):
             raise TaskDoesNotFit(" ".join(self.skipped.values()))
-        self._essay, self._questions = read_essay(self.haystack), {}
-        self._words = all_listed_words()
+        self._essay, self._english_words, self._questions = read_essay(self.haystack), (), {}
         if self.english_words is not None:
-            self._words = read_english_words(self.english_words)
+            self._english_words = read_english_words(self.english_words)
         if "qa_1" in self.chosen_subtasks and self.squad is not None:
             self._questions["qa_1"] = read_squad(self.squad)
         if "qa_2" in self.chosen_subtasks and self.hotpotqa is not None:
@@ -157,7 +155,8 @@ class Ruler(GeneratedPrompts):
         parts = [f"RULER written by topkbench {VERSION}", self._essay.label]
         parts += [one.label for one in self._questions.values()]
         if self.english_words is not None:
-            parts.append(f"{Path(self.english_words).name} {digest(json.dumps(self._words))}")
+            words = digest(json.dumps(self._english_words))
+            parts.append(f"{Path(self.english_words).name} {words}")
         return f"{', '.join(parts)} ({how})"
 
     def sample_counts(self, subtask: str) -> dict[str, Any]:
@@ -186,19 +185,30 @@ class Ruler(GeneratedPrompts):
             "subtasks": [name for name in self.chosen_subtasks if name not in self.skipped],
             "length": self.prompt_length,
             "prompts": self.prompts(loaded),
-            "words": hashlib.sha256(json.dumps(self._words).encode()).hexdigest(),
+            "words": digest(json.dumps(all_listed_words())),
         }
 
-    def draw(self, loaded: LoadedModel) -> list[Sample]:
-        samples, length = [], self.prompt_length
+    def draw(self, loaded: LoadedModel) -> Drawn:
+        drawn = Drawn([], self.skipped)
         for name in [one for one in self.chosen_subtasks if one not in self.skipped]:
-            subtask = self._subtask(loaded, name)
-            tokens = functools.partial(self._tokens, loaded, name)
-            seed = f"{self.seed}-{name}-{length}"
-            size = subtask.largest(f"{seed}-size", length, tokens)
-            for index in range(self.num_samples):
-                prompt = subtask.fitted(f"{seed}-{index}", size, index, length, tokens)
-                samples.append(self._sample(name, index, prompt, tokens(prompt)))
+            try:
+                drawn.samples.extend(self._written(loaded, name))
+            except TaskDoesNotFit as error:
+                drawn.skipped[name] = f"{name} does not fit: {error}"
+        if not drawn.samples:
+            raise TaskDoesNotFit(" ".join(drawn.skipped.values()))
+        return drawn
+
+    def _written(self, loaded: LoadedModel, name: str) -> list[Sample]:
+        """Return the samples of a sub-task."""
+        subtask, length = self._subtask(loaded, name), self.prompt_length
+        tokens = functools.partial(self._tokens, loaded, name)
+        seed = f"{self.seed}-{name}-{length}"
+        size = subtask.largest(f"{seed}-size", length, tokens)
+        samples = []
+        for index in range(self.num_samples):
+            prompt, used = subtask.fitted(f"{seed}-{index}", size, index, length, tokens)
+            samples.append(self._sample(name, index, prompt, used))
         return samples
 
     def _subtask(self, loaded: LoadedModel, name: str) -> Subtask:
@@ -227,11 +237,12 @@ class Ruler(GeneratedPrompts):
             case "vt":
                 return VariableTracking(count=count, seed=seed)
             case "cwe":
-                return CommonWords(words=self._words, length=self.prompt_length)
+                words, more = all_listed_words(), self._english_words
+                return CommonWords(words=words, more_words=more, length=self.prompt_length)
             case "fwe":
                 around = sum(map(count, self.around(loaded)))
                 return FrequentWords(limit=self.prompt_length - around - NEW_TOKENS["fwe"])
-        return QuestionAnswering(questions=self._questions[name])
+        return QuestionAnswering(questions=self._questions[name], seed=seed)
 
     def _tokens(self, loaded: LoadedModel, name: str, prompt: ruler_prompts.Prompt) -> int:
         """Return the number of tokens of a prompt, in its chat template, and its answer."""
@@ -260,5 +271,6 @@ class Ruler(GeneratedPrompts):
         found = super().outcome(context, plan, prompts, records)
         if self.source is not None:
             return found
-        skipped = [TaskRow(name, {}, "skipped", why) for name, why in self.skipped.items()]
-        return Outcome([*skipped, *found.rows], found.samples)
+        skipped = self.drawn(context.loaded).skipped
+        rows = [TaskRow(name, {}, "skipped", reason) for name, reason in skipped.items()]
+        return Outcome([*rows, *found.rows], found.samples)

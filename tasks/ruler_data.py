@@ -16,6 +16,7 @@ from nltk.tokenize.punkt import PunktSentenceTokenizer
 
 from topkbench.harness.texts import python_prose
 from topkbench.tasks.hub import PREFIX, hub_rows, parse_hub
+from topkbench.tasks.words import all_listed_words
 
 T = TypeVar("T")
 
@@ -44,9 +45,16 @@ class Essay:
 
     def sentences(self, num_words: int) -> list[str]:
         """Return the sentences of the first words; a shorter text is repeated."""
-        times = -(-num_words // len(self.words))
-        text = " ".join((self.words * times)[:num_words])
-        return list(self._splitter.tokenize(text))
+        if num_words not in self._split:
+            times = -(-num_words // len(self.words))
+            text = " ".join((self.words * times)[:num_words])
+            self._split[num_words] = list(self._splitter.tokenize(text))
+        return self._split[num_words]
+
+    @functools.cached_property
+    def _split(self) -> dict[int, list[str]]:
+        """The sentences of the numbers of words that were asked for: all samples ask for few."""
+        return {}
 
     @functools.cached_property
     def _splitter(self) -> PunktSentenceTokenizer:
@@ -114,13 +122,12 @@ def read_essay(value: str | None) -> Essay:
     if value.startswith(PREFIX):
         dataset = parse_hub(setting, value)
         rows = hub_rows(setting, dataset, ("train",))
-        if not rows or not isinstance(rows[0].get("text"), str):
-            raise ValueError(f"{setting} must name a data set with a column text, got {dataset}.")
-        name, text = str(dataset), " ".join(str(row["text"]) for row in rows)
+        name = str(dataset)
+        text = _checked(setting, value, lambda: " ".join(_text(row["text"]) for row in rows))
     else:
         name, text = Path(value).name, _read(setting, value)
-        if name.endswith(".json"):
-            text = _field(setting, value, text, lambda content: str(content["text"]))
+        if name.endswith((".json", ".jsonl")):
+            text = _field(setting, value, text, lambda content: _text(content["text"]))
     if not text.split():
         raise ValueError(f"{setting} must hold a text, found no word in {value}.")
     return Essay(name, _spaced(text))
@@ -188,7 +195,12 @@ def _squad(name: str, articles: Sequence[Sequence[tuple[str, str, list[str]]]]) 
                 gold = number[paragraph]
                 related = tuple(place for place in of_article if place != gold)
                 questions.append(
-                    Question(query=query, answers=tuple(answers), gold=(gold,), related=related)
+                    Question(
+                        query=_text(query),
+                        answers=tuple(map(_text, answers)),
+                        gold=(gold,),
+                        related=related,
+                    )
                 )
     return QuestionSet(name, questions, documents)
 
@@ -241,8 +253,8 @@ def _hotpotqa(name: str, rows: Sequence[tuple[dict[str, Any], Any]]) -> Question
     number = {text: place for place, text in enumerate(documents)}
     questions = [
         Question(
-            query=row["question"],
-            answers=(row["answer"],),
+            query=_text(row["question"]),
+            answers=(_text(row["answer"]),),
             gold=tuple(number[one] for one in paragraphs),
         )
         for row, paragraphs in texts
@@ -258,9 +270,26 @@ def read_english_words(value: str) -> tuple[str, ...]:
     """
     setting = "task.english_words"
     text = _read(setting, value)
-    return _field(
-        setting, value, text, lambda content: tuple(dict.fromkeys(map(str, content.values())))
+    words = _field(
+        setting, value, text, lambda content: tuple(dict.fromkeys(map(_text, content.values())))
     )
+    if len(words) <= len(all_listed_words()):
+        raise ValueError(
+            f"{setting} must have more than the {len(all_listed_words()):,} words that cwe has"
+            f" without it, but {value} has {len(words):,}."
+        )
+    return words
+
+
+def _text(value: Any) -> str:
+    """Return a value that must be a text with something in it.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise TypeError(f"a text must not be empty, got {value!r}")
+    return value
 
 
 def _spaced(text: str) -> str:
@@ -278,11 +307,17 @@ def _state(value: str) -> tuple[int, int] | None:
 
 def _read(setting: str, value: str) -> str:
     try:
-        return Path(value).expanduser().read_text(encoding="utf-8")
+        text = Path(value).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{setting} must be a file that can be read as UTF-8, or hub:OWNER/NAME: {error}."
         ) from None
+    if text.startswith("version https://git-lfs"):
+        raise ValueError(
+            f"{setting} must be the file itself, but {value} is what Git LFS keeps in its place;"
+            " git lfs pull fetches it."
+        )
+    return text
 
 
 def _field(setting: str, value: str, text: str, take: Callable[[Any], T]) -> T:
@@ -296,7 +331,9 @@ def _field(setting: str, value: str, text: str, take: Callable[[Any], T]) -> T:
 
 def _checked(setting: str, value: str, take: Callable[[], T]) -> T:
     try:
-        return take()
+        found = take()
+        json.dumps(found, default=vars, ensure_ascii=False).encode()  # no lone surrogates
+        return found
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{setting} must have the fields of the data set that it is for, but {value} has not:"

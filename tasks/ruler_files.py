@@ -249,7 +249,7 @@ def _read_file(
 @functools.lru_cache(maxsize=64)
 def _read_dataset(dataset: HubDataset, named: str | None, num_samples: int, skip_bad: bool) -> File:
     """Return the first rows of each sub-task of a data set; see ``_read_file``."""
-    rows = hub_rows("task.source", dataset, ("test",))
+    rows = hub_rows("task.source", dataset, ("test",), SUBTASK)
     sha256 = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
     return _read(str(dataset), enumerate(rows, start=1), sha256, named, num_samples, skip_bad)
 
@@ -370,6 +370,8 @@ def _parse(entry: bytes | dict[str, Any], number: int, location: str) -> Line:
         if _SURROGATE.search(value):  # JSON allows lone surrogates, but tokenizers do not
             raise bad("its texts must be Unicode without lone surrogates", value)
     subtask, new_tokens = values.get("task"), values.get("max_new_tokens")
+    if isinstance(new_tokens, float) and new_tokens.is_integer():  # as a column with nulls has it
+        new_tokens = int(new_tokens)
     if subtask is not None and not (isinstance(subtask, str) and SUBTASK.fullmatch(subtask)):
         raise bad("task must be a sub-task of RULER (niah_single_1, ..., qa_2)", subtask)
     if new_tokens is not None and (type(new_tokens) is not int or new_tokens < 1):

@@ -193,6 +193,11 @@ class Subtask(ABC):
     def step(self, length: int) -> int:
         """Return by how much a size shrinks if a prompt exceeds ``length`` tokens."""
 
+    @property
+    def least(self) -> int:
+        """The smallest size."""
+        return 1
+
     @abstractmethod
     def draw(self, rng: random.Random, size: int, index: int) -> Prompt:
         """Return a prompt of a size."""
@@ -218,8 +223,10 @@ class Subtask(ABC):
             least, most = (middle, most) if fits(middle) else (least, middle)
         return least
 
-    def fitted(self, seed: str, size: int, index: int, length: int, tokens: Tokens) -> Prompt:
-        """Return a prompt of at most ``length`` tokens with its answer.
+    def fitted(
+        self, seed: str, size: int, index: int, length: int, tokens: Tokens
+    ) -> tuple[Prompt, int]:
+        """Return a prompt of at most ``length`` tokens with its answer, and their number.
 
         Raises:
             TaskDoesNotFit: If none of the sizes fits.
@@ -229,8 +236,8 @@ class Subtask(ABC):
             prompt = self.draw(random.Random(seed), size, index)
             found = tokens(prompt)
             if found <= length:
-                return prompt
-            if size <= step:
+                return prompt, found
+            if size <= step or size - step < self.least:
                 raise TaskDoesNotFit(
                     f"the smallest prompt and its answer must have at most task.length={length}"
                     f" tokens, got {found}; use a larger task.length."
@@ -262,6 +269,10 @@ class Niah(Subtask):
         if isinstance(self.haystack, Essay):
             return 500
         return 5 if length < SHORT else 25
+
+    @property
+    def least(self) -> int:
+        return self.num_keys * self.num_values
 
     def draw(self, rng: random.Random, size: int, index: int) -> Prompt:
         # All keys and values of a prompt differ, or its question would have several answers.
@@ -310,6 +321,10 @@ class VariableTracking(Subtask):
     NUM_NAMES = 5
     EXAMPLE_TOKENS = 500
 
+    @property
+    def least(self) -> int:
+        return self.NUM_NAMES
+
     def step(self, length: int) -> int:
         return 5 if length < SHORT else 10
 
@@ -355,22 +370,29 @@ class CommonWords(Subtask):
     """A list in which ten words stand more often than the others, after a solved example.
 
     Attributes:
-        words: The words, at least as many as the longest prompt needs.
+        words: The words.
+        more_words: The words of lists that need more of them; empty if there are none.
         length: Tokens of prompt and answer: short prompts repeat their words less often.
     """
 
     words: Sequence[str]
+    more_words: Sequence[str] = ()
     length: int
 
     NUM_COMMON = 10
+
+    @property
+    def least(self) -> int:
+        return self.NUM_COMMON + 1
 
     def step(self, length: int) -> int:
         return 10
 
     def largest(self, seed: str, length: int, tokens: Tokens) -> int:
-        if tokens(self.draw(random.Random(seed), len(self.words), 0)) <= length:
+        most = max(len(self.words), len(self.more_words))
+        if tokens(self.draw(random.Random(seed), most, 0)) <= length:
             raise TaskDoesNotFit(
-                f"cwe needs more than {len(self.words):,} words for task.length={length}; set"
+                f"cwe needs more than {most:,} words for task.length={length}; set"
                 " task.english_words to the file english_words.json of RULER."
             )
         return super().largest(seed, length, tokens)
@@ -388,7 +410,8 @@ class CommonWords(Subtask):
         self, rng: random.Random, size: int, often: int, seldom: int
     ) -> tuple[list[str], list[str]]:
         """Return a list of ``size`` different words, ten of them ``often``, and those ten."""
-        drawn = rng.sample(self.words, min(size, len(self.words)))
+        pool = self.words if size <= len(self.words) else self.more_words or self.words
+        drawn = rng.sample(pool, min(size, len(pool)))
         common, others = drawn[: self.NUM_COMMON], drawn[self.NUM_COMMON :]
         words = common * often + others * seldom
         rng.shuffle(words)
@@ -439,15 +462,17 @@ class QuestionAnswering(Subtask):
 
     Attributes:
         questions: SQuAD's or HotpotQA's.
+        seed: 0 asks them in their order, as RULER does; another seed in an order of its own.
     """
 
     questions: QuestionSet
+    seed: int = 0
 
     def step(self, length: int) -> int:
         return 10
 
     def draw(self, rng: random.Random, size: int, index: int) -> Prompt:
-        asked = self.questions.questions[index]
+        asked = self.questions.questions[self._order[index]]
         texts = self.questions.documents
         if size >= len(texts):
             chosen = [texts[place % len(texts)] for place in range(size)]
@@ -463,6 +488,13 @@ class QuestionAnswering(Subtask):
             chosen = [texts[place] for place in places]
         rng.shuffle(chosen)
         return DOCUMENTS.around(documents(chosen), asked.answers, query=asked.query)
+
+    @functools.cached_property
+    def _order(self) -> list[int]:
+        order = list(range(len(self.questions.questions)))
+        if self.seed:
+            random.Random(self.seed).shuffle(order)
+        return order
 
 
 def _distinct(draw: Callable[[], str], count: int) -> list[str]:

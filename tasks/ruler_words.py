@@ -11,7 +11,7 @@ from topkbench.harness.decoding import count_tokens
 from topkbench.harness.samples import Sample
 from topkbench.models.encoding import beginning
 from topkbench.models.load import LoadedModel
-from topkbench.tasks.generated import GeneratedPrompts, reserved
+from topkbench.tasks.generated import Drawn, GeneratedPrompts, reserved
 from topkbench.tasks.ruler_words_prompts import SUBTASKS, VERSION, Prompt, make_prompt
 from topkbench.tasks.words import TEST_NAMES, word_pools
 
@@ -43,7 +43,7 @@ class RulerWords(GeneratedPrompts):
     def prompts(self, loaded: LoadedModel) -> str:
         return f"topkbench {VERSION}"
 
-    def draw(self, loaded: LoadedModel) -> list[Sample]:
+    def draw(self, loaded: LoadedModel) -> Drawn:
         samples = []
         for subtask in self.chosen_subtasks:
             write = functools.partial(
@@ -55,7 +55,7 @@ class RulerWords(GeneratedPrompts):
             )
             for index in range(self.num_samples):
                 samples.append(self.make(loaded, subtask, self.prompt_length, index, write))
-        return samples
+        return Drawn(samples)
 
     def content(self, loaded: LoadedModel) -> dict[str, Any]:
         return {

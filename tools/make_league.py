@@ -39,13 +39,13 @@ HEAD = """# League
 
 Made by `python tools/make_league.py {rows}` from the rows in [`{rows}`](../{rows}); their
 [README](../{folder}/README.md) names the machine and the commands that measured them. Scores are
-means over the sub-tasks of RULER with 95% intervals over samples; the worst sub-task is the one
-where a method loses most to full attention. Decode time is that of the whole model's step as a
-multiple of full attention's, timed alternately with it, with 95% intervals over those pairs; below
-1 is faster. In the figures, faint points are dominated, points that coincide are drawn side by
-side, and the vertical bars of the front are 95% intervals of its scores. The differences were
-recorded with bootstrap intervals, which are narrower where few samples differ than those that a run
-gives now.
+means over seven sub-tasks in the manner of RULER with 95% intervals over samples; the worst
+sub-task is the one where a method loses most to full attention. Decode time is that of the whole
+model's step as a multiple of full attention's, timed alternately with it, with 95% intervals over
+those pairs; below 1 is faster. In the figures, faint points are dominated, points that coincide are
+drawn side by side, and the vertical bars of the front are 95% intervals of its scores. The
+differences were recorded with bootstrap intervals, which are narrower where few samples differ than
+those that a run gives now.
 """
 EQUAL = """## At equal cost
 

@@ -21,7 +21,11 @@ HATA = {"niah_single_1": (100, 0), "vt": (40, 40), "cwe": (100, 100), "fwe": (10
 
 @pytest.fixture
 def table(row: Callable[..., Row]) -> Callable[..., Table | None]:
-    def made(samples: bool = True, **scores: Mapping[str, tuple[int, ...]]) -> Table | None:
+    def made(
+        samples: bool = True,
+        references: Mapping[str, list[str]] | None = None,
+        **scores: Mapping[str, tuple[int, ...]],
+    ) -> Table | None:
         rows: list[Row] = []
         outcomes: list[dict[str, Any]] = []
         for number, (method, of_method) in enumerate(scores.items()):
@@ -33,7 +37,7 @@ def table(row: Callable[..., Row]) -> Callable[..., Table | None]:
             rows += [row(**known, subtask=name, score=mean) for name, mean in means.items()]
             outcomes += [
                 {"run_id": known["run_id"], "subtask": name, "sample_id": f"{name}-{place}"}
-                | {"score": float(score), "references": ["a", "b", "c", "d", "e"]}
+                | {"score": float(score), "references": (references or {}).get(method, ["a"] * 5)}
                 for name, values in of_method.items()
                 for place, score in enumerate(values)
             ]
@@ -59,7 +63,7 @@ def test_sub_tasks_that_full_attention_fails_are_shown_and_left_out_of_the_mean(
     assert hata[4].startswith("−30.0 [")
     assert found.notes == [
         "Means of niah_single_1, vt. Left out, since full attention scores below 50 there:"
-        " cwe (45.0), fwe (0.0)."
+        " cwe (45.0), fwe (0.0). The other tables and the figures have means of all sub-tasks."
     ]
 
 
@@ -69,19 +73,28 @@ def test_a_configuration_without_one_of_them_has_no_mean(
     found = table(full=FULL, hata={name: HATA[name] for name in ("vt", "cwe", "fwe")})
     assert found is not None
     assert [one[0] for one in found.rows] == ["Full attention"]
+    assert found.notes[1] == "Without all of these sub-tasks, and so without such a mean: HATA."
 
 
-@pytest.mark.parametrize(
-    "full",
-    [
-        {"vt": (50, 50), "cwe": (100, 100)},  # all are answered: the mean is of all already
-        {"vt": (40, 50), "cwe": (0, 0)},  # none is
-    ],
-)
 def test_there_is_no_such_mean_if_all_or_none_are_answered(
-    table: Callable[..., Table | None], full: dict[str, tuple[int, ...]]
+    table: Callable[..., Table | None],
 ) -> None:
-    assert table(full=full, hata={name: HATA[name] for name in full}) is None
+    hata = {name: HATA[name] for name in ("vt", "cwe")}
+    assert table(full={"vt": (50, 50), "cwe": (100, 100)}, hata=hata) is None
+    found = table(full={"vt": (40, 50), "cwe": (0, 0)}, hata=hata)
+    assert found is not None
+    assert found.rows == []
+    assert found.notes == [
+        "Full attention scores below 50 on every sub-task: vt (45.0), cwe (0.0)."
+    ]
+
+
+def test_what_cannot_be_paired_with_full_attention_has_no_such_mean(
+    table: Callable[..., Table | None],
+) -> None:
+    found = table(full=FULL, hata=HATA, references={"hata": ["x"]})
+    assert found is not None
+    assert [row[0] for row in found.rows] == ["Full attention"]
 
 
 def test_there_is_no_such_mean_without_full_attention_or_samples(

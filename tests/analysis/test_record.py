@@ -26,6 +26,7 @@ from topkbench.analysis.record import (
     Sweep,
     frame,
     identity,
+    one_row_a_cell,
 )
 
 SAMPLES = [
@@ -462,3 +463,22 @@ def test_an_intact_part_is_found_by_its_key(tmp_path: Path) -> None:
     assert parts.read("answers", "aa") == content
     parts.write("speed", "aa", {"decode_ms": float("nan")})
     assert parts.read("speed", "aa") is None
+
+
+def test_a_cells_status_is_that_of_its_mean(row: Callable[..., Row]) -> None:
+    rows = frame(
+        [
+            row(run_id="a" * 16, subtask="qa_1", status="skipped", reason="No questions."),
+            row(run_id="a" * 16, subtask="vt", score=50.0),
+            row(run_id="a" * 16, subtask="mean", score=50.0),
+            row(run_id="b" * 16, subtask="mean", status="failed", reason="It broke."),
+            row(run_id="c" * 16, subtask="4096", decode_ms_p50=1.0),
+            row(run_id="c" * 16, subtask="8192", decode_ms_p50=2.0),
+        ]
+    )
+    kept = one_row_a_cell(rows)
+    assert list(zip(kept["subtask"], kept["status"], strict=True)) == [
+        ("mean", "ok"),
+        ("mean", "failed"),
+        ("4096", "ok"),
+    ]

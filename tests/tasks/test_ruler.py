@@ -20,9 +20,16 @@ from topkbench.methods.base import Policy
 from topkbench.methods.full import FullAttention
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill_store import PrefillStore
+from topkbench.tasks.generated import _READ
 from topkbench.tasks.hub import HubDataset, hub_rows, parse_hub
 from topkbench.tasks.ruler import SUBTASKS, Ruler
-from topkbench.tasks.ruler_data import Essay, read_essay, read_hotpotqa, read_squad
+from topkbench.tasks.ruler_data import (
+    Essay,
+    read_english_words,
+    read_essay,
+    read_hotpotqa,
+    read_squad,
+)
 from topkbench.tasks.ruler_prompts import (
     DEPTHS,
     NOISE,
@@ -185,14 +192,32 @@ def test_common_words_by_length(
     assert len(all_listed_words()) == 8166
 
 
-def test_a_list_longer_than_the_words_needs_rulers_own_file(tmp_path: Path) -> None:
+def test_a_list_longer_than_the_words_needs_rulers_own_file(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
     subtask = CommonWords(words=all_listed_words()[:200], length=4096)
     with pytest.raises(TaskDoesNotFit, match=r"cwe needs more than 200 words .*english_words"):
         subtask.largest("0", 4096, words_of)
     file = tmp_path / "english_words.json"
     file.write_text(json.dumps({str(n): f"word{n}" for n in range(9000)}))
-    assert len(Ruler(english_words=str(file))._words) == 9000
-    assert Ruler()._words == all_listed_words()
+    more = read_english_words(str(file))
+    # As in RULER, only a list that wonderwords cannot fill is of the other words.
+    subtask = CommonWords(words=all_listed_words(), more_words=more, length=4096)
+    few, many = draw(subtask, 8166), draw(subtask, 8167)
+    assert set(few.answers) <= set(all_listed_words())
+    assert all(answer.startswith("word") for answer in many.answers)
+    example = many.context.split("Below is")[1]
+    assert set(re.findall(r"\d+\. (\S+)", example)) <= set(all_listed_words())
+    labels = {Ruler(english_words=one).prompts(loaded) for one in (None, str(file))}
+    assert len(labels) == 2
+    for content, message in (
+        ({"1": "one"}, r"more than the 8,166 words .* has 1\."),
+        ({"1": None}, "have the fields"),
+        ("version https://git-lfs.github.com/spec/v1", "is what Git LFS keeps in its place"),
+    ):
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.raises(ValueError, match=rf"task\.english_words must .*{message}"):
+            Ruler(english_words=str(file))
 
 
 def test_frequencies_follow_the_zeta_distribution() -> None:
@@ -229,21 +254,25 @@ def test_a_size_is_the_largest_that_fits(subtask: Any, length: int) -> None:
         assert words_of(draw(subtask, size + subtask.step(length), "seed")) >= length
     else:
         assert words_of(draw(subtask, size + 1, "seed")) > length
-    prompt = subtask.fitted("0", size, 0, length, words_of)
-    assert words_of(prompt) <= length
+    prompt, used = subtask.fitted("0", size, 0, length, words_of)
+    assert used == words_of(prompt) <= length
 
 
 def test_a_prompt_that_is_too_long_shrinks_by_whole_steps() -> None:
     subtask = Niah(haystack=ESSAY)
     assert (subtask.step(2048), subtask.step(8192)) == (500, 500)
-    prompt = subtask.fitted("0", 1100, 0, 700, words_of)
-    assert words_of(prompt) == words_of(draw(subtask, 600))
+    prompt, used = subtask.fitted("0", 1100, 0, 700, words_of)
+    assert used == words_of(prompt) == words_of(draw(subtask, 600))
     lines = Niah(haystack="noise")
     assert (lines.step(4095), lines.step(4096)) == (5, 25)
     chain = VariableTracking(count=len, seed=0)
     assert (chain.step(4095), chain.step(4096)) == (5, 10)
     with pytest.raises(TaskDoesNotFit, match=r"must have at most task.length=300 tokens, got \d+"):
         subtask.fitted("0", 500, 0, 300, words_of)
+    # Nor below what a prompt needs: five assignments, ten common words and others.
+    for smallest, size in ((chain, 7), (CommonWords(words=all_listed_words(), length=700), 19)):
+        with pytest.raises(TaskDoesNotFit, match="the smallest prompt"):
+            smallest.fitted("0", size, 0, 10, words_of)
 
 
 def test_prompt_and_answer_fill_the_length(loaded: LoadedModel, tmp_path: Path) -> None:
@@ -257,6 +286,24 @@ def test_prompt_and_answer_fill_the_length(loaded: LoadedModel, tmp_path: Path) 
     assert few.samples(loaded) == task.samples(loaded)[::3]
     new_tokens = [one.max_new_tokens for one in few.samples(loaded)]
     assert new_tokens == [128, 128, 50]
+
+
+def test_a_sub_task_that_does_not_fit_is_skipped(loaded: LoadedModel, tmp_path: Path) -> None:
+    knobs: dict[str, Any] = {"num_samples": 1, "cache_dir": str(tmp_path)}
+    for again in range(2):  # written, and read from the cache
+        task = Ruler(length=900, subtasks=["niah_single_1", "niah_single_2", "qa_1"], **knobs)
+        if again:
+            _READ.clear()
+        found = task.drawn(loaded)
+        assert [one.subtask for one in found.samples] == ["niah_single_1"]
+        assert list(found.skipped) == ["qa_1", "niah_single_2"]
+        assert re.fullmatch(
+            r"niah_single_2 does not fit: the smallest prompt and its answer must have at most"
+            r" task\.length=900 tokens, got \d+; use a larger task\.length\.",
+            found.skipped["niah_single_2"],
+        )
+    with pytest.raises(TaskDoesNotFit, match=r"^niah_single_2 does not fit: .*larger task"):
+        Ruler(length=900, subtasks=["niah_single_2"], **knobs).samples(loaded)
 
 
 # Questions ----------------------------------------------------------------------------------------
@@ -386,6 +433,12 @@ def test_questions_of_the_hub_are_those_of_the_files(
         ("{", r"task\.squad must be JSON, but .*squad\.json is not"),
         ("[]", r"task\.squad must have the fields .*squad\.json has not: TypeError"),
         ('{"data": [{"paragraphs": [{}]}]}', r"squad\.json has not: KeyError 'qas'"),
+        (
+            json.dumps(SQUAD).replace('"What is 3.1?"', "null"),
+            r"squad\.json has not: TypeError a text must not be empty, got None",
+        ),
+        (json.dumps(SQUAD).replace('"a3.1"', '" "'), "a text must not be empty, got ' '"),
+        (json.dumps(SQUAD).replace('"a3.1"', '"\\ud800"'), "surrogates not allowed"),
     ],
 )
 def test_a_file_of_other_questions_is_refused(
@@ -394,6 +447,21 @@ def test_a_file_of_other_questions_is_refused(
     Path(files["squad"]).write_text(content)
     with pytest.raises(ValueError, match=message):
         Ruler(squad=files["squad"])
+
+
+def test_each_seed_asks_in_an_order_of_its_own(files: dict[str, str]) -> None:
+    found = read_squad(files["squad"])
+    asked = {
+        seed: [
+            draw(QuestionAnswering(questions=found, seed=seed), 3, index=index).question
+            for index in range(24)
+        ]
+        for seed in range(3)
+    }
+    in_order = [f"\nQuestion: {one.query}" for one in found.questions]
+    assert asked[0] == in_order
+    assert len({tuple(questions) for questions in asked.values()}) == 3
+    assert all(sorted(questions) == sorted(in_order) for questions in asked.values())
 
 
 def test_more_samples_than_questions_are_refused(files: dict[str, str]) -> None:
@@ -443,6 +511,12 @@ def test_an_essay_is_pythons_prose_or_the_users(tmp_path: Path) -> None:
     labels = {read_essay(one).label for one in (None, str(mine), str(json_file))}
     assert len(labels) == 3
     assert any(re.fullmatch(r"mine\.txt [0-9a-f]{8}", one) for one in labels)
+    mine.write_bytes(b"\xef\xbb\xbfOne sentence.\r\nAnother one.")
+    assert read_essay(str(mine)).text == "One sentence. Another one."
+    for content in ({"text": None}, {"text": ["a", "b"]}, {"other": "a"}):
+        json_file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"task\.haystack must have the fields"):
+            read_essay(str(json_file))
     mine.write_text(" \n")
     with pytest.raises(ValueError, match=r"task\.haystack must hold a text, found no word in"):
         Ruler(haystack=str(mine))
@@ -464,7 +538,7 @@ def test_a_data_set_is_named_with_configuration_and_revision() -> None:
     )
     assert parse_hub("s", "hub:rajpurkar/squad_v2") == HubDataset("rajpurkar/squad_v2")
     assert str(HubDataset("a/b", "c", "d")) == "a/b/c@d"
-    for wrong in ("hub:ruler", "hub:", "hub:a/b/c/d", "hub:a/b c"):
+    for wrong in ("hub:ruler", "hub:", "hub:a/b/c/d", "hub:a/b c", "hub:../../etc", "hub:a/."):
         with pytest.raises(ValueError, match=r"^task\.x must name a data set as hub:OWNER/NAME"):
             parse_hub("task.x", wrong)
 
@@ -507,6 +581,29 @@ def test_prompts_of_the_hub_reach_the_model_as_those_of_a_file(
     assert re.fullmatch(r"owner/ruler/4096 [0-9a-f]{8}", task._official.label)
     with pytest.raises(ValueError, match=r"task\.source must name a data set .* got owner/ruler:"):
         Ruler(source="hub:owner/ruler")  # it has two configurations
+
+
+def test_splits_named_after_sub_tasks_are_read_as_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "owner" / "splits"
+    folder.mkdir(parents=True)
+    head = "---\nconfigs:\n- config_name: default\n  data_files:\n"
+    for name in ("vt", "cwe"):
+        line = {"input": f"Text of {name}.\nWhat is it?", "outputs": [name], "max_new_tokens": 3}
+        rows = pd.DataFrame([line, {**line, "max_new_tokens": None}])  # a column of floats
+        rows.to_parquet(folder / f"{name}.parquet")
+        head += f"  - split: {name}\n    path: {name}.parquet\n"
+    (folder / "README.md").write_text(f"{head}---\n")
+    monkeypatch.chdir(tmp_path)
+    official = Ruler(source="hub:owner/splits", num_samples=2)._official
+    assert official is not None
+    assert official.counts == {"vt": 2, "cwe": 2}
+    found = [(one.subtask, one.answers, one.max_new_tokens) for one in official.samples]
+    assert found == [
+        *(("vt", ("vt",), 3), ("vt", ("vt",), 30)),
+        *(("cwe", ("cwe",), 3), ("cwe", ("cwe",), 120)),
+    ]
 
 
 def test_what_the_hub_cannot_give_is_one_sentence(
