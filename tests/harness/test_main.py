@@ -450,11 +450,15 @@ def one_sentence(commands: Commands, *words: str) -> None:
         (["task.length=16385"], ["must be at most the window of 16384 tokens", "got 16385;"]),
         (["task.length=30"], ["use a larger task.length."]),
         (
-            ["task.source=/no/such/file", "task.length=null"],
+            ["task=ruler", "task.source=/no/such/file", "task.length=null"],
             ["task.source must be", "/no/such/file"],
         ),
-        (["task.source=/no/such/file"], ["task.length must be null with task.source", "got 256"]),
-        (["task.skip_bad=true"], ["task.skip_bad is a setting of task.source"]),
+        (
+            ["task=ruler", "task.source=/no/such/file", "task.length=256"],
+            ["task.length must be null with task.source", "got 256"],
+        ),
+        (["task.source=/no/such/file"], ["there is no setting task.source", "task=ruler has it."]),
+        (["task=ruler", "task.skip_bad=true"], ["task.skip_bad is a setting of task.source"]),
         (
             ["model=local", "model.name=mine", "model.chat=true"],
             ["model.chat=true needs a chat template", "use model.chat=false."],
