@@ -1,7 +1,9 @@
 """A real model from a GGUF file in an installed package: SmolLM2-135M-Instruct in 4 bits."""
 
+import json
 import shutil
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from topkbench.models.load import (
     read_shape,
 )
 from topkbench.models.tiny_tokenizer import build_tokenizer
+from topkbench.tasks.ruler import Ruler
 
 needs_gguf = pytest.mark.skipif(
     any(find_spec(package) is None for package in load.GGUF_PACKAGES),
@@ -119,3 +122,17 @@ def test_on_a_cpu_auto_is_float32_unless_bfloat16_is_multiplied_in_hardware(
     assert cpu_dtype("float32") == torch.float32
     faster = torch.bfloat16 if amx or avx512 else torch.float32
     assert cpu_dtype(torch.bfloat16) == cpu_dtype(torch.float16) == cpu_dtype(None) == faster
+
+
+def test_ruler_fills_a_length_as_its_own_generator_does(
+    smollm2: LoadedModel, tmp_path: Path
+) -> None:
+    """The official samples in the tests were written for this tokenizer, without a template."""
+    official = Path(__file__).parents[1] / "tasks" / "ruler_official"
+    subtasks = ["niah_single_1", "niah_multikey_3", "vt"]
+    raw = replace(smollm2, chat=False)
+    task = Ruler(length=2048, num_samples=1, subtasks=subtasks, cache_dir=str(tmp_path))
+    for sample in task.samples(raw):
+        line = json.loads((official / f"{sample.subtask}.jsonl").read_text(encoding="utf-8"))
+        ours, theirs = (sample.context + sample.question).count("\n"), line["input"].count("\n")
+        assert ours == theirs, sample.subtask

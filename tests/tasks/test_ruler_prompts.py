@@ -1,7 +1,9 @@
 """RULER's prompts: ours of an official sample's draws are that sample, byte for byte."""
 
 import json
+import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from topkbench.tasks.ruler_prompts import (
     NOISE,
     ONE_VALUE,
     VARIABLES,
+    FrequentWords,
     Prompt,
     between_lines,
     between_sentences,
@@ -147,3 +150,18 @@ def test_an_official_samples_draws_give_its_text(subtask: str) -> None:
     (read,) = read_official(str(OFFICIAL / f"{subtask}.jsonl"), 1, "sparse").samples
     assert (prompt.context, prompt.question) == (read.context, read.question)
     assert (prompt.answer_prefix, prompt.answers) == (read.answer_prefix, read.answers)
+
+
+def test_an_official_samples_frequencies_are_ours() -> None:
+    text, answers = official("fwe")
+    words = text[len(FREQUENT.before) :].split("\nQuestion")[0].split()
+    counts = Counter(words)
+    found = [count for _, count in counts.most_common()]
+    assert counts.most_common(1)[0][0] == "..."
+    assert [word for word, _ in counts.most_common(4)[1:]] == answers
+    drawn = []
+    for size in range(len(words), 2 * len(words)):
+        prompt = FrequentWords(limit=2048 - 50).draw(random.Random(0), size, 0)
+        ours = Counter(prompt.context[len(FREQUENT.before) :].split())
+        drawn.append([count for _, count in ours.most_common()])
+    assert found in drawn
