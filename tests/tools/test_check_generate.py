@@ -165,7 +165,10 @@ def test_an_answer_that_parts_without_a_tie_is_status_1(
         (["task=decode_latency"], "task must be one whose prompts are answered, got task=decode_"),
         (["task=selection"], "task must be one whose prompts are answered, got task=selection."),
         (["--prompts", "0"], "--prompts must be at least 1, got 0."),
-        (["task.source=nowhere"], "task.source must be a file of JSON lines or Parquet"),
+        (
+            ["task=ruler", "task.source=nowhere"],
+            "task.source must be a file of JSON lines or Parquet",
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(
