@@ -1,6 +1,6 @@
 """Check that our loop with full attention is plain greedy decoding: transformers' ``generate``.
 
-python tools/check_generate.py model=smollm2_135m dtype=float32 task=ruler task.source=FOLDER --prompts 20
+python tools/check_generate.py model=smollm2_135m task=ruler task.source=FOLDER --prompts 20
 
 The model is loaded twice: one copy attends with torch's SDPA and decodes with ``generate``, the
 other answers as in a measurement, with the question decoded and with it prefilled. Both get the
