@@ -133,6 +133,10 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
         return Comparison(
             data, pd.DataFrame(columns=["configuration_id", "subtask", "score"]), notes
         )
+    # Sub-tasks of older rows lack it where no time was measured.
+    backend = good["full_backend"]
+    of_cell = backend.groupby(good["run_id"]).transform("first")
+    good = good.assign(full_backend=backend.where(backend.notna(), of_cell))
     parameters = [name for name in good.columns if name.startswith(PARAMETER_PREFIX)]
     outcomes = _with_seed(samples, good)
     records: list[dict[str, Any]] = []

@@ -217,8 +217,15 @@ def league_table(configurations: pd.DataFrame) -> Table | None:
 
 
 def failure_table(rows: pd.DataFrame) -> Table | None:
-    """Return the cells that are not ok, with the reason; None if all are."""
+    """Return the cells that are not ok, with the reason; None if all are.
+
+    Sub-tasks that are skipped in a cell with a mean of the others are in the notes instead.
+    """
     bad = rows[rows["status"] != Status.OK.value] if len(rows) else rows
+    if len(bad):
+        has_mean = rows.loc[rows["subtask"].eq(MEAN) & rows["status"].eq(Status.OK.value), "run_id"]
+        of_others = bad["status"].eq(Status.SKIPPED.value) & bad["run_id"].isin(has_mean)
+        bad = bad[~of_others]
     if not len(bad):
         return None
     heads = ["Status", "Method", "k", "rbit", "Task", "Sub-task", "Length", "Reason", "Cell"]

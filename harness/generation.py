@@ -206,7 +206,8 @@ class GenerationTask(PromptTask):
                 "num_samples": len(scores),
             }
             # Columns that identify a configuration are in all rows of a cell.
-            values |= {name: shared.get(name) for name in ("batch_size", "kv_len", "full_backend")}
+            identifying = ("batch_size", "kv_len", "full_backend")
+            values |= {name: shared[name] for name in identifying if name in shared}
             values["prompts_per_batch"] = per_batch[subtask]
             values["density"] = count.density
             if selects:

@@ -13,7 +13,7 @@ from topkbench.analysis.answered import answered_table
 from topkbench.analysis.configurations import compare
 from topkbench.analysis.record import Row, frame
 from topkbench.analysis.stats import MEAN
-from topkbench.analysis.tables import Table
+from topkbench.analysis.tables import Table, failure_table
 
 FULL = {"niah_single_1": (100, 100), "vt": (60, 40), "cwe": (50, 40), "fwe": (0, 0)}
 HATA = {"niah_single_1": (100, 0), "vt": (40, 40), "cwe": (100, 100), "fwe": (100, 100)}
@@ -102,3 +102,24 @@ def test_there_is_no_such_mean_without_full_attention_or_samples(
 ) -> None:
     assert table(hata=HATA) is None
     assert table(samples=False, full=FULL, hata=HATA) is None
+
+
+def test_skipped_sub_tasks_are_in_the_notes_and_their_cell_is_one_configuration(
+    row: Callable[..., Row],
+) -> None:
+    """Sub-tasks of older rows lack the backend where no time was measured."""
+    reason = "qa_1 needs questions."
+    rows = frame(
+        [
+            row(subtask="qa_1", status="skipped", reason=reason, full_backend="sdpa"),
+            row(subtask="vt", score=40.0, full_backend=None),
+            row(subtask=MEAN, score=40.0, full_backend="sdpa"),
+        ]
+    )
+    found = compare(rows)
+    assert found.configurations["configuration_id"].nunique() == 1
+    assert len(found.overall) == 1
+    assert f"ruler: means are without qa_1, skipped there: {reason}" in found.notes
+    assert failure_table(rows) is None
+    failed = frame([row(subtask=MEAN, status="skipped", reason="All of it.")])
+    assert failure_table(failed) is not None
