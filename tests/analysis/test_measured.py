@@ -7,13 +7,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from topkbench.analysis.answered import answered_table
 from topkbench.analysis.configurations import compare
 from topkbench.analysis.kernels import of_kernels
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.report import load
 from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX, Status
 from topkbench.analysis.stats import MEAN, seed_interval
-from topkbench.analysis.tables import main_table
+from topkbench.analysis.tables import main_table, subtask_table
 from topkbench.analysis.variants import difference_table
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +80,20 @@ def test_the_page_on_perplexity_shows_the_measured_rows() -> None:
     assert hata[3:7] == [
         *("2.4010", "+0.1871 [+0.1117, +0.2625]", "0.1693 [0.1345, 0.2040]", "0.810"),
     ]
+
+
+def test_the_page_on_ruler_shows_the_measured_rows() -> None:
+    found = compare(*load(MEASURED / "epyc_zen3_ruler" / "ruler_small.csv"))
+    ((_, configurations),) = found.by_setting()
+    page = (ROOT / "docs" / "ruler.md").read_text(encoding="utf-8")
+    answered = answered_table(configurations, found.answers)
+    by_subtask = subtask_table(configurations)
+    assert answered is not None
+    assert by_subtask is not None
+    assert answered.markdown() in page
+    assert by_subtask.markdown() in page
+    (exact,) = [row for row in answered.rows if row[:2] == ["Exact top-k", "64"]]
+    assert exact[3:] == ["75.0 [57.1, 87.0]", "−14.0 [−29.4, +5.1]"]
 
 
 def test_the_readmes_latencies_are_the_measured_ones() -> None:
