@@ -491,6 +491,8 @@ def test_sub_tasks_without_questions_are_skipped_and_the_mean_is_of_the_others(
     )
     assert [rows[name].status for name in ("niah_single_1", "qa_2", "mean")] == ["ok"] * 3
     assert rows["mean"].values["num_samples"] == 2
+    # Without times the cell's own backend stands, in sub-tasks as in the mean.
+    assert all("full_backend" not in row.values for row in rows.values())
     with pytest.raises(TaskDoesNotFit, match=r"^qa_1 needs the questions of SQuAD 2\.0: set task"):
         Ruler(subtasks=["qa_1"], **knobs)
 
