@@ -44,7 +44,11 @@ SUBTASKS = (
 )
 _FROM_SOURCE = ("question_tokens", "skip_bad")
 _GENERATED = ("length", "haystack", "squad", "hotpotqa", "english_words")
-_QA = {"qa_1": ("squad", "SQuAD 2.0"), "qa_2": ("hotpotqa", "HotpotQA")}
+# The setting that names a sub-task's questions, whose they are, and what reads them.
+_QA = {
+    "qa_1": ("squad", "SQuAD 2.0", read_squad),
+    "qa_2": ("hotpotqa", "HotpotQA", read_hotpotqa),
+}
 
 
 @dataclass(kw_only=True)
@@ -113,20 +117,19 @@ class Ruler(GeneratedPrompts):
                     " without one; set task.source, or leave it out."
                 )
         self.check_subtasks()
-        if not set(self.chosen_subtasks) - set(self.skipped):
+        if not self._to_write:
             raise TaskDoesNotFit(" ".join(self.skipped.values()))
         self._essay, self._english_words, self._questions = read_essay(self.haystack), (), {}
         if self.english_words is not None:
             self._english_words = read_english_words(self.english_words)
-        if "qa_1" in self.chosen_subtasks and self.squad is not None:
-            self._questions["qa_1"] = read_squad(self.squad)
-        if "qa_2" in self.chosen_subtasks and self.hotpotqa is not None:
-            self._questions["qa_2"] = read_hotpotqa(self.hotpotqa)
-        for subtask, questions in self._questions.items():
+        for subtask, (setting, _, read) in _QA.items():
+            if subtask not in self._to_write:
+                continue
+            questions = self._questions[subtask] = read(getattr(self, setting))
             if self.num_samples > len(questions.questions):
                 raise ValueError(
                     f"num_samples must be at most the {len(questions.questions):,} questions of"
-                    f" task.{_QA[subtask][0]}, got {self.num_samples}."
+                    f" task.{setting}, got {self.num_samples}."
                 )
 
     @property
@@ -135,14 +138,20 @@ class Ruler(GeneratedPrompts):
         return {
             subtask: f"{subtask} needs the questions of {name}: set task.{setting} to their file or"
             " to hub:OWNER/NAME."
-            for subtask, (setting, name) in _QA.items()
+            for subtask, (setting, name, _) in _QA.items()
             if subtask in self.chosen_subtasks and getattr(self, setting) is None
         }
+
+    @property
+    def _to_write(self) -> list[str]:
+        """The chosen sub-tasks whose texts are there."""
+        skipped = self.skipped
+        return [name for name in self.chosen_subtasks if name not in skipped]
 
     def decided(self) -> dict[str, Any]:
         if self.source is None:
             return super().decided()
-        return {"batch_size": self.batch_size}
+        return GenerationTask.decided(self)
 
     def prompts(self, loaded: LoadedModel) -> str:
         if self._official is not None:
@@ -182,7 +191,7 @@ class Ruler(GeneratedPrompts):
 
     def content(self, loaded: LoadedModel) -> dict[str, Any]:
         return {
-            "subtasks": [name for name in self.chosen_subtasks if name not in self.skipped],
+            "subtasks": self._to_write,
             "length": self.prompt_length,
             "prompts": self.prompts(loaded),
             "words": digest(json.dumps(all_listed_words())),
@@ -190,7 +199,7 @@ class Ruler(GeneratedPrompts):
 
     def draw(self, loaded: LoadedModel) -> Drawn:
         drawn = Drawn([], self.skipped)
-        for name in [one for one in self.chosen_subtasks if one not in self.skipped]:
+        for name in self._to_write:
             try:
                 drawn.samples.extend(self._written(loaded, name))
             except TaskDoesNotFit as error:

@@ -33,7 +33,7 @@ class Essay:
     name: str
     text: str
 
-    @property
+    @functools.cached_property
     def label(self) -> str:
         """Name and digest."""
         return f"{self.name} {digest(self.text)}"
@@ -116,6 +116,12 @@ def read_essay(value: str | None) -> Essay:
     Raises:
         ValueError: If it cannot be read, or holds no word.
     """
+    return _read_essay(value, None if value is None else _state(value))
+
+
+# All that is read is read once by a process, since each cell of a sweep has a task of its own.
+@functools.lru_cache(maxsize=4)
+def _read_essay(value: str | None, state: tuple[int, int] | None) -> Essay:
     setting = "task.haystack"
     if value is None:
         return Essay("Python's documentation", _spaced(python_prose("second")))
@@ -142,26 +148,11 @@ def read_squad(value: str) -> QuestionSet:
     Raises:
         ValueError: If it cannot be read, or is not as described.
     """
-    return _read_squad(value, _state(value))
+    return _read_questions("task.squad", value, _state(value), _squad_of_hub, _squad_of_file)
 
 
-# Read once by a process, since each cell of a sweep has a task of its own.
-@functools.lru_cache(maxsize=4)
-def _read_squad(value: str, state: tuple[int, int] | None) -> QuestionSet:
-    setting = "task.squad"
-    if value.startswith(PREFIX):
-        dataset = parse_hub(setting, value)
-        found = hub_rows(setting, dataset, ("validation",))
-        return _checked(setting, value, lambda: _squad(str(dataset), _articles(found)))
-    text = _read(setting, value)
-    return _field(
-        setting, value, text, lambda content: _squad(Path(value).name, _of_file(content["data"]))
-    )
-
-
-def _of_file(data: list[Any]) -> list[list[tuple[str, str, list[str]]]]:
-    """Return the articles of SQuAD's own file: paragraph, question and answers of each question."""
-    return [
+def _squad_of_file(name: str, content: Any) -> QuestionSet:
+    articles = [
         [
             (
                 paragraph["context"],
@@ -171,21 +162,23 @@ def _of_file(data: list[Any]) -> list[list[tuple[str, str, list[str]]]]:
             for paragraph in article["paragraphs"]
             for one in paragraph["qas"]
         ]
-        for article in data
+        for article in content["data"]
     ]
+    return _squad(name, articles)
 
 
-def _articles(rows: Sequence[dict[str, Any]]) -> list[list[tuple[str, str, list[str]]]]:
-    """Return the articles of the hub's form, in which each question has its paragraph and title."""
+def _squad_of_hub(name: str, rows: Any) -> QuestionSet:
+    """Return SQuAD's questions from the hub's form: each has its paragraph and article's title."""
     articles: dict[str, list[tuple[str, str, list[str]]]] = {}
     for row in rows:
         entry = (row["context"], row["question"], list(row["answers"]["text"]))
         articles.setdefault(row["title"], []).append(entry)
-    return list(articles.values())
+    return _squad(name, list(articles.values()))
 
 
 def _squad(name: str, articles: Sequence[Sequence[tuple[str, str, list[str]]]]) -> QuestionSet:
-    documents = sorted({paragraph for article in articles for paragraph, _, _ in article})
+    """Return SQuAD's questions from its articles: paragraph, question and answers of each."""
+    documents = sorted({_text(paragraph) for article in articles for paragraph, _, _ in article})
     number = {text: place for place, text in enumerate(documents)}
     questions = []
     for article in articles:
@@ -215,38 +208,27 @@ def read_hotpotqa(value: str) -> QuestionSet:
     Raises:
         ValueError: If it cannot be read, or is not as described.
     """
-    return _read_hotpotqa(value, _state(value))
-
-
-@functools.lru_cache(maxsize=4)
-def _read_hotpotqa(value: str, state: tuple[int, int] | None) -> QuestionSet:
-    setting = "task.hotpotqa"
-    if value.startswith(PREFIX):
-        dataset = parse_hub(setting, value)
-        found = hub_rows(setting, dataset, ("validation",))
-        return _checked(
-            setting,
-            value,
-            lambda: _hotpotqa(
-                str(dataset),
-                [
-                    (row, zip(row["context"]["title"], row["context"]["sentences"], strict=True))
-                    for row in found
-                ],
-            ),
-        )
-    text = _read(setting, value)
-    return _field(
-        setting,
-        value,
-        text,
-        lambda content: _hotpotqa(Path(value).name, [(row, row["context"]) for row in content]),
+    return _read_questions(
+        "task.hotpotqa", value, _state(value), _hotpotqa_of_hub, _hotpotqa_of_file
     )
 
 
+def _hotpotqa_of_file(name: str, content: Any) -> QuestionSet:
+    return _hotpotqa(name, [(row, row["context"]) for row in content])
+
+
+def _hotpotqa_of_hub(name: str, rows: Any) -> QuestionSet:
+    pairs = [
+        (row, zip(row["context"]["title"], row["context"]["sentences"], strict=True))
+        for row in rows
+    ]
+    return _hotpotqa(name, pairs)
+
+
 def _hotpotqa(name: str, rows: Sequence[tuple[dict[str, Any], Any]]) -> QuestionSet:
+    """Return HotpotQA's questions from rows and their paragraphs' titles and sentences."""
     texts = [
-        (row, [f"{title}\n{''.join(sentences)}" for title, sentences in paragraphs])
+        (row, [_text(f"{title}\n{''.join(sentences)}") for title, sentences in paragraphs])
         for row, paragraphs in rows
     ]
     documents = sorted({one for _, paragraphs in texts for one in paragraphs})
@@ -260,6 +242,31 @@ def _hotpotqa(name: str, rows: Sequence[tuple[dict[str, Any], Any]]) -> Question
         for row, paragraphs in texts
     ]
     return QuestionSet(name, questions, documents)
+
+
+@functools.lru_cache(maxsize=4)
+def _read_questions(
+    setting: str,
+    value: str,
+    state: tuple[int, int] | None,
+    of_hub: Callable[[str, Any], QuestionSet],
+    of_file: Callable[[str, Any], QuestionSet],
+) -> QuestionSet:
+    """Return the questions of a data set of the hub or of a file.
+
+    Args:
+        setting: The setting that names it, for messages.
+        value: Its value.
+        state: What `_state` returns of it.
+        of_hub: Called with a name and the rows of the hub's data set.
+        of_file: Called with a name and the content of a JSON file.
+    """
+    if value.startswith(PREFIX):
+        dataset = parse_hub(setting, value)
+        rows = hub_rows(setting, dataset, ("validation",))
+        return _checked(setting, value, lambda: of_hub(str(dataset), rows))
+    text = _read(setting, value)
+    return _field(setting, value, text, lambda content: of_file(Path(value).name, content))
 
 
 def read_english_words(value: str) -> tuple[str, ...]:
@@ -286,9 +293,11 @@ def _text(value: Any) -> str:
 
     Raises:
         TypeError: If it is not.
+        UnicodeEncodeError: If it has lone surrogates, which JSON allows and tokenizers do not.
     """
     if not isinstance(value, str) or not value.strip():
         raise TypeError(f"a text must not be empty, got {value!r}")
+    value.encode()
     return value
 
 
@@ -331,9 +340,7 @@ def _field(setting: str, value: str, text: str, take: Callable[[Any], T]) -> T:
 
 def _checked(setting: str, value: str, take: Callable[[], T]) -> T:
     try:
-        found = take()
-        json.dumps(found, default=vars, ensure_ascii=False).encode()  # no lone surrogates
-        return found
+        return take()
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{setting} must have the fields of the data set that it is for, but {value} has not:"
