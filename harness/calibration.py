@@ -5,6 +5,7 @@ come from the benchmark it is evaluated on; here the configuration names the tex
 (``conf/calibration/``): by default prompts whose words no test uses.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -111,6 +112,11 @@ class Calibration:
         """Number of the model's layers."""
         return geometry_of(self.loaded.model).num_layers
 
+    @functools.cached_property
+    def global_layers(self) -> list[int]:
+        """The layers that attend to the whole past, for which methods learn."""
+        return geometry_of(self.loaded.model).global_layers
+
     @property
     def lengths(self) -> list[int]:
         """Number of tokens of each prompt."""
@@ -131,7 +137,7 @@ class Calibration:
         """
         groups: list[list[int]] = []
         bytes_left = 0
-        for layer in range(self.num_layers):
+        for layer in self.global_layers:
             need = self.num_bytes(layer)
             if need > self.memory_limit:
                 raise ValueError(

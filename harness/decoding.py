@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from topkbench.harness.samples import Sample, TaskDoesNotFit
-from topkbench.methods.base import KnownTokens
-from topkbench.models.compat import token_logits
+from topkbench.methods.base import AnyMethod, KnownTokens
+from topkbench.models.compat import has_recurrent_layers, token_logits
 from topkbench.models.encoding import answer_ends, encode_split, has_template, render_chat
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill_store import PrefillStore
@@ -159,6 +159,20 @@ def spread_over_subtasks(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
     return chosen[:limit]
 
 
+def known_tokens(loaded: LoadedModel, method: AnyMethod, counts: Sequence[int]) -> KnownTokens:
+    """Return how tokens that are known beforehand go through a model with a method.
+
+    Args:
+        loaded: The model. In a hybrid one each token, padding too, changes the states of the layers
+            without attention, so that its tokens are decoded one by one.
+        method: The method; see ``TopKMethod.known_tokens``.
+        counts: How many tokens each row has.
+    """
+    if has_recurrent_layers(loaded.model):
+        return "one by one"
+    return method.known_tokens(counts)
+
+
 class Decoder:
     """Decodes a batch of prompts from their prefills, with the method that is attached.
 
@@ -246,6 +260,8 @@ class Decoder:
             those of its prefill; with ``every`` ``[B, tokens, vocabulary]``.
         """
         counts = [len(tokens) for tokens in given]
+        if self.cache.is_recurrent:
+            return self._one_by_one(given, every)
         before, most = list(self.cache.ends), max(counts)
         self.cache.extend(counts)
         # Padding behind a row's tokens is decoded too, at the position of its last one.
@@ -274,6 +290,19 @@ class Decoder:
             for row, count in enumerate(counts)
         ]
         return self.check(torch.stack(rows))
+
+    def _one_by_one(self, given: Sequence[Sequence[int]], every: bool) -> Tensor:
+        """Do what ``forward`` does in a forward for each token, as a hybrid model needs it."""
+        if len(set(map(len, given))) > 1:
+            raise ValueError(
+                "rows of a model with a state that each token changes must have the same number of"
+                f" known tokens, got {list(map(len, given))}; see known_tokens."
+            )
+        logits = [
+            self.check(self.step(column))
+            for column in torch.tensor(given, device=self.device).unbind(1)
+        ]
+        return torch.stack(logits, 1) if every else logits[-1]
 
     def read_question(self) -> Tensor:
         """Decode the question's tokens in one forward; return the logits ``[B, vocabulary]``."""
@@ -307,7 +336,7 @@ class Decoder:
         """Decode the questions, then answer greedily; return each row's tokens, without the end.
 
         Args:
-            known: How the attached method takes the questions, see ``TopKMethod.known_tokens``. If
+            known: How the attached method takes the questions, see ``known_tokens``. If
                 one by one, a row whose question is shorter begins its answer earlier.
         """
         ends = answer_ends(self.loaded)

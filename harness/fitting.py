@@ -100,17 +100,17 @@ def fit_layers(
     Raises:
         ValueError: If a layer exceeds the memory limit, or a fitted tensor is not finite.
     """
-    num_layers = calibration.num_layers
+    num_layers, layers = calibration.num_layers, calibration.global_layers
     fitted: dict[int, dict[str, Tensor]] = {}
     losses: list[list[float]] = [[] for _ in range(num_layers)]
     shares = [0.0] * num_layers
-    for layer in range(num_layers):
+    for layer in layers:
         found = None if kept is None else kept.read(layer)
         if found is not None:
             (fitted[layer], losses[layer]), shares[layer] = found, 1.0
     to_fit = [[one for one in group if one not in fitted] for group in calibration.groups()]
     groups = [group for group in to_fit if group]
-    read, total = 0, len(groups) * len(calibration.prompts) + 100 * num_layers
+    read, total = 0, len(groups) * len(calibration.prompts) + 100 * len(layers)
     lock = threading.Lock()
 
     def report_progress(prompts: int = 0) -> None:
@@ -147,7 +147,7 @@ def fit_layers(
             with ThreadPoolExecutor(len(devices)) as pool:
                 list(pool.map(fit_several, [captured] * len(devices), assigned, devices))
 
-    tensors = stack_layers([fitted[layer] for layer in range(num_layers)])
+    tensors = stack_layers(fitted, num_layers)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             if kept is not None:  # it would not be finite the next time either

@@ -19,6 +19,7 @@ from topkbench.harness.decoding import (
     Decoder,
     Prompt,
     Question,
+    known_tokens,
     spread_over_subtasks,
     tokenise_all,
 )
@@ -121,7 +122,8 @@ class GenerationTask(PromptTask):
         questions = [len(prompt.decode_ids) for prompt in prompts]
         answers = [prompt.sample.max_new_tokens for prompt in prompts]
         if part == "answers":
-            return decode_steps(context.answering, questions, answers)
+            known = known_tokens(context.loaded, context.answering, questions)
+            return decode_steps(known, questions, answers)
         if part == "speed":
             turns = turn_steps() * rounds_of(len(plan.parts[part])) * len(prompts)
             return Steps(3 * turns + sum(map(bool, questions)), 2 * turns, turns + sum(questions))
@@ -131,7 +133,10 @@ class GenerationTask(PromptTask):
             question + min(answer, most)
             for question, answer in zip(questions, answers, strict=True)
         ]
-        each = [decode_steps(context.method, [one], [0]) for one in given]
+        each = [
+            decode_steps(known_tokens(context.loaded, context.method, [one]), [one], [0])
+            for one in given
+        ]
         return Steps(sum(one.forwards for one in each), sum(one.own for one in each))
 
     def trial(
@@ -229,7 +234,8 @@ def answer(context: Context, prompts: Sequence[Prompt]) -> Record:
     needs = context.method.traits.needs
     decoder = Decoder(context.loaded, context.store, prompts, most_new + 1, needs)
     counter = ReadCounter()
-    known = context.method.known_tokens([len(prompt.decode_ids) for prompt in prompts])
+    counts = [len(prompt.decode_ids) for prompt in prompts]
+    known = known_tokens(context.loaded, context.method, counts)
     with context.attached(decoder, context.method, counter) as session:
         answers = decoder.generate(known)
     counter.add_steps(session.count, decoder.lengths)
@@ -284,7 +290,7 @@ def measure_selection(
         return meter.values()
     decoder = Decoder(context.loaded, context.store, [prompt], len(given) + 1, needs)
     with context.attached(decoder, method, meter):
-        if method.known_tokens([len(given)]) == "one by one":
+        if known_tokens(context.loaded, method, [len(given)]) == "one by one":
             decoder.teacher_force([answer])
         else:
             decoder.forward([given])

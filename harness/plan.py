@@ -47,7 +47,7 @@ from topkbench.harness.sweep import PromptTask, message_of
 from topkbench.harness.task import Context, Outcome
 from topkbench.harness.work import PartOfBatch, PlannedCell, Work, prefilled
 from topkbench.kernels.timing import machine_name
-from topkbench.methods.base import kv_bytes
+from topkbench.methods.base import cache_bytes
 from topkbench.methods.learning import LearningMethod
 from topkbench.models.attach import geometry_of
 from topkbench.models.load import LoadedModel, free_bytes, load_model, load_without_weights
@@ -212,7 +212,7 @@ class Planner:
         free = self.card.memory_gb * 1e9 - loaded.model.get_memory_footprint()
         tokens = max(one.num_tokens + one.sample.max_new_tokens for one in task.tokenised(loaded))
         geometry = geometry_of(loaded.model)
-        return most_prompts(geometry.num_layers * kv_bytes(geometry, tokens), max(0, int(free)))
+        return most_prompts(cache_bytes(geometry, tokens), max(0, int(free)))
 
     def _artifact(
         self, composed: Composed, loaded: LoadedModel

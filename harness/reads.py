@@ -1,7 +1,7 @@
 """What decode steps read: tokens and index entries are counted, bytes follow from the counts."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,7 +139,7 @@ def accounting(context: Context, n: int, reads: Reads | None) -> dict[str, Any]:
     k = context.effective_policy.k
     sparse, dense = layers_read(context, n)
     layer_bytes = layer_bytes_read(method, geometry, n, k, reads)
-    total = sparse * layer_bytes + sum(kv_bytes(geometry, tokens) for tokens in dense)
+    total = sparse * layer_bytes + dense_bytes(geometry, dense)
     return {
         "kv_len": n,
         "bytes_read_per_step": float(total),
@@ -147,20 +147,25 @@ def accounting(context: Context, n: int, reads: Reads | None) -> dict[str, Any]:
     }
 
 
-def layers_read(context: Context, n: int) -> tuple[int, list[int]]:
+def dense_bytes(geometry: Geometry, tokens: Mapping[int, int]) -> int:
+    """Return the bytes of the keys and values that dense layers read, given each one's tokens."""
+    return sum(kv_bytes(geometry.of_layer(layer), n) for layer, n in tokens.items())
+
+
+def layers_read(context: Context, n: int) -> tuple[int, dict[int, int]]:
     """Return the number of sparse layers, and how many of ``n`` tokens each dense layer reads.
 
     A layer is dense if the policy or the model's design keeps it dense; a sliding-window layer
     reads no more than its window.
     """
-    num_layers, method = context.geometry.num_layers, context.method
+    geometry, method = context.geometry, context.method
     dense: dict[int, int] = {}
     if method.selects:
-        policy = context.effective_policy
-        dense = dict.fromkeys(policy.resolve_dense_layers(num_layers), n)
+        named = context.effective_policy.resolve_dense_layers(geometry.num_layers)
+        dense = {layer: n for layer in geometry.attention_layers if layer in named}
     partial = partial_layers(context.loaded.model)
     dense |= {layer: kind.tokens_read(n) for layer, kind in partial.items()}
-    return num_layers - len(dense), list(dense.values())
+    return len(geometry.attention_layers) - len(dense), dense
 
 
 def density_of_all_layers(context: Context, n: int, density: float | None) -> float | None:
@@ -174,7 +179,7 @@ def density_of_all_layers(context: Context, n: int, density: float | None) -> fl
     sparse, dense = layers_read(context, n)
     if sparse and density is None:
         return None
-    return (sparse * (density or 0.0) + sum(dense) / n) / (sparse + len(dense))
+    return (sparse * (density or 0.0) + sum(dense.values()) / n) / (sparse + len(dense))
 
 
 def no_sparse_step_reason(k: int, longest: int) -> str:

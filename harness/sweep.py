@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 
 from topkbench.harness.batch_size import most_prompts
-from topkbench.harness.decoding import Prompt, batches
+from topkbench.harness.decoding import Prompt, batches, known_tokens
 from topkbench.harness.device_use import using
 from topkbench.harness.task import TIMED, Context, Outcome, Task, TaskRow
-from topkbench.methods.base import AnyMethod, check_whole, kv_bytes
+from topkbench.methods.base import KnownTokens, cache_bytes, check_whole
 from topkbench.models.attach import geometry_of
 from topkbench.models.load import LoadedModel, free_bytes
 from topkbench.models.prefill_store import PrefillStore
@@ -98,7 +98,8 @@ class PromptTask(Task):
         """Return the decode steps of a part on the prompts of one batch that it concerns."""
         questions = [len(prompt.decode_ids) for prompt in prompts]
         answers = [prompt.sample.max_new_tokens for prompt in prompts]
-        return decode_steps(context.answering, questions, answers)
+        known = known_tokens(context.loaded, context.answering, questions)
+        return decode_steps(known, questions, answers)
 
     def trial(
         self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]
@@ -135,7 +136,7 @@ class PromptTask(Task):
             prompt.num_tokens + prompt.sample.max_new_tokens for prompt in self.tokenised(loaded)
         )
         geometry = geometry_of(loaded.model)
-        all_layers = geometry.num_layers * kv_bytes(geometry, tokens)
+        all_layers = cache_bytes(geometry, tokens)
         return all_layers, free_bytes(loaded.model.device)
 
     def run(self, context: Context) -> Outcome:
@@ -146,11 +147,11 @@ class PromptTask(Task):
         return cell.result()
 
 
-def decode_steps(method: AnyMethod, questions: Sequence[int], answers: Sequence[int]) -> Steps:
+def decode_steps(known: KnownTokens, questions: Sequence[int], answers: Sequence[int]) -> Steps:
     """Return the steps of decoding a batch.
 
     Args:
-        method: The method that decodes.
+        known: How the questions' tokens are decoded.
         questions: Tokens of each row that are known beforehand.
         answers: Tokens of each row's answer, the last of which is never fed back.
     """
@@ -158,7 +159,7 @@ def decode_steps(method: AnyMethod, questions: Sequence[int], answers: Sequence[
         question + max(0, answer - 1) for question, answer in zip(questions, answers, strict=True)
     ]
     forwards = max(rows)
-    if method.known_tokens(questions) != "one by one":
+    if known != "one by one":
         forwards = any(questions) + max(0, max(answers) - 1)
     return Steps(forwards, own=sum(rows))
 

@@ -7,12 +7,12 @@ import torch
 
 from topkbench.harness.card import Card
 from topkbench.harness.decoding import Prompt
-from topkbench.harness.reads import Reads, layer_bytes_read, layers_read
+from topkbench.harness.reads import Reads, dense_bytes, layer_bytes_read, layers_read
 from topkbench.harness.run import Run
 from topkbench.harness.runner import JournaledCell
 from topkbench.harness.sweep import Steps
 from topkbench.harness.task import Context
-from topkbench.methods.base import QUERY_TAIL, kv_bytes
+from topkbench.methods.base import QUERY_TAIL, cache_bytes
 
 
 @dataclass(eq=False)
@@ -131,7 +131,8 @@ class Work:
         """Return the bytes that the largest batch needs on the device, by what they are for."""
         geometry = self.context.geometry
         most = max(one.num_tokens + one.sample.max_new_tokens for one in self.prompts)
-        rows = max(map(len, self.batches)) * geometry.num_layers
+        rows = max(map(len, self.batches))
+        layers = rows * len(geometry.global_layers)
         captured = 0
         if "query_tail" in self.needs:
             captured += QUERY_TAIL * geometry.num_heads * geometry.head_dim * geometry.dtype_bytes
@@ -142,9 +143,9 @@ class Work:
         )
         return {
             "weights": self.context.loaded.model.get_memory_footprint(),
-            "keys and values": rows * kv_bytes(geometry, most),
-            "captured states": rows * captured,
-            "largest index": rows * most * index,
+            "keys and values": rows * cache_bytes(geometry, most),
+            "captured states": layers * captured,
+            "largest index": layers * most * index,
         }
 
     def seconds_on(self, card: Card) -> list[dict[str, float]]:
@@ -159,7 +160,7 @@ class Work:
         linear = [one for one in model.modules() if isinstance(one, torch.nn.Linear)]
         numbers = sum(layer.weight.numel() for layer in linear if layer is not output)
         weights = numbers * geometry.dtype_bytes
-        channels = geometry.num_layers * geometry.num_heads * geometry.head_dim
+        channels = len(geometry.attention_layers) * geometry.num_heads * geometry.head_dim
         found = []
         for number, batch in zip(self.missing, self.batches, strict=True):
             # Two products of n²/2 pairs, each of a multiplication and an addition a channel.
@@ -172,7 +173,7 @@ class Work:
                 steps, n = one.steps, round(prefilled(one.prompts))
                 num_bytes = steps.forwards * weights
                 num_bytes += steps.own * step_bytes(one.cell.measured.context, n)
-                num_bytes += steps.full * geometry.num_layers * kv_bytes(geometry, n)
+                num_bytes += steps.full * cache_bytes(geometry, n)
                 operations = 2.0 * numbers * (steps.own + steps.full)
                 more = card.seconds(operations, num_bytes)
                 seconds[one.part] = seconds.get(one.part, 0.0) + more
@@ -190,4 +191,4 @@ def step_bytes(context: Context, n: int) -> int:
     geometry, k = context.geometry, context.effective_policy.k
     sparse, dense = layers_read(context, n)
     of_layer = layer_bytes_read(context.method, geometry, n, k, Reads(min(k, n)))
-    return sparse * of_layer + sum(kv_bytes(geometry, tokens) for tokens in dense)
+    return sparse * of_layer + dense_bytes(geometry, dense)

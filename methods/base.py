@@ -53,6 +53,7 @@ __all__ = [
     "IndexT",
     "KnownTokens",
     "Observer",
+    "OtherLayer",
     "Policy",
     "PrefillInputs",
     "QueryIndependentMethod",
@@ -68,6 +69,7 @@ __all__ = [
     "StepResult",
     "TopKMethod",
     "Traits",
+    "cache_bytes",
     "check_list",
     "check_multiple",
     "check_whole",
@@ -102,6 +104,19 @@ QueryT = TypeVar("QueryT")
 
 
 @dataclass(frozen=True, kw_only=True)
+class OtherLayer:
+    """A layer that is not left to methods: its attention is local, or it has none.
+
+    Attributes:
+        num_kv_heads: Its KV heads; 0 without attention.
+        head_dim: Its channels per head; 0 without attention.
+    """
+
+    num_kv_heads: int = 0
+    head_dim: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Geometry:
     """The shape of a model's attention, read from the model itself.
 
@@ -110,6 +125,8 @@ class Geometry:
         num_heads: Query heads per layer.
         num_kv_heads: KV heads per layer.
         head_dim: Channels per head.
+        other_layers: The layers that do not attend to the whole past, which are not left to
+            methods: in most models none.
         dtype_bytes: Bytes per cached number.
         device: The model's device.
         model_digest: Digest of the weights, empty if unknown; artifacts are tied to it.
@@ -119,9 +136,30 @@ class Geometry:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    other_layers: Mapping[int, OtherLayer] = field(default_factory=dict, hash=False)
     dtype_bytes: int = 2
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     model_digest: str = ""
+
+    @property
+    def global_layers(self) -> list[int]:
+        """The layers that attend to the whole past, in which methods act."""
+        return [layer for layer in range(self.num_layers) if layer not in self.other_layers]
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """The layers with attention, local or to the whole past."""
+        others = self.other_layers
+        return [
+            layer
+            for layer in range(self.num_layers)
+            if layer not in others or others[layer].num_kv_heads
+        ]
+
+    def of_layer(self, layer: int) -> "Geometry":
+        """Return the geometry with the shape of one layer, which may be another in local layers."""
+        other = self.other_layers.get(layer)
+        return self if other is None else replace(self, **vars(other))
 
     @property
     def identity(self) -> dict[str, SharedState]:
@@ -558,6 +596,15 @@ def with_impl(method: MethodT, impl: Impl | Mapping[Operator, Impl]) -> MethodT:
 def kv_bytes(geometry: Geometry, tokens: int) -> int:
     """Return the bytes of the keys and values of ``tokens`` tokens, in one layer, all KV heads."""
     return 2 * tokens * geometry.num_kv_heads * geometry.head_dim * geometry.dtype_bytes
+
+
+def cache_bytes(geometry: Geometry, tokens: int) -> int:
+    """Return the bytes of the keys and values of ``tokens`` tokens, in all layers and KV heads.
+
+    Those of a layer with local attention are kept too, though it reads only its window.
+    """
+    layers = geometry.attention_layers
+    return sum(kv_bytes(geometry.of_layer(layer), tokens) for layer in layers)
 
 
 def _per_kv_head_reason(name: str) -> str:

@@ -95,7 +95,7 @@ class LearningMethod(TopKMethod[IndexT, QueryT]):
 
     def fit(self, calibration: CalibrationStates) -> dict[str, Tensor]:
         """Fit every layer in turn from states in memory; return the artifact's tensors."""
-        layers = []
+        layers = {}
         for layer in range(calibration.num_layers):
             states = calibration.states(layer)
             positions = self.query_positions(layer, [keys.shape[1] for _, keys in states])
@@ -103,8 +103,8 @@ class LearningMethod(TopKMethod[IndexT, QueryT]):
                 (queries[:, at], keys)
                 for (queries, keys), at in zip(states, positions, strict=True)
             ]
-            layers.append(self.fit_layer(layer, needed))
-        return stack_layers(layers)
+            layers[layer] = self.fit_layer(layer, needed)
+        return stack_layers(layers, calibration.num_layers)
 
     def load_artifact(self, tensors: dict[str, Tensor], digest: str = "") -> None:
         """Load tensors that ``fit`` returned, in this process or an earlier one.
@@ -167,6 +167,14 @@ def check_ready(method: AnyMethod, geometry: Geometry, policy: Policy | None = N
             )
 
 
-def stack_layers(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack what ``fit_layer`` returned for each layer into the artifact's tensors."""
-    return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+def stack_layers(layers: Mapping[int, Mapping[str, Tensor]], num_layers: int) -> dict[str, Tensor]:
+    """Stack what ``fit_layer`` returned into the artifact's tensors.
+
+    Args:
+        layers: The tensors of each fitted layer.
+        num_layers: Layers of the model; those without a fit get zeros.
+    """
+    one = next(iter(layers.values()))
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in one.items()}
+    every = [layers.get(layer, zeros) for layer in range(num_layers)]
+    return {name: torch.stack([layer[name] for layer in every]) for name in one}

@@ -17,6 +17,7 @@ from topkbench.methods.base import (
     CacheView,
     Geometry,
     Observer,
+    OtherLayer,
     Policy,
     StepContext,
 )
@@ -69,23 +70,45 @@ def geometry_of(model: PreTrainedModel, model_digest: str = "") -> Geometry:
         model_digest: Digest of its weights; artifacts are tied to it.
     """
     config = model.config.get_text_config(decoder=True)
-    num_heads = int(config.num_attention_heads)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    # Configurations name the number of KV heads in several ways or not at all; read the modules.
-    groups = {int(module.num_key_value_groups) for module in attention_modules(model)}  # type: ignore[arg-type]
-    if len(groups) > 1:
+    num_layers, num_heads = int(config.num_hidden_layers), int(config.num_attention_heads)
+    shapes = {layer_of(module): _shape(module, config) for module in attention_modules(model)}
+    partial = partial_layers(model)
+    others = {layer: shapes.get(layer, OtherLayer()) for layer in range(num_layers)}
+    # Of a model without a layer that attends to the whole past all are described.
+    left = {layer: one for layer, one in shapes.items() if layer not in partial} or shapes
+    same = set(left.values())
+    if len(same) != 1:
+        found = ", ".join(sorted(f"{one.num_kv_heads} of {one.head_dim} channels" for one in same))
         raise ValueError(
-            f"all layers must have the same number of query heads per KV head, got "
-            f"{sorted(groups)} in {type(model).__name__}, which topkbench does not support."
+            f"the layers that attend to the whole past must have the same KV heads, got"
+            f" {found or 'no such layer'} in {type(model).__name__}, which topkbench does not"
+            " support."
         )
+    shape = same.pop()
     return Geometry(
-        num_layers=int(config.num_hidden_layers),
+        num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=num_heads // groups.pop() if groups else num_heads,
-        head_dim=int(head_dim),
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        other_layers={
+            layer: one for layer, one in others.items() if layer in partial or layer not in shapes
+        },
         dtype_bytes=torch.empty(0, dtype=model.dtype).element_size(),
         device=model.device,
         model_digest=model_digest,
+    )
+
+
+def _shape(module: nn.Module, config: Any) -> OtherLayer:
+    """Return the KV heads of an attention module.
+
+    Configurations name them in several ways or not at all, and layers may differ.
+    """
+    attention: Any = module
+    num_heads = int(config.num_attention_heads)
+    head_dim = getattr(attention, "head_dim", None) or config.hidden_size // num_heads
+    return OtherLayer(
+        num_kv_heads=num_heads // int(attention.num_key_value_groups), head_dim=int(head_dim)
     )
 
 
@@ -195,11 +218,12 @@ class Session:
         self.method, self.policy = method.resolve(policy)
         self.observer = observer
         self.modules = attention_modules(model)
-        if len(self.modules) != self.geometry.num_layers:
+        self._by_layer = {layer_of(module): module for module in self.modules}
+        if list(self._by_layer) != self.geometry.attention_layers:
             raise ValueError(
-                f"attach needs one attention module with layer_idx and num_key_value_groups in "
-                f"each of the {self.geometry.num_layers} layers, found {len(self.modules)} in "
-                f"{type(model).__name__}."
+                f"attach needs at most one attention module with layer_idx and"
+                f" num_key_value_groups in each of the {self.geometry.num_layers} layers, in their"
+                f" order, found {len(self.modules)} in {type(model).__name__}."
             )
         if any(module in _SESSIONS for module in self.modules):
             raise ValueError(
@@ -213,10 +237,11 @@ class Session:
             raise ValueError(reason)
         self.partial = partial_layers(model)
         self.dense = self._dense_layers()
-        if method.selects and len(self.dense) == self.geometry.num_layers:
+        if method.selects and not self.sparse_layers:
+            first = next(iter(self.dense.values()), "none has attention")
             raise ValueError(
                 f"at least one layer must be left to {method.name}, but all "
-                f"{self.geometry.num_layers} are dense ({self.dense[0]})."
+                f"{self.geometry.num_layers} are dense ({first})."
             )
         self.guard = StepGuard(
             method.name, self.policy.k, self.sparse_layers, self.dense, allow_dense_forwards
@@ -240,7 +265,7 @@ class Session:
         """The layers in which the method selects; none if it reads the whole cache."""
         if not self.method.selects:
             return []
-        return [layer for layer in range(self.geometry.num_layers) if layer not in self.dense]
+        return [layer for layer in self.geometry.global_layers if layer not in self.dense]
 
     def require_steps(self, steps: int) -> None:
         """Raise unless the method took exactly ``steps`` decode steps in each of its layers.
@@ -275,8 +300,10 @@ class Session:
         dense: dict[int, str] = {}
         # A method that reads the whole cache ignores the policy, so do not validate it.
         if self.method.selects:
-            for layer in sorted(self.policy.resolve_dense_layers(self.geometry.num_layers)):
-                dense[layer] = "dense by the policy"
+            named = self.policy.resolve_dense_layers(self.geometry.num_layers)
+            for layer in self.geometry.attention_layers:
+                if layer in named:
+                    dense[layer] = "dense by the policy"
         return dense | {layer: kind.reason for layer, kind in self.partial.items()}
 
     def before_attention(self, layer: int, call: AttentionCall) -> None:
@@ -292,12 +319,12 @@ class Session:
         self._running.layer = layer
         if call.cache is not None:
             self._note_cache(layer, call.cache)
-        if not self._speculates or next_layer >= len(self.modules) or hidden is None:
+        if not self._speculates or next_layer not in self._by_layer or hidden is None:
             return
         if call.rotary is not None and self._may_step(call.cache, layer, q_len):
             with torch.no_grad(), self.observer.stage("encode", next_layer):
                 self._speculated[next_layer] = speculate_queries(
-                    self.modules[next_layer], hidden.detach(), call.rotary
+                    self._by_layer[next_layer], hidden.detach(), call.rotary
                 )
 
     def _may_step(self, cache: Any, layer: int, q_len: int) -> bool:

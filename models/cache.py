@@ -1,5 +1,6 @@
 """The pre-allocated KV cache for decoding a batch of prompts of different lengths."""
 
+import copy
 import weakref
 from collections.abc import Sequence
 from typing import Any, Self
@@ -7,10 +8,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from topkbench.methods.captured import Captured
+from topkbench.models.compat import CacheLayerMixin, LinearAttentionLayer, is_recurrent
 from topkbench.models.prefill import Prefill
+from topkbench.models.recurrent import LayerState
 
 SPARE = 32  # free slots in a compacted layer: it takes this many new tokens between compactions
 
@@ -121,12 +123,16 @@ class DecodeLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name in transformers 5.5
 
 
+class HybridLayer(DecodeLayer, LinearAttentionLayer):  # type: ignore[misc]  # never initialised
+    """A layer that has keys and values and, beside them, a state that each token changes."""
+
+
 class Buffers:
     """The keys and values of a batch of prompts, left-aligned, with free slots after them.
 
     Args:
-        keys: For each layer ``[B, Hkv, capacity, d]``.
-        values: Likewise.
+        keys: For each layer with attention ``[B, Hkv, capacity, d]``.
+        values: Likewise ``[B, Hkv, capacity, dv]``.
     """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
@@ -217,19 +223,28 @@ class DecodeCache(Cache):
         self.rows = torch.arange(len(prefills), device=devices[0])
         self.positions = self.kv_len[:, None].long() - 1
         self.new_tokens = [1] * len(prefills)
-        layers: list[Any] = []
-        for pair in zip(buffers.keys, buffers.values, strict=True):
+        own = prefills[0].layers or range(len(buffers.keys))
+        made: dict[int, Any] = {}
+        for layer, pair in zip(own, zip(buffers.keys, buffers.values, strict=True), strict=True):
             keys, values = (states[:, :, : self.capacity] for states in pair)
             for row, length in enumerate(lengths):  # slots to be written must not hold NaN
                 keys[row, :, length:].zero_()
                 values[row, :, length:].zero_()
-            layers.append(DecodeLayer(self, keys, values))
-        super().__init__(layers=layers)
-        self._captured: list[Captured | None] = []
+            kind = HybridLayer if layer in prefills[0].states else DecodeLayer
+            made[layer] = kind(self, keys, values)
+        for layer, one in prefills[0].states.items():
+            rows = [prefill.states[layer] for prefill in prefills]
+            stored = made.setdefault(layer, copy.copy(one.layer))
+            vars(stored).update(LayerState.batch(rows))
+        super().__init__(layers=[made[layer] for layer in sorted(made)])
+        self._captured: dict[int, Captured] = {}
         if all(prefill.captured for prefill in prefills):
-            for layer, device in enumerate(devices):
-                parts = [prefill.captured[layer] for prefill in prefills]
-                self._captured.append(Captured.batch(parts, self.n, device))
+            for layer, device in zip(own, devices, strict=True):
+                parts = [
+                    prefill.captured[layer] for prefill in prefills if layer in prefill.captured
+                ]
+                if parts:
+                    self._captured[layer] = Captured.batch(parts, self.n, device)
 
     @classmethod
     def on(
@@ -242,19 +257,23 @@ class DecodeCache(Cache):
     @property
     def num_bytes(self) -> int:
         """Bytes allocated for keys and values, unused slots included."""
-        layers: list[Any] = self.layers
+        layers: list[Any] = [one for one in self.layers if isinstance(one, DecodeLayer)]
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layer has a state that each token changes, padding included."""
+        return any(is_recurrent(layer) for layer in self.layers)
 
     def topkbench_keep(self, layer: int, slots: Tensor) -> None:
         """Keep only ``slots`` of a layer, see ``DecodeLayer.keep``, and drop its captures."""
         stored: Any = self.layers[layer]
         stored.keep(slots)
-        if self._captured:
-            self._captured[layer] = None
+        self._captured.pop(layer, None)
 
     def topkbench_captured(self, layer: int) -> Captured | None:
         """Return what was captured of a layer at prefill, or None."""
-        return self._captured[layer] if self._captured else None
+        return self._captured.get(layer)
 
     def extend(self, new_tokens: Sequence[int] | None = None) -> None:
         """Open slots for the tokens of the next forward.

@@ -17,19 +17,37 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+)
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 __all__ = [
     "AttentionCall",
+    "CacheLayerMixin",
+    "LinearAttentionLayer",
     "PartialAttention",
     "PreTrainedModel",
     "attention_modules",
     "cache_keyword",
     "configs_of",
     "context_window",
+    "empty_cache",
+    "has_recurrent_layers",
     "is_cache",
+    "is_recurrent",
     "layer_of",
     "max_slots",
     "partial_attention",
@@ -371,6 +389,25 @@ def _is_pair(value: Any) -> bool:
         and len(value) == 2
         and all(isinstance(one, Tensor) and one.is_floating_point() for one in value)
     )
+
+
+def empty_cache(model: PreTrainedModel) -> DynamicCache:
+    """Return a cache for a prompt that keeps every token, those that a window hides included."""
+    cache = DynamicCache(config=model.config)
+    for layer, stored in enumerate(cache.layers):
+        if type(stored) is DynamicSlidingWindowLayer:
+            cache.layers[layer] = DynamicLayer()
+    return cache
+
+
+def is_recurrent(stored: Any) -> bool:
+    """Return whether a cache's layer has a state that each token changes, as a hybrid model's."""
+    return isinstance(stored, LinearAttentionCacheLayerMixin)
+
+
+def has_recurrent_layers(model: PreTrainedModel) -> bool:
+    """Return whether some of a model's layers keep such a state."""
+    return any(is_recurrent(stored) for stored in empty_cache(model).layers)
 
 
 def is_cache(value: Any) -> bool:

@@ -34,7 +34,12 @@ from transformers.utils.hub import (  # type: ignore[attr-defined]  # one is hug
 
 from topkbench.methods.base import Geometry, check_whole
 from topkbench.models.attach import IMPLEMENTATION, geometry_of
-from topkbench.models.compat import context_window, partial_layers, set_window
+from topkbench.models.compat import (
+    attention_modules,
+    context_window,
+    partial_layers,
+    set_window,
+)
 from topkbench.models.digests import weights_digest
 from topkbench.models.encoding import check_template_arguments
 
@@ -347,13 +352,16 @@ def _geometry(
 
 
 def _check_whole_past(path: str, model: PreTrainedModel, window: int) -> None:
-    """Refuse a model with layers that do not attend to the whole past."""
+    """Refuse a model of which no layer attends to the whole past, so that methods cannot act."""
     set_window(model, window)
-    if partial_layers(model):
+    layers, partial = attention_modules(model), partial_layers(model)
+    if layers and len(partial) == len(layers):
+        sizes = [one.size for one in partial.values() if one.size is not None]
+        remedy = f"; use model.window={min(sizes)} or less" if len(sizes) == len(layers) else ""
         raise ModelNotAvailable(
-            f"the model {path} must attend to the whole past in every layer, got layers with a"
-            " sliding window, which the harness's cache does not support; use attach in your own"
-            " script for such a model."
+            f"the model {path} must attend to the whole past in at least one layer, got"
+            f" {len(layers)} that do not ({next(iter(partial.values())).reason}) in a window of"
+            f" {window} tokens{remedy}."
         )
 
 

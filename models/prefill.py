@@ -1,17 +1,18 @@
 """A prompt's prefill: computed once and shared by every cell that needs it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from topkbench.methods.captured import Captured
-from topkbench.models.compat import token_logits
+from topkbench.models.compat import empty_cache, is_recurrent, partial_layers, token_logits
+from topkbench.models.recurrent import LayerState
 from topkbench.models.watch import LayerCall, watched_attention
 
 
@@ -20,29 +21,35 @@ class Prefill:
     """The states of one prompt.
 
     Attributes:
-        key_states: For each layer ``[Hkv, n, d]`` post-RoPE keys.
-        value_states: For each layer ``[Hkv, n, d]``. A store replaces keys and values by equal
-            ones in the cache that its cells decode in, one layer after the other.
+        key_states: For each layer with attention ``[Hkv, n, d]`` post-RoPE keys.
+        value_states: Likewise ``[Hkv, n, dv]``. A store replaces keys and values by equal ones in
+            the cache that its cells decode in, one layer after the other.
         logits: ``[vocabulary]`` of the last token.
         milliseconds: Time of the forward, without capturing.
-        captured: For each layer a query tail ``[1, Hq, w, d]`` and column sums ``[1, Hq, n]``;
-            empty if nothing was captured.
+        captured: For each layer that attends to the whole past a query tail ``[1, Hq, w, d]`` and
+            column sums ``[1, Hq, n]``; empty if nothing was captured.
+        layers: The model's layers that ``key_states`` is of; None for the first ones.
+        states: What the model's other layers keep.
     """
 
     key_states: list[Tensor]
     value_states: list[Tensor]
     logits: Tensor
     milliseconds: float
-    captured: tuple[Captured, ...] = ()
+    captured: Mapping[int, Captured] = field(default_factory=dict)
+    layers: Sequence[int] | None = None
+    states: Mapping[int, LayerState] = field(default_factory=dict)
 
     @property
     def needs(self) -> frozenset[str]:
         """What was captured beyond keys and values."""
-        return self.captured[0].needs if self.captured else frozenset()
+        return next((one.needs for one in self.captured.values()), frozenset())
 
     def needs_ms(self, needs: frozenset[str]) -> float:
         """Return the milliseconds that capturing ``needs`` took, over all layers."""
-        return sum(one.milliseconds.get(need, 0.0) for one in self.captured for need in needs)
+        return sum(
+            one.milliseconds.get(need, 0.0) for one in self.captured.values() for need in needs
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -51,7 +58,7 @@ class Prefill:
 
     @property
     def num_layers(self) -> int:
-        """Number of layers of the model."""
+        """Number of layers with keys and values."""
         return len(self.key_states)
 
     def copied(self) -> Self:
@@ -66,9 +73,12 @@ class Prefill:
     @property
     def num_bytes(self) -> int:
         """Bytes of all states."""
-        captured = [states for one in self.captured for states in (one.query_tail, one.column_sums)]
+        captured = (
+            states for one in self.captured.values() for states in (one.query_tail, one.column_sums)
+        )
         states = (*self.key_states, *self.value_states, *captured)
-        return sum(one.nbytes for one in states if one is not None)
+        own = sum(one.nbytes for one in states if one is not None)
+        return own + sum(state.num_bytes for state in self.states.values())
 
 
 @torch.no_grad()
@@ -82,14 +92,16 @@ def prefill(
         token_ids: The prompt, special tokens included.
         needs: What to capture beyond keys and values: ``query_tail``, ``column_sums``.
     """
-    cache = DynamicCache()
+    cache = empty_cache(model)
     ids = torch.tensor([list(token_ids)], device=model.device)
-    captured: list[Captured] = []
+    captured: dict[int, Captured] = {}
+    partial = partial_layers(model)
 
     def capture(call: LayerCall) -> None:
-        one = Captured(needs)
+        if call.layer in partial:
+            return
+        one = captured[call.layer] = Captured(needs)
         one.update(call.query_states, call.key_states, call.scale, softcap=call.softcap)
-        captured.append(one)
 
     began = time.perf_counter()
     with watched_attention(model, capture) if needs else nullcontext():
@@ -97,12 +109,20 @@ def prefill(
     if logits.is_cuda:
         torch.cuda.synchronize(logits.device)
     milliseconds = (time.perf_counter() - began) * 1e3
-    milliseconds -= sum(sum(one.milliseconds.values()) for one in captured)
-    layers: list[Any] = cache.layers
+    milliseconds -= sum(sum(one.milliseconds.values()) for one in captured.values())
+    host = torch.device("cpu")
+    stored: dict[int, Any] = dict(enumerate(cache.layers))
+    layers = [at for at, one in stored.items() if getattr(one, "keys", None) is not None]
     return Prefill(
-        [layer.keys[0].cpu() for layer in layers],
-        [layer.values[0].cpu() for layer in layers],
+        [stored[at].keys[0].cpu() for at in layers],
+        [stored[at].values[0].cpu() for at in layers],
         logits.float().cpu(),
         milliseconds,
-        tuple(one.to(torch.device("cpu")) for one in captured),
+        {at: one.to(host) for at, one in captured.items()},
+        layers,
+        {
+            at: LayerState.of(one)
+            for at, one in stored.items()
+            if is_recurrent(one) or at not in layers
+        },
     )

@@ -119,8 +119,7 @@ class PrefillStore:
             return self._compute(self.model, token_ids, needs)
         captured = self._compute(self.model, token_ids, needs - stored.needs).captured
         if stored.captured:
-            pairs = zip(stored.captured, captured, strict=True)
-            captured = tuple(old.merged(new) for old, new in pairs)
+            captured = {at: one.merged(captured[at]) for at, one in stored.captured.items()}
         return replace(stored, captured=captured)
 
 

@@ -44,6 +44,12 @@ def _difference(model: PreTrainedModel) -> str | None:
     modules = attention_modules(model)
     for before, module in itertools.pairwise(modules):
         layer = layer_of(module)
+        if layer_of(before) != layer - 1:
+            return (
+                f"queries are speculated from the input of the previous layer's attention, and the"
+                f" layer before layer {layer} of {type(model).__name__} has none; use another"
+                " method."
+            )
         own, previous = calls.get(layer), calls.get(layer_of(before))
         rotary = None if previous is None else previous.rotary
         if own is None or own.hidden_states is None or rotary is None or layer not in queries:

@@ -33,15 +33,20 @@ from topkbench.methods.base import (
     AnyMethod,
     Geometry,
     Policy,
+    cache_bytes,
     check_list,
     check_whole,
-    kv_bytes,
 )
 from topkbench.models.attach import Session, attach
 from topkbench.models.cache import DecodeCache
-from topkbench.models.compat import PreTrainedModel, layer_devices, token_logits
+from topkbench.models.compat import (
+    PreTrainedModel,
+    has_recurrent_layers,
+    layer_devices,
+    token_logits,
+)
 from topkbench.models.load import free_bytes
-from topkbench.models.prefill import Prefill
+from topkbench.models.prefill import Prefill, prefill
 
 CALIBRATION_TOKENS = 128
 
@@ -163,9 +168,9 @@ class DecodeThroughput(Task):
     def _bytes_needed(self, context: Context, length: int) -> float:
         """Return the bytes of the weights, and of the cache and the index of ``length`` tokens."""
         geometry = context.geometry
-        per_token = kv_bytes(geometry, 1) + context.method.index_bytes_per_token(geometry)
+        index = len(geometry.global_layers) * context.method.index_bytes_per_token(geometry)
         weights = context.loaded.model.get_memory_footprint()
-        return weights + self.batch_size * length * geometry.num_layers * per_token
+        return weights + self.batch_size * length * (cache_bytes(geometry, 1) + index)
 
     @torch.inference_mode()
     def _time(self, context: Context, length: int) -> tuple[dict[str, Any], str, str]:
@@ -222,20 +227,35 @@ class DecodeThroughput(Task):
         """
         geometry, model = context.geometry, context.loaded.model
         generator = torch.Generator(model.device).manual_seed(self.seed)
-        shape = (2, geometry.num_kv_heads, length - 1, geometry.head_dim)
-        keys, values = torch.randn(
-            shape, generator=generator, dtype=model.dtype, device=model.device
+        shapes = [geometry.of_layer(layer) for layer in geometry.attention_layers]
+        drawn = {
+            shape: torch.randn(
+                (2, shape.num_kv_heads, length - 1, shape.head_dim),
+                generator=generator,
+                dtype=model.dtype,
+                device=model.device,
+            )
+            for shape in dict.fromkeys(shapes)
+        }
+        # Layers without attention keep what they have after one token.
+        states = prefill(model, [0]).states if has_recurrent_layers(model) else {}
+        drawn_prefill = Prefill(
+            [drawn[shape][0] for shape in shapes],
+            [drawn[shape][1] for shape in shapes],
+            torch.empty(0),
+            0.0,
+            layers=geometry.attention_layers,
+            states=states,
         )
-        layers = geometry.num_layers
-        prefill = Prefill([keys] * layers, [values] * layers, torch.empty(0), 0.0)
         needs = context.method.traits.needs & PREFILL_NEEDS
         if needs:
-            scale = geometry.head_dim**-0.5
-            captured = capture(needs, keys[None], geometry.num_heads, scale)
-            prefill = replace(prefill, captured=(captured,) * layers)
-        cache = DecodeCache.on(layer_devices(model), [prefill] * self.batch_size, 1)
+            keys = drawn[geometry.of_layer(geometry.global_layers[0])][0]
+            captured = capture(needs, keys[None], geometry.num_heads, geometry.head_dim**-0.5)
+            of_layers = dict.fromkeys(geometry.global_layers, captured)
+            drawn_prefill = replace(drawn_prefill, captured=of_layers)
+        cache = DecodeCache.on(layer_devices(model), [drawn_prefill] * self.batch_size, 1)
         cache.extend()
-        return cache, self.batch_size * prefill.needs_ms(needs)
+        return cache, self.batch_size * drawn_prefill.needs_ms(needs)
 
     def _count_reads(self, context: Context, cache: DecodeCache) -> tuple[dict[str, Any], float]:
         """Return the columns of what an untimed step reads, and the index's build milliseconds.

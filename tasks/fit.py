@@ -40,9 +40,10 @@ class Fit(Task):
         if artifact is None:
             raise self._learns_nothing(context.method)
         provenance = artifact.provenance
-        num_layers = context.geometry.num_layers
-        # Artifacts of older versions have no losses.
-        losses: list[list[float]] = provenance.get("losses") or [[] for _ in range(num_layers)]
+        found = provenance.get("losses")  # artifacts of older versions have none
+        losses: dict[int, list[float]] = {
+            layer: found[layer] if found else [] for layer in context.geometry.global_layers
+        }
         shared: dict[str, Any] = {
             "calibration": provenance["data"],
             "artifact_path": str(artifact.path),
@@ -50,14 +51,14 @@ class Fit(Task):
         }
         rows = [
             TaskRow(f"layer {layer}", {**shared, **first_and_last(steps)})
-            for layer, steps in enumerate(losses)
+            for layer, steps in losses.items()
         ]
-        mean = [statistics.fmean(step) for step in zip(*losses, strict=True)]
+        mean = [statistics.fmean(step) for step in zip(*losses.values(), strict=True)]
         seconds = provenance.get("seconds") if artifact.fitted else None
         rows.append(TaskRow("mean", {**shared, **first_and_last(mean), "fit_s": seconds}))
         samples = [
             {"layer": layer, "step": step, "loss": loss}
-            for layer, steps in enumerate(losses)
+            for layer, steps in losses.items()
             for step, loss in enumerate(steps, start=1)
         ]
         return Outcome(rows, samples)

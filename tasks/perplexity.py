@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from topkbench.harness.decoding import Decoder, Prompt
+from topkbench.harness.decoding import Decoder, Prompt, known_tokens
 from topkbench.harness.reads import (
     ReadCount,
     ReadCounter,
@@ -203,13 +203,15 @@ class Perplexity(PromptTask):
                 for one, values in zip(prompts, windows, strict=True)
             ],
             "count": asdict(counter.count),
-            "known_tokens": method.known_tokens(counts) if method.selects else None,
+            "known_tokens": known_tokens(context.loaded, method, counts)
+            if method.selects
+            else None,
         }
 
     def steps(self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]) -> Steps:
         counts = [self.scored_tokens] * len(prompts)
         rows = sum(counts)
-        if context.answering.known_tokens(counts) == "one by one":
+        if known_tokens(context.loaded, context.answering, counts) == "one by one":
             return Steps(self.scored_tokens, own=rows)
         return Steps(math.ceil(self.scored_tokens / TOGETHER), own=rows)
 
@@ -284,7 +286,8 @@ def log_probabilities(
         decoded one, at most ``TOGETHER`` tokens at a time.
     """
     given = [prompt.decode_ids[:-1] for prompt in prompts]
-    how, num_scored = method.known_tokens(list(map(len, given))), len(given[0])
+    num_scored = len(given[0])
+    how = known_tokens(context.loaded, method, list(map(len, given)))
     decoder = Decoder(context.loaded, context.store, prompts, 0, method.traits.needs)
     with context.attached(decoder, method, observer) as session:
         for begin in range(0, num_scored, TOGETHER):

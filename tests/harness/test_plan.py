@@ -11,8 +11,6 @@ from topkbench.harness.plan import answered_share, measured_prompts, shared, wor
 from topkbench.harness.samples import Sample
 from topkbench.harness.sweep import Steps, decode_steps
 from topkbench.harness.task import pilot_sizes
-from topkbench.methods.exact import ExactTopK
-from topkbench.methods.full import FullAttention
 from topkbench.methods.h2o import H2O
 
 
@@ -63,11 +61,10 @@ def test_the_rows_of_a_cell_are_known_from_two_if_they_grow_with_their_size() ->
 def test_decode_steps_are_counted_by_row_and_by_forward() -> None:
     # The last token of an answer is not fed back.
     questions, answers = [5, 3], [8, 4]
-    assert decode_steps(FullAttention(), questions, answers) == Steps(1 + 7, own=5 + 7 + 3 + 3)
-    assert decode_steps(ExactTopK(), [0, 0], answers) == Steps(7, own=7 + 3)
-    one_by_one = H2O(mode="compact")
-    assert one_by_one.known_tokens(questions) == "one by one"
-    assert decode_steps(one_by_one, questions, answers) == Steps(5 + 7, own=18)
+    assert decode_steps("together", questions, answers) == Steps(1 + 7, own=5 + 7 + 3 + 3)
+    assert decode_steps("together", [0, 0], answers) == Steps(7, own=7 + 3)
+    assert H2O(mode="compact").known_tokens(questions) == "one by one"
+    assert decode_steps("one by one", questions, answers) == Steps(5 + 7, own=18)
 
 
 def test_workers_take_the_longest_batches_first() -> None:
