@@ -89,8 +89,9 @@ def check_acting(context: Context) -> None:
     except Exception as failure:  # of any kind: a model's own forward may need another cache
         found = " ".join(str(failure).split())[:200]
         raise ValueError(
-            f"{loaded.name} must decode with topkbench's cache, got {type(failure).__name__}: {found}"
-            f" in {type(loaded.model).__name__}; topkbench does not support this model."
+            f"{loaded.name} must decode with topkbench's cache, got in"
+            f" {type(loaded.model).__name__} {type(failure).__name__}: {found}; topkbench does not"
+            " support this model."
         ) from failure
     if not dense.isfinite().all():
         raise NotFiniteError(

@@ -68,21 +68,37 @@ def geometry_of(model: PreTrainedModel, model_digest: str = "") -> Geometry:
     Args:
         model: A decoder-only model.
         model_digest: Digest of its weights; artifacts are tied to it.
+
+    Raises:
+        ValueError: If topkbench cannot serve such a model; one sentence says why.
     """
     config = model.config.get_text_config(decoder=True)
     num_layers, num_heads = int(config.num_hidden_layers), int(config.num_attention_heads)
-    shapes = {layer_of(module): _shape(module, config) for module in attention_modules(model)}
+    modules, name = attention_modules(model), type(model).__name__
+    found = [layer_of(module) for module in modules]
+    if not found or found != sorted(set(found)) or found[-1] >= num_layers:
+        raise ValueError(
+            f"a model must have at most one attention module with layer_idx and"
+            f" num_key_value_groups in each of its layers, in their order, found {len(found)} for"
+            f" {num_layers} layers in {name}, which topkbench does not support."
+        )
+    sharing = [layer_of(one) for one in modules if getattr(one, "is_kv_shared_layer", False)]
+    if sharing:
+        raise ValueError(
+            f"each attention layer must have keys and values of its own, and layer {sharing[0]} of"
+            f" {name} uses those of an earlier one, which topkbench does not support."
+        )
+    shapes = {layer_of(module): _shape(module, config) for module in modules}
     partial = partial_layers(model)
     others = {layer: shapes.get(layer, OtherLayer()) for layer in range(num_layers)}
     # Of a model without a layer that attends to the whole past all are described.
     left = {layer: one for layer, one in shapes.items() if layer not in partial} or shapes
     same = set(left.values())
     if len(same) != 1:
-        found = ", ".join(sorted(f"{one.num_kv_heads} of {one.head_dim} channels" for one in same))
+        heads = ", ".join(sorted(f"{one.num_kv_heads} of {one.head_dim} channels" for one in same))
         raise ValueError(
-            f"the layers that attend to the whole past must have the same KV heads, got"
-            f" {found or 'no such layer'} in {type(model).__name__}, which topkbench does not"
-            " support."
+            f"the layers that attend to the whole past must have the same KV heads, got {heads} in"
+            f" {name}, which topkbench does not support."
         )
     shape = same.pop()
     return Geometry(
@@ -219,12 +235,6 @@ class Session:
         self.observer = observer
         self.modules = attention_modules(model)
         self._by_layer = {layer_of(module): module for module in self.modules}
-        if list(self._by_layer) != self.geometry.attention_layers:
-            raise ValueError(
-                f"attach needs at most one attention module with layer_idx and"
-                f" num_key_value_groups in each of the {self.geometry.num_layers} layers, in their"
-                f" order, found {len(self.modules)} in {type(model).__name__}."
-            )
         if any(module in _SESSIONS for module in self.modules):
             raise ValueError(
                 "a model can have one method attached at a time, and this one already has one; "

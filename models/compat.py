@@ -153,6 +153,10 @@ def partial_attention(module: nn.Module, positions: int | None = None) -> Partia
     return None
 
 
+# A hybrid layer has both attention and a state-space model.
+_WHOLE_PAST = {"full_attention", "attention", "hybrid"}
+
+
 def _configured_pattern(module: nn.Module) -> PartialAttention | None:
     """Return the attention pattern that a module or its configuration names, or None."""
     config: Any = module.config
@@ -164,10 +168,11 @@ def _configured_pattern(module: nn.Module) -> PartialAttention | None:
             return None
         return PartialAttention(f"its attention slides over {window} tokens", int(window))
     kind = kinds[layer_of(module)]
-    if kind == "full_attention":
+    if kind in _WHOLE_PAST:
         return None
     sizes = {
         "sliding_attention": window or getattr(config, "sliding_window", None),
+        "hybrid_sliding": window or getattr(config, "sliding_window", None),
         "chunked_attention": getattr(config, "attention_chunk_size", None),
     }
     size = sizes.get(kind)

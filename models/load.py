@@ -177,7 +177,7 @@ def load_model(
                 output_loading_info=True,
             )
         model, info = loaded
-        _check_whole_past(path, model, window)
+        _check_served(path, model, window)
         # Transformers only warns: it draws missing weights at random and drops unexpected ones.
         for kind, words in (
             ("missing", "no weights"),
@@ -242,7 +242,7 @@ def load_without_weights(
                 dtype=saved if dtype == "auto" else getattr(torch, dtype),
                 attn_implementation=IMPLEMENTATION,
             )
-        _check_whole_past(path, model, window)
+        _check_served(path, model, window)
         if architecture is not None:
             tokenizer = cast(PreTrainedTokenizerBase, NoTokenizer(name))
         else:
@@ -344,15 +344,15 @@ def _geometry(
         if architecture is not None:
             raise _no_architecture(error) from error
         return None  # loading says why
-    if architecture is None:
-        _check_whole_past(path, model, window)
-    with contextlib.suppress(ValueError):  # attaching says why
-        return geometry_of(model)
-    return None
+    return _check_served(path, model, window)
 
 
-def _check_whole_past(path: str, model: PreTrainedModel, window: int) -> None:
-    """Refuse a model of which no layer attends to the whole past, so that methods cannot act."""
+def _check_served(path: str, model: PreTrainedModel, window: int) -> Geometry:
+    """Return the shape of a model's attention after checking that methods can act in it.
+
+    Raises:
+        ModelNotAvailable: If no layer attends to the whole past, or topkbench cannot serve it.
+    """
     set_window(model, window)
     layers, partial = attention_modules(model), partial_layers(model)
     if layers and len(partial) == len(layers):
@@ -363,6 +363,10 @@ def _check_whole_past(path: str, model: PreTrainedModel, window: int) -> None:
             f" {len(layers)} that do not ({next(iter(partial.values())).reason}) in a window of"
             f" {window} tokens{remedy}."
         )
+    try:
+        return geometry_of(model)
+    except ValueError as error:
+        raise ModelNotAvailable(str(error)) from error
 
 
 def _read_config(

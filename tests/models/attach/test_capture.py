@@ -297,7 +297,7 @@ def test_the_store_captures_the_same_as_attach(
 def test_captures_for_two_methods_are_kept_together(llama: PreTrainedModel) -> None:
     store = PrefillStore(llama)
     tokens = list(range(1, 30))
-    assert store.get(tokens).captured == ()
+    assert store.get(tokens).captured == {}
     assert store.get(tokens, frozenset({"query_tail"})).needs == {"query_tail"}
     assert store.get(tokens, frozenset({"column_sums"})).needs == NEEDS
     assert store.get(tokens, frozenset({"query_tail", "previous_query"})).needs == NEEDS
