@@ -40,16 +40,17 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
 
 
 def _difference(model: PreTrainedModel) -> str | None:
-    calls, queries = _own_inputs(model)
     modules = attention_modules(model)
+    layers = list(map(layer_of, modules))
+    alone = [layer for layer in layers if layer and layer - 1 not in layers]
+    if alone:
+        return (
+            f"queries are speculated from the input of the previous layer's attention, and the layer"
+            f" before layer {alone[0]} of {type(model).__name__} has none; use another method."
+        )
+    calls, queries = _own_inputs(model)
     for before, module in itertools.pairwise(modules):
         layer = layer_of(module)
-        if layer_of(before) != layer - 1:
-            return (
-                f"queries are speculated from the input of the previous layer's attention, and the"
-                f" layer before layer {layer} of {type(model).__name__} has none; use another"
-                " method."
-            )
         own, previous = calls.get(layer), calls.get(layer_of(before))
         rotary = None if previous is None else previous.rotary
         if own is None or own.hidden_states is None or rotary is None or layer not in queries:
