@@ -149,6 +149,7 @@ SERVED = [
             **_SLIDING,
             "global_head_dim": 16,
             "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
             "num_kv_shared_layers": 0,
             "hidden_size_per_layer_input": 0,
             "vocab_size_per_layer_input": VOCABULARY,
@@ -295,8 +296,14 @@ class Refused:
 
 
 REFUSED = [
-    Refused(Family("gpt2", "GPT-2"), "found 0 for 2 layers in GPT2LMHeadModel"),
-    Refused(Family("gpt_neox", "Pythia"), "found 0 for 2 layers in GPTNeoXForCausalLM"),
+    Refused(
+        Family("gpt2", "GPT-2", "attention modules that do not say how many heads share keys"),
+        "found 0 for 2 layers in GPT2LMHeadModel",
+    ),
+    Refused(
+        Family("gpt_neox", "Pythia", "attention modules that do not say how many heads share keys"),
+        "found 0 for 2 layers in GPTNeoXForCausalLM",
+    ),
     Refused(
         Family(
             "gemma3n_text",
