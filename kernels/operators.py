@@ -355,9 +355,9 @@ class Operators:
         largest = 1 + finite.abs().max().item() * self.scale
         tolerance = 16 * largest * torch.finfo(torch.float32).eps
         for sinks in (None, self.sinks):
-            given = (self.products, self.scale, "sum", None, sinks)
-            weights = group_softmax(*given, impl="reference")
-            found = group_softmax(*given, impl=self.impl)
+            given = (self.products, self.scale)
+            weights = group_softmax(*given, sinks=sinks, impl="reference")
+            found = group_softmax(*given, sinks=sinks, impl=self.impl)
             assert_within_bound(found, weights, tolerance * weights.double())
 
     def _check_selection(self) -> None:

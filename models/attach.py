@@ -39,8 +39,8 @@ from topkbench.models.compat import (
     watching_caches,
     watching_prefill,
 )
+from topkbench.models.dense_attention import SINKS, dense_attention
 from topkbench.models.layer_index import LayerIndices
-from topkbench.models.softcap import softcap_attention
 from topkbench.models.step_count import StepCount
 from topkbench.models.step_guard import StepGuard
 from topkbench.models.steps import LayerForward, Steps
@@ -48,12 +48,12 @@ from topkbench.models.steps import LayerForward, Steps
 IMPLEMENTATION = "topkbench"
 """The name under which our attention function is registered with transformers.
 
-Outside a block of ``attach`` it is dense attention: torch's SDPA, or capped logits where a model
-has them, which transformers' own SDPA function leaves uncapped or refuses, by the release.
+Outside a block of ``attach`` it is dense attention: torch's SDPA, or ours where a model has capped
+logits or learned sinks, which transformers' own SDPA function ignores or refuses, by the release.
 """
 
 # The tensors besides queries, keys, values and mask that an attention function may be passed: they
-# do not change its result. Others (sink logits, biases, bounds of packed texts, the model's own
+# do not change its result. Others (biases, bounds of packed texts, the model's own
 # selections) would, and a decode step here cannot honour them.
 _WITHOUT_EFFECT = {"position_ids", "cache_position"}
 
@@ -71,6 +71,18 @@ def geometry_of(model: PreTrainedModel, model_digest: str = "") -> Geometry:
     config = model.config.get_text_config(decoder=True)
     num_heads = int(config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    # Under multi-head latent attention (DeepSeek) the configuration's head_dim is another one: that
+    # of the rotary part. Its modules name the width of queries and keys, and that of values.
+    widths = {
+        (int(getattr(module, "qk_head_dim", head_dim)), getattr(module, "v_head_dim", None))
+        for module in attention_modules(model)
+    }
+    if len(widths) > 1:
+        raise ValueError(
+            f"all layers must have keys of one width and values of one, got {sorted(widths)} in "
+            f"{type(model).__name__}, which topkbench does not support."
+        )
+    head_dim, value_dim = widths.pop() if widths else (int(head_dim), None)
     # Configurations name the number of KV heads in several ways or not at all; read the modules.
     groups = {int(module.num_key_value_groups) for module in attention_modules(model)}  # type: ignore[arg-type]
     if len(groups) > 1:
@@ -82,7 +94,8 @@ def geometry_of(model: PreTrainedModel, model_digest: str = "") -> Geometry:
         num_layers=int(config.num_hidden_layers),
         num_heads=num_heads,
         num_kv_heads=num_heads // groups.pop() if groups else num_heads,
-        head_dim=int(head_dim),
+        head_dim=head_dim,
+        value_dim=None if value_dim == head_dim else value_dim,
         dtype_bytes=torch.empty(0, dtype=model.dtype).element_size(),
         device=model.device,
         model_digest=model_digest,
@@ -121,7 +134,7 @@ def attach(
 
     Args:
         model: A decoder-only model of transformers 5, such as Llama, Mistral, Qwen2, Qwen3, Phi-3,
-            Gemma-2 or Gemma-3.
+            Gemma-2, Gemma-3, gpt-oss, DeepSeek-V2 or DeepSeek-V3.
         method: The method, its artifact loaded.
         policy: Budget and rules; the native protocol replaces them by the method's own.
         observer: Is called around stages and after steps.
@@ -382,13 +395,13 @@ class Session:
             if cache is not None and layer not in self.dense:
                 is_read = is_prompt or q_len > 1 or (lengths is not None and lengths.n == 1)
                 if is_read and self.indices.captures:
-                    softcap = options.get("softcap")
-                    self.indices.capture(layer, cache, query, key, mask, scale, softcap)
+                    shape = (options.get("softcap"), options.get(SINKS))
+                    self.indices.capture(layer, cache, query, key, mask, scale, *shape)
                 self.indices.store.saw(cache, layer)
             out = _dense(module, query, key, value, mask, scale, options)
             if self.method.selects or layer in self.dense or is_prompt or lengths is None:
                 return out
-        context = self._context(layer, query, key, value, scale, lengths, options.get("softcap"))
+        context = self._context(layer, query, key, value, scale, lengths, options)
         context.cache.freed = getattr(cache_layer(cache, layer), "freed", None)
         states = query.detach()
         forward = LayerForward(cache, key, states, speculated, context, lengths, counts)
@@ -422,10 +435,10 @@ class Session:
         value: Tensor,
         scale: float,
         lengths: Lengths,
-        softcap: float | None = None,
+        options: dict[str, Any],
     ) -> StepContext:
         """Return the step of a forward's newest token."""
-        n, num_kv_heads = lengths.n, key.shape[1]
+        n, num_kv_heads, sinks = lengths.n, key.shape[1], options.get(SINKS)
         return StepContext(
             query_states=query[:, :, -1].detach().unflatten(1, (num_kv_heads, -1)),
             cache=CacheView(
@@ -437,7 +450,8 @@ class Session:
             ),
             policy=self.policy,
             scale=scale,
-            softcap=softcap,
+            softcap=options.get("softcap"),
+            sinks=None if sinks is None else sinks.detach(),
             layer=layer,
             num_layers=self.geometry.num_layers,
         )
@@ -458,10 +472,11 @@ def _attention(
     """
     options = {name: value for name, value in options.items() if not is_cache(value)}
     for name, option in options.items():
-        if isinstance(option, Tensor) and name not in _WITHOUT_EFFECT:
+        is_sinks = name == SINKS and isinstance(option, Tensor) and option.shape == query.shape[1:2]
+        if isinstance(option, Tensor) and name not in _WITHOUT_EFFECT and not is_sinks:
             raise ValueError(
-                f"attach supports attention of queries, keys and values only, and "
-                f"{type(module).__name__} also passes {name}."
+                f"attach supports attention of queries, keys, values and one sink per query head "
+                f"only, and {type(module).__name__} also passes {name} {list(option.shape)}."
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     session = _SESSIONS.get(module)
@@ -483,9 +498,9 @@ def _dense(
     options: dict[str, Any],
 ) -> Tensor:
     """Attend to everything that the mask allows; return ``[B, q, Hq, d]``."""
-    softcap = options.get("softcap")
-    if softcap is not None:
-        return softcap_attention(query, key, value, mask, scale, softcap).transpose(1, 2)
+    softcap, sinks = options.get("softcap"), options.get(SINKS)
+    if softcap is not None or sinks is not None:
+        return dense_attention(query, key, value, mask, scale, softcap, sinks).transpose(1, 2)
     out, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scale, **options)
     return out
 

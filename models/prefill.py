@@ -88,7 +88,8 @@ def prefill(
 
     def capture(call: LayerCall) -> None:
         one = Captured(needs)
-        one.update(call.query_states, call.key_states, call.scale, softcap=call.softcap)
+        states, shape = (call.query_states, call.key_states), (call.softcap, call.sinks)
+        one.update(*states, call.scale, None, *shape)
         captured.append(one)
 
     began = time.perf_counter()

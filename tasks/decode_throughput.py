@@ -41,7 +41,7 @@ from topkbench.models.attach import Session, attach
 from topkbench.models.cache import DecodeCache
 from topkbench.models.compat import PreTrainedModel, layer_devices, token_logits
 from topkbench.models.load import free_bytes
-from topkbench.models.prefill import Prefill
+from topkbench.models.prefill import Prefill, prefill
 
 CALIBRATION_TOKENS = 128
 
@@ -222,20 +222,24 @@ class DecodeThroughput(Task):
         """
         geometry, model = context.geometry, context.loaded.model
         generator = torch.Generator(model.device).manual_seed(self.seed)
-        shape = (2, geometry.num_kv_heads, length - 1, geometry.head_dim)
-        keys, values = torch.randn(
-            shape, generator=generator, dtype=model.dtype, device=model.device
-        )
-        layers = geometry.num_layers
-        prefill = Prefill([keys] * layers, [values] * layers, torch.empty(0), 0.0)
+
+        def drawn(num_heads: int, width: int) -> Tensor:
+            shape = (num_heads, length - 1, width)
+            return torch.randn(shape, generator=generator, dtype=model.dtype, device=model.device)
+
+        # Of the shapes that the model caches, which may be latent vectors, not keys and values.
+        token, layers = prefill(model, [0]), geometry.num_layers
+        keys = drawn(len(token.key_states[0]), token.key_states[0].shape[2])
+        values = drawn(len(token.value_states[0]), token.value_states[0].shape[2])
+        prompt = Prefill([keys] * layers, [values] * layers, torch.empty(0), 0.0)
         needs = context.method.traits.needs & PREFILL_NEEDS
         if needs:
-            scale = geometry.head_dim**-0.5
-            captured = capture(needs, keys[None], geometry.num_heads, scale)
-            prefill = replace(prefill, captured=(captured,) * layers)
-        cache = DecodeCache.on(layer_devices(model), [prefill] * self.batch_size, 1)
+            attended = drawn(geometry.num_kv_heads, geometry.head_dim)[None]
+            captured = capture(needs, attended, geometry.num_heads, geometry.head_dim**-0.5)
+            prompt = replace(prompt, captured=(captured,) * layers)
+        cache = DecodeCache.on(layer_devices(model), [prompt] * self.batch_size, 1)
         cache.extend()
-        return cache, self.batch_size * prefill.needs_ms(needs)
+        return cache, self.batch_size * prompt.needs_ms(needs)
 
     def _count_reads(self, context: Context, cache: DecodeCache) -> tuple[dict[str, Any], float]:
         """Return the columns of what an untimed step reads, and the index's build milliseconds.
