@@ -19,6 +19,7 @@ from topkbench.methods.base import (
     StepResult,
 )
 from topkbench.methods.captured import Captured
+from topkbench.methods.sinks import softmax
 from topkbench.methods.softcap import capped
 
 
@@ -27,10 +28,12 @@ class DenseReference:
     """Full attention at one decode step of one layer, in float32.
 
     Attributes:
-        weights: ``[B, Hkv, G, n]`` softmax of full attention; 0 outside a row's valid slots.
-        group_weights: ``[B, Hkv, n]``, summed over the group; -1 outside the valid slots, so that
-            they are never among the top k.
-        out: ``[B, Hkv, G, d]`` output of full attention.
+        weights: ``[B, Hkv, G, n]`` softmax of full attention over the tokens alone, which sums to
+            1 where a head has a learned sink, too; 0 outside a row's valid slots.
+        group_weights: ``[B, Hkv, n]`` attention's own weights, the sinks in their denominators,
+            summed over the group; -1 outside the valid slots, so that they are never among the
+            top k.
+        out: ``[B, Hkv, G, dv]`` output of full attention.
     """
 
     weights: Tensor
@@ -44,9 +47,12 @@ class DenseReference:
         valid = cache.valid_slots()[:, None, None]
         products = _product(context.query_states.float(), cache.key_states.mT)
         logits = capped(products * context.scale, context.softcap)
-        weights = logits.masked_fill(~valid, -torch.inf).softmax(-1)
-        grouped = weights.sum(2).masked_fill(~valid[:, :, 0], -1.0)
-        return cls(weights, grouped, _product(weights, cache.value_states))
+        logits = logits.masked_fill(~valid, -torch.inf)
+        weights = own = logits.softmax(-1)
+        if context.sinks is not None:
+            own = softmax(logits, context.sinks)
+        grouped = own.sum(2).masked_fill(~valid[:, :, 0], -1.0)
+        return cls(weights, grouped, _product(own, cache.value_states))
 
     def exact(self, k: int) -> Tensor:
         """Return the exact top ``k`` by the group's summed weights, as bool ``[B, Hkv, n]``."""
@@ -75,7 +81,8 @@ class Quality:
 
     Attributes:
         recall_at_k: Share of the exact top-k that was selected.
-        attention_mass: Softmax mass of full attention on the selected tokens.
+        attention_mass: Softmax mass of full attention on the selected tokens, as a share of its
+            mass on all tokens: 1 if all are selected. What a learned sink takes is not part of it.
         output_rel_error: Norm of the output's error over the norm of full attention's output.
         tokens: Distinct tokens that the group's queries read together.
     """

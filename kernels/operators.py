@@ -6,7 +6,7 @@ operator come from the references, so that a wrong operator spoils no other's.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -125,6 +125,10 @@ class Operators:
         self.byte_codes = torch.randint(
             _CENTROIDS, named, generator=draw, device=device, dtype=torch.uint8
         )
+        # Of a model with learned sinks, and values that are narrower than keys.
+        num_heads = shape.num_kv_heads * shape.group
+        self.sinks = torch.randn(num_heads, generator=draw, device=device)
+        self.narrow_values = self.values[..., : -(-2 * shape.head_dim // 3)]
 
     def _bounds(self, size: int) -> Bounds:
         """Cut some units off both ends of each row, as many as of no other row."""
@@ -350,8 +354,11 @@ class Operators:
         finite = self.products[self.products.isfinite()]
         largest = 1 + finite.abs().max().item() * self.scale
         tolerance = 16 * largest * torch.finfo(torch.float32).eps
-        weights = self.softmaxed("reference")
-        assert_within_bound(self.softmaxed(), weights, tolerance * weights.double())
+        for sinks in (None, self.sinks):
+            given = (self.products, self.scale)
+            weights = group_softmax(*given, sinks=sinks, impl="reference")
+            found = group_softmax(*given, sinks=sinks, impl=self.impl)
+            assert_within_bound(found, weights, tolerance * weights.double())
 
     def _check_selection(self) -> None:
         expected = topk_select(self.scores, self.shape.k, **self.bounds, impl="reference")
@@ -364,16 +371,21 @@ class Operators:
             require(torch.equal(found, expected), f"topk_select is wrong with {name}.")
 
     def _check_attention(self) -> None:
-        states = (self.query.flatten(1, 2), self.keys, self.values)
+        query = self.query.flatten(1, 2)
         entries = torch.arange(max(1, self.shape.k // _PAGE), device=self.query.device)
         spread = entries * (self.shape.kv_len // _PAGE) // len(entries)
         pages = spread.int().expand(*self.keys.shape[:2], -1).contiguous()
-        for unit, indices in ((1, self._with_planted()), (_PAGE, pages)):
-            given = (*states, indices, self.scale)
-            out, lse = sparse_attention(*given, unit_size=unit, **self.bounds, impl=self.impl)
-            assert_attended(out, lse, *given, unit_size=unit, **self.bounds)
-            expected = sparse_attention(*given, unit_size=unit, **self.bounds, impl="reference")[0]
-            assert_near(out, expected)
+        slots = self._with_planted()
+        for values, unit, indices, sinks in (
+            (self.values, 1, slots, None),
+            (self.values, _PAGE, pages, None),
+            (self.narrow_values, 1, slots, self.sinks),
+        ):
+            given = (query, self.keys, values, indices, self.scale)
+            rest: Any = {"unit_size": unit, "sinks": sinks, **self.bounds}
+            out, lse = sparse_attention(*given, **rest, impl=self.impl)
+            assert_attended(out, lse, *given, **rest)
+            assert_near(out, sparse_attention(*given, **rest, impl="reference")[0])
 
     def _with_planted(self) -> Tensor:
         """Return the chosen slots, the first and the last of each row's among them."""
@@ -384,8 +396,9 @@ class Operators:
         return indices
 
     def _check_full(self) -> None:
-        states = (self.query.flatten(1, 2), self.keys, self.values)
-        out = full_attention(*states, self.scale, **self.bounds, backend="triton")
-        exact, bound = full_attention_bound(*states, self.scale, **self.bounds)
-        assert_within_bound(out, exact, bound)
-        assert_near(out, exact)
+        for values, sinks in ((self.values, None), (self.narrow_values, self.sinks)):
+            given = (self.query.flatten(1, 2), self.keys, values, self.scale)
+            out = full_attention(*given, **self.bounds, sinks=sinks, backend="triton")
+            exact, bound = full_attention_bound(*given, **self.bounds, sinks=sinks)
+            assert_within_bound(out, exact, bound)
+            assert_near(out, exact)

@@ -66,6 +66,19 @@ def check_range(
             check_device(argument, tensor, device)
 
 
+def check_sinks(sinks: Tensor | None, num_heads: int, device: torch.device) -> None:
+    """Raise unless learned sinks are floating point ``[Hq]`` on the operator's device.
+
+    Raises:
+        ValueError: If the shape or device is wrong.
+        TypeError: If they are not floating point.
+    """
+    if sinks is not None:
+        check_shape("sinks", sinks, "[Hq]", num_heads)
+        check_floating("sinks", sinks)
+        check_device("sinks", sinks, device)
+
+
 def check_device(argument: str, tensor: Tensor, device: torch.device) -> None:
     """Raise unless a tensor is on the device of the operator's first argument.
 

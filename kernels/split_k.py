@@ -7,21 +7,30 @@ from torch import Tensor
 from topkbench.kernels.tiles import on_device_of, padded
 
 
-def merge(means: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, together: int = 8) -> None:
+def merge(
+    means: Tensor,
+    part_lse: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    together: int = 8,
+) -> None:
     """Merge the parts of each query into ``out`` and ``lse``.
 
     Args:
-        means: ``[parts, B, Hq, d]`` float32, each part's weighted mean of the values.
+        means: ``[parts, B, Hq, dv]`` float32, each part's weighted mean of the values.
         part_lse: ``[parts, B, Hq]`` float32, each part's log-sum-exp; -inf for an empty part.
-        out: ``[B, Hq, d]``, written; zeros where all parts are empty.
+        sinks: ``[Hq]`` logits without a value, added to the denominators; None for none.
+        out: ``[B, Hq, dv]``, written; zeros where all parts are empty.
         lse: ``[B, Hq]`` float32, written.
         together: Number of parts read at a time, a power of two.
     """
-    parts, batch_size, num_heads, head_dim = means.shape
+    parts, batch_size, num_heads, value_dim = means.shape
     with on_device_of(out):
         _merge_parts[(batch_size * num_heads,)](
-            means, part_lse, out, lse, parts, batch_size * num_heads,
-            HEAD_DIM=head_dim, PADDED_DIM=padded(head_dim), MERGED=together, num_warps=4,
+            means, part_lse, None if sinks is None else sinks.contiguous(), out, lse, parts,
+            batch_size * num_heads, num_heads,
+            VALUE_DIM=value_dim, PADDED_DIM=padded(value_dim), MERGED=together, num_warps=4,
         )  # fmt: skip
 
 
@@ -51,41 +60,43 @@ def store_part(
     maximum: tl.tensor,
     denominator: tl.tensor,
     sums: tl.tensor,
-    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
 ) -> None:
     """Write the online softmax of one part, for a tile of queries, as ``merge`` reads it.
 
     Args:
-        means: ``[parts, B, Hq, d]``, of which row ``place`` is written for each query.
+        means: ``[parts, B, Hq, dv]``, of which row ``place`` is written for each query.
         lse: ``[parts, B, Hq]``.
         place: ``[PADDED_GROUP]`` each query's row in them.
         is_query: ``[PADDED_GROUP]`` whether it is a query or padding.
-        dims: ``[PADDED_DIM]`` channels from 0.
+        dims: ``[PADDED_DIM]`` channels of the values from 0.
         maximum: ``[PADDED_GROUP]`` largest logit.
         denominator: ``[PADDED_GROUP]`` sum of the exponentials of logits minus the maximum.
         sums: ``[PADDED_GROUP, PADDED_DIM]`` values, weighted by these exponentials.
-        HEAD_DIM: Number of channels.
+        VALUE_DIM: Number of channels of the values.
     """
     counted = denominator > 0
     divisor = tl.where(counted, denominator, 1.0)
     part_lse = tl.where(counted, maximum + tl.log(divisor), float("-inf"))
     tl.store(lse + place, part_lse, mask=is_query)
     tl.store(
-        means + place[:, None] * HEAD_DIM + dims[None, :],
+        means + place[:, None] * VALUE_DIM + dims[None, :],
         sums / divisor[:, None],
-        mask=is_query[:, None] & (dims < HEAD_DIM)[None, :],
+        mask=is_query[:, None] & (dims < VALUE_DIM)[None, :],
     )
 
 
-@triton.jit(do_not_specialize=["parts", "num_queries"])
+@triton.jit(do_not_specialize=["parts", "num_queries", "num_heads"])
 def _merge_parts(
     means: tl.tensor,
     part_lse: tl.tensor,
+    sinks: tl.tensor,
     out: tl.tensor,
     lse: tl.tensor,
     parts: tl.tensor,
     num_queries: tl.tensor,
-    HEAD_DIM: tl.constexpr,
+    num_heads: tl.tensor,
+    VALUE_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     MERGED: tl.constexpr,
 ) -> None:
@@ -101,6 +112,10 @@ def _merge_parts(
             other=float("-inf"),
         )
         maximum = tl.maximum(maximum, tl.max(logs, axis=0))
+    sink = float("-inf")
+    if sinks is not None:
+        sink = tl.load(sinks + query % num_heads).to(tl.float32)
+        maximum = tl.maximum(maximum, sink)
     shift = tl.where(maximum == float("-inf"), 0.0, maximum)
     total = 0.0
     merged = tl.zeros([PADDED_DIM], tl.float32)
@@ -110,13 +125,15 @@ def _merge_parts(
         logs = tl.load(part_lse + place, mask=part < parts, other=float("-inf"))
         shares = tl.exp(logs - shift)
         part_means = tl.load(
-            means + place[:, None] * HEAD_DIM + dims[None, :],
-            mask=(part < parts)[:, None] & (dims < HEAD_DIM)[None, :],
+            means + place[:, None] * VALUE_DIM + dims[None, :],
+            mask=(part < parts)[:, None] & (dims < VALUE_DIM)[None, :],
             other=0.0,
         )
         total += tl.sum(shares, axis=0)
         merged += tl.sum(shares[:, None] * part_means, axis=0)
+    if sinks is not None:
+        total += tl.exp(sink - shift)
     counted = total > 0
     divisor = tl.where(counted, total, 1.0)
-    tl.store(out + query * HEAD_DIM + dims, merged / divisor, mask=dims < HEAD_DIM)
+    tl.store(out + query * VALUE_DIM + dims, merged / divisor, mask=dims < VALUE_DIM)
     tl.store(lse + query, tl.where(counted, shift + tl.log(divisor), float("-inf")))

@@ -121,6 +121,7 @@ def assert_attended(
     kv_start: Tensor | None = None,
     kv_len: Tensor | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Check a decode step's output, and its log-sum-exp if given, against float64.
 
@@ -133,10 +134,11 @@ def assert_attended(
     ``sum_t w_t |v_t|``, since its weights and their denominator have the same bound. The weights
     may be rounded to the states' dtype before they multiply the values, as matrix units need them,
     which adds ``u`` times that sum. (Weights that are subnormal in float16 are rounded more
-    coarsely; they are too small to matter unless thousands make up the sum.)
+    coarsely; they are too small to matter unless thousands make up the sum.) A sink is a token
+    without a value, whose logit is exact; ``A`` is at least its absolute value.
 
     Args:
-        out: ``[B, Hq, d]`` the output to check.
+        out: ``[B, Hq, dv]`` the output to check.
         lse: ``[B, Hq]`` the log-sum-exp to check, or None.
         query_states: This and all that follow: the operator's arguments.
         key_states: See the api.
@@ -149,6 +151,7 @@ def assert_attended(
         kv_start: See the api.
         kv_len: See the api.
         softcap: See the api.
+        sinks: See the api.
 
     Raises:
         WrongResult: If an element's error exceeds its bound.
@@ -156,12 +159,13 @@ def assert_attended(
     head_dim, num_tokens = query_states.shape[-1], indices.shape[-1] * unit_size
     query, keys, values = (states.double() for states in (query_states, key_states, value_states))
     where = (unit_size, kv_start, kv_len)
-    arguments = (indices, scale, count, log_weight, *where, softcap)
+    arguments = (indices, scale, count, log_weight, *where, softcap, sinks)
     exact, exact_lse = sparse_attention(query, keys, values, *arguments, impl="reference")
     magnitude, _ = sparse_attention(query, keys, values.abs(), *arguments, impl="reference")
     if log_weight is not None:  # -inf excludes its unit
         log_weight = torch.where(log_weight == -torch.inf, log_weight, log_weight.abs())
-    sizes = (indices, abs(scale), count, log_weight, *where)
+    absolute = None if sinks is None else sinks.abs()
+    sizes = (indices, abs(scale), count, log_weight, *where, None, absolute)
     # The log-sum-exp of the absolute logits is no smaller than the largest of them.
     _, largest = sparse_attention(query.abs(), keys.abs(), values, *sizes, impl="reference")
     relative = gamma(head_dim + num_tokens + 16) * (1 + largest.clamp(min=0.0))
@@ -178,6 +182,7 @@ def full_attention_bound(
     scale: float,
     kv_start: Tensor | None = None,
     kv_len: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return full attention in float64 and the bound on a kernel's error, for every element.
 
@@ -187,17 +192,23 @@ def full_attention_bound(
     Args:
         query_states: ``[B, Hq, d]``.
         key_states: ``[B, Hkv, n, d]``.
-        value_states: ``[B, Hkv, n, d]``.
+        value_states: ``[B, Hkv, n, dv]``.
         scale: Factor on the dot products.
         kv_start: ``[B]`` int32, or None for 0.
         kv_len: ``[B]`` int32, or None for ``n``.
+        sinks: ``[Hq]`` logits of learned sinks, or None.
 
     Returns:
-        Both ``[B, Hq, d]`` float64; zeros where a row has no valid slot.
+        Both ``[B, Hq, dv]`` float64; zeros where a row has no valid slot.
     """
     batch_size, num_kv_heads, num_slots, head_dim = key_states.shape
     grouped = query_states.unflatten(1, (num_kv_heads, -1)).double()
-    exact, bound = torch.zeros_like(grouped), torch.zeros_like(grouped)
+    exact = grouped.new_zeros(*grouped.shape[:3], value_states.shape[3])
+    bound = torch.zeros_like(exact)
+    # Without a sink, one of minus infinity: a token that has no weight.
+    column = grouped.new_full(grouped.shape[1:3], -torch.inf)
+    if sinks is not None:
+        column = sinks.double().view_as(column)
     rounding = torch.finfo(query_states.dtype).eps / 2
     starts = [0] * batch_size if kv_start is None else kv_start.tolist()
     ends = [num_slots] * batch_size if kv_len is None else kv_len.tolist()
@@ -210,8 +221,11 @@ def full_attention_bound(
                 key_states[row, head, start:end].double(),
                 value_states[row, head, start:end].double(),
             )
-            weights = (query @ keys.T * scale).softmax(-1)
+            logits = torch.cat([query @ keys.T * scale, column[head, :, None]], -1)
+            weights = logits.softmax(-1)[:, :-1]
             largest = (query.abs() @ keys.abs().T).amax(-1, keepdim=True) * abs(scale)
+            if sinks is not None:
+                largest = largest.maximum(column[head, :, None].abs())
             relative = gamma(head_dim + end - start + 16) * (1 + largest)
             exact[row, head] = weights @ values
             bound[row, head] = (2 * relative + rounding) * (weights @ values.abs())

@@ -74,8 +74,10 @@ __all__ = [
     "check_multiple",
     "check_whole",
     "copy_of",
+    "key_bytes",
     "kv_bytes",
     "top_units",
+    "value_bytes",
     "with_impl",
 ]
 
@@ -109,11 +111,13 @@ class OtherLayer:
 
     Attributes:
         num_kv_heads: Its KV heads; 0 without attention.
-        head_dim: Its channels per head; 0 without attention.
+        head_dim: Its channels per head, of queries and keys; 0 without attention.
+        value_dim: Its channels per value; None: as ``head_dim``.
     """
 
     num_kv_heads: int = 0
     head_dim: int = 0
+    value_dim: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +128,13 @@ class Geometry:
         num_layers: Number of decoder layers.
         num_heads: Query heads per layer.
         num_kv_heads: KV heads per layer.
-        head_dim: Channels per head.
+        head_dim: Channels per head, of queries and keys.
         other_layers: The layers that do not attend to the whole past, which are not left to
             methods: in most models none.
         dtype_bytes: Bytes per cached number.
         device: The model's device.
         model_digest: Digest of the weights, empty if unknown; artifacts are tied to it.
+        value_dim: Channels of a value; None if they are as many as ``head_dim``.
     """
 
     num_layers: int
@@ -140,6 +145,12 @@ class Geometry:
     dtype_bytes: int = 2
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     model_digest: str = ""
+    value_dim: int | None = None
+
+    @property
+    def value_width(self) -> int:
+        """Channels of a value, with the default filled in."""
+        return self.head_dim if self.value_dim is None else self.value_dim
 
     @property
     def global_layers(self) -> list[int]:
@@ -329,7 +340,7 @@ class TopKMethod(ABC, Generic[IndexT, QueryT]):
         Args:
             index: What ``build_index`` returned.
             key_states: ``[B, Hkv, 1, d]``.
-            value_states: ``[B, Hkv, 1, d]``.
+            value_states: ``[B, Hkv, 1, dv]``.
         """
 
     def known_tokens(self, counts: Sequence[int]) -> KnownTokens:
@@ -368,7 +379,7 @@ class TopKMethod(ABC, Generic[IndexT, QueryT]):
         """
 
     def attend(self, context: StepContext, selection: Selection) -> tuple[Tensor, Tensor | None]:
-        """Attend to the selection; return ``out [B, Hq, d]`` and ``lse [B, Hq]``."""
+        """Attend to the selection; return ``out [B, Hq, dv]`` and ``lse [B, Hq]``."""
         cache = context.cache
         out, lse = sparse_attention(
             context.query_states.flatten(1, 2),
@@ -382,6 +393,7 @@ class TopKMethod(ABC, Generic[IndexT, QueryT]):
             kv_start=cache.kv_start,
             kv_len=cache.kv_len,
             softcap=context.softcap,
+            sinks=context.sinks,
             impl=self.impl_for("sparse_attention"),
         )
         if selection.remainder is not None:
@@ -496,7 +508,8 @@ class ScoringMethod(TopKMethod[IndexT, QueryT]):
                 return scores.flatten(1, 2)
             impl = self.impl_for("group_softmax")
             rule = (policy.aggregation, self.score_kind)
-            return aggregate(scores, *rule, context.scale, context.softcap, impl)
+            shape = (context.softcap, context.sinks)
+            return aggregate(scores, *rule, context.scale, *shape, impl)
         if policy.head_scope == "query_head":
             raise ValueError(
                 f"{self.name} must declare per_kv_head in its traits, as its scores have no axis "
@@ -594,8 +607,23 @@ def with_impl(method: MethodT, impl: Impl | Mapping[Operator, Impl]) -> MethodT:
 
 
 def kv_bytes(geometry: Geometry, tokens: int) -> int:
-    """Return the bytes of the keys and values of ``tokens`` tokens, in one layer, all KV heads."""
-    return 2 * tokens * geometry.num_kv_heads * geometry.head_dim * geometry.dtype_bytes
+    """Return the bytes of the keys and values of ``tokens`` tokens, in one layer, all KV heads.
+
+    They are those that attention reads. Under multi-head latent attention (DeepSeek) a cache may
+    hold a latent vector for each token, from which transformers computes keys and values before it
+    attends; what is counted are the expanded keys and values.
+    """
+    return key_bytes(geometry, tokens) + value_bytes(geometry, tokens)
+
+
+def key_bytes(geometry: Geometry, tokens: int) -> int:
+    """Return the bytes of the keys of ``tokens`` tokens, in one layer, all KV heads."""
+    return tokens * geometry.num_kv_heads * geometry.head_dim * geometry.dtype_bytes
+
+
+def value_bytes(geometry: Geometry, tokens: int) -> int:
+    """Return the bytes of the values of ``tokens`` tokens, in one layer, all KV heads."""
+    return tokens * geometry.num_kv_heads * geometry.value_width * geometry.dtype_bytes
 
 
 def cache_bytes(geometry: Geometry, tokens: int) -> int:

@@ -17,6 +17,7 @@ from topkbench.methods.base import (
     Selection,
     StepContext,
     check_whole,
+    key_bytes,
     kv_bytes,
 )
 from topkbench.methods.pages import PagedIndex, page_slots, select_pages
@@ -83,4 +84,4 @@ class BlockOracle(ScoringMethod[PagedIndex, Tensor]):
 
     def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         # Two passes: every key for scoring, then keys and values of the selected pages.
-        return kv_bytes(geometry, n) // 2 + kv_bytes(geometry, read)
+        return key_bytes(geometry, n) + kv_bytes(geometry, read)

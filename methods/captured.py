@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from topkbench.methods.base import PREFILL_NEEDS, QUERY_TAIL
+from topkbench.methods.sinks import softmax
 from topkbench.methods.softcap import capped
 
 BLOCK = 256  # queries per block, at most
@@ -48,6 +49,7 @@ class Captured:
         scale: float,
         kv_start: Tensor | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
         """Add the queries of the last ``m`` tokens; a prompt may be prefilled in several chunks.
 
@@ -60,6 +62,7 @@ class Captured:
             scale: The attention's factor on dot products.
             kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
             softcap: The attention's logit cap, or None.
+            sinks: ``[Hq]`` the logits of the attention's learned sinks, or None.
         """
         begin = key.shape[2] - query.shape[2]
         if begin == 0 or begin != self.end:
@@ -75,7 +78,7 @@ class Captured:
                 self.query_tail = tail.clone()
         if "column_sums" in self.needs:
             with self._timed("column_sums", query.device):
-                sums = column_sums(query, key, scale, kv_start, softcap)
+                sums = column_sums(query, key, scale, kv_start, softcap, sinks)
                 if self.column_sums is not None:
                     earlier = self.column_sums[:, :, :begin]
                     sums[:, :, : earlier.shape[2]] += earlier
@@ -156,6 +159,7 @@ def column_sums(
     scale: float,
     kv_start: Tensor | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Sum the causal attention weights over the queries, a block of queries at a time.
 
@@ -165,6 +169,7 @@ def column_sums(
         scale: The attention's factor on dot products.
         kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
         softcap: The attention's logit cap, or None.
+        sinks: ``[Hq]`` the logits of the attention's learned sinks, or None.
 
     Returns:
         float32 ``[B, Hq, n]``.
@@ -185,8 +190,8 @@ def column_sums(
         logits = capped((part * scale) @ keys[..., :visible], softcap)
         causal = slots[:visible] <= positions[:, None]
         allowed = causal & (slots[:visible] >= start[:, None, None])
-        weights = logits.masked_fill_(~allowed[:, None, None], -torch.inf).softmax(-1)
-        # A padding query attends to nothing: its softmax is NaN, and must add zero.
+        weights = softmax(logits.masked_fill_(~allowed[:, None, None], -torch.inf), sinks)
+        # A padding query attends to nothing: its softmax may be NaN, and must add zero.
         total[..., :visible] += weights.nan_to_num(0.0).sum(3)
     return total.flatten(1, 2)
 

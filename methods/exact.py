@@ -13,6 +13,7 @@ from topkbench.methods.base import (
     ScoreKind,
     ScoringMethod,
     StepContext,
+    key_bytes,
     kv_bytes,
 )
 
@@ -47,4 +48,4 @@ class ExactTopK(ScoringMethod[Index, Tensor]):
 
     def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         # Two passes: every key for scoring, then keys and values of the selected tokens.
-        return kv_bytes(geometry, n) // 2 + kv_bytes(geometry, read)
+        return key_bytes(geometry, n) + kv_bytes(geometry, read)

@@ -67,6 +67,7 @@ class FullAttention(QueryIndependentMethod[Index]):
             kv_start=cache.kv_start,
             kv_len=cache.kv_len,
             softcap=context.softcap,
+            sinks=context.sinks,
             backend=self.backend,
         )
         return StepResult(out, None, None)

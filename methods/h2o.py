@@ -16,9 +16,11 @@ from topkbench.methods.base import (
     StepContext,
     StepResult,
     Traits,
+    key_bytes,
     kv_bytes,
 )
 from topkbench.methods.eviction import Evicting
+from topkbench.methods.sinks import softmax
 from topkbench.methods.softcap import capped
 
 
@@ -119,7 +121,8 @@ class H2O(Evicting[H2OIndex], FollowsAttention[H2OIndex]):
         keys = torch.take_along_dim(context.cache.key_states, slots[..., None], 2)
         products = context.query_states.float() @ keys.float().mT
         logits = capped(products * context.scale, context.softcap)
-        weights = logits.masked_fill((kept < 0)[:, :, None], -torch.inf).softmax(-1).sum(2)
+        logits = logits.masked_fill((kept < 0)[:, :, None], -torch.inf)
+        weights = softmax(logits, context.sinks).sum(2)
         weights = torch.where(kept >= 0, weights, weights[..., :1])
         sums = index.sums.gather(2, slots) + weights
         index.sums.fill_(-torch.inf)
@@ -130,5 +133,5 @@ class H2O(Evicting[H2OIndex], FollowsAttention[H2OIndex]):
 
     def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         sums = round(self.tokens_in_memory(n, read) * self.index_bytes_per_token(geometry))
-        kept = kv_bytes(geometry, read)
-        return sums + kept + kept // 2 + self.moved_bytes(geometry, n, read)
+        kept = kv_bytes(geometry, read) + key_bytes(geometry, read)
+        return sums + kept + self.moved_bytes(geometry, n, read)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypedDict, get_args
 from torch import Tensor
 
 from topkbench.kernels.dispatch import Impl
-from topkbench.kernels.group_softmax.api import group_softmax
+from topkbench.kernels.group_softmax.api import Rule, group_softmax
 
 HeadScope = Literal["kv_head", "query_head"]
 Aggregation = Literal["native", "sum_softmax", "sum_logit", "max_softmax"]
@@ -145,6 +145,7 @@ def aggregate(
     score_kind: str,
     scale: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Reduce the scores of a group's queries to one score per KV head.
@@ -155,6 +156,9 @@ def aggregate(
         score_kind: ``"logit"`` or ``"count"``.
         scale: The attention's factor on dot products; a softmax is taken of scaled logits.
         softcap: The attention's logit cap, or None.
+        sinks: ``[Hkv * G]`` the logits of the attention's learned sinks, or None; they are in the
+            denominators of a softmax, so that a head whose sink takes most of the attention counts
+            for less.
         impl: Implementation of ``group_softmax``.
 
     Returns:
@@ -164,7 +168,8 @@ def aggregate(
         rule = "sum_softmax" if score_kind == "logit" else "sum_logit"
     if rule == "sum_logit":
         return scores.sum(2)
-    return group_softmax(scores, scale, "sum" if rule == "sum_softmax" else "max", softcap, impl)
+    reduction: Rule = "sum" if rule == "sum_softmax" else "max"
+    return group_softmax(scores, scale, reduction, softcap, sinks, impl)
 
 
 def _check_choice(argument: str, word: str, words: tuple[str, ...]) -> None:

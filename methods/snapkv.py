@@ -20,6 +20,7 @@ from topkbench.methods.base import (
     kv_bytes,
 )
 from topkbench.methods.eviction import Evicting, ascending
+from topkbench.methods.sinks import softmax
 from topkbench.methods.softcap import capped
 
 Pooling = Literal["avg", "max"]
@@ -81,7 +82,7 @@ class SnapKV(Evicting[SnapKVIndex]):
         LongBench configurations (defaults of the released class: 64, 5, avg). The released code
         repeats the keys and selects per query head, as ``head_scope="query_head"`` does; for one
         selection per KV head the pooled sums are summed over the group. Attention is computed with
-        the layer's own scale and softcap; there with the root of head_dim and no cap.
+        the layer's own scale, softcap and sinks; there with the root of head_dim and neither.
 
     Compared with the authors' code:
         ``snapkv/monkeypatch/snapkv_utils.py`` (FasterDecoding/SnapKV): results agree when run on
@@ -123,8 +124,9 @@ class SnapKV(Evicting[SnapKVIndex]):
         visible = (slots <= query_slots[..., None]) & (slots >= start[:, None, None])
         grouped = queries.unflatten(1, (keys.shape[1], -1))
         logits = capped(grouped @ keys.float().mT[:, :, None] * scale, prefill.softcap)
-        weights = logits.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1)
-        # A query before a row's first token attends to nothing: its softmax is NaN, its vote zero.
+        logits = logits.masked_fill(~visible[:, None, None], -torch.inf)
+        weights = softmax(logits, prefill.sinks)
+        # A query before a row's first token attends to nothing: its vote, perhaps NaN, is zero.
         votes = weights.nan_to_num(0.0).sum(3).flatten(1, 2)
         votes = votes.masked_fill((slots >= end[:, None] - window)[:, None], 0.0)
         half = self.kernel // 2

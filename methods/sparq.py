@@ -68,7 +68,8 @@ class SparQ(ScoringMethod[SparQIndex, SparQQuery]):
     step. A dot product over them approximates the full one; it is divided by
     ``sqrt(d |q_r|_1 / |q|_1)`` where attention divides by ``sqrt(d)``. Let alpha be the selected
     tokens' share of the softmax of these approximate logits over all tokens. The output is
-    ``alpha * attention + (1 - alpha) * mean value``, with the mean over all cached values.
+    ``alpha * attention + (1 - alpha) * mean value``, with the mean over all cached values. What a
+    head's learned sink takes of the softmax is part of alpha.
 
     Attributes:
         rank: Channels scored; None for a quarter of ``head_dim``.
@@ -178,7 +179,8 @@ class SparQ(ScoringMethod[SparQIndex, SparQQuery]):
         batch_size, num_kv_heads, group, _ = logits.shape
         per_query = logits.flatten(1, 2)[:, :, None]  # each query is a group of one
         impl = self.impl_for("group_softmax")
-        weights = group_softmax(per_query, context.scale, softcap=context.softcap, impl=impl)
+        shape = (context.softcap, context.sinks)
+        weights = group_softmax(per_query, context.scale, "sum", *shape, impl)
         chosen = indices.long().unflatten(1, (num_kv_heads, -1)).expand(-1, -1, group, -1)
         # Padding repeats the row's first selected token; an empty row has no weights.
         chosen = torch.where(chosen < 0, chosen[..., :1].clamp_min(0), chosen)
@@ -193,5 +195,5 @@ class SparQ(ScoringMethod[SparQIndex, SparQQuery]):
     def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
         rank = self.channels(geometry.head_dim)
         channels = n * geometry.num_kv_heads * rank * geometry.dtype_bytes
-        mean = 4 * geometry.num_kv_heads * geometry.head_dim if self.mean_value else 0
+        mean = 4 * geometry.num_kv_heads * geometry.value_width if self.mean_value else 0
         return channels + mean + kv_bytes(geometry, read)

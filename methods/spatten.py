@@ -19,9 +19,11 @@ from topkbench.methods.base import (
     StepContext,
     StepResult,
     Traits,
-    kv_bytes,
+    key_bytes,
+    value_bytes,
 )
 from topkbench.methods.four_bits import bytes_per_token, dequantise, quantise
+from topkbench.methods.sinks import softmax
 from topkbench.methods.softcap import capped
 from topkbench.methods.states import at_slots
 
@@ -295,7 +297,7 @@ class SpAtten(QueryIndependentMethod[SpAttenIndex], FollowsAttention[SpAttenInde
         slots, group = selection.indices.long(), query_states.shape[2]
         rounded = dequantise(at_slots(selection.codes, slots), at_slots(selection.ranges, slots))
         logits = logits_of(context, rounded, slots)
-        unsure = logits.softmax(-1).amax(-1) < self.requantise_below
+        unsure = _probabilities(logits, context).amax(-1) < self.requantise_below
         if selection.head_weight is not None:
             unsure &= selection.head_weight > 0
         # A row with every token selected must equal full attention, so it uses exact keys.
@@ -308,12 +310,15 @@ class SpAtten(QueryIndependentMethod[SpAttenIndex], FollowsAttention[SpAttenInde
         exact = logits_of(context, keys, slots)
         logits = exact.where(unsure[..., None], logits)
         selection.scanned = (slots >= 0).sum(-1) * fetched
-        selection.probabilities = logits.softmax(-1)
+        selection.probabilities = _probabilities(logits, context)
         values = at_slots(cache.value_states, slots).float()
         out = (selection.probabilities.unflatten(1, (-1, group)) @ values).flatten(1, 2)
         if selection.head_weight is not None:
             out = out * selection.head_weight[..., None]
-        return out.to(query_states.dtype), logits.logsumexp(-1)
+        lse = logits.logsumexp(-1)
+        if context.sinks is not None:
+            lse = torch.logaddexp(lse, context.sinks.to(lse))
+        return out.to(query_states.dtype), lse
 
     def update_after_step(
         self, result: StepResult, index: SpAttenIndex, context: StepContext
@@ -339,13 +344,12 @@ class SpAtten(QueryIndependentMethod[SpAttenIndex], FollowsAttention[SpAttenInde
         return 4.0 + 1.0 + self._rounded_bytes(geometry)
 
     def bytes_read(self, geometry: Geometry, n: int, read: int, scanned: int | None = None) -> int:
-        side, values = n * (4 + 1), kv_bytes(geometry, read) // 2
+        side, values = n * (4 + 1), value_bytes(geometry, read)
         scanned = read if scanned is None else scanned
         if self.requantise_below is None:
-            return side + values + 2 * values
-        return (
-            side + values + read * self._rounded_bytes(geometry) + kv_bytes(geometry, scanned) // 2
-        )
+            return side + values + 2 * key_bytes(geometry, read)
+        rounded = read * self._rounded_bytes(geometry)
+        return side + values + rounded + key_bytes(geometry, scanned)
 
     def _rounded_bytes(self, geometry: Geometry) -> int:
         """Return the bytes of one token's 4-bit keys, over all KV heads."""
@@ -368,3 +372,8 @@ def logits_of(context: StepContext, keys: Tensor, slots: Tensor) -> Tensor:
     products = context.query_states.float() @ keys.float().mT
     logits = capped(products * context.scale, context.softcap)
     return logits.masked_fill((slots < 0)[:, :, None], -torch.inf).flatten(1, 2)
+
+
+def _probabilities(logits: Tensor, context: StepContext) -> Tensor:
+    """Return the attention's weights ``[B, Hq, m]`` from its logits."""
+    return softmax(logits[:, :, None], context.sinks)[:, :, 0]

@@ -27,7 +27,7 @@ class PrefillInputs:
 
     Attributes:
         key_states: ``[B, Hkv, n, d]`` post-RoPE keys, a view of the cache's used part.
-        value_states: ``[B, Hkv, n, d]``.
+        value_states: ``[B, Hkv, n, dv]``.
         capacity: Slots to allocate in the index, at least ``n``.
         layer: Index of the layer.
         num_layers: Layers of the model.
@@ -41,6 +41,7 @@ class PrefillInputs:
             index is built.
         scale: The attention's factor on dot products; None for ``d ** -0.5``.
         softcap: The attention's logit cap, or None.
+        sinks: ``[Hq]`` the logits of the attention's learned sinks, or None.
     """
 
     key_states: Tensor
@@ -55,6 +56,7 @@ class PrefillInputs:
     shared: dict[str, SharedState] = field(default_factory=dict)
     scale: float | None = None
     softcap: float | None = None
+    sinks: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -82,7 +84,7 @@ class CacheView:
 
     Attributes:
         key_states: ``[B, Hkv, n, d]``, a view of the cache's used part.
-        value_states: ``[B, Hkv, n, d]``.
+        value_states: ``[B, Hkv, n, dv]``.
         kv_start: int32 ``[B]`` first valid slot of each row; None for 0.
         kv_len: int32 ``[B]`` end of each row's valid slots; None for ``n``.
         freed: int32 ``[B]`` how many tokens of each row have been freed from the cache; None for
@@ -116,7 +118,7 @@ class CacheView:
         return self.key_states.device
 
     def newest(self) -> tuple[Tensor, Tensor]:
-        """Return the current token's key and value, ``[B, Hkv, 1, d]`` each."""
+        """Return the current token's key and value, ``[B, Hkv, 1, d]`` and ``dv``."""
         if self.kv_len is None:
             return self.key_states[:, :, -1:], self.value_states[:, :, -1:]
         rows, slots = torch.arange(len(self.kv_len), device=self.device), self.kv_len.long() - 1
@@ -180,6 +182,8 @@ class StepContext:
         policy: Budget and forced tokens, as ``TopKMethod.resolve`` returned them.
         scale: The attention's factor on dot products.
         softcap: Logits become ``softcap * tanh(logits / softcap)``; None for no cap.
+        sinks: ``[Hq]`` the logit of each query head's learned sink, which is in the softmax's
+            denominator and has no value; None for no sinks.
         layer: Index of the layer.
         num_layers: Layers of the model.
         previous_query: ``[B, Hkv, G, d]`` this layer's query projection applied to the previous
@@ -191,6 +195,7 @@ class StepContext:
     policy: Policy
     scale: float
     softcap: float | None = None
+    sinks: Tensor | None = None
     layer: int = 0
     num_layers: int = 1
     previous_query: Tensor | None = None
@@ -234,6 +239,7 @@ class StepContext:
             shared={} if shared is None else shared,
             scale=self.scale,
             softcap=self.softcap,
+            sinks=self.sinks,
         )
 
 
@@ -459,7 +465,7 @@ class Remainder:
     """One value vector that approximates the tokens that were not selected.
 
     Attributes:
-        value: ``[B, Hkv, d]``.
+        value: ``[B, Hkv, dv]``.
         weight: float32 ``[B, Hq]`` its share of the output, 0 to 1; the rest goes to the selection.
     """
 
@@ -602,8 +608,9 @@ class StepResult:
     """The result of one decode step of one layer.
 
     Attributes:
-        out: ``[B, Hq, d]`` in the query's dtype.
-        lse: float32 ``[B, Hq]`` log of the softmax's denominator; None if not computed.
+        out: ``[B, Hq, dv]`` in the query's dtype.
+        lse: float32 ``[B, Hq]`` log of the softmax's denominator, a sink included; None if not
+            computed.
         selection: What was attended to; None for every token.
         ranking: The scores that were selected by; None if nothing was scored.
     """

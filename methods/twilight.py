@@ -242,6 +242,8 @@ class Twilight(LearningMethod[TwilightIndex, object]):
     ) -> Tensor:
         """Estimate each query's softmax over some tokens from their 4-bit keys.
 
+        It is that of these tokens alone: what a head's learned sink takes is not part of the mass.
+
         Args:
             context: The step, with its queries.
             index: The index, with the 4-bit keys.

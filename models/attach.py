@@ -40,8 +40,8 @@ from topkbench.models.compat import (
     watching_caches,
     watching_prefill,
 )
+from topkbench.models.dense_attention import SINKS, dense_attention
 from topkbench.models.layer_index import LayerIndices
-from topkbench.models.softcap import softcap_attention
 from topkbench.models.step_count import StepCount
 from topkbench.models.step_guard import StepGuard
 from topkbench.models.steps import LayerForward, Steps
@@ -49,12 +49,12 @@ from topkbench.models.steps import LayerForward, Steps
 IMPLEMENTATION = "topkbench"
 """The name under which our attention function is registered with transformers.
 
-Outside a block of ``attach`` it is dense attention: torch's SDPA, or capped logits where a model
-has them, which transformers' own SDPA function leaves uncapped or refuses, by the release.
+Outside a block of ``attach`` it is dense attention: torch's SDPA, or ours where a model has capped
+logits or learned sinks, which transformers' own SDPA function ignores or refuses, by the release.
 """
 
 # The tensors besides queries, keys, values and mask that an attention function may be passed: they
-# do not change its result. Others (sink logits, biases, bounds of packed texts, the model's own
+# do not change its result. Others (biases, bounds of packed texts, the model's own
 # selections) would, and a decode step here cannot honour them.
 _WITHOUT_EFFECT = {"position_ids", "cache_position"}
 
@@ -106,6 +106,7 @@ def geometry_of(model: PreTrainedModel, model_digest: str = "") -> Geometry:
         num_heads=num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
+        value_dim=shape.value_dim,
         other_layers={
             layer: one for layer, one in others.items() if layer in partial or layer not in shapes
         },
@@ -118,13 +119,18 @@ def geometry_of(model: PreTrainedModel, model_digest: str = "") -> Geometry:
 def _shape(module: nn.Module, config: Any) -> OtherLayer:
     """Return the KV heads of an attention module.
 
-    Configurations name them in several ways or not at all, and layers may differ.
+    Configurations name them in several ways or not at all, and layers may differ. Under multi-head
+    latent attention (DeepSeek) ``head_dim`` is that of the rotary part.
     """
     attention: Any = module
     num_heads = int(config.num_attention_heads)
     head_dim = getattr(attention, "head_dim", None) or config.hidden_size // num_heads
+    head_dim = int(getattr(attention, "qk_head_dim", head_dim))
+    value_dim = int(getattr(attention, "v_head_dim", head_dim))
     return OtherLayer(
-        num_kv_heads=num_heads // int(attention.num_key_value_groups), head_dim=int(head_dim)
+        num_kv_heads=num_heads // int(attention.num_key_value_groups),
+        head_dim=head_dim,
+        value_dim=None if value_dim == head_dim else value_dim,
     )
 
 
@@ -160,7 +166,7 @@ def attach(
 
     Args:
         model: A decoder-only model of transformers 5, such as Llama, Mistral, Qwen2, Qwen3, Phi-3,
-            Gemma-2 or Gemma-3.
+            Gemma-2, Gemma-3, gpt-oss, DeepSeek-V2 or DeepSeek-V3.
         method: The method, its artifact loaded.
         policy: Budget and rules; the native protocol replaces them by the method's own.
         observer: Is called around stages and after steps.
@@ -419,13 +425,13 @@ class Session:
             if cache is not None and layer not in self.dense:
                 is_read = is_prompt or q_len > 1 or (lengths is not None and lengths.n == 1)
                 if is_read and self.indices.captures:
-                    softcap = options.get("softcap")
-                    self.indices.capture(layer, cache, query, key, mask, scale, softcap)
+                    shape = (options.get("softcap"), options.get(SINKS))
+                    self.indices.capture(layer, cache, query, key, mask, scale, *shape)
                 self.indices.store.saw(cache, layer)
             out = _dense(module, query, key, value, mask, scale, options)
             if self.method.selects or layer in self.dense or is_prompt or lengths is None:
                 return out
-        context = self._context(layer, query, key, value, scale, lengths, options.get("softcap"))
+        context = self._context(layer, query, key, value, scale, lengths, options)
         context.cache.freed = getattr(cache_layer(cache, layer), "freed", None)
         states = query.detach()
         forward = LayerForward(cache, key, states, speculated, context, lengths, counts)
@@ -459,10 +465,10 @@ class Session:
         value: Tensor,
         scale: float,
         lengths: Lengths,
-        softcap: float | None = None,
+        options: dict[str, Any],
     ) -> StepContext:
         """Return the step of a forward's newest token."""
-        n, num_kv_heads = lengths.n, key.shape[1]
+        n, num_kv_heads, sinks = lengths.n, key.shape[1], options.get(SINKS)
         return StepContext(
             query_states=query[:, :, -1].detach().unflatten(1, (num_kv_heads, -1)),
             cache=CacheView(
@@ -474,7 +480,8 @@ class Session:
             ),
             policy=self.policy,
             scale=scale,
-            softcap=softcap,
+            softcap=options.get("softcap"),
+            sinks=None if sinks is None else sinks.detach(),
             layer=layer,
             num_layers=self.geometry.num_layers,
         )
@@ -495,10 +502,11 @@ def _attention(
     """
     options = {name: value for name, value in options.items() if not is_cache(value)}
     for name, option in options.items():
-        if isinstance(option, Tensor) and name not in _WITHOUT_EFFECT:
+        is_sinks = name == SINKS and isinstance(option, Tensor) and option.shape == query.shape[1:2]
+        if isinstance(option, Tensor) and name not in _WITHOUT_EFFECT and not is_sinks:
             raise ValueError(
-                f"attach supports attention of queries, keys and values only, and "
-                f"{type(module).__name__} also passes {name}."
+                f"attach supports attention of queries, keys, values and one sink per query head "
+                f"only, and {type(module).__name__} also passes {name} {list(option.shape)}."
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     session = _SESSIONS.get(module)
@@ -520,9 +528,9 @@ def _dense(
     options: dict[str, Any],
 ) -> Tensor:
     """Attend to everything that the mask allows; return ``[B, q, Hq, d]``."""
-    softcap = options.get("softcap")
-    if softcap is not None:
-        return softcap_attention(query, key, value, mask, scale, softcap).transpose(1, 2)
+    softcap, sinks = options.get("softcap"), options.get(SINKS)
+    if softcap is not None or sinks is not None:
+        return dense_attention(query, key, value, mask, scale, softcap, sinks).transpose(1, 2)
     out, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scale, **options)
     return out
 

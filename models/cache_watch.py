@@ -180,7 +180,31 @@ def can_watch(cache: Any, layer: int, key: Tensor) -> bool:
     """Return whether writes to a layer can be detected: it returned the very keys it stores.
 
     A cache that returns other tensors, or a part of its keys (quantised, offloaded), cannot be
-    watched.
+    watched; latent vectors can, since keys are computed from them and change only with them.
+
+    Args:
+        cache: The cache.
+        layer: Index of the layer.
+        key: ``[B, Hkv, slots, d]`` the keys that attention reads.
     """
+    if stores_latents(cache, layer, key):
+        return True
     keys = getattr(cache_layer(cache, layer), "keys", None)
     return keys is not None and (keys.data_ptr(), keys.stride()) == (key.data_ptr(), key.stride())
+
+
+def stores_latents(cache: Any, layer: int, key: Tensor) -> bool:
+    """Return whether a layer stores one latent vector per token, from which keys are computed.
+
+    Under multi-head latent attention (DeepSeek) transformers 5.24 caches the latent vector as the
+    one head's keys and the rotary part as its values; earlier releases cached keys and values.
+
+    Args:
+        cache: The cache.
+        layer: Index of the layer.
+        key: ``[B, Hkv, slots, d]`` the keys that attention reads.
+    """
+    keys = getattr(cache_layer(cache, layer), "keys", None)
+    if keys is None or keys.ndim != 4 or keys.shape[1] != 1 or keys.shape[2] < key.shape[2]:
+        return False
+    return (1, keys.shape[3]) != (key.shape[1], key.shape[3])

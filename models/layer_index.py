@@ -16,7 +16,13 @@ from topkbench.methods.base import (
 )
 from topkbench.methods.captured import Captured, missing
 from topkbench.models.cache_state import StateStore
-from topkbench.models.cache_watch import LengthReader, Lengths, can_watch, is_decode_cache
+from topkbench.models.cache_watch import (
+    LengthReader,
+    Lengths,
+    can_watch,
+    is_decode_cache,
+    stores_latents,
+)
 from topkbench.models.compat import cache_layer, max_slots
 
 LEAST_SPARE = 256  # slots that an index gets beyond the tokens of a cache that grows
@@ -103,6 +109,7 @@ class LayerIndices:
         mask: Tensor | None,
         scale: float,
         softcap: float | None,
+        sinks: Tensor | None,
     ) -> None:
         """Store what the method needs from a dense forward, alongside the cache.
 
@@ -114,6 +121,7 @@ class LayerIndices:
             mask: The forward's mask.
             scale: The attention's factor on dot products.
             softcap: The attention's logit cap, or None.
+            sinks: ``[Hq]`` the logits of the attention's learned sinks, or None.
 
         Raises:
             ValueError: If the method needs queries, and rows of the prompt end at different slots
@@ -134,7 +142,7 @@ class LayerIndices:
             known.captured = Captured(self._needs)
         stage = self.observer.stage("build", layer) if self._needs else nullcontext()
         with torch.no_grad(), stage:
-            known.captured.update(query, key[:, :, :n], scale, kv_start, softcap)
+            known.captured.update(query, key[:, :, :n], scale, kv_start, softcap, sinks)
         if known.captured.begin == 0:  # a new prompt
             known.is_lost = False
 
@@ -210,6 +218,12 @@ class LayerIndices:
                 "cannot be detected; use a DynamicCache or topkbench's DecodeCache."
             )
         stored = cache_layer(cache, layer)
+        if self.method.compacts and stores_latents(cache, layer, key):
+            raise ValueError(
+                "mode=compact can free keys and values only where the cache stores them, and this "
+                "model's stores latent vectors, which all heads share; use mode=masked, which "
+                "selects the same."
+            )
         if getattr(stored, "freed", None) is not None:
             raise ValueError(
                 f"{self.method.name} must see the whole prompt, and tokens of this cache have been "

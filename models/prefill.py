@@ -101,7 +101,8 @@ def prefill(
         if call.layer in partial:
             return
         one = captured[call.layer] = Captured(needs)
-        one.update(call.query_states, call.key_states, call.scale, softcap=call.softcap)
+        states, shape = (call.query_states, call.key_states), (call.softcap, call.sinks)
+        one.update(*states, call.scale, None, *shape)
 
     began = time.perf_counter()
     with watched_attention(model, capture) if needs else nullcontext():

@@ -160,6 +160,7 @@ class Steps:
                 cache.kv_start,
                 cache.kv_len,
                 forward.context.softcap,
+                forward.context.sinks,
             )
         return out[:, None]
 

@@ -15,7 +15,7 @@ from topkbench.models.compat import (
     sdpa_attention_forward,
     using_attention,
 )
-from topkbench.models.softcap import softcap_attention
+from topkbench.models.dense_attention import SINKS, dense_attention
 
 WATCHED = "topkbench_watched"
 
@@ -28,9 +28,10 @@ class LayerCall:
         layer: Index of the layer.
         query_states: ``[B, Hq, n, d]``, post-RoPE.
         key_states: ``[B, Hkv, n, d]``, post-RoPE.
-        value_states: ``[B, Hkv, n, d]``.
+        value_states: ``[B, Hkv, n, dv]``.
         scale: The attention's factor on dot products.
         softcap: The attention's logit cap, or None.
+        sinks: ``[Hq]`` the logits of the attention's learned sinks, or None.
     """
 
     layer: int
@@ -39,6 +40,7 @@ class LayerCall:
     value_states: Tensor
     scale: float
     softcap: float | None
+    sinks: Tensor | None
 
 
 @contextmanager
@@ -62,10 +64,11 @@ def watched_attention(
     ) -> tuple[Tensor, Tensor | None]:
         scale: Any = kwargs.get("scaling") or query.shape[-1] ** -0.5
         softcap: Any = kwargs.get("softcap")
-        observe(LayerCall(layer_of(module), query, key, value, scale, softcap))
-        if softcap is not None:  # SDPA has no softcap
+        sinks: Any = kwargs.get(SINKS)
+        observe(LayerCall(layer_of(module), query, key, value, scale, softcap, sinks))
+        if softcap is not None or sinks is not None:  # SDPA has neither
             mask: Any = args[0] if args else kwargs.get("attention_mask")
-            out = softcap_attention(query, key, value, mask, scale, softcap)
+            out = dense_attention(query, key, value, mask, scale, softcap, sinks)
             return out.transpose(1, 2), None
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)  # type: ignore[arg-type]
 

@@ -1,6 +1,7 @@
 """Tokens per second that a whole model decodes, at any context length."""
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,12 +42,11 @@ from topkbench.models.attach import Session, attach
 from topkbench.models.cache import DecodeCache
 from topkbench.models.compat import (
     PreTrainedModel,
-    has_recurrent_layers,
     layer_devices,
     token_logits,
 )
 from topkbench.models.load import free_bytes
-from topkbench.models.prefill import Prefill, prefill
+from topkbench.models.prefill import prefill
 
 CALIBRATION_TOKENS = 128
 
@@ -227,35 +227,29 @@ class DecodeThroughput(Task):
         """
         geometry, model = context.geometry, context.loaded.model
         generator = torch.Generator(model.device).manual_seed(self.seed)
-        shapes = [geometry.of_layer(layer) for layer in geometry.attention_layers]
-        drawn = {
-            shape: torch.randn(
-                (2, shape.num_kv_heads, length - 1, shape.head_dim),
-                generator=generator,
-                dtype=model.dtype,
-                device=model.device,
-            )
-            for shape in dict.fromkeys(shapes)
-        }
+
+        @functools.cache
+        def drawn(num_heads: int, width: int, name: str) -> Tensor:
+            shape = (num_heads, length - 1, width)
+            return torch.randn(shape, generator=generator, dtype=model.dtype, device=model.device)
+
+        # Of the shapes that the model caches, which may be latent vectors, not keys and values.
         # Layers without attention keep what they have after one token.
-        states = prefill(model, [0]).states if has_recurrent_layers(model) else {}
-        drawn_prefill = Prefill(
-            [drawn[shape][0] for shape in shapes],
-            [drawn[shape][1] for shape in shapes],
-            torch.empty(0),
-            0.0,
-            layers=geometry.attention_layers,
-            states=states,
+        token = prefill(model, [0])
+        keys, values = (
+            [drawn(len(one), one.shape[2], name) for one in getattr(token, name)]
+            for name in ("key_states", "value_states")
         )
+        prompt = replace(token, key_states=keys, value_states=values)
         needs = context.method.traits.needs & PREFILL_NEEDS
         if needs:
-            keys = drawn[geometry.of_layer(geometry.global_layers[0])][0]
-            captured = capture(needs, keys[None], geometry.num_heads, geometry.head_dim**-0.5)
+            attended = drawn(geometry.num_kv_heads, geometry.head_dim, "attended")[None]
+            captured = capture(needs, attended, geometry.num_heads, geometry.head_dim**-0.5)
             of_layers = dict.fromkeys(geometry.global_layers, captured)
-            drawn_prefill = replace(drawn_prefill, captured=of_layers)
-        cache = DecodeCache.on(layer_devices(model), [drawn_prefill] * self.batch_size, 1)
+            prompt = replace(prompt, captured=of_layers)
+        cache = DecodeCache.on(layer_devices(model), [prompt] * self.batch_size, 1)
         cache.extend()
-        return cache, self.batch_size * drawn_prefill.needs_ms(needs)
+        return cache, self.batch_size * prompt.needs_ms(needs)
 
     def _count_reads(self, context: Context, cache: DecodeCache) -> tuple[dict[str, Any], float]:
         """Return the columns of what an untimed step reads, and the index's build milliseconds.

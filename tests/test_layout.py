@@ -22,7 +22,7 @@ KERNEL_APIS = tuple(
 
 CONTRACT = tuple(
     f"topkbench.methods.{name}"
-    for name in ("base", "captured", "learning", "policy", "softcap", "states")
+    for name in ("base", "captured", "learning", "policy", "sinks", "softcap", "states")
 )
 # What each folder may import besides its own modules and the standard library.
 ALLOWED = {

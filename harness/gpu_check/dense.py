@@ -92,7 +92,7 @@ def _triton(tile_bytes: int, warps: int, stages: int) -> Baseline:
         from topkbench.kernels.full_attention import fused
 
         inputs, blocks = attention_inputs(states), fused.Blocks(tile_bytes, warps, stages)
-        return lambda: fused.full_attention(*inputs, None, None, None, blocks)
+        return lambda: fused.full_attention(*inputs, None, None, None, None, blocks)
 
     return Baseline(lambda: version("triton"), make)
 

@@ -58,12 +58,13 @@ def full_attention(
     kv_start: Tensor | None,
     kv_len: Tensor | None,
     softcap: float | None,
+    sinks: Tensor | None,
     blocks: Blocks = DEFAULT,
 ) -> Tensor:
-    """Return ``[B, Hq, d]``; see the api.
+    """Return ``[B, Hq, dv]``; see the api.
 
     Raises:
-        ValueError: If ``head_dim`` exceeds 256.
+        ValueError: If keys or values have more than 256 channels.
         TypeError: If a dtype is not float32, bfloat16 or float16.
     """
     for argument, states in (
@@ -73,33 +74,35 @@ def full_attention(
     ):
         check_readable(argument, states)
     batch_size, num_heads, head_dim = query_states.shape
-    if head_dim > 256:
+    widest = max(head_dim, value_states.shape[3])
+    if widest > 256:
         raise ValueError(
-            f"head_dim must be at most 256 for backend='triton', got {head_dim}; "
-            "use backend='sdpa'."
+            f"head_dim must be at most 256 for backend='triton', got {widest}; use backend='sdpa'."
         )
     _, num_kv_heads, num_slots, _ = key_states.shape
     device, rows = query_states.device, batch_size * num_kv_heads
-    out = torch.empty_like(query_states, memory_format=torch.contiguous_format)
+    value_dim = value_states.shape[3]
+    out = query_states.new_empty(batch_size, num_heads, value_dim)
     if out.numel() == 0:
         return out
     group, padded_dim = num_heads // num_kv_heads, padded(head_dim)
     parts = max(1, min(-(-blocks.programs // rows), -(-num_slots // _PART)))
-    means = torch.empty(parts, batch_size, num_heads, head_dim, device=device)
+    means = torch.empty(parts, batch_size, num_heads, value_dim, device=device)
     part_lse = torch.empty(parts, batch_size, num_heads, device=device)
     lse = torch.empty(batch_size, num_heads, device=device)
-    tile = max(16, min(256, blocks.tile_bytes // (padded_dim * key_states.element_size())))
+    tile = max(16, min(256, blocks.tile_bytes // (padded(widest) * key_states.element_size())))
     with on_device_of(out):
         _attend_part[(parts, rows)](
             query_states.contiguous(), key_states, value_states, means, part_lse, kv_start, kv_len,
             float(scale), float(softcap or 0.0), *key_states.stride(), *value_states.stride(),
             num_kv_heads, num_slots, rows * group,
-            GROUP=group, HEAD_DIM=head_dim, SOFTCAP=softcap is not None,
-            PADDED_GROUP=padded(group), PADDED_DIM=padded_dim, TILE=tile,
+            GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=value_dim, SOFTCAP=softcap is not None,
+            PADDED_GROUP=padded(group), PADDED_DIM=padded_dim,
+            PADDED_VALUE_DIM=padded(value_dim), TILE=tile,
             PRODUCT=product_dtype(query_states, key_states, value_states),
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
-        merge(means, part_lse, out, lse, _MERGED)
+        merge(means, part_lse, sinks, out, lse, _MERGED)
     return out
 
 
@@ -127,9 +130,11 @@ def _attend_part(
     num_queries: tl.tensor,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     PADDED_DIM: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
     TILE: tl.constexpr,
     PRODUCT: tl.constexpr,
 ) -> None:
@@ -143,7 +148,7 @@ def _attend_part(
     last_token = tl.minimum(first_token + length, end)
 
     query = tl.arange(0, PADDED_GROUP)
-    dims = tl.arange(0, PADDED_DIM)
+    dims, value_dims = tl.arange(0, PADDED_DIM), tl.arange(0, PADDED_VALUE_DIM)
     is_query, is_dim = query < GROUP, dims < HEAD_DIM
     query_tile = tl.load(
         queries + (row * GROUP + query[:, None]) * HEAD_DIM + dims[None, :],
@@ -155,20 +160,23 @@ def _attend_part(
 
     maximum = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
     denominator = tl.zeros([PADDED_GROUP], tl.float32)
-    sums = tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
+    sums = tl.zeros([PADDED_GROUP, PADDED_VALUE_DIM], tl.float32)
     for first in range(first_token, last_token, TILE):
         tokens = first + tl.arange(0, TILE)
         is_token = tokens < last_token
         slots = tokens.to(tl.int64)
         is_read = is_token[:, None] & is_dim[None, :]
+        is_value = is_token[:, None] & (value_dims < VALUE_DIM)[None, :]
         key_tile = tl.load(
             head_keys + slots[:, None] * key_slot_stride + dims[None, :] * key_dim_stride,
             mask=is_read,
             other=0.0,
         ).to(PRODUCT)
         value_tile = tl.load(
-            head_values + slots[:, None] * value_slot_stride + dims[None, :] * value_dim_stride,
-            mask=is_read,
+            head_values
+            + slots[:, None] * value_slot_stride
+            + value_dims[None, :] * value_dim_stride,
+            mask=is_value,
             other=0.0,
         ).to(PRODUCT)
         logits = tl.dot(query_tile, tl.trans(key_tile), input_precision="ieee") * scale
@@ -186,4 +194,4 @@ def _attend_part(
 
     # Parts are ordered [part, B, Hq], which is [part, row, GROUP].
     place = part.to(tl.int64) * num_queries + row * GROUP + query
-    store_part(means, lse, place, is_query, dims, maximum, denominator, sums, HEAD_DIM)
+    store_part(means, lse, place, is_query, value_dims, maximum, denominator, sums, VALUE_DIM)

@@ -12,6 +12,7 @@ import torch
 from numba import config, get_thread_id, njit, prange
 from torch import Tensor
 
+from topkbench.kernels.addresses import bound_address
 from topkbench.kernels.compiled import entry_point
 from topkbench.kernels.intrinsics import load_float32, store_float32
 from topkbench.kernels.softmax import exp, largest, scale_and_cap, total
@@ -19,7 +20,9 @@ from topkbench.kernels.softmax import exp, largest, scale_and_cap, total
 _BLOCK = 2048
 
 
-def group_softmax(scores: Tensor, scale: float, rule: str, softcap: float | None) -> Tensor:
+def group_softmax(
+    scores: Tensor, scale: float, rule: str, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
     """Return ``[B, Hkv, U]`` float32; see the api."""
     if scores.dtype == torch.float64:
         raise TypeError(
@@ -32,9 +35,10 @@ def group_softmax(scores: Tensor, scale: float, rule: str, softcap: float | None
     threads: int = vars(config)["NUMBA_NUM_THREADS"]
     blocks = torch.empty(threads, _BLOCK)
     lse = torch.empty(batch_size * num_heads * group)
+    sink_logits, _sinks = bound_address(None if sinks is None else sinks.float())
     _reduce(
-        scores.data_ptr(), out.data_ptr(), blocks.data_ptr(), lse.data_ptr(),
-        (batch_size * num_heads, group, num_units), float(scale), float(softcap or 0.0),
+        scores.data_ptr(), out.data_ptr(), blocks.data_ptr(), lse.data_ptr(), sink_logits,
+        (batch_size, num_heads, group, num_units), float(scale), float(softcap or 0.0),
         rule == "sum",
     )  # fmt: skip
     return out
@@ -46,19 +50,23 @@ def _reduce(
     out: int,
     blocks: int,
     lse: int,
-    sizes: tuple[int, int, int],
+    sinks: int,
+    sizes: tuple[int, int, int, int],
     scale: float,
     softcap: float,
     adds: bool,
 ) -> None:
-    num_heads, group, num_units = sizes
+    batch_size, num_heads, group, num_units = sizes
     factor, cap = np.float32(scale), np.float32(softcap)
-    for row in prange(num_heads * group):
+    for row in prange(batch_size * num_heads * group):
         logits = blocks + 4 * _BLOCK * get_thread_id()
-        value = _log_sum_exp(scores + 4 * row * num_units, num_units, factor, cap, logits)
+        sink = np.float32(-np.inf)
+        if sinks != 0:
+            sink = load_float32(sinks, row % (num_heads * group))
+        value = _log_sum_exp(scores + 4 * row * num_units, num_units, factor, cap, sink, logits)
         store_float32(lse, row, value)
     num_blocks = (num_units + _BLOCK - 1) // _BLOCK
-    for task in prange(num_heads * num_blocks):
+    for task in prange(batch_size * num_heads * num_blocks):
         head, first = task // num_blocks, task % num_blocks * _BLOCK
         count = min(_BLOCK, num_units - first)
         logits = blocks + 4 * _BLOCK * get_thread_id()
@@ -85,9 +93,12 @@ def _reduce(
 
 
 @njit(nogil=True)
-def _log_sum_exp(row: int, count: int, scale: float, softcap: float, logits: int) -> Any:
-    """Return the log-sum-exp of a row's logits, -inf if all units are absent."""
-    maximum, denominator = np.float32(-np.inf), np.float32(0.0)
+def _log_sum_exp(
+    row: int, count: int, scale: float, softcap: float, sink: float, logits: int
+) -> Any:
+    """Return the log-sum-exp of a row's logits and the sink, -inf if all are -inf."""
+    maximum = np.float32(sink)
+    denominator = np.float32(0.0 if sink == np.float32(-np.inf) else 1.0)
     for first in range(0, count, _BLOCK):
         size = min(_BLOCK, count - first)
         scale_and_cap(row + 4 * first, logits, size, scale, softcap)

@@ -14,7 +14,9 @@ from topkbench.kernels.tiles import check_readable, on_device_of
 _TILE = 1024
 
 
-def group_softmax(scores: Tensor, scale: float, rule: str, softcap: float | None) -> Tensor:
+def group_softmax(
+    scores: Tensor, scale: float, rule: str, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
     """Return ``[B, Hkv, U]`` float32; see the api."""
     check_readable("scores", scores)
     scores = scores.contiguous()
@@ -31,8 +33,8 @@ def group_softmax(scores: Tensor, scale: float, rule: str, softcap: float | None
             scores, parts, *factors, num_units, CAPPED=softcap is not None, TILE=_TILE
         )
         _add_weights[(tiles, heads)](
-            scores, parts, out, *factors, num_units,
-            GROUP=group, CAPPED=softcap is not None, ADDS=rule == "sum", TILE=_TILE,
+            scores, parts, out, None if sinks is None else sinks.contiguous(), *factors, num_units,
+            num_heads, GROUP=group, CAPPED=softcap is not None, ADDS=rule == "sum", TILE=_TILE,
         )  # fmt: skip
     return out
 
@@ -76,14 +78,16 @@ def _sum_tiles(
     tl.store(parts + (row * 2 + 1) * tiles + tile, tl.sum(tl.exp(logits - level), axis=0))
 
 
-@triton.jit(do_not_specialize=["num_units"])
+@triton.jit(do_not_specialize=["num_units", "num_heads"])
 def _add_weights(
     scores: tl.tensor,
     parts: tl.tensor,
     out: tl.tensor,
+    sinks: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
     num_units: tl.tensor,
+    num_heads: tl.tensor,
     GROUP: tl.constexpr,
     CAPPED: tl.constexpr,
     ADDS: tl.constexpr,
@@ -103,6 +107,10 @@ def _add_weights(
                 parts + row * 2 * tiles + others, mask=others < tiles, other=float("-inf")
             )
             largest = tl.maximum(largest, tl.max(maxima, axis=0))
+        sink = float("-inf")
+        if sinks is not None:
+            sink = tl.load(sinks + head % num_heads * GROUP + query).to(tl.float32)
+            largest = tl.maximum(largest, sink)
         level = tl.where(largest == float("-inf"), 0.0, largest)
         whole = 0.0
         for first in range(0, tiles, 256):
@@ -111,6 +119,8 @@ def _add_weights(
             maxima = tl.load(here, mask=others < tiles, other=float("-inf"))
             sums = tl.load(here + tiles, mask=others < tiles, other=0.0)
             whole += tl.sum(sums * tl.exp(maxima - level), axis=0)
+        if sinks is not None:
+            whole += tl.exp(sink - level)
         logits = _logits(scores + row * num_units, units, num_units, scale, softcap, CAPPED)
         weights = tl.exp(logits - level) / tl.where(whole > 0, whole, 1.0)
         found = found + weights if ADDS else tl.maximum(found, weights)

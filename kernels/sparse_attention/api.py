@@ -10,6 +10,7 @@ from topkbench.kernels.shapes import (
     check_floating,
     check_range,
     check_shape,
+    check_sinks,
 )
 from topkbench.kernels.sparse_attention import reference
 
@@ -26,6 +27,7 @@ def sparse_attention(
     kv_start: Tensor | None = None,
     kv_len: Tensor | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attend from one query per head to the selected slots of the cache.
@@ -37,7 +39,7 @@ def sparse_attention(
     Args:
         query_states: ``[B, Hq, d]``.
         key_states: ``[B, Hkv, n, d]``; may be a strided view of a larger cache.
-        value_states: ``[B, Hkv, n, d]``.
+        value_states: ``[B, Hkv, n, dv]``.
         indices: ``[B, H, m]`` int32, ``H`` being ``Hkv`` (one selection for a group) or ``Hq``;
             query head ``h`` belongs to KV head ``h // (Hq // Hkv)``.
         scale: Factor on the dot products, before ``softcap`` and ``log_weight``.
@@ -47,21 +49,28 @@ def sparse_attention(
         kv_start: ``[B]`` int32 first valid slot of each row, or None for 0.
         kv_len: ``[B]`` int32 end of each row's valid slots, or None for ``n``.
         softcap: Logits become ``softcap * tanh(logits / softcap)``; None for no cap.
+        sinks: ``[Hq]`` floating point, the logit of each query head's learned sink, which has no
+            key and no value: its exponential is in the softmax's denominator, unscaled and
+            uncapped. None for no sinks.
         impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; never falls back.
 
     Returns:
-        The output ``[B, Hq, d]`` in the query's dtype and the natural log of the softmax's
-        denominator ``[B, Hq]`` float32. A row with nothing selected gives zeros and -inf.
+        The output ``[B, Hq, dv]`` in the query's dtype and the natural log of the softmax's
+        denominator ``[B, Hq]`` float32, the sink included. A row with nothing selected gives zeros
+        and -inf, or the sink.
 
     Raises:
         ValueError: If a shape or device does not fit, or a number is out of its range.
         TypeError: If a dtype is wrong.
+
+    Source:
+        Learned sinks: gpt-oss (arXiv:2508.10925), section 2; the idea of a token that takes up
+        attention: StreamingLLM (arXiv:2309.17453).
     """
     check_shape("query_states", query_states, "[B, Hq, d]", None, None, None)
     batch_size, num_heads, head_dim = query_states.shape
-    notation = "[B, Hkv, n, d]"
-    check_shape("key_states", key_states, notation, batch_size, None, None, head_dim)
-    check_shape("value_states", value_states, notation, *key_states.shape)
+    check_shape("key_states", key_states, "[B, Hkv, n, d]", batch_size, None, None, head_dim)
+    check_shape("value_states", value_states, "[B, Hkv, n, dv]", *key_states.shape[:3], None)
     num_kv_heads = key_states.shape[1]
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(
@@ -94,9 +103,11 @@ def sparse_attention(
         raise ValueError(f"unit_size must be at least 1, got {unit_size}.")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}.")
+    check_sinks(sinks, num_heads, device)
     check_range(kv_start, kv_len, batch_size, device)
-    run = implementation(reference.sparse_attention, impl, device, key_states)
+    wider = max(key_states, value_states, key=lambda states: states.shape[3])
+    run = implementation(reference.sparse_attention, impl, device, wider)
     return run(
         query_states, key_states, value_states, indices, scale, count, log_weight, unit_size,
-        kv_start, kv_len, softcap,
+        kv_start, kv_len, softcap, sinks,
     )  # fmt: skip

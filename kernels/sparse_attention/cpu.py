@@ -47,36 +47,40 @@ def sparse_attention(
     kv_start: Tensor | None,
     kv_len: Tensor | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output ``[B, Hq, d]`` and the log-sum-exp ``[B, Hq]``; see the api."""
+    """Return the output ``[B, Hq, dv]`` and the log-sum-exp ``[B, Hq]``; see the api."""
     narrow = check_cache("key_states", key_states)
     check_cache("value_states", value_states)
     query = query_states.contiguous()
     indices = indices.contiguous()
     batch_size, num_heads, head_dim = query.shape
-    _, num_kv_heads, num_slots, _ = key_states.shape
+    _, num_kv_heads, num_slots, value_dim = value_states.shape
     _, num_index_heads, num_units = indices.shape
     group = num_heads // num_index_heads
     parts = _num_parts(batch_size * num_index_heads, num_units * unit_size)
 
-    out = torch.empty(batch_size, num_heads, head_dim, dtype=query.dtype)
+    out = torch.empty(batch_size, num_heads, value_dim, dtype=query.dtype)
     lse = torch.empty(batch_size, num_heads)
     # For each part: sums, maxima, denominators, a tile's logits and the addresses of its rows (keys
     # of two tiles), the queries as float32, then the tokens' slots and entries.
     tokens = -(-num_units // parts) * unit_size
-    part_size = group * (2 * head_dim + 2 + _TILE) + 2 * 3 * _TILE + 2 * tokens
+    part_size = group * (value_dim + head_dim + 2 + _TILE) + 2 * 3 * _TILE + 2 * tokens
     part_size += part_size % 2
     work = torch.empty(batch_size * num_index_heads * parts, part_size)
     start, _start = bound_address(kv_start)
     end, _end = bound_address(kv_len)
     counts, _counts = bound_address(count)
     weights, _weights = bound_address(log_weight)
-    sizes = (batch_size, num_heads, num_kv_heads, num_index_heads, num_slots, head_dim)
+    sink_logits, _sinks = bound_address(None if sinks is None else sinks.float())
+    sizes = (
+        batch_size, num_heads, num_kv_heads, num_index_heads, num_slots, head_dim, value_dim,
+    )  # fmt: skip
     _attend(
         query.data_ptr(), key_states.data_ptr(), key_states.stride()[:3],
         value_states.data_ptr(), value_states.stride()[:3], indices.data_ptr(), counts, weights,
-        out.data_ptr(), lse.data_ptr(), work.data_ptr(), part_size, sizes, num_units, unit_size,
-        parts, float(scale), float(softcap or 0.0), start, end, narrow,
+        sink_logits, out.data_ptr(), lse.data_ptr(), work.data_ptr(), part_size, sizes, num_units,
+        unit_size, parts, float(scale), float(softcap or 0.0), start, end, narrow,
     )  # fmt: skip
     return out, lse
 
@@ -100,11 +104,12 @@ def _attend(
     indices: int,
     counts: int,
     weights: int,
+    sinks: int,
     out: int,
     lse: int,
     work: int,
     part_size: int,
-    sizes: tuple[int, int, int, int, int, int],
+    sizes: tuple[int, int, int, int, int, int, int],
     num_units: int,
     unit_size: int,
     parts: int,
@@ -114,7 +119,7 @@ def _attend(
     end: int,
     narrow: bool,
 ) -> None:
-    batch_size, num_heads, num_kv_heads, num_index_heads, num_slots, head_dim = sizes
+    batch_size, num_heads, num_kv_heads, num_index_heads, num_slots, head_dim, value_dim = sizes
     item = 2 if narrow else 4
     group = num_heads // num_index_heads
     num_tasks = batch_size * num_index_heads
@@ -124,6 +129,7 @@ def _attend(
         kv_head = index_head * num_kv_heads // num_index_heads
         used = clipped(counts, row, num_units, num_units)
         weight_rows = 0 if weights == 0 else weights + 4 * row * group * num_units
+        head_sinks = 0 if sinks == 0 else sinks + 4 * index_head * group
         _attend_part(
             query + item * row * group * head_dim,
             keys + item * (batch * key_strides[0] + kv_head * key_strides[1]),
@@ -141,20 +147,24 @@ def _attend(
             clipped(end, batch, num_slots, num_slots),
             group,
             head_dim,
+            value_dim,
             np.float32(scale),
             np.float32(softcap),
             narrow,
         )
         if parts == 1:
             _merge(
-                work + 4 * task * part_size, part_size, 1, out + item * row * group * head_dim,
-                lse + 4 * row * group, group, head_dim, narrow,
+                work + 4 * task * part_size, part_size, 1, head_sinks,
+                out + item * row * group * value_dim, lse + 4 * row * group, group, value_dim,
+                narrow,
             )  # fmt: skip
     if parts > 1:
         for row in range(num_tasks):
+            head_sinks = 0 if sinks == 0 else sinks + 4 * (row % num_index_heads) * group
             _merge(
-                work + 4 * row * parts * part_size, part_size, parts,
-                out + item * row * group * head_dim, lse + 4 * row * group, group, head_dim, narrow,
+                work + 4 * row * parts * part_size, part_size, parts, head_sinks,
+                out + item * row * group * value_dim, lse + 4 * row * group, group, value_dim,
+                narrow,
             )  # fmt: skip
 
 
@@ -176,12 +186,13 @@ def _attend_part(
     end: int,
     group: int,
     head_dim: int,
+    value_dim: int,
     scale: float,
     softcap: float,
     narrow: bool,
 ) -> None:
     """Sum up some units of one index head into ``work``."""
-    maxima = work + 4 * group * head_dim
+    maxima = work + 4 * group * value_dim
     denominators = maxima + 4 * group
     logits = denominators + 4 * group
     key_rows = logits + 4 * group * _TILE
@@ -191,7 +202,7 @@ def _attend_part(
         query = widen(query, group * head_dim, wide)
     slots = wide + 4 * group * head_dim
     entries = slots + 4 * (last_unit - first_unit) * unit_size
-    for i in range(group * head_dim):
+    for i in range(group * value_dim):
         store_float32(work, i, np.float32(0.0))
     for g in range(group):
         store_float32(maxima, g, np.float32(-np.inf))
@@ -228,10 +239,10 @@ def _attend_part(
         for g in range(group):
             _soften(
                 logits + 4 * g * _TILE, filled, maxima + 4 * g, denominators + 4 * g,
-                work + 4 * g * head_dim, head_dim, scale, softcap,
+                work + 4 * g * value_dim, value_dim, scale, softcap,
                 0 if weights == 0 else weights + 4 * g * num_units, entries + 4 * place,
             )  # fmt: skip
-        add_rows(work, head_dim, logits, _TILE, value_rows, filled, head_dim, group, narrow)
+        add_rows(work, value_dim, logits, _TILE, value_rows, filled, value_dim, group, narrow)
 
 
 @njit(nogil=True)
@@ -249,7 +260,7 @@ def _soften(
     maximum: int,
     denominator: int,
     sums: int,
-    head_dim: int,
+    value_dim: int,
     scale: float,
     softcap: float,
     weights: int,
@@ -272,7 +283,7 @@ def _soften(
         shrink = exp(old - new)
         store_float32(maximum, 0, new)
         store_float32(denominator, 0, load_float32(denominator, 0) * shrink)
-        for i in range(head_dim):
+        for i in range(value_dim):
             store_float32(sums, i, load_float32(sums, i) * shrink)
     for place in range(filled):
         store_float32(logits, place, exp(load_float32(logits, place) - new))
@@ -284,10 +295,11 @@ def _merge(
     work: int,
     part_size: int,
     parts: int,
+    sinks: int,
     out: int,
     lse: int,
     group: int,
-    head_dim: int,
+    value_dim: int,
     narrow: bool,
 ) -> None:
     """Merge the parts of one index head into its first part, and write its outputs."""
@@ -295,22 +307,26 @@ def _merge(
         maximum = np.float32(-np.inf)
         for part in range(parts):
             base = work + 4 * part * part_size
-            maximum = max(maximum, load_float32(base, group * head_dim + g))
+            maximum = max(maximum, load_float32(base, group * value_dim + g))
+        if sinks != 0:
+            maximum = max(maximum, load_float32(sinks, g))
         level = max(maximum, _LOWEST)  # finite, so that all shares are 0 if nothing is selected
         denominator = np.float32(0.0)
         for part in range(parts):
             base = work + 4 * part * part_size
-            share = exp(load_float32(base, group * head_dim + g) - level)
-            denominator += share * load_float32(base, group * (head_dim + 1) + g)
+            share = exp(load_float32(base, group * value_dim + g) - level)
+            denominator += share * load_float32(base, group * (value_dim + 1) + g)
+        if sinks != 0:
+            denominator += exp(load_float32(sinks, g) - level)
         if denominator < _TINY:  # false for NaN, which stays
             denominator = _TINY
         for part in range(parts):
             base = work + 4 * part * part_size
-            share = exp(load_float32(base, group * head_dim + g) - level) / denominator
-            for i in range(g * head_dim, (g + 1) * head_dim):
+            share = exp(load_float32(base, group * value_dim + g) - level) / denominator
+            for i in range(g * value_dim, (g + 1) * value_dim):
                 before = load_float32(work, i) if part > 0 else np.float32(0.0)
                 store_float32(work, i, before + share * load_float32(base, i))
-        for i in range(g * head_dim, (g + 1) * head_dim):
+        for i in range(g * value_dim, (g + 1) * value_dim):
             if narrow:
                 store_bfloat16(out, i, load_float32(work, i))
             else:

@@ -41,26 +41,29 @@ def sparse_attention(
     kv_start: Tensor | None,
     kv_len: Tensor | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output ``[B, Hq, d]`` and the log-sum-exp ``[B, Hq]``; see the api."""
+    """Return the output ``[B, Hq, dv]`` and the log-sum-exp ``[B, Hq]``; see the api."""
     check_readable("query_states", query_states)
     batch_size, num_heads, head_dim = query_states.shape
-    if head_dim > MOST_CHANNELS:
+    widest = max(head_dim, value_states.shape[3])
+    if widest > MOST_CHANNELS:
         raise ValueError(
-            f"head_dim must be at most {MOST_CHANNELS} for impl='triton', got {head_dim};"
+            f"head_dim must be at most {MOST_CHANNELS} for impl='triton', got {widest};"
             " use impl='reference'."
         )
     _, num_kv_heads, num_slots, _ = key_states.shape
     _, num_index_heads, num_units = indices.shape
     device, rows = query_states.device, batch_size * num_index_heads
-    out = torch.empty_like(query_states, memory_format=torch.contiguous_format)
+    value_dim = value_states.shape[3]
+    out = query_states.new_empty(batch_size, num_heads, value_dim)
     lse = torch.empty(batch_size, num_heads, device=device)
     if out.numel() == 0:
         return out, lse
     group = num_heads // num_index_heads
     parts = _num_parts(rows, num_units * unit_size)
     # For each part: every query's weighted mean of the values, then their log-sum-exps.
-    means = torch.empty(parts, batch_size, num_heads, head_dim, device=device)
+    means = torch.empty(parts, batch_size, num_heads, value_dim, device=device)
     part_lse = torch.empty(parts, batch_size, num_heads, device=device)
     padded_dim = padded(head_dim)
     weight_strides = (0, 0, 0) if log_weight is None else log_weight.stride()
@@ -71,12 +74,12 @@ def sparse_attention(
             kv_len, float(scale), float(softcap or 0.0), *key_states.stride(),
             *value_states.stride(), *weight_strides, num_index_heads,
             num_index_heads // num_kv_heads, num_slots, num_units, rows * group,
-            GROUP=group, HEAD_DIM=head_dim, UNIT=unit_size, SOFTCAP=softcap is not None,
-            PADDED_GROUP=padded(group), PADDED_DIM=padded_dim,
-            TILE=_tile(padded_dim, query_states.dtype), PRODUCT=product_dtype(query_states),
-            num_warps=4, num_stages=3,
+            GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=value_dim, UNIT=unit_size,
+            SOFTCAP=softcap is not None, PADDED_GROUP=padded(group), PADDED_DIM=padded_dim,
+            PADDED_VALUE_DIM=padded(value_dim), TILE=_tile(padded(widest), query_states.dtype),
+            PRODUCT=product_dtype(query_states), num_warps=4, num_stages=3,
         )  # fmt: skip
-        merge(means, part_lse, out, lse)
+        merge(means, part_lse, sinks, out, lse)
     return out, lse
 
 
@@ -131,10 +134,12 @@ def _attend_part(
     num_queries: tl.tensor,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     UNIT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     PADDED_DIM: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
     TILE: tl.constexpr,
     PRODUCT: tl.constexpr,
 ) -> None:
@@ -152,7 +157,7 @@ def _attend_part(
     last_token = tl.minimum(first_token + length, num_tokens)
 
     query = tl.arange(0, PADDED_GROUP)
-    dims = tl.arange(0, PADDED_DIM)
+    dims, value_dims = tl.arange(0, PADDED_DIM), tl.arange(0, PADDED_VALUE_DIM)
     is_query, is_dim = query < GROUP, dims < HEAD_DIM
     query_tile = tl.load(
         queries + (row * GROUP + query[:, None]) * HEAD_DIM + dims[None, :],
@@ -164,7 +169,7 @@ def _attend_part(
 
     maximum = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
     denominator = tl.zeros([PADDED_GROUP], tl.float32)
-    sums = tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
+    sums = tl.zeros([PADDED_GROUP, PADDED_VALUE_DIM], tl.float32)
     for first in range(first_token, last_token, TILE):
         tokens = first + tl.arange(0, TILE)
         entries = tokens // UNIT
@@ -175,14 +180,17 @@ def _attend_part(
             slots = slots * UNIT + start + tokens % UNIT
         kept = is_token & (unit >= 0) & (slots >= start) & (slots < end)
         is_read = kept[:, None] & is_dim[None, :]
+        is_value = kept[:, None] & (value_dims < VALUE_DIM)[None, :]
         key_tile = tl.load(
             head_keys + slots[:, None] * key_slot_stride + dims[None, :] * key_dim_stride,
             mask=is_read,
             other=0.0,
         ).to(PRODUCT)
         value_tile = tl.load(
-            head_values + slots[:, None] * value_slot_stride + dims[None, :] * value_dim_stride,
-            mask=is_read,
+            head_values
+            + slots[:, None] * value_slot_stride
+            + value_dims[None, :] * value_dim_stride,
+            mask=is_value,
             other=0.0,
         ).to(PRODUCT)
 
@@ -213,4 +221,4 @@ def _attend_part(
 
     # Parts are ordered [part, B, Hq], which is [part, row, GROUP].
     place = part.to(tl.int64) * num_queries + row * GROUP + query
-    store_part(means, lse, place, is_query, dims, maximum, denominator, sums, HEAD_DIM)
+    store_part(means, lse, place, is_query, value_dims, maximum, denominator, sums, VALUE_DIM)

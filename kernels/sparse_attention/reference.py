@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def sparse_attention(
@@ -16,9 +17,10 @@ def sparse_attention(
     kv_start: Tensor | None,
     kv_len: Tensor | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output ``[B, Hq, d]`` and the log-sum-exp ``[B, Hq]``."""
-    batch_size, num_heads, head_dim = query_states.shape
+    """Return the output ``[B, Hq, dv]`` and the log-sum-exp ``[B, Hq]``."""
+    batch_size, num_heads, _ = query_states.shape
     num_slots = key_states.shape[2]
     group = num_heads // key_states.shape[1]
     device = query_states.device
@@ -39,7 +41,7 @@ def sparse_attention(
     slots = units[..., None] * unit_size + torch.arange(unit_size, device=device)
     slots = slots.flatten(-2) + (start if unit_size > 1 else 0)
     kept = kept.repeat_interleave(unit_size, dim=-1) & (slots >= start) & (slots < end)
-    gather = slots.where(kept, 0)[..., None].expand(-1, -1, -1, head_dim)
+    gather = slots.where(kept, 0)[..., None]
     if num_slots == 0:  # an empty cache
         gather = gather[:, :, :0]
         kept = kept[:, :, :0]
@@ -47,7 +49,8 @@ def sparse_attention(
     def chosen(states: Tensor) -> Tensor:
         """Gather the selected states of each query head, without a copy of all states for each."""
         shared = states[:, :, None].expand(-1, -1, group, -1, -1)
-        return shared.gather(3, gather.unflatten(1, (-1, group))).flatten(1, 2).to(wide)
+        at = gather.unflatten(1, (-1, group)).expand(*[-1] * 4, states.shape[3])
+        return shared.gather(3, at).flatten(1, 2).to(wide)
 
     keys, values = chosen(key_states), chosen(value_states)
     logits = (keys @ query_states.to(wide)[..., None])[..., 0] * scale
@@ -56,6 +59,9 @@ def sparse_attention(
     if log_weight is not None:
         logits = logits + log_weight.repeat_interleave(unit_size, dim=-1)[..., : kept.shape[-1]]
     logits = logits.masked_fill(~kept, -torch.inf)
+    if sinks is not None:  # a further logit, whose value is zero
+        logits = torch.cat([logits, sinks.to(wide)[:, None].expand(batch_size, -1, 1)], -1)
+        values = pad(values, (0, 0, 0, 1))
 
     lse = torch.logsumexp(logits, dim=-1)
     empty = lse == -torch.inf

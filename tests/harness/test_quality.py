@@ -50,6 +50,21 @@ def test_the_reference_of_a_model_with_softcap_has_capped_logits() -> None:
     torch.testing.assert_close(reference.weights[0, 0, 0], torch.tensor(capped) / sum(capped))
 
 
+def test_a_sink_lowers_weights_and_outputs_but_not_the_mass_of_a_selection() -> None:
+    # The first head's tokens have a denominator of 10, the second's too: sinks of 10 and 30.
+    step = replace(step_at(4), sinks=torch.tensor([math.log(10.0), math.log(30.0)]))
+    reference = DenseReference.of(step)
+    expected = torch.tensor([[[[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.1, 0.7]]]])
+    torch.testing.assert_close(reference.weights, expected)
+    own = expected * torch.tensor([1 / 2, 1 / 4])[:, None]
+    torch.testing.assert_close(reference.group_weights, own.sum(2))
+    out = FULL_OUT * torch.tensor([1 / 2, 1 / 4])[:, None]
+    torch.testing.assert_close(reference.out[:, 0], out)
+    found = quality(reference, step, StepResult(out, None, pick(0, 1, 2, 3)))
+    assert found.attention_mass.item() == pytest.approx(1.0)
+    assert found.output_rel_error.item() == pytest.approx(0.0, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("k", "expected"), [(1, [3]), (2, [0, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3])]
 )

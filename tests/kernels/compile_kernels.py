@@ -99,14 +99,20 @@ def launch_options() -> None:
     codes, norms = torch.zeros(1, 2, 77, 4, dtype=torch.int32), torch.zeros(1, 2, 77)
     for given in (None, norms):
         hamming.hamming_score(codes[:, :, :4, :3], codes[..., :3], given, bound, bound)
+    sinks = torch.zeros(8)
     for rule in ("sum", "max"):
-        softmax.group_softmax(norms[:, :, None].expand(-1, -1, 4, -1), 0.1, rule, 30.0)
-    for dtype, dim in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 256)):
-        query, cache = torch.zeros(1, 8, dim).to(dtype), torch.zeros(1, 2, 77, dim).to(dtype)
-        indices = torch.zeros(1, 2, 9).int()
-        rest = (torch.zeros(1, 2).int(), torch.zeros(1, 8, 9), 16, bound, bound, 30.0)
-        attention.sparse_attention(query, cache, cache, indices, 1.0, *rest)
-        full.full_attention(query, cache, cache, 1.0, bound, bound, 30.0)
+        softmax.group_softmax(norms[:, :, None].expand(-1, -1, 4, -1), 0.1, rule, 30.0, sinks)
+    for dtype, dim, width in (
+        (torch.bfloat16, 128, 128),
+        (torch.float16, 80, 80),
+        (torch.float32, 256, 256),
+        (torch.bfloat16, 192, 128),
+    ):
+        query, keys = torch.zeros(1, 8, dim).to(dtype), torch.zeros(1, 2, 77, dim).to(dtype)
+        values, indices = keys[..., :width], torch.zeros(1, 2, 9).int()
+        rest = (torch.zeros(1, 2).int(), torch.zeros(1, 8, 9), 16, bound, bound, 30.0, sinks)
+        attention.sparse_attention(query, keys, values, indices, 1.0, *rest)
+        full.full_attention(query, keys, values, 1.0, bound, bound, 30.0, sinks)
 
 
 def main(everything: bool) -> None:

@@ -367,6 +367,8 @@ def test_selections_are_the_same_including_ties(
     st.booleans(),
     st.booleans(),
     st.sampled_from([None, 5.0]),
+    st.booleans(),
+    st.sampled_from([None, None, 20, 64, 128]),
 )
 def test_errors_of_sparse_attention_are_within_their_bound(
     place: Place,
@@ -379,14 +381,18 @@ def test_errors_of_sparse_attention_are_within_their_bound(
     counted: bool,
     weighted: bool,
     softcap: float | None,
+    sunk: bool,
+    width: int | None,
 ) -> None:
     num_heads, entries = case.heads * case.group, tokens // unit + 1
     index_heads = case.heads if shared else num_heads
     query = torch.randn(case.batch, num_heads, dim).to(dtype).to(place.device)
-    states = torch.randn(2, case.batch, case.heads, case.size, dim)
+    width = dim if width is None else width
+    states = [torch.randn(case.batch, case.heads, case.size, one) for one in (dim, width)]
     # Large enough to show up if it is read; the reference multiplies it by zero.
-    states.masked_fill_(case.outside()[..., None], 1e4)
+    states = [part.masked_fill(case.outside()[..., None], 1e4) for part in states]
     keys, values = (case.cached(part.to(dtype), place) for part in states)
+    sinks = 3 * torch.randn(num_heads, device=place.device) if sunk else None
     indices = torch.randint(-1, case.size // unit + 1, (case.batch, index_heads, entries)).int()
     count = torch.randint(0, entries + 1, (case.batch, index_heads)).int() if counted else None
     weight = None
@@ -397,7 +403,7 @@ def test_errors_of_sparse_attention_are_within_their_bound(
         None if tensor is None else tensor.to(place.device) for tensor in (indices, count, weight)
     )
     bounds = case.bounds(place.device)
-    selection = (indices, dim**-0.5, count, weight, unit, *bounds, softcap)
+    selection = (indices, dim**-0.5, count, weight, unit, *bounds, softcap, sinks)
     for impl in place.reading(dtype):
         out, lse = sparse_attention(query, keys, values, *selection, impl)
         assert out.dtype == dtype

@@ -1,27 +1,46 @@
+import math
+
 import pytest
 import torch
 
-from topkbench.kernels.full_attention.api import full_attention
+from topkbench.kernels.full_attention.api import Backend, full_attention
 from topkbench.kernels.sparse_attention.api import sparse_attention
 from topkbench.kernels.testing import assert_attended
 
+LN3 = math.log(3.0)
+
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("sunk", "width"), [(False, 16), (True, 16), (True, 10)])
 @pytest.mark.parametrize("ranged", [False, True])
 @pytest.mark.parametrize("group", [1, 4])
 def test_full_equals_sparse_over_everything(
-    softcap: float | None, ranged: bool, group: int
+    softcap: float | None, sunk: bool, width: int, ranged: bool, group: int
 ) -> None:
     torch.manual_seed(0)
     query = torch.randn(3, 2 * group, 16)
     keys, values = torch.randn(2, 3, 2, 40, 16)[..., :31, :]
+    values = values[..., :width]
+    sinks = torch.randn(2 * group) if sunk else None
     start = torch.tensor([0, 7, 20], dtype=torch.int32) if ranged else None
     end = torch.tensor([31, 25, 12], dtype=torch.int32) if ranged else None
     everything = torch.arange(31, dtype=torch.int32).expand(3, 2, 31)
     expected, _ = sparse_attention(
-        query, keys, values, everything, 0.3, None, None, 1, start, end, softcap, "reference"
+        query,
+        keys,
+        values,
+        everything,
+        0.3,
+        None,
+        None,
+        1,
+        start,
+        end,
+        softcap,
+        sinks,
+        impl="reference",
     )
-    out = full_attention(query, keys, values, 0.3, start, end, softcap)
+    out = full_attention(query, keys, values, 0.3, start, end, softcap, sinks)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     if ranged:
         assert not bool(out[2].any())  # this row has no valid slot
@@ -35,8 +54,29 @@ def test_bad_input_is_refused() -> None:
         full_attention(query, cache, cache, 1.0, backend="sdp")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs tensors on a cuda device, got cpu"):
         full_attention(query, cache, cache, 1.0, backend="flash_attn")
-    with pytest.raises(ValueError, match=r"value_states must be .* = \[1, 2, 9, 16\]"):
+    with pytest.raises(ValueError, match=r"value_states must be .* = \[1, 2, 9, \*\]"):
         full_attention(query, cache, cache[:, :, :8], 1.0)
+    with pytest.raises(ValueError, match=r"sinks must be \[Hq\] = \[4\], got \[2\]"):
+        full_attention(query, cache, cache, 1.0, sinks=torch.zeros(2))
+    with pytest.raises(TypeError, match="sinks must be floating point, got int32"):
+        full_attention(query, cache, cache, 1.0, sinks=torch.zeros(4).int())
+
+
+@pytest.mark.parametrize("backend", ["flash_attn", "flash_attn_3", "flashinfer"])
+def test_libraries_refuse_sinks_and_values_of_another_width(backend: Backend) -> None:
+    query, cache = torch.zeros(1, 4, 16), torch.zeros(1, 2, 9, 16)
+    with pytest.raises(ValueError, match="no sinks, got sinks; use backend='triton' or 'sdpa'"):
+        full_attention(query, cache, cache, 1.0, sinks=torch.zeros(4), backend=backend)
+    with pytest.raises(ValueError, match=r"one width .* got keys of 16 and values of 8; use"):
+        full_attention(query, cache, cache[..., :8], 1.0, backend=backend)
+
+
+def test_a_sink_is_in_the_denominator() -> None:
+    query, keys = torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[[0.0, 9.0], [LN3, 0.0]]]])
+    values = torch.tensor([[[[8.0, 0.0, 0.0], [0.0, 16.0, 8.0]]]])
+    # logits 0, ln 3 and the sink's ln 4: weights 1/8, 3/8 and 1/2, the last without a value
+    out = full_attention(query, keys, values, 0.5, sinks=torch.tensor([math.log(4.0)]))
+    torch.testing.assert_close(out, torch.tensor([[[1.0, 6.0, 3.0]]]))
 
 
 def test_a_missing_library_gives_an_error_of_one_sentence() -> None:
@@ -48,28 +88,40 @@ def test_a_missing_library_gives_an_error_of_one_sentence() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize(
-    ("dtype", "group", "dim"),
-    [(torch.float32, 1, 64), (torch.bfloat16, 4, 128), (torch.float16, 5, 80)],
+    ("dtype", "group", "dim", "width"),
+    [
+        (torch.float32, 1, 64, 64),
+        (torch.bfloat16, 4, 192, 128),
+        (torch.float16, 5, 80, 80),
+        (torch.float32, 2, 24, 40),
+    ],
 )
 def test_errors_of_split_k_attention_are_within_their_bound(
-    triton_device: torch.device, group: int, dim: int, dtype: torch.dtype, softcap: float | None
+    triton_device: torch.device,
+    group: int,
+    dim: int,
+    width: int,
+    dtype: torch.dtype,
+    softcap: float | None,
 ) -> None:
     torch.manual_seed(0)
+    sinks = None if dim == 64 else torch.randn(group, device=triton_device).to(dtype)
     query = torch.randn(3, group, dim).to(dtype).to(triton_device)
-    states = torch.randn(2, 3, 1, 320, dim).to(dtype)
+    states = torch.randn(2, 3, 1, 320, max(dim, width)).to(dtype)
     # Rows with arbitrary ranges, the last one empty; no part may read beyond them.
     start, end = [0, 7, 200], [315, 213, 200]
     slots = torch.arange(320)
     outside = torch.stack([(slots < a) | (slots >= b) for a, b in zip(start, end, strict=True)])
     states.masked_fill_(outside[:, None, :, None], torch.nan)
     keys, values = states.to(triton_device)[:, :, :, :315]
+    keys, values = keys[..., :dim], values[..., :width]
     bounds = [torch.tensor(one, dtype=torch.int32, device=triton_device) for one in (start, end)]
-    out = full_attention(query, keys, values, dim**-0.5, *bounds, softcap, "triton")
+    out = full_attention(query, keys, values, dim**-0.5, *bounds, softcap, sinks, "triton")
     assert out.dtype == dtype
     assert not bool(out[2].any())
     keys, values = keys.nan_to_num(), values.nan_to_num()
     everything = torch.arange(315, dtype=torch.int32, device=triton_device).expand(3, 1, 315)
-    given = (everything, dim**-0.5, None, None, 1, *bounds, softcap)
+    given = (everything, dim**-0.5, None, None, 1, *bounds, softcap, sinks)
     assert_attended(out, None, query, keys, values, *given)
 
 
@@ -82,7 +134,7 @@ def test_the_division_into_parts_does_not_change_the_result(triton_device: torch
     keys[0, 0, 1095] = 5 * query[0, 0]  # the largest logit is in the last part
     expected = full_attention(query, keys, values, 1.0)
     for blocks in (fused.Blocks(programs=1), fused.Blocks(2**12, programs=6), fused.Blocks(2**15)):
-        rest = (keys, values, 1.0, None, None, None, blocks)
+        rest = (keys, values, 1.0, None, None, None, None, blocks)
         torch.testing.assert_close(
             fused.full_attention(query, *rest), expected, atol=1e-5, rtol=1e-5
         )

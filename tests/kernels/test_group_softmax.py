@@ -24,6 +24,16 @@ def test_written_out_weights(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_a_sink_is_in_its_query_heads_denominator(impl: str) -> None:
+    scores = torch.tensor([[[[0.0, 2 * LN3, -torch.inf], [0.0, 0.0, 0.0]]]])
+    sinks = torch.tensor([math.log(4), -torch.inf])
+    added = group_softmax(scores, 0.5, sinks=sinks, impl=impl)  # 1/8 + 1/3, 3/8 + 1/3, 0 + 1/3
+    torch.testing.assert_close(added, torch.tensor([[[11 / 24, 17 / 24, 1 / 3]]]))
+    nothing = torch.full((1, 1, 2, 3), -torch.inf)
+    assert group_softmax(nothing, 0.5, sinks=sinks, impl=impl).eq(0).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_a_soft_cap_keeps_absent_units_out(impl: str) -> None:
     scores = torch.tensor([[[[1e9, 0.0, -torch.inf]]]])
     found = group_softmax(scores, 1.0, softcap=LN3, impl=impl)  # the first logit becomes ln 3
@@ -44,6 +54,7 @@ def test_absent_units_have_no_weight(impl: str) -> None:
     size=st.sampled_from([1, 7, 100, 1024, 2049, 5000]),
     rule=st.sampled_from(["sum", "max"]),
     softcap=st.sampled_from([None, 5.0]),
+    sunk=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
@@ -53,6 +64,7 @@ def test_the_implementations_agree(
     size: int,
     rule: str,
     softcap: float | None,
+    sunk: bool,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
@@ -61,10 +73,11 @@ def test_the_implementations_agree(
     scores[torch.rand_like(scores) < 0.2] = -torch.inf
     scores[0, 0, 0] = -torch.inf
     scores = scores.to(dtype)
-    exact = group_softmax(scores.double(), 0.3, rule, softcap, impl="reference")
+    sinks = 10 * torch.randn(heads * group) if sunk else None
+    exact = group_softmax(scores.double(), 0.3, rule, softcap, sinks, "reference")
     # exp turns the rounding of its argument, at most 2^-24 of about 40, into a relative error.
     for impl in ("reference", "cpu", "triton"):
-        found = group_softmax(scores, 0.3, rule, softcap, impl=impl)
+        found = group_softmax(scores, 0.3, rule, softcap, sinks, impl)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), exact, rtol=2e-5, atol=1e-30)
 
@@ -77,5 +90,7 @@ def test_bad_input_is_refused() -> None:
         group_softmax(scores, 1.0, "mean")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"softcap must be positive or None, got 0.0"):
         group_softmax(scores, 1.0, softcap=0.0)
+    with pytest.raises(ValueError, match=r"sinks must be \[Hq\] = \[6\], got \[3\]"):
+        group_softmax(scores, 1.0, sinks=torch.zeros(3))
     with pytest.raises(TypeError, match="scores must be floating point, got int32"):
         group_softmax(scores.int(), 1.0)

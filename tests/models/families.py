@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -29,6 +31,7 @@ class Family:
         config: Fields of the tiny model's configuration besides ``TINY``.
         global_layers: Layers of the tiny model that attend to the whole past.
         speculates: Whether InfiniGen can speculate its queries.
+        least: The lowest release of transformers that is known to make it with our attention.
     """
 
     name: str
@@ -37,11 +40,13 @@ class Family:
     config: Mapping[str, Any] = field(default_factory=dict)
     global_layers: tuple[int, ...] = (0, 1)
     speculates: bool = True
+    least: str = "5.5"
 
     @property
     def is_known(self) -> bool:
         """Whether the installed transformers has it."""
-        return self.name in CONFIG_MAPPING
+        is_new_enough = Version(transformers.__version__) >= Version(self.least)
+        return self.name in CONFIG_MAPPING and is_new_enough
 
     def model(self, **config: Any) -> PreTrainedModel:
         """Return the tiny model in float32, as the loader prepares models."""
@@ -259,7 +264,7 @@ SERVED = [
     Family("stablelm", "StableLM 2", "partial rotary positions", speculates=False),
     Family("ernie4_5", "ERNIE 4.5 0.3B"),
     Family("exaone4", "EXAONE 4", "sliding windows, norms", _SLIDING, (1,), speculates=False),
-    Family("nemotron", "Nemotron 4, Minitron", "partial rotary positions"),
+    Family("nemotron", "Nemotron 4, Minitron", "partial rotary positions", least="5.24"),
     Family(
         "llama4_text",
         "Llama 4",

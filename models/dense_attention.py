@@ -1,38 +1,46 @@
-"""Dense attention with capped logits, which torch's SDPA does not offer."""
+"""Dense attention with capped logits or learned sinks, which torch's SDPA does not offer."""
 
 import torch
 from torch import Tensor
 
+from topkbench.methods.sinks import softmax
 from topkbench.methods.softcap import capped
+
+SINKS = "s_aux"
+"""The keyword by which transformers passes learned sinks ``[Hq]`` to an attention function."""
 
 # Queries per block: bounds the logits in memory to this many rows per head.
 _QUERY_BLOCK = 256
 
 
-def softcap_attention(
+def dense_attention(
     query_states: Tensor,
     key_states: Tensor,
     value_states: Tensor,
     mask: Tensor | None,
     scale: float,
-    softcap: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Attend with logits ``softcap * tanh(logits / softcap)``.
+    """Attend to everything that a mask allows, a block of queries at a time.
 
     Args:
         query_states: ``[B, Hq, q, d]``.
         key_states: ``[B, Hkv, n, d]``.
-        value_states: ``[B, Hkv, n, d]``.
+        value_states: ``[B, Hkv, n, dv]``.
         mask: bool ``[B or 1, 1, q, n]``, True where a query sees a key; None for a causal prefill
             of the first ``q`` slots, or for a single query that sees everything.
         scale: Factor on the dot products.
-        softcap: The cap.
+        softcap: Logits become ``softcap * tanh(logits / softcap)``; None for no cap.
+        sinks: ``[Hq]`` the logit of each query head's learned sink, which is in the softmax's
+            denominator and has no value; None for no sinks.
 
     Returns:
-        ``[B, Hq, q, d]`` in the query's dtype.
+        ``[B, Hq, q, dv]`` in the query's dtype.
 
     Source:
-        Gemma 2 (arXiv:2408.00118), section 2.
+        Capped logits: Gemma 2 (arXiv:2408.00118), section 2. Sinks: gpt-oss (arXiv:2508.10925),
+        section 2.
     """
     q_len = query_states.shape[2]
     if mask is None and q_len > 1:
@@ -51,6 +59,6 @@ def softcap_attention(
             hidden = ~mask[:, :, None, first : first + _QUERY_BLOCK]
             # Not -inf: a padding query with every key masked must not become NaN.
             logits = logits.masked_fill(hidden, torch.finfo(wide).min)
-        weights = logits.softmax(-1).to(value_states.dtype)
+        weights = softmax(logits, sinks).to(value_states.dtype)
         blocks.append((weights @ value_states[:, :, None]).flatten(1, 2))
     return torch.cat(blocks, 2).to(query_states.dtype)
