@@ -46,7 +46,8 @@ def _difference(model: PreTrainedModel) -> str | None:
     if alone:
         return (
             f"queries are speculated from the input of the previous layer's attention, and the"
-            f" layer before layer {alone[0]} of {type(model).__name__} has none; use another method."
+            f" layer before layer {alone[0]} of {type(model).__name__} has none; use another"
+            " method."
         )
     calls, queries = _own_inputs(model)
     for before, module in itertools.pairwise(modules):
