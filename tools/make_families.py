@@ -1,4 +1,4 @@
-"""Write ``docs/models.md``, the families of models that are served: python tools/make_families.py.
+"""Write ``docs/families.md``, the families of models that are served: python tools/make_families.py.
 
 It is made from the list that the tests go through, ``tests/models/families.py``.
 """
@@ -13,9 +13,9 @@ if __name__ == "__main__":  # lets the script run without installing the package
 
 from topkbench.tests.models.families import OWN_CACHE, REFUSED, SERVED  # noqa: E402
 
-PAGE = ROOT / "docs" / "models.md"
+PAGE = ROOT / "docs" / "families.md"
 
-HEAD = """# Models
+HEAD = """# Families of models
 
 Any model that transformers loads as a causal language model is decoded with topkbench's own cache
 and attention, if its layers are of the kinds below. The tables are generated from the list that the

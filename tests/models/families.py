@@ -1,6 +1,6 @@
 """The model families that topkbench serves: a tiny model of random weights of each.
 
-``tools/make_families.py`` writes the table in docs/models.md from this list, and every line of it
+``tools/make_families.py`` writes the table in docs/families.md from this list, and every line of it
 is tested by ``test_families.py``.
 """
 

@@ -171,3 +171,9 @@ def test_every_test_named_in_trust_md_exists() -> None:
     found = set(re.findall(r"^def (test_\w+)", tests, re.MULTILINE))
     assert len(named) > 30
     assert named - found == set()
+
+
+def test_the_page_of_families_is_what_its_script_makes_from_the_tests_list() -> None:
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    assert script("make_families").page() == page, "run python tools/make_families.py"
+    assert "| `gpt_oss` | gpt-oss 20B and 120B | sliding windows, learned sinks, experts |" in page
