@@ -27,7 +27,7 @@ selected it generates what transformers' `generate` gives with its own attention
 float32, one prompt or three padded ones; decoded with topkbench's cache its logits are those of one
 forward without a cache; and with a few tokens selected the method acts in every layer left to it.
 Before a model's first cell the same is checked on the model itself: what is not served says why in
-one sentence, and no row is written.
+one sentence, and its rows have no numbers.
 
 - **Layers with a sliding window or chunks** stay dense, since they read few tokens. The bytes and
   the density of a step count what they read. The cache keeps all their tokens.
