@@ -4,6 +4,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, meta
@@ -13,6 +14,11 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 if TYPE_CHECKING:
     from topkbench.models.load import LoadedModel
 
+TODAY = datetime(2024, 7, 26)
+"""The date that a template writes (those of Llama 3.2, SmolLM3 and gpt-oss do), on every day.
+
+Prompts would otherwise change from day to day. Llama 3.2's writes this one where it cannot ask.
+"""
 _PROBE = "\u241e"  # stands for a message where only the template around it matters
 # What a template may rewrite: it upper-cases, quotes, escapes, joins lines or removes marks.
 _MIXED_PROBE = "Aa \"b\" 'c' <d> & {e}\n\nf  g \\ \u00e9 " + _PROBE
@@ -259,14 +265,21 @@ def _rendered(
     arguments: Mapping[str, Any],
     add_generation_prompt: bool,
 ) -> str:
-    return str(
-        tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **arguments,
+    # Transformers keeps compiled templates, and passes no function on to them.
+    variables = _compile_jinja_template(_template(tokenizer, arguments)).globals
+    before = variables["strftime_now"]
+    variables["strftime_now"] = TODAY.strftime
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **arguments,
+            )
         )
-    )
+    finally:
+        variables["strftime_now"] = before
 
 
 # Ends --------------------------------------------------------------------------------------------

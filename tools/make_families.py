@@ -1,4 +1,4 @@
-"""Write ``docs/families.md``, the families of models that are served: python tools/make_families.py.
+"""Write ``docs/families.md``, the models that are served: python tools/make_families.py.
 
 It is made from the list that the tests go through, ``tests/models/families.py``.
 """

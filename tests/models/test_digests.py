@@ -12,6 +12,7 @@ import pytest
 from transformers import CTRLTokenizer
 
 from topkbench.models.digests import model_digest, tokenizer_digest, weights_digest
+from topkbench.models.encoding import render_chat
 from topkbench.models.load import load_model
 from topkbench.models.tiny_tokenizer import build_tokenizer
 
@@ -171,13 +172,18 @@ def test_the_model_digest_includes_dtype_and_prompt_wrapping(copy: Path) -> None
     assert len(found) == 5
 
 
-def test_the_model_digest_changes_with_what_a_template_writes_of_itself(copy: Path) -> None:
-    """Some templates write the date."""
+def test_a_template_that_writes_the_date_gives_the_same_prompts_every_day(copy: Path) -> None:
     (copy / "chat_template.jinja").write_text(
-        "{{ strftime_now('%Y %f') }} {{ messages[0].content }}"
+        "{{ date_string or strftime_now('%d %b %Y %f') }} {{ messages[0].content }}"
     )
     loaded = load_model("tiny", str(copy), chat=True)
-    assert model_digest(loaded) != model_digest(loaded)
+    text, _ = render_chat(loaded.tokenizer, "context", " question", {})
+    assert text == "26 Jul 2024 000000 context question"
+    assert model_digest(loaded) == model_digest(loaded)
+    dated = load_model(
+        "tiny", str(copy), chat=True, chat_template_kwargs={"date_string": "1 Jan 2026"}
+    )
+    assert model_digest(dated) != model_digest(loaded)
 
 
 @pytest.mark.parametrize("place", ["config.json", "generation_config.json", "the tokenizer"])
