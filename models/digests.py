@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +28,11 @@ SETTLED_S = 2.0
 
 
 def weights_digest(
-    source: str | Path, cache_dir: str | Path | None = None, gguf_file: str | None = None
+    source: str | Path,
+    cache_dir: str | Path | None = None,
+    gguf_file: str | None = None,
+    adapter: Sequence[Path] = (),
+    changes: Mapping[str, Any] | None = None,
 ) -> str:
     """Return 16 hex digits of all bytes of a model's weight files and configuration.
 
@@ -38,14 +43,21 @@ def weights_digest(
         source: The model's folder; for a hub id, its snapshot's folder.
         cache_dir: Hashes of large files are cached in its folder ``hashes``; None reads every file.
         gguf_file: The name of the file in the folder that holds the whole model, if there is one.
+        adapter: The files of an adapter that is merged into the weights.
+        changes: Fields of the configuration that are others than in the files.
     """
     folder = Path(source)
     files = _weight_files(folder) if gguf_file is None else {folder / gguf_file}
     named = sorted((path.relative_to(folder).as_posix(), path) for path in files)
     cache = None if cache_dir is None else Path(cache_dir).expanduser() / "hashes"
+    hashed = functools.partial(_file_hash, cache=cache)
     with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(functools.partial(_file_hash, cache=cache), [p for _, p in named]))
-    return _short([(name, digest) for (name, _), digest in zip(named, hashes, strict=True)])
+        hashes = list(pool.map(hashed, [path for _, path in named]))
+    digest = _short([(name, one) for (name, _), one in zip(named, hashes, strict=True)])
+    if adapter or changes:
+        merged = [(path.name, hashed(path)) for path in adapter]
+        digest = _short({"model": digest, "adapter": merged, "changes": changes})
+    return digest
 
 
 def _weight_files(folder: Path) -> set[Path]:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers import __version__ as transformers_version
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import (  # type: ignore[attr-defined]  # one is huggingface-hub's
@@ -33,6 +33,8 @@ from transformers.utils.hub import (  # type: ignore[attr-defined]  # one is hug
 )
 
 from topkbench.methods.base import Geometry, check_whole
+from topkbench.models.adapter import CONFIG as ADAPTER_CONFIG
+from topkbench.models.adapter import check_adapter, merge_adapter
 from topkbench.models.attach import IMPLEMENTATION, geometry_of
 from topkbench.models.compat import (
     attention_modules,
@@ -42,13 +44,21 @@ from topkbench.models.compat import (
 )
 from topkbench.models.digests import weights_digest
 from topkbench.models.encoding import check_template_arguments
+from topkbench.models.gguf import (
+    GgufFile,
+    check_all_read,
+    check_release,
+    check_vocabulary,
+    mend_tokenizer,
+    mended,
+    read_file,
+)
+from topkbench.models.quantised import Quantised, dequantising, quantised, stored_as
 
 SHIPPED = {"tiny": Path(__file__).resolve().parent / "tiny"}
 RANDOM = "random"
 PACKAGE = "package:"
 """What a path begins with that names an installed Python package with a model's files."""
-GGUF_PACKAGES = ("gguf", "accelerate")
-"""What transformers reads every GGUF file with."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 
@@ -62,7 +72,7 @@ class LoadedModel:
     """A model ready to decode, with its digest.
 
     Attributes:
-        name: The model's name in rows and figures.
+        name: The model's name in rows and figures, and what it was changed by; see ``_full_name``.
         model: The model, in evaluation mode.
         tokenizer: Its tokenizer; for random weights an object that raises on any use.
         digest: 16 hex digits of all bytes of the weights and of the configuration. Everything else
@@ -119,6 +129,9 @@ def load_model(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     short_answers: bool = False,
     window: int | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
+    adapter: str | None = None,
+    adapter_revision: str | None = None,
     architecture: Mapping[str, Any] | None = None,
     cache_dir: str | Path | None = None,
 ) -> LoadedModel:
@@ -143,6 +156,11 @@ def load_model(
         short_answers: See ``LoadedModel``.
         window: Longest sequence in tokens; None for what the configuration says. A longer one is
             taken as it is: the model then meets positions that it was not trained on.
+        config_overrides: Fields of the configuration to change, such as
+            ``{"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}``, which the window follows;
+            a mapping changes the entries that it names. None for none.
+        adapter: A folder or a hub id of a LoRA adapter, which is merged into the weights.
+        adapter_revision: Revision of the adapter's hub id.
         architecture: With ``path="random"``: the fields of a transformers configuration,
             ``model_type`` among them. The weights are drawn on the device, with a fixed seed.
         cache_dir: Folder in which hashes of large weight files are kept; see ``weights_digest``.
@@ -150,14 +168,22 @@ def load_model(
     Raises:
         ModelNotAvailable: If it cannot be reached, is damaged, or does not fit the device.
     """
-    config = _read_config(
-        path, dtype, device, device_map, revision, gguf_file, window, architecture
+    config, changes = _read_config(
+        *(path, dtype, device, device_map, revision, gguf_file, window, architecture),
+        *(config_overrides, adapter, adapter_revision),
     )
     window = window or _window(path, config)
     if architecture is not None:
+        name = _full_name(name, None, config_overrides, None)
         dtype = "bfloat16" if dtype == "auto" else dtype
-        return _draw(name, architecture, config, dtype, device, window)
+        return _draw(name, architecture, config, dtype, device, window, changes)
     folder, source = SHIPPED.get(path), _source(path)
+    stored = _quantised(path, config, device, device_map)
+    placed: Any = device_map
+    if stored is not None:
+        # Quantised weights cannot be moved once they are loaded.
+        placed = device_map or _one_device(device)
+        config = dequantising(config) if stored.dequantised else config
     template_arguments = dict(chat_template_kwargs or {})
     transformers_logging.disable_progress_bar()
     # Reading a GGUF file shows a bar of its own, which is not among transformers' progress bars.
@@ -167,16 +193,19 @@ def load_model(
         with quiet:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
+                config=copy.deepcopy(config),
                 revision=revision,
                 gguf_file=gguf_file,
                 dtype=_dtype(dtype, config, device, device_map),
-                device_map=device_map,
+                device_map=placed,
                 trust_remote_code=False,
                 use_safetensors=True,
                 attn_implementation=IMPLEMENTATION,
                 output_loading_info=True,
             )
         model, info = loaded
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise _is_adapter(path)
         _check_served(path, model, window)
         # Transformers only warns: it draws missing weights at random and drops unexpected ones.
         for kind, words in (
@@ -185,15 +214,25 @@ def load_model(
         ):
             if info[f"{kind}_keys"]:
                 raise ValueError(f"{words} for {', '.join(sorted(info[f'{kind}_keys'])[:3])}.")
-        digest = weights_digest(_snapshot(source, revision, gguf_file), cache_dir, gguf_file)
+        if gguf_file is not None:
+            check_all_read(model, _gguf(source, gguf_file, revision))
+        snapshot = _snapshot(source, revision, gguf_file)
     except ModelNotAvailable:
         raise
-    except (OSError, SafetensorError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, LookupError, ImportError, RuntimeError) as error:
         raise _unreadable(path, error, gguf_file) from error
-    if device_map is None:
+    adapter_files: list[Path] = []
+    if adapter is not None:
+        with _as_unavailable():
+            model, adapter_files = merge_adapter(model, adapter, adapter_revision)
+    try:
+        digest = weights_digest(snapshot, cache_dir, gguf_file, adapter_files, changes)
+    except OSError as error:
+        raise _unreadable(path, error, gguf_file) from error
+    if placed is None:
         model = model.to(device)
     return LoadedModel(
-        name=name,
+        name=_full_name(name, adapter, config_overrides, stored),
         model=model.eval().requires_grad_(False),
         tokenizer=tokenizer,
         digest=digest,
@@ -217,6 +256,9 @@ def load_without_weights(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     short_answers: bool = False,
     window: int | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
+    adapter: str | None = None,
+    adapter_revision: str | None = None,
     architecture: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Read a model's configuration and tokenizer; its weights are on torch's device ``meta``.
@@ -227,11 +269,18 @@ def load_without_weights(
     Raises:
         ModelNotAvailable: As `load_model` does.
     """
-    config = _read_config(
-        path, dtype, device, device_map, revision, gguf_file, window, architecture
+    config, _ = _read_config(
+        *(path, dtype, device, device_map, revision, gguf_file, window, architecture),
+        *(config_overrides, adapter, adapter_revision),
     )
     window = window or _window(path, config)
     template_arguments, source = dict(chat_template_kwargs or {}), _source(path)
+    stored = stored_as(config)
+    if stored is not None:
+        raise ModelNotAvailable(
+            f"the weights of {path} must be plain numbers for a plan without them, got weights"
+            f" quantised by {stored.get('quant_method', 'an unknown method')}; use card=none."
+        )
     saved = getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
     if architecture is not None:
         saved = torch.bfloat16
@@ -251,10 +300,10 @@ def load_without_weights(
             )
     except ModelNotAvailable:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, ImportError, RuntimeError) as error:
         raise _unreadable(path, error, gguf_file) from error
     return LoadedModel(
-        name=name,
+        name=_full_name(name, adapter, config_overrides, None),
         model=model.eval().requires_grad_(False),
         tokenizer=tokenizer,
         digest="",
@@ -285,7 +334,9 @@ def _read_tokenizer(
         # Some releases return an empty tokenizer if a folder has none.
         raise ValueError(f"a {type(tokenizer).__name__} with an empty vocabulary")
     if gguf_file is not None:
-        _check_vocabulary(tokenizer, config)
+        with _as_unavailable():
+            mend_tokenizer(tokenizer, _gguf(source, gguf_file, revision))
+            check_vocabulary(tokenizer, config)
     # The tasks check lengths themselves; this silences the tokenizer's own warning.
     tokenizer.model_max_length = VERY_LARGE_INTEGER
     _check_template(tokenizer, chat, template_arguments)
@@ -301,6 +352,9 @@ def read_shape(
     revision: str | None = None,
     gguf_file: str | None = None,
     window: int | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
+    adapter: str | None = None,
+    adapter_revision: str | None = None,
     architecture: Mapping[str, Any] | None = None,
     short_answers: bool = False,
     **others: Any,
@@ -314,12 +368,14 @@ def read_shape(
     """
     if not name.strip():
         raise ModelNotAvailable("name must not be empty.")
-    config = _read_config(
-        path, dtype, device, device_map, revision, gguf_file, window, architecture
+    config, _ = _read_config(
+        *(path, dtype, device, device_map, revision, gguf_file, window, architecture),
+        *(config_overrides, adapter, adapter_revision),
     )
     window = window or _window(path, config)
+    stored = _quantised(path, config, device, device_map)
     return ModelShape(
-        name=name,
+        name=_full_name(name, adapter, config_overrides, stored),
         num_layers=int(config.get_text_config(decoder=True).num_hidden_layers),
         window=window,
         has_tokenizer=architecture is None,
@@ -378,8 +434,16 @@ def _read_config(
     gguf_file: str | None,
     window: int | None,
     architecture: Mapping[str, Any] | None,
-) -> Any:
-    """Check arguments of `load_model`, and return the model's configuration."""
+    overrides: Mapping[str, Any] | None,
+    adapter: str | None,
+    adapter_revision: str | None,
+) -> tuple[Any, dict[str, Any]]:
+    """Check arguments of `load_model`, and return the model's configuration.
+
+    Returns:
+        The configuration, and what it has otherwise than the model's files as transformers reads
+        them; the weights and this are what a model computes.
+    """
     if not path.strip():
         raise ModelNotAvailable("path must not be empty.")
     if (path == RANDOM) != (architecture is not None):
@@ -398,24 +462,173 @@ def _read_config(
         )
     if window is not None:
         check_whole("window", window)
+    _check_adapter(path, adapter, adapter_revision)
     if architecture is not None:
         try:
-            return AutoConfig.for_model(**architecture)
+            config = AutoConfig.for_model(**architecture)
         except Exception as error:  # of the classes that each field's own check raises
             raise _no_architecture(error) from error
+        return _overridden(config, overrides or {})
     source = _source(path)
     if _is_local(source) and not Path(source).is_dir():
         raise ModelNotAvailable(
             f"model.path must be a hub id, a folder or one of {', '.join(SHIPPED)}, found no"
             f" folder {source}; check the path."
         )
+    if _is_local(source) and (Path(source) / ADAPTER_CONFIG).is_file():
+        raise _is_adapter(path)
     if gguf_file is not None:
         _check_gguf(source, gguf_file)
     read = AutoConfig.from_pretrained if gguf_file is None else _gguf_config
     try:
-        return read(source, revision=revision, gguf_file=gguf_file, trust_remote_code=False)
+        config = read(source, revision=revision, gguf_file=gguf_file, trust_remote_code=False)
     except Exception as error:  # of the classes that each field's own check raises, too
         raise _unreadable(path, error, gguf_file) from error
+    changes: dict[str, Any] = {}
+    if gguf_file is not None:
+        with _as_unavailable():
+            config, changes = mended(config, _gguf(source, gguf_file, revision))
+    if adapter is not None and stored_as(config) is not None:
+        raise ModelNotAvailable(
+            f"model.adapter={adapter} needs weights that are plain numbers, into which it is"
+            f" merged, got the quantised ones of {path}; name the model that was quantised."
+        )
+    config, overridden = _overridden(config, overrides or {})
+    return config, changes | overridden
+
+
+def _is_adapter(path: str) -> ModelNotAvailable:
+    """Transformers adds an adapter to a model, or ignores it, by whether peft is installed."""
+    return ModelNotAvailable(
+        f"model.path must be a whole model, got {path}, which has an adapter; use model.path=BASE"
+        f" model.adapter={path}, with the model that the adapter was trained on."
+    )
+
+
+def _check_adapter(path: str, adapter: str | None, revision: str | None) -> None:
+    """Check the arguments about an adapter, and that it is there.
+
+    Raises:
+        ModelNotAvailable: If they are wrong.
+    """
+    if adapter is None:
+        if revision is not None:
+            raise ModelNotAvailable(
+                f"adapter_revision must be left out without model.adapter, got {revision!r}."
+            )
+        return
+    if not adapter.strip():
+        raise ModelNotAvailable("adapter must not be empty.")
+    if path == RANDOM:
+        raise ModelNotAvailable(
+            f"adapter must be left out with model.path={RANDOM}, got {adapter!r}."
+        )
+    with _as_unavailable():
+        check_adapter(adapter, revision)
+
+
+def _overridden(config: Any, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return a configuration with some fields changed, and these fields as they are then.
+
+    Raises:
+        ModelNotAvailable: If there is no such field, or it cannot have the value.
+    """
+    if not overrides:
+        return config, {}
+    changed = copy.deepcopy(config)
+    text = changed.get_text_config(decoder=True)
+    known = text.to_dict()
+    for name in overrides:
+        if name not in known:
+            raise ModelNotAvailable(
+                "config_overrides must name fields of the model's configuration, got"
+                f" {name!r}, which {type(text).__name__} has not."
+            )
+    try:
+        for name, value in overrides.items():
+            setattr(text, name, _merged(getattr(text, name), value))
+        if "rope_parameters" in overrides:
+            _check_rope(text)
+    except Exception as error:  # of the classes that each field's own check raises
+        raise ModelNotAvailable(
+            f"config_overrides must be values that the model's configuration can have, got"
+            f" {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
+    return changed, {name: getattr(text, name) for name in overrides}
+
+
+def _merged(present: Any, value: Any) -> Any:
+    """Return a field's new value: of a mapping, the entries that are given are changed."""
+    if not isinstance(present, Mapping) or not isinstance(value, Mapping):
+        return value
+    return {**present, **{name: _merged(present.get(name), one) for name, one in value.items()}}
+
+
+def _check_rope(config: Any) -> None:
+    """Check the scaling of a configuration's rotary positions.
+
+    Raises:
+        ValueError: If transformers has no such scaling, or it lacks an entry.
+    """
+    parameters = config.rope_parameters
+    nested = [one for one in parameters.values() if isinstance(one, Mapping)]
+    for one in nested or [parameters]:
+        kind = one.get("rope_type")
+        if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ValueError(f"rope_type must be one of {', '.join(ROPE_INIT_FUNCTIONS)}: {kind!r}")
+        if kind != "default" and "factor" not in one and kind != "longrope":
+            raise ValueError(f"rope_parameters must have a factor with rope_type={kind}")
+    config.standardize_rope_params()
+    config.validate_rope()
+
+
+def _full_name(
+    name: str,
+    adapter: str | None,
+    overrides: Mapping[str, Any] | None,
+    stored: Quantised | None,
+) -> str:
+    """Return a model's name with what makes it another than the one it is named for.
+
+    As in ``llama31_8b+my_adapter``, ``qwen3_8b (other rope_parameters)`` and
+    ``gpt_oss_20b (mxfp4 dequantised)``.
+    """
+    if adapter is not None:
+        name += f"+{Path(adapter).name}"
+    notes = [] if stored is None else [str(stored)]
+    if overrides:
+        notes.append(f"other {', '.join(sorted(overrides))}")
+    return f"{name} ({'; '.join(notes)})" if notes else name
+
+
+def _quantised(
+    path: str, config: Any, device: str, device_map: DeviceMap | None
+) -> Quantised | None:
+    """Return how a model's weights are quantised, if they are.
+
+    Raises:
+        ModelNotAvailable: If they cannot be loaded here.
+    """
+    try:
+        return quantised(config, device_map or _one_device(device))
+    except ValueError as error:
+        raise ModelNotAvailable(f"the model {path} cannot be loaded: {error}") from error
+
+
+def _one_device(device: str) -> dict[str, str]:
+    """Return the device map that puts a whole model on a device."""
+    return {"": device}
+
+
+@contextlib.contextmanager
+def _as_unavailable() -> Iterator[None]:
+    """Turn the errors of what a model needs into ``ModelNotAvailable``."""
+    try:
+        yield
+    except ModelNotAvailable:
+        raise
+    except ValueError as error:
+        raise ModelNotAvailable(str(error)) from error
 
 
 @functools.cache
@@ -424,40 +637,24 @@ def _gguf_config(source: str, **arguments: Any) -> Any:
     return AutoConfig.from_pretrained(source, **arguments)
 
 
+def _gguf(source: str, name: str, revision: str | None) -> GgufFile:
+    """Read a GGUF file's keys."""
+    return read_file(_snapshot(source, revision, name) / name)
+
+
 def _check_gguf(source: str, name: str) -> None:
     """Check that a GGUF file is there and can be read.
 
     Raises:
         ModelNotAvailable: If it is not.
     """
-    missing = [package for package in GGUF_PACKAGES if find_spec(package) is None]
-    if missing:
-        raise ModelNotAvailable(
-            f"model.gguf_file={name} needs the packages {', '.join(GGUF_PACKAGES)}, found no"
-            f" {' and no '.join(missing)}; install topkbench[gguf]."
-        )
+    with _as_unavailable():
+        check_release(name)
     if _is_local(source) and not (Path(source) / name).is_file():
         others = sorted(path.name for path in Path(source).glob("*.gguf"))
         raise ModelNotAvailable(
             f"model.gguf_file must be a file in {source}, got {name!r}; there"
             f" {f'is {others[0]}' if others else 'is no GGUF file'}."
-        )
-
-
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
-    """Check that transformers has read a GGUF file's tokenizer as it is.
-
-    Release 5.5 makes some into tokenizers of another kind, with tokens that the model lacks.
-
-    Raises:
-        ModelNotAvailable: If the tokenizer has more tokens than the model.
-    """
-    tokens = int(config.get_text_config(decoder=True).vocab_size)
-    if len(tokenizer) > tokens:
-        raise ModelNotAvailable(
-            f"a GGUF file's tokenizer must have at most the model's {tokens} tokens, got"
-            f" {len(tokenizer)} in a {type(tokenizer).__name__}, as which transformers"
-            f" {transformers_version} reads it; install a newer transformers."
         )
 
 
@@ -597,6 +794,7 @@ def _draw(
     dtype: str,
     device: str,
     window: int,
+    changes: Mapping[str, Any],
 ) -> LoadedModel:
     """Make a model with random weights, directly on its device and in its precision.
 
@@ -629,6 +827,8 @@ def _draw(
         model = make(target)
     set_window(model, window)
     text = json.dumps({**architecture, "dtype": dtype, "drawn on": target.type}, sort_keys=True)
+    if changes:
+        text += json.dumps(changes, sort_keys=True)
     return LoadedModel(
         name=name,
         model=model.eval().requires_grad_(False),
@@ -642,10 +842,8 @@ def _check_template(
     tokenizer: PreTrainedTokenizerBase, chat: bool, arguments: Mapping[str, Any]
 ) -> None:
     """Refuse a chat template that cannot be used as set, before weights are loaded."""
-    try:
+    with _as_unavailable():
         check_template_arguments(tokenizer, chat, arguments)
-    except ValueError as error:
-        raise ModelNotAvailable(str(error)) from error
 
 
 def free_bytes(device: torch.device) -> int:

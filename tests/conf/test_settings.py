@@ -147,6 +147,22 @@ BAD = {
     "model=local model.name=a model.path=tiny model.chat_template_kwargs=[enable_thinking]": (
         "model.chat_template_kwargs must be a mapping or null, got ['enable_thinking']."
     ),
+    "model=local model.name=a model.path=tiny model.revision=7": (
+        "model.revision must be text or null, got 7; quotes inside quotes make it text"
+    ),
+    "model=local model.name=a model.path=tiny model.config_overrides=yarn": (
+        "model.config_overrides must be a mapping or null, got 'yarn'."
+    ),
+    "model=local model.name=a model.path=tiny model.config_overrides={rope:1}": (
+        "model.config_overrides must name fields of the model's configuration, got 'rope', which"
+    ),
+    "model=local model.name=a model.path=tiny model.adapter=[a]": (
+        "model.adapter must be text or null, got ['a']."
+    ),
+    "model=local model.name=a model.path=tiny model.adapter=": ("model.adapter must not be empty."),
+    "model=local model.name=a model.path=tiny model.adapter_revision=v1": (
+        "model.adapter_revision must be left out without model.adapter, got 'v1'."
+    ),
     "model.short_answers=null": "model.short_answers must be true or false, got null.",
     "model.window=0": "model.window must be at least 1, got 0.",
     "model.window=4e3": "model.window must be a whole number or null, got 4000.0.",
@@ -503,7 +519,10 @@ def leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield here, value
 
 
-FREE = (*("model.architecture", "model.chat_template_kwargs", "search.knobs", "launcher.more"),)
+FREE = (
+    *("model.architecture", "model.chat_template_kwargs", "model.config_overrides"),
+    *("search.knobs", "launcher.more"),
+)
 """Mappings whose keys are those of transformers, a model's template, other settings, and sbatch."""
 FILES = [(group, path) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,15 @@ from transformers import (
 
 from topkbench.methods.base import Policy
 from topkbench.methods.exact import ExactTopK
+from topkbench.models import load
 from topkbench.models.attach import attach
 from topkbench.models.compat import context_window, partial_layers, set_window
-from topkbench.models.load import ModelNotAvailable, load_model, read_shape
+from topkbench.models.load import (
+    ModelNotAvailable,
+    load_model,
+    load_without_weights,
+    read_shape,
+)
 from topkbench.models.prefill import prefill
 from topkbench.models.tiny_tokenizer import build_tokenizer
 
@@ -409,3 +416,101 @@ def test_a_random_model_has_the_size_it_is_named_for(
         billions, abs=1e-4
     )
     assert made.config.tie_word_embeddings == tied
+
+
+LONGER: dict[str, Any] = {
+    "rope_parameters": {
+        **{"rope_type": "yarn", "factor": 4.0},
+        "original_max_position_embeddings": 64,
+    }
+}
+
+
+def test_fields_of_the_configuration_may_be_changed(folder: Path) -> None:
+    """The window follows, and neither name nor digest is that of the model as it was saved."""
+    plain, longer = (
+        load_model("mine", str(folder), config_overrides=given) for given in (None, LONGER)
+    )
+    assert (plain.window, longer.window) == (64, 256)
+    assert (plain.name, longer.name) == ("mine", "mine (other rope_parameters)")
+    assert (
+        plain.digest
+        != longer.digest
+        == load_model("a", str(folder), config_overrides=LONGER).digest
+    )
+    rope = longer.model.config.rope_parameters
+    assert rope == {**plain.model.config.rope_parameters, **LONGER["rope_parameters"]}
+    ids = torch.arange(50)[None]
+    with torch.no_grad():
+        assert not torch.allclose(plain.model(ids).logits, longer.model(ids).logits, atol=1e-4)
+    shape = read_shape("mine", str(folder), config_overrides=LONGER)
+    assert (shape.window, shape.name) == (256, longer.name)
+    assert load_without_weights("mine", str(folder), config_overrides=LONGER).window == 256
+    assert read_shape("mine", str(folder), config_overrides=LONGER, window=100).window == 100
+
+
+def test_the_architecture_of_random_weights_may_be_changed() -> None:
+    rope = {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}
+    plain, changed = (
+        load_model("mine", "random", architecture=SMALL, config_overrides=given)
+        for given in (None, rope)
+    )
+    assert changed.name == "mine (other rope_parameters)"
+    assert changed.digest != plain.digest
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"rope_scale": 2}, "config_overrides must name fields of the model's configuration, got"),
+        ({"rope_parameters": {"rope_type": "yarm"}}, "rope_type must be one of"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "must have a factor"),
+        ({"rope_parameters": 5}, "config_overrides must be values that the model's configuration"),
+        ({"num_hidden_layers": 3}, "no weights for model.layers.1."),
+    ],
+)
+def test_changes_that_a_configuration_cannot_have(
+    folder: Path, overrides: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ModelNotAvailable) as caught:
+        load_model("mine", str(folder), config_overrides=overrides)
+    assert_one_line_error(caught.value, words)
+
+
+def test_a_folder_with_an_adapter_is_no_model(copy: Path) -> None:
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelNotAvailable) as caught:
+        load_model("mine", str(copy))
+    assert_one_line_error(
+        caught.value, "model.path must be a whole model", f"model.path=BASE model.adapter={copy}"
+    )
+
+
+def test_revision_and_device_map_are_passed_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To whatever reads from the hub, of which there is none here."""
+    asked: dict[str, list[Any]] = {"revision": [], "device_map": []}
+
+    def reading(kind: Any) -> Any:
+        read = kind.from_pretrained
+
+        def from_folder(source: str, **given: Any) -> Any:
+            if source != "owner/mine":  # by what is read here
+                return read(source, **given)
+            for name in asked.keys() & given.keys():
+                asked[name].append(given[name])
+            return read(folder, **{**given, "revision": None, "device_map": None})
+
+        return from_folder
+
+    for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
+        kind = getattr(load, name)
+        monkeypatch.setattr(kind, "from_pretrained", reading(kind))
+    monkeypatch.setattr(load, "find_spec", lambda name: name)
+    monkeypatch.setattr(
+        load, "cached_file", lambda path, name, revision, **more: f"{folder}/{revision and name}"
+    )
+    loaded = load_model("mine", "owner/mine", revision="v1", device_map="auto")
+    assert loaded.window == 64
+    assert asked == {"revision": ["v1"] * 3, "device_map": ["auto"]}
