@@ -253,7 +253,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Shape]] = {
             **{"moe_intermediate_size": 8, "n_shared_experts": 1, "first_k_dense_replace": 1},
             rope_scaling={**yarn(40.0, 4096), "mscale": 0.707, "mscale_all_dim": 0.707},
         ),
-        Shape(27, 16, 16, None, 163840),
+        Shape(27, 16, 16, 192, 163840),
     ),
 }
 

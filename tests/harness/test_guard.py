@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Olmo3Config, Olmo3ForCausalLM
 
-from topkbench.harness.canary import check_acting
+from topkbench.harness.canary import Canary, check_acting
 from topkbench.harness.cell import run_cell
 from topkbench.harness.decoding import NotFiniteError, tokenise_all
 from topkbench.harness.quality import check_finite
@@ -119,7 +119,12 @@ def test_the_canary_compares_with_full_attention(
             result = super().step(*args, **kwargs)
             return replace(result, out=result.out / 2)
 
-    context = replace(context_of(breakable, tmp_path, ExactTopK()), full=Halved())
+    context = context_of(breakable, tmp_path, ExactTopK())
+    with pytest.raises(ValueError, match="must be those of transformers' forward without one"):
+        check_acting(replace(context, full=Halved()))
+    monkeypatch.setattr(
+        Canary, "attend", lambda self, *given: (given[0].query_states.flatten(1, 2), None)
+    )
     with pytest.raises(MethodBypassedError, match="with every token selected the logits of random"):
         check_acting(context)
 
