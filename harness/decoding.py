@@ -10,7 +10,7 @@ from torch import Tensor
 
 from topkbench.harness.samples import Sample, TaskDoesNotFit
 from topkbench.methods.base import AnyMethod, KnownTokens
-from topkbench.models.compat import has_recurrent_layers, token_logits
+from topkbench.models.compat import has_recurrent_layers, rotary_change, token_logits
 from topkbench.models.encoding import answer_ends, encode_split, has_template, render_chat
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill_store import PrefillStore
@@ -31,11 +31,14 @@ class Prompt:
         prefill_ids: Tokens that are prefilled with dense attention, once for all methods.
         decode_ids: Question tokens that are decoded with the method, before the answer;
             empty under ``question="dense"``.
+        is_long: Whether its positions are rotated by a model's frequencies for long sequences; see
+            ``positions_of``.
     """
 
     sample: Sample
     prefill_ids: tuple[int, ...]
     decode_ids: tuple[int, ...]
+    is_long: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -95,7 +98,38 @@ def tokenise(loaded: LoadedModel, sample: Sample, question: Question) -> Prompt:
         )
     if question == "dense":
         prefill_ids, decode_ids = prefill_ids + decode_ids, []
-    return Prompt(sample, tuple(prefill_ids), tuple(decode_ids))
+    is_long = positions_of(loaded, len(prefill_ids), total, sample.sample_id)
+    return Prompt(sample, tuple(prefill_ids), tuple(decode_ids), is_long)
+
+
+def positions_of(loaded: LoadedModel, prefilled: int, total: int, sample_id: str) -> bool:
+    """Return whether a prompt's positions are rotated by frequencies for long sequences.
+
+    Some models have others for sequences beyond a length. Keys that were cached before it would
+    then meet queries after it, and short prompts long ones of the same batch.
+
+    Args:
+        loaded: The model.
+        prefilled: Tokens that are prefilled.
+        total: Tokens of the prompt and the longest answer.
+        sample_id: Names the prompt.
+
+    Raises:
+        TaskDoesNotFit: If the frequencies would change while it is decoded.
+    """
+    change = rotary_change(loaded.model.config)
+    if change is None:
+        return False
+    kind, at = change
+    if total <= at or (kind == "longrope" and prefilled > at):
+        return total > at
+    remedy = "" if kind == "dynamic" else f", or one whose prompts have more than {at} tokens"
+    raise TaskDoesNotFit(
+        f"{loaded.name} rotates positions by other frequencies from {at} tokens on"
+        f" (rope_type={kind}), so a prompt and its answer must lie on one side, got {prefilled}"
+        f" prefilled tokens and {total} in all in sample {sample_id}; use a task.length of at most"
+        f" {at}{remedy}."
+    )
 
 
 def count_tokens(loaded: LoadedModel, sample: Sample) -> int:
@@ -134,10 +168,10 @@ def tokenise_all(
 
 
 def batches(prompts: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:
-    """Group prompts by sub-task, at most ``batch_size`` to a batch."""
-    groups: dict[str, list[Prompt]] = {}
+    """Group prompts by sub-task, and by how positions are rotated, to ``batch_size`` at most."""
+    groups: dict[tuple[str, bool], list[Prompt]] = {}
     for prompt in prompts:
-        groups.setdefault(prompt.sample.subtask, []).append(prompt)
+        groups.setdefault((prompt.sample.subtask, prompt.is_long), []).append(prompt)
     return [
         group[begin : begin + batch_size]
         for group in groups.values()

@@ -53,6 +53,7 @@ __all__ = [
     "partial_attention",
     "read_call",
     "register_attention",
+    "rotary_change",
     "sdpa_attention_forward",
     "token_logits",
     "watching_caches",
@@ -134,6 +135,26 @@ def context_window(config: Any) -> int | None:
     if kind not in ("yarn", "dynamic", "linear") or factor is None or original is None:
         return positions
     return max(positions, int(original * factor))
+
+
+def rotary_change(config: Any) -> tuple[str, int] | None:
+    """Return how rotary positions depend on the sequence's length, and from how many tokens on.
+
+    ``"longrope"`` (Phi-3, Phi-4-mini): a sequence longer than that is rotated by other frequencies.
+    ``"dynamic"``: the frequencies change with every token beyond it.
+
+    Args:
+        config: The model's configuration.
+    """
+    config = config.get_text_config(decoder=True)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    of_kinds = [scaling] if "rope_type" in scaling else list(scaling.values())
+    for one in of_kinds:
+        kind = one.get("rope_type") if isinstance(one, dict) else None
+        if kind in ("longrope", "dynamic"):
+            at = one.get("original_max_position_embeddings") or config.max_position_embeddings
+            return kind, int(at)
+    return None
 
 
 def partial_attention(module: nn.Module, positions: int | None = None) -> PartialAttention | None:

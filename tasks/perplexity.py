@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from topkbench.harness.decoding import Decoder, Prompt, known_tokens
+from topkbench.harness.decoding import Decoder, Prompt, known_tokens, positions_of
 from topkbench.harness.reads import (
     ReadCount,
     ReadCounter,
@@ -145,7 +145,8 @@ class Perplexity(PromptTask):
                 max_new_tokens=0,
                 length=length,
             )
-            drawn.append(Prompt(sample, tuple(ids[:cut]), tuple(ids[cut:])))
+            is_long = positions_of(loaded, cut, length, sample.sample_id)
+            drawn.append(Prompt(sample, tuple(ids[:cut]), tuple(ids[cut:]), is_long))
         return drawn
 
     def _windows(self, loaded: LoadedModel) -> list[list[int]]:

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 from topkbench.harness.calibration import Calibration
 from topkbench.harness.canary import check_acting
 from topkbench.harness.cell import run_cell
-from topkbench.harness.decoding import Decoder, Prompt
+from topkbench.harness.decoding import Decoder, Prompt, batches, tokenise
 from topkbench.harness.fitting import fit_layers
 from topkbench.harness.reads import accounting, density_of_all_layers
-from topkbench.harness.samples import Sample
+from topkbench.harness.samples import Sample, TaskDoesNotFit
 from topkbench.harness.task import Context
 from topkbench.methods.base import AnyMethod, Policy, cache_bytes
 from topkbench.methods.exact import ExactTopK
@@ -194,18 +194,44 @@ def test_states_that_are_not_the_models_are_refused(
         check_acting(context_of(loaded, ExactTopK()))
 
 
-def test_a_draft_of_several_tokens_over_a_hybrid_cache_is_not_padded(hybrid: LoadedModel) -> None:
-    sample = Sample(
+def sample_of(prompt: str) -> Sample:
+    return Sample(
         sample_id="0",
         subtask="made",
-        context="",
-        question="",
+        context=prompt,
+        question="?",
         answer_prefix="",
         answers=("",),
-        max_new_tokens=1,
+        max_new_tokens=2,
         length=None,
     )
-    prompts = [Prompt(sample, (3, 4, 5), ask) for ask in ((6, 7), (8,))]
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_that_change_with_the_length_are_on_one_side(kind: str) -> None:
+    """Beyond 16 tokens Phi-4-mini's frequencies are others."""
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    loaded = loaded_of(
+        family("llama"), rope_parameters={**rope, "original_max_position_embeddings": 16}
+    )
+    word = len(loaded.tokenizer.encode(" the apple", add_special_tokens=False))
+    prompts = {at: " the apple" * (at // word) for at in (6, 14, 40)}
+    assert not tokenise(loaded, sample_of(prompts[6]), "sparse").is_long
+    with pytest.raises(TaskDoesNotFit, match=f"frequencies from 16 tokens on .rope_type={kind}"):
+        tokenise(loaded, sample_of(prompts[14]), "sparse")
+    if kind == "dynamic":
+        with pytest.raises(TaskDoesNotFit, match=r"use a task\.length of at most 16"):
+            tokenise(loaded, sample_of(prompts[40]), "sparse")
+        return
+    short, long = (tokenise(loaded, sample_of(prompts[at]), "sparse") for at in (6, 40))
+    assert long.is_long
+    assert batches([short, long, short], 4) == [[short, short], [long]]
+
+
+def test_a_draft_of_several_tokens_over_a_hybrid_cache_is_not_padded(hybrid: LoadedModel) -> None:
+    prompts = [Prompt(sample_of(""), (3, 4, 5), ask) for ask in ((6, 7), (8,))]
     decoder = Decoder(hybrid, PrefillStore(hybrid.model), prompts, 4)
     with (
         attach(hybrid.model, FullAttention(), Policy(k=24)),
