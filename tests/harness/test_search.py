@@ -107,7 +107,10 @@ def test_trials_are_cells_of_one_group_prefilled_once_a_batch(whole: Searches) -
     assert [one.number for one in trials] == list(range(9))
     assert {one.state.name for one in trials} == {"COMPLETE"}
     assert {one.params["k"] for one in trials} <= set(range(16, 65, 16))
-    assert len(whole.text("forwards").splitlines()) == 3 * 2  # batches of 3 trials, prompts
+    # Each batch of 3 trials with a new cell prefills the two prompts.
+    first = {one.user_attrs["cell"]: one.number // 3 for one in reversed(trials)}
+    assert len(set(first.values())) > 1
+    assert len(whole.text("forwards").splitlines()) == 2 * len(set(first.values()))
     rows = whole.rows
     for one in trials:
         row = rows.loc[one.user_attrs["cell"]]
