@@ -11,6 +11,7 @@ import html
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from topkbench.analysis.samples_file import samples_bytes
 from topkbench.analysis.stats import paired_columns
 from topkbench.analysis.variants import difference_table
 
-__all__ = ["build", "load", "main", "paired_columns", "summary_table"]
+__all__ = ["Report", "build", "load", "main", "paired_columns", "summary_table", "write"]
 
 summary_table = tables.summary_table
 
@@ -126,12 +127,39 @@ def _merge(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(full, ignore_index=True) if full else parts[0]
 
 
+@dataclass(frozen=True)
+class Report:
+    """A report that was written.
+
+    Attributes:
+        page: The absolute path of ``report.html``.
+        rows: The rows that were read.
+        samples: Their samples.
+        compared: The configurations that it shows.
+    """
+
+    page: Path
+    rows: pd.DataFrame
+    samples: pd.DataFrame
+    compared: Comparison
+
+
 def build(
     sources: str | Path | Sequence[str | Path],
     out: str | Path | None = None,
     models: Mapping[str, ModelSize] = MODELS,
     published: bool = False,
 ) -> Path:
+    """Do what `write` does; return the absolute path of ``report.html``."""
+    return write(sources, out, models, published).page
+
+
+def write(
+    sources: str | Path | Sequence[str | Path],
+    out: str | Path | None = None,
+    models: Mapping[str, ModelSize] = MODELS,
+    published: bool = False,
+) -> Report:
     """Write tables, figures and the report of one sweep, or of several merged.
 
     Args:
@@ -141,9 +169,6 @@ def build(
         models: Whole models for which the bound on a decode step is shown.
         published: Show the paper's published numbers beside ours; all of them, with the reasons why
             they are not comparable, go to ``published.csv``.
-
-    Returns:
-        The absolute path of ``report.html``.
 
     Raises:
         RecordError: If a source is missing, holds no row, or the folder cannot be written.
@@ -167,8 +192,8 @@ def _write(
     out: str | Path | None,
     models: Mapping[str, ModelSize],
     published: bool,
-) -> Path:
-    """Write what `build` says from rows that were read from paths; return the HTML file's path."""
+) -> Report:
+    """Write what `write` says, from rows that were read from paths."""
     first = paths[0] if paths[0].is_dir() else paths[0].parent
     place = Path(out) if out is not None else first if len(paths) == 1 else first.parent / "merged"
     folder = place.absolute()
@@ -178,14 +203,14 @@ def _write(
     compared = compare(rows.drop(of_kernels.index), samples)
     ordered = [name for name in rows.columns if not name.startswith(PARAMETER_PREFIX)]
     parameters = sorted(set(rows.columns) - set(ordered))
-    rows = typed(_merge([compared.rows, of_kernels]))[[*ordered, *parameters]]
+    shown = typed(_merge([compared.rows, of_kernels]))[[*ordered, *parameters]]
     if not any(_is_read_from(path, folder) for path in paths):
-        write_atomic(folder / "rows.parquet", rows.to_parquet(None, index=False))
-        write_atomic(folder / "rows.csv", rows.to_csv(index=False, lineterminator="\n").encode())
+        write_atomic(folder / "rows.parquet", shown.to_parquet(None, index=False))
+        write_atomic(folder / "rows.csv", shown.to_csv(index=False, lineterminator="\n").encode())
         write_atomic(folder / "samples.parquet", samples_bytes(samples))
     sweeps = [Sweep.open(path) for path in paths if path.is_dir()]
-    content = _content(compared, rows, samples, folder, models)
-    content["searches"] = search.sections(sweeps, rows, folder / "figures")
+    content = _content(compared, shown, samples, folder, models)
+    content["searches"] = search.sections(sweeps, shown, folder / "figures")
     commands = [one for sweep in sweeps for one in sweep.commands()]
     content["ran"] += [f"Command: {one}" for one in dict.fromkeys(commands)]
     if published:
@@ -199,7 +224,7 @@ def _write(
     write_atomic(folder / "report.md", _markdown(content).encode())
     path = folder / "report.html"
     write_atomic(path, _html(content).encode())
-    return path
+    return Report(path, rows, samples, compared)
 
 
 def _is_empty(path: Path) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from topkbench.analysis.break_even import MODELS, model_sizes
 from topkbench.analysis.console import say, say_error
 from topkbench.analysis.record import RecordError, Sweep
-from topkbench.analysis.report import build, summary_table
+from topkbench.analysis.report import summary_table, write
 from topkbench.analysis.row import Status
 from topkbench.analysis.search import outcome, text
 from topkbench.analysis.tracking import Tracker
@@ -55,14 +55,14 @@ class SweepReport:
         """
         with _said(sweep):
             sweep.note_command(command)
-            path = build(sweep.folder, models=self.models, published=self.published)
-            rows, samples = sweep.rows(), sweep.samples()
-            tracker.log_sweep(sweep.folder, sweep.title, rows, samples)
-            say(f"\n{summary_table(rows, samples)}\n")
+            report = write(sweep.folder, models=self.models, published=self.published)
+            rows = report.rows
+            tracker.log_sweep(sweep.folder, sweep.title, rows, report.samples)
+            say(f"\n{summary_table(report.compared)}\n")
             found = outcome(sweep, rows)
             if found is not None:
                 say(f"{text(found)}\n")
-            say(path)
+            say(report.page)
             good = [status.value for status in Status if status.settled]
             return 0 if rows["status"].isin(good).all() else FAILED_STATUS
 

@@ -8,8 +8,7 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
-from topkbench.analysis import style
-from topkbench.analysis.configurations import compare
+from topkbench.analysis.configurations import Comparison
 from topkbench.analysis.counts import measured_on
 from topkbench.analysis.curves import called_by_shape
 from topkbench.analysis.metrics import METRICS
@@ -280,15 +279,8 @@ _SPEEDUP_NOTE = (
 )
 
 
-def summary_table(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> str:
-    """Return the tables for the terminal at the end of a sweep.
-
-    Args:
-        rows: The sweep's rows.
-        samples: The sweep's samples, for intervals over several seeds and for bold scores.
-    """
-    with style.recorded(rows):
-        compared = compare(rows, samples)
+def summary_table(compared: Comparison) -> str:
+    """Return the tables for the terminal at the end of a sweep, from its configurations."""
     parts: list[str] = []
     for key, configurations in compared.by_setting():
         top = configurations[configurations.index.isin(compared.overall.index)]

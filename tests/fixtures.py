@@ -154,12 +154,16 @@ def make_method() -> Callable[..., AnyMethod]:
 
 @pytest.fixture(scope="session")
 def gguf_read_once() -> Iterator[None]:
-    """Parse each GGUF file once: transformers does for each of its parts, ten seconds at a time."""
+    """Parse each GGUF file once, whatever links to it: transformers does for each of its parts, ten
+    seconds at a time.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if find_spec("gguf") is not None:
-            for name in ("GGUFReader", "get_tensor_name_map"):
-                cached = functools.cache(getattr(importlib.import_module("gguf"), name))
-                patch.setattr(f"gguf.{name}", cached)
+            gguf: Any = importlib.import_module("gguf")
+            read = functools.cache(gguf.GGUFReader)
+            patch.setattr(gguf, "GGUFReader", lambda path: read(os.path.realpath(path)))
+            names = functools.cache(gguf.get_tensor_name_map)
+            patch.setattr(gguf, "get_tensor_name_map", names)
         yield
 
 

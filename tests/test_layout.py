@@ -1,10 +1,10 @@
 """Rules of the layout: allowed imports between folders, what is packaged, the README's table."""
 
 import ast
+import functools
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,14 +85,17 @@ BARE_MACHINE = tuple(
 )
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Yield every dotted name that a file imports anywhere; ``from a import b`` gives a.b."""
+@functools.cache  # several tests ask for the same files
+def imports(path: Path) -> tuple[str, ...]:
+    """Return every dotted name that a file imports anywhere; ``from a import b`` gives a.b."""
+    found: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} imports relatively"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(found)
 
 
 def code_of(folder: str) -> list[Path]:

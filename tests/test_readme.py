@@ -110,18 +110,23 @@ def test_a_method_stays_in_the_repository_with_two_files_and_a_run_of_the_tool(
     mine = code.replace(f'"""{sentence}"""', f'"""{sentence}{sections}\n    """')
     (tmp_path / "methods" / "mine.py").write_text(mine)
     (tmp_path / "conf" / "method" / "mine.yaml").write_text(settings)
-    tool = ["tools/make_methods.py"]
-    tests = ["-m", "pytest", "-n0", "-p", "no:cacheprovider", *files]
+    tests = ["-n0", "-p", "no:cacheprovider", *files]
     tests += ["-k", "test_layout or test_style or mine or test_docs and method"]
-    for arguments in (tool, tests):
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=tmp_path,
-            env={name: one for name, one in os.environ.items() if name != "PYTHONPATH"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+    # In one process, which imports torch once.
+    program = f"""
+import runpy, sys
+import pytest
+runpy.run_path("tools/make_methods.py", run_name="__main__")
+sys.exit(pytest.main({tests!r}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={name: one for name, one in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     row = "| `mine` | Keep the tokens whose keys are longest |  | 1 value, the key's length |  |\n"
     assert row in (tmp_path / "README.md").read_text()
     assert "## Longest keys\n" in (tmp_path / "docs" / "methods.md").read_text()

@@ -311,11 +311,11 @@ def test_failures_are_listed_with_their_reason_and_not_compared(row: RowMaker) -
     assert table.rows[0][:2] == ["failed", "quest"]
     assert table.rows[0][7] == "It broke."
     assert failure_table(frame([row()])) is None
-    assert "It broke." in summary_table(rows)
+    assert "It broke." in summary_table(found)
 
 
 def test_an_empty_report_says_that_nothing_ran() -> None:
-    assert summary_table(frame([])) == "No cell has a row yet."
+    assert summary_table(compare(frame([]))) == "No cell has a row yet."
     assert compare(frame([])).overall.empty
 
 

@@ -411,8 +411,8 @@ def test_throughput_is_drawn_over_context_if_measured(
 
 def test_the_terminal_shows_throughput_where_nothing_is_scored(row: Callable[..., Row]) -> None:
     timed = row(tokens_per_s=12.5, length=None)
-    assert "Throughput (tokens/s)" in summary_table(frame([timed]))
-    assert "Throughput" not in summary_table(frame([timed.replace(score=50.0)]))
+    assert "Throughput (tokens/s)" in summary_table(compare(frame([timed])))
+    assert "Throughput" not in summary_table(compare(frame([timed.replace(score=50.0)])))
 
 
 def test_axes_and_legend_of_a_curve(big: Comparison) -> None:

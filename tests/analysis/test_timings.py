@@ -97,7 +97,11 @@ def test_full_attention_without_methods_shows_the_time_of_its_cell(row: RowMaker
 def test_console_and_report_mark_unsteady_numbers(row: RowMaker, tmp_path: Path) -> None:
     busy(row).to_parquet(tmp_path / "rows.parquet")
     text = build(tmp_path, tmp_path / "out").read_text()
-    for said in (summary_table(busy(row)), text, (tmp_path / "out" / "report.md").read_text()):
+    for said in (
+        summary_table(compare(busy(row))),
+        text,
+        (tmp_path / "out" / "report.md").read_text(),
+    ):
         assert "32.78 [3.28, 62.28]‡" in said
         assert WILD in said
         assert "16.00†" in said

@@ -299,16 +299,7 @@ def test_an_assignment_that_cannot_be_done_ends_the_sweep_with_its_reason(
 
 
 @pytest.mark.slow
-def test_processes_of_joblib_give_the_rows_of_one_process(
-    alone: Path, jobs: list[Job], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    run(Joblib(workers=2), tmp_path, jobs)
-    check_same(alone, tmp_path)
-    assert "2 of 2 shares measured, 2 prompts prefilled" in capfd.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed_loses_nothing(
+def test_processes_of_joblib_give_the_rows_of_one_process_though_one_is_killed(
     alone: Path, jobs: list[Job], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     class Killing(Joblib):
@@ -333,7 +324,9 @@ def test_a_worker_that_is_killed_loses_nothing(
 
     run(Killing(workers=2), tmp_path, jobs)
     assert killed != []
-    assert "a worker has died" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert out.count("a worker has died") == 1
+    assert "2 of 2 shares measured" in out
     check_same(alone, tmp_path)
 
 
@@ -508,7 +501,8 @@ def test_tasks_of_ray_give_the_rows_of_one_process(
 ) -> None:
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    # On one core the tasks come one after the other, in one process, which imports torch once.
+    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR")
     try:
         run(launchers.Ray(address=None, **ONE_CORE), tmp_path, jobs)
     finally:

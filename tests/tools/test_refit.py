@@ -5,6 +5,7 @@ first 200 are taken, and what is shipped must still have the loss that it was le
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from topkbench.methods.double_sparsity import DoubleSparsity
 from topkbench.methods.hash_attention import LINEAR_LAYERS, HashAttention, past_keys
 from topkbench.methods.hata import HATA
 from topkbench.methods.infinigen import InfiniGen
-from topkbench.methods.learning import AnyLearningMethod
+from topkbench.methods.learning import AnyLearningMethod, LayerStates
 from topkbench.methods.loki import Loki
 from topkbench.models.load import LoadedModel, load_model
 from topkbench.tasks.ruler_words_prompts import CalibrationPrompts
@@ -42,6 +43,25 @@ def first_layer(tiny: LoadedModel) -> LoadedModel:
     return replace(tiny, model=model)
 
 
+class Everything(HATA):
+    """A method that asks for the queries of all positions."""
+
+    def query_positions(self, layer: int, lengths: Sequence[int]) -> list[list[int]]:
+        return [list(range(n)) for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def captured(first_layer: LoadedModel) -> LayerStates:
+    """The layer's states on the calibration prompts, of which each method takes its queries."""
+    return Calibration.draw(first_layer, Everything(), CalibrationPrompts()).capture([LAYER])[LAYER]
+
+
+def asked(captured: LayerStates, method: AnyLearningMethod) -> LayerStates:
+    """Return the states with the queries that a method asks for."""
+    positions = method.query_positions(LAYER, [keys.shape[1] for _, keys in captured])
+    return [(queries[:, at], keys) for (queries, keys), at in zip(captured, positions, strict=True)]
+
+
 def shipped(loaded: LoadedModel, method: AnyLearningMethod) -> artifact.Artifact:
     spec = artifact_spec(loaded, method, CalibrationPrompts())
     assert spec is not None
@@ -50,19 +70,14 @@ def shipped(loaded: LoadedModel, method: AnyLearningMethod) -> artifact.Artifact
     return artifact.load(path, expect=spec)
 
 
-def refitted(loaded: LoadedModel, method: AnyLearningMethod) -> dict[str, torch.Tensor]:
-    states = Calibration.draw(loaded, method, CalibrationPrompts()).capture([LAYER])[LAYER]
-    return method.fit_layer(LAYER, states)
-
-
 @pytest.mark.parametrize(
     "method", [DoubleSparsity(), InfiniGen(), Loki()], ids=lambda method: method.name
 )
 def test_refitting_gives_the_shipped_artifact(
-    tiny: LoadedModel, first_layer: LoadedModel, method: AnyLearningMethod
+    tiny: LoadedModel, captured: LayerStates, method: AnyLearningMethod
 ) -> None:
     kept = shipped(tiny, method).tensors
-    learned = refitted(first_layer, method)
+    learned = method.fit_layer(LAYER, asked(captured, method))
     assert learned.keys() == kept.keys()
     for name, tensor in learned.items():
         size = float(kept[name][LAYER].abs().max())
@@ -70,11 +85,11 @@ def test_refitting_gives_the_shipped_artifact(
 
 
 def test_hash_attention_learns_in_its_first_steps_what_it_did(
-    tiny: LoadedModel, first_layer: LoadedModel
+    tiny: LoadedModel, captured: LayerStates
 ) -> None:
     """The expected losses are those of the fit of which all 4,000 steps gave what is shipped."""
     method = HashAttention(steps=200)
-    states = Calibration.draw(first_layer, method, CalibrationPrompts()).capture([LAYER])[LAYER]
+    states = asked(captured, method)
     reported: dict[int, float] = {}
     learned = method.fit_layer(
         LAYER, states, lambda step, steps, loss: reported.update({step: loss})
@@ -110,7 +125,7 @@ def test_hash_attention_learns_in_its_first_steps_what_it_did(
 
 @pytest.mark.slow
 def test_refitting_gives_nearly_the_shipped_hash_weights(
-    tiny: LoadedModel, first_layer: LoadedModel
+    tiny: LoadedModel, captured: LayerStates
 ) -> None:
     """Its 300 steps on a steep loss amplify rounding differences, so not all bits agree.
 
@@ -118,7 +133,7 @@ def test_refitting_gives_nearly_the_shipped_hash_weights(
     """
     method = HATA(rbit=32)
     kept = shipped(tiny, method).tensors["hash_weight"][LAYER]
-    learned = refitted(first_layer, method)["hash_weight"]
+    learned = method.fit_layer(LAYER, asked(captured, method))["hash_weight"]
     cosines = torch.nn.functional.cosine_similarity(learned, kept, dim=1)
     assert learned.shape == kept.shape
     assert float((cosines > 0.9).float().mean()) > 0.8
