@@ -170,6 +170,10 @@ class Calibration:
             if call.layer in captured:
                 states = captured[call.layer]
                 queries = call.query_states[0][:, positions[call.layer][len(states)]]
+                # Methods learn from logits of 1/sqrt(d) times the dot products, as Llama's are.
+                factor = call.scale * queries.shape[-1] ** 0.5
+                if abs(factor - 1) > 1e-6:
+                    queries = queries * factor
                 states.append((copied(queries), copied(call.key_states[0])))
 
         def copied(states: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from topkbench.harness.samples import Sample, TaskDoesNotFit
 from topkbench.methods.base import AnyMethod, KnownTokens
-from topkbench.models.compat import has_recurrent_layers, rotary_change, token_logits
+from topkbench.models.compat import has_recurrent_layers, length_change, token_logits
 from topkbench.models.encoding import answer_ends, encode_split, has_template, render_chat
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill_store import PrefillStore
@@ -105,8 +105,8 @@ def tokenise(loaded: LoadedModel, sample: Sample, question: Question) -> Prompt:
 def positions_of(loaded: LoadedModel, prefilled: int, total: int, sample_id: str) -> bool:
     """Return whether a prompt's positions are rotated by frequencies for long sequences.
 
-    Some models have others for sequences beyond a length. Keys that were cached before it would
-    then meet queries after it, and short prompts long ones of the same batch.
+    Some models attend otherwise beyond a length; see ``length_change``. Keys that were cached
+    before it would then meet queries after it, and short prompts long ones of the same batch.
 
     Args:
         loaded: The model.
@@ -115,20 +115,19 @@ def positions_of(loaded: LoadedModel, prefilled: int, total: int, sample_id: str
         sample_id: Names the prompt.
 
     Raises:
-        TaskDoesNotFit: If the frequencies would change while it is decoded.
+        TaskDoesNotFit: If that would change while it is decoded, or with the tokens beyond it.
     """
-    change = rotary_change(loaded.model.config)
+    change = length_change(loaded.model.config)
     if change is None:
         return False
     kind, at = change
     if total <= at or (kind == "longrope" and prefilled > at):
         return total > at
-    remedy = "" if kind == "dynamic" else f", or one whose prompts have more than {at} tokens"
+    other = f", or of which prompts have more than {at} tokens" if kind == "longrope" else ""
     raise TaskDoesNotFit(
-        f"{loaded.name} rotates positions by other frequencies from {at} tokens on"
-        f" (rope_type={kind}), so a prompt and its answer must lie on one side, got {prefilled}"
-        f" prefilled tokens and {total} in all in sample {sample_id}; use a task.length of at most"
-        f" {at}{remedy}."
+        f"{loaded.name} attends otherwise from {at} tokens on ({kind}), so a prompt and its answer"
+        f" must have fewer{' or begin beyond' if other else ''}, got {prefilled} prefilled tokens"
+        f" and {total} in all in sample {sample_id}; use a task.length of at most {at}{other}."
     )
 
 

@@ -12,7 +12,7 @@ from topkbench.harness.run import Run
 from topkbench.harness.runner import JournaledCell
 from topkbench.harness.sweep import Steps
 from topkbench.harness.task import Context
-from topkbench.methods.base import QUERY_TAIL, cache_bytes
+from topkbench.methods.base import QUERY_TAIL, cache_bytes, kv_bytes
 
 
 @dataclass(eq=False)
@@ -160,10 +160,11 @@ class Work:
         linear = [one for one in model.modules() if isinstance(one, torch.nn.Linear)]
         numbers = sum(layer.weight.numel() for layer in linear if layer is not output)
         weights = numbers * geometry.dtype_bytes
-        channels = len(geometry.attention_layers) * geometry.num_heads * geometry.head_dim
+        channels = len(geometry.global_layers) * geometry.num_heads * geometry.head_dim
         found = []
         for number, batch in zip(self.missing, self.batches, strict=True):
-            # Two products of n²/2 pairs, each of a multiplication and an addition a channel.
+            # Two products of n²/2 pairs, each of a multiplication and an addition a channel, in the
+            # layers that attend to the whole past; the others' work is left out.
             prefills = [
                 card.seconds(2 * numbers * n + 2 * channels * n**2, weights)
                 for n in (len(prompt.prefill_ids) for prompt in batch)
@@ -173,7 +174,7 @@ class Work:
                 steps, n = one.steps, round(prefilled(one.prompts))
                 num_bytes = steps.forwards * weights
                 num_bytes += steps.own * step_bytes(one.cell.measured.context, n)
-                num_bytes += steps.full * cache_bytes(geometry, n)
+                num_bytes += steps.full * len(geometry.global_layers) * kv_bytes(geometry, n)
                 operations = 2.0 * numbers * (steps.own + steps.full)
                 more = card.seconds(operations, num_bytes)
                 seconds[one.part] = seconds.get(one.part, 0.0) + more

@@ -49,11 +49,11 @@ __all__ = [
     "is_cache",
     "is_recurrent",
     "layer_of",
+    "length_change",
     "max_slots",
     "partial_attention",
     "read_call",
     "register_attention",
-    "rotary_change",
     "sdpa_attention_forward",
     "token_logits",
     "watching_caches",
@@ -137,16 +137,19 @@ def context_window(config: Any) -> int | None:
     return max(positions, int(original * factor))
 
 
-def rotary_change(config: Any) -> tuple[str, int] | None:
-    """Return how rotary positions depend on the sequence's length, and from how many tokens on.
+def length_change(config: Any) -> tuple[str, int] | None:
+    """Return how attention depends on the whole sequence's length, and from how many tokens on.
 
     ``"longrope"`` (Phi-3, Phi-4-mini): a sequence longer than that is rotated by other frequencies.
-    ``"dynamic"``: the frequencies change with every token beyond it.
+    ``"dynamic"``: the frequencies change with every token beyond it. ``"temperature"`` (Llama 4):
+    queries of layers without positions are scaled by the number of tokens in the cache.
 
     Args:
         config: The model's configuration.
     """
     config = config.get_text_config(decoder=True)
+    if getattr(config, "attn_temperature_tuning", False) and hasattr(config, "floor_scale"):
+        return "temperature", int(config.floor_scale)
     scaling = getattr(config, "rope_parameters", None) or {}
     of_kinds = [scaling] if "rope_type" in scaling else list(scaling.values())
     for one in of_kinds:

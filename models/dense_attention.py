@@ -43,10 +43,10 @@ def dense_attention(
         section 2.
     """
     q_len = query_states.shape[2]
-    if mask is None and q_len > 1:
+    is_causal = mask is None and q_len > 1
+    if is_causal:
         key_states, value_states = key_states[:, :, :q_len], value_states[:, :, :q_len]
-        mask = torch.ones(q_len, q_len, dtype=torch.bool, device=query_states.device)
-        mask = mask.tril()[None, None]
+    slots = torch.arange(key_states.shape[2], device=query_states.device)
     num_kv_heads = key_states.shape[1]
     wide = torch.promote_types(query_states.dtype, torch.float32)
     keys = key_states[:, :, None].to(wide)
@@ -55,8 +55,11 @@ def dense_attention(
         block = query_states[:, :, first : first + _QUERY_BLOCK].to(wide)
         # [B, Hkv, G, q, n]
         logits = capped(block.unflatten(1, (num_kv_heads, -1)) @ keys.mT * scale, softcap)
-        if mask is not None:
+        if is_causal:  # not of all queries at once, which would be n² numbers
+            hidden = slots > slots[first : first + _QUERY_BLOCK, None]
+        elif mask is not None:
             hidden = ~mask[:, :, None, first : first + _QUERY_BLOCK]
+        if is_causal or mask is not None:
             # Not -inf: a padding query with every key masked must not become NaN.
             logits = logits.masked_fill(hidden, torch.finfo(wide).min)
         weights = softmax(logits, sinks).to(value_states.dtype)

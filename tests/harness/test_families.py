@@ -219,7 +219,7 @@ def test_positions_that_change_with_the_length_are_on_one_side(kind: str) -> Non
     word = len(loaded.tokenizer.encode(" the apple", add_special_tokens=False))
     prompts = {at: " the apple" * (at // word) for at in (6, 14, 40)}
     assert not tokenise(loaded, sample_of(prompts[6]), "sparse").is_long
-    with pytest.raises(TaskDoesNotFit, match=f"frequencies from 16 tokens on .rope_type={kind}"):
+    with pytest.raises(TaskDoesNotFit, match=f"attends otherwise from 16 tokens on .{kind}."):
         tokenise(loaded, sample_of(prompts[14]), "sparse")
     if kind == "dynamic":
         with pytest.raises(TaskDoesNotFit, match=r"use a task\.length of at most 16"):

@@ -95,7 +95,7 @@ def test_the_canary_refuses_a_model_that_bypasses_the_method(
     made = DecodeThroughput(lengths=(100,)) if task is DecodeThroughput else ruler(tmp_path)
     (row,) = run_cell(context_of(breakable, tmp_path, ExactTopK()), made).rows
     assert row.status == "wrong"
-    assert "must go through canary, but of 6 steps of single layers 6 attended" in row.reason
+    assert "must go through canary, but of 12 steps of single layers 12 attended" in row.reason
 
 
 def test_the_canary_detects_that_a_selection_has_no_effect(

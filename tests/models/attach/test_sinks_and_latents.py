@@ -155,7 +155,7 @@ def test_column_sums_are_the_models_own_attention(gpt_oss: PreTrainedModel, prom
     with torch.no_grad():
         wanted = gpt_oss(ids, output_attentions=True).attentions
     captured = prefill(gpt_oss, ids[0].tolist(), frozenset({"column_sums"})).captured
-    for one, weights in zip(captured, wanted, strict=True):
+    for one, weights in zip(captured.values(), wanted, strict=True):
         torch.testing.assert_close(one.column_sums, weights.sum(2), atol=1e-4, rtol=1e-4)
         assert float(weights.sum()) < 0.99 * weights[..., 0].numel()  # the sinks take the rest
 
