@@ -68,9 +68,9 @@ def check_acting(context: Context) -> None:
 
     Full attention must give the logits of transformers' own forward over all tokens of a prompt at
     once, by its own attention and without a cache, also when the prompts are decoded again: a model
-    may keep states that are not in its cache. Selecting all tokens must give full attention's logits, and
-    selecting two tokens must not. That a method's answers equal full attention's would not show
-    this, since a good method's do too.
+    may keep states that are not in its cache. Selecting all tokens must give full attention's
+    logits, and selecting two tokens must not. That a method's answers equal full attention's would
+    not show this, since a good method's do too.
 
     Args:
         context: The cell's context; its method is not used.
@@ -122,8 +122,8 @@ def check_acting(context: Context) -> None:
         )
     if not change > 2 * error:
         raise MethodBypassedError(
-            f"with {FEW} of {PROMPTS[0]} tokens selected the logits of {loaded.name} must differ from"
-            f" full attention's by more than with all of them ({error:.3g}), got {change:.3g}: what"
+            f"with {FEW} of {PROMPTS[0]} tokens selected the logits of {loaded.name} must differ"
+            f" from full attention's by more than with all of them ({error:.3g}), got {change:.3g}: what"
             " a method selects does not reach them; topkbench does not support this model."
         )
     _CHECKED.add(loaded.model)
@@ -134,7 +134,7 @@ def _difference(logits: Tensor, expected: Tensor) -> float:
 
     In a low precision a token may be routed to other experts, so the best step of a row counts.
     """
-    errors = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
+    errors = (logits.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
     steps = errors.amax(1) if logits.dtype in TOLERANCE else errors.amin(1)
     return float(steps.max())
 
@@ -159,9 +159,8 @@ def _expected(context: Context) -> Tensor:
     with using_attention(model, "eager"):
         for ids in _tokens(context):
             last = torch.arange(len(ids) - STEPS, len(ids), device=model.device)
-            found.append(
-                token_logits(model, torch.tensor([ids], device=model.device), keep=last)[0]
-            )
+            row = torch.tensor([ids], device=model.device)
+            found.append(token_logits(model, row, keep=last)[0])
     return torch.stack(found)
 
 

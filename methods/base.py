@@ -176,9 +176,10 @@ class Geometry:
     def identity(self) -> dict[str, SharedState]:
         """The model's digest and attention shape, by which an artifact is tied to its model."""
         names = ("model_digest", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        found = {name: getattr(self, name) for name in names}
+        found: dict[str, SharedState] = {name: getattr(self, name) for name in names}
         # Which layers see the whole past may depend on the window that a model is run with.
-        return {**found, "global_layers": self.global_layers} if self.other_layers else found
+        layers = ", ".join(map(str, self.global_layers))
+        return {**found, "global_layers": layers} if self.other_layers else found
 
 
 @dataclass(frozen=True, kw_only=True)

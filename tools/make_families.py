@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":  # lets the script run without installing the package, as run.py does
     sys.path[0] = str(ROOT / ".types")
 
-from topkbench.tests.models.families import OWN_CACHE, REFUSED, SERVED  # noqa: E402
+from topkbench.tests.models.families import OWN_CACHE, OWN_STATES, REFUSED, SERVED  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
 
@@ -26,14 +26,19 @@ Of each family a tiny model of random weights is held against transformers: with
 selected it generates what transformers' `generate` gives with its own attention, token for token in
 float32, one prompt or three padded ones; decoded with topkbench's cache its logits are those of one
 forward without a cache; and with a few tokens selected the method acts in every layer left to it.
-Before a model's first cell the same is checked on the model itself: what is not served says why in
+Before a model's first cell, the model itself decodes a few tokens after two prompts of 48 and 31
+tokens, twice: the logits must be those of transformers' own forward. What is not served says why in
 one sentence, and its rows have no numbers.
 
 - **Layers with a sliding window or chunks** stay dense, since they read few tokens. The bytes and
   the density of a step count what they read. The cache keeps all their tokens.
 - **Layers without attention** (state-space models, linear attention, short convolutions) run as
   they are. Their states are kept with each prompt, so that every cell begins with them. Since every
-  token changes them, a question's tokens are decoded one by one.
+  token changes them, a question's tokens are decoded one by one. A step's bytes are those of keys,
+  values and index; these states, which every method reads alike, are left out.
+- **Attention that changes with the sequence's length** (`longrope` of Phi-3 and Phi-4-mini,
+  `dynamic`, Llama 4's temperature): a prompt and its answer must lie on one side of the length at
+  which it changes; with the last two, below it.
 - **Learned sinks, capped and scaled logits, biases, norms and partial rotary positions** act in
   the attention to the selected tokens as in the model's own.
 - **Latent attention** (MLA) is used as transformers expands it: bytes are those of expanded keys
@@ -61,7 +66,7 @@ def page() -> str:
     ]
     refused = [
         (f"`{one.family.name}`", one.family.models, one.family.layers)
-        for one in (*REFUSED, OWN_CACHE)
+        for one in (*REFUSED, OWN_CACHE, OWN_STATES)
     ]
     return "\n".join(
         [

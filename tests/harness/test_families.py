@@ -20,15 +20,23 @@ from topkbench.harness.task import Context
 from topkbench.methods.base import AnyMethod, Policy, cache_bytes
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
-from topkbench.methods.learning import artifact_spec
+from topkbench.methods.learning import artifact_spec, check_ready
 from topkbench.models.attach import attach, geometry_of
+from topkbench.models.compat import set_window
 from topkbench.models.load import SHIPPED, LoadedModel
 from topkbench.models.prefill_store import PrefillStore
 from topkbench.models.recurrent import LayerState
 from topkbench.tasks.decode_throughput import DecodeThroughput
 from topkbench.tasks.perplexity import Perplexity
 from topkbench.tasks.ruler_words import RulerWords
-from topkbench.tests.models.families import OWN_CACHE, SERVED, Family
+from topkbench.tests.models.families import (
+    OWN_CACHE,
+    OWN_STATES,
+    SERVED,
+    WINDOW,
+    Family,
+    Refused,
+)
 
 TEXT = [[3, 4, 5, 6, 7, 8, 9] * 20, [9, 4, 7, 5, 3] * 20]
 SIX = ("full", "hata", "quest", "loki", "snapkv", "streaming_llm")
@@ -109,14 +117,26 @@ def test_all_tokens_selected_answer_as_full_attention(hybrid: LoadedModel, tmp_p
         assert context.full_answer(prompt) == expected["tokens"]
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "gpt_oss"])
-@pytest.mark.parametrize("protocol", ["unified", "native"])
+@pytest.mark.parametrize(
+    ("name", "protocol"),
+    [
+        ("qwen3_next", "unified"),
+        ("gpt_oss", "unified"),
+        ("gpt_oss", "native"),
+        ("gemma3_text", "native"),
+        ("qwen3_moe", "native"),
+        ("smollm3", "unified"),
+        ("olmo3", "unified"),
+    ],
+)
 def test_six_methods_answer_and_are_judged(
     name: str, protocol: str, tmp_path: Path, make_method: Callable[..., AnyMethod]
 ) -> None:
     chosen = family(name)
-    kinds = [*chosen.config["layer_types"], *chosen.config["layer_types"]]
-    loaded = loaded_of(chosen, num_hidden_layers=4, layer_types=kinds)
+    by_layer = {
+        key: [*value, *value] for key, value in chosen.config.items() if isinstance(value, list)
+    }
+    loaded = loaded_of(chosen, num_hidden_layers=4, **by_layer)
     for method in SIX:
         made = fitted(make_method(method, fit=False), loaded)
         policy = Policy(k=32, num_sink=1, num_recent=4, dense_layers=0)
@@ -171,11 +191,29 @@ def test_a_fit_learns_the_layers_that_attend_to_the_whole_past(
         assert tensor[1].any()
 
 
-def test_a_model_with_a_cache_of_its_own_is_refused(tmp_path: Path) -> None:
-    if not OWN_CACHE.family.is_known:
+@pytest.mark.parametrize("refused", [OWN_CACHE, OWN_STATES], ids=lambda one: one.family.name)
+def test_a_model_with_a_cache_or_states_of_its_own_is_refused(refused: Refused) -> None:
+    if not refused.family.is_known:
         pytest.skip("this transformers has no such model")
-    with pytest.raises(ValueError, match=f"must decode with topkbench's cache.*{OWN_CACHE.why}"):
-        check_acting(context_of(loaded_of(OWN_CACHE.family), ExactTopK()))
+    with pytest.raises(ValueError, match=refused.why):
+        check_acting(context_of(loaded_of(refused.family), ExactTopK()))
+
+
+def test_a_fit_for_other_layers_is_another_and_is_refused(
+    make_method: Callable[..., AnyMethod],
+) -> None:
+    """With a window of at most the layers' own, a layer with sliding attention is a global one."""
+    method: Any = make_method("loki", fit=False)
+    loaded = loaded_of(family("gemma3_text"))
+    slides = geometry_of(loaded.model)
+    fitted(method, loaded)
+    check_ready(method, slides)
+    set_window(loaded.model, WINDOW)
+    whole = geometry_of(loaded.model)
+    assert (slides.global_layers, whole.global_layers) == ([1], [0, 1])
+    assert method.artifact_spec(slides) != method.artifact_spec(whole)
+    with pytest.raises(ValueError, match="only zeros for layer 0; fit it on this model with"):
+        check_ready(method, whole)
 
 
 def test_states_that_are_not_the_models_are_refused(
@@ -209,7 +247,7 @@ def sample_of(prompt: str) -> Sample:
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 def test_positions_that_change_with_the_length_are_on_one_side(kind: str) -> None:
-    """Beyond 16 tokens Phi-4-mini's frequencies are others."""
+    """As beyond 4,096 tokens of Phi-4-mini."""
     rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}

@@ -329,6 +329,21 @@ REFUSED = [
     ),
 ]
 
+OWN_STATES = Refused(
+    Family(
+        "recurrent_gemma",
+        "RecurrentGemma",
+        "states that are kept in its modules, not in its cache",
+        {
+            "num_hidden_layers": 3,
+            "block_types": ["recurrent", "recurrent", "attention"],
+            "attention_window_size": 512,
+            "lru_width": 32,
+        },
+    ),
+    "must (be those of transformers' forward|decode with topkbench's cache)",
+)
+"""Is found when two prompts are decoded together."""
 OWN_CACHE = Refused(
     Family(
         "minimax",
@@ -336,6 +351,6 @@ OWN_CACHE = Refused(
         "linear attention in a cache of its own",
         {**_EXPERTS, "layer_types": ["linear_attention", "full_attention"], "block_size": 16},
     ),
-    "MiniMax uses cache of its own",
+    "must decode with topkbench's cache.*MiniMax uses cache of its own",
 )
 """Is found when its first tokens are decoded."""
