@@ -123,8 +123,8 @@ def check_acting(context: Context) -> None:
     if not change > 2 * error:
         raise MethodBypassedError(
             f"with {FEW} of {PROMPTS[0]} tokens selected the logits of {loaded.name} must differ"
-            f" from full attention's by more than with all of them ({error:.3g}), got {change:.3g}: what"
-            " a method selects does not reach them; topkbench does not support this model."
+            f" from full attention's by more than with all of them ({error:.3g}), got {change:.3g}:"
+            " what a method selects does not reach them; topkbench does not support this model."
         )
     _CHECKED.add(loaded.model)
 

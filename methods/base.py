@@ -173,10 +173,10 @@ class Geometry:
         return self if other is None else replace(self, **vars(other))
 
     @property
-    def identity(self) -> dict[str, SharedState]:
+    def identity(self) -> dict[str, object]:
         """The model's digest and attention shape, by which an artifact is tied to its model."""
         names = ("model_digest", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        found: dict[str, SharedState] = {name: getattr(self, name) for name in names}
+        found: dict[str, object] = {name: getattr(self, name) for name in names}
         # Which layers see the whole past may depend on the window that a model is run with.
         layers = ", ".join(map(str, self.global_layers))
         return {**found, "global_layers": layers} if self.other_layers else found
