@@ -91,7 +91,7 @@ def check_acting(context: Context) -> None:
     except (MethodBypassedError, NotFiniteError, torch.OutOfMemoryError):
         raise
     except Exception as failure:  # of any kind: a model's own forward may need another cache
-        found = " ".join(str(failure).split())[:200]
+        found = " ".join(str(failure).split())[:200].rstrip(".")
         raise ValueError(
             f"{loaded.name} must decode with topkbench's cache, got in"
             f" {type(loaded.model).__name__} {type(failure).__name__}: {found}; topkbench does not"

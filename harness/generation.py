@@ -192,7 +192,10 @@ class GenerationTask(PromptTask):
             shared["sparse_step_share"] = statistics.fmean(taken)
         mean_length = statistics.fmean(prompt.num_tokens for prompt in prompts)
         shared |= accounting(context, round(mean_length), Reads.mean(reads))
-        shared["density_all"] = density_of_all_layers(context, shared["kv_len"], density)
+        # At the steps over which the density was counted, those of the answers included.
+        cached = [one.mean_cached(shared["kv_len"]) for one in counts.values()]
+        n = round(statistics.fmean(cached)) if cached else shared["kv_len"]
+        shared["density_all"] = density_of_all_layers(context, n, density)
         if records.get("speed"):
             timed = [one for record in records["speed"] for one in record["prompts"]]
             shared |= speed_of(context, timed, shared["bytes_read_per_step"])

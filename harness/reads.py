@@ -77,6 +77,10 @@ class ReadCount:
         """Share of the cached tokens that were read, 0 to 1; None before the first step."""
         return self.read / self.cached if self.cached else None
 
+    def mean_cached(self, otherwise: int) -> int:
+        """Return the cached tokens at a step, on average; ``otherwise`` before the first step."""
+        return round(self.cached / self.layer_steps) if self.layer_steps else otherwise
+
     @property
     def step_reads(self) -> "Reads | None":
         """What a KV head read per step, on average; None before the first step."""
@@ -173,7 +177,7 @@ def density_of_all_layers(context: Context, n: int, density: float | None) -> fl
 
     Args:
         context: The cell's context.
-        n: Cached tokens.
+        n: Cached tokens at the steps over which ``density`` was counted, on average.
         density: Share read by the sparse layers; None if it was not counted.
     """
     sparse, dense = layers_read(context, n)

@@ -176,10 +176,16 @@ class Geometry:
     def identity(self) -> dict[str, object]:
         """The model's digest and attention shape, by which an artifact is tied to its model."""
         names = ("model_digest", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        found: dict[str, object] = {name: getattr(self, name) for name in names}
-        # Which layers see the whole past may depend on the window that a model is run with.
+        return {**{name: getattr(self, name) for name in names}, **self.fitted_layers}
+
+    @property
+    def fitted_layers(self) -> dict[str, object]:
+        """For which layers a method learns; empty if for all of them.
+
+        Which layers attend to the whole past may depend on the window that a model is run with.
+        """
         layers = ", ".join(map(str, self.global_layers))
-        return {**found, "global_layers": layers} if self.other_layers else found
+        return {"global_layers": layers} if self.other_layers else {}
 
 
 @dataclass(frozen=True, kw_only=True)

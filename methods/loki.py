@@ -84,6 +84,7 @@ class Loki(LearningMethod[LokiIndex, Tensor], ScoringMethod[LokiIndex, Tensor]):
             "num_kv_heads": geometry.num_kv_heads,
             "head_dim": geometry.head_dim,
             "keys": "post_rope_centred",
+            **geometry.fitted_layers,
         }
 
     def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:

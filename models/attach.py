@@ -73,15 +73,17 @@ def geometry_of(model: PreTrainedModel, model_digest: str = "") -> Geometry:
         ValueError: If topkbench cannot serve such a model; one sentence says why.
     """
     config = model.config.get_text_config(decoder=True)
-    num_layers, num_heads = int(config.num_hidden_layers), int(config.num_attention_heads)
-    modules, name = attention_modules(model), type(model).__name__
+    num_layers, name = int(config.num_hidden_layers), type(model).__name__
+    modules = attention_modules(model)
     found = [layer_of(module) for module in modules]
     if not found or found != sorted(set(found)) or found[-1] >= num_layers:
         raise ValueError(
-            f"a model must have at most one attention module with layer_idx and"
-            f" num_key_value_groups in each of its layers, in their order, found {len(found)} for"
-            f" {num_layers} layers in {name}, which topkbench does not support."
+            "a model must have one attention module, which names its layer and how many query heads"
+            f" share a KV head (layer_idx, num_key_value_groups), in each layer with attention,"
+            f" found {len(found)} for {num_layers} layers in {name}, which topkbench does not"
+            " support; docs/families.md lists the models that it does."
         )
+    num_heads = int(config.num_attention_heads)
     sharing = [layer_of(one) for one in modules if getattr(one, "is_kv_shared_layer", False)]
     if sharing:
         raise ValueError(

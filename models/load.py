@@ -473,7 +473,7 @@ def _read_config(
     if _is_local(source) and not Path(source).is_dir():
         raise ModelNotAvailable(
             f"model.path must be a hub id, a folder or one of {', '.join(SHIPPED)}, found no"
-            f" folder {source}; check the path."
+            f" folder {source}; {_remedy(Path(source))}."
         )
     if _is_local(source) and (Path(source) / ADAPTER_CONFIG).is_file():
         raise _is_adapter(path)
@@ -525,6 +525,14 @@ def _check_adapter(path: str, adapter: str | None, revision: str | None) -> None
         )
     with _as_unavailable():
         check_adapter(adapter, revision)
+
+
+def _remedy(path: Path) -> str:
+    """Return what to do about a path that is no folder."""
+    if path.is_file():
+        kind = " model.gguf_file=" + path.name if path.suffix == ".gguf" else ""
+        return f"it is a file: use model.path={path.parent}{kind}"
+    return "check the path"
 
 
 def _overridden(config: Any, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -753,7 +761,10 @@ def _window(path: str, config: Any) -> int:
 def _unreadable(path: str, error: BaseException, gguf_file: str | None) -> ModelNotAvailable:
     reason = textwrap.shorten(str(error), 600, placeholder=" ...")
     if isinstance(error, OSError) and not _is_local(_source(path)) and is_offline_mode():
-        reason = "it is not in the hub's cache, and HF_HUB_OFFLINE is set."
+        reason = (
+            "it is not in the hub's cache, and HF_HUB_OFFLINE is set; unset it to download the"
+            " model, or use model.path=FOLDER."
+        )
     kind = "safetensors model" if gguf_file is None else f"GGUF file {gguf_file}"
     return ModelNotAvailable(
         f"the model {path} must be a reachable, whole {kind} without code of its"

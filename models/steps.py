@@ -190,7 +190,8 @@ class Steps:
             for token in range(forward.num_new):
                 self.method.append(index, *forward.cache_at(token).newest())
         lengths = forward.without_padding()
-        out = forward.query.new_zeros(forward.query.transpose(1, 2).shape)
+        shape = forward.query.transpose(1, 2).shape[:3]
+        out = forward.query.new_zeros(*shape, forward.context.cache.value_states.shape[3])
         for row, count in enumerate(forward.counts):
             for first in range(0, count, MOST_TOGETHER):
                 end = min(first + MOST_TOGETHER, count)

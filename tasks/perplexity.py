@@ -267,7 +267,9 @@ class Perplexity(PromptTask):
             known = {record["known_tokens"] for record in records["likelihoods"]}
             values["known_tokens"] = ", ".join(sorted(known))
         values |= accounting(context, cached, count.step_reads)
-        values["density_all"] = density_of_all_layers(context, cached, count.density)
+        values["density_all"] = density_of_all_layers(
+            context, count.mean_cached(cached), count.density
+        )
         return Outcome([TaskRow(SUBTASK, values)], samples)
 
 

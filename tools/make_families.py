@@ -48,7 +48,7 @@ one sentence, and its rows have no numbers.
 - **InfiniGen** speculates a layer's queries from the previous layer's input. It needs the previous
   layer's attention and queries that are made as Llama's; elsewhere it is refused.
 
-`policy.dense_layers` and every other number of a layer counts all layers of the model, those
+`protocol.dense_layers` and every other number of a layer counts all layers of the model, those
 without attention included.
 """
 

@@ -276,3 +276,10 @@ def test_a_draft_of_several_tokens_over_a_hybrid_cache_is_not_padded(hybrid: Loa
         pytest.raises(ValueError, match="same number of known tokens, got \\[2, 1\\]"),
     ):
         decoder.read_question()
+
+
+def test_the_density_of_all_layers_is_at_the_tokens_of_its_steps(tmp_path: Path) -> None:
+    """A layer that slides over k tokens reads as much of the cache as one that selects k."""
+    loaded = loaded_of(family("gemma3_text"), sliding_window=24)
+    row = run_cell(context_of(loaded, ExactTopK(), 24), ruler(tmp_path)).rows[-1]
+    assert row.values["density"] == pytest.approx(row.values["density_all"], rel=0.01)

@@ -94,6 +94,14 @@ def test_topkbenchs_own_cache_gives_the_logits_of_one_forward(family: Family) ->
         return float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
     assert error(decoded(model, prompts, FullAttention(), 64)) < 1e-5
+    cache = DecodeCache.on(layer_devices(model), prompts, NEW)
+    with attach(model, ExactTopK(), policy(64)):
+        if not cache.is_recurrent:  # else each token changes the states
+            cache.extend([NEW] * len(LENGTHS))
+            rows = [ids[row, n : n + NEW] for row, n in enumerate(LENGTHS)]
+            keep = torch.arange(NEW)
+            together = token_logits(model, torch.stack(rows), cache, cache.positions, keep)
+            assert error(together) < 1e-5
     # The prompts' states are as they were: those of layers without attention, too.
     assert error(decoded(model, prompts, ExactTopK(), 64)) < 1e-5
     few = {
