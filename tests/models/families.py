@@ -31,6 +31,7 @@ class Family:
         config: Fields of the tiny model's configuration besides ``TINY``.
         global_layers: Layers of the tiny model that attend to the whole past.
         speculates: Whether InfiniGen can speculate its queries.
+        vision: Fields of the configuration of a model that also sees images, around the text's.
         least: The lowest release of transformers that is known to make it with our attention.
     """
 
@@ -40,6 +41,7 @@ class Family:
     config: Mapping[str, Any] = field(default_factory=dict)
     global_layers: tuple[int, ...] = (0, 1)
     speculates: bool = True
+    vision: Mapping[str, Any] | None = None
     least: str = "5.5"
 
     @property
@@ -52,6 +54,8 @@ class Family:
         """Return the tiny model in float32, as the loader prepares models."""
         torch.manual_seed(0)
         fields = {**TINY, **self.config, **config}
+        if self.vision is not None:
+            fields = {"text_config": fields, **self.vision}
         made: PreTrainedModel = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(self.name, **fields),
             dtype=torch.float32,
@@ -145,6 +149,28 @@ SERVED = [
         _SLIDING,
         (1,),
         speculates=False,
+    ),
+    Family(
+        "gemma3",
+        "Gemma 3 4B to 27B",
+        "as Gemma 3 1B, beside a vision model that stays unused",
+        _SLIDING,
+        (1,),
+        speculates=False,
+        vision={
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
+            "image_token_index": VOCABULARY + 1,
+            "boi_token_index": VOCABULARY + 2,
+            "eoi_token_index": VOCABULARY + 3,
+        },
     ),
     Family(
         "gemma4_text",

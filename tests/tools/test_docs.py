@@ -177,3 +177,6 @@ def test_the_page_of_families_is_what_its_script_makes_from_the_tests_list() -> 
     page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     assert script("make_families").page() == page, "run python tools/make_families.py"
     assert "| `gpt_oss` | gpt-oss 20B and 120B | sliding windows, learned sinks, experts |" in page
+    (count,) = re.findall(r"## Served: (\d+) families", page)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"[{count} families](docs/families.md)" in readme
