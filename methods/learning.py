@@ -165,13 +165,13 @@ def check_ready(method: AnyMethod, geometry: Geometry, policy: Policy | None = N
                 f"{method.name}'s artifact must hold {name} as torch.float32 {list(shape)} for"
                 f" this model, got {actual}; fit it on this model."
             )
-        for layer in geometry.global_layers:
-            if not tensor[layer].any():
-                raise ValueError(
-                    f"{method.name}'s artifact must hold {name} of each layer that attends to the"
-                    f" whole past, and it has only zeros for layer {layer}; fit it on this model"
-                    " with the same window."
-                )
+    for layer in geometry.global_layers:
+        if not any(tensor[layer].any() for tensor in method.artifact.values()):
+            raise ValueError(
+                f"{method.name}'s artifact must hold what each layer that attends to the whole past"
+                f" has learned, and it has only zeros for layer {layer}; fit it on this model with"
+                " the same window."
+            )
 
 
 def stack_layers(layers: Mapping[int, Mapping[str, Tensor]], num_layers: int) -> dict[str, Tensor]:

@@ -95,7 +95,7 @@ def test_a_soft_cap_is_precise_for_small_and_large_logits(
     indices = torch.arange(40, dtype=torch.int32, device=triton_device).expand(1, 2, 40)
     rest = (indices, 0.25, None, None, 1, None, None, 20.0)
     states = (query, keys, values)
-    out, lse = sparse_attention(*states, *rest, "triton")
+    out, lse = sparse_attention(*states, *rest, impl="triton")
     assert_attended(out, lse, *states, *rest)
 
 

@@ -58,7 +58,8 @@ def test_generate_is_that_of_transformers(family: Family) -> None:
             expected = model.generate(**arguments)
         with attach(model, ExactTopK(), policy(64)):
             assert model.generate(**arguments).tolist() == expected.tolist()
-        for method in (ExactTopK(), H2O()):  # H2O captures the attention that tokens received
+        # H2O captures the attention that tokens received.
+        for method in (ExactTopK(), H2O())[: len(inputs["inputs"])]:
             with attach(model, method, policy(K)) as session:
                 model.generate(**arguments)
             assert session.sparse_layers == list(family.global_layers)
