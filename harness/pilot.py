@@ -233,8 +233,9 @@ def fit(
     """
     whole = Calibration.draw(loaded, method, texts, memory_limit)
     one, device = replace(whole, prompts=whole.prompts[:1]), loaded.model.device
-    reading, captured = timed(device, one.capture, [0])
-    states = [(queries.to(device), keys.to(device)) for queries, keys in captured[0]]
+    chosen = whole.global_layers[0]
+    reading, captured = timed(device, one.capture, [chosen])
+    states = [(queries.to(device), keys.to(device)) for queries, keys in captured[chosen]]
     began = time.process_time(), time.perf_counter()
     taken: list[tuple[int, int, Cost]] = []
 
@@ -246,7 +247,7 @@ def fit(
 
     def fit_layer() -> None:
         try:
-            method.fit_layer(0, states, report)
+            method.fit_layer(chosen, states, report)
         except _EnoughError:
             return
 
@@ -259,4 +260,4 @@ def fit(
         layer = len(whole.prompts) * prepared + steps * per_step
     else:
         layer = len(whole.prompts) * layer
-    return (len(whole.groups()) * len(whole.prompts)) * reading + whole.num_layers * layer
+    return (len(whole.groups()) * len(whole.prompts)) * reading + len(whole.global_layers) * layer

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from topkbench.harness import pilot
 from topkbench.harness.calibration import Calibration
 from topkbench.harness.canary import check_acting
 from topkbench.harness.cell import run_cell
@@ -189,6 +190,25 @@ def test_a_fit_learns_the_layers_that_attend_to_the_whole_past(
         assert len(tensor) == 2
         assert not tensor[0].any()
         assert tensor[1].any()
+
+
+class Text:
+    """Two short texts."""
+
+    name, seed, num_sequences, max_length = "made", None, 2, 100
+
+    def sequences(self, loaded: LoadedModel, length: int, count: int) -> list[list[int]]:
+        return [one[:length] for one in TEXT[:count]]
+
+    def describe(self, length: int, count: int) -> str:
+        return self.name
+
+
+def test_a_plan_tries_a_fit_on_a_layer_that_attends_to_the_whole_past(
+    hybrid: LoadedModel, make_method: Callable[..., AnyMethod]
+) -> None:
+    method: Any = make_method("loki", fit=False)
+    assert pilot.fit(hybrid, method, Text(), None).wall_s > 0
 
 
 @pytest.mark.parametrize("refused", [OWN_CACHE, OWN_STATES], ids=lambda one: one.family.name)
