@@ -475,6 +475,12 @@ def _read_config(
             f"model.path must be a hub id, a folder or one of {', '.join(SHIPPED)}, found no"
             f" folder {source}; {_remedy(Path(source))}."
         )
+    files = sorted(one.name for one in Path(source).glob("*.gguf")) if _is_local(source) else []
+    if files and gguf_file is None and not (Path(source) / "config.json").is_file():
+        raise ModelNotAvailable(
+            f"model.gguf_file must name one of the GGUF files in {source}, which has no"
+            f" config.json, got none; use model.gguf_file={files[0]}."
+        )
     if _is_local(source) and (Path(source) / ADAPTER_CONFIG).is_file():
         raise _is_adapter(path)
     if gguf_file is not None:

@@ -1,5 +1,6 @@
 """Loading a model; every failure is one sentence."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -516,3 +517,13 @@ def test_revision_and_device_map_are_passed_on(
     loaded = load_model("mine", "owner/mine", revision="v1", device_map="auto")
     assert loaded.window == 64
     assert asked == {"revision": ["v1"] * 3, "device_map": ["auto"]}
+
+
+def test_gguf_files_are_named_where_they_are_found(tmp_path: Path) -> None:
+    file = tmp_path / "small.gguf"
+    file.touch()
+    with pytest.raises(ModelNotAvailable, match=r"no config\.json, got none; use model\."):
+        read_shape("mine", str(tmp_path))
+    wanted = f"it is a file: use model.path={tmp_path} model.gguf_file=small.gguf"
+    with pytest.raises(ModelNotAvailable, match=re.escape(wanted)):
+        read_shape("mine", str(file))
