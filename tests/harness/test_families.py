@@ -27,6 +27,7 @@ from topkbench.models.compat import set_window
 from topkbench.models.load import SHIPPED, LoadedModel
 from topkbench.models.prefill_store import PrefillStore
 from topkbench.models.recurrent import LayerState
+from topkbench.models.step_count import MethodBypassedError
 from topkbench.tasks.decode_throughput import DecodeThroughput
 from topkbench.tasks.perplexity import Perplexity
 from topkbench.tasks.ruler_words import RulerWords
@@ -215,7 +216,7 @@ def test_a_plan_tries_a_fit_on_a_layer_that_attends_to_the_whole_past(
 def test_a_model_with_a_cache_or_states_of_its_own_is_refused(refused: Refused) -> None:
     if not refused.family.is_known:
         pytest.skip("this transformers has no such model")
-    with pytest.raises(ValueError, match=refused.why):
+    with pytest.raises((ValueError, MethodBypassedError), match=refused.why):
         check_acting(context_of(loaded_of(refused.family), ExactTopK()))
 
 
@@ -244,8 +245,9 @@ def test_states_that_are_not_the_models_are_refused(
 
     def halved(rows: Any) -> Any:
         found = batch(rows)
-        found["recurrent_states"] = {at: one / 2 for at, one in found["recurrent_states"].items()}
-        return found
+        states = found["recurrent_states"]  # several in later releases of transformers
+        halves = {at: one / 2 for at, one in states.items()} if type(states) is dict else states / 2
+        return {**found, "recurrent_states": halves}
 
     monkeypatch.setattr(LayerState, "batch", halved)
     with pytest.raises(ValueError, match="must be those of transformers' forward without one"):

@@ -367,7 +367,7 @@ OWN_STATES = Refused(
             "lru_width": 32,
         },
     ),
-    "must (be those of transformers' forward|decode with topkbench's cache)",
+    "must (be those of transformers' forward|decode with topkbench's cache|go through canary)",
 )
 """Is found when two prompts are decoded together."""
 OWN_CACHE = Refused(
