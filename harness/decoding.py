@@ -294,7 +294,7 @@ class Decoder:
         """
         counts = [len(tokens) for tokens in given]
         if self.cache.is_recurrent:
-            return self._one_by_one(given, every)
+            return self.one_by_one(given, every)
         before, most = list(self.cache.ends), max(counts)
         self.cache.extend(counts)
         # Padding behind a row's tokens is decoded too, at the position of its last one.
@@ -324,18 +324,24 @@ class Decoder:
         ]
         return self.check(torch.stack(rows))
 
-    def _one_by_one(self, given: Sequence[Sequence[int]], every: bool) -> Tensor:
-        """Do what ``forward`` does in a forward for each token, as a hybrid model needs it."""
+    def one_by_one(self, given: Sequence[Sequence[int]], every: bool = False) -> Tensor:
+        """Do what ``forward`` does in a forward of the model for each token.
+
+        Raises:
+            ValueError: If the rows differ in the number of tokens.
+        """
         if len(set(map(len, given))) > 1:
             raise ValueError(
-                "rows of a model with a state that each token changes must have the same number of"
-                f" known tokens, got {list(map(len, given))}; see known_tokens."
+                "rows that are forced must have the same number of known tokens, got"
+                f" {list(map(len, given))}."
             )
-        logits = [
-            self.check(self.step(column))
-            for column in torch.tensor(given, device=self.device).unbind(1)
-        ]
-        return torch.stack(logits, 1) if every else logits[-1]
+        columns = torch.tensor(given, dtype=torch.long, device=self.device).unbind(1)
+        if every:
+            return torch.stack([self.check(self.step(column)) for column in columns], 1)
+        logits = self.first_logits
+        for column in columns:
+            logits = self.check(self.step(column))
+        return logits
 
     def read_question(self) -> Tensor:
         """Decode the question's tokens in one forward; return the logits ``[B, vocabulary]``."""
@@ -355,15 +361,7 @@ class Decoder:
             [*prompt.decode_ids, *answer]
             for prompt, answer in zip(self.prompts, answers, strict=True)
         ]
-        if len({len(row) for row in given}) > 1:
-            raise ValueError(
-                "rows that are forced must have the same number of tokens, got "
-                f"{list(map(len, given))}."
-            )
-        logits = self.first_logits
-        for column in torch.tensor(given, dtype=torch.long, device=self.device).unbind(1):
-            logits = self.check(self.step(column))
-        return logits
+        return self.one_by_one(given)
 
     def generate(self, known: KnownTokens = "one by one") -> list[list[int]]:
         """Decode the questions, then answer greedily; return each row's tokens, without the end.

@@ -165,8 +165,7 @@ def layers_read(context: Context, n: int) -> tuple[int, dict[int, int]]:
     geometry, method = context.geometry, context.method
     dense: dict[int, int] = {}
     if method.selects:
-        named = context.effective_policy.resolve_dense_layers(geometry.num_layers)
-        dense = {layer: n for layer in geometry.attention_layers if layer in named}
+        dense = dict.fromkeys(geometry.kept_dense(context.effective_policy), n)
     partial = partial_layers(context.loaded.model)
     dense |= {layer: kind.tokens_read(n) for layer, kind in partial.items()}
     return len(geometry.attention_layers) - len(dense), dense

@@ -167,6 +167,11 @@ class Geometry:
             if layer not in others or others[layer].num_kv_heads
         ]
 
+    def kept_dense(self, policy: Policy) -> list[int]:
+        """Return the layers with attention that a policy keeps dense."""
+        named = policy.resolve_dense_layers(self.num_layers)
+        return [layer for layer in self.attention_layers if layer in named]
+
     def of_layer(self, layer: int) -> "Geometry":
         """Return the geometry with the shape of one layer, which may be another in local layers."""
         other = self.other_layers.get(layer)

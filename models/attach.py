@@ -34,13 +34,12 @@ from topkbench.models.compat import (
     partial_layers,
     read_call,
     register_attention,
-    sdpa_attention_forward,
     speculate_queries,
     using_attention,
     watching_caches,
     watching_prefill,
 )
-from topkbench.models.dense_attention import SINKS, dense_attention
+from topkbench.models.dense_attention import SINKS, attend_to_all
 from topkbench.models.layer_index import LayerIndices
 from topkbench.models.step_count import StepCount
 from topkbench.models.step_guard import StepGuard
@@ -92,7 +91,6 @@ def geometry_of(model: PreTrainedModel, model_digest: str = "") -> Geometry:
         )
     shapes = {layer_of(module): _shape(module, config) for module in modules}
     partial = partial_layers(model)
-    others = {layer: shapes.get(layer, OtherLayer()) for layer in range(num_layers)}
     # Of a model without a layer that attends to the whole past all are described.
     left = {layer: one for layer, one in shapes.items() if layer not in partial} or shapes
     same = set(left.values())
@@ -110,7 +108,9 @@ def geometry_of(model: PreTrainedModel, model_digest: str = "") -> Geometry:
         head_dim=shape.head_dim,
         value_dim=shape.value_dim,
         other_layers={
-            layer: one for layer, one in others.items() if layer in partial or layer not in shapes
+            layer: shapes.get(layer, OtherLayer())
+            for layer in range(num_layers)
+            if layer in partial or layer not in shapes
         },
         dtype_bytes=torch.empty(0, dtype=model.dtype).element_size(),
         device=model.device,
@@ -318,10 +318,8 @@ class Session:
         dense: dict[int, str] = {}
         # A method that reads the whole cache ignores the policy, so do not validate it.
         if self.method.selects:
-            named = self.policy.resolve_dense_layers(self.geometry.num_layers)
-            for layer in self.geometry.attention_layers:
-                if layer in named:
-                    dense[layer] = "dense by the policy"
+            kept = self.geometry.kept_dense(self.policy)
+            dense = dict.fromkeys(kept, "dense by the policy")
         return dense | {layer: kind.reason for layer, kind in self.partial.items()}
 
     def before_attention(self, layer: int, call: AttentionCall) -> None:
@@ -430,7 +428,7 @@ class Session:
                     shape = (options.get("softcap"), options.get(SINKS))
                     self.indices.capture(layer, cache, query, key, mask, scale, *shape)
                 self.indices.store.saw(cache, layer)
-            out = _dense(module, query, key, value, mask, scale, options)
+            out = attend_to_all(module, query, key, value, mask, scale, options)
             if self.method.selects or layer in self.dense or is_prompt or lengths is None:
                 return out
         context = self._context(layer, query, key, value, scale, lengths, options)
@@ -513,28 +511,11 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     session = _SESSIONS.get(module)
     if session is None:  # the model is not attached
-        return _dense(module, query, key, value, attention_mask, scale, options), None
+        return attend_to_all(module, query, key, value, attention_mask, scale, options), None
     return session.attend(module, query, key, value, attention_mask, scale, options), None
 
 
 register_attention(IMPLEMENTATION, torch.compiler.disable(_attention))
-
-
-def _dense(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    options: dict[str, Any],
-) -> Tensor:
-    """Attend to everything that the mask allows; return ``[B, q, Hq, d]``."""
-    softcap, sinks = options.get("softcap"), options.get(SINKS)
-    if softcap is not None or sinks is not None:
-        return dense_attention(query, key, value, mask, scale, softcap, sinks).transpose(1, 2)
-    out, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scale, **options)
-    return out
 
 
 def _before_attention(

@@ -240,10 +240,8 @@ class DecodeCache(Cache):
         self._captured: dict[int, Captured] = {}
         if all(prefill.captured for prefill in prefills):
             for layer, device in zip(own, devices, strict=True):
-                parts = [
-                    prefill.captured[layer] for prefill in prefills if layer in prefill.captured
-                ]
-                if parts:
+                if layer in prefills[0].captured:  # a window is not captured
+                    parts = [prefill.captured[layer] for prefill in prefills]
                     self._captured[layer] = Captured.batch(parts, self.n, device)
 
     @classmethod

@@ -215,7 +215,7 @@ def set_window(model: PreTrainedModel, window: int) -> None:
 
 def partial_layers(model: PreTrainedModel) -> dict[int, PartialAttention]:
     """Return the attention patterns of the layers that do not attend to the whole past."""
-    positions = _WINDOWS.get(model)
+    positions = _WINDOWS.get(model) or context_window(model.config)
     kinds = {layer_of(one): partial_attention(one, positions) for one in attention_modules(model)}
     return {layer: kind for layer, kind in kinds.items() if kind is not None}
 

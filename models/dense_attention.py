@@ -1,16 +1,49 @@
 """Dense attention with capped logits or learned sinks, which torch's SDPA does not offer."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from topkbench.methods.sinks import softmax
 from topkbench.methods.softcap import capped
+from topkbench.models.compat import sdpa_attention_forward
 
 SINKS = "s_aux"
 """The keyword by which transformers passes learned sinks ``[Hq]`` to an attention function."""
 
 # Queries per block: bounds the logits in memory to this many rows per head.
 _QUERY_BLOCK = 256
+
+
+def attend_to_all(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    options: dict[str, Any],
+) -> Tensor:
+    """Attend to everything that the mask allows, by torch's SDPA if it offers it.
+
+    Args:
+        module: The attention module.
+        query: ``[B, Hq, q, d]``.
+        key: ``[B, Hkv, n, d]``.
+        value: ``[B, Hkv, n, dv]``.
+        mask: As in ``dense_attention``.
+        scale: Factor on the dot products.
+        options: What else transformers passes to an attention function, by name.
+
+    Returns:
+        ``[B, q, Hq, dv]``.
+    """
+    softcap, sinks = options.get("softcap"), options.get(SINKS)
+    if softcap is not None or sinks is not None:
+        return dense_attention(query, key, value, mask, scale, softcap, sinks).transpose(1, 2)
+    out, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scale, **options)
+    return out
 
 
 def dense_attention(

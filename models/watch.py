@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 from topkbench.models.compat import (
     layer_of,
     register_attention,
-    sdpa_attention_forward,
     using_attention,
 )
-from topkbench.models.dense_attention import SINKS, dense_attention
+from topkbench.models.dense_attention import SINKS, attend_to_all
 
 WATCHED = "topkbench_watched"
 
@@ -59,18 +58,14 @@ def watched_attention(
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *args: object,
-        **kwargs: object,
-    ) -> tuple[Tensor, Tensor | None]:
-        scale: Any = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        softcap: Any = kwargs.get("softcap")
-        sinks: Any = kwargs.get(SINKS)
-        observe(LayerCall(layer_of(module), query, key, value, scale, softcap, sinks))
-        if softcap is not None or sinks is not None:  # SDPA has neither
-            mask: Any = args[0] if args else kwargs.get("attention_mask")
-            out = dense_attention(query, key, value, mask, scale, softcap, sinks)
-            return out.transpose(1, 2), None
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)  # type: ignore[arg-type]
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        shape = (options.get("softcap"), options.get(SINKS))
+        observe(LayerCall(layer_of(module), query, key, value, scale, *shape))
+        return attend_to_all(module, query, key, value, attention_mask, scale, options), None
 
     register_attention(WATCHED, attend)
     with using_attention(model, WATCHED):

@@ -40,11 +40,7 @@ from topkbench.methods.base import (
 )
 from topkbench.models.attach import Session, attach
 from topkbench.models.cache import DecodeCache
-from topkbench.models.compat import (
-    PreTrainedModel,
-    layer_devices,
-    token_logits,
-)
+from topkbench.models.compat import PreTrainedModel, layer_devices, token_logits
 from topkbench.models.load import free_bytes
 from topkbench.models.prefill import prefill
 

@@ -296,8 +296,7 @@ def log_probabilities(
         for begin in range(0, num_scored, TOGETHER):
             part = [tokens[begin : begin + TOGETHER] for tokens in given]
             if how == "one by one":
-                steps = torch.tensor(part, device=decoder.device).unbind(1)
-                logits = torch.stack([decoder.check(decoder.step(one)) for one in steps], 1)
+                logits = decoder.one_by_one(part, every=True)
             else:
                 logits = decoder.forward(part, every=True)
             yield logits.float().log_softmax(-1)
