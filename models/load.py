@@ -24,7 +24,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import (  # type: ignore[attr-defined]  # one is huggingface-hub's
@@ -53,6 +52,7 @@ from topkbench.models.gguf import (
     mended,
     read_file,
 )
+from topkbench.models.overrides import overridden
 from topkbench.models.quantised import Quantised, dequantising, quantised, stored_as
 
 SHIPPED = {"tiny": Path(__file__).resolve().parent / "tiny"}
@@ -468,7 +468,8 @@ def _read_config(
             config = AutoConfig.for_model(**architecture)
         except Exception as error:  # of the classes that each field's own check raises
             raise _no_architecture(error) from error
-        return _overridden(config, overrides or {})
+        with _as_unavailable():
+            return overridden(config, overrides or {})
     source = _source(path)
     if _is_local(source) and not Path(source).is_dir():
         raise ModelNotAvailable(
@@ -499,8 +500,9 @@ def _read_config(
             f"model.adapter={adapter} needs weights that are plain numbers, into which it is"
             f" merged, got the quantised ones of {path}; name the model that was quantised."
         )
-    config, overridden = _overridden(config, overrides or {})
-    return config, changes | overridden
+    with _as_unavailable():
+        config, given = overridden(config, overrides or {})
+    return config, changes | given
 
 
 def _is_adapter(path: str) -> ModelNotAvailable:
@@ -539,61 +541,6 @@ def _remedy(path: Path) -> str:
         kind = " model.gguf_file=" + path.name if path.suffix == ".gguf" else ""
         return f"it is a file: use model.path={path.parent}{kind}"
     return "check the path"
-
-
-def _overridden(config: Any, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a configuration with some fields changed, and these fields as they are then.
-
-    Raises:
-        ModelNotAvailable: If there is no such field, or it cannot have the value.
-    """
-    if not overrides:
-        return config, {}
-    changed = copy.deepcopy(config)
-    text = changed.get_text_config(decoder=True)
-    known = text.to_dict()
-    for name in overrides:
-        if name not in known:
-            raise ModelNotAvailable(
-                "config_overrides must name fields of the model's configuration, got"
-                f" {name!r}, which {type(text).__name__} has not."
-            )
-    try:
-        for name, value in overrides.items():
-            setattr(text, name, _merged(getattr(text, name), value))
-        if "rope_parameters" in overrides:
-            _check_rope(text)
-    except Exception as error:  # of the classes that each field's own check raises
-        raise ModelNotAvailable(
-            f"config_overrides must be values that the model's configuration can have, got"
-            f" {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        ) from error
-    return changed, {name: getattr(text, name) for name in overrides}
-
-
-def _merged(present: Any, value: Any) -> Any:
-    """Return a field's new value: of a mapping, the entries that are given are changed."""
-    if not isinstance(present, Mapping) or not isinstance(value, Mapping):
-        return value
-    return {**present, **{name: _merged(present.get(name), one) for name, one in value.items()}}
-
-
-def _check_rope(config: Any) -> None:
-    """Check the scaling of a configuration's rotary positions.
-
-    Raises:
-        ValueError: If transformers has no such scaling, or it lacks an entry.
-    """
-    parameters = config.rope_parameters
-    nested = [one for one in parameters.values() if isinstance(one, Mapping)]
-    for one in nested or [parameters]:
-        kind = one.get("rope_type")
-        if kind not in ("default", *ROPE_INIT_FUNCTIONS):
-            raise ValueError(f"rope_type must be one of {', '.join(ROPE_INIT_FUNCTIONS)}: {kind!r}")
-        if kind != "default" and "factor" not in one and kind != "longrope":
-            raise ValueError(f"rope_parameters must have a factor with rope_type={kind}")
-    config.standardize_rope_params()
-    config.validate_rope()
 
 
 def _full_name(

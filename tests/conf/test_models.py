@@ -16,7 +16,7 @@ from topkbench.models.compat import (
     layer_of,
     partial_layers,
 )
-from topkbench.models.load import _overridden
+from topkbench.models.overrides import overridden
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -306,6 +306,6 @@ def test_the_longer_window_that_a_file_names_is_what_its_overrides_give(
     assert words.endswith(f"for {window:,} tokens")
     given = OmegaConf.to_container(OmegaConf.create("{" + overrides.splitlines()[0]))
     assert isinstance(given, dict)
-    changed, _ = _overridden(config_of(name), given)  # type: ignore[arg-type]
+    changed, _ = overridden(config_of(name), given)  # type: ignore[arg-type]
     assert context_window(changed) == window
     assert changed.rope_parameters["rope_theta"] == config_of(name).rope_parameters["rope_theta"]
