@@ -1,10 +1,11 @@
 """Artifacts on disk: a method's learned tensors as safetensors, with provenance and a digest."""
 
+import functools
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class Artifact:
         provenance: How the artifact was made; see the function ``provenance``.
         digest: sha256 of the tensors, 64 hex digits.
         path: The file it was read from.
-        fitted: Whether it was fitted in this run rather than found on disk.
+        fitted: Whether all of it was fitted in this run, nothing found on disk.
     """
 
     tensors: dict[str, Tensor]
@@ -36,6 +37,26 @@ class Artifact:
     digest: str
     path: Path
     fitted: bool = False
+
+    @functools.cached_property
+    def layers(self) -> frozenset[int]:
+        """The layers for which something was learned; the others have zeros."""
+        return frozenset(
+            layer
+            for tensor in self.tensors.values()
+            for layer, one in enumerate(tensor)
+            if one.any()
+        )
+
+    def of_layers(self, layers: Collection[int]) -> "Artifact":
+        """Return what was learned for some layers alone, with the digest of that."""
+        if self.layers <= set(layers):
+            return self
+        left = {name: torch.zeros_like(tensor) for name, tensor in self.tensors.items()}
+        for name, tensor in self.tensors.items():
+            for layer in layers:
+                left[name][layer] = tensor[layer]
+        return replace(self, tensors=left, digest=digest_of(left))
 
 
 def provenance(spec: Mapping[str, Any], data: str, seed: int | None, **fit: Any) -> dict[str, Any]:
@@ -63,12 +84,25 @@ def file_name(spec: Mapping[str, Any]) -> str:
     return f"{spec['method']}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.safetensors"
 
 
-def find(spec: Mapping[str, Any], folders: Iterable[str | Path]) -> Path | None:
-    """Return the artifact with these settings from the first folder that has it, or None."""
+def find(
+    spec: Mapping[str, Any], folders: Iterable[str | Path], layers: Collection[int] = ()
+) -> Artifact | None:
+    """Return the artifact with these settings from the first folder that has it, or None.
+
+    Args:
+        spec: The settings that identify it.
+        folders: Folders of artifacts.
+        layers: The layers for which it must have learned something.
+
+    Raises:
+        ValueError: If a file is damaged or has other settings.
+    """
     for folder in folders:
         path = Path(folder).expanduser() / file_name(spec)
         if path.is_file():
-            return path
+            found = load(path, expect=spec)
+            if found.layers.issuperset(layers):
+                return found
     return None
 
 

@@ -5,10 +5,9 @@ come from the benchmark it is evaluated on; here the configuration names the tex
 (``conf/calibration/``): by default prompts whose words no test uses.
 """
 
-import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +47,32 @@ class CalibrationTexts(Protocol):
         """Return a description of the texts, with a digest of any files they were read from."""
 
 
+class CapturedStates:
+    """What a model's layers received of some texts, for several fits on the same texts.
+
+    A sweep fits a method once for each setting of its recipe and each seed, on the same texts, and
+    reading them takes a model longer than many a fit. Only the last texts of one model are kept.
+    """
+
+    def __init__(self) -> None:
+        self._texts: tuple[str, str] | None = None
+        self._layers: dict[int, LayerStates] = {}
+
+    def of(self, texts: tuple[str, str]) -> dict[int, LayerStates]:
+        """Return the queries and keys of all positions, by layer, as far as they are kept.
+
+        Args:
+            texts: Digests of the model and of the texts' tokens; others are forgotten.
+        """
+        if self._texts != texts:
+            self._texts, self._layers = texts, {}
+        return self._layers
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._texts, self._layers = None, {}
+
+
 @dataclass
 class Calibration:
     """Calibration prompts, and the states that a method is fitted on, a few layers at a time.
@@ -64,6 +89,7 @@ class Calibration:
         prompts: Token ids of each prompt.
         memory_limit: Bytes of queries and keys that may be in memory at once.
         description: Description of the prompts, for an artifact's provenance.
+        layers: The layers that are fitted.
 
     An artifact's identity includes ``digest``, and so depends on the prompts' tokens and therefore
     on the tokenizer.
@@ -74,6 +100,7 @@ class Calibration:
     prompts: list[list[int]]
     memory_limit: int
     description: str
+    layers: Sequence[int]
 
     @classmethod
     def draw(
@@ -82,6 +109,7 @@ class Calibration:
         method: AnyLearningMethod,
         texts: CalibrationTexts,
         memory_limit: int | None = None,
+        layers: Sequence[int] | None = None,
     ) -> "Calibration":
         """Make the prompts; the model does not read them yet.
 
@@ -90,6 +118,7 @@ class Calibration:
             method: The method to be fitted.
             texts: The texts that the model will read.
             memory_limit: See the class; None for half of the free memory.
+            layers: The layers to fit; None for all that attend to the whole past.
         """
         length, count = min(texts.max_length, loaded.window), texts.num_sequences
         if memory_limit is None:
@@ -100,6 +129,7 @@ class Calibration:
             texts.sequences(loaded, length, count),
             memory_limit,
             texts.describe(length, count),
+            geometry_of(loaded.model).global_layers if layers is None else layers,
         )
 
     @property
@@ -112,20 +142,22 @@ class Calibration:
         """Number of the model's layers."""
         return geometry_of(self.loaded.model).num_layers
 
-    @functools.cached_property
-    def global_layers(self) -> list[int]:
-        """The layers that attend to the whole past, for which methods learn."""
-        return geometry_of(self.loaded.model).global_layers
-
     @property
     def lengths(self) -> list[int]:
         """Number of tokens of each prompt."""
         return [len(ids) for ids in self.prompts]
 
-    def num_bytes(self, layer: int) -> int:
-        """Return the bytes of one layer's queries and keys that fitting it keeps in memory."""
+    def num_bytes(self, layer: int, every_query: bool = False) -> int:
+        """Return the bytes of one layer's queries and keys that fitting it keeps in memory.
+
+        Args:
+            layer: Index of the layer.
+            every_query: Count all queries, not those alone that the method reads.
+        """
         geometry = geometry_of(self.loaded.model)
-        queries = sum(map(len, self.method.query_positions(layer, self.lengths)))
+        queries = sum(self.lengths)
+        if not every_query:
+            queries = sum(map(len, self.method.query_positions(layer, self.lengths)))
         rows = geometry.num_kv_heads * sum(self.lengths) + geometry.num_heads * queries
         return rows * geometry.head_dim * geometry.dtype_bytes
 
@@ -137,7 +169,7 @@ class Calibration:
         """
         groups: list[list[int]] = []
         bytes_left = 0
-        for layer in self.global_layers:
+        for layer in self.layers:
             need = self.num_bytes(layer)
             if need > self.memory_limit:
                 raise ValueError(
@@ -152,18 +184,46 @@ class Calibration:
             bytes_left -= need
         return groups
 
-    @torch.no_grad()
     def capture(
-        self, layers: Sequence[int], progress: Progress | None = None
+        self,
+        layers: Sequence[int],
+        progress: Progress | None = None,
+        states: CapturedStates | None = None,
     ) -> dict[int, LayerStates]:
-        """Run the model on the prompts and return the states of the given layers, on the CPU.
+        """Return the states of the given layers, on the CPU.
 
         Args:
             layers: Indices of the layers.
             progress: Called with the number of prompts read and their total.
+            states: Has the states of fits before, and keeps these if the queries and keys of all
+                layers that are fitted take less than the memory limit.
         """
-        model = self.loaded.model
         positions = {layer: self.method.query_positions(layer, self.lengths) for layer in layers}
+        whole = sum(self.num_bytes(layer, every_query=True) for layer in self.layers)
+        if states is None or whole > self.memory_limit:
+            return self._read(layers, positions, progress)
+        kept = states.of((self.loaded.digest, self.digest))
+        missing = [layer for layer in layers if layer not in kept]
+        if missing:
+            every = {layer: [list(range(n)) for n in self.lengths] for layer in missing}
+            kept |= self._read(missing, every, progress)
+        return {
+            layer: [
+                (queries[:, at], keys)
+                for (queries, keys), at in zip(kept[layer], positions[layer], strict=True)
+            ]
+            for layer in layers
+        }
+
+    @torch.no_grad()
+    def _read(
+        self,
+        layers: Sequence[int],
+        positions: Mapping[int, Sequence[Sequence[int]]],
+        progress: Progress | None,
+    ) -> dict[int, LayerStates]:
+        """Run the model on the prompts; return the layers' states, queries at positions alone."""
+        model = self.loaded.model
         captured: dict[int, LayerStates] = {layer: [] for layer in layers}
 
         def keep(call: LayerCall) -> None:

@@ -16,7 +16,7 @@ import torch
 from topkbench.harness import artifact
 from topkbench.harness.artifact import Artifact
 from topkbench.harness.caching import cache_lock
-from topkbench.harness.calibration import Calibration, CalibrationTexts
+from topkbench.harness.calibration import Calibration, CalibrationTexts, CapturedStates
 from topkbench.harness.canary import check_acting
 from topkbench.harness.fitting import KeptLayers, fit_layers, learning_devices
 from topkbench.harness.reads import layers_read
@@ -24,8 +24,8 @@ from topkbench.harness.sources import code_digest, modules_of
 from topkbench.harness.sweep import outcome_of
 from topkbench.harness.task import Context, Outcome, Task, TaskRow
 from topkbench.kernels.timing import machine_name, versions
-from topkbench.methods.base import PREVIOUS_QUERY, AnyMethod, TopKMethod
-from topkbench.methods.learning import AnyLearningMethod, LearningMethod, Progress, check_ready
+from topkbench.methods.base import PREVIOUS_QUERY, AnyMethod, Policy, TopKMethod
+from topkbench.methods.learning import LearningMethod, Progress, check_artifact
 from topkbench.models import speculation
 from topkbench.models.attach import geometry_of
 from topkbench.models.load import LoadedModel
@@ -59,76 +59,116 @@ def prepare_method(
     method: AnyMethod,
     texts: CalibrationTexts,
     artifact_dir: str | Path,
+    policy: Policy | None = None,
     progress: Progress | None = None,
     memory_limit: int | None = None,
     refit: bool = False,
+    states: CapturedStates | None = None,
 ) -> Artifact | None:
-    """Load the artifact that a method needs; if there is none, fit it under a lock.
+    """Load the artifact that a method needs; what it lacks is fitted first, under a lock.
+
+    Only the layers in which the method selects are fitted. Those that a later cell needs besides
+    are added to the same file.
 
     Args:
         loaded: The model.
         method: The method into which the artifact is loaded.
         texts: The texts that the method is fitted on.
         artifact_dir: Folder of fitted artifacts; searched before the shipped ones.
+        policy: The cell's policy, which may keep layers dense; None for one that keeps none.
         progress: Called with the units of work done and their total while fitting.
         memory_limit: Bytes of queries and keys that a fit may keep in memory; see ``Calibration``.
         refit: Fit even if there is an artifact, and replace the one in ``artifact_dir``.
+        states: Keeps what the model's layers receive of the texts, for fits that follow.
 
     Returns:
-        The artifact, or None if the method learns nothing, or cannot run in the model.
+        The artifact, of the layers in which the method selects; None if it learns nothing, or
+        cannot run in the model.
 
     Raises:
-        ValueError: If the method does not support the model, or the artifact is damaged or was
-            fitted with other settings.
+        ValueError: If the artifact is damaged or was fitted with other settings.
     """
     spec = artifact_spec(loaded, method, texts)
     if spec is None or not isinstance(method, LearningMethod):
         return None
+    geometry = geometry_of(loaded.model, loaded.digest)
+    effective = None if policy is None else method.resolve(policy)[1]
+    layers = geometry.sparse_layers(effective)
+    if not layers or method.unsupported_reason(geometry, effective) is not None:
+        return None
     if _speculation_unsupported_reason(loaded, method) is not None:
         return None
     folder = Path(artifact_dir).expanduser()
-    path = None if refit else artifact.find(spec, (folder, *loaded.artifact_folders))
-    fitted = False
-    if path is None:
+    learned = None
+    if not refit:
+        learned = artifact.find(spec, (folder, *loaded.artifact_folders), layers)
+    if learned is None:
         path = folder / artifact.file_name(spec)
         with cache_lock(path.with_suffix(".lock")):
-            if refit or not path.is_file():
-                fit_method(loaded, method, texts, path, spec, progress, memory_limit, refit)
-                fitted = True
-    learned = replace(artifact.load(path, expect=spec), fitted=fitted)
+            before = None if refit else artifact.find(spec, (folder,))
+            if before is None or not before.layers.issuperset(layers):
+                calibration = Calibration.draw(loaded, method, texts, memory_limit, layers)
+                fit_method(calibration, path, spec, texts.seed, before, progress, refit, states)
+            learned = artifact.load(path, expect=spec)
+            learned = replace(learned, fitted=before is None)
+    learned = learned.of_layers(layers)
     method.load_artifact(learned.tensors, learned.digest)
-    check_ready(method, geometry_of(loaded.model, loaded.digest))
+    check_artifact(method, geometry, layers)
     return learned
 
 
 def fit_method(
-    loaded: LoadedModel,
-    method: AnyLearningMethod,
-    texts: CalibrationTexts,
+    calibration: Calibration,
     path: Path,
     spec: Mapping[str, Any],
+    seed: int | None,
+    before: Artifact | None = None,
     progress: Progress | None = None,
-    memory_limit: int | None = None,
     refit: bool = False,
+    states: CapturedStates | None = None,
 ) -> None:
     """Fit a method on calibration texts and save the artifact of ``spec`` at ``path``.
 
     Each layer is kept beside it until the whole is there, so that a fit that is killed goes on.
+
+    Args:
+        calibration: The texts, the method and the layers to fit.
+        path: The file.
+        spec: The settings that identify the artifact.
+        seed: Seed of the texts.
+        before: What was learned of other layers, which the file keeps.
+        progress: Called with the units of work done and their total.
+        refit: Fit layers again that a fit that was killed has finished.
+        states: See `CapturedStates`.
     """
-    kept = KeptLayers(path.with_suffix(".layers"), spec, fit_source(method))
+    method, loaded = calibration.method, calibration.loaded
+    source = fit_source(method)
+    if before is not None:
+        if before.provenance.get("source") != source:
+            before = None  # all layers of a file are fitted by the same code
+        else:
+            missing = [layer for layer in calibration.layers if layer not in before.layers]
+            calibration = replace(calibration, layers=missing)
+    kept = KeptLayers(path.with_suffix(".layers"), spec, source)
     if refit:
         kept.remove()
-    calibration = Calibration.draw(loaded, method, texts, memory_limit=memory_limit)
     devices = learning_devices(loaded.model.device)
-    tensors, losses = fit_layers(method, calibration, devices, progress, kept)
+    tensors, losses = fit_layers(method, calibration, devices, progress, kept, states)
+    seconds = kept.seconds
+    if before is not None:
+        for layer in before.layers:
+            losses[layer] = before.provenance["losses"][layer]
+            for name, tensor in tensors.items():
+                tensor[layer] = before.tensors[name][layer]
+        seconds += before.provenance["seconds"]
     provenance = artifact.provenance(
         spec,
         calibration.description,
-        texts.seed,
+        seed,
         model=loaded.name,
         machine=machine_name(loaded.model.device),
-        source=fit_source(method),
-        seconds=kept.seconds,
+        source=source,
+        seconds=seconds,
         losses=losses,
     )
     artifact.save(path, tensors, provenance)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from topkbench.harness import artifact
-from topkbench.harness.calibration import Calibration
+from topkbench.harness.calibration import Calibration, CapturedStates
 from topkbench.methods.learning import AnyLearningMethod, LayerStates, Progress, stack_layers
 
 
@@ -78,8 +78,9 @@ def fit_layers(
     devices: Sequence[torch.device],
     progress: Progress | None = None,
     kept: KeptLayers | None = None,
+    states: CapturedStates | None = None,
 ) -> tuple[dict[str, Tensor], list[list[float]]]:
-    """Fit a method on every layer of a model.
+    """Fit a method on the layers of a model that a calibration names.
 
     The layers of a group are assigned to the devices round-robin, and each device fits its layers
     one after another. A layer's fit does not depend on the other layers, so the result does not
@@ -92,6 +93,7 @@ def fit_layers(
         progress: Called with the units of work done and their total; a prompt read counts as 1, a
             fitted layer as 100.
         kept: Keeps the layers as they are finished, and has those of a fit that was killed.
+        states: Keeps what the model's layers receive of the prompts, for fits that follow.
 
     Returns:
         The artifact's tensors, and for each layer the loss at each training step; the losses are
@@ -100,7 +102,7 @@ def fit_layers(
     Raises:
         ValueError: If a layer exceeds the memory limit, or a fitted tensor is not finite.
     """
-    num_layers, layers = calibration.num_layers, calibration.global_layers
+    num_layers, layers = calibration.num_layers, calibration.layers
     fitted: dict[int, dict[str, Tensor]] = {}
     losses: list[list[float]] = [[] for _ in range(num_layers)]
     shares = [0.0] * num_layers
@@ -138,7 +140,7 @@ def fit_layers(
             fit_one(captured, layer, device)
 
     for group in groups:
-        captured = calibration.capture(group, lambda done, _: report_progress(done))
+        captured = calibration.capture(group, lambda done, _: report_progress(done), states)
         read += len(calibration.prompts)
         if len(devices) == 1:
             fit_several(captured, group, devices[0])

@@ -222,18 +222,20 @@ def fit(
     method: AnyLearningMethod,
     texts: CalibrationTexts,
     memory_limit: int | None,
+    layers: Sequence[int],
 ) -> Cost:
-    """Return what fitting a method on all layers takes, from a part of one layer's fit.
+    """Return what fitting a method takes, from a part of one layer's fit.
 
     Args:
         loaded: The model.
         method: The method; it is not changed.
         texts: The texts that it is fitted on.
         memory_limit: As in ``Calibration.draw``.
+        layers: The layers to fit.
     """
-    whole = Calibration.draw(loaded, method, texts, memory_limit)
+    whole = Calibration.draw(loaded, method, texts, memory_limit, layers)
     one, device = replace(whole, prompts=whole.prompts[:1]), loaded.model.device
-    chosen = whole.global_layers[0]
+    chosen = whole.layers[0]
     reading, captured = timed(device, one.capture, [chosen])
     states = [(queries.to(device), keys.to(device)) for queries, keys in captured[chosen]]
     began = time.process_time(), time.perf_counter()
@@ -260,4 +262,4 @@ def fit(
         layer = len(whole.prompts) * prepared + steps * per_step
     else:
         layer = len(whole.prompts) * layer
-    return (len(whole.groups()) * len(whole.prompts)) * reading + len(whole.global_layers) * layer
+    return (len(whole.groups()) * len(whole.prompts)) * reading + len(whole.layers) * layer

@@ -225,7 +225,8 @@ class Planner:
         if not (task.uses_model and task.fits_methods) or not isinstance(method, LearningMethod):
             return None, None
         geometry = geometry_of(loaded.model, loaded.digest)
-        if method.unsupported_reason(geometry) is not None:
+        layers = geometry.sparse_layers(method.resolve(composed.policy)[1])
+        if not layers or method.unsupported_reason(geometry) is not None:
             return None, None
         if self.card is None:
             spec = artifact_spec(loaded, method, composed.texts)
@@ -235,9 +236,9 @@ class Planner:
             return None, None
         is_refitted = self.card is not None or (settings["force"] and task.refits)
         folders = () if is_refitted else (settings["artifact_dir"], *loaded.artifact_folders)
-        path = artifact.find(spec, folders)
-        if path is not None:
-            learned = artifact.load(path, expect=spec)
+        learned = artifact.find(spec, folders, layers)
+        if learned is not None:
+            learned = learned.of_layers(layers)
             method.load_artifact(learned.tensors, learned.digest)
             return learned, None
         generator = torch.Generator().manual_seed(0)
@@ -260,8 +261,11 @@ class Planner:
                 continue
             composed = run.composed
             try:
+                layers = geometry_of(run.loaded.model).sparse_layers(
+                    method.resolve(composed.policy)[1]
+                )
                 self.fits[name] = fit(
-                    run.loaded, method, composed.texts, composed.calibration_bytes
+                    run.loaded, method, composed.texts, composed.calibration_bytes, layers
                 )
             except Exception as error:
                 cell.reason = message_of(error)

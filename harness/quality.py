@@ -1,6 +1,6 @@
 """Selection quality: recall of the exact top-k, attention mass, and error of the output."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -187,66 +187,77 @@ class SelectionMeter(Observer):
         }
 
 
-class OffPolicyObserver(Observer):
-    """Measures a method's selections on full attention's states, at all budgets in one pass.
+@dataclass
+class StepRecorder(Observer):
+    """Keeps the decode steps of an attached method, whose cache must outlive them unchanged.
 
-    The model decodes with full attention; at each step the method selects on the same queries and
-    cache. One index and one scoring per step serve all budgets, since only the selection depends on
-    ``k``. If a method's state depends on earlier selections, each budget has its own index. Layers
-    that the policies keep dense are not measured.
+    Attributes:
+        steps: Each layer's steps, in order.
     """
 
-    def __init__(
-        self,
-        resolved: Sequence[tuple[AnyMethod, Policy]],
-        capacity: int,
-        captured: Callable[[int], Captured | None],
-    ) -> None:
-        traits = resolved[0][0].traits
-        self.needs = traits.needs
-        self.has_history = traits.index == "history"
-        self.capacity = capacity
-        self.captured = captured
-        self.resolved = resolved
-        self.dense: frozenset[int] | None = None
-        single = [[pair] for pair in resolved]
-        self.groups = single if self.has_history else [list(resolved)]
-        self.shared: list[dict[str, SharedState]] = [{} for _ in self.groups]
-        self.indices: dict[tuple[int, int], Index] = {}
-        self.measured: list[tuple[int, int, int, Quality]] = []
-        self.steps: dict[int, int] = {}
+    needs: frozenset[str] = frozenset()
+    steps: dict[int, list[StepContext]] = field(default_factory=dict)
 
     def on_step(self, context: StepContext, result: StepResult) -> None:
-        layer = context.layer
-        if self.dense is None:
-            self.dense = self.resolved[0][1].resolve_dense_layers(context.num_layers)
-        if layer in self.dense:
-            return
-        self.steps[layer] = self.steps.get(layer, -1) + 1
-        reference = DenseReference.of(context)
-        for number, group in enumerate(self.groups):
-            index, ranking = self._index(context, number), None
-            for method, policy in group:
-                # All tokens are then attended to without calling the method.
-                is_dense = policy.k >= context.cache.n
-                if is_dense and not self.has_history:
-                    continue
-                own = replace(context, policy=policy)
-                outcome = method.step(index, own, given=ranking)
-                ranking = outcome.ranking or ranking
-                if is_dense:
-                    continue
-                check_finite(outcome, layer)
-                measures = quality(reference, own, outcome)
-                self.measured.append((policy.k, layer, self.steps[layer], measures))
+        self.steps.setdefault(context.layer, []).append(context)
 
-    def _index(self, context: StepContext, number: int) -> Index:
-        """Return the layer's index of a group of budgets, with the current token appended."""
-        place, method = (context.layer, number), self.groups[number][0][0]
-        if place not in self.indices:
-            captured = self.captured(context.layer)
-            inputs = {} if captured is None else captured.inputs(context.cache.n - 1)
-            shared = self.shared[number]
-            self.indices[place] = method.index_prompt(context, self.capacity, inputs, shared)
-        method.append(self.indices[place], *context.cache.newest())
-        return self.indices[place]
+
+def off_policy_quality(
+    resolved: Sequence[tuple[AnyMethod, Policy]],
+    recorded: Mapping[int, Sequence[StepContext]],
+    capacity: int,
+    captured: Callable[[int], Captured | None],
+    judged: frozenset[int] | None = None,
+) -> Iterator[tuple[int, int, int, Quality]]:
+    """Measure a method's selections on recorded steps of full attention, at all budgets.
+
+    One index and one scoring of a step serve all budgets, since only the selection depends on
+    ``k``. If a method's state depends on earlier selections, each budget has its own index. Layers
+    that the policies keep dense are not measured.
+
+    Args:
+        resolved: The method and the policy of each budget, as ``TopKMethod.resolve`` returned them.
+        recorded: Each layer's steps, each over one token more than the one before.
+        capacity: Slots of the indices.
+        captured: Returns what was captured of a layer's prompt.
+        judged: The steps that are measured, each named by its number of cached tokens; None for
+            all.
+
+    Yields:
+        The budget, the layer, the number of the step, and the quality, step by step.
+    """
+    has_history = resolved[0][0].traits.index == "history"
+    groups = [[one] for one in resolved] if has_history else [list(resolved)]
+    shared: list[dict[str, SharedState]] = [{} for _ in groups]
+    indices: dict[tuple[int, int], Index] = {}
+    num_layers = next(iter(recorded.values()))[0].num_layers
+    dense = resolved[0][1].resolve_dense_layers(num_layers)
+    layers = [steps for layer, steps in sorted(recorded.items()) if layer not in dense]
+    # In the order of decoding, as a layer's index may build on that of the layer before.
+    for number, of_layers in enumerate(zip(*layers, strict=True)):
+        for context in of_layers:
+            layer, n = context.layer, context.cache.n
+            is_judged = judged is None or n in judged
+            reference = DenseReference.of(context) if is_judged else None
+            for place, group in enumerate(groups):
+                if (layer, place) not in indices:
+                    found = captured(layer)
+                    inputs = {} if found is None else found.inputs(n - 1)
+                    method = group[0][0]
+                    indices[layer, place] = method.index_prompt(
+                        context, capacity, inputs, shared[place]
+                    )
+                index, ranking = indices[layer, place], None
+                group[0][0].append(index, *context.cache.newest())
+                for method, policy in group:
+                    # All tokens are then attended to without calling the method.
+                    is_dense = policy.k >= n
+                    if not has_history and (is_dense or reference is None):
+                        continue
+                    own = replace(context, policy=policy)
+                    outcome = method.step(index, own, given=ranking)
+                    ranking = outcome.ranking or ranking
+                    if is_dense or reference is None:
+                        continue
+                    check_finite(outcome, layer)
+                    yield policy.k, layer, number, quality(reference, own, outcome)

@@ -26,6 +26,7 @@ from topkbench.analysis.record import (
     identity,
 )
 from topkbench.harness.batch_size import recorded
+from topkbench.harness.calibration import CapturedStates
 from topkbench.harness.cell import (
     checked_context,
     environment,
@@ -166,6 +167,7 @@ class Runner:
         self.parts = PartStore(sweep.results_dir)
         self.ended: set[str] = set()
         self._fitted: set[str] = set()
+        self._captured = CapturedStates()
         self._reported: set[str] = set()
         self._parts: dict[tuple[str, str], MeasuredPart] = {}
         self._batch_sizes: dict[Path, int] = {}
@@ -340,6 +342,7 @@ class Runner:
                 if self.is_worker:
                     raise
                 self.refuse(error, job.choices, job.composed.settings, job.trial)
+        self._captured.clear()  # cells need the memory
         for cell in cells.values():
             cell.has_ended = cell.is_found()
         self._say_what_runs(loaded.name, len(identities), cells)
@@ -404,9 +407,11 @@ class Runner:
                     composed.method,
                     composed.texts,
                     settings["artifact_dir"],
+                    composed.policy,
                     bar.update,
                     composed.calibration_bytes,
                     refit,
+                    self._captured,
                 )
         if isinstance(task, PromptTask) and task.batch_size == "auto":
             path = self.batch_size_file(task, loaded, settings)

@@ -157,6 +157,11 @@ class Geometry:
         """The layers that attend to the whole past, in which methods act."""
         return [layer for layer in range(self.num_layers) if layer not in self.other_layers]
 
+    def sparse_layers(self, policy: Policy | None) -> list[int]:
+        """Return the layers that a policy, as ``resolve`` returned it, leaves to the method."""
+        dense = frozenset() if policy is None else policy.resolve_dense_layers(self.num_layers)
+        return [layer for layer in self.global_layers if layer not in dense]
+
     @property
     def attention_layers(self) -> list[int]:
         """The layers with attention, local or to the whole past."""

@@ -150,8 +150,21 @@ def check_ready(method: AnyMethod, geometry: Geometry, policy: Policy | None = N
     reason = method.unsupported_reason(geometry, policy)
     if reason is not None:
         raise ValueError(reason)
-    if not isinstance(method, LearningMethod) or method.artifact_spec(geometry) is None:
-        return
+    if isinstance(method, LearningMethod) and method.artifact_spec(geometry) is not None:
+        check_artifact(method, geometry, geometry.sparse_layers(policy))
+
+
+def check_artifact(method: AnyLearningMethod, geometry: Geometry, layers: Sequence[int]) -> None:
+    """Check that the artifact of a method that learns is loaded.
+
+    Args:
+        method: The method.
+        geometry: The model's.
+        layers: The layers in which the method selects.
+
+    Raises:
+        ValueError: With what the artifact must hold.
+    """
     if not method.artifact:
         raise ValueError(
             f"{method.name} needs its artifact, and none is loaded; "
@@ -165,12 +178,12 @@ def check_ready(method: AnyMethod, geometry: Geometry, policy: Policy | None = N
                 f"{method.name}'s artifact must hold {name} as torch.float32 {list(shape)} for"
                 f" this model, got {actual}; fit it on this model."
             )
-    for layer in geometry.global_layers:
+    for layer in layers:
         if not any(tensor[layer].any() for tensor in method.artifact.values()):
             raise ValueError(
-                f"{method.name}'s artifact must hold what each layer that attends to the whole past"
-                f" has learned, and it has only zeros for layer {layer}; fit it on this model with"
-                " the same window."
+                f"{method.name}'s artifact must hold what each layer in which it selects has"
+                f" learned, and it has only zeros for layer {layer}; fit it on this model with the"
+                " same window and dense_layers."
             )
 
 

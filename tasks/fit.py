@@ -42,7 +42,7 @@ class Fit(Task):
         provenance = artifact.provenance
         found = provenance.get("losses")  # artifacts of older versions have none
         losses: dict[int, list[float]] = {
-            layer: found[layer] if found else [] for layer in context.geometry.global_layers
+            layer: found[layer] if found else [] for layer in sorted(artifact.layers)
         }
         shared: dict[str, Any] = {
             "calibration": provenance["data"],

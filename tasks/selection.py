@@ -5,40 +5,45 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from topkbench.harness.decoding import Decoder, Prompt
-from topkbench.harness.quality import MEASURES, OffPolicyObserver
-from topkbench.harness.sweep import Plan, Record, Steps
+from topkbench.harness.generation import spread
+from topkbench.harness.quality import MEASURES, StepRecorder, off_policy_quality
+from topkbench.harness.sweep import Plan, PromptTask, Record, Steps
 from topkbench.harness.task import Context, Outcome, TaskRow, compact_unsupported_reason
-from topkbench.methods.base import AnyMethod, Policy, check_list
+from topkbench.methods.base import check_list, check_whole
 from topkbench.tasks.ruler_words import RulerWords
 
 
 @dataclass(kw_only=True)
-class SelectionTask(RulerWords):
+class Selection(PromptTask):
     """Recall, attention mass and output error of a method, by layer, KV head, step and budget.
 
-    Full attention decodes RULER prompts with its own answers; at each step the method selects on
-    the same states. Answers are not scored: the quality of the selections is the result.
+    Full attention decodes each prompt once; at each step all methods select on the same states.
 
     Attributes:
         budgets: The values of ``k``; the cell's own ``k`` is not used.
+        judged_tokens: Decode steps of a prompt that are measured, spread evenly over those of the
+            question and of as many of the answer; None for all.
     """
 
-    name: str = "selection"
-    num_samples: int = 2
     budgets: Sequence[int] = (32, 64, 128, 256, 512)
+    judged_tokens: int | None = None
     parts: ClassVar[Mapping[str, frozenset[str]]] = {"selections": frozenset()}
     together: ClassVar[frozenset[str]] = frozenset()
     needs_full: ClassVar[bool] = False  # full attention selects nothing, so it has no cell here
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc]  # that of the prompts
         self.all_budgets = True
         check_list("task.budgets", self.budgets, least=1)
+        if self.judged_tokens is not None:
+            check_whole("task.judged_tokens", self.judged_tokens)
 
     def plan(self, context: Context, prompts: Sequence[Prompt]) -> Plan | Outcome:
         reason = None
         if not context.method.selects:
-            reason = "task=selection needs a method that selects; full attention reads all tokens."
+            reason = (
+                f"task={self.name} needs a method that selects; full attention reads all tokens."
+            )
         elif context.method.compacts:
             reason = compact_unsupported_reason(self.name)
         if reason is not None:
@@ -46,12 +51,7 @@ class SelectionTask(RulerWords):
         return Plan({"selections": frozenset(prompt.sample.sample_id for prompt in prompts)})
 
     def measure(self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]) -> Record:
-        resolved = [context.resolved(k) for k in self.budgets]
-        return {
-            "samples": [
-                one for prompt in prompts for one in self._measure(context, prompt, resolved)
-            ]
-        }
+        return {"samples": [one for prompt in prompts for one in self._measure(context, prompt)]}
 
     def steps(self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]) -> Steps:
         rows = sum(len(one.decode_ids) + one.sample.max_new_tokens for one in prompts)
@@ -87,23 +87,30 @@ class SelectionTask(RulerWords):
                         "k": k,
                         "num_samples": len(prompts),
                         "judged_prompts": len({one["sample_id"] for one in of_budget}),
+                        "judged_tokens": len(
+                            {(one["sample_id"], one["step"]) for one in of_budget}
+                        ),
                         **means,
                     },
                 )
             )
         return outcome
 
-    def _measure(
-        self, context: Context, prompt: Prompt, resolved: Sequence[tuple[AnyMethod, Policy]]
-    ) -> list[dict[str, Any]]:
-        answer = context.full_answer(prompt)
-        needs = context.method.traits.needs
-        decoder = Decoder(context.loaded, context.store, [prompt], len(answer) + 1, needs)
+    def answer(self, context: Context, prompt: Prompt) -> Sequence[int]:
+        """Return the tokens that follow the question."""
+        return context.full_answer(prompt)[: self.judged_tokens]
+
+    def _measure(self, context: Context, prompt: Prompt) -> list[dict[str, Any]]:
+        resolved = [context.resolved(k) for k in self.budgets]
+        decoder, recorder = self._recorded(context, prompt)
         cache = decoder.cache
-        captured = cache.topkbench_captured
-        observer = OffPolicyObserver(resolved, cache.capacity, captured)
-        with context.attached(decoder, context.full, observer):
-            decoder.teacher_force([answer])
+        judged = None
+        if self.judged_tokens is not None:
+            sparse = [n for n in decoder.lengths if n > min(self.budgets)]
+            judged = frozenset(spread(sparse, self.judged_tokens)) if sparse else frozenset()
+        found = off_policy_quality(
+            resolved, recorder.steps, cache.capacity, cache.topkbench_captured, judged
+        )
         return [
             {
                 "sample_id": prompt.sample.sample_id,
@@ -116,8 +123,30 @@ class SelectionTask(RulerWords):
                 "recall_at_k": quality.recall_at_k[0, head].item(),
                 "attention_mass": quality.attention_mass[0, head].item(),
                 "output_rel_error": quality.output_rel_error[0, head].item(),
-                "density": quality.tokens[0, head].item() / cache.n,
+                "density": quality.tokens[0, head].item() / decoder.lengths[step],
             }
-            for k, layer, step, quality in observer.measured
+            for k, layer, step, quality in found
             for head in range(quality.recall_at_k.shape[1])
         ]
+
+    def _recorded(self, context: Context, prompt: Prompt) -> tuple[Decoder, StepRecorder]:
+        """Decode a prompt with full attention, once for all cells."""
+        answer = self.answer(context, prompt)
+        needs = context.method.traits.needs
+        key = ("steps of full attention", prompt, len(answer), needs)
+        if key not in context.store.shared:
+            decoder = Decoder(context.loaded, context.store, [prompt], len(answer) + 1, needs)
+            recorder = StepRecorder(needs)
+            with context.attached(decoder, context.full, recorder):
+                decoder.teacher_force([answer])
+            context.store.shared[key] = decoder, recorder
+        found: tuple[Decoder, StepRecorder] = context.store.shared[key]
+        return found
+
+
+@dataclass(kw_only=True)
+class SelectionTask(Selection, RulerWords):
+    """Selections on prompts in the manner of RULER, while full attention answers them."""
+
+    name: str = "selection"
+    num_samples: int = 2

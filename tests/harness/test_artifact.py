@@ -52,7 +52,9 @@ def test_an_artifact_is_found_by_its_settings(
     path: Path, spec: dict[str, Any], tmp_path: Path
 ) -> None:
     assert path.name.startswith("hata-")
-    assert artifact.find(spec, [tmp_path / "nowhere", path.parent]) == path
+    found = artifact.find(spec, [tmp_path / "nowhere", path.parent])
+    assert found is not None
+    assert found.path == path
     assert artifact.find({**spec, "rbit": 64}, [path.parent]) is None
 
 
@@ -123,8 +125,9 @@ def test_a_killed_write_leaves_the_previous_file(tmp_path: Path, before: bool) -
     assert done.returncode == -signal.SIGKILL
     found = artifact.find(spec, [tmp_path])
     if before:
-        assert found == path
-        assert artifact.load(path).tensors["hash_weight"].tolist() == [1.0, 1.0]
+        assert found is not None
+        assert found.path == path
+        assert found.tensors["hash_weight"].tolist() == [1.0, 1.0]
     else:
         assert found is None
     for other in tmp_path.iterdir():  # the unfinished file of the killed process does not load

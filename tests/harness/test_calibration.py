@@ -297,7 +297,7 @@ def test_a_small_window_shortens_the_prompts(loaded: LoadedModel) -> None:
 def test_layers_are_grouped_by_the_memory_limit(loaded: LoadedModel) -> None:
     def groups(limit: int) -> list[list[int]]:
         prompts = [list(range(1, 11)), list(range(1, 21))]
-        return Calibration(loaded, HATA(rbit=32), prompts, limit, "").groups()
+        return Calibration(loaded, HATA(rbit=32), prompts, limit, "", [0, 1]).groups()
 
     # 2 KV heads of 30 keys and 4 query heads of 1 query a sequence, 16 channels of 4 bytes.
     layer = (2 * 30 + 4 * 2) * 16 * 4

@@ -253,18 +253,18 @@ def save_mismatched(loaded: LoadedModel, folder: Path, weight: torch.Tensor, **s
     ("weight", "spec", "message"),
     [
         (
-            torch.zeros(2, 2, 16, 32),
+            torch.ones(2, 2, 16, 32),
             {"model_digest": "f" * 16},
             "must have model_digest='0000000000000000', got 'ffffffffffffffff'; fit one",
         ),
         (
-            torch.zeros(3, 2, 16, 32),
+            torch.ones(3, 2, 16, 32),
             {},
             r"float32 \[2, 2, 16, 32\] for this model, got torch.float32 \[3, 2, 16, 32\]; fit",
         ),
-        (torch.zeros(2, 2, 8, 32), {}, r"got torch.float32 \[2, 2, 8, 32\]; fit it on this model"),
+        (torch.ones(2, 2, 8, 32), {}, r"got torch.float32 \[2, 2, 8, 32\]; fit it on this model"),
         (
-            torch.zeros(2, 2, 16, 32, dtype=torch.float16),
+            torch.ones(2, 2, 16, 32, dtype=torch.float16),
             {},
             r"as torch.float32 \[2, 2, 16, 32\] for this model, got torch.float16",
         ),
@@ -292,7 +292,7 @@ def test_the_fit_task_has_a_row_for_every_layer_and_their_mean(
     loaded: LoadedModel, tmp_path: Path
 ) -> None:
     found = artifact.Artifact(
-        tensors={},
+        tensors={"hash_weight": torch.ones(2, 1)},
         provenance={"data": "noise", "seconds": 2.5, "losses": [[8.0, 4.0, 2.0], [6.0, 5.0, 1.0]]},
         digest="d",
         path=tmp_path / "here",
@@ -325,7 +325,7 @@ def test_an_artifact_that_was_found_has_no_fit_seconds(loaded: LoadedModel, tmp_
 
 
 def test_an_artifact_without_losses_still_has_its_rows(loaded: LoadedModel, tmp_path: Path) -> None:
-    found = artifact.Artifact({}, {"data": "noise"}, "d", tmp_path)
+    found = artifact.Artifact({"hash_weight": torch.ones(2, 1)}, {"data": "noise"}, "d", tmp_path)
     outcome = Fit().run(context(loaded, quick(), tmp_path, found))
     assert [row.subtask for row in outcome.rows] == ["layer 0", "layer 1", "mean"]
     assert {row.values["loss_first"] for row in outcome.rows} == {None}

@@ -65,9 +65,9 @@ def asked(captured: LayerStates, method: AnyLearningMethod) -> LayerStates:
 def shipped(loaded: LoadedModel, method: AnyLearningMethod) -> artifact.Artifact:
     spec = artifact_spec(loaded, method, CalibrationPrompts())
     assert spec is not None
-    path = artifact.find(spec, [ARTIFACTS])
-    assert path is not None, f"no artifact of {method.name} ships under its current name"
-    return artifact.load(path, expect=spec)
+    found = artifact.find(spec, [ARTIFACTS])
+    assert found is not None, f"no artifact of {method.name} ships under its current name"
+    return found
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,24 @@
+"""The quality of a method's selections while a text is decoded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from topkbench.harness.decoding import Prompt
+from topkbench.harness.task import Context
+from topkbench.tasks.perplexity import Perplexity
+from topkbench.tasks.selection import Selection
+
+
+@dataclass(kw_only=True)
+class TextSelection(Selection, Perplexity):
+    """Selections on windows of text, of which ``scored_tokens`` are decoded after the others.
+
+    The windows are those of ``task=perplexity`` with the same settings.
+    """
+
+    name: str = "selection_text"
+    windows: int = 4
+    scored_tokens: int = 64
+
+    def answer(self, context: Context, prompt: Prompt) -> Sequence[int]:
+        return ()
