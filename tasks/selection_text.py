@@ -11,9 +11,9 @@ from topkbench.tasks.selection import Selection
 
 @dataclass(kw_only=True)
 class TextSelection(Selection, Perplexity):
-    """Selections on windows of text, of which ``scored_tokens`` are decoded after the others.
+    """Selections on windows of text, of which the last ``scored_tokens + 1`` tokens are decoded.
 
-    The windows are those of ``task=perplexity`` with the same settings.
+    The windows are those of ``task=perplexity`` with the same settings, but for their number.
     """
 
     name: str = "selection_text"

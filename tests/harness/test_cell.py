@@ -186,6 +186,48 @@ def test_an_artifact_is_fitted_once_and_found_again(
         prepare_method(loaded, quick(), TEXTS, tmp_path / "new", refit=True)
 
 
+def test_only_the_layers_that_a_policy_leaves_to_the_method_are_fitted(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    half = Policy(k=16, dense_layers=1)
+    first = prepare_method(loaded, quick(), TEXTS, tmp_path, half)
+    assert first is not None
+    assert first.layers == {1}
+    assert [len(steps) for steps in first.provenance["losses"]] == [0, 4]
+    assert (first.fitted, first.tensors["hash_weight"][0].any().item()) == (True, False)
+    # The other layer is added to the same file, and what was there stays.
+    whole = prepare_method(loaded, quick(), TEXTS, tmp_path, Policy(k=16))
+    assert whole is not None
+    assert (whole.path, whole.layers, whole.fitted) == (first.path, {0, 1}, False)
+    assert torch.equal(whole.tensors["hash_weight"][1], first.tensors["hash_weight"][1])
+    assert [len(steps) for steps in whole.provenance["losses"]] == [4, 4]
+    assert whole.provenance["seconds"] > first.provenance["seconds"]
+    at_once = prepare_method(loaded, quick(), TEXTS, tmp_path / "other")
+    assert at_once is not None
+    assert at_once.digest == whole.digest
+    # A cell's identity does not depend on the layers that other cells had fitted.
+    again = prepare_method(loaded, quick(), TEXTS, tmp_path, half)
+    assert again is not None
+    assert (again.digest, again.layers) == (first.digest, {1})
+
+
+def test_layers_of_other_code_are_not_added_to(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_method(loaded, quick(), TEXTS, tmp_path, Policy(k=16, dense_layers=1))
+    monkeypatch.setattr("topkbench.harness.cell.fit_source", lambda _: "other code")
+    whole = prepare_method(loaded, quick(), TEXTS, tmp_path)
+    assert whole is not None
+    assert (whole.layers, whole.fitted) == ({0, 1}, False)
+    assert whole.provenance["source"] == "other code"
+    assert [len(steps) for steps in whole.provenance["losses"]] == [4, 4]
+
+
+def test_nothing_is_fitted_where_all_layers_are_dense(loaded: LoadedModel, tmp_path: Path) -> None:
+    assert prepare_method(loaded, quick(), TEXTS, tmp_path, Policy(k=16, dense_layers=2)) is None
+    assert not tmp_path.exists() or list(tmp_path.iterdir()) == []
+
+
 def test_refitting_gives_the_same_digest(loaded: LoadedModel, tmp_path: Path) -> None:
     first = prepare_method(loaded, quick(), TEXTS, tmp_path)
     written = next(tmp_path.glob("*.safetensors")).stat().st_mtime_ns

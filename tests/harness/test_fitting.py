@@ -1,6 +1,7 @@
 """Fitting a model's layers: the same result for any grouping and any number of devices."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from topkbench.harness.artifact import digest_of
-from topkbench.harness.calibration import Calibration
+from topkbench.harness.calibration import Calibration, CapturedStates
 from topkbench.harness.fitting import KeptLayers, fit_layers, learning_devices
+from topkbench.harness.pilot import counted_forwards
 from topkbench.methods.hata import HATA
 from topkbench.methods.learning import LayerStates, LossReport
 from topkbench.methods.loki import Loki
@@ -46,6 +48,28 @@ def test_the_fit_does_not_depend_on_groups_or_devices_but_on_the_seed(loaded: Lo
     assert all(one == found["once"] for one in found.values())
     other, _ = fit_layers(quick(seed=1), drawn(loaded, quick(seed=1)), [CPU])
     assert digest_of(other) != found["once"][0]
+
+
+def test_several_fits_read_the_same_texts_once(loaded: LoadedModel) -> None:
+    states, alone = CapturedStates(), {}
+    for seed in (0, 1):
+        method = quick(seed=seed)
+        alone[seed] = digest_of(fit_layers(method, drawn(loaded, method), [CPU])[0])
+    every_query = 2 * drawn(loaded, quick()).num_bytes(0, every_query=True)
+    for limit, expected in ((every_query, 3), (every_query - 1, 6)):
+        states.clear()
+        with counted_forwards(loaded.model.base_model) as forwards:
+            for seed in (0, 1):
+                method = quick(seed=seed)
+                calibration = drawn(loaded, method, limit)
+                tensors, _ = fit_layers(method, calibration, [CPU], states=states)
+                assert digest_of(tensors) == alone[seed]
+        assert len(forwards) == expected  # of three prompts
+    # Other texts replace them.
+    other = Calibration.draw(loaded, quick(), replace(PROMPTS, seed=4))
+    expected_tensors, _ = fit_layers(quick(), other, [CPU])
+    tensors, _ = fit_layers(quick(), other, [CPU], states=states)
+    assert digest_of(tensors) == digest_of(expected_tensors)
 
 
 def test_fitting_all_layers_gives_what_fitting_each_layer_gives(loaded: LoadedModel) -> None:

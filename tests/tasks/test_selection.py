@@ -1,17 +1,23 @@
 """The selection task: all budgets in one pass, measured on full attention's states."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from topkbench.harness.pilot import counted_forwards
+from topkbench.harness.sweep import Plan
 from topkbench.harness.task import Context
 from topkbench.methods.base import AnyMethod, Policy
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
+from topkbench.methods.h2o import H2O
 from topkbench.methods.streaming_llm import StreamingLLM
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill_store import PrefillStore
 from topkbench.tasks.selection import SelectionTask
+from topkbench.tasks.selection_text import TextSelection
 
 BARE = Policy(k=16, num_sink=0, num_recent=0)
 
@@ -82,3 +88,79 @@ def test_full_attention_is_skipped_since_it_selects_nothing(
     (row,) = task(tmp_path).run(context(loaded, store, FullAttention(), BARE)).rows
     assert row.status == "skipped"
     assert row.reason.startswith("task=selection needs a method that selects")
+
+
+def test_the_density_of_a_step_is_relative_to_the_tokens_cached_at_it(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    chosen = task(tmp_path, subtasks=("vt",), budgets=(16,))
+    outcome = chosen.run(context(loaded, store, ExactTopK(), BARE))
+    (prompt,) = chosen.tokenised(loaded)
+    begin = len(prompt.prefill_ids)
+    assert len({one["step"] for one in outcome.samples}) > len(prompt.decode_ids)
+    for one in outcome.samples:
+        assert one["density"] == pytest.approx(16 / (begin + one["step"] + 1))
+
+
+def test_measured_steps_are_spread_over_question_and_answer(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    chosen = task(tmp_path, subtasks=("vt",), budgets=(16,))
+    whole = chosen.run(context(loaded, store, ExactTopK(), BARE))
+    few = task(tmp_path, subtasks=("vt",), budgets=(16,), judged_tokens=4)
+    outcome = few.run(context(loaded, store, ExactTopK(), BARE))
+    (prompt,) = chosen.tokenised(loaded)
+    count = len(prompt.decode_ids) + 4  # as many of the answer as are measured
+    expected = [(place + 1) * count // 4 - 1 for place in range(4)]
+    assert sorted({one["step"] for one in outcome.samples}) == expected
+    assert outcome.rows[0].values["judged_tokens"] == 4
+    steps = [one for one in whole.samples if one["step"] in expected]
+    assert outcome.samples == steps
+
+
+def test_a_method_with_a_history_sees_the_steps_that_are_not_measured(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"subtasks": ("vt",), "budgets": (16, 64)}
+    whole = task(tmp_path, **settings).run(context(loaded, store, H2O(), BARE))
+    few = task(tmp_path, **settings, judged_tokens=3).run(context(loaded, store, H2O(), BARE))
+    measured = {one["step"] for one in few.samples}
+    assert len(measured) == 3
+    assert few.samples == [one for one in whole.samples if one["step"] in measured]
+
+
+def test_full_attention_decodes_a_prompt_once_for_all_methods(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    chosen = task(tmp_path)
+    prompts = chosen.tokenised(loaded)
+    first = context(loaded, store, ExactTopK(), BARE)
+    second = context(loaded, store, StreamingLLM(), BARE)
+    second.full_answers = first.full_answers
+    plan = chosen.plan(first, prompts)
+    assert isinstance(plan, Plan)
+    chosen.measure(first, plan, "selections", prompts)
+    with counted_forwards(loaded.model) as forwards:
+        record = chosen.measure(second, plan, "selections", prompts)
+    assert len(forwards) == 0
+    alone = chosen.run(context(loaded, PrefillStore(loaded.model), StreamingLLM(), BARE))
+    assert record["samples"] == alone.samples
+
+
+def test_selections_are_measured_on_text(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text(" the secret of every word list" * 80)
+    chosen = TextSelection(
+        length=100, windows=2, scored_tokens=12, judged_tokens=6, budgets=(8,), files=[str(book)]
+    )
+    outcome = chosen.run(context(loaded, store, ExactTopK(), replace(BARE, k=8)))
+    (row,) = outcome.rows
+    assert (row.status, row.values["k"], row.values["num_samples"]) == ("ok", 8, 2)
+    assert row.values["judged_tokens"] == 2 * 6
+    assert row.values["recall_at_k"] == pytest.approx(1.0)
+    # 87 tokens are prefilled and 13 decoded.
+    assert sorted({one["step"] for one in outcome.samples}) == [1, 3, 5, 7, 9, 12]
+    assert outcome.samples[0]["density"] == pytest.approx(8 / 89)
+    assert {one["subtask"] for one in outcome.samples} == {"mean"}
