@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from topkbench.methods.hash_training import LATE_TOKENS, rising_and_falling
+
 # Range of the share of drawn keys that count as a query's top keys: from the budgets of long
 # contexts, where one key in a hundred is kept, to those of short ones.
 TOP_SHARES = (1 / 128, 1 / 8)
-LATE_TOKENS = 48  # tokens at a sequence's end, its question and answer
-WARM_UP = 20  # steps
-LAST_RATE = 0.02  # last step's learning rate, relative to the setting
 TEMPERATURE_RATE = 0.125  # learning rate of the factor t, relative to the setting
 
 
@@ -35,11 +34,13 @@ class RankingRecipe:
         loss = mean over queries of  -1 / |T| * sum over k in T of  log softmax(t s)(k)
 
     where the factor ``t`` is learned too. The share of keys in T is drawn again at each step,
-    log-uniformly, since one code serves all budgets. The sign's gradient is replaced by that of
+    log-uniformly, since one code serves all budgets. With several ``widths`` the loss is the mean
+    over them, each with the first bits of the codes and a factor of its own, so that a prefix of a
+    code is a code. The sign's gradient is replaced by that of
     ``tanh`` (straight-through), so the loss is that of the true codes and its gradient an estimate.
 
     Attributes:
-        rbit: Bits per code.
+        widths: Numbers of bits at which codes are used, ascending; the last one is all bits.
         query_codes: Codes per query.
         use_norm: Multiply scores by the keys' norms, as in decoding.
         centre_keys: Subtract the sequence's mean from its keys before hashing, as in decoding.
@@ -56,10 +57,11 @@ class RankingRecipe:
         Ours. HATA's loss (arXiv:2506.02572, equation 9) weighs each pair of query and key by
         itself. Separate codes for queries and keys are from HashAttention (arXiv:2412.14468), which
         trains networks by binary cross-entropy. The straight-through estimator is from
-        arXiv:1308.3432.
+        arXiv:1308.3432. That one fit serves several widths is Matryoshka representation learning
+        (arXiv:2205.13147), here of bits.
     """
 
-    rbit: int
+    widths: Sequence[int]
     query_codes: int
     use_norm: bool
     centre_keys: bool
@@ -109,17 +111,21 @@ class RankingRecipe:
             weight.to(first.keys.device).requires_grad_()
             for weight in self._start(num_kv_heads, head_dim, generator)
         )
-        start = math.log(1.2 / self.rbit**0.5)
-        log_factor = torch.full((num_kv_heads, 1, 1), start, device=shrink.device).requires_grad_()
+        log_factors = [
+            torch.full(
+                (num_kv_heads, 1, 1), math.log(1.2 / width**0.5), device=shrink.device
+            ).requires_grad_()
+            for width in self.widths
+        ]
         groups: list[dict[str, Any]] = [
             {"params": [key_weight, query_weight]},
-            {"params": [log_factor], "lr": TEMPERATURE_RATE * self.learning_rate},
+            {"params": log_factors, "lr": TEMPERATURE_RATE * self.learning_rate},
         ]
         optimiser = torch.optim.Adam(groups, self.learning_rate)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, self.rate)
+        schedule = rising_and_falling(optimiser, self.steps)
         for step in range(self.steps):
             batch = self.draw(sequences, generator)
-            loss = self.loss(key_weight * shrink, query_weight * query_shrink, log_factor, batch)
+            loss = self.loss(key_weight * shrink, query_weight * query_shrink, log_factors, batch)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
@@ -138,9 +144,10 @@ class RankingRecipe:
         noisy = key_weight.repeat(1, 1, extra) + 0.5 * noise
         return key_weight, torch.cat([key_weight, noisy], 2)
 
-    def rate(self, step: int) -> float:
-        falling = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return min(1.0, (step + 1) / WARM_UP) * (LAST_RATE + (1 - LAST_RATE) * falling)
+    @property
+    def rbit(self) -> int:
+        """Bits per code."""
+        return self.widths[-1]
 
     def draw(
         self, sequences: list[tuple[Tensor, Tensor, Tensor]], generator: torch.Generator
@@ -179,25 +186,36 @@ class RankingRecipe:
         return RankingBatch(queries, keys, visible, weights.topk(count).indices)
 
     def loss(
-        self, key_weight: Tensor, query_weight: Tensor, log_factor: Tensor, batch: "RankingBatch"
+        self,
+        key_weight: Tensor,
+        query_weight: Tensor,
+        log_factors: Sequence[Tensor],
+        batch: "RankingBatch",
     ) -> Tensor:
-        """Return the mean over queries and heads of the cross-entropy above.
+        """Return the mean over queries, heads and widths of the cross-entropy above.
 
         Args:
             key_weight: ``[Hkv, d, rbit]``.
             query_weight: ``[Hkv, d, c * rbit]``.
-            log_factor: ``[Hkv, 1, 1]`` logarithm of t. Here scores are means over the group's
-                queries and codes, not sums.
+            log_factors: For each width ``[Hkv, 1, 1]`` logarithm of t. Here scores are means over
+                the group's queries and codes, not sums.
             batch: What ``draw`` returned.
         """
         hashed = signs(batch.queries @ query_weight[:, None])
         hashed = hashed.unflatten(-1, (self.query_codes, self.rbit)).mean((1, 3))
-        scores = hashed @ signs(batch.keys @ key_weight).mT
-        if self.use_norm:
-            norms = torch.linalg.vector_norm(batch.keys, dim=-1)
-            scores = scores * (norms / norms.mean(-1, keepdim=True))[:, None]
-        scores = (log_factor.exp() * scores).masked_fill(~batch.visible, -torch.inf)
-        return -log_softmax(scores, -1).gather(-1, batch.top).mean()
+        keys = signs(batch.keys @ key_weight)
+        losses: list[Tensor] = []
+        scores, first = None, 0
+        for width, log_factor in zip(self.widths, log_factors, strict=True):
+            more = hashed[..., first:width] @ keys[..., first:width].mT
+            scores, first = (more if scores is None else scores + more), width
+            weighted = scores
+            if self.use_norm:
+                norms = torch.linalg.vector_norm(batch.keys, dim=-1)
+                weighted = scores * (norms / norms.mean(-1, keepdim=True))[:, None]
+            logits = (log_factor.exp() * weighted).masked_fill(~batch.visible, -torch.inf)
+            losses.append(-log_softmax(logits, -1).gather(-1, batch.top).mean())
+        return torch.stack(losses).mean()
 
 
 @dataclass

@@ -1,14 +1,33 @@
 """The published recipe: learns a hash projection from labelled pairs of a query and a key."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from topkbench.methods.learning import LayerStates, LossReport
 
+Optimiser = Literal["sgd", "adam"]
+LATE_TOKENS = 48  # tokens at a sequence's end, its question and answer
+WARM_UP = 20  # steps of Adam
+LAST_RATE = 0.02  # learning rate of Adam's last step, relative to the setting
 BLOCK = 1024  # pairs per block, so that their hashes stay in a core's cache during a training step
+
+
+def rate(step: int, steps: int) -> float:
+    """Return Adam's learning rate at a step, relative to the setting."""
+    falling = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / WARM_UP) * (LAST_RATE + (1 - LAST_RATE) * falling)
+
+
+def rising_and_falling(
+    optimiser: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return a schedule whose learning rate rises at first, then falls along half a cosine."""
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, steps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +46,9 @@ class PublishedRecipe:
         decorrelation_weight: Weight of ``||W'W - I||``; 2.0 in the code, 1.0 in the paper's text.
         balance_queries: Balance the queries' bits too, as in the code; the paper balances only the
             keys'.
-        learning_rate: Learning rate of SGD.
+        optimiser: ``sgd`` as published, or ``adam``, whose learning rate rises for 20 steps, then
+            falls along half a cosine.
+        learning_rate: Learning rate of either.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD.
         epochs: How often chunks are drawn.
@@ -38,6 +59,7 @@ class PublishedRecipe:
         positive_label: Label of the best key; labels of positives fall linearly to 1, the others
             are -1.
         queries_per_sequence: Queries drawn from the second half of each sequence.
+        late_share: Share of these that are drawn from its last 48 tokens; 0 as published.
 
     Source:
         HATA (arXiv:2506.02572), section 3.1 and appendix B, with the constants and the balance term
@@ -50,6 +72,7 @@ class PublishedRecipe:
     balance_weight: float
     decorrelation_weight: float
     balance_queries: bool
+    optimiser: Optimiser
     learning_rate: float
     momentum: float
     weight_decay: float
@@ -60,13 +83,19 @@ class PublishedRecipe:
     positive_ratio: float
     positive_label: float
     queries_per_sequence: int
+    late_share: float
 
     def positions(self, lengths: Sequence[int], generator: torch.Generator) -> list[list[int]]:
         """Return the positions of each sequence's queries, drawn from its second half."""
+        late = round(self.late_share * self.queries_per_sequence)
         return [
             [
-                int(torch.randint(length // 2, length, (1,), generator=generator).item())
-                for _ in range(self.queries_per_sequence)
+                int(torch.randint(first, length, (1,), generator=generator).item())
+                for first, count in (
+                    (length // 2, self.queries_per_sequence - late),
+                    (max(length - LATE_TOKENS, length // 2), late),
+                )
+                for _ in range(count)
             ]
             for length in lengths
         ]
@@ -87,15 +116,21 @@ class PublishedRecipe:
         num_kv_heads, _, head_dim = pairs.keys.shape
         start = torch.randn(num_kv_heads, head_dim, self.rbit, generator=generator)
         weight = start.to(pairs.keys.device).requires_grad_()
-        optimiser = torch.optim.SGD(
+        steps = self.epochs * self.steps_per_epoch
+        optimiser: torch.optim.Optimizer = torch.optim.SGD(
             [weight], self.learning_rate, self.momentum, weight_decay=self.weight_decay
         )
-        steps = self.epochs * self.steps_per_epoch
+        schedule = None
+        if self.optimiser == "adam":
+            optimiser = torch.optim.Adam([weight], self.learning_rate)
+            schedule = rising_and_falling(optimiser, steps)
         for step in range(steps):
             if step % self.steps_per_epoch == 0:
                 batch = self.draw(pairs, generator)
             loss, weight.grad = self.loss_and_gradient(weight.detach(), batch)
             optimiser.step()
+            if schedule is not None:
+                schedule.step()
             if report is not None:
                 report(step + 1, steps, loss.item())
         return {"hash_weight": weight.detach()}
@@ -108,11 +143,14 @@ class PublishedRecipe:
             generator: Must be in the state in which ``positions`` was called to choose the queries,
                 as it draws the same positions again.
         """
+        return self.pair(states, self.positions([one.shape[1] for _, one in states], generator))
+
+    def pair(self, states: LayerStates, positions: Sequence[Sequence[int]]) -> "HashPairs":
+        """Do what ``draw_pairs`` does for queries whose positions are given."""
         queries: list[Tensor] = []
         keys: list[Tensor] = []
         labels: list[Tensor] = []
         query_of: list[Tensor] = []
-        positions = self.positions([one.shape[1] for _, one in states], generator)
         for (query_states, key_states), drawn in zip(states, positions, strict=True):
             grouped = query_states.float().unflatten(0, (len(key_states), -1))
             for i, last in enumerate(drawn):

@@ -22,7 +22,7 @@ from topkbench.methods.base import (
     kv_bytes,
 )
 from topkbench.methods.hash_ranking import RankingRecipe
-from topkbench.methods.hash_training import PublishedRecipe
+from topkbench.methods.hash_training import Optimiser, PublishedRecipe
 from topkbench.methods.learning import ArtifactSpec, LayerStates, LearningMethod, LossReport
 
 HashWeights = Literal["trained", "random", "orthonormal"]
@@ -67,15 +67,18 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
         centre_keys: Subtract the mean of the prompt's keys from keys before hashing, which shifts
             all exact scores of a query by the same amount; the norm is then that of the centred
             key. Decoded keys use the same mean, so an index rebuilt later differs.
+        fit_rbit: Bits that the ranking recipe fits, such that the first 32, 64 and so on up to half
+            of them are codes too: one fit for each ``rbit`` up to it. None fits ``rbit`` bits.
         query_codes: Codes per query, each with its own projection and all compared with the one
             code of a key: this multiplies the work of counting bits, but not the bytes read per
             key. More than one needs ``recipe="ranking"``.
         seed: Seed of untrained weights, and of the initial weights, queries and chunks in training.
-        sigma: As in `PublishedRecipe`, like the next fourteen.
+        sigma: As in `PublishedRecipe`, like the next sixteen.
         epsilon: See there.
         balance_weight: See there.
         decorrelation_weight: See there.
         balance_queries: See there.
+        optimiser: See there.
         learning_rate: See there.
         momentum: See there.
         weight_decay: See there.
@@ -86,6 +89,7 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
         positive_ratio: See there.
         positive_label: See there.
         queries_per_sequence: See there.
+        late_share: See there.
         ranking_steps: As ``steps`` of `RankingRecipe`, like the next five.
         ranking_learning_rate: See there.
         ranking_pool: See there.
@@ -113,6 +117,7 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
     recipe: Recipe = "published"
     use_norm: bool = True
     centre_keys: bool = False
+    fit_rbit: int | None = None
     query_codes: int = 1
     seed: int = 0
     sigma: float = 0.1
@@ -120,6 +125,7 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
     balance_weight: float = 1.0
     decorrelation_weight: float = 2.0
     balance_queries: bool = True
+    optimiser: Optimiser = "sgd"
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-6
@@ -130,6 +136,7 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
     positive_ratio: float = 0.1
     positive_label: float = 20.0
     queries_per_sequence: int = 1
+    late_share: float = 0.0
     ranking_steps: int = 1500
     ranking_learning_rate: float = 0.15
     ranking_pool: int = 512
@@ -147,15 +154,16 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
         for name in ("query_codes", "ranking_steps", "ranking_pool", "ranking_queries"):
             check_whole(name, getattr(self, name))
         check_whole("ranking_keys", self.ranking_keys, least=128)
-        if not 0 <= self.ranking_late_share <= 1:
-            raise ValueError(
-                f"ranking_late_share must be a share from 0 to 1, got {self.ranking_late_share}."
-            )
+        for name in ("late_share", "ranking_late_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a share from 0 to 1, got {getattr(self, name)}.")
         if not 0 < self.positive_ratio <= 1:
             raise ValueError(
                 f"positive_ratio must be a share above 0 and up to 1, got {self.positive_ratio}."
             )
         check_multiple("rbit", self.rbit, 32)
+        if self.fit_rbit is not None:
+            self._check_fit_rbit(self.fit_rbit)
         check_whole("seed", self.seed, least=0)
         for name in ("sigma", "learning_rate", "positive_label", "ranking_learning_rate"):
             if not getattr(self, name) > 0:
@@ -165,12 +173,11 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be from 0 to below 1, got {self.momentum}.")
-        if self.weights not in get_args(HashWeights):
-            words = ", ".join(get_args(HashWeights))
-            raise ValueError(f"weights must be one of {words}, got {self.weights!r}.")
-        if self.recipe not in get_args(Recipe):
-            words = ", ".join(get_args(Recipe))
-            raise ValueError(f"recipe must be one of {words}, got {self.recipe!r}.")
+        choices = {"weights": HashWeights, "recipe": Recipe, "optimiser": Optimiser}
+        for name, choice in choices.items():
+            if getattr(self, name) not in get_args(choice):
+                words = ", ".join(get_args(choice))
+                raise ValueError(f"{name} must be one of {words}, got {getattr(self, name)!r}.")
         if self.query_codes > 1 and not self._ranking:
             raise ValueError(
                 f"query_codes must be 1 unless codes are trained by ranking, got "
@@ -189,35 +196,43 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
             return None
         settings = (
             "rbit seed sigma epsilon balance_weight decorrelation_weight balance_queries "
-            "learning_rate momentum weight_decay epochs steps_per_epoch chunks_per_epoch "
-            "chunk_size positive_ratio positive_label queries_per_sequence"
+            "optimiser learning_rate momentum weight_decay epochs steps_per_epoch "
+            "chunks_per_epoch chunk_size positive_ratio positive_label queries_per_sequence "
+            "late_share"
         )
         if self.recipe == "ranking":
             settings = (
                 "recipe rbit seed use_norm centre_keys query_codes ranking_steps "
                 "ranking_learning_rate ranking_pool ranking_queries ranking_keys ranking_late_share"
             )
-        return self.spec_of(geometry, *settings.split())
+        spec = self.spec_of(geometry, *settings.split())
+        if self.fit_rbit is not None:  # the same for each rbit
+            del spec["rbit"]
+            spec["widths"] = ", ".join(map(str, self._widths))
+        return spec
 
     def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
         shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
-        layout: dict[str, tuple[int, ...]] = {"hash_weight": (*shape, self.rbit)}
+        bits = self._widths[-1]
+        layout: dict[str, tuple[int, ...]] = {"hash_weight": (*shape, bits)}
         if self._ranking:
-            layout["query_weight"] = (*shape, self.query_codes * self.rbit)
+            layout["query_weight"] = (*shape, self.query_codes * bits)
         return layout
 
     def load_artifact(self, tensors: dict[str, Tensor], digest: str = "") -> None:
-        widths = {"hash_weight": self.rbit}
+        bits = self._widths[-1]
+        widths = {"hash_weight": bits}
         if self._ranking:
-            widths["query_weight"] = self.query_codes * self.rbit
+            widths["query_weight"] = self.query_codes * bits
+        setting = "rbit" if self.fit_rbit is None else "fit_rbit"
         for name, columns in widths.items():
             weight = tensors.get(name)
             if weight is None or weight.ndim != 4 or weight.shape[3] != columns:
                 actual = "none" if weight is None else list(weight.shape)
-                factor = "" if columns == self.rbit else f"{self.query_codes} * "
+                factor = "" if columns == bits else f"{self.query_codes} * "
                 raise ValueError(
-                    f"HATA's artifact must hold {name} [L, Hkv, d, {factor}rbit] with "
-                    f"rbit={self.rbit}, got {actual}."
+                    f"HATA's artifact must hold {name} [L, Hkv, d, {factor}{setting}] with "
+                    f"{setting}={bits}, got {actual}."
                 )
         super().load_artifact(tensors, digest)
         self._cache = {}  # a copy of the method may share the other
@@ -245,6 +260,29 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
     def _ranking(self) -> bool:
         return self.weights == "trained" and self.recipe == "ranking"
 
+    @property
+    def _widths(self) -> list[int]:
+        """The numbers of bits for which weights are fitted, ascending."""
+        if self.fit_rbit is None:
+            return [self.rbit]
+        widths = [self.fit_rbit]
+        while widths[0] % 64 == 0:
+            widths.insert(0, widths[0] // 2)
+        return widths
+
+    def _check_fit_rbit(self, fit_rbit: int) -> None:
+        check_multiple("fit_rbit", fit_rbit, 32)
+        if not self._ranking:
+            raise ValueError(
+                f"fit_rbit must be null unless codes are trained by ranking, got {fit_rbit}; set"
+                " weights=trained and recipe=ranking."
+            )
+        if self.rbit > fit_rbit:
+            raise ValueError(
+                f"fit_rbit must be at least rbit={self.rbit}, got {fit_rbit}; the first rbit bits"
+                " of the fitted codes are used."
+            )
+
     def _projection(
         self, name: str, layer: int, shape: tuple[int, ...], device: torch.device
     ) -> Tensor:
@@ -259,12 +297,14 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
                     f"HATA needs its trained {name}, got no artifact; call load_artifact "
                     "first, or set weights=random or orthonormal."
                 )
-            if stacked.shape != shape:
+            bits = self._widths[-1]
+            fitted = (*shape[:3], shape[3] // self.rbit * bits)
+            if stacked.shape != fitted:
                 raise ValueError(
-                    f"HATA's {name} must be [L, Hkv, d, rbit] = {list(shape)}, "
+                    f"HATA's {name} must be [L, Hkv, d, rbit] = {list(fitted)}, "
                     f"got {list(stacked.shape)}; train it on this model."
                 )
-            weight = stacked[layer]
+            weight = stacked[layer].unflatten(2, (-1, bits))[..., : self.rbit].flatten(2)
         else:
             weight = self._draw(layer, shape[1], shape[2])
         weight = weight.to(device, torch.float32).contiguous()
@@ -307,7 +347,7 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
             settings = {one.name: getattr(self, one.name) for one in fields(PublishedRecipe)}
             return PublishedRecipe(**settings)
         return RankingRecipe(
-            rbit=self.rbit,
+            widths=self._widths,
             query_codes=self.query_codes,
             use_norm=self.use_norm,
             centre_keys=self.centre_keys,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from topkbench.methods.base import Geometry, PrefillInputs
 from topkbench.methods.hash_ranking import RankingBatch, RankingRecipe, signs
+from topkbench.methods.hash_training import rate
 from topkbench.methods.hata import HATA
 
 Score = Callable[..., Tensor]
@@ -19,7 +20,7 @@ SMALL: dict[str, Any] = {"recipe": "ranking", "use_norm": False, "ranking_querie
 
 def recipe(**settings: Any) -> RankingRecipe:
     defaults: dict[str, Any] = {
-        "rbit": 32,
+        "widths": [32],
         "query_codes": 1,
         "use_norm": False,
         "centre_keys": False,
@@ -159,7 +160,7 @@ def test_loss_by_hand(query_codes: int, use_norm: bool) -> None:
     made = recipe(query_codes=query_codes, use_norm=use_norm)
     log_factor = torch.tensor([0.3, -1.0])[:, None, None]
     batch = RankingBatch(queries, keys, visible, top)
-    found = made.loss(weight, query_weight, log_factor, batch)
+    found = made.loss(weight, query_weight, [log_factor], batch)
 
     wanted = 0.0
     for head in range(2):
@@ -184,6 +185,65 @@ def test_loss_by_hand(query_codes: int, use_norm: bool) -> None:
     assert found.item() == pytest.approx(wanted / 10, rel=1e-5)
 
 
+@pytest.mark.parametrize("use_norm", [False, True])
+def test_the_loss_of_several_widths_is_the_mean_of_those_of_the_prefixes(use_norm: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    batch = RankingBatch(
+        queries=torch.randn(2, 3, 5, 4, generator=generator),
+        keys=torch.randn(2, 7, 4, generator=generator),
+        visible=torch.ones(5, 7, dtype=torch.bool),
+        top=torch.randint(0, 7, (2, 5, 2), generator=generator),
+    )
+    weight = torch.randn(2, 4, 128, generator=generator)
+    query_weight = torch.randn(2, 4, 2, 128, generator=generator)
+    factors = [torch.tensor([-0.3 * place, -1.0])[:, None, None] for place in (1, 2, 3)]
+    made = recipe(widths=[32, 64, 128], query_codes=2, use_norm=use_norm)
+    found = made.loss(weight, query_weight.flatten(2), factors, batch)
+    alone = [
+        recipe(widths=[width], query_codes=2, use_norm=use_norm).loss(
+            weight[..., :width], query_weight[..., :width].flatten(2), [factor], batch
+        )
+        for width, factor in zip((32, 64, 128), factors, strict=True)
+    ]
+    assert found.item() == pytest.approx(sum(one.item() for one in alone) / 3, rel=1e-5)
+
+
+def test_one_fit_serves_several_widths(score: Score) -> None:
+    settings = {"fit_rbit": 128, "ranking_steps": 200, "query_codes": 2}
+    geometry = Geometry(num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16)
+    wide = fitted(rbit=128, **settings)
+    assert wide.artifact["query_weight"].shape == (2, 1, 16, 256)
+    spec = wide.artifact_spec(geometry)
+    assert spec is not None
+    assert spec["widths"] == "32, 64, 128"
+    keys = Skewed.draw(40, seed=1)[1][None]
+    prompt = PrefillInputs(key_states=keys, value_states=keys, capacity=40, layer=0, num_layers=2)
+    codes = wide.build_index(prompt).key_codes
+    assert codes.shape == (1, 1, 40, 4)
+    found = {}
+    for rbit in (32, 64):
+        narrow = HATA(**SMALL, rbit=rbit, **settings)  # type: ignore[arg-type]
+        assert narrow.artifact_spec(geometry) == spec
+        assert narrow.artifact_layout(geometry) == wide.artifact_layout(geometry)
+        narrow.load_artifact(wide.artifact)
+        assert torch.equal(narrow.build_index(prompt).key_codes, codes[..., : rbit // 32])
+        queries = wide.query_weight(0, 2, 1, 16, CPU).unflatten(2, (2, 128))
+        own = narrow.query_weight(0, 2, 1, 16, CPU).unflatten(2, (2, rbit))
+        assert torch.equal(own, queries[..., :rbit])
+        found[rbit] = recall(narrow, score)
+        assert found[rbit] > recall(fitted(rbit=rbit, ranking_steps=200), score) - 0.1
+    assert found[32] < found[64] < recall(wide, score)
+
+
+@pytest.mark.parametrize(("bits", "widths"), [(32, [32]), (96, [96]), (256, [32, 64, 128, 256])])
+def test_the_fitted_widths_are_halves_down_to_32_bits(bits: int, widths: list[int]) -> None:
+    method = HATA(rbit=32, fit_rbit=bits, recipe="ranking")
+    geometry = Geometry(num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16)
+    spec = method.artifact_spec(geometry)
+    assert spec is not None
+    assert spec["widths"] == ", ".join(map(str, widths))
+
+
 def test_a_sign_has_the_gradient_of_tanh() -> None:
     at = torch.tensor([-2.0, -0.0, 0.0, 0.5], requires_grad=True)
     found = signs(at)
@@ -200,14 +260,14 @@ def test_a_step_against_the_gradient_lowers_the_loss() -> None:
     batch = made.draw(kept(made, 0), generator)
     weight = 0.25 * torch.randn(1, 16, 32, generator=generator).requires_grad_()
     query_weight, factor = weight.detach().clone(), torch.full((1, 1, 1), -1.0)
-    before = made.loss(weight, query_weight, factor, batch)
+    before = made.loss(weight, query_weight, [factor], batch)
     (slope,) = torch.autograd.grad(before, weight)
-    after = made.loss(weight - 0.1 * slope / slope.abs().max(), query_weight, factor, batch)
+    after = made.loss(weight - 0.1 * slope / slope.abs().max(), query_weight, [factor], batch)
     assert after < before
 
 
 def test_the_rate_rises_and_falls() -> None:
-    rates = [recipe(steps=100).rate(step) for step in range(101)]
+    rates = [rate(step, 100) for step in range(101)]
     assert rates[0] == pytest.approx(1 / 20)
     assert max(rates) == pytest.approx(rates[19])
     assert rates[19:] == sorted(rates[19:], reverse=True)
@@ -318,6 +378,12 @@ def test_bytes_of_two_projections_by_hand() -> None:
         ({"ranking_keys": 64}, "ranking_keys must be at least 128, got 64"),
         ({"ranking_late_share": 1.5}, "ranking_late_share must be a share from 0 to 1, got 1.5"),
         ({"ranking_steps": 0}, "ranking_steps must be at least 1, got 0"),
+        ({"fit_rbit": 256}, "fit_rbit must be null unless codes are trained by ranking, got 256"),
+        (
+            {"recipe": "ranking", "rbit": 128, "fit_rbit": 64},
+            "fit_rbit must be at least rbit=128, got 64",
+        ),
+        ({"recipe": "ranking", "fit_rbit": 250}, "fit_rbit must be a positive multiple of 32"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -348,7 +414,7 @@ def test_short_sequences_and_other_heads_train(head_dim: int, length: int) -> No
         )
     ]
     losses: list[tuple[int, int, float]] = []
-    made = recipe(rbit=96, steps=3, query_codes=2)
+    made = recipe(widths=[96], steps=3, query_codes=2)
     fitted = made.fit_layer(states, generator, lambda *progress: losses.append(progress))
     assert [progress[:2] for progress in losses] == [(1, 3), (2, 3), (3, 3)]
     shapes = {name: weight.shape for name, weight in fitted.items()}

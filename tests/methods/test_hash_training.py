@@ -17,6 +17,7 @@ def recipe(**settings: Any) -> PublishedRecipe:
         "balance_weight": 1.0,
         "decorrelation_weight": 2.0,
         "balance_queries": True,
+        "optimiser": "sgd",
         "learning_rate": 0.1,
         "momentum": 0.9,
         "weight_decay": 1e-6,
@@ -27,6 +28,7 @@ def recipe(**settings: Any) -> PublishedRecipe:
         "positive_ratio": 0.1,
         "positive_label": 20.0,
         "queries_per_sequence": 1,
+        "late_share": 0.0,
     }
     return PublishedRecipe(**defaults | settings)
 
@@ -131,3 +133,34 @@ def test_every_step_reports_its_loss() -> None:
     start = torch.randn(1, 16, 32, generator=generator)
     assert reported[0][2] == pytest.approx(made.loss_and_gradient(start, pairs)[0].item())
     assert reported[-1][2] < reported[0][2]
+
+
+def test_a_share_of_the_queries_is_drawn_from_the_end() -> None:
+    made = recipe(queries_per_sequence=8, late_share=0.25)
+    early, late = set(), set()
+    for seed in range(40):
+        (positions,) = made.positions([400], seeded(seed))
+        early |= set(positions[:6])
+        late |= set(positions[6:])
+    assert min(early) < 210
+    assert max(early) > 390
+    assert late <= set(range(352, 400))
+    assert len(late) > 30
+    # In a short sequence the last 48 tokens are its second half.
+    assert {one for (found,) in [made.positions([20], seeded(0))] for one in found} <= {
+        *range(10, 20)
+    }
+
+
+def test_adam_learns_by_its_own_steps() -> None:
+    generator = seeded(5)
+    states = [
+        (torch.randn(2, 1, 8, generator=generator), torch.randn(1, 60, 8, generator=generator))
+    ]
+    losses: list[float] = []
+    made = recipe(optimiser="adam", learning_rate=0.15, epochs=60, steps_per_epoch=1)
+    fitted = made.fit_layer(states, seeded(1), lambda _, __, loss: losses.append(loss))
+    by_sgd = recipe(epochs=60, steps_per_epoch=1).fit_layer(states, seeded(1))
+    assert len(losses) == 60
+    assert losses[-1] < 0.5 * losses[0]
+    assert not torch.equal(fitted["hash_weight"], by_sgd["hash_weight"])
