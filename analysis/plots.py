@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from topkbench.analysis import style
 from topkbench.analysis.bars import ablation, heat_table, needle_heatmap, stages
 from topkbench.analysis.break_even import MODELS, ModelSize, break_even, step_bound
+from topkbench.analysis.by_layer import recall_by_layer
 from topkbench.analysis.counts import measured_on
 from topkbench.analysis.curves import context_curve, curve
 from topkbench.analysis.files import write_atomic
@@ -250,6 +251,12 @@ def draw_all(
                 if needle_heatmap(configurations)
                 else heat_table(configurations[configurations["subtask"] != MEAN])
             ),
+        ),
+        (
+            "recall_by_layer",
+            "Recall of the exact top-k by layer",
+            "Mean over KV heads, prompts and steps; bars: from the worst head to the best.",
+            lambda: None if samples is None else recall_by_layer(top, samples),
         ),
         (
             "fit_loss",

@@ -77,6 +77,9 @@ PROJECTIONS: dict[str, tuple[str, str]] = {
 }
 """Label and colour of a hash projection by the source of its weights; others are green."""
 
+SEVERAL_CODES = "#7B4B94"
+"""Colour of hashes with several codes a query."""
+
 ADDITIONS: dict[tuple[bool, bool], tuple[str, str, Line]] = {
     (False, False): ("", "o", SOLID),
     (True, False): (", centred keys", "s", DASHED),
@@ -181,16 +184,19 @@ def turn(place: int) -> Line:
     return (SOLID, DASHED, DASH_DOT, DOTTED)[place % 4]
 
 
-def ablation_variant(projection: str, centred: bool, normed: bool) -> Style:
+def ablation_variant(projection: str, centred: bool, normed: bool, query_codes: int = 1) -> Style:
     """Return the style of an ablation variant of a hash: the colour shows the projection.
 
     Args:
         projection: Source of the weights: a key of ``PROJECTIONS``, or a recipe's name.
         centred: Whether keys are centred before they are hashed.
         normed: Whether matching bits are weighted by the key's norm.
+        query_codes: Codes of a query; its curve is darker if there are several.
     """
     words, colour = PROJECTIONS.get(projection, (f"Learned, {projection}", GREEN))
     addition, marker, line = ADDITIONS[centred, normed]
+    if query_codes > 1:
+        words, colour = f"{words}, {query_codes} codes a query", SEVERAL_CODES
     return Style(words + addition, colour, marker, line)
 
 

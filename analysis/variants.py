@@ -42,7 +42,8 @@ def ablation_variant(configuration: pd.Series) -> style.Style | None:
     centred, normed = (
         _text(configuration, name) == "True" for name in ("p_centre_keys", "p_use_norm")
     )
-    return style.ablation_variant(projection, centred, normed)
+    codes = int(float(_text(configuration, "p_query_codes") or 1))
+    return style.ablation_variant(projection, centred, normed, codes)
 
 
 def _two_axes(width: float, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
@@ -74,42 +75,72 @@ def ladder(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     data = _at_one_budget(configurations)
     looks = {index: ablation_variant(configuration) for index, configuration in data.iterrows()}
     data = data[[looks[index] is not None for index in data.index]]
-    names = pd.Series({index: cast(style.Style, looks[index]).label for index in data.index})
-    widths = data.groupby(names)["rbit"].nunique() if len(data) else pd.Series(dtype=int)
-    if (widths > 1).sum() < 2 or data.groupby(names)[
-        "configuration_id"
-    ].nunique().max() > widths.max():
-        return None
-    figure, axes = _two_axes(9.6, 4.1)
-    order = sorted(names.unique(), key=_rank)
+    names = pd.Series(
+        {index: cast(style.Style, looks[index]).label for index in data.index}, dtype=str
+    )
+    data = data.assign(variant=names)
+    parts = by_calibration(data)
+    for part in parts.values():
+        widths = part.groupby("variant")["rbit"].nunique() if len(part) else pd.Series(dtype=int)
+        if (widths > 1).sum() < 2 or part.groupby("variant")[
+            "configuration_id"
+        ].nunique().max() > widths.max():
+            return None
+    figure = Figure(figsize=(9.6, 0.5 + 3.6 * len(parts)))
+    axes = figure.subplots(len(parts), 2, squeeze=False, sharex=True, sharey="col")
+    order = sorted(names.unique(), key=rank)
     measures = ("score", "recall_at_k") if data["score"].notna().all() else MEASURES
-    for axis, measure in zip(axes, measures, strict=True):
-        for place, name in enumerate(order):
-            points = data[names == name].sort_values("rbit", kind="stable")
-            look = cast(style.Style, looks[points.index[0]])
-            shift = 2.0 ** (0.03 * (place - (len(order) - 1) / 2))
-            axis.errorbar(
-                points["rbit"].astype(float) * shift,
-                points[measure],
-                yerr=spread(points, measure),
-                color=look.colour,
-                marker=look.marker,
-                linestyle=look.line,
-                elinewidth=0.9,
-                capsize=1.8,
-                markeredgecolor="white",
-                markeredgewidth=0.5,
-                label=name,
-            )
-        axis.set_xscale("log", base=2)
-        log2_axis(axis.xaxis, [float(one) for one in data["rbit"]])
+    for row, (calibration, part) in zip(axes, parts.items(), strict=True):
+        for axis, measure in zip(row, measures, strict=True):
+            for place, name in enumerate(order):
+                points = part[part["variant"] == name].sort_values("rbit", kind="stable")
+                if points.empty:
+                    continue
+                look = cast(style.Style, looks[points.index[0]])
+                shift = 2.0 ** (0.03 * (place - (len(order) - 1) / 2))
+                axis.errorbar(
+                    points["rbit"].astype(float) * shift,
+                    points[measure],
+                    yerr=spread(points, measure),
+                    color=look.colour,
+                    marker=look.marker,
+                    linestyle=look.line,
+                    elinewidth=0.9,
+                    capsize=1.8,
+                    markeredgecolor="white",
+                    markeredgewidth=0.5,
+                    label=name,
+                )
+            axis.set_xscale("log", base=2)
+            log2_axis(axis.xaxis, [float(one) for one in data["rbit"]])
+            axis.set_ylabel(_axis_label(measure, data))
+            if len(parts) > 1:
+                axis.set_title(
+                    f"Learned on calibration={calibration}", loc="left", fontsize="medium"
+                )
+    for axis in axes[-1]:
         axis.set_xlabel(METRICS["rbit"].axis)
-        axis.set_ylabel(_axis_label(measure, data))
-    legend(figure, axes[0])
-    return figure, table(data.assign(variant=names), *measures)
+    legend(figure, axes[0, 0])
+    drawn = table(data, *measures)
+    if len(parts) > 1:
+        drawn.insert(2, "calibration", data["p_calibration"].to_numpy())
+    return figure, drawn
 
 
-def _rank(label: str) -> tuple[int, int, str]:
+def by_calibration(configurations: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the configurations by the texts that they were fitted on.
+
+    Those that learn nothing are in each part. The only part is that of all configurations, without
+    a name, if texts do not vary.
+    """
+    names = configurations.get("p_calibration", pd.Series(index=configurations.index, dtype=str))
+    found = sorted(names.dropna().unique())
+    if len(found) < 2:
+        return {"": configurations}
+    return {name: configurations[names.isna() | (names == name)] for name in found}
+
+
+def rank(label: str) -> tuple[int, int, str]:
     """Return a sort key of an ablation variant: its projection, then the additions to it."""
     projections = [words for words, _ in style.PROJECTIONS.values()]
     found = [i for i, words in enumerate(projections) if label.startswith(words)]
@@ -184,15 +215,27 @@ def _reference(part: pd.DataFrame) -> pd.Series | None:
     return unchanged.iloc[0] if len(unchanged) and part["variant"].nunique() > 1 else None
 
 
-def _display_name(configuration: pd.Series) -> str:
-    """Return the name of a configuration's ablation variant, or its label if it is none.
+def _display_names(part: pd.DataFrame) -> list[str]:
+    """Return the names of configurations of a method: their ablation variants, or their labels.
 
-    It is one if its variant lists only projections, key norms and centred keys.
+    They are variants if nothing varies but what the name of one says.
     """
-    look = ablation_variant(configuration)
-    words = (one.partition("=")[0] for one in str(configuration["variant"]).split(", "))
-    on_ladder = set(words) <= {*style.PROJECTIONS, "use_norm", "centre_keys"}
-    return look.label if look is not None and on_ladder else str(configuration["label"])
+    varying = {
+        name
+        for name in part.columns
+        if name.startswith("p_") and part[name].astype(str).nunique() > 1
+    }
+    said = {"weights", "recipe", "use_norm", "centre_keys", "query_codes", "calibration"}
+    looks = [ablation_variant(configuration) for _, configuration in part.iterrows()]
+    is_ladder = "p_weights" in varying and varying <= {f"p_{one}" for one in said}
+    if not is_ladder or None in looks:
+        return list(part["label"])
+    names = []
+    for look, (_, configuration) in zip(looks, part.iterrows(), strict=True):
+        texts = _text(configuration, "p_calibration") if "p_calibration" in varying else ""
+        label = cast(style.Style, look).label
+        names.append(f"{label}, on {texts}" if texts else label)
+    return names
 
 
 def difference_table(configurations: pd.DataFrame) -> Table | None:
@@ -205,14 +248,15 @@ def difference_table(configurations: pd.DataFrame) -> Table | None:
         reference = _reference(part)
         if reference is None:
             continue
+        names = dict(zip(part.index, _display_names(part), strict=True))
         for index, configuration in part.iterrows():
             if index == reference.name:
                 continue
             cells = [
-                _display_name(configuration),
+                names[index],
                 f"{configuration['k']}",
                 f"{configuration['rbit']}",
-                _display_name(reference),
+                names[reference.name],
             ]
             for measure in MEASURES:
                 own, other = configuration["by_seed"][measure], reference["by_seed"][measure]

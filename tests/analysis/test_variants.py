@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from topkbench.analysis.bars import needle_heatmap
+from topkbench.analysis.by_layer import recall_by_layer
 from topkbench.analysis.configurations import compare
 from topkbench.analysis.plots import draw_all
 from topkbench.analysis.record import frame
@@ -145,6 +146,100 @@ def test_differences_between_hashes_are_to_the_best_untrained_one(row: RowMaker)
         "Learned as published, key norms": "+0.100 [+0.100, +0.100]",
     }
     assert {line[6] for line in table.rows} == {"2"}
+
+
+def rows_of_two_texts(row: RowMaker) -> pd.DataFrame:
+    """The ladder's rows with weights learned on two texts; on the second recall is 0.05 less."""
+    rows = ladder_rows(row)
+    learned = rows["p_weights"] == "trained"
+    rows["p_calibration"] = pd.Series("prompts", index=rows.index).where(learned)
+    other = rows[learned].assign(p_calibration="text", config_digest="text")
+    other["recall_at_k"] -= 0.05
+    other["run_id"] = [f"e{one[1:]}" for one in other["run_id"]]
+    return pd.concat([rows, other], ignore_index=True)
+
+
+def test_texts_that_weights_were_learned_on_have_a_panel_each(row: RowMaker) -> None:
+    configurations = compare(rows_of_two_texts(row)).overall
+    made = ladder(configurations)
+    assert made is not None
+    figure, data = made
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        *("Learned on calibration=prompts",) * 2,
+        *("Learned on calibration=text",) * 2,
+    ]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[-1] == "Learned as published, key norms"
+    assert len(labels) == 4
+    learned = data[data["calibration"].notna() & (data["rbit"] == 64)]
+    assert learned["recall_at_k"].tolist() == pytest.approx([0.51, 0.46])
+    table = difference_table(configurations)
+    assert table is not None
+    found = {line[0]: line[4] for line in table.rows if line[2] == "64"}
+    assert found["Learned as published, key norms, on prompts"] == "+0.100 [+0.100, +0.100]"
+    assert found["Learned as published, key norms, on text"] == "+0.050 [+0.050, +0.050]"
+
+
+def test_several_codes_a_query_are_a_variant_of_their_own(row: RowMaker) -> None:
+    rows = ladder_rows(row).assign(p_recipe="ranking", p_query_codes=1)
+    learned = rows["p_weights"] == "trained"
+    more = rows[learned].assign(p_query_codes=4, config_digest="more")
+    more["run_id"] = [f"e{one[1:]}" for one in more["run_id"]]
+    made = ladder(compare(pd.concat([rows, more], ignore_index=True)).overall)
+    assert made is not None
+    labels = [text.get_text() for text in made[0].legends[0].get_texts()]
+    assert labels[-2:] == [
+        "Learned, ranking, key norms",
+        "Learned, ranking, 4 codes a query, key norms",
+    ]
+
+
+def layer_samples(rows: pd.DataFrame) -> pd.DataFrame:
+    """Recall of two heads in two layers: that of the row, lower in layer 6 and in head 1."""
+    return pd.DataFrame(
+        [
+            {
+                "run_id": cell["run_id"],
+                "k": cell["k"],
+                "layer": layer,
+                "kv_head": head,
+                "step": step,
+                "recall_at_k": cell["recall_at_k"] - 0.1 * (layer == 6) - 0.02 * head,
+            }
+            for _, cell in rows.iterrows()
+            for layer in (2, 6)
+            for head in (0, 1)
+            for step in (0, 1)
+        ]
+    )
+
+
+def test_recall_is_drawn_by_layer_at_the_middle_width(row: RowMaker) -> None:
+    rows = rows_of_two_texts(row)
+    made = recall_by_layer(compare(rows).overall, layer_samples(rows))
+    assert made is not None
+    figure, data = made
+    assert [axes.get_ylabel() for axes in figure.axes] == ["Recall@128"] * 2
+    assert [tick.get_text() for tick in figure.axes[1].get_xticklabels()] == ["2", "6"]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == [
+        *("Gaussian", "Orthonormal", "Orthonormal, key norms", "Learned as published, key norms"),
+    ]
+    # 128 bits are the middle of two widths; the mean over seeds of Gaussian is 0.31 there.
+    gaussian = data[(data["configuration"] == "Gaussian") & (data["calibration"] == "text")]
+    assert gaussian["recall_at_k"].tolist() == pytest.approx([0.31, 0.29, 0.21, 0.19])
+    learned = data[data["configuration"] == "Learned as published, key norms"]
+    assert learned[(learned["layer"] == 2) & (learned["kv_head"] == 0)][
+        "recall_at_k"
+    ].tolist() == pytest.approx([0.61, 0.56])
+
+
+def test_recall_by_layer_needs_layers(row: RowMaker) -> None:
+    rows = ladder_rows(row)
+    configurations = compare(rows).overall
+    samples = layer_samples(rows)
+    assert recall_by_layer(configurations, samples[samples["layer"] == 2]) is None
+    assert recall_by_layer(configurations, samples.drop(columns="kv_head")) is None
 
 
 def test_an_arm_is_named_by_what_it_changes(row: RowMaker) -> None:
