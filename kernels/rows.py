@@ -234,13 +234,14 @@ def score_span(
                 prefetch(rows + row_bytes * ahead + line)
                 if low_rows != 0:
                     prefetch(low_rows + low_bytes * ahead + line)
+        # Fewer than sixteen scores go to the scratch memory first. It is one call for both cases:
+        # numba would compile all that it calls once for each.
+        few = last - first < LANES
+        scores = spare if few else out + 4 * place
+        apart = LANES if few else stride
         other = lows if low_rows != 0 else 0
-        if last - first >= LANES:
-            score_rows(
-                query, work, size, group, narrow, out + 4 * place, stride, low_query, other
-            )  # fmt: skip
-        else:
-            score_rows(query, work, size, group, narrow, spare, LANES, low_query, other)
+        score_rows(query, work, size, group, narrow, scores, apart, low_query, other)
+        if few:
             for g in range(group):
                 for lane in range(last - first):
                     score = load_float32(spare, g * LANES + lane)

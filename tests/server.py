@@ -25,6 +25,8 @@ import pandas as pd  # noqa: E402
 import wandb.sdk.launch  # noqa: E402, F401
 from hydra import compose, initialize_config_dir  # noqa: E402
 from numba.core.registry import cpu_target  # noqa: E402
+from optuna.samplers import TPESampler  # noqa: E402, F401
+from optuna.storages import RDBStorage  # noqa: E402, F401
 
 import topkbench.analysis.sweep_report  # noqa: E402
 import topkbench.harness.runner  # noqa: E402, F401
