@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from topkbench.harness.samples import TaskDoesNotFit
+from topkbench.harness.texts import TextFiles
 from topkbench.methods.base import check_whole
 from topkbench.models.digests import tokenizer_digest
 from topkbench.models.encoding import encode
@@ -466,6 +467,50 @@ class CalibrationPrompts:
             f"{count} prompts of {length} tokens, {', '.join(SUBTASKS)} in turn, seed"
             f" {self.seed}, {len(word_pools()[1])} words that no test uses"
         )
+
+
+@dataclass(kw_only=True)
+class TextsAndPrompts:
+    """Calibration texts of both kinds: the first half plain texts, the second half prompts.
+
+    Weights learned on one kind find less in the other, see ``docs/hata.md``.
+
+    Attributes:
+        files: As in `TextFiles`.
+        seed: Seed of the prompts.
+        num_sequences: Number of texts and prompts together, at least 2; if odd, one text more.
+        max_length: Tokens of each, at most; no more than the model's window.
+    """
+
+    files: Sequence[str] | None = None
+    seed: int = 90210
+    num_sequences: int = 14
+    max_length: int = 4096
+
+    name = "mixed"
+
+    def __post_init__(self) -> None:
+        check_whole("calibration.num_sequences", self.num_sequences, least=2)
+        prompts = self.num_sequences // 2
+        texts = self.num_sequences - prompts
+        self._texts = TextFiles(files=self.files, num_sequences=texts, max_length=self.max_length)
+        self._prompts = CalibrationPrompts(
+            seed=self.seed, num_sequences=prompts, max_length=self.max_length
+        )
+
+    def sequences(self, loaded: LoadedModel, length: int, count: int) -> list[list[int]]:
+        """Return the token ids of ``count`` texts of at most ``length`` tokens each."""
+        prompts = count // 2
+        return [
+            *self._texts.sequences(loaded, length, count - prompts),
+            *self._prompts.sequences(loaded, length, prompts),
+        ]
+
+    def describe(self, length: int, count: int) -> str:
+        """Return a description of the texts and the prompts."""
+        prompts = count // 2
+        texts = self._texts.describe(length, count - prompts)
+        return f"{texts}; {self._prompts.describe(length, prompts)}"
 
 
 # Cached per process, since every cell of a sweep needs the digest of the prompts' tokens.

@@ -411,6 +411,10 @@ BAD = {
     "calibration=text calibration.files=a.txt": (
         "calibration.files must be a list of texts or null, got 'a.txt'; brackets make a list"
     ),
+    "calibration=mixed calibration.num_sequences=1": "calibration.num_sequences must be at least 2",
+    "calibration=mixed calibration.seed=-1": "calibration.seed must be at least 0, got -1.",
+    "calibration=mixed calibration.max_length=1": "calibration.max_length must be at least 2, got",
+    "calibration=mixed calibration.files=[no.txt]": "calibration.files must be files, found none",
     "calibration=text calibration.files=[]": "calibration.files must list at least one value, got",
     "calibration=text calibration.files=[no.txt]": "calibration.files must be files, found none at",
     # Where a sweep runs.

@@ -12,7 +12,7 @@ from topkbench.harness.calibration import Calibration
 from topkbench.harness.texts import TextFiles, python_topics
 from topkbench.methods.loki import Loki
 from topkbench.models.load import LoadedModel
-from topkbench.tasks.ruler_words_prompts import CalibrationPrompts
+from topkbench.tasks.ruler_words_prompts import CalibrationPrompts, TextsAndPrompts
 
 
 def test_every_topic_of_pythons_documentation_is_in_exactly_one_half() -> None:
@@ -85,3 +85,18 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_line(
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match=r"calibration\.files must hold a text, got 1 tokens"):
         TextFiles(files=[str(tmp_path / "empty.txt")]).sequences(loaded, 10, 2)
+
+
+def test_mixed_texts_are_half_of_either_kind(loaded: LoadedModel, tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text(" ".join(["and are each list"] * 30))
+    mixed = TextsAndPrompts(files=[str(file)], num_sequences=5, max_length=260)
+    plain = TextFiles(files=[str(file)]).sequences(loaded, 260, 3)
+    assert mixed.sequences(loaded, 260, 5) == [
+        *plain,
+        *CalibrationPrompts().sequences(loaded, 260, 2),
+    ]
+    description = mixed.describe(260, 5)
+    assert description.startswith("3 texts of at most 260 tokens of mine.txt (")
+    assert "; 2 prompts of 260 tokens" in description
+    assert TextsAndPrompts(num_sequences=2).seed == 90210
