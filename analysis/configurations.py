@@ -496,8 +496,10 @@ def _labelled(configurations: pd.DataFrame, parameters: list[str]) -> pd.DataFra
     variants: dict[Hashable, str] = {}
     for _, part in _groups(configurations, ("model", "task", "protocol", "method")):
         options = [*parameters, "impl", "full_backend"]
-        varying = [name for name in options if part[name].astype(str).nunique() > 1]
-        usual = {name: part[name].astype(str).mode()[0] for name in varying}
+        # A parameter that some do not have, such as the texts of weights that are not learned, does
+        # not tell the others apart.
+        varying = [name for name in options if part[name].dropna().astype(str).nunique() > 1]
+        usual = {name: part[name].dropna().astype(str).mode()[0] for name in varying}
         # object: rows of numbers alone would have their integers turned into floats
         for index, configuration in part[varying].astype(object).iterrows():
             variants[index] = ", ".join(

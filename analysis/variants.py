@@ -223,7 +223,7 @@ def _display_names(part: pd.DataFrame) -> list[str]:
     varying = {
         name
         for name in part.columns
-        if name.startswith("p_") and part[name].astype(str).nunique() > 1
+        if name.startswith("p_") and part[name].dropna().astype(str).nunique() > 1
     }
     said = {"weights", "recipe", "use_norm", "centre_keys", "query_codes", "calibration"}
     looks = [ablation_variant(configuration) for _, configuration in part.iterrows()]

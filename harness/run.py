@@ -146,9 +146,12 @@ class Run:
         """Return a row with the columns that are known before anything has run."""
         method, task = self.settings["method"], self.task_settings
         selects = self.method.selects
-        fitted_on = {"dtype": self.dtype}
+        fitted_on: dict[str, str | int] = {"dtype": self.dtype}
         if self.artifact is not None:
-            fitted_on["calibration"] = self.composed.texts.name
+            texts = self.composed.texts
+            fitted_on["calibration"] = texts.name
+            fitted_on["calibration_sequences"] = texts.num_sequences
+            fitted_on["calibration_length"] = texts.max_length
         rules = {name: self.payload["protocol"].get(name) for name in POLICY_PARAMETERS}
         return Row(
             run_id=self.identity,

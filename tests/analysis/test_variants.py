@@ -180,6 +180,19 @@ def test_texts_that_weights_were_learned_on_have_a_panel_each(row: RowMaker) -> 
     assert found["Learned as published, key norms, on text"] == "+0.050 [+0.050, +0.050]"
 
 
+def test_texts_of_learned_weights_alone_are_not_in_names(row: RowMaker) -> None:
+    rows = ladder_rows(row)
+    learned = rows["p_weights"] == "trained"
+    plain = set(compare(rows).overall["label"])
+    rows["p_calibration"] = pd.Series("text", index=rows.index).where(learned)
+    rows["p_calibration_sequences"] = pd.Series(14, index=rows.index).where(learned)
+    configurations = compare(rows).overall
+    assert set(configurations["label"]) == plain
+    table = difference_table(configurations)
+    assert table is not None
+    assert {line[0] for line in table.rows} >= {"Gaussian", "Learned as published, key norms"}
+
+
 def test_several_codes_a_query_are_a_variant_of_their_own(row: RowMaker) -> None:
     rows = ladder_rows(row).assign(p_recipe="ranking", p_query_codes=1)
     learned = rows["p_weights"] == "trained"
