@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from topkbench.harness.decoding import Decoder, Prompt
 from topkbench.harness.generation import spread
@@ -18,6 +18,7 @@ class Selection(PromptTask):
     """Recall, attention mass and output error of a method, by layer, KV head, step and budget.
 
     Full attention decodes each prompt once; at each step all methods select on the same states.
+    Prompts are measured one after the other, so that the steps of one are in memory.
 
     Attributes:
         budgets: The values of ``k``; the cell's own ``k`` is not used.
@@ -150,3 +151,4 @@ class SelectionTask(Selection, RulerWords):
 
     name: str = "selection"
     num_samples: int = 2
+    batch_size: int | Literal["auto"] = 1

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from topkbench.harness.decoding import Prompt
 from topkbench.harness.task import Context
@@ -19,6 +20,7 @@ class TextSelection(Selection, Perplexity):
     name: str = "selection_text"
     windows: int = 4
     scored_tokens: int = 64
+    batch_size: int | Literal["auto"] = 1
 
     def answer(self, context: Context, prompt: Prompt) -> Sequence[int]:
         return ()
