@@ -67,8 +67,9 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
         centre_keys: Subtract the mean of the prompt's keys from keys before hashing, which shifts
             all exact scores of a query by the same amount; the norm is then that of the centred
             key. Decoded keys use the same mean, so an index rebuilt later differs.
-        fit_rbit: Bits that the ranking recipe fits, such that the first 32, 64 and so on up to half
-            of them are codes too: one fit for each ``rbit`` up to it. None fits ``rbit`` bits.
+        fit_rbit: Bits that the ranking recipe fits, at least, such that their first half, quarter
+            and so on down to 32 are codes too: one fit for each ``rbit`` up to it. None fits
+            ``rbit`` bits alone.
         query_codes: Codes per query, each with its own projection and all compared with the one
             code of a key: this multiplies the work of counting bits, but not the bytes read per
             key. More than one needs ``recipe="ranking"``.
@@ -208,7 +209,7 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
         spec = self.spec_of(geometry, *settings.split())
         if self.fit_rbit is not None:  # the same for each rbit
             del spec["rbit"]
-            spec["widths"] = ", ".join(map(str, self._widths))
+            spec["fit_rbit"] = self._widths[-1]
         return spec
 
     def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
@@ -224,15 +225,14 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
         widths = {"hash_weight": bits}
         if self._ranking:
             widths["query_weight"] = self.query_codes * bits
-        setting = "rbit" if self.fit_rbit is None else "fit_rbit"
         for name, columns in widths.items():
             weight = tensors.get(name)
             if weight is None or weight.ndim != 4 or weight.shape[3] != columns:
                 actual = "none" if weight is None else list(weight.shape)
                 factor = "" if columns == bits else f"{self.query_codes} * "
                 raise ValueError(
-                    f"HATA's artifact must hold {name} [L, Hkv, d, {factor}{setting}] with "
-                    f"{setting}={bits}, got {actual}."
+                    f"HATA's artifact must hold {name} [L, Hkv, d, {factor}rbit] with "
+                    f"rbit={bits}, got {actual}."
                 )
         super().load_artifact(tensors, digest)
         self._cache = {}  # a copy of the method may share the other
@@ -265,7 +265,7 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
         """The numbers of bits for which weights are fitted, ascending."""
         if self.fit_rbit is None:
             return [self.rbit]
-        widths = [self.fit_rbit]
+        widths = [max(self.rbit, self.fit_rbit)]
         while widths[0] % 64 == 0:
             widths.insert(0, widths[0] // 2)
         return widths
@@ -276,11 +276,6 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
             raise ValueError(
                 f"fit_rbit must be null unless codes are trained by ranking, got {fit_rbit}; set"
                 " weights=trained and recipe=ranking."
-            )
-        if self.rbit > fit_rbit:
-            raise ValueError(
-                f"fit_rbit must be at least rbit={self.rbit}, got {fit_rbit}; the first rbit bits"
-                " of the fitted codes are used."
             )
 
     def _projection(
