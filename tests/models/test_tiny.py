@@ -42,6 +42,7 @@ def method_of(name: str, *overrides: str) -> AnyMethod:
     [
         *((name, ()) for name in ("loki", "double_sparsity", "infinigen", "hash_attention")),
         *(("hata", (f"rbit={rbit}",)) for rbit in (32, 64, 128, 256)),
+        *(("hata/ranking", (f"rbit={rbit}",)) for rbit in (32, 64, 128)),
     ],
 )
 def test_a_fresh_checkout_has_every_artifact_that_the_defaults_ask_for(
