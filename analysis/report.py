@@ -40,7 +40,7 @@ from topkbench.analysis.row import PARAMETER_PREFIX
 from topkbench.analysis.rows_file import read_rows, read_samples
 from topkbench.analysis.samples_file import samples_bytes
 from topkbench.analysis.stats import paired_columns
-from topkbench.analysis.variants import difference_table
+from topkbench.analysis.variants import difference_table, ladder_tables
 
 __all__ = ["Report", "build", "load", "main", "paired_columns", "summary_table", "write"]
 
@@ -268,6 +268,7 @@ def _content(
                 ],
                 "subtasks": tables.subtask_table(configurations),
                 "answered": answered_table(configurations, compared.answers),
+                "ladder": ladder_tables(top),
                 "differences": difference_table(top),
                 "break_even": break_even_table(smallest_batch(top), models),
                 "figures": drawn,
@@ -347,6 +348,8 @@ def _markdown(content: dict[str, Any]) -> str:
             parts += ["### Score by sub-task", panel["subtasks"].markdown()]
         if panel["answered"] is not None:
             parts += [f"### {_ANSWERED}", panel["answered"].markdown()]
+        for title, table in panel["ladder"]:
+            parts += [f"### {title}", table.markdown()]
         if panel["differences"] is not None:
             parts += ["### Differences, paired by seed", panel["differences"].markdown()]
         if panel["break_even"] is not None:

@@ -18,7 +18,7 @@ from topkbench.analysis import style
 from topkbench.analysis.curves import legend, log2_axis, spread, table
 from topkbench.analysis.metrics import METRICS
 from topkbench.analysis.stats import seed_interval
-from topkbench.analysis.tables import Table
+from topkbench.analysis.tables import Table, with_interval
 
 MEASURES = ("recall_at_k", "attention_mass")
 UNTRAINED = ("random", "orthonormal")
@@ -125,6 +125,36 @@ def ladder(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     if len(parts) > 1:
         drawn.insert(2, "calibration", data["p_calibration"].to_numpy())
     return figure, drawn
+
+
+def ladder_tables(configurations: pd.DataFrame) -> list[tuple[str, Table]]:
+    """Return recall and attention mass of each ablation variant by hash bits, at every budget.
+
+    The best of each width is bold; there is no table where `ladder` draws nothing.
+    """
+    if ladder(configurations) is None:
+        return []
+    data = configurations[configurations["recall_at_k"].notna() & configurations["rbit"].notna()]
+    names = _display_names(data)
+    data = data.assign(name=names).sort_values("rbit", kind="stable")
+    widths = sorted(int(one) for one in data["rbit"].unique())
+    order = sorted(dict.fromkeys(names), key=rank)
+    tables = []
+    for k in sorted(int(one) for one in data["k"].dropna().unique()):
+        for measure in MEASURES:
+            part = data[data["k"] == k]
+            texts = pd.Series(with_interval(part, measure, f"{measure}_ci"), index=part.index)
+            table = Table(["Hash", *(f"{one} bits" for one in widths)], [])
+            for place, name in enumerate(order):
+                own = part["name"] == name
+                cells = [texts[own & (part["rbit"] == width)] for width in widths]
+                table.rows.append([name, *(cell.iloc[0] if len(cell) else "–" for cell in cells)])
+                for column, width in enumerate(widths, start=1):
+                    values = part.loc[part["rbit"] == width].set_index("name")[measure]
+                    if name in values.index and values[name] == values.max():
+                        table.strong.add((place, column))
+            tables.append((f"{METRICS[measure].label} by hash bits, k = {k}", table))
+    return tables
 
 
 def by_calibration(configurations: pd.DataFrame) -> dict[str, pd.DataFrame]:

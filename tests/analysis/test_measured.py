@@ -15,7 +15,7 @@ from topkbench.analysis.report import load
 from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX, Status
 from topkbench.analysis.stats import MEAN, seed_interval
 from topkbench.analysis.tables import main_table, subtask_table
-from topkbench.analysis.variants import difference_table
+from topkbench.analysis.variants import difference_table, ladder_tables
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ROOT / "analysis" / "measured"
@@ -99,6 +99,21 @@ def test_the_page_on_ruler_shows_the_measured_rows() -> None:
         ("sparse", 2048): "75.0 [57.1, 87.0]",
         ("dense", 2048): "91.0 [71.9, 100.0]",
         ("sparse", 4096): "46.7 [27.0, 66.4]",
+    }
+
+
+def test_the_page_on_hata_shows_the_measured_ladder_of_the_real_model() -> None:
+    found = compare(rows(MEASURED / "epyc_zen3_ladder" / "real_ladder.csv"))
+    page = (ROOT / "docs" / "hata.md").read_text(encoding="utf-8")
+    shown = {}
+    for key, configurations in found.by_setting():
+        tables = dict(ladder_tables(configurations))
+        table = tables["Recall@k by hash bits, k = 64"]
+        assert table.markdown() in page
+        shown[key["task"]] = [row for row in table.rows if row[0] == "Learned, ranking"]
+    assert shown == {
+        "selection": [["Learned, ranking", "0.591", "0.624", "0.660"]],
+        "selection_text": [["Learned, ranking", "0.548", "0.588", "0.616"]],
     }
 
 

@@ -17,7 +17,7 @@ from topkbench.analysis.record import frame
 from topkbench.analysis.report import build
 from topkbench.analysis.row import Row
 from topkbench.analysis.tables import main_table
-from topkbench.analysis.variants import arms, difference_table, ladder
+from topkbench.analysis.variants import arms, difference_table, ladder, ladder_tables
 
 RowMaker = Callable[..., Row]
 VARIANTS = (("random", False), ("orthonormal", False), ("orthonormal", True), ("trained", True))
@@ -191,6 +191,33 @@ def test_texts_of_learned_weights_alone_are_not_in_names(row: RowMaker) -> None:
     table = difference_table(configurations)
     assert table is not None
     assert {line[0] for line in table.rows} >= {"Gaussian", "Learned as published, key norms"}
+
+
+def test_a_ladder_has_a_table_for_each_measure(row: RowMaker) -> None:
+    found = ladder_tables(compare(rows_of_two_texts(row)).overall)
+    assert [title for title, _ in found] == [
+        "Recall@k by hash bits, k = 128",
+        "Attention mass kept by hash bits, k = 128",
+    ]
+    recall = found[0][1]
+    assert recall.head == ["Hash", "64 bits", "128 bits"]
+    # Means of two seeds that differ by 0.02: 12.7062 * 0.01 on either side.
+    assert recall.rows == [
+        ["Gaussian", "0.210 [0.083, 0.337]", "0.310 [0.183, 0.437]"],
+        ["Orthonormal", "0.310 [0.183, 0.437]", "0.410 [0.283, 0.537]"],
+        ["Orthonormal, key norms", "0.410 [0.283, 0.537]", "0.510 [0.383, 0.637]"],
+        [
+            "Learned as published, key norms, on prompts",
+            *("0.510 [0.383, 0.637]", "0.610 [0.483, 0.737]"),
+        ],
+        [
+            "Learned as published, key norms, on text",
+            *("0.460 [0.333, 0.587]", "0.560 [0.433, 0.687]"),
+        ],
+    ]
+    assert recall.strong == {(3, 1), (3, 2)}
+    rows = ladder_rows(row)
+    assert ladder_tables(compare(rows[rows["rbit"] == 64]).overall) == []
 
 
 def test_several_codes_a_query_are_a_variant_of_their_own(row: RowMaker) -> None:
