@@ -482,6 +482,16 @@ def _relative_to_full(
     return found
 
 
+def varies(values: pd.Series) -> bool:
+    """Return whether a parameter tells configurations apart.
+
+    That weights which are not learned have no calibration texts does not.
+    """
+    if str(values.name).startswith(f"{PARAMETER_PREFIX}calibration"):
+        values = values.dropna()
+    return bool(values.astype(str).nunique() > 1)
+
+
 def _labelled(configurations: pd.DataFrame, parameters: list[str]) -> pd.DataFrame:
     """Label each configuration by its method and the parameters that vary within the method."""
     configurations = configurations.drop(columns="context")
@@ -496,10 +506,8 @@ def _labelled(configurations: pd.DataFrame, parameters: list[str]) -> pd.DataFra
     variants: dict[Hashable, str] = {}
     for _, part in _groups(configurations, ("model", "task", "protocol", "method")):
         options = [*parameters, "impl", "full_backend"]
-        # A parameter that some do not have, such as the texts of weights that are not learned, does
-        # not tell the others apart.
-        varying = [name for name in options if part[name].dropna().astype(str).nunique() > 1]
-        usual = {name: part[name].dropna().astype(str).mode()[0] for name in varying}
+        varying = [name for name in options if varies(part[name])]
+        usual = {name: part[name].astype(str).mode()[0] for name in varying}
         # object: rows of numbers alone would have their integers turned into floats
         for index, configuration in part[varying].astype(object).iterrows():
             variants[index] = ", ".join(

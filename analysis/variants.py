@@ -15,8 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from topkbench.analysis import style
+from topkbench.analysis.configurations import varies
 from topkbench.analysis.curves import legend, log2_axis, spread, table
 from topkbench.analysis.metrics import METRICS
+from topkbench.analysis.row import PARAMETER_PREFIX
 from topkbench.analysis.stats import seed_interval
 from topkbench.analysis.tables import Table, with_interval
 
@@ -82,9 +84,8 @@ def ladder(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     parts = by_calibration(data)
     for part in parts.values():
         widths = part.groupby("variant")["rbit"].nunique() if len(part) else pd.Series(dtype=int)
-        if (widths > 1).sum() < 2 or part.groupby("variant")[
-            "configuration_id"
-        ].nunique().max() > widths.max():
+        points = part.groupby(["variant", "rbit"])["configuration_id"].nunique()
+        if (widths > 1).sum() < 2 or points.max() > 1:  # a point has one configuration
             return None
     figure = Figure(figsize=(9.6, 0.5 + 3.6 * len(parts)))
     axes = figure.subplots(len(parts), 2, squeeze=False, sharex=True, sharey="col")
@@ -251,9 +252,7 @@ def _display_names(part: pd.DataFrame) -> list[str]:
     They are variants if nothing varies but what the name of one says.
     """
     varying = {
-        name
-        for name in part.columns
-        if name.startswith("p_") and part[name].dropna().astype(str).nunique() > 1
+        name for name in part.columns if name.startswith(PARAMETER_PREFIX) and varies(part[name])
     }
     said = {"weights", "recipe", "use_norm", "centre_keys", "query_codes", "calibration"}
     looks = [ablation_variant(configuration) for _, configuration in part.iterrows()]

@@ -196,13 +196,16 @@ class Calibration:
             layers: Indices of the layers.
             progress: Called with the number of prompts read and their total.
             states: Has the states of fits before, and keeps these if the queries and keys of all
-                layers that are fitted take less than the memory limit.
+                layers together take no more than the memory limit.
         """
         positions = {layer: self.method.query_positions(layer, self.lengths) for layer in layers}
-        whole = sum(self.num_bytes(layer, every_query=True) for layer in self.layers)
-        if states is None or whole > self.memory_limit:
+        if states is None:
             return self._read(layers, positions, progress)
         kept = states.of((self.loaded.digest, self.digest))
+        together = {*self.layers, *kept}
+        if sum(self.num_bytes(one, every_query=True) for one in together) > self.memory_limit:
+            states.clear()
+            return self._read(layers, positions, progress)
         missing = [layer for layer in layers if layer not in kept]
         if missing:
             every = {layer: [list(range(n)) for n in self.lengths] for layer in missing}

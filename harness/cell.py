@@ -59,10 +59,10 @@ def prepare_method(
     method: AnyMethod,
     texts: CalibrationTexts,
     artifact_dir: str | Path,
-    policy: Policy | None = None,
     progress: Progress | None = None,
     memory_limit: int | None = None,
     refit: bool = False,
+    policy: Policy | None = None,
     states: CapturedStates | None = None,
 ) -> Artifact | None:
     """Load the artifact that a method needs; what it lacks is fitted first, under a lock.
@@ -75,10 +75,10 @@ def prepare_method(
         method: The method into which the artifact is loaded.
         texts: The texts that the method is fitted on.
         artifact_dir: Folder of fitted artifacts; searched before the shipped ones.
-        policy: The cell's policy, which may keep layers dense; None for one that keeps none.
         progress: Called with the units of work done and their total while fitting.
         memory_limit: Bytes of queries and keys that a fit may keep in memory; see ``Calibration``.
         refit: Fit even if there is an artifact, and replace the one in ``artifact_dir``.
+        policy: The cell's policy, which may keep layers dense; None for one that keeps none.
         states: Keeps what the model's layers receive of the texts, for fits that follow.
 
     Returns:
@@ -107,7 +107,10 @@ def prepare_method(
         with cache_lock(path.with_suffix(".lock")):
             before = None if refit else artifact.find(spec, (folder,))
             if before is None or not before.layers.issuperset(layers):
-                calibration = Calibration.draw(loaded, method, texts, memory_limit, layers)
+                wanted = layers
+                if before is not None and not _can_be_extended(before, method):
+                    wanted, before = sorted({*layers, *before.layers}), None
+                calibration = Calibration.draw(loaded, method, texts, memory_limit, wanted)
                 fit_method(calibration, path, spec, texts.seed, before, progress, refit, states)
             learned = artifact.load(path, expect=spec)
             learned = replace(learned, fitted=before is None)
@@ -115,6 +118,13 @@ def prepare_method(
     method.load_artifact(learned.tensors, learned.digest)
     check_artifact(method, geometry, layers)
     return learned
+
+
+def _can_be_extended(learned: Artifact, method: AnyMethod) -> bool:
+    """Return whether layers may be added: those of a file are fitted by the same code and torch."""
+    provenance = learned.provenance
+    same_torch = provenance.get("versions", {}).get("torch") == torch.__version__
+    return same_torch and provenance.get("source") == fit_source(method)
 
 
 def fit_method(
@@ -144,11 +154,8 @@ def fit_method(
     method, loaded = calibration.method, calibration.loaded
     source = fit_source(method)
     if before is not None:
-        if before.provenance.get("source") != source:
-            before = None  # all layers of a file are fitted by the same code
-        else:
-            missing = [layer for layer in calibration.layers if layer not in before.layers]
-            calibration = replace(calibration, layers=missing)
+        missing = [layer for layer in calibration.layers if layer not in before.layers]
+        calibration = replace(calibration, layers=missing)
     kept = KeptLayers(path.with_suffix(".layers"), spec, source)
     if refit:
         kept.remove()

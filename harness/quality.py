@@ -226,6 +226,8 @@ def off_policy_quality(
     Yields:
         The budget, the layer, the number of the step, and the quality, step by step.
     """
+    if not recorded:
+        return
     has_history = resolved[0][0].traits.index == "history"
     groups = [[one] for one in resolved] if has_history else [list(resolved)]
     shared: list[dict[str, SharedState]] = [{} for _ in groups]

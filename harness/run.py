@@ -151,7 +151,7 @@ class Run:
             texts = self.composed.texts
             fitted_on["calibration"] = texts.name
             fitted_on["calibration_sequences"] = texts.num_sequences
-            fitted_on["calibration_length"] = texts.max_length
+            fitted_on["calibration_length"] = min(texts.max_length, self.loaded.window)
         rules = {name: self.payload["protocol"].get(name) for name in POLICY_PARAMETERS}
         return Row(
             run_id=self.identity,

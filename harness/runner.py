@@ -28,6 +28,7 @@ from topkbench.analysis.record import (
 from topkbench.harness.batch_size import recorded
 from topkbench.harness.calibration import CapturedStates
 from topkbench.harness.cell import (
+    artifact_spec,
     checked_context,
     environment,
     peak_memory_mib,
@@ -390,7 +391,7 @@ class Runner:
         began = now()
         if task.uses_model and task.fits_methods:
             # Several cells use the same artifact; with force=true a process fits it once.
-            name = identity({part: settings[part] for part in ("model", "method", "calibration")})
+            name = identity({"artifact": artifact_spec(loaded, composed.method, composed.texts)})
             refit = (
                 settings["force"]
                 and task.refits
@@ -407,10 +408,10 @@ class Runner:
                     composed.method,
                     composed.texts,
                     settings["artifact_dir"],
-                    composed.policy,
                     bar.update,
                     composed.calibration_bytes,
                     refit,
+                    composed.policy,
                     self._captured,
                 )
         if isinstance(task, PromptTask) and task.batch_size == "auto":
@@ -423,6 +424,7 @@ class Runner:
 
     def _memory(self, task: PromptTask, loaded: LoadedModel) -> tuple[int, int]:
         """Return the bytes of a prompt's states, and those that are free for this process."""
+        self._captured.clear()  # what fits have read takes memory that cells will have
         bytes_per_prompt, free = task.memory(loaded)
         return bytes_per_prompt, free // self.sharing
 

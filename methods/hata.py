@@ -68,8 +68,8 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
             all exact scores of a query by the same amount; the norm is then that of the centred
             key. Decoded keys use the same mean, so an index rebuilt later differs.
         fit_rbit: Bits that the ranking recipe fits, at least, such that their first half, quarter
-            and so on down to 32 are codes too: one fit for each ``rbit`` up to it. None fits
-            ``rbit`` bits alone.
+            and so on down to 32 bits or an odd multiple of 32 are codes too: one fit for each of
+            these ``rbit``. None fits ``rbit`` bits alone.
         query_codes: Codes per query, each with its own projection and all compared with the one
             code of a key: this multiplies the work of counting bits, but not the bytes read per
             key. More than one needs ``recipe="ranking"``.
@@ -272,6 +272,12 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
 
     def _check_fit_rbit(self, fit_rbit: int) -> None:
         check_multiple("fit_rbit", fit_rbit, 32)
+        if self.rbit not in self._widths:
+            raise ValueError(
+                f"rbit must be one of the widths that fit_rbit={fit_rbit} trains,"
+                f" {', '.join(map(str, self._widths))}, got {self.rbit}; fit_rbit=null fits rbit"
+                " bits alone."
+            )
         if not self._ranking:
             raise ValueError(
                 f"fit_rbit must be null unless codes are trained by ranking, got {fit_rbit}; set"

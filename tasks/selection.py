@@ -1,5 +1,6 @@
 """The quality of a method's selections, without answer scores, for all budgets in one pass."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -23,7 +24,7 @@ class Selection(PromptTask):
     Attributes:
         budgets: The values of ``k``; the cell's own ``k`` is not used.
         judged_tokens: Decode steps of a prompt that are measured, spread evenly over those of the
-            question and of as many of the answer; None for all.
+            question and of as many first tokens of the answer; None for all.
     """
 
     budgets: Sequence[int] = (32, 64, 128, 256, 512)
@@ -55,8 +56,12 @@ class Selection(PromptTask):
         return {"samples": [one for prompt in prompts for one in self._measure(context, prompt)]}
 
     def steps(self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]) -> Steps:
-        rows = sum(len(one.decode_ids) + one.sample.max_new_tokens for one in prompts)
-        return Steps(forwards=rows, own=rows * len(self.budgets), full=rows)
+        # Full attention decodes once for all cells, whose steps are on what was recorded.
+        rows = sum(
+            min(self.judged_tokens or math.inf, len(one.decode_ids) + one.sample.max_new_tokens)
+            for one in prompts
+        )
+        return Steps(own=int(rows) * len(self.budgets), full=int(rows))
 
     def outcome(
         self,
@@ -87,6 +92,7 @@ class Selection(PromptTask):
                     values={
                         "k": k,
                         "num_samples": len(prompts),
+                        **self.shared_columns(prompts),
                         "judged_prompts": len({one["sample_id"] for one in of_budget}),
                         "judged_tokens": len(
                             {(one["sample_id"], one["step"]) for one in of_budget}
@@ -96,6 +102,10 @@ class Selection(PromptTask):
                 )
             )
         return outcome
+
+    def shared_columns(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Return columns of every row that the configuration does not tell."""
+        return {}
 
     def answer(self, context: Context, prompt: Prompt) -> Sequence[int]:
         """Return the tokens that follow the question."""
@@ -134,6 +144,8 @@ class Selection(PromptTask):
         """Decode a prompt with full attention, once for all cells."""
         answer = self.answer(context, prompt)
         needs = context.method.traits.needs
+        # What any of the cells needs of the prefill was captured with it.
+        needs |= context.store.get(prompt.prefill_ids, needs).needs
         key = ("steps of full attention", prompt, len(answer), needs)
         if key not in context.store.shared:
             decoder = Decoder(context.loaded, context.store, [prompt], len(answer) + 1, needs)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from topkbench.harness.decoding import Prompt
 from topkbench.harness.task import Context
@@ -21,6 +21,9 @@ class TextSelection(Selection, Perplexity):
     windows: int = 4
     scored_tokens: int = 64
     batch_size: int | Literal["auto"] = 1
+
+    def shared_columns(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        return {"length": prompts[0].num_tokens}
 
     def answer(self, context: Context, prompt: Prompt) -> Sequence[int]:
         return ()

@@ -12,8 +12,6 @@ the policy leaves to the method, and each KV head, a row of the CSV file says
   start and at an orthonormal projection, with all keys and without the first tokens' keys;
 - how balanced the bits of an orthonormal projection are, of the keys as they are and centred: the
   mean over bits of ``|2 p - 1|``, where ``p`` is the share of ones; 0 is even, 1 says nothing.
-
-``docs/hata.md`` has their means.
 """
 
 import csv
@@ -51,14 +49,17 @@ TERMS = {
 }
 
 
-def geometry_of_keys(states: LayerStates) -> dict[str, list[float]]:
+def geometry_of_keys(
+    states: LayerStates, positions: Sequence[Sequence[int]]
+) -> dict[str, list[float]]:
     """Return how each KV head's keys lie and what its sink takes; means over the sequences.
 
     Args:
         states: One layer's ``[Hq, m, d]`` queries and ``[Hkv, n, d]`` keys of each sequence.
+        positions: The positions of each sequence's queries.
     """
     found: dict[str, list[Tensor]] = {}
-    for queries, keys in states:
+    for (queries, keys), at in zip(states, positions, strict=True):
         own = keys.float()
         rest = own[:, SINKS:]
         centred = rest - rest.mean(1, keepdim=True)
@@ -66,6 +67,8 @@ def geometry_of_keys(states: LayerStates) -> dict[str, list[float]]:
         lengths = own.norm(dim=2)
         grouped = queries.float().unflatten(0, (len(keys), -1))
         logits = grouped @ own[:, None].mT * own.shape[2] ** -0.5
+        past = torch.arange(own.shape[1]) <= torch.tensor(at)[:, None]
+        logits = logits.masked_fill(~past, -torch.inf)
         values = {
             "mean_share": rest.mean(1).square().sum(1) / rest.square().sum(2).mean(1),
             "sink_length": lengths[:, 0] / lengths[:, SINKS:].median(1).values,
@@ -122,14 +125,14 @@ def rows_of(
     recipe = PublishedRecipe(
         **{one.name: getattr(method, one.name) for one in fields(PublishedRecipe)}
     )
-    columns: dict[str, list[float]] = geometry_of_keys(states)
+    positions = method.query_positions(layer, lengths)
+    columns: dict[str, list[float]] = geometry_of_keys(states, positions)
     num_kv_heads, _, head_dim = states[0][1].shape
     shape = (layer, layer + 1, num_kv_heads, head_dim, torch.device("cpu"))
     starts = {
         "gaussian": replace(method, weights="random").hash_weight(*shape),
         "orthonormal": replace(method, weights="orthonormal").hash_weight(*shape),
     }
-    positions = method.query_positions(layer, lengths)
     for keys, own, shift in (
         ("all", states, 0),
         ("no_sink", without_sink(states, positions), SINKS),

@@ -220,6 +220,28 @@ def test_a_ladder_has_a_table_for_each_measure(row: RowMaker) -> None:
     assert ladder_tables(compare(rows[rows["rbit"] == 64]).overall) == []
 
 
+def test_a_setting_that_is_null_tells_configurations_apart(row: RowMaker) -> None:
+    rows = ladder_rows(row)
+    learned = rows[rows["p_weights"] == "trained"].reset_index(drop=True)
+    nested = learned.assign(p_fit_rbit=128, config_digest="nested")
+    nested["run_id"] = [f"e{one[1:]}" for one in nested["run_id"]]
+    both = pd.concat([learned.assign(p_fit_rbit=None), nested], ignore_index=True)
+    labels = set(compare(both).overall["label"])
+    assert len(labels) == 2
+    assert any("fit_rbit=128" in label for label in labels)
+
+
+def test_two_configurations_of_one_variant_are_no_ladder(row: RowMaker) -> None:
+    rows = ladder_rows(row)
+    learned = rows[(rows["p_weights"] == "trained") & (rows["rbit"] == 64)]
+    nested = learned.assign(p_fit_rbit=128, config_digest="nested")
+    nested["run_id"] = [f"e{one[1:]}" for one in nested["run_id"]]
+    both = pd.concat([rows.assign(p_fit_rbit=None), nested], ignore_index=True)
+    configurations = compare(both).overall
+    assert ladder(configurations) is None
+    assert ladder_tables(configurations) == []
+
+
 def test_several_codes_a_query_are_a_variant_of_their_own(row: RowMaker) -> None:
     rows = ladder_rows(row).assign(p_recipe="ranking", p_query_codes=1)
     learned = rows["p_weights"] == "trained"

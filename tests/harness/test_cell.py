@@ -190,13 +190,13 @@ def test_only_the_layers_that_a_policy_leaves_to_the_method_are_fitted(
     loaded: LoadedModel, tmp_path: Path
 ) -> None:
     half = Policy(k=16, dense_layers=1)
-    first = prepare_method(loaded, quick(), TEXTS, tmp_path, half)
+    first = prepare_method(loaded, quick(), TEXTS, tmp_path, policy=half)
     assert first is not None
     assert first.layers == {1}
     assert [len(steps) for steps in first.provenance["losses"]] == [0, 4]
     assert (first.fitted, first.tensors["hash_weight"][0].any().item()) == (True, False)
     # The other layer is added to the same file, and what was there stays.
-    whole = prepare_method(loaded, quick(), TEXTS, tmp_path, Policy(k=16))
+    whole = prepare_method(loaded, quick(), TEXTS, tmp_path, policy=Policy(k=16))
     assert whole is not None
     assert (whole.path, whole.layers, whole.fitted) == (first.path, {0, 1}, False)
     assert torch.equal(whole.tensors["hash_weight"][1], first.tensors["hash_weight"][1])
@@ -206,7 +206,7 @@ def test_only_the_layers_that_a_policy_leaves_to_the_method_are_fitted(
     assert at_once is not None
     assert at_once.digest == whole.digest
     # A cell's identity does not depend on the layers that other cells had fitted.
-    again = prepare_method(loaded, quick(), TEXTS, tmp_path, half)
+    again = prepare_method(loaded, quick(), TEXTS, tmp_path, policy=half)
     assert again is not None
     assert (again.digest, again.layers) == (first.digest, {1})
 
@@ -214,17 +214,21 @@ def test_only_the_layers_that_a_policy_leaves_to_the_method_are_fitted(
 def test_layers_of_other_code_are_not_added_to(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare_method(loaded, quick(), TEXTS, tmp_path, Policy(k=16, dense_layers=1))
+    prepare_method(loaded, quick(), TEXTS, tmp_path, policy=Policy(k=16, dense_layers=[0]))
     monkeypatch.setattr("topkbench.harness.cell.fit_source", lambda _: "other code")
-    whole = prepare_method(loaded, quick(), TEXTS, tmp_path)
-    assert whole is not None
-    assert (whole.layers, whole.fitted) == ({0, 1}, False)
+    # The layer that is there is fitted again, too.
+    other = prepare_method(loaded, quick(), TEXTS, tmp_path, policy=Policy(k=16, dense_layers=[1]))
+    assert other is not None
+    assert (other.layers, other.fitted) == ({0}, True)
+    whole = artifact.load(other.path)
+    assert whole.layers == {0, 1}
     assert whole.provenance["source"] == "other code"
     assert [len(steps) for steps in whole.provenance["losses"]] == [4, 4]
 
 
 def test_nothing_is_fitted_where_all_layers_are_dense(loaded: LoadedModel, tmp_path: Path) -> None:
-    assert prepare_method(loaded, quick(), TEXTS, tmp_path, Policy(k=16, dense_layers=2)) is None
+    dense = Policy(k=16, dense_layers=2)
+    assert prepare_method(loaded, quick(), TEXTS, tmp_path, policy=dense) is None
     assert not tmp_path.exists() or list(tmp_path.iterdir()) == []
 
 

@@ -65,6 +65,13 @@ def test_several_fits_read_the_same_texts_once(loaded: LoadedModel) -> None:
                 tensors, _ = fit_layers(method, calibration, [CPU], states=states)
                 assert digest_of(tensors) == alone[seed]
         assert len(forwards) == expected  # of three prompts
+    # Other layers count, too: a limit of one layer keeps the second in place of the first.
+    states.clear()
+    one = drawn(loaded, quick()).num_bytes(0, every_query=True)
+    for layer in (0, 1):
+        chosen = replace(drawn(loaded, quick(), one), layers=[layer])
+        fit_layers(quick(), chosen, [CPU], states=states)
+        assert len(states.of((loaded.digest, chosen.digest))) <= 1
     # Other texts replace them.
     other = Calibration.draw(loaded, quick(), replace(PROMPTS, seed=4))
     expected_tensors, _ = fit_layers(quick(), other, [CPU])

@@ -378,6 +378,10 @@ def test_bytes_of_two_projections_by_hand() -> None:
         ({"ranking_late_share": 1.5}, "ranking_late_share must be a share from 0 to 1, got 1.5"),
         ({"ranking_steps": 0}, "ranking_steps must be at least 1, got 0"),
         ({"fit_rbit": 256}, "fit_rbit must be null unless codes are trained by ranking, got 256"),
+        (
+            {"recipe": "ranking", "rbit": 96, "fit_rbit": 128},
+            "rbit must be one of the widths that fit_rbit=128 trains, 32, 64, 128, got 96",
+        ),
         ({"recipe": "ranking", "fit_rbit": 250}, "fit_rbit must be a positive multiple of 32"),
     ],
 )

@@ -147,6 +147,19 @@ def test_full_attention_decodes_a_prompt_once_for_all_methods(
     assert record["samples"] == alone.samples
 
 
+def test_a_prompt_without_decode_steps_measures_nothing(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path
+) -> None:
+    chosen = task(tmp_path, subtasks=("vt", "niah_single"), budgets=(16,), question="dense")
+    cell = context(loaded, store, ExactTopK(), BARE)
+    first, second = chosen.tokenised(loaded)
+    cell.full_answers = {first.sample.sample_id: [], second.sample.sample_id: [5, 6, 7]}
+    (row,) = chosen.run(cell).rows
+    assert (row.status, row.values["judged_prompts"]) == ("ok", 1)
+    samples = chosen.run(cell).samples
+    assert {one["sample_id"] for one in samples} == {second.sample.sample_id}
+
+
 def test_selections_are_measured_on_text(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path
 ) -> None:
@@ -158,7 +171,7 @@ def test_selections_are_measured_on_text(
     outcome = chosen.run(context(loaded, store, ExactTopK(), replace(BARE, k=8)))
     (row,) = outcome.rows
     assert (row.status, row.values["k"], row.values["num_samples"]) == ("ok", 8, 2)
-    assert row.values["judged_tokens"] == 2 * 6
+    assert (row.values["judged_tokens"], row.values["length"]) == (2 * 6, 100)
     assert row.values["recall_at_k"] == pytest.approx(1.0)
     # 87 tokens are prefilled and 13 decoded.
     assert sorted({one["step"] for one in outcome.samples}) == [1, 3, 5, 7, 9, 12]

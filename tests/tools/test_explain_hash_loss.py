@@ -21,10 +21,11 @@ def test_how_keys_lie_by_hand() -> None:
     rest = torch.tensor([[3.0, 1.0, 0.0], [3.0, -1.0, 0.0], [3.0, 0.0, 1.0], [3.0, 0.0, -1.0]])
     first = torch.tensor([[6.0, 0.0, 0.0]]).expand(SINKS, 3)
     keys = torch.cat([first, rest])[None]
-    found = geometry_of_keys([(torch.zeros(1, 2, 3), keys)])
+    found = geometry_of_keys([(torch.zeros(1, 2, 3), keys)], [[7, 4]])
     assert found["mean_share"] == pytest.approx([9 / 10])
     assert found["sink_length"] == pytest.approx([6 / 10**0.5])
-    assert found["sink_attention"] == pytest.approx([0.5])  # of a query that attends evenly
+    # Queries that attend evenly to 8 and to 5 keys, 4 of them first ones.
+    assert found["sink_attention"] == pytest.approx([(4 / 8 + 4 / 5) / 2])
     assert found["directions"] == pytest.approx([2.0])
 
 
