@@ -83,7 +83,9 @@ def ladder(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     data = data.assign(variant=names)
     parts = by_calibration(data)
     for part in parts.values():
-        widths = part.groupby("variant")["rbit"].nunique() if len(part) else pd.Series(dtype=int)
+        if part.empty:
+            return None
+        widths = part.groupby("variant")["rbit"].nunique()
         points = part.groupby(["variant", "rbit"])["configuration_id"].nunique()
         if (widths > 1).sum() < 2 or points.max() > 1:  # a point has one configuration
             return None

@@ -226,9 +226,7 @@ def test_a_setting_that_is_null_tells_configurations_apart(row: RowMaker) -> Non
     nested = learned.assign(p_fit_rbit=128, config_digest="nested")
     nested["run_id"] = [f"e{one[1:]}" for one in nested["run_id"]]
     both = pd.concat([learned.assign(p_fit_rbit=None), nested], ignore_index=True)
-    labels = set(compare(both).overall["label"])
-    assert len(labels) == 2
-    assert any("fit_rbit=128" in label for label in labels)
+    assert compare(both).overall["label"].nunique() == 2
 
 
 def test_two_configurations_of_one_variant_are_no_ladder(row: RowMaker) -> None:
