@@ -75,7 +75,8 @@ def fitted(method: AnyMethod, loaded: LoadedModel) -> AnyMethod:
     """Return a method after fitting it on a text, if it learns."""
     if artifact_spec(method, geometry_of(loaded.model)) is not None:
         learned: Any = method
-        calibration = Calibration(loaded, learned, TEXT, 2**30, "made")
+        layers = geometry_of(loaded.model).global_layers
+        calibration = Calibration(loaded, learned, TEXT, 2**30, "made", layers)
         learned.load_artifact(fit_layers(learned, calibration, [torch.device("cpu")])[0])
     return method
 
@@ -209,7 +210,8 @@ def test_a_plan_tries_a_fit_on_a_layer_that_attends_to_the_whole_past(
     hybrid: LoadedModel, make_method: Callable[..., AnyMethod]
 ) -> None:
     method: Any = make_method("loki", fit=False)
-    assert pilot.fit(hybrid, method, Text(), None).wall_s > 0
+    layers = geometry_of(hybrid.model).global_layers
+    assert pilot.fit(hybrid, method, Text(), None, layers).wall_s > 0
 
 
 @pytest.mark.parametrize("refused", [OWN_CACHE, OWN_STATES], ids=lambda one: one.family.name)

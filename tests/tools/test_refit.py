@@ -26,6 +26,7 @@ from topkbench.models.load import LoadedModel, load_model
 from topkbench.tasks.ruler_words_prompts import CalibrationPrompts
 
 ARTIFACTS = Path(__file__).parents[2] / "models" / "tiny" / "artifacts"
+RANKING = HATA(recipe="ranking", fit_rbit=128, centre_keys=True, use_norm=False)  # hata/ranking
 LAYER = 0  # its states do not depend on other layers
 
 
@@ -146,12 +147,14 @@ def test_an_artifact_ships_for_every_number_of_hash_bits(tiny: LoadedModel, rbit
 
 def test_every_shipped_artifact_belongs_to_a_method(tiny: LoadedModel) -> None:
     found = {shipped(tiny, HATA(rbit=rbit)).path for rbit in (32, 64, 128, 256)}
-    found |= {shipped(tiny, one).path for one in (DoubleSparsity(), InfiniGen(), Loki())}
+    found |= {shipped(tiny, one).path for one in (RANKING, DoubleSparsity(), InfiniGen(), Loki())}
     assert found | {shipped(tiny, HashAttention()).path} == set(ARTIFACTS.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
-    "method", [DoubleSparsity(), HATA(), HashAttention(), InfiniGen(), Loki()], ids=lambda m: m.name
+    "method",
+    [DoubleSparsity(), HATA(), RANKING, HashAttention(), InfiniGen(), Loki()],
+    ids=lambda m: m.name,
 )
 def test_shipped_artifacts_have_the_digest_of_the_current_code(
     tiny: LoadedModel, method: AnyLearningMethod
