@@ -72,7 +72,8 @@ def recall_by_layer(
                 quality["run_id"].isin(configuration["run_ids"])
                 & (quality["k"] == configuration["k"])
             ]
-            heads = own.groupby(["layer", "kv_head"])["recall_at_k"].mean().unstack()
+            by_head = own.groupby(["layer", "kv_head"])["recall_at_k"].mean()
+            heads = by_head.unstack()
             mean = heads.mean(axis=1)
             shift = 0.08 * (place - (len(part) - 1) / 2)
             panel.errorbar(
@@ -87,7 +88,7 @@ def recall_by_layer(
                 markersize=4,
                 label=look.label,
             )
-            long = own.groupby(["layer", "kv_head"])["recall_at_k"].mean().reset_index()
+            long = by_head.reset_index()
             tables.append(long.assign(configuration=look.label, calibration=calibration))
         panel.set_ylabel(f"Recall@{int(data['k'].iloc[0])}")
         if len(parts) > 1:

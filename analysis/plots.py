@@ -27,7 +27,7 @@ from topkbench.analysis.pareto import COSTS, bars_words, pareto, pareto_pair
 from topkbench.analysis.stats import MEAN
 from topkbench.analysis.timings import figure_words
 from topkbench.analysis.training import loss_curve
-from topkbench.analysis.variants import arms, ladder
+from topkbench.analysis.variants import arms, is_ladder, ladder
 
 OVER_LENGTHS = (
     "latency_vs_context",
@@ -118,7 +118,7 @@ def draw_all(
             "score_vs_rbit",
             "Score against hash bits",
             "Bars and band: 95% intervals.",
-            lambda: None if ladder(top) else curve(top, "score", "rbit"),
+            lambda: None if is_ladder(top) else curve(top, "score", "rbit"),
         ),
         (
             "nll_vs_k",
@@ -137,13 +137,13 @@ def draw_all(
             "recall_vs_k",
             "Recall of the exact top-k against budget",
             "Higher is better.",
-            lambda: None if ladder(top) else curve(top, "recall_at_k", "k"),
+            lambda: None if is_ladder(top) else curve(top, "recall_at_k", "k"),
         ),
         (
             "recall_vs_rbit",
             "Recall of the exact top-k against hash bits",
             "Higher is better.",
-            lambda: None if ladder(top) or arms(top) else curve(top, "recall_at_k", "rbit"),
+            lambda: None if is_ladder(top) or arms(top) else curve(top, "recall_at_k", "rbit"),
         ),
         (
             "hash_ladder",

@@ -191,7 +191,7 @@ def ablation_variant(projection: str, centred: bool, normed: bool, query_codes: 
         projection: Source of the weights: a key of ``PROJECTIONS``, or a recipe's name.
         centred: Whether keys are centred before they are hashed.
         normed: Whether matching bits are weighted by the key's norm.
-        query_codes: Codes of a query; its curve is darker if there are several.
+        query_codes: Codes of a query; several have a colour of their own.
     """
     words, colour = PROJECTIONS.get(projection, (f"Learned, {projection}", GREEN))
     addition, marker, line = ADDITIONS[centred, normed]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Hashable
 from typing import Any, cast
 
 import pandas as pd
@@ -66,6 +67,34 @@ def _axis_label(measure: str, configurations: pd.DataFrame) -> str:
     return f"Recall@{k}" if measure == "recall_at_k" else f"{METRICS[measure].axis}, k = {k}"
 
 
+def is_ladder(configurations: pd.DataFrame) -> bool:
+    """Return whether at least two ablation variants of a hash have two widths each."""
+    return bool(_of_ladder(configurations)[0])
+
+
+def _of_ladder(
+    configurations: pd.DataFrame,
+) -> tuple[dict[str, pd.DataFrame], dict[Hashable, style.Style]]:
+    """Return a ladder's configurations by calibration, ``variant`` their name, and their styles.
+
+    There are none if they are no ladder.
+    """
+    data = _at_one_budget(configurations)
+    found = {index: ablation_variant(configuration) for index, configuration in data.iterrows()}
+    looks = {index: look for index, look in found.items() if look is not None}
+    data = data.loc[list(looks)]
+    names = pd.Series({index: look.label for index, look in looks.items()}, dtype=str)
+    parts = by_calibration(data.assign(variant=names))
+    for part in parts.values():
+        if part.empty:
+            return {}, {}
+        widths = part.groupby("variant")["rbit"].nunique()
+        points = part.groupby(["variant", "rbit"])["configuration_id"].nunique()
+        if (widths > 1).sum() < 2 or points.max() > 1:  # a point has one configuration
+            return {}, {}
+    return parts, looks
+
+
 def ladder(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     """Draw the quality of selections against hash bits, one curve per ablation variant.
 
@@ -74,24 +103,15 @@ def ladder(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     Returns:
         The figure and its data, or None if fewer than two variants have two widths each.
     """
-    data = _at_one_budget(configurations)
-    looks = {index: ablation_variant(configuration) for index, configuration in data.iterrows()}
-    data = data[[looks[index] is not None for index in data.index]]
-    names = pd.Series(
-        {index: cast(style.Style, looks[index]).label for index in data.index}, dtype=str
+    parts, looks = _of_ladder(configurations)
+    if not parts:
+        return None
+    data = configurations.loc[list(looks)].assign(
+        variant=pd.Series({index: look.label for index, look in looks.items()})
     )
-    data = data.assign(variant=names)
-    parts = by_calibration(data)
-    for part in parts.values():
-        if part.empty:
-            return None
-        widths = part.groupby("variant")["rbit"].nunique()
-        points = part.groupby(["variant", "rbit"])["configuration_id"].nunique()
-        if (widths > 1).sum() < 2 or points.max() > 1:  # a point has one configuration
-            return None
     figure = Figure(figsize=(9.6, 0.5 + 3.6 * len(parts)))
     axes = figure.subplots(len(parts), 2, squeeze=False, sharex=True, sharey="col")
-    order = sorted(names.unique(), key=rank)
+    order = sorted(data["variant"].unique(), key=rank)
     measures = ("score", "recall_at_k") if data["score"].notna().all() else MEASURES
     for row, (calibration, part) in zip(axes, parts.items(), strict=True):
         for axis, measure in zip(row, measures, strict=True):
@@ -99,7 +119,7 @@ def ladder(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
                 points = part[part["variant"] == name].sort_values("rbit", kind="stable")
                 if points.empty:
                     continue
-                look = cast(style.Style, looks[points.index[0]])
+                look = looks[points.index[0]]
                 shift = 2.0 ** (0.03 * (place - (len(order) - 1) / 2))
                 axis.errorbar(
                     points["rbit"].astype(float) * shift,
@@ -135,7 +155,7 @@ def ladder_tables(configurations: pd.DataFrame) -> list[tuple[str, Table]]:
 
     The best of each width is bold; there is no table where `ladder` draws nothing.
     """
-    if ladder(configurations) is None:
+    if not is_ladder(configurations):
         return []
     data = configurations[configurations["recall_at_k"].notna() & configurations["rbit"].notna()]
     names = _display_names(data)
@@ -189,7 +209,11 @@ def arms(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
         The figure and its data, or None if there is no reference arm, or fewer than two others.
     """
     data = _at_one_budget(configurations)
-    if data["variant"].nunique() < 3 or not (data["variant"] == "").any() or ladder(configurations):
+    if (
+        data["variant"].nunique() < 3
+        or not (data["variant"] == "").any()
+        or is_ladder(configurations)
+    ):
         return None
     labels = sorted(set(data["variant"]), key=_by_number)
     widths = sorted(int(one) for one in data["rbit"].unique())

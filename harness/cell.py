@@ -48,6 +48,12 @@ def artifact_spec(
     return {**spec, "dtype": dtype, "calibration": Calibration.draw(loaded, method, texts).digest}
 
 
+def layers_to_fit(loaded: LoadedModel, method: AnyMethod, policy: Policy | None) -> list[int]:
+    """Return the layers in which a method selects; all global ones without a policy."""
+    effective = None if policy is None else method.resolve(policy)[1]
+    return geometry_of(loaded.model).sparse_layers(effective)
+
+
 def fit_source(method: AnyMethod) -> str:
     """Return the digest of the code that fits a method, without the code that all methods share."""
     shared = [TopKMethod.__module__, LearningMethod.__module__]
@@ -93,7 +99,7 @@ def prepare_method(
         return None
     geometry = geometry_of(loaded.model, loaded.digest)
     effective = None if policy is None else method.resolve(policy)[1]
-    layers = geometry.sparse_layers(effective)
+    layers = layers_to_fit(loaded, method, policy)
     if not layers or method.unsupported_reason(geometry, effective) is not None:
         return None
     if _speculation_unsupported_reason(loaded, method) is not None:

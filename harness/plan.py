@@ -19,7 +19,12 @@ from topkbench.analysis.record import Sweep
 from topkbench.harness import artifact
 from topkbench.harness.batch_size import found_in, most_prompts
 from topkbench.harness.card import Card
-from topkbench.harness.cell import artifact_spec, checked_context, unsupported_reason
+from topkbench.harness.cell import (
+    artifact_spec,
+    checked_context,
+    layers_to_fit,
+    unsupported_reason,
+)
 from topkbench.harness.decoding import Prompt, spread_over_subtasks
 from topkbench.harness.pilot import (
     SIMILAR,
@@ -225,7 +230,7 @@ class Planner:
         if not (task.uses_model and task.fits_methods) or not isinstance(method, LearningMethod):
             return None, None
         geometry = geometry_of(loaded.model, loaded.digest)
-        layers = geometry.sparse_layers(method.resolve(composed.policy)[1])
+        layers = layers_to_fit(loaded, method, composed.policy)
         if not layers or method.unsupported_reason(geometry) is not None:
             return None, None
         if self.card is None:
@@ -261,9 +266,7 @@ class Planner:
                 continue
             composed = run.composed
             try:
-                layers = geometry_of(run.loaded.model).sparse_layers(
-                    method.resolve(composed.policy)[1]
-                )
+                layers = layers_to_fit(run.loaded, method, composed.policy)
                 self.fits[name] = fit(
                     run.loaded, method, composed.texts, composed.calibration_bytes, layers
                 )

@@ -390,15 +390,12 @@ class Runner:
         artifact, task, settings = None, composed.task, composed.settings
         began = now()
         if task.uses_model and task.fits_methods:
-            # Several cells use the same artifact; with force=true a process fits it once.
-            name = identity({"artifact": artifact_spec(loaded, composed.method, composed.texts)})
-            refit = (
-                settings["force"]
-                and task.refits
-                and name not in self._fitted
-                and not self.is_worker
-            )
+            refit = False
             if task.refits:
+                # Several cells use the same artifact; with force=true a process fits it once.
+                spec = artifact_spec(loaded, composed.method, composed.texts)
+                name = identity({"artifact": spec})
+                refit = settings["force"] and name not in self._fitted and not self.is_worker
                 self._fitted.add(name)
             title = f"{composed.method.name} learns on {loaded.name}"
             # A method that learns nothing shows no bar.

@@ -118,7 +118,7 @@ class Selection(PromptTask):
         judged = None
         if self.judged_tokens is not None:
             sparse = [n for n in decoder.lengths if n > min(self.budgets)]
-            judged = frozenset(spread(sparse, self.judged_tokens)) if sparse else frozenset()
+            judged = frozenset(spread(sparse, self.judged_tokens))
         found = off_policy_quality(
             resolved, recorder.steps, cache.capacity, cache.topkbench_captured, judged
         )

@@ -31,6 +31,7 @@ from torch import Tensor  # noqa: E402
 
 from topkbench.analysis.console import say  # noqa: E402
 from topkbench.harness.calibration import Calibration  # noqa: E402
+from topkbench.harness.cell import layers_to_fit  # noqa: E402
 from topkbench.harness.commit import git_state  # noqa: E402
 from topkbench.harness.main import checked  # noqa: E402
 from topkbench.harness.settings import Names, construct  # noqa: E402
@@ -38,7 +39,6 @@ from topkbench.kernels.timing import machine_name  # noqa: E402
 from topkbench.methods.hash_training import HashPairs, PublishedRecipe  # noqa: E402
 from topkbench.methods.hata import HATA  # noqa: E402
 from topkbench.methods.learning import LayerStates  # noqa: E402
-from topkbench.models.attach import geometry_of  # noqa: E402
 
 SINKS = 4
 """First tokens of a sequence that count as the sink."""
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str]) -> None:
     method, settings = composed.method, composed.settings
     assert isinstance(method, HATA)
     loaded = construct(Names({}), "model", settings["model"], cache_dir=settings["cache_dir"])
-    layers = geometry_of(loaded.model).sparse_layers(method.resolve(composed.policy)[1])
+    layers = layers_to_fit(loaded, method, composed.policy)
     calibration = Calibration.draw(
         loaded, method, composed.texts, composed.calibration_bytes, layers
     )
