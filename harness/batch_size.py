@@ -7,7 +7,7 @@ depend on the memory that happens to be free when it runs again, or on another m
 from collections.abc import Callable
 from pathlib import Path
 
-from topkbench.analysis.files import json_bytes, locked, read_json, write_atomic
+from topkbench.analysis.record.files import json_bytes, locked, read_json, write_atomic
 
 MOST = 32
 """More prompts than this hardly decode faster."""

@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from topkbench.analysis.files import CACHE, locked, write_atomic
+from topkbench.analysis.record.files import CACHE, locked, write_atomic
 
 
 def write_cached(path: Path, content: bytes) -> None:

@@ -30,8 +30,8 @@ import psutil
 import torch
 
 from topkbench.analysis.console import say
-from topkbench.analysis.files import write_atomic
-from topkbench.analysis.record import RecordError, Sweep
+from topkbench.analysis.record.files import write_atomic
+from topkbench.analysis.record.store import RecordError, Sweep
 from topkbench.harness.run import describe
 from topkbench.harness.runner import Job, Runner, Share
 from topkbench.methods.base import check_whole

@@ -34,7 +34,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from topkbench.analysis.console import console, say, say_error
-from topkbench.analysis.files import (
+from topkbench.analysis.record.files import (
     RESULTS,
     NotWritableError,
     Place,
@@ -42,7 +42,7 @@ from topkbench.analysis.files import (
     keep_off_read_only_home,
     remove_left_over,
 )
-from topkbench.analysis.record import (
+from topkbench.analysis.record.store import (
     RecordError,
     Sweep,
     check_experiment_name,

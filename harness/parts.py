@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from topkbench.analysis.journal import DisagreementError, Journal
-from topkbench.analysis.record import PartStore
+from topkbench.analysis.record.journal import DisagreementError, Journal
+from topkbench.analysis.record.store import PartStore
 from topkbench.harness.sweep import Record
 
 

@@ -15,7 +15,7 @@ import psutil
 import torch
 from tabulate import tabulate
 
-from topkbench.analysis.record import Sweep
+from topkbench.analysis.record.store import Sweep
 from topkbench.harness import artifact
 from topkbench.harness.batch_size import found_in, most_prompts
 from topkbench.harness.card import Card

@@ -10,8 +10,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from topkbench.analysis.record import Cell, Row, Status, identity
-from topkbench.analysis.stats import full_note, paired_columns, window_columns
+from topkbench.analysis.comparison.stats import full_note, paired_columns, window_columns
+from topkbench.analysis.record.store import Cell, Row, Status, identity
 from topkbench.harness.artifact import Artifact
 from topkbench.harness.cell import environment, fit_source, libraries
 from topkbench.harness.commit import git_state

@@ -14,9 +14,9 @@ from typing import Any, Self
 import torch
 
 from topkbench.analysis.console import say, say_error
-from topkbench.analysis.files import NotWritableError
-from topkbench.analysis.journal import Claims, DisagreementError, counting_deaths
-from topkbench.analysis.record import (
+from topkbench.analysis.record.files import NotWritableError
+from topkbench.analysis.record.journal import Claims, DisagreementError, counting_deaths
+from topkbench.analysis.record.store import (
     Cell,
     PartStore,
     RecordError,

@@ -18,10 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from topkbench.analysis.comparison.metrics import METRICS
 from topkbench.analysis.console import say
-from topkbench.analysis.files import locked
-from topkbench.analysis.metrics import METRICS
-from topkbench.analysis.record import SPEED_COLUMNS, RecordError, Row, Status, Sweep, identity
+from topkbench.analysis.record.files import locked
+from topkbench.analysis.record.store import SPEED_COLUMNS, RecordError, Row, Status, Sweep, identity
 from topkbench.harness.cell import libraries
 from topkbench.harness.run import NOT_CONTENT, code_of
 from topkbench.harness.runner import Job, Refused, Runner

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from topkbench.analysis.record import RecordError, check_experiment_name
+from topkbench.analysis.record.store import RecordError, check_experiment_name
 from topkbench.harness.calibration import CalibrationTexts
 from topkbench.harness.card import Card, ThisDevice
 from topkbench.harness.decoding import Question

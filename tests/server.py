@@ -28,9 +28,10 @@ from numba.core.registry import cpu_target  # noqa: E402
 from optuna.samplers import TPESampler  # noqa: E402, F401
 from optuna.storages import RDBStorage  # noqa: E402, F401
 
-import topkbench.analysis.sweep_report  # noqa: E402
+import topkbench.analysis.report.sweep_report  # noqa: E402
 import topkbench.harness.runner  # noqa: E402, F401
-from topkbench.analysis import plots, style  # noqa: E402
+from topkbench.analysis import style  # noqa: E402
+from topkbench.analysis.figures import plots  # noqa: E402
 from topkbench.harness import speed  # noqa: E402
 from topkbench.harness.main import CONF  # noqa: E402
 from topkbench.harness.run import bandwidth  # noqa: E402

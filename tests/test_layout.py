@@ -35,7 +35,7 @@ ALLOWED = {
     "harness": (
         *("torch", "safetensors", "filelock", "psutil", "tqdm"),
         *("topkbench.kernels", "topkbench.models", *CONTRACT),
-        *("topkbench.analysis.record", "topkbench.analysis.files"),
+        "topkbench.analysis.record",
     ),
     "tasks": (
         *("torch", "triton", "psutil", "wonderwords", "pyarrow"),
@@ -57,24 +57,31 @@ ALLOWED_TO_ONE = {
     "kernels/full_attention/libraries.py": ("flash_attn", "flash_attn_interface", "flashinfer"),
     "methods/magicpig.py": ("numpy",),
     "harness/main.py": ("hydra", "omegaconf", "topkbench.analysis.console"),
-    "harness/run.py": ("pandas", "topkbench.analysis.stats"),
+    "harness/run.py": ("pandas", "topkbench.analysis.comparison.stats"),
     "harness/device_use.py": ("topkbench.analysis.console",),
     "harness/launchers.py": ("topkbench.analysis.console", "joblib", "submitit", "ray"),
     "harness/plan.py": ("tabulate",),
     "harness/progress.py": ("topkbench.analysis.console",),
-    "harness/parts.py": ("topkbench.analysis.journal",),
-    "harness/runner.py": ("topkbench.analysis.console", "topkbench.analysis.journal"),
+    "harness/runner.py": ("topkbench.analysis.console",),
     "harness/search.py": (
-        *("optuna", "sqlalchemy", "topkbench.analysis.console", "topkbench.analysis.metrics"),
+        *(
+            "optuna",
+            "sqlalchemy",
+            "topkbench.analysis.console",
+            "topkbench.analysis.comparison.metrics",
+        ),
     ),
     "models/adapter.py": ("peft",),
     "models/gguf.py": ("gguf",),
-    "analysis/tracking.py": ("wandb", "wandb_workspaces"),
+    "analysis/tracking/tracker.py": ("wandb", "wandb_workspaces"),
     "tasks/hub.py": ("datasets",),
     "tasks/perplexity.py": ("huggingface_hub",),
     "tasks/ruler_data.py": ("nltk",),
 }
 
+
+# A folder of analysis imports those before it alone.
+IN_ANALYSIS = ("record", "comparison", "tables", "figures", "tracking", "report")
 
 # What runs on a machine with torch, numba and Triton alone.
 BARE_MACHINE = tuple(
@@ -122,6 +129,19 @@ def test_a_folder_imports_what_the_table_allows(folder: str) -> None:
         )
         not_allowed += [f"{place}: {name}" for name in imports(path) if not is_under(name, allowed)]
     assert not_allowed == []
+
+
+@pytest.mark.parametrize("place", range(len(IN_ANALYSIS)))
+def test_a_folder_of_analysis_imports_the_ones_before_it_alone(place: int) -> None:
+    later = tuple(f"topkbench.analysis.{name}" for name in IN_ANALYSIS[place + 1 :])
+    files = code_of(f"analysis/{IN_ANALYSIS[place]}")
+    assert files != []
+    assert [one for path in files for one in imports(path) if is_under(one, later)] == []
+
+
+def test_analysis_has_no_other_folder_with_code() -> None:
+    found = {path.relative_to(ROOT / "analysis").parts[0] for path in code_of("analysis")}
+    assert found == {*IN_ANALYSIS, "console.py", "style.py"}
 
 
 @pytest.mark.parametrize("module", BARE_MACHINE)

@@ -18,14 +18,15 @@ if __name__ == "__main__":  # lets the script run without installing the package
     sys.path[0] = str(ROOT / ".types")
 
 from topkbench.analysis import style  # noqa: E402
-from topkbench.analysis.configurations import Comparison, compare  # noqa: E402
-from topkbench.analysis.matched import MATCHED, matched_table  # noqa: E402
-from topkbench.analysis.metrics import METRICS  # noqa: E402
-from topkbench.analysis.plots import draw_all  # noqa: E402
-from topkbench.analysis.report import load  # noqa: E402
-from topkbench.analysis.stats import MEAN  # noqa: E402
-from topkbench.analysis.tables import Table, league_table, with_interval  # noqa: E402
-from topkbench.analysis.timings import timed_text, timing_notes  # noqa: E402
+from topkbench.analysis.comparison.configurations import Comparison, compare  # noqa: E402
+from topkbench.analysis.comparison.metrics import METRICS  # noqa: E402
+from topkbench.analysis.comparison.stats import MEAN  # noqa: E402
+from topkbench.analysis.comparison.timings import timed_text, timing_notes  # noqa: E402
+from topkbench.analysis.figures.plots import draw_all  # noqa: E402
+from topkbench.analysis.report.build import load  # noqa: E402
+from topkbench.analysis.tables.matched import MATCHED, matched_table  # noqa: E402
+from topkbench.analysis.tables.overview import league_table  # noqa: E402
+from topkbench.analysis.tables.table import Table, with_interval  # noqa: E402
 from topkbench.tools.readme import with_table  # noqa: E402
 
 BUDGETS = (64, 512)  # the budgets that README shows; the page has all

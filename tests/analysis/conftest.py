@@ -13,11 +13,12 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from topkbench.analysis import kernels, plots
-from topkbench.analysis.configurations import Comparison, compare
-from topkbench.analysis.provenance import pinned_versions
-from topkbench.analysis.record import CellStore, Row, Status, Sweep, identity
-from topkbench.analysis.stats import MEAN, paired_columns
+from topkbench.analysis.comparison.configurations import Comparison, compare
+from topkbench.analysis.comparison.stats import MEAN, paired_columns
+from topkbench.analysis.figures import plots
+from topkbench.analysis.record.provenance import pinned_versions
+from topkbench.analysis.record.store import CellStore, Row, Status, Sweep, identity
+from topkbench.analysis.report import kernels
 
 SUBTASKS = ("niah_single", "niah_multikey", "niah_multivalue", "vt", "cwe")
 HARDNESS = {

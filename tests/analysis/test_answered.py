@@ -9,11 +9,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from topkbench.analysis.answered import answered_table
-from topkbench.analysis.configurations import compare
-from topkbench.analysis.record import Row, frame
-from topkbench.analysis.stats import MEAN
-from topkbench.analysis.tables import Table, failure_table
+from topkbench.analysis.comparison.configurations import compare
+from topkbench.analysis.comparison.stats import MEAN
+from topkbench.analysis.record.store import Row, frame
+from topkbench.analysis.tables.answered import answered_table
+from topkbench.analysis.tables.overview import failure_table
+from topkbench.analysis.tables.table import Table
 
 FULL = {"niah_single_1": (100, 100), "vt": (60, 40), "cwe": (50, 40), "fwe": (0, 0)}
 HATA = {"niah_single_1": (100, 0), "vt": (40, 40), "cwe": (100, 100), "fwe": (100, 100)}

@@ -14,8 +14,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from topkbench.analysis import plots, report
-from topkbench.analysis.break_even import (
+from topkbench.analysis.comparison.configurations import compare
+from topkbench.analysis.figures import plots
+from topkbench.analysis.figures.break_even import (
     ModelSize,
     break_even,
     break_even_table,
@@ -27,8 +28,8 @@ from topkbench.analysis.break_even import (
     step_bound,
     step_ms,
 )
-from topkbench.analysis.configurations import compare
-from topkbench.analysis.record import RecordError, Row, frame
+from topkbench.analysis.record.store import RecordError, Row, frame
+from topkbench.analysis.report import build as report
 
 RowMaker = Callable[..., Row]
 

@@ -6,10 +6,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from topkbench.analysis.configurations import Comparison, compare
-from topkbench.analysis.provenance import pinned_versions
-from topkbench.analysis.record import Row, Sweep, frame
-from topkbench.analysis.tables import failure_table, main_table, subtask_table, summary_table
+from topkbench.analysis.comparison.configurations import Comparison, compare
+from topkbench.analysis.record.provenance import pinned_versions
+from topkbench.analysis.record.store import Row, Sweep, frame
+from topkbench.analysis.tables.overview import (
+    failure_table,
+    main_table,
+    subtask_table,
+    summary_table,
+)
 
 RowMaker = Callable[..., Row]
 

@@ -11,8 +11,10 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from topkbench.analysis import kernels, report, style
-from topkbench.analysis.record import COLUMNS, Row, typed
+from topkbench.analysis import style
+from topkbench.analysis.record.store import COLUMNS, Row, typed
+from topkbench.analysis.report import build as report
+from topkbench.analysis.report import kernels
 
 MADE_UP = {"device": "Made-up GPU", "torch": "2.11.0", "git_commit": "0123456789abcdef"}
 

@@ -12,13 +12,15 @@ import pandas as pd
 import pytest
 from matplotlib.collections import LineCollection, PathCollection
 
-from topkbench.analysis import report, style
-from topkbench.analysis.configurations import Comparison, compare
-from topkbench.analysis.matched import MATCHED, at_cost, levels, matched_table
-from topkbench.analysis.pareto import bars_words, pareto, pareto_pair
-from topkbench.analysis.record import Row, frame
-from topkbench.analysis.row import COLUMNS
-from topkbench.analysis.tables import Table, league_table
+from topkbench.analysis import style
+from topkbench.analysis.comparison.configurations import Comparison, compare
+from topkbench.analysis.figures.pareto import bars_words, pareto, pareto_pair
+from topkbench.analysis.record.row import COLUMNS
+from topkbench.analysis.record.store import Row, frame
+from topkbench.analysis.report import build as report
+from topkbench.analysis.tables.matched import MATCHED, at_cost, levels, matched_table
+from topkbench.analysis.tables.overview import league_table
+from topkbench.analysis.tables.table import Table
 
 MIB = 2.0**20
 MANY = ("exact", "random", "quest", "loki", "sparq", "h2o", "magicpig")

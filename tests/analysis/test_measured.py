@@ -7,15 +7,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from topkbench.analysis.answered import answered_table
-from topkbench.analysis.configurations import compare
-from topkbench.analysis.kernels import of_kernels
-from topkbench.analysis.metrics import METRICS
-from topkbench.analysis.report import load
-from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX, Status
-from topkbench.analysis.stats import MEAN, seed_interval
-from topkbench.analysis.tables import main_table, subtask_table
-from topkbench.analysis.variants import difference_table, ladder_tables
+from topkbench.analysis.comparison.configurations import compare
+from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.stats import MEAN, seed_interval
+from topkbench.analysis.figures.variants import difference_table, ladder_tables
+from topkbench.analysis.record.row import COLUMNS, PARAMETER_PREFIX, Status
+from topkbench.analysis.report.build import load
+from topkbench.analysis.report.kernels import of_kernels
+from topkbench.analysis.tables.answered import answered_table
+from topkbench.analysis.tables.overview import main_table, subtask_table
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ROOT / "analysis" / "measured"

@@ -8,17 +8,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from topkbench.analysis.configurations import compare
-from topkbench.analysis.paper import (
+from topkbench.analysis.comparison.configurations import compare
+from topkbench.analysis.record.row import Row
+from topkbench.analysis.record.store import frame
+from topkbench.analysis.report.build import main
+from topkbench.analysis.tables.paper import (
     FOLDER,
     compare_with_published,
     published,
     published_table,
     without_counterpart,
 )
-from topkbench.analysis.record import frame
-from topkbench.analysis.report import main
-from topkbench.analysis.row import Row
 
 RowMaker = Callable[..., Row]
 RULER_11 = (

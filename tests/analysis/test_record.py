@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topkbench.analysis.files import NotWritableError, remove_left_over, write_atomic
-from topkbench.analysis.record import (
+from topkbench.analysis.record.files import NotWritableError, remove_left_over, write_atomic
+from topkbench.analysis.record.store import (
     COLUMNS,
     CellStore,
     PartStore,
@@ -60,7 +60,8 @@ def test_identity_survives_json(payload: dict[str, object]) -> None:
 
 
 def test_identity_is_the_same_in_another_process() -> None:
-    code = "from topkbench.analysis.record import identity; print(identity({'a': [1, 'é', None]}))"
+    module = "topkbench.analysis.record.store"
+    code = f"from {module} import identity; print(identity({{'a': [1, 'é', None]}}))"
     found = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONHASHSEED": "7"},
@@ -112,7 +113,7 @@ def test_a_colour_is_a_hexadecimal_triple(row: Callable[..., Row]) -> None:
 
 
 def test_every_column_has_a_docstring() -> None:
-    source = (Path(__file__).parents[2] / "analysis" / "row.py").read_text()
+    source = (Path(__file__).parents[2] / "analysis" / "record" / "row.py").read_text()
     lines = source.split("class Row:")[1].split("def __post_init__")[0].splitlines()
     for name in COLUMNS:
         (place,) = [i for i, line in enumerate(lines) if line.startswith(f"    {name}: ")]
@@ -273,7 +274,7 @@ def spawn(code: str, *arguments: str) -> subprocess.Popen[str]:
 def test_a_lock_is_released_when_its_process_is_killed(tmp_path: Path) -> None:
     code = """
 import sys, time
-from topkbench.analysis.record import CellStore
+from topkbench.analysis.record.store import CellStore
 with CellStore(sys.argv[1]).cell("0123456789abcdef").lock():
     print("held", flush=True)
     time.sleep(600)
@@ -293,7 +294,7 @@ with CellStore(sys.argv[1]).cell("0123456789abcdef").lock():
 def test_parallel_writers_lose_no_cell_and_add_none_twice(tmp_path: Path) -> None:
     code = """
 import sys
-from topkbench.analysis.record import Sweep
+from topkbench.analysis.record.store import Sweep
 for i in range(int(sys.argv[2]), int(sys.argv[2]) + 10):
     Sweep(f"{sys.argv[1]}/default/one", sys.argv[1]).append(f"{i:016x}")
 """
@@ -308,7 +309,7 @@ for i in range(int(sys.argv[2]), int(sys.argv[2]) + 10):
 def test_a_cell_killed_during_its_write_is_complete_or_absent(tmp_path: Path) -> None:
     code = """
 import sys
-from topkbench.analysis.record import CellStore, Row
+from topkbench.analysis.record.store import CellStore, Row
 row = Row(run_id="0123456789abcdef", status="ok", model="m", task="t", subtask="s", method="x")
 cell = CellStore(sys.argv[1]).cell(row.run_id)
 sample = {"sample_id": "a", "subtask": "s", "score": 1.0, "references": []}
@@ -332,7 +333,7 @@ def test_a_temporary_file_is_removed_once_its_process_has_ended(tmp_path: Path) 
     code = """
 import os, sys, time
 from pathlib import Path
-from topkbench.analysis import files
+from topkbench.analysis.record import files
 os.fsync = lambda descriptor: (print("writes", flush=True), time.sleep(600))
 files.write_atomic(Path(sys.argv[1]) / "cells" / "rows.json", b"half")
 """

@@ -10,15 +10,15 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from topkbench.analysis import report
-from topkbench.analysis.bars import ablation
-from topkbench.analysis.configurations import Comparison, compare
-from topkbench.analysis.curves import context_curve, curve
-from topkbench.analysis.metrics import METRICS
-from topkbench.analysis.pareto import on_front, pareto
-from topkbench.analysis.plots import draw_all
-from topkbench.analysis.record import RecordError, Row, Sweep, frame
-from topkbench.analysis.tables import main_table, summary_table
+from topkbench.analysis.comparison.configurations import Comparison, compare
+from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.figures.bars import ablation
+from topkbench.analysis.figures.curves import context_curve, curve
+from topkbench.analysis.figures.pareto import on_front, pareto
+from topkbench.analysis.figures.plots import draw_all
+from topkbench.analysis.record.store import RecordError, Row, Sweep, frame
+from topkbench.analysis.report import build as report
+from topkbench.analysis.tables.overview import main_table, summary_table
 
 FIGURES = {
     "score_vs_rbit",
@@ -201,7 +201,7 @@ def test_the_command_works_without_torch(tmp_path: Path, row: Callable[..., Row]
     code = (
         "import sys\n"
         "for name in ('torch', 'transformers', 'hydra', 'wandb'): sys.modules[name] = None\n"
-        "from topkbench.analysis.report import main\n"
+        "from topkbench.analysis.report.build import main\n"
         "sys.exit(main([sys.argv[1]]))"
     )
     found = subprocess.run(

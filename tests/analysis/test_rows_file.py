@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from topkbench.analysis import report
-from topkbench.analysis.record import RecordError, Row, frame
-from topkbench.analysis.rows_file import read_rows, read_samples
+from topkbench.analysis.record.rows_file import read_rows, read_samples
+from topkbench.analysis.record.store import RecordError, Row, frame
+from topkbench.analysis.report import build as report
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topkbench.analysis import record, report
-from topkbench.analysis.record import Cell, CellStore, Row, Sweep
-from topkbench.analysis.samples_file import read_samples_file, samples_bytes
+from topkbench.analysis.record import store as record
+from topkbench.analysis.record.samples_file import read_samples_file, samples_bytes
+from topkbench.analysis.record.store import Cell, CellStore, Row, Sweep
+from topkbench.analysis.report import build as report
 
 ANSWER: dict[str, Any] = {
     "sample_id": "vt-0",

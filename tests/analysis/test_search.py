@@ -7,8 +7,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from topkbench.analysis import report, search
-from topkbench.analysis.record import Row, Status, Sweep
+from topkbench.analysis.figures import search
+from topkbench.analysis.record.store import Row, Status, Sweep
+from topkbench.analysis.report import build as report
 
 MIB = 2.0**20
 # For each trial: its page size, its cell, and the cell's score and MiB read per step.

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topkbench.analysis import stats
-from topkbench.analysis.row import Row, Status
+from topkbench.analysis.comparison import stats
+from topkbench.analysis.record.row import Row, Status
 
 
 @pytest.mark.parametrize(

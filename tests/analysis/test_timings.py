@@ -9,17 +9,17 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from topkbench.analysis.bars import stages
-from topkbench.analysis.configurations import compare
-from topkbench.analysis.curves import context_curve, curve
-from topkbench.analysis.matched import matched_table
-from topkbench.analysis.pareto import pareto_pair
-from topkbench.analysis.plots import draw_all
-from topkbench.analysis.record import Row, frame
-from topkbench.analysis.report import build, load
-from topkbench.analysis.tables import league_table, main_table, summary_table
-from topkbench.analysis.timings import lacks_interval, timed_text
-from topkbench.analysis.wandb_payload import curves, summary
+from topkbench.analysis.comparison.configurations import compare
+from topkbench.analysis.comparison.timings import lacks_interval, timed_text
+from topkbench.analysis.figures.bars import stages
+from topkbench.analysis.figures.curves import context_curve, curve
+from topkbench.analysis.figures.pareto import pareto_pair
+from topkbench.analysis.figures.plots import draw_all
+from topkbench.analysis.record.store import Row, frame
+from topkbench.analysis.report.build import build, load
+from topkbench.analysis.tables.matched import matched_table
+from topkbench.analysis.tables.overview import league_table, main_table, summary_table
+from topkbench.analysis.tracking.wandb_payload import curves, summary
 
 RowMaker = Callable[..., Row]
 MEASURED = Path(__file__).parents[2] / "analysis" / "measured" / "epyc_2_threads"

@@ -16,11 +16,18 @@ import pytest
 import wandb
 from matplotlib.figure import Figure
 
-from topkbench.analysis import report, tracking
-from topkbench.analysis.record import Row, Sweep, frame
-from topkbench.analysis.sweep_report import SweepReport
-from topkbench.analysis.tracking import NoTracker, Session, WandbTracker, dashboard, session
-from topkbench.analysis.wandb_payload import cell_config, curves, plain_config, run_name, summary
+from topkbench.analysis.record.store import Row, Sweep, frame
+from topkbench.analysis.report import build as report
+from topkbench.analysis.report.sweep_report import SweepReport
+from topkbench.analysis.tracking import tracker as tracking
+from topkbench.analysis.tracking.tracker import NoTracker, Session, WandbTracker, dashboard, session
+from topkbench.analysis.tracking.wandb_payload import (
+    cell_config,
+    curves,
+    plain_config,
+    run_name,
+    summary,
+)
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from topkbench.analysis import report
-from topkbench.analysis.configurations import compare
-from topkbench.analysis.record import Row, Sweep, frame
-from topkbench.analysis.tables import main_table
-from topkbench.analysis.training import loss_curve, loss_points, losses
+from topkbench.analysis.comparison.configurations import compare
+from topkbench.analysis.figures.training import loss_curve, loss_points, losses
+from topkbench.analysis.record.store import Row, Sweep, frame
+from topkbench.analysis.report import build as report
+from topkbench.analysis.tables.overview import main_table
 
 LOSSES = {"a": [[8.0, 4.0, 2.0], [6.0, 2.0, 1.0]], "b": [[9.0, 5.0, 3.0], [7.0, 5.0, 1.0]]}
 

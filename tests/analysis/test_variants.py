@@ -9,15 +9,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from topkbench.analysis.bars import needle_heatmap
-from topkbench.analysis.by_layer import recall_by_layer
-from topkbench.analysis.configurations import compare
-from topkbench.analysis.plots import draw_all
-from topkbench.analysis.record import frame
-from topkbench.analysis.report import build
-from topkbench.analysis.row import Row
-from topkbench.analysis.tables import main_table
-from topkbench.analysis.variants import arms, difference_table, ladder, ladder_tables
+from topkbench.analysis.comparison.configurations import compare
+from topkbench.analysis.figures.bars import needle_heatmap
+from topkbench.analysis.figures.by_layer import recall_by_layer
+from topkbench.analysis.figures.plots import draw_all
+from topkbench.analysis.figures.variants import arms, difference_table, ladder, ladder_tables
+from topkbench.analysis.record.row import Row
+from topkbench.analysis.record.store import frame
+from topkbench.analysis.report.build import build
+from topkbench.analysis.tables.overview import main_table
 
 RowMaker = Callable[..., Row]
 VARIANTS = (("random", False), ("orthonormal", False), ("orthonormal", True), ("trained", True))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from topkbench.analysis.files import keep_off_read_only_home
-from topkbench.analysis.record import Sweep
+from topkbench.analysis.record.files import keep_off_read_only_home
+from topkbench.analysis.record.store import Sweep
 from topkbench.harness.main import SweepFolders
 
 
@@ -188,6 +188,6 @@ def test_settings_of_wandb_are_read_where_they_are(
     settings.parent.mkdir(parents=True)
     settings.write_text("[default]\nmode = offline\n")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setattr("topkbench.analysis.files._can_write", lambda folder: False)
+    monkeypatch.setattr("topkbench.analysis.record.files._can_write", lambda folder: False)
     keep_off_read_only_home(tmp_path / "cache")
     assert sorted(moved()) == ["MPLCONFIGDIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"]

@@ -23,9 +23,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from topkbench.analysis import report
-from topkbench.analysis.row import COLUMNS as ROW_COLUMNS
-from topkbench.analysis.row import SPEED_COLUMNS, Row
+from topkbench.analysis.record.row import COLUMNS as ROW_COLUMNS
+from topkbench.analysis.record.row import SPEED_COLUMNS, Row
+from topkbench.analysis.report import build as report
 from topkbench.harness import variants
 from topkbench.harness.gpu_check import __main__ as script
 from topkbench.harness.gpu_check import checks, decode, dense, plan, supervisor, worker, workplace

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from topkbench.analysis.record import SPEED_COLUMNS, CellStore, Row, Sweep
+from topkbench.analysis.record.store import SPEED_COLUMNS, CellStore, Row, Sweep
 from topkbench.harness import device_use, launchers, speed
 from topkbench.harness import run as run_module
 from topkbench.harness import runner as runner_module

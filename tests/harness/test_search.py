@@ -11,8 +11,8 @@ import optuna
 import pandas as pd
 import pytest
 
-from topkbench.analysis.files import locked
-from topkbench.analysis.record import RecordError, Sweep
+from topkbench.analysis.record.files import locked
+from topkbench.analysis.record.store import RecordError, Sweep
 from topkbench.harness import search
 from topkbench.harness.search import Choice, Search, Study
 
@@ -165,7 +165,7 @@ def test_the_reports_front_is_the_one_computed_by_hand(whole: Searches) -> None:
 KILL = """
 import os, signal
 from topkbench.harness import search
-from topkbench.analysis import record
+from topkbench.analysis.record import store as record
 def killing(owner, name, number):
     real, calls = getattr(owner, name), iter(range(1, number))
     def call(*given, **named):

@@ -13,9 +13,9 @@ from weakref import WeakSet
 import pytest
 from torch import OutOfMemoryError, Tensor
 
-from topkbench.analysis import journal as journal_module
-from topkbench.analysis.journal import Claims, DisagreementError, GivenUpError, Journal
-from topkbench.analysis.record import PartStore
+from topkbench.analysis.record import journal as journal_module
+from topkbench.analysis.record.journal import Claims, DisagreementError, GivenUpError, Journal
+from topkbench.analysis.record.store import PartStore
 from topkbench.harness.batch_size import most_prompts, recorded
 from topkbench.harness.cell import run_cell
 from topkbench.harness.decoding import Prompt

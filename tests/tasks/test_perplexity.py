@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from topkbench.analysis.stats import window_columns
+from topkbench.analysis.comparison.stats import window_columns
 from topkbench.harness.samples import TaskDoesNotFit
 from topkbench.harness.task import Context, Outcome
 from topkbench.harness.texts import python_topics

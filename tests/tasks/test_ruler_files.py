@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from topkbench.analysis.row import same_under_each_seed
+from topkbench.analysis.record.row import same_under_each_seed
 from topkbench.harness.cell import run_cell
 from topkbench.harness.decoding import Question, tokenise
 from topkbench.harness.samples import Sample, TaskDoesNotFit

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from topkbench.analysis import stats
-from topkbench.analysis.metrics import METRICS
-from topkbench.analysis.stats import MEAN
-from topkbench.analysis.tables import Table, whole, with_interval
+from topkbench.analysis.comparison import stats
+from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.stats import MEAN
+from topkbench.analysis.tables.table import Table, whole, with_interval
 
 _HEAD = ["Method", "k", "rbit", "Score (0–100)", "Δ full (points)"]
 ANSWERED = 50.0

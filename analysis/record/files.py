@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import filelock
 
-from topkbench.analysis.row import RecordError
+from topkbench.analysis.record.row import RecordError
 
 # Elsewhere an open file is safe without a lock: it can be neither removed nor renamed.
 _LOCKS_PARTS = os.name == "posix"

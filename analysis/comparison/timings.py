@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from topkbench.analysis.metrics import METRICS
+from topkbench.analysis.comparison.metrics import METRICS
 
 NO_INTERVAL, UNSTEADY = "†", "‡"
 RATIOS = ("speedup_vs_full", "decode_vs_full")

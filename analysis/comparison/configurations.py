@@ -14,10 +14,11 @@ from typing import Any
 
 import pandas as pd
 
-from topkbench.analysis import stats, style
-from topkbench.analysis.provenance import pinned_versions
-from topkbench.analysis.record import typed
-from topkbench.analysis.row import PARAMETER_PREFIX, Status, same_under_each_seed
+from topkbench.analysis import style
+from topkbench.analysis.comparison import stats
+from topkbench.analysis.record.provenance import pinned_versions
+from topkbench.analysis.record.row import PARAMETER_PREFIX, Status, same_under_each_seed
+from topkbench.analysis.record.store import typed
 
 BASELINES = ("full", "exact", "block_oracle")
 """Methods that serve as references; they do not compete for the best score."""
@@ -119,12 +120,20 @@ class Comparison:
                 yield {**key, "protocol": name}, part[free | (part["protocol"] == name)]
 
 
+def called_by_shape(configurations: pd.DataFrame) -> pd.Series:
+    """Return for each configuration whether its sub-task names only its length or its shape.
+
+    A shape is ``LENGTH x BATCH``.
+    """
+    return configurations["subtask"].str.partition(" x ")[0] == configurations["length"].astype(str)
+
+
 def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparison:
     """Pool rows into configurations and pair these with full attention on the same samples.
 
     Args:
-        rows: What `record.Sweep.rows` returns, of one sweep or of several.
-        samples: What `record.Sweep.samples` returns; without them the rows' own intervals are used.
+        rows: What `store.Sweep.rows` returns, of one sweep or of several.
+        samples: What `store.Sweep.samples` returns; without them the rows' own intervals are used.
     """
     data = _drop_duplicates(typed(rows))
     notes = _mixed(data) + _missing_samples(data) + _skipped(data) + _without_full(data)

@@ -1,20 +1,16 @@
-"""The tables of a report, to be shown as text, Markdown or HTML."""
+"""The tables that every report has: results, ranks, sub-tasks, failures, the machine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import pandas as pd
-from tabulate import tabulate
 
-from topkbench.analysis.configurations import Comparison
-from topkbench.analysis.counts import measured_on
-from topkbench.analysis.curves import called_by_shape
-from topkbench.analysis.metrics import METRICS
-from topkbench.analysis.row import Status
-from topkbench.analysis.stats import MEAN
-from topkbench.analysis.timings import TIMED, timed_text, timing_notes
+from topkbench.analysis.comparison.configurations import Comparison, called_by_shape
+from topkbench.analysis.comparison.counts import measured_on
+from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.stats import MEAN
+from topkbench.analysis.comparison.timings import TIMED, timed_text, timing_notes
+from topkbench.analysis.record.row import Status
+from topkbench.analysis.tables.table import Table, setting, whole, with_interval
 
 LEAGUE = 6
 """If a setting has more methods than this, they are also ranked in a table."""
@@ -40,48 +36,6 @@ _METRICS = (
     ("loss_first", "First loss"),
     ("loss_last", "Last loss"),
 )
-
-
-@dataclass
-class Table:
-    """A table of text.
-
-    Attributes:
-        head: Column headings, units included.
-        rows: Cells as text.
-        strong: (row, column) of each bold cell.
-        words: Columns of text, aligned to the left; the others are numbers.
-        notes: Sentences under the table, such as the meaning of its marks.
-    """
-
-    head: list[str]
-    rows: list[list[str]]
-    strong: set[tuple[int, int]] = field(default_factory=set)
-    words: set[int] = field(default_factory=lambda: {0})
-    notes: list[str] = field(default_factory=list)
-
-    def text(self) -> str:
-        """Return the table for a terminal."""
-        grid = tabulate(self.rows, self.head, "simple", disable_numparse=True, colalign=self._side)
-        return "\n".join([grid, *self.notes])
-
-    def markdown(self) -> str:
-        """Return the table in Markdown, ``strong`` cells in bold."""
-        rows = [
-            [
-                f"**{text}**" if (i, j) in self.strong else text.replace("|", "\\|")
-                for j, text in enumerate(row)
-            ]
-            for i, row in enumerate(self.rows)
-        ]
-        grid = tabulate(rows, self.head, "pipe", disable_numparse=True, colalign=self._side)
-        return "\n\n".join([grid, *self.notes])
-
-    @property
-    def _side(self) -> list[str] | None:
-        # tabulate rejects alignments if there are no rows
-        sides = ["left" if j in self.words else "right" for j in range(len(self.head))]
-        return sides if self.rows else None
 
 
 def main_table(configurations: pd.DataFrame) -> Table:
@@ -293,22 +247,6 @@ def summary_table(compared: Comparison) -> str:
     return "\n\n".join([*parts, *compared.notes]) or "No cell has a row yet."
 
 
-def setting(key: dict[str, Any]) -> str:
-    """Return a setting in words."""
-    words = [f"{key['model']}, {key['task']}"]
-    if key.get("length") is not None and not pd.isna(key["length"]):
-        words.append(f"{int(key['length']):,} tokens")
-    if key.get("prompts"):
-        words.append(f"prompts of {key['prompts']}")
-    if key.get("question"):
-        words.append(f"question={key['question']}")
-    if key.get("protocol"):
-        words.append(f"protocol={key['protocol']}")
-    if key.get("device"):
-        words.append(str(key["device"]))
-    return ", ".join(words)
-
-
 def _narrow(table: Table) -> Table:
     """Return the table without the columns that do not fit a terminal."""
     names = [head.split(" (")[0] for head in table.head]
@@ -319,24 +257,3 @@ def _narrow(table: Table) -> Table:
     rows = [[row[j] for j in keep] for row in table.rows]
     words = {place for place, j in enumerate(keep) if j in table.words}
     return Table([table.head[j] for j in keep], rows, words=words, notes=table.notes)
-
-
-def whole(value: Any) -> str:
-    """Return a whole number as text."""
-    return "–" if pd.isna(value) else f"{int(value)}"
-
-
-def with_interval(configurations: pd.DataFrame, name: str, interval: str) -> list[str]:
-    """Return a column as text, with intervals where there are any."""
-    metric = METRICS[name]
-    if f"{interval}_low" not in configurations:
-        return [metric.text(one) for one in configurations[name]]
-    return [
-        metric.text(value) + ("" if pd.isna(low) else f" [{metric.text(low)}, {metric.text(high)}]")
-        for value, low, high in zip(
-            configurations[name],
-            configurations[f"{interval}_low"],
-            configurations[f"{interval}_high"],
-            strict=True,
-        )
-    ]

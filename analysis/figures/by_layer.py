@@ -8,8 +8,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from topkbench.analysis import style
-from topkbench.analysis.curves import curve_label, legend
-from topkbench.analysis.variants import ablation_variant, by_calibration, rank
+from topkbench.analysis.figures.curves import curve_label, legend
+from topkbench.analysis.figures.variants import ablation_variant, by_calibration, rank
 
 _COLUMNS = {"run_id", "k", "layer", "kv_head", "recall_at_k"}
 MOST_CURVES = 12

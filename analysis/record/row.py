@@ -391,7 +391,7 @@ class Row:
         columns["task"] = present_task(columns)
         unknown = sorted(set(columns) - set(COLUMNS))
         if unknown:
-            raise RecordError(f"a row has no column {unknown[0]!r}; see analysis/row.py.")
+            raise RecordError(f"a row has no column {unknown[0]!r}; see analysis/record/row.py.")
         try:
             return cls(**columns, parameters=parameters)
         except TypeError as error:

@@ -21,11 +21,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from topkbench.analysis import style
-from topkbench.analysis.curves import from_zero, hollow, legend, log2_axis, spread
-from topkbench.analysis.metrics import METRICS
-from topkbench.analysis.row import RecordError
-from topkbench.analysis.tables import Table
-from topkbench.analysis.timings import (
+from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.timings import (
     NO_INTERVAL,
     UNSTEADY,
     is_unsteady,
@@ -33,6 +30,9 @@ from topkbench.analysis.timings import (
     timed_text,
     timing_notes,
 )
+from topkbench.analysis.figures.curves import from_zero, hollow, legend, log2_axis, spread
+from topkbench.analysis.record.row import RecordError
+from topkbench.analysis.tables.table import Table
 
 _DTYPE_BYTES = {"float32": 4}  # every other dtype of a model is of 16 bits
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from topkbench.analysis.files import (
+from topkbench.analysis.record.files import (
     check_writable,
     json_bytes,
     locked,
@@ -23,7 +23,7 @@ from topkbench.analysis.files import (
     translate_os_error,
     write_atomic,
 )
-from topkbench.analysis.row import (
+from topkbench.analysis.record.row import (
     COLUMNS,
     PAIRED_COLUMNS,
     PARAMETER_PREFIX,
@@ -34,7 +34,7 @@ from topkbench.analysis.row import (
     Scalar,
     Status,
 )
-from topkbench.analysis.samples_file import read_samples_file, samples_bytes
+from topkbench.analysis.record.samples_file import read_samples_file, samples_bytes
 
 __all__ = [
     "COLUMNS",
@@ -496,7 +496,7 @@ class Sweep:
         return found if isinstance(found, dict) else {}
 
     def note_search(self, content: Mapping[str, Any]) -> None:
-        """Record the state of a search; `analysis.search.SearchRecord` says what it holds."""
+        """Record the state of a search; `figures.search.outcome` says what it holds."""
         write_atomic(self.folder / _SEARCH, json_bytes(content))
 
     def search(self) -> dict[str, Any] | None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pandas as pd
 
-from topkbench.analysis.metrics import METRICS
-from topkbench.analysis.stats import MEAN
-from topkbench.analysis.tables import Table
+from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.stats import MEAN
+from topkbench.analysis.tables.table import Table
 
-FOLDER = Path(__file__).with_name("published")
+FOLDER = Path(__file__).resolve().parents[1] / "published"
 SAME_LENGTH = 0.05
 """Lengths within this fraction count as equal, since prompts do not fill theirs exactly."""
 

@@ -20,15 +20,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from topkbench.analysis import style
-from topkbench.analysis.counts import measured_on
-from topkbench.analysis.curves import legend, new_figure
-from topkbench.analysis.metrics import METRICS
-from topkbench.analysis.pareto import cost_axis, on_front
-from topkbench.analysis.plots import Drawn, save
-from topkbench.analysis.record import Sweep
-from topkbench.analysis.row import Status
-from topkbench.analysis.stats import MEAN
-from topkbench.analysis.tables import Table, with_interval
+from topkbench.analysis.comparison.counts import measured_on
+from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.stats import MEAN
+from topkbench.analysis.figures.curves import legend, new_figure
+from topkbench.analysis.figures.pareto import cost_axis, on_front
+from topkbench.analysis.figures.plots import Drawn, save
+from topkbench.analysis.record.row import Status
+from topkbench.analysis.record.store import Sweep
+from topkbench.analysis.tables.table import Table, with_interval
 
 BEST = 5
 """Configurations that are shown of a search with one objective."""

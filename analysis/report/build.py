@@ -18,16 +18,19 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from topkbench.analysis import kernels, search, style, tables
-from topkbench.analysis.answered import answered_table
-from topkbench.analysis.break_even import MODELS, ModelSize, break_even_table, model_sizes
-from topkbench.analysis.configurations import Comparison, compare
+from topkbench.analysis import style
+from topkbench.analysis.comparison.configurations import Comparison, compare
+from topkbench.analysis.comparison.stats import paired_columns
 from topkbench.analysis.console import console, say, say_error
-from topkbench.analysis.files import translate_os_error, write_atomic
-from topkbench.analysis.matched import MATCHED, matched_table
-from topkbench.analysis.paper import compare_with_published, published_table, without_counterpart
-from topkbench.analysis.plots import Drawn, draw_all, smallest_batch
-from topkbench.analysis.record import (
+from topkbench.analysis.figures import search
+from topkbench.analysis.figures.break_even import MODELS, ModelSize, break_even_table, model_sizes
+from topkbench.analysis.figures.plots import Drawn, draw_all, smallest_batch
+from topkbench.analysis.figures.variants import difference_table, ladder_tables
+from topkbench.analysis.record.files import translate_os_error, write_atomic
+from topkbench.analysis.record.row import PARAMETER_PREFIX
+from topkbench.analysis.record.rows_file import read_rows, read_samples
+from topkbench.analysis.record.samples_file import samples_bytes
+from topkbench.analysis.record.store import (
     CellStore,
     RecordError,
     Sweep,
@@ -36,15 +39,18 @@ from topkbench.analysis.record import (
     samples_of,
     typed,
 )
-from topkbench.analysis.row import PARAMETER_PREFIX
-from topkbench.analysis.rows_file import read_rows, read_samples
-from topkbench.analysis.samples_file import samples_bytes
-from topkbench.analysis.stats import paired_columns
-from topkbench.analysis.variants import difference_table, ladder_tables
+from topkbench.analysis.report import kernels
+from topkbench.analysis.tables import overview
+from topkbench.analysis.tables.answered import answered_table
+from topkbench.analysis.tables.matched import MATCHED, matched_table
+from topkbench.analysis.tables.paper import (
+    compare_with_published,
+    published_table,
+    without_counterpart,
+)
+from topkbench.analysis.tables.table import setting
 
-__all__ = ["Report", "build", "load", "main", "paired_columns", "summary_table", "write"]
-
-summary_table = tables.summary_table
+__all__ = ["Report", "build", "load", "main", "paired_columns", "write"]
 
 _HOW_TO_READ = (
     "Brackets are 95% intervals. Scores: Wilson's for right-or-wrong scores of one sub-task, else "
@@ -250,7 +256,7 @@ def _content(
     panels: list[dict[str, Any]] = []
     settings = list(compared.by_setting())
     for place, (key, configurations) in enumerate(settings):
-        words = tables.setting(key)
+        words = setting(key)
         top = configurations[configurations.index.isin(compared.overall.index)]
         suffix = f"-{place + 1}" if len(settings) > 1 else ""
         context = _context(words, top)
@@ -259,14 +265,14 @@ def _content(
             {
                 "title": words,
                 "slug": f"setting-{place + 1}",
-                "table": tables.main_table(top),
-                "league": tables.league_table(configurations),
+                "table": overview.main_table(top),
+                "league": overview.league_table(configurations),
                 "matched": [
                     (f"Score at equal {words}", found)
                     for cost, words in MATCHED.items()
                     if (found := matched_table(top, cost, compared.answers)) is not None
                 ],
-                "subtasks": tables.subtask_table(configurations),
+                "subtasks": overview.subtask_table(configurations),
                 "answered": answered_table(configurations, compared.answers),
                 "ladder": ladder_tables(top),
                 "differences": difference_table(top),
@@ -299,8 +305,8 @@ def _content(
         "published": None,
         "how_to_compare": _HOW_TO_COMPARE,
         "without_counterpart": [],
-        "failures": tables.failure_table(rows),
-        "environment": tables.environment_table(rows),
+        "failures": overview.failure_table(rows),
+        "environment": overview.environment_table(rows),
     }
 
 
@@ -342,14 +348,14 @@ def _markdown(content: dict[str, Any]) -> str:
         parts += [f"## {panel['title']}", panel["table"].markdown()]
         if panel["league"] is not None:
             parts += ["### League", panel["league"].markdown(), content["how_to_rank"]]
-        for title, table in panel["matched"]:
-            parts += [f"### {title}", table.markdown(), content["how_to_match"]]
+        for title, found in panel["matched"]:
+            parts += [f"### {title}", found.markdown(), content["how_to_match"]]
         if panel["subtasks"] is not None:
             parts += ["### Score by sub-task", panel["subtasks"].markdown()]
         if panel["answered"] is not None:
             parts += [f"### {_ANSWERED}", panel["answered"].markdown()]
-        for title, table in panel["ladder"]:
-            parts += [f"### {title}", table.markdown()]
+        for title, found in panel["ladder"]:
+            parts += [f"### {title}", found.markdown()]
         if panel["differences"] is not None:
             parts += ["### Differences, paired by seed", panel["differences"].markdown()]
         if panel["break_even"] is not None:
@@ -436,7 +442,3 @@ def _report(options: argparse.Namespace) -> int:
         say_error(error)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,7 +12,6 @@ import argparse
 import functools
 import importlib
 import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,14 +19,14 @@ from typing import Any, Literal, Protocol, cast, get_args, get_origin
 
 import pandas as pd
 
+from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.stats import MEAN
 from topkbench.analysis.console import console, say, say_error
-from topkbench.analysis.metrics import METRICS
-from topkbench.analysis.record import Sweep, one_row_a_cell
-from topkbench.analysis.row import Row
-from topkbench.analysis.search import outcome, values
-from topkbench.analysis.stats import MEAN
-from topkbench.analysis.training import loss_points
-from topkbench.analysis.wandb_payload import (
+from topkbench.analysis.figures.search import outcome, values
+from topkbench.analysis.figures.training import loss_points
+from topkbench.analysis.record.row import Row
+from topkbench.analysis.record.store import Sweep, one_row_a_cell
+from topkbench.analysis.tracking.wandb_payload import (
     CURVES,
     cell_config,
     curves,
@@ -518,7 +517,3 @@ def _save(entity: str, project: str) -> int:
         return 1
     say(workspace.url)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,11 +20,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from matplotlib.transforms import Bbox
 
 from topkbench.analysis import style
-from topkbench.analysis.configurations import BASELINES
-from topkbench.analysis.curves import legend, new_figure, table
-from topkbench.analysis.metrics import METRICS
-from topkbench.analysis.tables import LEAGUE
-from topkbench.analysis.timings import is_unsteady
+from topkbench.analysis.comparison.configurations import BASELINES
+from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.timings import is_unsteady
+from topkbench.analysis.figures.curves import legend, new_figure, table
+from topkbench.analysis.tables.overview import LEAGUE
 
 COSTS = ("bytes_read_per_step", "decode_vs_full")
 

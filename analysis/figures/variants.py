@@ -16,12 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from topkbench.analysis import style
-from topkbench.analysis.configurations import varies
-from topkbench.analysis.curves import legend, log2_axis, spread, table
-from topkbench.analysis.metrics import METRICS
-from topkbench.analysis.row import PARAMETER_PREFIX
-from topkbench.analysis.stats import seed_interval
-from topkbench.analysis.tables import Table, with_interval
+from topkbench.analysis.comparison.configurations import varies
+from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.stats import seed_interval
+from topkbench.analysis.figures.curves import legend, log2_axis, spread, table
+from topkbench.analysis.record.row import PARAMETER_PREFIX
+from topkbench.analysis.tables.table import Table, with_interval
 
 MEASURES = ("recall_at_k", "attention_mass")
 UNTRAINED = ("random", "orthonormal")

@@ -17,17 +17,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from topkbench.analysis import style
-from topkbench.analysis.bars import ablation, heat_table, needle_heatmap, stages
-from topkbench.analysis.break_even import MODELS, ModelSize, break_even, step_bound
-from topkbench.analysis.by_layer import recall_by_layer
-from topkbench.analysis.counts import measured_on
-from topkbench.analysis.curves import context_curve, curve
-from topkbench.analysis.files import write_atomic
-from topkbench.analysis.pareto import COSTS, bars_words, pareto, pareto_pair
-from topkbench.analysis.stats import MEAN
-from topkbench.analysis.timings import figure_words
-from topkbench.analysis.training import loss_curve
-from topkbench.analysis.variants import arms, is_ladder, ladder
+from topkbench.analysis.comparison.counts import measured_on
+from topkbench.analysis.comparison.stats import MEAN
+from topkbench.analysis.comparison.timings import figure_words
+from topkbench.analysis.figures.bars import ablation, heat_table, needle_heatmap, stages
+from topkbench.analysis.figures.break_even import MODELS, ModelSize, break_even, step_bound
+from topkbench.analysis.figures.by_layer import recall_by_layer
+from topkbench.analysis.figures.curves import context_curve, curve
+from topkbench.analysis.figures.pareto import COSTS, bars_words, pareto, pareto_pair
+from topkbench.analysis.figures.training import loss_curve
+from topkbench.analysis.figures.variants import arms, is_ladder, ladder
+from topkbench.analysis.record.files import write_atomic
 
 OVER_LENGTHS = (
     "latency_vs_context",

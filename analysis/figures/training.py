@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from topkbench.analysis import style
-from topkbench.analysis.curves import curve_label, legend, new_figure
-from topkbench.analysis.metrics import METRICS
+from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.figures.curves import curve_label, legend, new_figure
 
 _BY = ["layer", "step"]
 

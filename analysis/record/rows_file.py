@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from topkbench.analysis.record import RecordError, typed
-from topkbench.analysis.row import COLUMNS, PARAMETER_PREFIX, Row, present_task
-from topkbench.analysis.samples_file import read_samples_file
+from topkbench.analysis.record.row import COLUMNS, PARAMETER_PREFIX, Row, present_task
+from topkbench.analysis.record.samples_file import read_samples_file
+from topkbench.analysis.record.store import RecordError, typed
 
 
 def read_rows(file: Path) -> pd.DataFrame:

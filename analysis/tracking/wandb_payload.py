@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import pandas as pd
 
-from topkbench.analysis.configurations import compare
-from topkbench.analysis.row import PARAMETER_PREFIX, Row
-from topkbench.analysis.stats import MEAN
+from topkbench.analysis.comparison.configurations import compare
+from topkbench.analysis.comparison.stats import MEAN
+from topkbench.analysis.record.row import PARAMETER_PREFIX, Row
 
 NAMES = ("model", "task", "length", "method", "impl", "protocol", "question", "k", "rbit", "seed")
 """Columns of the row at the top level of a run's configuration, to find it by."""

@@ -18,14 +18,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from topkbench.analysis.files import (
+from topkbench.analysis.record.files import (
     LockedError,
     json_bytes,
     locked,
     read_json,
     translate_os_error,
 )
-from topkbench.analysis.row import RecordError
+from topkbench.analysis.record.row import RecordError
 
 Records = list[dict[str, Any]]
 

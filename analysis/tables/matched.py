@@ -19,11 +19,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from topkbench.analysis import stats
-from topkbench.analysis.configurations import BASELINES
-from topkbench.analysis.metrics import METRICS
-from topkbench.analysis.tables import Table
-from topkbench.analysis.timings import (
+from topkbench.analysis.comparison import stats
+from topkbench.analysis.comparison.configurations import BASELINES
+from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.timings import (
     NO_INTERVAL,
     RATIOS,
     UNSTEADY,
@@ -31,6 +30,7 @@ from topkbench.analysis.timings import (
     lacks_interval,
     timing_notes,
 )
+from topkbench.analysis.tables.table import Table
 
 MATCHED = {
     "bytes_read_per_step": "bytes read per step",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-CONSTRAINTS = Path(__file__).resolve().parents[1] / "conf" / "constraints.txt"
+CONSTRAINTS = Path(__file__).resolve().parents[2] / "conf" / "constraints.txt"
 """The exact versions that passed all tests; in a checkout a link to the file at its root."""
 
 

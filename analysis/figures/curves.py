@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from topkbench.analysis import style
-from topkbench.analysis.configurations import OVER_SEEDS, OVER_WINDOWS
-from topkbench.analysis.counts import counted
-from topkbench.analysis.metrics import METRICS
-from topkbench.analysis.stats import MEAN
-from topkbench.analysis.timings import RATIOS, interval_of, is_unsteady
+from topkbench.analysis.comparison.configurations import OVER_SEEDS, OVER_WINDOWS, called_by_shape
+from topkbench.analysis.comparison.counts import counted
+from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.stats import MEAN
+from topkbench.analysis.comparison.timings import RATIOS, interval_of, is_unsteady
 
 
 def new_figure(width: float = 7.2, height: float = 4.1) -> tuple[Figure, Axes]:
@@ -228,14 +228,6 @@ def from_zero(*panels: Axes) -> None:
     highest = max(axes.dataLim.y1 for axes in panels)
     for axes in panels:
         axes.set_ylim(0, 1.06 * highest)
-
-
-def called_by_shape(configurations: pd.DataFrame) -> pd.Series:
-    """Return for each configuration whether its sub-task names only its length or its shape.
-
-    A shape is ``LENGTH x BATCH``.
-    """
-    return configurations["subtask"].str.partition(" x ")[0] == configurations["length"].astype(str)
 
 
 _TIMES = ("decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "full_ms_p50", "timing_note")

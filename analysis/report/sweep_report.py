@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from topkbench.analysis.break_even import MODELS, model_sizes
 from topkbench.analysis.console import say, say_error
-from topkbench.analysis.record import RecordError, Sweep
-from topkbench.analysis.report import summary_table, write
-from topkbench.analysis.row import Status
-from topkbench.analysis.search import outcome, text
-from topkbench.analysis.tracking import Tracker
+from topkbench.analysis.figures.break_even import MODELS, model_sizes
+from topkbench.analysis.figures.search import outcome, text
+from topkbench.analysis.record.row import Status
+from topkbench.analysis.record.store import RecordError, Sweep
+from topkbench.analysis.report.build import write
+from topkbench.analysis.tables.overview import summary_table
+from topkbench.analysis.tracking.tracker import Tracker
 
 NO_REPORT_STATUS = 1
 """Exit status of a sweep whose report could not be made or shown."""

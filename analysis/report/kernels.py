@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from topkbench.analysis import style
-from topkbench.analysis.metrics import METRICS
-from topkbench.analysis.plots import Drawn, save
-from topkbench.analysis.row import Status
-from topkbench.analysis.tables import Table
-from topkbench.analysis.timings import UNSTEADY, is_unsteady
+from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.timings import UNSTEADY, is_unsteady
+from topkbench.analysis.figures.plots import Drawn, save
+from topkbench.analysis.record.row import Status
+from topkbench.analysis.tables.table import Table
 
 GOAL_PERCENT = 70
 """Target share of the memory bandwidth for the Hamming score on a GPU."""

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from topkbench.analysis.row import Row, Status
+from topkbench.analysis.record.row import Row, Status
 
 Array = NDArray[np.float64]
 

@@ -11,10 +11,10 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from topkbench.analysis import style
-from topkbench.analysis.curves import legend, new_figure, table
-from topkbench.analysis.metrics import METRICS, STAGES
-from topkbench.analysis.stats import quotient
-from topkbench.analysis.timings import NO_INTERVAL, UNSTEADY
+from topkbench.analysis.comparison.metrics import METRICS, STAGES
+from topkbench.analysis.comparison.stats import quotient
+from topkbench.analysis.comparison.timings import NO_INTERVAL, UNSTEADY
+from topkbench.analysis.figures.curves import legend, new_figure, table
 
 _MOST_CONFIGURATIONS = 24
 _MOST_GRIDS = 4
