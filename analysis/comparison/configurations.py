@@ -17,7 +17,12 @@ import pandas as pd
 from topkbench.analysis import style
 from topkbench.analysis.comparison import stats
 from topkbench.analysis.record.provenance import pinned_versions
-from topkbench.analysis.record.row import PARAMETER_PREFIX, Status, same_under_each_seed
+from topkbench.analysis.record.row import (
+    DECLARED,
+    PARAMETER_PREFIX,
+    Status,
+    same_under_each_seed,
+)
 from topkbench.analysis.record.store import typed
 
 BASELINES = ("full", "exact", "block_oracle")
@@ -40,24 +45,18 @@ _MOST_NAMED = 3
 """If more parameters than this vary, a label names only those with an unusual value."""
 _NAMED_APART = ("artifact", "config_digest")
 """Digests that are added to a label only if nothing else distinguishes two configurations."""
-_MEANS = (
-    *("nll", "nll_delta", "kl_full", "top1_agreement"),
-    *("recall_at_k", "attention_mass", "output_rel_error", "density", "bytes_read_per_step"),
-    *("index_bytes_per_token", "peak_memory_mib", "bandwidth_fraction"),
-    *("bandwidth_gb_s", "loss_first", "loss_last"),
-)
-_MEDIANS = (
-    *("prefill_ms", "build_ms", "decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "encode_ms"),
-    *("append_ms", "score_ms", "select_ms", "attend_ms", "tokens_per_s", "speedup_vs_full"),
-    *("decode_ms_warm_p50", "fit_s", "full_ms_p50", "full_ms_p20", "full_ms_p80"),
+_MEANS, _MEDIANS = (
+    tuple(name for name, one in DECLARED.items() if one.pooled == how) for how in ("mean", "median")
 )
 _RATIO_ENDS = tuple(
     f"{name}_{end}" for name in ("speedup_ci", "decode_vs_full_ci") for end in ("low", "high")
 )
-OVER_WINDOWS = ("nll_delta", "kl_full")
-"""Metrics with an interval over windows of text, which rows record."""
-OVER_SEEDS = ("recall_at_k", "attention_mass", "output_rel_error")
-"""Metrics that are not recorded per sample: their intervals are over a configuration's seeds."""
+OVER_WINDOWS, OVER_SEEDS = (
+    tuple(name for name, one in DECLARED.items() if one.interval == over)
+    for over in ("windows", "seeds")
+)
+"""Metrics with an interval over windows of text, which rows record, and those that are not recorded
+per sample: their intervals are over a configuration's seeds."""
 _ENDS = tuple(
     f"{name}_ci_{end}" for name in (*OVER_SEEDS, *OVER_WINDOWS) for end in ("low", "high")
 )

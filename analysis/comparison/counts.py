@@ -7,26 +7,26 @@ from __future__ import annotations
 
 import pandas as pd
 
+from topkbench.analysis.record.row import DECLARED
+
 COUNTS = {
-    "scores": (("score",), "n", "sample"),
-    "likelihoods": (("nll", "nll_delta", "kl_full", "top1_agreement"), "n", "window"),
-    "selection quality": (
-        ("recall_at_k", "attention_mass", "output_rel_error"),
-        "judged_prompts",
-        "prompt",
-    ),
-    "times": (
-        ("decode_ms_p50", "decode_vs_full", "tokens_per_s"),
-        "timed_prompts",
-        "prompt",
-    ),
+    "scores": ("n", "sample"),
+    "likelihoods": ("n", "window"),
+    "selection quality": ("judged_prompts", "prompt"),
+    "times": ("timed_prompts", "prompt"),
 }
-"""What is measured: its columns, the column of the number it was measured on, and of what."""
+"""What is measured: the column of the number it was measured on, and of what."""
+
+
+def _columns(kind: str) -> tuple[str, ...]:
+    """Return the columns that are measured on the same samples or prompts."""
+    derived = ("decode_vs_full",) if kind == "times" else ()
+    return (*(name for name, one in DECLARED.items() if one.measured_on == kind), *derived)
 
 
 def counted(column: str) -> tuple[str, ...]:
     """Return the column that counts what a column was measured on, or nothing."""
-    return tuple(count for columns, count, _ in COUNTS.values() if column in columns)
+    return tuple(count for kind, (count, _) in COUNTS.items() if column in _columns(kind))
 
 
 def measured_on(data: pd.DataFrame) -> str:
@@ -35,15 +35,15 @@ def measured_on(data: pd.DataFrame) -> str:
     What was measured on an unknown number, as in older rows, is left out.
 
     Args:
-        data: Any of the columns of ``COUNTS``, with those that count.
+        data: Any columns that say what they are measured on, with those that count.
 
     Returns:
         One sentence such as "n = 175 samples.", or "" if no number is known.
     """
     found = {}
     kinds = 0
-    for kind, (columns, count, noun) in COUNTS.items():
-        shown = data[[name for name in columns if name in data]].notna().any(axis=1)
+    for kind, (count, noun) in COUNTS.items():
+        shown = data[[name for name in _columns(kind) if name in data]].notna().any(axis=1)
         if not shown.any():
             continue
         kinds += 1

@@ -10,11 +10,15 @@ from __future__ import annotations
 import pandas as pd
 
 from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.record.row import DECLARED, SPEED_COLUMNS
 
 NO_INTERVAL, UNSTEADY = "†", "‡"
 RATIOS = ("speedup_vs_full", "decode_vs_full")
 """Columns that compare a step with full attention, with an interval."""
-TIMED = ("decode_ms_p50", "decode_ms_warm_p50", "full_ms_p50", "tokens_per_s", *RATIOS)
+TIMED = (
+    *(name for name in SPEED_COLUMNS if DECLARED[name].pooled == "median"),
+    "decode_vs_full",
+)
 """Columns of times, which are marked if they are unsteady."""
 AGAIN = (
     "the same command reuses them, and with force=true measures its cells again, best on an idle "

@@ -11,6 +11,8 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from topkbench.analysis.record.column import Column, Curve, column
+
 Scalar = str | int | float | bool | None
 
 PARAMETER_PREFIX = "p_"
@@ -36,49 +38,7 @@ class Status(enum.StrEnum):
         return self in (Status.OK, Status.SKIPPED)
 
 
-SPEED_COLUMNS = (
-    "prefill_ms",
-    "build_ms",
-    "decode_ms_p50",
-    "decode_ms_p20",
-    "decode_ms_p80",
-    "decode_ms_warm_p50",
-    "encode_ms",
-    "append_ms",
-    "score_ms",
-    "select_ms",
-    "attend_ms",
-    "tokens_per_s",
-    "full_ms_p50",
-    "full_ms_p20",
-    "full_ms_p80",
-    "speedup_vs_full",
-    "speedup_ci_low",
-    "speedup_ci_high",
-    "other_load",
-    "timing_note",
-    "bandwidth_fraction",
-)
-"""Columns that stay empty unless the status is ok: a wrong result has no speed."""
-
-RESULT_COLUMNS = (
-    *("score", "nll", "nll_delta", "kl_full", "top1_agreement"),
-    *("recall_at_k", "attention_mass", "output_rel_error"),
-)
-"""Columns that also stay empty unless the status is ok: no other cell has a valid result."""
-
-PAIRED_COLUMNS = (
-    "score_ci_low",
-    "score_ci_high",
-    "delta_full",
-    "delta_ci_low",
-    "delta_ci_high",
-    "nll_delta_ci_low",
-    "nll_delta_ci_high",
-    "kl_full_ci_low",
-    "kl_full_ci_high",
-)
-"""Columns that `stats.paired_columns` and `stats.window_columns` compute from the samples."""
+MIB = 2.0**20
 
 
 @dataclass(kw_only=True)
@@ -120,16 +80,22 @@ class Row:
     """How the question, whose tokens are known, was decoded: ``together`` in one forward of the
     model and one call of the method in each layer, ``in turn`` in one forward and one step after
     the other in each layer, ``one by one`` in a forward each. None where it was prefilled."""
-    k: int | None = None
+    k: int | None = column(
+        label="Budget k", unit="tokens kept per KV head", format=".0f", scale="log"
+    )
     """Selected tokens per KV head and decode step, including sinks and recent tokens."""
-    kv_len: int | None = None
+    kv_len: int | None = column(
+        label="Context length", unit="cached tokens", format=".0f", scale="log"
+    )
     """Cached tokens at the measured decode step."""
     prompts_per_batch: int | None = None
     """Most prompts whose answers were decoded together; where memory ran out in some batch, of the
     smallest share of it."""
-    batch_size: int | None = None
+    batch_size: int | None = column(label="Batch size", format=".0f", scale="log")
     """Prompts decoded together in the timed pass."""
-    rbit: int | None = None
+    rbit: int | None = column(
+        label="Hash bits, rbit", unit="bits per key", format=".0f", scale="log"
+    )
     """Hash bits per key and KV head."""
     seed: int | None = None
     """Seed of the data and of the method's random draws."""
@@ -154,46 +120,154 @@ class Row:
     parameters: dict[str, Scalar] = field(default_factory=dict)
     """Other parameters of the method, flattened to columns ``p_<name>``."""
 
-    score: float | None = None
+    score: float | None = column(
+        label="Score",
+        unit="0–100",
+        better="higher",
+        most=100.0,
+        kind="result",
+        head="",
+        measured_on="scores",
+        tracked=True,
+        curve=Curve("score", "Score", "Bars and band: 95% intervals."),
+    )
     """Mean score of the samples, 0 to 100, higher is better."""
-    score_ci_low: float | None = None
+    score_ci_low: float | None = column(kind="paired")
     """Lower end of the score's 95% interval, 0 to 100."""
-    score_ci_high: float | None = None
+    score_ci_high: float | None = column(kind="paired")
     """Upper end of the score's 95% interval, 0 to 100."""
-    delta_full: float | None = None
+    delta_full: float | None = column(
+        label="Difference to full attention",
+        unit="points",
+        better="higher",
+        format="+.1f",
+        kind="paired",
+    )
     """Score minus full attention's on the same samples, points."""
-    delta_ci_low: float | None = None
+    delta_ci_low: float | None = column(kind="paired")
     """Lower end of the paired difference's 95% interval, points."""
-    delta_ci_high: float | None = None
+    delta_ci_high: float | None = column(kind="paired")
     """Upper end of the paired difference's 95% interval, points."""
     full_note: str | None = None
     """Why the difference is missing or not informative: full attention failed, or scored 0."""
-    nll: float | None = None
+    nll: float | None = column(
+        label="Negative log-likelihood",
+        unit="nats/token",
+        better="lower",
+        format=".4f",
+        kind="result",
+        pooled="mean",
+        head="NLL",
+        measured_on="likelihoods",
+    )
     """Negative log-likelihood of a token of the text, mean, nats; perplexity is its exponential."""
-    nll_delta: float | None = None
+    nll_delta: float | None = column(
+        label="Loss over full attention",
+        unit="nats/token",
+        better="lower",
+        format="+.4f",
+        kind="result",
+        pooled="mean",
+        interval="windows",
+        head="Δ NLL",
+        measured_on="likelihoods",
+        curve=Curve(
+            "nll",
+            "Likelihood of text",
+            "Negative log-likelihood minus full attention's on the same tokens: 0 loses nothing; "
+            "bars: 95% intervals over windows.",
+            ("k",),
+        ),
+    )
     """``nll`` minus full attention's on the same tokens, nats."""
-    nll_delta_ci_low: float | None = None
+    nll_delta_ci_low: float | None = column(kind="paired")
     """Lower end of its 95% interval over windows, nats."""
-    nll_delta_ci_high: float | None = None
+    nll_delta_ci_high: float | None = column(kind="paired")
     """Upper end of its 95% interval over windows, nats."""
-    kl_full: float | None = None
+    kl_full: float | None = column(
+        label="KL divergence from full attention",
+        unit="nats/token",
+        better="lower",
+        format=".4f",
+        scale="log",
+        kind="result",
+        pooled="mean",
+        interval="windows",
+        head="KL",
+        measured_on="likelihoods",
+        curve=Curve(
+            "kl",
+            "Divergence from full attention's predictions",
+            "Lower is better; bars: 95% intervals over windows.",
+            ("k",),
+        ),
+    )
     """Kullback-Leibler divergence of the predicted distribution from full attention's, mean over
     tokens, nats."""
-    kl_full_ci_low: float | None = None
+    kl_full_ci_low: float | None = column(kind="paired")
     """Lower end of its 95% interval over windows, nats."""
-    kl_full_ci_high: float | None = None
+    kl_full_ci_high: float | None = column(kind="paired")
     """Upper end of its 95% interval over windows, nats."""
-    top1_agreement: float | None = None
+    top1_agreement: float | None = column(
+        label="Same likeliest next token as full attention",
+        better="higher",
+        format=".3f",
+        most=1.0,
+        kind="result",
+        pooled="mean",
+        head="Same token",
+        measured_on="likelihoods",
+    )
     """Fraction of tokens after which the likeliest next token is full attention's, 0 to 1."""
     scored_tokens: int | None = None
     """Number of predicted tokens behind these, of all windows; ``num_samples`` counts windows."""
-    recall_at_k: float | None = None
+    recall_at_k: float | None = column(
+        label="Recall@k",
+        better="higher",
+        format=".3f",
+        most=1.0,
+        kind="result",
+        pooled="mean",
+        interval="seeds",
+        head="Recall@k",
+        measured_on="selection quality",
+        tracked=True,
+        curve=Curve("recall", "Recall of the exact top-k", "Higher is better."),
+    )
     """Fraction of the exact top-k that was selected, 0 to 1; mean over layers, KV heads, steps."""
-    attention_mass: float | None = None
+    attention_mass: float | None = column(
+        label="Attention mass kept",
+        better="higher",
+        format=".3f",
+        most=1.0,
+        kind="result",
+        pooled="mean",
+        interval="seeds",
+        head="Mass",
+        measured_on="selection quality",
+        tracked=True,
+    )
     """Softmax mass of full attention on the selected tokens, 0 to 1."""
-    output_rel_error: float | None = None
+    output_rel_error: float | None = column(
+        label="Relative output error",
+        better="lower",
+        format=".3f",
+        scale="log",
+        kind="result",
+        pooled="mean",
+        interval="seeds",
+        head="Output error",
+        measured_on="selection quality",
+        tracked=True,
+    )
     """Norm of the output's error divided by the norm of full attention's output."""
-    density: float | None = None
+    density: float | None = column(
+        label="Density (fraction of tokens read)",
+        better="lower",
+        format=".3f",
+        pooled="mean",
+        head="Density",
+    )
     """Fraction of the cached tokens read by the layers that use the method, 0 to 1, measured."""
     density_all: float | None = None
     """Fraction of the cached tokens read by all layers, dense and sliding-window included, 0 to 1.
@@ -203,70 +277,181 @@ class Row:
     k tokens, or belong to layers that the policy or the model's design keeps dense.
     """
 
-    prefill_ms: float | None = None
-    """Prefill of one prompt, milliseconds."""
-    build_ms: float | None = None
-    """Building the method's index over one prompt, all layers, milliseconds."""
-    decode_ms_p50: float | None = None
-    """One decode step, median, milliseconds."""
-    decode_ms_p20: float | None = None
-    """One decode step, 20th percentile, milliseconds."""
-    decode_ms_p80: float | None = None
-    """One decode step, 80th percentile, milliseconds."""
-    decode_ms_warm_p50: float | None = None
-    """One decode step repeated on the same data with warm caches, median, milliseconds."""
-    encode_ms: float | None = None
-    """Encoding the query within one decode step, milliseconds."""
-    append_ms: float | None = None
-    """Adding the new token to the index within one decode step, milliseconds."""
-    score_ms: float | None = None
-    """Scoring the cached units within one decode step, milliseconds."""
-    select_ms: float | None = None
-    """Selecting the units within one decode step, milliseconds."""
-    attend_ms: float | None = None
-    """Attention over the selected tokens within one decode step, milliseconds."""
-    tokens_per_s: float | None = None
-    """Decoded tokens a second over the whole batch."""
-    full_ms_p50: float | None = None
-    """Full attention's decode step timed alternately with this one, median, milliseconds."""
-    full_ms_p20: float | None = None
-    """Full attention's decode step timed alternately with this one, 20th percentile, milliseconds.
-    """
-    full_ms_p80: float | None = None
-    """Full attention's decode step timed alternately with this one, 80th percentile, milliseconds.
-    """
-    speedup_vs_full: float | None = None
-    """``full_ms_p50`` divided by ``decode_ms_p50``, timed alternately."""
-    speedup_ci_low: float | None = None
-    """Lower end of the speed-up's 95% interval over pairs timed alternately, a ratio."""
-    speedup_ci_high: float | None = None
-    """Upper end of the speed-up's 95% interval over pairs timed alternately, a ratio."""
-    other_load: float | None = None
-    """Share of processor time that other processes took during timing, 0 to 1; None if unknown."""
-    timing_note: str | None = None
-    """Why the times are unreliable; None if they are reliable."""
-    bytes_read_per_step: float | None = None
+    bytes_read_per_step: float | None = column(
+        label="Read per decode step",
+        unit="MiB",
+        better="lower",
+        format=".3g",
+        scale="log",
+        divisor=MIB,
+        pooled="mean",
+        head="Read/step",
+    )
     """Bytes of KV cache and side information that one decode step reads, all layers, one prompt."""
-    index_bytes_per_token: float | None = None
+    index_bytes_per_token: float | None = column(
+        label="Side information",
+        unit="bytes/token",
+        better="lower",
+        format=".4g",
+        scale="log",
+        pooled="mean",
+        head="Side info",
+    )
     """Bytes of side information per cached token, all layers and KV heads."""
-    kv_cache_mib: float | None = None
+    kv_cache_mib: float | None = column(
+        label="KV cache in memory", unit="MiB", better="lower", format=".3g", scale="log"
+    )
     """Keys and values in memory while a prompt is decoded, all layers, MiB; less than full
     attention's if the method frees the tokens that it drops."""
-    peak_memory_mib: float | None = None
+    peak_memory_mib: float | None = column(
+        label="Peak memory", unit="MiB", better="lower", scale="log", pooled="mean"
+    )
     """Peak memory of the cell, MiB (2**20 bytes); empty if a part of the cell was reused."""
     memory_needed_mib: float | None = None
     """Memory for want of which the row was skipped, MiB; empty for every other row."""
-    bandwidth_fraction: float | None = None
+
+    prefill_ms: float | None = column(
+        label="Prefill", unit="ms", better="lower", scale="log", kind="speed", pooled="median"
+    )
+    """Prefill of one prompt, milliseconds."""
+    build_ms: float | None = column(
+        label="Index build",
+        unit="ms",
+        better="lower",
+        format=".2f",
+        scale="log",
+        kind="speed",
+        pooled="median",
+    )
+    """Building the method's index over one prompt, all layers, milliseconds."""
+    decode_ms_p50: float | None = column(
+        label="Decode step, median",
+        unit="ms",
+        better="lower",
+        format=".3g",
+        scale="log",
+        kind="speed",
+        pooled="median",
+        head="Decode step",
+        measured_on="times",
+        tracked=True,
+    )
+    """One decode step, median, milliseconds."""
+    decode_ms_p20: float | None = column(kind="speed", pooled="median")
+    """One decode step, 20th percentile, milliseconds."""
+    decode_ms_p80: float | None = column(kind="speed", pooled="median")
+    """One decode step, 80th percentile, milliseconds."""
+    decode_ms_warm_p50: float | None = column(
+        label="Decode step, warm",
+        unit="ms",
+        better="lower",
+        format=".3g",
+        scale="log",
+        kind="speed",
+        pooled="median",
+        head="Warm step",
+    )
+    """One decode step repeated on the same data with warm caches, median, milliseconds."""
+    encode_ms: float | None = column(
+        label="Encode", unit="ms", better="lower", format=".3g", kind="speed", pooled="median"
+    )
+    """Encoding the query within one decode step, milliseconds."""
+    append_ms: float | None = column(
+        label="Append", unit="ms", better="lower", format=".3g", kind="speed", pooled="median"
+    )
+    """Adding the new token to the index within one decode step, milliseconds."""
+    score_ms: float | None = column(
+        label="Score", unit="ms", better="lower", format=".3g", kind="speed", pooled="median"
+    )
+    """Scoring the cached units within one decode step, milliseconds."""
+    select_ms: float | None = column(
+        label="Select", unit="ms", better="lower", format=".3g", kind="speed", pooled="median"
+    )
+    """Selecting the units within one decode step, milliseconds."""
+    attend_ms: float | None = column(
+        label="Attend", unit="ms", better="lower", format=".3g", kind="speed", pooled="median"
+    )
+    """Attention over the selected tokens within one decode step, milliseconds."""
+    tokens_per_s: float | None = column(
+        label="Throughput",
+        unit="tokens/s",
+        better="higher",
+        scale="log",
+        kind="speed",
+        pooled="median",
+        head="Throughput",
+        measured_on="times",
+    )
+    """Decoded tokens a second over the whole batch."""
+    full_ms_p50: float | None = column(
+        label="Full attention's step, timed alternately",
+        unit="ms",
+        better="lower",
+        format=".3g",
+        kind="speed",
+        pooled="median",
+        head="Full attention",
+        tracked=True,
+    )
+    """Full attention's decode step timed alternately with this one, median, milliseconds."""
+    full_ms_p20: float | None = column(kind="speed", pooled="median")
+    """Full attention's decode step timed alternately with this one, 20th percentile, milliseconds.
+    """
+    full_ms_p80: float | None = column(kind="speed", pooled="median")
+    """Full attention's decode step timed alternately with this one, 80th percentile, milliseconds.
+    """
+    speedup_vs_full: float | None = column(
+        label="Speed-up over full",
+        unit="×",
+        better="higher",
+        format=".2f",
+        kind="speed",
+        pooled="median",
+        head="Speed-up",
+        tracked=True,
+    )
+    """``full_ms_p50`` divided by ``decode_ms_p50``, timed alternately."""
+    speedup_ci_low: float | None = column(kind="speed", tracked=True)
+    """Lower end of the speed-up's 95% interval over pairs timed alternately, a ratio."""
+    speedup_ci_high: float | None = column(kind="speed", tracked=True)
+    """Upper end of the speed-up's 95% interval over pairs timed alternately, a ratio."""
+    other_load: float | None = column(kind="speed")
+    """Share of processor time that other processes took during timing, 0 to 1; None if unknown."""
+    timing_note: str | None = column(kind="speed", tracked=True)
+    """Why the times are unreliable; None if they are reliable."""
+    bandwidth_fraction: float | None = column(
+        label="Memory bandwidth reached",
+        unit="% of measured",
+        better="higher",
+        format=".0f",
+        divisor=0.01,
+        kind="speed",
+        pooled="mean",
+        head="Bandwidth",
+        tracked=True,
+    )
     """Achieved divided by measured memory bandwidth; above 1 only if the states fit in a cache."""
-    bandwidth_gb_s: float | None = None
+    bandwidth_gb_s: float | None = column(pooled="mean")
     """Measured memory bandwidth, 1e9 bytes a second: the denominator of ``bandwidth_fraction``."""
 
-    fit_s: float | None = None
+    fit_s: float | None = column(
+        label="Fit",
+        unit="s",
+        better="lower",
+        format=".3g",
+        scale="log",
+        pooled="median",
+        head="Fit",
+    )
     """Wall time of the fit that made the artifact, calibration included, seconds; empty if the
     artifact existed before."""
-    loss_first: float | None = None
+    loss_first: float | None = column(
+        label="First loss", better="lower", format=".4g", pooled="mean", head="First loss"
+    )
     """Training loss at the first step; for the mean, over layers."""
-    loss_last: float | None = None
+    loss_last: float | None = column(
+        label="Last loss", better="lower", format=".4g", pooled="mean", head="Last loss"
+    )
     """Training loss at the last step; for the mean, over layers."""
     calibration: str | None = None
     """Description of the calibration data that the artifact was fitted on."""
@@ -341,8 +526,7 @@ class Row:
         if self.method_colour and not re.fullmatch("#[0-9A-Fa-f]{6}", self.method_colour):
             raise RecordError(f"a colour must be a quoted '#RRGGBB', got {self.method_colour!r}.")
         if self.status is not Status.OK:
-            empty = (*SPEED_COLUMNS, *RESULT_COLUMNS, *PAIRED_COLUMNS)
-            given = [name for name in empty if getattr(self, name) is not None]
+            given = [name for name in MEASURED if getattr(self, name) is not None]
             if given:
                 raise RecordError(
                     f"columns of scores, selections and speed must be empty unless status is ok, "
@@ -406,6 +590,27 @@ COLUMNS: tuple[str, ...] = tuple(
     item.name for item in dataclasses.fields(Row) if item.name != "parameters"
 )
 """All columns of a row in order, without the method's parameters."""
+
+DECLARED: dict[str, Column] = {
+    item.name: item.metadata.get("column", Column())
+    for item in dataclasses.fields(Row)
+    if item.name != "parameters"
+}
+"""What is declared of each column of a row, in their order."""
+
+
+def _of_kind(*kinds: str) -> tuple[str, ...]:
+    return tuple(name for name, one in DECLARED.items() if one.kind in kinds)
+
+
+SPEED_COLUMNS = _of_kind("speed")
+"""Columns of times, and of what is derived from them: a wrong result has no speed."""
+
+PAIRED_COLUMNS = _of_kind("paired")
+"""Columns that `stats.paired_columns` and `stats.window_columns` compute from the samples."""
+
+MEASURED = _of_kind("result", "paired", "speed")
+"""Columns that stay empty unless the status is ok: no other cell has a valid result."""
 
 
 def present_task(columns: Mapping[str, typing.Any]) -> typing.Any:

@@ -25,9 +25,8 @@ from topkbench.analysis.record.files import (
 )
 from topkbench.analysis.record.row import (
     COLUMNS,
-    PAIRED_COLUMNS,
+    MEASURED,
     PARAMETER_PREFIX,
-    RESULT_COLUMNS,
     SPEED_COLUMNS,
     RecordError,
     Row,
@@ -38,7 +37,6 @@ from topkbench.analysis.record.samples_file import read_samples_file, samples_by
 
 __all__ = [
     "COLUMNS",
-    "PAIRED_COLUMNS",
     "SPEED_COLUMNS",
     "Cell",
     "CellStore",
@@ -203,7 +201,7 @@ class Cell:
         placeholder = row.replace(
             status=Status.INTERRUPTED,
             reason="the attempt had not finished when the report was made.",
-            **dict.fromkeys((*SPEED_COLUMNS, *RESULT_COLUMNS, *PAIRED_COLUMNS)),
+            **dict.fromkeys(MEASURED),
         )
         content = {"attempt": attempt, "row": placeholder.flat()}
         write_atomic(self.folder / "begun.json", json_bytes(content))

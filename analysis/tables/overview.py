@@ -9,33 +9,11 @@ from topkbench.analysis.comparison.counts import measured_on
 from topkbench.analysis.comparison.metrics import METRICS
 from topkbench.analysis.comparison.stats import MEAN
 from topkbench.analysis.comparison.timings import TIMED, timed_text, timing_notes
-from topkbench.analysis.record.row import Status
+from topkbench.analysis.record.row import DECLARED, Status
 from topkbench.analysis.tables.table import Table, setting, whole, with_interval
 
 LEAGUE = 6
 """If a setting has more methods than this, they are also ranked in a table."""
-
-_METRICS = (
-    ("nll", "NLL"),
-    ("nll_delta", "Δ NLL"),
-    ("kl_full", "KL"),
-    ("top1_agreement", "Same token"),
-    ("recall_at_k", "Recall@k"),
-    ("attention_mass", "Mass"),
-    ("output_rel_error", "Output error"),
-    ("density", "Density"),
-    ("bytes_read_per_step", "Read/step"),
-    ("index_bytes_per_token", "Side info"),
-    ("decode_ms_p50", "Decode step"),
-    ("decode_ms_warm_p50", "Warm step"),
-    ("tokens_per_s", "Throughput"),
-    ("full_ms_p50", "Full attention"),
-    ("speedup_vs_full", "Speed-up"),
-    ("bandwidth_fraction", "Bandwidth"),
-    ("fit_s", "Fit"),
-    ("loss_first", "First loss"),
-    ("loss_last", "Last loss"),
-)
 
 
 def main_table(configurations: pd.DataFrame) -> Table:
@@ -75,12 +53,14 @@ def main_table(configurations: pd.DataFrame) -> Table:
     fits = configurations["task"].eq("fit")
     is_full = configurations["method"].eq("full")
     paired = bool(configurations.loc[~is_full, "full_ms_p50"].notna().any())
-    for name, head in _METRICS:
+    for name, declared in DECLARED.items():
+        head = declared.head
+        if not head:
+            continue
         if name == "full_ms_p50" and not paired:
             continue
         if configurations[name].notna().any() or (name == "fit_s" and fits.any()):
-            unit = METRICS[name].unit
-            label = f"{head} ({unit})" if unit else head
+            label = f"{head} ({declared.unit})" if declared.unit else head
             if name in TIMED:
                 shown = configurations.assign(**{name: configurations[name].mask(is_full & paired)})
                 cells = timed_text(shown, name)

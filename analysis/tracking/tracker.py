@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol, cast, get_args, get_origin
 
 import pandas as pd
 
-from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.metrics import CURVES, METRICS
 from topkbench.analysis.comparison.stats import MEAN
 from topkbench.analysis.console import console, say, say_error
 from topkbench.analysis.figures.search import outcome, values
@@ -27,7 +27,6 @@ from topkbench.analysis.figures.training import loss_points
 from topkbench.analysis.record.row import Row
 from topkbench.analysis.record.store import Sweep, one_row_a_cell
 from topkbench.analysis.tracking.wandb_payload import (
-    CURVES,
     cell_config,
     curves,
     run_name,
@@ -471,7 +470,12 @@ def dashboard(entity: str, project: str) -> Any:
             ),
             spaces.Section(
                 name="Sweeps",
-                panels=[lines(x, metric) for x in ("k", "rbit") for metric in CURVES],
+                panels=[
+                    lines(x, metric)
+                    for x in ("k", "rbit")
+                    for metric, one in CURVES.items()
+                    if x in one.over
+                ],
             ),
         ],
         runset_settings=spaces.RunsetSettings(

@@ -10,28 +10,20 @@ from typing import Any, cast
 import pandas as pd
 
 from topkbench.analysis.comparison.configurations import compare
+from topkbench.analysis.comparison.metrics import CURVES
 from topkbench.analysis.comparison.stats import MEAN
-from topkbench.analysis.record.row import PARAMETER_PREFIX, Row
+from topkbench.analysis.comparison.timings import TIMED
+from topkbench.analysis.record.row import DECLARED, PARAMETER_PREFIX, SPEED_COLUMNS, Row
 
 NAMES = ("model", "task", "length", "method", "impl", "protocol", "question", "k", "rbit", "seed")
 """Columns of the row at the top level of a run's configuration, to find it by."""
 
-PER_ROW = (
-    *("score", "recall_at_k", "attention_mass", "output_rel_error"),
-    *("decode_ms_p50", "full_ms_p50", "speedup_vs_full", "speedup_ci_low", "speedup_ci_high"),
-    *("bandwidth_fraction", "timing_note"),
-)
+PER_ROW = tuple(name for name, one in DECLARED.items() if one.tracked)
 """Metrics that the summary lists for each row of a cell."""
 
-UNSTEADY = (
-    *("decode_ms_p50", "decode_ms_warm_p50", "tokens_per_s"),
-    *("speedup_vs_full", "speedup_ci_low", "speedup_ci_high"),
-)
+UNSTEADY = tuple(name for name in SPEED_COLUMNS if name not in ("other_load", "timing_note"))
 """Metrics that are renamed ``unsteady/NAME`` if a row's times are unreliable, so that no panel
 draws them."""
-
-CURVES = ("score", "recall_at_k", "decode_ms_p50")
-"""Metrics that the sweep's run shows over k and rbit."""
 
 
 def plain_config(value: Any) -> Any:
@@ -128,8 +120,8 @@ def curves(rows: pd.DataFrame, samples: pd.DataFrame) -> list[dict[str, float]]:
                     [f"{letter}{configuration[other]}"] if not pd.isna(configuration[other]) else []
                 )
                 series = re.sub(r"[^A-Za-z0-9_=-]+", "_", "-".join(words))
-                for metric in CURVES:
-                    unsteady = metric in UNSTEADY and not pd.isna(configuration["timing_note"])
+                for metric in (name for name, one in CURVES.items() if x in one.over):
+                    unsteady = metric in TIMED and not pd.isna(configuration["timing_note"])
                     if not math.isnan(configuration[metric]) and not unsteady:
                         point[f"by_{x}/{metric}/{series}"] = float(configuration[metric])
             points.append(point)

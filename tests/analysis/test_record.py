@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ast
 import errno
+import itertools
 import json
 import os
 import re
@@ -88,12 +90,12 @@ score score_ci_low score_ci_high delta_full delta_ci_low delta_ci_high full_note
 nll nll_delta nll_delta_ci_low nll_delta_ci_high kl_full kl_full_ci_low kl_full_ci_high
 top1_agreement scored_tokens
 recall_at_k attention_mass output_rel_error density density_all sparse_step_share
+bytes_read_per_step index_bytes_per_token kv_cache_mib peak_memory_mib
+memory_needed_mib
 prefill_ms build_ms decode_ms_p50 decode_ms_p20 decode_ms_p80 decode_ms_warm_p50
 encode_ms append_ms score_ms select_ms attend_ms tokens_per_s
 full_ms_p50 full_ms_p20 full_ms_p80 speedup_vs_full speedup_ci_low speedup_ci_high
 other_load timing_note
-bytes_read_per_step index_bytes_per_token kv_cache_mib peak_memory_mib
-memory_needed_mib
 bandwidth_fraction bandwidth_gb_s
 fit_s loss_first loss_last calibration artifact_path
 device clock_mhz driver torch threads numba triton transformers tokenizers numpy
@@ -114,10 +116,17 @@ def test_a_colour_is_a_hexadecimal_triple(row: Callable[..., Row]) -> None:
 
 def test_every_column_has_a_docstring() -> None:
     source = (Path(__file__).parents[2] / "analysis" / "record" / "row.py").read_text()
-    lines = source.split("class Row:")[1].split("def __post_init__")[0].splitlines()
-    for name in COLUMNS:
-        (place,) = [i for i, line in enumerate(lines) if line.startswith(f"    {name}: ")]
-        assert lines[place + 1].startswith('    """'), name
+    (row,) = (
+        one for one in ast.parse(source).body if isinstance(one, ast.ClassDef) and one.name == "Row"
+    )
+    documented = {
+        ast.unparse(first.target)
+        for first, then in itertools.pairwise(row.body)
+        if isinstance(first, ast.AnnAssign)
+        and isinstance(then, ast.Expr)
+        and isinstance(then.value, ast.Constant)
+    }
+    assert documented == {*COLUMNS, "parameters"}
 
 
 def test_a_wrong_result_has_no_speed(row: Callable[..., Row]) -> None:

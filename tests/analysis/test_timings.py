@@ -288,7 +288,7 @@ def test_unsteady_speeds_are_tracked_as_unsteady(row: RowMaker) -> None:
         for k, step, note in ((64, 1.0, WILD), (128, 2.0, None))
     ]
     drawn = curves(frame(points), pd.DataFrame())
-    assert drawn == [{"k": 64.0}, {"k": 128.0, "by_k/decode_ms_p50/quest": 2.0}]
+    assert drawn == [{"k": 64.0}, {"k": 128.0, "by_k/decode_vs_full/quest": 0.25}]
 
 
 @pytest.mark.parametrize("file", ["break_even", "layer_latency", "end_to_end", "league"])
