@@ -57,6 +57,16 @@ def say(text: object) -> None:
         print(text, file=stream, flush=True)
 
 
+def say_progress(text: object) -> None:
+    """Print a line to standard error at once: what is at work, not what came out.
+
+    Raises:
+        SystemExit: If it cannot be written.
+    """
+    with _printing(sys.stderr) as stream:
+        print(text, file=stream, flush=True)
+
+
 def say_error(sentence: object) -> None:
     """Print ``error:`` and a sentence to standard error.
 

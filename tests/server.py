@@ -64,9 +64,10 @@ def prepare() -> None:
     gc.enable()
 
 
-def save_nothing(figure: object, data: object, drawn: plots.Drawn) -> None:
+def save_nothing(figure: object, data: object, drawn: plots.Drawn) -> plots.Drawn:
     for path in (drawn.png, drawn.svg, drawn.csv):
-        path.write_bytes(b"")
+        path.write_text('<svg viewBox="0 0 1 1"></svg>')
+    return drawn
 
 
 def run(job: dict[str, Any]) -> NoReturn:

@@ -43,7 +43,17 @@ ALLOWED = {
         *(*KERNEL_APIS, "topkbench.kernels.timing", "topkbench.methods.learning"),
     ),
     "analysis": (
-        *("numpy", "pandas", "matplotlib", "jinja2", "pyarrow", "filelock", "tabulate", "yaml"),
+        *(
+            "numpy",
+            "pandas",
+            "matplotlib",
+            "jinja2",
+            "markupsafe",
+            "pyarrow",
+            "filelock",
+            "tabulate",
+            "yaml",
+        ),
     ),
     "tools": (
         *("torch", "transformers", "tokenizers", "safetensors", "hydra", "omegaconf"),

@@ -25,6 +25,8 @@ from topkbench.analysis.record.row import (
 )
 from topkbench.analysis.record.store import typed
 
+DEFAULTS = {"question": "sparse", "protocol": "unified"}
+"""What conf/ has by default of a setting: shown before the others."""
 BASELINES = ("full", "exact", "block_oracle")
 """Methods that serve as references; they do not compete for the best score."""
 
@@ -99,7 +101,7 @@ class Comparison:
         ]
 
     def by_setting(self) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-        """Yield each setting with its configurations.
+        """Yield each setting with its configurations, of each task the default one first.
 
         Where answers are scored, each length is a setting of its own; else all lengths share one.
         Configurations without a protocol appear in the setting of every protocol.
@@ -115,7 +117,8 @@ class Comparison:
         """Yield each setting, lengths not separated, with its configurations."""
         for key, part in _groups(self.configurations, _OF_ALL_LENGTHS):
             free = part["protocol"].isna()
-            for name in sorted(part["protocol"].dropna().unique(), reverse=True) or [None]:
+            names = part["protocol"].dropna().unique()
+            for name in sorted(names, key=lambda one: _rank("protocol", one)) or [None]:
                 yield {**key, "protocol": name}, part[free | (part["protocol"] == name)]
 
 
@@ -186,6 +189,11 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
     configurations["n"] = _count(configurations, pools)
     configurations["best"] = _best(configurations, pools)
     return Comparison(data, _sorted(configurations), notes, pools)
+
+
+def _rank(name: str, value: Any) -> tuple[bool, str]:
+    """Return a sort key of a setting's value: the default first, others by name."""
+    return value != DEFAULTS[name], "" if pd.isna(value) else str(value)
 
 
 def _groups(
@@ -605,12 +613,13 @@ def _best(configurations: pd.DataFrame, pools: Mapping[str, pd.DataFrame]) -> pd
 def _sorted(configurations: pd.DataFrame) -> pd.DataFrame:
     methods = sorted(configurations["method"].unique(), key=style.order)
     rank = configurations["method"].map({name: place for place, name in enumerate(methods)})
-    ordered = configurations.assign(rank=rank).sort_values(
+    asked = configurations["question"].map(lambda value: _rank("question", value))
+    ordered = configurations.assign(rank=rank, question_rank=asked).sort_values(
         [
-            *("model", "task", "prompts", "question", "device", "length"),
+            *("model", "task", "prompts", "question_rank", "device", "length"),
             *("rank", "variant", "k", "rbit", "batch_size"),
         ],
         kind="stable",
         na_position="first",
     )
-    return ordered.drop(columns="rank").reset_index(drop=True)
+    return ordered.drop(columns=["rank", "question_rank"]).reset_index(drop=True)

@@ -5,6 +5,7 @@ A figure is drawn only if its data vary: a curve needs two points, a comparison 
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from topkbench.analysis.figures.break_even import MODELS, ModelSize, break_even,
 from topkbench.analysis.figures.by_layer import recall_by_layer
 from topkbench.analysis.figures.curves import context_curve, curve
 from topkbench.analysis.figures.pareto import COSTS, bars_words, pareto, pareto_pair
+from topkbench.analysis.figures.points import Point, points_of
 from topkbench.analysis.figures.training import loss_curve
 from topkbench.analysis.figures.variants import arms, is_ladder, ladder
 from topkbench.analysis.record.files import write_atomic
@@ -56,6 +58,8 @@ class Drawn:
     caption: str
     """How to read the figure, and what it was measured on."""
     folder: Path
+    points: tuple[Point, ...] = ()
+    """What is behind its points."""
 
     @property
     def png(self) -> Path:
@@ -281,8 +285,7 @@ def draw_all(
                 number = measured_on(data)
                 parts = (f"{reading}{words}{at if name not in OVER_LENGTHS else ''}", number)
                 one = Drawn(name + suffix, title, " ".join([*filter(None, parts), context]), folder)
-                save(figure, data, one)
-                drawn.append(one)
+                drawn.append(save(figure, data, one))
     return drawn
 
 
@@ -300,8 +303,8 @@ def at_one_length(configurations: pd.DataFrame) -> pd.DataFrame:
     return configurations[configurations["length"] == sizes.idxmax()]
 
 
-def save(figure: Figure, data: pd.DataFrame, drawn: Drawn) -> None:
-    """Write a figure as PNG and SVG, and its data as CSV."""
+def save(figure: Figure, data: pd.DataFrame, drawn: Drawn) -> Drawn:
+    """Write a figure as PNG and SVG, and its data as CSV; return it with its points."""
     write_atomic(drawn.csv, data.to_csv(index=False, lineterminator="\n").encode())
     FigureCanvasAgg(figure)
     # Lay out once: constrained layout takes most of the time of each of the two files.
@@ -315,3 +318,4 @@ def save(figure: Figure, data: pd.DataFrame, drawn: Drawn) -> None:
         content = io.BytesIO()
         figure.savefig(content, format=path.suffix[1:], metadata=metadata)
         write_atomic(path, content.getvalue())
+    return dataclasses.replace(drawn, points=tuple(points_of(figure)))

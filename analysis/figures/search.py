@@ -178,8 +178,7 @@ def draw(found: Outcome, folder: Path, suffix: str = "") -> Drawn | None:
         figure.axes[0].set_title(title)
         count = _measured_on(data, found.objectives)
         drawn = Drawn(f"search{suffix}", title, " ".join(filter(None, (reading, count))), folder)
-        save(figure, shown, drawn)
-    return drawn
+        return save(figure, shown, drawn)
 
 
 def _front(found: Outcome, data: pd.DataFrame) -> tuple[Figure, pd.DataFrame, str]:

@@ -161,9 +161,7 @@ def draw(rows: pd.DataFrame, folder: Path, context: str) -> list[Drawn]:
                 figure, data = made
                 figure.suptitle(title, fontweight="bold", fontsize=10, x=0.01, ha="left")
                 words = " ".join([reading, *_notes(data), context])
-                one = Drawn(name, title, words, folder)
-                save(figure, data, one)
-                drawn.append(one)
+                drawn.append(save(figure, data, Drawn(name, title, words, folder)))
     return drawn
 
 

@@ -151,13 +151,14 @@ def fail(sweep: Sweep) -> None:
         sweep.append(name)
 
 
-def save_data(figure: Figure, data: pd.DataFrame, drawn: plots.Drawn) -> None:
-    """Lay a figure out, and write its data, and empty files for its pictures."""
+def save_data(figure: Figure, data: pd.DataFrame, drawn: plots.Drawn) -> plots.Drawn:
+    """Lay a figure out, and write its data, and pictures without anything in them."""
     FigureCanvasAgg(figure)
     figure.draw_without_rendering()
     drawn.csv.write_text(data.to_csv(index=False))
     drawn.png.touch()
-    drawn.svg.touch()
+    drawn.svg.write_text('<svg viewBox="0 0 1 1"></svg>')
+    return drawn
 
 
 @pytest.fixture(autouse=True)

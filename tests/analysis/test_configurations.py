@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
-from topkbench.analysis.comparison.configurations import Comparison, compare
+from topkbench.analysis.comparison.configurations import DEFAULTS, Comparison, compare
 from topkbench.analysis.record.provenance import pinned_versions
 from topkbench.analysis.record.store import Row, Sweep, frame
 from topkbench.analysis.tables.overview import (
@@ -414,3 +415,10 @@ def test_a_mix_of_versions_code_and_models_is_reported(row: RowMaker) -> None:
     assert not any("torch" in note and "mix" in note for note in notes)
     alone = compare(rows[rows["method"] == "loki"]).notes
     assert not any("mix" in note or "changed" in note or "artifact" in note for note in alone)
+
+
+def test_the_setting_that_is_shown_first_is_the_default_of_the_configurations() -> None:
+    conf = Path(__file__).parents[2] / "conf"
+    config = yaml.safe_load((conf / "config.yaml").read_text())
+    (protocol,) = [one["protocol"] for one in config["defaults"] if "protocol" in one]
+    assert {"question": config["question"], "protocol": protocol} == DEFAULTS

@@ -1,0 +1,87 @@
+"""What a report says of a figure's point that is pointed at: its settings and numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.stats import MEAN
+
+_TEXTS: WeakKeyDictionary[Artist, list[str]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a figure.
+
+    Attributes:
+        x: Distance from the left edge, in units of the SVG file (1/72 inch).
+        y: Distance from the upper edge, in the same units.
+        text: The settings and numbers behind it, one to a line.
+    """
+
+    x: float
+    y: float
+    text: str
+
+
+def describe(line: Line2D, configurations: pd.DataFrame, *columns: str) -> None:
+    """Say what is behind each point of a line.
+
+    Args:
+        line: The line, with a point for each configuration.
+        configurations: The configurations, in the order of the points.
+        columns: The columns whose values are said after the settings.
+    """
+    _TEXTS[line] = [_text(one, columns) for _, one in configurations.iterrows()]
+
+
+def _text(configuration: pd.Series, columns: Sequence[str]) -> str:
+    """Return the settings and numbers of a configuration, one to a line."""
+    lines = [str(configuration["label"])]
+    if configuration["subtask"] not in (MEAN, "", configuration["task"]):
+        lines.append(str(configuration["subtask"]))
+    settings = [
+        f"{word}{int(configuration[name]):,}"
+        for name, word in (
+            ("k", "k = "),
+            ("rbit", "rbit = "),
+            ("kv_len", "cached tokens: "),
+            ("batch_size", "batch size "),
+        )
+        if not pd.isna(configuration[name])
+    ]
+    lines += [", ".join(settings)] if settings else []
+    for name in columns:
+        if name in ("k", "rbit", "kv_len", "batch_size") or pd.isna(configuration[name]):
+            continue
+        metric = METRICS[name]
+        value = metric.text(configuration[name])
+        ends = [configuration.get(f"{name}_ci_{end}") for end in ("low", "high")]
+        if not any(pd.isna(one) for one in ends):
+            value += f" [{metric.text(ends[0])}, {metric.text(ends[1])}]"
+        lines.append(f"{metric.label}: {value}{f' {metric.unit}' if metric.unit else ''}")
+    return "\n".join(lines)
+
+
+def points_of(figure: Figure) -> list[Point]:
+    """Return the described points of a figure that is laid out, where its SVG file has them."""
+    _, height = figure.get_size_inches() * 72
+    found = []
+    for axes in figure.axes:
+        for line in axes.lines:
+            if line not in _TEXTS:
+                continue
+            places = line.get_transform().transform(line.get_xydata()) * 72 / figure.dpi
+            for (x, y), text in zip(places, _TEXTS[line], strict=True):
+                if math.isfinite(x) and math.isfinite(y):
+                    found.append(Point(round(float(x), 1), round(float(height - y), 1), text))
+    return found

@@ -1,0 +1,107 @@
+"""``report.html``: one file without a library and without network.
+
+A figure is its SVG file with a small script over it, not drawn again by a plotting library: it is
+the same picture as the PNG, a library would add megabytes to the file, and each point says what is
+behind it all the same.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from topkbench.analysis.figures.plots import Drawn
+from topkbench.analysis.report.section import Section
+from topkbench.analysis.tables.table import Table
+
+_LEAST_CONTRAST = 3.0  # of lines and marks to the paper: WCAG 2.2, success criterion 1.4.11
+_DARK_PAPER = 0.012  # relative luminance of --paper in dark mode, #15181c
+_COLOUR = re.compile(r"#[0-9a-fA-F]{6}\b")
+
+
+def html(title: str, ran: list[str], notes: list[str], sections: list[Section], **more: Any) -> str:
+    """Return the page.
+
+    Args:
+        title: Its heading.
+        ran: What ran, one sentence each.
+        notes: What is mixed or could not be compared, one sentence each.
+        sections: The sections in order.
+        more: What else the template shows.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["picture"] = _picture
+    environment.tests["table"] = lambda part: isinstance(part, Table)
+    return environment.get_template("report.html").render(
+        title=title,
+        ran=ran,
+        notes=notes,
+        sections=sections,
+        style=Markup((Path(__file__).with_name("report.css")).read_text(encoding="utf-8")),
+        script=Markup((Path(__file__).with_name("report.js")).read_text(encoding="utf-8")),
+        **more,
+    )
+
+
+def _picture(drawn: Drawn) -> Markup:
+    """Return a figure as an element of the page, with what is behind its points."""
+    text = drawn.svg.read_text(encoding="utf-8")
+    text = text[text.index("<svg") :]
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
+    assert size is not None, f"{drawn.svg} has no size"
+    # Identifiers are of one file, and a page has many.
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{drawn.name}-", text)
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    # An image's colours stay, and so does the paper that they were chosen for.
+    fixed = "<image" in text
+    if not fixed:
+        text = _COLOUR.sub(lambda found: _on_both(found[0]), text)
+    points = "".join(
+        f'<circle cx="{one.x:g}" cy="{one.y:g}" r="7" data-text="{escape(one.text)}"/>'
+        for one in drawn.points
+    )
+    head = (
+        f'<svg class="picture{" fixed" if fixed else ""}" viewBox="0 0 {size[1]} {size[2]}"'
+        f' style="min-width: {float(size[1]) * 1.15:.0f}px" role="img"'
+        f' aria-label="{escape(drawn.title)}"{" tabindex=0" if points else ""}'
+        ' xmlns:xlink="http://www.w3.org/1999/xlink">'
+    )
+    body = text[text.index(">") + 1 : text.rindex("</svg>")]
+    # What a figure's file says has been written by matplotlib, which escapes every text in it.
+    return Markup(f'{head}{body}<g class="points">{points}</g></svg>')
+
+
+def _on_both(colour: str) -> str:
+    """Return a colour of a figure on white paper, with one that is as clear on dark paper."""
+    if colour == "#ffffff":
+        return "var(--paper)"
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)
+    if saturation < 0.1:  # paper, ink and the greys between them change places
+        dark = 0.09 + 0.84 * (1 - lightness)
+    else:
+        dark = lightness
+        while _contrast(colorsys.hls_to_rgb(hue, dark, saturation)) < _LEAST_CONTRAST:
+            dark = min(dark + 0.02, 1.0)
+    text = "".join(f"{round(255 * one):02x}" for one in colorsys.hls_to_rgb(hue, dark, saturation))
+    return f"light-dark({colour}, #{text})"
+
+
+def _contrast(colour: tuple[float, float, float]) -> float:
+    """Return a colour's contrast to dark paper: WCAG 2.2, relative luminance and contrast ratio."""
+    red, green, blue = (
+        one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in colour
+    )
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    return (luminance + 0.05) / (_DARK_PAPER + 0.05)

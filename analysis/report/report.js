@@ -1,0 +1,159 @@
+"use strict";
+// A number is read from a cell's text: "81.2 [70.1, 90.2]", "−3.0 ‡", "1.2e+03"; words sort as words.
+function valueOf(text) {
+  const found = text.replaceAll("−", "-").match(/^[+-]?\d[\d,]*\.?\d*(e[+-]?\d+)?/);
+  return found ? Number(found[0].replaceAll(",", "")) : null;
+}
+
+function compareTexts(first, second) {
+  const [one, two] = [valueOf(first), valueOf(second)];
+  if (one !== null && two !== null) return one - two;
+  if (one !== null || two !== null) return one !== null ? -1 : 1;
+  return first.localeCompare(second, "en", { numeric: true });
+}
+
+const isMissing = (text) => text === "–" || text === "";
+
+function makeSortable(table) {
+  const body = table.tBodies[0];
+  [...table.tHead.rows[0].cells].forEach((head, place) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener("click", () => {
+      const falling = head.getAttribute("aria-sort") === "ascending";
+      for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+      head.setAttribute("aria-sort", falling ? "descending" : "ascending");
+      const rows = [...body.rows].map((row) => [row.cells[place].textContent.trim(), row]);
+      // What is missing comes last either way.
+      rows.sort(([one], [two]) =>
+        isMissing(one) || isMissing(two)
+          ? Number(isMissing(one)) - Number(isMissing(two))
+          : compareTexts(one, two) * (falling ? -1 : 1));
+      body.append(...rows.map(([, row]) => row));
+    });
+  });
+}
+
+function labelled(kind, words) {
+  const label = document.createElement("label");
+  const input = document.createElement("input");
+  input.type = kind;
+  label.append(input, ` ${words}`);
+  return [label, input];
+}
+
+function addTools(table) {
+  const tools = document.createElement("div");
+  tools.className = "tools";
+  const search = document.createElement("input");
+  search.type = "search";
+  search.placeholder = "Filter rows";
+  search.setAttribute("aria-label", "Show only the rows with all of these words");
+  const count = document.createElement("span");
+  count.className = "soft";
+  count.setAttribute("role", "status");
+  const rows = [...table.tBodies[0].rows];
+  search.addEventListener("input", () => {
+    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    let shown = 0;
+    for (const row of rows) {
+      const text = row.textContent.toLowerCase();
+      row.hidden = !words.every((word) => text.includes(word));
+      shown += row.hidden ? 0 : 1;
+    }
+    count.textContent = words.length ? `${shown} of ${rows.length} rows` : "";
+  });
+  const columns = document.createElement("details");
+  const summary = document.createElement("summary");
+  summary.textContent = "Columns";
+  columns.append(summary);
+  [...table.tHead.rows[0].cells].forEach((head, place) => {
+    const [label, box] = labelled("checkbox", head.textContent);
+    box.checked = true;
+    box.addEventListener("change", () => {
+      for (const row of table.rows) row.cells[place].hidden = !box.checked;
+    });
+    columns.append(label);
+  });
+  tools.append(search, count, columns);
+  table.closest(".wide").before(tools);
+}
+
+// Of the columns of words the first names the row: it stays in sight.
+function keepFirst(table) {
+  const place = [...table.tHead.rows[0].cells].findIndex((head) => head.classList.contains("word"));
+  if (place >= 0) for (const row of table.rows) row.cells[place].classList.add("first");
+}
+
+for (const table of document.querySelectorAll("main table")) {
+  keepFirst(table);
+  if (table.tBodies[0].rows.length < 2) continue;
+  makeSortable(table);
+  if (table.tBodies[0].rows.length > 5) addTools(table);
+}
+
+// A point says what is behind it when it is pointed at, touched, or reached by the arrow keys.
+const tip = document.getElementById("tip");
+let lit = null;
+function show(point) {
+  hide();
+  lit = point;
+  point.classList.add("on");
+  tip.textContent = point.dataset.text;
+  tip.hidden = false;
+  const box = point.getBoundingClientRect();
+  const width = Math.min(tip.offsetWidth, window.innerWidth - 16);
+  tip.style.left = `${Math.max(8, Math.min(box.right + 6, window.innerWidth - width - 8))}px`;
+  const above = box.top - tip.offsetHeight - 6;
+  tip.style.top = `${above > 4 ? above : box.bottom + 6}px`;
+}
+function hide() {
+  if (lit) lit.classList.remove("on");
+  lit = null;
+  tip.hidden = true;
+}
+for (const picture of document.querySelectorAll("svg.picture")) {
+  const points = [...picture.querySelectorAll(".points circle")];
+  for (const point of points) point.addEventListener("pointerenter", () => show(point));
+  picture.addEventListener("pointerleave", hide);
+  picture.addEventListener("blur", hide);
+  picture.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    if (event.key === "Escape") hide();
+    if (!step || !points.length) return;
+    event.preventDefault();
+    const place = points.indexOf(lit);
+    show(points[(place < 0 && step < 0 ? points.length - 1 : place + step + points.length) % points.length]);
+  });
+}
+addEventListener("scroll", hide, { passive: true });
+
+// A link into a folded section opens it, and so does printing.
+function open(element) {
+  for (let one = element; one; one = one.parentElement) if (one.tagName === "DETAILS") one.open = true;
+}
+function openTarget() {
+  const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  if (target) {
+    open(target);
+    target.scrollIntoView();
+  }
+}
+addEventListener("hashchange", openTarget);
+openTarget();
+addEventListener("beforeprint", () => {
+  for (const one of document.querySelectorAll("main details:not(.tools details)")) one.open = true;
+});
+
+// The contents say where the reader is.
+const links = new Map([...document.querySelectorAll("nav a")].map((one) => [one.hash.slice(1), one]));
+const watcher = new IntersectionObserver((entries) => {
+  for (const entry of entries) {
+    if (!entry.isIntersecting) continue;
+    for (const link of links.values()) link.removeAttribute("aria-current");
+    links.get(entry.target.id).setAttribute("aria-current", "true");
+  }
+}, { rootMargin: "-10% 0px -80% 0px" });
+for (const id of links.keys()) watcher.observe(document.getElementById(id));
