@@ -17,6 +17,9 @@ from torch import Tensor
 
 from topkbench.harness.caching import write_cached
 
+SHIPPED = tuple(sorted((Path(__file__).resolve().parents[1] / "models").glob("*/artifacts")))
+"""Folders with fitted artifacts that ship: an artifact names the weights that it is for."""
+
 _PACKAGES = ("topkbench", "torch", "transformers", "safetensors", "numpy")
 
 

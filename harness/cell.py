@@ -107,7 +107,7 @@ def prepare_method(
     folder = Path(artifact_dir).expanduser()
     learned = None
     if not refit:
-        learned = artifact.find(spec, (folder, *loaded.artifact_folders), layers)
+        learned = artifact.find(spec, (folder, *artifact.SHIPPED), layers)
     if learned is None:
         path = folder / artifact.file_name(spec)
         with cache_lock(path.with_suffix(".lock")):

@@ -240,7 +240,7 @@ class Planner:
         if spec is None:
             return None, None
         is_refitted = self.card is not None or (settings["force"] and task.refits)
-        folders = () if is_refitted else (settings["artifact_dir"], *loaded.artifact_folders)
+        folders = () if is_refitted else (settings["artifact_dir"], *artifact.SHIPPED)
         learned = artifact.find(spec, folders, layers)
         if learned is not None:
             learned = learned.of_layers(layers)

@@ -82,7 +82,6 @@ class LoadedModel:
         chat_template_kwargs: Arguments of the chat template: ``{"enable_thinking": False}``.
         short_answers: Whether the model ends its answers itself, so that it is enough to generate
             as many tokens as the reference answer has, and a few more.
-        artifact_folders: Folders with fitted artifacts that ship with the model.
     """
 
     name: str
@@ -93,7 +92,6 @@ class LoadedModel:
     chat: bool = False
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     short_answers: bool = False
-    artifact_folders: tuple[Path, ...] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ def load_model(
         name = _full_name(name, None, config_overrides, None)
         dtype = "bfloat16" if dtype == "auto" else dtype
         return _draw(name, architecture, config, dtype, device, window, changes)
-    folder, source = SHIPPED.get(path), _source(path)
+    source = _source(path)
     stored = _quantised(path, config, device, device_map)
     placed: Any = device_map
     if stored is not None:
@@ -240,7 +238,6 @@ def load_model(
         chat=chat,
         chat_template_kwargs=template_arguments,
         short_answers=short_answers,
-        artifact_folders=(folder / "artifacts",) if folder else (),
     )
 
 

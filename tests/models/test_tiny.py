@@ -50,7 +50,7 @@ def test_a_fresh_checkout_has_every_artifact_that_the_defaults_ask_for(
 ) -> None:
     spec = artifact_spec(tiny, method_of(name, *overrides), CalibrationPrompts())
     assert spec is not None
-    found = artifact.find(spec, tiny.artifact_folders)
+    found = artifact.find(spec, artifact.SHIPPED)
     assert found is not None, f"models/tiny/artifacts must hold {artifact.file_name(spec)}"
     assert found.layers == {0, 1, 2, 3}
 

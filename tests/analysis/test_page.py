@@ -1,0 +1,207 @@
+"""The page of a report, used as a reader uses it, in headless Chromium."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from topkbench.analysis.record.store import Sweep
+from topkbench.analysis.report import build as report
+from topkbench.tests.browser import MISSING, Browser, Page
+
+RESULTS = "document.querySelector('#setting-1-1 table')"
+
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def built(big_sweep: Sweep, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with its pictures."""
+    return report.build(big_sweep.folder, tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture
+def page(browser: Browser, built: Path) -> Iterator[Page]:
+    opened = browser.open(built)
+    yield opened
+    assert opened.errors == []
+
+
+def column(page: Page, head: str) -> list[str]:
+    """Return the texts of a column of the results, of the rows that are shown."""
+    found: list[str] = page.run(
+        f"""(() => {{
+            const table = {RESULTS};
+            const heads = [...table.tHead.rows[0].cells].map((one) => one.textContent);
+            const place = heads.findIndex((one) => one.startsWith("{head}"));
+            return [...table.tBodies[0].rows].filter((row) => !row.hidden)
+                .map((row) => row.cells[place].textContent);
+        }})()"""
+    )
+    return found
+
+
+def click(page: Page, head: str) -> None:
+    page.run(
+        f"[...{RESULTS}.tHead.querySelectorAll('button')]"
+        f".find((one) => one.textContent.startsWith('{head}')).click()"
+    )
+
+
+def numbers(texts: list[str]) -> list[float]:
+    return [float(one.replace("−", "-").split()[0]) for one in texts if one != "–"]
+
+
+def test_a_table_sorts_both_ways_with_what_is_missing_last(page: Page) -> None:
+    for head in ("Score", "k", "Δ full"):
+        click(page, head)
+        rising = column(page, head)
+        assert numbers(rising) == sorted(numbers(rising))
+        click(page, head)
+        falling = column(page, head)
+        assert numbers(falling) == sorted(numbers(falling), reverse=True)
+        for texts in (rising, falling):
+            missing = [one == "–" for one in texts]
+            assert missing == sorted(missing)
+    click(page, "Method")
+    assert column(page, "Method") == sorted(column(page, "Method"), key=str.lower)
+    heads = page.run(f"[...{RESULTS}.tHead.rows[0].cells].map((one) => one.ariaSort)")
+    assert [one for one in heads if one is not None] == ["ascending"]
+
+
+def test_rows_are_filtered_by_words_and_counted(page: Page) -> None:
+    everything = len(column(page, "Method"))
+    page.run(
+        """(() => {
+            const input = document.querySelector('#setting-1-1 input[type=search]');
+            input.value = "hata 512";
+            input.dispatchEvent(new Event("input"));
+        })()"""
+    )
+    assert column(page, "Method") == ["HATA"] * 4
+    assert set(column(page, "k")) == {"512"}
+    count = page.run("document.querySelector('#setting-1-1 .tools [role=status]').textContent")
+    assert count == f"4 of {everything} rows"
+
+
+def test_a_column_is_hidden_and_shown_again(page: Page) -> None:
+    box = "document.querySelectorAll('#setting-1-1 .tools input[type=checkbox]')[3]"
+    hidden = f"[...{RESULTS}.rows].map((row) => row.cells[3].hidden)"
+    page.run(f"{box}.click()")
+    assert set(page.run(hidden)) == {True}
+    page.run(f"{box}.click()")
+    assert set(page.run(hidden)) == {False}
+
+
+def test_the_first_column_stays_in_sight(browser: Browser, built: Path) -> None:
+    page = browser.open(built, width=390)
+    place = page.run(
+        f"""(() => {{
+            const wide = {RESULTS}.closest(".wide");
+            wide.scrollLeft = 400;
+            const cell = {RESULTS}.tBodies[0].rows[1].cells[0].getBoundingClientRect();
+            return [wide.scrollLeft, Math.round(cell.left - wide.getBoundingClientRect().left)];
+        }})()"""
+    )
+    assert place == [400, 0]
+    assert page.run("document.documentElement.scrollWidth") == 390  # the page itself stays put
+
+
+def test_a_point_says_what_is_behind_it_by_pointer_and_by_key(page: Page) -> None:
+    tip = "document.getElementById('tip')"
+    assert page.run(f"{tip}.hidden")
+    points = page.run(
+        "[...document.querySelectorAll('#score_vs_k circle')].map((one) => one.dataset.text)"
+    )
+    of_hata = [one for one in points if one.startswith("HATA") and "k = 512, rbit = 128" in one]
+    assert len(of_hata) == 1
+    assert re.search(r"^Score: [\d.]+ \[[\d.]+, [\d.]+\] 0–100$", of_hata[0], re.MULTILINE)
+    page.run(
+        """(() => {
+            const picture = document.querySelector('#score_vs_k svg');
+            const press = (key) => picture.dispatchEvent(new KeyboardEvent("keydown", {key}));
+            press("ArrowRight"); press("ArrowRight"); press("ArrowLeft");
+        })()"""
+    )
+    assert page.run(f"{tip}.textContent") == points[0]
+    assert not page.run(f"{tip}.hidden")
+    page.run(
+        "document.querySelectorAll('#score_vs_k circle')[2]"
+        ".dispatchEvent(new PointerEvent('pointerenter'))"
+    )
+    assert page.run(f"{tip}.textContent") == points[2]
+
+
+def test_a_point_lies_where_its_marker_is_drawn(page: Page) -> None:
+    """The circle over a point has the centre of one of the figure's own markers."""
+    distance = page.run(
+        """(() => {
+            const picture = document.querySelector('#recall_vs_k svg');
+            const middle = (one) => {
+                const box = one.getBoundingClientRect();
+                return [box.x + box.width / 2, box.y + box.height / 2];
+            };
+            const marks = [...picture.querySelectorAll("use")].map(middle);
+            return Math.max(...[...picture.querySelectorAll(".points circle")].map(middle).map(
+                ([x, y]) => Math.min(...marks.map(([u, v]) => Math.hypot(x - u, y - v)))));
+        })()"""
+    )
+    assert distance < 1.5  # pixels; a triangle's box is not centred on its point
+
+
+def test_a_link_into_a_folded_section_opens_it(page: Page) -> None:
+    folded = page.run("document.querySelector('main > section details').id")
+    assert not page.run(f"document.getElementById('{folded}').open")
+    page.run(f"document.querySelector('nav a[href=\"#{folded}\"]').click()")
+    page.wait_for(f"document.getElementById('{folded}').open")
+
+
+def test_figures_come_first_and_every_link_of_the_contents_leads_somewhere(page: Page) -> None:
+    first = "document.querySelector('#setting-1 > section').id"
+    assert page.run(first) == "setting-1-figures"
+    assert page.run(
+        "[...document.querySelectorAll('nav a, figure[id]')].length > 8"
+        " && [...document.querySelectorAll('nav a')]"
+        ".every((one) => document.querySelector(one.hash))"
+    )
+    assert page.run(
+        "new Set([...document.querySelectorAll('[id]')].map((one) => one.id)).size"
+    ) == page.run("document.querySelectorAll('[id]').length")
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_text_and_figures_are_clear_on_either_paper(
+    browser: Browser, built: Path, dark: bool
+) -> None:
+    page = browser.open(built, dark=dark)
+    ink, paper = page.run(
+        "['color', 'backgroundColor'].map((one) => getComputedStyle(document.body)[one])"
+    )
+    assert (ink, paper) == (
+        ("rgb(232, 234, 237)", "rgb(21, 24, 28)")
+        if dark
+        else ("rgb(29, 33, 37)", "rgb(255, 255, 255)")
+    )
+    colours = page.run(
+        """[...document.querySelectorAll("#score_vs_k svg [style*=stroke]")]
+            .map((one) => getComputedStyle(one).stroke).filter((one) => one !== "none")"""
+    )
+    assert ("rgb(0, 0, 0)" in colours) is not dark
+
+
+def test_what_is_printed_has_everything_and_no_tools(page: Page) -> None:
+    page.call("Emulation.setEmulatedMedia", media="print")
+    page.run("dispatchEvent(new Event('beforeprint'))")
+    shown = "getComputedStyle(document.querySelector('{}')).display"
+    assert page.run(shown.format("nav")) == "none"
+    assert page.run(shown.format(".tools")) == "none"
+    assert page.run("[...document.querySelectorAll('main section details')].every((o) => o.open)")
