@@ -145,10 +145,18 @@ def style(method: str) -> Style:
 def shipped() -> dict[str, Style]:
     """Return the styles of the methods that ship, by name in the order of every legend."""
     found = {}
-    for name in sorted((path.stem for path in METHODS.glob("*.yaml")), key=order):
-        settings = yaml.safe_load((METHODS / f"{name}.yaml").read_text(encoding="utf-8"))
+    for name, settings in _written().items():
         found[name] = _chosen(name, settings.get("label"), settings.get("colour"))
     return found
+
+
+@functools.cache
+def _written() -> dict[str, dict[str, Any]]:
+    """Return the configuration files of the methods that ship."""
+    return {
+        name: yaml.safe_load((METHODS / f"{name}.yaml").read_text(encoding="utf-8"))
+        for name in sorted((path.stem for path in METHODS.glob("*.yaml")), key=order)
+    }
 
 
 @contextlib.contextmanager
@@ -177,6 +185,12 @@ def _chosen(method: str, label: str | None = None, colour: str | None = None) ->
         method, (_MARKERS[digest[1] % len(_MARKERS)], _LINES[digest[2] % len(_LINES)])
     )
     return Style(label or method, colour or _COLOURS[digest[0] % len(_COLOURS)], marker, line)
+
+
+def setting_words(method: str, setting: str, value: Any) -> str | None:
+    """Return what a method's configuration calls a variant with a value of a setting, or None."""
+    words: Mapping[str, str] = _written().get(method, {}).get("words") or {}
+    return words.get(f"{setting}={value}".lower())
 
 
 def turn(place: int) -> Line:

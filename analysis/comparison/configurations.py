@@ -574,18 +574,24 @@ def _labelled(configurations: pd.DataFrame, parameters: list[str]) -> pd.DataFra
     for name in (*_SCORES, *_MEANS, *_MEDIANS, *_ENDS, *_RATIO_ENDS, "decode_vs_full"):
         configurations[name] = pd.to_numeric(configurations[name]).astype("float64")
     variants: dict[Hashable, str] = {}
-    for _, part in _groups(configurations, ("model", "task", "protocol", "method")):
+    labels: dict[Hashable, str] = {}  # what stands after the method's name,
+    aside: dict[Hashable, list[str]] = {}  # and after that in brackets
+    for key, part in _groups(configurations, ("model", "task", "protocol", "method")):
         options = [*parameters, "impl", "full_backend"]
         varying = [name for name in options if varies(part[name])]
         usual = {name: part[name].astype(str).mode()[0] for name in varying}
         # object: rows of numbers alone would have their integers turned into floats
         for index, configuration in part[varying].astype(object).iterrows():
-            variants[index] = ", ".join(
-                _setting_text(name, value)
+            named = {
+                str(name).removeprefix(PARAMETER_PREFIX): value
                 for name, value in configuration.items()
                 if not pd.isna(value)
                 and (len(varying) <= _MOST_NAMED or str(value) != usual[str(name)])
-            )
+            }
+            words, others = _in_words(key["method"], named)
+            variants[index] = ", ".join([*words, *others])
+            labels[index] = f" {', '.join(words)}" if words else ""
+            aside[index] = others
     configurations["variant"] = pd.Series(variants)
     for name in _NAMED_APART:
         same = configurations.duplicated(
@@ -596,16 +602,29 @@ def _labelled(configurations: pd.DataFrame, parameters: list[str]) -> pd.DataFra
             apart = f"{name.partition('_')[0]} {str(configurations.at[index, name])[:8]}"
             before = str(configurations.at[index, "variant"])
             configurations.at[index, "variant"] = f"{before}, {apart}" if before else apart
+            aside[index].append(apart)
     configurations["label"] = [
-        style.style(method).label + (f" ({variant})" if variant else "")
-        for method, variant in zip(configurations["method"], configurations["variant"], strict=True)
+        style.style(method).label
+        + labels[index]
+        + (f" ({', '.join(aside[index])})" if aside[index] else "")
+        for index, method in configurations["method"].items()
     ]
     return configurations
 
 
-def _setting_text(name: Hashable, value: Any) -> str:
-    plain = str(name).removeprefix(PARAMETER_PREFIX)
-    return str(value) if isinstance(value, str) else f"{plain}={value}"
+def _in_words(method: str, settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return a variant's settings in its method's words, and those that it has no words for.
+
+    The latter are a text alone, or ``NAME=VALUE``.
+    """
+    words, others = [], []
+    for name, value in settings.items():
+        found = style.setting_words(method, name, value)
+        if found is not None:
+            words.append(found)
+        else:
+            others.append(str(value) if isinstance(value, str) else f"{name}={value}")
+    return words, others
 
 
 def _count(configurations: pd.DataFrame, pools: Mapping[str, pd.DataFrame]) -> pd.Series:

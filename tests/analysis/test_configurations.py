@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -336,7 +337,33 @@ def test_other_parameters_that_vary_are_in_the_label(row: RowMaker) -> None:
             for name, word in (("1", "trained"), ("2", "random"))
         ]
     )
-    assert compare(rows).configurations["label"].tolist() == ["HATA (random)", "HATA (trained)"]
+    assert compare(rows).configurations["label"].tolist() == [
+        "HATA with Gaussian weights",
+        "HATA with trained weights",
+    ]
+
+
+def test_a_variant_is_named_in_the_words_of_its_methods_configuration(row: RowMaker) -> None:
+    """A setting without words is NAME=VALUE, whichever file the rows are from."""
+    settings: list[dict[str, Any]] = [
+        {"use_norm": False, "epsilon": 0.5},
+        {"use_norm": "True", "epsilon": 0.25},
+    ]
+    rows = frame(
+        [
+            row(run_id=f"{n:016x}", method="hata", k=64, parameters=one)
+            for n, one in enumerate(settings)
+        ]
+    )
+    configurations = compare(rows).configurations
+    assert configurations["label"].tolist() == [
+        "HATA with key norms (epsilon=0.25)",
+        "HATA without key norms (epsilon=0.5)",
+    ]
+    assert configurations["variant"].tolist() == [
+        "with key norms, epsilon=0.25",
+        "without key norms, epsilon=0.5",
+    ]
 
 
 def test_failures_are_listed_with_their_reason_and_not_compared(row: RowMaker) -> None:
