@@ -125,7 +125,7 @@ class Comparison:
                 yield {**key, "protocol": name}, part[free | (part["protocol"] == name)]
 
     def _with_full(self, key: Mapping[str, Any], part: pd.DataFrame) -> pd.DataFrame:
-        """Return a setting's configurations, with the full attention of other threads if it has none.
+        """Return a setting's configurations, with full attention of other threads if it has none.
 
         Answers do not depend on the number of threads, but times do, so that these are left out.
         """

@@ -155,9 +155,10 @@ def build(
     out: str | Path | None = None,
     models: Mapping[str, ModelSize] = MODELS,
     published: bool = False,
+    methods: Sequence[str] | None = None,
 ) -> Path:
     """Do what `write` does; return the absolute path of ``report.html``."""
-    return write(sources, out, models, published).page
+    return write(sources, out, models, published, methods).page
 
 
 def write(
@@ -165,6 +166,7 @@ def write(
     out: str | Path | None = None,
     models: Mapping[str, ModelSize] = MODELS,
     published: bool = False,
+    methods: Sequence[str] | None = None,
 ) -> Report:
     """Write tables, figures and the report of one sweep, or of several merged.
 
@@ -175,9 +177,12 @@ def write(
         models: Whole models for which the bound on a decode step is shown.
         published: Show the paper's published numbers beside ours; all of them, with the reasons why
             they are not comparable, go to ``published.csv``.
+        methods: Methods to highlight in figures of many, by name; None for the references and the
+            best.
 
     Raises:
-        RecordError: If a source is missing, holds no row, or the folder cannot be written.
+        RecordError: If a source is missing, holds no row, or the folder cannot be written, or there
+            is no method of a name.
     """
     paths = [Path(sources)] if isinstance(sources, str | Path) else [Path(one) for one in sources]
     if not paths:
@@ -187,8 +192,15 @@ def write(
     samples = _merge([samples for _, samples in loaded]).infer_objects()
     if not len(rows):
         raise RecordError(f"{paths[0]} must hold at least one row, but no cell has begun.")
+    known = {*style.shipped(), *rows["method"]}
+    for name in methods or ():
+        if name not in known:
+            raise RecordError(
+                f"methods must name methods, got {name!r}; these rows have"
+                f" {', '.join(sorted(set(rows['method']), key=style.order))}."
+            )
     with style.recorded(rows):
-        return _write(rows, samples, paths, out, models, published)
+        return _write(rows, samples, paths, out, models, published, methods)
 
 
 def _write(
@@ -198,6 +210,7 @@ def _write(
     out: str | Path | None,
     models: Mapping[str, ModelSize],
     published: bool,
+    methods: Sequence[str] | None,
 ) -> Report:
     """Write what `write` says, from rows that were read from paths."""
     first = paths[0] if paths[0].is_dir() else paths[0].parent
@@ -215,7 +228,7 @@ def _write(
         write_atomic(folder / "rows.csv", shown.to_csv(index=False, lineterminator="\n").encode())
         write_atomic(folder / "samples.parquet", samples_bytes(samples))
     sweeps = [Sweep.open(path) for path in paths if path.is_dir()]
-    content = _content(compared, shown, samples, folder, models)
+    content = _content(compared, shown, samples, folder, models, methods)
     content["searches"] = search.sections(sweeps, shown, folder / "figures")
     commands = [one for sweep in sweeps for one in sweep.commands()]
     content["ran"] += [f"Command: {one}" for one in dict.fromkeys(commands)]
@@ -251,6 +264,7 @@ def _content(
     samples: pd.DataFrame,
     folder: Path,
     models: Mapping[str, ModelSize],
+    methods: Sequence[str] | None,
 ) -> dict[str, Any]:
     """Return the contents of a report, in order."""
     panels: list[dict[str, Any]] = []
@@ -260,7 +274,8 @@ def _content(
         top = configurations[configurations.index.isin(compared.overall.index)]
         suffix = f"-{place + 1}" if len(settings) > 1 else ""
         context = _context(words, top)
-        drawn = draw_all(configurations, folder / "figures", context, suffix, models, samples)
+        given = (context, suffix, models, samples)
+        drawn = draw_all(configurations, folder / "figures", *given, methods=methods)
         panels.append(
             {
                 "title": words,
@@ -423,6 +438,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="show the paper's published numbers beside ours, and say which are comparable",
     )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help="methods to highlight in figures of many (default: references and the best)",
+    )
     options = parser.parse_args(arguments)
     with console():
         return _report(options)
@@ -437,7 +458,8 @@ def _report(options: argparse.Namespace) -> int:
         for one in options.results if results else ():
             if one not in results:
                 print(f"{one} is empty and left out.", file=sys.stderr)
-        say(build(results or options.results, options.out, models, options.published))
+        sources = results or options.results
+        say(build(sources, options.out, models, options.published, options.methods))
     except RecordError as error:
         say_error(error)
         return 2
