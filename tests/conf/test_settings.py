@@ -301,6 +301,7 @@ BAD = {
     "protocol.k=none": "protocol.k must be a whole number, got 'none'.",
     # What every method has.
     "method.label=7": "method.label must be text or null, got 7; quotes",
+    "report.methods=hata": "report.methods must be a list of texts or null, got 'hata'",
     "method.words=compact": "method.words must be a mapping or null, got 'compact'.",
     "method.colour=red": "method.colour must be quoted as in '#D55E00', got 'red'.",
     "method.native.num_sink=-1": "method.native.num_sink must be at least 0, got -1.",
