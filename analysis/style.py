@@ -2,8 +2,8 @@
 
 A method's label and colour are those of its ``conf/method/NAME.yaml``, or, of a method outside the
 repository, those that its rows recorded. Colours are Okabe and Ito's (Color Universal Design,
-2008), plus an indigo and a brown that are as distinct from them with all common kinds of colour
-vision. No two methods share colour and marker; those that share a colour also differ in line style.
+2008), and others that are distinct from them and from each other with all common kinds of colour
+vision: no two methods share a colour. Similar ones also differ in marker and line style.
 """
 
 from __future__ import annotations
@@ -27,10 +27,17 @@ BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, RED, PINK, GREY = "#0072B2", "#D55E00", "#CC79A7", "#6E6E6E"
 INDIGO, BROWN = "#332288", "#6B3E12"
 
+OTHERS = "#C4C4C4"
+"""Colour of the methods that a figure does not highlight."""
+
 SOLID = "-"
 DASHED = (0, (5, 2))
 DOTTED = (0, (1.2, 1.4))
 DASH_DOT = (0, (5, 1.5, 1.2, 1.5))
+
+BOUND = (0, (1, 3))
+BOUND_COLOUR = "#888888"
+"""Line style and colour of bounds, which no method has."""
 
 Line = str | tuple[int, tuple[float, ...]]
 
@@ -145,10 +152,18 @@ def style(method: str) -> Style:
 def shipped() -> dict[str, Style]:
     """Return the styles of the methods that ship, by name in the order of every legend."""
     found = {}
-    for name in sorted((path.stem for path in METHODS.glob("*.yaml")), key=order):
-        settings = yaml.safe_load((METHODS / f"{name}.yaml").read_text(encoding="utf-8"))
+    for name, settings in _written().items():
         found[name] = _chosen(name, settings.get("label"), settings.get("colour"))
     return found
+
+
+@functools.cache
+def _written() -> dict[str, dict[str, Any]]:
+    """Return the configuration files of the methods that ship."""
+    return {
+        name: yaml.safe_load((METHODS / f"{name}.yaml").read_text(encoding="utf-8"))
+        for name in sorted((path.stem for path in METHODS.glob("*.yaml")), key=order)
+    }
 
 
 @contextlib.contextmanager
@@ -177,6 +192,12 @@ def _chosen(method: str, label: str | None = None, colour: str | None = None) ->
         method, (_MARKERS[digest[1] % len(_MARKERS)], _LINES[digest[2] % len(_LINES)])
     )
     return Style(label or method, colour or _COLOURS[digest[0] % len(_COLOURS)], marker, line)
+
+
+def setting_words(method: str, setting: str, value: Any) -> str | None:
+    """Return what a method's configuration calls a variant with a value of a setting, or None."""
+    words: Mapping[str, str] = _written().get(method, {}).get("words") or {}
+    return words.get(f"{setting}={value}".lower())
 
 
 def turn(place: int) -> Line:

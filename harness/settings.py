@@ -39,7 +39,8 @@ GROUPS = (
 # Settings of the run that only tasks read.
 OF_TASKS = ("question", "num_samples")
 # What a method's configuration holds for tables and figures; no setting of the method.
-APPEARANCE = ("label", "colour")
+RECORDED_APPEARANCE = ("label", "colour")
+APPEARANCE = (*RECORDED_APPEARANCE, "words")
 # Keys of a node with a target that are Hydra's own.
 _OF_HYDRA = {"_target_", "_convert_"}
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
@@ -138,7 +139,7 @@ class Composed:
     """A composed configuration that was checked, and the objects that it stands for.
 
     Attributes:
-        settings: All settings, references resolved, without the method's label and colour.
+        settings: All settings, references resolved, without the method's ``APPEARANCE``.
         appearance: The method's label and colour.
         origin: The arguments of ``of``, with which another process makes the same.
         card: The device that a plan is for.
@@ -178,7 +179,7 @@ class Composed:
         names, origin = Names(written), (written, settings, given)
         check(names, settings)
         _check_effect(written["task"], given)
-        appearance = {name: settings["method"].get(name) for name in APPEARANCE}
+        appearance = {name: settings["method"].get(name) for name in RECORDED_APPEARANCE}
         settings = {**settings, "method": without_appearance(settings["method"])}
         # The model is loaded when everything else is known to be right.
         made = {
@@ -305,8 +306,9 @@ def check_node(names: Names, path: str, node: Any) -> None:
     """
     given = {name: value for name, value in node.items() if name not in _OF_HYDRA}
     if path.startswith("method"):
-        for name in APPEARANCE:
+        for name in RECORDED_APPEARANCE:
             _check_type(names, f"{path}.{name}", str | None, given.pop(name, None))
+        _check_type(names, f"{path}.words", Mapping[str, str] | None, given.pop("words", None))
         if not re.fullmatch("#[0-9A-Fa-f]{6}", node.get("colour") or "#000000"):
             raise SettingsError(
                 f"{path}.colour must be quoted as in '#D55E00', got {_shown(node['colour'])}."
@@ -361,7 +363,7 @@ def naming(names: Names, path: str, known: Iterable[str]) -> Iterator[None]:
 
 
 def without_appearance(method: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a method's settings without its label and colour, and those of a method inside it."""
+    """Return a method's settings without its ``APPEARANCE``, and those of a method inside it."""
     return {
         name: without_appearance(value) if _has_target(value) else value
         for name, value in method.items()

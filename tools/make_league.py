@@ -63,8 +63,10 @@ def page(rows: Path) -> str:
     """Return the whole page."""
     path = rows.resolve().relative_to(ROOT)
     parts = [HEAD.format(rows=path.as_posix(), folder=path.parent.as_posix())]
-    # Each section has one question setting, so notes on a mix of them do not apply.
-    notes = [note for note in compared(rows).notes if "question settings" not in note]
+    # Each section has one question setting, so notes on a mix of them do not apply; the page says
+    # itself what is missing without samples.
+    unneeded = ("question settings", "no samples")
+    notes = [one for one in compared(rows).notes if not any(word in one for word in unneeded)]
     parts += [f"{note}\n" for note in notes]
     for key, configurations in compared(rows).by_setting():
         league = league_table(configurations)

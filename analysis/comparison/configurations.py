@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +60,8 @@ OVER_WINDOWS, OVER_SEEDS = (
 )
 """Metrics with an interval over windows of text, which rows record, and those that are not recorded
 per sample: their intervals are over a configuration's seeds."""
+_OF_TIMES = (*_MEDIANS, *_RATIO_ENDS, "decode_vs_full", "bandwidth_fraction", "bandwidth_gb_s")
+"""Columns that depend on the number of threads."""
 _ENDS = tuple(
     f"{name}_ci_{end}" for name in (*OVER_SEEDS, *OVER_WINDOWS) for end in ("low", "high")
 )
@@ -104,7 +107,8 @@ class Comparison:
         """Yield each setting with its configurations, of each task the default one first.
 
         Where answers are scored, each length is a setting of its own; else all lengths share one.
-        Configurations without a protocol appear in the setting of every protocol.
+        Configurations without a protocol appear in the setting of every protocol. A setting without
+        full attention has that of another number of threads of the same machine, without its times.
         """
         for key, part in self._by_setting_of_all_lengths():
             if part["score"].notna().any():
@@ -115,11 +119,36 @@ class Comparison:
 
     def _by_setting_of_all_lengths(self) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
         """Yield each setting, lengths not separated, with its configurations."""
-        for key, part in _groups(self.configurations, _OF_ALL_LENGTHS):
+        for key, own in _groups(self.configurations, _OF_ALL_LENGTHS):
+            part = self._with_full(key, own)
             free = part["protocol"].isna()
             names = part["protocol"].dropna().unique()
             for name in sorted(names, key=lambda one: _rank("protocol", one)) or [None]:
                 yield {**key, "protocol": name}, part[free | (part["protocol"] == name)]
+
+    def _with_full(self, key: Mapping[str, Any], part: pd.DataFrame) -> pd.DataFrame:
+        """Return a setting's configurations, with full attention of other threads if it has none.
+
+        Answers do not depend on the number of threads, but times do, so that these are left out.
+        """
+        if (part["method"] == "full").any():
+            return part
+        every = self.configurations
+        same = every["method"].eq("full")
+        same &= every["device"].map(_machine) == _machine(key["device"])
+        for name in _OF_ALL_LENGTHS:
+            if name != "device":
+                same &= every[name].isna() if key[name] is None else every[name].eq(key[name])
+        found = every[same & every["score"].notna() & every["length"].isin(part["length"])]
+        # Of several numbers of threads, one stands for all.
+        found = found[found["device"] == found["device"].min()]
+        untimed = found.assign(**dict.fromkeys(_OF_TIMES, math.nan), timing_note=None)
+        return pd.concat([untimed.astype(part.dtypes), part]) if len(found) else part
+
+
+def _machine(device: Any) -> str:
+    """Return a device's name without its number of threads, which does not change answers."""
+    return re.sub(r", \d+ threads$", "", str(device))
 
 
 def called_by_shape(configurations: pd.DataFrame) -> pd.Series:
@@ -150,6 +179,7 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
     good = good.assign(full_backend=backend.where(backend.notna(), of_cell))
     parameters = [name for name in good.columns if name.startswith(PARAMETER_PREFIX)]
     outcomes = _with_seed(samples, good)
+    notes += _without_samples(good, outcomes) + _other_threads(good)
     records: list[dict[str, Any]] = []
     pools: dict[str, pd.DataFrame] = {}
     # A task without a prompt length is grouped by its number of cached tokens instead.
@@ -330,6 +360,37 @@ def _without_full(rows: pd.DataFrame) -> list[str]:
         where = ", ".join(sorted({f"{row.task}/{row.subtask}" for row in part.itertuples()}))
         notes.append(f"{where}: {note}")
     return notes
+
+
+def _without_samples(rows: pd.DataFrame, outcomes: pd.DataFrame) -> list[str]:
+    """Return a sentence if scores have no samples, and what is therefore missing."""
+    scored = set(rows.loc[rows["score"].notna() & ~rows["method"].isin(BASELINES), "run_id"])
+    missing = scored - set(outcomes["run_id"])
+    if not missing:
+        return []
+    number = "these scores" if missing == scored else f"{len(missing)} of {len(scored)} cells"
+    return [
+        f"There are no samples of {number}, as where samples.parquet is not beside the rows: two"
+        " methods cannot be paired without them, so that none of these is bold, their scores at"
+        " equal cost have no intervals, and scores over several seeds have none."
+    ]
+
+
+def _other_threads(rows: pd.DataFrame) -> list[str]:
+    """Return a sentence if full attention was run with another number of threads than a method."""
+    full = rows["method"].eq("full") & rows["score"].notna()
+    of_full, others = (set(rows.loc[one, "device"].dropna()) for one in (full, ~full))
+    apart = [
+        device
+        for device in sorted(others - of_full)
+        if _machine(device) in {_machine(one) for one in of_full}
+    ]
+    if not apart:
+        return []
+    return [
+        f"Full attention was not run on {', '.join(apart)}: its answers there are those with"
+        f" another number of threads ({', '.join(sorted(of_full))}), and it has no times there."
+    ]
 
 
 def _refitted(rows: pd.DataFrame, parameters: list[str]) -> pd.Series:
@@ -520,18 +581,24 @@ def _labelled(configurations: pd.DataFrame, parameters: list[str]) -> pd.DataFra
     for name in (*_SCORES, *_MEANS, *_MEDIANS, *_ENDS, *_RATIO_ENDS, "decode_vs_full"):
         configurations[name] = pd.to_numeric(configurations[name]).astype("float64")
     variants: dict[Hashable, str] = {}
-    for _, part in _groups(configurations, ("model", "task", "protocol", "method")):
+    labels: dict[Hashable, str] = {}  # what stands after the method's name,
+    aside: dict[Hashable, list[str]] = {}  # and after that in brackets
+    for key, part in _groups(configurations, ("model", "task", "protocol", "method")):
         options = [*parameters, "impl", "full_backend"]
         varying = [name for name in options if varies(part[name])]
         usual = {name: part[name].astype(str).mode()[0] for name in varying}
         # object: rows of numbers alone would have their integers turned into floats
         for index, configuration in part[varying].astype(object).iterrows():
-            variants[index] = ", ".join(
-                _setting_text(name, value)
+            named = {
+                str(name).removeprefix(PARAMETER_PREFIX): value
                 for name, value in configuration.items()
                 if not pd.isna(value)
                 and (len(varying) <= _MOST_NAMED or str(value) != usual[str(name)])
-            )
+            }
+            words, others = _in_words(key["method"], named)
+            variants[index] = ", ".join([*words, *others])
+            labels[index] = f" {', '.join(words)}" if words else ""
+            aside[index] = others
     configurations["variant"] = pd.Series(variants)
     for name in _NAMED_APART:
         same = configurations.duplicated(
@@ -542,16 +609,29 @@ def _labelled(configurations: pd.DataFrame, parameters: list[str]) -> pd.DataFra
             apart = f"{name.partition('_')[0]} {str(configurations.at[index, name])[:8]}"
             before = str(configurations.at[index, "variant"])
             configurations.at[index, "variant"] = f"{before}, {apart}" if before else apart
+            aside[index].append(apart)
     configurations["label"] = [
-        style.style(method).label + (f" ({variant})" if variant else "")
-        for method, variant in zip(configurations["method"], configurations["variant"], strict=True)
+        style.style(method).label
+        + labels[index]
+        + (f" ({', '.join(aside[index])})" if aside[index] else "")
+        for index, method in configurations["method"].items()
     ]
     return configurations
 
 
-def _setting_text(name: Hashable, value: Any) -> str:
-    plain = str(name).removeprefix(PARAMETER_PREFIX)
-    return str(value) if isinstance(value, str) else f"{plain}={value}"
+def _in_words(method: str, settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return a variant's settings in its method's words, and those that it has no words for.
+
+    The latter are a text alone, or ``NAME=VALUE``.
+    """
+    words, others = [], []
+    for name, value in settings.items():
+        found = style.setting_words(method, name, value)
+        if found is not None:
+            words.append(found)
+        else:
+            others.append(str(value) if isinstance(value, str) else f"{name}={value}")
+    return words, others
 
 
 def _count(configurations: pd.DataFrame, pools: Mapping[str, pd.DataFrame]) -> pd.Series:

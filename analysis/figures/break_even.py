@@ -31,6 +31,7 @@ from topkbench.analysis.comparison.timings import (
     timing_notes,
 )
 from topkbench.analysis.figures.curves import from_zero, hollow, legend, log2_axis, spread
+from topkbench.analysis.figures.highlight import draw_line, highlighted, marked, name_ends
 from topkbench.analysis.record.row import RecordError
 from topkbench.analysis.tables.table import Table
 
@@ -243,8 +244,15 @@ def _step_speedup(points: pd.DataFrame, size: ModelSize) -> pd.DataFrame:
     return points.assign(**gains)
 
 
-def break_even(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
-    """Draw each method's speed-up over full attention against length, break-even marked."""
+def break_even(
+    configurations: pd.DataFrame, methods: Sequence[str] | None = None
+) -> tuple[Figure, pd.DataFrame] | None:
+    """Draw each method's speed-up over full attention against length, break-even marked.
+
+    Args:
+        configurations: Configurations of one setting and one batch size.
+        methods: Methods to highlight; None for the default of `highlight.highlighted`.
+    """
     found = curves(configurations)
     if not found:
         return None
@@ -252,13 +260,22 @@ def break_even(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | No
     axes = figure.add_subplot()
     axes.axhline(1, color=style.style("full").colour, lw=1.4, label=style.style("full").label)
     parts = []
+    chosen = _highlighted(found, methods)
+    ends_of: list[tuple[float, float, str]] = []
     for configuration, points in found:
         look = style.style(configuration["method"])
         lengths = points["length"].astype(float)
-        axes.errorbar(
+        in_grey = configuration["method"] not in chosen
+        if in_grey:
+            last = points.iloc[-1]
+            at_end = float(last["length"]), float(last["speedup_vs_full"])
+            ends_of.append((*at_end, _curve_name(configuration)))
+        draw_line(
+            axes,
             lengths,
             points["speedup_vs_full"],
-            yerr=spread(points, "speedup_vs_full"),
+            spread(points, "speedup_vs_full"),
+            in_grey=in_grey,
             color=look.colour,
             marker=look.marker,
             linestyle=look.line,
@@ -266,13 +283,13 @@ def break_even(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | No
             capsize=1.8,
             label=_curve_name(configuration),
         )
-        hollow(axes, points, "length", "speedup_vs_full")
+        hollow(axes, points, "length", "speedup_vs_full", in_grey)
         place = crossing(list(lengths), list(points["speedup_vs_full"]))
-        if 0 < place < math.inf:
+        if 0 < place < math.inf and not in_grey:
             axes.plot(place, 1, marker="|", ms=15, mew=2, color=look.colour, ls="none")
         ends = crossing_interval(points) or (math.nan, math.nan)
         inside = np.clip(ends, lengths.min(), lengths.max())
-        if inside[0] < inside[1]:
+        if inside[0] < inside[1] and not in_grey:
             axes.plot(inside, (1, 1), color=look.colour, lw=4, alpha=0.45, solid_capstyle="butt")
         parts.append(
             points.assign(faster_from=place, faster_from_low=ends[0], faster_from_high=ends[1])
@@ -286,21 +303,33 @@ def break_even(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | No
     log2_axis(axes.yaxis, [2.0**power for power in range(bottom, top + 1)], "g")
     axes.set_xlabel(METRICS["kv_len"].axis)
     axes.set_ylabel(METRICS["speedup_vs_full"].axis)
+    name_ends(axes, ends_of)
     legend(figure, axes)
     names = ["method", "variant", "rbit", "length", "decode_ms_p50", "full_ms", "speedup_vs_full"]
     names += ["speedup_ci_low", "speedup_ci_high", "timing_note"]
     names += ["faster_from", "faster_from_low", "faster_from_high"]
-    return figure, data[names].reset_index(drop=True)
+    return figure, marked(data[names].reset_index(drop=True), chosen)
+
+
+def _highlighted(
+    found: Sequence[tuple[pd.Series, pd.DataFrame]], methods: Sequence[str] | None
+) -> frozenset[str]:
+    """Return the highlighted methods of what `curves` returns."""
+    points = pd.concat([points for _, points in found])
+    return highlighted(points, "speedup_vs_full", "length", methods)
 
 
 def step_bound(
-    configurations: pd.DataFrame, models: Mapping[str, ModelSize] = MODELS
+    configurations: pd.DataFrame,
+    models: Mapping[str, ModelSize] = MODELS,
+    methods: Sequence[str] | None = None,
 ) -> tuple[Figure, pd.DataFrame] | None:
     """Draw attention's share of a whole step, and the bound on each method's speed-up of it.
 
     Args:
         configurations: Configurations of one setting and one batch size.
         models: Whole models, one panel each.
+        methods: Methods to highlight; None for the default of `highlight.highlighted`.
     """
     found = _bounded(configurations)
     if not found or not models:
@@ -310,6 +339,8 @@ def step_bound(
     _, longest = max(found, key=lambda one: len(one[1]))
     parts = []
     named: list[tuple[float, str, str]] = []
+    chosen = _highlighted(found, methods)
+    ends: list[tuple[float, float, str]] = []
     for place, ((name, size), axes) in enumerate(zip(models.items(), others, strict=True)):
         share = size.layers * longest["full_ms"] / step_ms(longest, "full_ms", size)
         colour = style.shade("#222222", place / max(len(models) - 1, 1))
@@ -319,10 +350,16 @@ def step_bound(
         for configuration, points in found:
             look = style.style(configuration["method"])
             gain = _step_speedup(points, size)
-            axes.errorbar(
+            in_grey = configuration["method"] not in chosen
+            if in_grey and axes is others[-1]:
+                at_end = float(points["length"].iloc[-1]), float(gain["speedup_vs_full"].iloc[-1])
+                ends.append((*at_end, _curve_name(configuration)))
+            draw_line(
+                axes,
                 points["length"].astype(float),
                 gain["speedup_vs_full"],
-                yerr=spread(gain, "speedup_vs_full"),
+                spread(gain, "speedup_vs_full"),
+                in_grey=in_grey,
                 color=look.colour,
                 marker=look.marker,
                 linestyle=look.line,
@@ -330,7 +367,7 @@ def step_bound(
                 capsize=1.8,
                 label=_curve_name(configuration),
             )
-            hollow(axes, gain, "length", "speedup_vs_full")
+            hollow(axes, gain, "length", "speedup_vs_full", in_grey)
             names = ["method", "variant", "rbit", "length", "decode_ms_p50", "full_ms"]
             own = size.layers * points["full_ms"] / step_ms(points, "full_ms", size)
             parts.append(
@@ -366,5 +403,6 @@ def step_bound(
         axes.set_xscale("log", base=2)
         log2_axis(axes.xaxis, [float(one) for one in data["length"]], "k", most=4)
         axes.set_xlabel(METRICS["kv_len"].label)
+    name_ends(others[-1], ends)
     legend(figure, others[0])
-    return figure, data.reset_index(drop=True)
+    return figure, marked(data.reset_index(drop=True), chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 
 from topkbench.analysis import style
 from topkbench.analysis.figures.curves import curve_label, legend
+from topkbench.analysis.figures.highlight import draw_line, highlighted, marked, name_ends
 from topkbench.analysis.figures.variants import ablation_variant, by_calibration, rank
 
 _COLUMNS = {"run_id", "k", "layer", "kv_head", "recall_at_k"}
@@ -34,7 +36,7 @@ def _look(configuration: pd.Series) -> style.Style:
 
 
 def recall_by_layer(
-    configurations: pd.DataFrame, samples: pd.DataFrame
+    configurations: pd.DataFrame, samples: pd.DataFrame, methods: Sequence[str] | None = None
 ) -> tuple[Figure, pd.DataFrame] | None:
     """Draw the recall of the exact top-k in each layer, at the middle budget and hash width.
 
@@ -43,6 +45,7 @@ def recall_by_layer(
     Args:
         configurations: `Comparison.overall` of one setting.
         samples: The samples of their cells.
+        methods: Methods to highlight; None for the default of `highlight.highlighted`.
 
     Returns:
         The figure and its data, or None without recall by layer, of a single layer, or with more
@@ -57,6 +60,7 @@ def recall_by_layer(
         if values:
             middle = values[len(values) // 2]
             data = data[(data[axis] == middle) | (data[axis].isna() & (axis == "rbit"))]
+    chosen = highlighted(data, "recall_at_k", "k", methods)
     parts = by_calibration(data)
     if any(len(part) > MOST_CURVES for part in parts.values()):
         return None
@@ -67,6 +71,7 @@ def recall_by_layer(
     for panel, (calibration, part) in zip(axes, parts.items(), strict=True):
         looks = [(one, _look(one)) for _, one in part.iterrows()]
         looks.sort(key=lambda one: rank(one[1].label))
+        ends: list[tuple[float, float, str]] = []
         for place, (configuration, look) in enumerate(looks):
             own = quality[
                 quality["run_id"].isin(configuration["run_ids"])
@@ -76,10 +81,15 @@ def recall_by_layer(
             heads = by_head.unstack()
             mean = heads.mean(axis=1)
             shift = 0.08 * (place - (len(part) - 1) / 2)
-            panel.errorbar(
+            in_grey = configuration["method"] not in chosen
+            if in_grey:
+                ends.append((mean.index[-1] + shift, float(mean.iloc[-1]), look.label))
+            draw_line(
+                panel,
                 [layer + shift for layer in mean.index],
                 mean,
-                yerr=[mean - heads.min(axis=1), heads.max(axis=1) - mean],
+                [mean - heads.min(axis=1), heads.max(axis=1) - mean],
+                in_grey=in_grey,
                 color=look.colour,
                 marker=look.marker,
                 linestyle=look.line,
@@ -89,11 +99,13 @@ def recall_by_layer(
                 label=look.label,
             )
             long = by_head.reset_index()
-            tables.append(long.assign(configuration=look.label, calibration=calibration))
+            named = {"method": configuration["method"], "configuration": look.label}
+            tables.append(long.assign(**named, calibration=calibration))
+        name_ends(panel, ends)
         panel.set_ylabel(f"Recall@{int(data['k'].iloc[0])}")
         if len(parts) > 1:
             panel.set_title(f"Learned on calibration={calibration}", loc="left", fontsize="medium")
     axes[-1].set_xticks(ticks)
     axes[-1].set_xlabel("Layer")
     legend(figure, axes[0])
-    return figure, pd.concat(tables, ignore_index=True)
+    return figure, marked(pd.concat(tables, ignore_index=True), chosen)

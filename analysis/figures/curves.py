@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -17,12 +18,22 @@ from topkbench.analysis.comparison.counts import counted
 from topkbench.analysis.comparison.metrics import METRICS
 from topkbench.analysis.comparison.stats import MEAN
 from topkbench.analysis.comparison.timings import RATIOS, interval_of, is_unsteady
+from topkbench.analysis.figures.highlight import draw_line, highlighted, marked, name_ends
 
 
 def new_figure(width: float = 7.2, height: float = 4.1) -> tuple[Figure, Axes]:
     """Return an empty figure and its axes; sizes in inches."""
     figure = Figure(figsize=(width, height))
     return figure, figure.add_subplot()
+
+
+def lay_out(figure: Figure) -> RendererAgg:
+    """Lay a figure out, unless it is already: constrained layout takes as long as drawing."""
+    canvas = FigureCanvasAgg(figure)
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    return canvas.get_renderer()
 
 
 def log2_axis(axis: Any, values: Sequence[float], number: str = ",.0f", most: int = 9) -> None:
@@ -111,7 +122,7 @@ def spread(points: pd.DataFrame, y: str) -> np.ndarray | None:
     return np.clip(np.array([low, high], dtype=float), 0, None)
 
 
-def hollow(axes: Axes, points: pd.DataFrame, x: str, y: str) -> None:
+def hollow(axes: Axes, points: pd.DataFrame, x: str, y: str, in_grey: bool = False) -> None:
     """Draw hollow markers over the points whose times are unsteady."""
     for _, point in points[is_unsteady(points)].iterrows():
         look = style.style(point["method"])
@@ -121,11 +132,15 @@ def hollow(axes: Axes, points: pd.DataFrame, x: str, y: str) -> None:
             ls="none",
             marker=look.marker,
             markerfacecolor="white",
-            markeredgecolor=look.colour,
+            markeredgecolor=style.OTHERS if in_grey else look.colour,
             markeredgewidth=1.2,
-            zorder=5,
+            zorder=1.7 if in_grey else 5,
         )
 
+
+_BOUND: dict[str, Any] = {
+    **{"color": style.BOUND_COLOUR, "ls": style.BOUND, "lw": 1.0, "zorder": 1.4},
+}
 
 LINEAR = 0.01
 """Losses up to this, in nats, are on the linear part of their axis, which also shows gains."""
@@ -137,13 +152,16 @@ def legend(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside right upper")
 
 
-def curve(configurations: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.DataFrame] | None:
+def curve(
+    configurations: pd.DataFrame, y: str, x: str, methods: Sequence[str] | None = None
+) -> tuple[Figure, pd.DataFrame] | None:
     """Draw a metric over the budget or the hash bits, a curve per method and value of the other.
 
     Args:
         configurations: `Comparison.overall` of one setting.
         y: ``score``, ``recall_at_k``, ``decode_vs_full``, ``nll_delta`` or ``kl_full``.
         x: ``k`` or ``rbit``.
+        methods: Methods to highlight; None for the default of `highlight.highlighted`.
 
     Returns:
         The figure and its data, or None where no curve has two points.
@@ -170,15 +188,25 @@ def curve(configurations: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.Data
             )
         axes.axhline(configuration[y], color=look.colour, lw=1.4, label=look.label)
     curves = _series(data, x, ("rbit",) if x == "k" else ("k",))
-    for place, (method, label, points, lightness, line_style) in enumerate(curves):
+    chosen = highlighted(data, y, x, methods)
+    ends: list[tuple[float, float, str]] = []
+    num_coloured, place = sum(method in chosen for method, *_ in curves), 0
+    for method, label, points, lightness, line_style in curves:
         look = style.style(method)
         colour = style.shade(look.colour, lightness)
-        # A small horizontal shift per curve keeps intervals from covering one another.
-        shift = 2.0 ** (0.035 * (place - (len(curves) - 1) / 2) / max(len(curves) / 6, 1))
-        axes.errorbar(
-            points[x].astype(float) * shift,
+        in_grey = method not in chosen
+        at = points[x].astype(float)
+        if in_grey:
+            ends.append((float(at.iloc[-1]), float(points[y].iloc[-1]), label))
+        else:  # a small horizontal shift keeps intervals from covering one another
+            at *= 2.0 ** (0.035 * (place - (num_coloured - 1) / 2) / max(num_coloured / 6, 1))
+            place += 1
+        draw_line(
+            axes,
+            at,
             points[y],
-            yerr=spread(points, y),
+            spread(points, y),
+            in_grey=in_grey,
             color=colour,
             marker=look.marker,
             linestyle=line_style,
@@ -190,7 +218,7 @@ def curve(configurations: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.Data
             label=label,
         )
         if y == "decode_vs_full":
-            hollow(axes, points.assign(shifted=points[x].astype(float) * shift), "shifted", y)
+            hollow(axes, points.assign(shifted=at), "shifted", y, in_grey)
     axes.set_xscale("log", base=2)
     log2_axis(axes.xaxis, [float(v) for v in data[x]])
     axes.set_xlabel(METRICS[x].axis)
@@ -207,8 +235,9 @@ def curve(configurations: pd.DataFrame, y: str, x: str) -> tuple[Figure, pd.Data
         from_zero(axes)
     else:
         share_axis(axes, 100.0 if y == "score" else 1.0)
+    name_ends(axes, ends)
     legend(figure, axes)
-    return figure, table(pd.concat([full.head(1), data]), x, y)
+    return figure, marked(table(pd.concat([full.head(1), data]), x, y), {*chosen, "full"})
 
 
 def share_axis(axes: Axes, whole: float) -> None:
@@ -248,18 +277,23 @@ def table(configurations: pd.DataFrame, *columns: str) -> pd.DataFrame:
 
 
 def context_curve(
-    configurations: pd.DataFrame, y: str, x: str = "kv_len"
+    configurations: pd.DataFrame,
+    y: str,
+    x: str = "kv_len",
+    methods: Sequence[str] | None = None,
 ) -> tuple[Figure, pd.DataFrame] | None:
     """Draw decode latency or throughput over context length or batch size.
 
     Full attention is drawn once per method, as timed alternately with it: the times of its own
     cell were measured at another moment. If the achieved fraction of the memory bandwidth is known,
-    a thin dashed line shows the time that the same bytes would take at the full bandwidth.
+    a thin grey dotted line, which ends at the method's marker, shows the time that the same bytes
+    would take at the full bandwidth.
 
     Args:
         configurations: Configurations of one setting, and of one batch size or length.
         y: ``decode_ms_p50`` or ``tokens_per_s``.
         x: ``kv_len`` or ``batch_size``.
+        methods: Methods to highlight; None for the default of `highlight.highlighted`.
     """
     data = configurations[configurations[x].notna() & configurations[y].notna()]
     if not len(data) or data.groupby("method")[x].nunique().max() < 2:
@@ -274,13 +308,20 @@ def context_curve(
     data = data.assign(subtask=data["subtask"].mask(called_by_shape(data), ""))
     budgets = data.groupby(["label", "rbit", x], dropna=False)["k"].nunique()
     series = _series(data, x, ("k", "rbit") if budgets.max() > 1 else ("rbit",))
+    chosen = highlighted(data, y, x, methods)
+    ends: list[tuple[float, float, str]] = []
     for method, label, points, lightness, line_style in series:
         look = style.style(method)
         colour = style.shade(look.colour, lightness)
-        axes.errorbar(
+        in_grey = method not in chosen
+        if in_grey:
+            ends.append((float(points[x].iloc[-1]), float(points[y].iloc[-1]), label))
+        draw_line(
+            axes,
             points[x].astype(float),
             points[y],
-            yerr=spread(points, y),
+            spread(points, y),
+            in_grey=in_grey,
             color=colour,
             marker=look.marker,
             linestyle=line_style,
@@ -288,7 +329,7 @@ def context_curve(
             capsize=1.8,
             label=label,
         )
-        hollow(axes, points, x, y)
+        hollow(axes, points, x, y, in_grey)
         if method != "full" and points["full_ms_p50"].notna().any():
             slower = points["full_ms_p50"] / points["decode_ms_p50"]
             other = points[y] * slower if y == "decode_ms_p50" else points[y] / slower
@@ -307,15 +348,14 @@ def context_curve(
             drawn_full = True
             highest, lowest = max(highest, other.max()), min(lowest, other.min())
         bound = points[y] * points["bandwidth_fraction"]
-        if y == "decode_ms_p50" and bound.notna().sum() > 1:
-            axes.plot(points[x].astype(float), bound, color=colour, lw=0.9, ls=(0, (3, 2)))
+        if y == "decode_ms_p50" and bound.notna().sum() > 1 and not in_grey:
+            own = {"marker": look.marker, "ms": 3.5, "mfc": "none", "markevery": [-1]}
+            axes.plot(points[x].astype(float), bound, **_BOUND, **own)
             bounded = True
     if bounded:
         speed = data["bandwidth_gb_s"].median()
         speed_text = "" if pd.isna(speed) else f" ({speed:.0f} GB/s)"
-        axes.plot(
-            [], [], color="#444444", lw=0.9, ls=(0, (3, 2)), label=f"bandwidth bound{speed_text}"
-        )
+        axes.plot([], [], **_BOUND, label=f"Bandwidth bound{speed_text}")
     axes.set_xscale("log", base=2)
     log2_axis(axes.xaxis, [float(v) for v in data[x]])
     if highest >= 10 * lowest:
@@ -325,7 +365,8 @@ def context_curve(
         from_zero(axes)
     axes.set_xlabel(METRICS[x].axis)
     axes.set_ylabel(METRICS[y].axis)
+    name_ends(axes, ends)
     legend(figure, axes)
     data = pd.concat([points for _, _, points, _, _ in series])
     bound_by = ("bandwidth_fraction", "bandwidth_gb_s") if y == "decode_ms_p50" else ()
-    return figure, table(data, x, y, *bound_by)
+    return figure, marked(table(data, x, y, *bound_by), chosen)

@@ -8,25 +8,32 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
-from matplotlib.transforms import Bbox
 
 from topkbench.analysis import style
 from topkbench.analysis.comparison.configurations import BASELINES
 from topkbench.analysis.comparison.metrics import METRICS
 from topkbench.analysis.comparison.timings import is_unsteady
-from topkbench.analysis.figures.curves import legend, new_figure, table
+from topkbench.analysis.figures.curves import lay_out, legend, new_figure, table
+from topkbench.analysis.figures.highlight import NAME_COLOUR, highlighted, marked
 from topkbench.analysis.tables.overview import LEAGUE
 
 COSTS = ("bytes_read_per_step", "decode_vs_full")
+FRONT_WORDS = (
+    "The front, joined, starts at the cheapest point: a dearer point joins it if its score exceeds "
+    "that of each point on it by more than the intervals allow (a value without one counts as "
+    "exact); points that cannot be told apart in either join it together."
+)
+"""Which points are on the front, for a caption."""
 
 # Positions of a label at its point: offset in points, horizontal and vertical alignment.
 _PLACES = (
@@ -39,11 +46,11 @@ _PLACES = (
     ((6, 0), "left", "center"),
     ((-6, 0), "right", "center"),
 )
+_AWAY = (14.0, 22.0, 32.0, 44.0, 58.0, 74.0)  # distances of a label from its point, in points,
+_AROUND = 16  # in as many directions; a line then leads to it
 _AT_END = 2  # distance of a label from the end of its point's interval, in points
-_AT_ENDS = (
-    ("score_ci_high", (0, _AT_END), "center", "bottom"),
-    ("score_ci_low", (0, -_AT_END), "center", "top"),
-)
+_SHARE = {"left": 0.0, "bottom": 0.0, "center": 0.5, "right": 1.0, "top": 1.0}
+_SIZE = 7  # of labels, in points
 _POINT = 5.0  # half the width of the area around a point that is kept free of labels, in points
 _ALONG = 60  # positions between two points of the front that are kept free of labels
 _OVERLAP = 5.0  # points nearer than this overlap, in points of length,
@@ -68,6 +75,56 @@ def on_front(cost: Sequence[float], gain: Sequence[float]) -> list[bool]:
     ]
 
 
+def front_of(points: pd.DataFrame, cost: str) -> list[bool]:
+    """Return for each point whether it is on the front of what can be told apart.
+
+    A point beats another if it is better in score or cost by more than the intervals allow, and not
+    worse in the other by more. From the cheapest up, and of equal costs from the best score down, a
+    point that no point on the front beats joins the front, from which those that it beats are
+    removed. Scores are compared by their paired differences to full attention where both points
+    have one, since these have no variation between samples; bytes are exact.
+
+    Args:
+        points: Configurations with a score and the cost.
+        cost: One of ``COSTS``.
+    """
+    every: list[dict[str, Any]] = points.to_dict("records")  # type: ignore[assignment]
+    order = sorted(range(len(every)), key=lambda i: (every[i][cost], -every[i]["score"]))
+    found: list[int] = []
+    for place in order:
+        if not any(_beats(every[one], every[place], cost) for one in found):
+            found = [one for one in found if not _beats(every[place], every[one], cost)]
+            found.append(place)
+    return [place in found for place in range(len(every))]
+
+
+def _beats(first: Mapping[str, Any], other: Mapping[str, Any], cost: str) -> bool:
+    """Return whether a point is better in score or cost, and not worse in the other."""
+    score = "score"
+    if all(one["method"] == "full" or not pd.isna(one["delta_full"]) for one in (first, other)):
+        score = "delta_full"
+    cheaper, dearer = _is_above(other, first, cost), _is_above(first, other, cost)
+    higher, lower = _is_above(first, other, score), _is_above(other, first, score)
+    return (cheaper and not lower) or (higher and not dearer)
+
+
+def _is_above(first: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
+    """Return whether a value exceeds another by more than their intervals allow.
+
+    The distances to the ends of the intervals between the two are combined by Newcombe's rule.
+    """
+
+    def ends(one: Mapping[str, Any]) -> tuple[float, float, float]:
+        value = 0.0 if name == "delta_full" and one["method"] == "full" else float(one[name])
+        prefix = "delta_ci" if name == "delta_full" else f"{name}_ci"
+        known = (one.get(f"{prefix}_{end}") for end in ("low", "high"))
+        low, high = (value if one is None or pd.isna(one) else float(one) for one in known)
+        return value, low, high
+
+    (value, low, _), (below, _, high) = ends(first), ends(other)
+    return value > below and value - below > math.hypot(value - low, high - below)
+
+
 def has_all_bars(points: pd.DataFrame) -> bool:
     """Return whether all points have the interval of their score, and not only the front's."""
     return len(points) <= _MOST_BARS
@@ -76,14 +133,18 @@ def has_all_bars(points: pd.DataFrame) -> bool:
 def bars_words(configurations: pd.DataFrame, costs: Sequence[str]) -> str:
     """Return what the vertical bars of a figure over some costs are, for its caption."""
     which = "" if has_all_bars(_with_costs(configurations, costs)) else ", of the front alone"
-    return (
-        f"Vertical bars: 95% intervals of scores{which}; points whose bars overlap may be on the "
-        "front, or off it, by chance."
-    )
+    return f"Vertical bars: 95% intervals of scores{which}."
 
 
-def pareto(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+def pareto(
+    configurations: pd.DataFrame, methods: Sequence[str] | None = None
+) -> tuple[Figure, pd.DataFrame] | None:
     """Draw score against bytes read per decode step, with the Pareto front.
+
+    Args:
+        configurations: `Comparison.overall` of one setting.
+        methods: Methods to highlight; None for the default of `highlight.highlighted`. Those on the
+            front always are.
 
     Returns:
         The figure and its data, or None for fewer than three points.
@@ -92,13 +153,21 @@ def pareto(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     if len(data) < 3:
         return None
     figure, axes = new_figure(7.6, 4.4)
-    front, shown = _draw(axes, data, COSTS[0])
-    _finish(figure, [axes], data, [(front, shown)])
-    return figure, table(data.assign(on_front=front), COSTS[0], "score", "on_front")
+    front = _front(data, COSTS[0])
+    chosen = _highlighted(data, [front], methods)
+    shown = _draw(axes, data, COSTS[0], front, chosen)
+    _finish(figure, [axes], data, [(front, shown)], chosen)
+    return figure, marked(table(data.assign(on_front=front), COSTS[0], "score", "on_front"), chosen)
 
 
-def pareto_pair(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
+def pareto_pair(
+    configurations: pd.DataFrame, methods: Sequence[str] | None = None
+) -> tuple[Figure, pd.DataFrame] | None:
     """Draw score against bytes read and against decode time, each with its Pareto front.
+
+    Args:
+        configurations: `Comparison.overall` of one setting.
+        methods: As of `pareto`.
 
     Returns:
         The figure and its data, or None if ``tables.LEAGUE`` methods or fewer have both costs.
@@ -108,12 +177,36 @@ def pareto_pair(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | N
         return None
     figure = Figure(figsize=(12.0, 4.8))
     axes = list(figure.subplots(1, 2, sharey=True))
-    drawn = [_draw(one, data, cost) for one, cost in zip(axes, COSTS, strict=True)]
+    fronts = [_front(data, cost) for cost in COSTS]
+    chosen = _highlighted(data, fronts, methods)
+    drawn = [
+        (front, _draw(one, data, cost, front, chosen))
+        for one, cost, front in zip(axes, COSTS, fronts, strict=True)
+    ]
     axes[1].set_ylabel("")
-    _finish(figure, axes, data, drawn)
-    (of_bytes, _), (of_time, _) = drawn
-    marked = data.assign(on_front_of_bytes=of_bytes, on_front_of_time=of_time)
-    return figure, table(marked, *COSTS, "score", "on_front_of_bytes", "on_front_of_time")
+    _finish(figure, axes, data, drawn, chosen)
+    shown = data.assign(on_front_of_bytes=fronts[0], on_front_of_time=fronts[1])
+    columns = (*COSTS, "score", "on_front_of_bytes", "on_front_of_time")
+    return figure, marked(table(shown, *columns), chosen)
+
+
+def _highlighted(
+    data: pd.DataFrame, fronts: Sequence[pd.Series], methods: Sequence[str] | None
+) -> frozenset[str]:
+    """Return the highlighted methods, among them those on a front."""
+    on_a_front = {str(method) for front in fronts for method in data.loc[front, "method"]}
+    return highlighted(data, "score", "k", methods) | on_a_front
+
+
+def _front(data: pd.DataFrame, cost: str) -> pd.Series:
+    """Return for each configuration whether it is on the front."""
+    # Oracles read every key to select: they are bounds, not candidates for the front.
+    rivals = data[~data["method"].isin(BASELINES) | (data["method"] == "full")]
+    if cost == "decode_vs_full":  # an unreliable time beats no other point
+        rivals = rivals[~is_unsteady(rivals)]
+    # Named, as a column without rows would not be bool.
+    front = pd.Series(front_of(rivals, cost), index=rivals.index, dtype=bool)
+    return front.reindex(data.index, fill_value=False)
 
 
 def _with_costs(configurations: pd.DataFrame, costs: Sequence[str]) -> pd.DataFrame:
@@ -124,22 +217,19 @@ def _with_costs(configurations: pd.DataFrame, costs: Sequence[str]) -> pd.DataFr
     return configurations[known]
 
 
-def _draw(axes: Axes, data: pd.DataFrame, cost: str) -> tuple[pd.Series, pd.Series]:
+def _draw(
+    axes: Axes, data: pd.DataFrame, cost: str, front: pd.Series, chosen: Collection[str]
+) -> pd.Series:
     """Draw one cost's points, each method's joined by budget.
 
     Returns:
-        Which points are on the front, and where on the cost axis each is drawn.
+        Where on the cost axis each point is drawn.
     """
     price = data[cost] / METRICS[cost].divisor
-    # Oracles read every key to select: they are bounds, not candidates for the front.
-    rivals = data[~data["method"].isin(BASELINES) | (data["method"] == "full")]
+    colours = pd.Series({index: _colour(one, chosen) for index, one in data["method"].items()})
     hollow = pd.Series(False, index=data.index)
-    if cost == "decode_vs_full":  # an unreliable time dominates no other point
+    if cost == "decode_vs_full":
         hollow = is_unsteady(data)
-        rivals = rivals[~hollow[rivals.index]]
-    marks = on_front(list(price[rivals.index]), list(rivals["score"]))
-    # Named, as a column without rows would not be bool.
-    front = pd.Series(marks, index=rivals.index, dtype=bool).reindex(data.index, fill_value=False)
     cost_axis(axes, price)
     barred = data if has_all_bars(data) else data[front]
     bottom = 10 * (pd.concat([data["score"], barred["score_ci_low"]]).min() // 10)
@@ -152,7 +242,7 @@ def _draw(axes: Axes, data: pd.DataFrame, cost: str) -> tuple[pd.Series, pd.Seri
         shown[barred.index],
         barred["score_ci_low"],
         barred["score_ci_high"],
-        colors=[style.style(method).colour for method in barred["method"]],
+        colors=list(colours[barred.index]),
         lw=0.8,
         alpha=0.5,
         zorder=2.5,
@@ -173,7 +263,7 @@ def _draw(axes: Axes, data: pd.DataFrame, cost: str) -> tuple[pd.Series, pd.Seri
             data["score"],
             data["decode_vs_full_ci_low"] * aside,
             data["decode_vs_full_ci_high"] * aside,
-            colors=[style.style(method).colour for method in data["method"]],
+            colors=list(colours),
             lw=0.8,
             alpha=0.6,
             zorder=2.5,
@@ -181,16 +271,17 @@ def _draw(axes: Axes, data: pd.DataFrame, cost: str) -> tuple[pd.Series, pd.Seri
     for method in sorted(data["method"].unique(), key=style.order):
         look = style.style(method)
         own = data[data["method"] == method]
+        colour, is_chosen = _colour(method, chosen), method in chosen
         for _, curve in own.groupby(["label", "rbit"], dropna=False, sort=False):
             by_budget = curve.sort_values("k")
             axes.plot(
                 shown[by_budget.index],
                 by_budget["score"],
-                color=look.colour,
+                color=colour,
                 linestyle=look.line,
                 lw=0.9,
                 alpha=0.45,
-                zorder=1,
+                zorder=1 if is_chosen else 0.9,
             )
         for on, size, alpha in ((False, 30, 0.7), (True, 58, 1.0)):
             mine = own[(front[own.index] == on) & ~hollow[own.index]]
@@ -199,11 +290,12 @@ def _draw(axes: Axes, data: pd.DataFrame, cost: str) -> tuple[pd.Series, pd.Seri
                 mine["score"],
                 s=size,
                 marker=look.marker,
-                color=look.colour,
+                color=colour,
                 alpha=alpha,
                 edgecolors="white" if on else "none",
                 linewidths=0.6,
-                zorder=4 if on else 3,
+                zorder=4 if on else 3 if is_chosen else 2.2,
+                gid=f"{method}{'_front' if on else ''}_{axes.figure.axes.index(axes)}",
             )
         loose = own[hollow[own.index]]
         axes.scatter(
@@ -212,23 +304,32 @@ def _draw(axes: Axes, data: pd.DataFrame, cost: str) -> tuple[pd.Series, pd.Seri
             s=30,
             marker=look.marker,
             facecolors="white",
-            edgecolors=look.colour,
+            edgecolors=colour,
             linewidths=1.0,
-            zorder=3,
+            zorder=3 if is_chosen else 2.2,
         )
-        axes.plot(
-            [],
-            [],
-            marker=look.marker,
-            ms=6.5,
-            color=look.colour,
-            linestyle=look.line,
-            lw=0.9,
-            label=look.label,
-        )
+        if is_chosen:
+            axes.plot(
+                [],
+                [],
+                marker=look.marker,
+                ms=6.5,
+                color=colour,
+                linestyle=look.line,
+                lw=0.9,
+                label=look.label,
+            )
     axes.set_xlabel(METRICS[cost].axis)
     axes.set_ylabel(METRICS["score"].axis)
-    return front, shown
+    # A mark on the axis at each point, as ticks are round numbers.
+    beside = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 1}
+    rug = {"marker": 2, "ms": 3.0, "mew": 0.6, "ls": "none", "color": "#777777", "gid": "points"}
+    axes.plot(price, [0.0] * len(price), **{**beside, **rug})
+    return shown
+
+
+def _colour(method: str, chosen: Collection[str]) -> str:
+    return style.style(method).colour if method in chosen else style.OTHERS
 
 
 def _without_overlap(axes: Axes, price: pd.Series, score: pd.Series, front: pd.Series) -> pd.Series:
@@ -296,87 +397,150 @@ def _finish(
     axes: Sequence[Axes],
     data: pd.DataFrame,
     drawn: Sequence[tuple[pd.Series, pd.Series]],
+    chosen: Collection[str],
 ) -> None:
-    """Add the legend, lay the figure out, and label points where there is space."""
+    """Add the legend, lay the figure out, and label its points."""
     legend(figure, axes[0])
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    figure.draw_without_rendering()  # the space for labels is known only after layout
+    axes[0].set_title(" ")  # keeps the space of the title, which is set when labels are placed
+    renderer = lay_out(figure)
     for one, (front, shown) in zip(axes, drawn, strict=True):
-        _label(one, data.assign(shown=shown), front, renderer)
+        _Labels(one, data.assign(shown=shown), front, chosen, renderer).write()
 
 
-def _label(axes: Axes, data: pd.DataFrame, front: pd.Series, renderer: RendererAgg) -> None:
-    """Label points with names and settings, where a label overlaps nothing and is not ambiguous.
+class _Labels:
+    """Labels points with names and settings, beside them or at the end of a line that leads there.
 
-    Every point of the front is labelled, and of each other method the most expensive point that has
-    space for a label.
+    Every point of the front is labelled, and of each other method one point; of a single method,
+    all points that have space. No label overlaps a point, an interval, the front or another label.
     """
-    knobs = [name for name in ("k", "rbit") if data.loc[front, name].nunique() > 1]
-    is_one = data.loc[data["method"] != "full", "method"].nunique() == 1
-    pixels = axes.figure.dpi / 72
 
-    def around(x: float, y: float, radius: float) -> Bbox:
-        return Bbox([[x - radius, y - radius], [x + radius, y + radius]])
+    def __init__(
+        self,
+        axes: Axes,
+        data: pd.DataFrame,
+        front: pd.Series,
+        chosen: Collection[str],
+        renderer: RendererAgg,
+    ) -> None:
+        self.axes, self.data, self.front, self.chosen = axes, data, front, chosen
+        self.renderer, self.pixels = renderer, axes.figure.dpi / 72
+        self.inside = axes.get_window_extent(renderer)
+        self.barred = set(data.index[has_all_bars(data) | front])
+        self.points = axes.transData.transform(data[["shown", "score"]].astype(float).to_numpy())
+        self.place_of = {index: place for place, index in enumerate(data.index)}
+        taken = [self._around(x, y, _POINT * self.pixels) for x, y in self.points]
+        joined = axes.transData.transform(axes.lines[0].get_xydata())
+        for first, second in itertools.pairwise(joined):
+            along = np.linspace(first, second, _ALONG)
+            taken += [self._around(x, y, self.pixels) for x, y in along]
+        self.ends: dict[Any, tuple[float, float]] = {}
+        for index in self.barred:
+            low, high = (data.at[index, f"score_ci_{end}"] for end in ("low", "high"))
+            if not math.isnan(low):
+                x = data.at[index, "shown"]
+                (x, bottom), (_, top) = axes.transData.transform([[x, low], [x, high]])
+                taken.append(np.array([x - self.pixels, bottom, x + self.pixels, top]))
+                self.ends[index] = (bottom, top)
+        self.taken = np.array(taken)
 
-    points = axes.transData.transform(data[["shown", "score"]].astype(float).to_numpy())
-    places = dict(zip(data.index, points, strict=True))
-    taken = [around(x, y, _POINT * pixels) for x, y in points]
-    joined = axes.transData.transform(axes.lines[0].get_xydata())
-    for first, second in itertools.pairwise(joined):
-        taken += [around(x, y, pixels) for x, y in np.linspace(first, second, _ALONG)]
-    barred = data.index[has_all_bars(data) | front]
-    for _, point in data.loc[barred].iterrows():
-        ends = [[point["shown"], point[f"score_ci_{end}"]] for end in ("low", "high")]
-        (x, bottom), (_, top) = axes.transData.transform(np.array(ends, dtype=float))
-        if not math.isnan(bottom):
-            taken.append(Bbox([[x - pixels, bottom], [x + pixels, top]]))
-    inside = axes.get_window_extent(renderer)
+    def write(self) -> None:
+        """Write all labels."""
+        data, front = self.data, self.front
+        is_one = data.loc[data["method"] != "full", "method"].nunique() == 1
+        of_knobs = data if is_one else data[front]
+        knobs = [name for name in ("k", "rbit") if of_knobs[name].nunique() > 1]
 
-    def fits(text: str, configuration: pd.Series) -> bool:
-        tried = [("score", *place) for place in _PLACES]
-        if configuration.name in barred and not pd.isna(configuration["score_ci_low"]):
-            tried += _AT_ENDS
-        for height, shift, across, along in tried if text else ():
-            label = axes.annotate(
+        def settings(index: Any) -> str:
+            found = ((name, data.at[index, name]) for name in knobs)
+            return ", ".join(f"{name}={value}" for name, value in found if not pd.isna(value))
+
+        for index in data.index[front]:
+            name = style.style(data.at[index, "method"]).label
+            words = [*([] if is_one and settings(index) else [name]), settings(index)]
+            text = ", ".join(filter(None, words))
+            if not self._fits(text, index) and not self._fits(text, index, away=True):
+                self._fits(settings(index), index)
+        if is_one:
+            for index in data.index[~front]:
+                self._fits(settings(index), index)
+            return
+        named = set(data.loc[front, "method"])
+        rest = data[~data["method"].isin(named)].sort_values("shown", ascending=False)
+        for method, own in rest.groupby("method", sort=False):
+            name = style.style(str(method)).label
+            if not any(self._fits(name, index) for index in own.index):
+                any(self._fits(name, index, away=True) for index in own.index)
+
+    @staticmethod
+    def _around(x: float, y: float, radius: float) -> np.ndarray:
+        return np.array([x - radius, y - radius, x + radius, y + radius])
+
+    def _fits(self, text: str, index: Any, away: bool = False) -> bool:
+        """Write a label at its point, or away from it with a line, if a place is free."""
+        if not text:
+            return False
+        own = self.place_of[index]
+        x, y = self.points[own]
+        width, height, descent = self.renderer.get_text_width_height_descent(
+            text, FontProperties(size=_SIZE), False
+        )
+        for shift, across, along, at in self._places(index, away):
+            left = x + shift[0] * self.pixels - width * _SHARE[across]
+            bottom = at + shift[1] * self.pixels - (height + descent) * _SHARE[along]
+            box = np.array([left, bottom, left + width, bottom + height + descent])
+            if not self._is_free(box, own, needs_nearest=not away and at == y):
+                continue
+            self.taken = np.vstack([self.taken, box])
+            colour = style.style(self.data.at[index, "method"]).colour
+            is_chosen = self.data.at[index, "method"] in self.chosen
+            label = self.axes.annotate(
                 text,
-                (configuration["shown"], configuration[height]),
+                self.axes.transData.inverted().transform((x, at)),
                 xytext=shift,
                 textcoords="offset points",
                 ha=across,
                 va=along,
-                fontsize=7,
-                color=style.style(configuration["method"]).colour,
+                fontsize=_SIZE,
+                color=colour if is_chosen else NAME_COLOUR,
             )
             label.set_in_layout(False)
-            box = label.get_window_extent(renderer)
-            free = inside.x0 <= box.x0 and box.x1 <= inside.x1 and box.y1 <= inside.y1
-            gaps = {index: _gap(box, *place) for index, place in places.items()}
-            own = gaps.pop(configuration.name) if height == "score" else _AT_END * pixels
-            is_nearest = own < min(gaps.values(), default=math.inf) - pixels
-            if free and is_nearest and not any(box.overlaps(other) for other in taken):
-                taken.append(box)
-                return True
-            label.remove()
+            if away:
+                # To the edge of the label that is nearest. Clipped to the axes, as points are.
+                nearest = np.clip((x, y), box[:2], box[2:])
+                line = self.axes.transData.inverted().transform([(x, y), nearest])
+                self.axes.plot(*line.T, color="#999999", lw=0.5, zorder=1.5)
+            return True
         return False
 
-    for _, configuration in data[front].iterrows():
-        settings = [
-            f"{name}={configuration[name]}" for name in knobs if not pd.isna(configuration[name])
-        ]
-        name = [] if is_one else [style.style(configuration["method"]).label]
-        if not fits(", ".join([*name, *settings]), configuration):
-            fits(", ".join(settings), configuration)
-    if is_one:
-        return
-    named = set(data.loc[front, "method"])
-    rest = data[~data["method"].isin(named)].sort_values("shown", ascending=False, kind="stable")
-    for method, own in rest.groupby("method", sort=False):
-        any(
-            fits(style.style(str(method)).label, configuration)
-            for _, configuration in own.iterrows()
-        )
+    def _places(
+        self, index: Any, away: bool
+    ) -> Iterator[tuple[tuple[float, float], str, str, float]]:
+        """Yield shifts in points, alignments, and the height in pixels of what they shift."""
+        y = self.points[self.place_of[index]][1]
+        if away:
+            for distance, part in itertools.product(_AWAY, range(_AROUND)):
+                angle = 2 * math.pi * part / _AROUND
+                shift = distance * math.cos(angle), distance * math.sin(angle)
+                across = "left" if shift[0] > 1 else "right" if shift[0] < -1 else "center"
+                yield shift, across, "center", y
+            return
+        for shift, across, along in _PLACES:
+            yield shift, across, along, y
+        if index in self.ends:
+            bottom, top = self.ends[index]
+            yield (0, _AT_END), "center", "bottom", top
+            yield (0, -_AT_END), "center", "top", bottom
 
-
-def _gap(box: Bbox, x: float, y: float) -> float:
-    """Return the distance of a point from a box."""
-    return math.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1))
+    def _is_free(self, box: np.ndarray, own: int, needs_nearest: bool) -> bool:
+        """Return whether a label is inside, overlaps nothing, and is nearest to its own point."""
+        inside, taken = self.inside, self.taken
+        if box[0] < inside.x0 or box[2] > inside.x1 or box[1] < inside.y0 or box[3] > inside.y1:
+            return False
+        low, high = np.maximum(taken[:, :2], box[:2]), np.minimum(taken[:, 2:], box[2:])
+        if (low < high).all(axis=1).any():
+            return False
+        if not needs_nearest:
+            return True
+        gaps = np.hypot(*np.maximum(np.maximum(box[:2] - self.points, self.points - box[2:]), 0).T)
+        others = np.delete(gaps, own)
+        return not len(others) or bool(gaps[own] < others.min() - self.pixels)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ from typing import Any, cast
 import matplotlib
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from topkbench.analysis import style
@@ -24,12 +25,14 @@ from topkbench.analysis.comparison.timings import figure_words
 from topkbench.analysis.figures.bars import ablation, heat_table, needle_heatmap, stages
 from topkbench.analysis.figures.break_even import MODELS, ModelSize, break_even, step_bound
 from topkbench.analysis.figures.by_layer import recall_by_layer
-from topkbench.analysis.figures.curves import context_curve, curve
-from topkbench.analysis.figures.pareto import COSTS, bars_words, pareto, pareto_pair
+from topkbench.analysis.figures.curves import context_curve, curve, lay_out
+from topkbench.analysis.figures.highlight import words as highlight_words
+from topkbench.analysis.figures.pareto import COSTS, FRONT_WORDS, bars_words, pareto, pareto_pair
 from topkbench.analysis.figures.points import Point, points_of
 from topkbench.analysis.figures.training import loss_curve
 from topkbench.analysis.figures.variants import arms, is_ladder, ladder
 from topkbench.analysis.record.files import write_atomic
+from topkbench.analysis.record.row import PARAMETER_PREFIX
 
 OVER_LENGTHS = (
     "latency_vs_context",
@@ -85,6 +88,7 @@ def draw_all(
     models: Mapping[str, ModelSize] = MODELS,
     samples: pd.DataFrame | None = None,
     only: str | None = None,
+    methods: Sequence[str] | None = None,
 ) -> list[Drawn]:
     """Draw every figure that the configurations of one setting allow.
 
@@ -96,6 +100,8 @@ def draw_all(
         models: Whole models for which the bound on a decode step is drawn.
         samples: The samples behind the configurations, for the figures that need them.
         only: Name of the only figure to draw; None for all.
+        methods: Methods to highlight in figures of curves and points; None for the default of
+            `highlight.highlighted`.
 
     Returns:
         The figures drawn, in the order in which they are shown.
@@ -110,44 +116,51 @@ def draw_all(
     every_length, lengths = top, sorted(int(one) for one in top["length"].dropna().unique())
     if len(lengths) > 1:
         top = top[top["length"] == lengths[-1]]
+    # Hundreds of columns of parameters slow every selection of rows down.
+    own = [name for name in top if not str(name).startswith(PARAMETER_PREFIX)]
+    plain = top[own].copy()
     at = f" At {lengths[-1]:,} tokens." if len(lengths) > 1 else ""
     plans: list[tuple[str, str, str, Callable[[], tuple[Figure, pd.DataFrame] | None]]] = [
         (
             "score_vs_k",
             "Score against budget",
             "Bars and band: 95% intervals.",
-            lambda: curve(top, "score", "k"),
+            lambda: curve(plain, "score", "k", methods),
         ),
         (
             "score_vs_rbit",
             "Score against hash bits",
             "Bars and band: 95% intervals.",
-            lambda: None if is_ladder(top) else curve(top, "score", "rbit"),
+            lambda: None if is_ladder(top) else curve(plain, "score", "rbit", methods),
         ),
         (
             "nll_vs_k",
             "Likelihood of text against budget",
             "Negative log-likelihood minus full attention's on the same tokens: 0 loses nothing; "
             "bars: 95% intervals over windows.",
-            lambda: curve(top, "nll_delta", "k"),
+            lambda: curve(plain, "nll_delta", "k", methods),
         ),
         (
             "kl_vs_k",
             "Divergence from full attention's predictions",
             "Lower is better; bars: 95% intervals over windows.",
-            lambda: curve(top, "kl_full", "k"),
+            lambda: curve(plain, "kl_full", "k", methods),
         ),
         (
             "recall_vs_k",
             "Recall of the exact top-k against budget",
             "Higher is better.",
-            lambda: None if is_ladder(top) else curve(top, "recall_at_k", "k"),
+            lambda: None if is_ladder(top) else curve(plain, "recall_at_k", "k", methods),
         ),
         (
             "recall_vs_rbit",
             "Recall of the exact top-k against hash bits",
             "Higher is better.",
-            lambda: None if is_ladder(top) or arms(top) else curve(top, "recall_at_k", "rbit"),
+            lambda: (
+                None
+                if is_ladder(top) or arms(top)
+                else curve(plain, "recall_at_k", "rbit", methods)
+            ),
         ),
         (
             "hash_ladder",
@@ -168,35 +181,34 @@ def draw_all(
             "Decode latency against budget",
             "Relative to full attention, timed alternately with each method; bars: 95% intervals "
             "over pairs.",
-            lambda: curve(top, "decode_vs_full", "k"),
+            lambda: curve(plain, "decode_vs_full", "k", methods),
         ),
         (
             "decode_vs_rbit",
             "Decode latency against hash bits",
             "Relative to full attention, timed alternately with each method; bars: 95% intervals "
             "over pairs.",
-            lambda: curve(top, "decode_vs_full", "rbit"),
+            lambda: curve(plain, "decode_vs_full", "rbit", methods),
         ),
         (
             "score_vs_bytes",
             "Score against bytes read",
-            "Up and to the left is better; the Pareto front is joined, dominated points are faint; "
-            f"points that would overlap are drawn side by side. {bars_words(top, COSTS[:1])}",
-            lambda: pareto(top),
+            f"Up and to the left is better. {FRONT_WORDS} Points that would overlap are drawn side "
+            f"by side. {bars_words(top, COSTS[:1])}",
+            lambda: pareto(plain, methods),
         ),
         (
             "score_vs_cost",
             "Score against bytes read, and against the decode step",
-            "Up and to the left is better; Pareto fronts are joined, dominated points are faint; "
-            f"points that would overlap are drawn side by side. {bars_words(top, COSTS)} "
-            "Horizontal bars: 95% intervals of times.",
-            lambda: pareto_pair(top),
+            f"Up and to the left is better. {FRONT_WORDS} Points that would overlap are drawn side "
+            f"by side. {bars_words(top, COSTS)} Horizontal bars: 95% intervals of times.",
+            lambda: pareto_pair(plain, methods),
         ),
         (
             "stages",
             "Decode step by stage",
             "Medians within one decode step; grey mark: full attention, timed alternately.",
-            lambda: stages(top),
+            lambda: stages(plain),
         ),
         (
             "ablation",
@@ -205,40 +217,42 @@ def draw_all(
             "above. ×: times faster than the first bar, the quotient of their speed-ups over full "
             "attention, with 95% intervals; "
             f"{', '.join(dict.fromkeys(top['impl'].dropna().astype(str)))}.",
-            lambda: ablation(top),
+            lambda: ablation(plain),
         ),
         (
             "latency_vs_context",
             "Decode latency against context length",
-            "Median; thin dashes: the same bytes at the machine's measured memory bandwidth.",
-            lambda: context_curve(every_length, "decode_ms_p50"),
+            "Median; grey dots, up to a method's marker: its bytes at the machine's measured "
+            "memory bandwidth.",
+            lambda: context_curve(every_length, "decode_ms_p50", methods=methods),
         ),
         (
             "throughput_vs_context",
             "Decode throughput against context length",
             "Median of the whole model's step; bars: 20th to 80th percentile. Higher is better.",
-            lambda: context_curve(every_length, "tokens_per_s"),
+            lambda: context_curve(every_length, "tokens_per_s", methods=methods),
         ),
         (
             "latency_vs_batch",
             "Decode latency against batch size",
-            "Median; thin dashes: the same bytes at the machine's measured memory bandwidth."
+            "Median; grey dots, up to a method's marker: its bytes at the machine's measured "
+            "memory bandwidth."
             + (f" At {int(batched['length'].iloc[0]):,} tokens." if len(batched) else ""),
-            lambda: context_curve(batched, "decode_ms_p50", "batch_size"),
+            lambda: context_curve(batched, "decode_ms_p50", "batch_size", methods),
         ),
         (
             "break_even",
             "Speed-up of one layer's decode step",
             "Over full attention, timed alternately; bars: 95% intervals over pairs; marks on the "
             "line of 1: the break-even length with its interval.",
-            lambda: break_even(every_length),
+            lambda: break_even(every_length, methods),
         ),
         (
             "step_bound",
             "Upper bound on the speed-up of a whole decode step",
             "Counts reading the weights once at the measured bandwidth and the measured attention "
             "of every layer, and nothing else: no method can speed up a step by more.",
-            lambda: step_bound(every_length, models),
+            lambda: step_bound(every_length, models, methods),
         ),
         (
             "needle_heatmap",
@@ -260,7 +274,7 @@ def draw_all(
             "recall_by_layer",
             "Recall of the exact top-k by layer",
             "Mean over KV heads, prompts and steps; bars: from the worst head to the best.",
-            lambda: None if samples is None else recall_by_layer(top, samples),
+            lambda: None if samples is None else recall_by_layer(top, samples, methods),
         ),
         (
             "fit_loss",
@@ -283,6 +297,7 @@ def draw_all(
                 shown = every_length if name in OVER_LENGTHS else top
                 words = figure_words(shown, name in RATIOS) if name in TIMED else ""
                 number = measured_on(data)
+                words += highlight_words(data)
                 parts = (f"{reading}{words}{at if name not in OVER_LENGTHS else ''}", number)
                 one = Drawn(name + suffix, title, " ".join([*filter(None, parts), context]), folder)
                 drawn.append(save(figure, data, one))
@@ -306,16 +321,13 @@ def at_one_length(configurations: pd.DataFrame) -> pd.DataFrame:
 def save(figure: Figure, data: pd.DataFrame, drawn: Drawn) -> Drawn:
     """Write a figure as PNG and SVG, and its data as CSV; return it with its points."""
     write_atomic(drawn.csv, data.to_csv(index=False, lineterminator="\n").encode())
-    FigureCanvasAgg(figure)
-    # Lay out once: constrained layout takes most of the time of each of the two files.
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    # No date and no version, so that the same rows give the same bytes.
-    for path, metadata in (
-        (drawn.png, {"Software": None}),
-        (drawn.svg, {"Date": None, "Creator": None}),
-    ):
-        content = io.BytesIO()
-        figure.savefig(content, format=path.suffix[1:], metadata=metadata)
-        write_atomic(path, content.getvalue())
+    png, svg = io.BytesIO(), io.BytesIO()
+    lay_out(figure)
+    # Not savefig, which draws a figure once more before each file. No date and no version, so that
+    # the same rows give the same bytes.
+    figure.dpi = matplotlib.rcParams["savefig.dpi"]
+    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
+    write_atomic(drawn.png, png.getvalue())
+    write_atomic(drawn.svg, svg.getvalue())
     return dataclasses.replace(drawn, points=tuple(points_of(figure)))

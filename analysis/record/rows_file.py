@@ -29,7 +29,12 @@ def read_rows(file: Path) -> pd.DataFrame:
     try:
         if file.suffix == ".csv":
             _check_whole(file)
-            data = pd.read_csv(file, dtype=words, low_memory=False)
+            head = pd.read_csv(file, nrows=0)
+            words |= {name: str for name in head if _is_parameter(name)}
+            # A text such as None is no missing value.
+            texts: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+            data = pd.read_csv(file, dtype=words, low_memory=False, **texts)
+            data = data.assign(**{one: _parameter(data[one]) for one in data if _is_parameter(one)})
         else:
             data = pd.read_parquet(file)
     except (OSError, ValueError, csv.Error) as error:
@@ -89,6 +94,22 @@ def read_samples(file: Path) -> pd.DataFrame:
 
 def _is_parameter(name: object) -> bool:
     return str(name).startswith(PARAMETER_PREFIX)
+
+
+def _parameter(texts: pd.Series) -> pd.Series:
+    """Return a parameter's values from their texts: truth values, numbers or texts, as written.
+
+    Whole numbers stay whole where some values are missing.
+    """
+    known = texts.dropna()
+    if known.isin(["True", "False"]).all():
+        return texts.map({"True": True, "False": False})
+    if known.str.fullmatch(r"[+-]?\d{1,18}").all():
+        return pd.Series([pd.NA if pd.isna(one) else int(one) for one in texts], dtype="Int64")
+    try:
+        return texts.astype(float)
+    except ValueError:
+        return texts
 
 
 def _check_whole(file: Path) -> None:

@@ -98,9 +98,10 @@ def build(
     out: str | Path | None = None,
     models: Mapping[str, ModelSize] = MODELS,
     published: bool = False,
+    methods: Sequence[str] | None = None,
 ) -> Path:
     """Do what `write` does; return the absolute path of ``report.html``."""
-    return write(sources, out, models, published).page
+    return write(sources, out, models, published, methods).page
 
 
 def write(
@@ -108,6 +109,7 @@ def write(
     out: str | Path | None = None,
     models: Mapping[str, ModelSize] = MODELS,
     published: bool = False,
+    methods: Sequence[str] | None = None,
 ) -> Report:
     """Write tables, figures and the report of one sweep, or of several merged.
 
@@ -118,9 +120,12 @@ def write(
         models: Whole models for which the bound on a decode step is shown.
         published: Show the paper's published numbers beside ours; all of them, with the reasons why
             they are not comparable, go to ``published.csv``.
+        methods: Methods to highlight in figures of many, by name; None for the references and the
+            best.
 
     Raises:
-        RecordError: If a source is missing, holds no row, or the folder cannot be written.
+        RecordError: If a source is missing, holds no row, or the folder cannot be written, or there
+            is no method of a name.
     """
     paths = [Path(sources)] if isinstance(sources, str | Path) else [Path(one) for one in sources]
     if not paths:
@@ -130,8 +135,15 @@ def write(
     samples = _merge([samples for _, samples in loaded]).infer_objects()
     if not len(rows):
         raise RecordError(f"{paths[0]} must hold at least one row, but no cell has begun.")
+    known = {*style.shipped(), *rows["method"]}
+    for name in methods or ():
+        if name not in known:
+            raise RecordError(
+                f"methods must name methods, got {name!r}; these rows have"
+                f" {', '.join(sorted(set(rows['method']), key=style.order))}."
+            )
     with style.recorded(rows):
-        return _write(rows, samples, paths, out, models, published)
+        return _write(rows, samples, paths, out, models, published, methods)
 
 
 def _write(
@@ -141,6 +153,7 @@ def _write(
     out: str | Path | None,
     models: Mapping[str, ModelSize],
     published: bool,
+    methods: Sequence[str] | None,
 ) -> Report:
     """Write what `write` says, from rows that were read from paths."""
     first = paths[0] if paths[0].is_dir() else paths[0].parent
@@ -160,7 +173,7 @@ def _write(
     sweeps = [Sweep.open(path) for path in paths if path.is_dir()]
     figures = folder / "figures"
     sections = contents.searches(sweeps, shown, figures)
-    sections += contents.settings(compared, samples, figures, models, say_progress)
+    sections += contents.settings(compared, samples, figures, models, methods, say_progress)
     sections += contents.of_kernels(shown, figures)
     if published:
         numbers = compare_with_published(compared.configurations)
@@ -208,6 +221,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="show the paper's published numbers beside ours, and say which are comparable",
     )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help="methods to highlight in figures of many (default: references and the best)",
+    )
     options = parser.parse_args(arguments)
     with console():
         return _report(options)
@@ -222,7 +241,8 @@ def _report(options: argparse.Namespace) -> int:
         for one in options.results if results else ():
             if one not in results:
                 print(f"{one} is empty and left out.", file=sys.stderr)
-        say(build(results or options.results, options.out, models, options.published))
+        sources = results or options.results
+        say(build(sources, options.out, models, options.published, options.methods))
     except RecordError as error:
         say_error(error)
         return 2

@@ -101,6 +101,7 @@ def settings(
     samples: pd.DataFrame,
     folder: Path,
     models: Mapping[str, ModelSize],
+    methods: Sequence[str] | None,
     say: Callable[[str], None],
 ) -> list[Section]:
     """Return a section for each setting, with its figures drawn.
@@ -110,6 +111,7 @@ def settings(
         samples: The samples behind them.
         folder: Folder of the figures.
         models: Whole models for which the bound on a decode step is shown.
+        methods: Methods to highlight in figures of many; None for the references and the best.
         say: What is told which setting is at work.
     """
     found = list(compared.by_setting())
@@ -121,7 +123,8 @@ def settings(
         top = configurations[configurations.index.isin(compared.overall.index)]
         suffix = f"-{place + 1}" if len(found) > 1 else ""
         context = _context(words, top)
-        drawn = draw_all(configurations, folder, context, suffix, models, samples)
+        given = (context, suffix, models, samples)
+        drawn = draw_all(configurations, folder, *given, methods=methods)
         own = _of_setting(f"setting-{place + 1}", compared, configurations, top, models)
         if drawn:
             own.insert(0, Section("Figures", f"setting-{place + 1}-figures", (drawn,)))

@@ -28,12 +28,18 @@ class SweepReport:
         models: ``NAME=PARAMETERS/LAYERS`` of the whole models for which the bound on a decode step
             is shown; None for ``MODELS``.
         published: Show a paper's published numbers beside ours.
+        methods: Methods to highlight in figures of many; None for the references and the best.
 
     Raises:
         RecordError: If a model is not of that form.
     """
 
-    def __init__(self, models: Sequence[str] | None = None, published: bool = False) -> None:
+    def __init__(
+        self,
+        models: Sequence[str] | None = None,
+        published: bool = False,
+        methods: Sequence[str] | None = None,
+    ) -> None:
         try:
             self.models = MODELS if models is None else model_sizes(models)
         except RecordError as error:
@@ -42,6 +48,7 @@ class SweepReport:
                 f" {list(models or ())}."
             ) from error
         self.published = published
+        self.methods = methods
 
     def finish(self, sweep: Sweep, command: str, tracker: Tracker) -> int:
         """Build a sweep's report, copy it to the tracker and print it; return the exit status.
@@ -56,7 +63,9 @@ class SweepReport:
         """
         with _said(sweep):
             sweep.note_command(command)
-            report = write(sweep.folder, models=self.models, published=self.published)
+            report = write(
+                sweep.folder, models=self.models, published=self.published, methods=self.methods
+            )
             rows = report.rows
             tracker.log_sweep(sweep.folder, sweep.title, rows, report.samples)
             say(f"\n{summary_table(report.compared)}\n")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -231,6 +232,38 @@ def test_machines_are_never_averaged_and_a_mix_is_reported(row: RowMaker) -> Non
     assert [key["device"] for key, _ in found.by_setting()] == ["A", "B"]
 
 
+def test_full_attention_with_other_threads_is_compared_by_answers_and_not_by_times(
+    row: RowMaker,
+) -> None:
+    one, two = ("AMD EPYC, 1 threads", "AMD EPYC, 2 threads")
+    rows = frame(
+        [
+            row(run_id="f" * 16, device=two, threads=2, score=75.0, decode_ms_p50=2.0),
+            row(run_id="a" * 16, method="quest", k=64, device=one, threads=1, score=50.0),
+            row(run_id="b" * 16, method="hata", k=64, device="Xeon, 1 threads", score=50.0),
+        ]
+    ).assign(config_digest=["1", "2", "3"])
+    outcomes = pd.concat(
+        [
+            samples("f" * 16, [100.0] * 3 + [0.0]),
+            samples("a" * 16, [100.0] * 2 + [0.0] * 2),
+        ]
+    )
+    found = compare(rows, outcomes)
+    shown = {key["device"]: part.set_index("method") for key, part in found.by_setting()}
+    assert list(shown[one].index) == ["full", "quest"]
+    assert shown[one]["score"].tolist() == [75.0, 50.0]
+    assert shown[one].loc["quest", "delta_full"] == -25.0
+    times = ["decode_ms_p50", "full_ms_p50", "decode_vs_full"]
+    assert shown[one].loc["full", times].isna().all()
+    assert shown[two].loc["full", times].tolist() == [2.0, 2.0, 1.0]  # where it was timed
+    assert list(shown["Xeon, 1 threads"].index) == ["hata"]  # another machine
+    assert found.notes[-1] == (
+        f"Full attention was not run on {one}: its answers there are those with another number of"
+        f" threads ({two}), and it has no times there."
+    )
+
+
 def test_different_prompts_are_never_pooled_or_compared(row: RowMaker) -> None:
     kinds = (None, "RULER 00112233 (chat template)", "RULER 00112233 (raw)", "topkbench 1")
     rows = frame(
@@ -253,9 +286,9 @@ def test_different_prompts_are_never_pooled_or_compared(row: RowMaker) -> None:
     assert quest["score"].tolist() == [0.0, 10.0, 20.0, 30.0]  # of two seeds each
     assert [key["prompts"] for key, _ in found.by_setting()] == list(kinds)
     assert [len(part) for _, part in found.by_setting()] == [2, 2, 2, 2]
-    assert found.notes == [
+    assert found.notes[0] == (
         "These rows mix prompts: RULER 00112233 (chat template), RULER 00112233 (raw), topkbench 1."
-    ]
+    )
 
 
 def test_a_files_samples_count_once_whatever_the_number_of_seeds(row: RowMaker) -> None:
@@ -305,7 +338,33 @@ def test_other_parameters_that_vary_are_in_the_label(row: RowMaker) -> None:
             for name, word in (("1", "trained"), ("2", "random"))
         ]
     )
-    assert compare(rows).configurations["label"].tolist() == ["HATA (random)", "HATA (trained)"]
+    assert compare(rows).configurations["label"].tolist() == [
+        "HATA with Gaussian weights",
+        "HATA with trained weights",
+    ]
+
+
+def test_a_variant_is_named_in_the_words_of_its_methods_configuration(row: RowMaker) -> None:
+    """A setting without words is NAME=VALUE, whichever file the rows are from."""
+    settings: list[dict[str, Any]] = [
+        {"use_norm": False, "epsilon": 0.5},
+        {"use_norm": "True", "epsilon": 0.25},
+    ]
+    rows = frame(
+        [
+            row(run_id=f"{n:016x}", method="hata", k=64, parameters=one)
+            for n, one in enumerate(settings)
+        ]
+    )
+    configurations = compare(rows).configurations
+    assert configurations["label"].tolist() == [
+        "HATA with key norms (epsilon=0.25)",
+        "HATA without key norms (epsilon=0.5)",
+    ]
+    assert configurations["variant"].tolist() == [
+        "with key norms, epsilon=0.25",
+        "without key norms, epsilon=0.5",
+    ]
 
 
 def test_failures_are_listed_with_their_reason_and_not_compared(row: RowMaker) -> None:

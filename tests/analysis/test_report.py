@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -155,6 +156,37 @@ def test_reports_are_merged_and_rebuilt_from_their_own_tables(
     merged = report.build([small_sweep.folder, tmp_path / "copy"], tmp_path / "merged")
     assert len(pd.read_parquet(merged.with_name("rows.parquet"))) == 5 * 6
     assert len(report.load(small_sweep.store.folder.parent)[0]) == 5 * 6
+
+
+def test_a_report_says_the_same_of_rows_from_csv_and_what_is_missing_without_samples(
+    big_sweep: Sweep, tmp_path: Path
+) -> None:
+    written = report.build(big_sweep.folder, tmp_path / "all").parent
+    texts = {}
+    for name, files in {
+        "both": ("rows.parquet", "samples.parquet"),
+        "csv": ("rows.csv", "samples.parquet"),
+        "alone": ("rows.csv",),
+    }.items():
+        (tmp_path / name).mkdir()
+        for one in files:
+            shutil.copy(written / one, tmp_path / name / one)
+        page = report.build(tmp_path / name, tmp_path / "reports" / "same")
+        texts[name] = page.with_name("report.md").read_text()
+    assert texts["csv"] == texts["both"]
+    assert "**100.0**" in texts["both"]
+    words = "**Note:** There are no samples of these scores"
+    assert words not in texts["both"]
+    assert words in texts["alone"]
+
+    def numbers(text: str) -> list[str]:
+        """Return what a report shows but what needs pairs: bold, and scores at equal cost."""
+        parts = re.split(r"^#", text.replace("**", ""), flags=re.MULTILINE)
+        kept = "#".join(one for one in parts if "Score at equal" not in one)
+        lines = [re.sub(r"[ :-]*\|[ :-]*", "|", line) for line in kept.splitlines()]
+        return [line for line in lines if "There are no samples" not in line]
+
+    assert numbers(texts["alone"]) == numbers(texts["both"])
 
 
 def test_an_empty_folder_among_several_is_left_out(

@@ -75,6 +75,27 @@ def test_a_file_that_was_cut_is_refused(file: Path, cut: int, message: str) -> N
     assert read_rows(file)["score"].tolist() == [50.0, 51.0, 52.0]
 
 
+def test_a_csv_file_gives_the_rows_of_the_parquet_file(
+    row: Callable[..., Row], tmp_path: Path
+) -> None:
+    settings: list[dict[str, object]] = [
+        {"rank": 16, "share": 1.0, "use_norm": True, "texts": "None", "layers": 2, "p": 0.5},
+        {"rank": 32, "share": 2.0, "use_norm": False, "texts": "NA", "layers": "::16", "p": 1},
+        {},
+    ]
+    rows = frame(
+        [
+            row(run_id=f"{n:016x}", method="loki", k=64, score=100 / (3 + n), parameters=one)
+            for n, one in enumerate(settings)
+        ]
+    )
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    found, expected = (read_rows(tmp_path / f"rows.{kind}") for kind in ("csv", "parquet"))
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)
+    assert [str(one) for one in found["p_rank"]] == ["16", "32", "None"]
+
+
 def test_a_field_that_holds_a_line_end_is_no_damage(file: Path) -> None:
     data = pd.read_csv(file).assign(device="two\nlines, and a \u2028 sign")
     data.to_csv(file, index=False)

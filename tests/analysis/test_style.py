@@ -12,7 +12,8 @@ import pytest
 from topkbench.analysis import style
 
 METHODS = Path(__file__).parents[2] / "conf" / "method"
-# Simulated colour vision in linear RGB: Machado, Oliveira and Fernandes (2009), severity 1.
+# Simulated colour vision in linear RGB: Machado, Oliveira and Fernandes, "A Physiologically-based
+# Model for Simulation of Color Vision Deficiency" (2009), the matrices of severity 1.
 VISIONS = {
     "normal": np.eye(3),
     "protanopia": np.array(
@@ -74,6 +75,20 @@ def test_a_method_that_does_not_ship_looks_as_its_newest_row_says() -> None:
         assert style.style("bare") == before["bare"]
         assert style.style("hata") == before["hata"]  # its configuration says how it looks
     assert style.style("toy") == before["toy"]
+
+
+@pytest.mark.parametrize("vision", VISIONS)
+def test_no_two_methods_have_colours_that_can_be_confused(vision: str) -> None:
+    """Whichever methods a figure highlights together, and beside the grey of the others.
+
+    12 is about five of the differences of CIE 1976 that are just noticeable (2.3: Mahy, van Eycken
+    and Oosterlinck, 1994), as lines and markers are thin and lie apart.
+    """
+    colours = {name: look.colour for name, look in style.shipped().items()}
+    colours["others"] = style.OTHERS
+    for (first, one), (second, other) in itertools.combinations(colours.items(), 2):
+        apart = np.linalg.norm(lab(one, vision) - lab(other, vision))
+        assert apart > 12, (first, second, apart)
 
 
 @pytest.mark.parametrize("vision", VISIONS)

@@ -104,8 +104,20 @@ def test_label_and_colour_are_no_settings_of_a_method(name: str) -> None:
     assert node.colour.startswith("#")
     settings: Any = OmegaConf.to_container(node)
     kept = without_appearance(settings)
-    assert set(settings) - set(kept) == {"label", "colour"}
-    assert {"label", "colour"} & set(kept.get("base", {})) == set()
+    assert {"label", "colour"} <= set(settings) - set(kept) <= {"label", "colour", "words"}
+    assert {"label", "colour", "words"} & set(kept.get("base", {})) == set()
+
+
+@pytest.mark.parametrize("name", options("method"))
+def test_every_boolean_setting_has_words_for_both_values(name: str) -> None:
+    """They are what tables and figures call a variant of the method."""
+    node = resolved(f"method={name}").method
+    words = node.get("words") or {}
+    for setting, value in without_appearance(OmegaConf.to_container(node)).items():
+        for one in ("true", "false") if isinstance(value, bool) else ():
+            assert words.get(f"{setting}={one}"), (setting, one)
+    for one in words:  # and words are of settings that the method has
+        assert one.partition("=")[0] in node
 
 
 def test_native_values_are_the_papers() -> None:

@@ -301,6 +301,8 @@ BAD = {
     "protocol.k=none": "protocol.k must be a whole number, got 'none'.",
     # What every method has.
     "method.label=7": "method.label must be text or null, got 7; quotes",
+    "report.methods=hata": "report.methods must be a list of texts or null, got 'hata'",
+    "method.words=compact": "method.words must be a mapping or null, got 'compact'.",
     "method.colour=red": "method.colour must be quoted as in '#D55E00', got 'red'.",
     "method.native.num_sink=-1": "method.native.num_sink must be at least 0, got -1.",
     "method.native.num_recent=few": "method.native.num_recent must be a whole number, got 'few'.",
@@ -538,7 +540,7 @@ def leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 FREE = (
     *("model.architecture", "model.chat_template_kwargs", "model.config_overrides"),
-    *("search.knobs", "launcher.more"),
+    *("search.knobs", "launcher.more", "method.words"),
 )
 """Mappings whose keys are those of transformers, a model's template, other settings, and sbatch."""
 FILES = [(group, path) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
@@ -610,7 +612,7 @@ GOOD = [
     "method.sigma=1 method.epsilon=0",
     "method=loki method.rank=null",
     "method=twilight method@method.base=hata method.base.rbit=64",
-    "method.label=null method.colour=null",
+    "method.label=null method.colour=null method.words=null",
     'model.name="7"',
     "model.window=100000 task.length=20000",
     "task=selection task.num_samples=5",
