@@ -189,7 +189,7 @@ def curve(
         axes.axhline(configuration[y], color=look.colour, lw=1.4, label=look.label)
     curves = _series(data, x, ("rbit",) if x == "k" else ("k",))
     chosen = highlighted(data, y, x, methods)
-    ends: list[tuple[float, float, str]] = []
+    last_points: list[tuple[float, float, str]] = []
     num_coloured, place = sum(method in chosen for method, *_ in curves), 0
     for method, label, points, lightness, line_style in curves:
         look = style.style(method)
@@ -197,7 +197,7 @@ def curve(
         in_grey = method not in chosen
         at = points[x].astype(float)
         if in_grey:
-            ends.append((float(at.iloc[-1]), float(points[y].iloc[-1]), label))
+            last_points.append((float(at.iloc[-1]), float(points[y].iloc[-1]), label))
         else:  # a small horizontal shift keeps intervals from covering one another
             at *= 2.0 ** (0.035 * (place - (num_coloured - 1) / 2) / max(num_coloured / 6, 1))
             place += 1
@@ -235,7 +235,7 @@ def curve(
         from_zero(axes)
     else:
         share_axis(axes, 100.0 if y == "score" else 1.0)
-    name_ends(axes, ends)
+    name_ends(axes, last_points)
     legend(figure, axes)
     return figure, marked(table(pd.concat([full.head(1), data]), x, y), {*chosen, "full"})
 
@@ -309,13 +309,13 @@ def context_curve(
     budgets = data.groupby(["label", "rbit", x], dropna=False)["k"].nunique()
     series = _series(data, x, ("k", "rbit") if budgets.max() > 1 else ("rbit",))
     chosen = highlighted(data, y, x, methods)
-    ends: list[tuple[float, float, str]] = []
+    last_points: list[tuple[float, float, str]] = []
     for method, label, points, lightness, line_style in series:
         look = style.style(method)
         colour = style.shade(look.colour, lightness)
         in_grey = method not in chosen
         if in_grey:
-            ends.append((float(points[x].iloc[-1]), float(points[y].iloc[-1]), label))
+            last_points.append((float(points[x].iloc[-1]), float(points[y].iloc[-1]), label))
         draw_line(
             axes,
             points[x].astype(float),
@@ -349,7 +349,12 @@ def context_curve(
             highest, lowest = max(highest, other.max()), min(lowest, other.min())
         bound = points[y] * points["bandwidth_fraction"]
         if y == "decode_ms_p50" and bound.notna().sum() > 1 and not in_grey:
-            own = {"marker": look.marker, "ms": 3.5, "mfc": "none", "markevery": [-1]}
+            own: dict[str, Any] = {
+                "marker": look.marker,
+                "ms": 3.5,
+                "mfc": "none",
+                "markevery": [-1],
+            }
             axes.plot(points[x].astype(float), bound, **_BOUND, **own)
             bounded = True
     if bounded:
@@ -365,7 +370,7 @@ def context_curve(
         from_zero(axes)
     axes.set_xlabel(METRICS[x].axis)
     axes.set_ylabel(METRICS[y].axis)
-    name_ends(axes, ends)
+    name_ends(axes, last_points)
     legend(figure, axes)
     data = pd.concat([points for _, _, points, _, _ in series])
     bound_by = ("bandwidth_fraction", "bandwidth_gb_s") if y == "decode_ms_p50" else ()

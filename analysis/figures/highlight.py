@@ -100,7 +100,7 @@ def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
     """
     if not ends:
         return
-    height = axes.figure.get_size_inches()[1] * 72 * 0.8  # of the axes, roughly
+    height = axes.figure.bbox.height / axes.figure.dpi * 72 * 0.8  # of the axes, roughly
     apart = _LINE / height
     to_axes = axes.transData + axes.transAxes.inverted()
     found = sorted((float(to_axes.transform((x, y))[1]), x, y, name) for x, y, name in ends)
@@ -114,7 +114,12 @@ def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
     for at, (wanted, x, _, name) in zip(places, found, strict=True):
         start = float(to_axes.transform((x, axes.get_ylim()[0]))[0])
         # A plain line: an arrow takes many times as long to draw.
-        line = {"color": style.OTHERS, "lw": 0.5, "clip_on": False, "transform": axes.transAxes}
+        line: dict[str, Any] = {
+            "color": style.OTHERS,
+            "lw": 0.5,
+            "clip_on": False,
+            "transform": axes.transAxes,
+        }
         axes.plot((start, 1.02), (wanted, at), **line)
-        words = {"va": "center", "fontsize": _SIZE, "color": NAME_COLOUR}
-        axes.text(1.03, at, name, transform=axes.transAxes, **words)
+        look: dict[str, Any] = {"va": "center", "fontsize": _SIZE, "color": NAME_COLOUR}
+        axes.text(1.03, at, name, transform=axes.transAxes, **look)

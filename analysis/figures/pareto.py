@@ -322,8 +322,19 @@ def _draw(
     axes.set_xlabel(METRICS[cost].axis)
     axes.set_ylabel(METRICS["score"].axis)
     # A mark on the axis at each point, as ticks are round numbers.
-    beside = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 1}
-    rug = {"marker": 2, "ms": 3.0, "mew": 0.6, "ls": "none", "color": "#777777", "gid": "points"}
+    beside: dict[str, Any] = {
+        "transform": axes.get_xaxis_transform(),
+        "clip_on": False,
+        "zorder": 1,
+    }
+    rug: dict[str, Any] = {
+        "marker": 2,
+        "ms": 3.0,
+        "mew": 0.6,
+        "ls": "none",
+        "color": "#777777",
+        "gid": "points",
+    }
     axes.plot(price, [0.0] * len(price), **{**beside, **rug})
     return shown
 
@@ -427,6 +438,8 @@ class _Labels:
         self.inside = axes.get_window_extent(renderer)
         self.barred = set(data.index[has_all_bars(data) | front])
         self.points = axes.transData.transform(data[["shown", "score"]].astype(float).to_numpy())
+        # Plain values, by the index of their point.
+        self.of: dict[Any, dict[str, Any]] = data.to_dict("index")  # type: ignore[assignment]
         self.place_of = {index: place for place, index in enumerate(data.index)}
         taken = [self._around(x, y, _POINT * self.pixels) for x, y in self.points]
         joined = axes.transData.transform(axes.lines[0].get_xydata())
@@ -435,9 +448,9 @@ class _Labels:
             taken += [self._around(x, y, self.pixels) for x, y in along]
         self.ends: dict[Any, tuple[float, float]] = {}
         for index in self.barred:
-            low, high = (data.at[index, f"score_ci_{end}"] for end in ("low", "high"))
+            low, high = (self.of[index][f"score_ci_{end}"] for end in ("low", "high"))
             if not math.isnan(low):
-                x = data.at[index, "shown"]
+                x = self.of[index]["shown"]
                 (x, bottom), (_, top) = axes.transData.transform([[x, low], [x, high]])
                 taken.append(np.array([x - self.pixels, bottom, x + self.pixels, top]))
                 self.ends[index] = (bottom, top)
@@ -451,11 +464,11 @@ class _Labels:
         knobs = [name for name in ("k", "rbit") if of_knobs[name].nunique() > 1]
 
         def settings(index: Any) -> str:
-            found = ((name, data.at[index, name]) for name in knobs)
+            found = ((name, self.of[index][name]) for name in knobs)
             return ", ".join(f"{name}={value}" for name, value in found if not pd.isna(value))
 
         for index in data.index[front]:
-            name = style.style(data.at[index, "method"]).label
+            name = style.style(self.of[index]["method"]).label
             words = [*([] if is_one and settings(index) else [name]), settings(index)]
             text = ", ".join(filter(None, words))
             if not self._fits(text, index) and not self._fits(text, index, away=True):
@@ -491,11 +504,11 @@ class _Labels:
             if not self._is_free(box, own, needs_nearest=not away and at == y):
                 continue
             self.taken = np.vstack([self.taken, box])
-            colour = style.style(self.data.at[index, "method"]).colour
-            is_chosen = self.data.at[index, "method"] in self.chosen
+            colour = style.style(self.of[index]["method"]).colour
+            is_chosen = self.of[index]["method"] in self.chosen
             label = self.axes.annotate(
                 text,
-                self.axes.transData.inverted().transform((x, at)),
+                tuple(self.axes.transData.inverted().transform((x, at))),
                 xytext=shift,
                 textcoords="offset points",
                 ha=across,

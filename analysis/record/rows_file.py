@@ -30,7 +30,7 @@ def read_rows(file: Path) -> pd.DataFrame:
         if file.suffix == ".csv":
             _check_whole(file)
             head = pd.read_csv(file, nrows=0)
-            words |= {name: str for name in head if _is_parameter(name)}
+            words |= {str(name): str for name in head if _is_parameter(name)}
             # A text such as None is no missing value.
             texts: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
             data = pd.read_csv(file, dtype=words, low_memory=False, **texts)
