@@ -89,6 +89,12 @@ def recall_by_layer(
                 [layer + shift for layer in mean.index],
                 mean,
                 [mean - heads.min(axis=1), heads.max(axis=1) - mean],
+                rows=pd.DataFrame([configuration] * len(mean)).assign(
+                    subtask=[f"layer {layer}" for layer in mean.index],
+                    recall_at_k=list(mean),
+                    recall_at_k_ci_low=None,
+                ),
+                shows=("recall_at_k",),
                 in_grey=in_grey,
                 color=look.colour,
                 marker=look.marker,

@@ -159,7 +159,7 @@ def curve(
 
     Args:
         configurations: `Comparison.overall` of one setting.
-        y: ``score``, ``recall_at_k``, ``decode_vs_full``, ``nll_delta`` or ``kl_full``.
+        y: A column that is declared with a curve, or ``decode_vs_full``.
         x: ``k`` or ``rbit``.
         methods: Methods to highlight; None for the default of `highlight.highlighted`.
 
@@ -206,6 +206,8 @@ def curve(
             at,
             points[y],
             spread(points, y),
+            rows=points,
+            shows=(y, "bytes_read_per_step"),
             in_grey=in_grey,
             color=colour,
             marker=look.marker,
@@ -233,8 +235,10 @@ def curve(
         axes.set_ylim(bottom=float(data[y].min()) / 3)  # an interval may begin at zero
     elif y == "decode_vs_full":
         from_zero(axes)
+    elif (most := METRICS[y].most) is not None:
+        share_axis(axes, most)
     else:
-        share_axis(axes, 100.0 if y == "score" else 1.0)
+        axes.set_yscale(METRICS[y].scale)
     name_ends(axes, last_points)
     legend(figure, axes)
     return figure, marked(table(pd.concat([full.head(1), data]), x, y), {*chosen, "full"})
@@ -321,6 +325,8 @@ def context_curve(
             points[x].astype(float),
             points[y],
             spread(points, y),
+            rows=points,
+            shows=(y, "speedup_vs_full"),
             in_grey=in_grey,
             color=colour,
             marker=look.marker,

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from topkbench.analysis import style
 from topkbench.analysis.comparison.configurations import BASELINES
 from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.figures.points import describe
 
 MOST = 6
 """Up to as many methods, all are highlighted."""
@@ -69,7 +70,16 @@ def words(data: pd.DataFrame) -> str:
 
 
 def draw_line(
-    axes: Axes, x: Any, y: Any, ends: Any, *, label: str, in_grey: bool = False, **looks: Any
+    axes: Axes,
+    x: Any,
+    y: Any,
+    ends: Any,
+    *,
+    label: str,
+    rows: pd.DataFrame,
+    shows: Sequence[str],
+    in_grey: bool = False,
+    **looks: Any,
 ) -> None:
     """Draw a curve with its intervals; in grey, without them, where it is not highlighted.
 
@@ -79,16 +89,19 @@ def draw_line(
         y: Values, [points].
         ends: Distances to the ends of the intervals, [2, points], or None.
         label: The curve's name, which the SVG file has as its group's id.
+        rows: The configurations behind the points.
+        shows: The columns whose values a report says at a point.
         in_grey: Whether the curve is not highlighted.
         looks: Further arguments of matplotlib's ``errorbar``.
     """
     panel = axes.figure.axes.index(axes)
     identity = re.sub(r"\W+", "_", f"{label} {panel}" if panel else label)
     if in_grey:
-        axes.plot(x, y, color=style.OTHERS, lw=1.0, zorder=1.6, gid=identity)
-        return
-    drawn = axes.errorbar(x, y, yerr=ends, label=label, **looks)
-    drawn.lines[0].set_gid(identity)
+        (line,) = axes.plot(x, y, color=style.OTHERS, lw=1.0, zorder=1.6)
+    else:
+        line = axes.errorbar(x, y, yerr=ends, label=label, **looks).lines[0]
+    line.set_gid(identity)
+    describe(line, rows, *shows)
 
 
 def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:

@@ -25,6 +25,7 @@ from topkbench.analysis.comparison.metrics import METRICS
 from topkbench.analysis.comparison.timings import is_unsteady
 from topkbench.analysis.figures.curves import lay_out, legend, new_figure, table
 from topkbench.analysis.figures.highlight import NAME_COLOUR, highlighted, marked
+from topkbench.analysis.figures.points import describe
 from topkbench.analysis.tables.overview import LEAGUE
 
 COSTS = ("bytes_read_per_step", "decode_vs_full")
@@ -274,7 +275,7 @@ def _draw(
         colour, is_chosen = _colour(method, chosen), method in chosen
         for _, curve in own.groupby(["label", "rbit"], dropna=False, sort=False):
             by_budget = curve.sort_values("k")
-            axes.plot(
+            (line,) = axes.plot(
                 shown[by_budget.index],
                 by_budget["score"],
                 color=colour,
@@ -283,6 +284,7 @@ def _draw(
                 alpha=0.45,
                 zorder=1 if is_chosen else 0.9,
             )
+            describe(line, by_budget, "score", cost)
         for on, size, alpha in ((False, 30, 0.7), (True, 58, 1.0)):
             mine = own[(front[own.index] == on) & ~hollow[own.index]]
             axes.scatter(

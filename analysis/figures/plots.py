@@ -6,8 +6,9 @@ A figure is drawn only if its data vary: a curve needs two points, a comparison 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 
 from topkbench.analysis import style
 from topkbench.analysis.comparison.counts import measured_on
+from topkbench.analysis.comparison.metrics import CURVES
 from topkbench.analysis.comparison.stats import MEAN
 from topkbench.analysis.comparison.timings import figure_words
 from topkbench.analysis.figures.bars import ablation, heat_table, needle_heatmap, stages
@@ -48,6 +50,10 @@ RATIOS = ("break_even", "step_bound", "decode_vs_k", "decode_vs_rbit", "score_vs
 
 TIMED = (*OVER_LENGTHS, *RATIOS, "stages")
 """Figures of times, whose captions say which times are unreliable."""
+
+
+Plan = tuple[str, str, str, Callable[[], tuple[Figure, pd.DataFrame] | None]]
+"""A figure's name, its title, how to read it, and what draws it if the data vary."""
 
 
 @dataclass(frozen=True)
@@ -120,48 +126,8 @@ def draw_all(
     own = [name for name in top if not str(name).startswith(PARAMETER_PREFIX)]
     plain = top[own].copy()
     at = f" At {lengths[-1]:,} tokens." if len(lengths) > 1 else ""
-    plans: list[tuple[str, str, str, Callable[[], tuple[Figure, pd.DataFrame] | None]]] = [
-        (
-            "score_vs_k",
-            "Score against budget",
-            "Bars and band: 95% intervals.",
-            lambda: curve(plain, "score", "k", methods),
-        ),
-        (
-            "score_vs_rbit",
-            "Score against hash bits",
-            "Bars and band: 95% intervals.",
-            lambda: None if is_ladder(top) else curve(plain, "score", "rbit", methods),
-        ),
-        (
-            "nll_vs_k",
-            "Likelihood of text against budget",
-            "Negative log-likelihood minus full attention's on the same tokens: 0 loses nothing; "
-            "bars: 95% intervals over windows.",
-            lambda: curve(plain, "nll_delta", "k", methods),
-        ),
-        (
-            "kl_vs_k",
-            "Divergence from full attention's predictions",
-            "Lower is better; bars: 95% intervals over windows.",
-            lambda: curve(plain, "kl_full", "k", methods),
-        ),
-        (
-            "recall_vs_k",
-            "Recall of the exact top-k against budget",
-            "Higher is better.",
-            lambda: None if is_ladder(top) else curve(plain, "recall_at_k", "k", methods),
-        ),
-        (
-            "recall_vs_rbit",
-            "Recall of the exact top-k against hash bits",
-            "Higher is better.",
-            lambda: (
-                None
-                if is_ladder(top) or arms(top)
-                else curve(plain, "recall_at_k", "rbit", methods)
-            ),
-        ),
+    plans: list[Plan] = [
+        *_curves(plain, top, methods),
         (
             "hash_ladder",
             "Quality of the selection against hash bits, by ablation variant",
@@ -175,20 +141,6 @@ def draw_all(
             "Each arm changes only the settings that its name lists (dashed: none changed); bars: "
             "95% intervals over seeds.",
             lambda: arms(top),
-        ),
-        (
-            "decode_vs_k",
-            "Decode latency against budget",
-            "Relative to full attention, timed alternately with each method; bars: 95% intervals "
-            "over pairs.",
-            lambda: curve(plain, "decode_vs_full", "k", methods),
-        ),
-        (
-            "decode_vs_rbit",
-            "Decode latency against hash bits",
-            "Relative to full attention, timed alternately with each method; bars: 95% intervals "
-            "over pairs.",
-            lambda: curve(plain, "decode_vs_full", "rbit", methods),
         ),
         (
             "score_vs_bytes",
@@ -302,6 +254,32 @@ def draw_all(
                 one = Drawn(name + suffix, title, " ".join([*filter(None, parts), context]), folder)
                 drawn.append(save(figure, data, one))
     return drawn
+
+
+def _curves(
+    plain: pd.DataFrame, top: pd.DataFrame, methods: Sequence[str] | None
+) -> Iterator[Plan]:
+    """Yield the figures of the columns that are declared with a curve.
+
+    Args:
+        plain: The configurations without their methods' parameters.
+        top: The configurations with them.
+        methods: Methods to highlight; None for the default.
+    """
+
+    def make(y: str, x: str) -> tuple[Figure, pd.DataFrame] | None:
+        # The ladder and the arms of an ablation have figures of their own, in which variants of
+        # one method are told apart.
+        if is_ladder(top) and (y, x) != ("score", "k"):
+            return None
+        if x == "rbit" and y != "score" and arms(top):
+            return None
+        return curve(plain, y, x, methods)
+
+    for y, one in CURVES.items():
+        for x in one.over:
+            title = f"{one.title} against {'budget' if x == 'k' else 'hash bits'}"
+            yield f"{one.name}_vs_{x}", title, one.reading, functools.partial(make, y, x)
 
 
 def smallest_batch(configurations: pd.DataFrame) -> pd.DataFrame:

@@ -20,6 +20,7 @@ from topkbench.analysis.comparison.configurations import varies
 from topkbench.analysis.comparison.metrics import METRICS
 from topkbench.analysis.comparison.stats import seed_interval
 from topkbench.analysis.figures.curves import legend, log2_axis, spread, table
+from topkbench.analysis.figures.points import describe
 from topkbench.analysis.record.row import PARAMETER_PREFIX
 from topkbench.analysis.tables.table import Table, with_interval
 
@@ -121,7 +122,7 @@ def ladder(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
                     continue
                 look = looks[points.index[0]]
                 shift = 2.0 ** (0.03 * (place - (len(order) - 1) / 2))
-                axis.errorbar(
+                drawn = axis.errorbar(
                     points["rbit"].astype(float) * shift,
                     points[measure],
                     yerr=spread(points, measure),
@@ -134,6 +135,7 @@ def ladder(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
                     markeredgewidth=0.5,
                     label=name,
                 )
+                describe(drawn.lines[0], points, measure)
             axis.set_xscale("log", base=2)
             log2_axis(axis.xaxis, [float(one) for one in data["rbit"]])
             axis.set_ylabel(_axis_label(measure, data))
