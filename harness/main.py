@@ -556,6 +556,10 @@ def run_command() -> None:
     if "--version" in sys.argv[1:]:
         say(f"topkbench {own_version()}, Hydra {hydra.__version__}")
         return
+    if sys.argv[1:2] == ["samples"]:  # reads results alone: neither Hydra nor torch is needed
+        from topkbench.analysis.report.samples_command import main as show_samples
+
+        sys.exit(show_samples(sys.argv[2:]))
     is_plan = sys.argv[1:2] == ["plan"]
     sys.argv[1:] = settings_first(sys.argv[2:] if is_plan else sys.argv[1:])
     # Hydra then raises the original error, which is printed below in one line.

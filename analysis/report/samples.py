@@ -183,12 +183,21 @@ def differences(full: str, text: str) -> tuple[tuple[Kind, str], ...]:
     Whole words, runs of blanks and single signs are compared.
     """
     one, other = (re.findall(r"\s+|\w+|[^\w\s]", each) for each in (full, text))
+    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
+    changes: list[tuple[bool, str, str]] = []
+    for kind, i, j, m, n in matcher.get_opcodes():
+        pieces = "".join(one[i:j]), "".join(other[m:n])
+        # Blanks between two changed words belong to the change.
+        is_same = kind == "equal" and not (changes and i and j < len(one) and pieces[0].isspace())
+        if changes and not is_same and not changes[-1][0]:
+            _, missing, added = changes.pop()
+            pieces = missing + pieces[0], added + pieces[1]
+        changes.append((is_same, *pieces))
     parts: list[tuple[Kind, str]] = []
-    for kind, i, j, m, n in difflib.SequenceMatcher(None, one, other, autojunk=False).get_opcodes():
-        if kind == "equal":
-            parts.append(("same", "".join(one[i:j])))
+    for is_same, missing, added in changes:
+        if is_same:
+            parts.append(("same", added))
             continue
-        missing, added = "".join(one[i:j]), "".join(other[m:n])
         parts += [("missing", missing)] if missing else []
         parts += [("other", added)] if added else []
     return tuple(parts)
