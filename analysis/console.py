@@ -51,8 +51,8 @@ def console() -> Iterator[None]:
 def visible(text: object) -> str:
     """Return a text in which signs that nobody sees, such as a terminal's commands, are escapes.
 
-    Control and format characters (``\\x1b``, marks that turn the direction of writing) and
-    surrogates become Python's escapes. Line breaks stay.
+    Control and format characters, such as marks that turn the direction of writing, and surrogates
+    become Python's escapes. Line breaks stay.
     """
     return "".join(
         one if one == "\n" or unicodedata.category(one) not in _UNSEEN else _escape(one)

@@ -101,7 +101,8 @@ class GenerationTask(PromptTask):
         if not sparse:
             longest = max(prompt.most_cached for prompt in prompts)
             return Outcome([TaskRow("mean", {}, "skipped", no_sparse_step_reason(k, longest))], [])
-        parts, kept = {"answers": prompts}, list[Prompt]()
+        parts: dict[str, Sequence[Prompt]] = {"answers": prompts}
+        kept: Sequence[Prompt] = ()
         timed = [prompt for prompt in sparse if prompt.num_tokens >= k or not selects]
         if self.timed_prompts and timed:
             parts["speed"] = spread_over_subtasks(timed, self.timed_prompts)
@@ -321,7 +322,7 @@ def measure_selection(
             "sample_id": prompt.sample.sample_id,
             "subtask": prompt.sample.subtask,
             "cached": slots[0].shape[-1],
-            "layers": layers,
+            "layers": list(layers),
             "heads": [len(one) for one in slots],
             "answer": answer,
             "kept": packed(torch.cat(slots)),

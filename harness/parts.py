@@ -8,7 +8,6 @@ from topkbench.analysis.record.journal import DisagreementError, Journal
 from topkbench.analysis.record.store import PartStore
 from topkbench.harness.sweep import Record
 
-
 _APART = ("prefill_ms", "kept")
 """What two measurements of one batch need not agree in."""
 

@@ -34,7 +34,7 @@ class Browser:
         # Chromium reads commands from file 3 and writes to file 4.
         self._process = subprocess.Popen(
             [
-                *("sh", "-c", f'exec "$@" 3<&{read} 4>&{write}', "sh", PROGRAM),
+                *("bash", "-c", f'exec "$@" 3<&{read} 4>&{write}', "bash", PROGRAM),
                 *("--headless", "--no-sandbox", "--remote-debugging-pipe", "--disable-gpu"),
                 *("--no-first-run", "--hide-scrollbars", f"--user-data-dir={self._folder.name}"),
             ],
@@ -52,7 +52,10 @@ class Browser:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         self._process.kill()
         self._process.wait()

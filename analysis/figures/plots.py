@@ -27,6 +27,7 @@ from topkbench.analysis.figures.curves import context_curve, curve
 from topkbench.analysis.figures.pareto import COSTS, bars_words, pareto, pareto_pair
 from topkbench.analysis.figures.training import loss_curve
 from topkbench.analysis.figures.variants import arms, is_ladder, ladder
+from topkbench.analysis.record.csv_file import csv_bytes
 from topkbench.analysis.record.files import write_atomic
 
 OVER_LENGTHS = (
@@ -302,7 +303,7 @@ def at_one_length(configurations: pd.DataFrame) -> pd.DataFrame:
 
 def save(figure: Figure, data: pd.DataFrame, drawn: Drawn) -> None:
     """Write a figure as PNG and SVG, and its data as CSV."""
-    write_atomic(drawn.csv, data.to_csv(index=False, lineterminator="\n").encode())
+    write_atomic(drawn.csv, csv_bytes(data))
     FigureCanvasAgg(figure)
     # Lay out once: constrained layout takes most of the time of each of the two files.
     figure.draw_without_rendering()

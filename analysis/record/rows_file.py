@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from topkbench.analysis.record.csv_file import as_written
 from topkbench.analysis.record.row import COLUMNS, PARAMETER_PREFIX, Row, present_task
 from topkbench.analysis.record.samples_file import read_samples_file
 from topkbench.analysis.record.store import RecordError, typed
@@ -29,7 +30,7 @@ def read_rows(file: Path) -> pd.DataFrame:
     try:
         if file.suffix == ".csv":
             _check_whole(file)
-            data = pd.read_csv(file, dtype=words, low_memory=False)
+            data = as_written(pd.read_csv(file, dtype=words, low_memory=False))
         else:
             data = pd.read_parquet(file)
     except (OSError, ValueError, csv.Error) as error:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from topkbench.analysis.record import kept_file
 from topkbench.analysis.record.files import (
     check_writable,
     json_bytes,
@@ -23,7 +24,6 @@ from topkbench.analysis.record.files import (
     translate_os_error,
     write_atomic,
 )
-from topkbench.analysis.record import kept_file
 from topkbench.analysis.record.row import (
     COLUMNS,
     PAIRED_COLUMNS,

@@ -21,11 +21,13 @@ import pandas as pd
 from topkbench.analysis import style
 from topkbench.analysis.comparison.configurations import Comparison, compare
 from topkbench.analysis.comparison.stats import paired_columns
-from topkbench.analysis.console import console, say, say_error
+from topkbench.analysis.console import console, say, say_error, visible
 from topkbench.analysis.figures import search
 from topkbench.analysis.figures.break_even import MODELS, ModelSize, break_even_table, model_sizes
 from topkbench.analysis.figures.plots import Drawn, draw_all, smallest_batch
 from topkbench.analysis.figures.variants import difference_table, ladder_tables
+from topkbench.analysis.record import kept_file
+from topkbench.analysis.record.csv_file import csv_bytes
 from topkbench.analysis.record.files import translate_os_error, write_atomic
 from topkbench.analysis.record.row import PARAMETER_PREFIX
 from topkbench.analysis.record.rows_file import read_rows, read_samples
@@ -40,6 +42,7 @@ from topkbench.analysis.record.store import (
     typed,
 )
 from topkbench.analysis.report import kernels
+from topkbench.analysis.report.samples import load_kept
 from topkbench.analysis.tables import overview
 from topkbench.analysis.tables.answered import answered_table
 from topkbench.analysis.tables.matched import MATCHED, matched_table
@@ -48,7 +51,7 @@ from topkbench.analysis.tables.paper import (
     published_table,
     without_counterpart,
 )
-from topkbench.analysis.tables.table import setting
+from topkbench.analysis.tables.table import in_markdown, setting
 
 __all__ = ["Report", "build", "load", "main", "paired_columns", "write"]
 
@@ -187,13 +190,15 @@ def write(
     samples = _merge([samples for _, samples in loaded]).infer_objects()
     if not len(rows):
         raise RecordError(f"{paths[0]} must hold at least one row, but no cell has begun.")
+    kept = _merge([load_kept(path) for path in paths])
     with style.recorded(rows):
-        return _write(rows, samples, paths, out, models, published)
+        return _write(rows, samples, kept, paths, out, models, published)
 
 
 def _write(
     rows: pd.DataFrame,
     samples: pd.DataFrame,
+    kept: pd.DataFrame,
     paths: Sequence[Path],
     out: str | Path | None,
     models: Mapping[str, ModelSize],
@@ -212,8 +217,10 @@ def _write(
     shown = typed(_merge([compared.rows, of_kernels]))[[*ordered, *parameters]]
     if not any(_is_read_from(path, folder) for path in paths):
         write_atomic(folder / "rows.parquet", shown.to_parquet(None, index=False))
-        write_atomic(folder / "rows.csv", shown.to_csv(index=False, lineterminator="\n").encode())
+        write_atomic(folder / "rows.csv", csv_bytes(shown))
         write_atomic(folder / "samples.parquet", samples_bytes(samples))
+        if len(kept):
+            write_atomic(folder / kept_file.NAME, samples_bytes(kept))
     sweeps = [Sweep.open(path) for path in paths if path.is_dir()]
     content = _content(compared, shown, samples, folder, models)
     content["searches"] = search.sections(sweeps, shown, folder / "figures")
@@ -225,8 +232,7 @@ def _write(
             "published": published_table(numbers),
             "without_counterpart": without_counterpart(numbers),
         }
-        text = numbers.to_csv(index=False, lineterminator="\n")
-        write_atomic(folder / "published.csv", text.encode())
+        write_atomic(folder / "published.csv", csv_bytes(numbers))
     write_atomic(folder / "report.md", _markdown(content).encode())
     path = folder / "report.html"
     write_atomic(path, _html(content).encode())
@@ -283,7 +289,7 @@ def _content(
     cells = one_row_a_cell(rows)
     counts = cells["status"].value_counts()
     return {
-        "title": f"topkbench: {folder.parent.name}/{folder.name}",
+        "title": visible(f"topkbench: {folder.parent.name}/{folder.name}"),
         "ran": [
             f"{len(cells)} cell{'' if len(cells) == 1 else 's'}: "
             + ", ".join(f"{n} {name}" for name, n in counts.items())
@@ -339,23 +345,32 @@ def _context(words: str, configurations: pd.DataFrame) -> str:
 
 
 def _markdown(content: dict[str, Any]) -> str:
-    parts = [f"# {content['title']}", "## What ran", *(f"- {one}" for one in content["ran"])]
-    parts += [f"- **Note:** {one}" for one in content["notes"]]
+    parts = [
+        f"# {in_markdown(content['title'])}",
+        "## What ran",
+        *(f"- {in_markdown(one)}" for one in content["ran"]),
+    ]
+    parts += [f"- **Note:** {in_markdown(one)}" for one in content["notes"]]
     for one in content["searches"]:
-        parts += ["## Search", one["words"], f"### {one['title']}", one["table"].markdown()]
+        parts += [
+            "## Search",
+            in_markdown(one["words"]),
+            f"### {in_markdown(one['title'])}",
+            one["table"].markdown(),
+        ]
         parts += map(_shown, one["figures"])
     for panel in content["panels"]:
-        parts += [f"## {panel['title']}", panel["table"].markdown()]
+        parts += [f"## {in_markdown(panel['title'])}", panel["table"].markdown()]
         if panel["league"] is not None:
             parts += ["### League", panel["league"].markdown(), content["how_to_rank"]]
         for title, found in panel["matched"]:
-            parts += [f"### {title}", found.markdown(), content["how_to_match"]]
+            parts += [f"### {in_markdown(title)}", found.markdown(), content["how_to_match"]]
         if panel["subtasks"] is not None:
             parts += ["### Score by sub-task", panel["subtasks"].markdown()]
         if panel["answered"] is not None:
             parts += [f"### {_ANSWERED}", panel["answered"].markdown()]
         for title, found in panel["ladder"]:
-            parts += [f"### {title}", found.markdown()]
+            parts += [f"### {in_markdown(title)}", found.markdown()]
         if panel["differences"] is not None:
             parts += ["### Differences, paired by seed", panel["differences"].markdown()]
         if panel["break_even"] is not None:
@@ -365,12 +380,12 @@ def _markdown(content: dict[str, Any]) -> str:
     if content["kernels"] is not None:
         parts += ["## Kernels", content["kernels"]["how_to_read"]]
         for title, table in content["kernels"]["tables"]:
-            parts += [f"### {title}", table.markdown()]
+            parts += [f"### {in_markdown(title)}", table.markdown()]
         parts += [_shown(one) for one in content["kernels"]["figures"]]
     if content["without_counterpart"]:
         parts += ["## Published numbers beside ours", content["how_to_compare"]]
         parts += [content["published"].markdown()] if content["published"] is not None else []
-        parts += [f"- {one}" for one in content["without_counterpart"]]
+        parts += [f"- {in_markdown(one)}" for one in content["without_counterpart"]]
     if content["failures"] is not None:
         parts += ["## Failures and skips", content["failures"].markdown()]
     parts += ["## Environment", content["environment"].markdown()]
@@ -381,8 +396,9 @@ def _markdown(content: dict[str, Any]) -> str:
 
 def _shown(one: Drawn) -> str:
     link = f"figures/{one.name}"
-    words = f"**{one.title}.** {one.caption} [svg]({link}.svg), [data]({link}.csv)"
-    return f"![{one.title}]({link}.png)\n\n{words}"
+    title, caption = in_markdown(one.title), in_markdown(one.caption)
+    words = f"**{title}.** {caption} [svg]({link}.svg), [data]({link}.csv)"
+    return f"![{title}]({link}.png)\n\n{words}"
 
 
 def _html(content: dict[str, Any]) -> str:

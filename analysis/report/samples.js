@@ -149,10 +149,11 @@
     if (prompt.kept.leftOut) {
       return say("Which tokens each head kept is in kept.parquet, and too large for this page.");
     }
+    const lost = new Set(prompt.answers.filter((one) => isLost(prompt, one)).map((one) => one.of));
     const details = make("details", { class: "kept" }, make("summary", {}, "Which tokens each head kept"));
     details.addEventListener(
       "toggle",
-      () => details.children.length < 2 && details.append(keptBody(prompt.kept))
+      () => details.children.length < 2 && details.append(keptBody(prompt.kept, lost))
     );
     return details;
   }
@@ -173,7 +174,8 @@
     return bits;
   }
 
-  function keptBody(tokens) {
+  // The first configuration is shown beside the first other one that has lost the prompt, if any.
+  function keptBody(tokens, lost) {
     const cells = tokens.cells;
     const rows = cells.flatMap(rowsOf);
     const numbers = (key) => unique(rows.map((row) => row[key])).sort((a, b) => a - b);
@@ -181,7 +183,8 @@
     const head = choice("KV head", [any("all"), ...numbers("head").map((one) => [one, String(one)])]);
     const options = cells.map((cell, place) => [place, nameOf(cell)]);
     const shown = [choice("Left", options), choice("Right", [any("none"), ...options])];
-    shown[1].list.value = cells.length > 1 ? "1" : "";
+    const other = cells.findIndex((cell, place) => place > 0 && lost.has(cell.of));
+    shown[1].list.value = other > 0 ? String(other) : cells.length > 1 ? "1" : "";
     const filters = make("div", { class: "filters" });
     filters.append(layer.label, head.label, ...shown.map((one) => one.label));
     const pair = make("div", { class: "pair" });

@@ -102,13 +102,17 @@ def prompts(compared: Comparison, samples: pd.DataFrame) -> list[Prompt]:
     if "prediction" not in samples:
         return []
     known = samples[samples["prediction"].notna() & samples["score"].notna()]
-    of_cell = {str(cell): part.to_dict("records") for cell, part in known.groupby("run_id")}
+    of_cell: dict[str, list[dict[str, Any]]] = {
+        str(cell): part.to_dict("records")  # type: ignore[misc]
+        for cell, part in known.groupby("run_id")
+    }
     seeds = compared.rows.drop_duplicates("run_id").set_index("run_id")["seed"].to_dict()
     found: list[Prompt] = []
     for key, configurations in compared.by_setting():
         top = configurations[configurations.index.isin(compared.overall.index)]
         given: dict[tuple[Any, str, str], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
-        for configuration in top.to_dict("records"):
+        named: list[dict[str, Any]] = top.to_dict("records")  # type: ignore[assignment]
+        for configuration in named:
             for cell in configuration["run_ids"]:
                 seed = seeds.get(cell)
                 seed = None if pd.isna(seed) else int(seed)

@@ -7,6 +7,7 @@ import itertools
 import sys
 from collections.abc import Callable, Sequence
 
+from topkbench.analysis import style
 from topkbench.analysis.comparison.configurations import compare
 from topkbench.analysis.console import console, say, say_error
 from topkbench.analysis.record.store import RecordError
@@ -26,9 +27,11 @@ def in_words(kind: Kind, text: str) -> str:
 
 def in_colour(kind: Kind, text: str) -> str:
     """Mark a part of an answer for a terminal: what is missing struck out, what is other bold."""
-    return {"same": text, "missing": f"\x1b[31;9m{text}\x1b[0m", "other": f"\x1b[32;1m{text}\x1b[0m"}[
-        kind
-    ]
+    return {
+        "same": text,
+        "missing": f"\x1b[31;9m{text}\x1b[0m",
+        "other": f"\x1b[32;1m{text}\x1b[0m",
+    }[kind]
 
 
 def text_of(prompt: Prompt, mark: Mark = in_words) -> str:
@@ -104,8 +107,9 @@ def _show(options: argparse.Namespace) -> int:
     except RecordError as error:
         say_error(error)
         return 2
-    # Without samples nothing is resampled for intervals, which are not shown here.
-    every = prompts(compare(rows), samples)
+    with style.recorded(rows):
+        # Without samples nothing is resampled for intervals, which are not shown here.
+        every = prompts(compare(rows), samples)
     if not every:
         say_error(f"{options.results} must hold answers in words, but holds none.")
         return 2

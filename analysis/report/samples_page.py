@@ -49,9 +49,10 @@ def page(compared: Comparison, samples: pd.DataFrame, kept: pd.DataFrame) -> dic
             " and full attention differ first; `topkbench samples RESULTS` shows all."
         )
     if tokens.left_out:
+        plural = "" if tokens.left_out == 1 else "s"
         words.append(
-            f"Which tokens the heads kept is left out for {tokens.left_out} prompts, as it would"
-            " make this page too large; kept.parquet has it."
+            f"Which tokens the heads kept is left out for {tokens.left_out} prompt{plural}, as it"
+            " would make this page too large; kept.parquet has it."
         )
     data = {
         "configurations": [{"name": name, "method": methods[name]} for name in names],
@@ -106,7 +107,7 @@ def _that_fit(every: Sequence[Prompt], number: dict[str, int]) -> list[Prompt]:
     while queues:
         for key in list(queues):
             place = queues[key].popleft()
-            left -= len(json.dumps(_entry(every[place], number)))
+            left -= len(json.dumps(_entry(every[place], number))) + len(", ")
             if left < 0:
                 return [every[one] for one in sorted(chosen)]
             chosen.add(place)
