@@ -33,7 +33,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from topkbench.analysis.console import console, say, say_error
+from topkbench.analysis.console import console, say, say_error, visible
 from topkbench.analysis.record.files import (
     RESULTS,
     NotWritableError,
@@ -595,7 +595,7 @@ def run_command() -> None:
     except BrokenPipeError:
         raise  # of a print: nobody reads the output any more
     except (OSError, RecordError) as error:
-        sys.exit(f"error: {sentence(error)}")
+        sys.exit(f"error: {visible(sentence(error))}")
     except KeyboardInterrupt as error:
         if is_plan:
             say_error("interrupted; a plan measures anew each time.")

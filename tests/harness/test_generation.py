@@ -127,27 +127,27 @@ def test_samples_contain_what_re_scoring_needs(
 def test_the_tokens_that_heads_kept_are_recorded_of_a_few_prompts(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path, method: AnyMethod
 ) -> None:
-    outcome = run(loaded, store, tmp_path, method, kept_prompts=3)
+    outcome = run(loaded, store, tmp_path, method, timed_prompts=0, kept_prompts=3)
     names = [one["sample_id"] for one in outcome.kept]
     assert names == ["niah_single-200-0-0", "niah_single-200-0-1", "vt-200-0-0"]
-    full = run(loaded, store, tmp_path, FullAttention())
+    full = run(loaded, store, tmp_path, FullAttention(), timed_prompts=0)
     assert full.kept == []
     prompts = {one.sample.sample_id: one for one in RulerWords(**SETTINGS).tokenised(loaded)}  # type: ignore[arg-type]
     for one in outcome.kept:
         slots = unpacked(one["kept"], one["heads"], one["cached"])
         assert (one["layers"], one["heads"], len(slots)) == ([0, 1], [2, 2], 4)
         assert slots.sum(1).tolist() == [24] * 4
-        # The step is the last of the question and of full attention's answer.
+        # The step is the last of the question and of 16 tokens of full attention's answer.
         prompt = prompts[one["sample_id"]]
         (answer,) = (
             sample["tokens"] for sample in full.samples if sample["sample_id"] == one["sample_id"]
         )
-        ids = [*prompt.prefill_ids, *prompt.decode_ids, *answer]
+        ids = [*prompt.prefill_ids, *prompt.decode_ids, *answer[:16]]
         assert one["cached"] == len(ids)
         texts = json.loads(one["texts"])
         assert len(texts) == len(ids)
         assert "".join(texts) == loaded.tokenizer.decode(ids)
-    assert run(loaded, store, tmp_path, method, kept_prompts=0).kept == []
+    assert run(loaded, store, tmp_path, method, timed_prompts=0, kept_prompts=0).kept == []
 
 
 def test_full_attention_has_no_selection_quality(

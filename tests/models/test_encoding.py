@@ -449,5 +449,5 @@ def test_the_texts_of_single_tokens_are_together_the_whole_text(make: Make) -> N
 def test_a_character_of_several_tokens_is_in_the_last_of_them() -> None:
     tokenizer = of_bytes()
     ids = encode(tokenizer, "a\U0001f436b")
-    assert token_texts(tokenizer, ids) == ["a", "", "", "", "\U0001f436", "b"]
-    assert token_texts(tokenizer, ids[:3]) == ["a", "", "\ufffd"]
+    assert token_texts(tokenizer, ids) == ["<bos>", "a", "", "", "", "\U0001f436", "b"]
+    assert token_texts(tokenizer, ids[:3]) == ["<bos>", "a", "\ufffd"]
