@@ -34,7 +34,8 @@
 
   const any = (words) => ["", words];
   const named = (values) => unique(values).map((value) => [value, value]);
-  const setting = choice("Setting", [any("all"), ...named(data.prompts.map((one) => one.setting))]);
+  const settings = unique(data.prompts.map((one) => one.setting));
+  const setting = choice("Setting", [any("all"), ...named(settings)]);
   const subtask = choice("Sub-task", [any("all"), ...named(data.prompts.map((one) => one.subtask))]);
   const method = choice("Method", [
     any("all"),
@@ -46,7 +47,12 @@
   const count = make("p", { class: "soft", role: "status" });
   const list = make("ol");
   const more = make("button", { type: "button" }, "Show more");
-  if (unique(data.prompts.map((one) => one.setting)).length < 2) setting.label.hidden = true;
+  setting.label.hidden = settings.length < 2;
+
+  // What tells a setting apart from the others.
+  const pieces = (words) => words.split(", ");
+  const ownWords = (words) =>
+    pieces(words).filter((piece) => !settings.every((other) => pieces(other).includes(piece))).join(", ");
 
   const isChosen = (answer) => {
     const value = method.list.value;
@@ -85,6 +91,7 @@
     const tag = (text, kind = "") => summary.append(" ", make("span", { class: `tag ${kind}` }, text));
     tag(prompt.subtask);
     if (seed) tag(seed);
+    if (settings.length > 1) tag(ownWords(prompt.setting));
     tag(prompt.full ? `full ${round(prompt.full.score)}` : "without full attention");
     if (number) tag(`${number} of ${answers.length} lost`, "lost");
     const details = make("details", {}, summary);
