@@ -156,11 +156,10 @@
     if (prompt.kept.leftOut) {
       return say("Which tokens each head kept is in kept.parquet, and too large for this page.");
     }
-    const lost = new Set(prompt.answers.filter((one) => isLost(prompt, one)).map((one) => one.of));
     const details = make("details", { class: "kept" }, make("summary", {}, "Which tokens each head kept"));
     details.addEventListener(
       "toggle",
-      () => details.children.length < 2 && details.append(keptBody(prompt.kept, lost))
+      () => details.children.length < 2 && details.append(keptBody(prompt))
     );
     return details;
   }
@@ -182,8 +181,12 @@
   }
 
   // The first configuration is shown beside the first other one that has lost the prompt, if any.
-  function keptBody(tokens, lost) {
+  function keptBody(prompt) {
+    const tokens = prompt.kept;
     const cells = tokens.cells;
+    const lost = new Set(prompt.answers.filter((one) => isLost(prompt, one)).map((one) => one.of));
+    const known = new Set(cells.map((cell) => cell.of));
+    const others = prompt.answers.filter((one) => !known.has(one.of)).map(nameOf);
     const rows = cells.flatMap(rowsOf);
     const numbers = (key) => unique(rows.map((row) => row[key])).sort((a, b) => a - b);
     const layer = choice("Layer", [any("all"), ...numbers("layer").map((one) => [one, String(one)])]);
@@ -200,6 +203,7 @@
     scale.append(
       `At the last measured step, which reads ${cells[0].cached.toLocaleString("en")} tokens, the answer so far included.`
     );
+    if (others.length) scale.append(` Not recorded at this step: ${others.join("; ")}.`);
 
     async function draw() {
       const made = shown

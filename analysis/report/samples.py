@@ -6,7 +6,7 @@ import difflib
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -232,7 +232,7 @@ def chosen(
             if method in (None, one.method) and (not only_lost or prompt.is_lost(one))
         )
         if answers or not (only_lost or prompt.answers):
-            yield Prompt(**{**vars(prompt), "answers": answers})
+            yield replace(prompt, answers=answers)
 
 
 def load_kept(path: str | Path) -> pd.DataFrame:

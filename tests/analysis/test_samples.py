@@ -212,9 +212,10 @@ class Tags(HTMLParser):
         self.found.append(tag)
 
 
-def write_page(folder: Path, sweep: Sweep) -> Path:
+def write_page(folder: Path, sweep: Sweep, num_kept: int | None = None) -> Path:
     rows, samples = load(sweep.folder)
-    found = samples_page.page(compare(rows), samples, load_kept(sweep.folder))
+    kept = load_kept(sweep.folder)[:num_kept]
+    found = samples_page.page(compare(rows), samples, kept)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(samples_page.__file__).parent), autoescape=True
     )
@@ -346,12 +347,25 @@ def test_the_page_shades_the_tokens_that_heads_kept(
         [END, None],
         [" six", "1"],
     ]
+    assert "Not recorded" not in page.run("document.querySelector('details.kept').innerText")
     layer = "document.querySelector('details.kept select')"
     page.run(f"{layer}.value = '3'; {layer}.dispatchEvent(new Event('change'))")
     page.wait_for("document.querySelector('.tokens').childNodes.length === 4")
     assert page.run(shares)[1] == [f" two{marks}", "0.5"]
     assert page.run("document.documentElement.scrollWidth") == 390
     assert page.errors == []
+
+
+def test_the_page_names_whose_tokens_were_not_recorded(
+    tmp_path: Path, sweep: Sweep, browser: Browser
+) -> None:
+    page = browser.open(write_page(tmp_path, sweep, num_kept=1))
+    page.run("document.querySelector('#samples summary').click()")
+    page.wait_for("document.querySelector('details.kept summary')")
+    page.run("document.querySelector('details.kept summary').click()")
+    page.wait_for("document.querySelectorAll('.tokens').length === 1")
+    text = page.run("document.querySelector('details.kept').innerText")
+    assert "Not recorded at this step: Quest, k=64." in text
 
 
 @pytest.mark.parametrize("dark", [False, True])
