@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -47,14 +48,39 @@ def console() -> Iterator[None]:
             stream.flush()
 
 
-def say(text: object) -> None:
+def visible(text: object) -> str:
+    """Return a text in which signs that nobody sees, such as a terminal's commands, are escapes.
+
+    Control and format characters, such as marks that turn the direction of writing, and surrogates
+    become Python's escapes. Line breaks stay.
+    """
+    return "".join(
+        one if one == "\n" or unicodedata.category(one) not in _UNSEEN else _escape(one)
+        for one in str(text)
+    )
+
+
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode's categories of control and format characters, surrogates, and separators of lines."""
+
+
+def _escape(sign: str) -> str:
+    return sign.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def say(text: object, is_visible: bool = False) -> None:
     """Print a line to standard output at once.
+
+    Args:
+        text: The text.
+        is_visible: Whether what is not ours in it has been through `visible`; it may then have
+            colours. All other text is made visible here.
 
     Raises:
         SystemExit: If it cannot be written.
     """
     with _printing(sys.stdout) as stream:
-        print(text, file=stream, flush=True)
+        print(text if is_visible else visible(text), file=stream, flush=True)
 
 
 def say_progress(text: object) -> None:
@@ -74,7 +100,7 @@ def say_error(sentence: object) -> None:
         SystemExit: If it cannot be written.
     """
     with _printing(sys.stderr) as stream:
-        print(f"error: {sentence}", file=stream, flush=True)
+        print(f"error: {visible(sentence)}", file=stream, flush=True)
 
 
 @contextlib.contextmanager

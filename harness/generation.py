@@ -6,6 +6,7 @@ a time, full attention and the method in turn), and measures the quality of the 
 something that it depends on has changed.
 """
 
+import json
 import statistics
 from abc import abstractmethod
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from topkbench.analysis.record.kept_file import packed
 from topkbench.harness.decoding import (
     Decoder,
     Prompt,
@@ -37,6 +39,7 @@ from topkbench.harness.speed import rounds_of, speed_of, time_prompt, turn_steps
 from topkbench.harness.sweep import Plan, PromptTask, Record, Steps, decode_steps
 from topkbench.harness.task import Context, Outcome, TaskRow
 from topkbench.methods.base import check_whole
+from topkbench.models.encoding import token_texts
 from topkbench.models.load import LoadedModel, ModelNotAvailable, ModelShape, needs_text
 
 
@@ -52,6 +55,8 @@ class GenerationTask(PromptTask):
         judged_prompts: Number of prompts on which selection quality is measured; 0 measures none.
         judged_tokens: Decode steps of each of them at which it is measured, spread evenly over the
             question and as many tokens of the answer; None for all steps of question and answer.
+        kept_prompts: Number of these prompts of which it is recorded which tokens each head kept,
+            at the last of these steps; 0 for none.
     """
 
     name: str = "generation"
@@ -60,11 +65,12 @@ class GenerationTask(PromptTask):
     timed_prompts: int = 3
     judged_prompts: int = 8
     judged_tokens: int | None = 16
+    kept_prompts: int = 3
     parts: ClassVar[Mapping[str, frozenset[str]]] = {
-        "answers": frozenset({"timed_prompts", "judged_prompts", "judged_tokens"}),
+        "answers": frozenset({"timed_prompts", "judged_prompts", "judged_tokens", "kept_prompts"}),
         "selections": frozenset({"timed_prompts"}),
         # bandwidth_fraction uses the bytes counted in the answers, so it depends on their settings.
-        "speed": frozenset({"judged_prompts", "judged_tokens"}),
+        "speed": frozenset({"judged_prompts", "judged_tokens", "kept_prompts"}),
     }
     together: ClassVar[frozenset[str]] = frozenset({"answers"})
 
@@ -72,7 +78,7 @@ class GenerationTask(PromptTask):
         if self.question not in ("sparse", "dense"):
             raise ValueError(f"question must be sparse or dense, got {self.question!r}.")
         self.check_batch_size()
-        for knob in ("timed_prompts", "judged_prompts"):
+        for knob in ("timed_prompts", "judged_prompts", "kept_prompts"):
             check_whole(f"task.{knob}", getattr(self, knob), least=0)
         if self.judged_tokens is not None:
             check_whole("task.judged_tokens", self.judged_tokens)
@@ -95,18 +101,21 @@ class GenerationTask(PromptTask):
         if not sparse:
             longest = max(prompt.most_cached for prompt in prompts)
             return Outcome([TaskRow("mean", {}, "skipped", no_sparse_step_reason(k, longest))], [])
-        parts = {"answers": prompts}
+        parts: dict[str, Sequence[Prompt]] = {"answers": prompts}
+        kept: Sequence[Prompt] = ()
         timed = [prompt for prompt in sparse if prompt.num_tokens >= k or not selects]
         if self.timed_prompts and timed:
             parts["speed"] = spread_over_subtasks(timed, self.timed_prompts)
         # A method that frees tokens cannot be compared with full attention over all of them.
         if self.judged_prompts and selects and not context.method.compacts:
             parts["selections"] = spread_over_subtasks(sparse, self.judged_prompts)
+            kept = parts["selections"][: self.kept_prompts]
         return Plan(
             {
                 part: frozenset(prompt.sample.sample_id for prompt in chosen)
                 for part, chosen in parts.items()
-            }
+            },
+            frozenset(prompt.sample.sample_id for prompt in kept),
         )
 
     def measure(self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]) -> Record:
@@ -115,8 +124,13 @@ class GenerationTask(PromptTask):
         if part == "speed":
             rounds = rounds_of(len(plan.parts[part]))
             return {"prompts": [time_prompt(context, prompt, rounds) for prompt in prompts]}
-        judged = self.judged_tokens
-        return {"prompts": [measure_selection(context, prompt, judged) for prompt in prompts]}
+        measured = [
+            measure_selection(
+                context, prompt, self.judged_tokens, prompt.sample.sample_id in plan.kept
+            )
+            for prompt in prompts
+        ]
+        return {"prompts": measured}
 
     def steps(self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]) -> Steps:
         questions = [len(prompt.decode_ids) for prompt in prompts]
@@ -204,7 +218,7 @@ class GenerationTask(PromptTask):
             judged = [one for record in records["selections"] for one in record["prompts"]]
             shared |= selection_means(judged)
             # A prompt whose answer ended before a step over more than k tokens shows no selection.
-            shared["judged_prompts"] = sum(any(one.values()) for one in judged) or None
+            shared["judged_prompts"] = sum(bool(one[MEASURES[0]]) for one in judged) or None
             shared["judged_tokens"] = sum(len(one[MEASURES[0]]) for one in judged) or None
         scored = []
         for subtask, count in counts.items():
@@ -223,7 +237,7 @@ class GenerationTask(PromptTask):
             scored.append(TaskRow(subtask, values))
         mean = statistics.fmean(row.values["score"] for row in scored)
         scored.append(TaskRow("mean", {"score": mean, "num_samples": len(samples), **shared}))
-        return Outcome([*rows, *scored], samples)
+        return Outcome([*rows, *scored], samples, kept_tokens(context, prompts, records))
 
 
 def answer(context: Context, prompts: Sequence[Prompt]) -> Record:
@@ -272,8 +286,8 @@ def score_of(sample: Sample, prediction: str) -> float:
 
 
 def measure_selection(
-    context: Context, prompt: Prompt, num_judged: int | None = None
-) -> dict[str, list[list[float]]]:
+    context: Context, prompt: Prompt, num_judged: int | None = None, keeps: bool = False
+) -> dict[str, Any]:
     """Measure the method's selections, by step and layer, while it decodes full's answer.
 
     Args:
@@ -281,6 +295,10 @@ def measure_selection(
         prompt: The prompt.
         num_judged: How many steps are measured, spread evenly over those of the question and of as
             many of the answer; None for all.
+        keeps: Whether to record which tokens the heads kept at the last of them.
+
+    Returns:
+        Each measure by step and layer, and ``kept``: what ``kept_tokens`` makes a row of.
     """
     answer = context.full_answer(prompt)[:num_judged]
     given = [*prompt.decode_ids, *answer]
@@ -288,7 +306,7 @@ def measure_selection(
     steps = range(begin + 1, begin + len(given) + 1)
     sparse = [n for n in steps if n > context.effective_policy.k]
     judged = None if num_judged is None else frozenset(spread(sparse, num_judged))
-    meter, needs = SelectionMeter(judged), method.traits.needs
+    meter, needs = SelectionMeter(judged, keeps=keeps), method.traits.needs
     if not sparse:
         return meter.values()
     decoder = Decoder(context.loaded, context.store, [prompt], len(given) + 1, needs)
@@ -297,7 +315,37 @@ def measure_selection(
             decoder.teacher_force([answer])
         else:
             decoder.forward([given])
-    return meter.values()
+    record: dict[str, Any] = {**meter.values()}
+    if meter.kept:
+        layers, slots = zip(*sorted(meter.kept.items()), strict=True)
+        record["kept"] = {
+            "sample_id": prompt.sample.sample_id,
+            "subtask": prompt.sample.subtask,
+            "cached": slots[0].shape[-1],
+            "layers": list(layers),
+            "heads": [len(one) for one in slots],
+            "answer": answer,
+            "kept": packed(torch.cat(slots)),
+        }
+    return record
+
+
+def kept_tokens(
+    context: Context, prompts: Sequence[Prompt], records: Mapping[str, Sequence[Record]]
+) -> list[dict[str, Any]]:
+    """Return which tokens the heads kept, with the tokens' texts, as ``record.kept_file`` says."""
+    by_id = {prompt.sample.sample_id: prompt for prompt in prompts}
+    rows = []
+    for record in records.get("selections", ()):
+        for one in record["prompts"]:
+            if "kept" not in one or one["kept"]["sample_id"] not in by_id:
+                continue
+            row = {**one["kept"]}
+            prompt = by_id[row["sample_id"]]
+            ids = (*prompt.prefill_ids, *prompt.decode_ids, *row.pop("answer"))
+            texts = token_texts(context.loaded.tokenizer, ids[: row["cached"]])
+            rows.append({**row, "texts": json.dumps(texts)})
+    return rows
 
 
 def spread(items: Sequence[int], limit: int) -> list[int]:

@@ -33,7 +33,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from topkbench.analysis.console import console, say, say_error
+from topkbench.analysis.console import console, say, say_error, visible
 from topkbench.analysis.record.files import (
     RESULTS,
     NotWritableError,
@@ -556,6 +556,10 @@ def run_command() -> None:
     if "--version" in sys.argv[1:]:
         say(f"topkbench {own_version()}, Hydra {hydra.__version__}")
         return
+    if sys.argv[1:2] == ["samples"]:  # reads results alone: neither Hydra nor torch is needed
+        from topkbench.analysis.report.samples_command import main as show_samples
+
+        sys.exit(show_samples(sys.argv[2:]))
     is_plan = sys.argv[1:2] == ["plan"]
     sys.argv[1:] = settings_first(sys.argv[2:] if is_plan else sys.argv[1:])
     # Hydra then raises the original error, which is printed below in one line.
@@ -591,7 +595,7 @@ def run_command() -> None:
     except BrokenPipeError:
         raise  # of a print: nobody reads the output any more
     except (OSError, RecordError) as error:
-        sys.exit(f"error: {sentence(error)}")
+        sys.exit(f"error: {visible(sentence(error))}")
     except KeyboardInterrupt as error:
         if is_plan:
             say_error("interrupted; a plan measures anew each time.")

@@ -8,6 +8,9 @@ from topkbench.analysis.record.journal import DisagreementError, Journal
 from topkbench.analysis.record.store import PartStore
 from topkbench.harness.sweep import Record
 
+_APART = ("prefill_ms", "kept")
+"""What two measurements of one batch need not agree in."""
+
 
 class MeasuredPart:
     """What was measured of one part, shared by all cells of this process that have the part.
@@ -75,17 +78,18 @@ class MeasuredPart:
 def same_records(one: Sequence[Record], other: Sequence[Record]) -> bool:
     """Return whether two measurements of one batch agree in everything except times.
 
-    Measured values may differ in rounding, as on a GPU; tokens, texts and counts may not.
+    Measured values may differ in rounding, as on a GPU, and with them which of two tokens with
+    nearly equal scores was kept; tokens, texts and counts may not.
     """
-    return _same(_without_times(one), _without_times(other))
+    return _same(_comparable(one), _comparable(other))
 
 
-def _without_times(records: Sequence[Record]) -> Any:
-    """Return records without the time of prefills, and without the times of decode steps."""
+def _comparable(records: Sequence[Record]) -> Any:
+    """Return records without times of prefills and decode steps, and without the tokens kept."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {name: plain(one) for name, one in value.items() if name != "prefill_ms"}
+            return {name: plain(one) for name, one in value.items() if name not in _APART}
         if isinstance(value, Sequence) and not isinstance(value, str):
             return [plain(one) for one in value if not _is_timing(one)]
         return value

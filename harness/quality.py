@@ -150,10 +150,15 @@ class SelectionMeter(Observer):
             all.
         measured: The quality of each measured step, by its number of cached tokens, in order of
             layers. The rows of a step that decodes a token of each row are measured together.
+        keeps: Whether the tokens that were kept are noted, of one row.
+        kept: Which tokens each KV head kept at the last measured step, by layer, bool
+            ``[Hkv, n]``; where its query heads select apart, what some of them kept.
     """
 
     judged: frozenset[int] | None = None
     measured: dict[int, list[Quality]] = field(default_factory=dict)
+    keeps: bool = False
+    kept: dict[int, Tensor] = field(default_factory=dict)
 
     def on_step(self, context: StepContext, result: StepResult) -> None:
         check_finite(result, context.layer)
@@ -162,6 +167,7 @@ class SelectionMeter(Observer):
             if self._is_judged(cache.n, context):
                 found = quality(DenseReference.of(context), context, result)
                 self.measured.setdefault(cache.n, []).append(found)
+                self._note_kept(context, result, cache.n)
             return
         ends = cache.bounds()[1].tolist()
         rows = [row for row, n in enumerate(ends) if self._is_judged(n, context)]
@@ -171,6 +177,16 @@ class SelectionMeter(Observer):
         found = quality(DenseReference.of(context), context, result)
         for row, place in enumerate(rows):
             self.measured.setdefault(ends[place], []).append(found.row(row))
+        self._note_kept(context, result, ends[rows[-1]])
+
+    def _note_kept(self, context: StepContext, result: StepResult, n: int) -> None:
+        """Note what the last row's heads kept of its ``n`` cached tokens."""
+        if not self.keeps:
+            return
+        cache = context.cache
+        selection = result.selection or Selection.everything(cache)
+        slots = selection.slots(cache)[-1, :, :n]
+        self.kept[context.layer] = slots.view(cache.key_states.shape[1], -1, n).any(1).cpu()
 
     def _is_judged(self, n: int, context: StepContext) -> bool:
         # With at most k tokens all are attended to without calling the method.

@@ -772,7 +772,8 @@ class SweepCell:
             if self.runner.is_worker and self.cell.has_ended():  # another one was faster
                 self.has_ended = True
                 return
-            self.cell.write(rows, outcome.samples, self.run.settings, f"{log}\n{ended}".strip())
+            log = f"{log}\n{ended}".strip()
+            self.cell.write(rows, outcome.samples, self.run.settings, log, outcome.kept)
         self.has_ended = True
         self.runner.ended.add(self.run.identity)
         self.runner.report(rows, ended)

@@ -49,9 +49,11 @@ class Plan:
 
     Attributes:
         parts: The prompts on which each part is measured, by part and sample id.
+        kept: The sample ids of the prompts of which the tokens that the heads kept are recorded.
     """
 
     parts: Mapping[str, frozenset[str]]
+    kept: frozenset[str] = frozenset()
 
     def measured(self, part: str, batch: Sequence[Prompt]) -> list[Prompt]:
         """Return the prompts of a batch on which a part is measured."""

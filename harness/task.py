@@ -126,10 +126,12 @@ class Outcome:
     Attributes:
         rows: One row per sub-task, and their mean.
         samples: One mapping per sample, for paired statistics and re-scoring.
+        kept: Which tokens the heads kept, one mapping per prompt, as ``record.kept_file`` says.
     """
 
     rows: list[TaskRow]
     samples: list[dict[str, Any]]
+    kept: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Task(ABC):

@@ -94,6 +94,31 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Return the text that each token adds to those before it; together they are the whole text.
+
+    Of a character that is made of several tokens, the last one has it and the others are empty.
+    """
+
+    def text(first: int, end: int) -> str:
+        found = tokenizer.decode(
+            list(ids[first:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return str(found)
+
+    texts: list[str] = []
+    # A token is decoded after the one before it, which shows whether a blank comes between.
+    first = shown = 0
+    for end in range(1, len(ids) + 1):
+        whole = text(first, end)
+        if whole.endswith("\ufffd") and end < len(ids):  # a part of a character
+            texts.append("")
+            continue
+        texts.append(whole[len(text(first, shown)) :])
+        first, shown = shown, end
+    return texts
+
+
 # Chat templates ----------------------------------------------------------------------------------
 
 

@@ -104,8 +104,8 @@ def readme_table(configurations: pd.DataFrame) -> Table:
     """Return README's table: each method's scores, worst sub-task, bytes and time."""
     means = configurations[configurations["subtask"] == MEAN]
     first, question, protocol = SHOWN[0]
-    heads = ["Method", *(f"{name}, `k={k}`" for name, _, _ in SHOWN for k in BUDGETS)]
-    heads += [f"{first}, `k={BUDGETS[0]}`: worst sub-task", "Read/step (MiB)", "Step (× full)"]
+    heads = ["Method", *(f"{name}, k={k}" for name, _, _ in SHOWN for k in BUDGETS)]
+    heads += [f"{first}, k={BUDGETS[0]}: worst sub-task", "Read/step (MiB)", "Step (× full)"]
     ranked: list[tuple[float, list[str]]] = []
     timed: list[pd.DataFrame] = []
     for method in means["method"].unique():

@@ -33,6 +33,7 @@ from topkbench.analysis.figures.pareto import COSTS, FRONT_WORDS, bars_words, pa
 from topkbench.analysis.figures.points import Point, points_of
 from topkbench.analysis.figures.training import loss_curve
 from topkbench.analysis.figures.variants import arms, is_ladder, ladder
+from topkbench.analysis.record.csv_file import csv_bytes
 from topkbench.analysis.record.files import write_atomic
 from topkbench.analysis.record.row import PARAMETER_PREFIX
 
@@ -298,7 +299,7 @@ def at_one_length(configurations: pd.DataFrame) -> pd.DataFrame:
 
 def save(figure: Figure, data: pd.DataFrame, drawn: Drawn) -> Drawn:
     """Write a figure as PNG and SVG, and its data as CSV; return it with its points."""
-    write_atomic(drawn.csv, data.to_csv(index=False, lineterminator="\n").encode())
+    write_atomic(drawn.csv, csv_bytes(data))
     png, svg = io.BytesIO(), io.BytesIO()
     lay_out(figure)
     # Not savefig, which draws a figure once more before each file. No date and no version, so that

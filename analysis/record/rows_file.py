@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from topkbench.analysis.record.csv_file import as_written
 from topkbench.analysis.record.row import COLUMNS, PARAMETER_PREFIX, Row, present_task
 from topkbench.analysis.record.samples_file import read_samples_file
 from topkbench.analysis.record.store import RecordError, typed
@@ -33,8 +34,8 @@ def read_rows(file: Path) -> pd.DataFrame:
             words |= {str(name): str for name in head if _is_parameter(name)}
             # A text such as None is no missing value.
             texts: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
-            data = pd.read_csv(file, dtype=words, low_memory=False, **texts)
-            data = data.assign(**{one: _parameter(data[one]) for one in data if _is_parameter(one)})
+            data = as_written(pd.read_csv(file, dtype=words, low_memory=False, **texts))
+            data = data.assign(**{str(one): _parameter(data[one]) for one in data if _is_parameter(one)})
         else:
             data = pd.read_parquet(file)
     except (OSError, ValueError, csv.Error) as error:

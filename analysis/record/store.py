@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from topkbench.analysis.record import kept_file
 from topkbench.analysis.record.files import (
     check_writable,
     json_bytes,
@@ -280,6 +281,12 @@ class Cell:
             return pd.DataFrame()
         return _with_settings(read_samples_file(self.folder / "samples.parquet"), rows)
 
+    def kept(self) -> pd.DataFrame:
+        """Return which tokens the heads kept, see `kept_file`; empty if it was not recorded."""
+        if self._intact_rows() is None:
+            return pd.DataFrame()
+        return kept_file.read_kept_file(self.folder / kept_file.NAME)
+
     def config(self) -> dict[str, Any]:
         """Return the resolved configuration, empty if there is none."""
         found = read_json(self.folder / "config.json")
@@ -291,6 +298,7 @@ class Cell:
         samples: Sequence[Mapping[str, Any]],
         config: Mapping[str, Any],
         log: str,
+        kept: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Write the cell's results atomically. Hold the lock.
 
@@ -300,6 +308,7 @@ class Cell:
                 prediction, references (a list), num_generated and any others.
             config: The resolved configuration, plain values only.
             log: Text of the cell's log.
+            kept: Which tokens the heads kept, one mapping per prompt, see `kept_file`.
 
         Raises:
             RecordError: If the folder cannot be written, or there is no row.
@@ -309,11 +318,14 @@ class Cell:
         with translate_os_error(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "rows.json").unlink(missing_ok=True)
+            (self.folder / kept_file.NAME).unlink(missing_ok=True)
         content = {
             "samples.parquet": samples_bytes(_samples_frame(samples, rows)),
             "config.json": json_bytes(_canonical(config, "config")),
             "log.txt": log.encode(errors="replace"),
         }
+        if kept:
+            content[kept_file.NAME] = samples_bytes(pd.DataFrame(list(kept)))
         for name, data in content.items():
             write_atomic(self.folder / name, data)
         files = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
@@ -529,9 +541,18 @@ class Sweep:
 
 def samples_of(cells: Sequence[Cell]) -> pd.DataFrame:
     """Return the samples of some cells, with the cell as ``run_id`` in the first column."""
+    return _joined(cells, [cell.samples() for cell in cells])
+
+
+def kept_of(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return which tokens the heads kept in some cells, with ``run_id`` in the first column."""
+    return _joined(cells, [cell.kept() for cell in cells])
+
+
+def _joined(cells: Sequence[Cell], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return the tables of some cells as one, with the cell as ``run_id`` in the first column."""
     parts: list[pd.DataFrame] = []
-    for cell in cells:
-        data = cell.samples()
+    for cell, data in zip(cells, tables, strict=True):
         if len(data):
             data.insert(0, "run_id", cell.identity)
             parts.append(data)

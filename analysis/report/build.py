@@ -16,8 +16,10 @@ import pandas as pd
 from topkbench.analysis import style
 from topkbench.analysis.comparison.configurations import Comparison, compare
 from topkbench.analysis.comparison.stats import paired_columns
-from topkbench.analysis.console import console, say, say_error, say_progress
+from topkbench.analysis.console import console, say, say_error, say_progress, visible
 from topkbench.analysis.figures.break_even import MODELS, ModelSize, model_sizes
+from topkbench.analysis.record import kept_file
+from topkbench.analysis.record.csv_file import csv_bytes
 from topkbench.analysis.record.files import translate_os_error, write_atomic
 from topkbench.analysis.record.row import PARAMETER_PREFIX
 from topkbench.analysis.record.rows_file import read_rows, read_samples
@@ -32,6 +34,8 @@ from topkbench.analysis.record.store import (
 )
 from topkbench.analysis.report import contents, kernels
 from topkbench.analysis.report.page import html
+from topkbench.analysis.report.samples import load_kept
+from topkbench.analysis.report.samples_page import page as samples_page
 from topkbench.analysis.report.section import markdown
 from topkbench.analysis.tables.paper import compare_with_published
 
@@ -142,13 +146,15 @@ def write(
                 f"methods must name methods, got {name!r}; these rows have"
                 f" {', '.join(sorted(set(rows['method']), key=style.order))}."
             )
+    kept = _merge([load_kept(path) for path in paths])
     with style.recorded(rows):
-        return _write(rows, samples, paths, out, models, published, methods)
+        return _write(rows, samples, kept, paths, out, models, published, methods)
 
 
 def _write(
     rows: pd.DataFrame,
     samples: pd.DataFrame,
+    kept: pd.DataFrame,
     paths: Sequence[Path],
     out: str | Path | None,
     models: Mapping[str, ModelSize],
@@ -168,8 +174,10 @@ def _write(
     shown = typed(_merge([compared.rows, of_kernels]))[[*ordered, *parameters]]
     if not any(_is_read_from(path, folder) for path in paths):
         write_atomic(folder / "rows.parquet", shown.to_parquet(None, index=False))
-        write_atomic(folder / "rows.csv", shown.to_csv(index=False, lineterminator="\n").encode())
+        write_atomic(folder / "rows.csv", csv_bytes(shown))
         write_atomic(folder / "samples.parquet", samples_bytes(samples))
+        if len(kept):
+            write_atomic(folder / kept_file.NAME, samples_bytes(kept))
     sweeps = [Sweep.open(path) for path in paths if path.is_dir()]
     figures = folder / "figures"
     sections = contents.searches(sweeps, shown, figures)
@@ -178,14 +186,14 @@ def _write(
     if published:
         numbers = compare_with_published(compared.configurations)
         sections += contents.beside_published(numbers)
-        text = numbers.to_csv(index=False, lineterminator="\n")
-        write_atomic(folder / "published.csv", text.encode())
+        write_atomic(folder / "published.csv", csv_bytes(numbers))
     sections += contents.at_the_end(shown)
-    title = f"topkbench: {folder.parent.name}/{folder.name}"
+    title = visible(f"topkbench: {folder.parent.name}/{folder.name}")
     ran = contents.what_ran(shown, sweeps)
     write_atomic(folder / "report.md", markdown(title, ran, compared.notes, sections).encode())
     path = folder / "report.html"
-    write_atomic(path, html(title, ran, compared.notes, sections).encode())
+    answers = samples_page(compared, samples, kept)
+    write_atomic(path, html(title, ran, compared.notes, sections, answers).encode())
     return Report(path, rows, samples, compared)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import colorsys
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,13 @@ _DARK_PAPER = 0.012  # relative luminance of --paper in dark mode, #15181c
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}\b")
 
 
-def html(title: str, ran: list[str], notes: list[str], sections: list[Section], **more: Any) -> str:
+def html(
+    title: str,
+    ran: Sequence[str],
+    notes: Sequence[str],
+    sections: Sequence[Section],
+    samples: Mapping[str, Any] | None = None,
+) -> str:
     """Return the page.
 
     Args:
@@ -32,7 +39,7 @@ def html(title: str, ran: list[str], notes: list[str], sections: list[Section], 
         ran: What ran, one sentence each.
         notes: What is mixed or could not be compared, one sentence each.
         sections: The sections in order.
-        more: What else the template shows.
+        samples: What `samples_page.page` returned.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -50,7 +57,7 @@ def html(title: str, ran: list[str], notes: list[str], sections: list[Section], 
         sections=sections,
         style=Markup((Path(__file__).with_name("report.css")).read_text(encoding="utf-8")),
         script=Markup((Path(__file__).with_name("report.js")).read_text(encoding="utf-8")),
-        **more,
+        samples=samples,
     )
 
 

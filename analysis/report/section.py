@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from topkbench.analysis.figures.plots import Drawn
-from topkbench.analysis.tables.table import Table
+from topkbench.analysis.tables.table import Table, in_markdown
 
 Part = str | Table | Sequence[Drawn]
 """A paragraph, a table, or figures."""
@@ -35,10 +35,10 @@ class Section:
 
     def markdown(self, level: int = 2) -> Iterator[str]:
         """Yield the blocks of the section in Markdown."""
-        yield f"{'#' * level} {self.title}"
+        yield f"{'#' * level} {in_markdown(self.title)}"
         for part in self.parts:
             if isinstance(part, str):
-                yield part
+                yield in_markdown(part)
             elif isinstance(part, Table):
                 yield part.markdown()
             else:
@@ -49,8 +49,9 @@ class Section:
 
 def _shown(one: Drawn) -> str:
     link = f"figures/{one.name}"
-    words = f"**{one.title}.** {one.caption} [svg]({link}.svg), [data]({link}.csv)"
-    return f"![{one.title}]({link}.png)\n\n{words}"
+    title, caption = in_markdown(one.title), in_markdown(one.caption)
+    words = f"**{title}.** {caption} [svg]({link}.svg), [data]({link}.csv)"
+    return f"![{title}]({link}.png)\n\n{words}"
 
 
 def markdown(
@@ -64,8 +65,8 @@ def markdown(
         notes: What is mixed or could not be compared, one sentence each.
         sections: The sections in order.
     """
-    parts = [f"# {title}", "## What ran", *(f"- {one}" for one in ran)]
-    parts += [f"- **Note:** {one}" for one in notes]
+    parts = [f"# {in_markdown(title)}", "## What ran", *(f"- {in_markdown(one)}" for one in ran)]
+    parts += [f"- **Note:** {in_markdown(one)}" for one in notes]
     for section in sections:
         parts += section.markdown()
     text = "\n\n".join(parts) + "\n"

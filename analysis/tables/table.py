@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.console import visible
 
 
 @dataclass
@@ -38,19 +40,31 @@ class Table:
         """Return the table in Markdown, ``strong`` cells in bold."""
         rows = [
             [
-                f"**{text}**" if (i, j) in self.strong else text.replace("|", "\\|")
+                f"**{in_markdown(text)}**" if (i, j) in self.strong else in_markdown(text)
                 for j, text in enumerate(row)
             ]
             for i, row in enumerate(self.rows)
         ]
-        grid = tabulate(rows, self.head, "pipe", disable_numparse=True, colalign=self._side)
-        return "\n\n".join([grid, *self.notes])
+        head = [in_markdown(text) for text in self.head]
+        grid = tabulate(rows, head, "pipe", disable_numparse=True, colalign=self._side)
+        return "\n\n".join([grid, *map(in_markdown, self.notes)])
 
     @property
     def _side(self) -> list[str] | None:
         # tabulate rejects alignments if there are no rows
         sides = ["left" if j in self.words else "right" for j in range(len(self.head))]
         return sides if self.rows else None
+
+
+_MARKED = re.compile(r"[\\`*|~]|\](?=[(\[])|(?<![^\W_])_|_(?![^\W_])")
+"""Signs that Markdown takes as more than themselves; an underscore inside a word is none."""
+
+
+def in_markdown(text: object) -> str:
+    """Return a text as Markdown that shows it as it is: one line, no tags, links or other marks."""
+    line = " ".join(visible(text).split())
+    line = re.sub(r"&(?=#?\w+;)", "&amp;", line).replace("<", "&lt;")
+    return _MARKED.sub(r"\\\g<0>", line)
 
 
 def setting(key: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet
 import pytest
@@ -15,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from topkbench.analysis.record import store as record
+from topkbench.analysis.record.kept_file import packed, unpacked
 from topkbench.analysis.record.samples_file import read_samples_file, samples_bytes
-from topkbench.analysis.record.store import Cell, CellStore, Row, Sweep
+from topkbench.analysis.record.store import Cell, CellStore, RecordError, Row, Sweep
 from topkbench.analysis.report import build as report
+from topkbench.analysis.report.samples import load_kept
 
 ANSWER: dict[str, Any] = {
     "sample_id": "vt-0",
@@ -185,3 +188,35 @@ def test_a_mapping_and_lists_of_unlike_values_are_json_text(tmp_path: Path) -> N
     assert found["counts"].tolist()[0] == '{"a": 1}'
     assert found["counts"].isna().tolist() == [False, True]
     assert found["unlike"].tolist() == ['["a", ["b"]]', "[1]"]
+
+
+def test_the_tokens_that_heads_kept_are_beside_the_samples_and_read_back(
+    tmp_path: Path, row: Callable[..., Row]
+) -> None:
+    slots = np.random.default_rng(0).random((5, 1001)) < 0.1
+    kept = {
+        **{"sample_id": "vt-0", "subtask": "vt", "cached": 1001, "layers": [0, 3]},
+        **{"heads": [2, 3], "texts": '["a"]', "kept": packed(slots)},
+    }
+    assert (unpacked(kept["kept"], kept["heads"], 1001) == slots).all()
+    sweep = Sweep(tmp_path / "results" / "one", tmp_path / "results")
+    made = row(method="hata", k=64, rbit=128)
+    cell = sweep.store.cell(made.run_id)
+    cell.write([made], [ANSWER], {}, "")
+    sweep.append(made.run_id)
+    assert len(cell.kept()) == len(load_kept(sweep.folder)) == 0
+    cell.write([made], [ANSWER], {}, "", [kept])
+    expected = [{"run_id": made.run_id, **kept}]
+    for place in (sweep.folder, tmp_path / "results"):
+        assert load_kept(place).to_dict("records") == expected
+    report.build(sweep.folder)
+    (sweep.folder / "cells.json").unlink()
+    assert load_kept(sweep.folder).to_dict("records") == expected
+    (cell.folder / "kept.parquet").write_bytes(b"changed")
+    assert [one.status.value for one in cell.read()] == ["interrupted"] or not cell.finished()
+    cell.write([made], [ANSWER], {}, "")
+    assert cell.finished()
+    assert not (cell.folder / "kept.parquet").exists()
+    (sweep.folder / "kept.parquet").write_bytes(b"no table")
+    with pytest.raises(RecordError, match=r"kept.parquet must be a table of kept tokens, but"):
+        load_kept(sweep.folder)

@@ -189,6 +189,7 @@ BAD = {
     "task.timed_prompts=-1": "task.timed_prompts must be at least 0, got -1.",
     "task.judged_prompts=all": "task.judged_prompts must be a whole number, got 'all'.",
     "task.judged_tokens=0": "task.judged_tokens must be at least 1, got 0.",
+    "task.kept_prompts=-1": "task.kept_prompts must be at least 0, got -1.",
     "task=perplexity task.windows=0": "task.windows must be at least 1, got 0.",
     "task=perplexity task.scored_tokens=-3": "task.scored_tokens must be at least 1, got -3.",
     "task=perplexity task.length=200": "task.length must leave a context before 256 scored tokens",

@@ -1,11 +1,13 @@
 """A question-answering cell: its rows, its samples, and what each pass measures."""
 
+import json
 import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from topkbench.analysis.record.kept_file import unpacked
 from topkbench.harness.cell import run_cell
 from topkbench.harness.task import Context, Outcome
 from topkbench.kernels.topk_select.api import topk_select
@@ -22,11 +24,13 @@ ROOT = Path(__file__).resolve().parents[2]
 QUALITY = ("recall_at_k", "attention_mass", "output_rel_error")
 
 
+SETTINGS = {"length": 200, "num_samples": 2, "subtasks": ("niah_single", "vt")}
+
+
 def run(
     loaded: LoadedModel, store: PrefillStore, tmp_path: Path, method: AnyMethod, **knobs: Any
 ) -> Outcome:
-    settings = {"length": 200, "num_samples": 2, "subtasks": ("niah_single", "vt")}
-    task = RulerWords(**{**settings, "cache_dir": str(tmp_path), **knobs})  # type: ignore[arg-type]
+    task = RulerWords(**{**SETTINGS, "cache_dir": str(tmp_path), **knobs})  # type: ignore[arg-type]
     policy = Policy(k=24, num_sink=0, num_recent=0)
     return run_cell(Context(loaded, store, method, policy, FullAttention(), {}, lambda: 1e9), task)
 
@@ -117,6 +121,33 @@ def test_samples_contain_what_re_scoring_needs(
         assert one["references"]
     asked = [one["question_text"] for one in outcome.samples]
     assert asked[2] == "Which variables hold the value 79531?"
+
+
+@pytest.mark.parametrize("method", [ExactTopK(), H2O()])  # together, and one token by one
+def test_the_tokens_that_heads_kept_are_recorded_of_a_few_prompts(
+    loaded: LoadedModel, store: PrefillStore, tmp_path: Path, method: AnyMethod
+) -> None:
+    outcome = run(loaded, store, tmp_path, method, timed_prompts=0, kept_prompts=3)
+    names = [one["sample_id"] for one in outcome.kept]
+    assert names == ["niah_single-200-0-0", "niah_single-200-0-1", "vt-200-0-0"]
+    full = run(loaded, store, tmp_path, FullAttention(), timed_prompts=0)
+    assert full.kept == []
+    prompts = {one.sample.sample_id: one for one in RulerWords(**SETTINGS).tokenised(loaded)}  # type: ignore[arg-type]
+    for one in outcome.kept:
+        slots = unpacked(one["kept"], one["heads"], one["cached"])
+        assert (one["layers"], one["heads"], len(slots)) == ([0, 1], [2, 2], 4)
+        assert slots.sum(1).tolist() == [24] * 4
+        # The step is the last of the question and of 16 tokens of full attention's answer.
+        prompt = prompts[one["sample_id"]]
+        (answer,) = (
+            sample["tokens"] for sample in full.samples if sample["sample_id"] == one["sample_id"]
+        )
+        ids = [*prompt.prefill_ids, *prompt.decode_ids, *answer[:16]]
+        assert one["cached"] == len(ids)
+        texts = json.loads(one["texts"])
+        assert len(texts) == len(ids)
+        assert "".join(texts) == loaded.tokenizer.decode(ids)
+    assert run(loaded, store, tmp_path, method, timed_prompts=0, kept_prompts=0).kept == []
 
 
 def test_full_attention_has_no_selection_quality(

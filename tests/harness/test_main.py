@@ -191,7 +191,8 @@ def test_a_sweep_leaves_its_rows_and_a_report(swept: Commands) -> None:
     assert found["source_samples"].isna().all()
     assert (found["peak_memory_mib"] > 0).all()
     folder = swept.report.parent
-    for name in ("report.html", "report.md", "rows.csv", "samples.parquet", "cells.json"):
+    names = ("report.html", "report.md", "rows.csv", "samples.parquet", "kept.parquet")
+    for name in (*names, "cells.json"):
         assert (folder / name).stat().st_size > 0
     assert {path.suffix for path in (folder / "figures").iterdir()} == {".png", ".svg", ".csv"}
     (command,) = (folder / "commands.txt").read_text().splitlines()

@@ -158,3 +158,19 @@ def test_the_meter_takes_the_mean_over_steps_and_layers() -> None:
     assert found["recall_at_k"] == pytest.approx(0.5)
     assert found["attention_mass"] == pytest.approx((0.65 + 0.45 + 0.35) / 3)
     assert found["output_rel_error"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_meter_keeps_what_each_layers_heads_kept_at_the_last_step() -> None:
+    meter = SelectionMeter(frozenset({3, 4}), keeps=True)
+    for layer, n, selection in ((0, 3, pick(0)), (0, 4, pick(0, 3)), (1, 4, pick(1, 2))):
+        context = step_at(2, layer)
+        cache = CacheView(KEYS[:, :, :n], VALUES[:, :, :n])
+        meter.on_step(replace(context, cache=cache), StepResult(FULL_OUT, None, selection))
+    assert {layer: kept.tolist() for layer, kept in meter.kept.items()} == {
+        0: [[True, False, False, True]],
+        1: [[False, True, True, False]],
+    }
+    per_query = Selection(torch.tensor([[[0, 1], [1, 3]]], dtype=torch.int32))
+    meter.on_step(step_at(2), StepResult(FULL_OUT, None, per_query))
+    assert meter.kept[0].tolist() == [[True, True, False, True]]
+    assert SelectionMeter().kept == {}

@@ -417,6 +417,9 @@ def test_what_was_measured_twice_agrees_but_for_times_and_rounding() -> None:
     assert not same_records(one, [*one, *one])
     timed = [{"prompts": [{"turn_ms": {"full": [1.0]}}]}]
     assert same_records(timed, [{"prompts": [{"turn_ms": {"full": [2.0]}}]}])
+    # Which of two tokens with nearly equal scores a head kept may differ as rounding does.
+    judged = [{"prompts": [{"recall_at_k": [[0.5]], "kept": {"kept": "eJw="}}]}]
+    assert same_records(judged, [{"prompts": [{"recall_at_k": [[0.5]], "kept": {}}]}])
 
 
 def test_a_prefill_that_kills_its_process_is_given_up_and_ends_the_batchs_cells(

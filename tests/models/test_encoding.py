@@ -17,6 +17,7 @@ from topkbench.models.encoding import (
     encode_split,
     has_template,
     render_chat,
+    token_texts,
 )
 from topkbench.models.load import LoadedModel
 from topkbench.models.tiny_tokenizer import build_tokenizer
@@ -433,3 +434,20 @@ def test_the_text_models_configuration_names_ends_too(loaded: LoadedModel) -> No
     settings.get_text_config = lambda decoder: SimpleNamespace(eos_token_id=[9])
     model: Any = SimpleNamespace(config=settings)
     assert answer_ends(replace(loaded, model=model)) == {2, 9}
+
+
+@pytest.mark.parametrize("make", [of_llama_2, of_bytes, of_merged_bytes])
+def test_the_texts_of_single_tokens_are_together_the_whole_text(make: Make) -> None:
+    tokenizer = make()
+    ids = encode(tokenizer, CONTEXT + QUESTION)
+    texts = token_texts(tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    assert token_texts(tokenizer, []) == []
+
+
+def test_a_character_of_several_tokens_is_in_the_last_of_them() -> None:
+    tokenizer = of_bytes()
+    ids = encode(tokenizer, "a\U0001f436b")
+    assert token_texts(tokenizer, ids) == ["<bos>", "a", "", "", "", "\U0001f436", "b"]
+    assert token_texts(tokenizer, ids[:3]) == ["<bos>", "a", "\ufffd"]

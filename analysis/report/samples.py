@@ -1,0 +1,252 @@
+"""Answers side by side: full attention's and each method's to one prompt, what differs marked."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from topkbench.analysis.comparison.configurations import Comparison
+from topkbench.analysis.console import visible
+from topkbench.analysis.record.kept_file import read_kept_file
+from topkbench.analysis.record.store import CellStore, Sweep, kept_of
+from topkbench.analysis.tables.table import setting
+
+MOST_CHARACTERS = 4_000
+"""Characters of a text that are shown; how many are left out is said in their place."""
+
+Kind = Literal["same", "missing", "other"]
+"""What part of an answer is: as in full attention's answer, only in that one, only in this one."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One configuration's answer to a prompt.
+
+    Attributes:
+        label: The configuration's name in tables.
+        method: Name of the method.
+        k: Its budget, and
+        rbit: its hash bits; None if it has none.
+        run_id: The cell.
+        score: 0 to 100.
+        text: The answer, long ones cut, control characters as escapes.
+        parts: The answer as pieces of text that are the same as, missing from, or other than full
+            attention's answer; empty for full attention's own, and where that is not known.
+    """
+
+    label: str
+    method: str
+    k: int | None
+    rbit: int | None
+    run_id: str
+    score: float
+    text: str
+    parts: tuple[tuple[Kind, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The label with budget and hash bits."""
+        numbers = [f"{name}={value}" for name, value in (("k", self.k), ("rbit", self.rbit))]
+        shown = [one for one in numbers if not one.endswith("None")]
+        return ", ".join([visible(self.label), *shown])
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt with all answers to it.
+
+    Attributes:
+        setting: Model, task, length and whatever else all answers share, in words.
+        seed: The seed of the prompts; None if it was not recorded.
+        subtask: The sub-task.
+        sample_id: The prompt's name within the sub-task and seed.
+        question: The question, long ones without their beginning; None if it was not recorded.
+        references: What a correct answer contains.
+        full: Full attention's answer; None if it is not among the results.
+        answers: Those of the other configurations, in the order of tables.
+    """
+
+    setting: str
+    seed: int | None
+    subtask: str
+    sample_id: str
+    question: str | None
+    references: tuple[str, ...]
+    full: Answer | None
+    answers: tuple[Answer, ...]
+
+    def is_lost(self, answer: Answer) -> bool:
+        """Return whether full attention's answer scores higher than one of this prompt."""
+        return self.full is not None and answer.score < self.full.score
+
+    @property
+    def differs(self) -> bool:
+        """Whether some answer is another one than full attention's."""
+        return self.full is not None and any(one.text != self.full.text for one in self.answers)
+
+
+def prompts(compared: Comparison, samples: pd.DataFrame) -> list[Prompt]:
+    """Return the prompts with their answers, by setting, seed and sub-task.
+
+    Args:
+        compared: The configurations, which name the cells.
+        samples: What `build.load` returned; samples without an answer in words are left out.
+    """
+    if "prediction" not in samples:
+        return []
+    known = samples[samples["prediction"].notna() & samples["score"].notna()]
+    of_cell: dict[str, list[dict[str, Any]]] = {
+        str(cell): part.to_dict("records")  # type: ignore[misc]
+        for cell, part in known.groupby("run_id")
+    }
+    seeds = compared.rows.drop_duplicates("run_id").set_index("run_id")["seed"].to_dict()
+    found: list[Prompt] = []
+    for key, configurations in compared.by_setting():
+        top = configurations[configurations.index.isin(compared.overall.index)]
+        given: dict[tuple[Any, str, str], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+        named: list[dict[str, Any]] = top.to_dict("records")  # type: ignore[assignment]
+        for configuration in named:
+            for cell in configuration["run_ids"]:
+                seed = seeds.get(cell)
+                seed = None if pd.isna(seed) else int(seed)
+                for sample in of_cell.get(cell, ()):
+                    name = (seed, str(sample["subtask"]), str(sample["sample_id"]))
+                    given.setdefault(name, []).append((configuration, sample))
+        for (seed, subtask, sample_id), answers in given.items():
+            found.append(_prompt(visible(setting(key)), seed, subtask, sample_id, answers))
+    return found
+
+
+def _prompt(
+    words: str,
+    seed: int | None,
+    subtask: str,
+    sample_id: str,
+    given: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+) -> Prompt:
+    """Return a prompt from each configuration's sample of it."""
+    full = next((_answer(*one) for one in given if one[0]["method"] == "full"), None)
+    baseline = None if full is None else full.text
+    answers = [_answer(*one, baseline) for one in given if one[0]["method"] != "full"]
+    questions = [one.get("question_text") for _, one in given]
+    references = given[0][1].get("references")
+    return Prompt(
+        words,
+        seed,
+        visible(subtask),
+        visible(sample_id),
+        next((end_of(one) for one in questions if isinstance(one, str)), None),
+        tuple(beginning_of(str(one)) for one in references)
+        if isinstance(references, list | tuple)
+        else (),
+        full,
+        tuple(answers),
+    )
+
+
+def _answer(
+    configuration: Mapping[str, Any], sample: Mapping[str, Any], baseline: str | None = None
+) -> Answer:
+    text = beginning_of(str(sample["prediction"]))
+    k, rbit = (configuration[name] for name in ("k", "rbit"))
+    return Answer(
+        str(configuration["label"]),
+        str(configuration["method"]),
+        None if pd.isna(k) else int(k),
+        None if pd.isna(rbit) else int(rbit),
+        str(sample["run_id"]),
+        float(sample["score"]),
+        text,
+        () if baseline is None else differences(baseline, text),
+    )
+
+
+def beginning_of(text: str) -> str:
+    """Return a text to show: its beginning if it is long, control characters as escapes."""
+    left = len(text) - MOST_CHARACTERS
+    return visible(text) if left <= 0 else f"{visible(text[:-left])} […{left:,} more characters]"
+
+
+def end_of(text: str) -> str:
+    """Return a text to show: its end if it is long, control characters as escapes."""
+    left = len(text) - MOST_CHARACTERS
+    return visible(text) if left <= 0 else f"[{left:,} more characters…] {visible(text[left:])}"
+
+
+@functools.lru_cache(maxsize=4096)  # many methods give the same answer
+def differences(full: str, text: str) -> tuple[tuple[Kind, str], ...]:
+    """Return a text as pieces that are in full attention's answer, or only in one of the two.
+
+    Whole words, runs of blanks and single signs are compared.
+    """
+    one, other = (re.findall(r"\s+|\w+|[^\w\s]", each) for each in (full, text))
+    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
+    changes: list[tuple[bool, str, str]] = []
+    for kind, i, j, m, n in matcher.get_opcodes():
+        pieces = "".join(one[i:j]), "".join(other[m:n])
+        # Blanks between two changed words belong to the change.
+        is_same = kind == "equal" and not (changes and i and j < len(one) and pieces[0].isspace())
+        if changes and not is_same and not changes[-1][0]:
+            _, missing, added = changes.pop()
+            pieces = missing + pieces[0], added + pieces[1]
+        changes.append((is_same, *pieces))
+    parts: list[tuple[Kind, str]] = []
+    for is_same, missing, added in changes:
+        if is_same:
+            parts.append(("same", added))
+            continue
+        parts += [("missing", missing)] if missing else []
+        parts += [("other", added)] if added else []
+    return tuple(parts)
+
+
+def chosen(
+    given: Sequence[Prompt],
+    method: str | None = None,
+    subtask: str | None = None,
+    sample_id: str | None = None,
+    only_lost: bool = False,
+) -> Iterator[Prompt]:
+    """Yield the prompts, with the answers, that are asked for.
+
+    Args:
+        given: All prompts.
+        method: Name of the only method beside full attention.
+        subtask: Name of the only sub-task.
+        sample_id: Name of the only prompt.
+        only_lost: Leave out answers that score no less than full attention's.
+    """
+    for prompt in given:
+        if subtask not in (None, prompt.subtask) or sample_id not in (None, prompt.sample_id):
+            continue
+        answers = tuple(
+            one
+            for one in prompt.answers
+            if method in (None, one.method) and (not only_lost or prompt.is_lost(one))
+        )
+        if answers or not (only_lost or prompt.answers):
+            yield replace(prompt, answers=answers)
+
+
+def load_kept(path: str | Path) -> pd.DataFrame:
+    """Return which tokens the heads kept, of what `build.load` reads; empty if nothing did.
+
+    Args:
+        path: As in `build.load`.
+
+    Raises:
+        RecordError: If a file of them is damaged.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if (folder / "cells.json").is_file() and (sweep := Sweep.open(folder)).store.folder.is_dir():
+        return kept_of(sweep.cells())
+    if (folder / "cells").is_dir():
+        return kept_of(CellStore(folder).cells())
+    return read_kept_file(folder / "kept.parquet")
