@@ -35,7 +35,9 @@ def read_rows(file: Path) -> pd.DataFrame:
             # A text such as None is no missing value.
             texts: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
             data = as_written(pd.read_csv(file, dtype=words, low_memory=False, **texts))
-            data = data.assign(**{str(one): _parameter(data[one]) for one in data if _is_parameter(one)})
+            data = data.assign(
+                **{str(one): _parameter(data[one]) for one in data if _is_parameter(one)}
+            )
         else:
             data = pd.read_parquet(file)
     except (OSError, ValueError, csv.Error) as error:

@@ -159,7 +159,7 @@ def test_a_point_lies_where_its_marker_is_drawn(page: Page) -> None:
 
 
 def test_a_link_into_a_folded_section_opens_it(page: Page) -> None:
-    folded = page.run("document.querySelector('main > section details').id")
+    folded = page.run("document.querySelector('main > section > details').id")
     assert not page.run(f"document.getElementById('{folded}').open")
     page.run(f"document.querySelector('nav a[href=\"#{folded}\"]').click()")
     page.wait_for(f"document.getElementById('{folded}').open")
@@ -204,4 +204,4 @@ def test_what_is_printed_has_everything_and_no_tools(page: Page) -> None:
     shown = "getComputedStyle(document.querySelector('{}')).display"
     assert page.run(shown.format("nav")) == "none"
     assert page.run(shown.format(".tools")) == "none"
-    assert page.run("[...document.querySelectorAll('main section details')].every((o) => o.open)")
+    assert page.run("[...document.querySelectorAll('main section > details')].every((o) => o.open)")
