@@ -42,7 +42,8 @@ from topkbench.analysis.report.build import build
 from topkbench.analysis.tables.overview import main_table
 from topkbench.analysis.tracking.wandb_payload import curves, summary
 
-common = dict(status="ok", model="m", task="t", subtask="mean", protocol="unified", judged_prompts=4)
+common = dict(status="ok", model="m", task="t", subtask="mean", protocol="unified",
+    judged_prompts=4)
 rows = [
     Row(run_id=f"{k + seed:016x}", method="quest", k=k, seed=seed, needles_kept=k / 10 + seed,
         **common)
