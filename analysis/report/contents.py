@@ -129,7 +129,8 @@ def settings(
         if drawn:
             own.insert(0, Section("Figures", f"setting-{place + 1}-figures", (drawn,)))
         link = ", ".join(_value(name, key[name]) for name in varying if key.get(name) is not None)
-        sections.append(Section(words, f"setting-{place + 1}", sections=own, link=link or words))
+        alone = f"{key['model']}, {key['task']}"
+        sections.append(Section(words, f"setting-{place + 1}", sections=own, link=link or alone))
     return sections
 
 

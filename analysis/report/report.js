@@ -130,7 +130,7 @@ for (const picture of document.querySelectorAll("svg.picture")) {
 }
 addEventListener("scroll", hide, { passive: true });
 
-// A link into a folded section opens it, and so does printing.
+// A link into a folded section opens it, and so does printing; samples are printed as they are.
 function open(element) {
   for (let one = element; one; one = one.parentElement) if (one.tagName === "DETAILS") one.open = true;
 }
@@ -144,7 +144,7 @@ function openTarget() {
 addEventListener("hashchange", openTarget);
 openTarget();
 addEventListener("beforeprint", () => {
-  for (const one of document.querySelectorAll("main details:not(.tools details)")) one.open = true;
+  for (const one of document.querySelectorAll("main details:not(.tools details, .samples details)")) one.open = true;
 });
 
 // The contents say where the reader is.
