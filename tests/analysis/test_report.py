@@ -320,7 +320,7 @@ def test_latency_over_context_is_one_setting_with_one_figure(
     assert made is not None
     legend = [text.get_text() for text in made[0].legends[0].get_texts()]
     full = "Full attention, timed alternately with each"
-    assert legend == [full, "bandwidth bound", "HATA, 128 bits", "Quest"]
+    assert legend == [full, "Bandwidth bound", "HATA, 128 bits", "Quest"]
     assert {"Sub-task", "Batch"} & set(main_table(configurations).head) == set()
 
 
@@ -329,7 +329,7 @@ def test_the_bandwidth_bound_names_the_bandwidth(row: Callable[..., Row]) -> Non
         compare(latency_rows(row, bandwidth_gb_s=19.7)).configurations, "decode_ms_p50"
     )
     assert made is not None
-    assert made[0].legends[0].get_texts()[1].get_text() == "bandwidth bound (20 GB/s)"
+    assert made[0].legends[0].get_texts()[1].get_text() == "Bandwidth bound (20 GB/s)"
 
 
 def test_batch_sizes_get_a_figure_of_their_own(tmp_path: Path, row: Callable[..., Row]) -> None:
