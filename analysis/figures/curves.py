@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from topkbench.analysis import style
@@ -28,10 +29,10 @@ def new_figure(width: float = 7.2, height: float = 4.1) -> tuple[Figure, Axes]:
 
 
 def lay_out(figure: Figure) -> RendererAgg:
-    """Lay a figure out, unless it is already: constrained layout takes as long as drawing."""
-    canvas = FigureCanvasAgg(figure)
-    if figure.get_layout_engine() is not None:
-        figure.draw_without_rendering()
+    """Lay a figure out, unless it is already: it takes as long as drawing."""
+    canvas, engine = FigureCanvasAgg(figure), figure.get_layout_engine()
+    if isinstance(engine, ConstrainedLayoutEngine):
+        engine.execute(figure)  # without a drawing for it
         figure.set_layout_engine("none")
     return canvas.get_renderer()
 

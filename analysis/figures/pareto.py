@@ -215,7 +215,11 @@ def _with_costs(configurations: pd.DataFrame, costs: Sequence[str]) -> pd.DataFr
     known = configurations["score"].notna()
     for cost in costs:
         known &= configurations[cost].fillna(0) > 0
-    return configurations[known]
+    # The columns that are drawn alone: selecting rows takes longer the more columns there are.
+    drawn = table(configurations, *costs, "score", "delta_full").columns
+    ends = [f"delta_ci_{end}" for end in ("low", "high")]
+    also = ["configuration_id", "label", "timing_note", *ends]
+    return configurations.loc[known, list(dict.fromkeys([*drawn, *also]))]
 
 
 def _draw(
