@@ -507,8 +507,11 @@ def _metrics(part: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name in OVER_SEEDS:
         known = _present(part, name)
         found = stats.seed_interval(known) if known else None
-        values[f"{name}_ci_low"] = None if found is None else _number(found.low)
-        values[f"{name}_ci_high"] = None if found is None else _number(found.high)
+        most = math.inf if (bound := DECLARED[name].most) is None else bound
+        for end, value in zip(("low", "high"), found[1:3] if found else (None, None), strict=True):
+            # Two seeds allow anything, but no share below 0 or above 1.
+            kept = value if value is None or math.isnan(value) else min(max(value, 0.0), most)
+            values[f"{name}_ci_{end}"] = _number(kept)
     for name in OVER_WINDOWS:  # over several seeds, from the lowest end to the highest
         for end, pick in (("low", min), ("high", max)):
             ends = _present(part, f"{name}_ci_{end}")

@@ -110,10 +110,12 @@ def test_the_page_on_hata_shows_the_measured_ladder_of_the_real_model() -> None:
         tables = dict(ladder_tables(configurations))
         table = tables["Recall@k by hash bits, k = 64"]
         assert table.markdown() in page
-        shown[key["task"]] = [row for row in table.rows if row[0] == "Learned, ranking"]
+        shown[key["task"]] = [row[1:] for row in table.rows if row[0] == "Learned, ranking"]
     assert shown == {
-        "selection": [["Learned, ranking", "0.591", "0.624", "0.660"]],
-        "selection_text": [["Learned, ranking", "0.548", "0.588", "0.616"]],
+        "selection": [["0.591 [0.590, 0.592]", "0.626 [0.599, 0.653]", "0.660 [0.657, 0.663]"]],
+        "selection_text": [
+            ["0.549 [0.529, 0.570]", "0.589 [0.585, 0.592]", "0.617 [0.611, 0.623]"]
+        ],
     }
 
 
