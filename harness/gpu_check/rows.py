@@ -1,4 +1,4 @@
-"""Write rows, one by one, in the form that ``topkbench.analysis.report.report`` reads."""
+"""Write rows, one by one, in the form that ``topkbench.analysis.report`` reads."""
 
 from __future__ import annotations
 
