@@ -218,7 +218,7 @@ def _with_costs(configurations: pd.DataFrame, costs: Sequence[str]) -> pd.DataFr
     # The columns that are drawn alone: selecting rows takes longer the more columns there are.
     drawn = table(configurations, *costs, "score", "delta_full").columns
     ends = [f"delta_ci_{end}" for end in ("low", "high")]
-    also = ["configuration_id", "label", "timing_note", *ends]
+    also = ["configuration_id", "task", "kv_len", "batch_size", "label", "timing_note", *ends]
     return configurations.loc[known, list(dict.fromkeys([*drawn, *also]))]
 
 

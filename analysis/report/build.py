@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,6 +114,7 @@ def write(
     models: Mapping[str, ModelSize] = MODELS,
     published: bool = False,
     methods: Sequence[str] | None = None,
+    progress: Callable[[str], None] = say_progress,
 ) -> Report:
     """Write tables, figures and the report of one sweep, or of several merged.
 
@@ -126,6 +127,7 @@ def write(
             they are not comparable, go to ``published.csv``.
         methods: Methods to highlight in figures of many, by name; None for the references and the
             best.
+        progress: What is told which setting is at work.
 
     Raises:
         RecordError: If a source is missing, holds no row, or the folder cannot be written, or there
@@ -148,7 +150,7 @@ def write(
             )
     kept = _merge([load_kept(path) for path in paths])
     with style.recorded(rows):
-        return _write(rows, samples, kept, paths, out, models, published, methods)
+        return _write(rows, samples, kept, paths, out, models, published, methods, progress)
 
 
 def _write(
@@ -160,6 +162,7 @@ def _write(
     models: Mapping[str, ModelSize],
     published: bool,
     methods: Sequence[str] | None,
+    progress: Callable[[str], None],
 ) -> Report:
     """Write what `write` says, from rows that were read from paths."""
     first = paths[0] if paths[0].is_dir() else paths[0].parent
@@ -181,7 +184,7 @@ def _write(
     sweeps = [Sweep.open(path) for path in paths if path.is_dir()]
     figures = folder / "figures"
     sections = contents.searches(sweeps, shown, figures)
-    sections += contents.settings(compared, samples, figures, models, methods, say_progress)
+    sections += contents.settings(compared, samples, figures, models, methods, progress)
     sections += contents.of_kernels(shown, figures)
     if published:
         numbers = compare_with_published(compared.configurations)

@@ -102,7 +102,7 @@ def settings(
     folder: Path,
     models: Mapping[str, ModelSize],
     methods: Sequence[str] | None,
-    say: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> list[Section]:
     """Return a section for each setting, with its figures drawn.
 
@@ -112,14 +112,14 @@ def settings(
         folder: Folder of the figures.
         models: Whole models for which the bound on a decode step is shown.
         methods: Methods to highlight in figures of many; None for the references and the best.
-        say: What is told which setting is at work.
+        progress: What is told which setting is at work.
     """
     found = list(compared.by_setting())
     varying = [name for name in SETTING if len({str(key.get(name)) for key, _ in found}) > 1]
     sections: list[Section] = []
     for place, (key, configurations) in enumerate(found):
         words = setting(key)
-        say(f"report: setting {place + 1} of {len(found)}, {words}")
+        progress(f"report: setting {place + 1} of {len(found)}, {words}")
         top = configurations[configurations.index.isin(compared.overall.index)]
         suffix = f"-{place + 1}" if len(found) > 1 else ""
         context = _context(words, top)

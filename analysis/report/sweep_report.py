@@ -64,7 +64,11 @@ class SweepReport:
         with _said(sweep):
             sweep.note_command(command)
             report = write(
-                sweep.folder, models=self.models, published=self.published, methods=self.methods
+                sweep.folder,
+                models=self.models,
+                published=self.published,
+                methods=self.methods,
+                progress=say,
             )
             rows = report.rows
             tracker.log_sweep(sweep.folder, sweep.title, rows, report.samples)
