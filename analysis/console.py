@@ -90,7 +90,7 @@ def say_progress(text: object) -> None:
         SystemExit: If it cannot be written.
     """
     with _printing(sys.stderr) as stream:
-        print(text, file=stream, flush=True)
+        print(visible(str(text)), file=stream, flush=True)
 
 
 def say_error(sentence: object) -> None:

@@ -134,6 +134,7 @@ RC_PARAMS: dict[str, Any] = {
     "lines.linewidth": 1.7,
     "lines.markersize": 5.5,
     "svg.fonttype": "path",
+    "text.parse_math": False,  # a name may have dollar signs
     # Fixed, so that a figure drawn twice from the same rows gives the same file.
     "svg.hashsalt": "topkbench",
 }

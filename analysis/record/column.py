@@ -84,6 +84,8 @@ class Column(Metric):
     record, or that of the windows of text, which they do (``NAME_ci_low``, ``NAME_ci_high``)."""
     head: str = ""
     """Heading in a report's table, without the unit; empty for what the table does not show."""
+    minor: bool = False
+    """Whether a terminal leaves the column out, and a page shows it only if it is asked for."""
     measured_on: str = ""
     """Name of what it is measured on, of `comparison.counts.COUNTS`; empty if that is not said."""
     tracked: bool = False

@@ -244,6 +244,7 @@ class Row:
         pooled="mean",
         interval="seeds",
         head="Mass",
+        minor=True,
         measured_on="selection quality",
         tracked=True,
     )
@@ -257,6 +258,7 @@ class Row:
         pooled="mean",
         interval="seeds",
         head="Output error",
+        minor=True,
         measured_on="selection quality",
         tracked=True,
     )
@@ -267,6 +269,7 @@ class Row:
         format=".3f",
         pooled="mean",
         head="Density",
+        minor=True,
     )
     """Fraction of the cached tokens read by the layers that use the method, 0 to 1, measured."""
     density_all: float | None = None
@@ -296,6 +299,7 @@ class Row:
         scale="log",
         pooled="mean",
         head="Side info",
+        minor=True,
     )
     """Bytes of side information per cached token, all layers and KV heads."""
     kv_cache_mib: float | None = column(
@@ -380,6 +384,7 @@ class Row:
         kind="speed",
         pooled="median",
         head="Throughput",
+        minor=True,
         measured_on="times",
     )
     """Decoded tokens a second over the whole batch."""
@@ -428,6 +433,7 @@ class Row:
         kind="speed",
         pooled="mean",
         head="Bandwidth",
+        minor=True,
         tracked=True,
     )
     """Achieved divided by measured memory bandwidth; above 1 only if the states fit in a cache."""

@@ -6,10 +6,10 @@ Needs neither torch nor the model: it reads the rows and samples that the cells 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -41,6 +41,8 @@ from topkbench.analysis.tables.paper import compare_with_published
 
 __all__ = ["Report", "build", "load", "main", "paired_columns", "write"]
 
+_MOST_CHARACTERS = 300
+"""Longest text of a row that a report shows."""
 _ROWS = ("rows.parquet", "rows.csv")
 """Files of rows, of which the first that exists is read."""
 
@@ -149,7 +151,7 @@ def write(
                 f" {', '.join(sorted(set(rows['method']), key=style.order))}."
             )
     kept = _merge([load_kept(path) for path in paths])
-    with style.recorded(rows):
+    with style.recorded(readable(rows)):
         return _write(rows, samples, kept, paths, out, models, published, methods, progress)
 
 
@@ -170,14 +172,17 @@ def _write(
     folder = place.absolute()
     with translate_os_error(folder):
         (folder / "figures").mkdir(parents=True, exist_ok=True)
+    original, rows = rows, readable(rows)
     of_kernels = rows[kernels.of_kernels(rows)]
     compared = compare(rows.drop(of_kernels.index), samples)
     ordered = [name for name in rows.columns if not name.startswith(PARAMETER_PREFIX)]
     parameters = sorted(set(rows.columns) - set(ordered))
     shown = typed(_merge([compared.rows, of_kernels]))[[*ordered, *parameters]]
+    kept_rows = [*compared.rows.index, *of_kernels.index]
+    written = typed(original.loc[kept_rows].reset_index(drop=True))[[*ordered, *parameters]]
     if not any(_is_read_from(path, folder) for path in paths):
-        write_atomic(folder / "rows.parquet", shown.to_parquet(None, index=False))
-        write_atomic(folder / "rows.csv", csv_bytes(shown))
+        write_atomic(folder / "rows.parquet", written.to_parquet(None, index=False))
+        write_atomic(folder / "rows.csv", csv_bytes(written))
         write_atomic(folder / "samples.parquet", samples_bytes(samples))
         if len(kept):
             write_atomic(folder / kept_file.NAME, samples_bytes(kept))
@@ -197,7 +202,23 @@ def _write(
     path = folder / "report.html"
     answers = samples_page(compared, samples, kept)
     write_atomic(path, html(title, ran, compared.notes, sections, answers).encode())
-    return Report(path, rows, samples, compared)
+    return Report(path, original, samples, compared)
+
+
+def readable(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows whose texts can be shown: control characters as escapes, and cut if very long.
+
+    A page, a table and a figure show names that anybody may have chosen.
+    """
+    texts = [name for name in rows if rows[name].dtype == object]
+    return rows.assign(**{str(name): rows[name].map(_readable) for name in texts})
+
+
+def _readable(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    cut = value if len(value) <= _MOST_CHARACTERS else f"{value[:_MOST_CHARACTERS]}…"
+    return visible(cut)
 
 
 def _is_empty(path: Path) -> bool:
@@ -251,7 +272,7 @@ def _report(options: argparse.Namespace) -> int:
         results = [one for one in options.results if not _is_empty(Path(one))]
         for one in options.results if results else ():
             if one not in results:
-                print(f"{one} is empty and left out.", file=sys.stderr)
+                say_progress(f"{one} is empty and left out.")
         sources = results or options.results
         say(build(sources, options.out, models, options.published, options.methods))
     except RecordError as error:

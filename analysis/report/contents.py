@@ -130,7 +130,15 @@ def settings(
             own.insert(0, Section("Figures", f"setting-{place + 1}-figures", (drawn,)))
         link = ", ".join(_value(name, key[name]) for name in varying if key.get(name) is not None)
         alone = f"{key['model']}, {key['task']}"
-        sections.append(Section(words, f"setting-{place + 1}", sections=own, link=link or alone))
+        sections.append(
+            Section(
+                words,
+                f"setting-{place + 1}",
+                sections=own,
+                link=link or alone,
+                folded=place > 0,
+            )
+        )
     return sections
 
 

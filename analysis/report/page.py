@@ -80,7 +80,7 @@ def _picture(drawn: Drawn) -> Markup:
     )
     head = (
         f'<svg class="picture{" fixed" if fixed else ""}" viewBox="0 0 {size[1]} {size[2]}"'
-        f' style="min-width: {float(size[1]) * 1.15:.0f}px" role="img"'
+        f' style="--width: {float(size[1]):.0f}px" role="img"'
         f' aria-label="{escape(drawn.title)}"{" tabindex=0" if points else ""}'
         ' xmlns:xlink="http://www.w3.org/1999/xlink">'
     )

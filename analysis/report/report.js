@@ -17,11 +17,15 @@ const isMissing = (text) => text === "–" || text === "";
 function makeSortable(table) {
   const body = table.tBodies[0];
   [...table.tHead.rows[0].cells].forEach((head, place) => {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.append(...head.childNodes);
-    head.append(button);
-    button.addEventListener("click", () => {
+    // Not a button inside the head: a head with one is printed empty on all pages but the first.
+    head.tabIndex = 0;
+    head.title = "Sort";
+    head.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      head.click();
+    });
+    head.addEventListener("click", () => {
       const falling = head.getAttribute("aria-sort") === "ascending";
       for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
       head.setAttribute("aria-sort", falling ? "descending" : "ascending");
@@ -71,10 +75,14 @@ function addTools(table) {
   columns.append(summary);
   [...table.tHead.rows[0].cells].forEach((head, place) => {
     const [label, box] = labelled("checkbox", head.textContent);
-    box.checked = true;
-    box.addEventListener("change", () => {
+    const show = () => {
       for (const row of table.rows) row.cells[place].hidden = !box.checked;
-    });
+      const hidden = [...table.tHead.rows[0].cells].filter((one) => one.hidden).length;
+      summary.textContent = hidden ? `Columns (${hidden} hidden)` : "Columns";
+    };
+    box.checked = !head.classList.contains("minor");
+    box.addEventListener("change", show);
+    show();
     columns.append(label);
   });
   tools.append(search, count, columns);
@@ -117,7 +125,8 @@ function hide() {
 for (const picture of document.querySelectorAll("svg.picture")) {
   const points = [...picture.querySelectorAll(".points circle")];
   for (const point of points) point.addEventListener("pointerenter", () => show(point));
-  picture.addEventListener("pointerleave", hide);
+  // A finger that is lifted leaves, too: what it touched stays until something else is touched.
+  picture.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && hide());
   picture.addEventListener("blur", hide);
   picture.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
@@ -129,6 +138,7 @@ for (const picture of document.querySelectorAll("svg.picture")) {
   });
 }
 addEventListener("scroll", hide, { passive: true });
+addEventListener("pointerdown", (event) => event.target.closest(".points") || hide());
 
 // A link into a folded section opens it, and so does printing; samples are printed as they are.
 function open(element) {

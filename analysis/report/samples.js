@@ -254,7 +254,7 @@
   }
 
   const labelled = make("label", {}, "Search", search);
-  const check = make("label", { class: "check" }, lost, "full right, method wrong (lost)");
+  const check = make("label", { class: "check" }, lost, "lost: the method scores lower than full attention");
   const filters = make("div", { class: "filters" });
   filters.append(setting.label, subtask.label, method.label, labelled, check);
   for (const one of [setting.list, subtask.list, method.list, lost]) one.addEventListener("change", update);

@@ -43,12 +43,14 @@ def main_table(configurations: pd.DataFrame) -> Table:
     for name in ("k", "rbit"):
         if configurations[name].notna().any():
             columns.append((name, [whole(one) for one in configurations[name]]))
-    place = len(columns)
-    if configurations["score"].notna().any():
+    place, minor = len(columns), set()
+    scored = bool(configurations["score"].notna().any())
+    if scored:
         columns.append(("Score (0–100)", with_interval(configurations, "score", "score_ci")))
     if configurations["delta_full"].notna().any():
         columns.append(("Δ full (points)", with_interval(configurations, "delta_full", "delta_ci")))
-    if configurations["score"].notna().any():
+    if scored:
+        minor.add(len(columns))
         columns.append(("n", [whole(one) for one in configurations["n"]]))
     fits = configurations["task"].eq("fit")
     is_full = configurations["method"].eq("full")
@@ -71,12 +73,15 @@ def main_table(configurations: pd.DataFrame) -> Table:
                 cells = [
                     "found" if one else cell for one, cell in zip(was_found, cells, strict=True)
                 ]
+            # In a table without scores, which is about speed, the throughput is no minor matter.
+            if declared.minor and (scored or name != "tokens_per_s"):
+                minor.add(len(columns))
             columns.append((label, cells))
     heads = [head for head, _ in columns]
     rows = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
     strong = {(i, place) for i, best in enumerate(configurations["best"]) if best}
     notes = [*filter(None, [measured_on(configurations)]), *timing_notes(configurations)]
-    return Table(heads, rows, strong, words, notes)
+    return Table(heads, rows, strong, words, minor, notes)
 
 
 def subtask_table(configurations: pd.DataFrame) -> Table | None:
@@ -146,7 +151,7 @@ def league_table(configurations: pd.DataFrame) -> Table | None:
         columns.append(("Decode time (× full attention)", timed_text(top, "decode_vs_full")))
     rows = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
     strong = {(i, place) for i, best in enumerate(top["best"]) if best}
-    return Table([head for head, _ in columns], rows, strong, {1}, timing_notes(top))
+    return Table([head for head, _ in columns], rows, strong, {1}, notes=timing_notes(top))
 
 
 def failure_table(rows: pd.DataFrame) -> Table | None:
@@ -229,11 +234,7 @@ def summary_table(compared: Comparison) -> str:
 
 def _narrow(table: Table) -> Table:
     """Return the table without the columns that do not fit a terminal."""
-    names = [head.split(" (")[0] for head in table.head]
-    dropped = {"Mass", "Output error", "Side info", "Bandwidth", "Density", "n"}
-    if "Score" in names:  # otherwise the table is about speed
-        dropped.add("Throughput")
-    keep = [j for j, name in enumerate(names) if name not in dropped]
+    keep = [j for j in range(len(table.head)) if j not in table.minor]
     rows = [[row[j] for j in keep] for row in table.rows]
     words = {place for place, j in enumerate(keep) if j in table.words}
     return Table([table.head[j] for j in keep], rows, words=words, notes=table.notes)

@@ -22,6 +22,7 @@ class Table:
         rows: Cells as text.
         strong: (row, column) of each bold cell.
         words: Columns of text, aligned to the left; the others are numbers.
+        minor: Columns that a terminal leaves out, and a page shows only if they are asked for.
         notes: Sentences under the table, such as the meaning of its marks.
     """
 
@@ -29,6 +30,7 @@ class Table:
     rows: list[list[str]]
     strong: set[tuple[int, int]] = field(default_factory=set)
     words: set[int] = field(default_factory=lambda: {0})
+    minor: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
     def text(self) -> str:

@@ -52,7 +52,7 @@ def column(page: Page, head: str) -> list[str]:
 
 def click(page: Page, head: str) -> None:
     page.run(
-        f"[...{RESULTS}.tHead.querySelectorAll('button')]"
+        f"[...{RESULTS}.tHead.querySelectorAll('th')]"
         f".find((one) => one.textContent.startsWith('{head}')).click()"
     )
 
@@ -139,6 +139,41 @@ def test_a_point_says_what_is_behind_it_by_pointer_and_by_key(page: Page) -> Non
         ".dispatchEvent(new PointerEvent('pointerenter'))"
     )
     assert page.run(f"{tip}.textContent") == points[2]
+
+
+def test_a_point_that_was_touched_stays_until_something_else_is(page: Page) -> None:
+    hidden = page.run(
+        """(() => {
+            const tip = document.getElementById("tip"), found = [];
+            const picture = document.querySelector("#score_vs_k svg");
+            const send = (one, kind, type) => {
+                one.dispatchEvent(new PointerEvent(kind, {pointerType: type, bubbles: true}));
+                found.push(tip.hidden);
+            };
+            send(picture.querySelector("circle"), "pointerenter", "touch");
+            send(picture, "pointerleave", "touch");
+            send(document.querySelector("h1"), "pointerdown", "touch");
+            send(picture.querySelector("circle"), "pointerenter", "mouse");
+            send(picture, "pointerleave", "mouse");
+            return found;
+        })()"""
+    )
+    assert hidden == [False, False, True, False, True]
+
+
+def test_the_results_fit_the_page_and_minor_columns_are_asked_for(page: Page) -> None:
+    wide = f"{RESULTS}.closest('.wide')"
+    assert page.run(f"{wide}.scrollWidth <= {wide}.clientWidth")
+    heads = page.run(
+        f"[...{RESULTS}.tHead.rows[0].cells].filter((one) => !one.hidden)"
+        ".map((one) => one.textContent.split(' (')[0])"
+    )
+    assert heads == [
+        *("Method", "k", "rbit", "Score", "Δ full", "Recall@k", "Read/step"),
+        *("Decode step", "Full attention", "Speed-up"),
+    ]
+    words = "document.querySelector('#setting-1-1 .tools summary').textContent"
+    assert page.run(words) == "Columns (3 hidden)"
 
 
 def test_a_point_lies_where_its_marker_is_drawn(page: Page) -> None:
