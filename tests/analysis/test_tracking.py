@@ -469,7 +469,7 @@ def test_a_report_that_fails_for_any_reason_gives_an_error_of_one_sentence(
     def fail(*arguments: object, **keywords: object) -> None:
         raise RuntimeError("no font\nwas found")
 
-    monkeypatch.setattr(Figure, "savefig", fail)
+    monkeypatch.setattr(Figure, "draw", fail)
     with pytest.raises(SystemExit) as caught:
         finish(small_sweep)
     assert caught.value.code == 1
