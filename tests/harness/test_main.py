@@ -658,7 +658,7 @@ def test_whatever_goes_wrong_with_a_report_keeps_the_rows(commands: Commands) ->
     commands.before = """
 import signal
 import matplotlib.figure
-matplotlib.figure.Figure.savefig = lambda *given, **named: os.kill(os.getpid(), signal.SIGKILL)
+matplotlib.figure.Figure.draw = lambda *given, **named: os.kill(os.getpid(), signal.SIGKILL)
 """
     assert commands.run(*PAIR) == -signal.SIGKILL
     assert commands.forwards == []
@@ -667,7 +667,7 @@ matplotlib.figure.Figure.savefig = lambda *given, **named: os.kill(os.getpid(), 
 import matplotlib.figure
 def fail(*given, **named):
     raise ValueError("no such font")
-matplotlib.figure.Figure.savefig = fail
+matplotlib.figure.Figure.draw = fail
 """
     assert commands.run(*PAIR) == 1
     one_sentence(commands, "the report could not be made (ValueError: no such font), but all rows")
