@@ -478,7 +478,7 @@ def one_sentence(commands: Commands, *words: str) -> None:
             ["task=fit needs a method that learns, but quest with these settings learns nothing"],
         ),
         (
-            ["method=loki", "task=fit", "calibration_memory_gib=0.0001"],
+            ["method=loki", "task=fit", "calibration.seed=7", "calibration_memory_gib=0.0001"],
             ["a layer must fit calibration_memory_gib, got", "for 0.0001 GiB; raise it"],
         ),
         (
