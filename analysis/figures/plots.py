@@ -269,11 +269,12 @@ def _curves(
     """
 
     def make(y: str, x: str) -> tuple[Figure, pd.DataFrame] | None:
-        # The ladder and the arms of an ablation have figures of their own, in which variants of
-        # one method are told apart.
-        if is_ladder(top) and (y, x) != ("score", "k"):
+        # The ladder and the arms of an ablation have figures of their own of these, in which
+        # variants of one method are told apart.
+        of_ladder = (y, x) in (("score", "rbit"), ("recall_at_k", "k"), ("recall_at_k", "rbit"))
+        if of_ladder and is_ladder(top):
             return None
-        if x == "rbit" and y != "score" and arms(top):
+        if (y, x) == ("recall_at_k", "rbit") and arms(top):
             return None
         return curve(plain, y, x, methods)
 

@@ -151,12 +151,14 @@ def write(
                 f" {', '.join(sorted(set(rows['method']), key=style.order))}."
             )
     kept = _merge([load_kept(path) for path in paths])
-    with style.recorded(readable(rows)):
-        return _write(rows, samples, kept, paths, out, models, published, methods, progress)
+    shown = readable(rows)
+    with style.recorded(shown):
+        return _write(rows, shown, samples, kept, paths, out, models, published, methods, progress)
 
 
 def _write(
     rows: pd.DataFrame,
+    shown: pd.DataFrame,
     samples: pd.DataFrame,
     kept: pd.DataFrame,
     paths: Sequence[Path],
@@ -166,20 +168,22 @@ def _write(
     methods: Sequence[str] | None,
     progress: Callable[[str], None],
 ) -> Report:
-    """Write what `write` says, from rows that were read from paths."""
+    """Write what `write` says, from rows that were read from paths, as they are and as shown."""
     first = paths[0] if paths[0].is_dir() else paths[0].parent
     place = Path(out) if out is not None else first if len(paths) == 1 else first.parent / "merged"
     folder = place.absolute()
     with translate_os_error(folder):
         (folder / "figures").mkdir(parents=True, exist_ok=True)
-    original, rows = rows, readable(rows)
-    of_kernels = rows[kernels.of_kernels(rows)]
-    compared = compare(rows.drop(of_kernels.index), samples)
+    of_kernels = shown[kernels.of_kernels(shown)]
+    compared = compare(shown.drop(of_kernels.index), samples)
     ordered = [name for name in rows.columns if not name.startswith(PARAMETER_PREFIX)]
     parameters = sorted(set(rows.columns) - set(ordered))
-    shown = typed(_merge([compared.rows, of_kernels]))[[*ordered, *parameters]]
-    kept_rows = [*compared.rows.index, *of_kernels.index]
-    written = typed(original.loc[kept_rows].reset_index(drop=True))[[*ordered, *parameters]]
+    # Without the repeated cells, which a comparison leaves out.
+    places = [*compared.rows.index, *of_kernels.index]
+    written, shown = (
+        typed(one.loc[places].reset_index(drop=True))[[*ordered, *parameters]]
+        for one in (rows, shown)
+    )
     if not any(_is_read_from(path, folder) for path in paths):
         write_atomic(folder / "rows.parquet", written.to_parquet(None, index=False))
         write_atomic(folder / "rows.csv", csv_bytes(written))
@@ -202,7 +206,7 @@ def _write(
     path = folder / "report.html"
     answers = samples_page(compared, samples, kept)
     write_atomic(path, html(title, ran, compared.notes, sections, answers).encode())
-    return Report(path, original, samples, compared)
+    return Report(path, rows, samples, compared)
 
 
 def readable(rows: pd.DataFrame) -> pd.DataFrame:
