@@ -278,11 +278,7 @@ def break_even(
             rows=points,
             shows=("speedup_vs_full", "decode_ms_p50"),
             in_grey=in_grey,
-            color=look.colour,
-            marker=look.marker,
-            linestyle=look.line,
-            elinewidth=0.9,
-            capsize=1.8,
+            look=look,
             label=_curve_name(configuration),
         )
         hollow(axes, points, "length", "speedup_vs_full", in_grey)
@@ -364,11 +360,7 @@ def step_bound(
                 rows=gain,
                 shows=("speedup_vs_full",),
                 in_grey=in_grey,
-                color=look.colour,
-                marker=look.marker,
-                linestyle=look.line,
-                elinewidth=0.9,
-                capsize=1.8,
+                look=look,
                 label=_curve_name(configuration),
             )
             hollow(axes, gain, "length", "speedup_vs_full", in_grey)

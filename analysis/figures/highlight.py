@@ -75,6 +75,7 @@ def draw_line(
     y: Any,
     ends: Any,
     *,
+    look: style.Style,
     label: str,
     rows: pd.DataFrame,
     shows: Sequence[str],
@@ -88,6 +89,7 @@ def draw_line(
         x: Horizontal positions, [points].
         y: Values, [points].
         ends: Distances to the ends of the intervals, [2, points], or None.
+        look: How the curve's method is drawn, as far as ``looks`` say nothing else.
         label: The curve's name, which the SVG file has as its group's id.
         rows: The configurations behind the points.
         shows: The columns whose values a report says at a point.
@@ -99,7 +101,9 @@ def draw_line(
     if in_grey:
         (line,) = axes.plot(x, y, color=style.OTHERS, lw=1.0, zorder=1.6)
     else:
-        line = axes.errorbar(x, y, yerr=ends, label=label, **looks).lines[0]
+        usual = {"color": look.colour, "marker": look.marker, "linestyle": look.line}
+        drawn = {**usual, "elinewidth": 0.9, "capsize": 1.8, **looks}
+        line = axes.errorbar(x, y, yerr=ends, label=label, **drawn).lines[0]
     line.set_gid(identity)
     describe(line, rows, *shows)
 
