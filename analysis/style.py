@@ -77,6 +77,34 @@ MARKS: dict[str, tuple[str, Line]] = {
 A method without an entry comes last, and its marker and line style follow from its name.
 """
 
+ON_DARK: dict[str, str] = {
+    "full": "#938A80",
+    "exact": "#F9FBED",
+    "block_oracle": "#C6BEC4",
+    "hata": "#F2762E",
+    "quest": "#59B7FD",
+    "loki": "#88CA97",
+    "streaming_llm": "#FAE637",
+    "sparq": "#BA12A9",
+    "magicpig": "#FDBD67",
+    "infinigen": "#0F86D0",
+    "double_sparsity": "#D21A92",
+    "h2o": "#935A1F",
+    "snapkv": "#7040FC",
+    "spatten": "#C7DDFE",
+    "hash_attention": "#B45FFF",
+    "twilight": "#959ECB",
+    "pqcache": "#A3FFB2",
+    "random": "#B0865C",
+}
+"""Colours on dark paper by method name: near a method's own in hue, and as far from each other.
+
+Lightening each colour until it is clear on dark paper would make several alike.
+"""
+
+OTHERS_ON_DARK = "#605E59"
+"""Colour on dark paper of the methods that a figure does not highlight."""
+
 PROJECTIONS: dict[str, tuple[str, str]] = {
     "random": ("Gaussian", GREY),
     "orthonormal": ("Orthonormal", BLUE),
@@ -164,6 +192,15 @@ def _written() -> dict[str, dict[str, Any]]:
     return {
         name: yaml.safe_load((METHODS / f"{name}.yaml").read_text(encoding="utf-8"))
         for name in sorted((path.stem for path in METHODS.glob("*.yaml")), key=order)
+    }
+
+
+@functools.cache
+def on_dark() -> dict[str, str]:
+    """Return the colours on dark paper of the methods that ship, by their colours on white."""
+    return {
+        **{shipped()[name].colour.lower(): colour for name, colour in ON_DARK.items()},
+        OTHERS.lower(): OTHERS_ON_DARK,
     }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from topkbench.analysis import style
 from topkbench.analysis.figures.plots import Drawn
 from topkbench.analysis.report.section import Section
 from topkbench.analysis.tables.table import Table
@@ -55,7 +56,7 @@ def html(
         ran=ran,
         notes=notes,
         sections=sections,
-        style=Markup((Path(__file__).with_name("report.css")).read_text(encoding="utf-8")),
+        stylesheet=Markup((Path(__file__).with_name("report.css")).read_text(encoding="utf-8")),
         script=Markup((Path(__file__).with_name("report.js")).read_text(encoding="utf-8")),
         samples=samples,
     )
@@ -91,8 +92,11 @@ def _picture(drawn: Drawn) -> Markup:
 
 def _on_both(colour: str) -> str:
     """Return a colour of a figure on white paper, with one that is as clear on dark paper."""
+    colour = colour.lower()
     if colour == "#ffffff":
         return "var(--paper)"
+    if colour in style.on_dark():
+        return f"light-dark({colour}, {style.on_dark()[colour]})"
     red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)
     if saturation < 0.1:  # paper, ink and the greys between them change places

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from topkbench.analysis import style
+from topkbench.analysis.report import page
 
 METHODS = Path(__file__).parents[2] / "conf" / "method"
 # Simulated colour vision in linear RGB: Machado, Oliveira and Fernandes, "A Physiologically-based
@@ -78,21 +80,61 @@ def test_a_method_that_does_not_ship_looks_as_its_newest_row_says() -> None:
     assert style.style("toy") == before["toy"]
 
 
+def colours() -> dict[str, str]:
+    """Return the colours of the methods that have one, and of those that are not highlighted."""
+    # A method may leave its colour to its name: its author sees what it then looks like.
+    settings = {path.stem: yaml.safe_load(path.read_text()) for path in METHODS.glob("*.yaml")}
+    found = {name: one["colour"] for name, one in settings.items() if one.get("colour")}
+    assert len(found) >= 18
+    return {**found, "others": style.OTHERS}
+
+
+@pytest.mark.parametrize("paper", ["white", "dark"])
 @pytest.mark.parametrize("vision", VISIONS)
-def test_no_two_methods_have_colours_that_can_be_confused(vision: str) -> None:
+def test_no_two_methods_have_colours_that_can_be_confused(vision: str, paper: str) -> None:
     """Whichever methods a figure highlights together, and beside the grey of the others.
 
     12 is about five of the differences of CIE 1976 that are just noticeable (2.3: Mahy, van Eycken
     and Oosterlinck, 1994), as lines and markers are thin and lie apart.
     """
-    # A method may leave its colour to its name: its author sees what it then looks like.
-    settings = {path.stem: yaml.safe_load(path.read_text()) for path in METHODS.glob("*.yaml")}
-    colours = {name: one["colour"] for name, one in settings.items() if one.get("colour")}
-    assert len(colours) >= 18
-    colours["others"] = style.OTHERS
-    for (first, one), (second, other) in itertools.combinations(colours.items(), 2):
+    drawn = colours()
+    if paper == "dark":
+        drawn = {name: on_dark_paper(colour) for name, colour in drawn.items()}
+    for (first, one), (second, other) in itertools.combinations(drawn.items(), 2):
         apart = np.linalg.norm(lab(one, vision) - lab(other, vision))
         assert apart > 12, (first, second, apart)
+
+
+def on_dark_paper(colour: str) -> str:
+    """Return what a page in dark mode draws where its figure's file has a colour."""
+    found = re.fullmatch("light-dark\\((#......), (#......)\\)", page._on_both(colour))
+    assert found is not None and found[1] == colour.lower()
+    return found[2]
+
+
+def test_every_colour_is_clear_on_dark_paper_and_keeps_its_hue() -> None:
+    """Three to one, as WCAG 2.2 asks of lines and marks (criterion 1.4.11); hues within 20 degrees.
+
+    The grey of methods that are not highlighted is fainter on both papers.
+    """
+    stylesheet = Path(page.__file__).with_name("report.css").read_text()
+    paper = luminance(re.search(r"--paper: light-dark\(#ffffff, (#\w+)\)", stylesheet)[1])
+    for name, colour in colours().items():
+        dark = on_dark_paper(colour)
+        assert (luminance(dark) + 0.05) / (paper + 0.05) > (2.5 if name == "others" else 3), name
+        (_, *before), (_, *after) = lab(colour, "normal"), lab(dark, "normal")
+        if np.hypot(*before) < 12:  # a grey
+            assert np.hypot(*after) < 12, name
+            continue
+        turn = np.degrees(np.arctan2(*after[::-1]) - np.arctan2(*before[::-1]))
+        assert abs((turn + 180) % 360 - 180) < 20, (name, turn)
+
+
+def luminance(colour: str) -> float:
+    """Return a colour's relative luminance: WCAG 2.2."""
+    parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ TO_XYZ[1])
 
 
 @pytest.mark.parametrize("vision", VISIONS)
