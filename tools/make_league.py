@@ -144,7 +144,7 @@ def _at_budget(of_method: pd.DataFrame, question: str, protocol: str, k: int) ->
 
 def _score(of_method: pd.DataFrame, question: str, protocol: str, k: int) -> str:
     configurations = _at_budget(of_method, question, protocol, k)
-    return with_interval(configurations, "score", "score_ci")[0] if len(configurations) else "–"
+    return with_interval(configurations, "score")[0] if len(configurations) else "–"
 
 
 def readme(rows: Path, text: str) -> str:

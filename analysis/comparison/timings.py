@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.metrics import METRICS, ends_of
 from topkbench.analysis.record.row import DECLARED, SPEED_COLUMNS
 
 NO_INTERVAL, UNSTEADY = "†", "‡"
@@ -44,7 +44,7 @@ def timed_text(configurations: pd.DataFrame, name: str) -> list[str]:
     text = METRICS[name].text
     cells = [text(value) for value in configurations[name]]
     if name in RATIOS:
-        low, high = (configurations[f"{interval_of(name)}_{end}"] for end in ("low", "high"))
+        low, high = (configurations[end] for end in ends_of(name))
         ends = [
             "" if pd.isna(one) else f" [{text(one)}, {text(two)}]"
             for one, two in zip(low, high, strict=True)
@@ -57,11 +57,6 @@ def timed_text(configurations: pd.DataFrame, name: str) -> list[str]:
             cells, configurations[name], is_unsteady(configurations), strict=True
         )
     ]
-
-
-def interval_of(name: str) -> str:
-    """Return the prefix of the columns of a ratio's interval."""
-    return {"speedup_vs_full": "speedup_ci", "decode_vs_full": "decode_vs_full_ci"}[name]
 
 
 def timing_notes(configurations: pd.DataFrame) -> list[str]:

@@ -14,11 +14,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from topkbench.analysis import style
-from topkbench.analysis.comparison.configurations import OVER_SEEDS, OVER_WINDOWS, called_by_shape
+from topkbench.analysis.comparison.configurations import called_by_shape
 from topkbench.analysis.comparison.counts import counted
-from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.metrics import CURVES, METRICS, ends_of
 from topkbench.analysis.comparison.stats import MEAN
-from topkbench.analysis.comparison.timings import RATIOS, interval_of, is_unsteady
+from topkbench.analysis.comparison.timings import RATIOS, TIMED, is_unsteady
 from topkbench.analysis.figures.highlight import draw_line, highlighted, marked, name_ends
 
 
@@ -108,19 +108,19 @@ def spread(points: pd.DataFrame, y: str) -> np.ndarray | None:
         if points[["decode_ms_p20", "decode_ms_p80"]].isna().any(axis=None):
             return None
         return np.array([points[y] * (1 - slow), points[y] * (fast - 1)], dtype=float)
-    ends = {
-        "score": ("score_ci_low", "score_ci_high"),
-        "decode_ms_p50": ("decode_ms_p20", "decode_ms_p80"),
-        **{name: (f"{name}_ci_low", f"{name}_ci_high") for name in (*OVER_SEEDS, *OVER_WINDOWS)},
-        **{name: tuple(f"{interval_of(name)}_{end}" for end in ("low", "high")) for name in RATIOS},
-    }.get(y)
-    if ends is None:
+    ends = _bars_of(y)
+    if ends[0] not in points:
         return None
     missing = points[list(ends)].isna()
     if missing.all(axis=None) if y in RATIOS else missing.any(axis=None):
         return None  # of ratios, some may lack an interval
     low, high = points[y] - points[ends[0]], points[ends[1]] - points[y]
     return np.clip(np.array([low, high], dtype=float), 0, None)
+
+
+def _bars_of(y: str) -> tuple[str, str]:
+    """Return the columns with the ends of a metric's bars, of a time its percentiles."""
+    return ("decode_ms_p20", "decode_ms_p80") if y == "decode_ms_p50" else ends_of(y)
 
 
 def hollow(axes: Axes, points: pd.DataFrame, x: str, y: str, in_grey: bool = False) -> None:
@@ -160,7 +160,7 @@ def curve(
 
     Args:
         configurations: `Comparison.overall` of one setting.
-        y: A column that is declared with a curve, or ``decode_vs_full``.
+        y: A metric that is declared with a curve.
         x: ``k`` or ``rbit``.
         methods: Methods to highlight; None for the default of `highlight.highlighted`.
 
@@ -171,13 +171,13 @@ def curve(
     if data.groupby("method")[x].nunique().max() in (0, 1) or not len(data):
         return None
     figure, axes = new_figure()
-    full = (
-        configurations[(configurations["method"] == "full") & configurations[y].notna()]
-        if y != "recall_at_k"
-        else data[:0]
-    )
+    metric, of_full = METRICS[y], CURVES[y].of_full
+    look = style.style("full")
+    full = configurations[(configurations["method"] == "full") & configurations[y].notna()]
+    full = full if of_full == "measured" else data[:0]
+    if of_full == 0:
+        axes.axhline(0, color=look.colour, lw=1.4, label=look.label)
     for _, configuration in full.head(1).iterrows():
-        look = style.style("full")
         ends = spread(full.head(1), y)
         if ends is not None:
             axes.axhspan(
@@ -218,26 +218,22 @@ def curve(
             markeredgewidth=0.5,
             label=label,
         )
-        if y == "decode_vs_full":
+        if y in RATIOS:
             hollow(axes, points.assign(shifted=at), "shifted", y, in_grey)
     axes.set_xscale("log", base=2)
     log2_axis(axes.xaxis, [float(v) for v in data[x]])
     axes.set_xlabel(METRICS[x].axis)
-    axes.set_ylabel(METRICS[y].axis)
-    if y == "nll_delta":
-        look = style.style("full")
-        axes.axhline(0, color=look.colour, lw=1.4, label=look.label)
-        axes.set_yscale("symlog", linthresh=LINEAR)  # losses differ by orders of magnitude
+    axes.set_ylabel(metric.axis)
+    if y in RATIOS:
+        from_zero(axes)
+    elif metric.most is not None:
+        share_axis(axes, metric.most)
+    elif metric.scale == "symlog":
+        axes.set_yscale("symlog", linthresh=LINEAR)
         axes.set_ylim(bottom=min(axes.dataLim.y0, -LINEAR / 4))
-    elif y == "kl_full":
+    elif metric.scale == "log":
         axes.set_yscale("log")
         axes.set_ylim(bottom=float(data[y].min()) / 3)  # an interval may begin at zero
-    elif y == "decode_vs_full":
-        from_zero(axes)
-    elif (most := METRICS[y].most) is not None:
-        share_axis(axes, most)
-    else:
-        axes.set_yscale(METRICS[y].scale)
     name_ends(axes, last_points)
     legend(figure, axes)
     return figure, marked(table(pd.concat([full.head(1), data]), x, y), {*chosen, "full"})
@@ -262,21 +258,19 @@ def from_zero(*panels: Axes) -> None:
         axes.set_ylim(0, 1.06 * highest)
 
 
-_TIMES = ("decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "full_ms_p50", "timing_note")
-
-
 def table(configurations: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """Return the columns that a figure shows, with those that name a configuration."""
-    extra = {
-        "score": ("score_ci_low", "score_ci_high"),
-        "decode_ms_p50": _TIMES[1:],
-        "tokens_per_s": _TIMES,
-        "decode_vs_full": ("decode_vs_full_ci_low", "decode_vs_full_ci_high", "timing_note"),
-        **{name: (f"{name}_ci_low", f"{name}_ci_high") for name in (*OVER_SEEDS, *OVER_WINDOWS)},
-    }
     names = ["method", "variant", "subtask", "k", "rbit"]
-    names += [name for one in columns for name in (one, *extra.get(one, ()), *counted(one))]
-    return configurations[list(dict.fromkeys(names))].reset_index(drop=True)
+    for one in columns:
+        names += [one, *(_bars_of(one) if one in METRICS else ())]
+        if one == "tokens_per_s":
+            names += ["decode_ms_p50", *_bars_of("decode_ms_p50")]
+        if one in ("decode_ms_p50", "tokens_per_s"):
+            names += ["full_ms_p50"]
+        names += ["timing_note"] if one in TIMED else []
+        names += counted(one)
+    known = [name for name in dict.fromkeys(names) if name in configurations]
+    return configurations[known].reset_index(drop=True)
 
 
 def context_curve(

@@ -21,7 +21,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from topkbench.analysis import style
 from topkbench.analysis.comparison.configurations import BASELINES
-from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.metrics import METRICS, ends_of
 from topkbench.analysis.comparison.timings import is_unsteady
 from topkbench.analysis.figures.curves import lay_out, legend, new_figure, table
 from topkbench.analysis.figures.highlight import NAME_COLOUR, highlighted, marked
@@ -117,8 +117,7 @@ def _is_above(first: Mapping[str, Any], other: Mapping[str, Any], name: str) -> 
 
     def ends(one: Mapping[str, Any]) -> tuple[float, float, float]:
         value = 0.0 if name == "delta_full" and one["method"] == "full" else float(one[name])
-        prefix = "delta_ci" if name == "delta_full" else f"{name}_ci"
-        known = (one.get(f"{prefix}_{end}") for end in ("low", "high"))
+        known = (one.get(end) for end in ends_of(name))
         low, high = (value if one is None or pd.isna(one) else float(one) for one in known)
         return value, low, high
 
@@ -217,7 +216,7 @@ def _with_costs(configurations: pd.DataFrame, costs: Sequence[str]) -> pd.DataFr
         known &= configurations[cost].fillna(0) > 0
     # The columns that are drawn alone: selecting rows takes longer the more columns there are.
     drawn = table(configurations, *costs, "score", "delta_full").columns
-    ends = [f"delta_ci_{end}" for end in ("low", "high")]
+    ends = list(ends_of("delta_full"))
     also = ["configuration_id", "task", "kv_len", "batch_size", "label", "timing_note", *ends]
     return configurations.loc[known, list(dict.fromkeys([*drawn, *also]))]
 

@@ -30,7 +30,7 @@ from topkbench.analysis.figures.by_layer import recall_by_layer
 from topkbench.analysis.figures.curves import context_curve, curve, lay_out
 from topkbench.analysis.figures.highlight import words as highlight_words
 from topkbench.analysis.figures.pareto import COSTS, FRONT_WORDS, bars_words, pareto, pareto_pair
-from topkbench.analysis.figures.points import Point, points_of
+from topkbench.analysis.figures.points import LEGEND, Box, Point, legend_on_the_right, points_of
 from topkbench.analysis.figures.training import loss_curve
 from topkbench.analysis.figures.variants import arms, is_ladder, ladder
 from topkbench.analysis.record.csv_file import csv_bytes
@@ -70,6 +70,8 @@ class Drawn:
     folder: Path
     points: tuple[Point, ...] = ()
     """What is behind its points."""
+    legend: Box | None = None
+    """Where its SVG file has the legend, if that is right of everything else."""
 
     @property
     def png(self) -> Path:
@@ -306,8 +308,12 @@ def save(figure: Figure, data: pd.DataFrame, drawn: Drawn) -> Drawn:
     # Not savefig, which draws a figure once more before each file. No date and no version, so that
     # the same rows give the same bytes.
     figure.dpi = matplotlib.rcParams["savefig.dpi"]
+    for legend in figure.legends:
+        legend.set_gid(LEGEND)
     FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
     FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
     write_atomic(drawn.png, png.getvalue())
     write_atomic(drawn.svg, svg.getvalue())
-    return dataclasses.replace(drawn, points=tuple(points_of(figure)))
+    return dataclasses.replace(
+        drawn, points=tuple(points_of(figure)), legend=legend_on_the_right(figure)
+    )

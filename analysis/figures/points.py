@@ -1,4 +1,7 @@
-"""What a report says of a figure's point that is pointed at: its settings and numbers."""
+"""What a report's page needs to know of a figure's SVG file: its points, and where its legend is.
+
+A point that is pointed at says its settings and numbers.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,32 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.metrics import METRICS, ends_of
 from topkbench.analysis.comparison.stats import MEAN
 
 _TEXTS: WeakKeyDictionary[Artist, list[str]] = WeakKeyDictionary()
+
+
+LEGEND = "legend"
+"""Identifier of a figure's legend in its SVG file."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of a figure.
+
+    Attributes:
+        x: Distance of its left side from the figure's left edge, in units of the SVG file
+            (1/72 inch).
+        y: Distance of its upper side from the figure's upper edge.
+        width: From its left to its right side.
+        height: From its upper to its lower side.
+    """
+
+    x: float
+    y: float
+    width: float
+    height: float
 
 
 @dataclass(frozen=True)
@@ -65,7 +90,7 @@ def _text(configuration: pd.Series, columns: Sequence[str]) -> str:
             continue
         metric = METRICS[name]
         value = metric.text(configuration[name])
-        ends = [configuration.get(f"{name}_ci_{end}") for end in ("low", "high")]
+        ends = [configuration.get(end) for end in ends_of(name)]
         if not any(pd.isna(one) for one in ends):
             value += f" [{metric.text(ends[0])}, {metric.text(ends[1])}]"
         lines.append(f"{metric.label}: {value}{f' {metric.unit}' if metric.unit else ''}")
@@ -85,3 +110,22 @@ def points_of(figure: Figure) -> list[Point]:
                 if math.isfinite(x) and math.isfinite(y):
                     found.append(Point(round(float(x), 1), round(float(height - y), 1), text))
     return found
+
+
+def legend_on_the_right(figure: Figure) -> Box | None:
+    """Return the place of the legend of a figure that is laid out, if all axes are left of it."""
+    if len(figure.legends) != 1:
+        return None
+    width, height = figure.get_size_inches() * 72
+    scale = 72 / figure.dpi
+    box = figure.legends[0].get_window_extent()
+    axes = [one for one in (axes.get_tightbbox() for axes in figure.axes) if one is not None]
+    if any(one.x1 > box.x0 + 1 for one in axes):
+        return None
+    left, upper = box.x0 * scale, height - box.y1 * scale
+    return Box(
+        round(left, 1),
+        round(upper, 1),
+        round(min(box.width * scale, width - left), 1),
+        round(box.height * scale, 1),
+    )

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from topkbench.analysis import style
 from topkbench.analysis.comparison.counts import measured_on
-from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.metrics import METRICS, ends_of
 from topkbench.analysis.comparison.stats import MEAN
 from topkbench.analysis.figures.curves import legend, new_figure
 from topkbench.analysis.figures.pareto import cost_axis, on_front
@@ -133,8 +133,7 @@ def best_table(found: Outcome) -> Table:
     columns = [("Trial", [str(one) for one in data["trials"]])]
     columns += [(name, [str(one) for one in data[name]]) for name in found.knobs]
     for name in found.columns:
-        interval = "delta_ci" if name == "delta_full" else f"{name}_ci"
-        columns.append((METRICS[name].axis, with_interval(data, name, interval)))
+        columns.append((METRICS[name].axis, with_interval(data, name)))
     rows = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
     notes = [_measured_on(data, found.columns), _BY_CHANCE]
     return Table([head for head, _ in columns], rows, notes=[*filter(None, notes)])
@@ -271,7 +270,7 @@ def _points(axes: Axes, data: pd.DataFrame, x: pd.Series, y: pd.Series) -> None:
 
 def _bars(axes: Axes, data: pd.DataFrame, x: pd.Series, name: str) -> None:
     """Draw the 95% intervals of configurations where a column has them."""
-    low, high = (f"{name}_ci_{end}" for end in ("low", "high"))
+    low, high = ends_of(name)
     if low in data:
         divisor = METRICS[name].divisor
         colours = [style.style(method).colour for method in data["method"]]
@@ -280,12 +279,12 @@ def _bars(axes: Axes, data: pd.DataFrame, x: pd.Series, name: str) -> None:
 
 
 def _bars_words(data: pd.DataFrame, name: str) -> str:
-    return " Vertical bars: 95% intervals." if f"{name}_ci_low" in data else ""
+    return " Vertical bars: 95% intervals." if ends_of(name)[0] in data else ""
 
 
 def _shown(found: Outcome, data: pd.DataFrame) -> pd.DataFrame:
     """Return the figure's data."""
-    ends = [f"{name}_ci_{end}" for name in found.objectives for end in ("low", "high")]
+    ends = [end for name in found.objectives for end in ends_of(name)]
     known = [name for name in ends if name in data]
     columns = ["trials", *found.knobs, *found.objectives, *known, "num_samples", "best"]
     return data[columns].reset_index(drop=True)

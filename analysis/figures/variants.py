@@ -168,7 +168,7 @@ def ladder_tables(configurations: pd.DataFrame) -> list[tuple[str, Table]]:
     for k in sorted(int(one) for one in data["k"].dropna().unique()):
         for measure in MEASURES:
             part = data[data["k"] == k]
-            texts = pd.Series(with_interval(part, measure, f"{measure}_ci"), index=part.index)
+            texts = pd.Series(with_interval(part, measure), index=part.index)
             table = Table(["Hash", *(f"{one} bits" for one in widths)], [])
             for place, name in enumerate(order):
                 own = part["name"] == name

@@ -22,12 +22,15 @@ class Metric:
     """Whether higher or lower is better; None if neither is."""
     format: str = ".1f"
     """Format of the shown value."""
-    scale: Literal["linear", "log"] = "linear"
-    """Scale of an axis."""
+    scale: Literal["linear", "log", "symlog"] = "linear"
+    """Scale of an axis; symlog for what differs by orders of magnitude on either side of 0."""
     divisor: float = 1.0
     """Divisor that turns the column's value into the shown value."""
     most: float | None = None
     """Largest possible value, where the smallest is 0: an axis then shows no more."""
+    ends: tuple[str, str] | None = None
+    """Columns with the ends of its 95% interval; None for ``NAME_ci_low`` and ``NAME_ci_high``,
+    where there are any."""
     curve: Curve | None = None
     """The figures that draw it over the budget or the hash bits; None for no figure."""
 
@@ -58,12 +61,15 @@ class Curve:
         title: What is drawn, in words, without the axis it is drawn over.
         reading: How to read the figure, one sentence.
         over: The columns it is drawn over.
+        of_full: What full attention is drawn at: its measured value; 0 for a difference to it; None
+            if it says nothing of it, as the share of its own selection that it found.
     """
 
     name: str
     title: str
     reading: str
     over: tuple[Literal["k", "rbit"], ...] = ("k", "rbit")
+    of_full: Literal["measured", 0] | None = "measured"
 
 
 Kind = Literal["fact", "result", "paired", "speed"]

@@ -126,7 +126,7 @@ class Row:
         better="higher",
         most=100.0,
         kind="result",
-        head="",
+        head="Score",
         measured_on="scores",
         tracked=True,
         curve=Curve("score", "Score", "Bars and band: 95% intervals."),
@@ -141,7 +141,9 @@ class Row:
         unit="points",
         better="higher",
         format="+.1f",
+        ends=("delta_ci_low", "delta_ci_high"),
         kind="paired",
+        head="Δ full",
     )
     """Score minus full attention's on the same samples, points."""
     delta_ci_low: float | None = column(kind="paired")
@@ -166,6 +168,7 @@ class Row:
         unit="nats/token",
         better="lower",
         format="+.4f",
+        scale="symlog",
         kind="result",
         pooled="mean",
         interval="windows",
@@ -177,6 +180,7 @@ class Row:
             "Negative log-likelihood minus full attention's on the same tokens: 0 loses nothing; "
             "bars: 95% intervals over windows.",
             ("k",),
+            of_full=0,
         ),
     )
     """``nll`` minus full attention's on the same tokens, nats."""
@@ -232,7 +236,7 @@ class Row:
         head="Recall@k",
         measured_on="selection quality",
         tracked=True,
-        curve=Curve("recall", "Recall of the exact top-k", "Higher is better."),
+        curve=Curve("recall", "Recall of the exact top-k", "Higher is better.", of_full=None),
     )
     """Fraction of the exact top-k that was selected, 0 to 1; mean over layers, KV heads, steps."""
     attention_mass: float | None = column(
@@ -413,6 +417,7 @@ class Row:
         kind="speed",
         pooled="median",
         head="Speed-up",
+        ends=("speedup_ci_low", "speedup_ci_high"),
         tracked=True,
     )
     """``full_ms_p50`` divided by ``decode_ms_p50``, timed alternately."""

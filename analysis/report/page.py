@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 
 from topkbench.analysis import style
 from topkbench.analysis.figures.plots import Drawn
+from topkbench.analysis.figures.points import LEGEND
 from topkbench.analysis.report.section import Section
 from topkbench.analysis.tables.table import Table
 
@@ -85,9 +86,18 @@ def _picture(drawn: Drawn) -> Markup:
         f' aria-label="{escape(drawn.title)}"{" tabindex=0" if points else ""}'
         ' xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
+    # A narrow screen shows the legend below: its place in the figure is all that it leaves out.
+    box, below = drawn.legend, ""
+    if box is not None:
+        where = f"{box.x:g} {box.y:g} {box.width:g} {box.height:g}"
+        head = head.replace("<svg", f'<svg data-plot="{box.x:g}"', 1)
+        below = (
+            f'<svg class="legend" viewBox="{where}" style="width: {box.width:g}px"'
+            f' aria-hidden="true"><use href="#{drawn.name}-{LEGEND}"/></svg>'
+        )
     body = text[text.index(">") + 1 : text.rindex("</svg>")]
     # What a figure's file says has been written by matplotlib, which escapes every text in it.
-    return Markup(f'{head}{body}<g class="points">{points}</g></svg>')
+    return Markup(f'{head}{body}<g class="points">{points}</g></svg>{below}')
 
 
 def _on_both(colour: str) -> str:

@@ -137,6 +137,18 @@ for (const picture of document.querySelectorAll("svg.picture")) {
     show(points[(place < 0 && step < 0 ? points.length - 1 : place + step + points.length) % points.length]);
   });
 }
+// A narrow screen has the legend below a figure, and the figure without the place for it.
+const isNarrow = matchMedia("(max-width: 620px)");
+function fitPictures() {
+  for (const picture of document.querySelectorAll("svg.picture[data-plot]")) {
+    picture.dataset.whole ??= picture.viewBox.baseVal.width;
+    const width = Number(isNarrow.matches ? picture.dataset.plot : picture.dataset.whole);
+    picture.setAttribute("viewBox", `0 0 ${width} ${picture.viewBox.baseVal.height}`);
+    picture.style.setProperty("--width", `${0.85 * width}px`); // smaller letters cannot be read
+  }
+}
+isNarrow.addEventListener("change", fitPictures);
+fitPictures();
 addEventListener("scroll", hide, { passive: true });
 addEventListener("pointerdown", (event) => event.target.closest(".points") || hide());
 
@@ -163,7 +175,11 @@ const watcher = new IntersectionObserver((entries) => {
   for (const entry of entries) {
     if (!entry.isIntersecting) continue;
     for (const link of links.values()) link.removeAttribute("aria-current");
-    links.get(entry.target.id).setAttribute("aria-current", "true");
+    const link = links.get(entry.target.id);
+    link.setAttribute("aria-current", "true");
+    const bar = link.closest("nav"); // not scrollIntoView, which moves the page too
+    bar.scrollLeft = link.offsetLeft - Math.max(14, (bar.clientWidth - link.offsetWidth) / 2);
+    bar.scrollTop = link.offsetTop - bar.clientHeight / 2;
   }
 }, { rootMargin: "-10% 0px -80% 0px" });
 for (const id of links.keys()) watcher.observe(document.getElementById(id));

@@ -21,6 +21,7 @@
   const nameOf = (answer) => data.configurations[answer.of].name;
   const methodOf = (answer) => data.configurations[answer.of].method;
   const isLost = (prompt, answer) => prompt.full !== null && answer.score < prompt.full.score;
+  const isWrong = (prompt, answer) => isLost(prompt, answer) && prompt.full.score === 100;
   const plain = (answer) =>
     (answer.parts || []).filter(([kind]) => kind !== "missing").map(([, text]) => text).join("");
 
@@ -42,7 +43,12 @@
     ...unique(data.configurations.map((one) => one.method)).map((name) => [`m:${name}`, name]),
     ...data.configurations.map((one, place) => [`c:${place}`, one.name]),
   ]);
-  const lost = make("input", { type: "checkbox", id: "samples-lost" });
+  const only = choice("Answers", [
+    any("all"),
+    ["wrong", "full attention right, method wrong"],
+    ["lost", "lower than full attention's"],
+  ]);
+  only.list.id = "samples-only";
   const search = make("input", { type: "search", placeholder: "in question and answers" });
   const count = make("p", { class: "soft", role: "status" });
   const list = make("ol");
@@ -59,6 +65,10 @@
     return !value || value === `m:${methodOf(answer)}` || value === `c:${answer.of}`;
   };
 
+  const isShown = (prompt, answer) =>
+    isChosen(answer) &&
+    ({ wrong: isWrong, lost: isLost }[only.list.value] || (() => true))(prompt, answer);
+
   let found = [];
   function update() {
     const words = search.value.toLowerCase();
@@ -67,7 +77,7 @@
         (!setting.list.value || prompt.setting === setting.list.value) &&
         (!subtask.list.value || prompt.subtask === subtask.list.value) &&
         (!method.list.value || prompt.answers.some(isChosen)) &&
-        (!lost.checked || prompt.answers.some((one) => isChosen(one) && isLost(prompt, one))) &&
+        (!only.list.value || prompt.answers.some((one) => isShown(prompt, one))) &&
         prompt.words.includes(words)
     );
     count.textContent = `${found.length} of ${data.prompts.length} prompts`;
@@ -97,7 +107,7 @@
     const details = make("details", {}, summary);
     details.addEventListener(
       "toggle",
-      () => details.children.length < 2 && details.append(body(prompt, answers))
+      () => details.children.length < 2 && details.append(body(prompt, answers.filter((one) => isShown(prompt, one))))
     );
     return make("li", {}, details);
   }
@@ -254,10 +264,9 @@
   }
 
   const labelled = make("label", {}, "Search", search);
-  const check = make("label", { class: "check" }, lost, "lost: the method scores lower than full attention");
   const filters = make("div", { class: "filters" });
-  filters.append(setting.label, subtask.label, method.label, labelled, check);
-  for (const one of [setting.list, subtask.list, method.list, lost]) one.addEventListener("change", update);
+  filters.append(setting.label, subtask.label, method.label, only.label, labelled);
+  for (const one of [setting.list, subtask.list, method.list, only.list]) one.addEventListener("change", update);
   search.addEventListener("input", update);
   more.addEventListener("click", extend);
   view.append(filters, count, list, more);

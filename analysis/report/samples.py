@@ -21,6 +21,10 @@ from topkbench.analysis.tables.table import setting
 MOST_CHARACTERS = 4_000
 """Characters of a text that are shown; how many are left out is said in their place."""
 
+Only = Literal["wrong", "lost"]
+"""Which answers are asked for: where full attention is right and the method is wrong (right: a
+score of 100; wrong: less), or all that score lower than full attention's."""
+
 Kind = Literal["same", "missing", "other"]
 """What part of an answer is: as in full attention's answer, only in that one, only in this one."""
 
@@ -85,6 +89,15 @@ class Prompt:
     def is_lost(self, answer: Answer) -> bool:
         """Return whether full attention's answer scores higher than one of this prompt."""
         return self.full is not None and answer.score < self.full.score
+
+    def is_wrong(self, answer: Answer) -> bool:
+        """Return whether full attention is right, at a score of 100, and one of these is not."""
+        return self.full is not None and answer.score < self.full.score == 100
+
+    def counts(self, answer: Answer, only: Only | None) -> bool:
+        """Return whether an answer of this prompt is among those that are asked for."""
+        tests = {"wrong": self.is_wrong, "lost": self.is_lost}
+        return only is None or tests[only](answer)
 
     @property
     def differs(self) -> bool:
@@ -212,7 +225,7 @@ def chosen(
     method: str | None = None,
     subtask: str | None = None,
     sample_id: str | None = None,
-    only_lost: bool = False,
+    only: Only | None = None,
 ) -> Iterator[Prompt]:
     """Yield the prompts, with the answers, that are asked for.
 
@@ -221,7 +234,7 @@ def chosen(
         method: Name of the only method beside full attention.
         subtask: Name of the only sub-task.
         sample_id: Name of the only prompt.
-        only_lost: Leave out answers that score no less than full attention's.
+        only: The only answers beside full attention's; None for all.
     """
     for prompt in given:
         if subtask not in (None, prompt.subtask) or sample_id not in (None, prompt.sample_id):
@@ -229,9 +242,9 @@ def chosen(
         answers = tuple(
             one
             for one in prompt.answers
-            if method in (None, one.method) and (not only_lost or prompt.is_lost(one))
+            if method in (None, one.method) and prompt.counts(one, only)
         )
-        if answers or not (only_lost or prompt.answers):
+        if answers or not (only or prompt.answers):
             yield replace(prompt, answers=answers)
 
 

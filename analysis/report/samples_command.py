@@ -12,10 +12,16 @@ from topkbench.analysis.comparison.configurations import compare
 from topkbench.analysis.console import console, say, say_error
 from topkbench.analysis.record.store import RecordError
 from topkbench.analysis.report.build import load
-from topkbench.analysis.report.samples import Answer, Kind, Prompt, chosen, prompts
+from topkbench.analysis.report.samples import Answer, Kind, Only, Prompt, chosen, prompts
 
 _QUESTION_CHARACTERS = 400
 """Characters of a question's end that are printed; the web page shows more."""
+
+WHAT: dict[Only, str] = {
+    "wrong": " where full attention is right and a method is wrong",
+    "lost": " with an answer that scores lower than full attention's",
+}
+"""What prompts have of which some answers alone are asked for."""
 
 Mark = Callable[[Kind, str], str]
 
@@ -86,8 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--id", metavar="ID", help="the prompt of this sample_id alone")
     parser.add_argument(
         "--only",
-        choices=["lost"],
-        help="lost: answers that score lower than full attention's alone",
+        choices=list(WHAT),
+        help="wrong: answers of less than 100 where full attention's scores 100;"
+        " lost: answers that score lower than full attention's",
     )
     parser.add_argument(
         "--limit", metavar="N", type=int, default=20, help="at most N prompts (default: 20)"
@@ -123,13 +130,12 @@ def _show(options: argparse.Namespace) -> int:
             few = ", ".join(sorted(known)[:20]) + (", …" if len(known) > 20 else "")
             say_error(f"--{name} must be one of {few}, got {given!r}.")
             return 2
-    is_lost = options.only == "lost"
-    found = list(chosen(every, options.method, options.subtask, options.id, is_lost))
+    found = list(chosen(every, options.method, options.subtask, options.id, options.only))
     mark = in_colour if sys.stdout.isatty() else in_words
     for prompt in found[: options.limit]:
         say(f"{text_of(prompt, mark)}\n", is_visible=True)
     shown = min(len(found), options.limit)
-    what = " with an answer that scores lower than full attention's" if is_lost else ""
+    what = WHAT.get(options.only, "")
     more = "; --limit=N shows more" if shown < len(found) else ""
     say(f"{shown} of {len(found)} prompts{what}{more}.")
     return 0

@@ -70,8 +70,8 @@ def answered_table(
         map(str, means["label"]),
         map(whole, means["k"]),
         map(whole, means["rbit"]),
-        with_interval(means, "score", "score_ci"),
-        with_interval(means, "delta_full", "delta_ci"),
+        with_interval(means, "score"),
+        with_interval(means, "delta_full"),
         strict=True,
     )
     notes = [

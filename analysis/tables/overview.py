@@ -43,15 +43,8 @@ def main_table(configurations: pd.DataFrame) -> Table:
     for name in ("k", "rbit"):
         if configurations[name].notna().any():
             columns.append((name, [whole(one) for one in configurations[name]]))
-    place, minor = len(columns), set()
+    strong, minor = set(), set()
     scored = bool(configurations["score"].notna().any())
-    if scored:
-        columns.append(("Score (0–100)", with_interval(configurations, "score", "score_ci")))
-    if configurations["delta_full"].notna().any():
-        columns.append(("Δ full (points)", with_interval(configurations, "delta_full", "delta_ci")))
-    if scored:
-        minor.add(len(columns))
-        columns.append(("n", [whole(one) for one in configurations["n"]]))
     fits = configurations["task"].eq("fit")
     is_full = configurations["method"].eq("full")
     paired = bool(configurations.loc[~is_full, "full_ms_p50"].notna().any())
@@ -67,7 +60,7 @@ def main_table(configurations: pd.DataFrame) -> Table:
                 shown = configurations.assign(**{name: configurations[name].mask(is_full & paired)})
                 cells = timed_text(shown, name)
             else:
-                cells = with_interval(configurations, name, f"{name}_ci")
+                cells = with_interval(configurations, name)
             if name == "fit_s":
                 was_found = fits & configurations[name].isna()
                 cells = [
@@ -76,10 +69,16 @@ def main_table(configurations: pd.DataFrame) -> Table:
             # In a table without scores, which is about speed, the throughput is no minor matter.
             if declared.minor and (scored or name != "tokens_per_s"):
                 minor.add(len(columns))
+            if name == "score":
+                strong = {
+                    (i, len(columns)) for i, best in enumerate(configurations["best"]) if best
+                }
             columns.append((label, cells))
+    if scored:
+        minor.add(len(columns))
+        columns.append(("n", [whole(one) for one in configurations["n"]]))
     heads = [head for head, _ in columns]
     rows = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
-    strong = {(i, place) for i, best in enumerate(configurations["best"]) if best}
     notes = [*filter(None, [measured_on(configurations)]), *timing_notes(configurations)]
     return Table(heads, rows, strong, words, minor, notes)
 
@@ -138,8 +137,8 @@ def league_table(configurations: pd.DataFrame) -> Table | None:
     if top["rbit"].nunique() > 1:
         columns.append(("rbit", [whole(one) for one in top["rbit"]]))
     place = len(columns)
-    columns.append(("Score (0–100)", with_interval(top, "score", "score_ci")))
-    columns.append(("Δ full (points)", with_interval(top, "delta_full", "delta_ci")))
+    columns.append(("Score (0–100)", with_interval(top, "score")))
+    columns.append(("Δ full (points)", with_interval(top, "delta_full")))
     columns.append(
         ("Worst sub-task (points)", [losses.get(str(one), "–") for one in top["configuration_id"]])
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
-from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.comparison.metrics import METRICS, ends_of
 from topkbench.analysis.console import visible
 
 
@@ -90,17 +90,16 @@ def whole(value: Any) -> str:
     return "–" if pd.isna(value) else f"{int(value)}"
 
 
-def with_interval(configurations: pd.DataFrame, name: str, interval: str) -> list[str]:
-    """Return a column as text, with intervals where there are any."""
-    metric = METRICS[name]
-    if f"{interval}_low" not in configurations:
+def with_interval(configurations: pd.DataFrame, name: str) -> list[str]:
+    """Return a metric's column as text, with intervals where there are any."""
+    metric, ends = METRICS[name], ends_of(name)
+    if ends[0] not in configurations:
         return [metric.text(one) for one in configurations[name]]
     return [
         metric.text(value) + ("" if pd.isna(low) else f" [{metric.text(low)}, {metric.text(high)}]")
         for value, low, high in zip(
             configurations[name],
-            configurations[f"{interval}_low"],
-            configurations[f"{interval}_high"],
+            *(configurations[end] for end in ends),
             strict=True,
         )
     ]

@@ -77,15 +77,15 @@ def test_a_small_frame_gives_the_expected_table(trio: tuple[pd.DataFrame, pd.Dat
         "rbit",
         "Score (0–100)",
         "Δ full (points)",
-        "n",
         "Recall@k",
         "Read/step (MiB)",
         "Decode step (ms)",
+        "n",
     ]
     assert [row[:3] + row[5:] for row in table.rows] == [
-        ["Full attention", "–", "–", "20", "–", "16", "2"],
-        ["HATA", "64", "128", "20", "0.875", "–", "–"],
-        ["Quest", "64", "–", "20", "0.500", "–", "1"],
+        ["Full attention", "–", "–", "–", "16", "2", "20"],
+        ["HATA", "64", "128", "0.875", "–", "–", "20"],
+        ["Quest", "64", "–", "0.500", "–", "1", "20"],
     ]
     assert table.rows[0][3:5] == ["100.0 [83.9, 100.0]", "–"]
     assert table.rows[1][3] == "90.0 [69.9, 97.2]"

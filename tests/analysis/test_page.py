@@ -116,6 +116,54 @@ def test_the_first_column_stays_in_sight(browser: Browser, built: Path) -> None:
     assert page.run("document.documentElement.scrollWidth") == 390  # the page itself stays put
 
 
+def test_a_narrow_screen_shows_a_figure_whole_and_its_legend_below(
+    browser: Browser, built: Path
+) -> None:
+    places = """[...document.querySelectorAll('#score_vs_k svg')].map((one) => {
+        const box = one.getBoundingClientRect();
+        return [Math.round(box.left), Math.round(box.right), box.height > 20, Math.round(box.top)];
+    })"""
+    wide = browser.open(built)
+    (_, _, is_shown, _), (*_, is_below, _) = wide.run(places)
+    assert (is_shown, is_below) == (True, False)
+    narrow = browser.open(built, width=390)
+    figure, legend = narrow.run(places)
+    assert figure[:3] == [14, 376, True]  # as wide as the text: nothing is to be scrolled
+    assert legend[1] <= 376
+    assert legend[2]
+    assert legend[3] > figure[3]
+    # What is drawn as the legend is no longer in the figure's own picture.
+    hidden = """(() => {
+        const picture = document.querySelector("#score_vs_k .picture").getBoundingClientRect();
+        const legend = document.getElementById("score_vs_k-legend").getBoundingClientRect();
+        return legend.left >= picture.right - 1;
+    })()"""
+    assert narrow.run(hidden) is True
+    for page in (wide, narrow):
+        assert page.errors == []
+
+
+def test_the_contents_of_a_narrow_screen_follow_the_reader(browser: Browser, built: Path) -> None:
+    page = browser.open(built, width=390)
+    page.run("document.querySelectorAll('nav ul ul a')[2].click()")
+    page.wait_for("document.querySelector('nav [aria-current]')")
+    page.wait_for(
+        """(() => {
+            const bar = document.querySelector("nav").getBoundingClientRect();
+            const link = document.querySelector("nav [aria-current]").getBoundingClientRect();
+            return link.left >= bar.left && link.right <= bar.right && link.top < bar.bottom;
+        })()"""
+    )
+    # Of the parts of a setting, those of the one that is read are named.
+    lists = page.run(
+        """[...document.querySelectorAll("nav ul ul")].map((one) =>
+            [one.getClientRects().length > 0, one.parentElement.matches(":has([aria-current])")])"""
+    )
+    assert [is_shown for is_shown, _ in lists] == [is_current for _, is_current in lists]
+    assert sum(is_shown for is_shown, _ in lists) == 1
+    assert page.errors == []
+
+
 def test_a_point_says_what_is_behind_it_by_pointer_and_by_key(page: Page) -> None:
     tip = "document.getElementById('tip')"
     assert page.run(f"{tip}.hidden")

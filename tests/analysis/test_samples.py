@@ -103,8 +103,8 @@ def test_prompts_are_chosen_by_method_sub_task_id_and_loss(sweep: Sweep) -> None
         found = chosen(every, **given)
         return [(one.sample_id, [answer.method for answer in one.answers]) for one in found]
 
-    assert names(only_lost=True) == [("vt-0", ["quest"]), ("vt-1", ["exact"])]
-    assert names(only_lost=True, method="exact") == [("vt-1", ["exact"])]
+    assert names(only="lost") == [("vt-0", ["quest"]), ("vt-1", ["exact"])]
+    assert names(only="lost", method="exact") == [("vt-1", ["exact"])]
     assert names(sample_id="vt-2", method="quest") == [("vt-2", ["quest"])]
     assert names(subtask="cwe") == []
 
@@ -127,6 +127,19 @@ def test_results_without_full_attention_or_without_texts_say_so(
     sweep.rows().to_parquet(tmp_path / "rows.parquet")
     assert main([str(tmp_path / "rows.parquet")]) == 2
     assert "must hold answers in words, but holds none." in capsys.readouterr().err
+
+
+def test_a_wrong_answer_is_one_below_100_where_full_attention_has_100(tmp_path: Path) -> None:
+    sweep = sweep_of(
+        tmp_path,
+        {
+            "full": [(100.0, "all four"), (75.0, "three"), (0.0, "none"), (100.0, "all")],
+            "quest": [(75.0, "three"), (50.0, "two"), (100.0, "all"), (100.0, "all")],
+        },
+    )
+    found = [one.sample_id for one in chosen(of(sweep), only="wrong")]
+    assert found == ["vt-0"]
+    assert [one.sample_id for one in chosen(of(sweep), only="lost")] == ["vt-0", "vt-1"]
 
 
 # The command -------------------------------------------------------------------------------------
@@ -298,12 +311,20 @@ def test_the_page_filters_opens_and_compares(
 ) -> None:
     page = browser.open(write_page(tmp_path, sweep))
     assert ids(page) == ["vt-0", "vt-1", "vt-2"]
-    page.run("document.querySelector('#samples-lost').click()")
+    pick = "(e => {{ e.value = '{}'; e.dispatchEvent(new Event('change')) }})"
+    of_only = "(document.querySelector('#samples-only'))"
+    page.run(pick.format("lost") + of_only)
+    assert ids(page) == ["vt-0", "vt-1"]
+    page.run("document.querySelectorAll('#samples summary')[0].click()")
+    page.wait_for("document.querySelector('#samples .body')")
+    heads = "[...document.querySelectorAll('#samples h4')].map(e => e.innerText)"
+    assert page.run(heads) == ["Full attention: 100", "Quest, k=64: 0lost"]  # Exact top-k kept it
+    page.run(pick.format("wrong") + of_only)
     assert ids(page) == ["vt-0", "vt-1"]
     change = "e.dispatchEvent(new Event('change'))"
     page.run(f"(e => {{ e.value = 'm:quest'; {change} }})(document.querySelectorAll('select')[2])")
     assert ids(page) == ["vt-0"]
-    page.run("document.querySelector('#samples-lost').click()")
+    page.run(pick.format("") + of_only)
     search = "(e => {{ e.value = '{}'; e.dispatchEvent(new Event('input')) }})"
     of_search = "(document.querySelector('#samples input[type=search]'))"
     page.run(search.format("RIGHT") + of_search)

@@ -108,7 +108,8 @@ def test_no_two_methods_have_colours_that_can_be_confused(vision: str, paper: st
 def on_dark_paper(colour: str) -> str:
     """Return what a page in dark mode draws where its figure's file has a colour."""
     found = re.fullmatch("light-dark\\((#......), (#......)\\)", page._on_both(colour))
-    assert found is not None and found[1] == colour.lower()
+    assert found is not None
+    assert found[1] == colour.lower()
     return found[2]
 
 
