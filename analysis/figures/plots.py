@@ -20,6 +20,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from topkbench.analysis import style
+from topkbench.analysis.comparison.configurations import without_parameters
 from topkbench.analysis.comparison.counts import measured_on
 from topkbench.analysis.comparison.metrics import CURVES
 from topkbench.analysis.comparison.stats import MEAN
@@ -35,7 +36,6 @@ from topkbench.analysis.figures.training import loss_curve
 from topkbench.analysis.figures.variants import arms, is_ladder, ladder
 from topkbench.analysis.record.csv_file import csv_bytes
 from topkbench.analysis.record.files import write_atomic
-from topkbench.analysis.record.row import PARAMETER_PREFIX
 
 OVER_LENGTHS = (
     "latency_vs_context",
@@ -125,9 +125,7 @@ def draw_all(
     every_length, lengths = top, sorted(int(one) for one in top["length"].dropna().unique())
     if len(lengths) > 1:
         top = top[top["length"] == lengths[-1]]
-    # Hundreds of columns of parameters slow every selection of rows down.
-    own = [name for name in top if not str(name).startswith(PARAMETER_PREFIX)]
-    plain = top[own].copy()
+    plain = without_parameters(top)
     at = f" At {lengths[-1]:,} tokens." if len(lengths) > 1 else ""
     plans: list[Plan] = [
         *_curves(plain, top, methods),

@@ -113,14 +113,16 @@ def points_of(figure: Figure) -> list[Point]:
 
 
 def legend_on_the_right(figure: Figure) -> Box | None:
-    """Return the place of the legend of a figure that is laid out, if all axes are left of it."""
+    """Return the place of the legend of a figure that is laid out, if all axes are left of it.
+
+    What is drawn beside the axes, such as names at lines' ends, then is left of it as well.
+    """
     if len(figure.legends) != 1:
         return None
     width, height = figure.get_size_inches() * 72
     scale = 72 / figure.dpi
     box = figure.legends[0].get_window_extent()
-    axes = [one for one in (axes.get_tightbbox() for axes in figure.axes) if one is not None]
-    if any(one.x1 > box.x0 + 1 for one in axes):
+    if any(one.bbox.x1 > box.x0 for one in figure.axes):
         return None
     left, upper = box.x0 * scale, height - box.y1 * scale
     return Box(

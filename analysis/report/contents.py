@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from topkbench.analysis.comparison.configurations import SETTING, Comparison
+from topkbench.analysis.comparison.configurations import SETTING, Comparison, without_parameters
 from topkbench.analysis.figures import search
 from topkbench.analysis.figures.break_even import ModelSize, break_even_table
 from topkbench.analysis.figures.plots import draw_all, smallest_batch
@@ -119,12 +119,14 @@ def settings(
     sections: list[Section] = []
     for place, (key, configurations) in enumerate(found):
         words = setting(key)
-        progress(f"report: setting {place + 1} of {len(found)}, {words}")
+        part = f"report: setting {place + 1} of {len(found)}"
+        progress(f"{part}, {words}")
         top = configurations[configurations.index.isin(compared.overall.index)]
         suffix = f"-{place + 1}" if len(found) > 1 else ""
         context = _context(words, top)
         given = (context, suffix, models, samples)
         drawn = draw_all(configurations, folder, *given, methods=methods)
+        progress(f"{part}: {len(drawn)} figures drawn, tables are next")
         own = _of_setting(f"setting-{place + 1}", compared, configurations, top, models)
         if drawn:
             own.insert(0, Section("Figures", f"setting-{place + 1}-figures", (drawn,)))
@@ -154,16 +156,17 @@ def _of_setting(
     models: Mapping[str, ModelSize],
 ) -> list[Section]:
     """Return the tables of a setting, of which those of single sub-tasks are folded."""
+    plain, every = without_parameters(top), without_parameters(configurations)
     tabled: list[tuple[str, Table | None, str, bool]] = [
-        ("Results", overview.main_table(top), HOW_TO_READ, False),
-        ("League", overview.league_table(configurations), HOW_TO_RANK, False),
+        ("Results", overview.main_table(plain), HOW_TO_READ, False),
+        ("League", overview.league_table(every), HOW_TO_RANK, False),
         *(
-            (f"Score at equal {words}", matched_table(top, cost, compared.answers), HOW_TO_MATCH,
+            (f"Score at equal {words}", matched_table(plain, cost, compared.answers), HOW_TO_MATCH,
              False)
             for cost, words in MATCHED.items()
         ),
-        ("Score by sub-task", overview.subtask_table(configurations), "", True),
-        (OF_ANSWERED, answered_table(configurations, compared.answers), "", True),
+        ("Score by sub-task", overview.subtask_table(every), "", True),
+        (OF_ANSWERED, answered_table(every, compared.answers), "", True),
         *((title, table, "", False) for title, table in ladder_tables(top)),
         ("Differences, paired by seed", difference_table(top), "", False),
         ("Break-even", break_even_table(smallest_batch(top), models), "", False),
