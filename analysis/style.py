@@ -159,6 +159,7 @@ RC_PARAMS: dict[str, Any] = {
     "ytick.color": "#444444",
     "legend.fontsize": 8.5,
     "legend.frameon": False,
+    "legend.handlelength": 3.0,  # long enough for dashes beside a marker
     "lines.linewidth": 1.7,
     "lines.markersize": 5.5,
     "svg.fonttype": "path",

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatter, NullLocator
 
 from topkbench.analysis import style
 from topkbench.analysis.comparison.configurations import called_by_shape
@@ -56,6 +56,28 @@ def log2_axis(axis: Any, values: Sequence[float], number: str = ",.0f", most: in
         return f"{value / 1024:g}K" if number == "k" else format(value, number)
 
     axis.set_major_formatter(FuncFormatter(text))
+
+
+class _PlainNumbers(LogFormatter):
+    """Labels of a logarithmic axis as plain numbers, where matplotlib would show any.
+
+    Its own are formulas, which figures do not have (`style.RC_PARAMS`).
+    """
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:.3g}".replace("-", "−") if super().__call__(x, pos) else ""
+
+
+def vertical_scale(axes: Axes, scale: str) -> None:
+    """Make the vertical axis linear, logarithmic, or on both sides of 0 (see ``Metric.scale``)."""
+    if scale == "linear":
+        return
+    if scale == "symlog":
+        axes.set_yscale("symlog", linthresh=LINEAR)
+    else:
+        axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(_PlainNumbers())
+    axes.yaxis.set_minor_formatter(_PlainNumbers())
 
 
 def _series(
@@ -229,10 +251,10 @@ def curve(
     elif metric.most is not None:
         share_axis(axes, metric.most)
     elif metric.scale == "symlog":
-        axes.set_yscale("symlog", linthresh=LINEAR)
+        vertical_scale(axes, "symlog")
         axes.set_ylim(bottom=min(axes.dataLim.y0, -LINEAR / 4))
     elif metric.scale == "log":
-        axes.set_yscale("log")
+        vertical_scale(axes, "log")
         axes.set_ylim(bottom=float(data[y].min()) / 3)  # an interval may begin at zero
     name_ends(axes, last_points)
     legend(figure, axes)
@@ -361,8 +383,7 @@ def context_curve(
     axes.set_xscale("log", base=2)
     log2_axis(axes.xaxis, [float(v) for v in data[x]])
     if highest >= 10 * lowest:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        vertical_scale(axes, "log")
     else:  # on a logarithmic axis a small difference would look large
         from_zero(axes)
     axes.set_xlabel(METRICS[x].axis)

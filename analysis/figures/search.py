@@ -23,7 +23,7 @@ from topkbench.analysis import style
 from topkbench.analysis.comparison.counts import measured_on
 from topkbench.analysis.comparison.metrics import METRICS, ends_of
 from topkbench.analysis.comparison.stats import MEAN
-from topkbench.analysis.figures.curves import legend, new_figure
+from topkbench.analysis.figures.curves import legend, new_figure, vertical_scale
 from topkbench.analysis.figures.pareto import cost_axis, on_front
 from topkbench.analysis.figures.plots import Drawn, save
 from topkbench.analysis.record.row import Status
@@ -188,8 +188,8 @@ def _front(found: Outcome, data: pd.DataFrame) -> tuple[Figure, pd.DataFrame, st
     height = data[y].astype(float) / METRICS[y].divisor
     if METRICS[x].scale == "log" and (price > 0).all():
         cost_axis(axes, price)
-    if METRICS[y].scale == "log" and (height > 0).all():
-        axes.set_yscale("log")
+    if METRICS[y].scale == "symlog" or (height > 0).all():
+        vertical_scale(axes, METRICS[y].scale)
     front = data[data["best"]].index
     front = price[front].sort_values(kind="stable").index
     label = {"color": "#333333", "lw": 1.2, "zorder": 2, "label": "Pareto front"}
@@ -208,7 +208,8 @@ def _front(found: Outcome, data: pd.DataFrame) -> tuple[Figure, pd.DataFrame, st
     axes.set_ylabel(METRICS[y].axis)
     legend(figure, axes)
     reading = (
-        "The Pareto front is joined, and has its trials' numbers and intervals; dominated trials"
+        "The Pareto front of the measured values, whether or not intervals tell its trials apart,"
+        " is joined, and has its trials' numbers and intervals; dominated trials"
         " are faint, and their intervals are in the report's rows."
         f"{_bars_words(data, y)}"
     )
@@ -232,8 +233,8 @@ def _history(found: Outcome, data: pd.DataFrame) -> tuple[Figure, pd.DataFrame, 
         zorder=2,
         label="Best so far",
     )
-    if METRICS[y].scale == "log" and (height > 0).all():
-        axes.set_yscale("log")
+    if METRICS[y].scale == "symlog" or (height > 0).all():
+        vertical_scale(axes, METRICS[y].scale)
     _bars(axes, data[data["best"]], first, y)
     _points(axes, data, first, height)
     axes.set_xlabel("Trial")

@@ -10,7 +10,7 @@ from matplotlib.ticker import NullFormatter
 
 from topkbench.analysis import style
 from topkbench.analysis.comparison.metrics import METRICS
-from topkbench.analysis.figures.curves import curve_label, legend, new_figure
+from topkbench.analysis.figures.curves import curve_label, legend, new_figure, vertical_scale
 
 _BY = ["layer", "step"]
 
@@ -76,7 +76,7 @@ def loss_curve(
         )
     table = pd.concat(data, ignore_index=True)
     if (table["loss"] > 0).all():
-        axes.set_yscale(METRICS["loss"].scale)
+        vertical_scale(axes, METRICS["loss"].scale)
         low, high = axes.get_ylim()
         axes.yaxis.set_major_formatter("{x:g}")
         # Over less than a decade a logarithmic axis has hardly any major tick.

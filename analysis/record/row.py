@@ -201,7 +201,7 @@ class Row:
         measured_on="likelihoods",
         curve=Curve(
             "kl",
-            "Divergence from full attention's predictions",
+            "KL divergence from full attention",
             "Lower is better; bars: 95% intervals over windows.",
             ("k",),
         ),

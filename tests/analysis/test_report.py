@@ -208,7 +208,7 @@ def test_an_empty_folder_among_several_is_left_out(
     assert report.main(arguments) == 0
     error = capsys.readouterr().err
     assert error.startswith(f"{empty} is empty and left out.\nreport: setting 1 of 1, tiny, ")
-    assert error.count("\n") == 2  # what is at work is said
+    assert error.count("\n") == 3  # what is at work is said
     assert len(pd.read_parquet(tmp_path / "merged" / "rows.parquet")) == 5 * 6
     assert report.main([str(empty)]) == 2  # alone it is an error
 
@@ -509,6 +509,7 @@ def test_numbers_are_shown_with_their_metric() -> None:
     assert METRICS["score"].text(float("nan")) == "–"
 
 
+@pytest.mark.usefixtures("pictures")
 def test_likelihoods_of_text_have_figures_and_columns(
     tmp_path: Path, row: Callable[..., Row]
 ) -> None:
@@ -544,6 +545,13 @@ def test_likelihoods_of_text_have_figures_and_columns(
     drawn = {one.name: one for one in draw_all(compared.configurations, tmp_path, "words")}
     assert set(drawn) == {"nll_vs_k", "kl_vs_k"}
     assert "n = 8 windows" in drawn["nll_vs_k"].caption
+    # Numbers of an axis are plain: a formula would be shown with its signs.
+    labels = {
+        name: set(re.findall("<!-- (.*?) -->", one.svg.read_text())) for name, one in drawn.items()
+    }
+    assert {"0", "0.01", "0.1", "64", "256"} <= labels["nll_vs_k"]
+    assert {"0.001", "0.01", "0.1"} <= labels["kl_vs_k"]
+    assert not [text for texts in labels.values() for text in texts if "$" in text]
     data = pd.read_csv(drawn["nll_vs_k"].csv).dropna(subset="nll_delta")
     assert (
         dict(zip(zip(data["method"], data["k"], strict=True), data["nll_delta"], strict=True))
