@@ -46,14 +46,15 @@ def log2_axis(axis: Any, values: Sequence[float], number: str = ",.0f", most: in
         number: Format of the numbers; ``"k"`` counts in units of 1,024.
         most: Largest number of ticks.
     """
+
+    def text(value: float, _: Any = None) -> str:
+        return f"{value / 1024:g}K" if number == "k" else format(value, number)
+
     ticks = sorted(set(values))
-    while len(ticks) > most:
+    while len(ticks) > min(most, 48 // max(len(text(one)) for one in ticks)):
         ticks = ticks[::2]
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
-
-    def text(value: float, _: Any) -> str:
-        return f"{value / 1024:g}K" if number == "k" else format(value, number)
 
     axis.set_major_formatter(FuncFormatter(text))
 

@@ -112,9 +112,9 @@ def test_the_page_on_hata_shows_the_measured_ladder_of_the_real_model() -> None:
         assert table.markdown() in page
         shown[key["task"]] = [row[1:] for row in table.rows if row[0] == "Learned, ranking"]
     assert shown == {
-        "selection": [["0.591 [0.590, 0.592]", "0.626 [0.599, 0.653]", "0.660 [0.657, 0.663]"]],
+        "selection": [["0.591 [0.588, 0.594]", "0.627 [0.621, 0.633]", "0.660 [0.659, 0.660]"]],
         "selection_text": [
-            ["0.549 [0.529, 0.570]", "0.589 [0.585, 0.592]", "0.617 [0.611, 0.623]"]
+            ["0.544 [0.522, 0.567]", "0.585 [0.571, 0.600]", "0.614 [0.603, 0.625]"]
         ],
     }
 
