@@ -363,6 +363,15 @@ class Decoder:
         ]
         return self.one_by_one(given)
 
+    def _has_stopped(self, sample: Sample, answer: Sequence[int]) -> bool:
+        """Return whether the last token of an answer completes one of the strings that end it."""
+        if not sample.until:
+            return False
+        # A character has at most four tokens; a string may begin inside the first of them.
+        recent = list(answer[-4 * max(map(len, sample.until)) - 1 :])
+        text = self.loaded.tokenizer.decode(recent, skip_special_tokens=True)
+        return any(stop in text for stop in sample.until)
+
     def generate(self, known: KnownTokens = "one by one") -> list[list[int]]:
         """Decode the questions, then answer greedily; return each row's tokens, without the end.
 
@@ -387,7 +396,8 @@ class Decoder:
                     done[row] = True
                 elif not done[row]:
                     answers[row].append(tokens[row])
-                    done[row] = len(answers[row]) >= prompt.sample.max_new_tokens
+                    is_whole = len(answers[row]) >= prompt.sample.max_new_tokens
+                    done[row] = is_whole or self._has_stopped(prompt.sample, answers[row])
             if all(done) and not is_asking:
                 break
             step = self.step(torch.tensor(tokens, device=self.device))

@@ -10,7 +10,7 @@ import json
 import statistics
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -94,6 +94,10 @@ class GenerationTask(PromptTask):
     def tokenised(self, loaded: LoadedModel) -> list[Prompt]:
         return tokenise_all(loaded, self.samples(loaded), self.question)
 
+    def score(self, sample: Sample, prediction: str) -> float:
+        """Return a prediction's score, 0 to 100."""
+        return score_of(sample, prediction)
+
     def plan(self, context: Context, prompts: Sequence[Prompt]) -> Plan | Outcome:
         k, selects = context.effective_policy.k, context.method.selects
         # A step over at most k tokens selects nothing, so it is neither timed nor judged.
@@ -120,7 +124,7 @@ class GenerationTask(PromptTask):
 
     def measure(self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]) -> Record:
         if part == "answers":
-            return answer(replace(context, method=context.answering), prompts)
+            return answer(replace(context, method=context.answering), prompts, self.score)
         if part == "speed":
             rounds = rounds_of(len(plan.parts[part]))
             return {"prompts": [time_prompt(context, prompt, rounds) for prompt in prompts]}
@@ -240,11 +244,26 @@ class GenerationTask(PromptTask):
         return Outcome([*rows, *scored], samples, kept_tokens(context, prompts, records))
 
 
-def answer(context: Context, prompts: Sequence[Prompt]) -> Record:
+def score_of(sample: Sample, prediction: str) -> float:
+    """Return a prediction's score, 0 to 100, by the rule of the sample's sub-task."""
+    match = string_match_part if sample.subtask.startswith("qa") else string_match_all
+    return match(prediction, sample.answers)
+
+
+def answer(
+    context: Context,
+    prompts: Sequence[Prompt],
+    score: Callable[[Sample, str], float] = score_of,
+) -> Record:
     """Decode a batch of one sub-task; return its scored samples and what its steps read.
 
     Full attention always answers with the same kernel, whatever backend it is timed with: the
     context's method is the one that answers.
+
+    Args:
+        context: The cell's context.
+        prompts: The batch.
+        score: Returns a prediction's score, 0 to 100.
     """
     tokenizer = context.loaded.tokenizer
     most_new = max(prompt.sample.max_new_tokens for prompt in prompts)
@@ -259,13 +278,14 @@ def answer(context: Context, prompts: Sequence[Prompt]) -> Record:
     samples = []
     for prompt, tokens, milliseconds in zip(prompts, answers, decoder.prefill_ms, strict=True):
         sample = prompt.sample
-        prediction = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        prediction = sample.answer_of(text)
         samples.append(
             {
                 "sample_id": sample.sample_id,
                 "subtask": sample.subtask,
                 "length": prompt.num_tokens,
-                "score": score_of(sample, prediction),
+                "score": score(sample, prediction),
                 "prediction": prediction,
                 "references": list(sample.answers),
                 "num_generated": len(tokens),
@@ -277,12 +297,6 @@ def answer(context: Context, prompts: Sequence[Prompt]) -> Record:
     record = {"subtask": subtask, "samples": samples, "count": asdict(counter.count)}
     is_sparse = context.method.selects and any(prompt.decode_ids for prompt in prompts)
     return {**record, "known_tokens": known if is_sparse else None}
-
-
-def score_of(sample: Sample, prediction: str) -> float:
-    """Return a prediction's score, 0 to 100, by the rule of the sample's sub-task."""
-    match = string_match_part if sample.subtask.startswith("qa") else string_match_all
-    return match(prediction, sample.answers)
 
 
 def measure_selection(

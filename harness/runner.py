@@ -718,15 +718,17 @@ class SweepCell:
     def so_far(self) -> dict[str, Any]:
         """Return the cell's name, its samples done, and the mean of their scores."""
         measured = self.measured
-        scores = [
-            sample["score"]
+        samples = [
+            sample
             for records in measured.records.get("answers", {}).values()
             for record in records
             for sample in record["samples"]
         ]
+        # A choice has no score of its own: its document has one, when all choices are measured.
+        scores = [sample["score"] for sample in samples if "score" in sample]
         return {
             "cell": self.title,
-            "samples": len(scores),
+            "samples": len(samples),
             "score": sum(scores) / len(scores) if scores else None,
             "ended": self.has_ended,
         }

@@ -46,6 +46,7 @@ class Sample:
         question_tokens: Number of last tokens of ``context`` that are the question, for a prompt
             that is split by count; 0 if question and context are already separate.
         official: Whether the text comes from a file, which may have wrapped it in a chat template.
+        until: Strings at which an answer ends; they are not part of it.
     """
 
     sample_id: str
@@ -58,11 +59,23 @@ class Sample:
     length: int | None
     question_tokens: int = 0
     official: bool = False
+    until: tuple[str, ...] = ()
+
+    def answer_of(self, text: str) -> str:
+        """Return a generated text up to the first of ``until``."""
+        for stop in self.until:
+            text = text.split(stop)[0]
+        return text
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
     """Return a digest of the samples' content, the same in every process; 16 hex digits."""
-    payload = json.dumps([asdict(sample) for sample in samples], sort_keys=True)
+    # Without what a sample does not have, so that digests of the others stay as they were.
+    content = [
+        {name: value for name, value in asdict(one).items() if name != "until" or value}
+        for one in samples
+    ]
+    payload = json.dumps(content, sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()[:16]
 
 

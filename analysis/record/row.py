@@ -110,6 +110,8 @@ class Row:
     """Number of samples in the files, of which ``num_samples`` were scored; None without files."""
     skipped_samples: int | None = None
     """Number of bad lines in the files, which ``task.skip_bad`` left out; None without files."""
+    truncated_samples: int | None = None
+    """Number of samples whose prompts were shortened, as ``task.truncate`` says; None without."""
     judged_prompts: int | None = None
     """Number of prompts on which the selections were measured; None if they were not."""
     judged_tokens: int | None = None

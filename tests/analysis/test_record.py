@@ -84,7 +84,7 @@ DESIGN = """
 run_id status reason model task subtask length method method_label method_colour
 impl full_backend protocol question known_tokens
 k kv_len prompts_per_batch batch_size rbit seed num_samples prompts
-wanted_samples source_samples skipped_samples
+wanted_samples source_samples skipped_samples truncated_samples
 judged_prompts judged_tokens timed_prompts
 score score_ci_low score_ci_high delta_full delta_ci_low delta_ci_high full_note
 nll nll_delta nll_delta_ci_low nll_delta_ci_high kl_full kl_full_ci_low kl_full_ci_high

@@ -20,6 +20,7 @@ from topkbench.harness import main as command
 from topkbench.harness.runner import Runner
 from topkbench.harness.settings import GROUPS, Composed, Names, SettingsError, check
 from topkbench.models import load
+from topkbench.tasks import lm_eval
 
 CONF = Path(__file__).parents[2] / "conf"
 SUBTASKS = "niah_single, niah_multikey, niah_multivalue, niah_multiquery, vt, cwe, fwe"
@@ -207,6 +208,13 @@ BAD = {
     "task.subtasks=[vt,vt]": "task.subtasks must list each value once, got 'vt' twice.",
     "task.subtasks=[niah]": f"task.subtasks must be among {SUBTASKS}, got 'niah'.",
     "task.subtasks=[1]": "task.subtasks must be a list of texts or null, got [1].",
+    "task=lm_eval": "task.names must name tasks or groups of lm-eval, such as task.names=gsm8k",
+    "task=lm_eval task.names=7": "task.names must be",
+    "task=lm_eval task.include_path=7": "task.include_path must be text or null, got 7; quotes",
+    "task=lm_eval task.num_fewshot=two": "task.num_fewshot must be a whole number or null, got",
+    "task=lm_eval task.metric=7": "task.metric must be text or null, got 7; quotes",
+    "task=lm_eval task.truncate=left": "task.truncate must be",
+    "task=lm_eval task.question_fields=a": "task.question_fields must be a list of texts, got 'a'",
     "task=ruler task.source=/no/such/file": "task.source must be a file of JSON lines or Parquet",
     "task=ruler task.source=hub:a": "task.source must name a data set as hub:OWNER/NAME, hub:OWNER",
     "task=ruler task.source=7": "task.source must be text or null, got 7; quotes",
@@ -601,6 +609,9 @@ def test_each_option_is_accepted(group: str, path: Path, monkeypatch: pytest.Mon
         line += " model.name=a" if path.stem == "local" else ""
         line += " model.gguf_file=null" if path.stem == "smollm2_135m" else ""
         line += " task=decode_throughput"
+    if path.stem == "lm_eval":  # which names no task by default, and reads those that are named
+        line += " task.names=gsm8k"
+        monkeypatch.setattr(lm_eval, "load", lambda *given: [])
     assert composed(line).settings["k"] == 512
 
 

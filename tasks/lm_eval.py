@@ -1,0 +1,439 @@
+"""Tasks of lm-eval: its prompts, stops, limits and metrics, with our prefill and decoding."""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from topkbench.harness.decoding import (
+    Decoder,
+    Prompt,
+    count_tokens,
+    known_tokens,
+    tokenise,
+)
+from topkbench.harness.generation import GenerationTask
+from topkbench.harness.reads import ReadCounter
+from topkbench.harness.samples import Sample, TaskDoesNotFit, check_window, samples_digest
+from topkbench.harness.sweep import Plan, Record
+from topkbench.harness.task import Context, Outcome
+from topkbench.methods.base import check_list, check_whole
+from topkbench.models.load import LoadedModel, ModelShape
+from topkbench.tasks.lm_eval_documents import (
+    Document,
+    EvalTask,
+    Request,
+    load,
+    middle_out,
+    question_place,
+)
+
+QUESTION_FIELDS = ("question", "input")
+
+_SHARED = ("sample_id", "subtask", "length", "tokens", "prefill_ms")
+"""What a sample of a document has of its first choice."""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What is asked of a prompt whose continuation is known.
+
+    Attributes:
+        continuation: Its tokens.
+        question: How many tokens before it are decoded with the method.
+    """
+
+    continuation: tuple[int, ...]
+    question: int
+
+
+@dataclass
+class _Drawn:
+    """What is asked of a model: samples, and the documents behind them.
+
+    Attributes:
+        samples: One for each request, a document's side by side.
+        first: The sample id of a document's first request, by that of each of its requests.
+        documents: The task and document of each first sample id.
+        source: How many documents each task has.
+        skipped: Documents left out, by task, as ``skip_bad`` says.
+        truncated: Documents whose prompts were shortened, by task.
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+    requests: dict[str, Request] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+    documents: dict[str, tuple[EvalTask, Document]] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    truncated: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class LmEval(GenerationTask):
+    """Tasks of lm-eval (EleutherAI's lm-evaluation-harness, 0.4.13), a row for each and their mean.
+
+    Prompts, examples, stops, limits and metrics are lm-eval's; a row's score is 100 times its
+    metric. Prefill, decoding and everything that is counted are ours, so that all methods share a
+    prompt's prefill. Of a task with choices each choice's likelihood is that of its tokens, which
+    are decoded with the method after the question.
+
+    Attributes:
+        names: Names of tasks, groups or tags.
+        include_path: A folder with YAML files of one's own.
+        num_samples: Documents of each task, drawn without replacement.
+        seed: Seed of the draw.
+        num_fewshot: Examples before each question; None for each task's own number.
+        metric: The metric that is the score, or ``METRIC,FILTER``; None for each task's first.
+        length: Tokens of prompt and answer, at most; None for the model's window.
+        truncate: ``"middle"`` leaves out the middle of longer prompts, as LongBench does; None
+            refuses them.
+        question_fields: Fields of a document that may hold the question; where the last of them
+            begins that a prompt contains, the context ends.
+        question_tokens: If a prompt contains none of them: how many of its last tokens are the
+            question.
+        skip_bad: Leave out documents that are too long or without a question, instead of refusing
+            the task.
+    """
+
+    name: str = "lm_eval"
+    names: Sequence[str] | str | None = None
+    include_path: str | None = None
+    num_samples: int = 25
+    seed: int = 0
+    num_fewshot: int | None = None
+    metric: str | None = None
+    length: int | None = None
+    truncate: Literal["middle"] | None = None
+    question_fields: Sequence[str] = QUESTION_FIELDS
+    question_tokens: int = 0
+    skip_bad: bool = False
+    _tasks: list[EvalTask] = field(default_factory=list, init=False, repr=False, compare=False)
+    _drawn: dict[str, _Drawn] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _choices: dict[str, _Choice] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("num_samples", self.num_samples)
+        check_whole("seed", self.seed, least=0)
+        check_whole("question_tokens", self.question_tokens, least=0)
+        if self.length is not None:
+            check_whole("length", self.length)
+        if self.truncate not in (None, "middle"):
+            raise ValueError(f"task.truncate must be middle or null, got {self.truncate!r}.")
+        if not self.names:
+            raise ValueError(
+                "task.names must name tasks or groups of lm-eval, such as task.names=gsm8k or"
+                f" task.names=[longbench_qasper_e,longbench_hotpotqa_e], got {self.names!r}."
+            )
+        check_list("task.names", self._names)
+        check_list("task.question_fields", self.question_fields)
+        self._tasks = load(self._names, self.include_path, self.num_fewshot, self.metric)
+
+    @property
+    def _names(self) -> list[str]:
+        return [self.names] if isinstance(self.names, str) else list(self.names or ())
+
+    def decided(self) -> dict[str, Any]:
+        return {**super().decided(), "names": self._names}
+
+    def check_model(self, shape: ModelShape) -> None:
+        super().check_model(shape)
+        if self.length is not None:
+            check_window("task.length", self.length, shape.name, shape.window)
+
+    def prompts(self, loaded: LoadedModel) -> str:
+        how = "chat template" if loaded.chat else "raw"
+        names = ", ".join(f"{one.name} {one.version}" for one in self._tasks)
+        return f"lm-eval {importlib.metadata.version('lm-eval')}: {names} ({how})"
+
+    def sample_counts(self, subtask: str) -> dict[str, Any]:
+        own = [one for one in self._tasks if subtask in ("mean", one.name)]
+        counts = {
+            "wanted_samples": self.num_samples * len(own),
+            "source_samples": sum(one.num_documents for one in own),
+        }
+        for drawn in list(self._drawn.values())[-1:]:
+            counts["skipped_samples"] = sum(drawn.skipped.get(one.name, 0) for one in own)
+            counts["truncated_samples"] = sum(drawn.truncated.get(one.name, 0) for one in own)
+        return counts
+
+    def inputs_digest(self, loaded: LoadedModel) -> str:
+        drawn = self.drawn(loaded)
+        asked = [[name, asdict(one)] for name, one in drawn.requests.items()]
+        content = [samples_digest(drawn.samples), asked, self.prompts(loaded), self.metric]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def samples(self, loaded: LoadedModel) -> list[Sample]:
+        return self.drawn(loaded).samples
+
+    def drawn(self, loaded: LoadedModel) -> _Drawn:
+        """Return what is asked of a model, drawn once."""
+        if loaded.digest not in self._drawn:
+            drawn = _Drawn()
+            for task in self._tasks:
+                for document in task.documents(self.num_samples, self.seed):
+                    self._add(drawn, loaded, task, document)
+            if not drawn.samples:
+                raise TaskDoesNotFit(
+                    f"a document must have a question and fit {self._most(loaded)} tokens, but none"
+                    f" of {', '.join(self._names)} does."
+                )
+            self._drawn[loaded.digest] = drawn
+        return self._drawn[loaded.digest]
+
+    def _most(self, loaded: LoadedModel) -> int:
+        """Return the tokens of prompt and answer, at most."""
+        return loaded.window if self.length is None else self.length
+
+    def _add(self, drawn: _Drawn, loaded: LoadedModel, task: EvalTask, document: Document) -> None:
+        """Add a document's requests to what is asked, or count it as left out."""
+        first = f"{task.name}-{document.number}"
+        made: list[tuple[Sample, Request]] = []
+        was_cut = False
+        for place, request in enumerate(document.requests):
+            name = first if place == 0 else f"{first}-choice-{place}"
+            try:
+                sample, is_cut = self._sample(loaded, task, document, request, name)
+            except ValueError:
+                if not self.skip_bad:
+                    raise
+                drawn.skipped[task.name] = drawn.skipped.get(task.name, 0) + 1
+                return
+            made.append((sample, request))
+            was_cut = was_cut or is_cut
+        drawn.truncated[task.name] = drawn.truncated.get(task.name, 0) + was_cut
+        drawn.documents[first] = (task, document)
+        for sample, request in made:
+            drawn.samples.append(sample)
+            drawn.requests[sample.sample_id] = request
+            drawn.first[sample.sample_id] = first
+
+    def _sample(
+        self,
+        loaded: LoadedModel,
+        task: EvalTask,
+        document: Document,
+        request: Request,
+        name: str,
+    ) -> tuple[Sample, bool]:
+        """Return a request as a sample, and whether its prompt was shortened."""
+        most = self._most(loaded) - request.max_new_tokens
+        if request.continuation is not None:
+            most -= len(loaded.tokenizer.encode(request.continuation, add_special_tokens=False))
+        text, is_cut = request.text, False
+        if (count := self._count(loaded, task, request, text, name)) > most:
+            if self.truncate is None:
+                raise TaskDoesNotFit(
+                    f"prompt and answer of document {document.number} of {task.name} must fit"
+                    f" {self._most(loaded)} tokens, got {count + self._most(loaded) - most};"
+                    " task.truncate=middle shortens such prompts, task.skip_bad=true leaves them"
+                    " out."
+                )
+            text, is_cut = self._shortened(loaded, task, request, most, name), True
+        context, question, tokens = text, "", 0
+        if self.question == "sparse":
+            place = question_place(text, document.fields, self.question_fields)
+            if place is not None:
+                context, question = text[:place], text[place:]
+            elif self.question_tokens:
+                tokens = self.question_tokens
+            else:
+                raise ValueError(
+                    "question=sparse needs a question that is separate from the context, but"
+                    f" document {document.number} of {task.name} has none of"
+                    f" {', '.join(self.question_fields)} in its prompt; set task.question_fields or"
+                    " task.question_tokens, or question=dense, or task.skip_bad=true to leave it"
+                    " out."
+                )
+        sample = Sample(
+            sample_id=name,
+            subtask=task.name,
+            context=context,
+            question=question,
+            answer_prefix=request.answer_prefix,
+            answers=document.target,
+            max_new_tokens=request.max_new_tokens,
+            length=None,
+            question_tokens=tokens,
+            until=request.until,
+        )
+        return sample, is_cut
+
+    def _count(
+        self, loaded: LoadedModel, task: EvalTask, request: Request, text: str, name: str
+    ) -> int:
+        """Return the tokens of a prompt, its chat template included."""
+        return count_tokens(
+            loaded,
+            Sample(
+                sample_id=name,
+                subtask=task.name,
+                context=text,
+                question="",
+                answer_prefix=request.answer_prefix,
+                answers=(),
+                max_new_tokens=0,
+                length=None,
+            ),
+        )
+
+    def _shortened(
+        self, loaded: LoadedModel, task: EvalTask, request: Request, most: int, name: str
+    ) -> str:
+        """Return a prompt without its middle, of ``most`` tokens at most."""
+        tokenizer = loaded.tokenizer
+        ids = tokenizer.encode(request.text, add_special_tokens=False)
+        kept = most
+        while kept > 1:
+            parts = middle_out(ids, kept)
+            text = "".join(str(tokenizer.decode(part)) for part in parts)
+            excess = self._count(loaded, task, request, text, name) - most
+            if excess <= 0:
+                return text
+            kept -= excess  # a template, and tokens that are others where two texts meet
+        raise TaskDoesNotFit(
+            f"task.length must leave room for a prompt beside the answer of {task.name}, got"
+            f" {self._most(loaded)}."
+        )
+
+    def tokenised(self, loaded: LoadedModel) -> list[Prompt]:
+        drawn = self.drawn(loaded)
+        return [self._prompt(loaded, one, drawn.requests[one.sample_id]) for one in drawn.samples]
+
+    def _prompt(self, loaded: LoadedModel, sample: Sample, request: Request) -> Prompt:
+        """Return a sample as tokens, with the continuation whose likelihood is asked for."""
+        prompt = tokenise(loaded, sample, self.question)
+        if request.continuation is None:
+            return prompt
+        before = (*prompt.prefill_ids, *prompt.decode_ids)
+        whole = tokenise(
+            loaded,
+            replace(
+                sample,
+                answer_prefix=sample.answer_prefix + request.continuation,
+                question_tokens=0,
+            ),
+            "dense",
+        ).prefill_ids
+        continuation = whole[len(before) :]
+        if not continuation:
+            raise ValueError(
+                f"a choice must have tokens, got {request.continuation!r} in {sample.sample_id}."
+            )
+        self._choices[sample.sample_id] = _Choice(continuation, len(prompt.decode_ids))
+        # The last token is predicted alone, and never fed back.
+        return replace(prompt, decode_ids=(*prompt.decode_ids, *continuation[:-1]))
+
+    def plan(self, context: Context, prompts: Sequence[Prompt]) -> Plan | Outcome:
+        planned = super().plan(context, prompts)
+        if isinstance(planned, Outcome):
+            return planned
+        # Of a document's choices one is timed and judged: the others share its question.
+        first = set(self.drawn(context.loaded).documents)
+        parts = {
+            part: names if part == "answers" else names & first
+            for part, names in planned.parts.items()
+        }
+        return Plan({part: names for part, names in parts.items() if names}, planned.kept & first)
+
+    def measure(self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]) -> Record:
+        if part == "answers" and prompts[0].sample.sample_id in self._choices:
+            return self._likelihoods(replace(context, method=context.answering), prompts)
+        return super().measure(context, plan, part, prompts)
+
+    def score(self, sample: Sample, prediction: str) -> float:
+        task, document = self._document(sample.sample_id)
+        return task.score(document.number, [prediction])
+
+    def _document(self, sample_id: str) -> tuple[EvalTask, Document]:
+        return next(
+            one.documents[sample_id] for one in self._drawn.values() if sample_id in one.documents
+        )
+
+    def _likelihoods(self, context: Context, prompts: Sequence[Prompt]) -> Record:
+        """Return the log-likelihoods of the continuations of prompts, one prompt at a time."""
+        counter, method = ReadCounter(), context.method
+        samples: list[dict[str, Any]] = []
+        used: set[str] = set()
+        for prompt in prompts:
+            choice = self._choices[prompt.sample.sample_id]
+            decoder = Decoder(context.loaded, context.store, [prompt], 1, method.traits.needs)
+            how = known_tokens(context.loaded, method, [len(prompt.decode_ids)])
+            decode = decoder.one_by_one if how == "one by one" else decoder.forward
+            logits = decoder.first_logits[:, None]
+            with context.attached(decoder, method, counter) as session:
+                if choice.question:
+                    logits = decode([prompt.decode_ids[: choice.question]])[:, None]
+                if len(choice.continuation) > 1:
+                    rest = decode([choice.continuation[:-1]], every=True)
+                    logits = torch.cat([logits.to(rest.dtype), rest], 1)
+            counter.add_steps(session.count, decoder.lengths)
+            used.add(how)
+            predicted = logits[0].float().log_softmax(-1)
+            tokens = torch.tensor(choice.continuation, device=predicted.device)
+            found = predicted.gather(1, tokens[:, None])[:, 0]
+            samples.append(
+                {
+                    "sample_id": prompt.sample.sample_id,
+                    "subtask": prompt.sample.subtask,
+                    "length": prompt.num_tokens,
+                    "log_likelihood": float(found.sum()),
+                    "is_likeliest": bool((predicted.argmax(-1) == tokens).all()),
+                    "tokens": [],  # nothing is generated
+                    "prefill_ms": decoder.prefill_ms[0],
+                }
+            )
+        is_sparse = method.selects and any(prompt.decode_ids for prompt in prompts)
+        return {
+            "subtask": prompts[0].sample.subtask,
+            "samples": samples,
+            "count": asdict(counter.count),
+            "known_tokens": ", ".join(sorted(used)) if is_sparse else None,
+        }
+
+    def outcome(
+        self,
+        context: Context,
+        plan: Plan,
+        prompts: Sequence[Prompt],
+        records: Mapping[str, Sequence[Record]],
+    ) -> Outcome:
+        drawn = self.drawn(context.loaded)
+        found = {one["sample_id"]: one for part in records["answers"] for one in part["samples"]}
+        answers = []
+        for record in records["answers"]:
+            own = [one for one in record["samples"] if one["sample_id"] in drawn.documents]
+            answers.append(
+                {**record, "samples": [self._answered(drawn, one, found) for one in own]}
+            )
+        first = [one for one in prompts if one.sample.sample_id in drawn.documents]
+        return super().outcome(context, plan, first, {**records, "answers": answers})
+
+    def _answered(
+        self, drawn: _Drawn, sample: dict[str, Any], found: Mapping[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return a document's answer: as generated, or the likeliest of its choices."""
+        if "score" in sample:
+            return sample
+        name = sample["sample_id"]
+        task, document = drawn.documents[name]
+        own = [found[one] for one, first in drawn.first.items() if first == name]
+        responses = [(one["log_likelihood"], one["is_likeliest"]) for one in own]
+        best = max(range(len(own)), key=lambda place: responses[place][0])
+        chosen = document.requests[best].continuation or ""
+        return {
+            **{
+                key: sample[key]
+                for key in ("sample_id", "subtask", "length", "tokens", "prefill_ms")
+            },
+            "score": task.score(document.number, responses),
+            "prediction": chosen.strip() if len(own) > 1 else "",
+            "references": list(document.target),
+            "num_generated": 0,
+        }
