@@ -59,6 +59,13 @@ def log2_axis(axis: Any, values: Sequence[float], number: str = ",.0f", most: in
     axis.set_major_formatter(FuncFormatter(text))
 
 
+def plain_number(value: float) -> str:
+    """Return a number of an axis with three digits and no exponent: 1,024 and 0.00001."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return np.format_float_positional(float(f"{value:.3g}"), trim="-").replace("-", "−")
+
+
 class _PlainNumbers(LogFormatter):
     """Labels of a logarithmic axis as plain numbers, where matplotlib would show any.
 
@@ -66,7 +73,7 @@ class _PlainNumbers(LogFormatter):
     """
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        return f"{x:.3g}".replace("-", "−") if super().__call__(x, pos) else ""
+        return plain_number(x) if super().__call__(x, pos) else ""
 
 
 def vertical_scale(axes: Axes, scale: str) -> None:
@@ -89,7 +96,7 @@ def _series(
     Returns:
         (method, label, points, lightness, line style) of each.
     """
-    other = fixed[0]
+    other, *further = fixed
     found: list[tuple[str, str, pd.DataFrame, float, Any]] = []
     for method in sorted(configurations["method"].unique(), key=style.order):
         own = configurations[configurations["method"] == method]
@@ -104,7 +111,11 @@ def _series(
             rank = 0 if pd.isna(value) else kept.index(int(value))
             lightness = rank / max(len(kept) - 1, 1) if len(kept) > 1 else 0.0
             line_style = style.style(method).line
-            if len(kept) > 1 or len(set(texts)) > 1:
+            also = [] if not further else sorted(own[further[0]].dropna().unique())
+            if len(kept) > 1 and len(also) > 1:  # lightness shows one, the line's style the other
+                value = points[further[0]].iloc[0]
+                line_style = style.turn(0 if pd.isna(value) else also.index(value))
+            elif len(kept) > 1 or len(set(texts)) > 1:
                 line_style = style.turn(max(rank, position if len(kept) <= 1 else 0))
             found.append((method, text, points, lightness, line_style))
     return found
@@ -353,17 +364,17 @@ def context_curve(
         if method != "full" and points["full_ms_p50"].notna().any():
             slower = points["full_ms_p50"] / points["decode_ms_p50"]
             other = points[y] * slower if y == "decode_ms_p50" else points[y] / slower
-            look = style.style("full")
+            baseline = style.style("full")
             axes.plot(
                 points[x].astype(float),
                 other,
-                color=look.colour,
-                marker=look.marker,
+                color=baseline.colour,
+                marker=baseline.marker,
                 ms=3.5,
                 lw=0.9,
                 alpha=0.6,
                 zorder=1.5,
-                label=None if drawn_full else f"{look.label}, timed alternately with each",
+                label=None if drawn_full else f"{baseline.label}, timed alternately with each",
             )
             drawn_full = True
             highest, lowest = max(highest, other.max()), min(lowest, other.min())
@@ -382,7 +393,8 @@ def context_curve(
         speed_text = "" if pd.isna(speed) else f" ({speed:.0f} GB/s)"
         axes.plot([], [], **_BOUND, label=f"Bandwidth bound{speed_text}")
     axes.set_xscale("log", base=2)
-    log2_axis(axes.xaxis, [float(v) for v in data[x]])
+    in_units = x == "kv_len" and (data[x] % 1024 == 0).all()
+    log2_axis(axes.xaxis, [float(v) for v in data[x]], "k" if in_units else ",.0f")
     if highest >= 10 * lowest:
         vertical_scale(axes, "log")
     else:  # on a logarithmic axis a small difference would look large

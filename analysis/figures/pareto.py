@@ -23,7 +23,7 @@ from topkbench.analysis import style
 from topkbench.analysis.comparison.configurations import BASELINES
 from topkbench.analysis.comparison.metrics import METRICS, ends_of
 from topkbench.analysis.comparison.timings import is_unsteady
-from topkbench.analysis.figures.curves import lay_out, legend, new_figure, table
+from topkbench.analysis.figures.curves import lay_out, legend, new_figure, plain_number, table
 from topkbench.analysis.figures.highlight import NAME_COLOUR, highlighted, marked
 from topkbench.analysis.figures.points import describe
 from topkbench.analysis.tables.overview import LEAGUE
@@ -385,7 +385,7 @@ def cost_axis(axes: Axes, price: pd.Series) -> None:
         ticks = _round_near(price, *ends)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
     axes.set_xlim(*ends)
 
 

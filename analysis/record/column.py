@@ -48,6 +48,8 @@ class Metric:
         if math.isnan(number):
             return "–"
         text = format(number / self.divisor, self.format)
+        if "e+" in text:  # three digits are written without an exponent
+            return f"{number / self.divisor:,.0f}".replace("-", "−")
         # A value that rounds to zero gets no sign: "-0.0" would read as a loss.
         return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 

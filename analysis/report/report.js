@@ -157,7 +157,7 @@ function open(element) {
   for (let one = element; one; one = one.parentElement) if (one.tagName === "DETAILS") one.open = true;
 }
 function openTarget() {
-  const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const target = document.getElementById(location.hash.slice(1)); // names here need no escapes
   if (target) {
     open(target);
     target.scrollIntoView();

@@ -12,7 +12,7 @@ import pytest
 
 from topkbench.analysis import style
 from topkbench.analysis.comparison.configurations import compare
-from topkbench.analysis.figures.curves import context_curve, curve
+from topkbench.analysis.figures.curves import context_curve, curve, plain_number
 from topkbench.analysis.figures.highlight import highlighted
 from topkbench.analysis.figures.pareto import front_of, pareto
 from topkbench.analysis.figures.plots import draw_all
@@ -124,6 +124,7 @@ def test_front_points_are_highlighted_and_every_method_is_named_at_a_point(
 
 def test_a_bound_looks_like_no_method(row: Callable[..., Row]) -> None:
     times = {"decode_ms_p50": 2.0, "bandwidth_fraction": 0.5, "bandwidth_gb_s": 20.0}
+    times["full_ms_p50"] = 5.0
     rows = [
         row(
             run_id=f"{method:x<12}{n}",
@@ -139,12 +140,44 @@ def test_a_bound_looks_like_no_method(row: Callable[..., Row]) -> None:
     bounds = [line for line in axes.lines if line.get_color() == style.BOUND_COLOUR]
     assert [line.get_label() for line in bounds][-1] == "Bandwidth bound (20 GB/s)"
     assert len(bounds) == 3  # one a method, and the entry of the legend
+    # Each ends in its method's marker, though full attention is drawn beside it.
+    markers = [style.style(method).marker for method in ("hata", "quest")]
+    assert [line.get_marker() for line in bounds][:2] == markers
     patterns = {line._dash_pattern[1] is not None for line in bounds}  # type: ignore[attr-defined]
     assert patterns == {True}
     lines = {look.line for look in style.shipped().values()} | set(map(style.turn, range(4)))
     assert style.BOUND not in lines
     colours = {look.colour for look in style.shipped().values()}
     assert not {style.BOUND_COLOUR, style.OTHERS} & colours
+
+
+def test_curves_of_several_budgets_and_bits_all_look_different(row: Callable[..., Row]) -> None:
+    rows = [
+        row(
+            run_id=f"{rbit:04d}{k:04d}{n:08d}",
+            **{"method": "hata", "k": k, "rbit": rbit, "length": n, "kv_len": n},
+            **{"subtask": str(n), "decode_ms_p50": (rbit + k + n) / 1000},
+        )
+        for rbit, k, n in itertools.product((32, 64, 128), (64, 256), (1024, 4096))
+    ]
+    made = context_curve(compare(frame(rows)).overall, "decode_ms_p50")
+    assert made is not None
+    (axes,) = made[0].axes
+    looks = [(line.get_color(), line.get_linestyle()) for line in axes.lines]
+    styles = {(colour, str(one)) for colour, one in looks}
+    patterns = {(line.get_color(), str(line._dash_pattern)) for line in axes.lines}  # type: ignore[attr-defined]
+    assert len(axes.lines) == 6
+    assert max(len(styles), len(patterns)) == 6
+    assert [one.get_text() for one in axes.get_xticklabels()] == ["1K", "4K"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1024.0, "1,024"), (16384.0, "16,384"), (20.0, "20"), (0.125, "0.125"), (0.00001, "0.00001"),
+     (-0.01, "−0.01"), (0.0, "0")],
+)  # fmt: skip
+def test_numbers_of_axes_are_plain(value: float, text: str) -> None:
+    assert plain_number(value) == text
 
 
 def points(cost: str, *values: tuple[float, float, float, float, float]) -> pd.DataFrame:
