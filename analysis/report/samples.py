@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,9 @@ from topkbench.analysis.tables.table import setting
 
 MOST_CHARACTERS = 4_000
 """Characters of a text that are shown; how many are left out is said in their place."""
+
+MOST_STEPS = 1_500_000
+"""Steps, of about 0.1 microseconds, in which the words of two answers are compared one by one."""
 
 Only = Literal["wrong", "lost"]
 """Which answers are asked for: where full attention is right and the method is wrong (right: a
@@ -193,16 +197,51 @@ def end_of(text: str) -> str:
     return visible(text) if left <= 0 else f"[{left:,} more characters…] {visible(text[left:])}"
 
 
+class _Matcher(difflib.SequenceMatcher[str]):
+    """Finds what two lists of words have in common in about ``MOST_STEPS`` steps.
+
+    A step looks at a word, or at a pair of equal words. Repeated words make so many pairs that to
+    find all matches could take minutes. When the steps are used up, only the beginnings and ends of
+    what is left are compared.
+    """
+
+    steps_left = MOST_STEPS
+
+    def find_longest_match(
+        self, alo: int = 0, ahi: int | None = None, blo: int = 0, bhi: int | None = None
+    ) -> difflib.Match:
+        """Return the longest match of two ranges, or that of their beginnings or ends."""
+        one, other = self.a[alo:ahi], self.b[blo:bhi]
+        self.steps_left -= sum(1 + len(self.b2j.get(word, ())) for word in one)
+        if self.steps_left >= 0:
+            return super().find_longest_match(alo, ahi, blo, bhi)
+        if size := _in_common(one, other):
+            return difflib.Match(alo, blo, size)
+        size = _in_common(one[::-1], other[::-1])
+        return difflib.Match(alo + len(one) - size, blo + len(other) - size, size)
+
+
+def _in_common(one: Sequence[str], other: Sequence[str]) -> int:
+    """Return how many words two lists have in common at their beginning."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 @functools.lru_cache(maxsize=4096)  # many methods give the same answer
 def differences(full: str, text: str) -> tuple[tuple[Kind, str], ...]:
     """Return a text as pieces that are in full attention's answer, or only in one of the two.
 
-    Whole words, runs of blanks and single signs are compared.
+    Whole words, runs of blanks and single signs are compared; if that takes too many steps, words
+    and signs together with the blanks after them, as there are far fewer pairs of these.
     """
-    one, other = (re.findall(r"\s+|\w+|[^\w\s]", each) for each in (full, text))
-    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
+    for pattern in (r"\s+|\w+|[^\w\s]", r"\s+|\w+\s*|[^\w\s]\s*"):
+        one, other = (re.findall(pattern, each) for each in (full, text))
+        matcher = _Matcher(None, one, other, autojunk=False)
+        opcodes = matcher.get_opcodes()
+        if matcher.steps_left >= 0:
+            break
     changes: list[tuple[bool, str, str]] = []
-    for kind, i, j, m, n in matcher.get_opcodes():
+    for kind, i, j, m, n in opcodes:
         pieces = "".join(one[i:j]), "".join(other[m:n])
         # Blanks between two changed words belong to the change.
         is_same = kind == "equal" and not (changes and i and j < len(one) and pieces[0].isspace())

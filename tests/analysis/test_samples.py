@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -94,6 +95,24 @@ def test_either_answer_can_be_put_together_from_the_parts() -> None:
     parts = differences(full, text)
     assert "".join(piece for kind, piece in parts if kind != "other") == full
     assert "".join(piece for kind, piece in parts if kind != "missing") == text
+
+
+@pytest.mark.parametrize(
+    ("full", "text", "same"),
+    [
+        ("! " * 2000, "!" * 3990, 0),
+        ("0 1 " * 250, "1, 0, " * 166, 0),
+        ("! " * 2000, "! " * 1999 + "?", 3998),
+        ("a " * 1000, "b" + "a " * 990, 1978),
+    ],
+)
+def test_texts_of_repeated_words_are_compared_in_a_second(full: str, text: str, same: int) -> None:
+    begin = time.process_time()
+    parts = differences(full, text)
+    assert time.process_time() - begin < 2  # to find all matches takes 20 s or minutes
+    assert "".join(piece for kind, piece in parts if kind != "other") == full
+    assert "".join(piece for kind, piece in parts if kind != "missing") == text
+    assert sum(len(piece) for kind, piece in parts if kind == "same") >= same
 
 
 def test_prompts_are_chosen_by_method_sub_task_id_and_loss(sweep: Sweep) -> None:
