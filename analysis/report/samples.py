@@ -90,6 +90,10 @@ class Prompt:
     full: Answer | None
     answers: tuple[Answer, ...]
 
+    def is_same(self, answer: Answer) -> bool:
+        """Return whether an answer of this prompt is full attention's to the last character."""
+        return self.full is not None and all(kind == "same" for kind, _ in answer.parts)
+
     def is_lost(self, answer: Answer) -> bool:
         """Return whether full attention's answer scores higher than one of this prompt."""
         return self.full is not None and answer.score < self.full.score
@@ -106,7 +110,7 @@ class Prompt:
     @property
     def differs(self) -> bool:
         """Whether some answer is another one than full attention's."""
-        return self.full is not None and any(one.text != self.full.text for one in self.answers)
+        return self.full is not None and not all(map(self.is_same, self.answers))
 
 
 def prompts(compared: Comparison, samples: pd.DataFrame) -> list[Prompt]:
@@ -149,8 +153,8 @@ def _prompt(
     given: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
 ) -> Prompt:
     """Return a prompt from each configuration's sample of it."""
-    full = next((_answer(*one) for one in given if one[0]["method"] == "full"), None)
-    baseline = None if full is None else full.text
+    full = next((one for one in given if one[0]["method"] == "full"), None)
+    baseline = None if full is None else str(full[1]["prediction"])
     answers = [_answer(*one, baseline) for one in given if one[0]["method"] != "full"]
     questions = [one.get("question_text") for _, one in given]
     references = given[0][1].get("references")
@@ -163,7 +167,7 @@ def _prompt(
         tuple(beginning_of(str(one)) for one in references)
         if isinstance(references, list | tuple)
         else (),
-        full,
+        None if full is None else _answer(*full),
         tuple(answers),
     )
 
@@ -171,7 +175,7 @@ def _prompt(
 def _answer(
     configuration: Mapping[str, Any], sample: Mapping[str, Any], baseline: str | None = None
 ) -> Answer:
-    text = beginning_of(str(sample["prediction"]))
+    text = str(sample["prediction"])
     k, rbit = (configuration[name] for name in ("k", "rbit"))
     return Answer(
         str(configuration["label"]),
@@ -180,8 +184,8 @@ def _answer(
         None if pd.isna(rbit) else int(rbit),
         str(sample["run_id"]),
         float(sample["score"]),
-        text,
-        () if baseline is None else differences(baseline, text),
+        beginning_of(text),
+        () if baseline is None else marked(baseline, text),
     )
 
 
@@ -195,6 +199,20 @@ def end_of(text: str) -> str:
     """Return a text to show: its end if it is long, control characters as escapes."""
     left = len(text) - MOST_CHARACTERS
     return visible(text) if left <= 0 else f"[{left:,} more characters…] {visible(text[left:])}"
+
+
+def marked(full: str, text: str) -> tuple[tuple[Kind, str], ...]:
+    """Return what is shown of a text, as pieces that are in full attention's answer or not.
+
+    Where two texts differ only in what is not shown of them, the last piece says so.
+    """
+    shown = beginning_of(full), beginning_of(text)
+    parts = differences(*shown)
+    if full == text or shown[0] != shown[1]:
+        return parts
+    is_late = full[:MOST_CHARACTERS] == text[:MOST_CHARACTERS]
+    where = f"after {MOST_CHARACTERS:,} characters" if is_late else "in control characters"
+    return (*parts, ("other", f" [differs {where}]"))
 
 
 class _Matcher(difflib.SequenceMatcher[str]):

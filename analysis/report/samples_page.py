@@ -11,7 +11,7 @@ import pandas as pd
 
 from topkbench.analysis.comparison.configurations import Comparison
 from topkbench.analysis.console import visible
-from topkbench.analysis.report.samples import Prompt, prompts
+from topkbench.analysis.report.samples import Answer, Prompt, prompts
 
 MOST_BYTES = 2_000_000
 """Bytes of prompts and answers that a page holds, and"""
@@ -77,17 +77,16 @@ def _entry(prompt: Prompt, number: dict[str, int]) -> dict[str, Any]:
             {
                 "of": number[one.name],
                 "score": one.score,
-                "parts": _parts(one.parts, one.text, None if full is None else full.text),
+                "parts": None if prompt.is_same(one) else _parts(one),
             }
             for one in prompt.answers
         ],
     }
 
 
-def _parts(parts: Sequence[tuple[str, str]], text: str, full: str | None) -> Any:
-    if text == full:
-        return None
-    return [list(part) for part in parts] or [["same", text]]
+def _parts(answer: Answer) -> list[tuple[str, str]]:
+    """Return the pieces of an answer; all of it where full attention's is not known."""
+    return list(answer.parts) or [("same", answer.text)]
 
 
 def _that_fit(every: Sequence[Prompt], number: dict[str, int]) -> list[Prompt]:

@@ -229,6 +229,27 @@ def test_a_long_text_says_how_much_of_it_is_left_out() -> None:
     assert beginning_of(LONG) == f"{LONG[:MOST_CHARACTERS]} […96,000 more characters]"
 
 
+def test_answers_that_differ_in_what_is_not_shown_are_not_the_same(tmp_path: Path) -> None:
+    begin = "a" * MOST_CHARACTERS
+    answers = {
+        "full": [(100.0, f"{begin}b"), (100.0, "\x1b"), (100.0, f"{begin}b")],
+        "quest": [(0.0, f"{begin}c"), (0.0, r"\x1b"), (100.0, f"{begin}b")],
+    }
+    sweep = sweep_of(tmp_path, answers)
+    late, control, same = of(sweep)
+    shown = f"{begin} […1 more characters]"
+    note = " [differs after 4,000 characters]"
+    assert late.answers[0].parts == (("same", shown), ("other", note))
+    assert f"Quest, k=64: 0  lost  {shown}{{+{note}+}}" in text_of(late)
+    assert control.answers[0].parts[-1] == ("other", " [differs in control characters]")
+    assert [one.differs for one in (late, control, same)] == [True, True, False]
+    assert "Quest, k=64: 100  the same" in text_of(same)
+    found = samples_page.page(compare(sweep.rows()), sweep.samples(), pd.DataFrame())
+    assert found is not None
+    parts = [one["answers"][0]["parts"] for one in found["data"]["prompts"]]
+    assert (parts[0], parts[2]) == ([("same", shown), ("other", note)], None)
+
+
 # The page ----------------------------------------------------------------------------------------
 
 
