@@ -63,7 +63,7 @@ class Answer:
         """The label with budget and hash bits."""
         numbers = [f"{name}={value}" for name, value in (("k", self.k), ("rbit", self.rbit))]
         shown = [one for one in numbers if not one.endswith("None")]
-        return ", ".join([visible(self.label), *shown])
+        return ", ".join([in_one_line(self.label), *shown])
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def prompts(compared: Comparison, samples: pd.DataFrame) -> list[Prompt]:
                     name = (seed, str(sample["subtask"]), str(sample["sample_id"]))
                     given.setdefault(name, []).append((configuration, sample))
         for (seed, subtask, sample_id), answers in given.items():
-            found.append(_prompt(visible(setting(key)), seed, subtask, sample_id, answers))
+            found.append(_prompt(in_one_line(setting(key)), seed, subtask, sample_id, answers))
     return found
 
 
@@ -161,8 +161,8 @@ def _prompt(
     return Prompt(
         words,
         seed,
-        visible(subtask),
-        visible(sample_id),
+        in_one_line(subtask),
+        in_one_line(sample_id),
         next((end_of(one) for one in questions if isinstance(one, str)), None),
         tuple(beginning_of(str(one)) for one in references)
         if isinstance(references, list | tuple)
@@ -187,6 +187,11 @@ def _answer(
         beginning_of(text),
         () if baseline is None else marked(baseline, text),
     )
+
+
+def in_one_line(name: str) -> str:
+    """Return a name to show: control characters and line breaks as escapes."""
+    return visible(name).replace("\n", "\\n")
 
 
 def beginning_of(text: str) -> str:

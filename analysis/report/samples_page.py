@@ -11,7 +11,7 @@ import pandas as pd
 
 from topkbench.analysis.comparison.configurations import Comparison
 from topkbench.analysis.console import visible
-from topkbench.analysis.report.samples import Answer, Prompt, prompts
+from topkbench.analysis.report.samples import Answer, Prompt, in_one_line, prompts
 
 MOST_BYTES = 2_000_000
 """Bytes of prompts and answers that a page holds, and"""
@@ -126,7 +126,7 @@ class _Kept:
         self.left_out = 0
         self._left = MOST_KEPT_BYTES
         self._rows = {
-            (one["run_id"], visible(one["subtask"]), visible(one["sample_id"])): one
+            (one["run_id"], in_one_line(one["subtask"]), in_one_line(one["sample_id"])): one
             for one in kept.to_dict("records")
         }
 

@@ -225,6 +225,36 @@ def test_hostile_texts_stay_texts_on_a_terminal(tmp_path: Path) -> None:
         assert all(line.startswith("  ") for line in text.splitlines()[1:])
 
 
+def test_a_name_with_a_line_break_cannot_look_like_a_field(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forged = "x\n  Full attention: 100  forged"
+    sweep = sweep_of(
+        tmp_path,
+        {"full": [(0.0, "no")], "own": [(0.0, "yes")]},
+        subtasks=(f"task{forged}",),
+        sample_id=f"id{forged}",
+        method_label=f"Own{forged}",
+        model=f"model{forged}",
+    )
+    escaped = r"x\n  Full attention: 100  forged"
+    # The escaped name chooses the prompt, and its kept tokens are found.
+    assert main([str(sweep.folder), "--id", f"id{escaped}-0"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.startswith(f"task{escaped} / id{escaped}-0, seed 0   (model{escaped}, ")
+    assert lines == [
+        "  question: Which?",
+        "  references: right | Which?",
+        "  Full attention: 0  no",
+        f"  Own{escaped}, k=64: 0  [-no-]{{+yes+}}",
+        "",
+        "1 of 1 prompts.",
+    ]
+    page = samples_page.page(compare(sweep.rows()), sweep.samples(), load_kept(sweep.folder))
+    assert page is not None
+    assert "texts" in page["data"]["prompts"][0]["kept"]
+
+
 def test_a_long_text_says_how_much_of_it_is_left_out() -> None:
     assert beginning_of(LONG) == f"{LONG[:MOST_CHARACTERS]} […96,000 more characters]"
 
