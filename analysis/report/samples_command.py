@@ -69,7 +69,7 @@ def text_of(prompt: Prompt, mark: Mark = in_words) -> str:
 
 
 def _with_score(answer: Answer, text: str, word: str) -> str:
-    return f"{answer.score:.0f}{word}  {text or '(empty)'}"
+    return f"{round(answer.score, 1):g}{word}  {text or '(empty)'}"
 
 
 def _field(name: str, text: str) -> list[str]:

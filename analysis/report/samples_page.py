@@ -85,8 +85,8 @@ def _entry(prompt: Prompt, number: dict[str, int]) -> dict[str, Any]:
 
 
 def _parts(answer: Answer) -> list[tuple[str, str]]:
-    """Return the pieces of an answer; all of it where full attention's is not known."""
-    return list(answer.parts) or [("same", answer.text)]
+    """Return the pieces of an answer, none of an empty one; one if full's is not known."""
+    return list(answer.parts) or ([("same", answer.text)] if answer.text else [])
 
 
 def _that_fit(every: Sequence[Prompt], number: dict[str, int]) -> list[Prompt]:
@@ -106,13 +106,13 @@ def _that_fit(every: Sequence[Prompt], number: dict[str, int]) -> list[Prompt]:
     while queues:
         for key in list(queues):
             place = queues[key].popleft()
-            left -= len(json.dumps(_entry(every[place], number))) + len(", ")
-            if left < 0:
-                return [every[one] for one in sorted(chosen)]
-            chosen.add(place)
+            size = len(json.dumps(_entry(every[place], number))) + len(", ")
+            if size <= left:  # else a smaller one may still fit
+                left -= size
+                chosen.add(place)
             if not queues[key]:
                 del queues[key]
-    return list(every)
+    return [every[one] for one in sorted(chosen)]
 
 
 class _Kept:

@@ -161,6 +161,15 @@ def test_a_wrong_answer_is_one_below_100_where_full_attention_has_100(tmp_path: 
     assert [one.sample_id for one in chosen(of(sweep), only="lost")] == ["vt-0", "vt-1"]
 
 
+def test_scores_have_a_decimal_where_they_are_not_whole(tmp_path: Path) -> None:
+    answers = {"full": [(100.0, "a"), (0.04, "b")], "quest": [(99.6, "c"), (100 / 3, "d")]}
+    first, second = map(text_of, of(sweep_of(tmp_path, answers)))
+    assert "Full attention: 100  a" in first
+    assert "Quest, k=64: 99.6  lost  " in first
+    assert "Full attention: 0  b" in second
+    assert "Quest, k=64: 33.3  " in second
+
+
 # The command -------------------------------------------------------------------------------------
 
 
@@ -344,10 +353,27 @@ def test_a_page_has_at_most_so_many_bytes_and_says_what_it_leaves_out(
     (sentence,) = found["words"]
     assert sentence.startswith(f"{len(shown)} of 120 prompts are in this page, those on which")
     assert "`topkbench samples RESULTS` shows all." in sentence
-    # As many of each sub-task, as far as they go, and those that a method lost first.
+    # As many of each sub-task, as far as they go, and those that a method lost first; a smaller one
+    # takes the room in which none of these fits.
     counts = pd.Series([one["subtask"] for one in shown]).value_counts()
     assert (len(counts), counts.max() - counts.min() <= 1) == (3, True)
-    assert {one["answers"][0]["score"] for one in shown} == {0.0}
+    assert [one["answers"][0]["score"] for one in shown].count(100.0) <= 1
+
+
+def test_a_prompt_that_does_not_fit_leaves_room_for_smaller_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = "long " * 600
+    answers = {
+        "full": [(100.0, "yes")] * 6,
+        "quest": [(0.0, long), (0.0, "no"), (0.0, "no"), (0.0, "no"), (0.0, long), (0.0, "no")],
+    }
+    sweep = sweep_of(tmp_path, answers, subtasks=("vt", "cwe"))
+    monkeypatch.setattr(samples_page, "MOST_BYTES", 3_000)
+    found = samples_page.page(compare(sweep.rows()), sweep.samples(), pd.DataFrame())
+    assert found is not None
+    assert [one["id"] for one in found["data"]["prompts"]] == ["vt-1", "vt-2", "vt-3", "vt-5"]
+    assert found["words"][0].startswith("4 of 6 prompts are in this page")
 
 
 def test_kept_tokens_that_do_not_fit_are_counted(
@@ -445,6 +471,16 @@ def test_the_page_shades_the_tokens_that_heads_kept(
     assert page.run(shares)[1] == [f" two{marks}", "0.5"]
     assert page.run("document.documentElement.scrollWidth") == 390
     assert page.errors == []
+
+
+def test_an_empty_answer_is_called_empty_without_full_attention(
+    tmp_path: Path, browser: Browser
+) -> None:
+    page = browser.open(write_page(tmp_path, sweep_of(tmp_path, {"quest": [(0.0, "")]})))
+    page.run("document.querySelector('#samples summary').click()")
+    page.wait_for("document.querySelector('#samples .body')")
+    cards = "[...document.querySelectorAll('#samples .card')].map(e => e.innerText)"
+    assert page.run(cards)[1] == "Quest, k=64: 0\n(empty)"
 
 
 def test_the_page_names_whose_tokens_were_not_recorded(
