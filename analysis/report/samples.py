@@ -229,6 +229,9 @@ class _Matcher(difflib.SequenceMatcher[str]):
     """
 
     steps_left = MOST_STEPS
+    a: Sequence[str]
+    b: Sequence[str]
+    b2j: dict[str, list[int]]
 
     def find_longest_match(
         self, alo: int = 0, ahi: int | None = None, blo: int = 0, bhi: int | None = None
