@@ -417,12 +417,12 @@ def _refitted(rows: pd.DataFrame, parameters: list[str]) -> pd.Series:
 
 
 def _with_seed(samples: pd.DataFrame | None, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the samples of these rows that have a score, with their seed."""
     if samples is None or not len(samples) or "score" not in samples:
         return pd.DataFrame({"run_id": []})
     seeds = rows.drop_duplicates("run_id").set_index("run_id")["seed"]
-    known = samples[samples["run_id"].isin(seeds.index)].drop_duplicates(
-        ["run_id", "subtask", "sample_id"], keep="last"
-    )
+    is_known = samples["run_id"].isin(seeds.index) & samples["score"].notna()
+    known = samples[is_known].drop_duplicates(["run_id", "subtask", "sample_id"], keep="last")
     return known.assign(seed=known["run_id"].map(seeds).astype("Int64"))
 
 

@@ -79,7 +79,8 @@ def read_samples(file: Path) -> pd.DataFrame:
     """Return the samples beside a file of rows, an empty table if there are none.
 
     Raises:
-        RecordError: If the file cannot be read, or a score is no number.
+        RecordError: If the file cannot be read, a score is no number, or an answer or one of a
+            cell's scored samples has none. Tasks without scores, such as perplexity, have neither.
     """
     if not file.is_file():
         return pd.DataFrame({"run_id": []})
@@ -92,6 +93,16 @@ def read_samples(file: Path) -> pd.DataFrame:
         ) from None
     if "score" in data:
         data["score"] = _numbers(file, data["score"], "score", whole=False)
+        is_scored = data["score"].notna()
+        needed = data["run_id"].isin(data.loc[is_scored, "run_id"])
+        if "prediction" in data:
+            needed |= data["prediction"].notna()
+        if missing := int((needed & ~is_scored).sum()):
+            raise RecordError(
+                f"{file} must have a score for every answer, but {missing} of {needed.sum()} have"
+                " none; copy or write it again, or remove it: without that file the report has no"
+                " intervals."
+            )
     return data
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,9 @@ from topkbench.analysis.tables.table import setting
 
 MOST_CHARACTERS = 4_000
 """Characters of a text that are shown; how many are left out is said in their place."""
+
+MOST_STEPS = 1_500_000
+"""Steps, of about 0.1 microseconds, in which the words of two answers are compared one by one."""
 
 Only = Literal["wrong", "lost"]
 """Which answers are asked for: where full attention is right and the method is wrong (right: a
@@ -59,7 +63,7 @@ class Answer:
         """The label with budget and hash bits."""
         numbers = [f"{name}={value}" for name, value in (("k", self.k), ("rbit", self.rbit))]
         shown = [one for one in numbers if not one.endswith("None")]
-        return ", ".join([visible(self.label), *shown])
+        return ", ".join([in_one_line(self.label), *shown])
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,10 @@ class Prompt:
     full: Answer | None
     answers: tuple[Answer, ...]
 
+    def is_same(self, answer: Answer) -> bool:
+        """Return whether an answer of this prompt is full attention's to the last character."""
+        return self.full is not None and all(kind == "same" for kind, _ in answer.parts)
+
     def is_lost(self, answer: Answer) -> bool:
         """Return whether full attention's answer scores higher than one of this prompt."""
         return self.full is not None and answer.score < self.full.score
@@ -102,7 +110,7 @@ class Prompt:
     @property
     def differs(self) -> bool:
         """Whether some answer is another one than full attention's."""
-        return self.full is not None and any(one.text != self.full.text for one in self.answers)
+        return self.full is not None and not all(map(self.is_same, self.answers))
 
 
 def prompts(compared: Comparison, samples: pd.DataFrame) -> list[Prompt]:
@@ -133,7 +141,7 @@ def prompts(compared: Comparison, samples: pd.DataFrame) -> list[Prompt]:
                     name = (seed, str(sample["subtask"]), str(sample["sample_id"]))
                     given.setdefault(name, []).append((configuration, sample))
         for (seed, subtask, sample_id), answers in given.items():
-            found.append(_prompt(visible(setting(key)), seed, subtask, sample_id, answers))
+            found.append(_prompt(in_one_line(setting(key)), seed, subtask, sample_id, answers))
     return found
 
 
@@ -145,21 +153,21 @@ def _prompt(
     given: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
 ) -> Prompt:
     """Return a prompt from each configuration's sample of it."""
-    full = next((_answer(*one) for one in given if one[0]["method"] == "full"), None)
-    baseline = None if full is None else full.text
+    full = next((one for one in given if one[0]["method"] == "full"), None)
+    baseline = None if full is None else str(full[1]["prediction"])
     answers = [_answer(*one, baseline) for one in given if one[0]["method"] != "full"]
     questions = [one.get("question_text") for _, one in given]
     references = given[0][1].get("references")
     return Prompt(
         words,
         seed,
-        visible(subtask),
-        visible(sample_id),
+        in_one_line(subtask),
+        in_one_line(sample_id),
         next((end_of(one) for one in questions if isinstance(one, str)), None),
         tuple(beginning_of(str(one)) for one in references)
         if isinstance(references, list | tuple)
         else (),
-        full,
+        None if full is None else _answer(*full),
         tuple(answers),
     )
 
@@ -167,7 +175,7 @@ def _prompt(
 def _answer(
     configuration: Mapping[str, Any], sample: Mapping[str, Any], baseline: str | None = None
 ) -> Answer:
-    text = beginning_of(str(sample["prediction"]))
+    text = str(sample["prediction"])
     k, rbit = (configuration[name] for name in ("k", "rbit"))
     return Answer(
         str(configuration["label"]),
@@ -176,9 +184,14 @@ def _answer(
         None if pd.isna(rbit) else int(rbit),
         str(sample["run_id"]),
         float(sample["score"]),
-        text,
-        () if baseline is None else differences(baseline, text),
+        beginning_of(text),
+        () if baseline is None else marked(baseline, text),
     )
+
+
+def in_one_line(name: str) -> str:
+    """Return a name to show: control characters and line breaks as escapes."""
+    return visible(name).replace("\n", "\\n")
 
 
 def beginning_of(text: str) -> str:
@@ -193,16 +206,68 @@ def end_of(text: str) -> str:
     return visible(text) if left <= 0 else f"[{left:,} more characters…] {visible(text[left:])}"
 
 
+def marked(full: str, text: str) -> tuple[tuple[Kind, str], ...]:
+    """Return what is shown of a text, as pieces that are in full attention's answer or not.
+
+    Where two texts differ only in what is not shown of them, the last piece says so.
+    """
+    shown = beginning_of(full), beginning_of(text)
+    parts = differences(*shown)
+    if full == text or shown[0] != shown[1]:
+        return parts
+    is_late = full[:MOST_CHARACTERS] == text[:MOST_CHARACTERS]
+    where = f"after {MOST_CHARACTERS:,} characters" if is_late else "in control characters"
+    return (*parts, ("other", f" [differs {where}]"))
+
+
+class _Matcher(difflib.SequenceMatcher[str]):
+    """Finds what two lists of words have in common in about ``MOST_STEPS`` steps.
+
+    A step looks at a word, or at a pair of equal words. Repeated words make so many pairs that to
+    find all matches could take minutes. When the steps are used up, only the beginnings and ends of
+    what is left are compared.
+    """
+
+    steps_left = MOST_STEPS
+    a: Sequence[str]
+    b: Sequence[str]
+    b2j: dict[str, list[int]]
+
+    def find_longest_match(
+        self, alo: int = 0, ahi: int | None = None, blo: int = 0, bhi: int | None = None
+    ) -> difflib.Match:
+        """Return the longest match of two ranges, or that of their beginnings or ends."""
+        one, other = self.a[alo:ahi], self.b[blo:bhi]
+        self.steps_left -= sum(1 + len(self.b2j.get(word, ())) for word in one)
+        if self.steps_left >= 0:
+            return super().find_longest_match(alo, ahi, blo, bhi)
+        if size := _in_common(one, other):
+            return difflib.Match(alo, blo, size)
+        size = _in_common(one[::-1], other[::-1])
+        return difflib.Match(alo + len(one) - size, blo + len(other) - size, size)
+
+
+def _in_common(one: Sequence[str], other: Sequence[str]) -> int:
+    """Return how many words two lists have in common at their beginning."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 @functools.lru_cache(maxsize=4096)  # many methods give the same answer
 def differences(full: str, text: str) -> tuple[tuple[Kind, str], ...]:
     """Return a text as pieces that are in full attention's answer, or only in one of the two.
 
-    Whole words, runs of blanks and single signs are compared.
+    Whole words, runs of blanks and single signs are compared; if that takes too many steps, words
+    and signs together with the blanks after them, as there are far fewer pairs of these.
     """
-    one, other = (re.findall(r"\s+|\w+|[^\w\s]", each) for each in (full, text))
-    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
+    for pattern in (r"\s+|\w+|[^\w\s]", r"\s+|\w+\s*|[^\w\s]\s*"):
+        one, other = (re.findall(pattern, each) for each in (full, text))
+        matcher = _Matcher(None, one, other, autojunk=False)
+        opcodes = matcher.get_opcodes()
+        if matcher.steps_left >= 0:
+            break
     changes: list[tuple[bool, str, str]] = []
-    for kind, i, j, m, n in matcher.get_opcodes():
+    for kind, i, j, m, n in opcodes:
         pieces = "".join(one[i:j]), "".join(other[m:n])
         # Blanks between two changed words belong to the change.
         is_same = kind == "equal" and not (changes and i and j < len(one) and pieces[0].isspace())

@@ -62,14 +62,14 @@ def text_of(prompt: Prompt, mark: Mark = in_words) -> str:
     for answer in prompt.answers:
         text = "".join(itertools.starmap(mark, answer.parts)) if answer.parts else answer.text
         word = "  lost" if prompt.is_lost(answer) else ""
-        if prompt.full is not None and answer.text == prompt.full.text:
-            text, word = "the same", word
+        if prompt.is_same(answer):
+            text = "the same"
         lines += _field(answer.name, _with_score(answer, text, word))
     return "\n".join(lines)
 
 
 def _with_score(answer: Answer, text: str, word: str) -> str:
-    return f"{answer.score:.0f}{word}  {text or '(empty)'}"
+    return f"{round(answer.score, 1):g}{word}  {text or '(empty)'}"
 
 
 def _field(name: str, text: str) -> list[str]:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from topkbench.analysis.comparison.configurations import Comparison
 from topkbench.analysis.console import visible
-from topkbench.analysis.report.samples import Prompt, prompts
+from topkbench.analysis.report.samples import Answer, Prompt, in_one_line, prompts
 
 MOST_BYTES = 2_000_000
 """Bytes of prompts and answers that a page holds, and"""
@@ -77,17 +77,16 @@ def _entry(prompt: Prompt, number: dict[str, int]) -> dict[str, Any]:
             {
                 "of": number[one.name],
                 "score": one.score,
-                "parts": _parts(one.parts, one.text, None if full is None else full.text),
+                "parts": None if prompt.is_same(one) else _parts(one),
             }
             for one in prompt.answers
         ],
     }
 
 
-def _parts(parts: Sequence[tuple[str, str]], text: str, full: str | None) -> Any:
-    if text == full:
-        return None
-    return [list(part) for part in parts] or [["same", text]]
+def _parts(answer: Answer) -> list[tuple[str, str]]:
+    """Return the pieces of an answer, none of an empty one; one if full's is not known."""
+    return list(answer.parts) or ([("same", answer.text)] if answer.text else [])
 
 
 def _that_fit(every: Sequence[Prompt], number: dict[str, int]) -> list[Prompt]:
@@ -107,13 +106,13 @@ def _that_fit(every: Sequence[Prompt], number: dict[str, int]) -> list[Prompt]:
     while queues:
         for key in list(queues):
             place = queues[key].popleft()
-            left -= len(json.dumps(_entry(every[place], number))) + len(", ")
-            if left < 0:
-                return [every[one] for one in sorted(chosen)]
-            chosen.add(place)
+            size = len(json.dumps(_entry(every[place], number))) + len(", ")
+            if size <= left:  # else a smaller one may still fit
+                left -= size
+                chosen.add(place)
             if not queues[key]:
                 del queues[key]
-    return list(every)
+    return [every[one] for one in sorted(chosen)]
 
 
 class _Kept:
@@ -127,7 +126,7 @@ class _Kept:
         self.left_out = 0
         self._left = MOST_KEPT_BYTES
         self._rows = {
-            (one["run_id"], visible(one["subtask"]), visible(one["sample_id"])): one
+            (one["run_id"], in_one_line(one["subtask"]), in_one_line(one["sample_id"])): one
             for one in kept.to_dict("records")
         }
 

@@ -28,6 +28,7 @@ def sweep_of(
     question: str = "Which?",
     name: str = "first",
     subtasks: Sequence[str] = ("vt",),
+    sample_id: str = "vt",
     **columns: Any,
 ) -> Sweep:
     """Return a sweep with the answers of some methods, a list of (score, text) each.
@@ -38,6 +39,7 @@ def sweep_of(
         question: The question of all prompts, and one of their references.
         name: Name of the sweep's folder.
         subtasks: The prompts' sub-tasks in turn.
+        sample_id: The prompts' names, which their numbers follow; the first is ``sample_id``-0.
         columns: Columns of all rows.
     """
     sweep = Sweep(folder / "results" / "default" / name, folder / "results")
@@ -50,7 +52,7 @@ def sweep_of(
         }
         samples = [
             {
-                **{"sample_id": f"vt-{place}", "subtask": subtasks[place % len(subtasks)]},
+                **{"sample_id": f"{sample_id}-{place}", "subtask": subtasks[place % len(subtasks)]},
                 **{"length": 4096, "score": score, "prediction": text},
                 **{"references": ["right", question], "question_text": question},
             }
@@ -66,7 +68,12 @@ def sweep_of(
         )
         slots = np.eye(4, 6, dtype=bool) | (np.arange(6) == 5)
         kept = {
-            **{"sample_id": "vt-0", "subtask": "vt", "cached": 6, "layers": [1, 3]},
+            **{
+                "sample_id": f"{sample_id}-0",
+                "subtask": subtasks[0],
+                "cached": 6,
+                "layers": [1, 3],
+            },
             **{"heads": [2, 2], "kept": packed(slots)},
             "texts": json.dumps(["<b>", " one", " two", RIGHT_TO_LEFT, END, " six"]),
         }

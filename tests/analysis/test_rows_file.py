@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from topkbench.analysis.comparison.configurations import compare
 from topkbench.analysis.record.rows_file import read_rows, read_samples
 from topkbench.analysis.record.store import RecordError, Row, frame
 from topkbench.analysis.report import build as report
@@ -111,6 +112,57 @@ def test_samples_have_numbers_as_scores(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(RecordError, match="must be a table of samples, but cannot be read"):
         read_samples(path)
+
+
+@pytest.mark.parametrize(
+    ("scores", "missing"), [([100.0, None, 0.0], "1 of 3"), ([None] * 3, "3 of 3")]
+)
+def test_answers_without_a_score_are_refused(
+    file: Path, capsys: pytest.CaptureFixture[str], scores: list[float | None], missing: str
+) -> None:
+    path = file.with_name("samples.parquet")
+    ids = [f"{place:016x}" for place in range(3)]
+    given = pd.DataFrame({"run_id": ids, "subtask": "vt", "sample_id": "vt-0", "score": scores})
+    given.assign(prediction="an answer").to_parquet(path)
+    assert report.main([str(file)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {path} must have a score for every answer, but {missing} have none; copy or write"
+        " it again, or remove it: without that file the report has no intervals.\n"
+    )
+    # Without answers in words, a cell has scores for all of its samples or for none.
+    given.assign(run_id=ids[0]).to_parquet(path)
+    if missing == "1 of 3":
+        with pytest.raises(RecordError, match="but 1 of 3 have none"):
+            read_samples(path)
+    else:
+        assert len(read_samples(path)) == 3
+
+
+def test_a_report_of_samples_without_any_score_is_one_of_rows_alone(
+    tmp_path: Path, row: Callable[..., Row]
+) -> None:
+    given = {"method": "quest", "score": 50.0, "device": "AMD EPYC, 2 cores"}
+    rows = [
+        row(run_id=f"{k:016x}", k=k, bytes_read_per_step=1000 * k, **given) for k in (64, 128, 256)
+    ]
+    samples = pd.DataFrame(
+        {"run_id": [one.run_id for one in rows], "subtask": "vt", "sample_id": "vt-0"}
+    )
+    without = compare(frame(rows))
+    found = compare(frame(rows), samples.assign(score=float("nan")))
+    assert (found.answers, found.notes) == (without.answers, without.notes)
+
+
+def test_samples_of_perplexity_have_no_score_beside_those_that_do(tmp_path: Path) -> None:
+    path = tmp_path / "samples.parquet"
+    samples = [
+        {"run_id": "a", "sample_id": "text-0", "nll": 2.5},
+        {"run_id": "b", "sample_id": "vt-0", "score": 50.0, "prediction": "an answer"},
+    ]
+    pd.DataFrame(samples).to_parquet(path)
+    assert read_samples(path)["score"].tolist()[1] == 50.0
+    pd.DataFrame(samples[:1]).to_parquet(path)
+    assert read_samples(path)["nll"].tolist() == [2.5]
 
 
 @pytest.mark.parametrize(

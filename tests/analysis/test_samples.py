@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -96,6 +97,24 @@ def test_either_answer_can_be_put_together_from_the_parts() -> None:
     assert "".join(piece for kind, piece in parts if kind != "missing") == text
 
 
+@pytest.mark.parametrize(
+    ("full", "text", "same"),
+    [
+        ("! " * 2000, "!" * 3990, 0),
+        ("0 1 " * 250, "1, 0, " * 166, 0),
+        ("! " * 2000, "! " * 1999 + "?", 3998),
+        ("a " * 1000, "b" + "a " * 990, 1978),
+    ],
+)
+def test_texts_of_repeated_words_are_compared_in_a_second(full: str, text: str, same: int) -> None:
+    begin = time.process_time()
+    parts = differences(full, text)
+    assert time.process_time() - begin < 2  # to find all matches takes 20 s or minutes
+    assert "".join(piece for kind, piece in parts if kind != "other") == full
+    assert "".join(piece for kind, piece in parts if kind != "missing") == text
+    assert sum(len(piece) for kind, piece in parts if kind == "same") >= same
+
+
 def test_prompts_are_chosen_by_method_sub_task_id_and_loss(sweep: Sweep) -> None:
     every = of(sweep)
 
@@ -140,6 +159,15 @@ def test_a_wrong_answer_is_one_below_100_where_full_attention_has_100(tmp_path: 
     found = [one.sample_id for one in chosen(of(sweep), only="wrong")]
     assert found == ["vt-0"]
     assert [one.sample_id for one in chosen(of(sweep), only="lost")] == ["vt-0", "vt-1"]
+
+
+def test_scores_have_a_decimal_where_they_are_not_whole(tmp_path: Path) -> None:
+    answers = {"full": [(100.0, "a"), (0.04, "b")], "quest": [(99.6, "c"), (100 / 3, "d")]}
+    first, second = map(text_of, of(sweep_of(tmp_path, answers)))
+    assert "Full attention: 100  a" in first
+    assert "Quest, k=64: 99.6  lost  " in first
+    assert "Full attention: 0  b" in second
+    assert "Quest, k=64: 33.3  " in second
 
 
 # The command -------------------------------------------------------------------------------------
@@ -206,8 +234,59 @@ def test_hostile_texts_stay_texts_on_a_terminal(tmp_path: Path) -> None:
         assert all(line.startswith("  ") for line in text.splitlines()[1:])
 
 
+def test_a_name_with_a_line_break_cannot_look_like_a_field(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forged = "x\n  Full attention: 100  forged"
+    sweep = sweep_of(
+        tmp_path,
+        {"full": [(0.0, "no")], "own": [(0.0, "yes")]},
+        subtasks=(f"task{forged}",),
+        sample_id=f"id{forged}",
+        method_label=f"Own{forged}",
+        model=f"model{forged}",
+    )
+    escaped = r"x\n  Full attention: 100  forged"
+    # The escaped name chooses the prompt, and its kept tokens are found.
+    assert main([str(sweep.folder), "--id", f"id{escaped}-0"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.startswith(f"task{escaped} / id{escaped}-0, seed 0   (model{escaped}, ")
+    assert lines == [
+        "  question: Which?",
+        "  references: right | Which?",
+        "  Full attention: 0  no",
+        f"  Own{escaped}, k=64: 0  [-no-]{{+yes+}}",
+        "",
+        "1 of 1 prompts.",
+    ]
+    page = samples_page.page(compare(sweep.rows()), sweep.samples(), load_kept(sweep.folder))
+    assert page is not None
+    assert "texts" in page["data"]["prompts"][0]["kept"]
+
+
 def test_a_long_text_says_how_much_of_it_is_left_out() -> None:
     assert beginning_of(LONG) == f"{LONG[:MOST_CHARACTERS]} […96,000 more characters]"
+
+
+def test_answers_that_differ_in_what_is_not_shown_are_not_the_same(tmp_path: Path) -> None:
+    begin = "a" * MOST_CHARACTERS
+    answers = {
+        "full": [(100.0, f"{begin}b"), (100.0, "\x1b"), (100.0, f"{begin}b")],
+        "quest": [(0.0, f"{begin}c"), (0.0, r"\x1b"), (100.0, f"{begin}b")],
+    }
+    sweep = sweep_of(tmp_path, answers)
+    late, control, same = of(sweep)
+    shown = f"{begin} […1 more characters]"
+    note = " [differs after 4,000 characters]"
+    assert late.answers[0].parts == (("same", shown), ("other", note))
+    assert f"Quest, k=64: 0  lost  {shown}{{+{note}+}}" in text_of(late)
+    assert control.answers[0].parts[-1] == ("other", " [differs in control characters]")
+    assert [one.differs for one in (late, control, same)] == [True, True, False]
+    assert "Quest, k=64: 100  the same" in text_of(same)
+    found = samples_page.page(compare(sweep.rows()), sweep.samples(), pd.DataFrame())
+    assert found is not None
+    parts = [one["answers"][0]["parts"] for one in found["data"]["prompts"]]
+    assert (parts[0], parts[2]) == ([("same", shown), ("other", note)], None)
 
 
 # The page ----------------------------------------------------------------------------------------
@@ -274,10 +353,27 @@ def test_a_page_has_at_most_so_many_bytes_and_says_what_it_leaves_out(
     (sentence,) = found["words"]
     assert sentence.startswith(f"{len(shown)} of 120 prompts are in this page, those on which")
     assert "`topkbench samples RESULTS` shows all." in sentence
-    # As many of each sub-task, as far as they go, and those that a method lost first.
+    # As many of each sub-task, as far as they go, and those that a method lost first; a smaller one
+    # takes the room in which none of these fits.
     counts = pd.Series([one["subtask"] for one in shown]).value_counts()
     assert (len(counts), counts.max() - counts.min() <= 1) == (3, True)
-    assert {one["answers"][0]["score"] for one in shown} == {0.0}
+    assert [one["answers"][0]["score"] for one in shown].count(100.0) <= 1
+
+
+def test_a_prompt_that_does_not_fit_leaves_room_for_smaller_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = "long " * 600
+    answers = {
+        "full": [(100.0, "yes")] * 6,
+        "quest": [(0.0, long), (0.0, "no"), (0.0, "no"), (0.0, "no"), (0.0, long), (0.0, "no")],
+    }
+    sweep = sweep_of(tmp_path, answers, subtasks=("vt", "cwe"))
+    monkeypatch.setattr(samples_page, "MOST_BYTES", 3_000)
+    found = samples_page.page(compare(sweep.rows()), sweep.samples(), pd.DataFrame())
+    assert found is not None
+    assert [one["id"] for one in found["data"]["prompts"]] == ["vt-1", "vt-2", "vt-3", "vt-5"]
+    assert found["words"][0].startswith("4 of 6 prompts are in this page")
 
 
 def test_kept_tokens_that_do_not_fit_are_counted(
@@ -375,6 +471,16 @@ def test_the_page_shades_the_tokens_that_heads_kept(
     assert page.run(shares)[1] == [f" two{marks}", "0.5"]
     assert page.run("document.documentElement.scrollWidth") == 390
     assert page.errors == []
+
+
+def test_an_empty_answer_is_called_empty_without_full_attention(
+    tmp_path: Path, browser: Browser
+) -> None:
+    page = browser.open(write_page(tmp_path, sweep_of(tmp_path, {"quest": [(0.0, "")]})))
+    page.run("document.querySelector('#samples summary').click()")
+    page.wait_for("document.querySelector('#samples .body')")
+    cards = "[...document.querySelectorAll('#samples .card')].map(e => e.innerText)"
+    assert page.run(cards)[1] == "Quest, k=64: 0\n(empty)"
 
 
 def test_the_page_names_whose_tokens_were_not_recorded(
