@@ -8,6 +8,7 @@ vision: no two methods share a colour. Similar ones also differ in marker and li
 
 from __future__ import annotations
 
+import colorsys
 import contextlib
 import functools
 import hashlib
@@ -29,6 +30,9 @@ INDIGO, BROWN = "#332288", "#6B3E12"
 
 OTHERS = "#C4C4C4"
 """Colour of the methods that a figure does not highlight."""
+
+TEXT_CONTRAST = 4.5
+"""Least contrast of letters to the paper: WCAG 2.2, success criterion 1.4.3."""
 
 SOLID = "-"
 DASHED = (0, (5, 2))
@@ -264,6 +268,30 @@ def order(method: str) -> tuple[int, str]:
     """Return a sort key in the order of ``MARKS``, other methods last by name."""
     known = list(MARKS)
     return (known.index(method) if method in MARKS else len(known), method)
+
+
+def contrast(colour: tuple[float, float, float], paper: float) -> float:
+    """Return a colour's contrast to paper: WCAG 2.2, relative luminance and contrast ratio.
+
+    Args:
+        colour: Red, green and blue, 0 to 1.
+        paper: The paper's relative luminance, 0 to 1.
+    """
+    red, green, blue = (
+        one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in colour
+    )
+    lighter, darker = sorted((0.2126 * red + 0.7152 * green + 0.0722 * blue, paper))[::-1]
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def for_text(colour: str) -> str:
+    """Return a colour, darker if need be, in which small letters are clear on white paper."""
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)
+    while contrast(colorsys.hls_to_rgb(hue, lightness, saturation), 1.0) < TEXT_CONTRAST:
+        lightness -= 0.02
+    rgb = colorsys.hls_to_rgb(hue, lightness, saturation)
+    return "#" + "".join(f"{round(255 * one):02X}" for one in rgb)
 
 
 def shade(colour: str, position: float) -> str:

@@ -149,7 +149,7 @@ class LmEval(GenerationTask):
 
     def prompts(self, loaded: LoadedModel) -> str:
         how = "chat template" if loaded.chat else "raw"
-        names = ", ".join(f"{one.name} {one.version}" for one in self._tasks)
+        names = ", ".join(f"{one.name} {one.version} ({one.digest})" for one in self._tasks)
         return f"lm-eval {importlib.metadata.version('lm-eval')}: {names} ({how})"
 
     def sample_counts(self, subtask: str) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 import contextlib
 import difflib
+import functools
+import hashlib
 import io
+import json
 import logging
 import math
 import random
@@ -82,6 +85,14 @@ class EvalTask:
         self.num_documents = len(task.eval_docs)
         self.metric, self._filter = self._chosen(metric)
         self._instances: dict[int, list[Any]] = {}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A digest of all its documents, 16 hex digits: a name does not say what its data are."""
+        found = hashlib.sha256()
+        for one in self._task.eval_docs:
+            found.update(json.dumps(one, sort_keys=True, default=str).encode())
+        return found.hexdigest()[:16]
 
     def _chosen(self, metric: str | None) -> tuple[str, Any]:
         """Return the metric's name and its filter."""

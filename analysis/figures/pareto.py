@@ -519,7 +519,7 @@ class _Labels:
                 ha=across,
                 va=along,
                 fontsize=_SIZE,
-                color=colour if is_chosen else NAME_COLOUR,
+                color=style.for_text(colour) if is_chosen else NAME_COLOUR,
             )
             label.set_in_layout(False)
             if away:

@@ -22,7 +22,6 @@ from topkbench.analysis.figures.points import LEGEND
 from topkbench.analysis.report.section import Section
 from topkbench.analysis.tables.table import Table
 
-_LEAST_CONTRAST = 3.0  # of lines and marks to the paper: WCAG 2.2, success criterion 1.4.11
 _DARK_PAPER = 0.012  # relative luminance of --paper in dark mode, #15181c
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}\b")
 
@@ -113,16 +112,11 @@ def _on_both(colour: str) -> str:
         dark = 0.09 + 0.84 * (1 - lightness)
     else:
         dark = lightness
-        while _contrast(colorsys.hls_to_rgb(hue, dark, saturation)) < _LEAST_CONTRAST:
+        # Letters may have the colour.
+        while (
+            style.contrast(colorsys.hls_to_rgb(hue, dark, saturation), _DARK_PAPER)
+            < style.TEXT_CONTRAST
+        ):
             dark = min(dark + 0.02, 1.0)
     text = "".join(f"{round(255 * one):02x}" for one in colorsys.hls_to_rgb(hue, dark, saturation))
     return f"light-dark({colour}, #{text})"
-
-
-def _contrast(colour: tuple[float, float, float]) -> float:
-    """Return a colour's contrast to dark paper: WCAG 2.2, relative luminance and contrast ratio."""
-    red, green, blue = (
-        one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in colour
-    )
-    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    return (luminance + 0.05) / (_DARK_PAPER + 0.05)

@@ -97,9 +97,9 @@ function keepFirst(table) {
 
 for (const table of document.querySelectorAll("main table")) {
   keepFirst(table);
-  if (table.tBodies[0].rows.length < 2) continue;
-  makeSortable(table);
-  if (table.tBodies[0].rows.length > 5) addTools(table);
+  const number = table.tBodies[0].rows.length;
+  if (number > 1) makeSortable(table);
+  if (number > 5 || table.querySelector("th.minor")) addTools(table);
 }
 
 // A point says what is behind it when it is pointed at, touched, or reached by the arrow keys.
@@ -134,7 +134,11 @@ for (const picture of document.querySelectorAll("svg.picture")) {
     if (!step || !points.length) return;
     event.preventDefault();
     const place = points.indexOf(lit);
-    show(points[(place < 0 && step < 0 ? points.length - 1 : place + step + points.length) % points.length]);
+    const next = points[(place < 0 && step < 0 ? points.length - 1 : place + step + points.length) % points.length];
+    const wide = picture.closest(".wide"); // what does not fit a narrow screen is scrolled to
+    const across = next.getBoundingClientRect().left - wide.getBoundingClientRect().left;
+    if (across < 0 || across > wide.clientWidth) wide.scrollLeft += across - wide.clientWidth / 2;
+    show(next);
   });
 }
 // A narrow screen has the legend below a figure, and the figure without the place for it.
@@ -165,8 +169,13 @@ function openTarget() {
 }
 addEventListener("hashchange", openTarget);
 openTarget();
+let opened = [];
 addEventListener("beforeprint", () => {
-  for (const one of document.querySelectorAll("main details:not(.tools details, .samples details)")) one.open = true;
+  opened = [...document.querySelectorAll("main details:not(.tools details, .samples details, [open])")];
+  for (const one of opened) one.open = true;
+});
+addEventListener("afterprint", () => {
+  for (const one of opened) one.open = false;
 });
 
 // The contents say where the reader is.

@@ -134,6 +134,13 @@ def test_every_colour_is_clear_on_dark_paper_and_keeps_its_hue() -> None:
         assert abs((turn + 180) % 360 - 180) < 20, (name, turn)
 
 
+def test_names_are_written_in_colours_that_are_clear_on_white() -> None:
+    for name, colour in colours().items():
+        text = style.for_text(colour)
+        assert 1.05 / (luminance(text) + 0.05) >= 4.5, name
+    assert style.for_text("#0072B2") == "#0072B2"  # clear as it is
+
+
 def luminance(colour: str) -> float:
     """Return a colour's relative luminance: WCAG 2.2."""
     parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])

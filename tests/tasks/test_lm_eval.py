@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from topkbench.analysis.record.row import same_under_each_seed
 from topkbench.harness.cell import run_cell
 from topkbench.harness.samples import TaskDoesNotFit
 from topkbench.harness.task import Context
@@ -279,6 +280,24 @@ def test_the_middle_is_left_out_of_prompts_that_are_too_long(
     left = make(folder, "made_generate", num_samples=8, length=length, skip_bad=True)
     assert len(left.samples(tiny)) == sum(one <= length for one in lengths)
     assert left.sample_counts("mean")["skipped_samples"] == sum(one > length for one in lengths)
+
+
+def test_rows_say_which_documents_are_asked(folder: Path, tiny: LoadedModel) -> None:
+    said = make(folder, "made_generate").prompts(tiny)
+    pattern = r"lm-eval [\d.]+: made_generate 2\.0 \(([0-9a-f]{16})\) \(raw\)"
+    digest = re.fullmatch(pattern, said)
+    assert digest is not None
+    assert make(folder, "made_generate", seed=7, num_samples=2).prompts(tiny) == said
+    # Seeds draw from the same documents, of which each counts once.
+    assert same_under_each_seed(said)
+    lines = (folder / "documents.jsonl").read_text().splitlines()
+    other = folder / "other.jsonl"
+    other.write_text("\n".join([*lines[:-1], lines[-1].replace("What", "Which")]) + "\n")
+    task(folder, "made_generate_too", GENERATE,
+         dataset_kwargs={"data_files": {"test": str(other)}})  # fmt: skip
+    again = re.search(r"\(([0-9a-f]{16})\)", make(folder, "made_generate_too").prompts(tiny))
+    assert again is not None
+    assert again[1] != digest[1]
 
 
 def test_documents_are_drawn_by_seed_and_examples_are_the_tasks_own(
