@@ -57,8 +57,8 @@ class _Drawn:
 
     Attributes:
         samples: One for each request, a document's side by side.
-        first: The sample id of a document's first request, by that of each of its requests.
-        documents: The task and document of each first sample id.
+        documents: The task and document of each first sample id, and
+        members: the sample ids of all requests of that document.
         source: How many documents each task has.
         skipped: Documents left out, by task, as ``skip_bad`` says.
         truncated: Documents whose prompts were shortened, by task.
@@ -66,8 +66,8 @@ class _Drawn:
 
     samples: list[Sample] = field(default_factory=list)
     requests: dict[str, Request] = field(default_factory=dict)
-    first: dict[str, str] = field(default_factory=dict)
     documents: dict[str, tuple[EvalTask, Document]] = field(default_factory=dict)
+    members: dict[str, list[str]] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
 
@@ -209,10 +209,10 @@ class LmEval(GenerationTask):
             was_cut = was_cut or is_cut
         drawn.truncated[task.name] = drawn.truncated.get(task.name, 0) + was_cut
         drawn.documents[first] = (task, document)
+        drawn.members[first] = [sample.sample_id for sample, _ in made]
         for sample, request in made:
             drawn.samples.append(sample)
             drawn.requests[sample.sample_id] = request
-            drawn.first[sample.sample_id] = first
 
     def _sample(
         self,
@@ -423,7 +423,7 @@ class LmEval(GenerationTask):
             return sample
         name = sample["sample_id"]
         task, document = drawn.documents[name]
-        own = [found[one] for one, first in drawn.first.items() if first == name]
+        own = [found[one] for one in drawn.members[name]]
         responses = [(one["log_likelihood"], one["is_likeliest"]) for one in own]
         best = max(range(len(own)), key=lambda place: responses[place][0])
         chosen = document.requests[best].continuation or ""

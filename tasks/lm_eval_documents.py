@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import logging
-import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -324,5 +323,5 @@ def middle_out(ids: Sequence[int], most: int) -> tuple[list[int], list[int]]:
         ids: Its tokens.
         most: How many are kept; half of them, rounded down, from either end.
     """
-    half = math.floor(most / 2)
+    half = most // 2
     return list(ids[:half]), list(ids[len(ids) - half :]) if half else []

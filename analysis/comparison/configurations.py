@@ -17,6 +17,7 @@ import pandas as pd
 
 from topkbench.analysis import style
 from topkbench.analysis.comparison import stats
+from topkbench.analysis.comparison.metrics import ends_of
 from topkbench.analysis.record.provenance import pinned_versions
 from topkbench.analysis.record.row import (
     DECLARED,
@@ -51,9 +52,7 @@ _NAMED_APART = ("artifact", "config_digest")
 _MEANS, _MEDIANS = (
     tuple(name for name, one in DECLARED.items() if one.pooled == how) for how in ("mean", "median")
 )
-_RATIO_ENDS = tuple(
-    f"{name}_{end}" for name in ("speedup_ci", "decode_vs_full_ci") for end in ("low", "high")
-)
+_RATIO_ENDS = (*ends_of("speedup_vs_full"), *ends_of("decode_vs_full"))
 OVER_WINDOWS, OVER_SEEDS = (
     tuple(name for name, one in DECLARED.items() if one.interval == over)
     for over in ("windows", "seeds")
@@ -62,13 +61,8 @@ OVER_WINDOWS, OVER_SEEDS = (
 per sample: their intervals are over a configuration's seeds."""
 _OF_TIMES = (*_MEDIANS, *_RATIO_ENDS, "decode_vs_full", "bandwidth_fraction", "bandwidth_gb_s")
 """Columns that depend on the number of threads."""
-_ENDS = tuple(
-    f"{name}_ci_{end}" for name in (*OVER_SEEDS, *OVER_WINDOWS) for end in ("low", "high")
-)
-_SCORES = (
-    *("score", "score_ci_low", "score_ci_high"),
-    *("delta_full", "delta_ci_low", "delta_ci_high"),
-)
+_ENDS = tuple(end for name in (*OVER_SEEDS, *OVER_WINDOWS) for end in ends_of(name))
+_SCORES = ("score", *ends_of("score"), "delta_full", *ends_of("delta_full"))
 
 
 def without_parameters(configurations: pd.DataFrame) -> pd.DataFrame:
