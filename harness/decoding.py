@@ -372,6 +372,10 @@ class Decoder:
         text = self.loaded.tokenizer.decode(recent, skip_special_tokens=True)
         return any(stop in text for stop in sample.until)
 
+    def is_cut(self, sample: Sample, answer: Sequence[int]) -> bool:
+        """Return whether an answer, as `generate` returned it, was cut off at its longest."""
+        return len(answer) >= sample.max_new_tokens > 0 and not self._has_stopped(sample, answer)
+
     def generate(self, known: KnownTokens = "one by one") -> list[list[int]]:
         """Decode the questions, then answer greedily; return each row's tokens, without the end.
 

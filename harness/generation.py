@@ -7,6 +7,7 @@ something that it depends on has changed.
 """
 
 import json
+import math
 import statistics
 from abc import abstractmethod
 from collections import Counter
@@ -25,7 +26,7 @@ from topkbench.harness.decoding import (
     spread_over_subtasks,
     tokenise_all,
 )
-from topkbench.harness.quality import MEASURES, SelectionMeter
+from topkbench.harness.quality import MEASURES, PARTS, SelectionMeter
 from topkbench.harness.reads import (
     ReadCount,
     ReadCounter,
@@ -42,6 +43,9 @@ from topkbench.methods.base import check_whole
 from topkbench.models.encoding import token_texts
 from topkbench.models.load import LoadedModel, ModelNotAvailable, ModelShape, needs_text
 
+_JUDGED = frozenset({"judged_prompts", "judged_tokens", "judged_answer", "kept_prompts"})
+"""Settings of what is judged, of which answers and times do not depend."""
+
 
 @dataclass(kw_only=True)
 class GenerationTask(PromptTask):
@@ -54,7 +58,9 @@ class GenerationTask(PromptTask):
         timed_prompts: Number of prompts on which speed is measured; 0 measures none.
         judged_prompts: Number of prompts on which selection quality is measured; 0 measures none.
         judged_tokens: Decode steps of each of them at which it is measured, spread evenly over the
-            question and as many tokens of the answer; None for all steps of question and answer.
+            question and the answer; None for all steps of both.
+        judged_answer: ``"begin"`` judges that many tokens of the answer's beginning; ``"whole"``
+            spreads the judged steps over the question and the whole answer.
         kept_prompts: Number of these prompts of which it is recorded which tokens each head kept,
             at the last of these steps; 0 for none.
     """
@@ -65,12 +71,13 @@ class GenerationTask(PromptTask):
     timed_prompts: int = 3
     judged_prompts: int = 8
     judged_tokens: int | None = 16
+    judged_answer: Literal["begin", "whole"] = "begin"
     kept_prompts: int = 3
     parts: ClassVar[Mapping[str, frozenset[str]]] = {
-        "answers": frozenset({"timed_prompts", "judged_prompts", "judged_tokens", "kept_prompts"}),
+        "answers": frozenset({"timed_prompts", *_JUDGED}),
         "selections": frozenset({"timed_prompts"}),
         # bandwidth_fraction uses the bytes counted in the answers, so it depends on their settings.
-        "speed": frozenset({"judged_prompts", "judged_tokens", "kept_prompts"}),
+        "speed": _JUDGED,
     }
     together: ClassVar[frozenset[str]] = frozenset({"answers"})
 
@@ -82,6 +89,10 @@ class GenerationTask(PromptTask):
             check_whole(f"task.{knob}", getattr(self, knob), least=0)
         if self.judged_tokens is not None:
             check_whole("task.judged_tokens", self.judged_tokens)
+        if self.judged_answer not in ("begin", "whole"):
+            raise ValueError(
+                f"task.judged_answer must be begin or whole, got {self.judged_answer!r}."
+            )
 
     def check_model(self, shape: ModelShape) -> None:
         if not shape.has_tokenizer:
@@ -130,7 +141,11 @@ class GenerationTask(PromptTask):
             return {"prompts": [time_prompt(context, prompt, rounds) for prompt in prompts]}
         measured = [
             measure_selection(
-                context, prompt, self.judged_tokens, prompt.sample.sample_id in plan.kept
+                context,
+                prompt,
+                self.judged_tokens,
+                self._judged_answer,
+                prompt.sample.sample_id in plan.kept,
             )
             for prompt in prompts
         ]
@@ -146,7 +161,7 @@ class GenerationTask(PromptTask):
             turns = turn_steps() * rounds_of(len(plan.parts[part])) * len(prompts)
             return Steps(3 * turns + sum(map(bool, questions)), 2 * turns, turns + sum(questions))
         # All tokens of full attention's answer are fed back here, and so known beforehand.
-        most = max(answers) if self.judged_tokens is None else self.judged_tokens
+        most = max(answers) if self._judged_answer is None else self._judged_answer
         given = [
             question + min(answer, most)
             for question, answer in zip(questions, answers, strict=True)
@@ -156,6 +171,11 @@ class GenerationTask(PromptTask):
             for one in given
         ]
         return Steps(sum(one.forwards for one in each), sum(one.own for one in each))
+
+    @property
+    def _judged_answer(self) -> int | None:
+        """How many tokens of an answer the judged steps are spread over; None for all."""
+        return self.judged_tokens if self.judged_answer == "begin" else None
 
     def trial(
         self, context: Context, plan: Plan, part: str, prompts: Sequence[Prompt]
@@ -220,7 +240,7 @@ class GenerationTask(PromptTask):
             shared["timed_prompts"] = len(timed)
         if records.get("selections"):
             judged = [one for record in records["selections"] for one in record["prompts"]]
-            shared |= selection_means(judged)
+            shared |= selection_means(judged) | recall_by_part(judged)
             # A prompt whose answer ended before a step over more than k tokens shows no selection.
             shared["judged_prompts"] = sum(bool(one[MEASURES[0]]) for one in judged) or None
             shared["judged_tokens"] = sum(len(one[MEASURES[0]]) for one in judged) or None
@@ -289,6 +309,7 @@ def answer(
                 "prediction": prediction,
                 "references": list(sample.answers),
                 "num_generated": len(tokens),
+                "is_cut": decoder.is_cut(sample, tokens),
                 "tokens": tokens,
                 "prefill_ms": milliseconds,
             }
@@ -300,27 +321,33 @@ def answer(
 
 
 def measure_selection(
-    context: Context, prompt: Prompt, num_judged: int | None = None, keeps: bool = False
+    context: Context,
+    prompt: Prompt,
+    num_judged: int | None = None,
+    num_answered: int | None = None,
+    keeps: bool = False,
 ) -> dict[str, Any]:
     """Measure the method's selections, by step and layer, while it decodes full's answer.
 
     Args:
         context: The cell's context.
         prompt: The prompt.
-        num_judged: How many steps are measured, spread evenly over those of the question and of as
-            many of the answer; None for all.
+        num_judged: How many steps are measured, spread evenly over those of the question and of the
+            answer; None for all.
+        num_answered: How many tokens of the answer they are spread over; None for all.
         keeps: Whether to record which tokens the heads kept at the last of them.
 
     Returns:
         Each measure by step and layer, and ``kept``: what ``kept_tokens`` makes a row of.
     """
-    answer = context.full_answer(prompt)[:num_judged]
+    answer = context.full_answer(prompt)[:num_answered]
     given = [*prompt.decode_ids, *answer]
     method, begin = context.method, len(prompt.prefill_ids)
     steps = range(begin + 1, begin + len(given) + 1)
     sparse = [n for n in steps if n > context.effective_policy.k]
     judged = None if num_judged is None else frozenset(spread(sparse, num_judged))
-    meter, needs = SelectionMeter(judged, keeps=keeps), method.traits.needs
+    meter = SelectionMeter(judged, prompt_tokens=prompt.num_tokens, keeps=keeps)
+    needs = method.traits.needs
     if not sparse:
         return meter.values()
     decoder = Decoder(context.loaded, context.store, [prompt], len(given) + 1, needs)
@@ -377,3 +404,23 @@ def selection_means(
         values = [value for one in judged for layers in one[name] for value in layers]
         means[name] = torch.tensor(values).mean().item() if values else None
     return means
+
+
+def recall_by_part(
+    judged: Sequence[Mapping[str, Sequence[Sequence[float]]]],
+) -> dict[str, float | None]:
+    """Return the share found of the exact top-k's tokens: of the prompt's, and of the generated.
+
+    Both are None if no generated token is among the exact top-k, as where answers are short.
+    """
+    exact, found, exact_generated, found_generated = (
+        math.fsum(value for one in judged for layers in one.get(name, ()) for value in layers)
+        for name in PARTS
+    )
+    if not exact_generated:
+        return {"recall_prompt": None, "recall_generated": None}
+    of_prompt = exact - exact_generated
+    return {
+        "recall_prompt": (found - found_generated) / of_prompt if of_prompt > 0 else None,
+        "recall_generated": found_generated / exact_generated,
+    }

@@ -85,35 +85,63 @@ class Quality:
             mass on all tokens: 1 if all are selected. What a learned sink takes is not part of it.
         output_rel_error: Norm of the output's error over the norm of full attention's output.
         tokens: Distinct tokens that the group's queries read together.
+        exact_tokens: Tokens of the exact top-k, and
+        found_tokens: how many of them were selected.
+        exact_generated: As ``exact_tokens``, of those alone that were generated after the prompt,
+            and
+        found_generated: as ``found_tokens``, of these.
     """
 
     recall_at_k: Tensor
     attention_mass: Tensor
     output_rel_error: Tensor
     tokens: Tensor
+    exact_tokens: Tensor
+    found_tokens: Tensor
+    exact_generated: Tensor
+    found_generated: Tensor
 
     def row(self, row: int) -> "Quality":
         """Return the quality in one row, ``[Hkv]`` each."""
         return Quality(*(getattr(self, one.name)[row] for one in fields(self)))
 
 
-def quality(reference: DenseReference, context: StepContext, result: StepResult) -> Quality:
+def quality(
+    reference: DenseReference,
+    context: StepContext,
+    result: StepResult,
+    prompt_tokens: int | None = None,
+) -> Quality:
     """Compare one step with full attention on the same states.
 
     If each query head has its own selection, each is compared with the group's exact top-k and the
     mean over the group is returned; ``tokens`` counts those that the heads read together.
+
+    Args:
+        reference: Full attention on the step's states.
+        context: The step.
+        result: What the method did.
+        prompt_tokens: Cached tokens of the prompt; those after them were generated. None if none
+            was.
     """
     cache, k = context.cache, context.policy.k
     batch, kv_heads, group = reference.out.shape[:3]
     selection = result.selection or Selection.everything(cache)
     per_query = selection.slots(cache).view(batch, kv_heads, -1, cache.n).expand(-1, -1, group, -1)
     exact = reference.exact(k)[:, :, None]
-    hits = (per_query & exact).sum(-1).float() / exact.sum(-1).clamp_min(1)
+    found = per_query & exact
+    hits = found.sum(-1).float() / exact.sum(-1).clamp_min(1)
     mass = (reference.weights * per_query).sum(-1)
     out = result.out.float().view_as(reference.out)
     error = (out - reference.out).norm(dim=-1) / reference.out.norm(dim=-1).clamp_min(1e-12)
     tokens = selection.tokens_read(cache).float()
-    return Quality(hits.mean(-1), mass.mean(-1), error.mean(-1), tokens)
+    begin = cache.n if prompt_tokens is None else prompt_tokens
+    counts = [
+        chosen[..., first:].sum(-1).float().mean(-1)
+        for first in (0, begin)
+        for chosen in (exact.expand_as(found), found)
+    ]
+    return Quality(hits.mean(-1), mass.mean(-1), error.mean(-1), tokens, *counts)
 
 
 def check_finite(result: StepResult, layer: int) -> None:
@@ -140,6 +168,9 @@ def check_finite(result: StepResult, layer: int) -> None:
 MEASURES = ("recall_at_k", "attention_mass", "output_rel_error")
 """The measures of selection quality that rows have."""
 
+PARTS = ("exact_tokens", "found_tokens", "exact_generated", "found_generated")
+"""The counts behind recall over the prompt's and over the generated tokens apart."""
+
 
 @dataclass
 class SelectionMeter(Observer):
@@ -150,6 +181,7 @@ class SelectionMeter(Observer):
             all.
         measured: The quality of each measured step, by its number of cached tokens, in order of
             layers. The rows of a step that decodes a token of each row are measured together.
+        prompt_tokens: Cached tokens of the prompt; those after them were generated.
         keeps: Whether the tokens that were kept are noted, of one row.
         kept: Which tokens each KV head kept at the last measured step, by layer, bool
             ``[Hkv, n]``; where its query heads select apart, what some of them kept.
@@ -157,6 +189,7 @@ class SelectionMeter(Observer):
 
     judged: frozenset[int] | None = None
     measured: dict[int, list[Quality]] = field(default_factory=dict)
+    prompt_tokens: int | None = None
     keeps: bool = False
     kept: dict[int, Tensor] = field(default_factory=dict)
 
@@ -165,7 +198,7 @@ class SelectionMeter(Observer):
         cache = context.cache
         if cache.key_states.stride(0):  # one token of each row
             if self._is_judged(cache.n, context):
-                found = quality(DenseReference.of(context), context, result)
+                found = quality(DenseReference.of(context), context, result, self.prompt_tokens)
                 self.measured.setdefault(cache.n, []).append(found)
                 self._note_kept(context, result, cache.n)
             return
@@ -174,7 +207,7 @@ class SelectionMeter(Observer):
         if not rows:
             return
         context, result = context.take_rows(rows), result.take_rows(rows)
-        found = quality(DenseReference.of(context), context, result)
+        found = quality(DenseReference.of(context), context, result, self.prompt_tokens)
         for row, place in enumerate(rows):
             self.measured.setdefault(ends[place], []).append(found.row(row))
         self._note_kept(context, result, ends[rows[-1]])
@@ -193,13 +226,13 @@ class SelectionMeter(Observer):
         return n > context.policy.k and (self.judged is None or n in self.judged)
 
     def values(self) -> dict[str, list[list[float]]]:
-        """Return each measure by step and layer, its mean over rows and heads."""
+        """Return each measure and count by step and layer, its mean over rows and heads."""
         return {
             name: [
                 [getattr(one, name).mean().item() for one in layers]
                 for _, layers in sorted(self.measured.items())
             ]
-            for name in MEASURES
+            for name in (*MEASURES, *PARTS)
         }
 
 

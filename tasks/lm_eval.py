@@ -27,6 +27,7 @@ from topkbench.tasks.lm_eval_documents import (
     Document,
     EvalTask,
     Request,
+    draw,
     load,
     middle_out,
     question_place,
@@ -57,6 +58,7 @@ class _Drawn:
 
     Attributes:
         samples: One for each request, a document's side by side.
+        prompts: The samples as tokens, once they were asked for.
         documents: The task and document of each first sample id, and
         members: the sample ids of all requests of that document.
         source: How many documents each task has.
@@ -65,6 +67,7 @@ class _Drawn:
     """
 
     samples: list[Sample] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
     requests: dict[str, Request] = field(default_factory=dict)
     documents: dict[str, tuple[EvalTask, Document]] = field(default_factory=dict)
     members: dict[str, list[str]] = field(default_factory=dict)
@@ -88,13 +91,19 @@ class LmEval(GenerationTask):
         seed: Seed of the draw.
         num_fewshot: Examples before each question; None for each task's own number.
         metric: The metric that is the score, or ``METRIC,FILTER``; None for each task's first.
+        max_new_tokens: Tokens that an answer may have; None for each task's own number.
         length: Tokens of prompt and answer, at most; None for the model's window.
+        min_length: Only documents whose prompts have at least so many tokens are asked; None for
+            all.
         truncate: ``"middle"`` leaves out the middle of longer prompts, as LongBench does; None
             refuses them.
         question_fields: Fields of a document that may hold the question; where the last of them
             begins that a prompt contains, the context ends.
         question_tokens: If a prompt contains none of them: how many of its last tokens are the
             question.
+        no_chat: Tasks whose prompts are given without the chat template, to a model that has one.
+        metadata: What lm-eval hands to tasks that make or choose their own data.
+        revisions: The revision of data sets on the hub, by name; of others it is the newest.
         skip_bad: Leave out documents that are too long or without a question, instead of refusing
             the task.
     """
@@ -106,10 +115,15 @@ class LmEval(GenerationTask):
     seed: int = 0
     num_fewshot: int | None = None
     metric: str | None = None
+    max_new_tokens: int | None = None
     length: int | None = None
+    min_length: int | None = None
     truncate: Literal["middle"] | None = None
     question_fields: Sequence[str] = QUESTION_FIELDS
     question_tokens: int = 0
+    no_chat: Sequence[str] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    revisions: Mapping[str, str] = field(default_factory=dict)
     skip_bad: bool = False
     _tasks: list[EvalTask] = field(default_factory=list, init=False, repr=False, compare=False)
     _drawn: dict[str, _Drawn] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -122,8 +136,9 @@ class LmEval(GenerationTask):
         check_whole("num_samples", self.num_samples)
         check_whole("seed", self.seed, least=0)
         check_whole("question_tokens", self.question_tokens, least=0)
-        if self.length is not None:
-            check_whole("length", self.length)
+        for name in ("length", "min_length", "max_new_tokens"):
+            if (value := getattr(self, name)) is not None:
+                check_whole(f"task.{name}", value)
         if self.truncate not in (None, "middle"):
             raise ValueError(f"task.truncate must be middle or null, got {self.truncate!r}.")
         if not self.names:
@@ -133,7 +148,24 @@ class LmEval(GenerationTask):
             )
         check_list("task.names", self._names)
         check_list("task.question_fields", self.question_fields)
-        self._tasks = load(self._names, self.include_path, self.num_fewshot, self.metric)
+        if self.no_chat:
+            check_list("task.no_chat", self.no_chat)
+        self._tasks = load(
+            self._names,
+            self.include_path,
+            self.num_fewshot,
+            self.metric,
+            self.max_new_tokens,
+            self.metadata,
+            self.revisions,
+        )
+        known = [one.name for one in self._tasks]
+        for name in self.no_chat:
+            if name not in known:
+                raise ValueError(
+                    f"task.no_chat must name tasks that are asked ({', '.join(known)}), got"
+                    f" {name!r}."
+                )
 
     @property
     def _names(self) -> list[str]:
@@ -148,9 +180,19 @@ class LmEval(GenerationTask):
             check_window("task.length", self.length, shape.name, shape.window)
 
     def prompts(self, loaded: LoadedModel) -> str:
-        how = "chat template" if loaded.chat else "raw"
-        names = ", ".join(f"{one.name} {one.version} ({one.digest})" for one in self._tasks)
-        return f"lm-eval {importlib.metadata.version('lm-eval')}: {names} ({how})"
+        names = ", ".join(
+            f"{one.name} {one.version} ({one.digest},"
+            f" {'chat template' if self._seen_by(loaded, one).chat else 'raw'})"
+            for one in self._tasks
+        )
+        least = "" if self.min_length is None else f", of at least {self.min_length:,} tokens"
+        return f"lm-eval {importlib.metadata.version('lm-eval')}: {names}{least}"
+
+    def _seen_by(self, loaded: LoadedModel, task: EvalTask) -> LoadedModel:
+        """Return the model as it sees a task: with its chat template, or without."""
+        if task.name not in self.no_chat:
+            return loaded
+        return replace(loaded, chat=False, chat_template_kwargs={})
 
     def sample_counts(self, subtask: str) -> dict[str, Any]:
         own = [one for one in self._tasks if subtask in ("mean", one.name)]
@@ -177,15 +219,30 @@ class LmEval(GenerationTask):
         if loaded.digest not in self._drawn:
             drawn = _Drawn()
             for task in self._tasks:
-                for document in task.documents(self.num_samples, self.seed):
-                    self._add(drawn, loaded, task, document)
+                seen = self._seen_by(loaded, task)
+                for document in self._asked(seen, task):
+                    self._add(drawn, seen, task, document)
             if not drawn.samples:
+                least = "" if self.min_length is None else f" have {self.min_length:,} tokens,"
                 raise TaskDoesNotFit(
-                    f"a document must have a question and fit {self._most(loaded)} tokens, but none"
-                    f" of {', '.join(self._names)} does."
+                    f"a document must{least} have a question and fit {self._most(loaded)} tokens,"
+                    f" but none of {', '.join(self._names)} does."
                 )
             self._drawn[loaded.digest] = drawn
         return self._drawn[loaded.digest]
+
+    def _asked(self, loaded: LoadedModel, task: EvalTask) -> list[Document]:
+        """Return the documents that are drawn of a task, of those that are long enough."""
+        if self.min_length is None:
+            return task.documents(self.num_samples, self.seed)
+        every = task.documents(task.num_documents, self.seed)
+        enough = [
+            one
+            for one in every
+            if self._count(loaded, task, one.requests[0], one.requests[0].text, task.name)
+            >= self.min_length
+        ]
+        return draw(enough, self.num_samples, self.seed, task.name)
 
     def _most(self, loaded: LoadedModel) -> int:
         """Return the tokens of prompt and answer, at most."""
@@ -304,7 +361,13 @@ class LmEval(GenerationTask):
 
     def tokenised(self, loaded: LoadedModel) -> list[Prompt]:
         drawn = self.drawn(loaded)
-        return [self._prompt(loaded, one, drawn.requests[one.sample_id]) for one in drawn.samples]
+        if not drawn.prompts:
+            seen = {task.name: self._seen_by(loaded, task) for task in self._tasks}
+            drawn.prompts = [
+                self._prompt(seen[one.subtask], one, drawn.requests[one.sample_id])
+                for one in drawn.samples
+            ]
+        return drawn.prompts
 
     def _prompt(self, loaded: LoadedModel, sample: Sample, request: Request) -> Prompt:
         """Return a sample as tokens, with the continuation whose likelihood is asked for."""

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from topkbench.methods.base import check_whole
 
@@ -61,6 +61,7 @@ class EvalTask:
     Args:
         task: lm-eval's own object.
         metric: The metric that is the score, or ``METRIC,FILTER``; None for the first of both.
+        max_new_tokens: Tokens that an answer may have; None for what the task says.
 
     Attributes:
         name: Its name.
@@ -71,8 +72,11 @@ class EvalTask:
         ValueError: If its requests or its metric cannot be had here; one sentence says why.
     """
 
-    def __init__(self, task: Any, metric: str | None = None) -> None:
+    def __init__(
+        self, task: Any, metric: str | None = None, max_new_tokens: int | None = None
+    ) -> None:
         self._task = task
+        self._max_new_tokens = max_new_tokens
         self.name = str(task.config.task)
         metadata = task.config.metadata or {}
         self.version = str(metadata.get("version", "0"))
@@ -117,9 +121,7 @@ class EvalTask:
             number: How many; all if there are fewer.
             seed: Seed of the draw.
         """
-        every = range(self.num_documents)
-        drawn = random.Random(f"{seed}-{self.name}").sample(every, min(number, len(every)))
-        numbers = sorted(drawn)
+        numbers = draw(range(self.num_documents), number, seed, self.name)
         with _quiet(self.name):
             self._task.build_all_requests(samples=numbers)
         grouped: dict[int, list[Any]] = {}
@@ -159,7 +161,7 @@ class EvalTask:
             text,
             prefix,
             until=tuple(one for one in stops if one),
-            max_new_tokens=int(settings["max_gen_toks"]),
+            max_new_tokens=self._max_new_tokens or int(settings["max_gen_toks"]),
         )
 
     def _target(self, fields: Mapping[str, Any]) -> tuple[str, ...]:
@@ -206,11 +208,31 @@ class EvalTask:
         return 100.0 * value
 
 
+T = TypeVar("T")
+
+
+def draw(items: Sequence[T], number: int, seed: int, name: str) -> list[T]:
+    """Return items of a task, drawn without replacement, in their own order.
+
+    Args:
+        items: All of them.
+        number: How many; all if there are fewer.
+        seed: Seed of the draw.
+        name: The task's name, so that two tasks do not draw the same places.
+    """
+    places = range(len(items))
+    drawn = random.Random(f"{seed}-{name}").sample(places, min(number, len(places)))
+    return [items[place] for place in sorted(drawn)]
+
+
 def load(
     names: Sequence[str],
     include_path: str | None = None,
     num_fewshot: int | None = None,
     metric: str | None = None,
+    max_new_tokens: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    revisions: Mapping[str, str] | None = None,
 ) -> list[EvalTask]:
     """Return tasks of lm-eval by name.
 
@@ -219,6 +241,9 @@ def load(
         include_path: A folder with YAML files of one's own, which are found first.
         num_fewshot: Examples before each question; None for each task's own number.
         metric: As of `EvalTask`.
+        max_new_tokens: As of `EvalTask`.
+        metadata: What lm-eval hands to tasks that make or choose their own data.
+        revisions: The revision of data sets on the hub, by name; of others it is the newest.
 
     Raises:
         ValueError: If lm-eval is not installed, a name is not known, or data cannot be read.
@@ -234,21 +259,21 @@ def load(
         check_whole("task.num_fewshot", num_fewshot, least=0)
     if include_path is not None and not Path(include_path).expanduser().is_dir():
         raise ValueError(f"task.include_path must be a folder, got {include_path!r}.")
-    manager = _manager(names, include_path)
+    manager = index(names, include_path, dict(metadata or {}))
     found: dict[str, EvalTask] = {}
     for name in names:
-        with _quiet(name):
+        with _quiet(name), _pinned(revisions or {}):
             loaded = manager.load([name])["tasks"]
         for task in loaded.values():
             if num_fewshot is not None:
                 task.set_config(key="num_fewshot", value=num_fewshot)
             task.set_fewshot_seed(seed=1234)  # lm-eval's own default
-            one = EvalTask(task, metric)
+            one = EvalTask(task, metric, max_new_tokens)
             found[one.name] = one
     return list(found.values())
 
 
-def _manager(names: Sequence[str], include_path: str | None) -> Any:
+def index(names: Sequence[str], include_path: str | None, metadata: dict[str, Any]) -> Any:
     """Return lm-eval's index, of few folders if they hold the names: of all it takes 15 seconds."""
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
@@ -265,7 +290,9 @@ def _manager(names: Sequence[str], include_path: str | None) -> Any:
         if not paths and not every:
             continue
         with _quiet(", ".join(names)):
-            manager = TaskManager(include_path=list(paths) or None, include_defaults=every)
+            manager = TaskManager(
+                include_path=list(paths) or None, include_defaults=every, metadata=metadata
+            )
         if all(name in manager.task_index for name in names):
             return manager
         tried.append(manager)
@@ -276,6 +303,30 @@ def _manager(names: Sequence[str], include_path: str | None) -> Any:
         f"task.names must name tasks, groups or tags of lm-eval, or of task.include_path, got"
         f" {unknown!r}{hint}"
     )
+
+
+@contextlib.contextmanager
+def _pinned(revisions: Mapping[str, str]) -> Iterator[None]:
+    """Within the block data sets are read from the hub by the given revisions.
+
+    A task's file may say a revision itself; there is no other way to give lm-eval one, since the
+    functions with which some tasks read their data pass none on.
+    """
+    import datasets
+
+    read = datasets.load_dataset
+
+    @functools.wraps(read)
+    def of_revision(path: str, *given: Any, **settings: Any) -> Any:
+        if path in revisions:
+            settings["revision"] = revisions[path]
+        return read(path, *given, **settings)
+
+    datasets.load_dataset = of_revision
+    try:
+        yield
+    finally:
+        datasets.load_dataset = read
 
 
 @contextlib.contextmanager

@@ -62,7 +62,15 @@ per sample: their intervals are over a configuration's seeds."""
 _OF_TIMES = (*_MEDIANS, *_RATIO_ENDS, "decode_vs_full", "bandwidth_fraction", "bandwidth_gb_s")
 """Columns that depend on the number of threads."""
 _ENDS = tuple(end for name in (*OVER_SEEDS, *OVER_WINDOWS) for end in ends_of(name))
-_SCORES = ("score", *ends_of("score"), "delta_full", *ends_of("delta_full"))
+_OF_SAMPLES = (
+    *("score", "delta_full"),
+    *("generated_tokens", "generated_delta", "cut_off_share", "cut_off_delta"),
+)
+"""What is a mean over samples, as far as an interval is not over windows or seeds."""
+_SCORES = (
+    *_OF_SAMPLES,
+    *(end for name in _OF_SAMPLES for end in ends_of(name) if end in DECLARED),
+)
 
 
 def without_parameters(configurations: pd.DataFrame) -> pd.DataFrame:
@@ -481,7 +489,7 @@ def _own_scores(part: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     if len(part) == 1:
         return {name: _number(part[0][name]) for name in _SCORES}
     return {
-        name: _number(_numbers(part, name).mean()) if name in ("score", "delta_full") else None
+        name: _number(_numbers(part, name).mean()) if name in _OF_SAMPLES else None
         for name in _SCORES
     }
 

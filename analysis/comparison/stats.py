@@ -297,23 +297,28 @@ def paired_interval(
     return Interval(estimate, max(low, -SCALE), min(high, SCALE), data.size)
 
 
-def pair(samples: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+def pair(samples: pd.DataFrame, others: pd.DataFrame, of: str = "score") -> pd.DataFrame:
     """Join two sets of samples on seed (where present), sub-task and sample_id.
 
+    Args:
+        samples: The one set.
+        others: The other.
+        of: The column whose values are paired.
+
     Returns:
-        These columns, ``score`` and ``other`` (the second set's score), one row per common sample.
+        The keys, ``of`` and ``other`` (its values in the second set), one row per common sample.
 
     Raises:
         ValueError: If a set has a sample twice, or the references of a sample differ.
     """
     keys = [name for name in ("seed", "subtask", "sample_id") if name in samples and name in others]
-    keep = [*keys, "score", *(["references"] if "references" in samples else [])]
+    keep = [*keys, of, *(["references"] if "references" in samples else [])]
     others = others[[name for name in keep if name in others]]
     for part in (samples, others):
         if part.duplicated(keys).any():
             raise ValueError("a sample_id must name one sample of its sub-task, got two.")
     joined = samples[keep].merge(others, on=keys, suffixes=("", "_other"), how="inner")
-    joined = joined.dropna(subset=["score", "score_other"]).sort_values(keys, kind="stable")
+    joined = joined.dropna(subset=[of, f"{of}_other"]).sort_values(keys, kind="stable")
     if "references_other" in joined:
         differ = joined["references"].astype(str) != joined["references_other"].astype(str)
         if differ.any():
@@ -321,7 +326,7 @@ def pair(samples: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
                 "paired samples must have the same references, but "
                 f"{joined.loc[differ, 'sample_id'].iloc[0]} differs; run full attention again."
             )
-    return joined.rename(columns={"score_other": "other"})[[*keys, "score", "other"]]
+    return joined.rename(columns={f"{of}_other": "other"})[[*keys, of, "other"]]
 
 
 def paired_columns(
@@ -341,8 +346,8 @@ def paired_columns(
 
     Returns:
         ``{subtask: {score, score_ci_low, score_ci_high, delta_full, delta_ci_low,
-        delta_ci_high}}``, with ``mean`` among the sub-tasks; the differences are None without a
-        common sample.
+        delta_ci_high}}``, with ``mean`` among the sub-tasks, and where answers were generated what
+        `_lengths` returns; the differences are None without a common sample.
     """
     data = _with_text(samples)
     if "score" in data:
@@ -368,8 +373,58 @@ def paired_columns(
             delta = paired_interval(both["score"], both["other"], both["subtask"])
             values["delta_full"] = delta.estimate
             values["delta_ci_low"], values["delta_ci_high"] = delta.low, delta.high
-        columns[subtask] = values
+        columns[subtask] = values | _lengths(part, full)
     return columns
+
+
+def _lengths(samples: pd.DataFrame, full: pd.DataFrame) -> dict[str, float | None]:
+    """Return how many tokens were generated and which share of the answers was cut off.
+
+    Of both the mean gives each sub-task the same weight, and the difference to full attention's on
+    the same samples has an interval: of the tokens a bootstrap, whose width without any difference
+    is that of an outcome that never occurred, over the longest answer; of the share as of scores.
+
+    Args:
+        samples: Samples of one sub-task or of several.
+        full: Full attention's, of these and of others.
+    """
+    if "is_cut" not in samples or samples["is_cut"].isna().any():
+        return {}
+    known = samples.assign(is_cut=samples["is_cut"].astype(float))
+    means = known.groupby("subtask")[["num_generated", "is_cut"]].mean().mean()
+    found: dict[str, float | None] = {
+        "generated_tokens": float(means["num_generated"]),
+        "cut_off_share": float(means["is_cut"]),
+    }
+    names = ("generated_delta", "cut_off_delta")
+    found |= {f"{name}{end}": None for name in names for end in ("", "_ci_low", "_ci_high")}
+    if "is_cut" not in full or full["is_cut"].isna().any():
+        return found
+    tokens = pair(known, full, "num_generated")
+    if set(tokens["subtask"]) != set(known["subtask"]):
+        return found
+    most = float(tokens[["num_generated", "other"]].to_numpy().max())
+    share = pair(known, full.assign(is_cut=full["is_cut"].astype(float)), "is_cut")
+    intervals = (
+        (
+            bootstrap(
+                tokens["num_generated"] - tokens["other"],
+                tokens["subtask"],
+                bounds=(-most, most),
+                scale=most,
+            ),
+            1.0,
+        ),
+        (
+            paired_interval(SCALE * share["is_cut"], SCALE * share["other"], share["subtask"]),
+            SCALE,
+        ),
+    )
+    for name, (interval, scale) in zip(names, intervals, strict=True):
+        found[name] = interval.estimate / scale
+        found[f"{name}_ci_low"] = interval.low / scale
+        found[f"{name}_ci_high"] = interval.high / scale
+    return found
 
 
 def full_note(rows: Sequence[Row], subtask: str) -> str | None:

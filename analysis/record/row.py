@@ -154,6 +154,46 @@ class Row:
     """Upper end of the paired difference's 95% interval, points."""
     full_note: str | None = None
     """Why the difference is missing or not informative: full attention failed, or scored 0."""
+    generated_tokens: float | None = column(
+        label="Generated tokens",
+        unit="per answer",
+        kind="result",
+        measured_on="scores",
+    )
+    """Tokens of an answer, mean, its end token not counted."""
+    generated_delta: float | None = column(
+        label="Generated tokens over full attention's",
+        unit="per answer",
+        format="+.1f",
+        kind="paired",
+    )
+    """``generated_tokens`` minus full attention's on the same samples."""
+    generated_delta_ci_low: float | None = column(kind="paired")
+    """Lower end of its 95% interval, tokens."""
+    generated_delta_ci_high: float | None = column(kind="paired")
+    """Upper end of its 95% interval, tokens."""
+    cut_off_share: float | None = column(
+        label="Answers cut off at their limit",
+        unit="%",
+        better="lower",
+        divisor=0.01,
+        kind="result",
+        measured_on="scores",
+    )
+    """Share of the answers that reached the most tokens they may have without an end, 0 to 1."""
+    cut_off_delta: float | None = column(
+        label="Answers cut off over full attention's",
+        unit="points",
+        better="lower",
+        format="+.1f",
+        divisor=0.01,
+        kind="paired",
+    )
+    """``cut_off_share`` minus full attention's on the same samples, -1 to 1."""
+    cut_off_delta_ci_low: float | None = column(kind="paired")
+    """Lower end of its 95% interval, -1 to 1."""
+    cut_off_delta_ci_high: float | None = column(kind="paired")
+    """Upper end of its 95% interval, -1 to 1."""
     nll: float | None = column(
         label="Negative log-likelihood",
         unit="nats/token",
@@ -241,6 +281,29 @@ class Row:
         curve=Curve("recall", "Recall of the exact top-k", "Higher is better.", of_full=None),
     )
     """Fraction of the exact top-k that was selected, 0 to 1; mean over layers, KV heads, steps."""
+    recall_prompt: float | None = column(
+        label="Recall@k among the prompt's tokens",
+        better="higher",
+        format=".3f",
+        most=1.0,
+        kind="result",
+        pooled="mean",
+        interval="seeds",
+        measured_on="selection quality",
+    )
+    """Fraction of the exact top-k's tokens that were selected, of the prompt's alone, 0 to 1; over
+    all judged steps together. None where no generated token is among the exact top-k."""
+    recall_generated: float | None = column(
+        label="Recall@k among the generated tokens",
+        better="higher",
+        format=".3f",
+        most=1.0,
+        kind="result",
+        pooled="mean",
+        interval="seeds",
+        measured_on="selection quality",
+    )
+    """As ``recall_prompt``, of the tokens alone that were generated after the prompt."""
     attention_mass: float | None = column(
         label="Attention mass kept",
         better="higher",

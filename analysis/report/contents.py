@@ -18,6 +18,7 @@ from topkbench.analysis.report import kernels
 from topkbench.analysis.report.section import Part, Section
 from topkbench.analysis.tables import overview
 from topkbench.analysis.tables.answered import answered_table
+from topkbench.analysis.tables.lengths import length_table
 from topkbench.analysis.tables.matched import MATCHED, matched_table
 from topkbench.analysis.tables.paper import published_table, without_counterpart
 from topkbench.analysis.tables.table import Table, setting
@@ -54,6 +55,13 @@ HOW_TO_MATCH = (
     "sample by sample; – where the cost lies outside the range of its budgets. Bold as above, but "
     "at equal decode time only among methods whose times are steady and have intervals; costs "
     "closer together than these intervals cannot be distinguished."
+)
+
+HOW_LONG = (
+    "Differences are paired with full attention on the same samples, with 95% intervals. An answer "
+    "is cut off if it reaches its limit without an end: a method that loses its thread rarely "
+    "ends. Recall is over full attention's answer, which every method is given; among the prompt's "
+    "and the generated tokens apart it is the share found of those of the exact top-k."
 )
 
 HOW_TO_COMPARE = (
@@ -165,6 +173,7 @@ def _of_setting(
              False)
             for cost, words in MATCHED.items()
         ),
+        ("Long answers", length_table(plain), HOW_LONG, False),
         ("Score by sub-task", overview.subtask_table(every), "", True),
         (OF_ANSWERED, answered_table(every, compared.answers), "", True),
         *((title, table, "", False) for title, table in ladder_tables(top)),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from topkbench.analysis.tables.table import Table
 FOLDER = Path(__file__).resolve().parents[1] / "published"
 SAME_LENGTH = 0.05
 """Lengths within this fraction count as equal, since prompts do not fill theirs exactly."""
+
+_LONG = "of at least 4,096 tokens"
+"""What rows say of their prompts where only documents of so many tokens were asked."""
 
 # The paper's layers, by the attention geometry that names our timings.
 _GEOMETRIES = {"32/32 heads of 128": "llama2_7b_32k", "32/8 heads of 128": "llama31_8b"}
@@ -33,12 +36,68 @@ class _Benchmark:
     """Our task."""
     difference: str = ""
     """A difference between the two that always holds, if there is one."""
+    subtasks: Mapping[str, str] = field(default_factory=dict)
+    """Our names of its sub-tasks, where they are others."""
+    of: str = ""
+    """The benchmark's name in a sentence, where it has a printed mean over its sub-tasks."""
+
+    def subtask(self, name: str) -> str:
+        """Return our name of a published sub-task."""
+        return MEAN if name == "mean" else self.subtasks.get(name, name)
 
 
+_LONGBENCH_E = {
+    "LCC": "lcc",
+    "PRetr": "passage_retrieval_en",
+    "HQA": "hotpotqa",
+    "TQA": "triviaqa",
+    "Repo": "repobench-p",
+    "Sam": "samsum",
+    "Trec": "trec",
+    "MQA": "multifieldqa_en",
+    "2Wiki": "2wikimqa",
+    "Gov": "gov_report",
+    "PCnt": "passage_count",
+    "MltN": "multi_news",
+    "Qaspr": "qasper",
+}
+_INFINITEBENCH = {
+    "Sum": "longbook_sum_en",
+    "Choice": "longbook_choice_en",
+    "BookQA": "longbook_qa_en",
+    "DialQA": "longdialogue_qa_en",
+    "ZhQA": "longbook_qa_chn",
+    "NumStr": "number_string",
+    "Passkey": "passkey",
+    "Debug": "code_debug",
+    "MathFind": "math_find",
+}
 _BENCHMARKS = {
-    "ruler": _Benchmark("ruler"),
+    "ruler": _Benchmark("ruler", of="RULER's 13"),
+    "longbench_e": _Benchmark(
+        "lm_eval",
+        "stops: a line break ends answers to questions there, as LongBench has it; lm-eval's not",
+        {name: f"longbench_{ours}_e" for name, ours in _LONGBENCH_E.items()},
+        "LongBench-E's 13",
+    ),
+    "infinitebench": _Benchmark(
+        "lm_eval",
+        "prompts: lm-eval's wording and limits here",
+        {name: f"infinitebench_{ours}" for name, ours in _INFINITEBENCH.items()},
+        "InfiniteBench's 12",
+    ),
+    "longbench_v2": _Benchmark(
+        "lm_eval",
+        "answers: a letter in a generated text there, the likeliest letter here",
+        of="the paper's 6",
+    ),
     "niah": _Benchmark("needle", "haystack: books there, random words here"),
     "layer_latency": _Benchmark("decode_latency"),
+}
+_PREFIXES = {
+    "longbench_e": "longbench_",
+    "infinitebench": "infinitebench_",
+    "longbench_v2": "longbench2_",
 }
 # Our column for each published metric, and the factor that converts the published value.
 _METRICS = {
@@ -103,7 +162,7 @@ def _compare_number(
         steps = (
             (f"task={benchmark.task} was not run", found.index == found.index),
             (f"method={number['method']} was not run", found["method"] == number["method"]),
-            ("the sub-task was not run", _same_subtask(number, found)),
+            ("the sub-task was not run", _same_subtask(number, benchmark, found)),
         )
         reasons = []
         for reason, mask in steps:
@@ -117,16 +176,25 @@ def _compare_number(
                 key=partial(_distance, number),
             )
             known |= {"ours": float(nearest[metric]), "ours_is": _setting(nearest)}
-            reasons = _differences(number, nearest, configurations, numbers)
+            reasons = _differences(number, benchmark, nearest, configurations, numbers)
             reasons += [benchmark.difference] if benchmark.difference else []
     return {**known, "comparable": not reasons, "why": "; ".join(reasons)}
 
 
-def _same_subtask(number: pd.Series, configurations: pd.DataFrame) -> pd.Series:
+def _same_subtask(
+    number: pd.Series, benchmark: _Benchmark, configurations: pd.DataFrame
+) -> pd.Series:
     task = str(number["task"])
     if task.startswith("batch_"):
         return (configurations["batch_size"] == int(task.removeprefix("batch_"))).fillna(False)
-    return configurations["subtask"] == (MEAN if task == "mean" else task)
+    same = configurations["subtask"] == benchmark.subtask(task)
+    if task != "mean" or benchmark.task != "lm_eval":
+        return same
+    # A mean of lm-eval's tasks is this benchmark's only if it has no others.
+    prefix = _PREFIXES[str(number["benchmark"])]
+    own = configurations["subtask"].eq(MEAN) | configurations["subtask"].str.startswith(prefix)
+    of_others = configurations.loc[~own, "configuration_id"]
+    return same & ~configurations["configuration_id"].isin(of_others)
 
 
 def _model(configuration: pd.Series) -> str:
@@ -175,7 +243,11 @@ def _both(number: pd.Series, configuration: pd.Series, name: str) -> bool:
 
 
 def _differences(
-    number: pd.Series, configuration: pd.Series, configurations: pd.DataFrame, numbers: pd.DataFrame
+    number: pd.Series,
+    benchmark: _Benchmark,
+    configuration: pd.Series,
+    configurations: pd.DataFrame,
+    numbers: pd.DataFrame,
 ) -> list[str]:
     """Return every reason why a configuration of ours is not comparable to a published number."""
     reasons = []
@@ -194,8 +266,8 @@ def _differences(
         if not pd.isna(configuration["timing_note"]):
             reasons.append(f"time: unsteady here, {configuration['timing_note']}")
         return [*reasons, f"machine: {configuration['device']} here"]
-    if number["task"] == "mean" and number["benchmark"] == "ruler":
-        there = _subtasks(numbers, number)
+    if number["task"] == "mean" and benchmark.of and (there := _subtasks(numbers, number)):
+        there = {benchmark.subtask(one) for one in there}
         here_tasks = set(
             configurations.loc[
                 configurations["configuration_id"] == configuration["configuration_id"], "subtask"
@@ -203,8 +275,11 @@ def _differences(
         ) - {MEAN}
         if here_tasks != there:
             reasons.append(
-                f"sub-tasks: {len(there)} of RULER's 13 in the mean there, {len(here_tasks)} here"
+                f"sub-tasks: {len(there)} of {benchmark.of} in the mean there, {len(here_tasks)}"
+                " here"
             )
+    if number["benchmark"] == "longbench_e" and _LONG not in str(configuration["prompts"]):
+        reasons.append("samples: those of more than 4,096 tokens there, all here")
     ours = not pd.isna(configuration["length"])  # older rows do not say whose prompts they have
     if not pd.isna(configuration["prompts"]):
         ours = not str(configuration["prompts"]).startswith("RULER")

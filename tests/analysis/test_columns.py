@@ -98,15 +98,21 @@ def test_a_new_column_is_shown_everywhere_by_its_declaration_alone(tmp_path: Pat
 
 def test_what_is_derived_from_the_declarations() -> None:
     assert list(DECLARED) == list(COLUMNS)
-    assert OVER_SEEDS == ("recall_at_k", "attention_mass", "output_rel_error")
+    assert (
+        *("recall_at_k", "recall_prompt", "recall_generated"),
+        *("attention_mass", "output_rel_error"),
+    ) == OVER_SEEDS
     assert OVER_WINDOWS == ("nll_delta", "kl_full")
     assert len(set(SPEED_COLUMNS)) == 21
     assert (
         *("score_ci_low", "score_ci_high", "delta_full", "delta_ci_low", "delta_ci_high"),
+        *("generated_delta", "generated_delta_ci_low", "generated_delta_ci_high"),
+        *("cut_off_delta", "cut_off_delta_ci_low", "cut_off_delta_ci_high"),
         *("nll_delta_ci_low", "nll_delta_ci_high", "kl_full_ci_low", "kl_full_ci_high"),
     ) == PAIRED_COLUMNS
     assert set(MEASURED) - {*SPEED_COLUMNS, *PAIRED_COLUMNS} == {
         *("score", "nll", "nll_delta", "kl_full", "top1_agreement"),
+        *("generated_tokens", "cut_off_share", "recall_prompt", "recall_generated"),
         *("recall_at_k", "attention_mass", "output_rel_error"),
     }
     assert {name: one.over for name, one in CURVES.items()} == {

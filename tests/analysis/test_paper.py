@@ -156,6 +156,41 @@ def test_a_mean_over_other_sub_tasks_is_reported_as_a_difference(row: RowMaker) 
     assert missing["why"] == "the sub-task was not run"
 
 
+def test_longbench_e_is_compared_with_lm_evals_tasks(row: RowMaker) -> None:
+    lm_eval = "lm-eval 0.4.13: longbench_lcc_e 5.0 (0123456789abcdef, raw)"
+    known = {"task": "lm_eval", "model": "llama31_8b", "method": "hata", "k": 512, "rbit": 128}
+    known |= {"question": "dense", "protocol": "native", "length": None}
+
+    def found(prompts: str, subtask: str = "LCC") -> pd.Series:
+        rows = frame(
+            [
+                row(**known, prompts=prompts, subtask=name, score=60.0)
+                for name in ("longbench_lcc_e", "mean")
+            ]
+        )
+        data = compare_with_published(compare(rows).configurations)
+        of = {"place": "Table 1", "model": "llama31_8b", "task": subtask, "method": "hata"}
+        for name, value in of.items():
+            data = data[data[name] == value]
+        return data.iloc[0]
+
+    stops = (
+        "stops: a line break ends answers to questions there, as LongBench has it; lm-eval's not"
+    )
+    long = found(f"{lm_eval}, of at least 4,096 tokens")
+    assert (long["ours"], long["why"]) == (60.0, stops)
+    every = found(lm_eval)
+    assert every["why"] == f"samples: those of more than 4,096 tokens there, all here; {stops}"
+    mean = found(f"{lm_eval}, of at least 4,096 tokens", "mean")
+    assert mean["why"].startswith("sub-tasks: 13 of LongBench-E's 13 in the mean there, 1 here")
+    # A mean of other tasks is none of LongBench-E's.
+    rows = frame(
+        [row(**known, prompts=lm_eval, subtask=name, score=60.0) for name in ("gsm8k", "mean")]
+    )
+    data = compare_with_published(compare(rows).configurations)
+    assert data.loc[data["benchmark"] == "longbench_e", "ours"].isna().all()
+
+
 def test_a_published_number_is_compared_with_our_nearest(row: RowMaker) -> None:
     parts = [
         ruler_rows(row, RULER_11, run_id=name * 16, k=k, model=model)
@@ -170,7 +205,7 @@ def test_numbers_without_a_counterpart_are_listed_by_table(row: RowMaker) -> Non
     )
     assert sentences[-1].startswith("Table 10: 24 numbers without one of ours")
     first = next(one for one in sentences if one.startswith("Table 1:"))
-    assert "longbench_e is no task of this project" in first
+    assert "task=lm_eval was not run" in first
     assert "Caveats: samples of more than 4,096 tokens alone" in first
     assert (
         published_table(compare_with_published(compare(frame([row(task="none")])).configurations))

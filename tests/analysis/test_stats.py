@@ -253,3 +253,50 @@ def test_a_difference_says_why_it_is_not_informative() -> None:
         )
     assert stats.full_note([row("mean", 0.0)], "niah") is None  # unknown there
     assert stats.full_note([], "mean") is None
+
+
+def answered(*answers: tuple[str, int, bool], score: float = 100.0) -> list[dict[str, object]]:
+    return [
+        {
+            "sample_id": str(place),
+            "subtask": subtask,
+            "score": score,
+            "references": ["a"],
+            "num_generated": generated,
+            "is_cut": is_cut,
+        }
+        for place, (subtask, generated, is_cut) in enumerate(answers)
+    ]
+
+
+def test_lengths_of_answers_are_paired_with_full_attentions() -> None:
+    mine = answered(("a", 100, True), ("a", 60, False), ("b", 30, False))
+    full = answered(("a", 40, False), ("a", 60, False), ("b", 20, False))
+    found = stats.paired_columns(mine, full)
+    assert (found["a"]["generated_tokens"], found["a"]["cut_off_share"]) == (80.0, 0.5)
+    assert (found["a"]["generated_delta"], found["a"]["cut_off_delta"]) == (30.0, 0.5)
+    assert found["a"]["generated_delta_ci_low"] == 0.0
+    assert found["a"]["generated_delta_ci_high"] == 60.0
+    low, high = found["a"]["cut_off_delta_ci_low"], found["a"]["cut_off_delta_ci_high"]
+    assert low is not None
+    assert high is not None
+    assert -1 <= low < 0.5 < high <= 1
+    # Each sub-task counts the same in the mean.
+    assert (found["mean"]["generated_tokens"], found["mean"]["cut_off_share"]) == (55.0, 0.25)
+    assert found["mean"]["generated_delta"] == 20.0
+    # Without any difference an interval has a width: three answers do not show that none differs.
+    same = stats.paired_columns(full, full)["mean"]
+    assert same["generated_delta"] == 0.0
+    assert same["generated_delta_ci_low"] is not None
+    assert same["generated_delta_ci_low"] < 0
+    alone = stats.paired_columns(mine, None)["mean"]
+    assert (alone["generated_tokens"], alone["generated_delta"]) == (55.0, None)
+
+
+def test_samples_without_answers_have_no_length() -> None:
+    choices = [{**one, "is_cut": None} for one in answered(("a", 0, False))]
+    assert "generated_tokens" not in stats.paired_columns(choices, choices)["a"]
+    older = [{key: one[key] for key in ("sample_id", "subtask", "score")} for one in choices]
+    assert "generated_tokens" not in stats.paired_columns(older, older)["a"]
+    mine = answered(("a", 5, False))
+    assert stats.paired_columns(mine, older)["a"]["generated_delta"] is None

@@ -215,6 +215,12 @@ BAD = {
     "task=lm_eval task.metric=7": "task.metric must be text or null, got 7; quotes",
     "task=lm_eval task.truncate=left": "task.truncate must be",
     "task=lm_eval task.question_fields=a": "task.question_fields must be a list of texts, got 'a'",
+    "task=lm_eval task.max_new_tokens=0": "task.max_new_tokens must be at least 1, got 0",
+    "task=lm_eval task.min_length=a": "task.min_length must be a whole number or null, got 'a'",
+    "task=lm_eval task.no_chat=a": "task.no_chat must be a list of texts, got 'a'",
+    "task=lm_eval task.metadata=7": "task.metadata must be a mapping, got 7",
+    "task=lm_eval task.revisions=7": "task.revisions must be a mapping, got 7",
+    "task=lm_eval task.judged_answer=all": "task.judged_answer must be",
     "task=ruler task.source=/no/such/file": "task.source must be a file of JSON lines or Parquet",
     "task=ruler task.source=hub:a": "task.source must name a data set as hub:OWNER/NAME, hub:OWNER",
     "task=ruler task.source=7": "task.source must be text or null, got 7; quotes",
@@ -476,7 +482,7 @@ BAD = {
         "search.objectives must be one or two different columns, got ['score', 'score']."
     ),
     "search=optuna search.objectives=[decode_ms_p50]": (
-        "search.objectives must be among score, delta_full, nll, nll_delta, kl_full,"
+        "search.objectives must be among score, delta_full, cut_off_share, cut_off_delta, nll,"
     ),
     "search=optuna search.knobs=k": "search.knobs must be a mapping, got 'k'.",
     "search=optuna search.knobs={}": "search.knobs must have at least one setting, as in",
@@ -549,9 +555,10 @@ def leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 FREE = (
     *("model.architecture", "model.chat_template_kwargs", "model.config_overrides"),
-    *("search.knobs", "launcher.more", "method.words"),
+    *("search.knobs", "launcher.more", "method.words", "task.metadata", "task.revisions"),
 )
-"""Mappings whose keys are those of transformers, a model's template, other settings, and sbatch."""
+"""Mappings whose keys are those of transformers, a model's template, other settings, sbatch, a
+task of lm-eval, and the hub."""
 FILES = [(group, path) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 
 

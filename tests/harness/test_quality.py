@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from topkbench.harness.generation import selection_means
+from topkbench.harness.generation import recall_by_part, selection_means
 from topkbench.harness.quality import DenseReference, SelectionMeter, quality
 from topkbench.harness.reads import ReadCounter
 from topkbench.methods.base import CacheView, Policy, Selection, StepContext, StepResult
@@ -158,6 +158,22 @@ def test_the_meter_takes_the_mean_over_steps_and_layers() -> None:
     assert found["recall_at_k"] == pytest.approx(0.5)
     assert found["attention_mass"] == pytest.approx((0.65 + 0.45 + 0.35) / 3)
     assert found["output_rel_error"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_recall_among_the_prompts_and_the_generated_tokens_apart() -> None:
+    # The exact top 2 are slots 0 and 3; the prompt has 3 tokens, so slot 3 was generated.
+    meter = SelectionMeter(prompt_tokens=3)
+    for layer, selection in enumerate((pick(0, 3), pick(0, 1), pick(1, 2))):
+        meter.on_step(step_at(2, layer), StepResult(FULL_OUT, None, selection))
+    found = recall_by_part([meter.values()])
+    assert found == {
+        "recall_prompt": pytest.approx(2 / 3),
+        "recall_generated": pytest.approx(1 / 3),
+    }
+    # Of four tokens that were all read as a prompt, none was generated.
+    meter = SelectionMeter(prompt_tokens=4)
+    meter.on_step(step_at(2), StepResult(FULL_OUT, None, pick(0, 3)))
+    assert recall_by_part([meter.values()]) == {"recall_prompt": None, "recall_generated": None}
 
 
 def test_the_meter_keeps_what_each_layers_heads_kept_at_the_last_step() -> None:

@@ -20,6 +20,7 @@ from topkbench.methods.full import FullAttention
 from topkbench.models.load import LoadedModel, load_model
 from topkbench.models.prefill_store import PrefillStore
 from topkbench.tasks.lm_eval import LmEval
+from topkbench.tasks.lm_eval_documents import index as index_of
 from topkbench.tasks.lm_eval_documents import middle_out, question_place
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -290,7 +291,7 @@ def test_the_middle_is_left_out_of_prompts_that_are_too_long(
 
 def test_rows_say_which_documents_are_asked(folder: Path, tiny: LoadedModel) -> None:
     said = make(folder, "made_generate").prompts(tiny)
-    pattern = r"lm-eval [\d.]+: made_generate 2\.0 \(([0-9a-f]{16})\) \(raw\)"
+    pattern = r"lm-eval [\d.]+: made_generate 2\.0 \(([0-9a-f]{16}), raw\)"
     digest = re.fullmatch(pattern, said)
     assert digest is not None
     assert make(folder, "made_generate", seed=7, num_samples=2).prompts(tiny) == said
@@ -301,9 +302,114 @@ def test_rows_say_which_documents_are_asked(folder: Path, tiny: LoadedModel) -> 
     other.write_text("\n".join([*lines[:-1], lines[-1].replace("What", "Which")]) + "\n")
     task(folder, "made_generate_too", GENERATE,
          dataset_kwargs={"data_files": {"test": str(other)}})  # fmt: skip
-    again = re.search(r"\(([0-9a-f]{16})\)", make(folder, "made_generate_too").prompts(tiny))
+    again = re.search(r"\(([0-9a-f]{16}), raw\)", make(folder, "made_generate_too").prompts(tiny))
     assert again is not None
     assert again[1] != digest[1]
+
+
+def test_only_long_enough_documents_are_drawn_and_rows_say_so(
+    folder: Path, tiny: LoadedModel
+) -> None:
+    every = make(folder, "made_generate", num_samples=8)
+    lengths = {one.sample.sample_id: one.num_tokens for one in every.tokenised(tiny)}
+    least = sorted(lengths.values())[4]
+    long = make(folder, "made_generate", num_samples=8, min_length=least)
+    enough = [name for name, length in lengths.items() if length >= least]
+    assert [one.sample_id for one in long.samples(tiny)] == enough
+    assert len(enough) == 4
+    assert long.prompts(tiny).endswith(f", of at least {least:,} tokens")
+    few = make(folder, "made_generate", num_samples=2, min_length=least)
+    assert {one.sample_id for one in few.samples(tiny)} < set(enough)
+    assert few.sample_counts("mean")["source_samples"] == 8
+    with pytest.raises(
+        TaskDoesNotFit, match=r"^a document must have 9,999 tokens, have a question"
+    ):
+        make(folder, "made_generate", min_length=9999).samples(tiny)
+
+
+def test_a_limit_of_ones_own_replaces_the_tasks(folder: Path, tiny: LoadedModel) -> None:
+    (sample, *_) = make(folder, "made_generate", max_new_tokens=3).samples(tiny)
+    assert sample.max_new_tokens == 3
+
+
+def test_some_tasks_are_asked_without_the_chat_template(folder: Path, smollm2: LoadedModel) -> None:
+    assert smollm2.chat
+    names = ("made_generate", "made_filtered")
+    asked = make(folder, *names, num_samples=1, no_chat=["made_filtered"])
+    texts = [
+        smollm2.tokenizer.decode([*one.prefill_ids, *one.decode_ids])
+        for one in asked.tokenised(smollm2)
+    ]
+    assert ["<|im_start|>" in text for text in texts] == [True, False]
+    said = asked.prompts(smollm2)
+    assert re.search(r"made_generate 2\.0 \([0-9a-f]{16}, chat template\)", said)
+    assert re.search(r"made_filtered 2\.0 \([0-9a-f]{16}, raw\)", said)
+    with pytest.raises(
+        ValueError, match=r"^task\.no_chat must name tasks that are asked \(made_gen"
+    ):
+        make(folder, "made_generate", no_chat=["gsm8k"])
+
+
+def test_data_sets_are_read_by_revision_and_tasks_are_told_what_to_make(
+    folder: Path, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    asked: list[tuple[str, str | None]] = []
+
+    def read(path: str, *given: Any, revision: str | None = None, **settings: Any) -> Any:
+        asked.append((path, revision))
+        lines = [json.loads(one) for one in (folder / "documents.jsonl").read_text().splitlines()]
+        return datasets.DatasetDict({"test": datasets.Dataset.from_list(lines)})
+
+    monkeypatch.setattr(datasets, "load_dataset", read)
+    for name in ("one", "other"):
+        task(folder, f"made_of_{name}", GENERATE,
+             dataset_path=f"owner/{name}", dataset_kwargs={})  # fmt: skip
+    make(folder, "made_of_one", "made_of_other", revisions={"owner/one": "0123abc"})
+    assert asked == [("owner/one", "0123abc"), ("owner/other", None)]
+    assert datasets.load_dataset is read
+    (folder / "making.py").write_text(
+        "import datasets\n\n"
+        "def made(length, **given):\n"
+        "    fields = {'context': 'word ' * length, 'question': 'Which?', 'answer': 'word'}\n"
+        "    return {'test': datasets.Dataset.from_list([fields])}\n"
+    )
+    task(folder, "made_to_length", GENERATE, dataset_path="none", dataset_kwargs={})
+    config = (folder / "made_to_length.yaml").read_text()
+    (folder / "made_to_length.yaml").write_text(f"{config}custom_dataset: !function making.made\n")
+    (sample,) = make(folder, "made_to_length", metadata={"length": 7}).samples(tiny)
+    assert sample.context.count("word") == 7
+
+
+EXPERIMENTS = [
+    path.stem
+    for path in sorted((Path(__file__).parents[2] / "conf" / "experiment").glob("*.yaml"))
+    if "task: lm_eval" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_tasks_of_an_experiment_are_lm_evals(name: str) -> None:
+    path = Path(__file__).parents[2] / "conf" / "experiment" / f"{name}.yaml"
+    settings = yaml.safe_load(path.read_text())["task"]
+    given = settings["names"]
+    names = [given] if isinstance(given, str) else given
+    index = index_of(names, None, {}).task_index
+    assert set(names) <= set(index)
+    assert set(settings.get("no_chat", ())) <= set(names)
+    # Its files, as far as they can be read without data: the score is a mean.
+    metric = settings.get("metric", "").partition(",")[0]
+    for one in names:
+        if index[one].yaml_path is not None and metric:
+            assert metric in Path(index[one].yaml_path).read_text()
+
+
+def test_there_is_an_experiment_for_each_benchmark() -> None:
+    assert set(EXPERIMENTS) == {
+        *("longbench", "longbench_e", "longbench_v2", "infinitebench", "babilong"),
+        *("gsm8k", "math500", "aime"),
+    }
 
 
 def test_documents_are_drawn_by_seed_and_examples_are_the_tasks_own(
@@ -391,3 +497,4 @@ def test_an_answer_ends_at_its_stop_and_does_not_contain_it(
     stopped = answers("made_stop", [stop])[place]
     assert stopped["prediction"] == longest["prediction"].split(stop)[0] != ""
     assert stopped["num_generated"] < longest["num_generated"]
+    assert (stopped["is_cut"], longest["is_cut"]) == (False, longest["num_generated"] == 12)
