@@ -2,17 +2,22 @@
 
 import json
 import traceback
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from topkbench.analysis.record.kept_file import unpacked
 from topkbench.harness.cell import run_cell
+from topkbench.harness.generation import GenerationTask
+from topkbench.harness.samples import Sample
 from topkbench.harness.task import Context, Outcome
 from topkbench.kernels.topk_select.api import topk_select
 from topkbench.methods import base
-from topkbench.methods.base import AnyMethod, Policy
+from topkbench.methods.base import AnyMethod, Geometry, Policy
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
 from topkbench.methods.h2o import H2O
@@ -89,6 +94,77 @@ def test_a_cell_has_a_row_per_subtask_and_their_mean(
         mean["bytes_read_per_step"] / attention / 1e9  # the context's bandwidth
     )
     assert store.forwards == 4
+
+
+LONG = 1000
+
+
+@dataclass(kw_only=True)
+class LongAnswer(GenerationTask):
+    """One question whose answer has a thousand tokens, since no token ends it."""
+
+    question: Any = "dense"
+
+    def samples(self, loaded: LoadedModel) -> list[Sample]:
+        return [
+            Sample(
+                sample_id="long",
+                subtask="long",
+                context="context " * 100,
+                question=" question",
+                answer_prefix="",
+                answers=("a",),
+                max_new_tokens=LONG,
+                length=None,
+            )
+        ]
+
+
+@pytest.fixture(scope="module")
+def endless(loaded: LoadedModel, geometry: Geometry) -> LoadedModel:
+    """A random model of the shape for which all methods are fitted, that never ends an answer."""
+    config = LlamaConfig(
+        vocab_size=len(loaded.tokenizer),
+        hidden_size=geometry.num_heads * geometry.head_dim,
+        intermediate_size=96,
+        num_hidden_layers=geometry.num_layers,
+        num_attention_heads=geometry.num_heads,
+        num_key_value_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        max_position_embeddings=2048,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    model.lm_head.weight[:5] = 0.0  # its special tokens are never the likeliest
+    return replace(loaded, model=model, window=2048)
+
+
+# One of each kind of index; that of every method is checked over as many tokens by its contract.
+@pytest.mark.parametrize("name", ["hata", "quest", "pqcache", "h2o"])
+def test_a_thousand_tokens_are_generated_with_the_method_and_counted(
+    endless: LoadedModel, make_method: Any, name: str
+) -> None:
+    method = make_method(name)
+    policy = Policy(k=48, num_sink=2, num_recent=8, dense_layers=0)
+    context = Context(endless, PrefillStore(endless.model), method, policy, FullAttention())
+    task = LongAnswer(timed_prompts=0, judged_prompts=0)
+    found = run_cell(context, task)
+    mean = found.rows[-1].values
+    (sample,) = found.samples
+    assert (sample["num_generated"], sample["is_cut"]) == (LONG, True)
+    begin = sample["length"]
+    cached = sum(range(begin + 1, begin + LONG))
+    # All steps but that of the answer's first token, which the prefill predicts.
+    assert mean["sparse_step_share"] == 1.0
+    read = 48 * (LONG - 1) / cached
+    if name == "quest":  # whole pages, the last of which may be partly filled
+        assert 0.9 * read < mean["density"] <= read
+    else:
+        assert mean["density"] == pytest.approx(read)
 
 
 def test_freeing_tokens_changes_no_answer_and_reduces_the_reported_cache(

@@ -557,6 +557,49 @@ def test_a_sweep_killed_again_and_again_ends_the_same(
     assert left_over(commands.folder / "tmp") == {"cpu.lock": 0}
 
 
+def test_lm_evals_tasks_go_on_where_they_were_killed(
+    commands: Commands, tmp_path: Path, server: Any
+) -> None:
+    pytest.importorskip("lm_eval")
+    asked = tmp_path / "asked"
+    asked.mkdir()
+    lines = [
+        {"context": "the red house is here " * 9, "question": f"which {word} ?", "answer": word}
+        for word in ("red", "house", "river", "stone")
+    ]
+    data = asked / "documents.jsonl"
+    data.write_text("".join(f"{json.dumps(one)}\n" for one in lines))
+    (asked / "asked.yaml").write_text(
+        f"""task: asked
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{context}}}}\\n{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: [], max_gen_toks: 6}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+    given = ("task=lm_eval", "task.names=asked", f"task.include_path={asked}", "task.batch_size=1")
+    given += ("method=exact,quest", "k=16", "task.timed_prompts=0", "-m")
+    commands.start(*given)
+    while len(commands.forwards) < 2:  # all of the first prompt is then on disk
+        time.sleep(0.01)
+        assert Path(f"/proc/{commands.process}").exists(), commands.text("err")
+    os.kill(commands.process, signal.SIGKILL)
+    assert commands.wait() == -signal.SIGKILL
+    assert len(commands.forwards) < 4
+    assert commands.run(*given) == 0, commands.text("err")
+    assert len(commands.forwards) < 4
+    other = Commands(server, tmp_path / "other", commands.model)
+    assert other.run(*given) == 0, other.text("err")
+    assert len(other.forwards) == 4
+    assert result(commands.cells) == result(other.cells)
+    assert set(commands.rows["status"]) == {"ok"}
+    assert commands.rows["generated_tokens"].notna().all()
+
+
 def test_a_run_that_a_kill_kept_from_the_tracker_is_told_later(
     server: Any, tmp_path: Path, model: Path
 ) -> None:

@@ -198,6 +198,25 @@ def test_appending_equals_rebuilding(
         torch.testing.assert_close(once.ranking.scores, again.ranking.scores)
 
 
+def test_an_index_after_a_thousand_decoded_tokens_is_that_of_all(
+    steady: AnyMethod, states: States, build: Build
+) -> None:
+    if steady.traits.index == "prompt":
+        pytest.skip(f"{steady.name} fits its index to the prompt")
+    queries, keys, values = states(1, 1045)
+    index = build(steady, keys[:, :, :45], values[:, :, :45], capacity=1045)
+    for slot in range(45, 1045):
+        one = slice(slot, slot + 1)
+        steady.append(index, keys[:, :, one], values[:, :, one])
+    rebuilt = build(steady, keys, values, capacity=1045)
+    context = StepContext(queries, CacheView(keys, values), Policy(k=64), SCALE)
+    once, again = steady.step(index, context), steady.step(rebuilt, context)
+    assert once.selection is not None
+    assert again.selection is not None
+    assert torch.equal(once.selection.indices, again.selection.indices)
+    torch.testing.assert_close(once.out, again.out)  # a sum of values is added up in another order
+
+
 @pytest.mark.parametrize(
     ("start", "end"), [(None, None), (int32(0, 5, 18), None), (None, int32(48, 41, 46))]
 )
