@@ -89,7 +89,7 @@ ALLOWED_TO_ONE = {
     "models/gguf.py": ("gguf",),
     "analysis/tracking/tracker.py": ("wandb", "wandb_workspaces"),
     "tasks/hub.py": ("datasets",),
-    "tasks/lm_eval_documents.py": ("lm_eval",),
+    "tasks/lm_eval_documents.py": ("lm_eval", "datasets"),
     "tasks/perplexity.py": ("huggingface_hub",),
     "tasks/ruler_data.py": ("nltk",),
 }
