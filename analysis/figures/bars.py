@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sized
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from topkbench.analysis import style
@@ -29,7 +31,6 @@ _OPERATORS = {
     "topk_select": "select",
     "sparse_attention": "fused attention",
 }
-_BLUES = LinearSegmentedColormap.from_list("scores", ["#FFFFFF", "#BBD7EC", "#3F8FC4", "#08457E"])
 
 
 def _names(configurations: pd.DataFrame) -> list[str]:
@@ -202,10 +203,10 @@ def heat_table(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | No
         first["configuration_id"], subtasks
     ]
     figure, axes = new_figure(2.6 + 0.82 * len(subtasks), 1.1 + 0.27 * len(first))
-    image = _cells(axes, grid)
-    axes.set_xticks(range(len(subtasks)), [name.replace("_", "\n", 1) for name in subtasks])
-    axes.set_yticks(range(len(first)), _names(first))
-    _scale(figure, image, axes)
+    cells = _cells(axes, grid)
+    axes.set_xticks(_middles(subtasks), [name.replace("_", "\n", 1) for name in subtasks])
+    axes.set_yticks(_middles(first), _names(first))
+    _scale(figure, cells, axes)
     return figure, table(data, "score")
 
 
@@ -227,34 +228,53 @@ def needle_heatmap(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] 
     ):
         own = data[data["configuration_id"] == configuration]
         grid = own.pivot(index="depth", columns="tokens", values="score").sort_index()
-        image = _cells(axes, grid)
-        axes.set_xticks(range(len(grid.columns)), [f"{one / 1024:g}K" for one in grid.columns])
-        axes.set_yticks(range(len(grid.index)), [f"{one:.0f}%" for one in grid.index])
+        cells = _cells(axes, grid)
+        axes.set_xticks(_middles(grid.columns), [f"{one / 1024:g}K" for one in grid.columns])
+        axes.set_yticks(_middles(grid.index), [f"{one:.0f}%" for one in grid.index])
         axes.set_xlabel(f"Context length (tokens)\n{name}")
     every[0].set_ylabel("Depth of the needle")
-    _scale(figure, image, every[-1])
+    _scale(figure, cells, every[-1])
     return figure, table(
         data[data["configuration_id"].isin(first["configuration_id"])], "tokens", "depth", "score"
     )
 
 
+def _middles(cells: Sized) -> list[float]:
+    """Return where the middles of a row or column of cells are."""
+    return [place + 0.5 for place in range(len(cells))]
+
+
 def _cells(axes: Axes, grid: pd.DataFrame) -> Any:
-    """Draw scores as coloured cells with their numbers; return the image."""
-    image = axes.imshow(grid.to_numpy(float), cmap=_BLUES, vmin=0, vmax=100, aspect="auto")
+    """Draw scores as coloured cells with their numbers; return the cells.
+
+    They are shapes, not an image, so that a page in dark mode can draw them in other colours.
+    """
+    values = grid.to_numpy(float)
+    colours = style.scale()
+    cells = axes.pcolormesh(
+        np.ma.masked_invalid(values),  # a missing score stays white
+        cmap=ListedColormap(colours),
+        vmin=0,
+        vmax=100,
+        edgecolor="face",  # else hairlines are seen between cells
+        linewidth=0.3,
+    )
+    axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.grid(visible=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    for i, values in enumerate(grid.to_numpy(float)):
-        for j, value in enumerate(values):
-            if value == value:  # a missing score stays white
-                colour = "white" if value > 62 else "#222222"
-                axes.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour, size=8)
-    return image
+    for (i, j), value in np.ndenumerate(values):
+        if value == value:
+            colour = style.cell_ink(colours[min(int(value / 100 * len(colours)), len(colours) - 1)])
+            text = METRICS["score"].text(value).removesuffix(".0")
+            axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=colour, size=8)
+    return cells
 
 
-def _scale(figure: Figure, image: Any, axes: Axes) -> None:
+def _scale(figure: Figure, cells: Any, axes: Axes) -> None:
     """Add the colour bar beside the axes."""
-    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    bar = figure.colorbar(cells, ax=axes, fraction=0.04, pad=0.02)
+    bar.solids.set(rasterized=False, edgecolor="face")
     bar.set_label(METRICS["score"].axis)
     bar.outline.set_visible(False)

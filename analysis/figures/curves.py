@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatter, NullLocator
@@ -247,7 +248,7 @@ def curve(
             look=look,
             color=colour,
             linestyle=line_style,
-            ecolor=style.shade(colour, 0.9),
+            ecolor=to_rgba(colour, 0.55),
             markeredgecolor="white",
             markeredgewidth=0.5,
             label=label,

@@ -210,13 +210,13 @@ def draw_all(
         (
             "needle_heatmap",
             "Needle found, by context length and depth",
-            "Mean score of each length and depth; darker is better.",
+            "Mean score of each length and depth; the fuller the colour, the better.",
             lambda: needle_heatmap(configurations),
         ),
         (
             "subtasks",
             "Score by sub-task",
-            "Mean score; darker is better.",
+            "Mean score; the fuller the colour, the better.",
             lambda: (
                 None
                 if needle_heatmap(configurations)
@@ -257,6 +257,9 @@ def draw_all(
     return drawn
 
 
+_AT = {"k": "budget", "rbit": "number of bits"}
+
+
 def _curves(
     plain: pd.DataFrame, top: pd.DataFrame, methods: Sequence[str] | None
 ) -> Iterator[Plan]:
@@ -281,7 +284,8 @@ def _curves(
     for y, one in CURVES.items():
         for x in one.over:
             title = f"{one.title} against {'budget' if x == 'k' else 'hash bits'}"
-            yield f"{one.name}_vs_{x}", title, one.reading, functools.partial(make, y, x)
+            reading = f"{one.reading} Points of one {_AT[x]} stand a little apart around its tick."
+            yield f"{one.name}_vs_{x}", title, reading, functools.partial(make, y, x)
 
 
 def smallest_batch(configurations: pd.DataFrame) -> pd.DataFrame:

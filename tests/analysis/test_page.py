@@ -279,6 +279,14 @@ def test_text_and_figures_are_clear_on_either_paper(
             .map((one) => getComputedStyle(one).stroke).filter((one) => one !== "none")"""
     )
     assert ("rgb(0, 0, 0)" in colours) is not dark
+    # A heat map's cells, of which the lowest score has the paper's colour.
+    assert page.run("document.querySelectorAll('svg.picture image').length") == 0
+    cells = page.run(
+        """[...document.querySelectorAll("#subtasks [id*=QuadMesh] path")]
+            .map((one) => getComputedStyle(one).fill)"""
+    )
+    assert ("rgb(8, 69, 126)" in cells) is not dark  # the best score on white paper
+    assert len(set(cells)) > 5
 
 
 def test_what_is_printed_has_everything_and_no_tools(page: Page) -> None:
