@@ -30,7 +30,14 @@ from topkbench.analysis.figures.break_even import MODELS, ModelSize, break_even,
 from topkbench.analysis.figures.by_layer import recall_by_layer
 from topkbench.analysis.figures.curves import context_curve, curve, lay_out
 from topkbench.analysis.figures.highlight import words as highlight_words
-from topkbench.analysis.figures.pareto import COSTS, FRONT_WORDS, bars_words, pareto, pareto_pair
+from topkbench.analysis.figures.pareto import (
+    COSTS,
+    FRONT_WORDS,
+    OVERLAP_WORDS,
+    bars_words,
+    pareto,
+    pareto_pair,
+)
 from topkbench.analysis.figures.points import LEGEND, Box, Point, legend_on_the_right, points_of
 from topkbench.analysis.figures.training import loss_curve
 from topkbench.analysis.figures.variants import arms, is_ladder, ladder
@@ -146,15 +153,15 @@ def draw_all(
         (
             "score_vs_bytes",
             "Score against bytes read",
-            f"Up and to the left is better. {FRONT_WORDS} Points that would overlap are drawn side "
-            f"by side. {bars_words(top, COSTS[:1])}",
+            f"Up and to the left is better. {FRONT_WORDS} {OVERLAP_WORDS} "
+            f"{bars_words(top, COSTS[:1])}",
             lambda: pareto(plain, methods),
         ),
         (
             "score_vs_cost",
             "Score against bytes read, and against the decode step",
-            f"Up and to the left is better. {FRONT_WORDS} Points that would overlap are drawn side "
-            f"by side. {bars_words(top, COSTS)} Horizontal bars: 95% intervals of times.",
+            f"Up and to the left is better. {FRONT_WORDS} {OVERLAP_WORDS} "
+            f"{bars_words(top, COSTS)} Horizontal bars: 95% intervals of times.",
             lambda: pareto_pair(plain, methods),
         ),
         (

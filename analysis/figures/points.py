@@ -98,9 +98,12 @@ def _text(configuration: pd.Series, columns: Sequence[str]) -> str:
 
 
 def points_of(figure: Figure) -> list[Point]:
-    """Return the described points of a figure that is laid out, where its SVG file has them."""
+    """Return the described points of a figure that is laid out, where its SVG file has them.
+
+    Those in one place are one point, which says what is behind each.
+    """
     _, height = figure.get_size_inches() * 72
-    found = []
+    found: dict[tuple[float, float], list[str]] = {}
     for axes in figure.axes:
         for line in axes.lines:
             if line not in _TEXTS:
@@ -108,8 +111,9 @@ def points_of(figure: Figure) -> list[Point]:
             places = line.get_transform().transform(line.get_xydata()) * 72 / figure.dpi
             for (x, y), text in zip(places, _TEXTS[line], strict=True):
                 if math.isfinite(x) and math.isfinite(y):
-                    found.append(Point(round(float(x), 1), round(float(height - y), 1), text))
-    return found
+                    place = round(float(x), 1), round(float(height - y), 1)
+                    found.setdefault(place, []).append(text)
+    return [Point(x, y, "\n\n".join(texts)) for (x, y), texts in found.items()]
 
 
 def legend_on_the_right(figure: Figure) -> Box | None:
