@@ -343,6 +343,7 @@ def test_a_league_is_in_the_report(results: Results, tmp_path: Path) -> None:
     for title in titles:
         assert f"### {title}" in text
         assert f"<h3>{title}</h3>" in html.unescape(page.read_text())
+    assert text.index("### Figures") < text.index("### League") < text.index("### Results")
     assert "protocol=unified" in text
     data = pd.read_csv(tmp_path / "out" / "figures" / "score_vs_cost.csv")
     assert {"on_front_of_bytes", "on_front_of_time"} < set(data.columns)

@@ -93,6 +93,43 @@ def test_rows_are_filtered_by_words_and_counted(page: Page) -> None:
     assert count == f"4 of {everything} rows"
 
 
+def test_a_filter_finds_what_is_seen(page: Page) -> None:
+    """The density, 0.125 where an eighth is kept, is in a column that is hidden at first."""
+    found = page.run(
+        f"""(() => {{
+            const tools = document.querySelector('#setting-1-1 .tools');
+            const search = tools.querySelector("input[type=search]");
+            const count = () => [...{RESULTS}.tBodies[0].rows].filter((one) => !one.hidden).length;
+            const find = (words) => {{
+                search.value = words;
+                search.dispatchEvent(new Event("input"));
+                return count();
+            }};
+            const heads = [...{RESULTS}.tHead.rows[0].cells];
+            const place = heads.findIndex((one) => one.textContent.startsWith("Density"));
+            const density = {RESULTS}.tBodies[0].rows[1].cells[place].textContent;
+            const before = find(density);
+            tools.querySelectorAll("input[type=checkbox]")[place].click();
+            return [before, count(), find("hata512")];
+        }})()"""
+    )
+    hidden, shown, across_cells = found
+    assert (hidden, across_cells) == (0, 0)
+    assert shown > 0
+
+
+def test_without_its_script_a_page_shows_each_legend_once(
+    browser: Browser, built: Path, tmp_path: Path
+) -> None:
+    plain = tmp_path / "report.html"
+    plain.write_text(re.sub(r"<script>.*?</script>", "", built.read_text(), flags=re.DOTALL))
+    page = browser.open(plain, width=390)
+    assert page.run("document.querySelectorAll('svg.legend').length") > 5
+    assert page.run(
+        "[...document.querySelectorAll('svg.legend')].every((o) => !o.checkVisibility())"
+    )
+
+
 def test_a_column_is_hidden_and_shown_again(page: Page) -> None:
     box = "document.querySelectorAll('#setting-1-1 .tools input[type=checkbox]')[3]"
     hidden = f"[...{RESULTS}.rows].map((row) => row.cells[3].hidden)"

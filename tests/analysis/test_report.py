@@ -56,6 +56,7 @@ def test_the_html_report_is_a_single_file(built: Path) -> None:
     assert re.findall(r"<script[^>]*src", page) == []
     assert "page_size must divide the capacity, got 17." in page
     assert "1 failed, 1 skipped" in page
+    assert "Methods: Full attention, Exact top-k, HATA, Quest, Loki, StreamingLLM." in page
     for text in ("tiny, ruler, 4,096 tokens, question=sparse", "n = 125 samples", "fb6212e9d0c1"):
         assert text in page
 
