@@ -52,9 +52,9 @@ HOW_TO_RANK = (
 
 HOW_TO_MATCH = (
     "Each method's score is interpolated between its budgets, over the logarithm of the cost, "
-    "sample by sample; – where the cost lies outside the range of its budgets. Bold as under Results, but "
-    "at equal decode time only among methods whose times are steady and have intervals; costs "
-    "closer together than these intervals cannot be distinguished."
+    "sample by sample; – where the cost lies outside the range of its budgets. Bold as under "
+    "Results, but at equal decode time only among methods whose times are steady and have "
+    "intervals; costs closer together than these intervals cannot be distinguished."
 )
 
 HOW_TO_COMPARE = (
@@ -121,14 +121,12 @@ def settings(
     sections: list[Section] = []
     for place, (key, configurations) in enumerate(found):
         words = setting(key)
-        part = f"report: setting {place + 1} of {len(found)}"
-        progress(f"{part}, {words}")
+        progress(f"report: setting {place + 1} of {len(found)}, {words}")
         top = configurations[configurations.index.isin(compared.overall.index)]
         suffix = f"-{place + 1}" if len(found) > 1 else ""
         context = _context(words, top)
         given = (context, suffix, models, samples)
         drawn = draw_all(configurations, folder, *given, methods=methods)
-        progress(f"{part}: {len(drawn)} figures drawn, tables are next")
         own = _of_setting(f"setting-{place + 1}", compared, configurations, top, models)
         if drawn:
             own.insert(0, Section("Figures", f"setting-{place + 1}-figures", (drawn,)))
