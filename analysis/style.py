@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -334,11 +334,36 @@ def recorded(rows: pd.DataFrame) -> Iterator[None]:
         str(name): _chosen(str(name), *(None if pd.isna(one) else str(one) for one in chosen))
         for name, *chosen in newest.itertuples()
     }
-    token = _RECORDED.set(found)
+    with _known(found):
+        yield
+
+
+@contextlib.contextmanager
+def relabelled(labels: Mapping[str, str]) -> Iterator[None]:
+    """Within the block, methods that only the rows know have other labels.
+
+    Args:
+        labels: The new label by the old one; others stay.
+    """
+    old = _RECORDED.get()
+    with _known(
+        {name: replace(one, label=labels.get(one.label, one.label)) for name, one in old.items()}
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _known(methods: Mapping[str, Style]) -> Iterator[None]:
+    token = _RECORDED.set(methods)
     try:
         yield
     finally:
         _RECORDED.reset(token)
+
+
+def labels() -> list[str]:
+    """Return the labels of the methods that ship, and of those that only the rows know."""
+    return [one.label for one in (*shipped().values(), *_RECORDED.get().values())]
 
 
 def _chosen(method: str, label: str | None = None, colour: str | None = None) -> Style:

@@ -17,10 +17,13 @@ from topkbench.analysis.comparison.metrics import METRICS, STAGES
 from topkbench.analysis.comparison.stats import quotient
 from topkbench.analysis.comparison.timings import NO_INTERVAL, UNSTEADY
 from topkbench.analysis.figures.curves import legend, new_figure, table
+from topkbench.analysis.figures.names import MOST_SUBTASK, short_names
 
 _MOST_CONFIGURATIONS = 24
 _MOST_GRIDS = 4
-_WIDEST_NAME = 48  # characters; a longer name leaves no space for the bars
+_WIDEST_NAME = 36  # characters; a longer name leaves no space for the bars
+_WIDEST_PANEL = 28  # below a panel
+_WIDEST_COLUMN = 14  # below a column of cells
 _OPERATORS = {
     "hash_encode": "encode",
     "hamming_score": "score",
@@ -33,8 +36,17 @@ _OPERATORS = {
 }
 
 
-def _names(configurations: pd.DataFrame) -> list[str]:
-    """Return a distinct name for each configuration."""
+def _names(
+    configurations: pd.DataFrame, widest: int = _WIDEST_NAME, of_times: bool = False
+) -> list[str]:
+    """Return a distinct name for each configuration.
+
+    Args:
+        configurations: The configurations.
+        widest: Characters of a line.
+        of_times: Whether a name says at which commit a bar was measured, where they differ: on the
+            same machine then, or on another one of its name, which rows cannot tell.
+    """
     names = []
     for _, configuration in configurations.iterrows():
         words = [str(configuration["label"])]
@@ -44,7 +56,10 @@ def _names(configurations: pd.DataFrame) -> list[str]:
             words.append(f"{configuration['length']:,} tokens")
         if not pd.isna(configuration["batch_size"]) and configurations["batch_size"].nunique() > 1:
             words.append(f"batch {configuration['batch_size']}")
-        names.append(textwrap.fill(", ".join(words), _WIDEST_NAME))
+        if of_times and configurations["git_commit"].nunique() > 1:
+            commits = [one[:7] for one in configuration["git_commit"].split(", ")]
+            words.append(f"commit {' and '.join(commits)}")
+        names.append(textwrap.fill(", ".join(words), widest))
     return names
 
 
@@ -72,7 +87,7 @@ def stages(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     marked = data["timing_note"].notna()
     names = [
         f"{name}{UNSTEADY}" if unsteady else name
-        for name, unsteady in zip(_names(data), marked, strict=True)
+        for name, unsteady in zip(_names(data, of_times=True), marked, strict=True)
     ]
     figure, axes, shown = _stacked(data, names)
     look = style.style("full")
@@ -202,12 +217,22 @@ def heat_table(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | No
     grid = data.pivot(index="configuration_id", columns="subtask", values="score").loc[
         first["configuration_id"], subtasks
     ]
-    figure, axes = new_figure(2.6 + 0.82 * len(subtasks), 1.1 + 0.27 * len(first))
+    names = _names(first)
+    lines = [line for name in names for line in name.split("\n")]
+    width = max(2.6, 1.4 + 0.07 * max(map(len, lines))) + 0.82 * len(subtasks)
+    height = 1.1 + 0.27 * len(first) + 0.13 * (len(lines) - len(first))
+    figure, axes = new_figure(width, height)
     cells = _cells(axes, grid)
-    axes.set_xticks(_middles(subtasks), [name.replace("_", "\n", 1) for name in subtasks])
-    axes.set_yticks(_middles(first), _names(first))
+    short = short_names(subtasks, MOST_SUBTASK)
+    axes.set_xticks(_middles(subtasks), [_in_lines(short[name]) for name in subtasks])
+    axes.set_yticks(_middles(first), names)
     _scale(figure, cells, axes)
     return figure, table(data, "score")
+
+
+def _in_lines(subtask: str) -> str:
+    """Return a sub-task's name as the lines of a narrow column."""
+    return textwrap.fill(subtask.replace("_", "\n", 1), _WIDEST_COLUMN, replace_whitespace=False)
 
 
 def needle_heatmap(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
@@ -224,7 +249,7 @@ def needle_heatmap(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] 
     figure = Figure(figsize=(1.4 + 2.5 * len(first), 3.2))
     every = list(figure.subplots(1, len(first), sharey=True, squeeze=False)[0])
     for axes, configuration, name in zip(
-        every, first["configuration_id"], _names(first), strict=True
+        every, first["configuration_id"], _names(first, _WIDEST_PANEL), strict=True
     ):
         own = data[data["configuration_id"] == configuration]
         grid = own.pivot(index="depth", columns="tokens", values="score").sort_index()

@@ -30,6 +30,7 @@ from topkbench.analysis.figures.break_even import MODELS, ModelSize, break_even,
 from topkbench.analysis.figures.by_layer import recall_by_layer
 from topkbench.analysis.figures.curves import context_curve, curve, lay_out
 from topkbench.analysis.figures.highlight import words as highlight_words
+from topkbench.analysis.figures.names import short_methods, short_names
 from topkbench.analysis.figures.pareto import (
     COSTS,
     FRONT_WORDS,
@@ -122,6 +123,8 @@ def draw_all(
     Returns:
         The figures drawn, in the order in which they are shown.
     """
+    whole = configurations["label"].astype(str)
+    configurations = configurations.assign(whole_label=whole, label=whole.map(short_names(whole)))
     with_mean = set(configurations.loc[configurations["subtask"] == MEAN, "configuration_id"])
     top = configurations[
         (configurations["subtask"] == MEAN) | ~configurations["configuration_id"].isin(with_mean)
@@ -167,7 +170,9 @@ def draw_all(
         (
             "stages",
             "Decode step by stage",
-            "Medians within one decode step; grey mark: full attention, timed alternately.",
+            "Medians within one decode step; grey mark: full attention, timed alternately. Compare "
+            "each bar with its mark: bars are of different moments, and of different machines or "
+            "code where their commits differ.",
             lambda: stages(plain),
         ),
         (
@@ -245,7 +250,7 @@ def draw_all(
     ]
     drawn: list[Drawn] = []
     # rc_context, not rcParams: drawing must not change the style of a caller's figures.
-    with matplotlib.rc_context(cast(Any, style.RC_PARAMS)):
+    with matplotlib.rc_context(cast(Any, style.RC_PARAMS)), short_methods():
         for name, title, reading, make in plans:
             made = make() if only in (None, name) else None
             if made is not None:

@@ -71,7 +71,7 @@ def describe(line: Line2D, configurations: pd.DataFrame, *columns: str) -> None:
 
 def _text(configuration: pd.Series, columns: Sequence[str]) -> str:
     """Return the settings and numbers of a configuration, one to a line."""
-    lines = [str(configuration["label"])]
+    lines = [str(configuration.get("whole_label", configuration["label"]))]
     if configuration["subtask"] not in (MEAN, "", configuration["task"]):
         lines.append(str(configuration["subtask"]))
     settings = [

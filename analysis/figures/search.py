@@ -24,6 +24,7 @@ from topkbench.analysis.comparison.counts import measured_on
 from topkbench.analysis.comparison.metrics import METRICS, ends_of
 from topkbench.analysis.comparison.stats import MEAN
 from topkbench.analysis.figures.curves import legend, new_figure, vertical_scale
+from topkbench.analysis.figures.names import short_methods
 from topkbench.analysis.figures.pareto import cost_axis, on_front
 from topkbench.analysis.figures.plots import Drawn, save
 from topkbench.analysis.record.row import Status
@@ -171,7 +172,7 @@ def draw(found: Outcome, folder: Path, suffix: str = "") -> Drawn | None:
     if not len(data):
         return None
     draw_them = _front if len(found.objectives) == 2 else _history
-    with matplotlib.rc_context(cast(Any, style.RC_PARAMS)):
+    with matplotlib.rc_context(cast(Any, style.RC_PARAMS)), short_methods():
         figure, shown, reading = draw_them(found, data)
         title = "Trials of the search"
         figure.axes[0].set_title(title)
