@@ -181,7 +181,7 @@ _BOUND: dict[str, Any] = {
     **{"color": style.BOUND_COLOUR, "ls": style.BOUND, "lw": 1.0, "zorder": 1.4},
 }
 
-_WIDEST = 44
+_WIDEST = 50
 """Characters of a line of the legend; a wider legend leaves no space for the axes."""
 
 LINEAR = 0.01

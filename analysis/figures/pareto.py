@@ -64,51 +64,47 @@ _APART = 0.06  # distance between ticks, as a share of the axis
 _MOST_BARS = 24  # if there are more points, only those of the front have an interval
 
 
-def on_front(cost: Sequence[float], gain: Sequence[float]) -> list[bool]:
-    """Return for each point whether it is on the Pareto front, that is, not dominated.
-
-    Of equal points on the front all are on it.
-    """
-    return [
-        not any(
-            (c <= cost[i] and g >= gain[i]) and (c < cost[i] or g > gain[i])
-            for c, g in zip(cost, gain, strict=True)
-        )
-        for i in range(len(cost))
-    ]
-
-
-def front_of(points: pd.DataFrame, cost: str) -> list[bool]:
+def front_of(points: pd.DataFrame, cost: str, goal: str = "score") -> list[bool]:
     """Return for each point whether it is on the front of what can be told apart.
 
-    A point beats another if it is better in score or cost by more than the intervals allow, and not
-    worse in the other by more. From the cheapest up, and of equal costs from the best score down, a
+    A point beats another if it is better in goal or cost by more than the intervals allow, and not
+    worse in the other by more. From the best cost on, and of equal costs from the best goal on, a
     point that no point on the front beats joins the front, from which those that it beats are
     removed. Scores are compared by their paired differences to full attention where both points
     have one, since these have no variation between samples; bytes are exact.
 
     Args:
-        points: Configurations with a score and the cost.
-        cost: One of ``COSTS``.
+        points: Configurations with goal and cost.
+        cost: A metric, such as one of ``COSTS``.
+        goal: Another metric.
     """
+    cheap, good = (-1 if METRICS[name].better == "higher" else 1 for name in (cost, goal))
     every: list[dict[str, Any]] = points.to_dict("records")  # type: ignore[assignment]
-    order = sorted(range(len(every)), key=lambda i: (every[i][cost], -every[i]["score"]))
+    order = sorted(range(len(every)), key=lambda i: (cheap * every[i][cost], good * every[i][goal]))
     found: list[int] = []
     for place in order:
-        if not any(_beats(every[one], every[place], cost) for one in found):
-            found = [one for one in found if not _beats(every[place], every[one], cost)]
+        if not any(_beats(every[one], every[place], cost, goal) for one in found):
+            found = [one for one in found if not _beats(every[place], every[one], cost, goal)]
             found.append(place)
     return [place in found for place in range(len(every))]
 
 
-def _beats(first: Mapping[str, Any], other: Mapping[str, Any], cost: str) -> bool:
-    """Return whether a point is better in score or cost, and not worse in the other."""
-    score = "score"
-    if all(one["method"] == "full" or not pd.isna(one["delta_full"]) for one in (first, other)):
-        score = "delta_full"
-    cheaper, dearer = _is_above(other, first, cost), _is_above(first, other, cost)
-    higher, lower = _is_above(first, other, score), _is_above(other, first, score)
-    return (cheaper and not lower) or (higher and not dearer)
+def _beats(first: Mapping[str, Any], other: Mapping[str, Any], cost: str, goal: str) -> bool:
+    """Return whether a point is better in goal or cost, and not worse in the other."""
+    if goal == "score" and all(
+        one["method"] == "full" or not pd.isna(one["delta_full"]) for one in (first, other)
+    ):
+        goal = "delta_full"
+    cheaper, dearer = _is_better(first, other, cost), _is_better(other, first, cost)
+    better, worse = _is_better(first, other, goal), _is_better(other, first, goal)
+    return (cheaper and not worse) or (better and not dearer)
+
+
+def _is_better(first: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
+    """Return whether a value is better than another by more than their intervals allow."""
+    if METRICS[name].better == "higher":
+        return _is_above(first, other, name)
+    return _is_above(other, first, name)
 
 
 def _is_above(first: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
@@ -220,6 +216,7 @@ def _with_costs(configurations: pd.DataFrame, costs: Sequence[str]) -> pd.DataFr
     drawn = table(configurations, *costs, "score", "delta_full").columns
     ends = list(ends_of("delta_full"))
     also = ["configuration_id", "task", "kv_len", "batch_size", "label", "timing_note", *ends]
+    also += ["whole_label"] if "whole_label" in configurations else []
     return configurations.loc[known, list(dict.fromkeys([*drawn, *also]))]
 
 

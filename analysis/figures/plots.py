@@ -39,7 +39,14 @@ from topkbench.analysis.figures.pareto import (
     pareto,
     pareto_pair,
 )
-from topkbench.analysis.figures.points import LEGEND, Box, Point, legend_on_the_right, points_of
+from topkbench.analysis.figures.points import (
+    LEGEND,
+    Box,
+    Point,
+    legend_on_the_right,
+    points_of,
+    smallest_text,
+)
 from topkbench.analysis.figures.training import loss_curve
 from topkbench.analysis.figures.variants import arms, is_ladder, ladder
 from topkbench.analysis.record.csv_file import csv_bytes
@@ -80,6 +87,8 @@ class Drawn:
     """What is behind its points."""
     legend: Box | None = None
     """Where its SVG file has the legend, if that is right of everything else."""
+    smallest_text: float = 8.5
+    """Size of its smallest letters, in units of its SVG file (1/72 inch)."""
 
     @property
     def png(self) -> Path:
@@ -329,5 +338,8 @@ def save(figure: Figure, data: pd.DataFrame, drawn: Drawn) -> Drawn:
     write_atomic(drawn.png, png.getvalue())
     write_atomic(drawn.svg, svg.getvalue())
     return dataclasses.replace(
-        drawn, points=tuple(points_of(figure)), legend=legend_on_the_right(figure)
+        drawn,
+        points=tuple(points_of(figure)),
+        legend=legend_on_the_right(figure),
+        smallest_text=smallest_text(figure),
     )

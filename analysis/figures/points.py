@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
 from topkbench.analysis.comparison.metrics import METRICS, ends_of
 from topkbench.analysis.comparison.stats import MEAN
@@ -114,6 +116,12 @@ def points_of(figure: Figure) -> list[Point]:
                     place = round(float(x), 1), round(float(height - y), 1)
                     found.setdefault(place, []).append(text)
     return [Point(x, y, "\n\n".join(texts)) for (x, y), texts in found.items()]
+
+
+def smallest_text(figure: Figure) -> float:
+    """Return the size of the smallest letters of a figure, in points."""
+    texts = cast(list[Text], figure.findobj(Text))
+    return min(float(one.get_fontsize()) for one in texts if one.get_visible() and one.get_text())
 
 
 def legend_on_the_right(figure: Figure) -> Box | None:

@@ -21,6 +21,9 @@ from topkbench.analysis.figures.points import LEGEND
 from topkbench.analysis.report.section import Section
 from topkbench.analysis.tables.table import Table
 
+_BROAD = 61
+"""Width of a figure, in sizes of its smallest letters, above which it needs the whole width."""
+_SIZE = re.compile(r'viewBox="0 0 ([\d.]+) ([\d.]+)"')
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}\b")
 
 
@@ -48,6 +51,7 @@ def html(
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["picture"] = _picture
+    environment.tests["broad"] = _is_broad
     environment.tests["table"] = lambda part: isinstance(part, Table)
     return environment.get_template("report.html").render(
         title=title,
@@ -60,11 +64,17 @@ def html(
     )
 
 
+def _is_broad(drawn: Drawn) -> bool:
+    """Return whether a figure needs the page's whole width."""
+    found = _SIZE.search(drawn.svg.read_text(encoding="utf-8")[:2000])
+    return found is not None and float(found[1]) / drawn.smallest_text > _BROAD
+
+
 def _picture(drawn: Drawn) -> Markup:
     """Return a figure as an element of the page, with what is behind its points."""
     text = drawn.svg.read_text(encoding="utf-8")
     text = text[text.index("<svg") :]
-    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
+    size = _SIZE.search(text)
     assert size is not None, f"{drawn.svg} has no size"
     # Identifiers are of one file, and a page has many.
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{drawn.name}-", text)
@@ -77,7 +87,7 @@ def _picture(drawn: Drawn) -> Markup:
     )
     head = (
         f'<svg class="picture" viewBox="0 0 {size[1]} {size[2]}"'
-        f' style="--width: {float(size[1]):.0f}px" role="img"'
+        f' style="--units: {float(size[1]):.0f}; --smallest: {drawn.smallest_text:g}" role="img"'
         f' aria-label="{escape(drawn.title)}"{" tabindex=0" if points else ""}'
         ' xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
@@ -87,7 +97,8 @@ def _picture(drawn: Drawn) -> Markup:
         where = f"{box.x:g} {box.y:g} {box.width:g} {box.height:g}"
         head = head.replace("<svg", f'<svg data-plot="{box.x:g}"', 1)
         below = (
-            f'<svg class="legend" viewBox="{where}" style="width: {box.width:g}px"'
+            f'<svg class="legend" viewBox="{where}"'
+            f' style="--units: {box.width:.0f}; --smallest: {drawn.smallest_text:g}"'
             f' aria-hidden="true"><use href="#{drawn.name}-{LEGEND}"/></svg>'
         )
     body = text[text.index(">") + 1 : text.rindex("</svg>")]

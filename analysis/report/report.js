@@ -153,7 +153,7 @@ function fitPictures() {
     picture.dataset.whole ??= picture.viewBox.baseVal.width;
     const width = Number(isNarrow.matches ? picture.dataset.plot : picture.dataset.whole);
     picture.setAttribute("viewBox", `0 0 ${width} ${picture.viewBox.baseVal.height}`);
-    picture.style.setProperty("--width", `${0.85 * width}px`); // smaller letters cannot be read
+    picture.style.setProperty("--units", width);
   }
 }
 isNarrow.addEventListener("change", fitPictures);
