@@ -300,6 +300,7 @@ def _cells(axes: Axes, grid: pd.DataFrame) -> Any:
 def _scale(figure: Figure, cells: Any, axes: Axes) -> None:
     """Add the colour bar beside the axes."""
     bar = figure.colorbar(cells, ax=axes, fraction=0.04, pad=0.02)
-    bar.solids.set(rasterized=False, edgecolor="face")
+    bar.solids.set_rasterized(False)  # type: ignore[union-attr]
+    bar.solids.set_edgecolor("face")  # type: ignore[union-attr]
     bar.set_label(METRICS["score"].axis)
     bar.outline.set_visible(False)
