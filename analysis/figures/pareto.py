@@ -291,6 +291,9 @@ def _draw(
                 & (hollow[own.index] == is_hollow)
                 & (level[own.index] == over)
             ]
+            if mine.empty:
+                continue
+            kind = f"{'_front' if on else ''}{'_unsteady' if is_hollow else ''}"
             axes.scatter(
                 price[mine.index],
                 mine["score"],
@@ -301,7 +304,7 @@ def _draw(
                 edgecolors=colour if is_hollow else "white" if on or over else "none",
                 linewidths=1.0 if is_hollow else 0.6,
                 zorder=(4 if on else below) + 2 * over,
-                gid=f"{method}{'_front' if on else ''}_{axes.figure.axes.index(axes)}",
+                gid=f"{method}{kind}_{axes.figure.axes.index(axes)}_{over}",
             )
         if is_chosen:
             axes.plot(
