@@ -12,15 +12,25 @@ import colorsys
 import contextlib
 import functools
 import hashlib
+import math
+import re
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 import yaml
+
+from topkbench.analysis.colour import (
+    contrast,
+    luminance,
+    mixed,
+    of_parts,
+    parts,
+)
 
 METHODS = Path(__file__).resolve().parents[1] / "conf" / "method"
 
@@ -33,6 +43,24 @@ OTHERS = "#C4C4C4"
 
 TEXT_CONTRAST = 4.5
 """Least contrast of letters to the paper: WCAG 2.2, success criterion 1.4.3."""
+
+MARK_CONTRAST = 3.0
+"""Least contrast of lines and marks to the paper: WCAG 2.2, success criterion 1.4.11."""
+
+WHITE_PAPER, DARK_PAPER = "#FFFFFF", "#15181C"
+"""Colours of the paper of figures, and of a report's page in dark mode."""
+
+SHADES = 12
+"""Steps between a colour and its last shade."""
+
+SCALE = ("#FFFFFF", "#BBD7EC", "#3F8FC4", "#08457E")
+"""Colours of a heat map on white paper at equal distances, from the lowest value to the highest."""
+
+SCALE_STEPS = 101
+"""Colours of a heat map, from its lowest value to its highest."""
+
+CELL_INKS = ("#010101", "#FEFEFE")
+"""Colours of the numbers in a heat map's cells; no other text has them. Dark paper swaps them."""
 
 SOLID = "-"
 DASHED = (0, (5, 2))
@@ -136,6 +164,10 @@ STAGE_COLOURS: dict[str, str] = {
 }
 """Colours of the stages of a decode step (Tol's muted scheme), distinct from the methods'."""
 
+_FARTHEST = 60
+"""Percent of ink or paper in the last shade at most, so that its hue can be seen."""
+
+_COLOUR = re.compile(r"#[0-9a-fA-F]{6}$")
 _COLOURS = (RED, BLUE, GREEN, ORANGE, PINK, SKY)
 _MARKERS = ("o", "^", "v", "s", "P", "X", "<", ">", "h", "p", "d", "*")
 _LINES: tuple[Line, ...] = (DASHED, DOTTED, DASH_DOT)
@@ -200,13 +232,93 @@ def _written() -> dict[str, dict[str, Any]]:
     }
 
 
+def on_dark(colour: str) -> str:
+    """Return the colour that a page in dark mode has for a colour of a figure on white paper.
+
+    Args:
+        colour: ``#RRGGBB``.
+    """
+    colour = colour.upper()
+    if colour == WHITE_PAPER:
+        return DARK_PAPER
+    return _shipped_on_dark().get(colour) or _recorded_on_dark().get(colour) or _lightened(colour)
+
+
 @functools.cache
-def on_dark() -> dict[str, str]:
-    """Return the colours on dark paper of the methods that ship, by their colours on white."""
+def _shipped_on_dark() -> dict[str, str]:
+    """Return the colours on dark paper of all that is chosen here, by those on white."""
+    first, last = CELL_INKS
+    own = {look.colour.upper(): ON_DARK[name] for name, look in shipped().items()}
     return {
-        **{shipped()[name].colour.lower(): colour for name, colour in ON_DARK.items()},
-        OTHERS.lower(): OTHERS_ON_DARK,
+        first: last,
+        last: first,
+        OTHERS: OTHERS_ON_DARK,
+        **{one: _cell_on_dark(one) for one in scale()[1:]},
+        **_shades_on_dark(own),
     }
+
+
+def _recorded_on_dark() -> dict[str, str]:
+    """Return the colours on dark paper of the methods that only the rows know."""
+    own = {look.colour.upper() for look in _RECORDED.get().values() if _COLOUR.match(look.colour)}
+    return _shades_on_dark({colour: _lightened(colour) for colour in own})
+
+
+def _shades_on_dark(colours: Mapping[str, str]) -> dict[str, str]:
+    """Return what dark paper has for each shade of some colours, given what it has for these."""
+    return {
+        shade(colour, step / SHADES): shade(dark, step / SHADES, DARK_PAPER)
+        for colour, dark in colours.items()
+        for step in reversed(range(SHADES + 1))
+    }
+
+
+def _lightened(colour: str) -> str:
+    """Return a colour that is as clear on dark paper as a colour is on white."""
+    hue, lightness, saturation = colorsys.rgb_to_hls(*parts(colour))
+    if saturation < 0.1:  # paper, ink and the greys between them change places
+        return of_parts(colorsys.hls_to_rgb(hue, 0.09 + 0.84 * (1 - lightness), saturation))
+    found = colour
+    while contrast(found, DARK_PAPER) < TEXT_CONTRAST:  # letters may have the colour
+        lightness = min(lightness + 0.02, 1.0)
+        found = of_parts(colorsys.hls_to_rgb(hue, lightness, saturation))
+    return found
+
+
+@functools.cache
+def scale() -> tuple[str, ...]:
+    """Return the ``SCALE_STEPS`` colours of a heat map on white paper, lowest value first."""
+    last = len(SCALE) - 1
+    found = []
+    for step in range(SCALE_STEPS):
+        place = last * step / (SCALE_STEPS - 1)
+        below = min(int(place), last - 1)
+        found.append(mixed(SCALE[below], SCALE[below + 1], place - below))
+    return tuple(found)
+
+
+def cell_ink(cell: str) -> str:
+    """Return in which of the ``CELL_INKS`` a number is clear on a cell's colour."""
+    return max(CELL_INKS, key=lambda ink: contrast(ink, cell))
+
+
+def _cell_on_dark(colour: str) -> str:
+    """Return what dark paper has for a cell's colour: as far from it as that is from white.
+
+    Contrasts to dark paper are powers of those to white, so that the colour on which both inks are
+    equally clear is the same cell's on either paper.
+    """
+    white, dark = luminance(WHITE_PAPER) + 0.05, luminance(DARK_PAPER) + 0.05
+    middle = math.sqrt(0.05 * 1.05)  # on it, black and white are equally clear
+    power = math.log(middle / dark) / math.log(white / middle)
+    wanted = dark * contrast(colour, WHITE_PAPER) ** power - 0.05
+    hue, _, saturation = colorsys.rgb_to_hls(*parts(colour))
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        lightness = (low + high) / 2
+        found = of_parts(colorsys.hls_to_rgb(hue, lightness, saturation))
+        low, high = (lightness, high) if luminance(found) < wanted else (low, lightness)
+    return found
 
 
 @contextlib.contextmanager
@@ -222,11 +334,36 @@ def recorded(rows: pd.DataFrame) -> Iterator[None]:
         str(name): _chosen(str(name), *(None if pd.isna(one) else str(one) for one in chosen))
         for name, *chosen in newest.itertuples()
     }
-    token = _RECORDED.set(found)
+    with _known(found):
+        yield
+
+
+@contextlib.contextmanager
+def relabelled(labels: Mapping[str, str]) -> Iterator[None]:
+    """Within the block, methods that only the rows know have other labels.
+
+    Args:
+        labels: The new label by the old one; others stay.
+    """
+    old = _RECORDED.get()
+    with _known(
+        {name: replace(one, label=labels.get(one.label, one.label)) for name, one in old.items()}
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _known(methods: Mapping[str, Style]) -> Iterator[None]:
+    token = _RECORDED.set(methods)
     try:
         yield
     finally:
         _RECORDED.reset(token)
+
+
+def labels() -> list[str]:
+    """Return the labels of the methods that ship, and of those that only the rows know."""
+    return [one.label for one in (*shipped().values(), *_RECORDED.get().values())]
 
 
 def _chosen(method: str, label: str | None = None, colour: str | None = None) -> Style:
@@ -270,33 +407,37 @@ def order(method: str) -> tuple[int, str]:
     return (known.index(method) if method in MARKS else len(known), method)
 
 
-def contrast(colour: tuple[float, float, float], paper: float) -> float:
-    """Return a colour's contrast to paper: WCAG 2.2, relative luminance and contrast ratio.
-
-    Args:
-        colour: Red, green and blue, 0 to 1.
-        paper: The paper's relative luminance, 0 to 1.
-    """
-    red, green, blue = (
-        one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in colour
-    )
-    lighter, darker = sorted((0.2126 * red + 0.7152 * green + 0.0722 * blue, paper))[::-1]
-    return (lighter + 0.05) / (darker + 0.05)
-
-
 def for_text(colour: str) -> str:
     """Return a colour, darker if need be, in which small letters are clear on white paper."""
-    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)
-    while contrast(colorsys.hls_to_rgb(hue, lightness, saturation), 1.0) < TEXT_CONTRAST:
+    hue, lightness, saturation = colorsys.rgb_to_hls(*parts(colour))
+    found = colour
+    while contrast(found, WHITE_PAPER) < TEXT_CONTRAST:
         lightness -= 0.02
-    rgb = colorsys.hls_to_rgb(hue, lightness, saturation)
-    return "#" + "".join(f"{round(255 * one):02X}" for one in rgb)
+        found = of_parts(colorsys.hls_to_rgb(hue, lightness, saturation))
+    return found
 
 
-def shade(colour: str, position: float) -> str:
-    """Return a lighter colour: 0 keeps it, 1 is the lightest that is still readable on white."""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    share = 0.5 * min(max(position, 0.0), 1.0)
-    mixed = (round(part + (255 - part) * share) for part in (red, green, blue))
-    return "#" + "".join(f"{part:02X}" for part in mixed)
+def shade(colour: str, position: float, paper: str = WHITE_PAPER) -> str:
+    """Return a shade of a colour: 0 keeps it, 1 is the last one, in steps of 1 / ``SHADES``.
+
+    Shades go where they can be told apart: towards the ink, black or white, or towards the paper as
+    far as they are clear on it.
+
+    Args:
+        colour: ``#RRGGBB``.
+        position: 0 to 1.
+        paper: What it is drawn on.
+    """
+    step = round(SHADES * min(max(position, 0.0), 1.0))
+    return mixed(colour, _last_shade(colour, paper), step / SHADES)
+
+
+@functools.cache
+def _last_shade(colour: str, paper: str) -> str:
+    """Return the shade that is farthest from a colour."""
+    ink = max("#000000", "#FFFFFF", key=lambda one: contrast(one, paper))
+    shares = [step / 100 for step in range(_FARTHEST + 1)]
+    clear = [one for one in shares if contrast(mixed(colour, paper, one), paper) >= MARK_CONTRAST]
+    towards_paper = mixed(colour, paper, max(clear, default=0.0))
+    towards_ink = mixed(colour, ink, shares[-1])
+    return max(towards_ink, towards_paper, key=lambda one: math.dist(parts(one), parts(colour)))

@@ -7,10 +7,13 @@ is right, except for time.
 import contextlib
 import functools
 import getpass
+import json
+import os
 import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -47,12 +50,39 @@ def using(device: torch.device, alone: bool) -> Iterator[None]:
             break
         except Timeout:
             if not is_said and time.monotonic() - began > PATIENCE_S:
-                say(f"waiting for {device}, on which another process measures")
+                say(f"waiting for {device}{_used_by(lock)}")
                 is_said = True
+    note = _note(lock, os.getpid())
+    with contextlib.suppress(OSError):  # others are told less then
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        what = "measures" if alone else "works"
+        holder = {"pid": os.getpid(), "folder": str(Path.cwd()), "since": since, "what": what}
+        note.write_text(json.dumps(holder), encoding="utf-8")
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):
+            note.unlink(missing_ok=True)
         lock.release()
+
+
+def _note(lock: ReadWriteLock, pid: int | str) -> Path:
+    """Return the file in which a process says that it holds a lock."""
+    return Path(f"{lock.lock_file}-{pid}.json")
+
+
+def _used_by(lock: ReadWriteLock) -> str:
+    """Return in words which process uses a device, as far as it has said so."""
+    path = Path(lock.lock_file)
+    for note in sorted(path.parent.glob(_note(lock, "*").name)):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            holder = json.loads(note.read_text(encoding="utf-8"))
+            os.kill(holder["pid"], 0)  # raises an OSError if it was killed and left its note
+            return (
+                f", on which process {holder['pid']} {holder['what']} since {holder['since']}, in"
+                f" {holder['folder']}"
+            )
+    return ", which another process uses"
 
 
 def _name(device: torch.device) -> str:

@@ -90,8 +90,8 @@ def fit_layers(
         method: The method to fit; it is not changed.
         calibration: The prompts, drawn for the same method.
         devices: Devices to fit on; one may be listed several times.
-        progress: Called with the units of work done and their total; a prompt read counts as 1, a
-            fitted layer as 100.
+        progress: Called with the units of work done and their total, when a prompt was read, which
+            counts as none, and when a layer's fit goes on; a fitted layer counts as 100.
         kept: Keeps the layers as they are finished, and has those of a fit that was killed.
         states: Keeps what the model's layers receive of the prompts, for fits that follow.
 
@@ -112,13 +112,12 @@ def fit_layers(
             (fitted[layer], losses[layer]), shares[layer] = found, 1.0
     to_fit = [[one for one in group if one not in fitted] for group in calibration.groups()]
     groups = [group for group in to_fit if group]
-    read, total = 0, len(groups) * len(calibration.prompts) + 100 * len(layers)
     lock = threading.Lock()
 
-    def report_progress(prompts: int = 0) -> None:
+    def report_progress() -> None:
         if progress is not None:
             with lock:
-                progress(read + prompts + round(100 * sum(shares)), total)
+                progress(round(100 * sum(shares)), 100 * len(layers))
 
     def fit_one(captured: dict[int, LayerStates], layer: int, device: torch.device) -> None:
         def report_loss(step: int, steps: int, loss: float) -> None:
@@ -140,8 +139,7 @@ def fit_layers(
             fit_one(captured, layer, device)
 
     for group in groups:
-        captured = calibration.capture(group, lambda done, _: report_progress(done), states)
-        read += len(calibration.prompts)
+        captured = calibration.capture(group, lambda *_: report_progress(), states)
         if len(devices) == 1:
             fit_several(captured, group, devices[0])
         else:

@@ -485,6 +485,7 @@ class Runner:
             after,
             numbers,
             is_stopped,
+            progress.end_batch,
         )
         for cell in started:  # other workers may have measured the last of what is missing here
             cell.measured.read_others()
@@ -895,7 +896,6 @@ class Progress:
             self._copy,
             lines=tracker is None,
         )
-        self._bar.before = 0
 
     def __enter__(self) -> Self:
         return self
@@ -908,11 +908,15 @@ class Progress:
         """Add cells that are measured from now on, and leave out those that have ended already."""
         self._num_cells -= num_ended
         self._cells += cells
-        self._bar.before = (self._bar.before or 0) + sum(map(_samples_done, cells))
+        self._bar.find(sum(map(_samples_done, cells)))
         self._copy()
 
     def update(self) -> None:
         """Show what is done now, of all cells if those to come have as many samples."""
+        self._bar.update(self._done(), self._total(), is_step=False)
+
+    def end_batch(self) -> None:
+        """Note that a batch is done with all cells, which is what the time left follows from."""
         self._bar.update(self._done(), self._total())
 
     def _done(self) -> int:

@@ -344,6 +344,7 @@ def run_by_prompts(
     after: Callable[[], None] = lambda: None,
     numbers: Sequence[int] | None = None,
     is_stopped: Callable[[], bool] = lambda: False,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> None:
     """Measure what is missing of cells over the same prompts, batch by batch.
 
@@ -356,6 +357,7 @@ def run_by_prompts(
         after: Called whenever something was measured, or by another process.
         numbers: The batches to measure; None for all.
         is_stopped: Whether to leave the batches that are not begun.
+        after_batch: Called after each batch.
     """
     answers: dict[str, list[int]] = {}  # full attention's, whichever cell decodes them
     for cell in cells:
@@ -372,6 +374,7 @@ def run_by_prompts(
                     _run_batch(cells, store, number, answers, prefilling, after)
             store.release()
             after()
+            after_batch()
 
 
 def _run_batch(

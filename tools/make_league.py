@@ -43,10 +43,10 @@ Made by `python tools/make_league.py {rows}` from the rows in [`{rows}`](../{row
 means over seven sub-tasks in the manner of RULER with 95% intervals over samples; the worst
 sub-task is the one where a method loses most to full attention. Decode time is that of the whole
 model's step as a multiple of full attention's, timed alternately with it, with 95% intervals over
-those pairs; below 1 is faster. In the figures, faint points are dominated, points that coincide are
-drawn side by side, and the vertical bars of the front are 95% intervals of its scores. The
-differences were recorded with bootstrap intervals, which are narrower where few samples differ than
-those that a run gives now.
+those pairs; below 1 is faster. In the figures, faint points are dominated, of points that overlap
+one is drawn smaller, on top of the other, and the vertical bars of the front are 95% intervals of
+its scores. The differences were recorded with bootstrap intervals, which are narrower where few
+samples differ than those that a run gives now.
 """
 EQUAL = """## At equal cost
 

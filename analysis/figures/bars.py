@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sized
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from topkbench.analysis import style
@@ -15,10 +17,13 @@ from topkbench.analysis.comparison.metrics import METRICS, STAGES
 from topkbench.analysis.comparison.stats import quotient
 from topkbench.analysis.comparison.timings import NO_INTERVAL, UNSTEADY
 from topkbench.analysis.figures.curves import legend, new_figure, table
+from topkbench.analysis.figures.names import MOST_SUBTASK, short_names
 
 _MOST_CONFIGURATIONS = 24
 _MOST_GRIDS = 4
-_WIDEST_NAME = 48  # characters; a longer name leaves no space for the bars
+_WIDEST_NAME = 36  # characters; a longer name leaves no space for the bars
+_WIDEST_PANEL = 28  # below a panel
+_WIDEST_COLUMN = 14  # below a column of cells
 _OPERATORS = {
     "hash_encode": "encode",
     "hamming_score": "score",
@@ -29,11 +34,19 @@ _OPERATORS = {
     "topk_select": "select",
     "sparse_attention": "fused attention",
 }
-_BLUES = LinearSegmentedColormap.from_list("scores", ["#FFFFFF", "#BBD7EC", "#3F8FC4", "#08457E"])
 
 
-def _names(configurations: pd.DataFrame) -> list[str]:
-    """Return a distinct name for each configuration."""
+def _names(
+    configurations: pd.DataFrame, widest: int = _WIDEST_NAME, of_times: bool = False
+) -> list[str]:
+    """Return a distinct name for each configuration.
+
+    Args:
+        configurations: The configurations.
+        widest: Characters of a line.
+        of_times: Whether a name says at which commit a bar was measured, where they differ: on the
+            same machine then, or on another one of its name, which rows cannot tell.
+    """
     names = []
     for _, configuration in configurations.iterrows():
         words = [str(configuration["label"])]
@@ -43,7 +56,10 @@ def _names(configurations: pd.DataFrame) -> list[str]:
             words.append(f"{configuration['length']:,} tokens")
         if not pd.isna(configuration["batch_size"]) and configurations["batch_size"].nunique() > 1:
             words.append(f"batch {configuration['batch_size']}")
-        names.append(textwrap.fill(", ".join(words), _WIDEST_NAME))
+        if of_times and configurations["git_commit"].nunique() > 1:
+            commits = [one[:7] for one in configuration["git_commit"].split(", ")]
+            words.append(f"commit {' and '.join(commits)}")
+        names.append(textwrap.fill(", ".join(words), widest))
     return names
 
 
@@ -71,7 +87,7 @@ def stages(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     marked = data["timing_note"].notna()
     names = [
         f"{name}{UNSTEADY}" if unsteady else name
-        for name, unsteady in zip(_names(data), marked, strict=True)
+        for name, unsteady in zip(_names(data, of_times=True), marked, strict=True)
     ]
     figure, axes, shown = _stacked(data, names)
     look = style.style("full")
@@ -201,12 +217,22 @@ def heat_table(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | No
     grid = data.pivot(index="configuration_id", columns="subtask", values="score").loc[
         first["configuration_id"], subtasks
     ]
-    figure, axes = new_figure(2.6 + 0.82 * len(subtasks), 1.1 + 0.27 * len(first))
-    image = _cells(axes, grid)
-    axes.set_xticks(range(len(subtasks)), [name.replace("_", "\n", 1) for name in subtasks])
-    axes.set_yticks(range(len(first)), _names(first))
-    _scale(figure, image, axes)
+    names = _names(first)
+    lines = [line for name in names for line in name.split("\n")]
+    width = max(2.6, 1.4 + 0.07 * max(map(len, lines))) + 0.82 * len(subtasks)
+    height = 1.1 + 0.27 * len(first) + 0.13 * (len(lines) - len(first))
+    figure, axes = new_figure(width, height)
+    cells = _cells(axes, grid)
+    short = short_names(subtasks, MOST_SUBTASK)
+    axes.set_xticks(_middles(subtasks), [_in_lines(short[name]) for name in subtasks])
+    axes.set_yticks(_middles(first), names)
+    _scale(figure, cells, axes)
     return figure, table(data, "score")
+
+
+def _in_lines(subtask: str) -> str:
+    """Return a sub-task's name as the lines of a narrow column."""
+    return textwrap.fill(subtask.replace("_", "\n", 1), _WIDEST_COLUMN, replace_whitespace=False)
 
 
 def needle_heatmap(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
@@ -223,38 +249,58 @@ def needle_heatmap(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] 
     figure = Figure(figsize=(1.4 + 2.5 * len(first), 3.2))
     every = list(figure.subplots(1, len(first), sharey=True, squeeze=False)[0])
     for axes, configuration, name in zip(
-        every, first["configuration_id"], _names(first), strict=True
+        every, first["configuration_id"], _names(first, _WIDEST_PANEL), strict=True
     ):
         own = data[data["configuration_id"] == configuration]
         grid = own.pivot(index="depth", columns="tokens", values="score").sort_index()
-        image = _cells(axes, grid)
-        axes.set_xticks(range(len(grid.columns)), [f"{one / 1024:g}K" for one in grid.columns])
-        axes.set_yticks(range(len(grid.index)), [f"{one:.0f}%" for one in grid.index])
+        cells = _cells(axes, grid)
+        axes.set_xticks(_middles(grid.columns), [f"{one / 1024:g}K" for one in grid.columns])
+        axes.set_yticks(_middles(grid.index), [f"{one:.0f}%" for one in grid.index])
         axes.set_xlabel(f"Context length (tokens)\n{name}")
     every[0].set_ylabel("Depth of the needle")
-    _scale(figure, image, every[-1])
+    _scale(figure, cells, every[-1])
     return figure, table(
         data[data["configuration_id"].isin(first["configuration_id"])], "tokens", "depth", "score"
     )
 
 
+def _middles(cells: Sized) -> list[float]:
+    """Return where the middles of a row or column of cells are."""
+    return [place + 0.5 for place in range(len(cells))]
+
+
 def _cells(axes: Axes, grid: pd.DataFrame) -> Any:
-    """Draw scores as coloured cells with their numbers; return the image."""
-    image = axes.imshow(grid.to_numpy(float), cmap=_BLUES, vmin=0, vmax=100, aspect="auto")
+    """Draw scores as coloured cells with their numbers; return the cells.
+
+    They are shapes, not an image, so that a page in dark mode can draw them in other colours.
+    """
+    values = grid.to_numpy(float)
+    colours = style.scale()
+    cells = axes.pcolormesh(
+        np.ma.masked_invalid(values),  # a missing score stays white
+        cmap=ListedColormap(colours),
+        vmin=0,
+        vmax=100,
+        edgecolor="face",  # else hairlines are seen between cells
+        linewidth=0.3,
+    )
+    axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.grid(visible=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    for i, values in enumerate(grid.to_numpy(float)):
-        for j, value in enumerate(values):
-            if value == value:  # a missing score stays white
-                colour = "white" if value > 62 else "#222222"
-                axes.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour, size=8)
-    return image
+    for (i, j), value in np.ndenumerate(values):
+        if value == value:
+            colour = style.cell_ink(colours[min(int(value / 100 * len(colours)), len(colours) - 1)])
+            text = METRICS["score"].text(value).removesuffix(".0")
+            axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=colour, size=8)
+    return cells
 
 
-def _scale(figure: Figure, image: Any, axes: Axes) -> None:
+def _scale(figure: Figure, cells: Any, axes: Axes) -> None:
     """Add the colour bar beside the axes."""
-    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    bar = figure.colorbar(cells, ax=axes, fraction=0.04, pad=0.02)
+    bar.solids.set_rasterized(False)  # type: ignore[union-attr]
+    bar.solids.set_edgecolor("face")  # type: ignore[union-attr]
     bar.set_label(METRICS["score"].axis)
     bar.outline.set_visible(False)

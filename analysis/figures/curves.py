@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatter, NullLocator
@@ -20,6 +22,7 @@ from topkbench.analysis.comparison.metrics import CURVES, METRICS, ends_of
 from topkbench.analysis.comparison.stats import MEAN
 from topkbench.analysis.comparison.timings import RATIOS, TIMED, is_unsteady
 from topkbench.analysis.figures.highlight import draw_line, highlighted, marked, name_ends
+from topkbench.analysis.figures.names import short_names
 
 
 def new_figure(width: float = 7.2, height: float = 4.1) -> tuple[Figure, Axes]:
@@ -105,6 +108,7 @@ def _series(
             lambda configuration: curve_label(configuration, fixed, "subtask" in configuration),
             axis=1,
         )
+        names = short_names(texts)
         for position, text in enumerate(dict.fromkeys(texts)):
             points = own[texts == text].sort_values(x, kind="stable")
             value = points[other].iloc[0]
@@ -117,7 +121,7 @@ def _series(
                 line_style = style.turn(0 if pd.isna(value) else also.index(value))
             elif len(kept) > 1 or len(set(texts)) > 1:
                 line_style = style.turn(max(rank, position if len(kept) <= 1 else 0))
-            found.append((method, text, points, lightness, line_style))
+            found.append((method, names[text], points, lightness, line_style))
     return found
 
 
@@ -177,6 +181,9 @@ _BOUND: dict[str, Any] = {
     **{"color": style.BOUND_COLOUR, "ls": style.BOUND, "lw": 1.0, "zorder": 1.4},
 }
 
+_WIDEST = 50
+"""Characters of a line of the legend; a wider legend leaves no space for the axes."""
+
 LINEAR = 0.01
 """Losses up to this, in nats, are on the linear part of their axis, which also shows gains."""
 
@@ -184,6 +191,7 @@ LINEAR = 0.01
 def legend(figure: Figure, axes: Axes) -> None:
     """Put the legend outside the axes, where it covers nothing."""
     handles, labels = axes.get_legend_handles_labels()
+    labels = [textwrap.fill(one, _WIDEST) for one in labels]
     figure.legend(handles, labels, loc="outside right upper")
 
 
@@ -247,7 +255,7 @@ def curve(
             look=look,
             color=colour,
             linestyle=line_style,
-            ecolor=style.shade(colour, 0.9),
+            ecolor=to_rgba(colour, 0.55),
             markeredgecolor="white",
             markeredgewidth=0.5,
             label=label,

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from topkbench.analysis import style
 from topkbench.analysis.comparison.configurations import BASELINES
 from topkbench.analysis.comparison.metrics import METRICS
+from topkbench.analysis.figures.names import MOST_METHOD, short_names
 from topkbench.analysis.figures.points import describe
 
 MOST = 6
@@ -121,6 +122,7 @@ def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
     apart = _LINE / height
     to_axes = axes.transData + axes.transAxes.inverted()
     found = sorted((float(to_axes.transform((x, y))[1]), x, y, name) for x, y, name in ends)
+    names = short_names([name for *_, name in ends], MOST_METHOD)
     places: list[float] = []
     for wanted, *_ in found:
         places.append(max(wanted, places[-1] + apart) if places else wanted)
@@ -139,4 +141,4 @@ def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
         }
         axes.plot((start, 1.02), (wanted, at), **line)
         look: dict[str, Any] = {"va": "center", "fontsize": _SIZE, "color": NAME_COLOUR}
-        axes.text(1.03, at, name, transform=axes.transAxes, **look)
+        axes.text(1.03, at, names[name], transform=axes.transAxes, **look)

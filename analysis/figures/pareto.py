@@ -35,6 +35,8 @@ FRONT_WORDS = (
     "exact); points that cannot be told apart in either join it together."
 )
 """Which points are on the front, for a caption."""
+OVERLAP_WORDS = "Where points overlap, one is drawn smaller, on top of the other."
+"""How overlapping points are drawn, for a caption."""
 
 # Positions of a label at its point: offset in points, horizontal and vertical alignment.
 _PLACES = (
@@ -55,58 +57,54 @@ _SIZE = 7  # of labels, in points
 _POINT = 5.0  # half the width of the area around a point that is kept free of labels, in points
 _ALONG = 60  # positions between two points of the front that are kept free of labels
 _OVERLAP = 5.0  # points nearer than this overlap, in points of length,
-_SHIFT = 6.5  # and one of them is shifted by this much, in points of length,
+_SMALLER = 0.4  # and the later one is drawn with this share of the area, on top of the other
+_SMALLEST = 6.0  # area of a marker, in square points
 _ROUND = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)  # mantissas of ticks
 _APART = 0.06  # distance between ticks, as a share of the axis
 _MOST_BARS = 24  # if there are more points, only those of the front have an interval
-_SIDES = (0, 1, -1)  # to the first of these sides that is free; if none is, it is not shifted
 
 
-def on_front(cost: Sequence[float], gain: Sequence[float]) -> list[bool]:
-    """Return for each point whether it is on the Pareto front, that is, not dominated.
-
-    Of equal points on the front all are on it.
-    """
-    return [
-        not any(
-            (c <= cost[i] and g >= gain[i]) and (c < cost[i] or g > gain[i])
-            for c, g in zip(cost, gain, strict=True)
-        )
-        for i in range(len(cost))
-    ]
-
-
-def front_of(points: pd.DataFrame, cost: str) -> list[bool]:
+def front_of(points: pd.DataFrame, cost: str, goal: str = "score") -> list[bool]:
     """Return for each point whether it is on the front of what can be told apart.
 
-    A point beats another if it is better in score or cost by more than the intervals allow, and not
-    worse in the other by more. From the cheapest up, and of equal costs from the best score down, a
+    A point beats another if it is better in goal or cost by more than the intervals allow, and not
+    worse in the other by more. From the best cost on, and of equal costs from the best goal on, a
     point that no point on the front beats joins the front, from which those that it beats are
     removed. Scores are compared by their paired differences to full attention where both points
     have one, since these have no variation between samples; bytes are exact.
 
     Args:
-        points: Configurations with a score and the cost.
-        cost: One of ``COSTS``.
+        points: Configurations with goal and cost.
+        cost: A metric, such as one of ``COSTS``.
+        goal: Another metric.
     """
+    cheap, good = (-1 if METRICS[name].better == "higher" else 1 for name in (cost, goal))
     every: list[dict[str, Any]] = points.to_dict("records")  # type: ignore[assignment]
-    order = sorted(range(len(every)), key=lambda i: (every[i][cost], -every[i]["score"]))
+    order = sorted(range(len(every)), key=lambda i: (cheap * every[i][cost], good * every[i][goal]))
     found: list[int] = []
     for place in order:
-        if not any(_beats(every[one], every[place], cost) for one in found):
-            found = [one for one in found if not _beats(every[place], every[one], cost)]
+        if not any(_beats(every[one], every[place], cost, goal) for one in found):
+            found = [one for one in found if not _beats(every[place], every[one], cost, goal)]
             found.append(place)
     return [place in found for place in range(len(every))]
 
 
-def _beats(first: Mapping[str, Any], other: Mapping[str, Any], cost: str) -> bool:
-    """Return whether a point is better in score or cost, and not worse in the other."""
-    score = "score"
-    if all(one["method"] == "full" or not pd.isna(one["delta_full"]) for one in (first, other)):
-        score = "delta_full"
-    cheaper, dearer = _is_above(other, first, cost), _is_above(first, other, cost)
-    higher, lower = _is_above(first, other, score), _is_above(other, first, score)
-    return (cheaper and not lower) or (higher and not dearer)
+def _beats(first: Mapping[str, Any], other: Mapping[str, Any], cost: str, goal: str) -> bool:
+    """Return whether a point is better in goal or cost, and not worse in the other."""
+    if goal == "score" and all(
+        one["method"] == "full" or not pd.isna(one["delta_full"]) for one in (first, other)
+    ):
+        goal = "delta_full"
+    cheaper, dearer = _is_better(first, other, cost), _is_better(other, first, cost)
+    better, worse = _is_better(first, other, goal), _is_better(other, first, goal)
+    return (cheaper and not worse) or (better and not dearer)
+
+
+def _is_better(first: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
+    """Return whether a value is better than another by more than their intervals allow."""
+    if METRICS[name].better == "higher":
+        return _is_above(first, other, name)
+    return _is_above(other, first, name)
 
 
 def _is_above(first: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
@@ -155,8 +153,8 @@ def pareto(
     figure, axes = new_figure(7.6, 4.4)
     front = _front(data, COSTS[0])
     chosen = _highlighted(data, [front], methods)
-    shown = _draw(axes, data, COSTS[0], front, chosen)
-    _finish(figure, [axes], data, [(front, shown)], chosen)
+    price = _draw(axes, data, COSTS[0], front, chosen)
+    _finish(figure, [axes], data, [(front, price)], chosen)
     return figure, marked(table(data.assign(on_front=front), COSTS[0], "score", "on_front"), chosen)
 
 
@@ -218,17 +216,14 @@ def _with_costs(configurations: pd.DataFrame, costs: Sequence[str]) -> pd.DataFr
     drawn = table(configurations, *costs, "score", "delta_full").columns
     ends = list(ends_of("delta_full"))
     also = ["configuration_id", "task", "kv_len", "batch_size", "label", "timing_note", *ends]
+    also += ["whole_label"] if "whole_label" in configurations else []
     return configurations.loc[known, list(dict.fromkeys([*drawn, *also]))]
 
 
 def _draw(
     axes: Axes, data: pd.DataFrame, cost: str, front: pd.Series, chosen: Collection[str]
 ) -> pd.Series:
-    """Draw one cost's points, each method's joined by budget.
-
-    Returns:
-        Where on the cost axis each point is drawn.
-    """
+    """Draw one cost's points, each method's joined by budget; return the points' costs."""
     price = data[cost] / METRICS[cost].divisor
     colours = pd.Series({index: _colour(one, chosen) for index, one in data["method"].items()})
     hollow = pd.Series(False, index=data.index)
@@ -241,9 +236,9 @@ def _draw(
     top = max(top, bottom + 10)  # all scores may be equal
     margin = 0.06 * (top - bottom)
     axes.set_ylim(bottom - margin, top + margin)
-    shown = _without_overlap(axes, price, data["score"], front)
+    level = _levels(axes, data, price)
     axes.vlines(
-        shown[barred.index],
+        price[barred.index],
         barred["score_ci_low"],
         barred["score_ci_high"],
         colors=list(colours[barred.index]),
@@ -253,7 +248,7 @@ def _draw(
     )
     ordered = data[front].assign(price=price[front]).sort_values(["price", "score"])
     axes.plot(
-        shown[ordered.index],
+        price[ordered.index],
         ordered["score"],
         color="#333333",
         lw=1.2,
@@ -262,11 +257,10 @@ def _draw(
     )
     if cost == "decode_vs_full":
         axes.axvline(1.0, color=style.style("full").colour, lw=0.8, zorder=0.9)
-        aside = shown / price
         axes.hlines(
             data["score"],
-            data["decode_vs_full_ci_low"] * aside,
-            data["decode_vs_full_ci_high"] * aside,
+            data["decode_vs_full_ci_low"],
+            data["decode_vs_full_ci_high"],
             colors=list(colours),
             lw=0.8,
             alpha=0.6,
@@ -279,7 +273,7 @@ def _draw(
         for _, curve in own.groupby(["label", "rbit"], dropna=False, sort=False):
             by_budget = curve.sort_values("k")
             (line,) = axes.plot(
-                shown[by_budget.index],
+                price[by_budget.index],
                 by_budget["score"],
                 color=colour,
                 linestyle=look.line,
@@ -288,31 +282,30 @@ def _draw(
                 zorder=1 if is_chosen else 0.9,
             )
             describe(line, by_budget, "score", cost)
-        for on, size, alpha in ((False, 30, 0.7), (True, 58, 1.0)):
-            mine = own[(front[own.index] == on) & ~hollow[own.index]]
+        below = 3 if is_chosen else 2.2
+        for on, is_hollow, over in itertools.product(
+            (False, True), (False, True), sorted(set(level[own.index]))
+        ):
+            mine = own[
+                (front[own.index] == on)
+                & (hollow[own.index] == is_hollow)
+                & (level[own.index] == over)
+            ]
+            if mine.empty:
+                continue
+            kind = f"{'_front' if on else ''}{'_unsteady' if is_hollow else ''}"
             axes.scatter(
-                shown[mine.index],
+                price[mine.index],
                 mine["score"],
-                s=size,
+                s=max((58 if on else 30) * _SMALLER**over, _SMALLEST),
                 marker=look.marker,
-                color=colour,
-                alpha=alpha,
-                edgecolors="white" if on else "none",
-                linewidths=0.6,
-                zorder=4 if on else 3 if is_chosen else 2.2,
-                gid=f"{method}{'_front' if on else ''}_{axes.figure.axes.index(axes)}",
+                facecolors="white" if is_hollow else colour,
+                alpha=0.7 if not (on or is_hollow or over) else 1.0,
+                edgecolors=colour if is_hollow else "white" if on or over else "none",
+                linewidths=1.0 if is_hollow else 0.6,
+                zorder=(4 if on else below) + 2 * over,
+                gid=f"{method}{kind}_{axes.figure.axes.index(axes)}_{over}",
             )
-        loose = own[hollow[own.index]]
-        axes.scatter(
-            shown[loose.index],
-            loose["score"],
-            s=30,
-            marker=look.marker,
-            facecolors="white",
-            edgecolors=colour,
-            linewidths=1.0,
-            zorder=3 if is_chosen else 2.2,
-        )
         if is_chosen:
             axes.plot(
                 [],
@@ -341,17 +334,18 @@ def _draw(
         "gid": "points",
     }
     axes.plot(price, [0.0] * len(price), **{**beside, **rug})
-    return shown
+    return price
 
 
 def _colour(method: str, chosen: Collection[str]) -> str:
     return style.style(method).colour if method in chosen else style.OTHERS
 
 
-def _without_overlap(axes: Axes, price: pd.Series, score: pd.Series, front: pd.Series) -> pd.Series:
-    """Return each point's position on the cost axis, shifted where it would overlap another.
+def _levels(axes: Axes, data: pd.DataFrame, price: pd.Series) -> pd.Series:
+    """Return for each point how many others it is drawn over, so that all can be seen.
 
-    Points of the front are placed first.
+    All points are where they were measured. Of those that overlap, the first in the order of
+    methods, budgets and bits lies below: in every figure the same.
     """
     whole, pixels = axes.figure.bbox, axes.figure.dpi / 72
     width = 0.72 * whole.width / pixels / len(axes.figure.axes)  # roughly, without the legend
@@ -359,17 +353,18 @@ def _without_overlap(axes: Axes, price: pd.Series, score: pd.Series, front: pd.S
     low, high = (math.log2(end) for end in axes.get_xlim())
     bottom, top = axes.get_ylim()
     across = (np.log2(price.astype(float)) - low) / (high - low) * width
-    along = (score.astype(float) - bottom) / (top - bottom) * height
-    found: dict[Any, float] = {}
-    for index in [*front.index[front], *front.index[~front]]:
-        for side in _SIDES:
-            x, y = across[index] + side * _SHIFT, along[index]
-            if all(math.hypot(x - found[i], y - along[i]) >= _OVERLAP for i in found):
-                break
-        else:
-            x = across[index]
-        found[index] = x
-    return 2.0 ** (low + pd.Series(found)[price.index] / width * (high - low))
+    along = (data["score"].astype(float) - bottom) / (top - bottom) * height
+    place = data["method"].map(style.order)
+    order = data.assign(place=place).sort_values(["place", "k", "rbit"], kind="stable").index
+    found: dict[Any, int] = {}
+    for index in order:
+        under = {
+            level
+            for other, level in found.items()
+            if math.hypot(across[index] - across[other], along[index] - along[other]) < _OVERLAP
+        }
+        found[index] = next(level for level in itertools.count() if level not in under)
+    return pd.Series(found)[data.index]
 
 
 def cost_axis(axes: Axes, price: pd.Series) -> None:
@@ -419,8 +414,8 @@ def _finish(
     legend(figure, axes[0])
     axes[0].set_title(" ")  # keeps the space of the title, which is set when labels are placed
     renderer = lay_out(figure)
-    for one, (front, shown) in zip(axes, drawn, strict=True):
-        _Labels(one, data.assign(shown=shown), front, chosen, renderer).write()
+    for one, (front, price) in zip(axes, drawn, strict=True):
+        _Labels(one, data.assign(price=price), front, chosen, renderer).write()
 
 
 class _Labels:
@@ -442,7 +437,7 @@ class _Labels:
         self.renderer, self.pixels = renderer, axes.figure.dpi / 72
         self.inside = axes.get_window_extent(renderer)
         self.barred = set(data.index[has_all_bars(data) | front])
-        self.points = axes.transData.transform(data[["shown", "score"]].astype(float).to_numpy())
+        self.points = axes.transData.transform(data[["price", "score"]].astype(float).to_numpy())
         # Plain values, by the index of their point.
         self.of: dict[Any, dict[str, Any]] = data.to_dict("index")  # type: ignore[assignment]
         self.place_of = {index: place for place, index in enumerate(data.index)}
@@ -455,7 +450,7 @@ class _Labels:
         for index in self.barred:
             low, high = (self.of[index][f"score_ci_{end}"] for end in ("low", "high"))
             if not math.isnan(low):
-                x = self.of[index]["shown"]
+                x = self.of[index]["price"]
                 (x, bottom), (_, top) = axes.transData.transform([[x, low], [x, high]])
                 taken.append(np.array([x - self.pixels, bottom, x + self.pixels, top]))
                 self.ends[index] = (bottom, top)
@@ -483,7 +478,7 @@ class _Labels:
                 self._fits(settings(index), index)
             return
         named = set(data.loc[front, "method"])
-        rest = data[~data["method"].isin(named)].sort_values("shown", ascending=False)
+        rest = data[~data["method"].isin(named)].sort_values("price", ascending=False)
         for method, own in rest.groupby("method", sort=False):
             name = style.style(str(method)).label
             if not any(self._fits(name, index) for index in own.index):

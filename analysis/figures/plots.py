@@ -30,8 +30,23 @@ from topkbench.analysis.figures.break_even import MODELS, ModelSize, break_even,
 from topkbench.analysis.figures.by_layer import recall_by_layer
 from topkbench.analysis.figures.curves import context_curve, curve, lay_out
 from topkbench.analysis.figures.highlight import words as highlight_words
-from topkbench.analysis.figures.pareto import COSTS, FRONT_WORDS, bars_words, pareto, pareto_pair
-from topkbench.analysis.figures.points import LEGEND, Box, Point, legend_on_the_right, points_of
+from topkbench.analysis.figures.names import short_methods, short_names
+from topkbench.analysis.figures.pareto import (
+    COSTS,
+    FRONT_WORDS,
+    OVERLAP_WORDS,
+    bars_words,
+    pareto,
+    pareto_pair,
+)
+from topkbench.analysis.figures.points import (
+    LEGEND,
+    Box,
+    Point,
+    legend_on_the_right,
+    points_of,
+    smallest_text,
+)
 from topkbench.analysis.figures.training import loss_curve
 from topkbench.analysis.figures.variants import arms, is_ladder, ladder
 from topkbench.analysis.record.csv_file import csv_bytes
@@ -72,6 +87,8 @@ class Drawn:
     """What is behind its points."""
     legend: Box | None = None
     """Where its SVG file has the legend, if that is right of everything else."""
+    smallest_text: float = 8.5
+    """Size of its smallest letters, in units of its SVG file (1/72 inch)."""
 
     @property
     def png(self) -> Path:
@@ -115,6 +132,8 @@ def draw_all(
     Returns:
         The figures drawn, in the order in which they are shown.
     """
+    whole = configurations["label"].astype(str)
+    configurations = configurations.assign(whole_label=whole, label=whole.map(short_names(whole)))
     with_mean = set(configurations.loc[configurations["subtask"] == MEAN, "configuration_id"])
     top = configurations[
         (configurations["subtask"] == MEAN) | ~configurations["configuration_id"].isin(with_mean)
@@ -146,21 +165,23 @@ def draw_all(
         (
             "score_vs_bytes",
             "Score against bytes read",
-            f"Up and to the left is better. {FRONT_WORDS} Points that would overlap are drawn side "
-            f"by side. {bars_words(top, COSTS[:1])}",
+            f"Up and to the left is better. {FRONT_WORDS} {OVERLAP_WORDS} "
+            f"{bars_words(top, COSTS[:1])}",
             lambda: pareto(plain, methods),
         ),
         (
             "score_vs_cost",
             "Score against bytes read, and against the decode step",
-            f"Up and to the left is better. {FRONT_WORDS} Points that would overlap are drawn side "
-            f"by side. {bars_words(top, COSTS)} Horizontal bars: 95% intervals of times.",
+            f"Up and to the left is better. {FRONT_WORDS} {OVERLAP_WORDS} "
+            f"{bars_words(top, COSTS)} Horizontal bars: 95% intervals of times.",
             lambda: pareto_pair(plain, methods),
         ),
         (
             "stages",
             "Decode step by stage",
-            "Medians within one decode step; grey mark: full attention, timed alternately.",
+            "Medians within one decode step; grey mark: full attention, timed alternately. Compare "
+            "each bar with its mark: bars are of different moments, and of different machines or "
+            "code where their commits differ.",
             lambda: stages(plain),
         ),
         (
@@ -210,13 +231,13 @@ def draw_all(
         (
             "needle_heatmap",
             "Needle found, by context length and depth",
-            "Mean score of each length and depth; darker is better.",
+            "Mean score of each length and depth; the fuller the colour, the better.",
             lambda: needle_heatmap(configurations),
         ),
         (
             "subtasks",
             "Score by sub-task",
-            "Mean score; darker is better.",
+            "Mean score; the fuller the colour, the better.",
             lambda: (
                 None
                 if needle_heatmap(configurations)
@@ -238,7 +259,7 @@ def draw_all(
     ]
     drawn: list[Drawn] = []
     # rc_context, not rcParams: drawing must not change the style of a caller's figures.
-    with matplotlib.rc_context(cast(Any, style.RC_PARAMS)):
+    with matplotlib.rc_context(cast(Any, style.RC_PARAMS)), short_methods():
         for name, title, reading, make in plans:
             made = make() if only in (None, name) else None
             if made is not None:
@@ -255,6 +276,9 @@ def draw_all(
                 one = Drawn(name + suffix, title, " ".join([*filter(None, parts), context]), folder)
                 drawn.append(save(figure, data, one))
     return drawn
+
+
+_AT = {"k": "budget", "rbit": "number of bits"}
 
 
 def _curves(
@@ -281,7 +305,8 @@ def _curves(
     for y, one in CURVES.items():
         for x in one.over:
             title = f"{one.title} against {'budget' if x == 'k' else 'hash bits'}"
-            yield f"{one.name}_vs_{x}", title, one.reading, functools.partial(make, y, x)
+            reading = f"{one.reading} Points of one {_AT[x]} stand a little apart around its tick."
+            yield f"{one.name}_vs_{x}", title, reading, functools.partial(make, y, x)
 
 
 def smallest_batch(configurations: pd.DataFrame) -> pd.DataFrame:
@@ -313,5 +338,8 @@ def save(figure: Figure, data: pd.DataFrame, drawn: Drawn) -> Drawn:
     write_atomic(drawn.png, png.getvalue())
     write_atomic(drawn.svg, svg.getvalue())
     return dataclasses.replace(
-        drawn, points=tuple(points_of(figure)), legend=legend_on_the_right(figure)
+        drawn,
+        points=tuple(points_of(figure)),
+        legend=legend_on_the_right(figure),
+        smallest_text=smallest_text(figure),
     )

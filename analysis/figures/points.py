@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
 from topkbench.analysis.comparison.metrics import METRICS, ends_of
 from topkbench.analysis.comparison.stats import MEAN
@@ -71,7 +73,7 @@ def describe(line: Line2D, configurations: pd.DataFrame, *columns: str) -> None:
 
 def _text(configuration: pd.Series, columns: Sequence[str]) -> str:
     """Return the settings and numbers of a configuration, one to a line."""
-    lines = [str(configuration["label"])]
+    lines = [str(configuration.get("whole_label", configuration["label"]))]
     if configuration["subtask"] not in (MEAN, "", configuration["task"]):
         lines.append(str(configuration["subtask"]))
     settings = [
@@ -98,9 +100,12 @@ def _text(configuration: pd.Series, columns: Sequence[str]) -> str:
 
 
 def points_of(figure: Figure) -> list[Point]:
-    """Return the described points of a figure that is laid out, where its SVG file has them."""
+    """Return the described points of a figure that is laid out, where its SVG file has them.
+
+    Those in one place are one point, which says what is behind each.
+    """
     _, height = figure.get_size_inches() * 72
-    found = []
+    found: dict[tuple[float, float], list[str]] = {}
     for axes in figure.axes:
         for line in axes.lines:
             if line not in _TEXTS:
@@ -108,8 +113,15 @@ def points_of(figure: Figure) -> list[Point]:
             places = line.get_transform().transform(line.get_xydata()) * 72 / figure.dpi
             for (x, y), text in zip(places, _TEXTS[line], strict=True):
                 if math.isfinite(x) and math.isfinite(y):
-                    found.append(Point(round(float(x), 1), round(float(height - y), 1), text))
-    return found
+                    place = round(float(x), 1), round(float(height - y), 1)
+                    found.setdefault(place, []).append(text)
+    return [Point(x, y, "\n\n".join(texts)) for (x, y), texts in found.items()]
+
+
+def smallest_text(figure: Figure) -> float:
+    """Return the size of the smallest letters of a figure, in points."""
+    texts = cast(list[Text], figure.findobj(Text))
+    return min(float(one.get_fontsize()) for one in texts if one.get_visible() and one.get_text())
 
 
 def legend_on_the_right(figure: Figure) -> Box | None:

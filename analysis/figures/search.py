@@ -24,7 +24,8 @@ from topkbench.analysis.comparison.counts import measured_on
 from topkbench.analysis.comparison.metrics import METRICS, ends_of
 from topkbench.analysis.comparison.stats import MEAN
 from topkbench.analysis.figures.curves import legend, new_figure, vertical_scale
-from topkbench.analysis.figures.pareto import cost_axis, on_front
+from topkbench.analysis.figures.names import short_methods
+from topkbench.analysis.figures.pareto import cost_axis, front_of
 from topkbench.analysis.figures.plots import Drawn, save
 from topkbench.analysis.record.row import Status
 from topkbench.analysis.record.store import Sweep
@@ -99,15 +100,13 @@ def outcome(sweep: Sweep, rows: pd.DataFrame) -> Outcome | None:
     data = first[list(knobs)].join(own).assign(trials=numbers)
     data["best"] = False
     measured = data[data[objectives].notna().all(axis=1)]
-    # As gains: the higher, the better.
-    gains = [
-        measured[name].astype(float) * (1 if METRICS[name].better == "higher" else -1)
-        for name in objectives
-    ]
-    if len(measured):
-        marks = on_front(list(-gains[-1]), list(gains[0]))
-        data.loc[measured.index, "best"] = marks
-    order = gains[0].sort_values(ascending=False, kind="stable").index
+    is_higher = METRICS[objectives[0]].better == "higher"
+    gains = measured[objectives[0]].astype(float) * (1 if is_higher else -1)
+    if len(measured) and len(objectives) == 1:
+        data.loc[measured.index, "best"] = gains.eq(gains.max())
+    elif len(measured):
+        data.loc[measured.index, "best"] = front_of(measured, objectives[1], objectives[0])
+    order = gains.sort_values(ascending=False, kind="stable").index
     data = pd.concat([data.loc[order], data.drop(order)]).reset_index(names="run_id")
     return Outcome(objectives, int(found["trials"]), knobs, data)
 
@@ -171,7 +170,7 @@ def draw(found: Outcome, folder: Path, suffix: str = "") -> Drawn | None:
     if not len(data):
         return None
     draw_them = _front if len(found.objectives) == 2 else _history
-    with matplotlib.rc_context(cast(Any, style.RC_PARAMS)):
+    with matplotlib.rc_context(cast(Any, style.RC_PARAMS)), short_methods():
         figure, shown, reading = draw_them(found, data)
         title = "Trials of the search"
         figure.axes[0].set_title(title)
@@ -208,9 +207,9 @@ def _front(found: Outcome, data: pd.DataFrame) -> tuple[Figure, pd.DataFrame, st
     axes.set_ylabel(METRICS[y].axis)
     legend(figure, axes)
     reading = (
-        "The Pareto front of the measured values, whether or not intervals tell its trials apart,"
-        " is joined, and has its trials' numbers and intervals; dominated trials"
-        " are faint, and their intervals are in the report's rows."
+        "The Pareto front, joined, has only what intervals tell apart, and trials that they do not"
+        " tell apart in either objective; it has its trials' numbers and intervals; dominated"
+        " trials are faint, and their intervals are in the report's rows."
         f"{_bars_words(data, y)}"
     )
     return figure, _shown(found, data), reading

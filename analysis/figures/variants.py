@@ -20,6 +20,7 @@ from topkbench.analysis.comparison.configurations import varies
 from topkbench.analysis.comparison.metrics import METRICS
 from topkbench.analysis.comparison.stats import seed_interval
 from topkbench.analysis.figures.curves import legend, log2_axis, spread, table
+from topkbench.analysis.figures.names import short_names
 from topkbench.analysis.figures.points import describe
 from topkbench.analysis.record.row import PARAMETER_PREFIX
 from topkbench.analysis.tables.table import Table, with_interval
@@ -242,8 +243,10 @@ def arms(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
                 axis.axvline(float(reference), color=colour, lw=0.8, ls=(0, (3, 2)), zorder=0)
         axis.set_xlabel(_axis_label(measure, data))
         axis.grid(axis="y", visible=False)
+    names = short_names(labels)
     axes[0].set_yticks(
-        range(len(labels)), [textwrap.fill(one or "as configured", _WIDEST_ARM) for one in labels]
+        range(len(labels)),
+        [textwrap.fill(names[one] or "as configured", _WIDEST_ARM) for one in labels],
     )
     axes[0].invert_yaxis()
     axes[0].tick_params(axis="y", length=0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from topkbench.analysis import style
 from topkbench.analysis.comparison.configurations import SETTING, Comparison, without_parameters
 from topkbench.analysis.figures import search
 from topkbench.analysis.figures.break_even import ModelSize, break_even_table
@@ -47,14 +48,14 @@ OF_ANSWERED = "Mean of the sub-tasks that full attention answers"
 
 HOW_TO_RANK = (
     "Ranked by score at each budget. The worst sub-task is the one with the largest loss to full "
-    "attention."
+    "attention. Brackets and bold are explained under Results."
 )
 
 HOW_TO_MATCH = (
     "Each method's score is interpolated between its budgets, over the logarithm of the cost, "
-    "sample by sample; – where the cost lies outside the range of its budgets. Bold as above, but "
-    "at equal decode time only among methods whose times are steady and have intervals; costs "
-    "closer together than these intervals cannot be distinguished."
+    "sample by sample; – where the cost lies outside the range of its budgets. Bold as under "
+    "Results, but at equal decode time only among methods whose times are steady and have "
+    "intervals; costs closer together than these intervals cannot be distinguished."
 )
 
 HOW_LONG = (
@@ -77,11 +78,12 @@ def what_ran(rows: pd.DataFrame, sweeps: Sequence[Sweep]) -> list[str]:
     cells = one_row_a_cell(rows)
     counts = cells["status"].value_counts()
     commands = [one for sweep in sweeps for one in sweep.commands()]
+    methods = sorted(set(cells["method"].astype(str)), key=style.order)
     return [
         f"{len(cells)} cell{'' if len(cells) == 1 else 's'}: "
         + ", ".join(f"{n} {name}" for name, n in counts.items())
         + ".",
-        f"Methods: {', '.join(dict.fromkeys(cells['method'].astype(str)))}.",
+        f"Methods: {', '.join(style.style(name).label for name in methods)}.",
         *(
             f"{label}: {', '.join(str(int(v)) for v in sorted(cells[name].dropna().unique()))}."
             for name, label in (("k", "Budgets k"), ("rbit", "Hash bits rbit"))
@@ -127,14 +129,12 @@ def settings(
     sections: list[Section] = []
     for place, (key, configurations) in enumerate(found):
         words = setting(key)
-        part = f"report: setting {place + 1} of {len(found)}"
-        progress(f"{part}, {words}")
+        progress(f"report: setting {place + 1} of {len(found)}, {words}")
         top = configurations[configurations.index.isin(compared.overall.index)]
         suffix = f"-{place + 1}" if len(found) > 1 else ""
         context = _context(words, top)
         given = (context, suffix, models, samples)
         drawn = draw_all(configurations, folder, *given, methods=methods)
-        progress(f"{part}: {len(drawn)} figures drawn, tables are next")
         own = _of_setting(f"setting-{place + 1}", compared, configurations, top, models)
         if drawn:
             own.insert(0, Section("Figures", f"setting-{place + 1}-figures", (drawn,)))
@@ -166,8 +166,8 @@ def _of_setting(
     """Return the tables of a setting, of which those of single sub-tasks are folded."""
     plain, every = without_parameters(top), without_parameters(configurations)
     tabled: list[tuple[str, Table | None, str, bool]] = [
-        ("Results", overview.main_table(plain), HOW_TO_READ, False),
         ("League", overview.league_table(every), HOW_TO_RANK, False),
+        ("Results", overview.main_table(plain), HOW_TO_READ, False),
         *(
             (f"Score at equal {words}", matched_table(plain, cost, compared.answers), HOW_TO_MATCH,
              False)

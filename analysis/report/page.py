@@ -7,7 +7,6 @@ behind it all the same.
 
 from __future__ import annotations
 
-import colorsys
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,9 @@ from topkbench.analysis.figures.points import LEGEND
 from topkbench.analysis.report.section import Section
 from topkbench.analysis.tables.table import Table
 
-_DARK_PAPER = 0.012  # relative luminance of --paper in dark mode, #15181c
+_BROAD = 61
+"""Width of a figure, in sizes of its smallest letters, above which it needs the whole width."""
+_SIZE = re.compile(r'viewBox="0 0 ([\d.]+) ([\d.]+)"')
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}\b")
 
 
@@ -50,6 +51,7 @@ def html(
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["picture"] = _picture
+    environment.tests["broad"] = _is_broad
     environment.tests["table"] = lambda part: isinstance(part, Table)
     return environment.get_template("report.html").render(
         title=title,
@@ -62,26 +64,30 @@ def html(
     )
 
 
+def _is_broad(drawn: Drawn) -> bool:
+    """Return whether a figure needs the page's whole width."""
+    found = _SIZE.search(drawn.svg.read_text(encoding="utf-8")[:2000])
+    return found is not None and float(found[1]) / drawn.smallest_text > _BROAD
+
+
 def _picture(drawn: Drawn) -> Markup:
     """Return a figure as an element of the page, with what is behind its points."""
     text = drawn.svg.read_text(encoding="utf-8")
     text = text[text.index("<svg") :]
-    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
+    size = _SIZE.search(text)
     assert size is not None, f"{drawn.svg} has no size"
     # Identifiers are of one file, and a page has many.
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{drawn.name}-", text)
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    # An image's colours stay, and so does the paper that they were chosen for.
-    fixed = "<image" in text
-    if not fixed:
-        text = _COLOUR.sub(lambda found: _on_both(found[0]), text)
+    assert "<image" not in text, f"{drawn.svg} has an image, whose colours dark paper cannot change"
+    text = _COLOUR.sub(lambda found: _on_both(found[0]), text)
     points = "".join(
         f'<circle cx="{one.x:g}" cy="{one.y:g}" r="7" data-text="{escape(one.text)}"/>'
         for one in drawn.points
     )
     head = (
-        f'<svg class="picture{" fixed" if fixed else ""}" viewBox="0 0 {size[1]} {size[2]}"'
-        f' style="--width: {float(size[1]):.0f}px" role="img"'
+        f'<svg class="picture" viewBox="0 0 {size[1]} {size[2]}"'
+        f' style="--units: {float(size[1]):.0f}; --smallest: {drawn.smallest_text:g}" role="img"'
         f' aria-label="{escape(drawn.title)}"{" tabindex=0" if points else ""}'
         ' xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
@@ -91,7 +97,8 @@ def _picture(drawn: Drawn) -> Markup:
         where = f"{box.x:g} {box.y:g} {box.width:g} {box.height:g}"
         head = head.replace("<svg", f'<svg data-plot="{box.x:g}"', 1)
         below = (
-            f'<svg class="legend" viewBox="{where}" style="width: {box.width:g}px"'
+            f'<svg class="legend" viewBox="{where}"'
+            f' style="--units: {box.width:.0f}; --smallest: {drawn.smallest_text:g}"'
             f' aria-hidden="true"><use href="#{drawn.name}-{LEGEND}"/></svg>'
         )
     body = text[text.index(">") + 1 : text.rindex("</svg>")]
@@ -102,21 +109,6 @@ def _picture(drawn: Drawn) -> Markup:
 def _on_both(colour: str) -> str:
     """Return a colour of a figure on white paper, with one that is as clear on dark paper."""
     colour = colour.lower()
-    if colour == "#ffffff":
+    if colour == style.WHITE_PAPER.lower():
         return "var(--paper)"
-    if colour in style.on_dark():
-        return f"light-dark({colour}, {style.on_dark()[colour]})"
-    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)
-    if saturation < 0.1:  # paper, ink and the greys between them change places
-        dark = 0.09 + 0.84 * (1 - lightness)
-    else:
-        dark = lightness
-        # Letters may have the colour.
-        while (
-            style.contrast(colorsys.hls_to_rgb(hue, dark, saturation), _DARK_PAPER)
-            < style.TEXT_CONTRAST
-        ):
-            dark = min(dark + 0.02, 1.0)
-    text = "".join(f"{round(255 * one):02x}" for one in colorsys.hls_to_rgb(hue, dark, saturation))
-    return f"light-dark({colour}, #{text})"
+    return f"light-dark({colour}, {style.on_dark(colour).lower()})"

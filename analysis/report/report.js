@@ -59,16 +59,19 @@ function addTools(table) {
   count.className = "soft";
   count.setAttribute("role", "status");
   const rows = [...table.tBodies[0].rows];
-  search.addEventListener("input", () => {
+  // What is not seen is not found: a hidden column, or words across two cells.
+  const filter = () => {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     let shown = 0;
     for (const row of rows) {
-      const text = row.textContent.toLowerCase();
+      const seen = [...row.cells].filter((cell) => !cell.hidden).map((cell) => cell.textContent);
+      const text = seen.join("\n").toLowerCase();
       row.hidden = !words.every((word) => text.includes(word));
       shown += row.hidden ? 0 : 1;
     }
     count.textContent = words.length ? `${shown} of ${rows.length} rows` : "";
-  });
+  };
+  search.addEventListener("input", filter);
   const columns = document.createElement("details");
   const summary = document.createElement("summary");
   summary.textContent = "Columns";
@@ -79,6 +82,7 @@ function addTools(table) {
       for (const row of table.rows) row.cells[place].hidden = !box.checked;
       const hidden = [...table.tHead.rows[0].cells].filter((one) => one.hidden).length;
       summary.textContent = hidden ? `Columns (${hidden} hidden)` : "Columns";
+      filter();
     };
     box.checked = !head.classList.contains("minor");
     box.addEventListener("change", show);
@@ -145,10 +149,11 @@ for (const picture of document.querySelectorAll("svg.picture")) {
 const isNarrow = matchMedia("(max-width: 620px)");
 function fitPictures() {
   for (const picture of document.querySelectorAll("svg.picture[data-plot]")) {
+    picture.classList.add("fitted"); // without this script the legend stays in the figure
     picture.dataset.whole ??= picture.viewBox.baseVal.width;
     const width = Number(isNarrow.matches ? picture.dataset.plot : picture.dataset.whole);
     picture.setAttribute("viewBox", `0 0 ${width} ${picture.viewBox.baseVal.height}`);
-    picture.style.setProperty("--width", `${0.85 * width}px`); // smaller letters cannot be read
+    picture.style.setProperty("--units", width);
   }
 }
 isNarrow.addEventListener("change", fitPictures);

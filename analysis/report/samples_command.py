@@ -7,9 +7,12 @@ import itertools
 import sys
 from collections.abc import Callable, Sequence
 
+import pandas as pd
+
 from topkbench.analysis import style
 from topkbench.analysis.comparison.configurations import compare
 from topkbench.analysis.console import console, say, say_error
+from topkbench.analysis.record.row import Status
 from topkbench.analysis.record.store import RecordError
 from topkbench.analysis.report.build import load
 from topkbench.analysis.report.samples import Answer, Kind, Only, Prompt, chosen, prompts
@@ -117,8 +120,10 @@ def _show(options: argparse.Namespace) -> int:
     with style.recorded(rows):
         # Without samples nothing is resampled for intervals, which are not shown here.
         every = prompts(compare(rows), samples)
+    unfinished = _unfinished(rows)
     if not every:
-        say_error(f"{options.results} must hold answers in words, but holds none.")
+        reason = f": {unfinished}" if unfinished else ""
+        say_error(f"{options.results} must hold answers in words, but holds none{reason}.")
         return 2
     wanted = [
         ("method", options.method, {one.method for prompt in every for one in prompt.answers}),
@@ -138,4 +143,13 @@ def _show(options: argparse.Namespace) -> int:
     what = WHAT.get(options.only, "")
     more = "; --limit=N shows more" if shown < len(found) else ""
     say(f"{shown} of {len(found)} prompts{what}{more}.")
+    if unfinished:
+        say(f"These results are incomplete: {unfinished}.")
     return 0
+
+
+def _unfinished(rows: pd.DataFrame) -> str:
+    """Return in words how many cells have no answers yet; nothing if all have finished."""
+    is_unfinished = rows["status"].eq(Status.INTERRUPTED.value)
+    number = rows.loc[is_unfinished, "run_id"].nunique()
+    return f"{number} of {rows['run_id'].nunique()} cells have not finished" if number else ""

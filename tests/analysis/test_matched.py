@@ -165,22 +165,31 @@ def test_the_time_axis_is_named_and_begins_with_full_attention(results: Results)
     assert data.loc[data["method"] == "full", "decode_vs_full"].tolist() == [1.0]
 
 
-def test_overlapping_points_are_drawn_side_by_side(results: Results) -> None:
-    """Three methods with the same bytes and score; the CSV keeps their true positions."""
+def test_overlapping_points_are_where_they_were_measured_and_all_can_be_seen(
+    results: Results,
+) -> None:
+    """Three methods with the same costs and score: in every figure, smaller markers on larger."""
     for method in ("random", "streaming_llm", "snapkv"):
-        results.add(method, 64, {"vt": [0.0] * 20}, mib=1)
-    results.add("exact", 64, {"vt": [100.0] * 20}, mib=8)
-    made = pareto(results.compared.overall)
-    assert made is not None
-    figure, data = made
-    (axes,) = figure.axes
-    at = [one.get_offsets() for one in axes.collections if isinstance(one, PathCollection)]
-    pixels = [axes.transData.transform(part) for part in at if len(part)]
-    low = sorted(x for part in pixels for x, y in part if y < 200)
-    assert len(low) == 3
-    point = figure.dpi / 72
-    assert min(second - first for first, second in itertools.pairwise(low)) > 4 * point
-    assert sorted(data["bytes_read_per_step"] / MIB) == [1, 1, 1, 8]
+        results.add(method, 64, {"vt": [0.0] * 20}, mib=1, speedup=1.25)
+    for place, method in enumerate(("exact", "quest", "loki", "h2o")):
+        right = 8 + 4 * place
+        answers = {"vt": [100.0] * right + [0.0] * (20 - right)}
+        results.add(method, 64, answers, mib=4, speedup=1.0)
+    found = results.compared.overall
+    for made, costs in ((pareto(found), (1, 4)), (pareto_pair(found), (1, 4, 0.8, 1.0))):
+        assert made is not None
+        for place, axes in enumerate(made[0].axes):
+            drawn = [one for one in axes.collections if isinstance(one, PathCollection)]
+            points = [(x, y, one) for one in drawn for x, y in one.get_offsets()]
+            cheap, dear = costs[2 * place :][:2]
+            assert sorted((x, y) for x, y, _ in points) == [
+                *[(cheap, 0)] * 3,
+                *((dear, 40), (dear, 60), (dear, 80), (dear, 100)),
+            ]
+            low = sorted((one.get_zorder(), one.get_gid(), one) for _, y, one in points if y == 0)
+            assert [name.split("_")[0] for _, name, _ in low] == ["streaming", "snapkv", "random"]
+            areas = [one.get_sizes()[0] for *_, one in low]
+            assert all(above < 0.5 * below for below, above in itertools.pairwise(areas))
 
 
 def test_ticks_are_where_the_points_are_and_scores_have_bars(results: Results) -> None:
@@ -334,6 +343,7 @@ def test_a_league_is_in_the_report(results: Results, tmp_path: Path) -> None:
     for title in titles:
         assert f"### {title}" in text
         assert f"<h3>{title}</h3>" in html.unescape(page.read_text())
+    assert text.index("### Figures") < text.index("### League") < text.index("### Results")
     assert "protocol=unified" in text
     data = pd.read_csv(tmp_path / "out" / "figures" / "score_vs_cost.csv")
     assert {"on_front_of_bytes", "on_front_of_time"} < set(data.columns)

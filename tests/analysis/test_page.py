@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,6 +96,43 @@ def test_rows_are_filtered_by_words_and_counted(page: Page) -> None:
     assert count == f"4 of {everything} rows"
 
 
+def test_a_filter_finds_what_is_seen(page: Page) -> None:
+    """The density, 0.125 where an eighth is kept, is in a column that is hidden at first."""
+    found = page.run(
+        f"""(() => {{
+            const tools = document.querySelector('#setting-1-1 .tools');
+            const search = tools.querySelector("input[type=search]");
+            const count = () => [...{RESULTS}.tBodies[0].rows].filter((one) => !one.hidden).length;
+            const find = (words) => {{
+                search.value = words;
+                search.dispatchEvent(new Event("input"));
+                return count();
+            }};
+            const heads = [...{RESULTS}.tHead.rows[0].cells];
+            const place = heads.findIndex((one) => one.textContent.startsWith("Density"));
+            const density = {RESULTS}.tBodies[0].rows[1].cells[place].textContent;
+            const before = find(density);
+            tools.querySelectorAll("input[type=checkbox]")[place].click();
+            return [before, count(), find("hata512")];
+        }})()"""
+    )
+    hidden, shown, across_cells = found
+    assert (hidden, across_cells) == (0, 0)
+    assert shown > 0
+
+
+def test_without_its_script_a_page_shows_each_legend_once(
+    browser: Browser, built: Path, tmp_path: Path
+) -> None:
+    plain = tmp_path / "report.html"
+    plain.write_text(re.sub(r"<script>.*?</script>", "", built.read_text(), flags=re.DOTALL))
+    page = browser.open(plain, width=390)
+    assert page.run("document.querySelectorAll('svg.legend').length") > 5
+    assert page.run(
+        "[...document.querySelectorAll('svg.legend')].every((o) => !o.checkVisibility())"
+    )
+
+
 def test_a_column_is_hidden_and_shown_again(page: Page) -> None:
     box = "document.querySelectorAll('#setting-1-1 .tools input[type=checkbox]')[3]"
     hidden = f"[...{RESULTS}.rows].map((row) => row.cells[3].hidden)"
@@ -128,8 +168,8 @@ def test_a_narrow_screen_shows_a_figure_whole_and_its_legend_below(
     assert (is_shown, is_below) == (True, False)
     narrow = browser.open(built, width=390)
     figure, legend = narrow.run(places)
-    assert figure[:3] == [14, 376, True]  # as wide as the text: nothing is to be scrolled
-    assert legend[1] <= 376
+    assert figure[0] == 14
+    assert figure[1] < 520  # without the place of its legend, a third of it is to be scrolled to
     assert legend[2]
     assert legend[3] > figure[3]
     # What is drawn as the legend is no longer in the figure's own picture.
@@ -141,6 +181,49 @@ def test_a_narrow_screen_shows_a_figure_whole_and_its_legend_below(
     assert narrow.run(hidden) is True
     for page in (wide, narrow):
         assert page.errors == []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_letters_of_figures_can_be_read(browser: Browser, built: Path, width: int) -> None:
+    """At least nine pixels, whatever is smallest in a figure."""
+    page = browser.open(built, width=width)
+    sizes = page.run(
+        """[...document.querySelectorAll("svg.picture, svg.legend")].filter(
+            (one) => one.checkVisibility()).map((one) => one.getBoundingClientRect().width /
+            one.viewBox.baseVal.width * Number(one.style.getPropertyValue("--smallest")))"""
+    )
+    assert len(sizes) >= 9
+    assert min(sizes) > 8.9
+    assert page.run("document.documentElement.scrollWidth") == width
+
+
+def test_what_is_printed_can_be_read_and_each_page_of_a_table_has_its_heads(
+    built: Path, browser: Browser, tmp_path: Path
+) -> None:
+    page = browser.open(built)
+    page.call("Emulation.setEmulatedMedia", media="print")
+    page.call(
+        "Emulation.setDeviceMetricsOverride",
+        **{"width": 1032, "height": 700, "deviceScaleFactor": 1, "mobile": False},  # 273 mm
+    )
+    points = page.run(
+        """[...document.querySelectorAll("svg.picture")].map((one) =>
+            one.getBoundingClientRect().width / one.viewBox.baseVal.width * 72 / 96 *
+            Number(one.style.getPropertyValue("--smallest")))"""
+    )
+    assert min(points) > 6
+    file = tmp_path / "report.pdf"
+    data = page.call("Page.printToPDF", preferCSSPageSize=True)["data"]
+    file.write_bytes(base64.b64decode(data))
+    if shutil.which("pdftotext") is None:
+        pytest.skip("needs pdftotext, and there is none on this machine")
+    command = ["pdftotext", "-layout", str(file), "-"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    row = re.compile(r"^ *[A-Z][\w -]* +\d+ +(?:\d+|–) +\d+\.\d \[", re.MULTILINE)
+    of_results = [one for one in text.split("\f") if row.search(one)]
+    assert len(of_results) > 1
+    for one in of_results:
+        assert re.search(r"Method +k +rbit +Score", one)
 
 
 def test_the_contents_of_a_narrow_screen_follow_the_reader(browser: Browser, built: Path) -> None:
@@ -279,6 +362,14 @@ def test_text_and_figures_are_clear_on_either_paper(
             .map((one) => getComputedStyle(one).stroke).filter((one) => one !== "none")"""
     )
     assert ("rgb(0, 0, 0)" in colours) is not dark
+    # A heat map's cells, of which the lowest score has the paper's colour.
+    assert page.run("document.querySelectorAll('svg.picture image').length") == 0
+    cells = page.run(
+        """[...document.querySelectorAll("#subtasks [id*=QuadMesh] path")]
+            .map((one) => getComputedStyle(one).fill)"""
+    )
+    assert ("rgb(8, 69, 126)" in cells) is not dark  # the best score on white paper
+    assert len(set(cells)) > 5
 
 
 def test_what_is_printed_has_everything_and_no_tools(page: Page) -> None:

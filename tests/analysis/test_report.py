@@ -15,7 +15,7 @@ from topkbench.analysis.comparison.configurations import Comparison, compare
 from topkbench.analysis.comparison.metrics import METRICS
 from topkbench.analysis.figures.bars import ablation
 from topkbench.analysis.figures.curves import context_curve, curve
-from topkbench.analysis.figures.pareto import on_front, pareto
+from topkbench.analysis.figures.pareto import pareto
 from topkbench.analysis.figures.plots import draw_all
 from topkbench.analysis.record.samples_file import samples_bytes
 from topkbench.analysis.record.store import RecordError, Row, Sweep, frame
@@ -49,6 +49,15 @@ def test_a_report_writes_all_files(built: Path) -> None:
     assert len(pd.read_parquet(folder / "samples.parquet")) == 33 * 125
 
 
+@pytest.mark.usefixtures("pictures")
+def test_a_page_stays_small(small_sweep: Sweep, tmp_path: Path) -> None:
+    """The league's page, of 28 figures with up to 4,000 marks, must be below 8 MB: 280 kB each."""
+    page = report.build(small_sweep.folder, tmp_path)
+    number = page.read_text().count('class="picture')
+    assert number >= 6
+    assert page.stat().st_size < 100_000 * number
+
+
 def test_the_html_report_is_a_single_file(built: Path) -> None:
     page = built.read_text()
     assert re.findall(r'(?:src|@import|url)=?"?\(?"?(?:https?:)?//', page) == []
@@ -56,6 +65,7 @@ def test_the_html_report_is_a_single_file(built: Path) -> None:
     assert re.findall(r"<script[^>]*src", page) == []
     assert "page_size must divide the capacity, got 17." in page
     assert "1 failed, 1 skipped" in page
+    assert "Methods: Full attention, Exact top-k, HATA, Quest, Loki, StreamingLLM." in page
     for text in ("tiny, ruler, 4,096 tokens, question=sparse", "n = 125 samples", "fb6212e9d0c1"):
         assert text in page
 
@@ -208,7 +218,7 @@ def test_an_empty_folder_among_several_is_left_out(
     assert report.main(arguments) == 0
     error = capsys.readouterr().err
     assert error.startswith(f"{empty} is empty and left out.\nreport: setting 1 of 1, tiny, ")
-    assert error.count("\n") == 3  # what is at work is said
+    assert error.count("\n") == 2  # what is at work is said, once
     assert len(pd.read_parquet(tmp_path / "merged" / "rows.parquet")) == 5 * 6
     assert report.main([str(empty)]) == 2  # alone it is an error
 
@@ -489,11 +499,6 @@ def test_a_curve_needs_two_points(row: Callable[..., Row]) -> None:
     assert curve(configurations, "score", "k") is None
     assert curve(configurations, "recall_at_k", "k") is None
     assert pareto(configurations) is None
-
-
-def test_the_pareto_front_by_hand() -> None:
-    cost, gain = [1, 2, 2, 3, 4, 1], [10, 30, 20, 30, 40, 10]
-    assert on_front(cost, gain) == [True, True, False, False, True, True]
 
 
 def test_a_percentage_says_of_what() -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from topkbench.analysis.comparison.configurations import compare
-from topkbench.analysis.record.store import Sweep
+from topkbench.analysis.record.store import Row, Sweep
 from topkbench.analysis.report import samples_page
 from topkbench.analysis.report.build import load
 from topkbench.analysis.report.samples import (
@@ -186,6 +186,19 @@ def test_the_command_shows_what_is_lost(sweep: Sweep, capsys: pytest.CaptureFixt
         "1 of 2 prompts with an answer that scores lower than full attention's; --limit=N shows"
         " more.",
     ]
+
+
+def test_the_command_says_that_a_sweep_has_not_finished(
+    sweep: Sweep, row: Callable[..., Row], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(sweep.folder)]) == 0
+    assert "incomplete" not in capsys.readouterr().out
+    begun = sweep.store.cell("f" * 16)
+    begun.begin(row(run_id="f" * 16, method="loki", k=64))
+    sweep.append("f" * 16)
+    assert main([str(sweep.folder)]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == "These results are incomplete: 1 of 4 cells have not finished."
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,12 @@ TRIALS = [
 def searched(tmp_path: Path, row: Callable[..., Row]) -> Callable[..., Sweep]:
     """Make the sweep of a search with some objectives."""
 
-    def make(*objectives: str) -> Sweep:
+    def make(*objectives: str, half: float = 5) -> Sweep:
         sweep = Sweep(tmp_path / "search" / "now", tmp_path)
         for page_size, name, score, read in TRIALS:
             found: dict[str, Any] = {"status": Status.FAILED, "reason": "it failed."}
             if score is not None and read is not None:
-                ends = {"score_ci_low": score - 5, "score_ci_high": score + 5}
+                ends = {"score_ci_low": score - half, "score_ci_high": score + half}
                 found = {"score": score, "bytes_read_per_step": read * MIB, **ends}
             own = row(run_id=name, method="quest", k=16, protocol="unified", **found)
             own.parameters = {"page_size": int(page_size)}
@@ -87,6 +87,14 @@ def test_the_front_has_what_no_trial_dominates(searched: Callable[..., Sweep]) -
         "score": [90.0, 80.0, 50.0],
         "bytes_read_per_step": [4 * MIB, 2 * MIB, 1 * MIB],
     }
+
+
+def test_the_front_has_only_what_intervals_tell_apart(searched: Callable[..., Sweep]) -> None:
+    """With 10 to either side, 90 is not told from 80, nor 50 from 40, which reads as much."""
+    sweep = searched("score", "bytes_read_per_step", half=10)
+    found = search.outcome(sweep, sweep.rows())
+    assert found is not None
+    assert list(found.best["trials"]) == ["1, 3", "0", "6"]
 
 
 def test_one_objective_has_its_best_trials(searched: Callable[..., Sweep]) -> None:

@@ -45,8 +45,6 @@ def lab(colour: str, vision: str) -> np.ndarray:
 def test_a_method_looks_the_same_everywhere() -> None:
     assert style.style("my_method") == style.style("my_method")
     assert style.style("my_method").label == "my_method"
-    assert style.shade("#000000", 0) == "#000000"
-    assert style.shade("#000000", 1) == "#808080"
 
 
 def test_every_method_that_ships_has_its_label_and_colour() -> None:
@@ -121,11 +119,9 @@ def test_every_colour_is_clear_on_dark_paper_and_keeps_its_hue() -> None:
 
     The grey of methods that are not highlighted is fainter on both papers.
     """
-    stylesheet = Path(page.__file__).with_name("report.css").read_text()
-    paper = luminance(re.search(r"--paper: light-dark\(#ffffff, (#\w+)\)", stylesheet)[1])
     for name, colour in colours().items():
         dark = on_dark_paper(colour)
-        assert (luminance(dark) + 0.05) / (paper + 0.05) > (2.5 if name == "others" else 3), name
+        assert contrast(dark, dark_paper()) > (2.5 if name == "others" else 3), name
         (_, *before), (_, *after) = lab(colour, "normal"), lab(dark, "normal")
         if np.hypot(*before) < 12:  # a grey
             assert np.hypot(*after) < 12, name
@@ -134,18 +130,82 @@ def test_every_colour_is_clear_on_dark_paper_and_keeps_its_hue() -> None:
         assert abs((turn + 180) % 360 - 180) < 20, (name, turn)
 
 
+def contrast(colour: str, paper: str) -> float:
+    """Return the contrast of two colours: WCAG 2.2."""
+
+    def luminance(one: str) -> float:
+        parts = np.array([int(one[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return float(linear @ TO_XYZ[1])
+
+    lighter, darker = sorted((luminance(colour), luminance(paper)))[::-1]
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def dark_paper() -> str:
+    stylesheet = Path(page.__file__).with_name("report.css").read_text()
+    found = re.search(r"--paper: light-dark\(#ffffff, (#\w+)\)", stylesheet)
+    assert found is not None
+    assert found[1] == style.DARK_PAPER.lower()
+    return found[1]
+
+
+def test_shades_of_hash_bits_and_budgets_are_told_apart_and_clear_on_either_paper() -> None:
+    """Of up to five, as many as a sweep has budgets: the neighbours, whose dashes also differ.
+
+    4.6 is twice the just noticeable difference. A colour that is itself fainter than three to one
+    on white, as the markers of some methods are, has no shade that is fainter still.
+    """
+    for name, colour in [*colours().items(), ("models", "#222222")]:
+        if name == "others":
+            continue
+        shades = [style.shade(colour, place / 4) for place in range(5)]
+        assert shades[0] == colour.upper()
+        for paper, drawn in (
+            ("#ffffff", shades),
+            (dark_paper(), [on_dark_paper(one.lower()) for one in shades]),
+        ):
+            least = min(3, contrast(drawn[0], paper))
+            assert min(contrast(one, paper) for one in drawn) > least - 0.01, (name, paper)
+            for vision in VISIONS:
+                for one, other in itertools.pairwise(drawn):
+                    apart = np.linalg.norm(lab(one, vision) - lab(other, vision))
+                    assert apart > 4.6, (name, paper, vision, apart)
+
+
+def test_shades_of_a_method_that_only_rows_know_are_told_apart_on_dark_paper() -> None:
+    columns = ["method", "method_label", "method_colour", "started_at"]
+    rows = pd.DataFrame([("toy", "Toy", "#1A2B6C", "2026-01-01")], columns=columns)
+    with style.recorded(rows):
+        dark = [on_dark_paper(style.shade("#1A2B6C", place / 4).lower()) for place in range(5)]
+    for one, other in itertools.pairwise(dark):
+        assert np.linalg.norm(lab(one, "normal") - lab(other, "normal")) > 4.6
+
+
+def test_cells_of_a_heat_map_have_clear_numbers_and_an_order_on_either_paper() -> None:
+    cells = style.scale()
+    assert len(cells) == 101  # one for each point of a score
+    assert (cells[0], cells[100]) == ("#FFFFFF", "#08457E")
+    inks = [style.cell_ink(one) for one in cells]
+    assert page._on_both(cells[0]) == "var(--paper)"
+    on_dark = [dark_paper(), *(on_dark_paper(one.lower()) for one in cells[1:])]
+    for paper, drawn, written in (
+        ("#ffffff", cells, inks),
+        (dark_paper(), on_dark, [on_dark_paper(one.lower()) for one in inks]),
+    ):
+        for cell, ink in zip(drawn, written, strict=True):
+            assert contrast(cell, ink) > 4.5, (cell, ink)
+        away = [contrast(one, paper) for one in drawn]
+        assert all(one < other for one, other in itertools.pairwise(away[::5]))
+        for vision in VISIONS:
+            for one, other in itertools.pairwise(drawn[::10]):
+                assert np.linalg.norm(lab(one, vision) - lab(other, vision)) > 2.3
+
+
 def test_names_are_written_in_colours_that_are_clear_on_white() -> None:
     for name, colour in colours().items():
-        text = style.for_text(colour)
-        assert 1.05 / (luminance(text) + 0.05) >= 4.5, name
+        assert contrast(style.for_text(colour), "#ffffff") >= 4.5, name
     assert style.for_text("#0072B2") == "#0072B2"  # clear as it is
-
-
-def luminance(colour: str) -> float:
-    """Return a colour's relative luminance: WCAG 2.2."""
-    parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-    return float(linear @ TO_XYZ[1])
 
 
 @pytest.mark.parametrize("vision", VISIONS)

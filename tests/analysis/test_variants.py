@@ -360,6 +360,12 @@ def test_lengths_and_depths_give_a_heatmap(row: RowMaker, tmp_path: Path) -> Non
     assert len(data) == 12
     drawn = {one.name for one in draw_all(configurations, tmp_path, "words")}
     assert "needle_heatmap" in drawn
+    # A score that lies between two whole numbers is not rounded to the even one.
+    half = configurations.assign(score=configurations["score"].replace({25.0: 0.5, 50.0: 62.5}))
+    made = needle_heatmap(half)
+    assert made is not None
+    numbers = [text.get_text() for text in made[0].axes[1].texts]
+    assert numbers == ["0", "0", "0.5", "0.5", "62.5", "62.5"]
     assert "subtasks" not in drawn
 
 

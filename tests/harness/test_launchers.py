@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -387,6 +388,25 @@ print(time.monotonic(), flush=True)
     user = other("together")
     with using(cpu, alone=False):  # two at a time
         pass
+    # Who waits long is told for whom; a process that was killed has left a note that says nothing.
+    said: list[str] = []
+
+    def end_user(text: str) -> None:
+        said.append(text)
+        assert user.stdin is not None
+        user.stdin.close()
+
+    (folder,) = tmp_path.iterdir()
+    (folder / "cpu.lock-0.json").write_text('{"pid": 999999999}')
+    with monkeypatch.context() as patched:
+        patched.setattr(device_use, "say", end_user)
+        patched.setattr(device_use, "PATIENCE_S", 0)
+        with using(cpu, alone=True):
+            pass
+    name, place = f"process {user.pid}", re.escape(str(Path.cwd()))
+    (words,) = said
+    assert re.fullmatch(rf"waiting for cpu, on which {name} works since \S+, in {place}", words)
+    user = other("together")
     timer = subprocess.Popen(
         [sys.executable, "-c", code, "alone"],
         stdin=subprocess.PIPE,

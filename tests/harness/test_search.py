@@ -11,6 +11,7 @@ import optuna
 import pandas as pd
 import pytest
 
+from topkbench.analysis.figures.pareto import front_of
 from topkbench.analysis.record.files import locked
 from topkbench.analysis.record.store import RecordError, Sweep
 from topkbench.harness import search
@@ -126,7 +127,9 @@ def test_trials_are_cells_of_one_group_prefilled_once_a_batch(whole: Searches) -
 
 
 @pytest.mark.slow
-def test_the_reports_front_is_the_one_computed_by_hand(whole: Searches) -> None:
+def test_the_studys_front_is_by_points_and_the_reports_by_intervals(
+    whole: Searches,
+) -> None:
     rows = whole.rows
     own = rows[rows["method"] == "quest"]
     points = {str(cell): (row["score"], row["bytes_read_per_step"]) for cell, row in own.iterrows()}
@@ -143,6 +146,8 @@ def test_the_reports_front_is_the_one_computed_by_hand(whole: Searches) -> None:
     assert 1 < len(front) < len(points)
     of_study = optuna.load_study(storage=f"sqlite:///{whole.study}", study_name="search")
     assert {one.user_attrs["cell"] for one in of_study.best_trials} == front
+    apart = front_of(own, "bytes_read_per_step")
+    front = {str(cell) for cell, is_on in zip(own.index, apart, strict=True) if is_on}
     numbers: dict[str, list[str]] = {}
     for one in whole.record["ended"]:
         numbers.setdefault(one["run_id"], []).append(str(one["trial"]))
