@@ -62,7 +62,9 @@ per sample: their intervals are over a configuration's seeds."""
 _OF_TIMES = (*_MEDIANS, *_RATIO_ENDS, "decode_vs_full", "bandwidth_fraction", "bandwidth_gb_s")
 """Columns that depend on the number of threads."""
 _ENDS = tuple(end for name in (*OVER_SEEDS, *OVER_WINDOWS) for end in ends_of(name))
-_SCORES = ("score", *ends_of("score"), "delta_full", *ends_of("delta_full"))
+_SCORES = tuple(
+    column for name in ("score", "delta_full", "turn_change") for column in (name, *ends_of(name))
+)
 
 
 def without_parameters(configurations: pd.DataFrame) -> pd.DataFrame:
@@ -481,7 +483,7 @@ def _own_scores(part: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     if len(part) == 1:
         return {name: _number(part[0][name]) for name in _SCORES}
     return {
-        name: _number(_numbers(part, name).mean()) if name in ("score", "delta_full") else None
+        name: None if name.endswith(("_low", "_high")) else _number(_numbers(part, name).mean())
         for name in _SCORES
     }
 
@@ -684,6 +686,7 @@ def _best(configurations: pd.DataFrame, pools: Mapping[str, pd.DataFrame]) -> pd
         tied = [ranked.index[0]]
         for index, configuration in ranked.iloc[1:].iterrows():
             pairs = both(top, str(configuration["configuration_id"]), key["subtask"])
+            pairs = stats.independent(pairs) if len(pairs) else pairs
             gap = (
                 stats.paired_interval(pairs["score"], pairs["other"], pairs["subtask"])
                 if len(pairs)
