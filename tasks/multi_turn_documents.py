@@ -232,7 +232,7 @@ def _parse(entry: bytes | dict[str, Any], number: int, location: str, num_turns:
         )
 
     values = columns_of(entry, location, bad)
-    name = "context" if "context" in values else "input"
+    name = "input" if "input" in values and "context" not in values else "context"
     context = _text(values.get(name), name, bad)
     turns = values.get("multi_turns")
     if not isinstance(turns, list) or len(turns) < num_turns:
