@@ -5,7 +5,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from topkbench.harness.decoding import Prompt, positions_of
 from topkbench.harness.generation import GenerationTask
@@ -21,6 +21,7 @@ from topkbench.tasks.multi_turn_documents import (
     VERSION,
     Document,
     Documents,
+    Wording,
     asking_order,
     read_documents,
     write_document,
@@ -76,6 +77,8 @@ class MultiTurn(GenerationTask):
         num_samples: Documents.
         seed: Seed of the documents; document ``i`` does not depend on ``num_samples``.
         num_turns: Questions about each document.
+        wording: Of what documents are made: ``"words"``, random words, on which the shipped model
+            is trained; ``"ruler"``, RULER's needles in noise; None for the one that suits a model.
         new_tokens: Tokens of each answer, at most; None for those of the reference and 8 more.
         prefill_history: Prefill also the turns before each question, so that every turn begins from
             a prefill of its own: what a turn then scores is not lost from turn to turn.
@@ -89,6 +92,7 @@ class MultiTurn(GenerationTask):
     num_samples: int = 25
     seed: int = 0
     num_turns: int = 3
+    wording: Wording | None = None
     new_tokens: int | None = None
     prefill_history: bool = False
     source: str | None = None
@@ -103,6 +107,8 @@ class MultiTurn(GenerationTask):
         check_whole("seed", self.seed, least=0)
         check_whole("length", self.prompt_length)
         check_whole("task.num_turns", self.num_turns, least=2)
+        if self.wording not in (None, *get_args(Wording)):
+            raise ValueError(f"task.wording must be words, ruler or null, got {self.wording!r}.")
         if self.new_tokens is not None:
             check_whole("task.new_tokens", self.new_tokens)
         if self.source is None:
@@ -112,11 +118,12 @@ class MultiTurn(GenerationTask):
                     " task.source, or leave it out."
                 )
             return
-        if self.length is not None:
-            raise ValueError(
-                "task.length must be null with task.source, whose documents are written already,"
-                f" got {self.length}; use task.length=null."
-            )
+        for setting in ("length", "wording"):
+            if getattr(self, setting) is not None:
+                raise ValueError(
+                    f"task.{setting} must be null with task.source, whose documents are written"
+                    f" already, got {getattr(self, setting)!r}; use task.{setting}=null."
+                )
         self._read = read_documents(self.source, self.num_samples, self.num_turns, self.skip_bad)
 
     @property
@@ -135,10 +142,16 @@ class MultiTurn(GenerationTask):
 
     def prompts(self, loaded: LoadedModel) -> str:
         found = f"topkbench {VERSION}"
+        if self._wording(loaded) == "ruler":
+            found += ", RULER's wording"
         if self._read is not None:
             how = "chat template" if loaded.chat else "raw"
             found = f"files {self._read.label} ({how})"
         return f"{found}, history prefilled" if self.prefill_history else found
+
+    def _wording(self, loaded: LoadedModel) -> Wording:
+        """Return of what documents are made for a model."""
+        return self.wording or ("words" if loaded.short_answers else "ruler")
 
     def sample_counts(self, subtask: str) -> dict[str, Any]:
         if self._read is None:
@@ -165,7 +178,14 @@ class MultiTurn(GenerationTask):
 
     def tokenised(self, loaded: LoadedModel) -> list[Prompt]:
         settings = [
-            *(self.length, self.num_samples, self.seed, self.num_turns, self.new_tokens),
+            *(
+                self.length,
+                self.num_samples,
+                self._wording(loaded),
+                self.seed,
+                self.num_turns,
+                self.new_tokens,
+            ),
             *(self.prefill_history, self.question, self.source, self.skip_bad),
             *(loaded.name, loaded.window, loaded.chat, str(loaded.chat_template_kwargs)),
             *(self.prompts(loaded), tokenizer_digest(loaded.tokenizer)),
@@ -179,12 +199,13 @@ class MultiTurn(GenerationTask):
     def _draw(self, loaded: LoadedModel) -> _Drawn:
         drawn = _Drawn()
         if self._read is None:
+            check_window("task.length", self.prompt_length, loaded.name, loaded.window)
             for index in range(self.num_samples):
                 drawn.prompts += self._written(loaded, index)
             return drawn
         for document in self._read.documents:
             try:
-                drawn.prompts += self._prompts(loaded, document)
+                drawn.prompts += _fitting(loaded, self._prompts(loaded, document))
             except TaskDoesNotFit:
                 if not self.skip_bad:
                     raise
@@ -204,13 +225,18 @@ class MultiTurn(GenerationTask):
 
         name, length = f"{self.prompt_length}-{self.seed}-{index}", self.prompt_length
         order = asking_order(self.seed, index, self.num_turns)
+        wording = self._wording(loaded)
         budget = length
         while True:
             rng = random.Random(f"{self.seed}-multi_turn-{length}-{index}")
-            prompts = self._prompts(loaded, write_document(name, rng, order, budget, count))
+            document = write_document(name, rng, order, budget, count, wording)
+            prompts = self._prompts(loaded, document)
             used = _most(prompts)
             if used <= length:
-                return [replace(one, sample=replace(one.sample, length=used)) for one in prompts]
+                return [
+                    replace(one, sample=replace(one.sample, length=used))
+                    for one in _fitting(loaded, prompts)
+                ]
             budget -= used - length
 
     def _prompts(self, loaded: LoadedModel, document: Document) -> list[Prompt]:
@@ -218,9 +244,6 @@ class MultiTurn(GenerationTask):
 
         The conversation is encoded as a whole and cut, so all turns have the same tokens; a token
         that reaches over the end of a question belongs to its answer.
-
-        Raises:
-            TaskDoesNotFit: If it does not fit the model's window.
         """
         whole = _conversation(loaded, document)
 
@@ -249,21 +272,7 @@ class MultiTurn(GenerationTask):
                 document=document.name,
             )
             prompts.append(Prompt(sample, prefilled, given[len(prefilled) :]))
-        total = _most(prompts)
-        if total > loaded.window:
-            raise TaskDoesNotFit(
-                f"a document and its turns must fit the window of {loaded.window} tokens of"
-                f" {loaded.name}, got {total} in {document.name}; use a smaller"
-                + (
-                    " task.num_turns or task.skip_bad=true."
-                    if self._read is not None
-                    else " task.length."
-                )
-            )
-        return [
-            replace(one, is_long=positions_of(loaded, len(one.prefill_ids), total, document.name))
-            for one in prompts
-        ]
+        return prompts
 
     def outcome(
         self,
@@ -283,6 +292,25 @@ class MultiTurn(GenerationTask):
             for one in found.samples
         ]
         return replace(found, samples=samples)
+
+
+def _fitting(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Return a document's prompts with how their positions are rotated.
+
+    Raises:
+        TaskDoesNotFit: If they do not fit the model.
+    """
+    total, document = _most(prompts), prompts[0].sample.document
+    if total > loaded.window:
+        raise TaskDoesNotFit(
+            f"a document and its turns must fit the window of {loaded.window} tokens of"
+            f" {loaded.name}, got {total} in {document}; use a smaller task.num_turns, or"
+            " task.skip_bad=true to leave it out."
+        )
+    return [
+        replace(one, is_long=positions_of(loaded, len(one.prefill_ids), total, document))
+        for one in prompts
+    ]
 
 
 def _count(loaded: LoadedModel, text: str) -> int:

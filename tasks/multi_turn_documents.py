@@ -7,10 +7,12 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from topkbench.tasks.hub import PREFIX, HubDataset, hub_rows, parse_hub
 from topkbench.tasks.ruler_files import SURROGATE, BadLine, columns_of, entries, is_invisible
+from topkbench.tasks.ruler_prompts import NOISE, ONE_VALUE, distinct, drawn_text
+from topkbench.tasks.ruler_prompts import needle as ruler_needle
 from topkbench.tasks.ruler_words_prompts import (
     FACTS,
     CountTokens,
@@ -22,6 +24,8 @@ from topkbench.tasks.ruler_words_prompts import (
     scatter,
 )
 from topkbench.tasks.words import word_pools
+
+Wording = Literal["words", "ruler"]
 
 VERSION = 1
 """Counts the changes of the documents that are written here: rows of different ones are not
@@ -92,10 +96,32 @@ def asking_order(seed: int, index: int, num_turns: int) -> list[int]:
     return order[shift:] + order[:shift]
 
 
+@dataclass(frozen=True)
+class _Material:
+    """What a document is made of.
+
+    Attributes:
+        before: The text before the haystack.
+        needles: The needles, and
+        turns: the question about each of them.
+        filler: Returns a piece of the haystack.
+    """
+
+    before: str
+    needles: list[str]
+    turns: list[Turn]
+    filler: Callable[[], str]
+
+
 def write_document(
-    name: str, rng: random.Random, order: list[int], budget: int, count: CountTokens
+    name: str,
+    rng: random.Random,
+    order: list[int],
+    budget: int,
+    count: CountTokens,
+    wording: Wording,
 ) -> Document:
-    """Return a document of random words that hides one needle for each question.
+    """Return a document that hides one needle for each question.
 
     Args:
         name: Its name.
@@ -103,34 +129,61 @@ def write_document(
         order: Which needle each question asks for, by their order in the document.
         budget: Tokens of document, questions and answers together.
         count: Returns the number of tokens of a text.
+        wording: Of what it is made.
 
     Raises:
         TaskDoesNotFit: If a haystack has no room.
     """
+    make = _of_words if wording == "words" else _of_ruler
+    made = make(rng, len(order))
+    texts = [text for one in made.turns for text in (one.question, one.answer_prefix)]
+    texts += [one.reference for one in made.turns]
+    left = budget - sum(map(count, (made.before, *made.needles, *texts)))
+    haystack = fill(left, count, made.filler)
+    context = made.before + scatter(rng, haystack, made.needles, ordered=True)
+    turns = tuple(made.turns[place] for place in order)
+    return Document(name=name, context=context.rstrip("\n"), turns=turns)
+
+
+def _of_words(rng: random.Random, num_turns: int) -> _Material:
+    """Return random words, in the wording on which the shipped model is trained."""
     words = word_pools()[0]
     key_words, value_words = halves(words)
-    keys = rng.sample(key_words, len(order))
+    keys = rng.sample(key_words, num_turns)
     # No word is in two values: an answer tells which needle was found.
-    drawn = rng.sample(value_words, 2 * len(order))
+    drawn = rng.sample(value_words, 2 * num_turns)
     values = [f"{first} {second}" for first, second in zip(drawn[::2], drawn[1::2], strict=True)]
-    needles = [needle(key, value) for key, value in zip(keys, values, strict=True)]
     turns = []
-    for place in order:
-        question, prefix, reference = ask_one(keys[place], values[place])
+    for key, value in zip(keys, values, strict=True):
+        question, prefix, reference = ask_one(key, value)
+        turns.append(
+            Turn(question=question, answer_prefix=prefix, reference=reference, answers=(value,))
+        )
+    others = [word for word in words if word not in keys]
+    needles = [needle(key, value) for key, value in zip(keys, values, strict=True)]
+    return _Material(FACTS, needles, turns, lambda: filler(rng, others))
+
+
+def _of_ruler(rng: random.Random, num_turns: int) -> _Material:
+    """Return RULER's needles, numbers under two words each, in its noise."""
+    keys = distinct(lambda: drawn_text(rng, "word"), num_turns)
+    values = distinct(lambda: drawn_text(rng, "number"), num_turns)
+    turns = []
+    for key, value in zip(keys, values, strict=True):
+        asked = ONE_VALUE.around("", (value,), value="number", query=key)
         turns.append(
             Turn(
-                question=question,
-                answer_prefix=prefix,
-                reference=reference,
-                answers=(values[place],),
+                question=asked.question,
+                answer_prefix=asked.answer_prefix,
+                reference=f" {value}.",
+                answers=asked.answers,
             )
         )
-    texts = [text for turn in turns for text in (turn.question, turn.answer_prefix, turn.reference)]
-    others = [word for word in words if word not in keys]
-    left = budget - sum(map(count, (FACTS, *needles, *texts)))
-    haystack = fill(left, count, lambda: filler(rng, others))
-    context = FACTS + scatter(rng, haystack, needles, ordered=True)
-    return Document(name=name, context=context, turns=tuple(turns))
+    needles = [
+        f"{ruler_needle('number', key, value)}\n" for key, value in zip(keys, values, strict=True)
+    ]
+    before = ONE_VALUE.before.format(value="number")
+    return _Material(before, needles, turns, lambda: f"{NOISE}\n")
 
 
 # Read from files ----------------------------------------------------------------------------------

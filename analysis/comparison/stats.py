@@ -405,14 +405,11 @@ def _turn_change(data: pd.DataFrame, part: pd.DataFrame) -> dict[str, float | No
         part: Those of one turn, or all for the mean.
     """
     none: dict[str, float | None] = dict.fromkeys(_TURN_CHANGE)
-    if "turn" not in data or part["turn"].nunique() != 1:
-        return none
-    first = data["turn"].min()
-    if part["turn"].iloc[0] == first:
+    if "turn" not in data or part["turn"].nunique() != 1 or part["turn"].iloc[0] == 1:
         return none
     keys = [name for name in ("seed", "document") if name in data]
     columns = [*keys, "score"]
-    both = part[columns].merge(data.loc[data["turn"] == first, columns], on=keys)
+    both = part[columns].merge(data.loc[data["turn"] == 1, columns], on=keys)
     if not len(both):
         return none
     change = paired_interval(both["score_x"], both["score_y"])

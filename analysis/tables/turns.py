@@ -26,9 +26,8 @@ def turn_table(configurations: pd.DataFrame) -> Table | None:
     ]
     turns = list(dict.fromkeys(data["subtask"]))
     changing = [turn for turn in turns if turn in set(later["subtask"])]
-    first = next(turn for turn in turns if turn not in changing)
     heads = ["Method", "k", "rbit", *(f"{turn} (0–100)" for turn in turns)]
-    heads += [f"{first} to {turn} (points)" for turn in changing]
+    heads += [f"{turns[0]} to {turn} (points)" for turn in changing]
     rows = []
     for _, part in data.groupby("configuration_id", sort=False):
         cells = [str(part["label"].iloc[0]), whole(part["k"].iloc[0]), whole(part["rbit"].iloc[0])]

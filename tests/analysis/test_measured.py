@@ -104,7 +104,7 @@ def test_the_page_on_ruler_shows_the_measured_rows() -> None:
 
 
 def test_the_page_on_turns_shows_the_measured_rows() -> None:
-    found = compare(rows(MEASURED / "epyc_zen3_turns" / "multi_turn.csv"))
+    found = compare(rows(MEASURED / "epyc_zen3_1_thread" / "multi_turn.csv"))
     page = (ROOT / "docs" / "turns.md").read_text(encoding="utf-8")
     changes = {}
     for key, configurations in found.by_setting():

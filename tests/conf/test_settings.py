@@ -216,6 +216,7 @@ BAD = {
     "task=lm_eval task.truncate=left": "task.truncate must be",
     "task=lm_eval task.question_fields=a": "task.question_fields must be a list of texts, got 'a'",
     "task=multi_turn task.num_turns=1": "task.num_turns must be at least 2, got 1.",
+    "task=multi_turn task.wording=german": "task.wording must be",
     "task=multi_turn task.new_tokens=0": "task.new_tokens must be at least 1, got 0.",
     "task=multi_turn task.prefill_history=1": "task.prefill_history must be true or false, got 1.",
     "task=ruler task.source=/no/such/file": "task.source must be a file of JSON lines or Parquet",

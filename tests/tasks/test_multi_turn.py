@@ -20,6 +20,7 @@ from topkbench.harness.runner import JournaledCell
 from topkbench.harness.samples import TaskDoesNotFit
 from topkbench.harness.sweep import PromptCell, run_by_prompts
 from topkbench.harness.task import Context, Outcome
+from topkbench.harness.work import PlannedCell, Work
 from topkbench.methods.base import AnyMethod, Policy
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.full import FullAttention
@@ -125,6 +126,23 @@ def test_a_document_does_not_depend_on_the_number_of_documents(loaded: LoadedMod
     )
 
 
+def test_other_models_than_the_shipped_one_get_rulers_wording(loaded: LoadedModel) -> None:
+    other = replace(loaded, short_answers=False, window=4096)
+    task = make(length=3000, num_samples=1)
+    samples = task.samples(other)
+    assert task.prompts(other) == "topkbench 1, RULER's wording"
+    assert task.prompts(loaded) == "topkbench 1"
+    for sample in samples:
+        (value,) = sample.answers
+        key = sample.question.removeprefix("\nWhat is the special magic number for ").split()[0]
+        needle = f"\nOne of the special magic numbers for {key} is: {value}.\n"
+        assert sample.context.count(needle.rstrip("\n")) == 1
+        assert sample.answer_prefix.startswith(f" The special magic number for {key} mentioned")
+    wide = replace(loaded, window=4096)
+    asked = make(length=3000, num_samples=1, wording="ruler").samples(wide)
+    assert [one.context for one in asked] == [one.context for one in samples]
+
+
 def test_in_a_chat_template_turns_are_messages(loaded: LoadedModel) -> None:
     tokenizer = copy.deepcopy(loaded.tokenizer)
     tokenizer.chat_template = CONVERSATION
@@ -167,6 +185,18 @@ def test_a_sweep_prefills_each_document_once_and_a_batch_answers_as_its_prompts_
         assert [one["turn"] for one in found.samples] == [1, 2, 3] * 3
         alone = run(make(**few, batch_size=1), loaded, method, 32)
         assert [one["tokens"] for one in found.samples] == [one["tokens"] for one in alone.samples]
+
+
+def test_a_plan_counts_a_documents_prefill_once(loaded: LoadedModel) -> None:
+    task = make(batch_size=2)
+    own = context(loaded, ExactTopK(), 32, PrefillStore(loaded.model))
+    cell = PlannedCell(SimpleNamespace(), None, "exact", False)  # type: ignore[arg-type]
+    cell.measured = JournaledCell.of(own, task, task.tokenised(loaded))
+    work = Work([cell])
+    assert [len(one) for one in work.batches] == [6, 3]
+    assert [len(one) for one in work.prefills] == [2, 1]
+    # The documents of a batch decode together, one turn after the other.
+    assert [len(one.prompts) for one in work.parts()] == [2, 2, 2, 1, 1, 1]
 
 
 def test_a_killed_sweep_goes_on(
@@ -416,6 +446,7 @@ def test_a_file_without_documents_is_refused(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"num_turns": 1}, "task.num_turns must be at least 2, got 1"),
+        ({"wording": "own"}, "task.wording must be words, ruler or null, got 'own'"),
         ({"new_tokens": 0}, "task.new_tokens must be at least 1, got 0"),
         ({"skip_bad": True}, "task.skip_bad is a setting of task.source, got True without one"),
         ({"source": "a.jsonl"}, "task.length must be null with task.source"),
@@ -426,6 +457,10 @@ def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) ->
         make(**settings)
 
 
-def test_a_window_that_is_too_short_is_refused(loaded: LoadedModel) -> None:
+def test_a_length_that_does_not_fit_is_refused(loaded: LoadedModel) -> None:
+    # A first draft of this length has more tokens than the window.
+    assert len(make(length=1024, num_samples=2).samples(loaded)) == 6
+    with pytest.raises(TaskDoesNotFit, match=r"task\.length must be at most the window of 1024"):
+        make(length=1025, num_samples=1).samples(loaded)
     with pytest.raises(TaskDoesNotFit, match=r"use a larger task\.length"):
         make(length=60, num_samples=1).samples(loaded)
