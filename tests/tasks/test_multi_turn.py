@@ -2,12 +2,13 @@
 
 import copy
 import functools
+import hashlib
 import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import pytest
@@ -29,7 +30,7 @@ from topkbench.models.encoding import encode
 from topkbench.models.load import LoadedModel, load_model
 from topkbench.models.prefill_store import PrefillStore
 from topkbench.tasks.multi_turn import MultiTurn
-from topkbench.tasks.multi_turn_documents import asking_order
+from topkbench.tasks.multi_turn_documents import VERSION, Wording, asking_order
 
 CONVERSATION = (
     "{% for one in messages %}<{{ one.role }}>{{ one.content }}<end>{% endfor %}"
@@ -141,6 +142,20 @@ def test_other_models_than_the_shipped_one_get_rulers_wording(loaded: LoadedMode
     wide = replace(loaded, window=4096)
     asked = make(length=3000, num_samples=1, wording="ruler").samples(wide)
     assert [one.context for one in asked] == [one.context for one in samples]
+
+
+def test_the_prompts_of_a_version_stay_the_same(loaded: LoadedModel) -> None:
+    """Prompts that change need another ``VERSION``, so that rows of both are not compared."""
+    samples = [
+        one
+        for wording in get_args(Wording)
+        for one in make(length=1000, num_samples=2, wording=wording).samples(loaded)
+    ]
+    text = "".join(
+        "".join([one.context, one.question, one.answer_prefix, *one.answers]) for one in samples
+    )
+    digests = {1: "162b064b3a709765"}
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == digests[VERSION]
 
 
 def test_in_a_chat_template_turns_are_messages(loaded: LoadedModel) -> None:
