@@ -115,7 +115,13 @@ def test_the_page_on_turns_shows_the_measured_rows() -> None:
             if name in ("Exact top-k", "SnapKV"):
                 shown = (cells[2], cells[5])  # the first turn, and the change to the second
                 changes[key["model"], key["question"], "prefilled" in key["prompts"], name] = shown
-    assert changes == {}
+    assert changes == {
+        ("tiny", "sparse", False, "Exact top-k"): ("100.0 [94.0, 100.0]", "0.0 [−6.0, +6.0]"),
+        ("tiny", "sparse", False, "SnapKV"): ("0.0 [0.0, 6.0]", "0.0 [−6.0, +6.0]"),
+        ("tiny", "dense", False, "Exact top-k"): ("100.0 [94.0, 100.0]", "0.0 [−6.0, +6.0]"),
+        ("tiny", "dense", False, "SnapKV"): ("100.0 [94.0, 100.0]", "−100.0 [−100.0, −88.0]"),
+        ("tiny", "sparse", True, "Exact top-k"): ("100.0 [94.0, 100.0]", "0.0 [−6.0, +6.0]"),
+    }
 
 
 def test_the_page_on_hata_shows_the_measured_ladder_of_the_real_model() -> None:
