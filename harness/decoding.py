@@ -167,15 +167,35 @@ def tokenise_all(
 
 
 def batches(prompts: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:
-    """Group prompts by sub-task, and by how positions are rotated, to ``batch_size`` at most."""
-    groups: dict[tuple[str, bool], list[Prompt]] = {}
+    """Group prompts by sub-task, and by how positions are rotated, to ``batch_size`` at most.
+
+    The prompts of a document, which are of different sub-tasks, are in one batch and count once.
+    """
+    groups: dict[tuple[str, bool], dict[str, list[Prompt]]] = {}
     for prompt in prompts:
-        groups.setdefault((prompt.sample.subtask, prompt.is_long), []).append(prompt)
-    return [
-        group[begin : begin + batch_size]
-        for group in groups.values()
-        for begin in range(0, len(group), batch_size)
-    ]
+        sample = prompt.sample
+        kind = "" if sample.document else sample.subtask
+        group = groups.setdefault((kind, prompt.is_long), {})
+        group.setdefault(sample.document or sample.sample_id, []).append(prompt)
+    found = []
+    for group in groups.values():
+        members = list(group.values())
+        for begin in range(0, len(members), batch_size):
+            found.append([one for some in members[begin : begin + batch_size] for one in some])
+    return found
+
+
+def by_subtask(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """Return the prompts of each sub-task, which decode together, of a batch."""
+    found: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        found.setdefault(prompt.sample.subtask, []).append(prompt)
+    return list(found.values())
+
+
+def prefilled_once(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Return one prompt for each prefill of a batch: those of a document may share one."""
+    return list({prompt.prefill_ids: prompt for prompt in reversed(prompts)}.values())[::-1]
 
 
 def spread_over_subtasks(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:

@@ -391,8 +391,8 @@ class Planner:
                 self._try(plan, work, prompt, trials)
             store.release()
         times, answers = PrefillTimes(prefills), context.full_answers
-        for number, batch in zip(work.missing, work.batches, strict=True):
-            prefill = total([times.of(len(prompt.prefill_ids)) for prompt in batch])
+        for number, once in zip(work.missing, work.prefills, strict=True):
+            prefill = total([times.of(len(prompt.prefill_ids)) for prompt in once])
             for units, known in ((plan.units, answers), (plan.longest, {})):
                 unit = {"prefill": prefill}
                 for one in work.of_batch(number):
@@ -450,7 +450,7 @@ class Planner:
         names = [cell.run.method.name for cell in work.cells]
         lengths = [prompt.num_tokens for prompt in work.prompts]
         batches = list(map(len, work.batches))
-        tokens = sum(len(prompt.prefill_ids) for prompt in work.prompts)
+        prefills = [len(prompt.prefill_ids) for once in work.prefills for prompt in once]
         steps, memory = work.steps(), work.memory()
         free = f"{self.card.memory_gb:g} GB" if self.card is not None else ""
         if self.card is None:
@@ -460,7 +460,7 @@ class Planner:
         return {
             "cells": ", ".join(f"{names.count(one)} {one}" for one in dict.fromkeys(names)),
             "prompts": f"{len(lengths):,} of {min(lengths):,} to {max(lengths):,} tokens",
-            "prefills": f"{len(lengths):,} of {tokens:,} tokens together",
+            "prefills": f"{len(prefills):,} of {sum(prefills):,} tokens together",
             "batches": f"{len(batches):,} of at most {max(batches)} prompts",
             "decode steps": f"at most {sum(steps.values()):,}, one for each token of each prompt: "
             + ", ".join(f"{part} {count:,}" for part, count in steps.items()),

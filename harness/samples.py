@@ -47,6 +47,8 @@ class Sample:
             that is split by count; 0 if question and context are already separate.
         official: Whether the text comes from a file, which may have wrapped it in a chat template.
         until: Strings at which an answer ends; they are not part of it.
+        document: Names the text that several samples ask about, each of another sub-task; empty if
+            no other sample does.
     """
 
     sample_id: str
@@ -60,6 +62,7 @@ class Sample:
     question_tokens: int = 0
     official: bool = False
     until: tuple[str, ...] = ()
+    document: str = ""
 
     def answer_of(self, text: str) -> str:
         """Return a generated text up to the first of ``until``."""
@@ -72,7 +75,11 @@ def samples_digest(samples: Sequence[Sample]) -> str:
     """Return a digest of the samples' content, the same in every process; 16 hex digits."""
     # Without what a sample does not have, so that digests of the others stay as they were.
     content = [
-        {name: value for name, value in asdict(one).items() if name != "until" or value}
+        {
+            name: value
+            for name, value in asdict(one).items()
+            if name not in ("until", "document") or value
+        }
         for one in samples
     ]
     payload = json.dumps(content, sort_keys=True)

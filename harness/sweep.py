@@ -6,6 +6,7 @@ Only the states of one batch of prompts are in memory, whatever the number of pr
 import functools
 import time
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 
 from topkbench.harness.batch_size import most_prompts
-from topkbench.harness.decoding import Prompt, batches, known_tokens
+from topkbench.harness.decoding import Prompt, batches, by_subtask, known_tokens
 from topkbench.harness.device_use import using
 from topkbench.harness.task import TIMED, Context, Outcome, Task, TaskRow
 from topkbench.methods.base import KnownTokens, cache_bytes, check_whole
@@ -235,13 +236,12 @@ class PromptCell:
         began = time.perf_counter()
         batch = self.batches[number]
         whole = self.plan.measured(part, batch)
+        sizes = Counter(prompt.sample.subtask for prompt in whole)
         records = self._unfinished.setdefault(part, [])
-        waiting = [self.plan.measured(part, share)]
+        waiting = by_subtask(self.plan.measured(part, share))
         is_halved = False
         while waiting and self.ended is None:
             prompts = waiting.pop(0)
-            if not prompts:
-                continue
             if is_halved:  # nothing refers to the states of the other half any more
                 self.context.store.release()
             try:
@@ -255,7 +255,7 @@ class PromptCell:
                 waiting[:0] = halves(prompts)
                 is_halved = True
             else:
-                is_whole = len(prompts) == len(whole)
+                is_whole = len(prompts) == sizes[prompts[0].sample.subtask]
                 records.append(record if is_whole else {**record, "share": len(prompts)})
                 continue
             self.note(f"memory ran out in {part} of {named(prompts)}: halved")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from topkbench.harness.card import Card
-from topkbench.harness.decoding import Prompt
+from topkbench.harness.decoding import Prompt, by_subtask, prefilled_once
 from topkbench.harness.reads import Reads, dense_bytes, layer_bytes_read, layers_read
 from topkbench.harness.run import Run
 from topkbench.harness.runner import JournaledCell
@@ -45,7 +45,8 @@ class PartOfBatch:
     Attributes:
         cell: The cell.
         part: The part.
-        prompts: The prompts of the batch that it concerns.
+        prompts: The prompts of the batch that it concerns; of a part in which prompts decode
+            together those of one sub-task.
     """
 
     cell: PlannedCell
@@ -94,13 +95,18 @@ class Work:
 
     @property
     def batches(self) -> list[list[Prompt]]:
-        """The batches of which something is missing; each of their prompts is prefilled once."""
+        """The batches of which something is missing."""
         return [self._cells[0].measured.batches[number] for number in self.missing]
 
     @property
     def prompts(self) -> list[Prompt]:
         """Their prompts."""
         return [prompt for batch in self.batches for prompt in batch]
+
+    @property
+    def prefills(self) -> list[list[Prompt]]:
+        """One prompt for each prefill of these batches."""
+        return [prefilled_once(batch) for batch in self.batches]
 
     @property
     def needs(self) -> frozenset[str]:
@@ -113,7 +119,9 @@ class Work:
         for cell in self.cells:
             for part in cell.measured.missing(number):
                 prompts = cell.measured.plan.measured(part, cell.measured.batches[number])
-                yield PartOfBatch(cell, part, prompts)
+                is_together = part in cell.measured.task.together
+                for some in by_subtask(prompts) if is_together else [prompts]:
+                    yield PartOfBatch(cell, part, some)
 
     def parts(self) -> list[PartOfBatch]:
         """Return everything that is to be measured, batch by batch."""
@@ -131,7 +139,7 @@ class Work:
         """Return the bytes that the largest batch needs on the device, by what they are for."""
         geometry = self.context.geometry
         most = max(one.num_tokens + one.sample.max_new_tokens for one in self.prompts)
-        rows = max(map(len, self.batches))
+        rows = max(map(len, self.prefills))
         layers = rows * len(geometry.global_layers)
         captured = 0
         if "query_tail" in self.needs:
@@ -162,12 +170,12 @@ class Work:
         weights = numbers * geometry.dtype_bytes
         channels = len(geometry.global_layers) * geometry.num_heads * geometry.head_dim
         found = []
-        for number, batch in zip(self.missing, self.batches, strict=True):
+        for number, once in zip(self.missing, self.prefills, strict=True):
             # Two products of n²/2 pairs, each of a multiplication and an addition a channel, in the
             # layers that attend to the whole past; the others' work is left out.
             prefills = [
                 card.seconds(2 * numbers * n + 2 * channels * n**2, weights)
-                for n in (len(prompt.prefill_ids) for prompt in batch)
+                for n in (len(prompt.prefill_ids) for prompt in once)
             ]
             seconds = {"prefill": sum(prefills)}
             for one in self.of_batch(number):

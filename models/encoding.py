@@ -249,6 +249,30 @@ def template_around(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, 
     return [rendered[: end - len(_PROBE)], rendered[end:]]
 
 
+def template_between(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
+    """Return what the chat template writes between an answer and the user's next message.
+
+    Raises:
+        ValueError: If it does not take a conversation of several messages.
+    """
+    answer, second = f"{_PROBE}a", f"{_PROBE}b"
+    asked, answered, again = map(_contents, (_PROBE, answer, second))
+    for one, two, three in zip(asked, answered, again, strict=True):
+        messages = [("user", one), ("assistant", two), ("user", three)]
+        try:
+            text = _rendered(tokenizer, messages, arguments, add_generation_prompt=True)
+        except Exception:  # whatever a template raises; it may take the other form
+            continue
+        _, found, after = text.partition(answer)
+        between, found_second, _ = after.partition(second)
+        if found and found_second:
+            return between
+    raise ValueError(
+        "several questions need a chat template that takes a conversation, and the model's takes"
+        " one message only; use model.chat=false."
+    )
+
+
 def _template(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
     """Return the text of the chat template that the arguments choose.
 

@@ -32,7 +32,7 @@ QUESTION_STEM = re.compile(r"\n(?=(?:What|Which|Question:|Answer the question)[^
 _BLANK = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BadLine(ValueError):
@@ -243,7 +243,7 @@ def _read_file(
     """
     with file.open("rb") as content:
         sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-    return _read(str(file), _entries(file), sha256, named, num_samples, skip_bad)
+    return _read(str(file), entries(file), sha256, named, num_samples, skip_bad)
 
 
 @functools.lru_cache(maxsize=64)
@@ -256,7 +256,7 @@ def _read_dataset(dataset: HubDataset, named: str | None, num_samples: int, skip
 
 def _read(
     place: str,
-    entries: Iterable[tuple[int, bytes | dict[str, Any]]],
+    given: Iterable[tuple[int, bytes | dict[str, Any]]],
     sha256: str,
     named: str | None,
     num_samples: int,
@@ -266,7 +266,7 @@ def _read(
     lines: dict[str, list[Line]] = {}
     counts: Counter[str] = Counter()
     skipped = 0
-    for number, entry in entries:
+    for number, entry in given:
         location = f"{'row' if isinstance(entry, dict) else 'line'} {number} of {place}"
         try:
             line = _parse(entry, number, location)
@@ -292,7 +292,7 @@ def _read(
     return File(lines, dict(counts), skipped, sha256)
 
 
-def _entries(file: Path) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
+def entries(file: Path) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
     """Yield the number and content of each line that is not blank, or of each row of Parquet."""
     if file.suffix == ".parquet":
         try:
@@ -324,27 +324,13 @@ def _parse(entry: bytes | dict[str, Any], number: int, location: str) -> Line:
             f" {requirement}, got {json.dumps(value, default=str)[:60]}."
         )
 
-    if isinstance(entry, bytes):
-        try:
-            text = entry.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadLine(
-                f"{location} must be UTF-8, got byte 0x{entry[error.start]:02x} at {error.start};"
-                " convert the file, for example with iconv -t utf-8."
-            ) from None
-        try:
-            entry = json.loads(text)
-        except (ValueError, RecursionError):
-            raise bad("it must be JSON", text.strip()) from None
-    if not isinstance(entry, dict):
-        raise bad("it must be an object", entry)
-    values = {name: value for name, value in entry.items() if value is not None}
+    values = columns_of(entry, location, bad)
     for names in (("input", "context"), ("outputs", "answer")):
         if all(name in values for name in names):
             raise bad(f"it must have one of {' and '.join(names)}", list(values))
     prompt = "context" if "context" in values else "input"
     context, question = values.get(prompt), values.get("question", "")
-    if not isinstance(context, str) or _is_invisible(context):
+    if not isinstance(context, str) or is_invisible(context):
         raise bad(f"{prompt} must be a text and not empty", context)
     if not isinstance(question, str):
         raise bad("question must be a text", question)
@@ -361,13 +347,13 @@ def _parse(entry: bytes | dict[str, Any], number: int, location: str) -> Line:
         raise bad(f"{references} must be a list of references", answers)
     for answer in answers:
         # An empty reference would match every prediction, an invisible one none.
-        if not isinstance(answer, str) or _is_invisible(answer):
+        if not isinstance(answer, str) or is_invisible(answer):
             raise bad(f"a reference in {references} must be a text and not empty", answer)
     prefix = values.get("answer_prefix", "")
     if not isinstance(prefix, str):
         raise bad("answer_prefix must be a text", prefix)
     for value in (context, question, prefix, *answers):
-        if _SURROGATE.search(value):  # JSON allows lone surrogates, but tokenizers do not
+        if SURROGATE.search(value):  # JSON allows lone surrogates, but tokenizers do not
             raise bad("its texts must be Unicode without lone surrogates", value)
     subtask, new_tokens = values.get("task"), values.get("max_new_tokens")
     if isinstance(new_tokens, float) and new_tokens.is_integer():  # as a column with nulls has it
@@ -387,7 +373,37 @@ def _parse(entry: bytes | dict[str, Any], number: int, location: str) -> Line:
     )
 
 
-def _is_invisible(text: str) -> bool:
+def columns_of(
+    entry: bytes | dict[str, Any], location: str, bad: Callable[[str, object], BadLine]
+) -> dict[str, Any]:
+    """Return the columns of a line or row that are not null.
+
+    Args:
+        entry: What ``entries`` yielded.
+        location: Names it.
+        bad: Returns the error of a line, given what must hold and what was found.
+
+    Raises:
+        BadLine: If it is no JSON object in UTF-8.
+    """
+    if isinstance(entry, bytes):
+        try:
+            text = entry.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadLine(
+                f"{location} must be UTF-8, got byte 0x{entry[error.start]:02x} at {error.start};"
+                " convert the file, for example with iconv -t utf-8."
+            ) from None
+        try:
+            entry = json.loads(text)
+        except (ValueError, RecursionError):
+            raise bad("it must be JSON", text.strip()) from None
+    if not isinstance(entry, dict):
+        raise bad("it must be an object", entry)
+    return {name: value for name, value in entry.items() if value is not None}
+
+
+def is_invisible(text: str) -> bool:
     """Return whether a text has nothing to see: it is empty, or of spaces and control signs."""
     return all(
         sign.isspace() or unicodedata.category(sign) in ("Cc", "Cf") or _BLANK.match(sign)

@@ -276,8 +276,8 @@ class Niah(Subtask):
 
     def draw(self, rng: random.Random, size: int, index: int) -> Prompt:
         # All keys and values of a prompt differ, or its question would have several answers.
-        keys = _distinct(lambda: _draw(rng, self.key), self.num_keys)
-        drawn = _distinct(lambda: _draw(rng, self.value), self.num_keys * self.num_values)
+        keys = distinct(lambda: drawn_text(rng, self.key), self.num_keys)
+        drawn = distinct(lambda: drawn_text(rng, self.value), self.num_keys * self.num_values)
         values = [drawn[row * self.num_values :][: self.num_values] for row in range(self.num_keys)]
         needles = [
             needle(self.value, key, value)
@@ -301,9 +301,9 @@ class Niah(Subtask):
     def _line(self, rng: random.Random, keys: Sequence[str]) -> str:
         if self.haystack == "noise":
             return NOISE
-        while (key := _draw(rng, self.key)) in keys:
+        while (key := drawn_text(rng, self.key)) in keys:
             pass
-        return needle(self.value, key, _draw(rng, self.value))
+        return needle(self.value, key, drawn_text(rng, self.value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -442,7 +442,7 @@ class FrequentWords(Subtask):
 
     def draw(self, rng: random.Random, size: int, index: int) -> Prompt:
         coded = functools.partial(rng.choices, string.ascii_lowercase, k=self.LETTERS)
-        vocabulary = _distinct(lambda: "".join(coded()), max(8, self.limit // 50))
+        vocabulary = distinct(lambda: "".join(coded()), max(8, self.limit // 50))
         answers, vocabulary[0] = vocabulary[1:4], "..."
         zeta = math.pi**2 / 6  # of ALPHA
         times = [int(size * rank**-self.ALPHA / zeta) for rank in range(1, len(vocabulary) + 1)]
@@ -497,14 +497,16 @@ class QuestionAnswering(Subtask):
         return order
 
 
-def _distinct(draw: Callable[[], str], count: int) -> list[str]:
+def distinct(draw: Callable[[], str], count: int) -> list[str]:
+    """Return texts that differ, in the order in which they were drawn."""
     found: dict[str, None] = {}
     while len(found) < count:
         found[draw()] = None
     return list(found)
 
 
-def _draw(rng: random.Random, kind: str) -> str:
+def drawn_text(rng: random.Random, kind: str) -> str:
+    """Return a random key or value: a ``number``, a ``uuid`` or a ``word``."""
     if kind == "number":
         return str(rng.randint(10**6, 10**7 - 1))
     if kind == "uuid":
@@ -513,4 +515,4 @@ def _draw(rng: random.Random, kind: str) -> str:
 
 
 def _names(rng: random.Random, letters: int, count: int) -> list[str]:
-    return _distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=letters)), count)
+    return distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=letters)), count)

@@ -63,7 +63,7 @@ _OF_TIMES = (*_MEDIANS, *_RATIO_ENDS, "decode_vs_full", "bandwidth_fraction", "b
 """Columns that depend on the number of threads."""
 _ENDS = tuple(end for name in (*OVER_SEEDS, *OVER_WINDOWS) for end in ends_of(name))
 _OF_SAMPLES = (
-    *("score", "delta_full"),
+    *("score", "delta_full", "turn_change"),
     *("generated_tokens", "generated_delta", "cut_off_share", "cut_off_delta"),
 )
 """What is a mean over samples, as far as an interval is not over windows or seeds."""
@@ -692,6 +692,7 @@ def _best(configurations: pd.DataFrame, pools: Mapping[str, pd.DataFrame]) -> pd
         tied = [ranked.index[0]]
         for index, configuration in ranked.iloc[1:].iterrows():
             pairs = both(top, str(configuration["configuration_id"]), key["subtask"])
+            pairs = stats.independent(pairs) if len(pairs) else pairs
             gap = (
                 stats.paired_interval(pairs["score"], pairs["other"], pairs["subtask"])
                 if len(pairs)

@@ -30,6 +30,7 @@ SCALE = 100.0
 Z_95 = 1.959963984540054
 # 97.5% points of Student's t for 1 to 10 degrees of freedom.
 _STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+_TURN_CHANGE = ("turn_change", "turn_change_ci_low", "turn_change_ci_high")
 MEAN = "mean"
 """Name, in the column ``subtask``, of the mean over sub-tasks."""
 
@@ -298,7 +299,7 @@ def paired_interval(
 
 
 def pair(samples: pd.DataFrame, others: pd.DataFrame, of: str = "score") -> pd.DataFrame:
-    """Join two sets of samples on seed (where present), sub-task and sample_id.
+    """Join two sets of samples on seed and document (where present), sub-task and sample_id.
 
     Args:
         samples: The one set.
@@ -311,7 +312,8 @@ def pair(samples: pd.DataFrame, others: pd.DataFrame, of: str = "score") -> pd.D
     Raises:
         ValueError: If a set has a sample twice, or the references of a sample differ.
     """
-    keys = [name for name in ("seed", "subtask", "sample_id") if name in samples and name in others]
+    names = ("seed", "subtask", "document", "sample_id")
+    keys = [name for name in names if name in samples and name in others]
     keep = [*keys, of, *(["references"] if "references" in samples else [])]
     others = others[[name for name in keep if name in others]]
     for part in (samples, others):
@@ -345,9 +347,10 @@ def paired_columns(
         seed: Seed of the resampling.
 
     Returns:
-        ``{subtask: {score, score_ci_low, score_ci_high, delta_full, delta_ci_low,
-        delta_ci_high}}``, with ``mean`` among the sub-tasks, and where answers were generated what
-        `_lengths` returns; the differences are None without a common sample.
+        ``{subtask: {score, score_ci_low, score_ci_high, delta_full, delta_ci_low, delta_ci_high,
+        turn_change, turn_change_ci_low, turn_change_ci_high}}``, with ``mean`` among the sub-tasks,
+        and where answers were generated what `_lengths` returns; the differences are None without a
+        common sample, the change where it is not a later turn.
     """
     data = _with_text(samples)
     if "score" in data:
@@ -359,7 +362,8 @@ def paired_columns(
     columns: dict[str, dict[str, float | None]] = {}
     for subtask in [*dict.fromkeys(data["subtask"]), MEAN]:
         part = data if subtask == MEAN else data[data["subtask"] == subtask]
-        score = score_interval(part["score"], part["subtask"], resamples=resamples, seed=seed)
+        apart = independent(part)
+        score = score_interval(apart["score"], apart["subtask"], resamples=resamples, seed=seed)
         values: dict[str, float | None] = {
             "score": score.estimate,
             "score_ci_low": score.low,
@@ -367,9 +371,11 @@ def paired_columns(
             "delta_full": None,
             "delta_ci_low": None,
             "delta_ci_high": None,
+            **_turn_change(data, part),
         }
         both = pairs if subtask == MEAN or not len(pairs) else pairs[pairs["subtask"] == subtask]
         if len(both) and set(both["subtask"]) == set(part["subtask"]):
+            both = independent(both)
             delta = paired_interval(both["score"], both["other"], both["subtask"])
             values["delta_full"] = delta.estimate
             values["delta_ci_low"], values["delta_ci_high"] = delta.low, delta.high
@@ -400,23 +406,19 @@ def _lengths(samples: pd.DataFrame, full: pd.DataFrame) -> dict[str, float | Non
     found |= {f"{name}{end}": None for name in names for end in ("", "_ci_low", "_ci_high")}
     if "is_cut" not in full or full["is_cut"].isna().any():
         return found
-    tokens = pair(known, full, "num_generated")
-    if set(tokens["subtask"]) != set(known["subtask"]):
+    if set(pair(known, full)["subtask"]) != set(known["subtask"]):
         return found
-    most = float(tokens[["num_generated", "other"]].to_numpy().max())
-    share = pair(known, full.assign(is_cut=full["is_cut"].astype(float)), "is_cut")
+    full = full.assign(is_cut=full["is_cut"].astype(float))
+    tokens, share = (
+        independent(pair(known, full, of).rename(columns={of: "score"}))
+        for of in ("num_generated", "is_cut")
+    )
+    most = float(tokens[["score", "other"]].to_numpy().max())
+    lengths = tokens["score"] - tokens["other"]
     intervals = (
+        (bootstrap(lengths, tokens["subtask"], bounds=(-most, most), scale=most), 1.0),
         (
-            bootstrap(
-                tokens["num_generated"] - tokens["other"],
-                tokens["subtask"],
-                bounds=(-most, most),
-                scale=most,
-            ),
-            1.0,
-        ),
-        (
-            paired_interval(SCALE * share["is_cut"], SCALE * share["other"], share["subtask"]),
+            paired_interval(SCALE * share["score"], SCALE * share["other"], share["subtask"]),
             SCALE,
         ),
     )
@@ -425,6 +427,45 @@ def _lengths(samples: pd.DataFrame, full: pd.DataFrame) -> dict[str, float | Non
         found[f"{name}_ci_low"] = interval.low / scale
         found[f"{name}_ci_high"] = interval.high / scale
     return found
+
+
+def independent(samples: pd.DataFrame) -> pd.DataFrame:
+    """Return samples that do not depend on each other, as intervals need them.
+
+    Samples of several sub-tasks about one document (``document``) depend on each other: they become
+    one with their mean, so that the document is what counts. Other samples are returned as they
+    are.
+
+    Args:
+        samples: ``score``, perhaps ``other``, and ``subtask`` of each.
+    """
+    if "document" not in samples or samples["subtask"].nunique() < 2:
+        return samples
+    if samples["document"].isna().any():
+        return samples
+    keys = [name for name in ("seed", "document") if name in samples]
+    values = [name for name in ("score", "other") if name in samples]
+    means = samples.groupby(keys, sort=False, dropna=False)[values].mean()
+    return means.reset_index(drop=True).assign(subtask=MEAN)
+
+
+def _turn_change(data: pd.DataFrame, part: pd.DataFrame) -> dict[str, float | None]:
+    """Return the columns of the change since the first turn about the same documents.
+
+    Args:
+        data: The samples of all turns.
+        part: Those of one turn, or all for the mean.
+    """
+    none: dict[str, float | None] = dict.fromkeys(_TURN_CHANGE)
+    if "turn" not in data or part["turn"].nunique() != 1 or part["turn"].iloc[0] == 1:
+        return none
+    keys = [name for name in ("seed", "document") if name in data]
+    columns = [*keys, "score"]
+    both = part[columns].merge(data.loc[data["turn"] == 1, columns], on=keys)
+    if not len(both):
+        return none
+    change = paired_interval(both["score_x"], both["score_y"])
+    return dict(zip(_TURN_CHANGE, change[:3], strict=True))
 
 
 def full_note(rows: Sequence[Row], subtask: str) -> str | None:

@@ -103,7 +103,8 @@ class Row:
     """Number of scored samples; for the mean, of all sub-tasks."""
     prompts: str | None = None
     """Where the prompts come from: ``topkbench`` and the version of its prompts, or ``RULER``, the
-    digest of the files, and whether they are raw or in a chat template."""
+    digest of the files, and whether they are raw or in a chat template; of ``task=multi_turn`` also
+    ``history prefilled``, if each turn begins from a prefill of its own."""
     wanted_samples: int | None = None
     """Number of samples that were asked for; the files may hold fewer. None without files."""
     source_samples: int | None = None
@@ -152,6 +153,19 @@ class Row:
     """Lower end of the paired difference's 95% interval, points."""
     delta_ci_high: float | None = column(kind="paired")
     """Upper end of the paired difference's 95% interval, points."""
+    turn_change: float | None = column(
+        label="Change since the first turn",
+        unit="points",
+        better="higher",
+        format="+.1f",
+        kind="paired",
+    )
+    """Score minus that of the first turn about the same documents, points; only in the rows of the
+    later turns of ``task=multi_turn``."""
+    turn_change_ci_low: float | None = column(kind="paired")
+    """Lower end of its 95% interval over documents, points."""
+    turn_change_ci_high: float | None = column(kind="paired")
+    """Upper end of its 95% interval over documents, points."""
     full_note: str | None = None
     """Why the difference is missing or not informative: full attention failed, or scored 0."""
     generated_tokens: float | None = column(
@@ -708,7 +722,7 @@ def present_task(columns: Mapping[str, typing.Any]) -> typing.Any:
 def same_under_each_seed(prompts: object) -> bool:
     """Return whether prompts, by a row's column, were read, so that seeds may have the same."""
     text = str(prompts)
-    if text.startswith("lm-eval "):  # each seed draws from the same documents
+    if text.startswith(("lm-eval ", "files ")):  # each seed draws from the same documents
         return True
     return text.startswith("RULER ") and not text.startswith("RULER written by topkbench")
 

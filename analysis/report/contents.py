@@ -23,6 +23,7 @@ from topkbench.analysis.tables.lengths import length_table
 from topkbench.analysis.tables.matched import MATCHED, matched_table
 from topkbench.analysis.tables.paper import published_table, without_counterpart
 from topkbench.analysis.tables.table import Table, setting
+from topkbench.analysis.tables.turns import turn_table
 
 HOW_TO_READ = (
     "Brackets are 95% intervals. Scores: Wilson's for right-or-wrong scores of one sub-task, else "
@@ -45,6 +46,11 @@ HOW_TO_READ = (
 )
 
 OF_ANSWERED = "Mean of the sub-tasks that full attention answers"
+
+HOW_TO_TURN = (
+    "A change is a later turn's score minus that of the first turn about the same documents, with "
+    "its interval over documents. Full attention's shows what the questions themselves change."
+)
 
 HOW_TO_RANK = (
     "Ranked by score at each budget. The worst sub-task is the one with the largest loss to full "
@@ -174,6 +180,7 @@ def _of_setting(
             for cost, words in MATCHED.items()
         ),
         ("Long answers", length_table(plain), HOW_LONG, False),
+        ("Score by turn", turn_table(every), HOW_TO_TURN, False),
         ("Score by sub-task", overview.subtask_table(every), "", True),
         (OF_ANSWERED, answered_table(every, compared.answers), "", True),
         *((title, table, "", False) for title, table in ladder_tables(top)),

@@ -195,6 +195,7 @@ def _text(found: ScoreAtCost | None) -> str:
     score, samples = found
     if samples is None:
         return METRICS["score"].text(score)
+    samples = stats.independent(samples)
     known = stats.score_interval(samples["score"], samples["subtask"])
     estimate, low, high = (METRICS["score"].text(one) for one in known[:3])
     return f"{estimate} [{low}, {high}]"
@@ -215,7 +216,7 @@ def _best(found: Mapping[int, ScoreAtCost | None]) -> list[int]:
 def _differ_significantly(first: pd.DataFrame | None, other: pd.DataFrame | None) -> bool:
     if first is None or other is None:
         return False
-    pairs = stats.pair(first, other)
+    pairs = stats.independent(stats.pair(first, other))
     return len(pairs) > 0 and (
         stats.paired_interval(pairs["score"], pairs["other"], pairs["subtask"]).excludes_zero
     )

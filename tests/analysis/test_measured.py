@@ -16,6 +16,7 @@ from topkbench.analysis.report.build import load
 from topkbench.analysis.report.kernels import of_kernels
 from topkbench.analysis.tables.answered import answered_table
 from topkbench.analysis.tables.overview import main_table, subtask_table
+from topkbench.analysis.tables.turns import turn_table
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ROOT / "analysis" / "measured"
@@ -99,6 +100,27 @@ def test_the_page_on_ruler_shows_the_measured_rows() -> None:
         ("sparse", 2048): "75.0 [57.1, 87.0]",
         ("dense", 2048): "91.0 [71.9, 100.0]",
         ("sparse", 4096): "46.7 [27.0, 66.4]",
+    }
+
+
+def test_the_page_on_turns_shows_the_measured_rows() -> None:
+    found = compare(rows(MEASURED / "epyc_zen3_1_thread" / "multi_turn.csv"))
+    page = (ROOT / "docs" / "turns.md").read_text(encoding="utf-8")
+    changes = {}
+    for key, configurations in found.by_setting():
+        table = turn_table(configurations)
+        assert table is not None
+        assert table.markdown() in page
+        for name, *cells in table.rows:
+            if name in ("Exact top-k", "SnapKV"):
+                shown = (cells[2], cells[5])  # the first turn, and the change to the second
+                changes[key["model"], key["question"], "prefilled" in key["prompts"], name] = shown
+    assert changes == {
+        ("tiny", "sparse", False, "Exact top-k"): ("100.0 [94.0, 100.0]", "0.0 [−6.0, +6.0]"),
+        ("tiny", "sparse", False, "SnapKV"): ("0.0 [0.0, 6.0]", "0.0 [−6.0, +6.0]"),
+        ("tiny", "dense", False, "Exact top-k"): ("100.0 [94.0, 100.0]", "0.0 [−6.0, +6.0]"),
+        ("tiny", "dense", False, "SnapKV"): ("100.0 [94.0, 100.0]", "−100.0 [−100.0, −88.0]"),
+        ("tiny", "sparse", True, "Exact top-k"): ("100.0 [94.0, 100.0]", "0.0 [−6.0, +6.0]"),
     }
 
 

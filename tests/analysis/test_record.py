@@ -86,7 +86,8 @@ impl full_backend protocol question known_tokens
 k kv_len prompts_per_batch batch_size rbit seed num_samples prompts
 wanted_samples source_samples skipped_samples truncated_samples
 judged_prompts judged_tokens timed_prompts
-score score_ci_low score_ci_high delta_full delta_ci_low delta_ci_high full_note
+score score_ci_low score_ci_high delta_full delta_ci_low delta_ci_high
+turn_change turn_change_ci_low turn_change_ci_high full_note
 generated_tokens generated_delta generated_delta_ci_low generated_delta_ci_high
 cut_off_share cut_off_delta cut_off_delta_ci_low cut_off_delta_ci_high
 nll nll_delta nll_delta_ci_low nll_delta_ci_high kl_full kl_full_ci_low kl_full_ci_high

@@ -173,6 +173,9 @@ def test_paired_columns_by_sub_task_and_mean() -> None:
         "delta_full",
         "delta_ci_low",
         "delta_ci_high",
+        "turn_change",
+        "turn_change_ci_low",
+        "turn_change_ci_high",
     }
 
 

@@ -14,7 +14,9 @@ from topkbench.harness.decoding import (
     Prompt,
     Question,
     batches,
+    by_subtask,
     is_wrapped,
+    prefilled_once,
     spread_over_subtasks,
     tokenise,
 )
@@ -224,6 +226,19 @@ def test_batches_do_not_mix_subtasks() -> None:
     all_prompts += [made("e", "vt", 3)]
     names = [[one.sample.sample_id for one in group] for group in batches(all_prompts, 2)]
     assert names == [["a", "b"], ["c", "e"], ["d"]]
+
+
+def test_the_prompts_of_a_document_are_in_one_batch() -> None:
+    def made(document: str, turn: int, prefilled: int) -> Prompt:
+        one = sample("x", f"{document}{turn}", f"turn_{turn}")
+        return Prompt(replace(one, document=document), (prefilled,), ())
+
+    prompts = [made(name, turn, ord(name)) for name in "abc" for turn in (1, 2)]
+    found = batches(prompts, 2)
+    names = [[one.sample.sample_id for one in group] for group in found]
+    assert names == [["a1", "a2", "b1", "b2"], ["c1", "c2"]]
+    assert by_subtask(found[0]) == [found[0][0::2], found[0][1::2]]
+    assert prefilled_once(found[0]) == found[0][0::2]
 
 
 @pytest.mark.parametrize("method", [FullAttention(), ExactTopK(), Quest(page_size=4)])

@@ -17,6 +17,7 @@ from topkbench.models.encoding import (
     encode_split,
     has_template,
     render_chat,
+    template_between,
     token_texts,
 )
 from topkbench.models.load import LoadedModel
@@ -451,3 +452,16 @@ def test_a_character_of_several_tokens_is_in_the_last_of_them() -> None:
     ids = encode(tokenizer, "a\U0001f436b")
     assert token_texts(tokenizer, ids) == ["<bos>", "a", "", "", "", "\U0001f436", "b"]
     assert token_texts(tokenizer, ids[:3]) == ["<bos>", "a", "\ufffd"]
+
+
+@pytest.mark.parametrize("given", ["{{ one.content }}", "{{ one.content[0].text }}"])
+def test_what_a_template_writes_between_an_answer_and_the_next_message(given: str) -> None:
+    tokenizer = of_bytes()
+    tokenizer.chat_template = (
+        f"{{% for one in messages %}}<{{{{ one.role }}}}>{given}<end>{{% endfor %}}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    assert template_between(tokenizer, {}) == "<end><user>"
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(ValueError, match="a chat template that takes a conversation, and the"):
+        template_between(tokenizer, {})
