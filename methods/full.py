@@ -26,7 +26,8 @@ class FullAttention(QueryIndependentMethod[Index]):
 
     Attributes:
         backend: ``"sdpa"``, on a CPU ``"cpu"``, or on CUDA ``"triton"``, ``"flash_attn"``,
-            ``"flash_attn_3"`` or ``"flashinfer"``. It is used for timing only; answers always come from ``"sdpa"``.
+            ``"flash_attn_3"`` or ``"flashinfer"``. It is used for timing only; answers always come
+            from ``"sdpa"``.
 
     Compared with the authors' code:
         None to compare with: it is torch's attention, or that of the named package.

@@ -59,9 +59,9 @@ def full_attention(
         sinks: ``[Hq]`` floating point, the logit of each query head's learned sink, which has no
             key and no value: its exponential is in the softmax's denominator, unscaled and
             uncapped. None for no sinks; the CUDA libraries take none.
-        backend: ``"sdpa"`` (torch, any device), ``"cpu"`` (our own, on a CPU), or on CUDA ``"triton"`` (our own split-K),
-            ``"flash_attn"``, ``"flash_attn_3"`` or ``"flashinfer"``, which take values of the keys'
-            width only; never falls back.
+        backend: ``"sdpa"`` (torch, any device), ``"cpu"`` (our own, on a CPU), or on CUDA
+            ``"triton"`` (our own split-K), ``"flash_attn"``, ``"flash_attn_3"`` or
+            ``"flashinfer"``, which take values of the keys' width only; never falls back.
 
     Returns:
         ``[B, Hq, dv]`` in the query's dtype; a row without a valid slot gives zeros.
