@@ -105,9 +105,15 @@ def resolve(
     """
     # The environment is read only if it matters: that takes longer than the rest.
     chosen = choose(op, impl, device.type, impl == "triton" and interpreted(), dtype, channels)
-    if chosen == "cpu" and torch.get_num_threads() != getattr(_numba_threads, "count", 0):
-        _prepare_numba()
+    if chosen == "cpu":
+        set_threads()
     return chosen
+
+
+def set_threads() -> None:
+    """Let numba use as many threads as torch, before a compiled kernel runs."""
+    if torch.get_num_threads() != getattr(_numba_threads, "count", 0):
+        _prepare_numba()
 
 
 @cache

@@ -13,6 +13,7 @@ from numba import njit
 
 from topkbench.kernels.intrinsics import (
     LANES,
+    WIDE_REGISTERS,
     empty_sums,
     load_bfloat16,
     load_float32,
@@ -28,7 +29,10 @@ from topkbench.kernels.intrinsics import (
     weighted_sums,
 )
 
-_VECTORS = 4  # vectors of channels that one pass over the rows adds up
+# Vectors of channels that one pass over the rows adds up for each query, and whether it does so for
+# four queries: sums that do not stay in registers cost several times more.
+_VECTORS = 4 if WIDE_REGISTERS else 2
+_FOUR = WIDE_REGISTERS
 
 
 @njit(nogil=True)
@@ -91,7 +95,6 @@ def _scorer(num_queries: int, narrow: bool) -> Callable[..., None]:
     step, store = sums_of_rows(num_queries, narrow), store_row_sums(num_queries)
     load = load_bfloat16 if narrow else load_float32
     height = LANES // num_queries
-    row_item = 2 if narrow else 4
 
     @njit(nogil=True)
     def score(
@@ -99,15 +102,16 @@ def _scorer(num_queries: int, narrow: bool) -> Callable[..., None]:
         soon: int, later: int,
     ) -> None:  # fmt: skip
         whole = size - size % LANES
+        if soon == 0:  # rows that are read anyway
+            soon = rows
+        if later == 0:
+            later = rows
         for first in range(0, LANES, height):
-            if soon != 0:
-                prefetch_rows(soon + 8 * first, height, row_item * size)
-            if later != 0:
-                prefetch_rows(later + 8 * first, height, row_item * size)
-            block = empty_sums()
-            block = step(block, query, size, rows + 8 * first, whole)
+            block, own = empty_sums(), rows + 8 * first
+            block = step(block, query, size, own, whole, soon + 8 * first, later + 8 * first)
             if low_rows != 0:
-                block = step(block, low_query, size, low_rows + 8 * first, whole)
+                low = low_rows + 8 * first
+                block = step(block, low_query, size, low, whole, low, low)
             store(block, out + 4 * first, stride)
         if whole < size:
             for place in range(LANES):
@@ -256,25 +260,31 @@ def span_work(group: int) -> int:
 
 def _adder(num_queries: int, narrow: bool) -> Callable[..., None]:
     """Compile the weighted sum of rows for ``num_queries`` queries."""
-    wide_step = weighted_sums(num_queries, _VECTORS, narrow)
-    wide_load = load_sums(num_queries, _VECTORS)
-    wide_store = store_sums(num_queries, _VECTORS)
+    vectors, row_item = _VECTORS, 2 if narrow else 4
+    wide_step = weighted_sums(num_queries, vectors, narrow)
+    wide_load = load_sums(num_queries, vectors)
+    wide_store = store_sums(num_queries, vectors)
     step = weighted_sums(num_queries, 1, narrow)
     one_load, one_store = load_sums(num_queries, 1), store_sums(num_queries, 1)
     load = load_bfloat16 if narrow else load_float32
 
     @njit(nogil=True)
     def add(
-        sums: int, apart: int, weights: int, stride: int, rows: int, count: int, size: int
-    ) -> None:
+        sums: int, apart: int, weights: int, stride: int, rows: int, count: int, size: int,
+        soon: int,
+    ) -> None:  # fmt: skip
         i = 0
-        while i + LANES * _VECTORS <= size:
+        while i + LANES * vectors <= size:
             block = wide_load(sums + 4 * i, apart)
             for place in range(count):
                 row = load_int64(rows, place)
+                if soon != 0:
+                    ahead = load_int64(soon, place) + row_item * i
+                    for line in range(0, row_item * LANES * vectors, 64):
+                        prefetch(ahead + line)
                 block = wide_step(block, weights + 4 * place, stride, row, i)
             wide_store(block, sums + 4 * i, apart)
-            i += LANES * _VECTORS
+            i += LANES * vectors
         while i + LANES <= size:
             block = one_load(sums + 4 * i, apart)
             for place in range(count):
@@ -309,6 +319,7 @@ def add_rows(
     size: int,
     group: int,
     narrow: bool,
+    soon: int = 0,
 ) -> None:
     """Add weighted rows to the sums of all queries of a group.
 
@@ -322,25 +333,27 @@ def add_rows(
         size: Channels.
         group: Queries.
         narrow: The rows are bfloat16, not float32.
+        soon: ``count`` addresses of rows to prefetch meanwhile, or 0.
     """
     g = 0
     while g < group:
         own, own_weights = sums + 4 * g * apart, weights + 4 * g * stride
-        if group - g >= 4:
+        if _FOUR and group - g >= 4:
             if narrow:
-                _add_4_narrow(own, apart, own_weights, stride, rows, count, size)
+                _add_4_narrow(own, apart, own_weights, stride, rows, count, size, soon)
             else:
-                _add_4(own, apart, own_weights, stride, rows, count, size)
+                _add_4(own, apart, own_weights, stride, rows, count, size, soon)
             g += 4
         elif group - g >= 2:
             if narrow:
-                _add_2_narrow(own, apart, own_weights, stride, rows, count, size)
+                _add_2_narrow(own, apart, own_weights, stride, rows, count, size, soon)
             else:
-                _add_2(own, apart, own_weights, stride, rows, count, size)
+                _add_2(own, apart, own_weights, stride, rows, count, size, soon)
             g += 2
         else:
             if narrow:
-                _add_1_narrow(own, apart, own_weights, stride, rows, count, size)
+                _add_1_narrow(own, apart, own_weights, stride, rows, count, size, soon)
             else:
-                _add_1(own, apart, own_weights, stride, rows, count, size)
+                _add_1(own, apart, own_weights, stride, rows, count, size, soon)
             g += 1
+        soon = 0

@@ -25,8 +25,9 @@ class FullAttention(QueryIndependentMethod[Index]):
     """Attend to everything.
 
     Attributes:
-        backend: ``"sdpa"``, or on CUDA ``"triton"``, ``"flash_attn"``, ``"flash_attn_3"`` or
-            ``"flashinfer"``. It is used for timing only; answers always come from ``"sdpa"``.
+        backend: ``"sdpa"``, on a CPU ``"cpu"``, or on CUDA ``"triton"``, ``"flash_attn"``,
+            ``"flash_attn_3"`` or ``"flashinfer"``. It is used for timing only; answers always come
+            from ``"sdpa"``.
 
     Compared with the authors' code:
         None to compare with: it is torch's attention, or that of the named package.

@@ -13,7 +13,7 @@ from topkbench.kernels.shapes import (
     check_sinks,
 )
 
-Backend = Literal["sdpa", "triton", "flash_attn", "flash_attn_3", "flashinfer"]
+Backend = Literal["sdpa", "cpu", "triton", "flash_attn", "flash_attn_3", "flashinfer"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
@@ -28,6 +28,8 @@ def missing_for(backend: Backend, device_type: str) -> str | None:
     """
     if backend == "triton":
         return missing("triton", device_type, interpreted())
+    if backend == "cpu":
+        return missing("cpu", device_type, False)
     if backend != "sdpa" and device_type != "cuda":
         return f"tensors on a cuda device, got {device_type};"
     return None
@@ -57,9 +59,9 @@ def full_attention(
         sinks: ``[Hq]`` floating point, the logit of each query head's learned sink, which has no
             key and no value: its exponential is in the softmax's denominator, unscaled and
             uncapped. None for no sinks; the CUDA libraries take none.
-        backend: ``"sdpa"`` (torch, any device), or on CUDA ``"triton"`` (our own split-K),
-            ``"flash_attn"``, ``"flash_attn_3"`` or ``"flashinfer"``, which take values of the keys'
-            width only; never falls back.
+        backend: ``"sdpa"`` (torch, any device), ``"cpu"`` (our own, on a CPU), or on CUDA
+            ``"triton"`` (our own split-K), ``"flash_attn"``, ``"flash_attn_3"`` or
+            ``"flashinfer"``, which take values of the keys' width only; never falls back.
 
     Returns:
         ``[B, Hq, dv]`` in the query's dtype; a row without a valid slot gives zeros.
@@ -94,7 +96,7 @@ def full_attention(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
 
     value_dim = value_states.shape[3]
-    if backend not in ("sdpa", "triton") and (sinks is not None or value_dim != head_dim):
+    if backend not in ("sdpa", "cpu", "triton") and (sinks is not None or value_dim != head_dim):
         found = "sinks" if sinks is not None else f"keys of {head_dim} and values of {value_dim}"
         raise ValueError(
             f"backend={backend!r} needs keys and values of one width and no sinks, got {found}; "
@@ -109,6 +111,10 @@ def full_attention(
     needed = missing_for(backend, device.type)
     if needed is not None:
         raise ValueError(f"backend={backend!r} needs {needed} use backend='sdpa'.")
+    if backend == "cpu":
+        from topkbench.kernels.full_attention import cpu
+
+        return cpu.full_attention(*arguments, sinks)
     if backend == "triton":
         from topkbench.kernels.full_attention import fused
 

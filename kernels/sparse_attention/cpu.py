@@ -6,7 +6,6 @@ are merged by their log-sum-exp. Rows are read in place, once for all queries th
 the next ones are prefetched, since no hardware prefetcher can follow the selection.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -18,21 +17,18 @@ from topkbench.kernels.addresses import bound_address, check_cache
 from topkbench.kernels.compiled import entry_point
 from topkbench.kernels.intrinsics import (
     LANES,
-    load_float32,
     load_int32,
-    store_bfloat16,
     store_float32,
     store_int32,
     store_int64,
 )
+from topkbench.kernels.online_softmax import merge, soften
 from topkbench.kernels.rows import add_rows, clipped, score_rows, widen
-from topkbench.kernels.softmax import exp, larger, largest, scale_and_cap, total
 
 # Tokens whose logits are computed before they enter the sum; their values stay in the first cache.
 _TILE = 32
 # Least number of tokens per part.
 _PART = 128
-_LOWEST, _TINY = np.finfo(np.float32).min, np.finfo(np.float32).tiny
 
 
 def sparse_attention(
@@ -153,7 +149,7 @@ def _attend(
             narrow,
         )
         if parts == 1:
-            _merge(
+            merge(
                 work + 4 * task * part_size, part_size, 1, head_sinks,
                 out + item * row * group * value_dim, lse + 4 * row * group, group, value_dim,
                 narrow,
@@ -161,7 +157,7 @@ def _attend(
     if parts > 1:
         for row in range(num_tasks):
             head_sinks = 0 if sinks == 0 else sinks + 4 * (row % num_index_heads) * group
-            _merge(
+            merge(
                 work + 4 * row * parts * part_size, part_size, parts, head_sinks,
                 out + item * row * group * value_dim, lse + 4 * row * group, group, value_dim,
                 narrow,
@@ -237,7 +233,7 @@ def _attend_part(
                 value_rows + 8 * first, 0 if later == 0 else later + 8 * first,
             )  # fmt: skip
         for g in range(group):
-            _soften(
+            soften(
                 logits + 4 * g * _TILE, filled, maxima + 4 * g, denominators + 4 * g,
                 work + 4 * g * value_dim, value_dim, scale, softcap,
                 0 if weights == 0 else weights + 4 * g * num_units, entries + 4 * place,
@@ -251,84 +247,3 @@ def _fill_rows(rows: int, states: int, row_bytes: int, slots: int, place: int, t
     for lane in range(_TILE):
         slot = np.int64(load_int32(slots, min(place + lane, tokens - 1)))
         store_int64(rows, lane, states + row_bytes * slot)
-
-
-@njit(nogil=True)
-def _soften(
-    logits: int,
-    filled: int,
-    maximum: int,
-    denominator: int,
-    sums: int,
-    value_dim: int,
-    scale: float,
-    softcap: float,
-    weights: int,
-    entries: int,
-) -> None:
-    """Turn one query's dot products into softmax weights, rescaling its sums to a new maximum."""
-    zero = np.float32(0.0)
-    scale_and_cap(logits, logits, filled, scale, softcap)
-    if weights != 0:
-        for place in range(filled):
-            weight = load_float32(weights, np.int64(load_int32(entries, place)))
-            store_float32(logits, place, load_float32(logits, place) + weight)
-    old = load_float32(maximum, 0)
-    new = larger(old, largest(logits, filled))
-    if new == np.float32(-np.inf):  # all log weights so far are -inf
-        for place in range(filled):
-            store_float32(logits, place, zero)
-        return
-    if new > old:
-        shrink = exp(old - new)
-        store_float32(maximum, 0, new)
-        store_float32(denominator, 0, load_float32(denominator, 0) * shrink)
-        for i in range(value_dim):
-            store_float32(sums, i, load_float32(sums, i) * shrink)
-    for place in range(filled):
-        store_float32(logits, place, exp(load_float32(logits, place) - new))
-    store_float32(denominator, 0, load_float32(denominator, 0) + total(logits, filled))
-
-
-@njit(nogil=True)
-def _merge(
-    work: int,
-    part_size: int,
-    parts: int,
-    sinks: int,
-    out: int,
-    lse: int,
-    group: int,
-    value_dim: int,
-    narrow: bool,
-) -> None:
-    """Merge the parts of one index head into its first part, and write its outputs."""
-    for g in range(group):
-        maximum = np.float32(-np.inf)
-        for part in range(parts):
-            base = work + 4 * part * part_size
-            maximum = max(maximum, load_float32(base, group * value_dim + g))
-        if sinks != 0:
-            maximum = max(maximum, load_float32(sinks, g))
-        level = max(maximum, _LOWEST)  # finite, so that all shares are 0 if nothing is selected
-        denominator = np.float32(0.0)
-        for part in range(parts):
-            base = work + 4 * part * part_size
-            share = exp(load_float32(base, group * value_dim + g) - level)
-            denominator += share * load_float32(base, group * (value_dim + 1) + g)
-        if sinks != 0:
-            denominator += exp(load_float32(sinks, g) - level)
-        if denominator < _TINY:  # false for NaN, which stays
-            denominator = _TINY
-        for part in range(parts):
-            base = work + 4 * part * part_size
-            share = exp(load_float32(base, group * value_dim + g) - level) / denominator
-            for i in range(g * value_dim, (g + 1) * value_dim):
-                before = load_float32(work, i) if part > 0 else np.float32(0.0)
-                store_float32(work, i, before + share * load_float32(base, i))
-        for i in range(g * value_dim, (g + 1) * value_dim):
-            if narrow:
-                store_bfloat16(out, i, load_float32(work, i))
-            else:
-                store_float32(out, i, load_float32(work, i))
-        store_float32(lse, g, maximum + np.float32(math.log(denominator)))

@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from topkbench.kernels.full_attention.api import Backend, full_attention
 from topkbench.kernels.sparse_attention.api import sparse_attention
@@ -49,7 +51,8 @@ def test_full_equals_sparse_over_everything(
 def test_bad_input_is_refused() -> None:
     query, cache = torch.zeros(1, 4, 16), torch.zeros(1, 2, 9, 16)
     with pytest.raises(
-        ValueError, match="one of sdpa, triton, flash_attn, flash_attn_3, flashinfer, got 'sdp'"
+        ValueError,
+        match="one of sdpa, cpu, triton, flash_attn, flash_attn_3, flashinfer, got 'sdp'",
     ):
         full_attention(query, cache, cache, 1.0, backend="sdp")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs tensors on a cuda device, got cpu"):
@@ -84,6 +87,43 @@ def test_a_missing_library_gives_an_error_of_one_sentence() -> None:
 
     with pytest.raises(ValueError, match=r"needs the package none-such.* use backend='sdpa'"):
         libraries.imported("no_such_library", "none-such")
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_the_cpus_kernel_agrees_with_attention_over_everything(data: st.DataObject) -> None:
+    draw = data.draw
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    batch, kv_heads, group = (draw(st.integers(1, 3)), draw(st.integers(1, 3)),
+                              draw(st.sampled_from([1, 2, 3, 4, 7, 8])))  # fmt: skip
+    n = draw(st.sampled_from([1, 5, 31, 32, 33, 64, 200, 1300]))
+    dim, width = (draw(st.sampled_from([8, 16, 40, 64, 128])) for _ in range(2))
+    softcap = draw(st.sampled_from([None, 3.0]))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    query = torch.randn(batch, kv_heads * group, dim).to(dtype)
+    states = torch.randn(2, batch, kv_heads, n + 9, max(dim, width)).to(dtype)
+    start = torch.randint(0, n + 1, (batch,), dtype=torch.int32)
+    end = torch.randint(0, n + 1, (batch,), dtype=torch.int32)
+    if not draw(st.booleans()):
+        start, end = torch.zeros_like(start), torch.full_like(end, n)
+    slots = torch.arange(n + 9)
+    outside = (slots < start[:, None]) | (slots >= end[:, None])
+    # What lies outside a row's range is never read.
+    states.masked_fill_(outside[:, None, :, None], torch.nan)
+    keys, values = states[:, :, :, :n]
+    keys, values = keys[..., :dim], values[..., :width]
+    sinks = torch.randn(kv_heads * group) if draw(st.booleans()) else None
+    out = full_attention(query, keys, values, dim**-0.5, start, end, softcap, sinks, "cpu")
+    assert (out.dtype, out.shape) == (dtype, (batch, kv_heads * group, width))
+    everything = torch.arange(n, dtype=torch.int32).expand(batch, kv_heads, n)
+    given = (everything, dim**-0.5, None, None, 1, start, end, softcap, sinks)
+    assert_attended(out, None, query, keys.nan_to_num(), values.nan_to_num(), *given)
+
+
+def test_the_cpus_kernel_reads_float32_and_bfloat16_alone() -> None:
+    query, cache = torch.zeros(1, 4, 16).double(), torch.zeros(1, 2, 9, 16).double()
+    with pytest.raises(TypeError, match=r"key_states must be float32 or bfloat16 .* got float64"):
+        full_attention(query, cache, cache, 1.0, backend="cpu")
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
