@@ -104,23 +104,63 @@ def test_the_page_on_ruler_shows_the_measured_rows() -> None:
 
 
 def test_the_page_on_turns_shows_the_measured_rows() -> None:
-    found = compare(rows(MEASURED / "epyc_zen3_1_thread" / "multi_turn.csv"))
     page = (ROOT / "docs" / "turns.md").read_text(encoding="utf-8")
     changes = {}
-    for key, configurations in found.by_setting():
-        table = turn_table(configurations)
-        assert table is not None
-        assert table.markdown() in page
-        for name, *cells in table.rows:
-            if name in ("Exact top-k", "SnapKV"):
-                shown = (cells[2], cells[5])  # the first turn, and the change to the second
-                changes[key["model"], key["question"], "prefilled" in key["prompts"], name] = shown
+    for file in ("multi_turn", "multi_turn_native"):
+        found = compare(rows(MEASURED / "epyc_zen3_1_thread" / f"{file}.csv"))
+        for key, configurations in found.by_setting():
+            table = turn_table(configurations)
+            assert table is not None
+            assert table.markdown() in page
+            kind = (key["model"], key["question"], key["protocol"], "prefilled" in key["prompts"])
+            for name, *cells in table.rows:
+                if name in ("Exact top-k", "SnapKV"):  # the first turn, the change to the second
+                    changes[(*kind, name, cells[0])] = (cells[2], cells[5])
     assert changes == {
-        ("tiny", "sparse", False, "Exact top-k"): ("100.0 [94.0, 100.0]", "0.0 [−6.0, +6.0]"),
-        ("tiny", "sparse", False, "SnapKV"): ("0.0 [0.0, 6.0]", "0.0 [−6.0, +6.0]"),
-        ("tiny", "dense", False, "Exact top-k"): ("100.0 [94.0, 100.0]", "0.0 [−6.0, +6.0]"),
-        ("tiny", "dense", False, "SnapKV"): ("100.0 [94.0, 100.0]", "−100.0 [−100.0, −88.0]"),
-        ("tiny", "sparse", True, "Exact top-k"): ("100.0 [94.0, 100.0]", "0.0 [−6.0, +6.0]"),
+        ("smollm2_135m", "sparse", "unified", False, "Exact top-k", "64"): (
+            "66.7 [30.0, 90.3]",
+            "0.0 [−39.0, +39.0]",
+        ),
+        ("smollm2_135m", "sparse", "unified", False, "SnapKV", "64"): (
+            "0.0 [0.0, 39.0]",
+            "0.0 [−39.0, +39.0]",
+        ),
+        ("smollm2_135m", "dense", "unified", False, "Exact top-k", "64"): (
+            "66.7 [30.0, 90.3]",
+            "0.0 [−39.0, +39.0]",
+        ),
+        ("smollm2_135m", "dense", "unified", False, "SnapKV", "64"): (
+            "0.0 [0.0, 39.0]",
+            "0.0 [−39.0, +39.0]",
+        ),
+        ("smollm2_135m", "dense", "unified", False, "SnapKV", "256"): (
+            "33.3 [9.7, 70.0]",
+            "0.0 [−58.5, +58.5]",
+        ),
+        ("tiny", "sparse", "unified", False, "Exact top-k", "64"): (
+            "100.0 [94.0, 100.0]",
+            "0.0 [−6.0, +6.0]",
+        ),
+        ("tiny", "sparse", "unified", False, "SnapKV", "64"): (
+            "0.0 [0.0, 6.0]",
+            "0.0 [−6.0, +6.0]",
+        ),
+        ("tiny", "dense", "unified", False, "Exact top-k", "64"): (
+            "100.0 [94.0, 100.0]",
+            "0.0 [−6.0, +6.0]",
+        ),
+        ("tiny", "dense", "unified", False, "SnapKV", "64"): (
+            "100.0 [94.0, 100.0]",
+            "−100.0 [−100.0, −88.0]",
+        ),
+        ("tiny", "sparse", "unified", True, "Exact top-k", "64"): (
+            "100.0 [94.0, 100.0]",
+            "0.0 [−6.0, +6.0]",
+        ),
+        ("tiny", "dense", "native", False, "SnapKV", "64"): (
+            "100.0 [94.0, 100.0]",
+            "−96.7 [−98.2, −83.5]",
+        ),
     }
 
 
