@@ -223,7 +223,8 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
         for one in cells:
             by_subtask.setdefault(one["subtask"], []).append(one)
         for subtask, part in by_subtask.items():
-            own = scores.get(subtask) or _own_scores(part)
+            # Samples of older files do not say how long answers are.
+            own = dict.fromkeys(_SCORES) | (scores.get(subtask) or _own_scores(part))
             known = {"configuration_id": name, "run_ids": run_ids}
             records.append({**known, **key, "subtask": subtask, **own, **_metrics(part)})
     configurations = _labelled(pd.DataFrame.from_records(records), parameters)

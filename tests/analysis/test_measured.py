@@ -313,3 +313,34 @@ def test_the_scores_in_docs_are_the_measured_ones(file: str, head: str, axis: st
             score = METRICS["score"].text
             low, high = (score(row[f"score_ci_{end}"]) for end in ("low", "high"))
             assert cell == f"{score(row['score'])} [{low}, {high}]"
+
+
+def test_the_page_on_hata_shows_what_its_hashes_find_beyond_the_length_they_learned_at() -> None:
+    league = MEASURED / "epyc_zen3_league"
+    page = (ROOT / "docs" / "hata.md").read_text(encoding="utf-8")
+    found: dict[str, list[str]] = {}
+    block = page[page.index("| Hash | Recall, 2,048 tokens |") :].splitlines()
+    for line in block[2:5]:
+        name, *cells = numbers(line)
+        found[name] = cells
+    kinds = {
+        "Learned as published, key norms": ("trained", "False"),
+        "Orthonormal, centred keys": ("orthonormal", "True"),
+        "Learned, ranking, centred keys": ("trained", "True"),
+    }
+    first = []
+    for name, (weights, centred) in kinds.items():
+        cells = []
+        for column in ("recall_at_k", "attention_mass"):
+            for file in ("niah_single_2_at_2048", "niah_single_2", "niah_single_1"):
+                data = rows(league / f"{file}.csv")
+                data = data[data["method"].eq("hata") & data["subtask"].eq("mean")]
+                data = data[data["k"].eq(64) & data["p_weights"].eq(weights)]
+                (row,) = data[data["p_centre_keys"].astype(str).eq(centred)].to_dict("records")
+                text = METRICS[column].text(row[column])
+                if file != "niah_single_1":
+                    cells.append(text)
+                elif column == "recall_at_k":
+                    first.append(text)
+        assert found[name] == cells
+    assert f"the same: {first[0]}, {first[1]} and {first[2]}." in page
