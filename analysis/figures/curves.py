@@ -24,7 +24,7 @@ from topkbench.analysis.figures.highlight import draw_line, highlighted, marked,
 
 def new_figure(width: float = 7.2, height: float = 4.1) -> tuple[Figure, Axes]:
     """Return an empty figure and its axes; sizes in inches."""
-    figure = Figure(figsize=(width, height))
+    figure = Figure(figsize=style.figure_size(width, height))
     return figure, figure.add_subplot()
 
 
@@ -51,7 +51,8 @@ def log2_axis(axis: Any, values: Sequence[float], number: str = ",.0f", most: in
         return f"{value / 1024:g}K" if number == "k" else format(value, number)
 
     ticks = sorted(set(values))
-    while len(ticks) > min(most, 48 // max(len(text(one)) for one in ticks)):
+    characters = round(48 * style.share_of_width())
+    while len(ticks) > max(2, min(most, characters // max(len(text(one)) for one in ticks))):
         ticks = ticks[::2]
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
@@ -177,14 +178,33 @@ _BOUND: dict[str, Any] = {
     **{"color": style.BOUND_COLOUR, "ls": style.BOUND, "lw": 1.0, "zorder": 1.4},
 }
 
+_CHARACTERS = 14.0
+"""Characters of 8-point type in an inch, and"""
+_LEGEND_LINE = 0.16
+"""the height of a line of the legend in inches."""
+
 LINEAR = 0.01
 """Losses up to this, in nats, are on the linear part of their axis, which also shows gains."""
 
 
 def legend(figure: Figure, axes: Axes) -> None:
-    """Put the legend outside the axes, where it covers nothing."""
+    """Put the legend outside the axes, where it covers nothing; on print's narrow paper below."""
     handles, labels = axes.get_legend_handles_labels()
+    if style.print_width() is not None:
+        legend_below(figure, handles, labels)
+        return
     figure.legend(handles, labels, loc="outside right upper")
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Put a legend below the axes, in as many columns as fit; the figure grows by its height."""
+    if not labels:
+        return
+    width, height = figure.get_size_inches()
+    columns = max(1, min(len(labels), int(width * _CHARACTERS / (max(map(len, labels)) + 7))))
+    rows = -(-len(labels) // columns)
+    figure.set_size_inches(width, height + rows * _LEGEND_LINE)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.0)
 
 
 def curve(
