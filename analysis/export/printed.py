@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,10 @@ WIDTHS = (3.3, 7.0)
 """Widths in inches: of one of two columns, and of a page."""
 _NARROWEST = 1.1
 """Least width of axes in inches, without what is written beside them."""
+_ACROSS, _UPWARDS = 11.0, 9.0
+"""Characters of a label for each inch of the figure's width, and of its height."""
+_NARROW = 5.0
+"""Width in inches below which names below columns stand upright."""
 _TOUCHING = 0.02
 """How far texts may overlap, in inches: their boxes are a little larger than the letters."""
 
@@ -84,9 +89,11 @@ def _write(found: Printed, width: float, figure: Figure, data: pd.DataFrame, dra
         figure.suptitle("")
     for text in figure.findobj(Text):
         text.set_fontsize(style.PRINT_POINT)
+    _fold_labels(figure)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "constrained_layout not applied")
         renderer = lay_out(figure)
+        figure.draw_without_rendering()  # which puts a legend's lines in their places
     if not _fits(figure, renderer):
         found.left_out.append(f"{drawn.name} at {width:g} inches")
         return drawn
@@ -101,6 +108,19 @@ def _write(found: Printed, width: float, figure: Figure, data: pd.DataFrame, dra
     found.files.append(place)
     found.captions[place] = f"{drawn.title}. {drawn.caption}"
     return drawn
+
+
+def _fold_labels(figure: Figure) -> None:
+    """Fold the labels of axes into lines that fit; names below narrow columns stand upright."""
+    width, height = figure.get_size_inches()
+    for axes in figure.axes:
+        if "\n" not in axes.get_xlabel():
+            axes.set_xlabel(textwrap.fill(axes.get_xlabel(), int(_ACROSS * width)))
+        axes.set_ylabel(textwrap.fill(axes.get_ylabel(), int(_UPWARDS * height)))
+        names = [one.get_text() for one in axes.get_xticklabels()]
+        if width < _NARROW and any("\n" in one for one in names):
+            upright = [one.replace("\n", " ") for one in names]
+            axes.set_xticks(axes.get_xticks(), upright, rotation=90, fontsize=style.PRINT_POINT)
 
 
 def _fits(figure: Figure, renderer: RendererAgg) -> bool:

@@ -201,7 +201,8 @@ def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) 
     if not labels:
         return
     width, height = figure.get_size_inches()
-    columns = max(1, min(len(labels), int(width * _CHARACTERS / (max(map(len, labels)) + 7))))
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    columns = max(1, min(len(labels), int(width * _CHARACTERS / (longest + 7))))
     rows = -(-len(labels) // columns)
     figure.set_size_inches(width, height + rows * _LEGEND_LINE)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.0)
