@@ -134,7 +134,7 @@ def _matched(
         return
     # A parameter that one version alone knows tells no two of its configurations from the others'.
     parameters = [
-        name
+        str(name)
         for name in sides[0]
         if str(name).startswith(PARAMETER_PREFIX) and name in sides[1].columns
     ]
@@ -258,7 +258,7 @@ def _pairs(
             )
         pools.append(once(pool) if same_under_each_seed(part["prompts"].iloc[0]) else pool)
     try:
-        pairs = pair(*pools)
+        pairs = pair(pools[0], pools[1])
     except ValueError as error:
         raise RecordError(f"{_label(own)} cannot be paired: {error}") from None
     number = len(pools[0]) - len(pairs)

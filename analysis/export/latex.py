@@ -53,7 +53,7 @@ def table(shown: Table, caption: str, label: str) -> str:
         columns=data.columns,
     )
     styler = data.style.apply(lambda _: bold, axis=None).hide(axis="index")
-    styler = styler.format_index(lambda j: latex(shown.head[j]), axis="columns")
+    styler = styler.format_index(lambda j: latex(shown.head[int(str(j))]), axis="columns")
     text: str = styler.to_latex(
         column_format="".join("l" if j in words else "r" for j in range(len(shown.head))),
         caption=" ".join([latex(caption), *map(latex, shown.notes)]),

@@ -232,8 +232,9 @@ def summary_table(compared: Comparison) -> str:
 
 
 def narrow(table: Table) -> Table:
-    """Return the table without the columns that do not fit a terminal."""
+    """Return the table without its minor columns, as a terminal and a paper have it."""
     keep = [j for j in range(len(table.head)) if j not in table.minor]
     rows = [[row[j] for j in keep] for row in table.rows]
     words = {place for place, j in enumerate(keep) if j in table.words}
-    return Table([table.head[j] for j in keep], rows, words=words, notes=table.notes)
+    strong = {(i, keep.index(j)) for i, j in table.strong if j in keep}
+    return Table([table.head[j] for j in keep], rows, strong, words, notes=table.notes)
