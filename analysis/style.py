@@ -209,6 +209,65 @@ RC_PARAMS: dict[str, Any] = {
 _RECORDED: ContextVar[Mapping[str, Style]] = ContextVar("_RECORDED", default=MappingProxyType({}))
 
 
+PRINT_POINT = 8
+"""Size of all type in print, in points."""
+PRINT_PARAMS: dict[str, Any] = {
+    **{f"{name}size": PRINT_POINT for name in ("font.", "axes.title", "axes.label")},
+    **{f"{name}size": PRINT_POINT for name in ("xtick.label", "ytick.label")},
+    "legend.fontsize": PRINT_POINT,
+    "legend.handlelength": 2.4,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4.0,
+    "pdf.fonttype": 42,  # TrueType: text stays text, and its font is in the file
+}
+"""Matplotlib settings of figures for print, beside ``RC_PARAMS``."""
+_USUAL_WIDTH = 7.2  # inches, of most figures on a screen
+_LEAST_SHARE = 0.6  # of its height on a screen that a figure has in print
+_PRINT_WIDTH: ContextVar[float | None] = ContextVar("_PRINT_WIDTH", default=None)
+
+
+@contextlib.contextmanager
+def printed(width: float) -> Iterator[None]:
+    """Within the block, figures are drawn for print.
+
+    Args:
+        width: Their width in inches.
+    """
+    token = _PRINT_WIDTH.set(width)
+    try:
+        yield
+    finally:
+        _PRINT_WIDTH.reset(token)
+
+
+def print_width() -> float | None:
+    """Return the width of figures for print in inches; None on a screen."""
+    return _PRINT_WIDTH.get()
+
+
+def rc_params() -> dict[str, Any]:
+    """Return the matplotlib settings of the figures that are drawn now."""
+    return RC_PARAMS if print_width() is None else RC_PARAMS | PRINT_PARAMS
+
+
+def figure_size(width: float, height: float) -> tuple[float, float]:
+    """Return the size in inches of a figure that has this one on a screen."""
+    in_print = print_width()
+    if in_print is None:
+        return width, height
+    return in_print, height * min(max(in_print / width, _LEAST_SHARE), 1.0)
+
+
+def share_of_width() -> float:
+    """Return the width of a figure of the usual one, as a share of it."""
+    return (print_width() or _USUAL_WIDTH) / _USUAL_WIDTH
+
+
+def small_type(points: float) -> float:
+    """Return the size of small letters: in print that of all type."""
+    return points if print_width() is None else PRINT_POINT
+
+
 def style(method: str) -> Style:
     """Return a method's style; what is not chosen for it is derived from the digest of its name."""
     return shipped().get(method) or _RECORDED.get().get(method) or _chosen(method)

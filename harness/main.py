@@ -15,7 +15,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -556,10 +556,9 @@ def run_command() -> None:
     if "--version" in sys.argv[1:]:
         say(f"topkbench {own_version()}, Hydra {hydra.__version__}")
         return
-    if sys.argv[1:2] == ["samples"]:  # reads results alone: neither Hydra nor torch is needed
-        from topkbench.analysis.report.samples_command import main as show_samples
-
-        sys.exit(show_samples(sys.argv[2:]))
+    reads_results = command_on_results(sys.argv[1] if sys.argv[1:] else "")
+    if reads_results is not None:
+        sys.exit(reads_results(sys.argv[2:]))
     is_plan = sys.argv[1:2] == ["plan"]
     sys.argv[1:] = settings_first(sys.argv[2:] if is_plan else sys.argv[1:])
     # Hydra then raises the original error, which is printed below in one line.
@@ -605,6 +604,26 @@ def run_command() -> None:
         sys.exit(error.status if isinstance(error, Terminated) else 1)
     finally:
         SweepFolders.remove_unused()
+
+
+def command_on_results(name: str) -> Callable[[Sequence[str]], int] | None:
+    """Return the command of a name that reads results alone, or None if there is none.
+
+    It needs neither Hydra nor torch, and returns the exit status.
+    """
+    if name == "samples":
+        from topkbench.analysis.report.samples_command import main as show_samples
+
+        return show_samples
+    if name == "compare":
+        from topkbench.analysis.report.compare_command import main as compare_results
+
+        return compare_results
+    if name == "export":
+        from topkbench.analysis.export.export_command import main as export_results
+
+        return export_results
+    return None
 
 
 def command_line() -> str:

@@ -70,6 +70,8 @@ ALLOWED_TO_ONE = {
         *("hydra", "omegaconf", "topkbench.analysis.console"),
         # The command has one name: what it only shows of results, it hands on.
         "topkbench.analysis.report.samples_command",
+        "topkbench.analysis.report.compare_command",
+        "topkbench.analysis.export.export_command",
     ),
     "harness/run.py": ("pandas", "topkbench.analysis.comparison.stats"),
     "harness/device_use.py": ("topkbench.analysis.console",),
@@ -96,7 +98,7 @@ ALLOWED_TO_ONE = {
 
 
 # A folder of analysis imports those before it alone.
-IN_ANALYSIS = ("record", "comparison", "tables", "figures", "tracking", "report")
+IN_ANALYSIS = ("record", "comparison", "tables", "figures", "tracking", "report", "export")
 
 # What runs on a machine with torch, numba and Triton alone.
 BARE_MACHINE = tuple(

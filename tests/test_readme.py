@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from topkbench.harness.main import command_on_results
 
 ROOT = Path(__file__).parents[1]
 LINKED = ("kernels", "models", "harness", "analysis", "tasks", "tools")
@@ -48,6 +51,25 @@ def test_the_scripts_that_readme_prints_run(
     for num_tokens in (1, 3):  # the question's tokens, and all of the answer's but the last
         assert ask_in_one_forward(num_tokens) == asked + num_tokens - 1
     assert list(tmp_path.iterdir()) == []  # the artifact ships with the model: nothing was fitted
+
+
+def test_the_commands_on_results_that_readme_prints_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "analysis").symlink_to(ROOT / "analysis")
+    measured = ROOT / "analysis" / "measured" / "epyc_2_threads" / "stage_breakdown.csv"
+    for name in ("before", "after"):
+        (tmp_path / "results" / name).mkdir(parents=True)
+        shutil.copy(measured, tmp_path / "results" / name / "rows.csv")
+    text = (ROOT / "README.md").read_text()
+    found = re.findall(r"^topkbench (export|compare) (.+)$", text, re.MULTILINE)
+    assert {name for name, _ in found} == {"export", "compare"}
+    for name, arguments in found:
+        command = command_on_results(name)
+        assert command is not None
+        assert command(shlex.split(arguments)) == 0
+    assert (tmp_path / "paper" / "results.tex").stat().st_size > 0
 
 
 @pytest.mark.slow

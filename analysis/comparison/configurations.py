@@ -170,12 +170,16 @@ def called_by_shape(configurations: pd.DataFrame) -> pd.Series:
     return configurations["subtask"].str.partition(" x ")[0] == configurations["length"].astype(str)
 
 
-def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparison:
+def compare(
+    rows: pd.DataFrame, samples: pd.DataFrame | None = None, *, resampled: bool = True
+) -> Comparison:
     """Pool rows into configurations and pair these with full attention on the same samples.
 
     Args:
         rows: What `store.Sweep.rows` returns, of one sweep or of several.
         samples: What `store.Sweep.samples` returns; without them the rows' own intervals are used.
+        resampled: Whether scores get intervals from the samples, which takes most of the time; else
+            they are those of the rows, and nothing is best.
     """
     data = _drop_duplicates(typed(rows))
     notes = _mixed(data) + _missing_samples(data) + _skipped(data) + _without_full(data)
@@ -210,10 +214,12 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
         run_ids = tuple(dict.fromkeys(one["run_id"] for one in cells))
         pool = outcomes[outcomes["run_id"].isin(run_ids)]
         scores: dict[str, dict[str, float | None]] = {}
-        if len(pool):
+        if len(pool) and not resampled:
+            pools[name] = pool
+        elif len(pool):
             full = _full_samples(cells, full_cells, outcomes) if key["method"] != "full" else None
             if same_under_each_seed(key["prompts"]):
-                pool, full = _once(pool), None if full is None else _once(full)
+                pool, full = once(pool), None if full is None else once(full)
             try:
                 scores = stats.paired_columns(pool, full)
                 pools[name] = pool
@@ -229,7 +235,7 @@ def compare(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Comparis
             records.append({**known, **key, "subtask": subtask, **own, **_metrics(part)})
     configurations = _labelled(pd.DataFrame.from_records(records), parameters)
     configurations["n"] = _count(configurations, pools)
-    configurations["best"] = _best(configurations, pools)
+    configurations["best"] = _best(configurations, pools if resampled else {})
     return Comparison(data, _sorted(configurations), notes, pools)
 
 
@@ -429,7 +435,7 @@ def _with_seed(samples: pd.DataFrame | None, rows: pd.DataFrame) -> pd.DataFrame
     return known.assign(seed=known["run_id"].map(seeds).astype("Int64"))
 
 
-def _once(outcomes: pd.DataFrame) -> pd.DataFrame:
+def once(outcomes: pd.DataFrame) -> pd.DataFrame:
     """Average the scores of a sample over seeds: a file's samples are the same under each."""
     names = ["subtask", "sample_id"]
     if not len(outcomes) or not outcomes.duplicated(names).any():

@@ -261,11 +261,15 @@ def score_interval(
 
 
 def paired_interval(
-    scores: ArrayLike, others: ArrayLike, strata: ArrayLike | None = None
+    scores: ArrayLike,
+    others: ArrayLike,
+    strata: ArrayLike | None = None,
+    *,
+    z: float = Z_95,
 ) -> Interval:
     """Return the mean of ``scores - others`` on the same samples with its interval.
 
-    The interval is that of the samples and ``Z_95**2`` more, shared out evenly over the sub-tasks,
+    The interval is that of the samples and ``z**2`` more, shared out evenly over the sub-tasks,
     half of which differ by +100 and half by -100. Of two methods with equally many samples, the one
     that differs nowhere thus has the narrowest interval: Wilson's for an outcome that never
     occurred. A bootstrap would resample only the differences that were seen, and exclude zero after
@@ -275,6 +279,7 @@ def paired_interval(
         scores: ``[n]`` 0 to 100.
         others: ``[n]`` 0 to 100, the same samples in the same order.
         strata: ``[n]`` sub-tasks, each with the same weight in the mean; None for one.
+        z: Standard deviations on either side, above 0; by default those of a 95% interval.
 
     Raises:
         ValueError: If the two do not have the same length, or a value is not finite.
@@ -286,14 +291,14 @@ def paired_interval(
         )
     data = _finite(first - second)
     parts = _split(data, strata)
-    added = Z_95**2 / len(parts)
+    added = z**2 / len(parts)
     estimate = float(np.mean([part.mean() for part in parts]))
     centre = float(np.mean([part.sum() / (len(part) + added) for part in parts]))
     variance = 0.0  # of the sum of the parts' means
     for part in parts:
         own = part.var(ddof=1) if len(part) > 1 else part[0] ** 2
         variance += (len(part) * float(own) + added * SCALE**2) / (len(part) + added) ** 2
-    half = Z_95 * math.sqrt(variance) / len(parts)
+    half = z * math.sqrt(variance) / len(parts)
     low, high = min(centre - half, estimate), max(centre + half, estimate)
     return Interval(estimate, max(low, -SCALE), min(high, SCALE), data.size)
 

@@ -246,7 +246,7 @@ def needle_heatmap(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] 
     if data["depth"].nunique() < 2 or data["tokens"].nunique() < 2:
         return None
     first = data.drop_duplicates("configuration_id").head(_MOST_GRIDS)
-    figure = Figure(figsize=(1.4 + 2.5 * len(first), 3.2))
+    figure = Figure(figsize=style.figure_size(1.4 + 2.5 * len(first), 3.2))
     every = list(figure.subplots(1, len(first), sharey=True, squeeze=False)[0])
     for axes, configuration, name in zip(
         every, first["configuration_id"], _names(first, _WIDEST_PANEL), strict=True

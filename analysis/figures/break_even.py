@@ -256,7 +256,7 @@ def break_even(
     found = curves(configurations)
     if not found:
         return None
-    figure = Figure(figsize=(7.2, 4.1))
+    figure = Figure(figsize=style.figure_size(7.2, 4.1))
     axes = figure.add_subplot()
     axes.axhline(1, color=style.style("full").colour, lw=1.4, label=style.style("full").label)
     parts = []
@@ -332,7 +332,7 @@ def step_bound(
     found = _bounded(configurations)
     if not found or not models:
         return None
-    figure = Figure(figsize=(2.3 * (len(models) + 1) + 1.4, 3.5))
+    figure = Figure(figsize=style.figure_size(2.3 * (len(models) + 1) + 1.4, 3.5))
     share_axes, *others = figure.subplots(1, len(models) + 1)
     _, longest = max(found, key=lambda one: len(one[1]))
     parts = []

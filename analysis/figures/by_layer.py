@@ -64,7 +64,7 @@ def recall_by_layer(
     parts = by_calibration(data)
     if any(len(part) > MOST_CURVES for part in parts.values()):
         return None
-    figure = Figure(figsize=(9.6, 0.5 + 3.4 * len(parts)))
+    figure = Figure(figsize=style.figure_size(9.6, 0.5 + 3.4 * len(parts)))
     axes = figure.subplots(len(parts), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
     tables = []
     ticks = sorted(int(one) for one in quality["layer"].unique())

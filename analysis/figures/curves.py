@@ -27,7 +27,7 @@ from topkbench.analysis.figures.names import short_names
 
 def new_figure(width: float = 7.2, height: float = 4.1) -> tuple[Figure, Axes]:
     """Return an empty figure and its axes; sizes in inches."""
-    figure = Figure(figsize=(width, height))
+    figure = Figure(figsize=style.figure_size(width, height))
     return figure, figure.add_subplot()
 
 
@@ -54,7 +54,8 @@ def log2_axis(axis: Any, values: Sequence[float], number: str = ",.0f", most: in
         return f"{value / 1024:g}K" if number == "k" else format(value, number)
 
     ticks = sorted(set(values))
-    while len(ticks) > min(most, 48 // max(len(text(one)) for one in ticks)):
+    characters = round(48 * style.share_of_width())
+    while len(ticks) > max(2, min(most, characters // max(len(text(one)) for one in ticks))):
         ticks = ticks[::2]
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
@@ -184,15 +185,35 @@ _BOUND: dict[str, Any] = {
 _WIDEST = 50
 """Characters of a line of the legend; a wider legend leaves no space for the axes."""
 
+_CHARACTERS = 14.0
+"""Characters of 8-point type in an inch, and"""
+_LEGEND_LINE = 0.16
+"""the height of a line of the legend in inches."""
+
 LINEAR = 0.01
 """Losses up to this, in nats, are on the linear part of their axis, which also shows gains."""
 
 
 def legend(figure: Figure, axes: Axes) -> None:
-    """Put the legend outside the axes, where it covers nothing."""
+    """Put the legend outside the axes, where it covers nothing; on print's narrow paper below."""
     handles, labels = axes.get_legend_handles_labels()
     labels = [textwrap.fill(one, _WIDEST) for one in labels]
+    if style.print_width() is not None:
+        legend_below(figure, handles, labels)
+        return
     figure.legend(handles, labels, loc="outside right upper")
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Put a legend below the axes, in as many columns as fit; the figure grows by its height."""
+    if not labels:
+        return
+    width, height = figure.get_size_inches()
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    columns = max(1, min(len(labels), int(width * _CHARACTERS / (longest + 7))))
+    rows = -(-len(labels) // columns)
+    figure.set_size_inches(width, height + rows * _LEGEND_LINE)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.0)
 
 
 def curve(

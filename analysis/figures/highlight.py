@@ -119,7 +119,7 @@ def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
     if not ends:
         return
     height = axes.figure.bbox.height / axes.figure.dpi * 72 * 0.8  # of the axes, roughly
-    apart = _LINE / height
+    apart = _LINE * style.small_type(_SIZE) / _SIZE / height
     to_axes = axes.transData + axes.transAxes.inverted()
     found = sorted((float(to_axes.transform((x, y))[1]), x, y, name) for x, y, name in ends)
     names = short_names([name for *_, name in ends], MOST_METHOD)
@@ -140,5 +140,9 @@ def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
             "transform": axes.transAxes,
         }
         axes.plot((start, 1.02), (wanted, at), **line)
-        look: dict[str, Any] = {"va": "center", "fontsize": _SIZE, "color": NAME_COLOUR}
+        look: dict[str, Any] = {
+            "va": "center",
+            "fontsize": style.small_type(_SIZE),
+            "color": NAME_COLOUR,
+        }
         axes.text(1.03, at, names[name], transform=axes.transAxes, **look)

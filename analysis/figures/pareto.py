@@ -173,7 +173,7 @@ def pareto_pair(
     data = _with_costs(configurations, COSTS)
     if data["method"].nunique() <= LEAGUE:
         return None
-    figure = Figure(figsize=(12.0, 4.8))
+    figure = Figure(figsize=style.figure_size(12.0, 4.8))
     axes = list(figure.subplots(1, 2, sharey=True))
     fronts = [_front(data, cost) for cost in COSTS]
     chosen = _highlighted(data, fronts, methods)
@@ -495,7 +495,7 @@ class _Labels:
         own = self.place_of[index]
         x, y = self.points[own]
         width, height, descent = self.renderer.get_text_width_height_descent(
-            text, FontProperties(size=_SIZE), False
+            text, FontProperties(size=style.small_type(_SIZE)), False
         )
         for shift, across, along, at in self._places(index, away):
             left = x + shift[0] * self.pixels - width * _SHARE[across]
@@ -513,7 +513,7 @@ class _Labels:
                 textcoords="offset points",
                 ha=across,
                 va=along,
-                fontsize=_SIZE,
+                fontsize=style.small_type(_SIZE),
                 color=style.for_text(colour) if is_chosen else NAME_COLOUR,
             )
             label.set_in_layout(False)

@@ -115,6 +115,7 @@ def draw_all(
     samples: pd.DataFrame | None = None,
     only: str | None = None,
     methods: Sequence[str] | None = None,
+    write: Callable[[Figure, pd.DataFrame, Drawn], Drawn] | None = None,
 ) -> list[Drawn]:
     """Draw every figure that the configurations of one setting allow.
 
@@ -128,6 +129,7 @@ def draw_all(
         only: Name of the only figure to draw; None for all.
         methods: Methods to highlight in figures of curves and points; None for the default of
             `highlight.highlighted`.
+        write: Writes a figure and its data, and returns it as drawn; None for `save`.
 
     Returns:
         The figures drawn, in the order in which they are shown.
@@ -259,7 +261,7 @@ def draw_all(
     ]
     drawn: list[Drawn] = []
     # rc_context, not rcParams: drawing must not change the style of a caller's figures.
-    with matplotlib.rc_context(cast(Any, style.RC_PARAMS)), short_methods():
+    with matplotlib.rc_context(cast(Any, style.rc_params())), short_methods():
         for name, title, reading, make in plans:
             made = make() if only in (None, name) else None
             if made is not None:
@@ -274,7 +276,7 @@ def draw_all(
                 words += highlight_words(data)
                 parts = (f"{reading}{words}{at if name not in OVER_LENGTHS else ''}", number)
                 one = Drawn(name + suffix, title, " ".join([*filter(None, parts), context]), folder)
-                drawn.append(save(figure, data, one))
+                drawn.append((write or save)(figure, data, one))
     return drawn
 
 

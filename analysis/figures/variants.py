@@ -52,7 +52,7 @@ def ablation_variant(configuration: pd.Series) -> style.Style | None:
 
 
 def _two_axes(width: float, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height))
+    figure = Figure(figsize=style.figure_size(width, height))
     return figure, list(figure.subplots(1, 2, **shared))
 
 
@@ -111,7 +111,7 @@ def ladder(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     data = configurations.loc[list(looks)].assign(
         variant=pd.Series({index: look.label for index, look in looks.items()})
     )
-    figure = Figure(figsize=(9.6, 0.5 + 3.6 * len(parts)))
+    figure = Figure(figsize=style.figure_size(9.6, 0.5 + 3.6 * len(parts)))
     axes = figure.subplots(len(parts), 2, squeeze=False, sharex=True, sharey="col")
     order = sorted(data["variant"].unique(), key=rank)
     measures = ("score", "recall_at_k") if data["score"].notna().all() else MEASURES

@@ -77,7 +77,8 @@ def load(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     )
 
 
-def _merge(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+def merge(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return several frames of rows or samples as one."""
     full = [part.astype(object) for part in parts if len(part)]
     return pd.concat(full, ignore_index=True) if full else parts[0]
 
@@ -139,8 +140,8 @@ def write(
     if not paths:
         raise RecordError("a report needs at least one folder of results, got none.")
     loaded = [load(path) for path in paths]
-    rows = typed(_merge([rows for rows, _ in loaded]))
-    samples = _merge([samples for _, samples in loaded]).infer_objects()
+    rows = typed(merge([rows for rows, _ in loaded]))
+    samples = merge([samples for _, samples in loaded]).infer_objects()
     if not len(rows):
         raise RecordError(f"{paths[0]} must hold at least one row, but no cell has begun.")
     known = {*style.shipped(), *rows["method"]}
@@ -150,7 +151,7 @@ def write(
                 f"methods must name methods, got {name!r}; these rows have"
                 f" {', '.join(sorted(set(rows['method']), key=style.order))}."
             )
-    kept = _merge([load_kept(path) for path in paths])
+    kept = merge([load_kept(path) for path in paths])
     shown = readable(rows)
     with style.recorded(shown):
         return _write(rows, shown, samples, kept, paths, out, models, published, methods, progress)

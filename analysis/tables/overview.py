@@ -222,7 +222,7 @@ def summary_table(compared: Comparison) -> str:
     parts: list[str] = []
     for key, configurations in compared.by_setting():
         top = configurations[configurations.index.isin(compared.overall.index)]
-        parts.append(f"{setting(key)}\n\n{_narrow(main_table(top)).text()}")
+        parts.append(f"{setting(key)}\n\n{narrow(main_table(top)).text()}")
     if compared.configurations.get("speedup_vs_full", pd.Series(dtype=float)).notna().any():
         parts.append(_SPEEDUP_NOTE)
     failures = failure_table(compared.rows)
@@ -231,9 +231,10 @@ def summary_table(compared: Comparison) -> str:
     return "\n\n".join([*parts, *compared.notes]) or "No cell has a row yet."
 
 
-def _narrow(table: Table) -> Table:
-    """Return the table without the columns that do not fit a terminal."""
+def narrow(table: Table) -> Table:
+    """Return the table without its minor columns, as a terminal and a paper have it."""
     keep = [j for j in range(len(table.head)) if j not in table.minor]
     rows = [[row[j] for j in keep] for row in table.rows]
     words = {place for place, j in enumerate(keep) if j in table.words}
-    return Table([table.head[j] for j in keep], rows, words=words, notes=table.notes)
+    strong = {(i, keep.index(j)) for i, j in table.strong if j in keep}
+    return Table([table.head[j] for j in keep], rows, strong, words, notes=table.notes)

@@ -76,10 +76,14 @@ class Commands:
         return [*defaults, *given]
 
     def start(self, *given: str, out: Path | None = None, words: Sequence[str] = ()) -> None:
+        self.start_with(*words, *self.arguments(*given), out=out)
+
+    def start_with(self, *arguments: str, out: Path | None = None) -> None:
+        """Start the command with these arguments alone."""
         self.number += 1
         job = {
             "script": str(RUN),
-            "arguments": [*words, *self.arguments(*given)],
+            "arguments": arguments,
             "cwd": str(self.folder / "cwd"),
             "env": self.environment,
             "before": self.before,
@@ -100,6 +104,11 @@ class Commands:
     def plan(self, *given: str) -> int:
         """Say what the command would cost."""
         self.start(*given, words=("plan",))
+        return self.wait()
+
+    def compare(self, before: Path, after: Path) -> int:
+        """Compare two results."""
+        self.start_with("compare", str(before), str(after))
         return self.wait()
 
     def text(self, kind: str) -> str:
@@ -1155,3 +1164,33 @@ def test_a_card_without_a_plan_is_refused(commands: Commands) -> None:
     assert commands.run("card=l4", *SWEEP) == 2
     assert commands.text("err").startswith("error: card has an effect on topkbench plan alone;")
     assert not commands.results.exists()
+
+
+NEGATED = """
+from topkbench.methods.quest import Quest
+score = Quest.score
+Quest.score = lambda *given: -score(*given)
+"""
+
+
+def test_compare_finds_quest_with_negated_scores_and_nothing_without(commands: Commands) -> None:
+    folders = []
+    for place, before in enumerate(("", NEGATED)):
+        commands.before, commands.results = before, commands.folder / f"results-{place}"
+        given = ("method=quest", "k=64", "num_samples=10")
+        assert commands.run(*given) == 0, commands.text("err")
+        folders.append(commands.report.parent)
+    commands.before = ""
+    same, negated = folders
+    assert commands.compare(same, same) == 0, commands.text("out")
+    assert commands.text("out").splitlines()[-1].startswith("Nothing is worse")
+    assert commands.compare(same, negated) == 1, commands.text("out")
+    verdicts = {
+        (words[0], words[-1].strip())
+        for line in commands.text("out").splitlines()
+        if len(words := line.partition("worse: ")) and words[1]
+    }
+    assert {name.split()[0] for name, _ in verdicts} == {"Quest"}
+    assert {worse for _, worse in verdicts} == {"Score", "Score, Recall@k"}
+    assert commands.compare(negated, same) == 0
+    assert commands.compare(same, commands.folder) == 2
