@@ -308,7 +308,10 @@ def _shipped_on_dark() -> dict[str, str]:
     """Return the colours on dark paper of all that is chosen here, by those on white."""
     first, last = CELL_INKS
     own = {look.colour.upper(): ON_DARK[name] for name, look in shipped().items()}
+    # A name has its method's colour on either paper, not what a rule makes of the darker one.
+    names = {for_text(colour).upper(): for_text(dark, DARK_PAPER) for colour, dark in own.items()}
     return {
+        **names,
         first: last,
         last: first,
         OTHERS: OTHERS_ON_DARK,
@@ -466,12 +469,13 @@ def order(method: str) -> tuple[int, str]:
     return (known.index(method) if method in MARKS else len(known), method)
 
 
-def for_text(colour: str) -> str:
-    """Return a colour, darker if need be, in which small letters are clear on white paper."""
+def for_text(colour: str, paper: str = WHITE_PAPER) -> str:
+    """Return a colour in which small letters are clear on a paper: darker, or lighter."""
     hue, lightness, saturation = colorsys.rgb_to_hls(*parts(colour))
+    step = -0.02 if paper == WHITE_PAPER else 0.02
     found = colour
-    while contrast(found, WHITE_PAPER) < TEXT_CONTRAST:
-        lightness -= 0.02
+    while contrast(found, paper) < TEXT_CONTRAST:
+        lightness += step
         found = of_parts(colorsys.hls_to_rgb(hue, lightness, saturation))
     return found
 

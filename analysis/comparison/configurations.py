@@ -601,6 +601,8 @@ def _labelled(configurations: pd.DataFrame, parameters: list[str]) -> pd.DataFra
         configurations[name] = pd.to_numeric(configurations[name]).astype("Int64")
     for name in (*_SCORES, *_MEANS, *_MEDIANS, *_ENDS, *_RATIO_ENDS, "decode_vs_full"):
         configurations[name] = pd.to_numeric(configurations[name]).astype("float64")
+    # Each replaced column is a block of its own; copied, they are few again. pandas warns of many.
+    configurations = configurations.copy()
     variants: dict[Hashable, str] = {}
     labels: dict[Hashable, str] = {}  # what stands after the method's name,
     aside: dict[Hashable, list[str]] = {}  # and after that in brackets

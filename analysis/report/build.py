@@ -176,6 +176,7 @@ def _write(
     with translate_os_error(folder):
         (folder / "figures").mkdir(parents=True, exist_ok=True)
     of_kernels = shown[kernels.of_kernels(shown)]
+    progress(f"report: {len(rows):,} rows are compared")
     compared = compare(shown.drop(of_kernels.index), samples)
     ordered = [name for name in rows.columns if not name.startswith(PARAMETER_PREFIX)]
     parameters = sorted(set(rows.columns) - set(ordered))
@@ -201,6 +202,7 @@ def _write(
         sections += contents.beside_published(numbers)
         write_atomic(folder / "published.csv", csv_bytes(numbers))
     sections += contents.at_the_end(shown)
+    progress("report: the page is written")
     title = visible(f"topkbench: {folder.parent.name}/{folder.name}")
     ran = contents.what_ran(shown, sweeps)
     write_atomic(folder / "report.md", markdown(title, ran, compared.notes, sections).encode())

@@ -207,7 +207,7 @@ def environment_table(rows: pd.DataFrame) -> Table:
             found = [f"{found[0]} to {found[-1]}"]
         if found:
             cells.append([label, ", ".join(found)])
-    return Table(["", ""], cells, words={0, 1})
+    return Table(["What", "Value"], cells, words={0, 1})
 
 
 _SPEEDUP_NOTE = (

@@ -205,6 +205,13 @@ def test_cells_of_a_heat_map_have_clear_numbers_and_an_order_on_either_paper() -
 def test_names_are_written_in_colours_that_are_clear_on_white() -> None:
     for name, colour in colours().items():
         assert contrast(style.for_text(colour), "#ffffff") >= 4.5, name
+        dark = style.ON_DARK.get(name)
+        if dark is not None and style.for_text(colour) != colour:
+            # On dark paper it is the mark's colour, lighter if need be.
+            assert style.on_dark(style.for_text(colour)) == style.for_text(
+                dark, style.DARK_PAPER
+            ), name
+            assert contrast(style.for_text(dark, style.DARK_PAPER), style.DARK_PAPER) >= 4.5, name
     assert style.for_text("#0072B2") == "#0072B2"  # clear as it is
 
 
