@@ -18,6 +18,7 @@ from topkbench.analysis.comparison.stats import quotient
 from topkbench.analysis.comparison.timings import NO_INTERVAL, UNSTEADY
 from topkbench.analysis.figures.curves import legend, new_figure, table
 from topkbench.analysis.figures.names import MOST_SUBTASK, short_names
+from topkbench.analysis.figures.points import describe_places, texts_of
 
 _MOST_CONFIGURATIONS = 24
 _MOST_GRIDS = 4
@@ -101,6 +102,8 @@ def stages(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
         color=look.colour,
         label=f"{look.label},\ntimed alternately",
     )
+    said = texts_of(data, "decode_ms_p50", *STAGES, "full_ms_p50")
+    describe_places(axes, list(data["decode_ms_p50"]), range(len(data)), said)
     figure.legends.clear()
     legend(figure, axes)
     return figure, shown
@@ -226,6 +229,10 @@ def heat_table(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | No
     short = short_names(subtasks, MOST_SUBTASK)
     axes.set_xticks(_middles(subtasks), [_in_lines(short[name]) for name in subtasks])
     axes.set_yticks(_middles(first), names)
+    rows = {name: place for place, name in enumerate(first["configuration_id"])}
+    across = [subtasks.index(one) + 0.5 for one in data["subtask"]]
+    down = [rows[one] + 0.5 for one in data["configuration_id"]]
+    describe_places(axes, across, down, texts_of(data, "score", "delta_full"))
     _scale(figure, cells, axes)
     return figure, table(data, "score")
 
@@ -257,6 +264,9 @@ def needle_heatmap(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] 
         axes.set_xticks(_middles(grid.columns), [f"{one / 1024:g}K" for one in grid.columns])
         axes.set_yticks(_middles(grid.index), [f"{one:.0f}%" for one in grid.index])
         axes.set_xlabel(f"Context length (tokens)\n{name}")
+        across = [grid.columns.get_loc(one) + 0.5 for one in own["tokens"]]
+        down = [grid.index.get_loc(one) + 0.5 for one in own["depth"]]
+        describe_places(axes, across, down, texts_of(own, "score", "delta_full"))
     every[0].set_ylabel("Depth of the needle")
     _scale(figure, cells, every[-1])
     return figure, table(

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import pandas as pd
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
@@ -68,7 +69,20 @@ def describe(line: Line2D, configurations: pd.DataFrame, *columns: str) -> None:
         configurations: The configurations, in the order of the points.
         columns: The columns whose values are said after the settings.
     """
-    _TEXTS[line] = [_text(one, columns) for _, one in configurations.iterrows()]
+    _TEXTS[line] = texts_of(configurations, *columns)
+
+
+def describe_places(
+    axes: Axes, x: Sequence[float], y: Sequence[float], texts: Sequence[str]
+) -> None:
+    """Say what is behind places of axes that are no points of a line, such as bars and cells."""
+    (line,) = axes.plot(x, y, ls="none")
+    _TEXTS[line] = list(texts)
+
+
+def texts_of(configurations: pd.DataFrame, *columns: str) -> list[str]:
+    """Return what `describe` says of each configuration."""
+    return [_text(one, columns) for _, one in configurations.iterrows()]
 
 
 def _text(configuration: pd.Series, columns: Sequence[str]) -> str:

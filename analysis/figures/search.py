@@ -27,6 +27,7 @@ from topkbench.analysis.figures.curves import legend, new_figure, vertical_scale
 from topkbench.analysis.figures.names import short_methods
 from topkbench.analysis.figures.pareto import cost_axis, front_of
 from topkbench.analysis.figures.plots import Drawn, save
+from topkbench.analysis.figures.points import describe_places
 from topkbench.analysis.record.row import Status
 from topkbench.analysis.record.store import Sweep
 from topkbench.analysis.tables.table import Table, with_interval
@@ -194,7 +195,7 @@ def _front(found: Outcome, data: pd.DataFrame) -> tuple[Figure, pd.DataFrame, st
     label = {"color": "#333333", "lw": 1.2, "zorder": 2, "label": "Pareto front"}
     axes.plot(price[front], height[front], **cast(Any, label))
     _bars(axes, data.loc[front], price, y)
-    _points(axes, data, price, height)
+    _points(found, axes, data, price, height)
     for index in front:
         axes.annotate(
             f"{data.loc[index, 'trials']}",
@@ -235,7 +236,7 @@ def _history(found: Outcome, data: pd.DataFrame) -> tuple[Figure, pd.DataFrame, 
     if METRICS[y].scale == "symlog" or (height > 0).all():
         vertical_scale(axes, METRICS[y].scale)
     _bars(axes, data[data["best"]], first, y)
-    _points(axes, data, first, height)
+    _points(found, axes, data, first, height)
     axes.set_xlabel("Trial")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(METRICS[y].axis)
@@ -247,8 +248,9 @@ def _history(found: Outcome, data: pd.DataFrame) -> tuple[Figure, pd.DataFrame, 
     return figure, _shown(found, data), reading
 
 
-def _points(axes: Axes, data: pd.DataFrame, x: pd.Series, y: pd.Series) -> None:
-    """Draw the configurations, those that are best larger."""
+def _points(found: Outcome, axes: Axes, data: pd.DataFrame, x: pd.Series, y: pd.Series) -> None:
+    """Draw the configurations, those that are best larger, and say what is behind each."""
+    describe_places(axes, list(x), list(y), [_said(found, one) for _, one in data.iterrows()])
     for method in sorted(data["method"].unique(), key=style.order):
         look = style.style(method)
         for is_best, size, alpha in ((False, 30, 0.5), (True, 58, 1.0)):
@@ -266,6 +268,16 @@ def _points(axes: Axes, data: pd.DataFrame, x: pd.Series, y: pd.Series) -> None:
             )
         mark = {"marker": look.marker, "ms": 6.5, "color": look.colour, "linestyle": ""}
         axes.plot([], [], label=look.label, **cast(Any, mark))
+
+
+def _said(found: Outcome, configuration: pd.Series) -> str:
+    """Return a configuration's trials, settings and objectives, one to a line."""
+    lines = [style.style(configuration["method"]).label, f"trial {configuration['trials']}"]
+    lines += [f"{name} = {configuration[name]}" for name in found.knobs]
+    for name in found.objectives:
+        metric = METRICS[name]
+        lines.append(f"{metric.label}: {metric.text(configuration[name])} {metric.unit}".rstrip())
+    return "\n".join(lines)
 
 
 def _bars(axes: Axes, data: pd.DataFrame, x: pd.Series, name: str) -> None:

@@ -89,6 +89,24 @@ def test_the_front_has_what_no_trial_dominates(searched: Callable[..., Sweep]) -
     }
 
 
+def test_a_trial_says_its_settings(searched: Callable[..., Sweep], tmp_path: Path) -> None:
+    sweep = searched("score", "bytes_read_per_step")
+    found = search.outcome(sweep, sweep.rows())
+    assert found is not None
+    drawn = search.draw(found, tmp_path)
+    assert drawn is not None
+    texts = [one.text for one in drawn.points]
+    assert len(texts) == 5  # one configuration has no result
+    (said,) = [one for one in texts if "trial 1, 3" in one]
+    assert said.splitlines() == [
+        "Quest",
+        "trial 1, 3",
+        "method.page_size = 16",
+        "Score: 80.0 0–100",
+        "Read per decode step: 2 MiB",
+    ]
+
+
 def test_the_front_has_only_what_intervals_tell_apart(searched: Callable[..., Sweep]) -> None:
     """With 10 to either side, 90 is not told from 80, nor 50 from 40, which reads as much."""
     sweep = searched("score", "bytes_read_per_step", half=10)

@@ -15,6 +15,7 @@ from topkbench.analysis.figures.bars import stages
 from topkbench.analysis.figures.curves import context_curve, curve
 from topkbench.analysis.figures.pareto import pareto_pair
 from topkbench.analysis.figures.plots import draw_all
+from topkbench.analysis.figures.points import points_of
 from topkbench.analysis.record.store import Row, frame
 from topkbench.analysis.report.build import build, load
 from topkbench.analysis.tables.matched import matched_table
@@ -176,6 +177,9 @@ def test_stages_show_the_full_attention_of_their_own_row(row: RowMaker) -> None:
     assert list(marks.get_xdata()) == [16.0, 20.0]
     names = [text.get_text() for text in made[0].axes[0].get_yticklabels()]
     assert names == ["HATA, k=64", "Quest, k=64‡"]
+    made[0].draw_without_rendering()
+    said = [one.text.splitlines()[0] for one in points_of(made[0])]
+    assert said == ["HATA", "Quest"]  # each bar can be pointed at
 
 
 def test_unsteady_points_are_hollow_and_captions_say_so(row: RowMaker, tmp_path: Path) -> None:

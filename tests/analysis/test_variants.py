@@ -13,6 +13,7 @@ from topkbench.analysis.comparison.configurations import compare
 from topkbench.analysis.figures.bars import needle_heatmap
 from topkbench.analysis.figures.by_layer import recall_by_layer
 from topkbench.analysis.figures.plots import draw_all
+from topkbench.analysis.figures.points import points_of
 from topkbench.analysis.figures.variants import arms, difference_table, ladder, ladder_tables
 from topkbench.analysis.record.row import Row
 from topkbench.analysis.record.store import frame
@@ -358,6 +359,11 @@ def test_lengths_and_depths_give_a_heatmap(row: RowMaker, tmp_path: Path) -> Non
     assert [text.get_text() for text in full.get_yticklabels()] == ["0%", "50%", "100%"]
     assert [text.get_text() for text in full.get_xticklabels()] == ["1K", "2K"]
     assert len(data) == 12
+    figure.draw_without_rendering()
+    said = [one.text for one in points_of(figure)]
+    assert len(said) == 12  # every cell can be pointed at
+    assert said[0].splitlines()[0] == "Full attention"
+    assert sum("\nScore: 25.0" in one for one in said) == 2
     drawn = {one.name for one in draw_all(configurations, tmp_path, "words")}
     assert "needle_heatmap" in drawn
     # A score that lies between two whole numbers is not rounded to the even one.
