@@ -307,7 +307,11 @@ def on_dark(colour: str) -> str:
 def _shipped_on_dark() -> dict[str, str]:
     """Return the colours on dark paper of all that is chosen here, by those on white."""
     first, last = CELL_INKS
-    own = {look.colour.upper(): ON_DARK[name] for name, look in shipped().items()}
+    # A method that was added has no colour here that was chosen for dark paper.
+    own = {
+        look.colour.upper(): ON_DARK.get(name) or _lightened(look.colour)
+        for name, look in shipped().items()
+    }
     # A name has its method's colour on either paper, not what a rule makes of the darker one.
     names = {for_text(colour).upper(): for_text(dark, DARK_PAPER) for colour, dark in own.items()}
     return {

@@ -465,24 +465,19 @@ def sums_of_rows(num_queries: int, narrow: bool) -> Any:
     return intrinsic(step)
 
 
-def store_row_sums(num_queries: int, wide: bool = WIDE_REGISTERS) -> Any:
+def store_row_sums(num_queries: int) -> Any:
     """Make an intrinsic that adds up the lanes of each vector of ``sums_of_rows``.
 
     ``(block, out, stride)`` writes ``16 // num_queries`` float32 for each query, ``stride``
     elements apart. Sixteen vectors are added up together, in rounds that halve their number, which
     takes a third of the work of adding up the lanes of each.
-
-    Args:
-        num_queries: Queries of the block.
-        wide: Whether sixteen lanes are one register; else their halves are added first.
     """
 
     def store(typing_context: Any, block: Any, out: Any, stride: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             block, out, stride = arguments
             vectors = [builder.extract_value(block, item) for item in range(LANES)]
-            total = _totals_of_sixteen if wide else _totals_of_halves
-            sums = total(builder, vectors)
+            sums = _totals(builder, vectors)
             height = LANES // num_queries
             piece = ir.VectorType(_F32, height)
             for q in range(num_queries):
@@ -505,7 +500,7 @@ def _added(builder: Any, left: Any, right: Any, *orders: list[int]) -> Any:
     return builder.fadd(*(builder.shuffle_vector(left, right, mask) for mask in masks))
 
 
-def _totals_of_sixteen(builder: Any, vectors: Sequence[Any]) -> Any:
+def _totals(builder: Any, vectors: Sequence[Any]) -> Any:
     """Return the totals of sixteen vectors as one."""
     rounds = (
         # the lanes of two vectors that are added: within pairs, within fours, then across fours
@@ -525,21 +520,6 @@ def _totals_of_sixteen(builder: Any, vectors: Sequence[Any]) -> Any:
             for left, right in zip(vectors[::2], vectors[1::2], strict=True)
         ]
     return vectors[0]
-
-
-def _totals_of_halves(builder: Any, vectors: Sequence[Any]) -> Any:
-    """Return the totals of sixteen vectors as one, with shuffles of eight lanes alone."""
-    low, high = list(range(8)), list(range(8, 16))
-    vectors = [_added(builder, one, one, low, high) for one in vectors]
-    pairs = ([0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15])
-    across = ([0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])
-    for orders in (pairs, pairs, across):
-        vectors = [
-            _added(builder, left, right, *orders)
-            for left, right in zip(vectors[::2], vectors[1::2], strict=True)
-        ]
-    order = ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES)))
-    return builder.shuffle_vector(*vectors, order)
 
 
 @intrinsic

@@ -106,6 +106,7 @@ def test_what_is_derived_from_the_declarations() -> None:
     assert len(set(SPEED_COLUMNS)) == 21
     assert (
         *("score_ci_low", "score_ci_high", "delta_full", "delta_ci_low", "delta_ci_high"),
+        *("turn_change", "turn_change_ci_low", "turn_change_ci_high"),
         *("generated_delta", "generated_delta_ci_low", "generated_delta_ci_high"),
         *("cut_off_delta", "cut_off_delta_ci_low", "cut_off_delta_ci_high"),
         *("nll_delta_ci_low", "nll_delta_ci_high", "kl_full_ci_low", "kl_full_ci_high"),

@@ -487,7 +487,7 @@ BAD = {
         "search.objectives must be one or two different columns, got ['score', 'score']."
     ),
     "search=optuna search.objectives=[decode_ms_p50]": (
-        "search.objectives must be among score, delta_full, cut_off_share, cut_off_delta, nll,"
+        "search.objectives must be among score, delta_full, turn_change, cut_off_share,"
     ),
     "search=optuna search.knobs=k": "search.knobs must be a mapping, got 'k'.",
     "search=optuna search.knobs={}": "search.knobs must have at least one setting, as in",

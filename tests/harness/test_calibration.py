@@ -92,6 +92,8 @@ def experiments_tasks(folder: Path) -> Iterator[RulerWords]:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             overrides = [f"experiment={name}", f"cache_dir={folder}", "num_samples=2"]
             config = compose("config", overrides, return_hydra_config=True)
+        if config.task.name == "lm_eval":  # its data are not at hand
+            continue
         lengths = axis(config, "task.length", str(config.task.get("length") or "null"))
         for length, seed in product(lengths, axis(config, "seed", "0")):
             config.seed = int(seed)

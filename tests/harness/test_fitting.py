@@ -116,7 +116,7 @@ def test_a_fit_that_is_killed_goes_on_after_its_last_layer(
         killed, drawn(loaded, killed), [CPU], lambda one, _: done.append(one), kept
     )
     assert fitted == [1]
-    assert min(done) > 100  # the first layer counts as done
+    assert min(done) >= 100  # the first layer counts as done
     assert digest_of(again) == digest_of(undisturbed)
     assert its == losses
     assert KeptLayers(tmp_path, spec, "other").read(0) is None

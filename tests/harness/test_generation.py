@@ -162,7 +162,7 @@ def test_a_thousand_tokens_are_generated_with_the_method_and_counted(
     assert mean["sparse_step_share"] == 1.0
     read = 48 * (LONG - 1) / cached
     if name == "quest":  # whole pages, the last of which may be partly filled
-        assert 0.9 * read < mean["density"] <= read
+        assert 0.8 * read < mean["density"] <= read
     else:
         assert mean["density"] == pytest.approx(read)
 

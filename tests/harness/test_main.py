@@ -433,7 +433,7 @@ def one_sentence(commands: Commands, *words: str) -> None:
         (["tracker=wandb", "tracker.mode=foo"], ["tracker.mode must be one of auto", "got 'foo'."]),
         (
             ["full_backend=cuda"],
-            ["backend must be one of sdpa, triton, flash_attn, flash_attn_3, flashinfer"],
+            ["backend must be one of sdpa, cpu, triton, flash_attn, flash_attn_3, flashinfer"],
         ),
         (["method=hatta"], ["method must be one of", "did you mean hata"]),
         (["experiment=hatta"], ["experiment must be one of", "tiny_accuracy"]),
@@ -467,7 +467,7 @@ def one_sentence(commands: Commands, *words: str) -> None:
             ["task=ruler", "task.source=/no/such/file", "task.length=256"],
             ["task.length must be null with task.source", "got 256"],
         ),
-        (["task.source=/no/such/file"], ["there is no setting task.source", "task=ruler has it."]),
+        (["task.source=/no/such/file"], ["there is no setting task.source", "ruler has it."]),
         (["task=ruler", "task.skip_bad=true"], ["task.skip_bad is a setting of task.source"]),
         (
             ["model=local", "model.name=mine", "model.chat=true"],
