@@ -8,7 +8,7 @@ prove that the rows do not overlap. LLVM splits 16 lanes into the registers that
 Every ``index`` counts elements of the type that is read or written; every ``address`` is in bytes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 from llvmlite import ir
@@ -469,39 +469,9 @@ def store_row_sums(num_queries: int) -> Any:
     """Make an intrinsic that adds up the lanes of each vector of ``sums_of_rows``.
 
     ``(block, out, stride)`` writes ``16 // num_queries`` float32 for each query, ``stride``
-    elements apart. Sixteen vectors are added up together, in rounds that halve their number, which
-    takes a third of the work of adding up the lanes of each.
+    elements apart. Sixteen vectors are added up together, in four rounds that halve their number,
+    which takes a third of the work of adding up the lanes of each.
     """
-
-    def store(typing_context: Any, block: Any, out: Any, stride: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            block, out, stride = arguments
-            vectors = [builder.extract_value(block, item) for item in range(LANES)]
-            sums = _totals(builder, vectors)
-            height = LANES // num_queries
-            piece = ir.VectorType(_F32, height)
-            for q in range(num_queries):
-                order = ir.Constant(
-                    ir.VectorType(_I32, height), list(range(q * height, (q + 1) * height))
-                )
-                own = builder.shuffle_vector(sums, sums, order)
-                place = builder.mul(stride, ir.Constant(_I64, q))
-                builder.store(own, _element(builder, out, place, _F32, piece), align=_ALIGNMENT)
-            return context.get_dummy_value()
-
-        return types.void(float32x16x16, types.int64, types.int64), generate
-
-    return intrinsic(store)
-
-
-def _added(builder: Any, left: Any, right: Any, *orders: list[int]) -> Any:
-    """Add two choices of the lanes of two vectors."""
-    masks = [ir.Constant(ir.VectorType(_I32, len(order)), order) for order in orders]
-    return builder.fadd(*(builder.shuffle_vector(left, right, mask) for mask in masks))
-
-
-def _totals(builder: Any, vectors: Sequence[Any]) -> Any:
-    """Return the totals of sixteen vectors as one."""
     rounds = (
         # the lanes of two vectors that are added: within pairs, within fours, then across fours
         ([0, 16, 1, 17], [2, 18, 3, 19]),
@@ -514,12 +484,32 @@ def _totals(builder: Any, vectors: Sequence[Any]) -> Any:
             return [4 * four + lane for four in range(4) for lane in rounds[round_number][side]]
         return [4 * four + lane for four in quarters[side] for lane in range(4)]
 
-    for number in range(4):
-        vectors = [
-            _added(builder, left, right, lanes(number, 0), lanes(number, 1))
-            for left, right in zip(vectors[::2], vectors[1::2], strict=True)
-        ]
-    return vectors[0]
+    def store(typing_context: Any, block: Any, out: Any, stride: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            block, out, stride = arguments
+            vectors = [builder.extract_value(block, item) for item in range(LANES)]
+            for number in range(4):
+                masks = [
+                    ir.Constant(ir.VectorType(_I32, LANES), lanes(number, side)) for side in (0, 1)
+                ]
+                vectors = [
+                    builder.fadd(*(builder.shuffle_vector(left, right, mask) for mask in masks))
+                    for left, right in zip(vectors[::2], vectors[1::2], strict=True)
+                ]
+            height = LANES // num_queries
+            piece = ir.VectorType(_F32, height)
+            for q in range(num_queries):
+                order = ir.Constant(
+                    ir.VectorType(_I32, height), list(range(q * height, (q + 1) * height))
+                )
+                sums = builder.shuffle_vector(vectors[0], vectors[0], order)
+                place = builder.mul(stride, ir.Constant(_I64, q))
+                builder.store(sums, _element(builder, out, place, _F32, piece), align=_ALIGNMENT)
+            return context.get_dummy_value()
+
+        return types.void(float32x16x16, types.int64, types.int64), generate
+
+    return intrinsic(store)
 
 
 @intrinsic

@@ -7,6 +7,7 @@ logits ``[G]`` and its denominators ``[G]``, float32. Source: online softmax (ar
 import math
 
 import numpy as np
+import torch
 from numba import njit
 
 from topkbench.kernels.intrinsics import (
@@ -18,6 +19,32 @@ from topkbench.kernels.intrinsics import (
 from topkbench.kernels.softmax import exp, larger, largest, scale_and_cap, total
 
 _LOWEST, _TINY = np.finfo(np.float32).min, np.finfo(np.float32).tiny
+
+
+def num_parts(num_tasks: int, num_tokens: int, least: int) -> int:
+    """Return the number of parts of each head's tokens, so that all cores have work.
+
+    Args:
+        num_tasks: Heads of all rows of the batch.
+        num_tokens: Tokens of a head.
+        least: Least number of tokens per part.
+    """
+    threads = torch.get_num_threads()
+    if num_tasks == 0 or num_tasks % threads == 0 or num_tasks >= 4 * threads:
+        return 1
+    parts = -(-4 * threads // num_tasks)
+    return max(1, min(parts, num_tokens // least))
+
+
+@njit(nogil=True)
+def empty_part(work: int, group: int, value_dim: int) -> None:
+    """Write a part without any token."""
+    sums = group * value_dim
+    for i in range(sums):
+        store_float32(work, i, np.float32(0.0))
+    for g in range(group):
+        store_float32(work, sums + g, np.float32(-np.inf))
+        store_float32(work, sums + group + g, np.float32(0.0))
 
 
 @njit(nogil=True)

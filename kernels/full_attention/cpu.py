@@ -13,8 +13,8 @@ from torch import Tensor
 from topkbench.kernels.addresses import bound_address, check_cache
 from topkbench.kernels.compiled import entry_point
 from topkbench.kernels.dispatch import set_threads
-from topkbench.kernels.intrinsics import LANES, store_float32, store_int64
-from topkbench.kernels.online_softmax import merge, soften
+from topkbench.kernels.intrinsics import LANES, store_int64
+from topkbench.kernels.online_softmax import empty_part, merge, num_parts, soften
 from topkbench.kernels.rows import add_rows, clipped, score_rows, widen
 
 # Tokens whose logits are computed before they enter the sum; their values stay in the first cache.
@@ -41,7 +41,7 @@ def full_attention(
     batch_size, num_heads, head_dim = query.shape
     _, num_kv_heads, num_slots, value_dim = value_states.shape
     group = num_heads // num_kv_heads
-    parts = _num_parts(batch_size * num_kv_heads, num_slots)
+    parts = num_parts(batch_size * num_kv_heads, num_slots, _PART)
     out = torch.empty(batch_size, num_heads, value_dim, dtype=query.dtype)
     # For each part: sums, maxima, denominators, a tile's logits, the addresses of its rows (keys of
     # two tiles), and the queries as float32.
@@ -60,15 +60,6 @@ def full_attention(
         float(scale), float(softcap or 0.0), start, end, narrow,
     )  # fmt: skip
     return out
-
-
-def _num_parts(num_tasks: int, num_tokens: int) -> int:
-    """Return the number of parts of each head's context, so that all cores have work."""
-    threads = torch.get_num_threads()
-    if num_tasks == 0 or num_tasks % threads == 0 or num_tasks >= 4 * threads:
-        return 1
-    parts = -(-4 * threads // num_tasks)
-    return max(1, min(parts, num_tokens // _PART))
 
 
 @entry_point
@@ -159,11 +150,7 @@ def _attend_part(
     wide = value_rows + 8 * _TILE
     if narrow:
         query = widen(query, group * head_dim, wide)
-    for i in range(group * value_dim):
-        store_float32(work, i, np.float32(0.0))
-    for g in range(group):
-        store_float32(maxima, g, np.float32(-np.inf))
-        store_float32(denominators, g, np.float32(0.0))
+    empty_part(work, group, value_dim)
     if first_slot >= last_slot:
         return
     _fill_rows(key_rows, keys, key_bytes, first_slot, last_slot)

@@ -18,11 +18,10 @@ from topkbench.kernels.compiled import entry_point
 from topkbench.kernels.intrinsics import (
     LANES,
     load_int32,
-    store_float32,
     store_int32,
     store_int64,
 )
-from topkbench.kernels.online_softmax import merge, soften
+from topkbench.kernels.online_softmax import empty_part, merge, num_parts, soften
 from topkbench.kernels.rows import add_rows, clipped, score_rows, widen
 
 # Tokens whose logits are computed before they enter the sum; their values stay in the first cache.
@@ -54,7 +53,7 @@ def sparse_attention(
     _, num_kv_heads, num_slots, value_dim = value_states.shape
     _, num_index_heads, num_units = indices.shape
     group = num_heads // num_index_heads
-    parts = _num_parts(batch_size * num_index_heads, num_units * unit_size)
+    parts = num_parts(batch_size * num_index_heads, num_units * unit_size, _PART)
 
     out = torch.empty(batch_size, num_heads, value_dim, dtype=query.dtype)
     lse = torch.empty(batch_size, num_heads)
@@ -79,15 +78,6 @@ def sparse_attention(
         unit_size, parts, float(scale), float(softcap or 0.0), start, end, narrow,
     )  # fmt: skip
     return out, lse
-
-
-def _num_parts(num_tasks: int, num_tokens: int) -> int:
-    """Return the number of parts of each head's selection, so that all cores have work."""
-    threads = torch.get_num_threads()
-    if num_tasks == 0 or num_tasks % threads == 0 or num_tasks >= 4 * threads:
-        return 1
-    parts = -(-4 * threads // num_tasks)
-    return max(1, min(parts, num_tokens // _PART))
 
 
 @entry_point
@@ -198,11 +188,7 @@ def _attend_part(
         query = widen(query, group * head_dim, wide)
     slots = wide + 4 * group * head_dim
     entries = slots + 4 * (last_unit - first_unit) * unit_size
-    for i in range(group * value_dim):
-        store_float32(work, i, np.float32(0.0))
-    for g in range(group):
-        store_float32(maxima, g, np.float32(-np.inf))
-        store_float32(denominators, g, np.float32(0.0))
+    empty_part(work, group, value_dim)
     origin = start if unit_size > 1 else 0
     tokens = 0
     for entry in range(first_unit, last_unit):
