@@ -491,10 +491,7 @@ class LmEval(GenerationTask):
         best = max(range(len(own)), key=lambda place: responses[place][0])
         chosen = document.requests[best].continuation or ""
         return {
-            **{
-                key: sample[key]
-                for key in ("sample_id", "subtask", "length", "tokens", "prefill_ms")
-            },
+            **{key: sample[key] for key in _SHARED},
             "score": task.score(document.number, responses),
             "prediction": chosen.strip() if len(own) > 1 else "",
             "references": list(document.target),

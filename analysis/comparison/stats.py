@@ -411,13 +411,13 @@ def _lengths(samples: pd.DataFrame, full: pd.DataFrame) -> dict[str, float | Non
     found |= {f"{name}{end}": None for name in names for end in ("", "_ci_low", "_ci_high")}
     if "is_cut" not in full or full["is_cut"].isna().any():
         return found
-    if set(pair(known, full)["subtask"]) != set(known["subtask"]):
-        return found
     full = full.assign(is_cut=full["is_cut"].astype(float))
     tokens, share = (
-        independent(pair(known, full, of).rename(columns={of: "score"}))
-        for of in ("num_generated", "is_cut")
+        pair(known, full, of).rename(columns={of: "score"}) for of in ("num_generated", "is_cut")
     )
+    if set(tokens["subtask"]) != set(known["subtask"]):
+        return found
+    tokens, share = independent(tokens), independent(share)
     most = float(tokens[["score", "other"]].to_numpy().max())
     lengths = tokens["score"] - tokens["other"]
     intervals = (

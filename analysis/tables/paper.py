@@ -38,6 +38,8 @@ class _Benchmark:
     """A difference between the two that always holds, if there is one."""
     subtasks: Mapping[str, str] = field(default_factory=dict)
     """Our names of its sub-tasks, where they are others."""
+    prefix: str = ""
+    """How the names of its sub-tasks begin, in a task that has those of several benchmarks."""
     of: str = ""
     """The benchmark's name in a sentence, where it has a printed mean over its sub-tasks."""
 
@@ -78,26 +80,24 @@ _BENCHMARKS = {
         "lm_eval",
         "stops: a line break ends answers to questions there, as LongBench has it; lm-eval's not",
         {name: f"longbench_{ours}_e" for name, ours in _LONGBENCH_E.items()},
+        "longbench_",
         "LongBench-E's 13",
     ),
     "infinitebench": _Benchmark(
         "lm_eval",
         "prompts: lm-eval's wording and limits here",
         {name: f"infinitebench_{ours}" for name, ours in _INFINITEBENCH.items()},
+        "infinitebench_",
         "InfiniteBench's 12",
     ),
     "longbench_v2": _Benchmark(
         "lm_eval",
         "answers: a letter in a generated text there, the likeliest letter here",
+        prefix="longbench2_",
         of="the paper's 6",
     ),
     "niah": _Benchmark("needle", "haystack: books there, random words here"),
     "layer_latency": _Benchmark("decode_latency"),
-}
-_PREFIXES = {
-    "longbench_e": "longbench_",
-    "infinitebench": "infinitebench_",
-    "longbench_v2": "longbench2_",
 }
 # Our column for each published metric, and the factor that converts the published value.
 _METRICS = {
@@ -188,11 +188,11 @@ def _same_subtask(
     if task.startswith("batch_"):
         return (configurations["batch_size"] == int(task.removeprefix("batch_"))).fillna(False)
     same = configurations["subtask"] == benchmark.subtask(task)
-    if task != "mean" or benchmark.task != "lm_eval":
+    if task != "mean" or not benchmark.prefix:
         return same
     # A mean of lm-eval's tasks is this benchmark's only if it has no others.
-    prefix = _PREFIXES[str(number["benchmark"])]
-    own = configurations["subtask"].eq(MEAN) | configurations["subtask"].str.startswith(prefix)
+    names = configurations["subtask"]
+    own = names.eq(MEAN) | names.str.startswith(benchmark.prefix)
     of_others = configurations.loc[~own, "configuration_id"]
     return same & ~configurations["configuration_id"].isin(of_others)
 
