@@ -22,7 +22,7 @@ import pandas as pd
 
 from topkbench.analysis.comparison.configurations import SETTING, Comparison, once
 from topkbench.analysis.comparison.metrics import METRICS
-from topkbench.analysis.comparison.stats import MEAN, Interval, pair, paired_interval
+from topkbench.analysis.comparison.stats import MEAN, Interval, independent, pair, paired_interval
 from topkbench.analysis.record.row import (
     PARAMETER_PREFIX,
     RecordError,
@@ -222,6 +222,7 @@ def _of_configuration(
         both = pairs if subtask == MEAN or not len(pairs) else pairs[pairs["subtask"] == subtask]
         scored: dict[str, Any] = {}
         if len(both):
+            both = independent(both)
             means = both.groupby("subtask")[["score", "other"]].mean().mean()
             scored = {
                 "scores": (float(means["score"]), float(means["other"])),

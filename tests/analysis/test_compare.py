@@ -111,6 +111,18 @@ def test_a_method_that_lost_half_of_its_answers_is_found_by_sub_task() -> None:
     assert worse(find_changes(compared(after), compared(before))) == set()
 
 
+def test_a_document_that_is_asked_several_times_counts_once_in_the_mean() -> None:
+    sides = []
+    for seed in (0, 1):
+        rows, samples = results(with_noise(scores_of(), seed))
+        documents = samples["sample_id"].str.rpartition("-")[2]
+        sides.append(compare(rows, samples.assign(document=documents), resampled=False))
+    counted = {
+        one.subtask: one.difference.n for one in find_changes(*sides) if one.difference is not None
+    }
+    assert counted == {**dict.fromkeys(SUBTASKS, N), MEAN: N}  # not of each turn
+
+
 def test_numbers_without_sampling_error_are_worse_beyond_a_share_of_them() -> None:
     scores = scores_of()
     later = {
