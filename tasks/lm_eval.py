@@ -59,9 +59,9 @@ class _Drawn:
     Attributes:
         samples: One for each request, a document's side by side.
         prompts: The samples as tokens, once they were asked for.
+        requests: What lm-eval asks, by sample id.
         documents: The task and document of each first sample id, and
         members: the sample ids of all requests of that document.
-        source: How many documents each task has.
         skipped: Documents left out, by task, as ``skip_bad`` says.
         truncated: Documents whose prompts were shortened, by task.
     """
