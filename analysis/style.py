@@ -160,9 +160,10 @@ STAGE_COLOURS: dict[str, str] = {
     "append_ms": "#DDCC77",
     "score_ms": "#CC6677",
     "select_ms": "#117733",
-    "attend_ms": "#332288",
+    "attend_ms": "#5A3E85",
+    "rest_ms": "#DDDDDD",
 }
-"""Colours of the stages of a decode step (Tol's muted scheme), distinct from the methods'."""
+"""Colours of the stages of a decode step, and of its rest: near Tol's muted scheme, no method's."""
 
 _FARTHEST = 60
 """Percent of ink or paper in the last shade at most, so that its hue can be seen."""

@@ -180,8 +180,8 @@ def _stacked(data: pd.DataFrame, names: list[str]) -> tuple[Figure, Axes, pd.Dat
     columns = list(STAGES)
     parts = data[columns].fillna(0.0)
     rest = (data["decode_ms_p50"] - parts.sum(axis=1)).clip(lower=0).fillna(0.0)
-    rows_of_text = sum(name.count("\n") + 1 for name in names)
-    figure, axes = new_figure(7.2, 1.3 + 0.25 * len(data) + 0.1 * (rows_of_text - len(data)))
+    most = max(name.count("\n") for name in names)  # bars are equally far apart
+    figure, axes = new_figure(7.2, 1.3 + (0.25 + 0.1 * most) * len(data))
     places = range(len(data))
     left = pd.Series(0.0, index=data.index)
     for name in columns:
@@ -196,7 +196,14 @@ def _stacked(data: pd.DataFrame, names: list[str]) -> tuple[Figure, Axes, pd.Dat
             )
             left += parts[name]
     if rest.sum() > 0:
-        axes.barh(places, rest, left=left, height=0.72, color="#DDDDDD", label="Rest of the step")
+        axes.barh(
+            places,
+            rest,
+            left=left,
+            height=0.72,
+            color=style.STAGE_COLOURS["rest_ms"],
+            label="Rest of the step",
+        )
     axes.set_yticks(list(places), names)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -223,7 +230,8 @@ def heat_table(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | No
     names = _names(first)
     lines = [line for name in names for line in name.split("\n")]
     width = max(2.6, 1.4 + 0.07 * max(map(len, lines))) + 0.82 * len(subtasks)
-    height = 1.1 + 0.27 * len(first) + 0.13 * (len(lines) - len(first))
+    most = max(name.count("\n") for name in names)  # rows are equally high
+    height = 1.1 + (0.27 + 0.13 * most) * len(first)
     figure, axes = new_figure(width, height)
     cells = _cells(axes, grid)
     short = short_names(subtasks, MOST_SUBTASK)

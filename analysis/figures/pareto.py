@@ -142,7 +142,7 @@ def pareto(
     Args:
         configurations: `Comparison.overall` of one setting.
         methods: Methods to highlight; None for the default of `highlight.highlighted`. Those on the
-            front always are.
+            front are too.
 
     Returns:
         The figure and its data, or None for fewer than three points.
@@ -191,8 +191,15 @@ def pareto_pair(
 def _highlighted(
     data: pd.DataFrame, fronts: Sequence[pd.Series], methods: Sequence[str] | None
 ) -> frozenset[str]:
-    """Return the highlighted methods, among them those on a front."""
-    on_a_front = {str(method) for front in fronts for method in data.loc[front, "method"]}
+    """Return the highlighted methods, among them those on a front.
+
+    Of several points of one cost that cannot be told apart, that of the highest score stands for
+    them: where the cheapest methods find nothing, all of them are on the front.
+    """
+    on_a_front = set()
+    for front, cost in zip(fronts, COSTS, strict=False):
+        points = data[front].sort_values("score", ascending=False, kind="stable")
+        on_a_front.update(points.drop_duplicates(cost)["method"].astype(str))
     return highlighted(data, "score", "k", methods) | on_a_front
 
 

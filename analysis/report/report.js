@@ -16,25 +16,27 @@ const isMissing = (text) => text === "–" || text === "";
 
 function makeSortable(table) {
   const body = table.tBodies[0];
+  const asWritten = [...body.rows];
   [...table.tHead.rows[0].cells].forEach((head, place) => {
     // Not a button inside the head: a head with one is printed empty on all pages but the first.
     head.tabIndex = 0;
-    head.title = "Sort";
+    head.title = "Sort up, down, or as it was";
     head.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" && event.key !== " ") return;
       event.preventDefault();
       head.click();
     });
     head.addEventListener("click", () => {
-      const falling = head.getAttribute("aria-sort") === "ascending";
+      const order = { ascending: "descending", descending: null }[head.getAttribute("aria-sort")];
       for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
-      head.setAttribute("aria-sort", falling ? "descending" : "ascending");
-      const rows = [...body.rows].map((row) => [row.cells[place].textContent.trim(), row]);
+      if (order === null) return body.append(...asWritten);
+      head.setAttribute("aria-sort", order ?? "ascending");
+      const rows = asWritten.map((row) => [row.cells[place].textContent.trim(), row]);
       // What is missing comes last either way.
       rows.sort(([one], [two]) =>
         isMissing(one) || isMissing(two)
           ? Number(isMissing(one)) - Number(isMissing(two))
-          : compareTexts(one, two) * (falling ? -1 : 1));
+          : compareTexts(one, two) * (order ? -1 : 1));
       body.append(...rows.map(([, row]) => row));
     });
   });

@@ -122,6 +122,28 @@ def test_front_points_are_highlighted_and_every_method_is_named_at_a_point(
         assert sum(text.partition(",")[0] == label for text in texts) >= 1, label
 
 
+def test_of_equally_cheap_methods_that_cannot_be_told_apart_the_best_is_highlighted(
+    many: pd.DataFrame,
+) -> None:
+    """Else a figure of methods that find nothing at the least budget would highlight them all."""
+    top = compare(many).overall
+    cheap = top["k"].eq(64) & top["method"].isin(["hata", "quest", "loki"])
+    top = top.assign(
+        bytes_read_per_step=top["bytes_read_per_step"].mask(cheap, 1.0),
+        score_ci_low=0.0,
+        score_ci_high=100.0,
+        delta_ci_low=-100.0,
+        delta_ci_high=100.0,
+    )
+    made = pareto(top)
+    assert made is not None
+    data = made[1]
+    cheapest = data[data["method"].isin(["hata", "quest", "loki"]) & data["k"].eq(64)]
+    assert cheapest["on_front"].all()
+    shown = set(cheapest.loc[cheapest["highlighted"], "method"])
+    assert shown == {"loki"}  # of the highest score
+
+
 def test_a_bound_looks_like_no_method(row: Callable[..., Row]) -> None:
     times = {"decode_ms_p50": 2.0, "bandwidth_fraction": 0.5, "bandwidth_gb_s": 20.0}
     times["full_ms_p50"] = 5.0

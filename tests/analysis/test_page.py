@@ -64,7 +64,8 @@ def numbers(texts: list[str]) -> list[float]:
     return [float(one.replace("−", "-").split()[0]) for one in texts if one != "–"]
 
 
-def test_a_table_sorts_both_ways_with_what_is_missing_last(page: Page) -> None:
+def test_a_table_sorts_both_ways_with_what_is_missing_last_and_back(page: Page) -> None:
+    as_written = list(zip(column(page, "Method"), column(page, "k"), strict=True))
     for head in ("Score", "k", "Δ full"):
         click(page, head)
         rising = column(page, head)
@@ -75,6 +76,8 @@ def test_a_table_sorts_both_ways_with_what_is_missing_last(page: Page) -> None:
         for texts in (rising, falling):
             missing = [one == "–" for one in texts]
             assert missing == sorted(missing)
+        click(page, head)
+        assert list(zip(column(page, "Method"), column(page, "k"), strict=True)) == as_written
     click(page, "Method")
     assert column(page, "Method") == sorted(column(page, "Method"), key=str.lower)
     heads = page.run(f"[...{RESULTS}.tHead.rows[0].cells].map((one) => one.ariaSort)")

@@ -106,6 +106,18 @@ def test_no_two_methods_have_colours_that_can_be_confused(vision: str, paper: st
         assert apart > 12, (first, second, apart)
 
 
+@pytest.mark.parametrize("vision", VISIONS)
+def test_stages_of_a_step_are_told_apart_and_are_no_method(vision: str) -> None:
+    stages = style.STAGE_COLOURS
+    assert not {one.upper() for one in stages.values()} & {
+        one.upper() for one in colours().values()
+    }
+    for drawn in (stages, {name: on_dark_paper(one.lower()) for name, one in stages.items()}):
+        for (first, one), (second, other) in itertools.combinations(drawn.items(), 2):
+            apart = np.linalg.norm(lab(one, vision) - lab(other, vision))
+            assert apart > 12, (first, second, apart)
+
+
 def on_dark_paper(colour: str) -> str:
     """Return what a page in dark mode draws where its figure's file has a colour."""
     found = re.fullmatch("light-dark\\((#......), (#......)\\)", page._on_both(colour))
