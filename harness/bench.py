@@ -21,7 +21,14 @@ from topkbench.harness.planted import DTYPES, PlantedStates
 from topkbench.kernels.dispatch import Impl, resolve
 from topkbench.kernels.operators import Geometry, Operators
 from topkbench.kernels.testing import WrongResult
-from topkbench.kernels.timing import OtherLoad, Timing, measure, read_bandwidth, speed_columns
+from topkbench.kernels.timing import (
+    OtherLoad,
+    Timing,
+    ask_for_huge_pages,
+    measure,
+    read_bandwidth,
+    speed_columns,
+)
 from topkbench.methods.base import Policy, with_impl
 from topkbench.methods.learning import LearningMethod
 
@@ -29,6 +36,7 @@ from topkbench.methods.learning import LearningMethod
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, print the tables and return the exit status."""
     options = _parser().parse_args(arguments)
+    ask_for_huge_pages()
     device = torch.device(options.device)
     dtype = DTYPES[options.dtype]
     if options.threads:

@@ -23,7 +23,7 @@ from topkbench.harness.reads import layers_read
 from topkbench.harness.sources import code_digest, modules_of
 from topkbench.harness.sweep import outcome_of
 from topkbench.harness.task import Context, Outcome, Task, TaskRow
-from topkbench.kernels.timing import machine_name, versions
+from topkbench.kernels.timing import huge_pages, machine_name, versions
 from topkbench.methods.base import PREVIOUS_QUERY, AnyMethod, Policy, TopKMethod
 from topkbench.methods.learning import LearningMethod, Progress, check_artifact
 from topkbench.models import speculation
@@ -243,6 +243,7 @@ def environment(loaded: LoadedModel) -> dict[str, Any]:
     return {
         "device": machine_name(loaded.model.device),
         "threads": torch.get_num_threads(),
+        "huge_pages": huge_pages(),
         "driver": versions()["driver"],
         **libraries(),
     }

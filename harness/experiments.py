@@ -39,8 +39,9 @@ from topkbench.harness.layer import (
 from topkbench.harness.outcome import outcome
 from topkbench.harness.planted import PlantedStates
 from topkbench.kernels.dispatch import OPERATORS, Impl, Operator, resolve
-from topkbench.kernels.timing import machine_name, read_bandwidth, versions
+from topkbench.kernels.timing import huge_pages, machine_name, read_bandwidth, versions
 from topkbench.methods.base import AnyMethod, Geometry, with_impl
+from topkbench.methods.full import FullAttention
 
 GEOMETRIES = {"llama2": one_layer(32, 32, 128), "llama31": one_layer(32, 8, 128)}
 """Attention of Llama-2-7B and of Llama-3.1-8B."""
@@ -123,6 +124,7 @@ def run(experiment: Experiment, conditions: Conditions) -> list[dict[str, Any]]:
     known = {
         "device": machine_name(device),
         **{name: found for name, found in versions().items() if name not in ("python", "cuda")},
+        "huge_pages": huge_pages(),
         "p_dtype": str(conditions.dtype).removeprefix("torch."),
         "bandwidth_gb_s": bandwidth,
         **commit_of(Path(__file__).resolve().parents[1], None),
@@ -164,7 +166,7 @@ def _shape(
         ran = _implementations(impl, geometry.device, conditions.dtype, geometry.head_dim)
         label = ran if len(experiment.slow) > 1 and name != "full" else name
         methods[label] = with_impl(variants.make(name, rbit=conditions.rbit), impl)
-        rows[label] = {**variants.columns(methods[label]), "impl": ran, "full_backend": "sdpa"}
+        rows[label] = {**variants.columns(methods[label]), "impl": ran}
     width = max(len(label) for label in rows) + 2
     _print_head(width)
     for label, method in methods.items():
@@ -192,11 +194,12 @@ def _timed(
 
     What goes wrong with a method is in its row: the others are timed nevertheless.
     """
+    full = FullAttention(backend="auto").on(conditions.device, conditions.dtype)
     try:
-        layer = variants.layer_of(method, geometry, states)
+        layer = variants.layer_of(method if method.selects else full, geometry, states)
         values, status, reason = time_layer(
             layer,
-            variants.make("full"),
+            full,
             geometry,
             conditions.trials,
             bandwidth * 1e9,
@@ -221,7 +224,18 @@ def _implementations(
 
 
 def _print_head(width: int) -> None:
-    heads = ["p50 ms", "p20", "p80", "warm", "full p50", "speed-up", "95% low", "high", *STAGES]
+    heads = [
+        "p50 ms",
+        "p20",
+        "p80",
+        "warm",
+        "full p50",
+        "speed-up",
+        "95% low",
+        "high",
+        "over SDPA",
+        *STAGES,
+    ]
     print(f"{'':<{width}}" + "".join(f"{head:>10}" for head in heads))
 
 
@@ -233,7 +247,7 @@ def _print(name: str, row: Mapping[str, Any], width: int) -> None:
         return
     columns = [
         *("decode_ms_p50", "decode_ms_p20", "decode_ms_p80", "decode_ms_warm_p50", "full_ms_p50"),
-        *("speedup_vs_full", "speedup_ci_low", "speedup_ci_high"),
+        *("speedup_vs_full", "speedup_ci_low", "speedup_ci_high", "speedup_vs_sdpa"),
         *(f"{stage}_ms" for stage in STAGES),
     ]
     cells = [f"{row[one]:.3f}" if row.get(one) is not None else "-" for one in columns]

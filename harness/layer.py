@@ -47,6 +47,7 @@ from topkbench.methods.base import (
     with_impl,
 )
 from topkbench.methods.captured import Captured
+from topkbench.methods.full import FullAttention
 from topkbench.methods.learning import LearningMethod
 
 STAGES = ("encode", "append", "score", "select", "attend")
@@ -320,6 +321,8 @@ def time_layer(
 ) -> tuple[dict[str, Any], str, str]:
     """Check a method's step, and time it in turn with full attention on the same states.
 
+    If full attention has another backend than torch's SDPA, that is timed in turn as well.
+
     They rotate over enough copies of states and index that each step finds its data out of the CPU
     or GPU cache, as it does in a model with other layers. The warm time, the same step repeated on
     one copy, is measured as well.
@@ -358,12 +361,11 @@ def time_layer(
     copies = copies_needed(len(layer.states.key_states) * kv_bytes(geometry, n), device)
     layers = [layer, *(layer.copy() for _ in range(copies - 1))]
     dense = [Layer(full, policy, one.states) for one in layers]
-    timed = measure(
-        {"full": [one.step for one in dense], "method": [one.step for one in layers]},
-        trials=trials,
-        device=device,
-        cuda_graph=cuda_graph,
-    )
+    steps = {"full": [one.step for one in dense], "method": [one.step for one in layers]}
+    if values["full_backend"] not in (None, "sdpa"):
+        by_sdpa = [Layer(FullAttention(), policy, one.states) for one in layers]
+        steps = {"sdpa": [one.step for one in by_sdpa], **steps}
+    timed = measure(steps, trials=trials, device=device, cuda_graph=cuda_graph)
     step = timed["method"]
     warm = measure({"warm": layer.step}, trials=trials, device=device, cuda_graph=cuda_graph)
     values["decode_ms_warm_p50"] = warm["warm"].p50_ms
@@ -373,7 +375,8 @@ def time_layer(
         medians = _stage_medians(layers, dense, trials)
         values |= {f"{stage}_ms": milliseconds for stage, milliseconds in medians.items()}
     turns = timed["full"].turns if method.selects else None
-    values |= speed_columns(step.turns, turns, load.share())
+    sdpa = timed["sdpa"].turns if "sdpa" in timed else None
+    values |= speed_columns(step.turns, turns, load.share(), sdpa)
     if bandwidth:
         values["bandwidth_gb_s"] = bandwidth / 1e9
         batch_bytes = bytes_read * len(layer.states.query_states)

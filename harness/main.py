@@ -283,7 +283,7 @@ def job(config: DictConfig) -> float | None:
         )
         raise SystemExit(REFUSED_STATUS)
     if is_for_card:  # the device at hand and its kernels are not the card's
-        config.device, config.impl, config.full_backend = "cpu", "auto", "sdpa"
+        config.device, config.impl, config.full_backend = "cpu", "auto", "auto"
     composed = job_of(config, choices_among(state.runtime.choices))
     if isinstance(composed, Job):
         commanded.composer = commanded.composer or Composer()

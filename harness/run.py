@@ -21,6 +21,7 @@ from topkbench.harness.task import TIMED, Context, Outcome
 from topkbench.kernels.dispatch import OPERATORS, resolve
 from topkbench.kernels.timing import read_bandwidth
 from topkbench.methods.base import AnyMethod
+from topkbench.methods.full import FullAttention
 from topkbench.models.attach import geometry_of
 from topkbench.models.digests import model_digest
 from topkbench.models.load import LoadedModel
@@ -56,10 +57,22 @@ class Run:
                 for.
         """
         self._started_at = started_at
-        self.composed, self.full = composed, full
+        self.composed = composed
         self.settings = composed.settings
-        self.method, self.policy, self.task = composed.method, composed.policy, composed.task
+        self.policy, self.task = composed.policy, composed.task
         self.loaded, self.artifact = loaded, artifact
+        self.full, self.method = self._with_backend(full), self._with_backend(composed.method)
+
+    def _with_backend(self, method: AnyMethod) -> AnyMethod:
+        """Return full attention with the backend that runs here; another method as it is."""
+        if not isinstance(method, FullAttention):
+            return method
+        return method.on(self.loaded.model.device, getattr(torch, self.dtype))
+
+    @property
+    def full_backend(self) -> str | None:
+        """The backend of the full attention that is timed; None if it has none."""
+        return getattr(self.full if self.method.selects else self.method, "backend", None)
 
     @functools.cached_property
     def started_at(self) -> str:
@@ -76,6 +89,8 @@ class Run:
         read = (self.loaded.model.device, getattr(torch, self.dtype), channels)
         method["impl"] = {op: resolve(op, self.method.impl_for(op), *read) for op in OPERATORS}
         method["artifact"] = "" if self.artifact is None else self.artifact.digest
+        if "backend" in method:
+            method["backend"] = self.full_backend
         protocol = {**self.settings["protocol"]} if self.method.selects else {}
         if protocol.get("protocol") != "native":
             method.pop("native", None)
@@ -91,7 +106,7 @@ class Run:
             "task": {name: value for name, value in task.items() if name not in NOT_CONTENT},
             "method": method,
             "protocol": protocol,
-            "full_backend": self.settings["full_backend"],
+            "full_backend": self.full_backend,
         }
         if self.artifact is not None:
             payload["calibration"] = self.settings["calibration"]
@@ -164,7 +179,7 @@ class Run:
             method=self.method.name,
             **{f"method_{name}": value for name, value in self.composed.appearance.items()},
             impl=implementations(self.payload["method"]["impl"]),
-            full_backend=self.settings["full_backend"],
+            full_backend=self.full_backend,
             protocol=self.policy.protocol if selects else None,
             question=task.get("question"),
             k=self.policy.k if selects and not self.task.all_budgets else None,

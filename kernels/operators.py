@@ -14,7 +14,7 @@ from torch import Tensor
 from topkbench.kernels.channel_score.api import channel_score
 from topkbench.kernels.code_score.api import code_score
 from topkbench.kernels.dispatch import Impl
-from topkbench.kernels.full_attention.api import full_attention
+from topkbench.kernels.full_attention.api import Backend, full_attention, resolve_backend
 from topkbench.kernels.group_softmax.api import group_softmax
 from topkbench.kernels.hamming_score.api import hamming_score
 from topkbench.kernels.hash_encode.api import encode_step, hash_encode
@@ -179,7 +179,7 @@ class Operators:
         }
 
     def calls(self) -> dict[str, Callable[[], Tensor]]:
-        """Return what runs each operator once; full attention is SDPA."""
+        """Return what runs each operator once; full attention by the backend that ``auto`` is."""
         return {
             "hash_encode": self.encode,
             "hamming_score": self.hamming,
@@ -235,9 +235,9 @@ class Operators:
         return sparse_attention(*states, **self.bounds, impl=impl or self.impl)[0]
 
     def full(self) -> Tensor:
-        """Attend to all keys by SDPA."""
-        query = self.query.flatten(1, 2)
-        return full_attention(query, self.keys, self.values, self.scale, **self.bounds)
+        """Attend to all keys."""
+        given = (self.query.flatten(1, 2), self.keys, self.values, self.scale)
+        return full_attention(*given, **self.bounds, backend="auto")
 
     def decode(self) -> Tensor:
         """Run HATA's decode step: encode the queries and the newest key, score, select, attend."""
@@ -264,7 +264,16 @@ class Operators:
             "topk_select": self._check_selection,
             "sparse_attention": self._check_attention,
         }
-        return found | ({"full_attention": self._check_full} if self.impl == "triton" else {})
+        if self.own_backend != "sdpa":
+            found["full_attention"] = self._check_full
+        return found
+
+    @property
+    def own_backend(self) -> Backend:
+        """The backend of full attention that is checked: our own kernel, where there is one."""
+        if self.impl == "triton":
+            return "triton"
+        return resolve_backend("auto", self.keys.device, self.keys.dtype)
 
     def check(self) -> None:
         """Check every operator against its reference, and the decode step.
@@ -398,7 +407,7 @@ class Operators:
     def _check_full(self) -> None:
         for values, sinks in ((self.values, None), (self.narrow_values, self.sinks)):
             given = (self.query.flatten(1, 2), self.keys, values, self.scale)
-            out = full_attention(*given, **self.bounds, sinks=sinks, backend="triton")
+            out = full_attention(*given, **self.bounds, sinks=sinks, backend=self.own_backend)
             exact, bound = full_attention_bound(*given, **self.bounds, sinks=sinks)
             assert_within_bound(out, exact, bound)
             assert_near(out, exact)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -145,6 +146,7 @@ def speed_columns(
     step: Sequence[Sequence[float]],
     full: Sequence[Sequence[float]] | None,
     other_load: float | None = None,
+    sdpa: Sequence[Sequence[float]] | None = None,
 ) -> dict[str, Any]:
     """Return a row's columns on a timed step and on full attention timed alternately with it.
 
@@ -153,10 +155,13 @@ def speed_columns(
         full: Milliseconds of full attention, each turn measured just before the step's; None if the
             step is full attention's, which has no speed-up.
         other_load: What `OtherLoad.share` returned.
+        sdpa: Milliseconds of full attention by torch's SDPA, timed alternately with both; None if
+            it was not, or is what ``full`` has.
 
     Returns:
         The columns ``decode_ms_*``, ``full_ms_*``, ``speedup_vs_full`` with its interval,
-        ``other_load`` and ``timing_note``, by name.
+        ``sdpa_ms_p50``, ``speedup_vs_sdpa`` with its interval, ``other_load`` and ``timing_note``,
+        by name.
     """
     step_timing = Timing.of([taken for turn in step for taken in turn])
     full_timing = None if full is None else Timing.of([taken for turn in full for taken in turn])
@@ -170,6 +175,12 @@ def speed_columns(
         interval = speedup_interval(full, step)
         if interval is not None:
             columns["speedup_ci_low"], columns["speedup_ci_high"] = interval
+    if sdpa is not None:
+        columns["sdpa_ms_p50"] = Timing.of([taken for turn in sdpa for taken in turn]).p50_ms
+        columns["speedup_vs_sdpa"] = columns["sdpa_ms_p50"] / step_timing.p50_ms
+        interval = speedup_interval(sdpa, step)
+        if interval is not None:
+            columns["sdpa_ci_low"], columns["sdpa_ci_high"] = interval
     columns["other_load"] = other_load
     columns["timing_note"] = unsteady(step_timing, full_timing, other_load)
     return columns
@@ -458,6 +469,36 @@ def machine_name(device: torch.device) -> str:
     names = re.findall(r"model name\s*:\s*(.+)", _read(Path("/proc/cpuinfo")))
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def ask_for_huge_pages() -> None:
+    """Let torch keep CPU tensors of 2 MiB and more in huge pages, where the system gives them.
+
+    A step that reads rows here and there in a large cache is slower where every few rows are in
+    another page of 4 KiB. It has an effect before the process's first tensor, and none where
+    ``THP_MEM_ALLOC_ENABLE`` is set already.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+@cache
+def huge_pages() -> bool | None:
+    """Return whether large CPU tensors of this process are in huge pages, as tried on one.
+
+    None where the system does not say, which Linux does.
+    """
+    before = _huge_kib()
+    tried = torch.ones(_PROBE_BYTES // 8 // 4)
+    after = _huge_kib()
+    if before is None or after is None:
+        return None
+    return after - before > tried.nbytes / 2 / 1024
+
+
+def _huge_kib() -> int | None:
+    """Return how much of the process's memory is in huge pages, in KiB."""
+    found = re.search(r"AnonHugePages:\s+(\d+) kB", _read(Path("/proc/self/smaps_rollup")))
+    return None if found is None else int(found[1])
 
 
 def versions() -> dict[str, str | None]:

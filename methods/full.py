@@ -1,11 +1,17 @@
 """Full attention over every cached token, the baseline of all comparisons."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 
-from topkbench.kernels.full_attention.api import BACKENDS, Backend, full_attention
+from topkbench.kernels.full_attention.api import (
+    BACKENDS,
+    Backend,
+    full_attention,
+    resolve_backend,
+)
 from topkbench.methods.base import (
     Geometry,
     Index,
@@ -25,9 +31,9 @@ class FullAttention(QueryIndependentMethod[Index]):
     """Attend to everything.
 
     Attributes:
-        backend: ``"sdpa"``, on a CPU ``"cpu"``, or on CUDA ``"triton"``, ``"flash_attn"``,
-            ``"flash_attn_3"`` or ``"flashinfer"``. It is used for timing only; answers always come
-            from ``"sdpa"``.
+        backend: ``"sdpa"``, ``"auto"`` (as `resolve_backend` chooses), on a CPU ``"cpu"``, or on
+            CUDA ``"triton"``, ``"flash_attn"``, ``"flash_attn_3"`` or ``"flashinfer"``. It is used
+            for timing only; answers always come from ``"sdpa"``.
 
     Compared with the authors' code:
         None to compare with: it is torch's attention, or that of the named package.
@@ -41,6 +47,10 @@ class FullAttention(QueryIndependentMethod[Index]):
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}.")
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """Return full attention with the backend that runs on a device, in place of ``auto``."""
+        return replace(self, backend=resolve_backend(self.backend, device, dtype))
 
     def build_index(self, prefill: PrefillInputs) -> Index:
         return Index.of(prefill)

@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -184,13 +185,16 @@ class DecodeThroughput(Task):
             difference = mismatch(context, twin, cache, length)
             if difference is not None:
                 return values, "wrong", difference
-        with (
-            attach(model, method, policy) as session,
-            attach(twin, context.full, policy) as full_session,
-        ):
+        with ExitStack() as attached:
+            session = attached.enter_context(attach(model, method, policy))
             turns: dict[str, Callable[[], Tensor]] = {"step": partial(step, model, session, cache)}
             if method.selects:
+                full_session = attached.enter_context(attach(twin, context.full, policy))
                 turns = {"full": partial(step, twin, full_session, cache), **turns}
+            if values["full_backend"] not in (None, "sdpa"):
+                by_sdpa = sharing_weights(model)
+                own = attached.enter_context(attach(by_sdpa, context.answering_full, policy))
+                turns = {"sdpa": partial(step, by_sdpa, own, cache), **turns}
             graph = self._graph(model.device)
             try:
                 timed = measure(turns, self.trials, 2, model.device, cuda_graph=graph)
@@ -205,7 +209,8 @@ class DecodeThroughput(Task):
                 return values, "skipped", reason
         step_timing = timed["step"]
         full = timed["full"].turns if method.selects else None
-        values |= speed_columns(step_timing.turns, full, load.share())
+        sdpa = timed["sdpa"].turns if "sdpa" in timed else None
+        values |= speed_columns(step_timing.turns, full, load.share(), sdpa)
         values["tokens_per_s"] = 1e3 * self.batch_size / step_timing.p50_ms
         if method.selects:
             values["build_ms"] = build_ms + needs_ms

@@ -504,6 +504,34 @@ class Row:
     """Lower end of the speed-up's 95% interval over pairs timed alternately, a ratio."""
     speedup_ci_high: float | None = column(kind="speed", tracked=True)
     """Upper end of the speed-up's 95% interval over pairs timed alternately, a ratio."""
+    sdpa_ms_p50: float | None = column(
+        label="Full attention by SDPA, timed alternately",
+        unit="ms",
+        better="lower",
+        format=".3g",
+        kind="speed",
+        pooled="median",
+        head="SDPA",
+        minor=True,
+    )
+    """Full attention's decode step by torch's SDPA, timed alternately, median, milliseconds; None
+    if it was not, or ``full_backend`` is SDPA."""
+    speedup_vs_sdpa: float | None = column(
+        label="Speed-up over SDPA",
+        unit="×",
+        better="higher",
+        format=".2f",
+        kind="speed",
+        pooled="median",
+        head="× SDPA",
+        ends=("sdpa_ci_low", "sdpa_ci_high"),
+        minor=True,
+    )
+    """``sdpa_ms_p50`` divided by ``decode_ms_p50``, timed alternately."""
+    sdpa_ci_low: float | None = column(kind="speed")
+    """Lower end of the 95% interval of the speed-up over SDPA, a ratio."""
+    sdpa_ci_high: float | None = column(kind="speed")
+    """Upper end of the 95% interval of the speed-up over SDPA, a ratio."""
     other_load: float | None = column(kind="speed")
     """Share of processor time that other processes took during timing, 0 to 1; None if unknown."""
     timing_note: str | None = column(kind="speed", tracked=True)
@@ -558,6 +586,8 @@ class Row:
     """Version of torch."""
     threads: int | None = None
     """Threads that torch used on a CPU."""
+    huge_pages: bool | None = None
+    """Whether large tensors on a CPU were in huge pages."""
     numba: str | None = None
     """Version of numba."""
     triton: str | None = None

@@ -183,6 +183,7 @@ def environment_table(rows: pd.DataFrame) -> Table:
     names = {
         "device": "Machine",
         "threads": "Threads",
+        "huge_pages": "Huge pages",
         "driver": "Driver",
         "clock_mhz": "Clock (MHz)",
         "git_commit": "Commit",

@@ -2,6 +2,7 @@
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from topkbench.kernels.dispatch import interpreted, missing
@@ -13,8 +14,26 @@ from topkbench.kernels.shapes import (
     check_sinks,
 )
 
-Backend = Literal["sdpa", "cpu", "triton", "flash_attn", "flash_attn_3", "flashinfer"]
+Backend = Literal["auto", "sdpa", "cpu", "triton", "flash_attn", "flash_attn_3", "flashinfer"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+
+
+def resolve_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backend:
+    """Return the backend that runs: ``auto`` takes the fastest that was measured on such a device.
+
+    That is ``cpu`` on a CPU, in the dtypes that it reads: it was faster than torch's at every shape
+    of ``experiment=dense_kernels`` (kernels/README.md). It is ``sdpa`` elsewhere: on CUDA none of
+    the others has been measured yet, so name one of them. A named backend is returned as it is.
+
+    Args:
+        backend: The backend, or ``"auto"``.
+        device: Device of the states.
+        dtype: Their dtype.
+    """
+    if backend != "auto":
+        return backend
+    is_fast = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    return "cpu" if is_fast else "sdpa"
 
 
 def missing_for(backend: Backend, device_type: str) -> str | None:
@@ -30,7 +49,7 @@ def missing_for(backend: Backend, device_type: str) -> str | None:
         return missing("triton", device_type, interpreted())
     if backend == "cpu":
         return missing("cpu", device_type, False)
-    if backend != "sdpa" and device_type != "cuda":
+    if backend not in ("auto", "sdpa") and device_type != "cuda":
         return f"tensors on a cuda device, got {device_type};"
     return None
 
@@ -59,9 +78,10 @@ def full_attention(
         sinks: ``[Hq]`` floating point, the logit of each query head's learned sink, which has no
             key and no value: its exponential is in the softmax's denominator, unscaled and
             uncapped. None for no sinks; the CUDA libraries take none.
-        backend: ``"sdpa"`` (torch, any device), ``"cpu"`` (our own, on a CPU), or on CUDA
-            ``"triton"`` (our own split-K), ``"flash_attn"``, ``"flash_attn_3"`` or
-            ``"flashinfer"``, which take values of the keys' width only; never falls back.
+        backend: ``"auto"`` (as `resolve_backend` chooses), ``"sdpa"`` (torch, any device),
+            ``"cpu"`` (our own, on a CPU), or on CUDA ``"triton"`` (our own split-K),
+            ``"flash_attn"``, ``"flash_attn_3"`` or ``"flashinfer"``, which take values of the keys'
+            width only; never falls back.
 
     Returns:
         ``[B, Hq, dv]`` in the query's dtype; a row without a valid slot gives zeros.
@@ -94,6 +114,7 @@ def full_attention(
     check_range(kv_start, kv_len, batch_size, device)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    backend = resolve_backend(backend, device, key_states.dtype)
 
     value_dim = value_states.shape[3]
     if backend not in ("sdpa", "cpu", "triton") and (sinks is not None or value_dim != head_dim):

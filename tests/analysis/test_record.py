@@ -99,10 +99,11 @@ memory_needed_mib
 prefill_ms build_ms decode_ms_p50 decode_ms_p20 decode_ms_p80 decode_ms_warm_p50
 encode_ms append_ms score_ms select_ms attend_ms tokens_per_s
 full_ms_p50 full_ms_p20 full_ms_p80 speedup_vs_full speedup_ci_low speedup_ci_high
+sdpa_ms_p50 speedup_vs_sdpa sdpa_ci_low sdpa_ci_high
 other_load timing_note
 bandwidth_fraction bandwidth_gb_s
 fit_s loss_first loss_last calibration artifact_path
-device clock_mhz driver torch threads numba triton transformers tokenizers numpy
+device clock_mhz driver torch threads huge_pages numba triton transformers tokenizers numpy
 git_commit git_dirty started_at code_digest model_digest reused artifact_code artifact_digest
 config_digest full_run_id
 """

@@ -86,8 +86,8 @@ BAD = {
     "force=1": "force must be true or false, got 1.",
     "force=yes_please": "force must be true or false, got 'yes_please'.",
     "full_backend=cuda": (
-        "full_backend must be one of sdpa, cpu, triton, flash_attn, flash_attn_3, flashinfer, got"
-        " 'cuda'"
+        "full_backend must be one of auto, sdpa, cpu, triton, flash_attn, flash_attn_3, flashinfer,"
+        " got 'cuda'"
     ),
     "full_backend=flash_attn method=full": (
         "full_backend=flash_attn needs tensors on a cuda device, got cpu; use full_backend=sdpa."
@@ -425,7 +425,7 @@ BAD = {
     ),
     "method=twilight method.base.page_size=big": "method.base.page_size must be a whole number,",
     "method=twilight +method.base.pages=2": "there is no setting method.base.pages",
-    "method=full method.backend=cuda": "method.backend must be one of sdpa, cpu, triton,",
+    "method=full method.backend=cuda": "method.backend must be one of auto, sdpa, cpu, triton,",
     # Calibration texts and the tracker.
     "calibration.seed=-1": "calibration.seed must be at least 0, got -1.",
     "calibration.num_sequences=0": "calibration.num_sequences must be at least 1, got 0.",

@@ -433,7 +433,7 @@ def one_sentence(commands: Commands, *words: str) -> None:
         (["tracker=wandb", "tracker.mode=foo"], ["tracker.mode must be one of auto", "got 'foo'."]),
         (
             ["full_backend=cuda"],
-            ["backend must be one of sdpa, cpu, triton, flash_attn, flash_attn_3, flashinfer"],
+            ["backend must be one of auto, sdpa, cpu, triton, flash_attn, flash_attn_3, flashin"],
         ),
         (["method=hatta"], ["method must be one of", "did you mean hata"]),
         (["experiment=hatta"], ["experiment must be one of", "tiny_accuracy"]),

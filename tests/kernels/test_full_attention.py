@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topkbench.kernels.full_attention.api import Backend, full_attention
+from topkbench.kernels.full_attention.api import Backend, full_attention, resolve_backend
 from topkbench.kernels.sparse_attention.api import sparse_attention
 from topkbench.kernels.testing import assert_attended
 
@@ -124,6 +124,29 @@ def test_the_cpus_kernel_reads_float32_and_bfloat16_alone() -> None:
     query, cache = torch.zeros(1, 4, 16).double(), torch.zeros(1, 2, 9, 16).double()
     with pytest.raises(TypeError, match=r"key_states must be float32 or bfloat16 .* got float64"):
         full_attention(query, cache, cache, 1.0, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "expected"),
+    [
+        ("auto", "cpu", torch.float32, "cpu"),
+        ("auto", "cpu", torch.bfloat16, "cpu"),
+        ("auto", "cpu", torch.float16, "sdpa"),  # which our kernel does not read
+        ("auto", "cuda", torch.bfloat16, "sdpa"),
+        ("sdpa", "cpu", torch.float32, "sdpa"),
+        ("flash_attn", "cuda", torch.bfloat16, "flash_attn"),
+    ],
+)
+def test_auto_is_the_fastest_kernel_that_was_measured(
+    backend: Backend, device: str, dtype: torch.dtype, expected: Backend
+) -> None:
+    assert resolve_backend(backend, torch.device(device), dtype) == expected
+
+
+def test_auto_attends_in_a_dtype_that_our_kernel_does_not_read() -> None:
+    query, cache = torch.randn(1, 4, 16).double(), torch.randn(1, 2, 9, 16).double()
+    found = full_attention(query, cache, cache, 0.25, backend="auto")
+    assert torch.equal(found, full_attention(query, cache, cache, 0.25, backend="sdpa"))
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -1,4 +1,7 @@
 import math
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -26,6 +29,36 @@ from topkbench.kernels.timing import (
     usage,
     versions,
 )
+
+
+def test_huge_pages_are_those_that_a_new_process_gets() -> None:
+    """What torch allocates is read from Linux, not from what was asked for."""
+    given = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not given.is_file() or "[madvise]" not in given.read_text():
+        pytest.skip("needs Linux with transparent huge pages on request")
+    script = (
+        "from topkbench.kernels.timing import ask_for_huge_pages, huge_pages;"
+        " ask_for_huge_pages(); print(huge_pages())"
+    )
+    for chosen, expected in ((None, "True"), ("0", "False")):
+        own = {name: one for name, one in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+        if chosen is not None:
+            own["THP_MEM_ALLOC_ENABLE"] = chosen
+        told = subprocess.check_output([sys.executable, "-c", script], text=True, env=own)
+        assert told.strip() == expected
+
+
+def test_a_speed_up_over_sdpa_is_a_column_of_its_own() -> None:
+    step, full, sdpa = [[2.0]] * 8, [[6.0]] * 8, [[10.0]] * 8
+    columns = speed_columns(step, full, 0.0, sdpa)
+    assert (columns["speedup_vs_full"], columns["speedup_vs_sdpa"]) == (3.0, 5.0)
+    assert (columns["sdpa_ms_p50"], columns["full_ms_p50"]) == (10.0, 6.0)
+    assert (columns["sdpa_ci_low"], columns["sdpa_ci_high"]) == (5.0, 5.0)
+    assert "sdpa_ms_p50" not in speed_columns(step, full, 0.0)
+    # Full attention's own row has no speed-up over itself, and one over SDPA.
+    own = speed_columns(full, None, 0.0, sdpa)
+    assert "speedup_vs_full" not in own
+    assert own["speedup_vs_sdpa"] == pytest.approx(10 / 6)
 
 
 def test_quantiles_are_interpolated() -> None:

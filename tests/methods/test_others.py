@@ -256,7 +256,7 @@ def test_full_attention_needs_no_index() -> None:
 def test_full_attention_refuses_an_unknown_backend() -> None:
     with pytest.raises(
         ValueError,
-        match="one of sdpa, cpu, triton, flash_attn, flash_attn_3, flashinfer, got 'eager'",
+        match="one of auto, sdpa, cpu, triton, flash_attn, flash_attn_3, flashinfer, got 'eager'",
     ):
         FullAttention(backend="eager")  # type: ignore[arg-type]
 
