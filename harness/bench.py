@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from topkbench.harness import experiments, variants
+from topkbench.harness.huge_pages import ask_for_huge_pages
 from topkbench.harness.layer import Layer
 from topkbench.harness.planted import DTYPES, PlantedStates
 from topkbench.kernels.dispatch import Impl, resolve
@@ -24,7 +25,6 @@ from topkbench.kernels.testing import WrongResult
 from topkbench.kernels.timing import (
     OtherLoad,
     Timing,
-    ask_for_huge_pages,
     measure,
     read_bandwidth,
     speed_columns,

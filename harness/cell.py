@@ -19,11 +19,12 @@ from topkbench.harness.caching import cache_lock
 from topkbench.harness.calibration import Calibration, CalibrationTexts, CapturedStates
 from topkbench.harness.canary import check_acting
 from topkbench.harness.fitting import KeptLayers, fit_layers, learning_devices
+from topkbench.harness.huge_pages import has_huge_pages
 from topkbench.harness.reads import layers_read
 from topkbench.harness.sources import code_digest, modules_of
 from topkbench.harness.sweep import outcome_of
 from topkbench.harness.task import Context, Outcome, Task, TaskRow
-from topkbench.kernels.timing import huge_pages, machine_name, versions
+from topkbench.kernels.timing import machine_name, versions
 from topkbench.methods.base import PREVIOUS_QUERY, AnyMethod, Policy, TopKMethod
 from topkbench.methods.learning import LearningMethod, Progress, check_artifact
 from topkbench.models import speculation
@@ -243,7 +244,7 @@ def environment(loaded: LoadedModel) -> dict[str, Any]:
     return {
         "device": machine_name(loaded.model.device),
         "threads": torch.get_num_threads(),
-        "huge_pages": huge_pages(),
+        "huge_pages": has_huge_pages(),
         "driver": versions()["driver"],
         **libraries(),
     }

@@ -26,6 +26,7 @@ import torch
 
 from topkbench.harness import variants
 from topkbench.harness.commit import commit_of
+from topkbench.harness.huge_pages import has_huge_pages
 from topkbench.harness.layer import (
     LEAST_K,
     STAGES,
@@ -39,9 +40,8 @@ from topkbench.harness.layer import (
 from topkbench.harness.outcome import outcome
 from topkbench.harness.planted import PlantedStates
 from topkbench.kernels.dispatch import OPERATORS, Impl, Operator, resolve
-from topkbench.kernels.timing import huge_pages, machine_name, read_bandwidth, versions
+from topkbench.kernels.timing import machine_name, read_bandwidth, versions
 from topkbench.methods.base import AnyMethod, Geometry, with_impl
-from topkbench.methods.full import FullAttention
 
 GEOMETRIES = {"llama2": one_layer(32, 32, 128), "llama31": one_layer(32, 8, 128)}
 """Attention of Llama-2-7B and of Llama-3.1-8B."""
@@ -124,7 +124,7 @@ def run(experiment: Experiment, conditions: Conditions) -> list[dict[str, Any]]:
     known = {
         "device": machine_name(device),
         **{name: found for name, found in versions().items() if name not in ("python", "cuda")},
-        "huge_pages": huge_pages(),
+        "huge_pages": has_huge_pages(),
         "p_dtype": str(conditions.dtype).removeprefix("torch."),
         "bandwidth_gb_s": bandwidth,
         **commit_of(Path(__file__).resolve().parents[1], None),
@@ -194,7 +194,7 @@ def _timed(
 
     What goes wrong with a method is in its row: the others are timed nevertheless.
     """
-    full = FullAttention(backend="auto").on(conditions.device, conditions.dtype)
+    full = variants.make("full", backend="auto").on(conditions.device, conditions.dtype)
     try:
         layer = variants.layer_of(method if method.selects else full, geometry, states)
         values, status, reason = time_layer(

@@ -47,7 +47,6 @@ from topkbench.methods.base import (
     with_impl,
 )
 from topkbench.methods.captured import Captured
-from topkbench.methods.full import FullAttention
 from topkbench.methods.learning import LearningMethod
 
 STAGES = ("encode", "append", "score", "select", "attend")
@@ -363,7 +362,7 @@ def time_layer(
     dense = [Layer(full, policy, one.states) for one in layers]
     steps = {"full": [one.step for one in dense], "method": [one.step for one in layers]}
     if values["full_backend"] not in (None, "sdpa"):
-        by_sdpa = [Layer(FullAttention(), policy, one.states) for one in layers]
+        by_sdpa = [Layer(type(full)(), policy, one.states) for one in layers]
         steps = {"sdpa": [one.step for one in by_sdpa], **steps}
     timed = measure(steps, trials=trials, device=device, cuda_graph=cuda_graph)
     step = timed["method"]

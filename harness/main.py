@@ -48,6 +48,7 @@ from topkbench.analysis.record.store import (
     check_experiment_name,
     checked_results_dir,
 )
+from topkbench.harness.huge_pages import ask_for_huge_pages
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -564,6 +565,7 @@ def run_command() -> None:
     # Hydra then raises the original error, which is printed below in one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    ask_for_huge_pages()
     warnings.filterwarnings("ignore", module="hydra")
     wrapped = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     collected.cache_clear()  # a second command of this process starts anew

@@ -21,7 +21,6 @@ from topkbench.harness.task import TIMED, Context, Outcome
 from topkbench.kernels.dispatch import OPERATORS, resolve
 from topkbench.kernels.timing import read_bandwidth
 from topkbench.methods.base import AnyMethod
-from topkbench.methods.full import FullAttention
 from topkbench.models.attach import geometry_of
 from topkbench.models.digests import model_digest
 from topkbench.models.load import LoadedModel
@@ -61,13 +60,8 @@ class Run:
         self.settings = composed.settings
         self.policy, self.task = composed.policy, composed.task
         self.loaded, self.artifact = loaded, artifact
-        self.full, self.method = self._with_backend(full), self._with_backend(composed.method)
-
-    def _with_backend(self, method: AnyMethod) -> AnyMethod:
-        """Return full attention with the backend that runs here; another method as it is."""
-        if not isinstance(method, FullAttention):
-            return method
-        return method.on(self.loaded.model.device, getattr(torch, self.dtype))
+        place = (loaded.model.device, getattr(torch, self.dtype))
+        self.full, self.method = full.on(*place), composed.method.on(*place)
 
     @property
     def full_backend(self) -> str | None:

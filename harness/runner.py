@@ -55,7 +55,6 @@ from topkbench.harness.sweep import (
 )
 from topkbench.harness.task import TIMED, Outcome, TaskRow
 from topkbench.kernels.compiled import are_cached
-from topkbench.kernels.timing import ask_for_huge_pages
 from topkbench.models.digests import model_digest
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill_store import PrefillStore
@@ -162,7 +161,6 @@ class Runner:
     """
 
     def __init__(self, sweep: Sweep, tracker: Any) -> None:
-        ask_for_huge_pages()
         self.sweep = sweep
         self.tracker = tracker
         self.is_worker = False

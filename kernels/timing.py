@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -469,36 +468,6 @@ def machine_name(device: torch.device) -> str:
     names = re.findall(r"model name\s*:\s*(.+)", _read(Path("/proc/cpuinfo")))
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
-
-
-def ask_for_huge_pages() -> None:
-    """Let torch keep CPU tensors of 2 MiB and more in huge pages, where the system gives them.
-
-    A step that reads rows here and there in a large cache is slower where every few rows are in
-    another page of 4 KiB. It has an effect before the process's first tensor, and none where
-    ``THP_MEM_ALLOC_ENABLE`` is set already.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
-@cache
-def huge_pages() -> bool | None:
-    """Return whether large CPU tensors of this process are in huge pages, as tried on one.
-
-    None where the system does not say, which Linux does.
-    """
-    before = _huge_kib()
-    tried = torch.ones(_PROBE_BYTES // 8 // 4)
-    after = _huge_kib()
-    if before is None or after is None:
-        return None
-    return after - before > tried.nbytes / 2 / 1024
-
-
-def _huge_kib() -> int | None:
-    """Return how much of the process's memory is in huge pages, in KiB."""
-    found = re.search(r"AnonHugePages:\s+(\d+) kB", _read(Path("/proc/self/smaps_rollup")))
-    return None if found is None else int(found[1])
 
 
 def versions() -> dict[str, str | None]:

@@ -311,6 +311,13 @@ class TopKMethod(ABC, Generic[IndexT, QueryT]):
         """
         return self, self.native_policy(policy) if policy.protocol == "native" else policy
 
+    def on(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """Return the method with what it leaves to the device and the dtype of the states chosen.
+
+        That is full attention's kernel; other methods choose theirs operator by operator.
+        """
+        return self
+
     def native_policy(self, policy: Policy) -> Policy:
         """Return a policy with the method's published values; the budget stays."""
         return replace(policy, **self.native)

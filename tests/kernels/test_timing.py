@@ -1,7 +1,4 @@
 import math
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -29,23 +26,6 @@ from topkbench.kernels.timing import (
     usage,
     versions,
 )
-
-
-def test_huge_pages_are_those_that_a_new_process_gets() -> None:
-    """What torch allocates is read from Linux, not from what was asked for."""
-    given = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not given.is_file() or "[madvise]" not in given.read_text():
-        pytest.skip("needs Linux with transparent huge pages on request")
-    script = (
-        "from topkbench.kernels.timing import ask_for_huge_pages, huge_pages;"
-        " ask_for_huge_pages(); print(huge_pages())"
-    )
-    for chosen, expected in ((None, "True"), ("0", "False")):
-        own = {name: one for name, one in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
-        if chosen is not None:
-            own["THP_MEM_ALLOC_ENABLE"] = chosen
-        told = subprocess.check_output([sys.executable, "-c", script], text=True, env=own)
-        assert told.strip() == expected
 
 
 def test_a_speed_up_over_sdpa_is_a_column_of_its_own() -> None:
