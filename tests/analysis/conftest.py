@@ -29,6 +29,7 @@ HARDNESS = {
     "cwe": 0.5,
 }
 N = 25
+TESTED = pinned_versions()
 
 
 def make_row(**changes: Any) -> Row:
@@ -46,8 +47,8 @@ def make_row(**changes: Any) -> Row:
         "seed": 0,
         "num_samples": N,
         "device": "AMD EPYC 9554, 2 cores",
-        "torch": pinned_versions()["torch"],
-        "transformers": pinned_versions()["transformers"],
+        "torch": TESTED["torch"],
+        "transformers": TESTED["transformers"],
         "git_commit": "fb6212e9d0c1a2b3",
         "git_dirty": False,
         "started_at": "2026-11-21T06:00:00+00:00",
