@@ -18,6 +18,7 @@ from topkbench.analysis.comparison.stats import MEAN, paired_columns
 from topkbench.analysis.figures import plots
 from topkbench.analysis.record.provenance import pinned_versions
 from topkbench.analysis.record.store import CellStore, Row, Status, Sweep, identity
+from topkbench.analysis.report import build as report
 from topkbench.analysis.report import kernels
 
 SUBTASKS = ("niah_single", "niah_multikey", "niah_multivalue", "vt", "cwe")
@@ -188,6 +189,12 @@ def big_sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     )
     fail(sweep)
     return sweep
+
+
+@pytest.fixture(scope="session")
+def big_report(big_sweep: Sweep) -> Path:
+    """The page of the big sweep's report, with its pictures."""
+    return report.build(big_sweep.folder)
 
 
 @pytest.fixture(scope="session")
