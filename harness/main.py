@@ -29,6 +29,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, RangeSweep
 from hydra.errors import HydraException, OverrideParseException
 from hydra.experimental.callback import Callback
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -406,6 +407,19 @@ class SweepFolders(Callback):
                     folder = folder.parent
 
 
+_validate_batch = Sweeper.validate_batch_is_legal
+
+
+def validate_batch(sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
+    """Compose the jobs of a batch to find a mistake before the first one runs, as Hydra does.
+
+    They are then composed again to run. With Hydra's own sweeper none runs before all are composed,
+    so that once is enough.
+    """
+    if type(sweeper).__name__ != "BasicSweeper":
+        _validate_batch(sweeper, batch)
+
+
 def own_launcher(name: str) -> str:
     """Return in one sentence what to use in place of a launcher of Hydra's."""
     options = ", ".join(sorted(path.stem for path in (CONF / "launcher").glob("*.yaml")))
@@ -567,6 +581,7 @@ def run_command() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     ask_for_huge_pages()
     warnings.filterwarnings("ignore", module="hydra")
+    Sweeper.validate_batch_is_legal = validate_batch  # type: ignore[assignment, method-assign]
     wrapped = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     collected.cache_clear()  # a second command of this process starts anew
     collected().is_plan = is_plan

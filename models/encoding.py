@@ -1,9 +1,8 @@
 """How a text reaches a model: its chat template, its tokens, and the tokens that end an answer."""
 
 import inspect
-import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -79,10 +78,7 @@ def encode_split(
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that the tokenizer puts before every text; none for some tokenizers."""
-    special = set(tokenizer.all_special_tokens)
-    # Some vocabularies have no letter "a", and nothing that stands for what they lack.
-    pieces = (piece for piece in tokenizer.get_vocab() if piece not in special)
-    for text in itertools.chain("a", pieces):
+    for text in _short_texts(tokenizer):
         plain = tokenizer.encode(text, add_special_tokens=False)
         if not plain:
             continue
@@ -92,6 +88,14 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
                 return list(whole[:place])
         return []
     return []
+
+
+def _short_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    yield "a"
+    # Some vocabularies have no letter "a", and nothing that stands for what they lack. Only those
+    # are read, since a large one takes longer than encoding a prompt.
+    special = set(tokenizer.all_special_tokens)
+    yield from (piece for piece in tokenizer.get_vocab() if piece not in special)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

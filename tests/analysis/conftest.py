@@ -18,6 +18,7 @@ from topkbench.analysis.comparison.stats import MEAN, paired_columns
 from topkbench.analysis.figures import plots
 from topkbench.analysis.record.provenance import pinned_versions
 from topkbench.analysis.record.store import CellStore, Row, Status, Sweep, identity
+from topkbench.analysis.report import build as report
 from topkbench.analysis.report import kernels
 
 SUBTASKS = ("niah_single", "niah_multikey", "niah_multivalue", "vt", "cwe")
@@ -29,6 +30,7 @@ HARDNESS = {
     "cwe": 0.5,
 }
 N = 25
+TESTED = pinned_versions()
 
 
 def make_row(**changes: Any) -> Row:
@@ -46,8 +48,8 @@ def make_row(**changes: Any) -> Row:
         "seed": 0,
         "num_samples": N,
         "device": "AMD EPYC 9554, 2 cores",
-        "torch": pinned_versions()["torch"],
-        "transformers": pinned_versions()["transformers"],
+        "torch": TESTED["torch"],
+        "transformers": TESTED["transformers"],
         "git_commit": "fb6212e9d0c1a2b3",
         "git_dirty": False,
         "started_at": "2026-11-21T06:00:00+00:00",
@@ -187,6 +189,12 @@ def big_sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     )
     fail(sweep)
     return sweep
+
+
+@pytest.fixture(scope="session")
+def big_report(big_sweep: Sweep) -> Path:
+    """The page of the big sweep's report, with its pictures."""
+    return report.build(big_sweep.folder)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pandas as pd
@@ -25,6 +26,7 @@ CPU = MEASURED / "xeon_2_threads"
 CORE = MEASURED / "epyc_1_thread"
 
 
+@functools.cache
 def rows(path: Path) -> pd.DataFrame:
     """Read a file of rows as a report does: columns missing from it are empty."""
     return load(path)[0]

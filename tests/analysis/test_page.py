@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from topkbench.analysis.record.store import Sweep
-from topkbench.analysis.report import build as report
 from topkbench.tests.browser import MISSING, Browser, Page
 
 RESULTS = "document.querySelector('#setting-1-1 table')"
@@ -26,15 +24,9 @@ def browser() -> Iterator[Browser]:
         yield found
 
 
-@pytest.fixture(scope="module")
-def built(big_sweep: Sweep, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report with its pictures."""
-    return report.build(big_sweep.folder, tmp_path_factory.mktemp("page"))
-
-
 @pytest.fixture
-def page(browser: Browser, built: Path) -> Iterator[Page]:
-    opened = browser.open(built)
+def page(browser: Browser, big_report: Path) -> Iterator[Page]:
+    opened = browser.open(big_report)
     yield opened
     assert opened.errors == []
 
@@ -125,10 +117,10 @@ def test_a_filter_finds_what_is_seen(page: Page) -> None:
 
 
 def test_without_its_script_a_page_shows_each_legend_once(
-    browser: Browser, built: Path, tmp_path: Path
+    browser: Browser, big_report: Path, tmp_path: Path
 ) -> None:
     plain = tmp_path / "report.html"
-    plain.write_text(re.sub(r"<script>.*?</script>", "", built.read_text(), flags=re.DOTALL))
+    plain.write_text(re.sub(r"<script>.*?</script>", "", big_report.read_text(), flags=re.DOTALL))
     page = browser.open(plain, width=390)
     assert page.run("document.querySelectorAll('svg.legend').length") > 5
     assert page.run(
@@ -145,8 +137,8 @@ def test_a_column_is_hidden_and_shown_again(page: Page) -> None:
     assert set(page.run(hidden)) == {False}
 
 
-def test_the_first_column_stays_in_sight(browser: Browser, built: Path) -> None:
-    page = browser.open(built, width=390)
+def test_the_first_column_stays_in_sight(browser: Browser, big_report: Path) -> None:
+    page = browser.open(big_report, width=390)
     place = page.run(
         f"""(() => {{
             const wide = {RESULTS}.closest(".wide");
@@ -160,16 +152,16 @@ def test_the_first_column_stays_in_sight(browser: Browser, built: Path) -> None:
 
 
 def test_a_narrow_screen_shows_a_figure_whole_and_its_legend_below(
-    browser: Browser, built: Path
+    browser: Browser, big_report: Path
 ) -> None:
     places = """[...document.querySelectorAll('#score_vs_k svg')].map((one) => {
         const box = one.getBoundingClientRect();
         return [Math.round(box.left), Math.round(box.right), box.height > 20, Math.round(box.top)];
     })"""
-    wide = browser.open(built)
+    wide = browser.open(big_report)
     (_, _, is_shown, _), (*_, is_below, _) = wide.run(places)
     assert (is_shown, is_below) == (True, False)
-    narrow = browser.open(built, width=390)
+    narrow = browser.open(big_report, width=390)
     figure, legend = narrow.run(places)
     assert figure[0] == 14
     assert figure[1] < 520  # without the place of its legend, a third of it is to be scrolled to
@@ -187,9 +179,9 @@ def test_a_narrow_screen_shows_a_figure_whole_and_its_legend_below(
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_letters_of_figures_can_be_read(browser: Browser, built: Path, width: int) -> None:
+def test_letters_of_figures_can_be_read(browser: Browser, big_report: Path, width: int) -> None:
     """At least nine pixels, whatever is smallest in a figure."""
-    page = browser.open(built, width=width)
+    page = browser.open(big_report, width=width)
     sizes = page.run(
         """[...document.querySelectorAll("svg.picture, svg.legend")].filter(
             (one) => one.checkVisibility()).map((one) => one.getBoundingClientRect().width /
@@ -201,9 +193,9 @@ def test_letters_of_figures_can_be_read(browser: Browser, built: Path, width: in
 
 
 def test_what_is_printed_can_be_read_and_each_page_of_a_table_has_its_heads(
-    built: Path, browser: Browser, tmp_path: Path
+    big_report: Path, browser: Browser, tmp_path: Path
 ) -> None:
-    page = browser.open(built)
+    page = browser.open(big_report)
     page.call("Emulation.setEmulatedMedia", media="print")
     page.call(
         "Emulation.setDeviceMetricsOverride",
@@ -229,8 +221,10 @@ def test_what_is_printed_can_be_read_and_each_page_of_a_table_has_its_heads(
         assert re.search(r"Method +k +rbit +Score", one)
 
 
-def test_the_contents_of_a_narrow_screen_follow_the_reader(browser: Browser, built: Path) -> None:
-    page = browser.open(built, width=390)
+def test_the_contents_of_a_narrow_screen_follow_the_reader(
+    browser: Browser, big_report: Path
+) -> None:
+    page = browser.open(big_report, width=390)
     page.run("document.querySelectorAll('nav ul ul a')[2].click()")
     page.wait_for("document.querySelector('nav [aria-current]')")
     page.wait_for(
@@ -349,9 +343,9 @@ def test_figures_come_first_and_every_link_of_the_contents_leads_somewhere(page:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_text_and_figures_are_clear_on_either_paper(
-    browser: Browser, built: Path, dark: bool
+    browser: Browser, big_report: Path, dark: bool
 ) -> None:
-    page = browser.open(built, dark=dark)
+    page = browser.open(big_report, dark=dark)
     ink, paper = page.run(
         "['color', 'backgroundColor'].map((one) => getComputedStyle(document.body)[one])"
     )

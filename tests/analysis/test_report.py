@@ -33,13 +33,8 @@ FIGURES = {
 }
 
 
-@pytest.fixture(scope="module")
-def built(big_sweep: Sweep) -> Path:
-    return report.build(big_sweep.folder)
-
-
-def test_a_report_writes_all_files(built: Path) -> None:
-    folder = built.parent
+def test_a_report_writes_all_files(big_report: Path) -> None:
+    folder = big_report.parent
     names = FIGURES | {"score_vs_k", "recall_vs_k", "decode_vs_k"}
     for name in ("rows.parquet", "rows.csv", "samples.parquet", "report.md", "report.html"):
         assert (folder / name).stat().st_size > 1000, name
@@ -58,8 +53,8 @@ def test_a_page_stays_small(small_sweep: Sweep, tmp_path: Path) -> None:
     assert page.stat().st_size < 100_000 * number
 
 
-def test_the_html_report_is_a_single_file(built: Path) -> None:
-    page = built.read_text()
+def test_the_html_report_is_a_single_file(big_report: Path) -> None:
+    page = big_report.read_text()
     assert re.findall(r'(?:src|@import|url)=?"?\(?"?(?:https?:)?//', page) == []
     assert page.count('class="picture') == 9
     assert re.findall(r"<script[^>]*src", page) == []
@@ -135,8 +130,8 @@ def test_seeds_add_up_their_prompts_unless_a_file_has_them(row: Callable[..., Ro
     assert pooled("RULER 0123abcd (raw)") == 8
 
 
-def test_markdown_has_the_same_table(built: Path) -> None:
-    text = built.with_name("report.md").read_text()
+def test_markdown_has_the_same_table(big_report: Path) -> None:
+    text = big_report.with_name("report.md").read_text()
     assert "| Full attention |   – |      – |" in text
     assert "## Failures and skips" in text
     assert "![Score against budget](figures/score_vs_k.png)" in text

@@ -436,6 +436,8 @@ def one_sentence(commands: Commands, *words: str) -> None:
             ["backend must be one of auto, sdpa, cpu, triton, flash_attn, flash_attn_3, flashin"],
         ),
         (["method=hatta"], ["method must be one of", "did you mean hata"]),
+        # Nothing runs though the first job is right.
+        (["method=exact,hatta", "k=16", "rbit=32", "-m"], ["method must be one of", "mean hata"]),
         (["experiment=hatta"], ["experiment must be one of", "tiny_accuracy"]),
         (
             ["impl=gpu"],
@@ -591,7 +593,7 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 """
     )
     given = ("task=lm_eval", "task.names=asked", f"task.include_path={asked}", "task.batch_size=1")
-    given += ("method=exact,quest", "k=16", "task.timed_prompts=0", "-m")
+    given += ("method=exact,quest", "k=16", "rbit=32", "task.timed_prompts=0", "-m")
     commands.start(*given)
     while len(commands.forwards) < 2:  # all of the first prompt is then on disk
         time.sleep(0.01)
@@ -1016,7 +1018,7 @@ def test_settings_come_before_options(given: str, ordered: str) -> None:
 
 
 def test_options_may_stand_between_settings(commands: Commands) -> None:
-    assert commands.run("method=exact", "-m", "k=16,32", "task.length=256") == 0
+    assert commands.run("method=exact", "-m", "k=16,32", "rbit=32") == 0
     out = commands.text("out")
     assert "method=exact k=16" in out
     assert "method=exact k=32" in out

@@ -142,7 +142,7 @@ def test_full_attention_has_the_scores_of_lm_evals_own_backend(
 
     names = ("made_generate", "made_filtered", "made_choose", "made_likely")
     model = replace(request.getfixturevalue(name), chat=False)
-    number = 5 if name == "tiny" else 2
+    number = 5 if name == "tiny" else 1
     ours = make(folder, *names, question=question, num_fewshot=0, num_samples=number)
     found = run(ours, model, FullAttention())
     scores = {name: values["score"] for name, values in rows_of(found).items()}
