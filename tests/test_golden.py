@@ -56,7 +56,9 @@ def test_every_cell_gives_what_the_golden_file_holds(machine: Machine, question:
             continue
         assert numbers["status"] == expected["status"], name
         for column in (*COUNTED, *QUALITY):
-            assert numbers[column] == pytest.approx(expected[column], rel=2e-2, abs=1e-6), name
+            wanted = expected[column]  # None where nothing was measured
+            near = None if wanted is None else pytest.approx(wanted, rel=2e-2, abs=1e-6)
+            assert numbers[column] == near, (name, column)
     if not same_kind:
         warnings.warn(
             f"golden file: {differing} of {kept} selected tokens and {other_answers} of {answers}"
