@@ -491,13 +491,18 @@ class Runner:
             cell.measured.read_others()
         after()
 
-    def track(self, cell: Cell) -> None:
-        """Copy a cell to the tracker, unless that was done; a killed process may not have."""
+    def track(self, cell: Cell, artifact: Path | None) -> None:
+        """Copy a cell to the tracker, unless that was done; a killed process may not have.
+
+        Args:
+            cell: The cell.
+            artifact: The file of what its method has learned; None if it learns nothing.
+        """
         if self.tracker is None or cell.tracked:
             return
         rows, samples, sweep = cell.read(), cell.samples(), self.sweep
         if self.tracker.log_cell(
-            sweep.folder, sweep.title, rows, samples, cell.config(), cell.attempt
+            sweep.folder, sweep.title, rows, samples, cell.config(), cell.attempt, artifact
         ):
             cell.mark_tracked()
 
@@ -662,7 +667,11 @@ class SweepCell:
         """Track a cell that was found, unless it was tracked before."""
         if self.run.task.refits:
             say(f"{describe(self.cell.read())}: found, and not fitted again")
-        self.runner.track(self.cell)
+        self._track()
+
+    def _track(self) -> None:
+        artifact = self.run.artifact
+        self.runner.track(self.cell, None if artifact is None else artifact.path)
 
     def run_alone(self, store: PrefillStore) -> None:
         """Run the whole cell."""
@@ -780,7 +789,7 @@ class SweepCell:
         self.has_ended = True
         self.runner.ended.add(self.run.identity)
         self.runner.report(rows, ended)
-        self.runner.track(self.cell)
+        self._track()
 
 
 @dataclass
