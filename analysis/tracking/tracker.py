@@ -464,7 +464,7 @@ class WandbTracker:
             place = shlex.quote(str(runs))
             lines += [
                 f"W&B: {count} runs are offline.",
-                f"  wandb sync {place}  # uploads them; with --dry-run it lists them",
+                f"  wandb sync {place}  # uploads them from this machine; --dry-run lists them",
                 f"  wandb leet {place}  # shows them in the terminal",
             ]
         if lines:

@@ -143,8 +143,10 @@ class Names:
         found = []
         if "calibration" in row.parameters and self._varies("calibration"):
             found.append(str(row.parameters["calibration"]))
-        for (group, option, name), counts in self._values.items():
-            if name in _WITH_WORDS or name not in own or _option(own, name) != (group, option):
+        for name in own:
+            group, option = _option(own, name)
+            counts = self._values.get((group, option, name))
+            if counts is None or name in _WITH_WORDS:
                 continue
             if (group == "protocol" and row.protocol is None) or (
                 group == "calibration" and row.artifact_digest is None
@@ -174,6 +176,8 @@ def _sizes(row: Row, with_length: bool) -> list[str]:
 
 def shown(value: Any) -> str:
     """Return a setting's value as YAML has it: ``true``, ``null``, ``[0, 1]``."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
