@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
-def shown(notebook: Any) -> list[list[str]]:
-    """Return the kinds of what each cell of code shows: an image, a table, an error."""
+def shown(notebook: Any) -> list[set[str]]:
+    """Return the kinds of what each cell of code shows: an image, a table, text."""
     return [
-        [kind for output in cell.outputs for kind in output.get("data", [output.output_type])]
+        {kind for output in cell.outputs for kind in output.get("data", [output.output_type])}
         for cell in notebook.cells
         if cell.cell_type == "code"
     ]
