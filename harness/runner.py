@@ -59,6 +59,9 @@ from topkbench.models.digests import model_digest
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill_store import PrefillStore
 
+ARTIFACT_PATH = "artifact_path"
+"""What a cell's configuration records besides its settings: the file of what its method learned."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -491,18 +494,14 @@ class Runner:
             cell.measured.read_others()
         after()
 
-    def track(self, cell: Cell, artifact: Path | None) -> None:
-        """Copy a cell to the tracker, unless that was done; a killed process may not have.
-
-        Args:
-            cell: The cell.
-            artifact: The file of what its method has learned; None if it learns nothing.
-        """
+    def track(self, cell: Cell) -> None:
+        """Copy a cell to the tracker, unless that was done; a killed process may not have."""
         if self.tracker is None or cell.tracked:
             return
-        rows, samples, sweep = cell.read(), cell.samples(), self.sweep
+        rows, samples, sweep, config = cell.read(), cell.samples(), self.sweep, cell.config()
+        artifact = Path(config[ARTIFACT_PATH]) if ARTIFACT_PATH in config else None
         if self.tracker.log_cell(
-            sweep.folder, sweep.title, rows, samples, cell.config(), cell.attempt, artifact
+            sweep.folder, sweep.title, rows, samples, config, cell.attempt, artifact
         ):
             cell.mark_tracked()
 
@@ -667,11 +666,7 @@ class SweepCell:
         """Track a cell that was found, unless it was tracked before."""
         if self.run.task.refits:
             say(f"{describe(self.cell.read())}: found, and not fitted again")
-        self._track()
-
-    def _track(self) -> None:
-        artifact = self.run.artifact
-        self.runner.track(self.cell, None if artifact is None else artifact.path)
+        self.runner.track(self.cell)
 
     def run_alone(self, store: PrefillStore) -> None:
         """Run the whole cell."""
@@ -785,11 +780,14 @@ class SweepCell:
                 self.has_ended = True
                 return
             log = f"{log}\n{ended}".strip()
-            self.cell.write(rows, outcome.samples, self.run.settings, log, outcome.kept)
+            artifact = self.run.artifact
+            config = {} if artifact is None else {ARTIFACT_PATH: str(artifact.path.absolute())}
+            config |= self.run.settings
+            self.cell.write(rows, outcome.samples, config, log, outcome.kept)
         self.has_ended = True
         self.runner.ended.add(self.run.identity)
         self.runner.report(rows, ended)
-        self._track()
+        self.runner.track(self.cell)
 
 
 @dataclass
