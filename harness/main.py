@@ -312,8 +312,15 @@ def run_collected() -> float | None:
         return None
     sweep = commanded.sweep
     if commanded.tracker is None and commanded.jobs:
-        commanded.tracker = commanded.jobs[0].composed.tracker
-        commanded.tracker.begin_sweep(sweep.folder, sweep.title)
+        composed = [job.composed for job in commanded.jobs]
+        commanded.tracker = composed[0].tracker
+        commanded.tracker.begin_sweep(
+            sweep.folder,
+            sweep.title,
+            command_line(),
+            [one.named for one in composed],
+            composed[0].given,
+        )
     if commanded.runner is None or commanded.runner.sweep.folder != sweep.folder:
         commanded.runner = Runner(sweep, commanded.tracker)
     runner = commanded.runner

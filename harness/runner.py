@@ -59,6 +59,9 @@ from topkbench.models.digests import model_digest
 from topkbench.models.load import LoadedModel
 from topkbench.models.prefill_store import PrefillStore
 
+ARTIFACT_PATH = "artifact_path"
+"""What a cell's configuration records besides its settings: the file of what its method learned."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -495,9 +498,10 @@ class Runner:
         """Copy a cell to the tracker, unless that was done; a killed process may not have."""
         if self.tracker is None or cell.tracked:
             return
-        rows, samples, sweep = cell.read(), cell.samples(), self.sweep
+        rows, samples, sweep, config = cell.read(), cell.samples(), self.sweep, cell.config()
+        artifact = Path(config[ARTIFACT_PATH]) if ARTIFACT_PATH in config else None
         if self.tracker.log_cell(
-            sweep.folder, sweep.title, rows, samples, cell.config(), cell.attempt
+            sweep.folder, sweep.title, rows, samples, config, cell.attempt, artifact
         ):
             cell.mark_tracked()
 
@@ -776,7 +780,10 @@ class SweepCell:
                 self.has_ended = True
                 return
             log = f"{log}\n{ended}".strip()
-            self.cell.write(rows, outcome.samples, self.run.settings, log, outcome.kept)
+            artifact = self.run.artifact
+            config = {} if artifact is None else {ARTIFACT_PATH: str(artifact.path.absolute())}
+            config |= self.run.settings
+            self.cell.write(rows, outcome.samples, config, log, outcome.kept)
         self.has_ended = True
         self.runner.ended.add(self.run.identity)
         self.runner.report(rows, ended)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from topkbench.analysis.comparison.metrics import METRICS
 from topkbench.analysis.console import say
@@ -161,6 +161,8 @@ class Composer(Protocol):
 
 class NoSearch:
     """Runs the configurations that were composed, and no others: ``search=none``."""
+
+    knobs: ClassVar[Mapping[str, Any]] = {}
 
     def check(self, base: Job, composer: Composer) -> None:
         """Do nothing: there are no other settings."""

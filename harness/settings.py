@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from topkbench.analysis.record.store import RecordError, check_experiment_name
+from topkbench.analysis.record.store import RecordError, check_experiment_name, named_values
 from topkbench.harness.calibration import CalibrationTexts
 from topkbench.harness.card import Card, ThisDevice
 from topkbench.harness.decoding import Question
@@ -35,6 +35,11 @@ from topkbench.models.load import Dtype, ModelShape, load_model, read_shape
 GROUPS = (
     *("model", "method", "protocol", "task", "calibration"),
     *("search", "launcher", "card", "tracker", "report"),
+)
+# Groups and settings that no cell depends on: where it runs, where things are kept.
+OF_COMMAND = (
+    *("search", "launcher", "tracker", "report", "force", "experiment_name", "results_dir"),
+    *("cache_dir", "artifact_dir", "prefill_memory_gib", "calibration_memory_gib"),
 )
 # Settings of the run that only tasks read.
 OF_TASKS = ("question", "num_samples")
@@ -248,6 +253,25 @@ class Composed:
         """Limit on captured queries and keys while a method is fitted; None for the default."""
         gib = self.settings["calibration_memory_gib"]
         return None if gib is None else int(gib * 2**30)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The settings that a cell may depend on, by name, such as ``method.page_size``.
+
+        A setting that refers to another one, as ``protocol.k`` to ``k``, is left out.
+        """
+        refers = {
+            name
+            for name, one in named_values(self.origin[0]).items()
+            if _REFERENCE.fullmatch(str(one))
+        }
+        of_cell = {name: one for name, one in self.settings.items() if name not in OF_COMMAND}
+        return {name: one for name, one in named_values(of_cell).items() if name not in refers}
+
+    @property
+    def given(self) -> Sequence[str]:
+        """Names of the settings on the command line, and of those that are searched."""
+        return [*self.origin[2], *self.search.knobs]
 
     def check_launcher(self) -> None:
         """Check that the launcher's engine is installed here.

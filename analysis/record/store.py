@@ -51,6 +51,7 @@ __all__ = [
     "checked_results_dir",
     "frame",
     "identity",
+    "named_values",
 ]
 
 _IDENTITY = re.compile(r"[0-9a-f]{16}")
@@ -98,6 +99,17 @@ def _canonical(value: Any, where: str) -> Any:
     if isinstance(value, float) and math.isfinite(value):
         return value
     raise RecordError(f"{where} must be plain and finite to be digested, got {value!r}.")
+
+
+def named_values(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested settings, each under its name, such as ``method.page_size``."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= named_values(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def checked_results_dir(value: Any) -> Path:

@@ -76,6 +76,9 @@ class SweepReport:
             found = outcome(sweep, rows)
             if found is not None:
                 say(f"{text(found)}\n")
+            where = tracker.where(sweep.folder, rows)
+            if where:
+                say(f"{where}\n")
             say(report.page)
             good = [status.value for status in Status if status.settled]
             return 0 if rows["status"].isin(good).all() else FAILED_STATUS

@@ -12,8 +12,10 @@ import argparse
 import functools
 import importlib
 import os
+import re
+import shlex
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args, get_origin
 
@@ -24,29 +26,41 @@ from topkbench.analysis.comparison.stats import MEAN
 from topkbench.analysis.console import console, say, say_error
 from topkbench.analysis.figures.search import outcome, values
 from topkbench.analysis.figures.training import loss_points
-from topkbench.analysis.record.row import Row
-from topkbench.analysis.record.store import Sweep, one_row_a_cell
+from topkbench.analysis.record.row import MIB, Row
+from topkbench.analysis.record.store import Sweep, frame, one_row_a_cell
 from topkbench.analysis.tracking.wandb_payload import (
+    SHOWN,
+    Names,
     cell_config,
     curves,
-    run_name,
+    shown_of,
     summary,
     table_value,
-    tags,
+    tag,
 )
 
-_MOST_SAMPLES = 10_000
+_MOST_LINES = 10_000  # of a table
 
 
 class Tracker(Protocol):
     """A destination that a sweep is copied to. No call raises an exception."""
 
-    def begin_sweep(self, folder: str | Path, sweep: str) -> None:
+    def begin_sweep(
+        self,
+        folder: str | Path,
+        sweep: str,
+        command: str = "",
+        settings: Sequence[Mapping[str, Any]] = (),
+        given: Collection[str] = (),
+    ) -> None:
         """Begin to copy a sweep.
 
         Args:
             folder: The sweep's folder.
             sweep: Name of the sweep.
+            command: The command line that runs it.
+            settings: Of each of its configurations, the settings by name.
+            given: Names of the settings that the command gives.
         """
 
     def log_progress(self, done: int, total: int, cells: Sequence[Mapping[str, Any]]) -> None:
@@ -66,6 +80,7 @@ class Tracker(Protocol):
         samples: pd.DataFrame | Sequence[Mapping[str, Any]],
         config: Mapping[str, Any],
         attempt: int = 1,
+        artifact: Path | None = None,
     ) -> bool:
         """Copy a finished cell; return whether it was copied.
 
@@ -76,12 +91,13 @@ class Tracker(Protocol):
             samples: The cell's samples.
             config: The resolved configuration.
             attempt: Number of the attempt, from 1; part of the run's id.
+            artifact: The file of what the cell's method has learned, if it learns anything.
         """
 
     def log_sweep(
         self, folder: str | Path, sweep: str, rows: pd.DataFrame, samples: pd.DataFrame
     ) -> None:
-        """Copy the sweep's curves and the figures of its report.
+        """Copy the sweep's rows and curves, and its report with its figures.
 
         Args:
             folder: The sweep's folder, with its report.
@@ -90,11 +106,22 @@ class Tracker(Protocol):
             samples: The sweep's samples.
         """
 
+    def where(self, folder: str | Path, rows: pd.DataFrame) -> str:
+        """Say where the runs of a sweep are, and with which commands they are seen.
+
+        Args:
+            folder: The sweep's folder.
+            rows: The sweep's rows.
+
+        Returns:
+            Lines to print; empty if there are no runs.
+        """
+
 
 class NoTracker:
     """A tracker that copies nothing."""
 
-    def begin_sweep(self, *arguments: Any) -> None:
+    def begin_sweep(self, *arguments: Any, **keywords: Any) -> None:
         """Do nothing."""
 
     def log_progress(self, *arguments: Any) -> None:
@@ -106,6 +133,10 @@ class NoTracker:
 
     def log_sweep(self, *arguments: Any, **keywords: Any) -> None:
         """Do nothing."""
+
+    def where(self, *arguments: Any) -> str:
+        """Return nothing."""
+        return ""
 
 
 def check_setting(name: str, value: Any, setting: str, *also: str) -> None:
@@ -217,13 +248,18 @@ class WandbTracker:
         entity: Team or user; None for the account's default.
         mode: One of W&B's modes, or ``auto``: as W&B's settings say, and else online if there is an
             account and its host answers, offline if not. WANDB_MODE overrides it.
+        artifact_mib: Files up to this size, MiB, are copied as artifacts; 0 for none.
 
     Raises:
-        ValueError: If one of them is empty, or W&B does not accept it or WANDB_MODE.
+        ValueError: If one of them is empty or negative, or W&B does not accept it or WANDB_MODE.
     """
 
     def __init__(
-        self, project: str = "topkbench", entity: str | None = None, mode: str = "auto"
+        self,
+        project: str = "topkbench",
+        entity: str | None = None,
+        mode: str = "auto",
+        artifact_mib: float = 256,
     ) -> None:
         check_setting("project", project, "tracker.project")
         check_setting("entity", entity, "tracker.entity")
@@ -231,14 +267,21 @@ class WandbTracker:
             raise ValueError("project must not be empty.")
         if entity is not None and not entity.strip():
             raise ValueError("entity must not be empty; null is the account's default.")
+        if artifact_mib < 0:
+            raise ValueError(f"artifact_mib must be at least 0, got {artifact_mib}.")
         check_setting("mode", mode, "tracker.mode", "auto")
         if "WANDB_MODE" in os.environ:
             check_setting("mode", os.environ["WANDB_MODE"], "the environment variable WANDB_MODE")
         self.project = project
         self.entity = entity
         self.mode = mode
+        self.artifact_mib = artifact_mib
         self._live: Any = None  # the sweep's run, between its begin and its end
         self._live_mode: str | None = None
+        self._command = ""
+        self._names = Names()
+        self._fitted: set[Path] = set()  # files that are artifacts already
+        self._url: str | None = None  # of the sweep's run, if it is online
 
     def _start(self, folder: str | Path, mode: str, console: str = "off", **options: Any) -> Any:
         import wandb
@@ -271,11 +314,20 @@ class WandbTracker:
             group=sweep,
             job_type="sweep",
             tags=["sweep"],
+            notes=self._command,
             config={},
         )
 
-    def begin_sweep(self, folder: str | Path, sweep: str) -> None:
+    def begin_sweep(
+        self,
+        folder: str | Path,
+        sweep: str,
+        command: str = "",
+        settings: Sequence[Mapping[str, Any]] = (),
+        given: Collection[str] = (),
+    ) -> None:
         """Start the sweep's run."""
+        self._command, self._names = command, Names(settings, given)
 
         def start(mode: str) -> None:
             self._live, self._live_mode = self._start_sweep(folder, sweep, mode), mode
@@ -287,9 +339,7 @@ class WandbTracker:
         if self._live is None:
             return
         try:
-            import wandb
-
-            table = wandb.Table(dataframe=pd.DataFrame(list(cells)))
+            table = _table(pd.DataFrame(list(cells)))
             self._live.log({"samples/done": done, "samples/all": total, "cells/so far": table})
         except Exception as error:  # the end of the sweep makes a run of its own
             self._live = None
@@ -304,31 +354,33 @@ class WandbTracker:
         samples: pd.DataFrame | Sequence[Mapping[str, Any]],
         config: Mapping[str, Any],
         attempt: int = 1,
+        artifact: Path | None = None,
     ) -> bool:
-        """Copy a finished cell: configuration, summary, samples and training losses."""
+        """Copy a finished cell: configuration, summary, rows, samples, training losses, weights."""
         if not rows:
             return False
+        top = next((row for row in rows if row.subtask == MEAN), rows[0])
+        settled = all(row.status.settled for row in rows)
+        data = samples if isinstance(samples, pd.DataFrame) else pd.DataFrame(list(samples))
 
         def write(mode: str) -> None:
-            import wandb
-
-            top = next((row for row in rows if row.subtask == MEAN), rows[0])
-            settled = all(row.status.settled for row in rows)
             run = self._start(
                 folder,
                 mode,
                 id=f"{top.run_id}-{attempt}",
-                name=run_name(top),
+                name=self._names.run_name(top, config),
                 group=sweep,
                 job_type=top.task,
-                tags=tags(top),
-                config=cell_config(top, config),
+                tags=self._names.tags(top, config),
+                notes="\n".join(filter(None, [self._command, top.reason])),
+                config=cell_config(top, config, self._names.configuration(top, config)),
             )
             try:
-                data = samples if isinstance(samples, pd.DataFrame) else pd.DataFrame(list(samples))
+                run.log({"rows": _table(frame(rows))})
                 if len(data):
-                    shown = data.head(_MOST_SAMPLES).astype(object).map(table_value)
-                    run.log({"samples": wandb.Table(dataframe=shown)})
+                    run.log({"samples": _table(data)})
+                if artifact is not None and artifact not in self._fitted:
+                    self._log_files(run, artifact.stem, "weights", [artifact])
                 run.define_metric("loss/*", step_metric="step")
                 for point in loss_points(data):
                     run.log(point)
@@ -336,12 +388,15 @@ class WandbTracker:
             finally:
                 run.finish(exit_code=0 if settled else 1)
 
-        return session(self.mode).copy(write)
+        is_copied = session(self.mode).copy(write)
+        if is_copied and artifact is not None:
+            self._fitted.add(artifact)
+        return is_copied
 
     def log_sweep(
         self, folder: str | Path, sweep: str, rows: pd.DataFrame, samples: pd.DataFrame
     ) -> None:
-        """Copy the sweep's curves over k and rbit, and the figures of its report; end its run.
+        """Copy the sweep's rows, its curves over k and rbit, and its report; end its run.
 
         Of a search, its best trials are copied too.
         """
@@ -367,21 +422,77 @@ class WandbTracker:
                     run.log({f"figures/{one.stem}": wandb.Image(str(one)) for one in figures})
                 found = outcome(Sweep.open(folder), rows)
                 if found is not None:
-                    run.log({"search/best": wandb.Table(dataframe=values(found))})
+                    run.log({"search/best": _table(values(found))})
+                run.log({"rows": _table(rows)})
+                name, *when = (part for part in sweep.rpartition("/")[::2] if part)
+                data = [
+                    Path(folder) / one for one in ("rows.parquet", "rows.csv", "samples.parquet")
+                ]
+                self._log_files(run, f"{name}-rows", "rows", data, when)
+                page = [Path(folder) / one for one in ("report.html", "report.md")]
+                self._log_files(run, f"{name}-report", "report", [*page, *figures], when)
                 counts = one_row_a_cell(rows)["status"].value_counts()
                 run.summary.update({f"cells/{name}": int(n) for name, n in counts.items()})
+                several = (rows[name].dropna().astype(str).unique() for name in SHOWN)
+                run.tags = ("sweep", *(tag(word) for words in several for word in words))
+                self._url = run.url
             finally:
                 run.finish()
 
         session(self.mode).copy(write)
 
+    def _log_files(
+        self, run: Any, name: str, kind: str, paths: Sequence[Path], aliases: Sequence[str] = ()
+    ) -> None:
+        """Copy files as an artifact, a new version if their content is new."""
+        import wandb
 
-def dashboard(entity: str, project: str) -> Any:
+        artifact = wandb.Artifact(re.sub(r"[^\w.-]+", "-", name)[:128], kind)
+        for path in paths:
+            if path.is_file() and path.stat().st_size <= self.artifact_mib * MIB:
+                folder = f"{path.parent.name}/" if path.parent.name == "figures" else ""
+                artifact.add_file(str(path), name=folder + path.name)
+        if len(artifact.manifest.entries):
+            run.log_artifact(artifact, aliases=[*aliases, "latest"])
+
+    def where(self, folder: str | Path, rows: pd.DataFrame) -> str:
+        """Name the page of the sweep's run, or the commands to upload its runs and to see them."""
+        lines = [f"W&B: {self._url}"] if self._url is not None else []
+        runs = Path(folder) / "wandb"
+        count = len(list(runs.glob("offline-run-*")))
+        if count:
+            place = shlex.quote(str(runs))
+            lines += [
+                f"W&B: {count} runs are offline.",
+                f"  wandb sync {place}  # uploads them from this machine; --dry-run lists them",
+                f"  wandb leet {place}  # shows them in the terminal",
+            ]
+        if lines:
+            words = [f"--{name} {shlex.quote(one)}" for name, one in shown_of(rows).items()]
+            words += [f"--project {shlex.quote(self.project)}"] * (self.project != "topkbench")
+            words += [] if self.entity is None else [f"--entity {shlex.quote(self.entity)}"]
+            command = " ".join(["python -m topkbench.analysis.tracking dashboard", *words])
+            lines.append(f"  {command}  # then saves a workspace that shows them")
+        return "\n".join(lines)
+
+
+def _table(data: pd.DataFrame) -> Any:
+    """Return a W&B table of the columns that have a value."""
+    import wandb
+
+    some = data.dropna(axis=1, how="all").head(_MOST_LINES)
+    return wandb.Table(dataframe=some.astype(object).map(table_value))
+
+
+def dashboard(entity: str, project: str, shown: Mapping[str, str]) -> Any:
     """Return the project's workspace without saving it; needs neither account nor network.
+
+    It shows runs of one model, task, protocol and question, so that none of its panels mixes them.
 
     Args:
         entity: Team or user that owns the project.
         project: Name of the project.
+        shown: The value of each of ``SHOWN`` to filter by; one that is missing is not filtered by.
     """
     # Imported by name, since these modules build their exports at import.
     panels: Any = importlib.import_module("wandb_workspaces.reports.v2")
@@ -397,9 +508,15 @@ def dashboard(entity: str, project: str) -> Any:
         )
 
     def bars(metric: str, *ends: str) -> Any:
-        return panels.BarPlot(
-            title=METRICS[metric].axis, metrics=[metric, *ends], groupby=panels.Config("method")
+        return panels.BarPlot(  # a bar's runs differ in their seeds alone
+            title=METRICS[metric].axis,
+            metrics=[metric, *ends],
+            groupby=panels.Config("configuration"),
         )
+
+    def tagged(name: str, value: str) -> Any:
+        # Full attention has no protocol, and is compared under each.
+        return expressions.Tags().isin([value, "full"] if name == "protocol" else [value])
 
     def lines(x: str, metric: str) -> Any:
         return panels.LinePlot(
@@ -479,8 +596,11 @@ def dashboard(entity: str, project: str) -> Any:
             ),
         ],
         runset_settings=spaces.RunsetSettings(
+            filters=[tagged(*one) for one in shown.items()],
             groupby=[expressions.Metric("Group"), expressions.Metric("JobType")],
-            pinned_columns=["summary:score", "summary:recall_at_k", "config:k", "config:rbit"],
+            pinned_columns=[
+                *("summary:score", "summary:recall_at_k", "config:k.value", "config:rbit.value"),
+            ],
         ),
     )
 
@@ -491,12 +611,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=["dashboard"], help="build the project's workspace")
     parser.add_argument("--entity", default="", help="team or user; default: the account's own")
     parser.add_argument("--project", default="topkbench")
+    for name, default in SHOWN.items():
+        parser.add_argument(
+            f"--{name}", default=default, help=f"show its runs; default: {default}; all: every one"
+        )
     options = parser.parse_args(arguments)
+    shown = {name: getattr(options, name) for name in SHOWN if getattr(options, name) != "all"}
     with console():
-        return _save(options.entity, options.project)
+        return _save(options.entity, options.project, shown)
 
 
-def _save(entity: str, project: str) -> int:
+def _save(entity: str, project: str, shown: Mapping[str, str]) -> int:
     """Save the workspace of a project, of the account's own entity if none is given."""
     import wandb
 
@@ -508,7 +633,7 @@ def _save(entity: str, project: str) -> int:
                 f"a workspace is saved online, but W&B's mode is {mode}; run `wandb online` first."
             )
             return 2
-        workspace = dashboard(entity or wandb.Api().default_entity or "", project)
+        workspace = dashboard(entity or wandb.Api().default_entity or "", project, shown)
         workspace.save()
     except wandb.errors.UsageError:
         say_error(

@@ -3,6 +3,8 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -15,19 +17,24 @@ import pandas as pd
 import pytest
 import wandb
 from matplotlib.figure import Figure
+from PIL import Image
 
-from topkbench.analysis.record.store import Row, Sweep, frame
+from topkbench.analysis.record.rows_file import read_rows
+from topkbench.analysis.record.store import Row, Status, Sweep, frame, named_values
 from topkbench.analysis.report import build as report
 from topkbench.analysis.report.sweep_report import SweepReport
 from topkbench.analysis.tracking import tracker as tracking
 from topkbench.analysis.tracking.tracker import NoTracker, Session, WandbTracker, dashboard, session
 from topkbench.analysis.tracking.wandb_payload import (
+    Names,
     cell_config,
     curves,
     plain_config,
-    run_name,
+    shown_of,
     summary,
 )
+
+LEAGUE = Path(__file__).parents[2] / "analysis" / "measured" / "epyc_2_threads" / "league.csv"
 
 
 @pytest.fixture
@@ -90,12 +97,98 @@ def test_cells_and_sweep_are_read_back_with_wandbs_tool(small_sweep: Sweep) -> N
     assert first["summary"]["score"] == 76.8
     assert first["summary"]["score/vt"] == 60
     assert first["summary"]["samples"]["nrows"] == 125
-    assert first["name"] == "hata-ruler-L4096-k512-r32"
+    assert first["summary"]["rows"]["nrows"] == 6  # of its sub-tasks and their mean
+    assert first["name"] == "hata-k512-r32"
     assert f"{cell.identity}-2" in found
     (sweep,) = (one for one in found.values() if one["name"] == "default/first")
     assert sweep["summary"]["by_rbit/score/hata-k512"] == 79.2
     assert sweep["summary"]["cells/ok"] == 5
     assert "figures/score_vs_rbit" in sweep["summary"]
+    assert sweep["summary"]["rows"]["nrows"] == len(small_sweep.rows())
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """Read the records of an offline run with W&B's command line tool."""
+    found = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+def artifacts(read: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the artifacts of a run by name, without those of its tables."""
+    made = [one["artifact"] for one in read if one["type"] == "artifact"]
+    return {one["name"]: one for one in made if one["type"] != "run_table"}
+
+
+def contents(artifact: dict[str, Any]) -> list[str]:
+    return sorted(one["path"] for one in artifact["manifest"]["contents"])
+
+
+@pytest.mark.usefixtures("offline")
+def test_rows_report_and_weights_are_artifacts_and_a_file_of_weights_is_copied_once(
+    small_sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    folder, title, rows = small_sweep.folder, small_sweep.title, small_sweep.rows()
+    weights, large = tmp_path / "hata-0123.safetensors", tmp_path / "loki-45.safetensors"
+    weights.write_bytes(b"weights")
+    large.write_bytes(bytes(2 * 2**20))
+    tracker = WandbTracker(artifact_mib=1.5)
+    tracker.begin_sweep(folder, title, "python run.py -m")
+    for cell, path in zip(small_sweep.cells()[:3], (weights, weights, large), strict=True):
+        assert tracker.log_cell(folder, title, cell.read(), [], {}, artifact=path)
+    (folder / "figures").mkdir()
+    Image.new("RGB", (1, 1)).save(folder / "figures" / "score.png")
+    for name in ("report.html", "report.md", "rows.csv", "rows.parquet", "samples.parquet"):
+        (folder / name).write_text(name)
+    tracker.log_sweep(folder, title, rows, small_sweep.samples())
+
+    read = list(map(records, sorted((folder / "wandb").glob("offline-run-*"))))
+    found = sorted(map(artifacts, read), key=len)
+    assert found[:2] == [{}, {}]
+    assert contents(found[2]["hata-0123"]) == ["hata-0123.safetensors"]
+    assert found[2]["hata-0123"]["type"] == "weights"
+    assert sorted(found[3]["default-rows"]["aliases"]) == ["first", "latest"]
+    assert contents(found[3]["default-rows"]) == ["rows.csv", "rows.parquet", "samples.parquet"]
+    assert contents(found[3]["default-report"]) == [
+        *("figures/score.png", "report.html", "report.md")
+    ]
+    told = [[one["run"] for one in each if one["type"] == "run"][-1] for each in read]
+    assert {one["notes"] for one in told} == {"python run.py -m"}
+    (live,) = (one for one in told if one["display_name"] == title)
+    assert live["tags"] == ["sweep", "tiny", "ruler", "sparse", "unified"]
+
+    where = tracker.where(folder, rows)
+    (command,) = re.findall(r"(wandb sync .+?)  #", where)
+    listed = subprocess.run(
+        [sys.executable, "-m", *shlex.split(command), "--dry-run"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert "Would sync 4 run(s)" in listed.stdout + listed.stderr
+    assert "dashboard --model tiny --task ruler --question sparse --protocol unified  #" in where
+
+
+@pytest.mark.usefixtures("offline")
+def test_with_artifact_mib_0_nothing_is_an_artifact(small_sweep: Sweep, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"weights")
+    cell = small_sweep.cells()[0]
+    assert WandbTracker(artifact_mib=0).log_cell(
+        small_sweep.folder, "s", cell.read(), [], {}, artifact=tmp_path / "a.safetensors"
+    )
+    (run,) = (small_sweep.folder / "wandb").glob("offline-run-*")
+    assert artifacts(records(run)) == {}
+
+
+@pytest.mark.usefixtures("user")
+def test_a_sweep_without_runs_names_no_commands(small_sweep: Sweep) -> None:
+    assert WandbTracker().where(small_sweep.folder, small_sweep.rows()) == ""
 
 
 @pytest.mark.usefixtures("offline")
@@ -333,6 +426,7 @@ def test_nothing_is_copied_if_wandb_is_disabled(
         ({"mode": ["offline"]}, None, r"tracker\.mode must be one of auto, .*, got \['offline'\]"),
         ({"project": 7}, None, r"tracker\.project must be a name that W&B accepts, got 7: "),
         ({"project": "a/b"}, None, r"tracker\.project must be .*, got 'a/b': .* cannot contain"),
+        ({"artifact_mib": -1}, None, r"artifact_mib must be at least 0, got -1\.$"),
         ({"entity": True}, None, r"tracker\.entity must be a name that W&B accepts, got True: "),
         ({}, "sideways", r"variable WANDB_MODE must be one of online, .*, got 'sideways'\.$"),
         ({}, "auto", r"variable WANDB_MODE must be one of online, .*, got 'auto'\.$"),
@@ -356,16 +450,109 @@ def test_every_mode_of_wandb_is_accepted(monkeypatch: pytest.MonkeyPatch, mode: 
     WandbTracker()
 
 
-def test_names_configuration_and_summary(row: Callable[..., Row]) -> None:
+def test_configuration_and_summary(row: Callable[..., Row]) -> None:
     mean = row(method="hata", k=64, rbit=32, score=50.0, parameters={"use_norm": True})
     part = row(method="hata", k=64, rbit=32, subtask="vt", score=25.0)
-    assert run_name(mean) == "hata-ruler-L4096-k64-r32"
-    config = cell_config(mean, {"a.b": Path("x")})
+    config = cell_config(mean, {"a.b": Path("x")}, "hata-k64")
     assert (config["p_use_norm"], config["resolved"]) == (True, {"a_b": "x"})
+    assert config["configuration"] == "hata-k64"
     values = summary([part, mean])
     assert (values["score"], values["score/vt"], values["status"]) == (50.0, 25.0, "ok")
     assert "k" not in values
     assert plain_config({"x": [1, (2, None)]}) == {"x": [1, [2, None]]}
+
+
+def settings(**method: Any) -> dict[str, Any]:
+    return {"method": {"_target_": "Hata", **method}, "question": "sparse"}
+
+
+def flat(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [named_values(one) for one in cells]
+
+
+def test_a_name_has_what_varies_and_leaves_out_what_most_cells_of_the_method_have(
+    row: Callable[..., Row],
+) -> None:
+    cells = [settings(sigma=0.1, use_norm=True), settings(sigma=0.1, use_norm=False)]
+    cells += [settings(sigma=0.3, use_norm=True), {**settings(sigma=0.1, use_norm=True), "seed": 1}]
+    cells[0]["seed"] = cells[1]["seed"] = cells[2]["seed"] = 0
+    names = Names(flat(cells))
+    found = [
+        names.run_name(
+            row(run_id=f"{place:016x}", method="hata", k=64, rbit=32, seed=one["seed"]), one
+        )
+        for place, one in enumerate(cells)
+    ]
+    assert found == [
+        "hata-k64-r32-s0",
+        "hata-k64-r32-s0-use_norm=false",
+        "hata-k64-r32-s0-sigma=0.3",
+        "hata-k64-r32-s1",
+    ]
+    known = row(method="hata", k=64, rbit=32, seed=1)
+    assert names.configuration(known, cells[2]) == "hata-L4096-k64-r32-sigma=0.3"
+
+
+def test_what_varies_without_an_effect_on_a_cell_is_not_in_its_name(
+    row: Callable[..., Row],
+) -> None:
+    cells: list[dict[str, Any]] = [
+        {"protocol": {"protocol": name, "num_sink": sinks}, "calibration": {"num_sequences": n}}
+        for name in ("unified", "native")
+        for sinks in (0, 4)
+        for n in (7, 14)
+    ]
+    names = Names(flat(cells))
+    assert names.run_name(row(method="full", protocol=None), cells[0]) == "full"
+    exact = row(run_id="1" * 16, method="exact", k=64, protocol="native")
+    assert names.run_name(exact, cells[-1]) == "exact-k64-native-num_sink=4"
+    learned = exact.replace(run_id="2" * 16, artifact_digest="ab")
+    assert names.run_name(learned, cells[-1]) == "exact-k64-native-num_sink=4-num_sequences=14"
+
+
+def test_cells_that_words_cannot_tell_apart_are_named_by_their_identity(
+    row: Callable[..., Row],
+) -> None:
+    names = Names()
+    first, other = (row(run_id=digit * 16, method="quest", k=64) for digit in "ab")
+    assert names.run_name(first, {}) == "quest-k64"
+    assert names.run_name(other, {}) == "quest-k64-bbbbbb"
+    assert names.run_name(first, {}) == "quest-k64"  # the next attempt
+
+
+def test_each_cell_of_the_league_has_a_name_of_its_own() -> None:
+    rows = [one for one in read_rows(LEAGUE).to_dict("records") if one["subtask"] == "mean"]
+    cells = [
+        {
+            "model": {"name": one["model"]},
+            "method": {"_target_": one["method"]},
+            "protocol": {"protocol": one["protocol"] if pd.notna(one["protocol"]) else "unified"},
+            "question": one["question"],
+        }
+        for one in rows
+    ]
+    names = Names(flat(cells))
+    columns = ("model", "task", "method", "protocol", "question", "k", "rbit", "run_id")
+    found = []
+    for one, cell in zip(rows, cells, strict=True):
+        known = {name: None if pd.isna(one[name]) else one[name] for name in columns}
+        some = Row(status=Status.OK, subtask="mean", **known)
+        found.append(names.run_name(some, cell))
+    assert len(set(found)) == len(rows) > 250
+    assert "quest-k128-native-dense" in found
+    assert max(map(len, found)) <= 45
+
+
+def test_tags_have_protocol_question_seed_and_what_was_given(row: Callable[..., Row]) -> None:
+    cell = {**settings(use_norm=False), "num_samples": 5, "task": {"subtasks": ["vt", "cwe"]}}
+    names = Names(flat([cell]), given=["method.use_norm", "num_samples", "task.subtasks", "method"])
+    known = row(method="hata", k=64, rbit=32, protocol="native", question="dense", seed=3)
+    assert names.tags(known, cell) == [
+        *("hata", "tiny", "ruler", "ok", "native", "dense", "seed3", "L4096", "k64", "rbit32"),
+        *("use_norm=false", "num_samples=5", "subtasks=[vt, cwe]"),
+    ]
+    assert names.run_name(known, cell) == "hata-k64-r32-use_norm=false"
+    assert max(map(len, Names().tags(row(model="m" * 80), {}))) == 64
 
 
 def test_the_summary_has_every_budget_and_every_length_of_a_cell(row: Callable[..., Row]) -> None:
@@ -392,7 +579,8 @@ def test_curves_over_k_and_rbit(row: Callable[..., Row]) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces")
 def test_the_workspace_is_specified_offline() -> None:
-    spec = dashboard("team", "topkbench")._to_model().model_dump(by_alias=True)["spec"]
+    shown = {"model": "tiny", "protocol": "native"}
+    spec = dashboard("team", "topkbench", shown)._to_model().model_dump(by_alias=True)["spec"]
     sections = spec["section"]["panelBankConfig"]["sections"]
     names = [one["name"] for one in sections]
     assert names == ["Quality", "Why", "Cost", "Training", "Sweeps"]
@@ -405,6 +593,20 @@ def test_the_workspace_is_specified_offline() -> None:
     ]
     grouping = spec["section"]["runSets"][0]["grouping"]
     assert [one["name"] for one in grouping] == ["group", "jobType"]
+    filters = spec["section"]["runSets"][0]["filters"]["filters"]
+    assert [(one["key"]["name"], one["op"], one["value"]) for one in filters] == [
+        ("tags", "IN", ["tiny"]),
+        ("tags", "IN", ["native", "full"]),
+    ]
+    bars = sections[0]["panels"][2]["config"]
+    assert (bars["metrics"], bars["groupBy"]) == (["score"], "configuration.value")
+
+
+def test_a_workspace_shows_one_of_each_of_a_sweeps_settings(row: Callable[..., Row]) -> None:
+    several = [row(model=one, protocol="native", question=None) for one in ("tiny", "other")]
+    assert shown_of(frame(several)) == {
+        **{"model": "tiny", "task": "ruler", "question": "all", "protocol": "native"}
+    }
 
 
 @pytest.mark.usefixtures("user")
