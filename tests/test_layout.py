@@ -308,7 +308,11 @@ def test_the_readme_lists_every_method() -> None:
             rows.append(line.split("|")[1])
         elif rows:
             break  # the first table of the section
-    listed = [match.group(1) for row in rows if (match := re.match(r"\s*`(\w+)`\s*$", row))]
+    listed = [
+        match.group(1)
+        for row in rows
+        if (match := re.match(r"\s*\[`(\w+)`\]\(docs/methods/\1\.md\)\s*$", row))
+    ]
     assert sorted(listed) == METHODS
 
 

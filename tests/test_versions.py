@@ -37,4 +37,7 @@ def test_the_readme_installs_the_tested_versions() -> None:
     readme = (ROOT / "README.md").read_text()
     assert "pip install -e . -c constraints.txt && python run.py method=hata k=512 -m" in readme
     assert 'pip install -e ".[dev]" -c constraints.txt && pytest' in readme
+    start = (ROOT / "docs" / "index.md").read_text()
+    assert "pip install -e . -c constraints.txt && python run.py method=hata k=512 -m" in start
+    assert 'pip install -e ".[dev]" -c constraints.txt && pytest' in start
     assert 'pip install --quiet -e ".[dev]" -c constraints.txt' in (ROOT / ".ci/run").read_text()
