@@ -78,8 +78,8 @@ def test_the_table_of_methods_is_what_its_script_makes(maker: ModuleType) -> Non
     assert maker.page() == text, "run python tools/make_methods.py"
     (quest,) = [line for line in text.splitlines() if line.startswith("| [`quest`]")]
     assert quest == (
-        "| [`quest`](methods/quest.md) | Keep the `k // page_size` pages, at least one, with the largest bounds on "
-        "their logits | `page_size` | `2 d / page_size` values, the channel-wise minima and maxima "
+        "| [`quest`](methods/quest.md) | Keep the `k // page_size` pages, at least one, with the "
+        "largest bounds on their logits | `page_size` | `2 d / page_size` values, the channel-wise minima and maxima "
         "of its page | [2406.10774](https://arxiv.org/abs/2406.10774) |"
     )
 
