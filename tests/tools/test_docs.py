@@ -79,8 +79,8 @@ def test_the_table_of_methods_is_what_its_script_makes(maker: ModuleType) -> Non
     (quest,) = [line for line in text.splitlines() if line.startswith("| [`quest`]")]
     assert quest == (
         "| [`quest`](methods/quest.md) | Keep the `k // page_size` pages, at least one, with the "
-        "largest bounds on their logits | `page_size` | `2 d / page_size` values, the channel-wise minima and maxima "
-        "of its page | [2406.10774](https://arxiv.org/abs/2406.10774) |"
+        "largest bounds on their logits | `page_size` | `2 d / page_size` values, the channel-wise "
+        "minima and maxima of its page | [2406.10774](https://arxiv.org/abs/2406.10774) |"
     )
 
 
@@ -197,3 +197,19 @@ def test_the_page_of_families_is_what_its_script_makes_from_the_tests_list() -> 
     (count,) = re.findall(r"## Served: (\d+) families", page)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"[{count} families](docs/families.md)" in readme
+
+
+def test_the_page_of_options_has_every_option_but_those_of_methods_and_models() -> None:
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    groups = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
+    assert groups == sorted(
+        [
+            *("calibration", "card", "experiment", "launcher", "method", "model", "protocol"),
+            *("report", "search", "task", "tracker"),
+        ]
+    )
+    for group in set(groups) - {"method", "model"}:
+        assert f"`{group}=" in page
+        for path in (ROOT / "conf" / group).glob("*.yaml"):
+            named = f"`{path.stem}`" in page or f"`{group}={path.stem}`" in page
+            assert named, f"docs/options.md must name {group}={path.stem}"
