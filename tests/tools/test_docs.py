@@ -9,6 +9,8 @@ from typing import Literal
 import pandas as pd
 import pytest
 
+from topkbench.analysis.record.row import DECLARED
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -180,6 +182,24 @@ def test_knobs_are_the_methods_own_settings(maker: ModuleType) -> None:
         "| `rank` | `null` | channels \\| more |",
         "| `flag` | `true` |  |",
     ]
+
+
+def test_the_page_of_columns_is_what_its_script_makes_from_the_declarations() -> None:
+    page = (ROOT / "docs" / "columns.md").read_text(encoding="utf-8")
+    assert script("make_columns").page() == page, "run python tools/make_columns.py"
+    assert (
+        "| `recall_at_k` | Fraction of the exact top-k that was selected, 0 to 1; mean over layers, "
+        "KV heads, steps. | Recall@k | higher |"
+    ) in page
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == {*DECLARED, "decode_vs_full"}
+
+
+def test_the_diagrams_are_what_their_script_draws() -> None:
+    maker = script("make_diagrams")
+    drawn = {make.__name__: make().svg() for make in maker.DIAGRAMS}
+    folder = ROOT / "docs" / "diagrams"
+    committed = {path.stem: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+    assert committed == drawn, "run python tools/make_diagrams.py"
 
 
 def test_every_test_named_in_trust_md_exists() -> None:
