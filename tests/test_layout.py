@@ -66,6 +66,7 @@ ALLOWED_TO_ONE = {
     "tools/make_families.py": ("topkbench.tests",),
     "kernels/full_attention/libraries.py": ("flash_attn", "flash_attn_interface", "flashinfer"),
     "methods/magicpig.py": ("numpy",),
+    "tools/site.py": ("mkdocs",),
     "harness/main.py": (
         *("hydra", "omegaconf", "topkbench.analysis.console"),
         # The command has one name: what it only shows of results, it hands on.

@@ -188,8 +188,8 @@ def test_the_page_of_columns_is_what_its_script_makes_from_the_declarations() ->
     page = (ROOT / "docs" / "columns.md").read_text(encoding="utf-8")
     assert script("make_columns").page() == page, "run python tools/make_columns.py"
     assert (
-        "| `recall_at_k` | Fraction of the exact top-k that was selected, 0 to 1; mean over layers, "
-        "KV heads, steps. | Recall@k | higher |"
+        "| `recall_at_k` | Fraction of the exact top-k that was selected, 0 to 1; mean over "
+        "layers, KV heads, steps. | Recall@k | higher |"
     ) in page
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == {*DECLARED, "decode_vs_full"}
 
@@ -200,6 +200,16 @@ def test_the_diagrams_are_what_their_script_draws() -> None:
     folder = ROOT / "docs" / "diagrams"
     committed = {path.stem: path.read_text(encoding="utf-8") for path in folder.iterdir()}
     assert committed == drawn, "run python tools/make_diagrams.py"
+
+
+def test_the_gallery_has_every_figure_and_leads_to_a_page_that_shows_it() -> None:
+    docs = ROOT / "docs"
+    text = (docs / "gallery.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"\[!\[[^]]+\]\(([^)]+)\)\]\(([^)]+)\)", text))
+    figures = [*docs.glob("*.png"), *docs.glob("diagrams/*.svg")]
+    assert sorted(shown) == sorted(path.relative_to(docs).as_posix() for path in figures)
+    for figure, page in shown.items():
+        assert f"]({figure})" in (docs / page).read_text(encoding="utf-8")
 
 
 def test_every_test_named_in_trust_md_exists() -> None:
