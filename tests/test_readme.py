@@ -28,6 +28,16 @@ def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
+def test_readmes_links_lead_to_files_and_headings_that_are_there() -> None:
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\((?!http)([^)#]+)(?:#([^)]+))?\)", text)
+    assert len(links) > 40
+    assert [path for path, _ in links if not (ROOT / path).exists()] == []
+    for path, anchor in links:
+        headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(), re.M) if anchor else [""]
+        assert anchor in [one.lower().replace(" ", "-") for one in headings], f"{path}#{anchor}"
+
+
 def test_the_script_that_readme_prints_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """It prints what its last line says."""
     (script,) = blocks("README.md")

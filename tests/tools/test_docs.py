@@ -212,6 +212,16 @@ def test_the_gallery_has_every_figure_and_leads_to_a_page_that_shows_it() -> Non
         assert f"]({figure})" in (docs / page).read_text(encoding="utf-8")
 
 
+def test_lists_in_lists_are_indented_as_the_site_needs() -> None:
+    """By four spaces; GitHub takes fewer, but Python's Markdown makes one list of both."""
+    pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "kernels/README.md"]
+    assert len(pages) > 40
+    found = {
+        page.name: re.findall(r"^ {1,3}[-*] .*", page.read_text("utf-8"), re.M) for page in pages
+    }
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
 def test_every_test_named_in_trust_md_exists() -> None:
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "trust.md").read_text()))
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
