@@ -66,6 +66,7 @@ ALLOWED_TO_ONE = {
     "tools/make_families.py": ("topkbench.tests",),
     "kernels/full_attention/libraries.py": ("flash_attn", "flash_attn_interface", "flashinfer"),
     "methods/magicpig.py": ("numpy",),
+    "tools/site.py": ("mkdocs",),
     "harness/main.py": (
         *("hydra", "omegaconf", "topkbench.analysis.console"),
         # The command has one name: what it only shows of results, it hands on.
@@ -304,6 +305,48 @@ def test_every_folder_with_code_is_packaged() -> None:
     assert [folder for folder in folders if not folder.is_dir()] == []
 
 
+def cell(names: tuple[str, ...]) -> str:
+    """Return the modules of ``names`` as the page on the architecture writes them."""
+    groups = {"the operators": KERNEL_APIS, "the contract": CONTRACT}
+    words: list[str] = []
+    for name in names:
+        group = next((group for group, members in groups.items() if name in members), None)
+        whole = group is not None and set(groups[group]) <= set(names)
+        words.append(group if group and whole else f"`{name.removeprefix('topkbench.')}`")
+    return ", ".join(dict.fromkeys(words))
+
+
+def rows_of(page: str, head: str) -> list[list[str]]:
+    """Return the cells of the table of a page that begins with ``head``."""
+    lines = page[page.index(head) :].splitlines()[2:]
+    end = next(i for i, line in enumerate(lines) if not line.startswith("|"))
+    return [[one.strip() for one in line.strip("|").split("|")] for line in lines[:end]]
+
+
+def test_the_page_on_the_architecture_has_the_tables_of_imports() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    expected = []
+    for folder, names in ALLOWED.items():
+        own = tuple(name for name in names if is_under(name, ("topkbench",)))
+        installed = tuple(name for name in names if name not in own)
+        expected.append([f"`{folder}`", cell(own), cell(installed)])
+    assert rows_of(page, "| Folder | Of topkbench |") == expected
+    single = [[f"`{place}`", cell(names)] for place, names in ALLOWED_TO_ONE.items()]
+    assert rows_of(page, "| File | |") == single
+    assert ", ".join(f"`{name.removeprefix('topkbench.')}`" for name in CONTRACT) in page
+    assert f"only those before it: {cell(IN_ANALYSIS)}." in page
+
+
+def test_the_page_on_the_architecture_names_files_that_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(
+        re.findall(r"`((?:kernels|methods|models|harness|tasks|analysis|tests)/[\w./]+)`", page)
+    )
+    named = {name for name in named if not re.search(r"NAME|OP\b", name)}
+    assert len(named) > 30
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
 def test_the_type_checkers_root_is_the_checkout() -> None:
     assert (ROOT / ".types" / "topkbench").resolve() == ROOT
 
@@ -318,7 +361,11 @@ def test_the_readme_lists_every_method() -> None:
             rows.append(line.split("|")[1])
         elif rows:
             break  # the first table of the section
-    listed = [match.group(1) for row in rows if (match := re.match(r"\s*`(\w+)`\s*$", row))]
+    listed = [
+        match.group(1)
+        for row in rows
+        if (match := re.match(r"\s*\[`(\w+)`\]\(docs/methods/\1\.md\)\s*$", row))
+    ]
     assert sorted(listed) == METHODS
 
 

@@ -1,4 +1,4 @@
-"""README's script and its example method run as printed, and that method can stay."""
+"""The scripts of README and docs and their example method run as printed; that method can stay."""
 
 import copy
 import os
@@ -18,22 +18,43 @@ ROOT = Path(__file__).parents[1]
 LINKED = ("kernels", "models", "harness", "analysis", "tasks", "tools")
 
 
-def blocks() -> list[str]:
-    """Return the blocks of code that README prints."""
-    text = (ROOT / "README.md").read_text()
+def blocks(document: str) -> list[str]:
+    """Return the blocks of code that a document prints."""
+    text = (ROOT / document).read_text()
     return re.findall(r"```(?:python|yaml)\n(.*?)```", text, re.DOTALL)
 
 
-def test_the_scripts_that_readme_prints_run(
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_readmes_links_lead_to_files_and_headings_that_are_there() -> None:
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\((?!http)([^)#]+)(?:#([^)]+))?\)", text)
+    assert len(links) > 40
+    assert [path for path, _ in links if not (ROOT / path).exists()] == []
+    for path, anchor in links:
+        headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(), re.M) if anchor else [""]
+        assert anchor in [one.lower().replace(" ", "-") for one in headings], f"{path}#{anchor}"
+
+
+def test_the_script_that_readme_prints_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """It prints what its last line says."""
+    (script,) = blocks("README.md")
+    exec(compile(script, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == script.rpartition("  # ")[2].strip()
+
+
+def test_the_scripts_that_docs_print_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The second goes on from the first, and each prints what its last line says."""
     monkeypatch.chdir(tmp_path)
-    scripts = [block for block in blocks() if "with attach(" in block]
+    scripts = blocks("docs/scripts.md")
     assert len(scripts) == 2
     names: dict[str, Any] = {}
     for script in scripts:
-        exec(compile(script, "README.md", "exec"), names)
+        exec(compile(script, "docs/scripts.md", "exec"), names)
         assert capsys.readouterr().out.strip() == script.rpartition("  # ")[2].strip()
     assert names["method"].artifact_digest
     whole = names["tokenizer"](names["text"] + names["question"], return_tensors="pt")
@@ -53,7 +74,7 @@ def test_the_scripts_that_readme_prints_run(
     assert list(tmp_path.iterdir()) == []  # the artifact ships with the model: nothing was fitted
 
 
-def test_the_commands_on_results_that_readme_prints_run(
+def test_the_commands_on_results_that_docs_print_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -62,7 +83,7 @@ def test_the_commands_on_results_that_readme_prints_run(
     for name in ("before", "after"):
         (tmp_path / "results" / name).mkdir(parents=True)
         shutil.copy(measured, tmp_path / "results" / name / "rows.csv")
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "results.md").read_text()
     found = re.findall(r"^topkbench (export|compare) (.+)$", text, re.MULTILINE)
     assert {name for name, _ in found} == {"export", "compare"}
     for name, arguments in found:
@@ -73,10 +94,9 @@ def test_the_commands_on_results_that_readme_prints_run(
 
 
 @pytest.mark.slow
-def test_the_method_that_readme_adds_passes_the_contract_as_printed(tmp_path: Path) -> None:
+def test_the_method_that_docs_add_passes_the_contract_as_printed(tmp_path: Path) -> None:
     """In a checkout with this method and full attention alone, the contract tests run over it."""
-    (code,) = [block for block in blocks() if "class Mine(" in block]
-    (settings,) = [block for block in blocks() if "topkbench.methods.mine.Mine" in block]
+    code, settings = blocks("docs/add_a_method.md")
     for folder in LINKED:
         (tmp_path / folder).symlink_to(ROOT / folder, target_is_directory=True)
     shutil.copytree(ROOT / "methods", tmp_path / "methods")
@@ -110,14 +130,14 @@ def test_a_method_stays_in_the_repository_with_two_files_and_a_run_of_the_tool(
     tmp_path: Path,
 ) -> None:
     """In a copy of the checkout, the tool writes the documents, and what checks methods passes."""
-    (code,) = [block for block in blocks() if "class Mine(" in block]
-    (settings,) = [block for block in blocks() if "topkbench.methods.mine.Mine" in block]
+    code, settings = blocks("docs/add_a_method.md")
     sections = (
         "\n\n    Source:\n        None: it is an example."
         "\n\n    Compared with the authors' code:\n        None to compare with: it is an example."
     )
     sentence = "Keep the tokens whose keys are longest."
-    for folder in ("analysis", "conf", "harness", "methods", "tools"):  # those that find their root
+    # The folders that find their root, and that of the documents.
+    for folder in ("analysis", "conf", "docs", "harness", "methods", "tools"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     for folder in ("kernels", "models", "tasks"):
         (tmp_path / folder).symlink_to(ROOT / folder, target_is_directory=True)
@@ -126,14 +146,17 @@ def test_a_method_stays_in_the_repository_with_two_files_and_a_run_of_the_tool(
     checks = ("conf/test_compose.py", "analysis/test_style.py", "tools/test_docs.py")
     files = [f"tests/{name}" for name in ("test_layout.py", *checks)]
     shared = ("tests/conftest.py", "tests/fixtures.py")
-    for name in (*shared, *files, "docs/methods.md", "README.md", "pyproject.toml", "run.py"):
+    for name in (*shared, *files, "README.md", "pyproject.toml", "run.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     mine = code.replace(f'"""{sentence}"""', f'"""{sentence}{sections}\n    """')
     (tmp_path / "methods" / "mine.py").write_text(mine)
     (tmp_path / "conf" / "method" / "mine.yaml").write_text(settings)
     tests = ["-n0", "-p", "no:cacheprovider", *files]
-    tests += ["-k", "test_layout or test_style or mine or test_docs and method"]
+    tests += [
+        "-k",
+        "test_layout and not architecture or test_style or mine or test_docs and method",
+    ]
     # In one process, which imports torch once.
     program = f"""
 import runpy, sys
@@ -149,6 +172,11 @@ sys.exit(pytest.main({tests!r}))
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    row = "| `mine` | Keep the tokens whose keys are longest |  | 1 value, the key's length |  |\n"
-    assert row in (tmp_path / "README.md").read_text()
-    assert "## Longest keys\n" in (tmp_path / "docs" / "methods.md").read_text()
+    idea = "Keep the tokens whose keys are longest"
+    listed = f"| [`mine`](docs/methods/mine.md) | {idea} |  |\n"
+    assert listed in (tmp_path / "README.md").read_text()
+    row = f"| [`mine`](methods/mine.md) | {idea} |  | 1 value, the key's length |  |\n"
+    assert row in (tmp_path / "docs" / "methods.md").read_text()
+    page = (tmp_path / "docs" / "methods" / "mine.md").read_text()
+    assert page.startswith("# Longest keys\n")
+    assert "## Measured" not in page

@@ -33,8 +33,18 @@ def test_every_package_of_the_tests_is_pinned() -> None:
         assert version(requirement.name)
 
 
+def test_every_package_of_the_site_is_pinned_within_its_range() -> None:
+    pins = pinned_versions()
+    for requirement in map(Requirement, PROJECT["optional-dependencies"]["docs"]):
+        assert requirement.specifier.contains(pins[requirement.name])
+        assert any(one.operator in ("<", "==") for one in requirement.specifier)
+
+
 def test_the_readme_installs_the_tested_versions() -> None:
     readme = (ROOT / "README.md").read_text()
     assert "pip install -e . -c constraints.txt && python run.py method=hata k=512 -m" in readme
     assert 'pip install -e ".[dev]" -c constraints.txt && pytest' in readme
+    start = (ROOT / "docs" / "index.md").read_text()
+    assert "pip install -e . -c constraints.txt && python run.py method=hata k=512 -m" in start
+    assert 'pip install -e ".[dev]" -c constraints.txt && pytest' in start
     assert 'pip install --quiet -e ".[dev]" -c constraints.txt' in (ROOT / ".ci/run").read_text()

@@ -1,11 +1,17 @@
-"""Write README's table of methods and ``docs/methods.md``: python tools/make_methods.py.
+"""Write README's list of methods, ``docs/methods.md`` and a page for each: ``docs/methods/``.
 
-Both are made from the methods' docstrings and from ``conf/method/``.
+python tools/make_methods.py
+
+They are made from the methods' docstrings, from ``conf/method/`` and from measured rows.
+``--figures`` also draws the pages' figures.
 """
 
+import functools
 import inspect
 import re
+import shutil
 import sys
+import tempfile
 import textwrap
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,11 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":  # lets the script run without installing the package, as run.py does
     sys.path[0] = str(ROOT / ".types")
 
+import pandas as pd  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from topkbench.analysis import style  # noqa: E402
+from topkbench.analysis.comparison.configurations import Comparison, compare  # noqa: E402
+from topkbench.analysis.comparison.stats import MEAN  # noqa: E402
+from topkbench.analysis.figures.plots import draw_all  # noqa: E402
+from topkbench.analysis.report.build import load  # noqa: E402
+from topkbench.analysis.tables.overview import main_table  # noqa: E402
+from topkbench.analysis.tables.table import Table  # noqa: E402
 from topkbench.harness.main import make_method  # noqa: E402
 from topkbench.harness.settings import APPEARANCE  # noqa: E402
 from topkbench.methods.base import AnyMethod, Geometry, kv_bytes  # noqa: E402
@@ -28,7 +41,7 @@ from topkbench.tasks.ruler_words_prompts import SUBTASKS, CalibrationPrompts  # 
 from topkbench.tasks.words import word_pools  # noqa: E402
 from topkbench.tools.readme import with_table  # noqa: E402
 
-PAGE, README = ROOT / "docs" / "methods.md", ROOT / "README.md"
+PAGE, PAGES, README = ROOT / "docs" / "methods.md", ROOT / "docs" / "methods", ROOT / "README.md"
 LLAMA = Geometry(num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128)
 LENGTH, BUDGET = 131_072, 2_048
 # Settings that are the same for every method, or described in a separate paragraph.
@@ -43,37 +56,116 @@ NEEDS = {
 }
 SECTION = re.compile(r"^([A-Z][\w' ]*):$")
 
-HEAD = f"""# Methods
+HEAD = """# Methods
 
-Generated from the methods' docstrings and from `conf/method/` by `python tools/make_methods.py`;
-edit those, not this page. The [README](../README.md) describes how to compare methods,
-[CONTRIBUTING.md](../CONTRIBUTING.md#a-method) what a method consists of.
+`method=NAME` chooses the method. Each has a page: what it keeps and reads, its settings, where it
+comes from, where the authors' code differs from their paper and which of the two is followed here,
+and what was measured. `full` is the baseline of all comparisons, `exact` is what the other methods
+approximate, and `random` is what any method should beat. `d` is the number of channels of a head.
+
+This page and those of the methods are made by `python tools/make_methods.py` from the methods'
+docstrings, from `conf/method/` and from measured rows; edit those.
+"""
+
+TAIL = f"""
+The class of a method, for your own script, is the `_target_` of `conf/method/NAME.yaml`: `exact` is
+`topkbench.methods.exact.ExactTopK`. A method of your own is [two files](add_a_method.md), in the
+repository or in a folder of yours.
+
+`method@method.base=loki` chooses the method inside `twilight`, and `method.base.rank=8` changes its
+settings.
+
+## How costs are given
 
 Bytes are given for one layer at Llama-3.1-8B's geometry in 16 bits ({LLAMA.num_kv_heads} KV
 heads of {LLAMA.head_dim}), where a token's keys and values take {kv_bytes(LLAMA, 1):,}. The bytes
 that a step reads are given at {LENGTH:,} tokens and `k={BUDGET}` with one selection per KV head,
 as a share of what full attention reads. The policy of `protocol=native` is in each method's
-configuration file; under `protocol=unified` all methods share `conf/protocol/unified.yaml`.
+configuration file; under `protocol=unified` all methods share `conf/protocol/unified.yaml`. The
+time to capture data at prefill and to compute on it is part of `build_ms`.
 
-A method that learns is fitted on the texts that `calibration=` names: by default prompts that
-share no key, value or filler word with any test (`tasks/ruler_words_prompts.py`). The time to
-capture data at prefill and to compute on it is part of `build_ms`.
+## Methods that drop tokens
+
+Three methods drop tokens for good (`h2o`, `snapkv`, `streaming_llm`). They have two modes:
+
+- `method.mode=masked` leaves every key and value in the cache, but the method reads only those it
+  has kept. Recall and output error can be measured, and any cache works.
+- `method.mode=compact` frees the memory of dropped tokens, with the same answers; the column
+  `kv_cache_mib` shows the memory used. It needs topkbench's own cache and one selection per KV
+  head; cells in which query heads select, as in SnapKV's native policy, are skipped. Selection
+  quality cannot be measured on freed tokens, so its columns stay empty, and `selection`,
+  `decode_latency` and `decode_throughput` skip this mode.
+
+## Methods that learn
+
+A method that learns is fitted the first time any task needs it, on the texts that `calibration=`
+names: by default prompts that share no key, value or filler word with any test
+(`tasks/ruler_words_prompts.py`). What it has learned is stored in a file, its artifact, and reused.
+An artifact is identified by the model's weights and dtype, the tokens of the calibration prompts,
+the method's settings and the version of its fit. Artifacts in your cache take precedence over those
+that ship. Each layer is kept when it is fitted, so a fit that is killed goes on with the layer that
+it was at.
+
+`task=fit` only fits. It shows the loss at each step and the seconds, or says that an artifact was
+found; the artifact stores its losses, data, seed, seconds and versions. `task=fit force=true` fits
+again.
+
+`calibration_memory_gib` limits the memory of captured queries and keys during a fit, by default to
+half of the free memory. The model reads the prompts once for each group of layers that fits within
+the limit. If the model is on a GPU, layers are fitted on all GPUs. The limit does not include one
+forward pass of the model, nor what a method computes while it fits a layer.
 """
+
+MEASURED = ROOT / "analysis" / "measured"
+TEXTS = MEASURED / "epyc_zen3_1_thread" / "perplexity.csv"
+ANSWERS = MEASURED / "epyc_2_threads" / "league.csv"
+TEXTS_HEAD = (
+    "**On SmolLM2**, likelihood of text, 4,096 tokens: `python run.py experiment=perplexity`, one "
+    "thread of an AMD EPYC, commit {commit} ([all methods, and how it was measured]"
+    "(../perplexity.md)). Δ NLL is the loss over full attention."
+)
+TEXTS_NOTES = {
+    "hash_attention": " Its networks were trained for 1,000 steps a layer, a quarter of the "
+    "default.",
+}
+ANSWERS_HEAD = (
+    "**On the shipped model**, scores of answers to prompts in the manner of RULER, 4,096 tokens, "
+    "unified protocol, the question decoded with the method: `python run.py experiment=league`, 2 "
+    "threads of an AMD EPYC, commit {commit} ([all methods and settings](../league.md))."
+)
 
 
 def page() -> str:
-    """Return the page on methods."""
+    """Return the page on all methods."""
+    heads = ["`method=`", "Idea", "Settings", READ, "Source"]
     with composing():
-        return "\n".join([joined(HEAD.splitlines()) + "\n", *map(entry, style.shipped())])
+        rows = [row(name, "methods") for name in style.shipped()]
+    return "\n".join([paragraphs(HEAD), "", table(heads, rows), "", paragraphs(TAIL), ""])
+
+
+def pages() -> dict[str, str]:
+    """Return the page of each method by its name."""
+    with composing():
+        return {name: entry(name) for name in style.shipped()}
 
 
 def readme(text: str) -> str:
-    """Return README's text with the table of methods between its marks."""
-    heads = ["`method=`", "Idea", "Settings", READ, "Source"]
+    """Return README's text with the list of methods between its marks."""
     with composing():
-        lines = [f"| {' | '.join(cells)} |" for cells in (heads, *map(row, style.shipped()))]
-    table = "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
-    return with_table(text, "make_methods.py", "methods", table)
+        rows = [row(name, "docs/methods") for name in style.shipped()]
+    listed = table(["`method=`", "Idea", "Source"], [[*one[:2], one[-1]] for one in rows])
+    return with_table(text, "make_methods.py", "methods", listed)
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
+
+
+def paragraphs(text: str) -> str:
+    """Return Markdown with each paragraph and each point of a list on one line."""
+    return re.sub(r"(?<=\S)\n *(?=[^\s#-])", " ", text.strip())
 
 
 def composing() -> AbstractContextManager[None]:
@@ -89,8 +181,13 @@ def configured(name: str) -> tuple[str, DictConfig, AnyMethod]:
     return text, config, make_method(config)
 
 
-def row(name: str) -> list[str]:
-    """Return the cells of a method's row in README: name, idea, settings, bytes, paper."""
+def row(name: str, folder: str) -> list[str]:
+    """Return the cells of a method's row: name, idea, settings, bytes, paper.
+
+    Args:
+        name: The method's name.
+        folder: The folder of the methods' pages, from the document of the table.
+    """
     text, _, method = configured(name)
     sections = docstring(type(method))
     idea = re.split(r"(?<=[.])\s", sections[""])[0].removesuffix(".")
@@ -99,7 +196,13 @@ def row(name: str) -> list[str]:
     read = re.search(rf"^# {READ}: (.+)$", text, re.MULTILINE)
     if read is None:
         raise ValueError(f"conf/method/{name}.yaml must have a line '# {READ}: ...'.")
-    cells = [f"`{name}`", idea, ", ".join(main_knobs(text, type(method))), read[1], source]
+    cells = [
+        f"[`{name}`]({folder}/{name}.md)",
+        idea,
+        ", ".join(main_knobs(text, type(method))),
+        read[1],
+        source,
+    ]
     return [cell.replace("|", "\\|") for cell in cells]
 
 
@@ -121,22 +224,81 @@ def main_knobs(text: str, kind: type) -> list[str]:
 
 
 def entry(name: str) -> str:
-    """Return the page's section on one method."""
+    """Return the page of one method."""
     text, config, method = configured(name)
     sections = docstring(type(method))
-    parts = [f"## {style.style(name).label}", f"`method={name}`, [code](../methods/{name}.py)"]
+    parts = [f"# {style.style(name).label}", f"`method={name}`, [code](../../methods/{name}.py)"]
     parts.append(sections.pop(""))
     sections.pop("Attributes", None)
     parts += [f"**{title}.** {content}" for title, content in sections.items()]
     if rows := knobs(text, config):
-        parts.append("\n".join(["| Knob | Default | Meaning |", "|---|---|---|", *rows]))
-    parts.append(f"**Costs.** {costs(method)}")
+        parts.append("\n".join(["| Setting | Default | Meaning |", "|---|---|---|", *rows]))
+    parts.append(f"**[Costs](../methods.md#how-costs-are-given).** {costs(method)}")
     if isinstance(method, LearningMethod) and method.artifact_spec(LLAMA) is not None:
-        parts.append(f"**Calibration.** {calibration(method)}")
+        parts.append(f"**[Calibration](../methods.md#methods-that-learn).** {calibration(method)}")
     if method.selects:
         native = ", ".join(f"`{key}={value}`" for key, value in config.native.items())
         parts.append(f"**Native policy.** {native or 'The defaults of `protocol=native`.'}")
+        parts += measured(name)
     return "\n\n".join(parts) + "\n"
+
+
+def measured(name: str) -> list[str]:
+    """Return what a method's page shows of measured rows; nothing if there are none."""
+    parts = []
+    head = TEXTS_HEAD + TEXTS_NOTES.get(name, "")
+    if shown := measured_on(TEXTS, name, head, ("Δ NLL", "KL", "Same token", "Read/step")):
+        parts += [*shown, f"![Loss over full attention against budget, SmolLM2]({name}.svg)"]
+    parts += measured_on(ANSWERS, name, ANSWERS_HEAD, ("Score", "Δ full", "Read/step"))
+    return ["## Measured", *parts] if parts else []
+
+
+def measured_on(path: Path, name: str, head: str, names: tuple[str, ...]) -> list[str]:
+    """Return a sentence on a file of rows, and the table of a method's; nothing if it has none.
+
+    Args:
+        path: The file of rows.
+        name: The method.
+        head: The sentence, with a place for the rows' commits.
+        names: How the headings of the columns begin that are shown besides budget and bits.
+    """
+    every = compared(path)
+    own = settings(every.configurations)
+    own = own[own["method"].eq(name)].sort_values("k", kind="stable")
+    if not len(own):
+        return []
+    rows = settings(every.rows)
+    commits = sorted({str(one)[:7] for one in rows.loc[rows["method"].eq(name), "git_commit"]})
+    whole = main_table(own)
+    kept = [i for i, one in enumerate(whole.head) if one in ("k", "rbit") or one.startswith(names)]
+    cells = [[row[i] for i in kept] for row in whole.rows]
+    shown = Table([whole.head[i] for i in kept], cells, words=set())
+    return [head.format(commit=" and ".join(commits)), shown.markdown()]
+
+
+def settings(data: pd.DataFrame) -> pd.DataFrame:
+    """Return the means that a method's page shows: unified protocol, the question decoded."""
+    unified = data["protocol"].eq("unified") | data["protocol"].isna()
+    return data[data["subtask"].eq(MEAN) & data["question"].ne("dense") & unified]
+
+
+@functools.cache
+def compared(path: Path) -> Comparison:
+    """Return the comparison computed from a file of rows."""
+    return compare(load(path)[0])
+
+
+def draw(name: str) -> None:
+    """Draw the figure of a method's page: its curve among those of the other methods."""
+    with tempfile.TemporaryDirectory() as folder:
+        (figure,) = draw_all(
+            settings(compared(TEXTS).configurations),
+            Path(folder),
+            "",
+            only="nll_vs_k",
+            methods=("exact", name),
+        )
+        shutil.copy(figure.svg, PAGES / f"{name}.svg")
 
 
 def docstring(kind: type) -> dict[str, str]:
@@ -222,10 +384,15 @@ def calibration(method: LearningMethod[Any, Any]) -> str:
 
 
 def main() -> None:
-    """Write the page and README's table."""
+    """Write the pages and README's list; with ``--figures`` draw the pages' figures."""
     PAGE.write_text(page(), encoding="utf-8")
     README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")
-    print(PAGE, README, sep="\n")
+    PAGES.mkdir(exist_ok=True)
+    for name, text in pages().items():
+        (PAGES / f"{name}.md").write_text(text, encoding="utf-8")
+        if "--figures" in sys.argv and f"]({name}.svg)" in text:
+            draw(name)
+    print(PAGE, PAGES, README, sep="\n")
 
 
 if __name__ == "__main__":
