@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -231,6 +233,64 @@ def test_the_latencies_in_docs_are_the_measured_ones() -> None:
             step, speedup = row["decode_ms_p50"], row["speedup_vs_full"]
             taken, full = map(METRICS["decode_ms_p50"].text, (step, step * speedup))
             assert cell == f"{taken} of {full} ({speedup:.1f}×†)"
+
+
+ZEN4 = MEASURED / "epyc_zen4_2_threads"
+
+
+def interval(row: dict[str, Any], of: str, ends: str) -> str:
+    """Return a speed-up as the tables of times have it."""
+    low, high = (row[f"{ends}_ci_{end}"] for end in ("low", "high"))
+    mark = "" if pd.isna(row["timing_note"]) else "‡"
+    return f"{row[of]:.1f}× [{low:.1f}, {high:.1f}]{mark}"
+
+
+def test_the_steps_in_docs_are_the_measured_ones() -> None:
+    text = (ROOT / "docs" / "speed.md").read_text()
+    block = text[text.index("| Method | dtype |") :].split("\n\n")[0].splitlines()
+    methods = (("exact", None), ("hata", False), ("hata", True))
+    methods = (*methods, ("quest", None), ("loki", None), ("streaming_llm", None))
+    wanted = [(dtype, *one) for dtype in ("float32", "bfloat16") for one in methods]
+    for line, (dtype, method, use_norm) in zip(block[2:], wanted, strict=True):
+        data = rows(ZEN4 / f"steps_{dtype}.csv")
+        _, shown, *cells = numbers(line)
+        assert shown == dtype
+        for place, length in enumerate((32768, 131072)):
+            own = data[data["method"].eq(method) & data["length"].eq(length)]
+            if use_norm is not None:
+                own = own[own["p_use_norm"].astype(str) == str(use_norm)]
+            (row,) = own.to_dict("records")
+            taken, full = (
+                METRICS["decode_ms_p50"].text(row[f"{one}_ms_p50"]) for one in ("decode", "full")
+            )
+            times = f"{taken} of {full} ({interval(row, 'speedup_vs_full', 'speedup')})"
+            assert cells[2 * place] == times
+            assert cells[2 * place + 1] == f"{row['speedup_vs_sdpa']:.1f}×"
+
+
+def test_the_dense_kernels_times_are_the_measured_ones_and_it_is_never_the_slower() -> None:
+    """``full_backend=auto`` rests on it."""
+    data = rows(ZEN4 / "dense_kernels.csv")
+    data = data[(data["subtask"] != MEAN) & (data["status"] == "ok")]
+    assert len(data) == 46
+    assert data["sdpa_ci_low"].min() > 1.7
+    text = (ROOT / "kernels" / "README.md").read_text()
+    block = text[text.index("| Tokens × batch |") :].split("\n\n")[0].splitlines()
+    heads = [re.findall(r"G = (\d), (\w+)", head)[0] for head in numbers(block[0])[1:]]
+    assert len(block) == 10
+    for line in block[2:]:
+        place, *cells = numbers(line)
+        length, batch = (int(one.replace(",", "")) for one in place.split(" × "))
+        for cell, (group, dtype) in zip(cells, heads, strict=True):
+            own = data[data["length"].eq(length) & data["batch_size"].eq(batch)]
+            own = own[own["model"].str.startswith(f"32/{32 // int(group)} heads")]
+            own = own[own["p_dtype"].eq(dtype)]
+            if cell == "–":
+                assert own.empty
+                continue
+            (row,) = own.to_dict("records")
+            taken = METRICS["decode_ms_p50"].text(row["decode_ms_p50"])
+            assert cell == f"{taken} ({interval(row, 'speedup_vs_sdpa', 'sdpa')})"
 
 
 def test_the_model_cards_scores_are_the_measured_ones() -> None:
