@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
 import torch
 from filelock import ReadWriteLock, Timeout
 
@@ -100,3 +101,21 @@ def _lock(device: str) -> ReadWriteLock | None:
         return ReadWriteLock(folder / f"{device}.lock")
     except (OSError, KeyError, ValueError, sqlite3.Error):
         return None
+
+
+def load_warning() -> str | None:
+    """Return a sentence if other processes keep all processors busy; None if they do not.
+
+    Threads that run a step together wait for the slowest of them, which waits for a processor.
+    """
+    load = psutil.getloadavg()[0]  # of the last minute, in which this process hardly ran
+    affinity = getattr(psutil.Process(), "cpu_affinity", None)  # macOS has none
+    processors = len(affinity()) if affinity is not None else psutil.cpu_count() or 1
+    if load <= processors:
+        return None
+    threads = torch.get_num_threads()
+    way_out = "; OMP_NUM_THREADS=1 is often faster meanwhile" if threads > 1 else ""
+    return (
+        f"other processes keep the processors busy (load {load:.1f} on {processors}): what is timed"
+        f" now will be marked unsteady{way_out}"
+    )

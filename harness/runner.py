@@ -38,7 +38,7 @@ from topkbench.harness.cell import (
 )
 from topkbench.harness.commit import git_state
 from topkbench.harness.decoding import Prompt
-from topkbench.harness.device_use import using
+from topkbench.harness.device_use import load_warning, using
 from topkbench.harness.parts import MeasuredPart
 from topkbench.harness.progress import Bar
 from topkbench.harness.run import Run, answers_in, describe, describe_settings, now
@@ -194,6 +194,9 @@ class Runner:
         on_cpu = any(job.composed.settings["device"] == "cpu" for job in jobs)
         if on_cpu and not are_cached():
             say("CPU kernels are compiled when first used, once on this machine: up to a minute")
+        warning = load_warning() if on_cpu else None
+        if warning is not None:
+            say(warning)
         found = positions_by_model(jobs)
         words = f"{len(jobs)} configuration{'s' if len(jobs) > 1 else ''}"
         models = f" over {len(found)} models" if len(found) > 1 else ""

@@ -544,3 +544,35 @@ def test_a_launcher_that_is_not_installed_is_refused_in_a_sentence(
     with pytest.raises(ValueError, match="needs SLURM's command sbatch"):
         Submitit(workers=1).check()
     Submitit(workers=1, cluster="local").check()
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "expected"),
+    [
+        (2.0, 2, None),
+        (0.1, 1, None),
+        (
+            4.25,
+            2,
+            "other processes keep the processors busy (load 4.2 on 2): what is timed now will be"
+            " marked unsteady; OMP_NUM_THREADS=1 is often faster meanwhile",
+        ),
+        (
+            2.6,
+            1,
+            "other processes keep the processors busy (load 2.6 on 2): what is timed now will be"
+            " marked unsteady",
+        ),
+    ],
+)
+def test_a_sweep_says_when_others_keep_all_processors_busy(
+    monkeypatch: pytest.MonkeyPatch, load: float, threads: int, expected: str | None
+) -> None:
+    class Process:
+        def cpu_affinity(self) -> list[int]:
+            return [0, 1]
+
+    monkeypatch.setattr(device_use.psutil, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(device_use.psutil, "Process", Process)
+    monkeypatch.setattr(device_use.torch, "get_num_threads", lambda: threads)
+    assert device_use.load_warning() == expected
