@@ -1,4 +1,4 @@
-"""Tables and sentences as LaTeX, for packages booktabs and, for names, UTF-8 input."""
+"""Tables and sentences as LaTeX, for packages booktabs, graphicx and, for names, UTF-8 input."""
 
 from __future__ import annotations
 
@@ -63,8 +63,13 @@ def table(shown: Table, caption: str, label: str) -> str:
         hrules=True,
         environment="table*" if len(shown.head) > _MOST_IN_COLUMN else "table",
     )
-    return text.replace("\\centering\n", "\\centering\n\\footnotesize\n", 1)
+    text = text.replace("\\centering\n", "\\centering\n\\footnotesize\n", 1)
+    text = text.replace("\\begin{tabular}", AT_MOST_AS_WIDE + "\\begin{tabular}", 1)
+    return text.replace("\\end{tabular}\n", "\\end{tabular}%\n}\n", 1)
 
+
+AT_MOST_AS_WIDE = "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
+"""A table that is wider than the text is scaled to its width."""
 
 _MOST_IN_COLUMN = 5
 """Columns of a table that fits one of two columns of text."""
