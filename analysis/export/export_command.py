@@ -113,9 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Export the results that the command line names; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="topkbench export",
-        description="Write what a paper takes from results: LaTeX tables (booktabs, graphicx), figures as PDF"
-        " of 3.3 and 7 inches with type of 8 points, their captions, the set-up in a sentence, and"
-        " BibTeX of the methods and benchmarks that appear.",
+        description="Write what a paper takes from results: LaTeX tables (booktabs, graphicx),"
+        " figures as PDF of 3.3 and 7 inches with type of 8 points, their captions, the set-up in a"
+        " sentence, and BibTeX of the methods and benchmarks that appear.",
     )
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="sweep folder or rows file")
     parser.add_argument(
