@@ -19,11 +19,12 @@ from topkbench.analysis.record.store import RecordError
 from topkbench.analysis.report import kernels
 from topkbench.analysis.report.build import load, merge, readable
 from topkbench.analysis.tables.overview import main_table, narrow, subtask_table
-from topkbench.analysis.tables.table import setting
+from topkbench.analysis.tables.table import Table, setting
 
-HOW_TO_READ = (
-    "Brackets: 95% intervals. Bold: the best score at each budget and those whose paired difference"
-    " to it does not exclude 0."
+INTERVALS = "Brackets: 95% intervals."
+BEST = (
+    "Bold: the best score at each budget and those whose paired difference to it does not exclude"
+    " 0, full attention and oracles, which read all keys, left out."
 )
 
 
@@ -69,7 +70,7 @@ def _write(compared: Comparison, samples: pd.DataFrame, folder: Path) -> list[st
         for name, table in shown.items():
             if table is not None:
                 title = "Results" if name == "results" else "Score by sub-task"
-                caption = f"{title}: {words}. {HOW_TO_READ if name == 'results' else ''}"
+                caption = " ".join([f"{title}: {words}.", *_how_to_read(table)])
                 text = latex.table(table, caption, f"tab:{name}{suffix}")
                 write_atomic(folder / f"{name}{suffix}.tex", text.encode())
                 tables += 1
@@ -107,6 +108,12 @@ def _version() -> str:
         return version("topkbench")
     except PackageNotFoundError:
         return "of a checkout"
+
+
+def _how_to_read(table: Table) -> list[str]:
+    """Return sentences on the signs that a table has."""
+    has_intervals = any(" [" in cell for row in table.rows for cell in row)
+    return [*([INTERVALS] if has_intervals else []), *([BEST] if table.strong else [])]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

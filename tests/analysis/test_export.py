@@ -14,7 +14,7 @@ import pytest
 
 from topkbench.analysis import style
 from topkbench.analysis.export import latex, printed, sources
-from topkbench.analysis.export.export_command import main
+from topkbench.analysis.export.export_command import BEST, INTERVALS, _how_to_read, main
 from topkbench.analysis.export.setup import sentences
 from topkbench.analysis.record.store import Sweep, frame
 from topkbench.analysis.tables.table import Table
@@ -148,6 +148,15 @@ def test_a_figure_whose_type_does_not_fit_is_left_out_and_named(
 
 
 # Text --------------------------------------------------------------------------------------------
+
+
+def test_a_caption_explains_the_signs_that_its_table_has() -> None:
+    plain = Table(["Method", "NLL"], [["a", "2.0"]])
+    assert _how_to_read(plain) == []
+    assert _how_to_read(Table(["Method", "NLL"], [["a", "2.0 [1.0, 3.0]"]])) == [INTERVALS]
+    best = Table(["Method", "Score"], [["a", "2.0 [1.0, 3.0]"]], {(0, 1)})
+    assert _how_to_read(best) == [INTERVALS, BEST]
+    assert _how_to_read(Table(["Method", "qa_1"], [["a", "2.0"]], {(0, 1)})) == [BEST]
 
 
 def test_signs_of_latex_are_shown_as_they_are() -> None:
