@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from topkbench.analysis.comparison.configurations import SETTING, Comparison, once
@@ -314,6 +316,46 @@ def _worse_scores(changes: Sequence[Change], tolerance: float) -> set[int]:
         found |= more
         left = {place: both for place, both in left.items() if place not in more}
     return found
+
+
+def least_losses(
+    changes: Sequence[Change], tolerance: float = 0.0
+) -> dict[tuple[int, ...], float | None]:
+    """Return the least loss of a score that would be found worse, by the samples that it rests on.
+
+    It is that of one score among all that are compared: so many of its samples, all right before,
+    would have to be wrong afterwards, spread evenly over its sub-tasks.
+
+    Args:
+        changes: What is compared.
+        tolerance: Points that a score may lose.
+
+    Returns:
+        Points, 0 to 100, by the number of samples of each sub-task of a score; None where not even
+        the loss of all answers would be found.
+    """
+    scored = [one.pairs["subtask"].value_counts() for one in changes if len(one.pairs)]
+    if not scored:
+        return {}
+    z = NormalDist().inv_cdf(1 - FALSE_ALARMS / len(scored))
+    sizes = sorted({tuple(sorted(map(int, counts))) for counts in scored})
+    return {one: _least_loss(one, tolerance, z) for one in sizes}
+
+
+def _least_loss(sizes: Sequence[int], tolerance: float, z: float) -> float | None:
+    subtasks = np.repeat(np.arange(len(sizes)), sizes)
+    # The order in which samples are lost: each sub-task's first, then each one's second, ...
+    order = np.argsort(np.concatenate([np.arange(size) / size for size in sizes]), kind="stable")
+    before = np.full(len(subtasks), 100.0)
+
+    def after(lost: int) -> Interval:
+        scores = before.copy()
+        scores[order[:lost]] = 0.0
+        return paired_interval(scores, before, subtasks, z=z)
+
+    numbers = range(1, len(subtasks) + 1)
+    place = bisect_left(numbers, True, key=lambda lost: after(lost).high < -tolerance)
+    return None if place == len(numbers) else -after(numbers[place]).estimate
 
 
 def _label(part: pd.DataFrame) -> str:

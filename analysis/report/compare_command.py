@@ -9,7 +9,13 @@ from pathlib import Path
 import pandas as pd
 
 from topkbench.analysis import style
-from topkbench.analysis.comparison.changes import EXACT, FALSE_ALARMS, Change, find_changes
+from topkbench.analysis.comparison.changes import (
+    EXACT,
+    FALSE_ALARMS,
+    Change,
+    find_changes,
+    least_losses,
+)
 from topkbench.analysis.comparison.configurations import compare
 from topkbench.analysis.comparison.metrics import METRICS
 from topkbench.analysis.comparison.stats import Interval
@@ -98,6 +104,31 @@ def rule(changes: Sequence[Change], tolerance: float, percent: float) -> str:
     )
 
 
+def least_losses_in_words(changes: Sequence[Change], tolerance: float) -> str:
+    """Return which losses of a score would be found, and which not even if all answers were lost.
+
+    Empty without scores.
+    """
+    found, blind = [], []
+    for sizes, least in least_losses(changes, tolerance).items():
+        least_size, most = sizes[0], sizes[-1]
+        samples = f"{most} samples" if least_size == most else f"{least_size} to {most} samples"
+        place = f"a score of {samples}"
+        if len(sizes) > 1:
+            place = f"a mean over {len(sizes)} sub-tasks of {samples} each"
+        if least is None:
+            blind.append(place)
+        else:
+            found.append(f"{METRICS['delta_full'].text(least).lstrip('+')} points in {place}")
+    words = f"The least loss that is found: {', '.join(found)}." if found else ""
+    if blind:
+        words += (
+            f" In {' and in '.join(blind)} not even the loss of all answers is found: compare more"
+            " samples."
+        )
+    return words.strip()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare two results; return 0 if nothing is worse, 1 if something is, 2 if unusable."""
     parser = argparse.ArgumentParser(
@@ -157,6 +188,7 @@ def _compare(options: argparse.Namespace) -> int:
     for words, part in by_setting.items():
         say(f"{words}\n\n{change_table(part).text()}\n")
     say(rule(changes, options.tolerance, options.percent))
+    say(least_losses_in_words(changes, options.tolerance))
     worse = [one for one in changes if one.worse]
     cells = len({(one.name, *map(str, one.setting.values())) for one in changes})
     say(

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from topkbench.analysis.comparison.changes import Change, find_changes
+from topkbench.analysis.comparison.changes import Change, find_changes, least_losses
 from topkbench.analysis.comparison.configurations import Comparison, compare
 from topkbench.analysis.comparison.stats import MEAN
 from topkbench.analysis.record.csv_file import csv_bytes
 from topkbench.analysis.record.store import RecordError, Status, frame
-from topkbench.analysis.report.compare_command import main
+from topkbench.analysis.report.compare_command import least_losses_in_words, main
 from topkbench.tests.analysis.conftest import make_row
 from topkbench.tests.analysis.hostile import ESCAPES
 
@@ -247,6 +247,40 @@ def test_the_command_prints_what_is_worse_and_the_rule(
     assert out.splitlines()[-1] == "4 of 4 comparisons (1 configurations) are worse."
     assert main([str(first), str(first)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("Nothing is worse: 4 comparisons")
+
+
+def test_the_least_loss_that_is_found_is_said_and_true() -> None:
+    """Of 25 samples that were all right, so many lost are found, and one less is not."""
+    before = {("quest", 64): np.full((3, N), 100.0)}
+    unchanged = find_changes(compared(before), compared(before))
+    losses = least_losses(unchanged)
+    assert set(losses) == {(N,), (N, N, N)}
+    least = losses[(N,)]
+    assert least is not None
+    lost = round(least / 100 * N)
+    for number, found in ((lost, True), (lost - 1, False)):
+        after = {("quest", 64): before["quest", 64].copy()}
+        after["quest", 64][0, :number] = 0.0
+        names = {
+            one.subtask for one in find_changes(compared(before), compared(after)) if one.worse
+        }
+        assert ("niah_single" in names) is found
+    words = least_losses_in_words(unchanged, 0.0)
+    assert f"{least:.1f} points in a score of 25 samples" in words
+    assert "in a mean over 3 sub-tasks of 25 samples each" in words
+    assert "not even" not in words
+
+
+def test_too_few_samples_to_find_anything_are_no_silent_pass(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {("quest", 64): np.full((3, 3), 100.0)}
+    after = {("quest", 64): before["quest", 64] * np.array([[0.0], [1.0], [1.0]])}
+    assert main([str(write("first", before)), str(write("second", after))]) == 0
+    assert (
+        "In a score of 3 samples not even the loss of all answers is found: compare more samples."
+        in capsys.readouterr().out
+    )
 
 
 def test_two_commits_in_one_folder_are_compared(
