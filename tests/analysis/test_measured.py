@@ -18,7 +18,7 @@ from topkbench.analysis.record.row import COLUMNS, PARAMETER_PREFIX, Status
 from topkbench.analysis.report.build import load
 from topkbench.analysis.report.kernels import of_kernels
 from topkbench.analysis.tables.answered import answered_table
-from topkbench.analysis.tables.overview import main_table, subtask_table
+from topkbench.analysis.tables.overview import main_table, narrow, subtask_table
 from topkbench.analysis.tables.turns import turn_table
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +137,18 @@ def test_the_page_on_ruler_shows_the_measured_rows() -> None:
         ("dense", 2048): "91.0 [71.9, 100.0]",
         ("sparse", 4096): "46.7 [27.0, 66.4]",
     }
+
+
+def test_the_page_on_ruler_shows_every_method_at_4096_tokens() -> None:
+    overall = compare(rows(MEASURED / "epyc_zen4_league" / "niah_single_2.csv")).overall
+    page = (ROOT / "docs" / "ruler.md").read_text(encoding="utf-8")
+    assert narrow(main_table(overall)).markdown() in page
+    largest = overall[overall["k"].eq(256) & (overall["delta_ci_high"] < 0)]
+    told = page[page.index("With 256, the interval") :].split(". ")[0]
+    for label in largest.loc[largest["method"] != "hata", "label"]:
+        assert str(label).replace("Random", "random selection") in told
+    # A comma opens the list; HATA is there twice, and "and" is before the last.
+    assert told.count(",") == len(largest) - 2
 
 
 def test_the_page_on_turns_shows_the_measured_rows() -> None:
@@ -438,3 +450,11 @@ def test_the_page_on_hata_shows_what_its_hashes_find_beyond_the_length_they_lear
                     first.append(text)
         assert found[name] == cells
     assert f"the same: {first[0]}, {first[1]} and {first[2]}." in page
+    block = page[page.index("| Hash, learned at 4,096 tokens |") :].splitlines()
+    data = rows(MEASURED / "epyc_zen4_league" / "niah_single_2.csv")
+    data = data[data["method"].eq("hata") & data["subtask"].eq("mean") & data["k"].eq(64)]
+    for line, (name, (weights, centred)) in zip(block[2:5], kinds.items(), strict=True):
+        own = data[data["p_weights"].eq(weights)]
+        (row,) = own[own["p_centre_keys"].astype(str).eq(centred)].to_dict("records")
+        texts = [METRICS[column].text(row[column]) for column in ("recall_at_k", "attention_mass")]
+        assert numbers(line) == [name, *texts]
