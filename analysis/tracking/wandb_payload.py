@@ -113,8 +113,15 @@ class Names:
         return name
 
     def configuration(self, row: Row, config: Mapping[str, Any]) -> str:
-        """Return what is the same of cells that differ in model, task, rules and seed alone."""
-        return "-".join([row.method, *_sizes(row, with_length=True), *self._others(row, config)])
+        """Return what is the same of cells that differ in model, task, rules and seed alone.
+
+        The number of samples and the commit are part of it, so that the runs of a first try, or of
+        other code, are not averaged with those that follow.
+        """
+        words = [row.method, *_sizes(row, with_length=True), *self._others(row, config)]
+        words += [f"n{row.num_samples}"] if row.num_samples is not None else []
+        words += [row.git_commit[:7]] if row.git_commit else []
+        return "-".join(words)
 
     def tags(self, row: Row, config: Mapping[str, Any]) -> list[str]:
         """Return a run's tags, at most 64 characters each."""

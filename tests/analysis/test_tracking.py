@@ -489,8 +489,9 @@ def test_a_name_has_what_varies_and_leaves_out_what_most_cells_of_the_method_hav
         "hata-k64-r32-s0-sigma=0.3",
         "hata-k64-r32-s1",
     ]
-    known = row(method="hata", k=64, rbit=32, seed=1)
-    assert names.configuration(known, cells[2]) == "hata-L4096-k64-r32-sigma=0.3"
+    # A bar averages neither over numbers of samples nor over commits.
+    known = row(method="hata", k=64, rbit=32, seed=1, num_samples=3, git_commit="0123456789ab")
+    assert names.configuration(known, cells[2]) == "hata-L4096-k64-r32-sigma=0.3-n3-0123456"
 
 
 def test_what_varies_without_an_effect_on_a_cell_is_not_in_its_name(
