@@ -340,12 +340,26 @@ def _quiet(name: str) -> Iterator[None]:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     except Exception as error:  # of lm-eval, of datasets, or of a task's own code
+        if (package := _missing_package(error)) is not None:
+            raise ValueError(
+                f"task.names={name} needs the package {package}, which is not installed; install"
+                " topkbench[lm-eval], or the package itself if that does not bring it."
+            ) from None
         raise ValueError(
             f"task.names={name} must be a task of lm-eval whose data can be read, but got"
             f" {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from None
     finally:
         logger.setLevel(level)
+
+
+def _missing_package(error: BaseException | None) -> str | None:
+    """Return the package for lack of which an error was raised; None if that was not the reason."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            return error.name
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def question_place(text: str, fields: Mapping[str, Any], names: Sequence[str]) -> int | None:

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -380,6 +381,53 @@ def test_data_sets_are_read_by_revision_and_tasks_are_told_what_to_make(
     (folder / "made_to_length.yaml").write_text(f"{config}custom_dataset: !function making.made\n")
     (sample,) = make(folder, "made_to_length", metadata={"length": 7}).samples(tiny)
     assert sample.context.count("word") == 7
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts documents in the place of every data set of the hub."""
+    import datasets
+
+    def put(*documents: dict[str, Any]) -> None:
+        found = datasets.DatasetDict({"test": datasets.Dataset.from_list(list(documents))})
+        monkeypatch.setattr(datasets, "load_dataset", lambda *given, **settings: found)
+
+    return put
+
+
+QASPER = {
+    "context": "The house by the river is red.",
+    "question": "Which colour has the house?",
+    "answers": ["dark red", "unanswerable"],
+    "all_classes": None,
+}
+
+
+def test_longbench_is_scored_by_its_own_metrics(
+    tiny: LoadedModel, hub: Callable[..., None]
+) -> None:
+    hub(QASPER)
+    asked = LmEval(names="longbench_qasper_e", num_samples=1)
+    (sample,) = asked.samples(tiny)
+    assert sample.context.endswith("\n\nQuestion: ")
+    assert sample.question == "Which colour has the house?\n\nAnswer:"
+    # Red is the whole answer and half of the right one: F1 is 2 / 3.
+    scores = [asked.score(sample, one) for one in ("The dark red.", "red", "blue")]
+    assert scores == [100, pytest.approx(200 / 3), 0]
+
+
+@pytest.mark.parametrize("package", ["jieba", "fuzzywuzzy", "rouge"])
+def test_a_package_that_a_task_lacks_is_named(
+    package: str, hub: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub(QASPER)
+    monkeypatch.delitem(sys.modules, "lm_eval.tasks.longbench.metrics", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=r"^task\.names=longbench_qasper_e needs the package") as e:
+        LmEval(names="longbench_qasper_e")
+    assert f"the package {package}, which is not installed; install topkbench[lm-eval]" in str(
+        e.value
+    )
 
 
 EXPERIMENTS = [
