@@ -18,6 +18,9 @@ from topkbench.methods.base import check_whole
 DEFAULT_NEW_TOKENS = 256
 """Tokens that a model may generate where a task does not say, as lm-eval's own models have it."""
 
+OWN_TASKS = Path(__file__).with_name("lm_eval_tasks")
+"""Tasks of benchmarks that lm-eval scores wrongly, in its form of YAML."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -278,7 +281,9 @@ def index(names: Sequence[str], include_path: str | None, metadata: dict[str, An
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
-    own = [] if include_path is None else [str(Path(include_path).expanduser())]
+    own = [str(OWN_TASKS)]
+    if include_path is not None:
+        own.append(str(Path(include_path).expanduser()))
     folder = Path(lm_eval.tasks.__file__).parent
     near = [
         str(one)
@@ -286,12 +291,11 @@ def index(names: Sequence[str], include_path: str | None, metadata: dict[str, An
         if one.is_dir() and any(name.startswith(one.name) for name in names)
     ]
     tried: list[Any] = []
-    for paths, every in ((own, False), ([*own, *near], False), (own, True)):
-        if not paths and not every:
-            continue
+    # Of two tasks of one name lm-eval keeps that of the later folder.
+    for paths, every in ((own, False), ([*near, *own], False), (own, True)):
         with _quiet(", ".join(names)):
             manager = TaskManager(
-                include_path=list(paths) or None, include_defaults=every, metadata=metadata
+                include_path=list(paths), include_defaults=every, metadata=metadata
             )
         if all(name in manager.task_index for name in names):
             return manager

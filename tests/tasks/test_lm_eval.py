@@ -416,6 +416,36 @@ def test_longbench_is_scored_by_its_own_metrics(
     assert scores == [100, pytest.approx(200 / 3), 0]
 
 
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        (r"The final answer is $\boxed{4}$.", 100),
+        (r"$$\boxed{4}$$", 100),
+        (
+            r"<think>If $x=2$, is it $\boxed{5}$? No.</think>So $x^2=4$." "\n\n" r"$$\boxed{4}$$",
+            100,
+        ),
+        (r"<think>If $x=2$, it is $\boxed{4}$.</think>" "\n\n" r"$$\boxed{5}$$", 0),
+        (r"\boxed{\dfrac{8}{2}}", 0),  # written otherwise
+        ("$4$", 100),
+        ("5", 0),
+        ("", 0),
+    ],
+)
+def test_an_answer_to_math_500_is_what_its_last_box_holds(
+    answer: str, score: float, tiny: LoadedModel, hub: Callable[..., None]
+) -> None:
+    solution = r"As $x=2$, $x^2=\boxed{4}$."
+    hub({"problem": "If $x=2$, what is $x^2$?", "solution": solution, "answer": "4"})
+    path = Path(__file__).parents[2] / "conf" / "experiment" / "math500.yaml"
+    names = yaml.safe_load(path.read_text())["task"]["names"]
+    asked = LmEval(names=names, num_samples=1, question="dense")
+    (sample,) = asked.samples(tiny)
+    assert sample.context == "Problem: If $x=2$, what is $x^2$?\nAnswer:"
+    assert sample.answers == ("4",)
+    assert asked.score(sample, answer) == score
+
+
 @pytest.mark.parametrize("package", ["jieba", "fuzzywuzzy", "rouge"])
 def test_a_package_that_a_task_lacks_is_named(
     package: str, hub: Callable[..., None], monkeypatch: pytest.MonkeyPatch
