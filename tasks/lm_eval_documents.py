@@ -18,6 +18,9 @@ from topkbench.methods.base import check_whole
 DEFAULT_NEW_TOKENS = 256
 """Tokens that a model may generate where a task does not say, as lm-eval's own models have it."""
 
+FEWSHOT_SEED = 1234
+"""Seed of the examples before a question, lm-eval's own default."""
+
 OWN_TASKS = Path(__file__).with_name("lm_eval_tasks")
 """Tasks of benchmarks that lm-eval scores wrongly, in its form of YAML."""
 
@@ -125,6 +128,8 @@ class EvalTask:
             seed: Seed of the draw.
         """
         numbers = draw(range(self.num_documents), number, seed, self.name)
+        # Examples depend on what was drawn since: the same documents get the same ones again.
+        self._task.set_fewshot_seed(seed=FEWSHOT_SEED)
         with _quiet(self.name):
             self._task.build_all_requests(samples=numbers)
         grouped: dict[int, list[Any]] = {}
@@ -264,15 +269,22 @@ def load(
         raise ValueError(f"task.include_path must be a folder, got {include_path!r}.")
     manager = index(names, include_path, dict(metadata or {}))
     found: dict[str, EvalTask] = {}
+    revisions = revisions or {}
+    read: set[str] = set()
     for name in names:
-        with _quiet(name), _pinned(revisions or {}):
+        with _quiet(name), _pinned(revisions, read):
             loaded = manager.load([name])["tasks"]
         for task in loaded.values():
             if num_fewshot is not None:
                 task.set_config(key="num_fewshot", value=num_fewshot)
-            task.set_fewshot_seed(seed=1234)  # lm-eval's own default
             one = EvalTask(task, metric, max_new_tokens)
             found[one.name] = one
+    for name in revisions:
+        if name not in read:
+            raise ValueError(
+                f"task.revisions must name data sets that the tasks read ({', '.join(sorted(read))})"
+                f", got {name!r}."
+            )
     return list(found.values())
 
 
@@ -310,8 +322,10 @@ def index(names: Sequence[str], include_path: str | None, metadata: dict[str, An
 
 
 @contextlib.contextmanager
-def _pinned(revisions: Mapping[str, str]) -> Iterator[None]:
+def _pinned(revisions: Mapping[str, str], seen: set[str]) -> Iterator[None]:
     """Within the block data sets are read from the hub by the given revisions.
+
+    What is read is added to ``seen``.
 
     A task's file may say a revision itself; there is no other way to give lm-eval one, since the
     functions with which some tasks read their data pass none on.
@@ -322,6 +336,7 @@ def _pinned(revisions: Mapping[str, str]) -> Iterator[None]:
 
     @functools.wraps(read)
     def of_revision(path: str, *given: Any, **settings: Any) -> Any:
+        seen.add(path)
         if path in revisions:
             settings["revision"] = revisions[path]
         return read(path, *given, **settings)

@@ -367,7 +367,11 @@ def test_data_sets_are_read_by_revision_and_tasks_are_told_what_to_make(
     for name in ("one", "other"):
         task(folder, f"made_of_{name}", GENERATE,
              dataset_path=f"owner/{name}", dataset_kwargs={})  # fmt: skip
-    make(folder, "made_of_one", "made_of_other", revisions={"owner/one": "0123abc"})
+    both = ("made_of_one", "made_of_other")
+    with pytest.raises(ValueError, match=r"read \(owner/one, owner/other\), got 'owner/two'\.$"):
+        make(folder, *both, revisions={"owner/two": "0123abc"})
+    asked.clear()
+    make(folder, *both, revisions={"owner/one": "0123abc"})
     assert asked == [("owner/one", "0123abc"), ("owner/other", None)]
     assert datasets.load_dataset is read
     (folder / "making.py").write_text(
@@ -504,6 +508,22 @@ def test_documents_are_drawn_by_seed_and_examples_are_the_tasks_own(
         for given in ({}, {"seed": 1}, {"num_samples": 8}, {"metric": "exact_match,none"})
     }
     assert len(digests) == 4
+
+
+def test_a_document_has_the_same_examples_whenever_it_is_drawn(folder: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    name = "made_with_examples"
+    task(folder, name, GENERATE, fewshot_split="test", num_fewshot=2)
+    (asked,) = make(folder, name)._tasks
+    texts = [[one.requests[0].text for one in asked.documents(8, 0)] for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert len({text.split("\n\n")[0] for text in texts[0]}) > 1
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    theirs = manager.load([name])["tasks"][name]
+    theirs.set_fewshot_seed(seed=1234)
+    theirs.build_all_requests()
+    assert [one.args[0] for one in theirs.instances] == texts[0]
 
 
 @pytest.mark.parametrize(
