@@ -128,7 +128,7 @@ class EvalTask:
             seed: Seed of the draw.
         """
         numbers = draw(range(self.num_documents), number, seed, self.name)
-        # Examples depend on what was drawn since: the same documents get the same ones again.
+        # Each draw goes on from the state of the last: from the seed it is the same each time.
         self._task.set_fewshot_seed(seed=FEWSHOT_SEED)
         with _quiet(self.name):
             self._task.build_all_requests(samples=numbers)
@@ -281,9 +281,9 @@ def load(
             found[one.name] = one
     for name in revisions:
         if name not in read:
+            known = ", ".join(sorted(read)) or "none"
             raise ValueError(
-                f"task.revisions must name data sets that the tasks read ({', '.join(sorted(read))})"
-                f", got {name!r}."
+                f"task.revisions must name data sets that the tasks read ({known}), got {name!r}."
             )
     return list(found.values())
 
@@ -339,13 +339,42 @@ def _pinned(revisions: Mapping[str, str], seen: set[str]) -> Iterator[None]:
         seen.add(path)
         if path in revisions:
             settings["revision"] = revisions[path]
-        return read(path, *given, **settings)
+        try:
+            return read(path, *given, **settings)
+        except datasets.exceptions.DatasetGenerationError as error:
+            place = _broken_json(settings.get("data_files")) if path == "json" else None
+            raise type(error)(place or str(error.__cause__ or error)) from error
 
     datasets.load_dataset = of_revision
     try:
         yield
     finally:
         datasets.load_dataset = read
+
+
+def _broken_json(files: Any) -> str | None:
+    """Return what is wrong with local files of JSON lines, with file and line; None if nothing.
+
+    Args:
+        files: A file, or a list or mapping of such, as ``datasets`` takes them.
+    """
+    if isinstance(files, Mapping):
+        files = list(files.values())
+    if isinstance(files, list | tuple):
+        return next(filter(None, map(_broken_json, files)), None)
+    path = Path(str(files))
+    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace")
+    # A list is one value over many lines.
+    parts = [text] if text.lstrip().startswith("[") else text.split("\n")
+    for number, part in enumerate(parts):
+        try:
+            if part.strip():
+                json.loads(part)
+        except json.JSONDecodeError as error:
+            return f"{path} must be JSON, but line {number + error.lineno} is not: {error.msg}."
+    return None
 
 
 @contextlib.contextmanager

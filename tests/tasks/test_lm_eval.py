@@ -552,6 +552,23 @@ def test_a_wrong_setting_is_one_sentence(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("broken.jsonl", '{"answer": "a"}\n\n{"answer": "b"\n{"answer" "c"}\n', 3),
+        ("broken.json", '{"answer": "a"}\n{"answer" "b"}\n{"answer": \n', 2),
+        ("list.json", '[\n{"answer": "a"},\n{"answer": "b"},\n{"answer" "c"}]\n', 4),
+    ],
+)
+def test_a_broken_line_is_named(folder: Path, name: str, text: str, line: int) -> None:
+    (folder / name).write_text(text)
+    files = {"train": str(folder / "documents.jsonl"), "test": [str(folder / name)]}
+    task(folder, "made_broken", GENERATE, dataset_kwargs={"data_files": files})
+    with pytest.raises(ValueError, match=r"^task\.names=made_broken must be a task of") as error:
+        make(folder, "made_broken")
+    assert f"{folder / name} must be JSON, but line {line} is not: " in str(error.value)
+
+
 def test_answers_that_a_task_samples_are_refused(folder: Path, tiny: LoadedModel) -> None:
     settings = {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 0.7}
     task(folder, "made_sampled", GENERATE, generation_kwargs=settings)
