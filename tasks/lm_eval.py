@@ -122,8 +122,8 @@ class LmEval(GenerationTask):
     question_fields: Sequence[str] = QUESTION_FIELDS
     question_tokens: int = 0
     no_chat: Sequence[str] = ()
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    revisions: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Any] | None = None
+    revisions: Mapping[str, str] | None = None
     skip_bad: bool = False
     _tasks: list[EvalTask] = field(default_factory=list, init=False, repr=False, compare=False)
     _drawn: dict[str, _Drawn] = field(default_factory=dict, init=False, repr=False, compare=False)

@@ -18,6 +18,12 @@ from topkbench.methods.base import check_whole
 DEFAULT_NEW_TOKENS = 256
 """Tokens that a model may generate where a task does not say, as lm-eval's own models have it."""
 
+FEWSHOT_SEED = 1234
+"""Seed of the examples before a question, lm-eval's own default."""
+
+OWN_TASKS = Path(__file__).with_name("lm_eval_tasks")
+"""Tasks of benchmarks that lm-eval scores wrongly, in its form of YAML."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -122,6 +128,8 @@ class EvalTask:
             seed: Seed of the draw.
         """
         numbers = draw(range(self.num_documents), number, seed, self.name)
+        # Each draw goes on from the state of the last: from the seed it is the same each time.
+        self._task.set_fewshot_seed(seed=FEWSHOT_SEED)
         with _quiet(self.name):
             self._task.build_all_requests(samples=numbers)
         grouped: dict[int, list[Any]] = {}
@@ -261,15 +269,22 @@ def load(
         raise ValueError(f"task.include_path must be a folder, got {include_path!r}.")
     manager = index(names, include_path, dict(metadata or {}))
     found: dict[str, EvalTask] = {}
+    revisions = revisions or {}
+    read: set[str] = set()
     for name in names:
-        with _quiet(name), _pinned(revisions or {}):
+        with _quiet(name), _pinned(revisions, read):
             loaded = manager.load([name])["tasks"]
         for task in loaded.values():
             if num_fewshot is not None:
                 task.set_config(key="num_fewshot", value=num_fewshot)
-            task.set_fewshot_seed(seed=1234)  # lm-eval's own default
             one = EvalTask(task, metric, max_new_tokens)
             found[one.name] = one
+    for name in revisions:
+        if name not in read:
+            known = ", ".join(sorted(read)) or "none"
+            raise ValueError(
+                f"task.revisions must name data sets that the tasks read ({known}), got {name!r}."
+            )
     return list(found.values())
 
 
@@ -278,7 +293,9 @@ def index(names: Sequence[str], include_path: str | None, metadata: dict[str, An
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
-    own = [] if include_path is None else [str(Path(include_path).expanduser())]
+    own = [str(OWN_TASKS)]
+    if include_path is not None:
+        own.append(str(Path(include_path).expanduser()))
     folder = Path(lm_eval.tasks.__file__).parent
     near = [
         str(one)
@@ -286,12 +303,11 @@ def index(names: Sequence[str], include_path: str | None, metadata: dict[str, An
         if one.is_dir() and any(name.startswith(one.name) for name in names)
     ]
     tried: list[Any] = []
-    for paths, every in ((own, False), ([*own, *near], False), (own, True)):
-        if not paths and not every:
-            continue
+    # Of two tasks of one name lm-eval keeps that of the later folder.
+    for paths, every in ((own, False), ([*near, *own], False), (own, True)):
         with _quiet(", ".join(names)):
             manager = TaskManager(
-                include_path=list(paths) or None, include_defaults=every, metadata=metadata
+                include_path=list(paths), include_defaults=every, metadata=metadata
             )
         if all(name in manager.task_index for name in names):
             return manager
@@ -306,8 +322,10 @@ def index(names: Sequence[str], include_path: str | None, metadata: dict[str, An
 
 
 @contextlib.contextmanager
-def _pinned(revisions: Mapping[str, str]) -> Iterator[None]:
+def _pinned(revisions: Mapping[str, str], seen: set[str]) -> Iterator[None]:
     """Within the block data sets are read from the hub by the given revisions.
+
+    What is read is added to ``seen``.
 
     A task's file may say a revision itself; there is no other way to give lm-eval one, since the
     functions with which some tasks read their data pass none on.
@@ -318,15 +336,45 @@ def _pinned(revisions: Mapping[str, str]) -> Iterator[None]:
 
     @functools.wraps(read)
     def of_revision(path: str, *given: Any, **settings: Any) -> Any:
+        seen.add(path)
         if path in revisions:
             settings["revision"] = revisions[path]
-        return read(path, *given, **settings)
+        try:
+            return read(path, *given, **settings)
+        except datasets.exceptions.DatasetGenerationError as error:
+            place = _broken_json(settings.get("data_files")) if path == "json" else None
+            raise type(error)(place or str(error.__cause__ or error)) from error
 
     datasets.load_dataset = of_revision
     try:
         yield
     finally:
         datasets.load_dataset = read
+
+
+def _broken_json(files: Any) -> str | None:
+    """Return what is wrong with local files of JSON lines, with file and line; None if nothing.
+
+    Args:
+        files: A file, or a list or mapping of such, as ``datasets`` takes them.
+    """
+    if isinstance(files, Mapping):
+        files = list(files.values())
+    if isinstance(files, list | tuple):
+        return next(filter(None, map(_broken_json, files)), None)
+    path = Path(str(files))
+    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace")
+    # A list is one value over many lines.
+    parts = [text] if text.lstrip().startswith("[") else text.split("\n")
+    for number, part in enumerate(parts):
+        try:
+            if part.strip():
+                json.loads(part)
+        except json.JSONDecodeError as error:
+            return f"{path} must be JSON, but line {number + error.lineno} is not: {error.msg}."
+    return None
 
 
 @contextlib.contextmanager
@@ -340,12 +388,26 @@ def _quiet(name: str) -> Iterator[None]:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     except Exception as error:  # of lm-eval, of datasets, or of a task's own code
+        if (package := _missing_package(error)) is not None:
+            raise ValueError(
+                f"task.names={name} needs the package {package}, which is not installed; install"
+                " topkbench[lm-eval], or the package itself if that does not bring it."
+            ) from None
         raise ValueError(
             f"task.names={name} must be a task of lm-eval whose data can be read, but got"
             f" {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from None
     finally:
         logger.setLevel(level)
+
+
+def _missing_package(error: BaseException | None) -> str | None:
+    """Return the package for lack of which an error was raised; None if that was not the reason."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            return error.name
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def question_place(text: str, fields: Mapping[str, Any], names: Sequence[str]) -> int | None:

@@ -19,6 +19,7 @@ BENCHMARKS = (
     ("babilong", "lm_eval", "babilong"),
     ("gsm8k", "lm_eval", "gsm8k"),
     ("math", "lm_eval", "hendrycks_math"),
+    ("math", "lm_eval", "math500"),
 )
 """Name of a benchmark's entry, the task that asks it, and how names of its sub-tasks begin."""
 

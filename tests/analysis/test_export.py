@@ -266,6 +266,7 @@ def test_the_sources_are_those_of_what_appears(exported: Path) -> None:
         ("lm_eval", "babilong_qa1", "babilong"),
         ("lm_eval", "gsm8k", "gsm8k"),
         ("lm_eval", "hendrycks_math500", "math"),
+        ("lm_eval", "math500", "math"),
         ("ruler_words", "vt", "ruler"),
     ],
 )

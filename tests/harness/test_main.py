@@ -568,9 +568,9 @@ def test_a_sweep_killed_again_and_again_ends_the_same(
     assert left_over(commands.folder / "tmp") == {"cpu.lock": 0}
 
 
-def test_lm_evals_tasks_go_on_where_they_were_killed(
-    commands: Commands, tmp_path: Path, server: Any
-) -> None:
+@pytest.fixture
+def asked(tmp_path: Path) -> Path:
+    """A folder with a task of lm-eval's of the same name, and its documents."""
     pytest.importorskip("lm_eval")
     asked = tmp_path / "asked"
     asked.mkdir()
@@ -592,6 +592,37 @@ generation_kwargs: {{until: [], max_gen_toks: 6}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
     )
+    return asked
+
+
+def test_lm_evals_tasks_are_told_what_to_make_and_read_revisions(
+    commands: Commands, asked: Path
+) -> None:
+    (asked / "making.py").write_text(
+        "import datasets\n\n"
+        "def made(max_seq_lengths, **given):\n"
+        "    (length,) = max_seq_lengths\n"
+        "    fields = {'context': 'house ' * length, 'question': 'which ?', 'answer': 'house'}\n"
+        "    return {'test': datasets.Dataset.from_list([fields])}\n"
+    )
+    of_file = (asked / "asked.yaml").read_text().replace("task: asked", "task: made")
+    (asked / "made.yaml").write_text(f"{of_file}custom_dataset: !function making.made\n")
+    given = ("task=lm_eval", "task.names=[asked,made]", f"task.include_path={asked}")
+    given += ("method=full", "question=dense", "task.timed_prompts=0", "task.judged_prompts=0")
+    given += ("task.metadata={max_seq_lengths: [40]}", "num_samples=1")
+    # The file's reader is a data set like those of the hub, whose revision is of no effect.
+    assert commands.run(*given, "task.revisions={json: 0123abc}") == 0, commands.text("err")
+    assert set(commands.rows["subtask"]) == {"asked", "made", "mean"}
+    assert commands.run(*given, "task.revisions={openai/gsm8k: 0123abc}") == 2
+    one_sentence(
+        commands,
+        "task.revisions must name data sets that the tasks read (json), got 'openai/gsm8k'.",
+    )
+
+
+def test_lm_evals_tasks_go_on_where_they_were_killed(
+    commands: Commands, tmp_path: Path, server: Any, asked: Path
+) -> None:
     given = ("task=lm_eval", "task.names=asked", f"task.include_path={asked}", "task.batch_size=1")
     given += ("method=exact,quest", "k=16", "rbit=32", "task.timed_prompts=0", "-m")
     commands.start(*given)

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -366,7 +367,11 @@ def test_data_sets_are_read_by_revision_and_tasks_are_told_what_to_make(
     for name in ("one", "other"):
         task(folder, f"made_of_{name}", GENERATE,
              dataset_path=f"owner/{name}", dataset_kwargs={})  # fmt: skip
-    make(folder, "made_of_one", "made_of_other", revisions={"owner/one": "0123abc"})
+    both = ("made_of_one", "made_of_other")
+    with pytest.raises(ValueError, match=r"read \(owner/one, owner/other\), got 'owner/two'\.$"):
+        make(folder, *both, revisions={"owner/two": "0123abc"})
+    asked.clear()
+    make(folder, *both, revisions={"owner/one": "0123abc"})
     assert asked == [("owner/one", "0123abc"), ("owner/other", None)]
     assert datasets.load_dataset is read
     (folder / "making.py").write_text(
@@ -380,6 +385,83 @@ def test_data_sets_are_read_by_revision_and_tasks_are_told_what_to_make(
     (folder / "made_to_length.yaml").write_text(f"{config}custom_dataset: !function making.made\n")
     (sample,) = make(folder, "made_to_length", metadata={"length": 7}).samples(tiny)
     assert sample.context.count("word") == 7
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts documents in the place of every data set of the hub."""
+    import datasets
+
+    def put(*documents: dict[str, Any]) -> None:
+        found = datasets.DatasetDict({"test": datasets.Dataset.from_list(list(documents))})
+        monkeypatch.setattr(datasets, "load_dataset", lambda *given, **settings: found)
+
+    return put
+
+
+QASPER = {
+    "context": "The house by the river is red.",
+    "question": "Which colour has the house?",
+    "answers": ["dark red", "unanswerable"],
+    "all_classes": None,
+}
+
+
+def test_longbench_is_scored_by_its_own_metrics(
+    tiny: LoadedModel, hub: Callable[..., None]
+) -> None:
+    hub(QASPER)
+    asked = LmEval(names="longbench_qasper_e", num_samples=1)
+    (sample,) = asked.samples(tiny)
+    assert sample.context.endswith("\n\nQuestion: ")
+    assert sample.question == "Which colour has the house?\n\nAnswer:"
+    # Red is the whole answer and half of the right one: F1 is 2 / 3.
+    scores = [asked.score(sample, one) for one in ("The dark red.", "red", "blue")]
+    assert scores == [100, pytest.approx(200 / 3), 0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        (r"The final answer is $\boxed{4}$.", 100),
+        (r"$$\boxed{4}$$", 100),
+        (
+            r"<think>If $x=2$, is it $\boxed{5}$? No.</think>So $x^2=4$." "\n\n" r"$$\boxed{4}$$",
+            100,
+        ),
+        (r"<think>If $x=2$, it is $\boxed{4}$.</think>" "\n\n" r"$$\boxed{5}$$", 0),
+        (r"\boxed{\dfrac{8}{2}}", 0),  # written otherwise
+        ("$4$", 100),
+        ("5", 0),
+        ("", 0),
+    ],
+)
+def test_an_answer_to_math_500_is_what_its_last_box_holds(
+    answer: str, score: float, tiny: LoadedModel, hub: Callable[..., None]
+) -> None:
+    solution = r"As $x=2$, $x^2=\boxed{4}$."
+    hub({"problem": "If $x=2$, what is $x^2$?", "solution": solution, "answer": "4"})
+    path = Path(__file__).parents[2] / "conf" / "experiment" / "math500.yaml"
+    names = yaml.safe_load(path.read_text())["task"]["names"]
+    asked = LmEval(names=names, num_samples=1, question="dense")
+    (sample,) = asked.samples(tiny)
+    assert sample.context == "Problem: If $x=2$, what is $x^2$?\nAnswer:"
+    assert sample.answers == ("4",)
+    assert asked.score(sample, answer) == score
+
+
+@pytest.mark.parametrize("package", ["jieba", "fuzzywuzzy", "rouge"])
+def test_a_package_that_a_task_lacks_is_named(
+    package: str, hub: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub(QASPER)
+    monkeypatch.delitem(sys.modules, "lm_eval.tasks.longbench.metrics", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=r"^task\.names=longbench_qasper_e needs the package") as e:
+        LmEval(names="longbench_qasper_e")
+    assert f"the package {package}, which is not installed; install topkbench[lm-eval]" in str(
+        e.value
+    )
 
 
 EXPERIMENTS = [
@@ -428,6 +510,22 @@ def test_documents_are_drawn_by_seed_and_examples_are_the_tasks_own(
     assert len(digests) == 4
 
 
+def test_a_document_has_the_same_examples_whenever_it_is_drawn(folder: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    name = "made_with_examples"
+    task(folder, name, GENERATE, fewshot_split="test", num_fewshot=2)
+    (asked,) = make(folder, name)._tasks
+    texts = [[one.requests[0].text for one in asked.documents(8, 0)] for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert len({text.split("\n\n")[0] for text in texts[0]}) > 1
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    theirs = manager.load([name])["tasks"][name]
+    theirs.set_fewshot_seed(seed=1234)
+    theirs.build_all_requests()
+    assert [one.args[0] for one in theirs.instances] == texts[0]
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
@@ -452,6 +550,23 @@ def test_a_wrong_setting_is_one_sentence(
     with pytest.raises(ValueError, match=rf"^{re.escape(sentence)}") as error:
         LmEval(**settings)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("broken.jsonl", '{"answer": "a"}\n\n{"answer": "b"\n{"answer" "c"}\n', 3),
+        ("broken.json", '{"answer": "a"}\n{"answer" "b"}\n{"answer": \n', 2),
+        ("list.json", '[\n{"answer": "a"},\n{"answer": "b"},\n{"answer" "c"}]\n', 4),
+    ],
+)
+def test_a_broken_line_is_named(folder: Path, name: str, text: str, line: int) -> None:
+    (folder / name).write_text(text)
+    files = {"train": str(folder / "documents.jsonl"), "test": [str(folder / name)]}
+    task(folder, "made_broken", GENERATE, dataset_kwargs={"data_files": files})
+    with pytest.raises(ValueError, match=r"^task\.names=made_broken must be a task of") as error:
+        make(folder, "made_broken")
+    assert f"{folder / name} must be JSON, but line {line} is not: " in str(error.value)
 
 
 def test_answers_that_a_task_samples_are_refused(folder: Path, tiny: LoadedModel) -> None:
