@@ -185,6 +185,7 @@ class DecodeThroughput(Task):
             difference = mismatch(context, twin, cache, length)
             if difference is not None:
                 return values, "wrong", difference
+        by_sdpa = sharing_weights(model)  # before a method is attached, which cannot be copied
         with ExitStack() as attached:
             session = attached.enter_context(attach(model, method, policy))
             turns: dict[str, Callable[[], Tensor]] = {"step": partial(step, model, session, cache)}
@@ -192,7 +193,6 @@ class DecodeThroughput(Task):
                 full_session = attached.enter_context(attach(twin, context.full, policy))
                 turns = {"full": partial(step, twin, full_session, cache), **turns}
             if values["full_backend"] not in (None, "sdpa"):
-                by_sdpa = sharing_weights(model)
                 own = attached.enter_context(attach(by_sdpa, context.answering_full, policy))
                 turns = {"sdpa": partial(step, by_sdpa, own, cache), **turns}
             graph = self._graph(model.device)

@@ -188,7 +188,8 @@ def geometry() -> Geometry:
 
 @pytest.fixture(scope="session")
 def loaded() -> LoadedModel:
-    words = [*TEMPLATE_WORDS, *word_pools()[0], *word_pools()[1]]
+    # A set has another order in each process, and with it the model other vectors for its words.
+    words = [*sorted(TEMPLATE_WORDS), *word_pools()[0], *word_pools()[1]]
     words += [*random_names(5, upper=True), *random_names(6, upper=False)]
     tokenizer = build_tokenizer([f" {word}" for word in words], WINDOW)
     torch.manual_seed(0)

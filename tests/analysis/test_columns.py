@@ -103,7 +103,7 @@ def test_what_is_derived_from_the_declarations() -> None:
         *("attention_mass", "output_rel_error"),
     ) == OVER_SEEDS
     assert OVER_WINDOWS == ("nll_delta", "kl_full")
-    assert len(set(SPEED_COLUMNS)) == 21
+    assert len(set(SPEED_COLUMNS)) == 25
     assert (
         *("score_ci_low", "score_ci_high", "delta_full", "delta_ci_low", "delta_ci_high"),
         *("turn_change", "turn_change_ci_low", "turn_change_ci_high"),

@@ -499,6 +499,7 @@ BAD = {
     "tracker.project=": "tracker.project must not be empty.",
     "tracker.entity=": "tracker.entity must not be empty; null is the account's default.",
     "tracker.entity=[me]": "tracker.entity must be text or null, got ['me'].",
+    "tracker.artifact_mib=-1": "tracker.artifact_mib must be at least 0, got -1.",
     "tracker.mode=foo": "tracker.mode must be one of auto, online, offline, ",
     "report.models=8B": "report.models must be a list of texts or null, got '8B'; brackets",
     "report.models=[8B]": "report.models must be NAME=PARAMETERS/LAYERS",

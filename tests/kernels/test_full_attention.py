@@ -52,7 +52,7 @@ def test_bad_input_is_refused() -> None:
     query, cache = torch.zeros(1, 4, 16), torch.zeros(1, 2, 9, 16)
     with pytest.raises(
         ValueError,
-        match="one of sdpa, cpu, triton, flash_attn, flash_attn_3, flashinfer, got 'sdp'",
+        match="one of auto, sdpa, cpu, triton, flash_attn, flash_attn_3, flashinfer, got 'sdp'",
     ):
         full_attention(query, cache, cache, 1.0, backend="sdp")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs tensors on a cuda device, got cpu"):
