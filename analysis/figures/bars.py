@@ -101,7 +101,8 @@ def stages(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     ]
     figure, axes, shown = _stacked(data, names)
     if commits.nunique() > 1:
-        axes.set_xlabel(f"{axes.get_xlabel()}\n{usual} where a bar's name has no other")
+        # On the right, so that it begins under the names of short bars and ends within the axes.
+        axes.set_xlabel(f"{axes.get_xlabel()}\n{usual} where none is named", loc="right")
     look = style.style("full")
     axes.plot(
         data["full_ms_p50"],

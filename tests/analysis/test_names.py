@@ -95,5 +95,5 @@ def test_bars_name_the_commits_that_most_bars_do_not_have(row: Callable[..., Row
         ticks = [one.get_text().replace("\n", " ") for one in axes.get_yticklabels()]
         assert [one.count("commit bbbbbbb") for one in ticks].count(1) == named
         assert not any("aaaaaaa" in one for one in ticks)
-        words = "\ncommit aaaaaaa where a bar's name has no other" if named else ""
+        words = "\ncommit aaaaaaa where none is named" if named else ""
         assert axes.get_xlabel() == f"Time within one decode step (ms){words}"
