@@ -188,7 +188,7 @@ _WIDEST = 50
 _PANEL = 4.7
 """Width in inches of a figure of one panel without its legend.
 
-A narrow screen shows that alone, the legend below: type of 8 points then has 8 pixels on 340.
+A phone shows that alone, the legend below: on 340 pixels type of 8 points then has 8 pixels.
 """
 
 _CHARACTERS = 14.0

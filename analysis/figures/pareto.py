@@ -196,7 +196,7 @@ def _highlighted(
     Of several points of one cost that cannot be told apart, that of the highest score stands for
     them: where the cheapest methods find nothing, all of them are on the front.
     """
-    on_a_front = set()
+    on_a_front: set[str] = set()
     for front, cost in zip(fronts, COSTS, strict=False):
         points = data[front].sort_values("score", ascending=False, kind="stable")
         on_a_front.update(points.drop_duplicates(cost)["method"].astype(str))
