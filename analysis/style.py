@@ -222,7 +222,7 @@ PRINT_PARAMS: dict[str, Any] = {
     "pdf.fonttype": 42,  # TrueType: text stays text, and its font is in the file
 }
 """Matplotlib settings of figures for print, beside ``RC_PARAMS``."""
-_USUAL_WIDTH = 7.2  # inches, of most figures on a screen
+_USUAL_WIDTH = 7.2  # inches, of most figures on a screen until their legend is placed
 _LEAST_SHARE = 0.6  # of its height on a screen that a figure has in print
 _PRINT_WIDTH: ContextVar[float | None] = ContextVar("_PRINT_WIDTH", default=None)
 

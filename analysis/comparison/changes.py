@@ -39,7 +39,7 @@ EXACT = ("recall_at_k", "nll", "density", "bytes_read_per_step")
 _NAMED = tuple(name for name in SETTING if name != "device")
 _KEY = (*_NAMED, "method", "k", "rbit", "batch_size")
 """Columns that name a configuration, beside its method's parameters."""
-_IF_SEVERAL = ("device", "impl", "full_backend", "config_digest", "artifact")
+_IF_SEVERAL = ("device", "impl", "full_backend", "config_digest", "repeat")
 """Columns that must agree as well where several configurations have one name."""
 _MOST_NAMED = 3
 """Configurations that a sentence names; of more it says the number."""

@@ -37,7 +37,7 @@ SETTING = ("model", "task", "prompts", "question", "protocol", "device", "length
 _OF_ALL_LENGTHS = tuple(name for name in SETTING if name not in ("protocol", "length"))
 _CONFIGURATION = (
     *("method", "k", "rbit", "impl", "full_backend", "batch_size", "config_digest"),
-    "artifact",
+    "repeat",
 )
 _OF_FULL = (
     *("run_id", "model", "task", "prompts", "length", "question", "seed", "device", "num_samples"),
@@ -47,8 +47,8 @@ _OF_FULL = (
 _LIBRARIES = ("torch", "numba", "triton", "transformers", "tokenizers", "numpy")
 _MOST_NAMED = 3
 """If more parameters than this vary, a label names only those with an unusual value."""
-_NAMED_APART = ("artifact", "config_digest")
-"""Digests that are added to a label only if nothing else distinguishes two configurations."""
+_NAMED_APART = {"repeat": "{}", "config_digest": "config {:.8}"}
+"""What is added to a label only if nothing else distinguishes two configurations."""
 _MEANS, _MEDIANS = (
     tuple(name for name, one in DECLARED.items() if one.pooled == how) for how in ("mean", "median")
 )
@@ -201,7 +201,7 @@ def compare(
     context = good["length"].where(good["length"].notna(), good["kv_len"])
     # Copied to defragment: rows of many methods have hundreds of columns, added one by one.
     good = good.copy().assign(context=context)
-    good = good.assign(artifact=_refitted(good, parameters))
+    good = good.assign(repeat=_repeats(good, parameters))
     answered = good["method"].eq("full") & good["run_id"].isin(outcomes["run_id"])
     full_cells = good.loc[answered, list(_OF_FULL)]
     # Plain values: in a frame of hundreds of columns each look-up takes a millisecond.
@@ -411,17 +411,22 @@ def _other_threads(rows: pd.DataFrame) -> list[str]:
     ]
 
 
-def _refitted(rows: pd.DataFrame, parameters: list[str]) -> pd.Series:
-    """Return an artifact name for rows whose configuration has several per seed, else None."""
+def _repeats(rows: pd.DataFrame, parameters: list[str]) -> pd.Series:
+    """Return what tells apart the cells of a configuration that has several per seed, else None.
+
+    That is the artifact that each used, or the run where they used none or the same one.
+    """
     names = pd.Series(None, index=rows.index, dtype=object)
-    known = [name for name in _CONFIGURATION if name != "artifact"]
+    known = [name for name in _CONFIGURATION if name != "repeat"]
     columns = (*SETTING, *known, *parameters, "seed", "subtask", "context")
     artifacts = rows[["run_id", "artifact_digest"]]
     for _, places in _places(rows, columns):
         part = artifacts.iloc[places] if len(places) > 1 else artifacts[:0]
         if part["run_id"].nunique() > 1:
-            digests = part["artifact_digest"].fillna("").astype(str).str[:8]
-            names[part.index] = digests if digests.is_unique else part["run_id"].str[:8]
+            digests = part["artifact_digest"]
+            fitted_apart = digests.notna().all() and digests.is_unique
+            word, ids = ("artifact", digests) if fitted_apart else ("run", part["run_id"])
+            names[part.index] = [f"{word} {str(one)[:8]}" for one in ids]
     return names
 
 
@@ -623,13 +628,13 @@ def _labelled(configurations: pd.DataFrame, parameters: list[str]) -> pd.DataFra
             labels[index] = f" {', '.join(words)}" if words else ""
             aside[index] = others
     configurations["variant"] = pd.Series(variants)
-    for name in _NAMED_APART:
+    for name, form in _NAMED_APART.items():
         same = configurations.duplicated(
             [*SETTING, "method", "k", "rbit", "kv_len", "batch_size", "subtask", "variant"],
             keep=False,
         )
         for index in configurations.index[same & configurations[name].notna()]:
-            apart = f"{name.partition('_')[0]} {str(configurations.at[index, name])[:8]}"
+            apart = form.format(configurations.at[index, name])
             before = str(configurations.at[index, "variant"])
             configurations.at[index, "variant"] = f"{before}, {apart}" if before else apart
             aside[index].append(apart)

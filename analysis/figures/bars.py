@@ -38,15 +38,15 @@ _OPERATORS = {
 
 
 def _names(
-    configurations: pd.DataFrame, widest: int = _WIDEST_NAME, of_times: bool = False
+    configurations: pd.DataFrame, widest: int = _WIDEST_NAME, commit: str | None = None
 ) -> list[str]:
     """Return a distinct name for each configuration.
 
     Args:
         configurations: The configurations.
         widest: Characters of a line.
-        of_times: Whether a name says at which commit a bar was measured, where they differ: on the
-            same machine then, or on another one of its name, which rows cannot tell.
+        commit: The commits at which most bars were measured, as `_commits` says them; a name says
+            where its bar's are others.
     """
     names = []
     for _, configuration in configurations.iterrows():
@@ -57,11 +57,18 @@ def _names(
             words.append(f"{configuration['length']:,} tokens")
         if not pd.isna(configuration["batch_size"]) and configurations["batch_size"].nunique() > 1:
             words.append(f"batch {configuration['batch_size']}")
-        if of_times and configurations["git_commit"].nunique() > 1:
-            commits = [one[:7] for one in configuration["git_commit"].split(", ")]
-            words.append(f"commit {' and '.join(commits)}")
+        if commit is not None and (own := _commits(configuration)) != commit:
+            words.append(own)
         names.append(textwrap.fill(", ".join(words), widest))
     return names
+
+
+def _commits(configuration: pd.Series) -> str:
+    """Return the commits at which a configuration was measured.
+
+    Bars of other commits are of the same machine, or of another one of its name: rows cannot tell.
+    """
+    return f"commit {' and '.join(one[:7] for one in configuration['git_commit'].split(', '))}"
 
 
 def _fewer(configurations: pd.DataFrame) -> pd.DataFrame:
@@ -86,11 +93,16 @@ def stages(configurations: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | None:
     if len(data) < 2 or ablation(configurations) is not None:
         return None
     marked = data["timing_note"].notna()
+    commits = data.apply(_commits, axis=1)
+    usual = str(commits.mode()[0])
     names = [
         f"{name}{UNSTEADY}" if unsteady else name
-        for name, unsteady in zip(_names(data, of_times=True), marked, strict=True)
+        for name, unsteady in zip(_names(data, commit=usual), marked, strict=True)
     ]
     figure, axes, shown = _stacked(data, names)
+    if commits.nunique() > 1:
+        # On the right, so that it begins under the names of short bars and ends within the axes.
+        axes.set_xlabel(f"{axes.get_xlabel()}\n{usual} where none is named", loc="right")
     look = style.style("full")
     axes.plot(
         data["full_ms_p50"],

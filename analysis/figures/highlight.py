@@ -25,8 +25,8 @@ REFERENCES = ("full", "exact")
 """Highlighted in any case, unless methods are chosen."""
 BEST = MOST - len(REFERENCES)
 
-_SIZE = 7  # of the names at lines' ends, in points
-_LINE = 9.0  # distance between two of them, in points
+_SIZE = 8  # of the names at lines' ends, in points
+_LINE = 10.0  # distance between two of them, in points
 NAME_COLOUR = "#777777"
 """Colour of the names of methods that are not highlighted."""
 
@@ -119,7 +119,7 @@ def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
     if not ends:
         return
     height = axes.figure.bbox.height / axes.figure.dpi * 72 * 0.8  # of the axes, roughly
-    apart = _LINE * style.small_type(_SIZE) / _SIZE / height
+    apart = _LINE / height
     to_axes = axes.transData + axes.transAxes.inverted()
     found = sorted((float(to_axes.transform((x, y))[1]), x, y, name) for x, y, name in ends)
     names = short_names([name for *_, name in ends], MOST_METHOD)
@@ -142,7 +142,7 @@ def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
         axes.plot((start, 1.02), (wanted, at), **line)
         look: dict[str, Any] = {
             "va": "center",
-            "fontsize": style.small_type(_SIZE),
+            "fontsize": _SIZE,
             "color": NAME_COLOUR,
         }
         axes.text(1.03, at, names[name], transform=axes.transAxes, **look)

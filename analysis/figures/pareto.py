@@ -53,7 +53,7 @@ _AWAY = (14.0, 22.0, 32.0, 44.0, 58.0, 74.0)  # distances of a label from its po
 _AROUND = 16  # in as many directions; a line then leads to it
 _AT_END = 2  # distance of a label from the end of its point's interval, in points
 _SHARE = {"left": 0.0, "bottom": 0.0, "center": 0.5, "right": 1.0, "top": 1.0}
-_SIZE = 7  # of labels, in points
+_SIZE = 7.5  # of labels, in points
 _POINT = 5.0  # half the width of the area around a point that is kept free of labels, in points
 _ALONG = 60  # positions between two points of the front that are kept free of labels
 _OVERLAP = 5.0  # points nearer than this overlap, in points of length,
@@ -196,7 +196,7 @@ def _highlighted(
     Of several points of one cost that cannot be told apart, that of the highest score stands for
     them: where the cheapest methods find nothing, all of them are on the front.
     """
-    on_a_front = set()
+    on_a_front: set[str] = set()
     for front, cost in zip(fronts, COSTS, strict=False):
         points = data[front].sort_values("score", ascending=False, kind="stable")
         on_a_front.update(points.drop_duplicates(cost)["method"].astype(str))

@@ -9,7 +9,12 @@ from typing import Any
 import pandas as pd
 
 from topkbench.analysis import style
-from topkbench.analysis.comparison.configurations import SETTING, Comparison, without_parameters
+from topkbench.analysis.comparison.configurations import (
+    BASELINES,
+    SETTING,
+    Comparison,
+    without_parameters,
+)
 from topkbench.analysis.figures import search
 from topkbench.analysis.figures.break_even import ModelSize, break_even_table
 from topkbench.analysis.figures.plots import draw_all, smallest_batch
@@ -171,17 +176,18 @@ def _of_setting(
 ) -> list[Section]:
     """Return the tables of a setting, of which those of single sub-tasks are folded."""
     plain, every = without_parameters(top), without_parameters(configurations)
+    bold = _without_bold(top, compared.answers)
     tabled: list[tuple[str, Table | None, str, bool]] = [
-        ("League", overview.league_table(every), HOW_TO_RANK, False),
-        ("Results", overview.main_table(plain), HOW_TO_READ, False),
+        ("League", overview.league_table(every), bold + HOW_TO_RANK, False),
+        ("Results", overview.main_table(plain), bold + HOW_TO_READ, False),
         *(
-            (f"Score at equal {words}", matched_table(plain, cost, compared.answers), HOW_TO_MATCH,
-             False)
+            (f"Score at equal {words}", matched_table(plain, cost, compared.answers),
+             bold + HOW_TO_MATCH, False)
             for cost, words in MATCHED.items()
         ),
         ("Long answers", length_table(plain), HOW_LONG, False),
         ("Score by turn", turn_table(every), HOW_TO_TURN, False),
-        ("Score by sub-task", overview.subtask_table(every), "", True),
+        ("Score by sub-task", overview.subtask_table(every), bold.strip(), True),
         (OF_ANSWERED, answered_table(every, compared.answers), "", True),
         *((title, table, "", False) for title, table in ladder_tables(top)),
         ("Differences, paired by seed", difference_table(top), "", False),
@@ -192,6 +198,19 @@ def _of_setting(
         Section(title, f"{slug}-{place + 1}", (table, words) if words else (table,), folded=folded)
         for place, (title, table, words, folded) in enumerate(shown)
     ]
+
+
+def _without_bold(configurations: pd.DataFrame, answers: Mapping[str, pd.DataFrame]) -> str:
+    """Return a sentence, with a space after it, if some scores cannot be bold; else ""."""
+    rivals = configurations[
+        configurations["score"].notna() & ~configurations["method"].isin(BASELINES)
+    ]
+    ids = set(rivals["configuration_id"])
+    missing = ids - set(answers)
+    if not missing:
+        return ""
+    which = "these rows have" if missing == ids else f"{len(missing)} of {len(ids)} rows here have"
+    return f"A score is bold only if its samples are there, and {which} none. "
 
 
 def of_kernels(rows: pd.DataFrame, folder: Path) -> list[Section]:

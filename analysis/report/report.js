@@ -160,6 +160,16 @@ function fitPictures() {
 }
 isNarrow.addEventListener("change", fitPictures);
 fitPictures();
+// What does not fit fades out on the right until it is scrolled to.
+function fade(wide) {
+  wide.classList.toggle("goes-on", wide.scrollLeft + wide.clientWidth < wide.scrollWidth - 1);
+}
+const resized = new ResizeObserver((entries) => entries.forEach((one) => fade(one.target.closest(".wide"))));
+for (const wide of document.querySelectorAll(".wide")) {
+  wide.addEventListener("scroll", () => fade(wide), { passive: true });
+  resized.observe(wide);
+  for (const one of wide.children) resized.observe(one);
+}
 addEventListener("scroll", hide, { passive: true });
 addEventListener("pointerdown", (event) => event.target.closest(".points") || hide());
 

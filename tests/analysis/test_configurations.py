@@ -171,6 +171,21 @@ def test_two_cells_of_one_seed_are_never_pooled(row: RowMaker) -> None:
     ]
 
 
+def test_runs_that_learn_nothing_are_told_apart_as_runs(row: RowMaker) -> None:
+    """As where the code changed between two sweeps, or only one of two cells has an artifact."""
+    cells: list[dict[str, Any]] = [
+        {"run_id": "1" * 16, "code_digest": "a" * 16},
+        {"run_id": "2" * 16, "code_digest": "b" * 16},
+        {"run_id": "3" * 16, "method": "loki", "k": 64, "artifact_digest": "c" * 64},
+        {"run_id": "4" * 16, "method": "loki", "k": 64},
+    ]
+    found = compare(frame([row(**one) for one in cells])).overall
+    assert list(found["label"]) == [
+        *("Full attention (run 11111111)", "Full attention (run 22222222)"),
+        *("Loki (run 33333333)", "Loki (run 44444444)"),
+    ]
+
+
 def test_a_cell_is_paired_with_the_full_attention_that_answered_its_prompts(row: RowMaker) -> None:
     """Full attention may have run twice, once on other sub-tasks with more samples."""
     rows = frame(

@@ -74,6 +74,17 @@ def test_the_other_methods_are_grey_named_at_their_ends_and_in_the_data(many: pd
     assert set(data.loc[~data["highlighted"], "method"]) == {"hata", "quest", "loki"}
 
 
+@pytest.mark.usefixtures("pictures")
+@pytest.mark.parametrize("name", ["score_vs_k", "score_vs_bytes"])
+def test_a_figure_of_many_methods_fits_a_phone_with_its_legend_below(
+    many: pd.DataFrame, tmp_path: Path, name: str
+) -> None:
+    """A screen of 390 pixels has 362 for a figure, whose letters then have eight or more."""
+    (drawn,) = draw_all(compare(many).overall, tmp_path, "words", only=name)
+    assert drawn.legend is not None
+    assert 300 < drawn.legend.x < 362 * drawn.smallest_text / 8
+
+
 def test_few_methods_are_all_in_colour(many: pd.DataFrame) -> None:
     made = curve(compare(many[many["method"].isin(["full", *RIVALS[:3]])]).overall, "score", "k")
     assert made is not None

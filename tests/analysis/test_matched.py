@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import itertools
 import re
@@ -18,6 +19,7 @@ from topkbench.analysis.figures.pareto import bars_words, pareto, pareto_pair
 from topkbench.analysis.record.row import COLUMNS
 from topkbench.analysis.record.store import Row, frame
 from topkbench.analysis.report import build as report
+from topkbench.analysis.report import contents
 from topkbench.analysis.tables.matched import MATCHED, at_cost, levels, matched_table
 from topkbench.analysis.tables.overview import league_table
 from topkbench.analysis.tables.table import Table
@@ -308,6 +310,27 @@ def test_the_league_ranks_by_score_and_names_the_worst_sub_task(results: Results
     assert by_head["Δ full (points)"].startswith("−20.0 [")
     assert by_head["Read/step (MiB)"] == "7"
     assert table.rows[0][3:5] == ["–", "–"]
+
+
+def test_a_league_says_which_of_its_scores_cannot_be_bold(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contents, "draw_all", lambda *_, **__: [])
+    league(results, MANY)
+    found = results.compared
+
+    def words(answers: dict[str, pd.DataFrame]) -> str:
+        compared = dataclasses.replace(found, answers=answers)
+        (one,) = contents.settings(compared, pd.DataFrame(), tmp_path, {}, None, lambda _: None)
+        shown = next(section for section in one.sections if section.title == "League")
+        return str(shown.parts[1]).partition("Ranked")[0]
+
+    assert words(found.answers) == ""
+    only = "A score is bold only if its samples are there, and "
+    assert words({}) == f"{only}these rows have none. "
+    *others, _ = found.answers
+    some = {name: found.answers[name] for name in others}
+    assert words(some) == f"{only}1 of 12 rows here have none. "
 
 
 def test_few_methods_make_no_league(results: Results) -> None:

@@ -193,11 +193,16 @@ def test_a_report_says_the_same_of_rows_from_csv_and_what_is_missing_without_sam
     words = "**Note:** There are no samples of these scores"
     assert words not in texts["both"]
     assert words in texts["alone"]
+    bold = "A score is bold only if its samples are there, and these rows have none."
+    assert bold not in texts["both"]
+    *_, results = texts["alone"].partition("### Results")
+    assert bold in results.partition("###")[0]
 
     def numbers(text: str) -> list[str]:
         """Return what a report shows but what needs pairs: bold, and scores at equal cost."""
         parts = re.split(r"^#", text.replace("**", ""), flags=re.MULTILINE)
         kept = "#".join(one for one in parts if "Score at equal" not in one)
+        kept = kept.replace(f"{bold} ", "").replace(f"{bold}\n\n", "")
         lines = [re.sub(r"[ :-]*\|[ :-]*", "|", line) for line in kept.splitlines()]
         return [line for line in lines if "There are no samples" not in line]
 
