@@ -53,6 +53,7 @@ def using(device: torch.device, alone: bool) -> Iterator[None]:
             if not is_said and time.monotonic() - began > PATIENCE_S:
                 say(f"waiting for {device}{_used_by(lock)}")
                 is_said = True
+    _remove_notes_of_killed(lock)
     note = _note(lock, os.getpid())
     with contextlib.suppress(OSError):  # others are told less then
         since = datetime.now(UTC).isoformat(timespec="seconds")
@@ -72,10 +73,22 @@ def _note(lock: ReadWriteLock, pid: int | str) -> Path:
     return Path(f"{lock.lock_file}-{pid}.json")
 
 
+def _notes(lock: ReadWriteLock) -> list[Path]:
+    """Return the notes of all processes, which may have been killed since."""
+    return sorted(Path(lock.lock_file).parent.glob(_note(lock, "*").name))
+
+
+def _remove_notes_of_killed(lock: ReadWriteLock) -> None:
+    for note in _notes(lock):
+        pid = note.stem.rpartition("-")[2]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            with contextlib.suppress(OSError):  # of another user, or removed meanwhile
+                note.unlink(missing_ok=True)
+
+
 def _used_by(lock: ReadWriteLock) -> str:
     """Return in words which process uses a device, as far as it has said so."""
-    path = Path(lock.lock_file)
-    for note in sorted(path.parent.glob(_note(lock, "*").name)):
+    for note in _notes(lock):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             holder = json.loads(note.read_text(encoding="utf-8"))
             os.kill(holder["pid"], 0)  # raises an OSError if it was killed and left its note

@@ -576,3 +576,21 @@ def test_a_sweep_says_when_others_keep_all_processors_busy(
     monkeypatch.setattr(device_use.psutil, "Process", Process)
     monkeypatch.setattr(device_use.torch, "get_num_threads", lambda: threads)
     assert device_use.load_warning() == expected
+
+
+def test_notes_of_killed_processes_are_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    device_use._lock.cache_clear()
+    cpu = torch.device("cpu")
+    with using(cpu, alone=False):
+        (folder,) = tmp_path.iterdir()
+        killed, alive = (folder / f"cpu.lock-{pid}.json" for pid in (999999999, os.getppid()))
+        killed.write_text("{}")
+        alive.write_text("{}")
+    with using(cpu, alone=False):
+        assert not killed.exists()
+        assert alive.exists()
+    device_use._lock.cache_clear()
