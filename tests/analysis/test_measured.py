@@ -12,7 +12,7 @@ import pytest
 
 from topkbench.analysis.comparison.configurations import compare
 from topkbench.analysis.comparison.metrics import METRICS
-from topkbench.analysis.comparison.stats import MEAN, seed_interval
+from topkbench.analysis.comparison.stats import MEAN, paired_interval, seed_interval
 from topkbench.analysis.figures.variants import difference_table, ladder_tables
 from topkbench.analysis.record.row import COLUMNS, PARAMETER_PREFIX, Status
 from topkbench.analysis.report.build import load
@@ -149,6 +149,32 @@ def test_the_page_on_ruler_shows_every_method_at_4096_tokens() -> None:
         assert str(label).replace("Random", "random selection") in told
     # A comma opens the list; HATA is there twice, and "and" is before the last.
     assert told.count(",") == len(largest) - 2
+
+
+def test_the_page_on_turns_shows_what_snapkv_loses_on_a_real_model() -> None:
+    folder = MEASURED / "epyc_zen4_1_thread"
+    page = (ROOT / "docs" / "turns.md").read_text(encoding="utf-8")
+    for file in ("multi_turn", "multi_turn_24_documents", "multi_turn_fresh_prefill"):
+        table = turn_table(compare(rows(folder / f"{file}.csv")).configurations)
+        assert table is not None
+        assert table.markdown() in page
+        if file == "multi_turn":
+            (row,) = [one for one in table.rows if one[0] == "SnapKV"]
+            assert f"{row[6]} and {row[7]} points. What it selected" in page
+    # A cache of several turns against a prefill of its own, by document.
+    kept, fresh = (
+        pd.read_parquet(folder / f"{file}.samples.parquet").query("method == 'exact'")
+        for file in ("multi_turn_24_documents", "multi_turn_fresh_prefill")
+    )
+    for turn, said in ((2, "−4.2 [−19.1, +11.9] points"), (3, "0.0 [−13.8, +13.8].")):
+        on = [one[one["turn"] == turn].set_index("document")["score"] for one in (kept, fresh)]
+        assert len(on[0]) == 24
+        found = paired_interval(on[0], on[1].loc[on[0].index])
+        low, estimate, high = map(
+            METRICS["delta_full"].text, (found.low, found.estimate, found.high)
+        )
+        assert said.startswith(f"{estimate} [{low}, {high}]")
+        assert said in page
 
 
 def test_the_page_on_turns_shows_the_measured_rows() -> None:
