@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -578,3 +579,14 @@ def test_likelihoods_of_text_have_figures_and_columns(
     other = made[1].replace(run_id="other", prompts="book.txt (4567)", nll=9.0)
     apart = compare(frame([*made, other])).configurations
     assert sorted(apart.loc[apart["method"] == "exact", "nll"]) == [2.499, 2.52, 9.0]
+
+
+@pytest.mark.slow
+def test_the_page_of_the_league_is_built_in_a_minute_and_has_8_mb_at_most(tmp_path: Path) -> None:
+    """The largest results that are committed: 274 cells, four settings, with their figures."""
+    rows = Path(__file__).parents[2] / "analysis" / "measured" / "epyc_2_threads" / "league.csv"
+    command = [sys.executable, "-m", "topkbench.analysis.report", str(rows), "--out", str(tmp_path)]
+    began = sum(os.times()[2:4])  # processor time of child processes
+    subprocess.run(command, check=True, capture_output=True)
+    assert sum(os.times()[2:4]) - began < 60
+    assert 2e6 < (tmp_path / "report.html").stat().st_size < 8e6
