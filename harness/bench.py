@@ -22,13 +22,7 @@ from topkbench.harness.planted import DTYPES, PlantedStates
 from topkbench.kernels.dispatch import Impl, resolve
 from topkbench.kernels.operators import Geometry, Operators
 from topkbench.kernels.testing import WrongResult
-from topkbench.kernels.timing import (
-    OtherLoad,
-    Timing,
-    measure,
-    read_bandwidth,
-    speed_columns,
-)
+from topkbench.kernels.timing import OtherLoad, Timing, measure, read_bandwidth, speed_columns
 from topkbench.methods.base import Policy, with_impl
 from topkbench.methods.learning import LearningMethod
 

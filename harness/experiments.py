@@ -225,15 +225,7 @@ def _implementations(
 
 def _print_head(width: int) -> None:
     heads = [
-        "p50 ms",
-        "p20",
-        "p80",
-        "warm",
-        "full p50",
-        "speed-up",
-        "95% low",
-        "high",
-        "over SDPA",
+        *("p50 ms", "p20", "p80", "warm", "full p50", "speed-up", "95% low", "high", "over SDPA"),
         *STAGES,
     ]
     print(f"{'':<{width}}" + "".join(f"{head:>10}" for head in heads))

@@ -309,6 +309,11 @@ def too_large_reason(need: int, free: int | None) -> str | None:
     return f"{need / 2**30:.1f} GiB of states exceed half of the free memory."
 
 
+def differs_from_sdpa(full: AnyMethod) -> bool:
+    """Return whether full attention has another kernel than SDPA, which is then timed as well."""
+    return getattr(full, "backend", None) not in (None, "sdpa")
+
+
 def time_layer(
     layer: Layer,
     full: AnyMethod,
@@ -361,7 +366,7 @@ def time_layer(
     layers = [layer, *(layer.copy() for _ in range(copies - 1))]
     dense = [Layer(full, policy, one.states) for one in layers]
     steps = {"full": [one.step for one in dense], "method": [one.step for one in layers]}
-    if values["full_backend"] not in (None, "sdpa"):
+    if differs_from_sdpa(full):
         by_sdpa = [Layer(type(full)(), policy, one.states) for one in layers]
         steps = {"sdpa": [one.step for one in by_sdpa], **steps}
     timed = measure(steps, trials=trials, device=device, cuda_graph=cuda_graph)

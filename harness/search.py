@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from topkbench.analysis.comparison.metrics import METRICS
 from topkbench.analysis.console import say
 from topkbench.analysis.record.files import locked
-from topkbench.analysis.record.store import SPEED_COLUMNS, RecordError, Row, Status, Sweep, identity
+from topkbench.analysis.record.store import (
+    SPEED_COLUMNS,
+    RecordError,
+    Row,
+    Status,
+    Sweep,
+    identity,
+    named_values,
+)
 from topkbench.harness.cell import libraries
 from topkbench.harness.run import NOT_CONTENT, code_of
 from topkbench.harness.runner import Job, Refused, Runner
@@ -205,7 +213,7 @@ class Search:
         for name in given:
             if name not in OBJECTIVES:
                 raise ValueError(f"objectives must be among {', '.join(OBJECTIVES)}, got {name!r}.")
-        self.knobs = _flat(self.knobs)
+        self.knobs = named_values(self.knobs)
         if not self.knobs:
             raise ValueError("knobs must have at least one setting, as in {k: range(16,513,16)}.")
         for name, values in self.knobs.items():
@@ -458,15 +466,6 @@ class Study:
                 " knobs' values"
             )
         return f"search: it ends after {num_trials} trials; a higher search.trials goes on"
-
-
-def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Return nested settings by their full names."""
-    parts = (
-        _flat(value, f"{path}{name}.") if isinstance(value, Mapping) else {f"{path}{name}": value}
-        for name, value in values.items()
-    )
-    return dict(itertools.chain.from_iterable(part.items() for part in parts))
 
 
 def _shared(job: Job) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from topkbench.harness.cell import peak_memory_mib, reset_peak_memory
 from topkbench.harness.decoding import NotFiniteError
-from topkbench.harness.layer import budget, fitted_on
+from topkbench.harness.layer import budget, differs_from_sdpa, fitted_on
 from topkbench.harness.planted import MEMORY_SHARE, PlantedCalibration, capture
 from topkbench.harness.reads import (
     ReadCounter,
@@ -185,16 +185,17 @@ class DecodeThroughput(Task):
             difference = mismatch(context, twin, cache, length)
             if difference is not None:
                 return values, "wrong", difference
-        by_sdpa = sharing_weights(model)  # before a method is attached, which cannot be copied
+        # Models are copied before a method is attached, which cannot be copied.
+        timed_on = {"step": (model, method)}
+        if method.selects:
+            timed_on = {"full": (twin, context.full), **timed_on}
+        if differs_from_sdpa(context.full):
+            timed_on = {"sdpa": (sharing_weights(model), context.answering_full), **timed_on}
         with ExitStack() as attached:
-            session = attached.enter_context(attach(model, method, policy))
-            turns: dict[str, Callable[[], Tensor]] = {"step": partial(step, model, session, cache)}
-            if method.selects:
-                full_session = attached.enter_context(attach(twin, context.full, policy))
-                turns = {"full": partial(step, twin, full_session, cache), **turns}
-            if values["full_backend"] not in (None, "sdpa"):
-                own = attached.enter_context(attach(by_sdpa, context.answering_full, policy))
-                turns = {"sdpa": partial(step, by_sdpa, own, cache), **turns}
+            turns: dict[str, Callable[[], Tensor]] = {}
+            for name, (one, acting) in timed_on.items():
+                session = attached.enter_context(attach(one, acting, policy))
+                turns[name] = partial(step, one, session, cache)
             graph = self._graph(model.device)
             try:
                 timed = measure(turns, self.trials, 2, model.device, cuda_graph=graph)

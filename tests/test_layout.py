@@ -105,17 +105,8 @@ IN_ANALYSIS = ("record", "comparison", "tables", "figures", "tracking", "report"
 BARE_MACHINE = tuple(
     f"topkbench.harness.{name}"
     for name in (
-        *(
-            "bench",
-            "commit",
-            "experiments",
-            "gpu_check",
-            "huge_pages",
-            "layer",
-            "outcome",
-            "planted",
-            "variants",
-        ),
+        *("bench", "commit", "experiments", "gpu_check", "huge_pages", "layer", "outcome"),
+        *("planted", "variants"),
     )
 )
 

@@ -305,7 +305,7 @@ def _worse_scores(changes: Sequence[Change], tolerance: float) -> set[int]:
     left = {place: one.pairs for place, one in enumerate(changes) if len(one.pairs)}
     found: set[int] = set()
     while left:
-        z = NormalDist().inv_cdf(1 - FALSE_ALARMS / len(left))
+        z = _width(len(left))
         more = {
             place
             for place, both in left.items()
@@ -316,6 +316,11 @@ def _worse_scores(changes: Sequence[Change], tolerance: float) -> set[int]:
         found |= more
         left = {place: both for place, both in left.items() if place not in more}
     return found
+
+
+def _width(number: int) -> float:
+    """Return the standard deviations to an interval's end, for one of ``number`` scores."""
+    return NormalDist().inv_cdf(1 - FALSE_ALARMS / number)
 
 
 def least_losses(
@@ -337,7 +342,7 @@ def least_losses(
     scored = [one.pairs["subtask"].value_counts() for one in changes if len(one.pairs)]
     if not scored:
         return {}
-    z = NormalDist().inv_cdf(1 - FALSE_ALARMS / len(scored))
+    z = _width(len(scored))
     sizes = sorted({tuple(sorted(map(int, counts))) for counts in scored})
     return {one: _least_loss(one, tolerance, z) for one in sizes}
 
