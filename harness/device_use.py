@@ -130,5 +130,5 @@ def load_warning() -> str | None:
     way_out = "; OMP_NUM_THREADS=1 is often faster meanwhile" if threads > 1 else ""
     return (
         f"other processes keep the processors busy (load {load:.1f} on {processors}): what is timed"
-        f" now will be marked unsteady{way_out}"
+        f" now may be marked unsteady{way_out}"
     )

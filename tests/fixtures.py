@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -121,6 +122,7 @@ class Server:
             text=True,
             env=environment,
         )
+        self.running: int | None = None  # process id of a job that has not been waited for
         assert self._read() == "ready"
 
     def _read(self) -> str:
@@ -130,12 +132,18 @@ class Server:
     def start(self, job: dict[str, Any]) -> int:
         """Start a job, as ``server.py`` describes it; return its process id."""
         assert self.process.stdin is not None
+        if self.running is not None:  # of a test that failed before it waited
+            os.kill(self.running, signal.SIGKILL)
+            self.wait()
         print(json.dumps(job), file=self.process.stdin, flush=True)
-        return int(self._read())
+        self.running = int(self._read())
+        return self.running
 
     def wait(self) -> int:
         """Return the exit status of the job that was started last."""
-        return int(self._read())
+        status = int(self._read())
+        self.running = None
+        return status
 
 
 @pytest.fixture(scope="session")

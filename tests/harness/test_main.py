@@ -680,7 +680,7 @@ def test_a_closed_pipe_ends_the_command_and_no_cell_fails(commands: Commands) ->
     os.mkfifo(pipe)
     commands.start(*PAIR, out=pipe)
     with pipe.open() as reader:
-        assert reader.readline().startswith("2 configurations; results in ")
+        assert any(line.startswith("2 configurations; results in ") for line in reader)
         assert any(line.startswith("tiny ruler_words method=full") for line in reader)
     assert commands.wait() == 141
     assert commands.text("err") == ""
