@@ -283,6 +283,11 @@ class LmEval(GenerationTask):
         most = self._most(loaded) - request.max_new_tokens
         if request.continuation is not None:
             most -= len(loaded.tokenizer.encode(request.continuation, add_special_tokens=False))
+        if most < 1:
+            raise TaskDoesNotFit(
+                f"answers of {task.name} must leave room for a prompt in {self._most(loaded)}"
+                f" tokens, got {request.max_new_tokens}; set task.max_new_tokens."
+            )
         text, is_cut = request.text, False
         if (count := self._count(loaded, task, request, text, name)) > most:
             if self.truncate is None:

@@ -331,6 +331,12 @@ def test_only_long_enough_documents_are_drawn_and_rows_say_so(
 def test_a_limit_of_ones_own_replaces_the_tasks(folder: Path, tiny: LoadedModel) -> None:
     (sample, *_) = make(folder, "made_generate", max_new_tokens=3).samples(tiny)
     assert sample.max_new_tokens == 3
+    sentence = (
+        "answers of made_generate must leave room for a prompt in 50 tokens, got 50; set"
+        " task.max_new_tokens."
+    )
+    with pytest.raises(TaskDoesNotFit, match=f"^{re.escape(sentence)}$"):
+        make(folder, "made_generate", max_new_tokens=50, length=50).samples(tiny)
 
 
 def test_some_tasks_are_asked_without_the_chat_template(folder: Path, smollm2: LoadedModel) -> None:
