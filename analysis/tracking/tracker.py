@@ -463,7 +463,7 @@ class WandbTracker:
         if count:
             place = shlex.quote(str(runs))
             lines += [
-                f"W&B: {count} runs are offline.",
+                f"W&B: offline runs: {count}.",
                 f"  wandb sync {place}  # uploads them from this machine; --dry-run lists them",
                 f"  wandb leet {place}  # shows them in the terminal",
             ]
