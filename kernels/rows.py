@@ -108,10 +108,13 @@ def _scorer(num_queries: int, narrow: bool) -> Callable[..., None]:
             later = rows
         for first in range(0, LANES, height):
             block, own = empty_sums(), rows + 8 * first
-            block = step(block, query, size, own, whole, soon + 8 * first, later + 8 * first)
-            if low_rows != 0:
+            near, far = soon + 8 * first, later + 8 * first
+            if low_rows == 0:
+                block = step(block, query, size, own, whole, near, far)
+            else:  # each product prefetches as much as it reads
+                block = step(block, query, size, own, whole, near, own)
                 low = low_rows + 8 * first
-                block = step(block, low_query, size, low, whole, low, low)
+                block = step(block, low_query, size, low, whole, far, low)
             store(block, out + 4 * first, stride)
         if whole < size:
             for place in range(LANES):
@@ -160,7 +163,7 @@ def score_rows(
         low_query: Address of queries whose products with ``low_rows`` are added, or 0.
         low_rows: See ``low_query``.
         soon: Sixteen addresses of rows to prefetch meanwhile, or 0.
-        later: Sixteen more, or 0.
+        later: Sixteen more, those of ``low_query`` if there is one, or 0.
     """
     g = 0
     while g < group:
@@ -224,8 +227,8 @@ def score_span(
         low_rows: Address of row 0 of the rows for ``low_query``, ``low_bytes`` apart, or 0.
         low_bytes: See ``low_rows``.
     """
-    lows = work + 8 * LANES
-    spare = lows + 8 * LANES
+    lows, soon = work + 8 * LANES, work + 16 * LANES
+    low_soon, spare = work + 24 * LANES, work + 32 * LANES
     for begin in range(first, last, LANES):
         # The last sixteen rows overlap those before; if there are fewer, the last one is repeated.
         place = max(min(begin, last - LANES), first)
@@ -234,17 +237,15 @@ def score_span(
             store_int64(work, lane, rows + row_bytes * row)
             store_int64(lows, lane, low_rows + low_bytes * row)
             ahead = min(row + LANES, last - 1)
-            for line in range(0, (2 if narrow else 4) * size, 64):
-                prefetch(rows + row_bytes * ahead + line)
-                if low_rows != 0:
-                    prefetch(low_rows + low_bytes * ahead + line)
+            store_int64(soon, lane, rows + row_bytes * ahead)
+            store_int64(low_soon, lane, low_rows + low_bytes * ahead)
         # Fewer than sixteen scores go to the scratch memory first. It is one call for both cases:
         # numba would compile all that it calls once for each.
         few = last - first < LANES
         scores = spare if few else out + 4 * place
         apart = LANES if few else stride
-        other = lows if low_rows != 0 else 0
-        score_rows(query, work, size, group, narrow, scores, apart, low_query, other)
+        other, later = (lows, low_soon) if low_rows != 0 else (0, 0)
+        score_rows(query, work, size, group, narrow, scores, apart, low_query, other, soon, later)
         if few:
             for g in range(group):
                 for lane in range(last - first):
@@ -255,7 +256,7 @@ def score_span(
 @njit(nogil=True)
 def span_work(group: int) -> int:
     """Return the bytes of scratch memory that ``score_span`` needs."""
-    return 2 * 8 * LANES + 4 * group * LANES
+    return 4 * 8 * LANES + 4 * group * LANES
 
 
 def _adder(num_queries: int, narrow: bool) -> Callable[..., None]:

@@ -389,18 +389,19 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
 
     def append(self, index: HATAIndex, key_states: Tensor, value_states: Tensor) -> None:
         index.advance()
-        filled = index.kv_len
-        if filled is None:
-            filled = key_states.new_full((len(key_states),), index.length, dtype=torch.int32)
+        codes, norms = index.key_codes, index.key_norms
+        if index.kv_len is None:
+            codes = codes[:, :, : index.length]
+            norms = None if norms is None else norms[:, :, : index.length]
         if index.key_mean is not None:
             key_states = key_states - index.key_mean
         encode_step(
             key_states[:, :, :0],
             key_states,
             index.hash_weight,
-            index.key_codes,
-            filled,
-            index.key_norms,
+            codes,
+            index.kv_len,
+            norms,
             impl=self.impl_for("hash_encode"),
         )
 

@@ -116,12 +116,14 @@ class Quest(ScoringMethod[QuestIndex, Tensor]):
         index.page_max[rows, :, pages] = torch.where(is_first, key, torch.maximum(high, key))
 
     def score(self, encoded: Tensor, index: QuestIndex, context: StepContext) -> Tensor:
-        used = index.num_pages
+        used, policy = index.num_pages, context.policy
+        is_summed = policy.head_scope == "kv_head" and policy.aggregation in ("native", "sum_logit")
         return page_score(
             encoded,
             index.page_min[:, :, :used],
             index.page_max[:, :, :used],
             kv_len=index.page_count(),
+            sum_group=is_summed,
             impl=self.impl_for("page_score"),
         )
 

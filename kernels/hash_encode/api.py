@@ -5,7 +5,13 @@ from torch import Tensor
 
 from topkbench.kernels.dispatch import Impl, implementation
 from topkbench.kernels.hash_encode import reference
-from topkbench.kernels.shapes import check_device, check_dtype, check_floating, check_shape
+from topkbench.kernels.shapes import (
+    check_device,
+    check_dtype,
+    check_floating,
+    check_range,
+    check_shape,
+)
 
 
 def hash_encode(states: Tensor, hash_weight: Tensor, impl: Impl = "auto") -> Tensor:
@@ -44,7 +50,7 @@ def encode_step(
     key_states: Tensor,
     hash_weight: Tensor,
     key_codes: Tensor,
-    kv_len: Tensor,
+    kv_len: Tensor | None = None,
     key_norms: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -59,7 +65,7 @@ def encode_step(
         key_states: ``[B, Hkv, 1, d]``.
         hash_weight: ``[Hkv, d, rbit]``, ``rbit`` a multiple of 32.
         key_codes: ``[B, Hkv, N, rbit // 32]`` int32, written in place; may be a strided view.
-        kv_len: ``[B]`` int32, from 1 to ``N``.
+        kv_len: ``[B]`` int32, from 1 to ``N``, or None for ``N``.
         key_norms: ``[B, Hkv, N]`` float32, written in place, or None.
         impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; never falls back.
 
@@ -80,8 +86,6 @@ def encode_step(
     words = hash_weight.shape[2] // 32
     check_shape("key_codes", key_codes, "[B, Hkv, N, W]", batch_size, num_heads, None, words)
     check_dtype("key_codes", key_codes, torch.int32)
-    check_shape("kv_len", kv_len, "[B]", batch_size)
-    check_dtype("kv_len", kv_len, torch.int32)
     for argument, tensor in (
         ("query_states", query_states),
         ("key_states", key_states),
@@ -93,9 +97,9 @@ def encode_step(
         ("key_states", key_states),
         ("hash_weight", hash_weight),
         ("key_codes", key_codes),
-        ("kv_len", kv_len),
     ):
         check_device(argument, tensor, device)
+    check_range(None, kv_len, batch_size, device)
     if key_norms is not None:
         capacity = key_codes.shape[2]
         check_shape("key_norms", key_norms, "[B, Hkv, N]", batch_size, num_heads, capacity)

@@ -59,13 +59,15 @@ def encode_step(
     hash_weight: Tensor,
     key_codes: Tensor,
     key_norms: Tensor | None,
-    kv_len: Tensor,
+    kv_len: Tensor | None,
 ) -> Tensor:
     """Return the queries' codes and write the new key's code and norm; see the api."""
     check_rows("key_codes", key_codes)
     batch_size, num_heads, group, head_dim = query_states.shape
     rbit = hash_weight.shape[2]
-    queries, keys = _readable(query_states), _readable(key_states)
+    queries, keys = _readable(query_states), key_states
+    if keys.dtype not in (torch.float32, torch.bfloat16) or keys.stride(-1) != 1:
+        keys = _readable(keys)  # a slice of a cache is read where it is
     weight = hash_weight.float().contiguous()
     codes = torch.empty(batch_size, num_heads, group, rbit // 32, dtype=torch.int32)
     rows = torch.empty(batch_size * num_heads, head_dim)
@@ -75,8 +77,8 @@ def encode_step(
     ends, _ends = bound_address(kv_len)
     _encode_step(
         queries.data_ptr(), queries.dtype == torch.bfloat16, keys.data_ptr(),
-        keys.dtype == torch.bfloat16, rows.data_ptr(), weight.data_ptr(), codes.data_ptr(),
-        key_codes.data_ptr(), key_codes.stride()[:3], norms, norm_strides, ends,
+        keys.dtype == torch.bfloat16, keys.stride()[:2], rows.data_ptr(), weight.data_ptr(),
+        codes.data_ptr(), key_codes.data_ptr(), key_codes.stride()[:3], norms, norm_strides, ends,
         (batch_size, num_heads, group, head_dim, rbit), key_codes.shape[2],
     )  # fmt: skip
     return codes
@@ -119,7 +121,7 @@ def _encode_few(
         head_weight = weight + 4 * (task % num_heads) * head_dim * rbit
         for state in range(num_states):
             place = task * num_states + state
-            row = _row(states, place, head_dim, narrow, rows + 4 * task * head_dim)
+            row = _row(states, place * head_dim, head_dim, narrow, rows + 4 * task * head_dim)
             code = codes + place * rbit // 8
             _encode_row(row, head_weight, code, head_dim, rbit)
 
@@ -130,6 +132,7 @@ def _encode_step(
     narrow_queries: bool,
     keys: int,
     narrow_keys: bool,
+    key_strides: tuple[int, int],
     rows: int,
     weight: int,
     codes: int,
@@ -146,15 +149,19 @@ def _encode_step(
     for task in prange(batch_size * num_heads):
         batch, head = task // num_heads, task % num_heads
         head_weight = weight + 4 * head * head_dim * rbit
+        wide = rows + 4 * task * head_dim
         for query in range(group):
             place = task * group + query
-            row = _row(queries, place, head_dim, narrow_queries, rows + 4 * task * head_dim)
+            row = _row(queries, place * head_dim, head_dim, narrow_queries, wide)
             code = codes + place * rbit // 8
             _encode_row(row, head_weight, code, head_dim, rbit)
-        slot = np.int64(load_int32(kv_len, batch)) - 1
+        slot = capacity - 1
+        if kv_len != 0:
+            slot = np.int64(load_int32(kv_len, batch)) - 1
         if slot < 0 or slot >= capacity:  # no such slot: nothing is written
             continue
-        key = _row(keys, task, head_dim, narrow_keys, rows + 4 * task * head_dim)
+        first = batch * key_strides[0] + head * key_strides[1]
+        key = _row(keys, first, head_dim, narrow_keys, wide)
         place = batch * code_strides[0] + head * code_strides[1] + slot * code_strides[2]
         _encode_row(key, head_weight, key_codes + 4 * place, head_dim, rbit)
         if key_norms != 0:
@@ -166,11 +173,14 @@ def _encode_step(
 
 
 @njit(nogil=True)
-def _row(states: int, place: int, head_dim: int, narrow: bool, wide: int) -> int:
-    """Return the address of one state as float32; ``wide`` is scratch memory for it."""
+def _row(states: int, first: int, head_dim: int, narrow: bool, wide: int) -> int:
+    """Return the address of one state as float32, which begins at element ``first``.
+
+    ``wide`` is scratch memory for it.
+    """
     if narrow:
-        return widen(states + 2 * place * head_dim, head_dim, wide)
-    return states + 4 * place * head_dim
+        return widen(states + 2 * first, head_dim, wide)
+    return states + 4 * first
 
 
 @njit(nogil=True)

@@ -32,7 +32,7 @@ def encode_step(
     hash_weight: Tensor,
     key_codes: Tensor,
     key_norms: Tensor | None,
-    kv_len: Tensor,
+    kv_len: Tensor | None,
 ) -> Tensor:
     """Return the queries' codes ``[B, Hkv, G, rbit // 32]`` and write the key's; see the api."""
     for argument, tensor in (
@@ -187,7 +187,10 @@ def _encode(
         mask=is_state[:, None] & (words >= 0)[None, :],
     )
     if new_keys is not None:
-        slots = tl.zeros([TILE], tl.int64) + tl.load(kv_len + batch) - 1
+        end = capacity
+        if kv_len is not None:
+            end = tl.load(kv_len + batch)
+        slots = tl.zeros([TILE], tl.int64) + end - 1
         is_written = is_key & (slots >= 0) & (slots < capacity)
         head_codes = key_codes + batch * code_batch_stride + head * code_head_stride
         tl.store(

@@ -14,6 +14,8 @@ def page_score(
     kv_start: Tensor | None = None,
     kv_len: Tensor | None = None,
     impl: Impl = "auto",
+    *,
+    sum_group: bool = False,
 ) -> Tensor:
     """Bound each page's largest logit: ``sum_j max(q_j * min_j, q_j * max_j)``.
 
@@ -24,9 +26,11 @@ def page_score(
         kv_start: ``[B]`` int32 first valid page of each row, or None for 0.
         kv_len: ``[B]`` int32 end of each row's valid pages, or None for ``P``.
         impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; never falls back.
+        sum_group: Return the sum of the bounds over each group's queries.
 
     Returns:
-        ``[B, Hkv, G, P]`` float32, unscaled; -inf outside the valid range.
+        ``[B, Hkv, G, P]`` float32, or ``[B, Hkv, P]`` if summed, unscaled; -inf outside the valid
+        range.
 
     Raises:
         ValueError: If a shape or device does not fit.
@@ -48,4 +52,4 @@ def page_score(
         check_device(argument, tensor, device)
     check_range(kv_start, kv_len, batch_size, device)
     run = implementation(reference.page_score, impl, device, page_min)
-    return run(query_states, page_min, page_max, kv_start, kv_len)
+    return run(query_states, page_min, page_max, kv_start, kv_len, sum_group)

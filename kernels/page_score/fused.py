@@ -29,8 +29,9 @@ def page_score(
     page_max: Tensor,
     kv_start: Tensor | None,
     kv_len: Tensor | None,
+    sum_group: bool = False,
 ) -> Tensor:
-    """Return ``[B, Hkv, G, P]`` float32; see the api."""
+    """Return ``[B, Hkv, G, P]`` float32, or ``[B, Hkv, P]``; see the api."""
     for argument, tensor in (
         ("query_states", query_states),
         ("page_min", page_min),
@@ -41,7 +42,7 @@ def page_score(
     group = query_states.shape[2]
     out = torch.empty(batch_size, num_heads, group, num_pages, device=page_min.device)
     if out.numel() == 0:
-        return out
+        return out.sum(2) if sum_group else out
     product = product_dtype(query_states, page_min, page_max)
     channels = _FLOAT32_CHANNELS if product == tl.float32 else _CHANNELS
     with on_device_of(out):
@@ -51,7 +52,7 @@ def page_score(
             GROUP=group, HEAD_DIM=head_dim, PADDED_GROUP=padded(group), PAGES=_PAGES,
             CHANNELS=min(channels, padded(head_dim)), PRODUCT=product,
         )  # fmt: skip
-    return out
+    return out.sum(2) if sum_group else out
 
 
 @triton.jit(do_not_specialize=["num_pages"])

@@ -174,14 +174,16 @@ def test_every_encode_step_writes_the_same_cache(
 ) -> None:
     shape = (case.batch, case.heads)
     query = whole_numbers(*shape, case.group, dim).to(dtype).to(place.device)
-    key = whole_numbers(*shape, 1, dim).to(dtype).to(place.device)
+    key = whole_numbers(*shape, 3, dim).to(dtype).to(place.device)[:, :, 1:2]  # of a cache
     weight = whole_numbers(case.heads, dim, rbit).to(place.device)
     codes = case.cached(random_codes(*shape, case.size, rbit // 32), place)
     norms = torch.rand(*shape, case.size + 3, device=place.device)[:, :, : case.size]
     lengths = st.lists(st.integers(1, case.size), min_size=case.batch, max_size=case.batch)
-    kv_len = torch.tensor(data.draw(lengths), dtype=torch.int32, device=place.device)
+    drawn = data.draw(st.none() | lengths)
+    ends = torch.tensor(drawn or [case.size] * case.batch, dtype=torch.int32, device=place.device)
+    kv_len = None if drawn is None else ends
     exact = norms.double()
-    rows, slots = torch.arange(case.batch, device=place.device), kv_len.long() - 1
+    rows, slots = torch.arange(case.batch, device=place.device), ends.long() - 1
     if use_norm:
         exact[rows, :, slots] = key[:, :, 0].double().norm(dim=-1)
 
@@ -227,22 +229,26 @@ def test_hamming_scores_are_the_same_to_the_bit(
 
 
 @few
-@given(cases(), DIMS, DTYPES)
+@given(cases(), DIMS, DTYPES, st.booleans())
 def test_errors_of_page_scores_are_within_their_bound(
-    place: Place, case: Case, dim: int, dtype: torch.dtype
+    place: Place, case: Case, dim: int, dtype: torch.dtype, summed: bool
 ) -> None:
     query = torch.randn(case.batch, case.heads, case.group, dim).to(dtype).to(place.device)
     pages = torch.randn(2, case.batch, case.heads, case.size, dim).to(dtype)
     pages.masked_fill_(case.outside()[..., None], torch.nan)
     low, high = (case.cached(extreme, place) for extreme in (pages.amin(0), pages.amax(0)))
     bounds = case.bounds(place.device)
-    exact = page_score(query.double(), low.double(), high.double(), *bounds, "reference")
+    wide = (query.double(), low.double(), high.double())
+    exact = page_score(*wide, *bounds, "reference", sum_group=summed)
     largest = torch.maximum(low.abs(), high.abs()).double()
-    terms = page_score(query.double().abs(), largest, largest, *bounds, "reference")
+    terms = page_score(
+        query.double().abs(), largest, largest, *bounds, "reference", sum_group=summed
+    )
+    added = case.group if summed else 0  # numbers that are added up, beside the products
     for impl in place.reading(dtype):
-        scores = page_score(query, low, high, *bounds, impl)
+        scores = page_score(query, low, high, *bounds, impl, sum_group=summed)
         assert scores.dtype == torch.float32
-        assert_within_bound(scores, exact, gamma(dim) * terms)
+        assert_within_bound(scores, exact, gamma(dim + added) * terms)
 
 
 @few

@@ -14,6 +14,19 @@ def test_page_score_written_out() -> None:
         assert page_score(query, page_min, page_max, impl=impl).tolist() == [[[[-4.0, 8.5]]]]
 
 
+def test_page_scores_are_summed_over_a_group() -> None:
+    query = torch.tensor([[[[1.0, -2.0], [-1.0, 1.0]]]])
+    page_min = torch.tensor([[[[-1.0, 3.0], [0.0, -4.0]]]])
+    page_max = torch.tensor([[[[2.0, 5.0], [0.5, -1.0]]]])
+    # The second query's: max(1, -2) + max(3, 5), which is 6, and max(0, -0.5) + max(-4, -1).
+    for impl in ("reference", "cpu"):
+        scores = page_score(query, page_min, page_max, impl=impl, sum_group=True)
+        assert scores.tolist() == [[[2.0, 7.5]]]
+        ends = torch.tensor([1], dtype=torch.int32)
+        scores = page_score(query, page_min, page_max, None, ends, impl, sum_group=True)
+        assert scores.tolist() == [[[2.0, -torch.inf]]]
+
+
 def test_page_score_bounds_every_logit_of_its_page() -> None:
     torch.manual_seed(0)
     query, keys = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 5, 4, 16)

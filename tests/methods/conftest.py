@@ -101,9 +101,9 @@ def build(geometry: Geometry) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def score() -> Callable[..., Tensor]:
-    def raw_scores(method: Any, index: Any, queries: Tensor, keys: Tensor) -> Tensor:
+    def raw_scores(method: Any, index: Any, queries: Tensor, keys: Tensor, **policy: Any) -> Tensor:
         """Return what ``score`` gives for encoded queries over the cached keys."""
-        context = StepContext(queries, CacheView(keys, keys), Policy(k=12), 1.0)
+        context = StepContext(queries, CacheView(keys, keys), Policy(k=12, **policy), 1.0)
         scores: Tensor = method.score(method.encode(index, context), index, context)
         return scores
 

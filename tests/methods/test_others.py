@@ -77,7 +77,7 @@ def test_quest_extremes_by_hand(score: Score) -> None:
     assert index.page_max[0, 0].tolist() == [[3, -1], [0, 4], [8, 7], [-1, 9]]
     # Query (2, -1): 2 * max of channel 0 minus the min of channel 1.
     query = torch.tensor([[[[2.0, -1.0]]]])
-    assert score(method, index, query, keys).tolist() == [[[[11.0, 0.0, 24.0, -11.0]]]]
+    assert score(method, index, query, keys).tolist() == [[[11.0, 0.0, 24.0, -11.0]]]
 
 
 def test_quest_pages_begin_at_the_first_token_of_a_row() -> None:
@@ -97,11 +97,16 @@ def test_quest_bound_is_never_below_a_logit(score: Score) -> None:
     queries = torch.randn(1, 2, 3, 8, generator=generator)
     queries[..., 2] = 0.0
     method = Quest(page_size=7)
-    bound = score(method, method.build_index(prefill(keys, 50)), queries, keys)
+    index = method.build_index(prefill(keys, 50))
+    bound = score(method, index, queries, keys, head_scope="query_head")
     logits = queries @ keys.mT
     for page in range(8):
         inside = logits[..., page * 7 : page * 7 + 7].amax(-1)
         assert (bound[..., page] >= inside - 1e-5).all()
+    # A group's queries are ranked by the sum of their bounds, or by softmaxes of each one's.
+    torch.testing.assert_close(score(method, index, queries, keys), bound.sum(2))
+    apart = score(method, index, queries, keys, aggregation="sum_softmax")
+    torch.testing.assert_close(apart, bound)
 
 
 def test_quest_with_pages_of_one_is_exact(score: Score) -> None:
@@ -109,7 +114,8 @@ def test_quest_with_pages_of_one_is_exact(score: Score) -> None:
     keys = torch.randn(1, 2, 11, 8, generator=generator)
     queries = torch.randn(1, 2, 3, 8, generator=generator)
     method = Quest(page_size=1)
-    found = score(method, method.build_index(prefill(keys, 11)), queries, keys)
+    index = method.build_index(prefill(keys, 11))
+    found = score(method, index, queries, keys, head_scope="query_head")
     torch.testing.assert_close(found, queries @ keys.mT)
 
 
