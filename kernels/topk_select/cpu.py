@@ -153,9 +153,14 @@ def _chooser(kind: Kind) -> Callable[..., int]:
         if LANES * columns >= wanted:
             least = as_kind(seek(work, 0, LANES * columns, wanted))
 
-        found = 0
+        # First the vectors that have a candidate, without a branch: it could not be predicted.
+        hits, found = 0, 0
         whole = last - (last - first) % LANES
         for place in range(first, whole, LANES):
+            store_int32(work, hits, np.int32(place))
+            hits += 1 if at_least(scores, place, least) != 0 else 0
+        for hit in range(hits):
+            place = np.int64(load_int32(work, hit))
             marked = at_least(scores, place, least)
             while marked != 0:
                 unit = place + lowest_bit(marked)
