@@ -119,7 +119,8 @@ def _lock(device: str) -> ReadWriteLock | None:
 def load_warning() -> str | None:
     """Return a sentence if other processes keep all processors busy; None if they do not.
 
-    Threads that run a step together wait for the slowest of them, which waits for a processor.
+    Threads that run a step together wait for the slowest of them, which waits for a processor. While
+    they wait they keep theirs busy, unless OpenMP is told to wait passively.
     """
     load = psutil.getloadavg()[0]  # of the last minute, in which this process hardly ran
     affinity = getattr(psutil.Process(), "cpu_affinity", None)  # macOS has none
@@ -127,7 +128,8 @@ def load_warning() -> str | None:
     if load <= processors:
         return None
     threads = torch.get_num_threads()
-    way_out = "; OMP_NUM_THREADS=1 is often faster meanwhile" if threads > 1 else ""
+    ways = "; OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=passive is often faster meanwhile"
+    way_out = ways if threads > 1 else ""
     return (
         f"other processes keep the processors busy (load {load:.1f} on {processors}): what is timed"
         f" now may be marked unsteady{way_out}"

@@ -555,7 +555,8 @@ def test_a_launcher_that_is_not_installed_is_refused_in_a_sentence(
             4.25,
             2,
             "other processes keep the processors busy (load 4.2 on 2): what is timed now may be"
-            " marked unsteady; OMP_NUM_THREADS=1 is often faster meanwhile",
+            " marked unsteady; OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=passive is often faster"
+            " meanwhile",
         ),
         (
             2.6,
