@@ -119,8 +119,8 @@ def _lock(device: str) -> ReadWriteLock | None:
 def load_warning() -> str | None:
     """Return a sentence if other processes keep all processors busy; None if they do not.
 
-    Threads that run a step together wait for the slowest of them, which waits for a processor. While
-    they wait they keep theirs busy, unless OpenMP is told to wait passively.
+    Threads that run a step together wait for the slowest of them, which waits for a processor. They
+    keep theirs busy meanwhile, unless OpenMP is told to wait passively.
     """
     load = psutil.getloadavg()[0]  # of the last minute, in which this process hardly ran
     affinity = getattr(psutil.Process(), "cpu_affinity", None)  # macOS has none
