@@ -7,6 +7,7 @@ function only collects them; they run when Hydra has returned.
 import contextlib
 import difflib
 import functools
+import gc
 import itertools
 import json
 import os
@@ -287,6 +288,7 @@ def job(config: DictConfig) -> float | None:
     if is_for_card:  # the device at hand and its kernels are not the card's
         config.device, config.impl, config.full_backend = "cpu", "auto", "auto"
     composed = job_of(config, choices_among(state.runtime.choices))
+    gc.enable()
     if isinstance(composed, Job):
         commanded.composer = commanded.composer or Composer()
         try:
@@ -587,6 +589,7 @@ def run_command() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     ask_for_huge_pages()
+    gc.disable()  # until the first job has imported all that runs it, of which nothing is garbage
     warnings.filterwarnings("ignore", module="hydra")
     Sweeper.validate_batch_is_legal = validate_batch  # type: ignore[assignment, method-assign]
     wrapped = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -627,6 +630,7 @@ def run_command() -> None:
         say_error(f"interrupted; what was measured is kept, and the same command{how} goes on.")
         sys.exit(error.status if isinstance(error, Terminated) else 1)
     finally:
+        gc.enable()
         SweepFolders.remove_unused()
 
 

@@ -9,6 +9,7 @@ selection quality, and which tokens each head attended to at each decode step.
 change results, and describe the change in the commit message.
 """
 
+import functools
 import itertools
 import json
 import sys
@@ -25,6 +26,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
 from hydra.utils import instantiate  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
 
 from topkbench.harness.cell import prepare_method, run_cell  # noqa: E402
 from topkbench.harness.decoding import Decoder, Question, tokenise_all  # noqa: E402
@@ -48,6 +50,12 @@ SETTINGS = (
 )
 COUNTED = ("density", "density_all", "bytes_read_per_step", "index_bytes_per_token")
 QUALITY = ("recall_at_k", "attention_mass", "output_rel_error")
+
+
+@functools.cache  # composing takes as long as decoding several tokens
+def settings(*overrides: str) -> DictConfig:
+    """Return the settings of all cells, with those of one of its parts."""
+    return compose("config", overrides=[*SETTINGS, *overrides])
 
 
 class Recorder(SelectionMeter):
@@ -79,20 +87,19 @@ class Machine:
             "torch": torch.__version__.partition("+")[0],
         }
         self._folder = folder
-        self._loaded = instantiate(compose("config", overrides=[*SETTINGS]).model)
-        self._store = PrefillStore(self._loaded.model)
-        self._full = make_method(compose("config", overrides=["method=full"]).method)
+        self._loaded = instantiate(settings().model)
+        self._store = PrefillStore(self._loaded.model, kept_bytes=2**30)  # of the two prompts
+        self._full = make_method(settings("method=full").method)
         self._answers: dict[str, dict[str, list[int]]] = {}  # its answers by question
 
     def run(
         self, name: str, question: Question, protocol: str
     ) -> tuple[dict[str, Any], np.ndarray]:
         """Run one cell; return its numbers, and the attended tokens of all steps as one row."""
-        overrides = (f"method={name}", f"task.question={question}", f"protocol={protocol}")
-        config = compose("config", overrides=[*SETTINGS, *overrides])
-        method = make_method(config.method)
-        policy, task = instantiate(config.protocol), instantiate(config.task)
-        prepare_method(self._loaded, method, instantiate(config.calibration), self._folder)
+        method = make_method(settings(f"method={name}").method)
+        policy = instantiate(settings(f"protocol={protocol}").protocol)
+        task = instantiate(settings(f"task.question={question}").task)
+        prepare_method(self._loaded, method, instantiate(settings().calibration), self._folder)
         context = Context(
             loaded=self._loaded,
             store=self._store,

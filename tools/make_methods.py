@@ -174,6 +174,7 @@ def composing() -> AbstractContextManager[None]:
     return initialize_config_dir(str(ROOT / "conf"), version_base="1.3")
 
 
+@functools.cache
 def configured(name: str) -> tuple[str, DictConfig, AnyMethod]:
     """Return the text of a method's YAML, its composed settings, and the method."""
     text = (ROOT / "conf" / "method" / f"{name}.yaml").read_text(encoding="utf-8")

@@ -1,6 +1,12 @@
 """Shared settings of the kernel tests."""
 
+import functools
+import importlib
+import inspect
 import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +17,17 @@ settings.register_profile(
     "kernels", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("kernels")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def members_are_listed_once() -> Iterator[None]:
+    """List what Triton's modules contain once: its interpreter does at each call of a function."""
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec("triton") is not None:
+            once = {**vars(inspect), "getmembers": functools.cache(inspect.getmembers)}
+            interpreter = importlib.import_module("triton.runtime.interpreter")
+            patch.setattr(interpreter, "inspect", SimpleNamespace(**once))
+        yield
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -113,7 +113,8 @@ class Case(NamedTuple):
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    batch, size = draw(st.integers(1, 3)), draw(SIZES)
+    # Rows and heads differ by their strides alone, which two of them show.
+    batch, size = draw(st.integers(1, 2)), draw(SIZES)
     torch.manual_seed(draw(st.integers(0, 9999)))
 
     def bounds(numbers: st.SearchStrategy[int]) -> list[int] | None:
@@ -123,7 +124,7 @@ def cases(draw: st.DrawFn) -> Case:
 
     return Case(
         batch=batch,
-        heads=draw(st.integers(1, 3)),
+        heads=draw(st.integers(1, 2)),
         group=draw(st.integers(1, 16)),
         size=size,
         # Rows may be empty, and may end beyond the cache.

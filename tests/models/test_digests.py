@@ -49,13 +49,15 @@ def sharded(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["model-1.safetensors", "more/model-2.safetensors"])
-@pytest.mark.parametrize("place", [0, 2**20 + 1, LARGE // 3, 70 * 2**20 + 12345, LARGE - 1])
-def test_one_byte_anywhere_in_a_large_file_counts(sharded: Path, name: str, place: int) -> None:
-    before = weights_digest(sharded)
+def test_one_byte_anywhere_in_a_large_file_counts(sharded: Path, name: str) -> None:
+    places = (0, 2**20 + 1, LARGE // 3, 70 * 2**20 + 12345, LARGE - 1)
+    before, digests = weights_digest(sharded), set()
     assert len(before) == 16
-    change(sharded / name, place)
-    assert weights_digest(sharded) != before
-    change(sharded / name, place)
+    for place in places:
+        change(sharded / name, place)
+        digests.add(weights_digest(sharded))
+        change(sharded / name, place)
+    assert len(digests - {before}) == len(places)
     assert weights_digest(sharded) == before
 
 

@@ -1,11 +1,13 @@
 """The shipped model: it has the artifacts that the defaults need, and k >= n is full attention."""
 
+import functools
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 from topkbench.harness import artifact
 from topkbench.harness.calibration import Calibration
@@ -29,10 +31,14 @@ def tiny() -> LoadedModel:
     return load_model("tiny", "tiny", "float32", short_answers=True)
 
 
-def method_of(name: str, *overrides: str) -> AnyMethod:
+@functools.cache
+def settings(*overrides: str) -> DictConfig:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = compose("config", overrides=[f"method={name}", *overrides])
-        method = make_method(config.method)
+        return compose("config", overrides=[*overrides])
+
+
+def method_of(name: str, *overrides: str) -> AnyMethod:
+    method = make_method(settings(f"method={name}", *overrides).method)
     assert isinstance(method, TopKMethod)
     return method
 
