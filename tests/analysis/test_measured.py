@@ -306,6 +306,21 @@ def test_the_steps_in_docs_are_the_measured_ones() -> None:
             assert cells[2 * place + 1] == f"{row['speedup_vs_sdpa']:.1f}×"
 
 
+def test_the_changes_in_docs_are_the_measured_ones() -> None:
+    data = rows(ZEN4 / "changes.csv")
+    text = (ROOT / "docs" / "speed.md").read_text()
+    block = text[text.index("| Method | dtype | before |") :].split("\n\n")[0].splitlines()
+    wanted = [(one, dtype) for one in ("hata", "quest") for dtype in ("float32", "bfloat16")]
+    for line, (method, dtype) in zip(block[2:], wanted, strict=True):
+        _, shown, *cells = numbers(line)
+        assert shown == dtype
+        for cell, variant in zip(cells, ("before", "after", "small_pages", "passive"), strict=True):
+            own = data[data["method"].eq(method) & data["p_dtype"].eq(dtype)]
+            found = own[own["p_variant"].eq(variant)]["speedup_vs_full"]
+            assert len(found) == 3
+            assert cell == f"{found.median():.1f}× [{found.min():.1f}, {found.max():.1f}]"
+
+
 def test_the_dense_kernels_times_are_the_measured_ones_and_it_is_never_the_slower() -> None:
     """``full_backend=auto`` rests on it."""
     data = rows(ZEN4 / "dense_kernels.csv")
