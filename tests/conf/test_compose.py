@@ -1,7 +1,9 @@
 """Every option of every group composes, and becomes the object that it stands for."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from topkbench.harness.main import checked, make_method
-from topkbench.harness.settings import without_appearance
+from topkbench.harness.settings import GROUPS, without_appearance
 from topkbench.harness.task import Task
 from topkbench.methods.base import Policy, TopKMethod
 from topkbench.models.load import LoadedModel
@@ -99,12 +101,16 @@ def test_a_method_inside_a_method_is_chosen_by_name() -> None:
     assert (base.name, base.rbit, base.seed, base.use_norm) == ("hata", 64, 3, False)
 
 
+@cache
+def settings_of_method(name: str) -> Any:
+    return OmegaConf.to_container(resolved(f"method={name}").method)
+
+
 @pytest.mark.parametrize("name", options("method"))
 def test_label_and_colour_are_no_settings_of_a_method(name: str) -> None:
-    node = resolved(f"method={name}").method
-    assert node.label
-    assert node.colour.startswith("#")
-    settings: Any = OmegaConf.to_container(node)
+    settings = settings_of_method(name)
+    assert settings["label"]
+    assert settings["colour"].startswith("#")
     kept = without_appearance(settings)
     assert {"label", "colour"} <= set(settings) - set(kept) <= {"label", "colour", "words"}
     assert {"label", "colour", "words"} & set(kept.get("base", {})) == set()
@@ -113,13 +119,13 @@ def test_label_and_colour_are_no_settings_of_a_method(name: str) -> None:
 @pytest.mark.parametrize("name", options("method"))
 def test_every_boolean_setting_has_words_for_both_values(name: str) -> None:
     """They are what tables and figures call a variant of the method."""
-    node = resolved(f"method={name}").method
-    words = node.get("words") or {}
-    for setting, value in without_appearance(OmegaConf.to_container(node)).items():
+    settings = settings_of_method(name)
+    words = settings.get("words") or {}
+    for setting, value in without_appearance(settings).items():
         for one in ("true", "false") if isinstance(value, bool) else ():
             assert words.get(f"{setting}={one}"), (setting, one)
     for one in words:  # and words are of settings that the method has
-        assert one.partition("=")[0] in node
+        assert one.partition("=")[0] in settings
 
 
 def test_native_values_are_the_papers() -> None:
@@ -202,14 +208,24 @@ def test_every_cell_of_an_experiment_becomes_objects(
         else:
             values = [override.get_value_element_as_str()]
         axes.append([f"{override.get_key_element()}={value}" for value in values])
+    given = [f"experiment={name}"]
+    if whole.model.name not in ("tiny", "smollm2_135m"):
+        given += ["model.path=tiny", "model.window=131072"]
+    if name == "ruler_13":  # it leaves the model to the user, and the shipped one's is shorter
+        given.append("model.window=131072")
+
+    @cache
+    def chosen(*options: str) -> DictConfig:
+        return compose("config", overrides=[*given, *options])
+
     # First and last value of each axis: the product of all says nothing more.
-    for overrides in product(*({axis[0], axis[-1]} for axis in axes)):
-        given = [f"experiment={name}", *overrides]
-        if whole.model.name not in ("tiny", "smollm2_135m"):
-            given += ["model.path=tiny", "model.window=131072"]
-        if name == "ruler_13":  # it leaves the model to the user, and the shipped one's is shorter
-            given.append("model.window=131072")
-        composed = checked(compose("config", overrides=given), [])
+    for cell in product(*({axis[0], axis[-1]} for axis in axes)):
+        options_of_cell = [one for one in cell if one.partition("=")[0] in GROUPS]
+        values = [one for one in cell if one not in options_of_cell]
+        config = copy.deepcopy(chosen(*options_of_cell))
+        for override in parser.parse_overrides(values):
+            OmegaConf.update(config, override.key_or_group, override.value(), merge=False)
+        composed = checked(config, [])
         assert isinstance(composed.method, TopKMethod)
         assert isinstance(composed.task, Task)
         assert isinstance(composed.policy, Policy)
