@@ -157,7 +157,7 @@ def _encode_step(
             _encode_row(row, head_weight, code, head_dim, rbit)
         slot = capacity - 1
         if kv_len != 0:
-            slot = np.int64(load_int32(kv_len, batch)) - 1
+            slot = int(load_int32(kv_len, batch)) - 1
         if slot < 0 or slot >= capacity:  # no such slot: nothing is written
             continue
         first = batch * key_strides[0] + head * key_strides[1]

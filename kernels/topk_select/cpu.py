@@ -160,7 +160,7 @@ def _chooser(kind: Kind) -> Callable[..., int]:
             store_int32(work, hits, np.int32(place))
             hits += 1 if at_least(scores, place, least) != 0 else 0
         for hit in range(hits):
-            place = np.int64(load_int32(work, hit))
+            place = int(load_int32(work, hit))
             marked = at_least(scores, place, least)
             while marked != 0:
                 unit = place + lowest_bit(marked)

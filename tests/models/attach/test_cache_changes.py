@@ -139,7 +139,13 @@ def test_a_change_that_leaves_the_rows_changes_no_logits(
             continue  # a static cache has a fixed number of rows
         found = logits(change)
         if method.name == "sparq":  # a sum of values that is built again is rounded otherwise
-            torch.testing.assert_close(found, unchanged, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                found,
+                unchanged,
+                atol=1e-4,
+                rtol=1e-4,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
         else:
             assert torch.equal(found, unchanged), name
 
