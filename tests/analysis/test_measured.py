@@ -143,6 +143,8 @@ def test_the_page_on_ruler_shows_every_method_at_4096_tokens() -> None:
     overall = compare(rows(MEASURED / "epyc_zen4_league" / "niah_single_2.csv")).overall
     page = (ROOT / "docs" / "ruler.md").read_text(encoding="utf-8")
     assert narrow(main_table(overall)).markdown() in page
+    repeated = compare(rows(MEASURED / "epyc_zen4_league" / "niah_single_1.csv")).overall
+    assert narrow(main_table(repeated)).markdown() in page
     largest = overall[overall["k"].eq(256) & (overall["delta_ci_high"] < 0)]
     told = page[page.index("With 256, the interval") :].split(". ")[0]
     for label in largest.loc[largest["method"] != "hata", "label"]:
@@ -306,6 +308,31 @@ def test_the_steps_in_docs_are_the_measured_ones() -> None:
             assert cells[2 * place + 1] == f"{row['speedup_vs_sdpa']:.1f}×"
 
 
+def test_the_whole_models_in_docs_are_the_measured_ones() -> None:
+    data = rows(ZEN4 / "decode_throughput.csv")
+    text = (ROOT / "docs" / "speed.md").read_text()
+    block = text[text.index("| Method | 1B, 32,768 tokens |") :].split("\n\n")[0].splitlines()
+    methods = "exact block_oracle hata quest loki streaming_llm sparq magicpig infinigen"
+    methods += " double_sparsity snapkv twilight pqcache random"
+    places = (("1b", 32768, 1), ("1b", 131072, 1), ("1b", 32768, 4), ("3b", 32768, 1))
+    for line, method in zip(block[2:], methods.split(), strict=True):
+        for cell, (model, length, batch) in zip(numbers(line)[1:], places, strict=True):
+            own = data[data["method"].eq(method) & data["model"].eq(f"random_{model}")]
+            own = own[own["length"].eq(length) & own["batch_size"].eq(batch)]
+            own = own[own["status"].eq("ok")]
+            if cell == "–":
+                assert own.empty
+                continue
+            (row,) = own.to_dict("records")
+            taken, full = (
+                METRICS["decode_ms_p50"].text(row[f"{one}_ms_p50"]) for one in ("decode", "full")
+            )
+            low, high = (row[f"speedup_ci_{end}"] for end in ("low", "high"))
+            assert (
+                cell == f"{taken} of {full} ({row['speedup_vs_full']:.2f}× [{low:.2f}, {high:.2f}])"
+            )
+
+
 def test_the_changes_in_docs_are_the_measured_ones() -> None:
     data = rows(ZEN4 / "changes.csv")
     text = (ROOT / "docs" / "speed.md").read_text()
@@ -403,6 +430,48 @@ def test_the_ablations_in_docs_are_the_measured_ones(file: str, head: str, setti
     (worst,) = [line for line in page if setting in line[0]]
     (row,) = [row for row in table.rows if setting in row[0]]
     assert worst[1:] == row[4:]
+
+
+def test_what_hashes_learned_at_their_length_are_worth_is_as_measured() -> None:
+    folder = MEASURED / "epyc_zen4_league"
+    tables = {
+        name: narrow(main_table(compare(rows(folder / f"{name}.csv")).overall))
+        for name in ("perplexity", "niah_single_1", "niah_single_2")
+    }
+    labels = (
+        "HATA without centred keys, with key norms",
+        "HATA with orthonormal weights",
+        "HATA with the ranking recipe",
+        "Exact top-k",
+    )
+    page = hata_page("| Hash, learned at 4,096 tokens | Δ NLL")
+    for (_, *cells), label in zip(page, labels, strict=True):
+        wanted = []
+        for name, table in tables.items():
+            column = "Δ NLL (nats/token)" if name == "perplexity" else "Score (0–100)"
+            place = list(table.head).index(column)
+            for k in ("64", "256"):
+                (row,) = [one for one in table.rows if one[0] == label and one[1] == k]
+                wanted.append(row[place])
+        assert cells == wanted
+    data = pd.read_parquet(folder / "perplexity.samples.parquet")
+    of_rows = rows(folder / "perplexity.csv").query("method == 'hata'").set_index("run_id")
+    text = (ROOT / "docs" / "hata.md").read_text()
+    for k, better, worse, said in (
+        (64, ("trained", "published"), ("orthonormal", "published"), "0.0605 [0.0205, 0.1005]"),
+        (64, ("trained", "ranking"), ("trained", "published"), "0.0636 [0.0521, 0.0751]"),
+        (256, ("trained", "ranking"), ("trained", "published"), "0.0137 [0.0014, 0.0260]"),
+        (256, ("trained", "published"), ("orthonormal", "published"), "0.0085 [−0.0172, 0.0342]"),
+    ):
+        losses = []
+        for weights, recipe in (better, worse):
+            own = of_rows[of_rows["k"].eq(k) & of_rows["p_weights"].eq(weights)]
+            (name,) = own[own["p_recipe"].eq(recipe)].index.unique()
+            losses.append(data[data["run_id"].eq(name)].set_index("sample_id")["nll"])
+        found = seed_interval(losses[1] - losses[0].loc[losses[1].index])
+        assert said in text
+        numbers_of = (found.estimate, found.low, found.high)
+        assert said == "{:.4f} [{:.4f}, {:.4f}]".format(*numbers_of).replace("-", "−")
 
 
 VARIANTS = {
