@@ -346,6 +346,13 @@ def test_the_changes_in_docs_are_the_measured_ones() -> None:
             found = own[own["p_variant"].eq(variant)]["speedup_vs_full"]
             assert len(found) == 3
             assert cell == f"{found.median():.1f}× [{found.min():.1f}, {found.max():.1f}]"
+    for variant, digits in (
+        *(("busy", 1), ("busy_passive", 1)),
+        *(("one_runtime", 2), ("two_runtimes", 2)),
+    ):
+        own = data[data["p_variant"].eq(variant)].sort_values("p_round")
+        first, second, third = (f"{taken:.{digits}f}" for taken in own["decode_ms_p50"])
+        assert f"{first}, {second} and {third}" in text
 
 
 def test_the_dense_kernels_times_are_the_measured_ones_and_it_is_never_the_slower() -> None:
