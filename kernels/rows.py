@@ -109,10 +109,10 @@ def _scorer(num_queries: int, narrow: bool) -> Callable[..., None]:
         for first in range(0, LANES, height):
             block, own = empty_sums(), rows + 8 * first
             near, far = soon + 8 * first, later + 8 * first
-            if low_rows == 0:
-                block = step(block, query, size, own, whole, near, far)
-            else:  # each product prefetches as much as it reads
-                block = step(block, query, size, own, whole, near, own)
+            # Each of two products prefetches as much as it reads.
+            beside = far if low_rows == 0 else own
+            block = step(block, query, size, own, whole, near, beside)
+            if low_rows != 0:
                 low = low_rows + 8 * first
                 block = step(block, low_query, size, low, whole, far, low)
             store(block, out + 4 * first, stride)

@@ -51,6 +51,13 @@ class HATAIndex(Index):
 
     without_rows: ClassVar[frozenset[str]] = frozenset({"hash_weight", "query_weight"})
 
+    def filled(self) -> tuple[Tensor, Tensor | None]:
+        """Return the codes and norms of the cached tokens, without the free slots after them."""
+        codes, norms = self.key_codes, self.key_norms
+        if self.length == self.capacity:  # slicing costs a short step time
+            return codes, norms
+        return codes[:, :, : self.length], None if norms is None else norms[:, :, : self.length]
+
 
 @dataclass(kw_only=True)
 class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
@@ -389,10 +396,7 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
 
     def append(self, index: HATAIndex, key_states: Tensor, value_states: Tensor) -> None:
         index.advance()
-        codes, norms = index.key_codes, index.key_norms
-        if index.kv_len is None:
-            codes = codes[:, :, : index.length]
-            norms = None if norms is None else norms[:, :, : index.length]
+        codes, norms = index.filled()
         if index.key_mean is not None:
             key_states = key_states - index.key_mean
         encode_step(
@@ -414,10 +418,7 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
         return codes.unflatten(-1, (self.query_codes, -1)).flatten(2, 3)
 
     def score(self, encoded: Tensor, index: HATAIndex, context: StepContext) -> Tensor:
-        codes, norms = index.key_codes, index.key_norms
-        if index.length < index.capacity:
-            codes = codes[:, :, : index.length]
-            norms = None if norms is None else norms[:, :, : index.length]
+        codes, norms = index.filled()
         return hamming_score(
             encoded,
             codes,

@@ -164,12 +164,20 @@ def aggregate(
     Returns:
         ``[B, Hkv, U]`` float32. An empty row gives zeros under a softmax.
     """
-    if rule == "native":
-        rule = "sum_softmax" if score_kind == "logit" else "sum_logit"
-    if rule == "sum_logit":
+    if sums_scores(rule, score_kind):
         return scores.sum(2)
-    reduction: Rule = "sum" if rule == "sum_softmax" else "max"
+    reduction: Rule = "max" if rule == "max_softmax" else "sum"
     return group_softmax(scores, scale, reduction, softcap, sinks, impl)
+
+
+def sums_scores(rule: str, score_kind: str) -> bool:
+    """Return whether a group's scores are added up as they are, without a softmax.
+
+    Args:
+        rule: As of ``aggregate``, as is ``score_kind``.
+        score_kind: See ``rule``.
+    """
+    return rule == "sum_logit" or (rule == "native" and score_kind != "logit")
 
 
 def _check_choice(argument: str, word: str, words: tuple[str, ...]) -> None:

@@ -20,6 +20,7 @@ from topkbench.methods.base import (
     kv_bytes,
 )
 from topkbench.methods.pages import PagedIndex, page_slots, select_pages
+from topkbench.methods.policy import sums_scores
 
 
 @dataclass(kw_only=True)
@@ -117,13 +118,13 @@ class Quest(ScoringMethod[QuestIndex, Tensor]):
 
     def score(self, encoded: Tensor, index: QuestIndex, context: StepContext) -> Tensor:
         used, policy = index.num_pages, context.policy
-        is_summed = policy.head_scope == "kv_head" and policy.aggregation in ("native", "sum_logit")
+        is_summed = sums_scores(policy.aggregation, self.score_kind)
         return page_score(
             encoded,
             index.page_min[:, :, :used],
             index.page_max[:, :, :used],
             kv_len=index.page_count(),
-            sum_group=is_summed,
+            sum_group=is_summed and policy.head_scope == "kv_head",
             impl=self.impl_for("page_score"),
         )
 

@@ -280,14 +280,14 @@ class LmEval(GenerationTask):
         name: str,
     ) -> tuple[Sample, bool]:
         """Return a request as a sample, and whether its prompt was shortened."""
-        most = self._most(loaded) - request.max_new_tokens
-        if request.continuation is not None:
-            most -= len(loaded.tokenizer.encode(request.continuation, add_special_tokens=False))
-        if most < 1:
+        if request.max_new_tokens >= self._most(loaded):
             raise TaskDoesNotFit(
                 f"answers of {task.name} must leave room for a prompt in {self._most(loaded)}"
                 f" tokens, got {request.max_new_tokens}; set task.max_new_tokens."
             )
+        most = self._most(loaded) - request.max_new_tokens
+        if request.continuation is not None:
+            most -= len(loaded.tokenizer.encode(request.continuation, add_special_tokens=False))
         text, is_cut = request.text, False
         if (count := self._count(loaded, task, request, text, name)) > most:
             if self.truncate is None:

@@ -24,8 +24,7 @@ def encode_step(
 ) -> Tensor:
     """Return the queries' codes, and write the new key's code and norm into the cache."""
     rows = torch.arange(len(key_states), device=key_states.device)
-    slots = torch.full_like(rows, key_codes.shape[2]) if kv_len is None else kv_len.long()
-    slots = slots - 1
+    slots = (key_codes.shape[2] if kv_len is None else kv_len.long()) - 1
     key_codes[rows, :, slots] = hash_encode(key_states, hash_weight)[:, :, 0]
     if key_norms is not None:
         norm = torch.linalg.vector_norm(key_states[:, :, 0], dim=-1, dtype=torch.float32)

@@ -29,7 +29,7 @@ def page_score(
     page_max: Tensor,
     kv_start: Tensor | None,
     kv_len: Tensor | None,
-    sum_group: bool = False,
+    sum_group: bool,
 ) -> Tensor:
     """Return ``[B, Hkv, G, P]`` float32, or ``[B, Hkv, P]``; see the api."""
     for argument, tensor in (

@@ -12,7 +12,7 @@ def page_score(
     page_max: Tensor,
     kv_start: Tensor | None,
     kv_len: Tensor | None,
-    sum_group: bool = False,
+    sum_group: bool,
 ) -> Tensor:
     """Return ``[B, Hkv, G, P]`` float32 bounds (float64 when the inputs are), or their sum."""
     wide = torch.promote_types(query_states.dtype, torch.float32)

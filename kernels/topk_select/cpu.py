@@ -59,7 +59,8 @@ def topk_select(
     out = torch.empty(batch_size, num_heads, kept, dtype=torch.int32)
     start, _start = bound_address(kv_start)
     end, _end = bound_address(kv_len)
-    # For each head: maxima, candidates and their units, the last two padded to a whole vector.
+    # For each head: maxima and then the vectors that hold a candidate, candidates and their units,
+    # the last two padded to a whole vector.
     room = num_units + LANES
     work = torch.empty(batch_size * num_heads, 3 * room, dtype=torch.int32)
     kind = {torch.int16: 0, torch.int32: 1, torch.float32: 2}[scores.dtype]

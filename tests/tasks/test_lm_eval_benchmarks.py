@@ -50,7 +50,6 @@ INFINITEBENCH = {
     "options": [""],
 }
 OF_INFINITEBENCH = {
-    "longbook_choice_eng": {"options": OPTIONS},
     "longbook_choice_en": {"options": OPTIONS},
     "code_debug": {"options": OPTIONS},
     "passkey": {"answer": ["71432"]},
