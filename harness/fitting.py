@@ -121,7 +121,7 @@ def fit_layers(
 
     def fit_one(captured: dict[int, LayerStates], layer: int, device: torch.device) -> None:
         def report_loss(step: int, steps: int, loss: float) -> None:
-            losses[layer].append(loss)
+            losses[layer].append(float(f"{loss:.6g}"))  # a file has thousands, as text
             shares[layer] = step / steps
             report_progress()
 

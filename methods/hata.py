@@ -241,6 +241,8 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
                     f"HATA's artifact must hold {name} [L, Hkv, d, {factor}rbit] with "
                     f"rbit={bits}, got {actual}."
                 )
+        if self._ranking:
+            tensors = {name: weight.float() for name, weight in tensors.items()}
         super().load_artifact(tensors, digest)
         self._cache = {}  # a copy of the method may share the other
 
@@ -345,10 +347,12 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
     ) -> dict[str, Tensor]:
         """Return ``hash_weight [Hkv, d, rbit]``.
 
-        The ranking recipe adds ``query_weight [Hkv, d, query_codes * rbit]``.
+        The ranking recipe adds ``query_weight [Hkv, d, query_codes * rbit]``; its two tensors are
+        float16, so that they take no more room than the published recipe's one.
         """
         fitted = self._chosen_recipe().fit_layer(states, self._generator(layer), report)
-        return {name: weight.cpu() for name, weight in fitted.items()}
+        dtype = torch.float16 if self._ranking else torch.float32
+        return {name: weight.to("cpu", dtype) for name, weight in fitted.items()}
 
     def _chosen_recipe(self) -> PublishedRecipe | RankingRecipe:
         if not self._ranking:

@@ -63,7 +63,7 @@ class LearningMethod(TopKMethod[IndexT, QueryT]):
 
     @abstractmethod
     def artifact_layout(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the artifact's float32 tensors; the first axis is the layer."""
+        """Return the shapes of the artifact's tensors; the first axis is the layer."""
 
     def query_positions(self, layer: int, lengths: Sequence[int]) -> list[list[int]]:
         """Return the positions in each sequence whose queries ``fit_layer`` reads; none by default.

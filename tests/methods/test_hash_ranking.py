@@ -421,6 +421,22 @@ def test_short_sequences_and_other_heads_train(head_dim: int, length: int) -> No
     assert all(weight.isfinite().all() for weight in fitted.values())
 
 
+def test_its_weights_are_kept_in_sixteen_bits_and_computed_with_in_thirty_two() -> None:
+    method = HATA(rbit=32, recipe="ranking", ranking_steps=2)
+    fitted = method.fit(Skewed())
+    assert {name: weight.dtype for name, weight in fitted.items()} == {
+        "hash_weight": torch.float16,
+        "query_weight": torch.float16,
+    }
+    method.load_artifact(fitted)
+    weight = method.query_weight(1, 2, 1, 16, CPU)
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, fitted["query_weight"][1].float())
+    assert HATA(rbit=32, epochs=1, steps_per_epoch=1).fit(Skewed())["hash_weight"].dtype == (
+        torch.float32
+    )
+
+
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_appending_equals_rebuilding_with_several_codes(impl: Any, score: Score) -> None:
     method = HATA(rbit=32, recipe="ranking", query_codes=3, ranking_steps=2, impl=impl)

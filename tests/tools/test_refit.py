@@ -22,10 +22,13 @@ from topkbench.methods.hata import HATA
 from topkbench.methods.infinigen import InfiniGen
 from topkbench.methods.learning import AnyLearningMethod, LayerStates
 from topkbench.methods.loki import Loki
+from topkbench.methods.policy import Policy
+from topkbench.models.attach import geometry_of
 from topkbench.models.load import LoadedModel, load_model
-from topkbench.tasks.ruler_words_prompts import CalibrationPrompts
+from topkbench.tasks.ruler_words_prompts import CalibrationPrompts, TextsAndPrompts
 
-ARTIFACTS = Path(__file__).parents[2] / "models" / "tiny" / "artifacts"
+MODELS = Path(__file__).parents[2] / "models"
+ARTIFACTS = MODELS / "tiny" / "artifacts"
 RANKING = HATA(recipe="ranking", fit_rbit=128, centre_keys=True, use_norm=False)  # hata/ranking
 LAYER = 0  # its states do not depend on other layers
 
@@ -161,3 +164,24 @@ def test_shipped_artifacts_have_the_digest_of_the_current_code(
 ) -> None:
     """If the code has changed but fits the same, run python tools/restamp_artifacts.py."""
     assert shipped(tiny, method).provenance["source"] == fit_source(method)
+
+
+def test_what_ships_for_smollm2_is_what_its_league_needs(smollm2: LoadedModel) -> None:
+    """Fitted on the texts of experiment=real_league, by the current code, in all layers but two."""
+    texts = TextsAndPrompts(num_sequences=7, max_length=4096)
+    folder = MODELS / "smollm2" / "artifacts"
+    selecting = set(range(2, 30))
+    assert set(geometry_of(smollm2.model).sparse_layers(Policy(k=64))) == selecting
+    found = set()
+    for method in (HATA(rbit=128), RANKING, Loki(), DoubleSparsity()):
+        spec = artifact_spec(smollm2, method, texts)
+        assert spec is not None
+        if spec["calibration"] != "8c13cf4462ecfad1":
+            pytest.skip("the texts are the documentation of another release of Python")
+        one = artifact.find(spec, [folder], selecting)
+        assert one is not None, f"{method.name} does not ship under its current name"
+        assert one.layers == selecting
+        assert one.provenance["source"] == fit_source(method)
+        found.add(one.path)
+    assert found == set(folder.glob("*"))
+    assert sum(path.stat().st_size for path in found) < 8 * 2**20
