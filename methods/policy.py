@@ -98,6 +98,10 @@ class Policy:
         if isinstance(self.dense_layers, str):
             _slice(self.dense_layers)
         elif isinstance(self.dense_layers, Sequence):  # a list from YAML
+            if not self.dense_layers:
+                raise ValueError(
+                    "dense_layers must list at least one layer, got []; 0 is for none."
+                )
             check_list("dense_layers", self.dense_layers, least=0)
             object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         elif self.dense_layers is not None:

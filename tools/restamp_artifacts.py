@@ -48,7 +48,7 @@ def method_of(spec: dict[str, Any]) -> AnyMethod:
 
 def load(name: str) -> LoadedModel:
     """Return a model as ``conf/model/NAME.yaml`` describes it."""
-    settings = OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml")
+    settings: Any = OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml")
     return load_model(name, settings.path, gguf_file=settings.get("gguf_file"))
 
 
