@@ -22,7 +22,7 @@ from topkbench.harness.planted import DTYPES, PlantedStates
 from topkbench.kernels.dispatch import Impl, resolve
 from topkbench.kernels.operators import Geometry, Operators
 from topkbench.kernels.testing import WrongResult
-from topkbench.kernels.timing import OtherLoad, Timing, measure, read_bandwidth, speed_columns
+from topkbench.kernels.timing import MemoryProbe, OtherLoad, Timing, measure, speed_columns
 from topkbench.methods.base import Policy, with_impl
 from topkbench.methods.learning import LearningMethod
 
@@ -39,8 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _experiment(options, device, dtype)
     chosen = {op: resolve(op, options.impl, device) for op in ("hamming_score", "topk_select")}
     print(f"device {device}, {options.dtype}, {torch.get_num_threads()} threads, {chosen}")
-    memory = read_bandwidth(device)
-    print(f"memory: read {memory.read_gb_s:.1f}, copy {memory.copy_gb_s:.1f} GB/s")
     for kv_len in options.kv_len:
         shape = Geometry(
             batch_size=options.batch_size,
@@ -53,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         try:
             operators = Operators(shape, device, dtype, options.impl)
-            _report(operators, options, device, memory.ceiling_gb_s)
+            _report(operators, options, device)
         except WrongResult as error:
             print(f"wrong result, no times: {error}", file=sys.stderr)
             return 1
@@ -116,15 +114,14 @@ def _experiment(options: argparse.Namespace, device: torch.device, dtype: torch.
     return 1 if any(row["status"] in ("wrong", "failed") for row in rows) else 0
 
 
-def _report(
-    operators: Operators, options: argparse.Namespace, device: torch.device, bandwidth: float
-) -> None:
-    """Check one geometry, time it and print its table; ``bandwidth`` is the memory's in GB/s."""
+def _report(operators: Operators, options: argparse.Namespace, device: torch.device) -> None:
+    """Check one geometry, time it in turn with the memory's bandwidth, and print its table."""
     operators.check()
     shape, calls = operators.shape, operators.calls()
-    # Full attention first: it reads so much that it evicts the operators' inputs from the caches.
+    probe = MemoryProbe(device)
+    # Full attention before the operators: it evicts their inputs from the caches.
     timings = measure(
-        {"full_attention": calls.pop("full_attention"), **calls},
+        {**probe.calls, "full_attention": calls.pop("full_attention"), **calls},
         options.trials,
         device=device,
         cuda_graph=options.cuda_graph,
@@ -133,15 +130,17 @@ def _report(
         f"\nB={shape.batch_size} Hkv={shape.num_kv_heads} G={shape.group} d={shape.head_dim} "
         f"rbit={shape.rbit} n={shape.kv_len} k={shape.k}"
     )
+    memory = probe.bandwidth(timings)
+    print(f"memory: read {memory.read_gb_s:.1f}, copy {memory.copy_gb_s:.1f} GB/s")
     heads = ("p50 ms", "p20 ms", "p80 ms", "MB", "GB/s", "of memory")
     print(f"{'':<18}" + "".join(f"{head:>10}" for head in heads))
     needed = operators.bytes_needed()
     for name, timing in timings.items():
+        if name not in needed:  # the probe
+            continue
         speed = needed[name] / timing.p50_ms / 1e6
-        print(
-            _line(name, timing)
-            + f"{needed[name] / 1e6:>10.2f}{speed:>10.1f}{speed / bandwidth:>10.0%}"
-        )
+        reached = speed / memory.ceiling_gb_s
+        print(_line(name, timing) + f"{needed[name] / 1e6:>10.2f}{speed:>10.1f}{reached:>10.0%}")
     layer = hata_layer(operators, options.impl)
     mismatch = layer.mismatch()
     if mismatch is not None:

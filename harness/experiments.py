@@ -40,7 +40,7 @@ from topkbench.harness.layer import (
 from topkbench.harness.outcome import outcome
 from topkbench.harness.planted import PlantedStates
 from topkbench.kernels.dispatch import OPERATORS, Impl, Operator, resolve
-from topkbench.kernels.timing import machine_name, read_bandwidth, versions
+from topkbench.kernels.timing import machine_name, versions
 from topkbench.methods.base import AnyMethod, Geometry, with_impl
 
 GEOMETRIES = {"llama2": one_layer(32, 32, 128), "llama31": one_layer(32, 8, 128)}
@@ -120,13 +120,11 @@ class Conditions:
 def run(experiment: Experiment, conditions: Conditions) -> list[dict[str, Any]]:
     """Time an experiment and print each shape's table; return one row per shape and method."""
     device = conditions.device
-    bandwidth = read_bandwidth(device).ceiling_gb_s
     known = {
         "device": machine_name(device),
         **{name: found for name, found in versions().items() if name not in ("python", "cuda")},
         "huge_pages": has_huge_pages(),
         "p_dtype": str(conditions.dtype).removeprefix("torch."),
-        "bandwidth_gb_s": bandwidth,
         **commit_of(Path(__file__).resolve().parents[1], None),
     }
     print(", ".join(f"{name} {value}" for name, value in known.items() if value is not None))
@@ -141,7 +139,7 @@ def run(experiment: Experiment, conditions: Conditions) -> list[dict[str, Any]]:
                 **{"model": label, "task": "decode_latency", "subtask": subtask},
                 **{"length": length, "kv_len": length, "batch_size": batch_size},
             }
-            for row in _shape(experiment, conditions, geometry, length, batch_size, bandwidth):
+            for row in _shape(experiment, conditions, geometry, length, batch_size):
                 key = repr([known["device"], label, subtask, row, conditions])
                 run_id = sha256(key.encode()).hexdigest()[:16]
                 rows.append({"run_id": run_id, **known, **place, **row})
@@ -154,7 +152,6 @@ def _shape(
     geometry: Geometry,
     length: int,
     batch_size: int,
-    bandwidth: float,
 ) -> list[dict[str, Any]]:
     """Check and time the methods one after the other at one shape; print their table."""
     free, states = free_bytes(geometry.device), None
@@ -178,7 +175,7 @@ def _shape(
         else:
             if states is None:
                 states = PlantedStates.draw(geometry, batch_size, length, conditions.dtype, 0, 0)
-            row |= _timed(method, geometry, states, conditions, bandwidth)
+            row |= _timed(method, geometry, states, conditions)
         _print(label, row, width)
     return list(rows.values())
 
@@ -188,7 +185,6 @@ def _timed(
     geometry: Geometry,
     states: PlantedStates,
     conditions: Conditions,
-    bandwidth: float,
 ) -> dict[str, Any]:
     """Return the columns of a method's step: status and reason, and if it is right its times.
 
@@ -202,7 +198,6 @@ def _timed(
             full,
             geometry,
             conditions.trials,
-            bandwidth * 1e9,
             conditions.cuda_graph,
             builds=0,
         )

@@ -21,6 +21,7 @@ from topkbench.harness.planted import (
 )
 from topkbench.kernels.testing import WrongResult, near_tolerance, require
 from topkbench.kernels.timing import (
+    MemoryProbe,
     OtherLoad,
     Stages,
     clock_mhz,
@@ -319,7 +320,6 @@ def time_layer(
     full: AnyMethod,
     geometry: Geometry,
     trials: int,
-    bandwidth: float | None = None,
     cuda_graph: bool = False,
     builds: int = BUILDS,
 ) -> tuple[dict[str, Any], str, str]:
@@ -329,14 +329,13 @@ def time_layer(
 
     They rotate over enough copies of states and index that each step finds its data out of the CPU
     or GPU cache, as it does in a model with other layers. The warm time, the same step repeated on
-    one copy, is measured as well.
+    one copy, is measured as well, and the memory's bandwidth in turn with the method's step.
 
     Args:
         layer: The method's layer.
         full: Full attention.
         geometry: Its shape.
         trials: Timed steps.
-        bandwidth: Measured memory bandwidth of the machine in bytes per second; None if unknown.
         cuda_graph: Time replays of a CUDA graph; stages are timed launch by launch nevertheless.
         builds: Timed builds of the index; 0 if what it is built from was not captured but drawn,
             so that its time is not known.
@@ -381,10 +380,17 @@ def time_layer(
     turns = timed["full"].turns if method.selects else None
     sdpa = timed["sdpa"].turns if "sdpa" in timed else None
     values |= speed_columns(step.turns, turns, load.share(), sdpa)
-    if bandwidth:
-        values["bandwidth_gb_s"] = bandwidth / 1e9
-        batch_bytes = bytes_read * len(layer.states.query_states)
-        values["bandwidth_fraction"] = batch_bytes / (step.p50_ms * 1e-3) / bandwidth
+    probe = MemoryProbe(device)
+    in_turn = measure(
+        {**probe.calls, "method": steps["method"]},
+        trials=trials,
+        device=device,
+        cuda_graph=cuda_graph,
+    )
+    bandwidth = probe.bandwidth(in_turn).ceiling_gb_s
+    read_gb = bytes_read * len(layer.states.query_states) / 1e9
+    values["bandwidth_gb_s"] = bandwidth
+    values["bandwidth_fraction"] = read_gb / (in_turn["method"].p50_ms * 1e-3) / bandwidth
     return values, "ok", ""
 
 

@@ -435,8 +435,6 @@ class Planner:
                     first, _ = timed(device, measured.task.trial, *arguments)
                     again, _ = timed(device, measured.task.trial, *arguments)
                     plan.once += (first - again).at_least_nothing()
-                elif (cell, part) not in trials:
-                    plan.once += timed(device, context.bandwidth)[0]  # measured once a process
                 trial = try_part(measured, part, prompt, num_rows)
             except Exception as error:
                 cell.reason = message_of(error)

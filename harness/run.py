@@ -19,7 +19,6 @@ from topkbench.harness.settings import Composed
 from topkbench.harness.sources import ROOT, code_digest, modules_of
 from topkbench.harness.task import TIMED, Context, Outcome
 from topkbench.kernels.dispatch import OPERATORS, resolve
-from topkbench.kernels.timing import read_bandwidth
 from topkbench.methods.base import AnyMethod
 from topkbench.models.attach import geometry_of
 from topkbench.models.digests import model_digest
@@ -219,7 +218,6 @@ class Run:
             policy=self.policy,
             full=self.full,
             full_answers=full_answers,
-            bandwidth=functools.partial(bandwidth, str(self.loaded.model.device)),
             track=progress,
             artifact=self.artifact,
         )
@@ -288,12 +286,6 @@ def answers_in(samples: pd.DataFrame) -> dict[str, list[int]]:
 def progress(items: Sequence[Any], label: str) -> Iterable[Any]:
     """Show a progress bar over a sequence, where standard error is a terminal."""
     return tqdm(items, desc=label, disable=None, leave=False)
-
-
-@functools.cache
-def bandwidth(device: str) -> float:
-    """Measure the machine's memory bandwidth once a process, in bytes a second."""
-    return read_bandwidth(device).ceiling_gb_s * 1e9
 
 
 def parameters(method: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,14 @@ import torch
 from topkbench.harness.decoding import Decoder, Prompt
 from topkbench.harness.layer import STAGES
 from topkbench.harness.task import Context
-from topkbench.kernels.timing import LEAST_PAIRS, OtherLoad, Stages, speed_columns
+from topkbench.kernels.timing import (
+    LEAST_PAIRS,
+    MemoryProbe,
+    OtherLoad,
+    Stages,
+    measure,
+    speed_columns,
+)
 from topkbench.methods.base import AnyMethod, Observer
 
 TIMED_ROUNDS = 3
@@ -48,7 +55,7 @@ def time_prompt(context: Context, prompt: Prompt, rounds: int) -> dict[str, Any]
     """Time decode steps of one prompt, full attention and the method in turn.
 
     The first steps of each turn build the index and are discarded as warm-up. Stages are timed in
-    separate turns, since timers inside a step cost time.
+    separate turns, since timers inside a step cost time, and the memory's bandwidth before each.
 
     Args:
         context: The cell's context.
@@ -56,7 +63,8 @@ def time_prompt(context: Context, prompt: Prompt, rounds: int) -> dict[str, Any]
         rounds: How often they take turns.
 
     Returns:
-        The milliseconds of each step by turn, and of each stage, as plain values.
+        The milliseconds of each step by turn, and of each stage, and the memory's bandwidth in
+        bytes a second, as plain values.
     """
     device = context.loaded.model.device
     load = OtherLoad(device)
@@ -64,6 +72,7 @@ def time_prompt(context: Context, prompt: Prompt, rounds: int) -> dict[str, Any]
     turn_ms: dict[str, list[list[float]]] = {"full": [], "method": []}
     stages: dict[str, list[float]] = {}
     cache_bytes: list[int] = []
+    probe, bandwidths = MemoryProbe(device), []
     new_tokens = rounds * per_round + 1
     decoder = decoder_after_question(context, prompt, new_tokens)
     # Every step decodes the same token, since only the time matters.
@@ -76,6 +85,8 @@ def time_prompt(context: Context, prompt: Prompt, rounds: int) -> dict[str, Any]
             turn_ms[name].append(_timed_steps(context, used, method, token, Observer()))
             if name == "method":
                 cache_bytes.append(used.cache.num_bytes)
+        probed = measure(probe.calls, trials=2, warmup=1, device=device)
+        bandwidths.append(probe.bandwidth(probed).ceiling_gb_s * 1e9)
         observer = StageTimes(device)
         if context.method.compacts:
             used = decoder_after_question(context, prompt, new_tokens)
@@ -100,7 +111,7 @@ def time_prompt(context: Context, prompt: Prompt, rounds: int) -> dict[str, Any]
         "cache_bytes": cache_bytes,
         "other_load": load.share(),
         "full_backend": getattr(context.full, "backend", None),
-        "bandwidth": context.bandwidth(),
+        "bandwidth": statistics.median(bandwidths),
     }
 
 
@@ -142,8 +153,8 @@ def speed_of(
     attention = sum(columns[f"{stage}_ms"] or 0.0 for stage in STAGES)
     if context.method.selects and "full" in stages:  # the layers that the policy keeps dense
         attention += statistics.median(stages["full"])
-    bandwidth = timed[0]["bandwidth"]
-    if bandwidth and attention:
+    bandwidth = statistics.median(one["bandwidth"] for one in timed)
+    if attention:
         columns["bandwidth_fraction"] = bytes_read / (attention * 1e-3) / bandwidth
     return columns
 

@@ -24,10 +24,6 @@ def no_progress(items: Sequence[Any], label: str) -> Iterable[Any]:
     return items
 
 
-def unknown_bandwidth() -> None:
-    """Return None: nothing is measured."""
-
-
 @dataclass
 class Context:
     """What a task needs to run one cell.
@@ -39,8 +35,6 @@ class Context:
         policy: Budget and rules, as configured.
         full: Full attention, the baseline for answers and time.
         full_answers: Full attention's answer tokens by sample id, as far as they are known.
-        bandwidth: Returns the machine's memory bandwidth in bytes per second, measured when first
-            called; None if unknown.
         track: Shows progress over a sequence.
         artifact: What the method has learned; None if it learns nothing or the task fits it.
     """
@@ -51,7 +45,6 @@ class Context:
     policy: Policy
     full: AnyMethod
     full_answers: dict[str, list[int]] = field(default_factory=dict)
-    bandwidth: Callable[[], float | None] = unknown_bandwidth
     track: Track = no_progress
     artifact: Artifact | None = None
 

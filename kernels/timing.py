@@ -370,7 +370,12 @@ def captured(function: Callable[[], T], device: torch.device) -> Callable[[], T]
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """A machine's measured memory bandwidth, in 1e9 bytes a second."""
+    """A machine's measured memory bandwidth, in 1e9 bytes a second.
+
+    Attributes:
+        read_gb_s: Bytes read per second.
+        copy_gb_s: Bytes read and written per second by a copy.
+    """
 
     read_gb_s: float
     copy_gb_s: float
@@ -381,27 +386,47 @@ class Bandwidth:
         return max(self.read_gb_s, self.copy_gb_s)
 
 
-def read_bandwidth(
-    device: torch.device | str = "cpu", num_bytes: int = _PROBE_BYTES, trials: int = 5
-) -> Bandwidth:
-    """Measure how fast torch reads (sums) and copies a buffer larger than any cache.
+class MemoryProbe:
+    """Reads (sums) and copies a buffer larger than any cache, to be timed in turn with other work.
+
+    A virtual machine's memory may be twice as fast in one second as in the next: a share of the
+    bandwidth is true only if both were measured in turn.
 
     Args:
         device: Device of the memory.
-        num_bytes: Size of the buffer; a copy needs two.
-        trials: Number of timed calls of each; the median is used.
+        num_bytes: Size of the buffer, 256 MiB by default; the copy needs another.
 
-    Returns:
-        Bytes read per second, and bytes read and written per second by a copy.
+    Attributes:
+        calls: The two functions, for `measure`.
     """
-    source = torch.ones(num_bytes // 4, device=device)
-    target = torch.empty_like(source)
-    timings = measure({"read": source.sum, "copy": lambda: target.copy_(source)}, trials, 2, device)
-    size = source.numel() * 4
-    return Bandwidth(
-        read_gb_s=size / timings["read"].p50_ms / 1e6,
-        copy_gb_s=2 * size / timings["copy"].p50_ms / 1e6,
-    )
+
+    def __init__(self, device: torch.device | str = "cpu", num_bytes: int | None = None) -> None:
+        source = torch.ones((num_bytes or _PROBE_BYTES) // 4, device=device)
+        target = torch.empty_like(source)
+        self._num_bytes = source.numel() * 4
+        self.calls: dict[str, Callable[[], object]] = {
+            "memory read": source.sum,
+            "memory copy": lambda: target.copy_(source),
+        }
+
+    def bandwidth(self, timings: Mapping[str, Timing]) -> Bandwidth:
+        """Return the bandwidth in the trials in which ``calls`` took these times."""
+        read, copy = (timings[name].p50_ms for name in self.calls)
+        return Bandwidth(self._num_bytes / read / 1e6, 2 * self._num_bytes / copy / 1e6)
+
+
+def read_bandwidth(
+    device: torch.device | str = "cpu", num_bytes: int | None = None, trials: int = 5
+) -> Bandwidth:
+    """Measure how fast torch reads and copies a buffer larger than any cache, see `MemoryProbe`.
+
+    Args:
+        device: Device of the memory.
+        num_bytes: Size of the buffer, 256 MiB by default; the copy needs another.
+        trials: Number of timed calls of each; the median is used.
+    """
+    probe = MemoryProbe(device, num_bytes)
+    return probe.bandwidth(measure(probe.calls, trials, 2, device))
 
 
 def cache_emptier(device: torch.device | str) -> Callable[[], object]:

@@ -233,9 +233,7 @@ class DecodeLatency(Task):
             return skipped
         method, policy = self._acting(context, n)
         layer = Layer(method, policy, states, *position)
-        values, status, reason = time_layer(
-            layer, context.full, geometry, self.trials, context.bandwidth()
-        )
+        values, status, reason = time_layer(layer, context.full, geometry, self.trials)
         return TaskRow(name, {**columns, **values, "kv_len": n}, status, reason)
 
     def _dtype(self, context: Context) -> torch.dtype:

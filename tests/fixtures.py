@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import __version__ as transformers_version
 
 from topkbench.harness.main import make_method as method_of
+from topkbench.kernels import timing
 from topkbench.kernels.channel_score.api import channel_score
 from topkbench.kernels.code_score.api import code_score
 from topkbench.kernels.group_softmax.api import group_softmax
@@ -103,6 +104,14 @@ def make(name: str, fit: bool = True, **overrides: Any) -> AnyMethod:
             FITTED[str(spec)] = learned
         method.load_artifact(learned)
     return method
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_probe() -> Iterator[None]:
+    """Let the memory's bandwidth be measured with 1 MiB: 256 take as long as many a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "_PROBE_BYTES", 2**20)
+        yield
 
 
 class Server:

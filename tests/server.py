@@ -4,7 +4,7 @@ Each line of its input is a job in JSON: ``script``, ``arguments``, ``cwd``, ``e
 (code that runs first), ``figures`` (whether a report's figures are drawn; else their files are
 empty), and the files ``out``, ``err`` and ``forwards`` (a line for each prompt that is prefilled).
 It prints the process id when the process has begun, and its exit status when it has ended. A job
-times fewer steps than a user's command.
+times fewer steps and reads less memory than a user's command.
 """
 
 import gc
@@ -33,8 +33,8 @@ from topkbench.analysis import style  # noqa: E402
 from topkbench.analysis.figures import plots  # noqa: E402
 from topkbench.harness import runner, speed  # noqa: E402
 from topkbench.harness.main import CONF  # noqa: E402
-from topkbench.harness.run import bandwidth  # noqa: E402
 from topkbench.harness.sources import ROOT, code_digest  # noqa: E402
+from topkbench.kernels import timing  # noqa: E402
 from topkbench.models.load import load_model  # noqa: E402
 from topkbench.models.prefill_store import PrefillStore  # noqa: E402
 
@@ -51,7 +51,6 @@ def prepare() -> None:
     for name in modules:
         importlib.import_module(name)
     code_digest(["topkbench.harness.run", *modules])
-    bandwidth("cpu")
     style.shipped()
     with plt.rc_context(style.RC_PARAMS), tempfile.TemporaryDirectory() as folder:
         figure = plt.Figure()
@@ -87,6 +86,7 @@ def run(job: dict[str, Any]) -> NoReturn:
 
     PrefillStore.compute_states = counted
     speed.WARM_UP_STEPS, speed.TIMED_STEPS = 1, 2
+    timing._PROBE_BYTES = 2**20
     runner.load_warning = lambda: None  # what is printed does not depend on other processes
     if not job["figures"]:
         plots.save = save_nothing

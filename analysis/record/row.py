@@ -548,7 +548,10 @@ class Row:
         minor=True,
         tracked=True,
     )
-    """Achieved divided by measured memory bandwidth; above 1 only if the states fit in a cache."""
+    """Achieved divided by measured memory bandwidth; above 1 only if the states fit in a cache.
+
+    Both are measured in turn; older code measured the latter once a process.
+    """
     bandwidth_gb_s: float | None = column(pooled="mean")
     """Measured memory bandwidth, 1e9 bytes a second: the denominator of ``bandwidth_fraction``."""
 

@@ -313,7 +313,9 @@ BAD = {
     ),
     "protocol.dense_layers=first": "protocol.dense_layers must be a number, a list, or a slice",
     "protocol.dense_layers=[0,0]": "protocol.dense_layers must list each value once, got 0 twice.",
-    "protocol.dense_layers=[]": "protocol.dense_layers must list at least one layer, got []; 0 is for none.",
+    "protocol.dense_layers=[]": (
+        "protocol.dense_layers must list at least one layer, got []; 0 is for none."
+    ),
     "protocol.dense_layers=[4]": "protocol.dense_layers must lie between 0 and 3, got 4.",
     "protocol.dense_layers=-1": "protocol.dense_layers must be at least 0, got -1.",
     "protocol.head_scope=head": "protocol.head_scope must be one of kv_head, query_head, got",

