@@ -381,8 +381,10 @@ def time_layer(
     sdpa = timed["sdpa"].turns if "sdpa" in timed else None
     values |= speed_columns(step.turns, turns, load.share(), sdpa)
     probe = MemoryProbe(device)
+    # Full attention stands before the method as above: torch's threads, which copy the memory, keep
+    # their processors busy for some time after they are done.
     in_turn = measure(
-        {**probe.calls, "method": steps["method"]},
+        {**probe.calls, **{name: steps[name] for name in ("full", "method")}},
         trials=trials,
         device=device,
         cuda_graph=cuda_graph,
