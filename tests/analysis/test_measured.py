@@ -333,6 +333,23 @@ def test_the_whole_models_in_docs_are_the_measured_ones() -> None:
             )
 
 
+def test_the_shares_of_the_bandwidth_in_docs_are_those_measured_in_turn() -> None:
+    data = rows(ZEN4 / "in_turn.csv").sort_values("p_round")
+    assert (data["status"] == "ok").all()
+    text = (ROOT / "docs" / "speed.md").read_text()
+    block = text[text.index("| Method | dtype | Speed-up |") :].split("\n\n")[0].splitlines()
+    wanted = [(one, dtype) for one in ("hata", "quest") for dtype in ("float32", "bfloat16")]
+    for line, (method, dtype) in zip(block[2:], wanted, strict=True):
+        own = data[data["method"].eq(method) & data["p_dtype"].eq(dtype)]
+        assert len(own) == 3
+        shares = zip(own["bandwidth_fraction"], own["bandwidth_gb_s"], strict=True)
+        assert numbers(line)[1:] == [
+            dtype,
+            ", ".join(f"{one:.1f}×" for one in own["speedup_vs_full"]),
+            ", ".join(f"{share:.0%} of {speed:.0f} GB/s" for share, speed in shares),
+        ]
+
+
 def test_the_changes_in_docs_are_the_measured_ones() -> None:
     data = rows(ZEN4 / "changes.csv")
     text = (ROOT / "docs" / "speed.md").read_text()
