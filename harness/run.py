@@ -186,7 +186,7 @@ class Run:
             artifact_code=self._artifact_code(),
             model_digest=self.payload["model"].get("digest"),
             code_digest=self.code,
-            config_digest=identity(without_seeds(self.payload)),
+            config_digest=identity(comparable(self.payload)),
             full_run_id=full_run_id,
             prompts=self.prompts,
             **self.task.sample_counts("mean"),
@@ -313,11 +313,14 @@ def implementations(chosen: dict[str, str]) -> str:
     return common + (f", {chosen[others[0]]}: {' '.join(others)}" if others else "")
 
 
-def without_seeds(payload: dict[str, Any]) -> dict[str, Any]:
-    """Return a payload without its seeds and what was drawn or fitted with them."""
-    drawn = {"seed", "inputs", "artifact"}
+def comparable(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return a payload without its seeds, what was drawn or fitted with them, and its sub-tasks.
+
+    Cells that differ in no more are pooled, or parts of one sweep.
+    """
+    left_out = {"seed", "inputs", "artifact", "subtasks"}
     return {
-        part: {name: value for name, value in settings.items() if name not in drawn}
+        part: {name: value for name, value in settings.items() if name not in left_out}
         if isinstance(settings, dict)
         else settings
         for part, settings in payload.items()

@@ -1,7 +1,8 @@
 """Pool the rows of a sweep into configurations and pair each with full attention.
 
-Cells that differ only in their seed belong to one configuration. Cells of different machines, or
-two cells of one seed, never share one.
+Cells that differ only in their seed belong to one configuration, and cells that differ only in
+their sub-tasks, of which they share none: a sweep that was measured in parts. Cells of different
+machines, or two cells of one seed and sub-task, never share one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +69,7 @@ _OF_SAMPLES = (
     *("generated_tokens", "generated_delta", "cut_off_share", "cut_off_delta"),
 )
 """What is a mean over samples, as far as an interval is not over windows or seeds."""
+_COUNTS = ("judged_prompts", "judged_tokens", "timed_prompts", "scored_tokens")
 _SCORES = (
     *_OF_SAMPLES,
     *(end for name in _OF_SAMPLES for end in ends_of(name) if end in DECLARED),
@@ -225,9 +228,12 @@ def compare(
                 pools[name] = pool
             except ValueError as error:
                 notes.append(f"{key['method']} (k={key['k']}) is not paired: {error}")
-        by_subtask: dict[str, list[dict[str, Any]]] = {}
+        by_subtask: dict[str, list[Mapping[str, Any]]] = {}
         for one in cells:
             by_subtask.setdefault(one["subtask"], []).append(one)
+        if stats.MEAN in by_subtask:
+            del by_subtask[stats.MEAN]  # it comes last
+            by_subtask[stats.MEAN] = _one_mean_per_seed(cells)
         for subtask, part in by_subtask.items():
             # Samples of older files do not say how long answers are.
             own = dict.fromkeys(_SCORES) | (scores.get(subtask) or _own_scores(part))
@@ -235,6 +241,7 @@ def compare(
             records.append({**known, **key, "subtask": subtask, **own, **_metrics(part)})
     configurations = _labelled(pd.DataFrame.from_records(records), parameters)
     configurations["n"] = _count(configurations, pools)
+    notes += _unequal_means(configurations)
     configurations["best"] = _best(configurations, pools if resampled else {})
     return Comparison(data, _sorted(configurations), notes, pools)
 
@@ -394,6 +401,27 @@ def _without_samples(rows: pd.DataFrame, outcomes: pd.DataFrame) -> list[str]:
     ]
 
 
+def _unequal_means(configurations: pd.DataFrame) -> list[str]:
+    """Return a sentence for each setting in which means are over different sub-tasks."""
+    notes = []
+    means = configurations.loc[configurations["subtask"] == stats.MEAN, "configuration_id"]
+    named = configurations[configurations["configuration_id"].isin(means)]
+    for _, part in _groups(named[named["subtask"] != stats.MEAN], (*_OF_ALL_LENGTHS, "length")):
+        own = part.groupby("configuration_id", sort=False)["subtask"].agg(frozenset)
+        every = frozenset(part["subtask"])
+        labels = dict(zip(part["configuration_id"], part["label"], strict=True))
+        lacking: dict[str, list[str]] = {}
+        for name, subtasks in own.items():
+            if subtasks != every:
+                lacking.setdefault(", ".join(sorted(every - subtasks)), []).append(labels[name])
+        for missing, names in lacking.items():
+            shown = ", ".join(dict.fromkeys(names))
+            notes.append(
+                f"Means of {shown} are not over the others' sub-tasks: {missing} is missing."
+            )
+    return notes
+
+
 def _other_threads(rows: pd.DataFrame) -> list[str]:
     """Return a sentence if full attention was run with another number of threads than a method."""
     full = rows["method"].eq("full") & rows["score"].notna()
@@ -414,20 +442,60 @@ def _other_threads(rows: pd.DataFrame) -> list[str]:
 def _repeats(rows: pd.DataFrame, parameters: list[str]) -> pd.Series:
     """Return what tells apart the cells of a configuration that has several per seed, else None.
 
-    That is the artifact that each used, or the run where they used none or the same one.
+    That is the artifact that each used, or the run where they used none or the same one. Cells that
+    share no sub-task are no repeats but parts.
     """
     names = pd.Series(None, index=rows.index, dtype=object)
     known = [name for name in _CONFIGURATION if name != "repeat"]
-    columns = (*SETTING, *known, *parameters, "seed", "subtask", "context")
-    artifacts = rows[["run_id", "artifact_digest"]]
+    columns = (*SETTING, *known, *parameters, "seed", "context")
+    cells = rows[["run_id", "artifact_digest", "subtask"]]
     for _, places in _places(rows, columns):
-        part = artifacts.iloc[places] if len(places) > 1 else artifacts[:0]
-        if part["run_id"].nunique() > 1:
-            digests = part["artifact_digest"]
+        part = cells.iloc[places] if len(places) > 1 else cells[:0]
+        if part["run_id"].nunique() > 1 and not _are_parts(part):
+            digests = part.drop_duplicates("run_id")["artifact_digest"]
             fitted_apart = digests.notna().all() and digests.is_unique
-            word, ids = ("artifact", digests) if fitted_apart else ("run", part["run_id"])
-            names[part.index] = [f"{word} {str(one)[:8]}" for one in ids]
+            word, name = ("artifact", "artifact_digest") if fitted_apart else ("run", "run_id")
+            names[part.index] = [f"{word} {str(one)[:8]}" for one in part[name]]
     return names
+
+
+def _are_parts(rows: pd.DataFrame) -> bool:
+    """Return whether the cells of rows share no sub-task, and each has one."""
+    own = rows[rows["subtask"] != stats.MEAN]
+    return set(own["run_id"]) == set(rows["run_id"]) and not own.duplicated("subtask").any()
+
+
+def _one_mean_per_seed(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the mean rows of a configuration, those of one seed's parts as one row.
+
+    It gives each sub-task the same weight, as a cell's mean does. Intervals of scores and of
+    windows need the samples, and are missing in it.
+    """
+    of_seeds: dict[Any, list[Mapping[str, Any]]] = {}
+    for one in cells:
+        if one["subtask"] == stats.MEAN:
+            of_seeds.setdefault(None if pd.isna(one["seed"]) else one["seed"], []).append(one)
+    sizes = Counter(one["run_id"] for one in cells if one["subtask"] != stats.MEAN)
+    return [
+        part[0] if len(part) == 1 else _pooled(part, [sizes[one["run_id"]] for one in part])
+        for part in of_seeds.values()
+    ]
+
+
+def _pooled(part: Sequence[Mapping[str, Any]], weights: Sequence[int]) -> dict[str, Any]:
+    """Return one row for the mean rows of several parts, weighted."""
+    row: dict[str, Any] = {**part[0], **dict.fromkeys((*_SCORES, *_ENDS, *_RATIO_ENDS))}
+    for name in (*_MEANS, *_MEDIANS, *_OF_SAMPLES, "kv_len"):
+        values = _numbers(part, name)
+        row[name] = float((values * weights).sum(skipna=False)) / sum(weights)
+    for name in (*_COUNTS, "num_samples"):
+        counts = _present(part, name)
+        row[name] = sum(counts) if len(counts) == len(part) else None
+    low, high = (_present(part, end) for end in ends_of("speedup_vs_full"))
+    if len(low) == len(high) == len(part):
+        row["speedup_ci_low"], row["speedup_ci_high"] = min(low), max(high)
+    row["timing_note"] = "; ".join(dict.fromkeys(_present(part, "timing_note"))) or None
+    return row
 
 
 def _with_seed(samples: pd.DataFrame | None, rows: pd.DataFrame) -> pd.DataFrame:
@@ -452,7 +520,7 @@ def once(outcomes: pd.DataFrame) -> pd.DataFrame:
 def _full_samples(
     cells: Sequence[Mapping[str, Any]], full_cells: pd.DataFrame, outcomes: pd.DataFrame
 ) -> pd.DataFrame | None:
-    """Return full attention's samples for each seed of a configuration.
+    """Return full attention's samples for each cell of a configuration.
 
     They are those of the cell that the row names as its reference. If that cell is not among the
     rows, as after a merge, they are those of the cell that answered most of the same prompts,
@@ -464,11 +532,11 @@ def _full_samples(
         outcomes: All samples.
     """
     chosen: list[str] = []
-    of_seeds: dict[int | None, Mapping[str, Any]] = {}
+    of_runs: dict[str, Mapping[str, Any]] = {}  # of each seed and part
     for one in cells:
-        of_seeds.setdefault(None if pd.isna(one["seed"]) else one["seed"], one)
+        of_runs.setdefault(one["run_id"], one)
     recorded = set(full_cells["run_id"])
-    for first in of_seeds.values():
+    for first in of_runs.values():
         if first["full_run_id"] in recorded:
             chosen.append(str(first["full_run_id"]))
             continue
@@ -544,7 +612,7 @@ def _metrics(part: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     kv_len = _number(_numbers(part, "kv_len").mean())
     # Each seed draws its own prompts, but those of a file are the same under each.
     from_files = same_under_each_seed(part[0]["prompts"])
-    for name in ("judged_prompts", "judged_tokens", "timed_prompts", "scored_tokens"):
+    for name in _COUNTS:
         counts = _present(part, name)
         number = max(counts, default=0) if from_files else sum(counts)
         values[name] = None if len(counts) < len(part) else int(number)
@@ -633,6 +701,7 @@ def _labelled(configurations: pd.DataFrame, parameters: list[str]) -> pd.DataFra
             [*SETTING, "method", "k", "rbit", "kv_len", "batch_size", "subtask", "variant"],
             keep=False,
         )
+        same = same.groupby(configurations["configuration_id"]).transform("any")
         for index in configurations.index[same & configurations[name].notna()]:
             apart = form.format(configurations.at[index, name])
             before = str(configurations.at[index, "variant"])

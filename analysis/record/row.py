@@ -620,7 +620,8 @@ class Row:
     artifact_digest: str | None = None
     """Digest of the method's artifact; None for a method that learns nothing."""
     config_digest: str | None = None
-    """Digest of the configuration without its seeds: cells that share it differ only by seed."""
+    """Digest of the configuration without its seeds and sub-tasks: cells that share it differ in
+    these alone."""
     full_run_id: str | None = None
     """Identity of the full-attention cell that the differences refer to; None if there is none."""
 

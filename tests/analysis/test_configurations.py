@@ -186,6 +186,84 @@ def test_runs_that_learn_nothing_are_told_apart_as_runs(row: RowMaker) -> None:
     ]
 
 
+SUBTASKS = {"niah": [100.0, 0.0, 100.0], "vt": [0.0, 50.0], "cwe": [100.0]}
+RECALLS = {"niah": 0.25, "vt": 0.5, "cwe": 0.75}
+
+
+def cell(row: RowMaker, run_id: str, subtasks: list[str], **named: Any) -> list[Row]:
+    """Return the rows of a cell on some sub-tasks, with their mean."""
+    quality: dict[str, Any] = {"judged_prompts": 2, "num_samples": 3, "task": "ruler"}
+    rows = [
+        row(run_id=run_id, subtask=name, recall_at_k=RECALLS[name], **quality, **named)
+        for name in subtasks
+    ]
+    mean = sum(RECALLS[name] for name in subtasks) / len(subtasks)
+    quality |= {name: quality[name] * len(subtasks) for name in ("judged_prompts", "num_samples")}
+    return [*rows, row(run_id=run_id, subtask="mean", recall_at_k=mean, **quality, **named)]
+
+
+def answered(run_id: str, subtasks: list[str], offset: float = 0.0) -> pd.DataFrame:
+    every = [
+        samples(run_id, [max(one - offset, 0.0) for one in SUBTASKS[name]], name)
+        for name in subtasks
+    ]
+    return pd.concat(every)
+
+
+def test_the_parts_of_a_sweep_are_compared_as_the_whole_is(row: RowMaker) -> None:
+    """Two sub-tasks in one command and the third in another, as where each takes an hour."""
+    methods: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("f", {}),
+        ("a", {"method": "quest", "k": 64, "config_digest": "c" * 16}),
+    )
+    parts = (["niah", "vt"], ["cwe"])
+    whole, apart = [], []
+    outcomes = []
+    for letter, named in methods:
+        offset = 0.0 if letter == "f" else 50.0
+        whole += cell(row, letter * 16, list(SUBTASKS), **named)
+        outcomes.append(answered(letter * 16, list(SUBTASKS), offset))
+        for number, subtasks in enumerate(parts):
+            run_id = f"{letter}{number}" * 8
+            full = {} if letter == "f" else {"full_run_id": f"f{number}" * 8}
+            apart += cell(row, run_id, subtasks, **named, **full)
+            outcomes.append(answered(run_id, subtasks, offset))
+    pooled, one = (
+        compare(frame(rows), pd.concat(outcomes)).configurations.drop(
+            columns=["run_ids", "cells", "full_run_id"], errors="ignore"
+        )
+        for rows in (apart, whole)
+    )
+    assert len(one) == 8
+    pd.testing.assert_frame_equal(pooled, one)
+    mean = pooled[(pooled["method"] == "quest") & (pooled["subtask"] == "mean")].iloc[0]
+    assert (mean["recall_at_k"], mean["judged_prompts"], mean["n"]) == (0.5, 6, 6)
+    # Without samples the mean has no interval.
+    bare = compare(frame(apart)).overall
+    assert list(bare["recall_at_k"]) == [0.5, 0.5]
+    assert bare["score_ci_low"].isna().all()
+
+
+def test_means_over_other_subtasks_are_named(row: RowMaker) -> None:
+    rows = [
+        *cell(row, "f" * 16, ["niah", "vt"]),
+        *cell(row, "a" * 16, ["niah"], method="quest", k=64),
+        *cell(row, "b" * 16, ["niah", "vt"], method="loki", k=64),
+    ]
+    (note,) = [one for one in compare(frame(rows)).notes if "Means" in one]
+    assert note == "Means of Quest are not over the others' sub-tasks: vt is missing."
+
+
+def test_cells_that_share_a_subtask_are_no_parts(row: RowMaker) -> None:
+    rows = [
+        *cell(row, "1" * 16, ["niah", "vt"], method="quest", k=64),
+        *cell(row, "2" * 16, ["vt", "cwe"], method="quest", k=64),
+    ]
+    found = compare(frame(rows)).configurations
+    assert set(found["label"]) == {"Quest (run 11111111)", "Quest (run 22222222)"}
+    assert found.groupby("label").size().to_list() == [3, 3]
+
+
 def test_a_cell_is_paired_with_the_full_attention_that_answered_its_prompts(row: RowMaker) -> None:
     """Full attention may have run twice, once on other sub-tasks with more samples."""
     rows = frame(
