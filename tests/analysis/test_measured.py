@@ -257,6 +257,29 @@ def test_the_page_on_hata_shows_the_measured_ladder_of_the_real_model() -> None:
     }
 
 
+def test_the_page_on_hata_shows_what_was_measured_in_all_layers_of_the_real_model() -> None:
+    data = rows(MEASURED / "epyc_zen4_ladder" / "real_ladder_all_layers.csv")
+    data = data[data["subtask"].eq(MEAN) & data["k"].eq(64)]
+    found: dict[str, list[float]] = {}
+    for name, *cells in hata_page("| Hash, all 30 layers |"):
+        weights, recipe, centred, _ = VARIANTS[name]
+        own = data[data["p_weights"].eq(weights)]
+        own = own[own["p_centre_keys"].astype(str).eq(str(centred))]
+        own = own[own["p_recipe"].eq(recipe or "published")].sort_values(["task", "rbit"])
+        assert cells == [METRICS["recall_at_k"].text(one) for one in own["recall_at_k"]]
+        found[name] = list(own["recall_at_k"])
+    page = (ROOT / "docs" / "hata.md").read_text(encoding="utf-8")
+    plain, centred, published, ranking = found.values()
+    for better, worse, words in (
+        (published, plain, "by {} and {} on prompts and by {} and {} on prose over"),
+        (centred, plain, "centring changes it by {} and {}, and {} and {}."),
+    ):
+        gains = [f"{one - other:+.3f}" for one, other in zip(better, worse, strict=True)]
+        assert words.format(*gains) in page
+    gains = [f"{ranking[place] - published[place + 1]:.3f}" for place in (0, 2)]
+    assert "by ranking find {} and {} more than 128".format(*gains) in page
+
+
 def test_the_latencies_in_docs_are_the_measured_ones() -> None:
     data = rows(MEASURED / "epyc_2_threads" / "layer_latency.csv")
     text = (ROOT / "docs" / "speed.md").read_text()
@@ -507,6 +530,7 @@ VARIANTS = {
     "Learned as published, key norms": ("trained", "published", False, True),
     "Learned, ranking": ("trained", "ranking", False, False),
     "Learned, ranking, key norms": ("trained", "ranking", False, True),
+    "Learned, ranking, centred keys": ("trained", "ranking", True, False),
 }
 
 
