@@ -281,6 +281,40 @@ def test_the_page_on_hata_shows_what_was_measured_in_all_layers_of_the_real_mode
     assert "by ranking find {} and {} more than 128".format(*gains) in page
 
 
+def test_why_learning_changes_little_is_as_measured() -> None:
+    folder = MEASURED / "epyc_zen4_ladder" / "gradients"
+    found = [pd.read_csv(folder / f"{name}.csv") for name in ("text", "ruler_words")]
+    assert [len(one) for one in found] == [24, 24]
+    columns = (
+        *(
+            f"{term}_gaussian_{keys}"
+            for term, keys in (("similarity", "all"), ("similarity", "no_sink"))
+        ),
+        *("balance_gaussian_all", "decorrelation_gaussian_all"),
+        *(f"similarity_orthonormal_{keys}" for keys in ("all", "no_sink")),
+        *("balance_orthonormal_all", "decorrelation_orthonormal_all"),
+        *("sink_attention", "mean_share", "directions", "imbalance", "imbalance_centred"),
+    )
+    means = [one[list(columns)].mean() for one in found]
+    for line, column in zip(hata_page("| Means over 8 layers"), columns, strict=True):
+        digits = len(line[1].partition(".")[2])
+        assert line[1:] == [f"{one[column]:.{digits}f}" for one in means]
+    page = (ROOT / "docs" / "hata.md").read_text(encoding="utf-8")
+    ratios = [
+        f"{one[f'decorrelation_{at}_all'] / one[f'similarity_{at}_all']:.0f}"
+        for at in ("gaussian", "orthonormal")
+        for one in means
+    ]
+    assert "pulls {} and {} times as strongly".format(*ratios[:2]) in page
+    assert "still {} and {} times at an orthonormal".format(*ratios[2:]) in page
+    changes = [
+        abs(one[f"similarity_{at}_no_sink"] / one[f"similarity_{at}_all"] - 1)
+        for at in ("gaussian", "orthonormal")
+        for one in means
+    ]
+    assert f"changes by at most {100 * max(changes):.0f}%" in page
+
+
 def test_the_latencies_in_docs_are_the_measured_ones() -> None:
     data = rows(MEASURED / "epyc_2_threads" / "layer_latency.csv")
     text = (ROOT / "docs" / "speed.md").read_text()
