@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -245,6 +246,7 @@ def environment(loaded: LoadedModel) -> dict[str, Any]:
         "device": machine_name(loaded.model.device),
         "threads": torch.get_num_threads(),
         "huge_pages": has_huge_pages(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "driver": versions()["driver"],
         **libraries(),
     }

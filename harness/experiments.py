@@ -13,6 +13,7 @@ time to build an index is not reported.
 """
 
 import csv
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -124,6 +125,7 @@ def run(experiment: Experiment, conditions: Conditions) -> list[dict[str, Any]]:
         "device": machine_name(device),
         **{name: found for name, found in versions().items() if name not in ("python", "cuda")},
         "huge_pages": has_huge_pages(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "p_dtype": str(conditions.dtype).removeprefix("torch."),
         **commit_of(Path(__file__).resolve().parents[1], None),
     }

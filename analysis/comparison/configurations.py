@@ -305,6 +305,9 @@ def _mixed(rows: pd.DataFrame) -> list[str]:
         if len(found) > 1:
             shown = ", ".join(one[:12] if column == "git_commit" else one for one in found)
             notes.append(f"These rows mix {word}: {shown}.")
+    policies = sorted(rows["omp_wait_policy"].fillna("not set").unique())
+    if len(policies) > 1 and rows["decode_ms_p50"].notna().any():
+        notes.append(f"These rows mix values of OMP_WAIT_POLICY: {', '.join(policies)}.")
     for column, word in (("code_digest", "the code of"), ("model_digest", "the files of model")):
         kind = ["task", "method"] if column == "code_digest" else ["model"]
         several = rows.groupby(kind)[column].nunique()

@@ -591,6 +591,8 @@ class Row:
     """Threads that torch used on a CPU."""
     huge_pages: bool | None = None
     """Whether large tensors on a CPU were in huge pages."""
+    omp_wait_policy: str | None = None
+    """The environment's OMP_WAIT_POLICY, on which times of short steps depend; None if not set."""
     numba: str | None = None
     """Version of numba."""
     triton: str | None = None

@@ -184,6 +184,7 @@ def environment_table(rows: pd.DataFrame) -> Table:
         "device": "Machine",
         "threads": "Threads",
         "huge_pages": "Huge pages",
+        "omp_wait_policy": "OMP_WAIT_POLICY",
         "driver": "Driver",
         "clock_mhz": "Clock (MHz)",
         "git_commit": "Commit",

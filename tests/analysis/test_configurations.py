@@ -52,6 +52,13 @@ def trio(row: RowMaker) -> tuple[pd.DataFrame, pd.DataFrame]:
     return rows, outcomes
 
 
+def test_rows_timed_with_other_waits_are_said_to_be(row: RowMaker) -> None:
+    usual, passive = row(decode_ms_p50=2.0), row(run_id="p" * 16, omp_wait_policy="passive")
+    assert compare(frame([usual])).notes == []
+    (note,) = [one for one in compare(frame([usual, passive])).notes if "OMP" in one]
+    assert note == "These rows mix values of OMP_WAIT_POLICY: not set, passive."
+
+
 def test_lines_left_out_and_samples_that_files_lack_are_said(row: Callable[..., Row]) -> None:
     rows = [
         row(run_id=run_id, method=method, subtask=subtask, prompts="RULER 01ab (raw)", **numbers)

@@ -103,7 +103,8 @@ sdpa_ms_p50 speedup_vs_sdpa sdpa_ci_low sdpa_ci_high
 other_load timing_note
 bandwidth_fraction bandwidth_gb_s
 fit_s loss_first loss_last calibration artifact_path
-device clock_mhz driver torch threads huge_pages numba triton transformers tokenizers numpy
+device clock_mhz driver torch threads huge_pages omp_wait_policy
+numba triton transformers tokenizers numpy
 git_commit git_dirty started_at code_digest model_digest reused artifact_code artifact_digest
 config_digest full_run_id
 """
