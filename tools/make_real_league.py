@@ -1,9 +1,9 @@
-"""Write ``docs/real_league.md`` and its figure: every method on SmolLM2, from measured rows.
+"""Write ``docs/real_league.md``, its figure and README's table: every method on SmolLM2.
 
 python tools/make_real_league.py
 
 The parts of ``experiment=real_league`` are files in ``analysis/measured/epyc_zen4_league``: a
-sub-task each under the unified protocol and under the native one, and the loss on text.
+sub-task each, and the loss on text.
 """
 
 import functools
@@ -20,15 +20,18 @@ if __name__ == "__main__":  # lets the script run without installing the package
 
 from topkbench.analysis.comparison.configurations import Comparison, compare  # noqa: E402
 from topkbench.analysis.comparison.metrics import METRICS  # noqa: E402
-from topkbench.analysis.comparison.stats import MEAN  # noqa: E402
+from topkbench.analysis.comparison.stats import MEAN, pair, paired_interval  # noqa: E402
+from topkbench.analysis.figures.pareto import FRONT_WORDS, OVERLAP_WORDS  # noqa: E402
 from topkbench.analysis.figures.plots import draw_all  # noqa: E402
 from topkbench.analysis.report.build import load  # noqa: E402
 from topkbench.analysis.tables.overview import subtask_table  # noqa: E402
 from topkbench.analysis.tables.table import Table, with_interval  # noqa: E402
+from topkbench.tools.readme import with_table  # noqa: E402
 
 FOLDER = ROOT / "analysis" / "measured" / "epyc_zen4_league"
 SUBTASKS = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multivalue")
 BUDGETS = (64, 256)
+README = ROOT / "README.md"
 FIGURE = "real_league.png"
 HATA = {  # what tells the variants of hata apart in the rows
     ("trained", "published"): "HATA as published",
@@ -40,18 +43,19 @@ TEXT = """# Every method on SmolLM2
 Made by `python tools/make_real_league.py` from [these rows](../{folder}/README.md), which name the
 machine, commits and commands. SmolLM2-135M-Instruct in 4 bits, 4,096 tokens, the question decoded
 with the method (`python run.py experiment=real_league`, and `real_league_perplexity`). Scores are
-means over four sub-tasks of RULER with 8 samples each, those that the model answers with full
-attention: a needle in repeated sentences (`niah_single_1`) and in prose (`niah_single_2`), a long
-one in prose (`niah_single_3`), and four values of one key (`niah_multivalue`). The loss on text is
-that of 8 windows, over full attention's. Unified: the first two of 30 layers are dense for every
-method, and all keep the same sinks and recents. Native: each as its paper has it. All learned
-weights are of 7 texts of 4,096 tokens, HATA's of 128 bits, one seed. Brackets are 95% intervals.
+means over four sub-tasks of RULER with 8 samples each: a needle in repeated sentences
+(`niah_single_1`) and in prose (`niah_single_2`), a long one in prose (`niah_single_3`), and four
+values of one key (`niah_multivalue`); the model answers the other sub-tasks hardly at all with full
+attention. The loss on text is that of 8 windows, over full attention's. The first two of 30 layers
+are dense for every method (`protocol=unified`), and all keep the same sinks and recents. All
+learned weights are of 7 texts of 4,096 tokens, HATA's of 128 bits, one seed. Brackets are 95%
+intervals.
 
 {table}
 
-– Not measured or not defined: full attention has no budget.
-
 ![Score against bytes read for each token, four sub-tasks, unified protocol]({figure})
+
+{front} {overlap}
 
 {read}
 
@@ -59,9 +63,22 @@ weights are of 7 texts of 4,096 tokens, HATA's of 128 bits, one seed. Brackets a
 
 {subtasks}
 
-{notes}
+Bold: the best score of a budget and those that are not significantly below it, where any is.
 """
-READ = ""
+READ = """To read it:
+
+- **With {small} of 4,096 tokens no method answers all that full attention answers**, the exact
+  top-k included. With {large}, the interval of the difference to full attention excludes 0 for
+  {below}; it does not for {level}.
+- **Finding more of the exact top-k is not answering more.** HATA's ranking recipe finds {recall}
+  of the exact top {large} and its orthonormal projection {plain_recall}; the orthonormal
+  projection's score is {fewer} points higher at `k={small}` and {fewer_large} at `k={large}`,
+  which 32 answers do not tell from nothing. On text it is the other way round: there only {better}
+  predict better than the ranking recipe at `k={small}`.
+- **Methods that drop tokens before the question is known** (SnapKV, H2O, SpAtten) answer next to
+  nothing: the question is decoded with the method.
+- Of two methods next to one another, 32 answers do not tell which is better.
+"""
 
 
 @functools.cache
@@ -89,18 +106,22 @@ def means(compared: Comparison, k: int) -> dict[str, pd.DataFrame]:
     return {name_of(one): kept.loc[[index]] for index, one in kept.iterrows()}
 
 
-def league() -> Table:
-    """Return the page's first table, ranked by the score at the larger budget."""
+def league(short: bool = False) -> Table:
+    """Return the page's first table, ranked by the score at the larger budget.
+
+    Args:
+        short: Leave out columns, as for README.
+    """
     unified = parts(*SUBTASKS)
-    native = parts(*(f"native_{name}" for name in SUBTASKS))
     text = parts("perplexity")
     columns = [
-        *((f"Unified, k={k}", means(unified, k), "score") for k in BUDGETS),
-        ("Native, k=256", means(native, 256), "score"),
-        *((f"Loss on text, k={k} (nats/token)", means(text, k), "delta_nll") for k in BUDGETS),
+        *((f"Score, k={k}", means(unified, k), "score") for k in BUDGETS),
+        *((f"Loss on text, k={k} (nats/token)", means(text, k), "nll_delta") for k in BUDGETS),
         ("Recall@256", means(unified, 256), "recall_at_k"),
         ("Read/step, k=256 (MiB)", means(unified, 256), "bytes_read_per_step"),
     ]
+    if short:
+        columns = [one for one in columns if one[2] != "recall_at_k"]
     first = means(unified, 256)
     scores = {name: float(one["score"].iloc[0]) for name, one in first.items()}
     ranked = sorted(scores, key=lambda name: (name != "Full attention", -scores[name]))
@@ -118,9 +139,49 @@ def cell_of(configuration: pd.DataFrame, column: str) -> str:
     """Return a number with its interval, if it has one."""
     if pd.isna(configuration[column].iloc[0]):
         return "–"
-    if column in ("score", "delta_nll"):
+    if column in ("score", "nll_delta"):
         return with_interval(configuration, column)[0]
     return METRICS[column].text(configuration[column].iloc[0])
+
+
+def read() -> str:
+    """Return what the tables say, in words."""
+    unified, text = parts(*SUBTASKS), parts("perplexity")
+    small, large = (means(unified, k) for k in BUDGETS)
+    methods = [name for name in large if name not in ("Full attention", "Random")]
+    below = [name for name in methods if large[name]["delta_ci_high"].iloc[0] < 0]
+    level = [name for name in methods if name not in below]
+    ranking, plain = HATA["trained", "ranking"], HATA["orthonormal", "published"]
+    losses = {name: float(one["nll_delta"].iloc[0]) for name, one in means(text, 64).items()}
+    ahead = [
+        name for name in sorted(methods, key=losses.__getitem__) if losses[name] < losses[ranking]
+    ]
+    return READ.format(
+        small=BUDGETS[0],
+        large=BUDGETS[1],
+        below=listed(below),
+        level=listed(level),
+        recall=METRICS["recall_at_k"].text(large[ranking]["recall_at_k"].iloc[0]),
+        plain_recall=METRICS["recall_at_k"].text(large[plain]["recall_at_k"].iloc[0]),
+        fewer=difference(small[plain], small[ranking]),
+        fewer_large=difference(large[plain], large[ranking]),
+        better=listed(ahead),
+    )
+
+
+def listed(names: list[str]) -> str:
+    """Return names as a list in a sentence; those with a comma of their own keep it in brackets."""
+    shown = [one.replace(", ", " (", 1) + ")" if ", " in one else one for one in names]
+    return f"{', '.join(shown[:-1])} and {shown[-1]}" if len(shown) > 1 else "".join(shown)
+
+
+def difference(one: pd.DataFrame, other: pd.DataFrame) -> str:
+    """Return the paired difference of two configurations' scores, with its interval."""
+    answers = parts(*SUBTASKS).answers
+    first, second = (answers[part["configuration_id"].iloc[0]] for part in (one, other))
+    pairs = pair(first, second)
+    found = paired_interval(pairs["score"], pairs["other"], pairs["subtask"])
+    return f"{found.estimate:.1f} [{found.low:.1f}, {found.high:.1f}]".replace("-", "−")
 
 
 def page() -> str:
@@ -136,20 +197,27 @@ def page() -> str:
         folder=FOLDER.relative_to(ROOT).as_posix(),
         table=league().markdown(),
         figure=FIGURE,
-        read=READ,
+        front=FRONT_WORDS,
+        overlap=OVERLAP_WORDS,
+        read=read(),
         subtasks=table.markdown(),
-        notes="\n\n".join(unified.notes),
     )
+
+
+def readme(text: str) -> str:
+    """Return README's text with the table between its marks."""
+    return with_table(text, "make_real_league.py", "league", league(short=True).markdown())
 
 
 def draw() -> None:
     """Draw the figure of score against cost, and copy it to ``docs/``."""
     with tempfile.TemporaryDirectory() as folder:
-        configurations = parts(*SUBTASKS).configurations
-        (figure,) = draw_all(configurations, Path(folder), "", only="score_vs_cost")
+        ((_, configurations),) = parts(*SUBTASKS).by_setting()
+        (figure,) = draw_all(configurations, Path(folder), "", only="score_vs_bytes")
         shutil.copy(figure.png, ROOT / "docs" / FIGURE)
 
 
 if __name__ == "__main__":
     (ROOT / "docs" / "real_league.md").write_text(page(), encoding="utf-8")
+    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")
     draw()

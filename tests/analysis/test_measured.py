@@ -64,38 +64,6 @@ def numbers(line: str) -> list[str]:
     return [cell.strip(" *`") for cell in line.strip().strip("|").split("|")]
 
 
-def test_the_readmes_table_has_the_measured_rows_of_the_real_model() -> None:
-    of_text = compare(rows(MEASURED / "epyc_zen3_1_thread" / "perplexity.csv")).overall
-    answers = compare(*load(MEASURED / "epyc_zen3_ruler" / "ruler_small.csv"))
-    (scores,) = [
-        answered_table(configurations, answers.answers)
-        for key, configurations in answers.by_setting()
-        if (key["question"], key["length"]) == ("sparse", 2048)
-    ]
-    assert scores is not None
-    labels = {"HATA, 128 bits": "HATA without centred keys, with key norms, with trained weights"}
-    score = {tuple(row[:2]): row[3] for row in scores.rows}
-    loss = {tuple(row[:2]): row for row in main_table(of_text).rows}
-    names = main_table(of_text).head
-    delta, read = names.index("Δ NLL (nats/token)"), names.index("Read/step (MiB)")
-    text = (ROOT / "README.md").read_text()
-    block = text[text.index("| Method | RULER, `k=256` |") :].splitlines()
-    found = [numbers(line) for line in block[2:8]]
-    assert [line[0] for line in found] == [
-        *("Full attention", "Exact top-k", "HATA, 128 bits", "Loki", "Quest", "StreamingLLM"),
-    ]
-    for name, *cells in found:
-        own, small, large = name.partition(",")[0], "64", "256"
-        if name == "Full attention":
-            small = large = "–"
-        assert cells == [
-            score[labels.get(name, name), large],
-            loss[own, small][delta],
-            loss[own, large][delta],
-            loss[own, large][read],
-        ]
-
-
 def test_the_table_of_the_quick_start_is_the_main_jobs() -> None:
     table = main_table(compare(rows(MEASURED / "epyc_zen4_1_core" / "main_job.csv")).overall)
     headings = ("Method", "k", "rbit", "Score (0–100)", "Δ full (points)", "Recall@k")
@@ -137,20 +105,6 @@ def test_the_page_on_ruler_shows_the_measured_rows() -> None:
         ("dense", 2048): "91.0 [71.9, 100.0]",
         ("sparse", 4096): "46.7 [27.0, 66.4]",
     }
-
-
-def test_the_page_on_ruler_shows_every_method_at_4096_tokens() -> None:
-    overall = compare(rows(MEASURED / "epyc_zen4_league" / "niah_single_2.csv")).overall
-    page = (ROOT / "docs" / "ruler.md").read_text(encoding="utf-8")
-    assert narrow(main_table(overall)).markdown() in page
-    repeated = compare(rows(MEASURED / "epyc_zen4_league" / "niah_single_1.csv")).overall
-    assert narrow(main_table(repeated)).markdown() in page
-    largest = overall[overall["k"].eq(256) & (overall["delta_ci_high"] < 0)]
-    told = page[page.index("With 256, the interval") :].split(". ")[0]
-    for label in largest.loc[largest["method"] != "hata", "label"]:
-        assert str(label).replace("Random", "random selection") in told
-    # A comma opens the list; HATA is there twice, and "and" is before the last.
-    assert told.count(",") == len(largest) - 2
 
 
 def test_the_page_on_turns_shows_what_snapkv_loses_on_a_real_model() -> None:
@@ -406,6 +360,19 @@ def test_the_shares_of_the_bandwidth_in_docs_are_those_measured_in_turn() -> Non
             ", ".join(f"{one:.1f}×" for one in own["speedup_vs_full"]),
             ", ".join(f"{share:.0%} of {speed:.0f} GB/s" for share, speed in shares),
         ]
+
+
+def test_the_dense_kernels_shares_of_the_bandwidth_are_those_measured_in_turn() -> None:
+    data = rows(ZEN4 / "dense_in_turn.csv")
+    data = data[data["subtask"].eq("131072")]
+    text = (ROOT / "kernels" / "README.md").read_text()
+    for dtype in ("float32", "bfloat16"):
+        said = []
+        for num_kv_heads in (32, 8, 4):
+            own = data[data["model"].str.startswith(f"32/{num_kv_heads} heads")]
+            (row,) = own[own["p_dtype"].eq(dtype)].to_dict("records")
+            said.append(f"{row['bandwidth_fraction']:.0%} of {row['bandwidth_gb_s']:.0f} GB/s")
+        assert "at {}, {} and {} in {}".format(*said, dtype) in text
 
 
 def test_the_changes_in_docs_are_the_measured_ones() -> None:

@@ -36,6 +36,22 @@ def pages(maker: ModuleType) -> dict[str, str]:
     return dict(maker.pages())
 
 
+def test_the_league_on_smollm2_is_what_its_script_makes_from_the_rows() -> None:
+    """Page and README's table are up to date; a mean is that of the four parts' scores."""
+    league = script("make_real_league")
+    page = (ROOT / "docs" / "real_league.md").read_text(encoding="utf-8")
+    assert league.page() == page, "run python tools/make_real_league.py"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert league.readme(readme) == readme, "run python tools/make_real_league.py"
+    scores = []
+    for name in league.SUBTASKS:
+        rows = pd.read_csv(league.FOLDER / f"{name}.csv")
+        own = rows[rows["method"].eq("quest") & rows["k"].eq(256) & rows["subtask"].eq(name)]
+        scores.append(own["score"].item())
+    (line,) = [one for one in page.splitlines() if one.startswith("| Quest ")][:1]
+    assert f"| {sum(scores) / 4:.1f} [" in re.sub(" +", " ", line)
+
+
 def test_the_league_is_what_its_script_makes_from_the_rows() -> None:
     """The page is up to date, and a score read from the rows is in its first table and a later."""
     league = script("make_league")
