@@ -12,13 +12,14 @@ import pytest
 
 from topkbench.analysis.comparison.configurations import compare
 from topkbench.analysis.comparison.metrics import METRICS
-from topkbench.analysis.comparison.stats import MEAN, paired_interval, seed_interval
+from topkbench.analysis.comparison.stats import MEAN, pair, paired_interval, seed_interval
 from topkbench.analysis.figures.variants import difference_table, ladder_tables
 from topkbench.analysis.record.row import COLUMNS, PARAMETER_PREFIX, Status
 from topkbench.analysis.report.build import load
 from topkbench.analysis.report.kernels import of_kernels
 from topkbench.analysis.tables.answered import answered_table
 from topkbench.analysis.tables.overview import main_table, narrow, subtask_table
+from topkbench.analysis.tables.table import with_interval
 from topkbench.analysis.tables.turns import turn_table
 
 ROOT = Path(__file__).parents[2]
@@ -521,6 +522,70 @@ def test_what_hashes_learned_at_their_length_are_worth_is_as_measured() -> None:
         assert said in text
         numbers_of = (found.estimate, found.low, found.high)
         assert said == "{:.4f} [{:.4f}, {:.4f}]".format(*numbers_of).replace("-", "−")
+
+
+def test_what_fewer_bits_are_worth_is_as_measured() -> None:
+    folder = MEASURED / "epyc_zen4_league"
+    text, ruler = ("ranking_perplexity", "ranking_ruler")
+    samples = {
+        name: pd.read_parquet(folder / f"{name}.samples.parquet")
+        for name in (text, ruler, "perplexity")
+    }
+    samples["league"] = pd.read_parquet(folder / "samples.parquet")
+    subtasks = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multivalue")
+    league = pd.concat([rows(folder / f"{name}.csv") for name in subtasks], ignore_index=True)
+    league = league.assign(config_digest=None)
+    overall = {
+        text: compare(rows(folder / f"{text}.csv")).overall,
+        ruler: compare(rows(folder / f"{ruler}.csv"), samples[ruler]).overall,
+        "perplexity": compare(rows(folder / "perplexity.csv")).overall,
+        "league": compare(league, samples["league"]).overall,
+    }
+
+    def cell(name: str, k: int, weights: str, recipe: str, rbit: int) -> pd.DataFrame:
+        data = overall[name]
+        own = data[data["method"].eq("hata") & data["k"].eq(k) & data["rbit"].eq(rbit)]
+        found = own[own["p_weights"].eq(weights) & own["p_recipe"].eq(recipe)]
+        assert len(found) == 1
+        return found
+
+    kinds = {
+        "Ranking recipe": ("trained", "ranking", text, ruler),
+        "As published, key norms": ("trained", "published", "perplexity", "league"),
+        "Orthonormal, centred keys": ("orthonormal", "published", "perplexity", "league"),
+    }
+    shown = hata_page("| Hash, learned at 4,096 tokens | Bits |")
+    assert [line[:2] for line in shown] == [
+        *(["Ranking recipe", bits] for bits in ("32", "64", "128")),
+        *([name, "128"] for name in list(kinds)[1:]),
+    ]
+    for name, bits, *cells in shown:
+        weights, recipe, of_text, of_answers = kinds[name]
+        variant = weights, recipe, int(bits)
+        assert cells == [
+            *(with_interval(cell(of_text, k, *variant), "nll_delta")[0] for k in (64, 256)),
+            *(with_interval(cell(of_answers, k, *variant), "score")[0] for k in (64, 256)),
+            METRICS["recall_at_k"].text(cell(of_answers, 64, *variant)["recall_at_k"].item()),
+        ]
+
+    def own(name: str, k: int, *variant: Any) -> pd.DataFrame:
+        (runs,) = cell(name, k, *variant)["run_ids"]
+        return samples[name][samples[name]["run_id"].isin(runs)]
+
+    page = (ROOT / "docs" / "hata.md").read_text(encoding="utf-8")
+    published, plain = ("trained", "published", 128), ("orthonormal", "published", 128)
+    for k, bits, other in ((64, 64, published), (256, 64, published), (64, 32, plain)):
+        losses = [
+            one.set_index("sample_id")["nll"]
+            for one in (own("perplexity", k, *other), own(text, k, "trained", "ranking", bits))
+        ]
+        gain = seed_interval(losses[0] - losses[1].loc[losses[0].index])
+        ends = f"{gain.estimate:.4f} [{gain.low:.4f}, {gain.high:.4f}]".replace("-", "−")
+        assert ends in page
+    for k in (64, 256):
+        pairs = pair(own("league", k, *published), own(ruler, k, "trained", "ranking", 64))
+        lost = paired_interval(pairs["score"], pairs["other"], pairs["subtask"])
+        assert f"{lost.estimate:.1f} [{lost.low:.1f}, {lost.high:.1f}]" in page
 
 
 VARIANTS = {
