@@ -10,14 +10,7 @@ import torch
 from topkbench.harness.decoding import Decoder, Prompt
 from topkbench.harness.layer import STAGES
 from topkbench.harness.task import Context
-from topkbench.kernels.timing import (
-    LEAST_PAIRS,
-    MemoryProbe,
-    OtherLoad,
-    Stages,
-    measure,
-    speed_columns,
-)
+from topkbench.kernels.timing import LEAST_PAIRS, OtherLoad, Stages, read_bandwidth, speed_columns
 from topkbench.methods.base import AnyMethod, Observer
 
 TIMED_ROUNDS = 3
@@ -55,7 +48,7 @@ def time_prompt(context: Context, prompt: Prompt, rounds: int) -> dict[str, Any]
     """Time decode steps of one prompt, full attention and the method in turn.
 
     The first steps of each turn build the index and are discarded as warm-up. Stages are timed in
-    separate turns, since timers inside a step cost time, and the memory's bandwidth before each.
+    separate turns, since timers inside a step cost time, and the memory's bandwidth after all.
 
     Args:
         context: The cell's context.
@@ -72,7 +65,6 @@ def time_prompt(context: Context, prompt: Prompt, rounds: int) -> dict[str, Any]
     turn_ms: dict[str, list[list[float]]] = {"full": [], "method": []}
     stages: dict[str, list[float]] = {}
     cache_bytes: list[int] = []
-    probe, bandwidths = MemoryProbe(device), []
     new_tokens = rounds * per_round + 1
     decoder = decoder_after_question(context, prompt, new_tokens)
     # Every step decodes the same token, since only the time matters.
@@ -85,8 +77,6 @@ def time_prompt(context: Context, prompt: Prompt, rounds: int) -> dict[str, Any]
             turn_ms[name].append(_timed_steps(context, used, method, token, Observer()))
             if name == "method":
                 cache_bytes.append(used.cache.num_bytes)
-        probed = measure(probe.calls, trials=2, warmup=1, device=device)
-        bandwidths.append(probe.bandwidth(probed).ceiling_gb_s * 1e9)
         observer = StageTimes(device)
         if context.method.compacts:
             used = decoder_after_question(context, prompt, new_tokens)
@@ -111,7 +101,7 @@ def time_prompt(context: Context, prompt: Prompt, rounds: int) -> dict[str, Any]
         "cache_bytes": cache_bytes,
         "other_load": load.share(),
         "full_backend": getattr(context.full, "backend", None),
-        "bandwidth": statistics.median(bandwidths),
+        "bandwidth": read_bandwidth(device, trials=3).ceiling_gb_s * 1e9,
     }
 
 
