@@ -246,7 +246,7 @@ def environment(loaded: LoadedModel) -> dict[str, Any]:
         "device": machine_name(loaded.model.device),
         "threads": torch.get_num_threads(),
         "huge_pages": has_huge_pages(),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "not set"),
         "driver": versions()["driver"],
         **libraries(),
     }

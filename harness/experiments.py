@@ -125,7 +125,7 @@ def run(experiment: Experiment, conditions: Conditions) -> list[dict[str, Any]]:
         "device": machine_name(device),
         **{name: found for name, found in versions().items() if name not in ("python", "cuda")},
         "huge_pages": has_huge_pages(),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "not set"),
         "p_dtype": str(conditions.dtype).removeprefix("torch."),
         **commit_of(Path(__file__).resolve().parents[1], None),
     }

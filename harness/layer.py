@@ -362,12 +362,18 @@ def time_layer(
             values["build_ms"] = layer.build_ms(builds)
     values["bytes_read_per_step"] = float(bytes_read)
     copies = copies_needed(len(layer.states.key_states) * kv_bytes(geometry, n), device)
+    if copies > 1:
+        copies = max(copies, 3)  # one for each that is timed
     layers = [layer, *(layer.copy() for _ in range(copies - 1))]
     dense = [Layer(full, policy, one.states) for one in layers]
     steps = {"full": [one.step for one in dense], "method": [one.step for one in layers]}
     if differs_from_sdpa(full):
         by_sdpa = [Layer(type(full)(), policy, one.states) for one in layers]
         steps = {"sdpa": [one.step for one in by_sdpa], **steps}
+    # Each begins at another copy, or one would find in the cache what the one before has read.
+    for place, name in enumerate(steps):
+        first = place * copies // 3
+        steps[name] = steps[name][first:] + steps[name][:first]
     timed = measure(steps, trials=trials, device=device, cuda_graph=cuda_graph)
     step = timed["method"]
     warm = measure({"warm": layer.step}, trials=trials, device=device, cuda_graph=cuda_graph)

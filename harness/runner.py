@@ -44,6 +44,7 @@ from topkbench.harness.progress import Bar
 from topkbench.harness.run import Run, answers_in, describe, describe_settings, now
 from topkbench.harness.settings import Composed, Names, construct
 from topkbench.harness.sources import ROOT
+from topkbench.harness.speed import memory_bandwidth
 from topkbench.harness.sweep import (
     PromptCell,
     PromptTask,
@@ -847,6 +848,10 @@ class JournaledCell(PromptCell):
 
     def measure(self, part: str, number: int, share: Sequence[Prompt]) -> None:
         device = self.context.loaded.model.device
+        if part == TIMED:
+            self.context.bandwidth = memory_bandwidth(
+                device
+            )  # before the peak of the cell's memory
         reset_peak_memory(device)
         try:
             with self.measured_parts[part].journal.measuring(number):

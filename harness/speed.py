@@ -44,11 +44,19 @@ def turn_steps() -> int:
     return WARM_UP_STEPS + TIMED_STEPS
 
 
+def memory_bandwidth(device: torch.device) -> float | None:
+    """Return the memory's bandwidth in bytes per second; None if there is no memory to try it."""
+    try:
+        return read_bandwidth(device, trials=3).ceiling_gb_s * 1e9
+    except (MemoryError, torch.OutOfMemoryError):
+        return None
+
+
 def time_prompt(context: Context, prompt: Prompt, rounds: int) -> dict[str, Any]:
     """Time decode steps of one prompt, full attention and the method in turn.
 
     The first steps of each turn build the index and are discarded as warm-up. Stages are timed in
-    separate turns, since timers inside a step cost time, and the memory's bandwidth after all.
+    separate turns, since timers inside a step cost time.
 
     Args:
         context: The cell's context.
@@ -56,8 +64,8 @@ def time_prompt(context: Context, prompt: Prompt, rounds: int) -> dict[str, Any]
         rounds: How often they take turns.
 
     Returns:
-        The milliseconds of each step by turn, and of each stage, and the memory's bandwidth in
-        bytes a second, as plain values.
+        The milliseconds of each step by turn, and of each stage, and the memory's bandwidth, as
+        plain values.
     """
     device = context.loaded.model.device
     load = OtherLoad(device)
@@ -101,7 +109,7 @@ def time_prompt(context: Context, prompt: Prompt, rounds: int) -> dict[str, Any]
         "cache_bytes": cache_bytes,
         "other_load": load.share(),
         "full_backend": getattr(context.full, "backend", None),
-        "bandwidth": read_bandwidth(device, trials=3).ceiling_gb_s * 1e9,
+        "bandwidth": context.bandwidth,
     }
 
 
@@ -143,8 +151,9 @@ def speed_of(
     attention = sum(columns[f"{stage}_ms"] or 0.0 for stage in STAGES)
     if context.method.selects and "full" in stages:  # the layers that the policy keeps dense
         attention += statistics.median(stages["full"])
-    bandwidth = statistics.median(one["bandwidth"] for one in timed)
-    if attention:
+    bandwidths = [one["bandwidth"] for one in timed]
+    if attention and None not in bandwidths:
+        bandwidth = statistics.median(bandwidths)
         columns["bandwidth_fraction"] = bytes_read / (attention * 1e-3) / bandwidth
     return columns
 

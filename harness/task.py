@@ -35,6 +35,8 @@ class Context:
         policy: Budget and rules, as configured.
         full: Full attention, the baseline for answers and time.
         full_answers: Full attention's answer tokens by sample id, as far as they are known.
+        bandwidth: The memory's bandwidth just before the timed prompts, bytes per second; None if
+            it was not measured.
         track: Shows progress over a sequence.
         artifact: What the method has learned; None if it learns nothing or the task fits it.
     """
@@ -45,6 +47,7 @@ class Context:
     policy: Policy
     full: AnyMethod
     full_answers: dict[str, list[int]] = field(default_factory=dict)
+    bandwidth: float | None = None
     track: Track = no_progress
     artifact: Artifact | None = None
 

@@ -214,6 +214,8 @@ class HATA(LearningMethod[HATAIndex, Tensor], ScoringMethod[HATAIndex, Tensor]):
                 "ranking_learning_rate ranking_pool ranking_queries ranking_keys ranking_late_share"
             )
         spec = self.spec_of(geometry, *settings.split())
+        if self.recipe == "ranking":
+            spec["fit_version"] = 2  # its weights are rounded to float16
         if self.fit_rbit is not None:  # the same for each rbit
             del spec["rbit"]
             spec["fit_rbit"] = self._widths[-1]

@@ -238,7 +238,11 @@ def compare(
             # Samples of older files do not say how long answers are.
             own = dict.fromkeys(_SCORES) | (scores.get(subtask) or _own_scores(part))
             known = {"configuration_id": name, "run_ids": run_ids}
-            records.append({**known, **key, "subtask": subtask, **own, **_metrics(part)})
+            values = _metrics(part)
+            if subtask == stats.MEAN:  # of all parts
+                values["cells"] = len(run_ids)
+                values["git_commit"] = _commits(cells)
+            records.append({**known, **key, "subtask": subtask, **own, **values})
     configurations = _labelled(pd.DataFrame.from_records(records), parameters)
     configurations["n"] = _count(configurations, pools)
     notes += _unequal_means(configurations)
@@ -305,8 +309,9 @@ def _mixed(rows: pd.DataFrame) -> list[str]:
         if len(found) > 1:
             shown = ", ".join(one[:12] if column == "git_commit" else one for one in found)
             notes.append(f"These rows mix {word}: {shown}.")
-    policies = sorted(rows["omp_wait_policy"].fillna("not set").unique())
-    if len(policies) > 1 and rows["decode_ms_p50"].notna().any():
+    timed = rows[rows["decode_ms_p50"].notna()]
+    policies = sorted(timed["omp_wait_policy"].dropna().unique())
+    if len(policies) > 1:
         notes.append(f"These rows mix values of OMP_WAIT_POLICY: {', '.join(policies)}.")
     for column, word in (("code_digest", "the code of"), ("model_digest", "the files of model")):
         kind = ["task", "method"] if column == "code_digest" else ["model"]
@@ -420,7 +425,7 @@ def _unequal_means(configurations: pd.DataFrame) -> list[str]:
         for missing, names in lacking.items():
             shown = ", ".join(dict.fromkeys(names))
             notes.append(
-                f"Means of {shown} are not over the others' sub-tasks: {missing} is missing."
+                f"Means of {shown} are not over the others' sub-tasks, they lack {missing}."
             )
     return notes
 
@@ -446,7 +451,8 @@ def _repeats(rows: pd.DataFrame, parameters: list[str]) -> pd.Series:
     """Return what tells apart the cells of a configuration that has several per seed, else None.
 
     That is the artifact that each used, or the run where they used none or the same one. Cells that
-    share no sub-task are no repeats but parts.
+    share no sub-task are no repeats but parts. Seeds whose parts have unlike sub-tasks are no seeds
+    of one configuration; their sub-tasks tell them apart.
     """
     names = pd.Series(None, index=rows.index, dtype=object)
     known = [name for name in _CONFIGURATION if name != "repeat"]
@@ -459,6 +465,13 @@ def _repeats(rows: pd.DataFrame, parameters: list[str]) -> pd.Series:
             fitted_apart = digests.notna().all() and digests.is_unique
             word, name = ("artifact", "artifact_digest") if fitted_apart else ("run", "run_id")
             names[part.index] = [f"{word} {str(one)[:8]}" for one in part[name]]
+    unnamed = rows[names.isna()]
+    for _, places in _places(unnamed, tuple(name for name in columns if name != "seed")):
+        part = unnamed.iloc[places]
+        own = part[part["subtask"] != stats.MEAN].groupby("seed", dropna=False)["subtask"].agg(set)
+        if len(own) > 1 and any(one != own.iloc[0] for one in own):
+            of_seed = {seed: ", ".join(sorted(one)) for seed, one in own.items()}
+            names[part.index] = part["seed"].map(of_seed)
     return names
 
 
@@ -527,24 +540,24 @@ def _full_samples(
 
     They are those of the cell that the row names as its reference. If that cell is not among the
     rows, as after a merge, they are those of the cell that answered most of the same prompts,
-    preferably on the same machine.
+    preferably on the same machine, and of others the prompts that it lacks.
 
     Args:
         cells: The configuration's rows.
         full_cells: The columns ``_OF_FULL`` of full attention's rows that have samples.
         outcomes: All samples.
     """
-    chosen: list[str] = []
+    chosen: list[pd.DataFrame] = []
     of_runs: dict[str, Mapping[str, Any]] = {}  # of each seed and part
     for one in cells:
         of_runs.setdefault(one["run_id"], one)
     recorded = set(full_cells["run_id"])
     for first in of_runs.values():
+        answered = _sample_names(outcomes, first["run_id"])
         if first["full_run_id"] in recorded:
-            chosen.append(str(first["full_run_id"]))
+            chosen.append(_named(outcomes, str(first["full_run_id"]), answered))
             continue
         candidates = full_cells
-        answered = _sample_names(outcomes, first["run_id"])
         for name in ("model", "task", "prompts", "length", "question", "seed"):
             same = candidates[name].eq(first[name]).fillna(False).astype(bool)
             candidates = candidates[candidates[name].isna() if pd.isna(first[name]) else same]
@@ -557,8 +570,17 @@ def _full_samples(
                 ],
             )
             rank = rank.sort_values(["common", "near", "num_samples", "started_at"], kind="stable")
-            chosen.append(str(rank.iloc[-1]["run_id"]))
-    return outcomes[outcomes["run_id"].isin(chosen)] if chosen else None
+            for run_id in reversed(list(rank["run_id"])):  # several, if they are parts
+                found = _named(outcomes, str(run_id), answered)
+                answered -= _sample_names(found, str(run_id))
+                chosen.append(found)
+    return pd.concat(chosen) if chosen else None
+
+
+def _named(outcomes: pd.DataFrame, run_id: str, names: set[tuple[str, str]]) -> pd.DataFrame:
+    """Return the samples of a cell that have one of these names (sub-task, sample_id)."""
+    own = outcomes[outcomes["run_id"] == run_id]
+    return own[[one in names for one in zip(own["subtask"], own["sample_id"], strict=True)]]
 
 
 def _sample_names(outcomes: pd.DataFrame, run_id: str) -> set[tuple[str, str]]:
@@ -622,8 +644,13 @@ def _metrics(part: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     values["kv_len"] = None if kv_len is None else round(kv_len)
     values["num_samples"] = int(sum(_present(part, "num_samples")))
     values["cells"] = len(part)
-    values["git_commit"] = ", ".join(sorted({str(c)[:12] for c in _present(part, "git_commit")}))
+    values["git_commit"] = _commits(part)
     return values
+
+
+def _commits(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the commits of rows, 12 digits each."""
+    return ", ".join(sorted({str(one)[:12] for one in _present(rows, "git_commit")}))
 
 
 def _relative_to_full(

@@ -550,7 +550,8 @@ class Row:
     )
     """Achieved divided by measured memory bandwidth; above 1 only if the states fit in a cache.
 
-    Both are measured in turn; older code measured the latter once a process.
+    Of a layer's steps both are measured in turn, in trials of their own; of a whole model's the
+    bandwidth is that just before the timed prompt. Older code measured it once a process.
     """
     bandwidth_gb_s: float | None = column(pooled="mean")
     """Measured memory bandwidth, 1e9 bytes a second: the denominator of ``bandwidth_fraction``."""
@@ -592,7 +593,7 @@ class Row:
     huge_pages: bool | None = None
     """Whether large tensors on a CPU were in huge pages."""
     omp_wait_policy: str | None = None
-    """The environment's OMP_WAIT_POLICY, on which times of short steps depend; None if not set."""
+    """The environment's OMP_WAIT_POLICY, on which times of short steps depend, or "not set"."""
     numba: str | None = None
     """Version of numba."""
     triton: str | None = None

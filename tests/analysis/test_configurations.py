@@ -53,8 +53,11 @@ def trio(row: RowMaker) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def test_rows_timed_with_other_waits_are_said_to_be(row: RowMaker) -> None:
-    usual, passive = row(decode_ms_p50=2.0), row(run_id="p" * 16, omp_wait_policy="passive")
-    assert compare(frame([usual])).notes == []
+    usual = row(decode_ms_p50=2.0, omp_wait_policy="not set")
+    passive = row(run_id="p" * 16, decode_ms_p50=2.0, omp_wait_policy="passive")
+    older = row(run_id="o" * 16, decode_ms_p50=2.0)
+    untimed = row(run_id="u" * 16, omp_wait_policy="passive")
+    assert not [one for one in compare(frame([usual, older, untimed])).notes if "OMP" in one]
     (note,) = [one for one in compare(frame([usual, passive])).notes if "OMP" in one]
     assert note == "These rows mix values of OMP_WAIT_POLICY: not set, passive."
 
@@ -251,6 +254,40 @@ def test_the_parts_of_a_sweep_are_compared_as_the_whole_is(row: RowMaker) -> Non
     assert bare["score_ci_low"].isna().all()
 
 
+def test_seeds_with_unlike_parts_are_not_pooled(row: RowMaker) -> None:
+    """As where the second seed's other part is still to be measured."""
+    rows = [
+        *cell(row, "1" * 16, ["niah"], method="quest", k=64, seed=0, git_commit="a" * 40),
+        *cell(row, "2" * 16, ["cwe"], method="quest", k=64, seed=0, git_commit="b" * 40),
+        *cell(row, "3" * 16, ["niah"], method="quest", k=64, seed=1),
+    ]
+    means = compare(frame(rows)).overall.set_index("label")
+    assert list(means.index) == ["Quest (cwe, niah)", "Quest (niah)"]
+    whole = means.loc["Quest (cwe, niah)"]
+    assert (whole["recall_at_k"], whole["cells"]) == (0.5, 2)
+    assert whole["git_commit"] == f"{'a' * 12}, {'b' * 12}"
+    rows += cell(row, "4" * 16, ["cwe"], method="quest", k=64, seed=1)
+    (one,) = compare(frame(rows)).overall.to_dict("records")
+    assert (one["label"], one["recall_at_k"], one["cells"]) == ("Quest", 0.5, 4)
+    assert set(one["by_seed"]["recall_at_k"]) == {0, 1}
+
+
+def test_a_part_is_paired_though_full_attention_answered_more_than_once(row: RowMaker) -> None:
+    rows = [
+        *cell(row, "e" * 16, ["niah"]),
+        *cell(row, "f" * 16, ["niah", "vt"], config_digest="f"),
+        *cell(row, "1" * 16, ["niah"], method="quest", k=64, full_run_id="e" * 16),
+        *cell(row, "2" * 16, ["vt"], method="quest", k=64, full_run_id="f" * 16),
+    ]
+    outcomes = [answered("e" * 16, ["niah"]), answered("f" * 16, ["niah", "vt"])]
+    outcomes += [answered("1" * 16, ["niah"], 50.0), answered("2" * 16, ["vt"], 50.0)]
+    found = compare(frame(rows), pd.concat(outcomes))
+    assert not [one for one in found.notes if "paired" in one]
+    quest = found.overall[found.overall["method"] == "quest"].iloc[0]
+    # 100, 0, 100 against 50, 0, 50, and 0, 50 against 0, 0: the mean of -33.3 and -25.
+    assert quest["delta_full"] == pytest.approx(-(100 / 3 + 25) / 2)
+
+
 def test_means_over_other_subtasks_are_named(row: RowMaker) -> None:
     rows = [
         *cell(row, "f" * 16, ["niah", "vt"]),
@@ -258,7 +295,7 @@ def test_means_over_other_subtasks_are_named(row: RowMaker) -> None:
         *cell(row, "b" * 16, ["niah", "vt"], method="loki", k=64),
     ]
     (note,) = [one for one in compare(frame(rows)).notes if "Means" in one]
-    assert note == "Means of Quest are not over the others' sub-tasks: vt is missing."
+    assert note == "Means of Quest are not over the others' sub-tasks, they lack vt."
 
 
 def test_cells_that_share_a_subtask_are_no_parts(row: RowMaker) -> None:

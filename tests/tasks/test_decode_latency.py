@@ -359,12 +359,36 @@ def test_cold_steps_rotate_over_copies_and_warm_steps_use_one(
     assert row.status == "ok"
     first, *others = method.addresses  # the first step counts the density
     cold, warm, stages = others[:9], others[9:18], others[18:22]  # 5 of the 9 are warm-up
-    second = cold[1]
-    assert second != first
-    assert cold == [first, second] * 4 + [first]
+    second, third = cold[:2]
+    assert len({first, second, third}) == 3
+    assert cold == [second, third, first] * 3  # full attention begins at the first
     assert warm == [first] * 9
-    assert stages == [first, second] * 2
+    assert stages == [first, second, third, first]
     assert others[22:] == cold  # between reads of memory
+
+
+def test_what_is_timed_in_turn_reads_other_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a step would find in the cache what the one before has read."""
+    monkeypatch.setattr("topkbench.harness.layer.copies_needed", lambda num_bytes, device: 6)
+    taken: list[tuple[str, int]] = []
+    step = Layer.step
+
+    def recorded(layer: Layer, *arguments: Any) -> StepResult:
+        name = str(getattr(layer.method, "backend", "method"))
+        taken.append((name, layer.states.key_states.data_ptr()))
+        return step(layer, *arguments)
+
+    layer = Layer(ExactTopK(), Policy(k=16), planted(1, 100))
+    monkeypatch.setattr(Layer, "step", recorded)
+    shape = Geometry(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32)
+    time_layer(layer, FullAttention(backend="cpu"), shape, trials=6)
+    first = next(place for place, one in enumerate(taken) if one[0] == "sdpa")
+    cold = taken[first : first + 3 * 11]
+    assert [name for name, _ in cold] == ["sdpa", "cpu", "method"] * 11
+    copies = [address for name, address in cold if name == "sdpa"][:6]
+    assert len(set(copies)) == 6
+    for place, (_, address) in enumerate(cold):
+        assert address == copies[(place // 3 + place % 3 * 2) % 6]
 
 
 def test_each_length_is_a_row_and_each_batch_at_one_length(
