@@ -56,7 +56,8 @@ Read/step is what one decode step reads in all layers. Brackets are 95% interval
 
 ![Score against bytes read for each token, four sub-tasks, unified protocol]({figure})
 
-{front} {overlap}
+{front} {overlap} The three curves of HATA are, from left to right, the orthonormal projection, as
+published, and the ranking recipe. Grey: methods that are not compared more closely.
 
 {read}
 

@@ -387,7 +387,11 @@ def _without_full(rows: pd.DataFrame) -> list[str]:
     """Return a sentence per reason why a difference to full attention is not informative."""
     if not len(rows) or "full_note" not in rows:
         return []
+    own = rows[rows["subtask"] != stats.MEAN].groupby("run_id")["subtask"].nunique()
+    # The mean of one sub-task says what that does, and may be of a part.
+    is_mean = rows["subtask"].eq(stats.MEAN) & ~rows["run_id"].map(own).eq(1)
     noted = rows[rows["full_note"].notna() & rows["method"].ne("full")]
+    noted = noted[noted["subtask"].ne(stats.MEAN) | is_mean[noted.index]]
     notes = []
     for note, part in noted.groupby("full_note", sort=False):
         where = ", ".join(sorted({f"{row.task}/{row.subtask}" for row in part.itertuples()}))

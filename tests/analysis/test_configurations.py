@@ -254,6 +254,19 @@ def test_the_parts_of_a_sweep_are_compared_as_the_whole_is(row: RowMaker) -> Non
     assert bare["score_ci_low"].isna().all()
 
 
+def test_a_parts_note_on_full_attention_is_not_said_of_the_mean(row: RowMaker) -> None:
+    named = {"method": "quest", "k": 64, "full_note": "full attention scores 0 here."}
+    rows = [
+        *cell(row, "e" * 16, ["niah"]),
+        *cell(row, "f" * 16, ["vt"]),
+        *cell(row, "1" * 16, ["niah"], method="quest", k=64),
+        *cell(row, "2" * 16, ["vt"], **named),
+    ]
+    assert compare(frame(rows)).notes[0].startswith("ruler/vt: full attention scores 0 here.")
+    failed = [row(run_id="3" * 16, subtask="mean", task="ruler", **named)]
+    assert compare(frame([*rows, *failed])).notes[0].startswith("ruler/mean, ruler/vt: full")
+
+
 def test_seeds_with_unlike_parts_are_not_pooled(row: RowMaker) -> None:
     """As where the second seed's other part is still to be measured."""
     rows = [

@@ -364,7 +364,7 @@ def test_the_shares_of_the_bandwidth_in_docs_are_those_measured_in_turn() -> Non
 
 
 def test_the_dense_kernels_shares_of_the_bandwidth_are_those_measured_in_turn() -> None:
-    data = rows(ZEN4 / "dense_in_turn.csv")
+    data = rows(ZEN4 / "dense_kernels.csv")
     data = data[data["subtask"].eq("131072")]
     text = (ROOT / "kernels" / "README.md").read_text()
     for dtype in ("float32", "bfloat16"):
@@ -403,7 +403,7 @@ def test_the_dense_kernels_times_are_the_measured_ones_and_it_is_never_the_slowe
     data = rows(ZEN4 / "dense_kernels.csv")
     data = data[(data["subtask"] != MEAN) & (data["status"] == "ok")]
     assert len(data) == 46
-    assert data["sdpa_ci_low"].min() > 1.7
+    assert data["sdpa_ci_low"].min() > 1.4
     text = (ROOT / "kernels" / "README.md").read_text()
     block = text[text.index("| Tokens × batch |") :].split("\n\n")[0].splitlines()
     heads = [re.findall(r"G = (\d), (\w+)", head)[0] for head in numbers(block[0])[1:]]
