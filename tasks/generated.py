@@ -174,12 +174,17 @@ def _read_cache(path: Path) -> Drawn | None:
                 return None
             entries = [json.loads(line) for line in lines]
             _READ[path] = Drawn(
-                [Sample(**{**entry, "answers": tuple(entry["answers"])}) for entry in entries],
+                [Sample(**_with_tuples(entry)) for entry in entries],
                 dict(head["skipped"]),
             )
         except (OSError, ValueError, TypeError, KeyError):
             return None
     return _READ[path]
+
+
+def _with_tuples(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return what JSON has of a sample with tuples for lists: samples are hashed."""
+    return {name: tuple(one) if isinstance(one, list) else one for name, one in entry.items()}
 
 
 def _write_cache(path: Path, drawn: Drawn) -> None:
