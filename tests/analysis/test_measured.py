@@ -236,6 +236,29 @@ def test_the_page_on_hata_shows_what_was_measured_in_all_layers_of_the_real_mode
     assert "by ranking find {} and {} more than 128".format(*gains) in page
 
 
+def test_what_loss_and_queries_add_is_as_measured() -> None:
+    data = rows(MEASURED / "epyc_zen4_ladder" / "loss_or_queries.csv")
+    data = data[data["subtask"].eq(MEAN)]
+    arms = (
+        *(
+            data["p_recipe"].eq("published") & data["p_optimiser"].eq(one)
+            for one in ("sgd", "adam")
+        ),
+        *(data["p_recipe"].eq("ranking") & data["p_ranking_pool"].eq(one) for one in (1, 512)),
+    )
+    found = []
+    for line, arm in zip(hata_page("| Loss | Queries |"), arms, strict=True):
+        small, large = (data[arm & data["k"].eq(k)] for k in (64, 256))
+        assert line[2:] == [
+            *(METRICS["recall_at_k"].text(one["recall_at_k"].item()) for one in (small, large)),
+            METRICS["attention_mass"].text(small["attention_mass"].item()),
+        ]
+        found.append(small["recall_at_k"].item())
+    added = [f"{one - found[0]:.3f}" for one in found[1:]]
+    page = (ROOT / "docs" / "hata.md").read_text(encoding="utf-8")
+    assert "alone add {}, its loss alone {}, and both together {}.".format(*added) in page
+
+
 def test_why_learning_changes_little_is_as_measured() -> None:
     folder = MEASURED / "epyc_zen4_ladder" / "gradients"
     found = [pd.read_csv(folder / f"{name}.csv") for name in ("text", "ruler_words")]
