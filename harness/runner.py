@@ -848,10 +848,8 @@ class JournaledCell(PromptCell):
 
     def measure(self, part: str, number: int, share: Sequence[Prompt]) -> None:
         device = self.context.loaded.model.device
-        if part == TIMED:
-            self.context.bandwidth = memory_bandwidth(
-                device
-            )  # before the peak of the cell's memory
+        if part == TIMED:  # before the reset: it takes memory that the method does not need
+            self.context.bandwidth = memory_bandwidth(device)
         reset_peak_memory(device)
         try:
             with self.measured_parts[part].journal.measuring(number):

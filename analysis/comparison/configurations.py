@@ -231,8 +231,7 @@ def compare(
         by_subtask: dict[str, list[Mapping[str, Any]]] = {}
         for one in cells:
             by_subtask.setdefault(one["subtask"], []).append(one)
-        if stats.MEAN in by_subtask:
-            del by_subtask[stats.MEAN]  # it comes last
+        if by_subtask.pop(stats.MEAN, None):  # it comes last
             by_subtask[stats.MEAN] = _one_mean_per_seed(cells)
         for subtask, part in by_subtask.items():
             # Samples of older files do not say how long answers are.
@@ -389,9 +388,8 @@ def _without_full(rows: pd.DataFrame) -> list[str]:
         return []
     own = rows[rows["subtask"] != stats.MEAN].groupby("run_id")["subtask"].nunique()
     # The mean of one sub-task says what that does, and may be of a part.
-    is_mean = rows["subtask"].eq(stats.MEAN) & ~rows["run_id"].map(own).eq(1)
-    noted = rows[rows["full_note"].notna() & rows["method"].ne("full")]
-    noted = noted[noted["subtask"].ne(stats.MEAN) | is_mean[noted.index]]
+    of_one = rows["subtask"].eq(stats.MEAN) & rows["run_id"].map(own).eq(1)
+    noted = rows[rows["full_note"].notna() & rows["method"].ne("full") & ~of_one]
     notes = []
     for note, part in noted.groupby("full_note", sort=False):
         where = ", ".join(sorted({f"{row.task}/{row.subtask}" for row in part.itertuples()}))
@@ -574,7 +572,9 @@ def _full_samples(
                 ],
             )
             rank = rank.sort_values(["common", "near", "num_samples", "started_at"], kind="stable")
-            for run_id in reversed(list(rank["run_id"])):  # several, if they are parts
+            for run_id in rank["run_id"].unique()[::-1]:  # several, if they are parts
+                if not answered:
+                    break
                 found = _named(outcomes, str(run_id), answered)
                 answered -= _sample_names(found, str(run_id))
                 chosen.append(found)
@@ -703,8 +703,7 @@ def _labelled(configurations: pd.DataFrame, parameters: list[str]) -> pd.DataFra
     for name in ("k", "rbit", "length", "kv_len", "batch_size", *parameters):
         if pd.api.types.is_float_dtype(configurations[name]) and name not in parameters:
             configurations[name] = configurations[name].astype("Int64")
-    counts = ("judged_prompts", "judged_tokens", "timed_prompts", "scored_tokens")
-    for name in ("k", "rbit", "length", "kv_len", "batch_size", *counts):
+    for name in ("k", "rbit", "length", "kv_len", "batch_size", *_COUNTS):
         configurations[name] = pd.to_numeric(configurations[name]).astype("Int64")
     for name in (*_SCORES, *_MEANS, *_MEDIANS, *_ENDS, *_RATIO_ENDS, "decode_vs_full"):
         configurations[name] = pd.to_numeric(configurations[name]).astype("float64")

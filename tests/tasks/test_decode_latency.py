@@ -389,6 +389,10 @@ def test_what_is_timed_in_turn_reads_other_copies(monkeypatch: pytest.MonkeyPatc
     assert len(set(copies)) == 6
     for place, (_, address) in enumerate(cold):
         assert address == copies[(place // 3 + place % 3 * 2) % 6]
+    stages = taken[first + 3 * 11 + 11 :][: 2 * 6]  # after the warm steps
+    assert [name for name, _ in stages] == ["cpu", "method"] * 6
+    for (_, before), (_, address) in zip(stages[::2], stages[1::2], strict=True):
+        assert copies.index(before) == (copies.index(address) - 2) % 6
 
 
 def test_each_length_is_a_row_and_each_batch_at_one_length(
